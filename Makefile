@@ -1,0 +1,81 @@
+# make demo    the whole story on a small model, in a few minutes
+# make test    every test, the linter and the type checker among them
+# make check   linter and types alone
+# make setup   the virtual environment that the others make by themselves
+# make machine says which Python would be used, or why none can be
+
+VENV  := .venv
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test check machine clean
+
+demo: $(READY)
+	$(VENV)/bin/mlxtune demo --out demo --force
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+check: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+setup: $(READY)
+
+clean:
+	rm -rf $(VENV)
+
+# Sets $$python ("uv" when only uv can bring one) or ends with one line on what is missing.
+define choose_python
+	fail() { echo "mlxtune: $$1" >&2; exit 1; }; \
+	system=$$(uname -s); \
+	case "$$system" in \
+	  Darwin) release=$$(sw_vers -productVersion); \
+	    [ "$${release%%.*}" -ge 14 ] || fail "macOS 14 or later is needed for MLX; this is macOS $$release";; \
+	  Linux) ;; \
+	  *) fail "macOS or Linux is needed; this is $$system";; \
+	esac; \
+	python=; older=; rosetta=; novenv=; \
+	for candidate in python3.11 python3.12 python3.13 python3.14 python3; do \
+	  facts=$$("$$candidate" -c 'import platform, sys; print(*sys.version_info[:2], platform.machine())' 2>/dev/null) || continue; \
+	  set -- $$facts; \
+	  if [ "$$1" -ne 3 ] || [ "$$2" -lt 11 ] || [ "$$2" -gt 14 ]; then older="$$1.$$2"; continue; fi; \
+	  if [ "$$system" = Darwin ] && [ "$$3" != arm64 ]; then rosetta="$$candidate"; continue; fi; \
+	  if ! "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then novenv="$$candidate"; continue; fi; \
+	  python="$$candidate"; break; \
+	done; \
+	if [ -z "$$python" ] && command -v uv >/dev/null 2>&1; then python=uv; fi; \
+	if [ -z "$$python" ]; then \
+	  [ -z "$$novenv" ] || fail "$$novenv cannot make virtual environments; install python3-venv (apt-get install python3-venv)"; \
+	  [ -z "$$rosetta" ] || fail "$$rosetta is an x86_64 Python (Rosetta); install an arm64 Python, MLX needs it"; \
+	  [ -z "$$older" ] || fail "Python 3.11 to 3.14 is needed; found only $$older"; \
+	  fail "no Python found; install Python 3.11 to 3.14, or uv"; \
+	fi
+endef
+
+# On Linux MLX's CPU backend multiplies with whatever BLAS it finds; OpenBLAS is some 30 times faster than its own.
+define choose_blas
+	if [ "$$system" = Linux ] && ! ldconfig -p 2>/dev/null | grep -q 'libopenblas\.so\.0'; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	    echo "installing OpenBLAS (libopenblas0-pthread)"; \
+	    { apt-get update -qq && apt-get install -y -qq libopenblas0-pthread; } >/dev/null 2>&1 || \
+	      echo "mlxtune: OpenBLAS could not be installed; float32 work will be some 30 times slower" >&2; \
+	  else \
+	    echo "mlxtune: libopenblas0-pthread is not installed; with it float32 work is some 30 times faster" >&2; \
+	  fi; \
+	fi
+endef
+
+machine:
+	@$(choose_python); echo "$$python on $$system"
+
+$(READY): pyproject.toml
+	@$(choose_python); $(choose_blas); \
+	extras=dev; [ "$$system" = Darwin ] || extras=cpu,dev; \
+	echo "making $(VENV) with $$python ($$extras)"; \
+	rm -rf $(VENV); \
+	if [ "$$python" = uv ]; then \
+	  uv venv --quiet --python '>=3.11,<3.15' $(VENV) && uv pip install --quiet --python $(VENV)/bin/python -e ".[$$extras]"; \
+	else \
+	  "$$python" -m venv $(VENV) && $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$$extras]"; \
+	fi && touch $(READY)

@@ -1,0 +1,104 @@
+"""Folders that appear whole or not at all, and readable errors from the file system."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlxtune_convert.errors import UserError
+
+MIB = 1 << 20
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise UserError when `path` holds something and `force` was not given."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() and not force:
+        raise UserError(f"{path} already exists", "Choose another folder, or add --force to replace it.")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise UserError when the disk that will hold `folder` has fewer than `needed` bytes free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"not enough disk space for {folder}: about {needed / MIB:,.0f} MiB needed, {free / MIB:,.0f} MiB free",
+            "Free some space or choose a folder on another disk.",
+        )
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `destination`; rename it into place only if the body succeeds.
+
+    An exception (Ctrl-C included) leaves `destination` as it was and nothing beside it. With `force`, what was there is
+    removed only after the new folder is complete. Raises UserError for an existing destination, a full
+    disk or a folder that cannot be written.
+    """
+    refuse_existing(destination, force)
+    with explained(destination):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        work = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+            replaced = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+            if destination.exists():
+                os.replace(destination, replaced)
+            os.replace(work, destination)
+            if replaced.is_dir():
+                shutil.rmtree(replaced)
+            else:
+                replaced.unlink(missing_ok=True)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the file system's usual refusals into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: ("the disk is full", "Free some space and run the same command again."),
+            errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
+            errno.EACCES: ("permission denied", "Choose a folder you may write to."),
+            errno.EPERM: ("permission denied", "Choose a folder you may write to."),
+            errno.EROFS: ("the disk is read-only", "Choose a folder you may write to."),
+            errno.ENOTDIR: ("a part of the path is not a folder", "Check the path."),
+        }
+        if error.errno not in reasons:
+            raise
+        reason, hint = reasons[error.errno]
+        raise UserError(f"cannot write {error.filename or path}: {reason}", hint) from error
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError naming file and line of what is wrong."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} has no {path.name}", f"Expected {what}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

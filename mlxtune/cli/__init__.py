@@ -1,0 +1,78 @@
+"""The `mlxtune` command. Each verb family has its file; MLX and friends are imported inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import click
+
+import mlxtune
+from mlxtune.cli import convert, data, demo, doctor, ship, train, use
+from mlxtune.errors import Interrupted, UserError
+
+SECTIONS: dict[str, list[click.Command]] = {
+    "Begin": [demo.demo, doctor.doctor],
+    "Prepare": [convert.convert, data.data],
+    "Tune": [train.train, use.eval_command],
+    "Use": [use.generate, use.chat],
+    "Ship": [ship.fuse, ship.export],
+}
+
+
+class Sectioned(click.Group):
+    """Lists the commands under headings, in the order of a project's life."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for heading, commands in SECTIONS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(str(command.name), command.get_short_help_str(limit=80)) for command in commands])
+
+
+@click.group(cls=Sectioned, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(mlxtune.__version__, prog_name="mlxtune")
+def cli() -> None:
+    """Tune language models on Apple silicon, and ship exactly what was tuned.
+
+    \b
+    mlxtune convert OWNER/NAME model                    # pull, quantize to 4 bits
+    mlxtune train -c qlora --model model --data data    # LoRA on the assistant's tokens
+    mlxtune chat --model model --adapter runs/...       # try it
+    mlxtune export --model model --adapter runs/... --to peft --out adapter
+    """
+
+
+for _commands in SECTIONS.values():
+    for _command in _commands:
+        cli.add_command(_command)
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the command line. Exit: 0 done, 2 the user can fix it, 1 our bug, 130 and 143 stopped by a signal."""
+    try:
+        code = cli.main(args, prog_name="mlxtune", standalone_mode=False)
+    except UserError as error:
+        _say(error.message, error.hint)
+        code = 2
+    except click.UsageError as error:
+        _say(error.format_message(), f"See: {error.ctx.command_path} --help" if error.ctx else "")
+        code = 2
+    except click.ClickException as error:
+        _say(error.format_message(), "")
+        code = 2
+    except Interrupted as error:
+        click.echo(error.message, err=True)
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str, hint: str) -> None:
+    click.echo(f"error: {message}", err=True)
+    if hint:
+        click.echo(f"  {hint}", err=True)

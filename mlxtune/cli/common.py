@@ -1,0 +1,66 @@
+"""Options that several commands share, and where they print."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlxtune.config import Config
+    from mlxtune.model.load import Loaded
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_option(required: bool = True) -> Callable[[F], F]:
+    return click.option("--model", required=required, metavar="DIR", help="MLX folder, 16-bit HF folder, or hub id.")
+
+
+adapter_option = click.option(
+    "--adapter", type=click.Path(path_type=Path), metavar="RUN", help="A run's folder (or any MLX adapter folder)."
+)
+settings_option = click.option(
+    "--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key of the configuration."
+)
+force_option = click.option("--force", is_flag=True, help="Replace the destination.")
+
+
+def console() -> Console:
+    """Standard error: progress, notes, and what is not the command's result."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, emoji=False, markup=False)
+
+
+def stdout() -> Console:
+    from rich.console import Console
+
+    # Results are read by other programs too: no wrapping where nobody looks.
+    return Console(highlight=False, emoji=False, markup=False, soft_wrap=not sys.stdout.isatty())
+
+
+def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ...] = ()) -> Config:
+    """The configuration a run was made with (defaults without one), its data replaced by --data."""
+    from mlxtune import config, session
+
+    if adapter is not None and (adapter / session.CONFIG_FILE).is_file():
+        return config.load(adapter / session.CONFIG_FILE, settings, {"data.path": data})
+    return config.load(None, settings, {"data.path": data})
+
+
+def load_model(model: str, adapter: Path | None) -> Loaded:
+    """The model, with the adapter on it."""
+    from mlxtune.model import load, lora
+
+    if adapter is not None:
+        lora.read_spec(adapter)  # a wrong folder is said before the model is read
+    loaded = load.load(model)
+    if adapter is not None:
+        lora.load_adapter(loaded.model, adapter)
+    return loaded

@@ -1,0 +1,51 @@
+"""mlxtune convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlxtune.cli import common
+
+
+@click.command()
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--bits",
+    type=click.Choice(["1", "2", "3", "4", "5", "6", "8", "16"]),
+    help="Bits per weight; 16: not quantized.  [default: 4]",
+)
+@click.option("--group-size", type=int, help="Weights that share a scale.  [default: 64]")
+@click.option(
+    "--mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), help="Kind of quantization.  [default: affine]"
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="Type of what is not quantized.  [default: the source's]",
+)
+@common.force_option
+def convert(
+    src: str, dst: Path, bits: str | None, group_size: int | None, mode: str | None, dtype: str | None, force: bool
+) -> None:
+    """Make an MLX model folder from a hub id, an HF or MLX folder, or a GGUF file.
+
+    A source that is already quantized (GGUF, MLX) keeps its codes bit for bit, unless --bits, --group-size or --mode
+    ask for others.
+
+    \b
+    mlxtune convert Qwen/Qwen2.5-0.5B-Instruct qwen-4bit
+    mlxtune convert model.Q4_1.gguf model
+    mlxtune convert ./hf-folder model-16bit --bits 16
+    """
+    from mlxtune.model import convert as conversion
+
+    target = conversion.Target.of(int(bits) if bits else None, group_size, mode)
+    console = common.console()
+    with console.status(f"converting {src}"):
+        done = conversion.convert(src, dst, target, dtype, force)
+    for note in done.notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True)
+    common.stdout().print(f"{dst}: {done.total_bytes / (1 << 20):,.0f} MiB, {done.bits_per_weight:.2f} bits per weight")

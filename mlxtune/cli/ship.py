@@ -1,0 +1,163 @@
+"""mlxtune fuse, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlxtune.cli import common
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mlxtune.data.chat import Example
+
+ENOUGH = 0.95  # of the tune's effect; below, the command names a better route
+data_option = click.option("--data", metavar="PATH", help="Held-out rows to compare on.  [default: the run's own]")
+no_verify_option = click.option("--no-verify", is_flag=True, help="Do not compare the result with the trained model.")
+base_option = click.option(
+    "--base",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="HF_DIR",
+    help="Merge into this original 16-bit model.",
+)
+
+
+@click.command()
+@common.model_option()
+@click.option("--adapter", required=True, type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The merged model.")
+@click.option("--bits", type=click.Choice(["4", "8", "16"]), default="16", show_default=True, help="16: not quantized.")
+@base_option
+@data_option
+@no_verify_option
+@common.force_option
+def fuse(
+    model: str, adapter: Path, out: Path, bits: str, base: Path | None, data: str | None, no_verify: bool, force: bool
+) -> None:
+    """Fold an adapter into its model: one MLX folder that needs no adapter.
+
+    The sum is made in float32. Afterwards the fused model is compared with model + adapter on held-out rows, and the
+    share of the adapter's effect that survived is printed. 4-bit rounding loses much of a small update.
+
+    \b
+    mlxtune fuse --model model --adapter run --out fused
+    mlxtune fuse --model model --adapter run --out fused-4bit --bits 4
+    """
+    from mlxtune_convert.files import new_folder, write_json
+
+    from mlxtune import backend
+    from mlxtune.model import hub
+    from mlxtune.model.load import load
+    from mlxtune.ship import export, merge, verify
+
+    backend.prepare()
+    path = hub.resolve(model)
+    examples = None if no_verify else _held_out(path, adapter, data)
+    if base is not None:
+        merge.check_base(base, path)
+    console = common.console()
+    report = None
+    with new_folder(out, force) as work:
+        with console.status("merging"):
+            merge.fuse(merge.open_merged(base or path, adapter), path, work, int(bits))
+        if examples is not None:
+            with console.status("comparing with the trained model"):
+                ref = verify.reference(str(path), adapter, examples)
+                report = verify.measure(
+                    ref, verify.mlx_runner(load(str(work), "float32")), "MLX, float32", f"{bits} bits"
+                )
+                write_json(work / export.REPORT_FILE, report.to_json())
+    result = common.stdout()
+    result.print(f"{out}: {bits} bits")
+    if report is None:
+        return
+    gain = "" if report.gain_kept is None else f", {report.gain_kept:.1%} of the loss improvement"
+    result.print(f"{report.share:.1%} of the adapter's effect survived{gain} ({report.positions} held-out tokens)")
+    if min(report.share, report.gain_kept or 1.0) < ENOUGH:
+        console.print(
+            f"note: {bits}-bit rounding lost part of the tune; --bits 16, or the adapter beside its model, keeps it",
+            style="yellow",
+        )
+
+
+def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Example]:
+    """Rows for a proof: --data's, else the run's own validation rows."""
+    from mlxtune import session
+    from mlxtune.data.tokenizer import load_tokenizer
+    from mlxtune.errors import UserError
+
+    config = common.run_settings(adapter, data)
+    if not config.data.path:
+        raise UserError("the proof needs held-out rows", "Name some: --data PATH; or leave it out: --no-verify.")
+    return session.held_out(load_tokenizer(path), path, config).examples
+
+
+@click.command()
+@common.model_option()
+@common.adapter_option
+@click.option(
+    "--to", "target", required=True, type=click.Choice(["peft", "hf"]), help="peft: an adapter; hf: a merged model."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="PATH", help="The export.")
+@base_option
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    help="hf: how weights are stored.  [default: the model's]",
+)
+@click.option(
+    "--base-name",
+    default="",
+    metavar="OWNER/NAME",
+    help="The original model on the hub.  [default: where it was converted from]",
+)
+@data_option
+@no_verify_option
+@common.force_option
+def export(
+    model: str,
+    adapter: Path | None,
+    target: str,
+    out: Path,
+    base: Path | None,
+    dtype: str | None,
+    base_name: str,
+    data: str | None,
+    no_verify: bool,
+    force: bool,
+) -> None:
+    """Ship what was trained to CUDA users: a PEFT adapter, or a merged Hugging Face model.
+
+    The export is loaded by transformers or PEFT (when installed, else read back) and compared with the trained model on
+    held-out rows before it is given its name.
+
+    \b
+    mlxtune export --model model --adapter run --to peft --out adapter --base-name OWNER/NAME
+    mlxtune export --model model --adapter run --to hf --out merged --dtype bfloat16
+    """
+    from mlxtune import backend
+    from mlxtune.errors import UserError
+    from mlxtune.model import hub
+    from mlxtune.model.load import source_of
+    from mlxtune.ship import export as shipping
+
+    backend.prepare()
+    if target == "peft" and (dtype is not None or base is not None):
+        raise UserError(
+            f"{'--dtype' if dtype else '--base'} has no effect with --to peft", "The factors are exported as they are."
+        )
+    path = hub.resolve(model)
+    examples = None if no_verify else _held_out(path, adapter, data)
+    request = shipping.Request(path, adapter, out, base, dtype, base_name, examples, force)
+    console = common.console()
+    with console.status(f"exporting to {target}, comparing with the trained model"):
+        report = shipping.to_peft(request) if target == "peft" else shipping.to_hf(request)
+    result = common.stdout()
+    result.print(f"{out}: {target}" + ("" if report is None else f", {report.line()}"))
+    if target == "peft" and not (base_name or source_of(path)["name"]):
+        console.print(
+            "note: the adapter names no base model (unknown here); --base-name OWNER/NAME writes it", style="yellow"
+        )

@@ -1,0 +1,91 @@
+"""mlxtune train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlxtune.cli import common
+
+if TYPE_CHECKING:
+    from mlxtune.config import Config
+
+
+@click.command()
+@click.option("-c", "--config", "file", metavar="FILE", help="YAML file, or a shipped recipe: quick, qlora, lora.")
+@common.model_option(required=False)
+@click.option("--data", metavar="PATH", help="Folder with train.jsonl, one data file, or hub dataset id.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.  [default: runs/<date>-<model>]"
+)
+@common.settings_option
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its configuration.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; train nothing.")
+def train(
+    file: str | None,
+    model: str | None,
+    data: str | None,
+    out: Path | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    dry_run: bool,
+) -> None:
+    """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
+
+    Flags beat the file, the file beats the defaults. RUN/adapters.safetensors ends up as the adapter with the lowest
+    validation loss. Ctrl-C finishes the step, saves, and can be resumed.
+
+    \b
+    mlxtune train -c quick --model model --data data
+    mlxtune train -c qlora --model model --data data --set train.lr=1e-4 --out run
+    mlxtune train --resume --out run
+    """
+    from mlxtune import config as configuration
+    from mlxtune import session
+    from mlxtune.errors import UserError
+    from mlxtune.train.display import Display
+
+    if resume:
+        if out is None:
+            raise UserError("--resume needs the run to go on with", "mlxtune train --resume --out RUN")
+        if file or model or data or settings:
+            raise UserError(
+                "--resume goes on with the run's own configuration; other options have no effect", "Leave them out."
+            )
+        config = session.run_config(out)
+    else:
+        config = configuration.load(file, settings, {"model.path": model, "data.path": data})
+    if not config.model.path:
+        raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
+    if dry_run:
+        _print_plan(config)
+        return
+    folder = out or session.default_out(config.model.path)
+    with Display(common.console()) as display:
+        state = session.tune(config, folder, display, resume)
+    best = (
+        f", best validation loss {state.best_loss:.4f} at step {state.best_step}" if state.best_loss is not None else ""
+    )
+    common.stdout().print(f"{folder}: {state.step} steps{best}")
+
+
+def _print_plan(config: Config) -> None:
+    """What would be done, without reading a weight."""
+    from mlxtune import session
+    from mlxtune.data.batches import Plan
+
+    data = session.read_data(config)
+    plan = Plan(data.train.examples, config.train)
+    tokens = sum(len(example.ids) for example in data.train.examples)
+    targets = sum(sum(example.mask) for example in data.train.examples)
+    out = common.stdout()
+    for split, examples in (("train", data.train), ("valid", data.valid)):
+        for note in examples.notes(split, config.data.max_tokens):
+            out.print(f"note: {note}")
+    out.print(f"rows: {len(data.train.rows)} to train on, {len(data.valid.rows)} held out")
+    out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")
+    out.print(f"optimizer steps: {plan.steps}")
+    out.print()
+    out.print(config.to_yaml().rstrip())

@@ -1,0 +1,239 @@
+"""The configuration of a run: every default, unit and meaning, stated once.
+
+A run is described by five sections (`model`, `data`, `lora`, `train`, `fast`). Values come, strongest first, from
+command-line flags and `--set section.key=value`, then a YAML file, then the defaults below. An unknown
+key is an error that names its nearest neighbour; a key whose value could have no effect is one too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mlxtune.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    path: str = Field("", description="MLX folder, 16-bit Hugging Face folder, or hub id (owner/name)")
+
+
+class DataSection(Section):
+    path: str = Field("", description="folder with train.jsonl, one data file, or hub dataset id")
+    max_tokens: int = Field(2048, ge=8, description="longest row in tokens; longer rows keep their start")
+    valid_fraction: float = Field(0.1, gt=0, lt=1, description="share of rows held out when there is no valid file")
+    train_on: Literal["all", "last"] = Field("all", description="supervise every assistant turn, or only the last")
+    template_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra variables of the chat template")
+
+
+class LoraSection(Section):
+    rank: int = Field(16, ge=1, description="rank r of the update B A")
+    alpha: float = Field(32.0, gt=0, description="scale of the update = alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs zeroed in training")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="every linear layer in the blocks, or names such as [q_proj, v_proj]"
+    )
+    layers: Literal["all"] | int = Field("all", description="all blocks, or only the last n")
+    variant: Literal["lora"] = Field("lora", description="the kind of adapter")
+
+    @model_validator(mode="after")
+    def _positive(self) -> LoraSection:
+        if isinstance(self.layers, int) and self.layers < 1:
+            raise ValueError("layers must be 'all' or at least 1")
+        if self.targets == []:
+            raise ValueError("targets is empty: nothing would be trained")
+        return self
+
+
+class TrainSection(Section):
+    steps: int | None = Field(None, ge=1, description="optimizer steps (instead of epochs)")
+    epochs: float | None = Field(None, gt=0, description="passes over the data (default 1 when steps is not set)")
+    batch_rows: int | None = Field(None, ge=1, description="rows per micro-batch (default 4 unless batch_tokens)")
+    batch_tokens: int | None = Field(None, ge=16, description="padded tokens per micro-batch (instead of batch_rows)")
+    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after warmup: flat, or down to 0")
+    warmup_steps: int = Field(10, ge=0, description="optimizer steps of linear warmup")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: never")
+    seed: int = Field(0, ge=0, lt=2**31, description="decides every random draw")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="activations; auto: float32 on the CPU, else the model's own type"
+    )
+    eval_every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0: only at the end")
+    save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: never")
+    keep: Literal["best", "last"] = Field("best", description="which adapter RUN/adapters.safetensors holds at the end")
+    keep_last: int = Field(2, ge=1, description="how many checkpoints stay")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TrainSection:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("set steps or epochs, not both")
+        if self.batch_rows is not None and self.batch_tokens is not None:
+            raise ValueError("set batch_rows or batch_tokens, not both")
+        return self
+
+
+class FastSection(Section):
+    head: Literal["auto", "off"] = Field(
+        "auto", description="auto: the head only sees supervised tokens; off: all of them"
+    )
+
+
+class Config(Section):
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    fast: FastSection = FastSection()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every key written out, as the run folder keeps it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-5` as text; people who write it mean a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Parse YAML; `source` names the file or flag in the error."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source} line {mark.line + 1}" if mark else source
+        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes are: inside the wheel, else in the checkout."""
+    packaged = Path(str(resources.files("mlxtune"))) / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parent.parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """A path to a YAML file, or the name of a shipped recipe."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = recipe_folder() / f"{name}.yaml"
+    if "/" not in name and shipped.is_file():
+        return shipped
+    raise UserError(
+        f"no configuration file {name!r}, and no recipe of that name",
+        f"Shipped recipes: {', '.join(recipe_names())}.",
+    )
+
+
+def load(
+    file: str | Path | None = None, settings: tuple[str, ...] = (), flags: Mapping[str, Any] | None = None
+) -> Config:
+    """Resolve a configuration.
+
+    file: YAML path or recipe name; settings: `section.key=value` strings; flags: dotted keys to values, the
+    strongest of all. Raises UserError naming file, line and key of whatever is wrong.
+    """
+    tree: dict[str, Any] = {}
+    lines: dict[str, str] = {}
+    if file is not None:
+        path = find_config(str(file))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
+        parsed = parse_yaml(text, str(path))
+        if parsed is not None and not isinstance(parsed, dict):
+            raise UserError(f"{path}: expected sections such as `train:`, found {type(parsed).__name__}")
+        tree = parsed or {}
+        lines = {key: f"{path} line {line}" for key, line in _key_lines(yaml.compose(text, _Loader))}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or "." not in key:
+            raise UserError(f"--set {setting}: expected section.key=value", "Example: --set train.lr=1e-4")
+        _put(tree, key.strip(), parse_yaml(value, f"--set {key}"))
+        lines[key.strip()] = f"--set {setting}"
+    for key, value in (flags or {}).items():
+        if value is not None:
+            _put(tree, key, value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(*_explain(error, lines)) from None
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"{key}: {parent} is not a section")
+        node = child
+    node[last] = value
+
+
+def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            yield name, key.start_mark.line + 1
+            yield from _key_lines(value, f"{name}.")
+
+
+def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str]:
+    """One line on the first problem, with where it stands and what is allowed."""
+    problem = error.errors()[0]
+    # pydantic adds the branch of a union to the location; our own keys are the first two parts.
+    key = ".".join(str(part) for part in problem["loc"][:2])
+    where = f"{lines[key]}: " if key in lines else ""
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+        hint = f"Did you mean {nearest[0]}?" if nearest else f"Sections: {', '.join(Config.model_fields)}."
+        return f"{where}unknown key {key}{more}", hint
+    got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}{key}: {message[:1].lower()}{message[1:]}{got}{more}", describe(key)
+
+
+def known_keys() -> list[str]:
+    keys = list(Config.model_fields)
+    for section, field in Config.model_fields.items():
+        kind = field.annotation
+        assert isinstance(kind, type) and issubclass(kind, BaseModel)
+        keys += [f"{section}.{name}" for name in kind.model_fields]
+    return keys
+
+
+def describe(key: str) -> str:
+    """What a dotted key means, or an empty string for an unknown one."""
+    section, _, name = key.partition(".")
+    field = Config.model_fields.get(section)
+    kind = field.annotation if field else None
+    if isinstance(kind, type) and issubclass(kind, BaseModel) and name in kind.model_fields:
+        return f"{key}: {kind.model_fields[name].description}."
+    return ""

@@ -1,0 +1,1 @@
+"""Rows of any format -> token ids with a mask of what the model must produce -> batches."""

@@ -1,0 +1,136 @@
+"""The demo, told step by step: convert, measure, tune, measure again, fuse, export."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+
+from mlxtune_convert.files import new_folder
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mlxtune import config, session
+from mlxtune.data import records
+from mlxtune.demo import model as embedded
+from mlxtune.errors import UserError
+from mlxtune.evaluate.generate import Sampling, answer
+from mlxtune.evaluate.loss import Score
+from mlxtune.model import convert, lora
+from mlxtune.model.load import Loaded, load
+from mlxtune.ship import export, merge, verify
+from mlxtune.train.display import Display, duration
+
+STEPS = 48
+SHOWN_ROWS = (0, 7, 15)  # of the validation file: one question each is answered before and after
+ANSWER = Sampling(max_tokens=60)
+SETTINGS = (
+    "lora.rank=8",
+    "lora.alpha=16",
+    "train.lr=1e-3",
+    "train.batch_rows=4",
+    "train.warmup_steps=4",
+    "train.save_every=0",
+)
+
+
+def data_folder() -> Path:
+    return Path(str(resources.files("mlxtune.demo"))) / "data"
+
+
+def tell(source: str | None, out: Path, steps: int | None, force: bool, console: Console) -> None:
+    """Run the whole story into `out`: model, run, fused, peft and hf folders. Raises UserError at the first thing
+    that fails.
+    """
+    if out.exists() and any(out.iterdir()):
+        if not force:
+            raise UserError(f"{out} already exists", "Choose another --out, or add --force to begin again.")
+        shutil.rmtree(out)
+    began = time.perf_counter()
+    model, run = out / "model", out / "run"
+    with chapter(console, "1. The model: SmolLM2-135M-Instruct, 4 bits, code for code as in its GGUF file"):
+        file = source or str(embedded.fetch())
+        converted = convert.convert(file, model, convert.Target.of(None, None, None))
+        console.print(
+            f"{model}: {converted.total_bytes / (1 << 20):,.0f} MiB, {converted.bits_per_weight:.2f} bits per weight"
+        )
+    flags = {"model.path": str(model), "data.path": str(data_folder()), "train.steps": steps or STEPS}
+    settings = config.load("quick", (*SETTINGS, f"train.eval_every={max(1, (steps or STEPS) // 3)}"), flags)
+    with chapter(console, "2. Before: how the model does on rows it never sees in training"):
+        before, answers_before = measure(load(str(model)), settings)
+        console.print(f"validation loss {before.loss:.4f}, token accuracy {before.accuracy:.1%}")
+    with (
+        chapter(console, "3. Tuning: LoRA on the 4-bit base, loss on the assistant's tokens only"),
+        Display(console) as display,
+    ):
+        session.tune(settings, run, display)
+    with chapter(console, "4. After"):
+        tuned = load(str(model))
+        lora.load_adapter(tuned.model, run)
+        after, answers_after = measure(tuned, settings)
+        console.print(comparison(answers_before, answers_after))
+        fall = 1 - after.loss / before.loss
+        console.print(f"validation loss {before.loss:.4f} -> {after.loss:.4f} ({fall:.0%} lower), ", end="")
+        console.print(f"token accuracy {before.accuracy:.1%} -> {after.accuracy:.1%}")
+    examples = session.held_out(tuned.tokenizer, model, settings).examples
+    with chapter(console, "5. Fuse: the adapter folded into the weights, in float32, stored in 16 bits"):
+        with new_folder(out / "fused") as work:
+            merge.fuse(merge.open_merged(model, run), model, work, convert.UNQUANTIZED_BITS)
+            fused = verify.mlx_runner(load(str(work), "float32"))
+            report = verify.measure(verify.reference(str(model), run, examples), fused, "MLX, float32", "16 bits")
+        console.print(f"{out / 'fused'}: {report.share:.1%} of the adapter's effect survived")
+    with chapter(console, "6. Ship: a PEFT adapter and a Hugging Face model, each compared with what was trained"):
+        request = export.Request(
+            model, run, out / "peft", base_name="HuggingFaceTB/SmolLM2-135M-Instruct", examples=examples
+        )
+        for name, proof in (
+            ("peft", export.to_peft(request)),
+            (
+                "hf",
+                export.to_hf(export.Request(model, run, out / "hf", base_name=request.base_name, examples=examples)),
+            ),
+        ):
+            console.print(f"{out / name}: {proof.line() if proof else ''}", soft_wrap=True)
+    console.print(Text(f"\nDone in {duration(time.perf_counter() - began)}. ", style="bold green"), end="")
+    console.print(closing(model, run))
+
+
+@contextmanager
+def chapter(console: Console, title: str) -> Iterator[None]:
+    console.print(Text(f"\n{title}", style="bold"))
+    began = time.perf_counter()
+    yield
+    console.print(Text(f"({duration(time.perf_counter() - began)})", style="dim"))
+
+
+def measure(loaded: Loaded, settings: config.Config) -> tuple[Score, list[tuple[str, str]]]:
+    """(validation score, (question, answer) pairs) of a model."""
+    score = session.evaluate(loaded, settings, session.held_out(loaded.tokenizer, loaded.path, settings))
+    rows = records.read(data_folder() / "valid.jsonl")
+    answers = []
+    for index in SHOWN_ROWS:
+        conversation = (rows[index].messages or [])[:2]  # system prompt and first question
+        answers.append((conversation[1]["content"], answer(loaded, conversation, ANSWER, {})))
+    return score, answers
+
+
+def comparison(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> Table:
+    table = Table("asked", "before", "after", box=box.ROUNDED, show_lines=True)
+    for (question, old), (_, new) in zip(before, after, strict=True):
+        table.add_row(Text(question), Text(old.strip(), style="dim"), Text(new.strip(), style="green"))
+    return table
+
+
+def closing(model: Path, run: Path) -> str:
+    return f"""Now with your own data:
+
+  mlxtune chat --model {model} --adapter {run}              talk with what was just trained
+  mlxtune data show --model {model} --data YOUR.jsonl       see what a model would learn from your rows
+  mlxtune convert OWNER/NAME my-model                       pull a larger model, quantized to 4 bits
+  mlxtune train -c qlora --model my-model --data YOUR.jsonl --out my-run
+"""

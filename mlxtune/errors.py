@@ -1,0 +1,17 @@
+"""The errors a person sees. `UserError` lives with the file formats, which must stand alone."""
+
+from mlxtune_convert.errors import UserError
+
+__all__ = ["Interrupted", "UserError"]
+
+
+class Interrupted(Exception):
+    """A signal stopped the work after everything worth keeping was saved.
+
+    `exit_code` follows the shell: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.exit_code = exit_code

@@ -1,0 +1,57 @@
+"""Loss, perplexity and token accuracy on held-out rows, every row counted once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxtune.data.batches import Batch
+from mlxtune.model.arrays import scalar
+from mlxtune.model.head import Split
+
+HEAD_ROWS = 512  # positions that go through the head at a time: bounds the [rows, vocabulary] matrix
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over supervised tokens: of the loss (nats), of the tokens, of those whose most likely token was right."""
+
+    loss_sum: float
+    tokens: int
+    correct: int
+
+    @property
+    def loss(self) -> float:
+        return self.loss_sum / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.tokens
+
+
+def score(model: nn.Module, split: Split | None, batches: Sequence[Batch]) -> Score:
+    """Score a model on batches. Legend: N supervised positions, D width, V vocabulary."""
+    loss_sum, tokens, correct = 0.0, 0, 0
+    for batch in batches:
+        positions, targets = batch.supervised()
+        ids = mx.array(batch.ids[:, :-1])
+        rows = model(ids) if split is None else split.hidden(ids)
+        rows = rows.reshape(-1, rows.shape[-1])[mx.array(positions)]  # [N, D], or [N, V] without a split
+        for start in range(0, len(targets), HEAD_ROWS):
+            part = rows[start : start + HEAD_ROWS]
+            logits = (part if split is None else split.logits(part)).astype(mx.float32)
+            wanted = mx.array(targets[start : start + HEAD_ROWS])
+            loss = nn.losses.cross_entropy(logits, wanted, reduction="sum")
+            right = (mx.argmax(logits, axis=-1) == wanted).sum()
+            loss_sum += scalar(loss)
+            correct += int(scalar(right))
+        tokens += len(targets)
+    return Score(loss_sum, tokens, correct)

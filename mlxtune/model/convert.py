@@ -1,0 +1,234 @@
+"""SRC (hub id, Hugging Face folder, MLX folder, GGUF file) -> an MLX model folder that `mlx_lm.load` loads."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+from mlxtune_convert import gguf_model
+from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
+from mlxtune_convert.files import new_folder, read_json, require_space, write_json
+from mlxtune_convert.tensors import ShardWriter, weight_files
+
+from mlxtune import backend
+from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.errors import UserError
+from mlxtune.model.arrays import named, to_numpy
+from mlxtune.model.hub import resolve
+from mlxtune.model.load import model_dtype, open_model
+from mlxtune.model.quantize import QUANTIZED
+
+MODES = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # default group size and bits
+AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
+AFFINE_GROUPS = (32, 64, 128)
+UNQUANTIZED_BITS = 16
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the weights become. bits 16: not quantized; `asked`: the user named it, so a quantized source is
+    requantized.
+    """
+
+    bits: int
+    group_size: int
+    mode: str
+    asked: bool
+
+    @staticmethod
+    def of(bits: int | None, group_size: int | None, mode: str | None) -> Target:
+        """Resolve the three options. Raises UserError for a contradiction."""
+        asked = not (bits is None and group_size is None and mode is None)
+        if bits == UNQUANTIZED_BITS:
+            if group_size is not None or mode is not None:
+                raise UserError("--bits 16 means not quantized, so --group-size and --mode have no meaning with it")
+            return Target(UNQUANTIZED_BITS, 0, "", asked)
+        mode = mode or "affine"
+        default_group, default_bits = MODES[mode]
+        out = Target(bits or default_bits, group_size or default_group, mode, asked)
+        if mode == "affine":
+            if out.bits not in AFFINE_BITS or out.group_size not in AFFINE_GROUPS:
+                raise UserError(
+                    f"--bits {out.bits} --group-size {out.group_size} does not exist for --mode affine",
+                    f"Bits: {', '.join(map(str, AFFINE_BITS))}; group sizes: {', '.join(map(str, AFFINE_GROUPS))}.",
+                )
+        elif (out.group_size, out.bits) != (default_group, default_bits):
+            raise UserError(
+                f"--mode {mode} always has {default_bits} bits and groups of {default_group}",
+                "Leave out --bits and --group-size.",
+            )
+        return out
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What was written: bytes of weights, bits per weight, and lines a person must read."""
+
+    total_bytes: int
+    bits_per_weight: float
+    notes: list[str]
+
+
+def convert(source: str, destination: Path, target: Target, dtype: str | None = None, force: bool = False) -> Converted:
+    """Convert any source into `destination`, which appears only when it is complete.
+
+    dtype: type of what is not quantized (None: the source's). Raises UserError for anything wrong with the
+    source, the options or the disk.
+    """
+    backend.prepare()
+    path = resolve(source)
+    # Its own folder must never be opened for writing while it is read.
+    if destination.exists() and path.resolve() == destination.resolve():
+        raise UserError(f"{destination} is the source itself", "Choose another folder.")
+    if path.is_file():
+        return _from_gguf(path, destination, target, dtype, force)
+    with new_folder(destination, force) as work:
+        return _from_folder(path, "" if Path(source).expanduser().exists() else source, work, target, dtype)
+
+
+def _from_gguf(path: Path, destination: Path, target: Target, dtype: str | None, force: bool) -> Converted:
+    if path.suffix != ".gguf":
+        raise UserError(f"{path}: a model file must be a .gguf", "A Hugging Face model is given as its folder.")
+    opened = gguf_model.open_gguf(path)
+    require_space(destination, path.stat().st_size)
+    with new_folder(destination, force) as work:
+        if not target.asked and dtype is None:
+            gguf_model.convert(opened, work)
+            return _measured(work, [])
+        lossless = work / "lossless"
+        lossless.mkdir()
+        gguf_model.convert(opened, lossless)
+        out = _from_folder(lossless, "", work, target, dtype)
+        shutil.rmtree(lossless)
+        return out
+
+
+def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str | None) -> Converted:
+    """name: hub id, or ""."""
+    original = read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
+    load_tokenizer(path)
+    require_space(work, _estimate(path, original, target))
+    model, config = open_model(path)
+    notes = []
+    wanted = getattr(mx, dtype) if dtype else None
+    quantized = any(key in config for key in QUANTIZATION_KEYS)
+    if quantized and target.asked:
+        notes.append(
+            "the source was already quantized: its weights are dequantized"
+            + (" and quantized again, which is lossy" if target.bits != UNQUANTIZED_BITS else "")
+        )
+        model, config = dequantized(model), unquantized(config)
+        quantized = False
+    if wanted is not None:
+        own = model_dtype(model)
+        if quantized and wanted not in (own, mx.float32):
+            raise UserError(
+                f"--dtype {dtype} would round the scales of this quantized source", "Add --bits to requantize it."
+            )
+        model.set_dtype(wanted)
+    if not quantized and target.bits != UNQUANTIZED_BITS:
+        model, config = quantized_model(model, config, target)
+        left = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+        if left:
+            notes.append(
+                f"{len(left)} layers stay unquantized (first: {left[0]}): width no multiple of {target.group_size}"
+            )
+    save_weights(model, work)
+    write_json(work / "config.json", config)
+    copy_tokenizer(path, work)
+    if (path / SOURCE_FILE).is_file():
+        shutil.copyfile(path / SOURCE_FILE, work / SOURCE_FILE)
+    else:
+        kind = "mlx" if any(key in original for key in QUANTIZATION_KEYS) else "hf"
+        write_json(work / SOURCE_FILE, {"kind": kind, "name": name, "config": unquantized(original)})
+    return _measured(work, notes)
+
+
+def _estimate(path: Path, config: dict[str, Any], target: Target) -> int:
+    """Bytes the result will take, from the source's: within some ten percent, on the high side."""
+    size = sum(file.stat().st_size for file in weight_files(path))
+    if any(key in config for key in QUANTIZATION_KEYS):
+        return size if not target.asked else size * 4
+    if target.bits == UNQUANTIZED_BITS:
+        return size
+    return int(size * (target.bits + 32 / target.group_size) / 16 * 1.1)
+
+
+def quantized_model(model: nn.Module, config: dict[str, Any], target: Target) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's own quantization, the family's exceptions (routers and such) included."""
+    from mlx_lm.utils import quantize_model
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports by printing
+        return quantize_model(model, config, target.group_size, target.bits, target.mode)
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """The same model with dense float layers. mlx-lm's own function rounds to the scales' type, as MLX would when
+    running.
+    """
+    from mlx_lm.utils import dequantize_model
+
+    return dequantize_model(model)
+
+
+def save_weights(model: nn.Module, folder: Path, metadata: str = "mlx") -> None:
+    """Write a model's parameters shard by shard; each tensor is computed, written and forgotten."""
+    writer = ShardWriter(folder, {"format": metadata})
+    arrays = named(model.parameters())
+    model.update(_emptied(model))
+    for name in list(arrays):
+        writer.add(name, to_numpy(arrays.pop(name)))
+    writer.close()
+
+
+def _emptied(model: nn.Module) -> Any:
+    """The parameter tree with nothing in it, so that the model holds no array that was already written."""
+    return tree_map(lambda _: mx.array([]), model.parameters())
+
+
+def copy_tokenizer(source: Path, destination: Path) -> None:
+    """Copy tokenizer and generation settings; the chat template ends up both as a file and inside
+    tokenizer_config.json.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
+    config_file, template_file = destination / "tokenizer_config.json", destination / "chat_template.jinja"
+    config = read_json(config_file, "the tokenizer's settings") if config_file.is_file() else {}
+    if template_file.is_file() and not config.get("chat_template"):
+        write_json(config_file, {**config, "chat_template": template_file.read_text(encoding="utf-8")})
+    elif isinstance(config.get("chat_template"), str) and not template_file.is_file():
+        template_file.write_text(config["chat_template"], encoding="utf-8")
+
+
+def _measured(folder: Path, notes: list[str]) -> Converted:
+    """Size of the result, read from its files."""
+    model, _ = open_model(folder)
+    weights = sum(_weights(module) for _, module in model.named_modules())
+    total = sum(array.nbytes for array in named(model.parameters()).values())
+    return Converted(total, total * 8 / max(weights, 1), notes)
+
+
+def _weights(module: nn.Module) -> int:
+    """How many numbers of the original model a module itself holds."""
+    if isinstance(module, QUANTIZED):
+        return module.weight.size * 32 // module.bits + (module.bias.size if "bias" in module else 0)
+    return sum(value.size for value in module.values() if isinstance(value, mx.array))

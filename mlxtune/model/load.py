@@ -1,0 +1,99 @@
+"""A model folder or hub id -> a model ready to run or to tune on this device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlxtune_convert.configs import SOURCE_FILE, normalise
+from mlxtune_convert.files import read_json
+from mlxtune_convert.tensors import weight_files
+
+from mlxtune import backend
+from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.errors import UserError
+from mlxtune.model.arrays import named
+from mlxtune.model.hub import resolve
+from mlxtune.model.quantize import on_cpu
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer. `tokenizer` is Hugging Face's own; `dtype` that of the activations."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    path: Path
+    dtype: mx.Dtype
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Every id that ends an answer: of the config, the generation config and the tokenizer."""
+        listed = self.config.get("eos_token_id")
+        ids = listed if isinstance(listed, list) else [listed]
+        return sorted({index for index in [*ids, self.tokenizer.eos_token_id] if index is not None})
+
+
+def load(source: str, dtype: str = "auto") -> Loaded:
+    """Load a model for running or training.
+
+    source: MLX folder, 16-bit Hugging Face folder, or hub id; dtype: as `train.dtype`. Raises UserError for
+    whatever is missing, torn or unknown.
+    """
+    backend.prepare()
+    path = resolve(source)
+    if path.is_file():
+        raise UserError(
+            f"{source} is a file; a model is a folder", f"Convert it first: mlxtune convert {source} FOLDER"
+        )
+    model, config = open_model(path)
+    tokenizer = load_tokenizer(path)
+    own = model_dtype(model)
+    wanted = backend.dtype_for(dtype, own, "quantization" in config)
+    if wanted != own:
+        model.set_dtype(wanted)
+    if backend.kind() == "cpu":
+        on_cpu(model)
+    mx.eval(model.parameters())
+    return Loaded(model, tokenizer, config, path, wanted)
+
+
+def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The mlx-lm model of a folder, its weights not yet read, and its normalised config.json."""
+    from mlx_lm.utils import load_config, load_model
+
+    read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
+    files = weight_files(path)
+    config = normalise(load_config(path))
+    try:
+        model, config = load_model(path, lazy=True, model_config=config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        if "not supported" in reason:
+            raise UserError(f"{path}: mlx-lm has no model of type {config.get('model_type')!r}") from error
+        raise UserError(f"{path}: the weights do not fit the model ({reason})", f"Files: {len(files)}.") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}/config.json does not describe a model that mlx-lm knows ({error})") from error
+    return model, config
+
+
+def model_dtype(model: nn.Module) -> mx.Dtype:
+    """The floating type that most of the model's numbers have (scales stand for quantized weights)."""
+    sizes: dict[mx.Dtype, int] = {}
+    for array in named(model.parameters()).values():
+        if mx.issubdtype(array.dtype, mx.floating):
+            sizes[array.dtype] = sizes.get(array.dtype, 0) + array.size
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def source_of(path: Path) -> dict[str, Any]:
+    """Where a converted model came from: {"kind", "name", "config"}; its own config when it was not converted by
+    mlxtune.
+    """
+    if (path / SOURCE_FILE).is_file():
+        return read_json(path / SOURCE_FILE, "written by mlxtune convert")
+    return {"kind": "mlx", "name": "", "config": read_json(path / "config.json", "a model folder")}

@@ -1,0 +1,149 @@
+"""One run from configuration to adapter: what `mlxtune train` and the demo do."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlxtune_convert.files import explained
+
+from mlxtune import backend
+from mlxtune.config import Config
+from mlxtune.config import load as load_config
+from mlxtune.data import chat, sources
+from mlxtune.data.batches import Batch, Plan, in_order
+from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.errors import UserError
+from mlxtune.evaluate.loss import Score, score
+from mlxtune.model import hub, lora
+from mlxtune.model.arrays import dtype_name
+from mlxtune.model.head import Split
+from mlxtune.model.load import Loaded, load
+from mlxtune.train import loop
+from mlxtune.train.checkpoint import State
+from mlxtune.train.display import Display
+from mlxtune.train.events import Events
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a run: training and held-out, with what was shortened or dropped."""
+
+    train: sources.Examples
+    valid: sources.Examples
+
+
+def read_data(config: Config) -> Data:
+    """Rows -> examples of the model's tokenizer. Raises UserError before any weight is read."""
+    folder = hub.resolve(config.model.path)
+    tokenizer = load_tokenizer(folder)
+    records = sources.splits(config.data.path, config.data, config.train.seed)
+    if any(record.text is None for record in records["train"]):
+        chat.require_template(tokenizer, folder)
+    return Data(
+        sources.to_examples(tokenizer, records["train"], config.data),
+        sources.to_examples(tokenizer, records["valid"], config.data),
+    )
+
+
+def split_for(loaded: Loaded, config: Config, batch: Batch) -> Split | None:
+    """The proven head split, or None when `fast.head` is off or the model's own logits are not reproduced."""
+    if config.fast.head == "off":
+        return None
+    return Split.of(loaded.model, mx.array(batch.ids[:1, : min(64, batch.ids.shape[1])]))
+
+
+def default_out(model: str) -> Path:
+    """runs/<date>-<model>, numbered when it exists."""
+    stem = f"{date.today().isoformat()}-{Path(model).name}"
+    names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
+    return next(path for name in names if not (path := Path("runs") / name).exists())
+
+
+def tune(config: Config, out: Path, display: Display, resume: bool = False) -> State:
+    """Train and leave the adapter in `out`.
+
+    Raises UserError for anything wrong with the configuration, data or model (nothing is written then), Interrupted
+    after a signal.
+    """
+    if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} already exists", "Choose another --out, or continue that run with --resume.")
+    data = read_data(config)
+    loaded = load(config.model.path, config.train.dtype)
+    spec = lora.Spec.of(loaded.model, config.lora)
+    valid = in_order(data.valid.examples)
+    split = split_for(loaded, config, valid[-1])
+    dropout = lora.attach(loaded.model, spec, config.train.seed)
+    plan = Plan(data.train.examples, config.train)
+    began = not out.exists()
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            lora.save_config(out, spec)
+            (out / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+            events = Events(out, display)
+        except OSError:
+            if began:
+                shutil.rmtree(out, ignore_errors=True)
+            raise
+        job = loop.Job(
+            model=loaded.model,
+            split=split,
+            dropout=dropout,
+            plan=plan,
+            section=config.train,
+            run=out,
+            evaluate=lambda: score(loaded.model, split, valid),
+            lines=[f"line {row.record.row}" for row in data.train.rows],
+            data=digest(data),
+        )
+        notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
+        if split is None and config.fast.head == "auto":
+            notes.append("this model's head cannot be run apart from its trunk: logits are computed for every token")
+        notes.append(f"{len(data.train.rows)} training rows, {len(data.valid.rows)} held out, {plan.steps} steps")
+        notes.append(f"training {lora.describe(spec, loaded.model)} on {backend.kind()}, {dtype_name(loaded.dtype)}")
+        try:
+            for note in notes:
+                events.emit("note", text=note)
+            display.begin(plan.steps, 0)
+            mx.reset_peak_memory()
+            return loop.run(job, events, resume)
+        finally:
+            events.close()
+
+
+def digest(data: Data) -> str:
+    """What the model is trained on, as 16 hex digits: changes when any token or mask does."""
+    running = hashlib.sha256()
+    for example in data.train.examples:
+        running.update(repr((example.ids, example.mask)).encode())
+    return running.hexdigest()[:16]
+
+
+def run_config(run: Path) -> Config:
+    """The resolved configuration a run was made with. Raises UserError when the folder is no run."""
+    if not (run / CONFIG_FILE).is_file():
+        raise UserError(f"{run} is not a run of mlxtune (no {CONFIG_FILE})")
+    return load_config(run / CONFIG_FILE)
+
+
+def held_out(tokenizer: Any, folder: Path, config: Config, split: str = "valid") -> sources.Examples:
+    """The examples of one split of a run's data; `folder` names the model in errors."""
+    records = sources.splits(config.data.path, config.data, config.train.seed)
+    if split not in records:
+        raise UserError(f"{config.data.path} has no {split} split", f"It has: {', '.join(records)}.")
+    if any(record.text is None for record in records[split]):
+        chat.require_template(tokenizer, folder)
+    return sources.to_examples(tokenizer, records[split], config.data)
+
+
+def evaluate(loaded: Loaded, config: Config, examples: sources.Examples) -> Score:
+    batches = in_order(examples.examples)
+    return score(loaded.model, split_for(loaded, config, batches[-1]), batches)

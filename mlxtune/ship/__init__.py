@@ -1,0 +1,1 @@
+"""Out of the house: merged models and exports, each compared with the model that was trained."""

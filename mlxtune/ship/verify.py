@@ -1,0 +1,230 @@
+"""The proof: how close an artefact's logits are to the trained model's, on held-out rows.
+
+Reference: the trained model (base + adapter) in float32, through MLX. The candidate is run by whoever will use it:
+transformers or PEFT when they are installed, else MLX on the files just written. Legend: N positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxtune.data.batches import Batch, collate
+from mlxtune.data.chat import Example
+from mlxtune.errors import UserError
+from mlxtune.model import lora
+from mlxtune.model.load import Loaded, load
+from mlxtune.ship.merge import Merged
+from mlxtune.train.loss import supervised_logits
+
+MAX_ROWS = 16
+MAX_POSITIONS = 256
+# Limits by storage (see README): measured quantity -> largest (smallest for top-1) value that passes.
+LIMITS = {
+    "float32": {"max_difference": 1e-3},
+    "float16": {"mean_kl": 1e-3, "top1": 0.99},
+    "bfloat16": {"mean_kl": 1e-3, "top1": 0.99},
+}
+MARGIN = 10.0  # the tune must move the logits this many times further than the measured error, or nothing is proven
+
+Runner = Callable[[Batch], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logits of the trained model and of its base, [N, V] float32 each, at the supervised positions of `batches`."""
+
+    batches: list[Batch]
+    targets: np.ndarray
+    trained: np.ndarray
+    base: np.ndarray
+
+
+@dataclass(frozen=True)
+class Report:
+    """A measured statement. base_*: trained against base, the size of what was learned; share: projection of the
+    candidate's change of logits on the trained one's; gain_kept: share of the loss improvement that survived."""
+
+    reference: str
+    candidate: str
+    rows: int
+    positions: int
+    max_difference: float
+    mean_difference: float
+    mean_kl: float
+    top1: float
+    loss: float
+    trained_loss: float
+    base_loss: float
+    base_max_difference: float
+    base_mean_kl: float
+    share: float
+    gain_kept: float | None
+    verdict: str = "measured"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def line(self) -> str:
+        return (
+            f"{self.verdict}: max logit difference {self.max_difference:.1e} "
+            f"(tuning moved them by {self.base_max_difference:.1e}), KL {self.mean_kl:.1e}, top-1 {self.top1:.1%}, "
+            f"on {self.positions} held-out tokens, run by {self.candidate}"
+        )
+
+
+def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> Reference:
+    """Run the trained model and its base, in float32, on up to MAX_POSITIONS held-out tokens."""
+    loaded = load(model, "float32")
+    if adapter is not None:
+        lora.load_adapter(loaded.model, adapter)
+    batches, count = [], 0
+    for row in range(min(len(examples), MAX_ROWS)):
+        if count < MAX_POSITIONS:
+            batches.append(collate(examples, [row]))
+            count += batches[-1].targets
+    targets = np.concatenate([batch.supervised()[1] for batch in batches])
+    run = mlx_runner(loaded)
+    trained = _gather(run, batches)
+    with lora.switched_off(loaded.model):
+        base = _gather(run, batches)
+    return Reference(batches, targets, trained, base)
+
+
+def mlx_runner(loaded: Loaded) -> Runner:
+    def run(batch: Batch) -> np.ndarray:
+        return np.array(supervised_logits(loaded.model, None, batch)[0])
+
+    return run
+
+
+def _gather(run: Runner, batches: list[Batch]) -> np.ndarray:
+    return np.concatenate([run(batch) for batch in batches])[:MAX_POSITIONS]
+
+
+def measure(ref: Reference, run: Runner, candidate: str, storage: str) -> Report:
+    """Compare a candidate with the reference; `storage` ("float32", "float16", ...) chooses the limits.
+
+    KL is KL(trained || candidate) in nats, averaged over positions. A storage without limits is measured, not judged.
+    """
+    logits = _gather(run, ref.batches)
+    targets = ref.targets[: len(logits)]
+    moved, wanted = (logits - ref.base).astype(np.float64), (ref.trained - ref.base).astype(np.float64)
+    effect = float((wanted * wanted).sum())
+    losses = [_loss(x, targets) for x in (logits, ref.trained, ref.base)]
+    gain = losses[2] - losses[1]
+    numbers = {
+        "rows": len(ref.batches),
+        "positions": len(logits),
+        "max_difference": float(np.abs(logits - ref.trained).max()),
+        "mean_difference": float(np.abs(logits - ref.trained).mean()),
+        "mean_kl": _kl(ref.trained, logits),
+        "top1": float((logits.argmax(-1) == ref.trained.argmax(-1)).mean()),
+        "base_max_difference": float(np.abs(wanted).max()),
+        "base_mean_kl": _kl(ref.trained, ref.base),
+        "share": float((moved * wanted).sum()) / effect if effect else 1.0,
+        "gain_kept": (losses[2] - losses[0]) / gain if gain > 1e-6 else None,
+    }
+    report = Report(
+        reference="trained model (base + adapter), float32, MLX",
+        candidate=candidate,
+        loss=losses[0],
+        trained_loss=losses[1],
+        base_loss=losses[2],
+        **numbers,  # type: ignore[arg-type]
+    )
+    return Report(**{**asdict(report), "verdict": _verdict(report, LIMITS.get(storage, {}), effect > 0)})
+
+
+def _verdict(report: Report, limits: dict[str, float], tuned: bool) -> str:
+    """passed, failed, inconclusive (the tune is too small to tell), or measured (no limits for this storage)."""
+    if not np.isfinite(report.max_difference):
+        return "failed"
+    if not limits:
+        return "measured"
+    for name, limit in limits.items():
+        value = getattr(report, name)
+        if (value < limit) if name == "top1" else (value > limit):
+            return "failed"
+    error, distance = (
+        (report.max_difference, report.base_max_difference)
+        if "max_difference" in limits
+        else (report.mean_kl, report.base_mean_kl)
+    )
+    return "inconclusive" if tuned and distance < MARGIN * error else "passed"
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def _kl(true: np.ndarray, other: np.ndarray) -> float:
+    p, q = _log_softmax(true), _log_softmax(other)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def _loss(logits: np.ndarray, targets: np.ndarray) -> float:
+    return float(-_log_softmax(logits)[np.arange(len(targets)), targets].mean())
+
+
+def has_transformers() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
+
+
+def has_peft() -> bool:
+    return has_transformers() and importlib.util.find_spec("peft") is not None
+
+
+def transformers_runner(folder: Path) -> Runner:
+    """Load an exported folder with transformers, in float32. Raises UserError for missing or unexpected tensors."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
+    wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if wrong:
+        raise UserError(
+            f"the export does not load whole in transformers: {wrong}", "This is a bug in mlxtune; please report it."
+        )
+    return _torch_runner(model)
+
+
+def peft_runner(base: Merged, config: dict[str, Any], folder: Path) -> Runner:
+    """The exported adapter on the dense float32 form of the base it was trained on, through transformers and PEFT.
+
+    The base is built in memory, tensor by tensor; nothing is written.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    built = AutoConfig.for_model(**config)
+    model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
+    state = {name: torch.from_numpy(np.array(array)) for name, array in base.tensors()}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    tied = {"lm_head.weight"} if built.tie_word_embeddings else set()
+    if unexpected or set(missing) - tied:
+        raise UserError(f"the base does not fit transformers' model: {[*unexpected, *missing][:3]}")
+    return _torch_runner(PeftModel.from_pretrained(model, str(folder)))
+
+
+def _torch_runner(model: Any) -> Runner:
+    import torch
+
+    model.eval()
+
+    def run(batch: Batch) -> np.ndarray:
+        positions, _ = batch.supervised()
+        with torch.no_grad():
+            logits = model(torch.from_numpy(batch.ids[:, :-1].astype(np.int64))).logits
+        return logits.reshape(-1, logits.shape[-1])[torch.from_numpy(positions.astype(np.int64))].float().numpy()
+
+    return run

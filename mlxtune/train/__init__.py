@@ -1,0 +1,1 @@
+"""One loop: batches in, an adapter out, and every event on the way written down."""

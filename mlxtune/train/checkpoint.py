@@ -1,0 +1,86 @@
+"""Checkpoints: everything a run needs to go on with the same bits.
+
+RUN/checkpoints/step-0000100/ holds adapters.safetensors, optimizer.safetensors and state.json. A folder appears whole
+or not at all; state.json carries the digests of the two other files, so a torn checkpoint is recognised and the one
+before is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.optimizers import Optimizer
+from mlx.utils import tree_unflatten
+from mlxtune_convert.files import new_folder, read_json, write_json
+
+from mlxtune.errors import UserError
+from mlxtune.model import lora
+from mlxtune.model.arrays import named
+
+FOLDER = "checkpoints"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands after `step`. best_loss: the lowest validation loss so far (None: not evaluated), at
+    best_step;
+    data: digest of the training examples."""
+
+    step: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    data: str = ""
+
+
+def save(run: Path, state: State, model: nn.Module, optimizer: Optimizer, keep_last: int) -> Path:
+    """Write the checkpoint of `state.step`, then remove all but the newest `keep_last`."""
+    folder = run / FOLDER / f"step-{state.step:07d}"
+    with new_folder(folder, force=True) as work:
+        lora.save_factors(model, work / lora.ADAPTER_FILE)
+        mx.save_safetensors(str(work / OPTIMIZER_FILE), named(optimizer.state))
+        digests = {name: _digest(work / name) for name in (lora.ADAPTER_FILE, OPTIMIZER_FILE)}
+        write_json(work / STATE_FILE, {**asdict(state), "sha256": digests})
+    for old in _folders(run)[:-keep_last]:
+        shutil.rmtree(old)
+    return folder
+
+
+def restore(run: Path, model: nn.Module, optimizer: Optimizer, skipped: Callable[[str], None]) -> State:
+    """Load the newest whole checkpoint into model and optimizer; `skipped` hears of torn ones.
+
+    Raises UserError when there is none.
+    """
+    for folder in reversed(_folders(run)):
+        try:
+            saved = read_json(folder / STATE_FILE, "a checkpoint")
+            torn = [name for name, digest in saved.pop("sha256").items() if _digest(folder / name) != digest]
+            state = State(**saved)
+        except (UserError, OSError, KeyError, TypeError, AttributeError):
+            torn = [STATE_FILE]
+        if torn:
+            skipped(f"{folder} is incomplete ({torn[0]}): using the checkpoint before it")
+            continue
+        lora.load_factors(model, folder / lora.ADAPTER_FILE)
+        tensors: Any = mx.load(str(folder / OPTIMIZER_FILE))
+        mx.eval(tensors)
+        optimizer.state = tree_unflatten(list(tensors.items()))
+        return state
+    raise UserError(f"{run} has no checkpoint to resume from", "Start again without --resume, into another folder.")
+
+
+def _folders(run: Path) -> list[Path]:
+    return sorted((run / FOLDER).glob("step-*"))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

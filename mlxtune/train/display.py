@@ -1,0 +1,142 @@
+"""Events drawn on a terminal, or printed as plain lines where there is none. Everything goes to standard error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from mlxtune.train.events import Event
+
+PLAIN_SECONDS = 5.0  # between two plain lines
+
+
+def duration(seconds: float) -> str:
+    """2:05:09 or 5:09."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Meter:
+    """The numbers of a run in progress, from its events. `clock` gives seconds."""
+
+    def __init__(self, steps: int, start: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self.steps, self.start, self.step = steps, start, start
+        self.began = clock()
+        self.loss: float | None = None
+        self.valid: list[float] = []
+        self.lr = 0.0
+        self.tokens_per_second = 0.0
+        self.peak_bytes = 0
+
+    def update(self, event: Event) -> None:
+        if event["kind"] == "train":
+            self.step, self.lr, self.peak_bytes = event["step"], event["lr"], event["peak_bytes"]
+            # A running mean: single steps differ by their rows more than by what was learned.
+            self.loss = event["loss"] if self.loss is None else 0.8 * self.loss + 0.2 * event["loss"]
+            rate = event["tokens"] / max(event["seconds"], 1e-9)
+            self.tokens_per_second = rate if not self.tokens_per_second else 0.8 * self.tokens_per_second + 0.2 * rate
+        elif event["kind"] == "eval":
+            self.valid.append(event["loss"])
+
+    def eta_seconds(self) -> float | None:
+        """Time left, from the wall time of the steps done so far, their evaluations included."""
+        done = self.step - self.start
+        if not done:
+            return None
+        return (self.clock_now() - self.began) / done * (self.steps - self.step)
+
+    def clock_now(self) -> float:
+        return self._clock()
+
+    def fields(self) -> list[tuple[str, str]]:
+        eta = self.eta_seconds()
+        out = [("step", f"{self.step}/{self.steps}")]
+        if self.loss is not None:
+            out.append(("loss", f"{self.loss:.4f}"))
+        if self.valid:
+            first = f" (was {self.valid[0]:.4f})" if len(self.valid) > 1 else ""
+            out.append(("valid loss", f"{self.valid[-1]:.4f}{first}"))
+        if self.tokens_per_second:
+            out += [
+                ("tokens/s", f"{self.tokens_per_second:,.0f}"),
+                ("lr", f"{self.lr:.2e}"),
+                ("peak memory", f"{self.peak_bytes / (1 << 30):.2f} GiB"),
+            ]
+        if eta is not None:
+            out.append(("left", duration(eta)))
+        return out
+
+
+class Display:
+    """A listener for a run's events. Use as a context manager around the run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.meter: Meter | None = None
+        self._live: Live | None = None
+        self._progress = Progress(
+            TextColumn("training"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f}%")
+        )
+        self._task: TaskID | None = None
+        self._last_line = 0.0
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def begin(self, steps: int, start: int) -> None:
+        self.meter = Meter(steps, start)
+        if self.console.is_terminal:
+            self._task = self._progress.add_task("", total=steps, completed=start)
+            self._live = Live(self._draw(), console=self.console, refresh_per_second=4)
+            self._live.start()
+
+    def __call__(self, event: Event) -> None:
+        kind = event["kind"]
+        if kind == "note":
+            self.console.print(Text(f"note: {event['text']}", style="yellow"))
+        elif kind == "end":
+            self._stop()
+        if self.meter is None:
+            return
+        self.meter.update(event)
+        if self._live is not None and self._task is not None:
+            self._progress.update(self._task, completed=self.meter.step)
+            self._live.update(self._draw())
+        elif kind == "eval":
+            self.console.print(
+                f"step {event['step']}: validation loss {event['loss']:.4f} ({event['tokens']:,} tokens)"
+            )
+        elif kind == "train":
+            self._print_sometimes()
+
+    def _print_sometimes(self) -> None:
+        assert self.meter is not None
+        now = self.meter.clock_now()
+        if now - self._last_line >= PLAIN_SECONDS or self.meter.step == self.meter.steps:
+            self._last_line = now
+            self.console.print("  ".join(f"{name} {value}" for name, value in self.meter.fields()), soft_wrap=True)
+
+    def _draw(self) -> RenderableType:
+        assert self.meter is not None
+        table = Table.grid(padding=(0, 3))
+        fields = self.meter.fields()
+        table.add_row(*(Text(name, style="dim") for name, _ in fields))
+        table.add_row(*(Text(value, style="bold") for _, value in fields))
+        return Group(self._progress, table)
