@@ -1,0 +1,45 @@
+"""Fixtures that several tests share; each is made once per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny float32 llama as transformers saves it."""
+    return tiny.make_model(tmp_path_factory.mktemp("hf") / "llama")
+
+
+@pytest.fixture(scope="session")
+def mlx_model(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model converted by the command: 4 bits, groups of 32."""
+    out = tmp_path_factory.mktemp("mlx") / "llama-4bit"
+    result = tiny.mlxtune("convert", hf_model, out, "--group-size", "32")
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder: 24 training and 6 validation conversations."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = tiny.conversations(30)
+    tiny.write_jsonl(folder / "train.jsonl", rows[:24])
+    tiny.write_jsonl(folder / "valid.jsonl", rows[24:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the tiny 4-bit model: 12 steps at a rate that visibly changes it."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    settings = ("train.steps=12", "train.lr=1e-2", "train.eval_every=6", "train.save_every=6", "lora.rank=4")
+    result = tiny.mlxtune(
+        "train", "--model", mlx_model, "--data", data, "--out", out, *(x for s in settings for x in ("--set", s))
+    )
+    assert result.returncode == 0, result.stderr
+    return out

@@ -1,0 +1,121 @@
+"""Tiny real objects: models that transformers made, a byte tokenizer with ChatML, conversations. No mocks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+}
+
+
+def make_tokenizer(folder: Path, chat: bool = True) -> None:
+    """A byte-level tokenizer of 3 + 256 tokens, with ChatML unless `chat` is false."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*SPECIAL, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
+    if chat:
+        config["chat_template"] = CHATML
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def make_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
+    """A two-layer model with random weights, saved by transformers as any Hugging Face model is."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **SHAPES[kind],
+        **changes,
+    }
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape), dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            # Trained norms are not all ones and trained biases not all zeros; a test that cannot see them proves little.
+            if tensor.ndim == 1:
+                tensor.add_(0.1 * torch.randn_like(tensor))
+            elif "embed" in name:
+                tensor.mul_(10)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+def conversations(count: int, answer: str = "The answer is {}.") -> list[dict[str, Any]]:
+    """Rows of different lengths, each with another question."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Question {'very ' * (index % 5)}number {index}?"},
+                {"role": "assistant", "content": answer.format(index * 7)},
+            ]
+        }
+        for index in range(count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def mlxtune(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command, as a user does."""
+    command = Path(sys.executable).with_name("mlxtune")
+    return subprocess.run(
+        [str(command), *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "COLUMNS": "200", **environment},
+    )
+
+
+def one_clear_line(result: subprocess.CompletedProcess[str], *expected: str) -> str:
+    """Assert what every refusal must be: exit status 2, one error line (and a hint), no traceback. Returns the error output."""
+    assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
+    lines = result.stderr.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(lines) - lines.index(errors[0]) <= 2, result.stderr
+    for text in expected:
+        assert text in result.stderr, (text, result.stderr)
+    return result.stderr
