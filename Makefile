@@ -30,7 +30,7 @@ define choose_python
 	fail() { echo "mlxtune: $$1" >&2; exit 1; }; \
 	system=$$(uname -s); \
 	case "$$system" in \
-	  Darwin) release=$$(sw_vers -productVersion); \
+	  Darwin) release=$$(sw_vers -productVersion 2>/dev/null) || release=0; \
 	    [ "$${release%%.*}" -ge 14 ] || fail "macOS 14 or later is needed for MLX; this is macOS $$release";; \
 	  Linux) ;; \
 	  *) fail "macOS or Linux is needed; this is $$system";; \
@@ -44,10 +44,10 @@ define choose_python
 	  if ! "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then novenv="$$candidate"; continue; fi; \
 	  python="$$candidate"; break; \
 	done; \
-	if [ -z "$$python" ] && command -v uv >/dev/null 2>&1; then python=uv; fi; \
+	if [ -z "$$python$$rosetta" ] && command -v uv >/dev/null 2>&1; then python=uv; fi; \
 	if [ -z "$$python" ]; then \
-	  [ -z "$$novenv" ] || fail "$$novenv cannot make virtual environments; install python3-venv (apt-get install python3-venv)"; \
-	  [ -z "$$rosetta" ] || fail "$$rosetta is an x86_64 Python (Rosetta); install an arm64 Python, MLX needs it"; \
+	  [ -z "$$novenv" ] || fail "$$novenv cannot make virtual environments; install python3-venv (apt-get install $$novenv-venv)"; \
+	  [ -z "$$rosetta" ] || fail "$$rosetta is an x86_64 Python (Rosetta or an Intel Mac); MLX needs an arm64 Python"; \
 	  [ -z "$$older" ] || fail "Python 3.11 to 3.14 is needed; found only $$older"; \
 	  fail "no Python found; install Python 3.11 to 3.14, or uv"; \
 	fi
@@ -55,10 +55,11 @@ endef
 
 # On Linux MLX's CPU backend multiplies with whatever BLAS it finds; OpenBLAS is some 30 times faster than its own.
 define choose_blas
-	if [ "$$system" = Linux ] && ! ldconfig -p 2>/dev/null | grep -q 'libopenblas\.so\.0'; then \
+	if [ "$$system" = Linux ] && ! PATH="$$PATH:/sbin" ldconfig -p 2>/dev/null | grep -q 'libopenblas\.so\.0'; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 	    echo "installing OpenBLAS (libopenblas0-pthread)"; \
-	    { apt-get update -qq && apt-get install -y -qq libopenblas0-pthread; } >/dev/null 2>&1 || \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    { apt-get update -qq && apt-get install -y -qq libopenblas0-pthread; } </dev/null >/dev/null 2>&1 || \
 	      echo "mlxtune: OpenBLAS could not be installed; float32 work will be some 30 times slower" >&2; \
 	  else \
 	    echo "mlxtune: libopenblas0-pthread is not installed; with it float32 work is some 30 times faster" >&2; \
@@ -75,7 +76,7 @@ $(READY): pyproject.toml
 	echo "making $(VENV) with $$python ($$extras)"; \
 	rm -rf $(VENV); \
 	if [ "$$python" = uv ]; then \
-	  uv venv --quiet --python '>=3.11,<3.15' $(VENV) && uv pip install --quiet --python $(VENV)/bin/python -e ".[$$extras]"; \
+	  uv venv --quiet --seed --python '>=3.11,<3.15' $(VENV) && uv pip install --quiet --python $(VENV)/bin/python -e ".[$$extras]"; \
 	else \
 	  "$$python" -m venv $(VENV) && $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$$extras]"; \
 	fi && touch $(READY)

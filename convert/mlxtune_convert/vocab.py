@@ -27,6 +27,11 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 def check_supported(metadata: dict[str, Any]) -> None:
     """Raise UserError for a vocabulary that cannot be rebuilt exactly, before any work is done."""
     model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    missing = [key for key in ("tokens", "token_type", "merges") if f"tokenizer.ggml.{key}" not in metadata]
+    if model == "gpt2" and missing:
+        raise UserError(
+            f"the GGUF's tokenizer has no {missing[0]}", "The file is damaged, or holds no language model of its own."
+        )
     if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise UserError(
             f"the GGUF's tokenizer ({model}, pre-tokenizer {pre}) cannot be rebuilt exactly yet "

@@ -27,7 +27,7 @@ from mlxtune.ship import export, merge, verify
 from mlxtune.train.display import Display, duration
 
 STEPS = 48
-SHOWN_ROWS = (0, 7, 15)  # of the validation file: one question each is answered before and after
+SHOWN_ROWS = (8, 14, 19)  # of the validation file: one question each is answered before and after
 ANSWER = Sampling(max_tokens=60)
 SETTINGS = (
     "lora.rank=8",
@@ -97,7 +97,7 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
         ):
             console.print(f"{out / name}: {proof.line() if proof else ''}", soft_wrap=True)
     console.print(Text(f"\nDone in {duration(time.perf_counter() - began)}. ", style="bold green"), end="")
-    console.print(closing(model, run))
+    console.print(closing(model, run), soft_wrap=True)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ transformers or PEFT when they are installed, else MLX on the files just written
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -182,11 +183,20 @@ def has_peft() -> bool:
     return has_transformers() and importlib.util.find_spec("peft") is not None
 
 
+def _quiet() -> None:
+    """The other library's progress bars and its notes on its own future would only confuse here."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 def transformers_runner(folder: Path) -> Runner:
     """Load an exported folder with transformers, in float32. Raises UserError for missing or unexpected tensors."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    _quiet()
     model, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
@@ -205,6 +215,7 @@ def peft_runner(base: Merged, config: dict[str, Any], folder: Path) -> Runner:
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _quiet()
     built = AutoConfig.for_model(**config)
     model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
     state = {name: torch.from_numpy(np.array(array)) for name, array in base.tensors()}

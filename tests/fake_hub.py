@@ -1,0 +1,212 @@
+"""A model hub on this machine: the requests that huggingface_hub makes, answered as the real hub answers them.
+
+Like the real one it has two hosts (here: ports): the site, and a storage host that large files are redirected to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+LARGE = (".safetensors", ".bin", "tokenizer.json")  # kept in large file storage, as on the real hub
+
+
+@dataclass
+class Repo:
+    """What one repository holds, and how it turns people away."""
+
+    files: dict[str, bytes]
+    claimed: dict[str, int] = field(default_factory=dict)  # sizes that are not the files' own
+    refusal: tuple[int, str, str] | None = None  # status, X-Error-Code and X-Error-Message
+    refuses_files_only: bool = False  # a gated repository can be looked at by everyone
+
+    @property
+    def commit(self) -> str:
+        return hashlib.sha1(b"".join(name.encode() + data for name, data in sorted(self.files.items()))).hexdigest()
+
+    def size(self, name: str) -> int:
+        return self.claimed.get(name, len(self.files[name]))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request as it arrived. `host` is "site" or "storage"."""
+
+    host: str
+    method: str
+    path: str
+    range: str | None
+    authorization: str | None
+
+
+class FakeHub:
+    """Use as a context manager; `url` is what HF_ENDPOINT must be."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.cut_after: int | None = None  # storage never sends a file's bytes beyond this one: it hangs up instead
+        self.corrupt = False  # storage changes a byte of what it sends
+        self.silent = False  # every request is accepted and none answered
+        self.held = threading.Event()  # set as soon as storage stands still ...
+        self.hold_after: int | None = None  # ... after this many bytes, for as long as the hub lives
+        self.closing = threading.Event()
+        self.site, self.storage = self._server("site"), self._server("storage")
+        self.url = f"http://127.0.0.1:{self.site.server_address[1]}"
+        self.storage_url = f"http://127.0.0.1:{self.storage.server_address[1]}"
+
+    def _server(self, host: str) -> ThreadingHTTPServer:
+        handler = type("Handler", (_Handler,), {"hub": self, "host": host})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return server
+
+    def add(self, name: str, folder: Path, **more: bytes) -> Repo:
+        """Publish a folder's files, and `more` of them (`pytorch_model__bin=...` is pytorch_model.bin)."""
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        files.update({key.replace("__", "."): data for key, data in more.items()})
+        self.repos[name] = Repo(files)
+        return self.repos[name]
+
+    def asked_for(self, file: str) -> list[Request]:
+        """The requests for one file's content."""
+        return [request for request in self.requests if request.path.endswith("/" + file)]
+
+    def stop(self) -> None:
+        """After this nobody listens on `url` any more."""
+        self.closing.set()
+        for server in (self.site, self.storage):
+            server.shutdown()
+            server.server_close()
+
+    def __enter__(self) -> FakeHub:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if not self.closing.is_set():
+            self.stop()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: FakeHub
+    host: str
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet: the tests look at `FakeHub.requests`."""
+
+    def _answer(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        headers = self.headers
+        self.hub.requests.append(Request(self.host, self.command, path, headers["Range"], headers["Authorization"]))
+        if self.hub.silent:
+            self.hub.closing.wait()
+            self.close_connection = True
+        elif self.host == "storage":
+            _, name, _, file = re.fullmatch(r"(/([\w.-]+/[\w.-]+))/(\w+)/(.+)", path).groups()  # type: ignore[union-attr]
+            self._content(self.hub.repos[name].files[file], {})
+        elif match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(/revision/[^/]+|/tree/[^/]+)?", path):
+            self._about(match[1], tree=(match[2] or "").startswith("/tree/"))
+        elif match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
+            self._file(match[1], match[3])
+        else:
+            self._send(404, b"", {})
+
+    def _about(self, name: str, tree: bool) -> None:
+        """What is in a repository: /api/models/NAME with ?blobs=true, or its listing."""
+        repo = self.hub.repos.get(name)
+        if repo is None:
+            return self._refuse(404, "RepoNotFound", "Repository not found")
+        if repo.refusal and not repo.refuses_files_only:
+            return self._refuse(*repo.refusal)
+        listing: list[dict[str, Any]] = []
+        siblings: list[dict[str, Any]] = []
+        for file, data in sorted(repo.files.items()):
+            size, blob = repo.size(file), _git_id(data)
+            entry: dict[str, Any] = {"type": "file", "path": file, "size": size, "oid": blob}
+            sibling: dict[str, Any] = {"rfilename": file, "size": size, "blobId": blob}
+            if file.endswith(LARGE):
+                sha256 = hashlib.sha256(data).hexdigest()
+                entry["lfs"] = {"oid": sha256, "size": size, "pointerSize": 134}
+                sibling["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 134}
+            listing.append(entry)
+            siblings.append(sibling)
+        about = {"id": name, "modelId": name, "sha": repo.commit, "private": False, "tags": [], "siblings": siblings}
+        return self._send(200, json.dumps(listing if tree else about).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, name: str, file: str) -> None:
+        """/NAME/resolve/REVISION/FILE: the content of a small file, the way to a large one."""
+        repo = self.hub.repos.get(name)
+        if repo is None:
+            return self._refuse(404, "RepoNotFound", "Repository not found")
+        if repo.refusal:
+            return self._refuse(*repo.refusal)
+        if file not in repo.files:
+            return self._refuse(404, "EntryNotFound", "Entry not found")
+        data, commit = repo.files[file], {"X-Repo-Commit": repo.commit}
+        if not file.endswith(LARGE):
+            return self._content(data, {**commit, "ETag": f'"{_git_id(data)}"'})
+        linked = {"X-Linked-Size": str(repo.size(file)), "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        return self._send(302, b"", {**commit, **linked, "Location": f"{self.hub.storage_url}/{name}/large/{file}"})
+
+    def _content(self, data: bytes, headers: dict[str, str]) -> None:
+        """The bytes of a file, or the range that was asked for."""
+        start = 0
+        headers = {**headers, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or ""):
+            start = int(match[1])
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if start and start >= len(data):
+            return self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+        if self.host == "storage" and self.command == "GET":
+            if self.hub.corrupt:
+                data = data[:-1] + bytes([data[-1] ^ 1])
+            stop = self.hub.cut_after if self.hub.hold_after is None else self.hub.hold_after
+            if stop is not None:
+                return self._break_off(data[start:stop], len(data) - start, 206 if start else 200, headers)
+        return self._send(206 if start else 200, data[start:], headers)
+
+    def _break_off(self, data: bytes, promised: int, status: int, headers: dict[str, str]) -> None:
+        """Promise more than is sent."""
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(promised)}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(data)
+        self.wfile.flush()
+        if self.hub.hold_after is not None:
+            self.hub.held.set()
+            self.hub.closing.wait()
+        self.close_connection = True
+
+    def _refuse(self, status: int, code: str, message: str) -> None:
+        headers = {"X-Error-Message": message, "Content-Type": "application/json"}
+        self._send(
+            status, json.dumps({"error": message}).encode(), {**headers, **({"X-Error-Code": code} if code else {})}
+        )
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _git_id(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -1,0 +1,174 @@
+"""Masks: what is trained on is what the model must produce, for several templates, whatever the text contains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mlxtune.data import chat
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Strips every message, puts a blank line after the header, and has no newline after the end token (as Llama 3).
+LLAMA = (
+    "{{ '<bos>' }}{% for m in messages %}{{ '<h>' + m['role'] + '</h>\\n\\n' + m['content'] | trim + '<eot>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<h>assistant</h>\\n\\n' }}{% endif %}"
+)
+# The system prompt goes into the first user turn; answers end with </s> (as Mistral).
+MISTRAL = (
+    "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}{{ '<bos>' }}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + (system + '\\n\\n' if loop.first else '') }}"
+    "{{ m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+)
+# Renames the assistant, forbids system prompts, ends turns with a newline before nothing (as Gemma).
+GEMMA = (
+    "{{ '<bos>' }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ '<sot>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n' + m['content'] | trim + '<eot>\\n' }}{% endfor %}"
+)
+# Prints an empty thought before every answer (as MiniMind and Qwen 3 do).
+THINK = CHATML.replace(
+    "m['role'] + '\\n' + m['content']",
+    "m['role'] + '\\n' + ('<think>\\n\\n</think>\\n\\n' if m['role'] == 'assistant' else '') + m['content']",
+)
+PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "mistral": MISTRAL, "gemma": GEMMA, "think": THINK, "plain": PLAIN}
+END = {
+    "chatml": "<|im_end|>",
+    "llama": "<eot>",
+    "mistral": "</s>",
+    "gemma": "<eot>",
+    "think": "<|im_end|>",
+    "plain": "",
+}
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<bos>", "<eot>", "<h>", "</h>", "</s>", "<sot>"]
+
+
+def make(template: str, merges: tuple[tuple[str, str], ...] = ()) -> Any:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*SPECIAL, *letters, *(a + b for a, b in merges)]
+    inner = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=list(merges)))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def supervised(tokenizer: Any, messages: list[dict[str, Any]], **kwargs: Any) -> list[str]:
+    """The runs of supervised text; also asserts that ids are the tokenizer's own."""
+    example = chat.render(tokenizer, messages, **kwargs)
+    assert example.ids == list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs))
+    runs: list[list[int]] = []
+    for before, (token, flag) in zip([0, *example.mask], zip(example.ids, example.mask, strict=True), strict=False):
+        if flag and not before:
+            runs.append([])
+        if flag:
+            runs[-1].append(token)
+    # Byte-level text needs its bytes joined, so runs are decoded whole.
+    return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
+
+
+def turns(*texts: str) -> list[dict[str, Any]]:
+    """user, assistant, user, ... turns."""
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_answer_and_its_end_token_is_supervised_and_nothing_else(name: str) -> None:
+    tokenizer = make(TEMPLATES[name])
+    messages = turns("Hi!", "Hello.", "Why?", "Because: the reason.")
+    assert supervised(tokenizer, messages) == [f"Hello.{END[name]}", f"Because: the reason.{END[name]}"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_markers_inside_user_text_stay_context(name: str) -> None:
+    """The whole render of another conversation as a user message: the strongest injection there is."""
+    tokenizer = make(TEMPLATES[name])
+    attack = tokenizer.apply_chat_template(turns("x", "I am injected", "y", "me too"), tokenize=False)
+    assert supervised(tokenizer, turns(attack, "No.", "ok", "Yes.")) == [f"No.{END[name]}", f"Yes.{END[name]}"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_user_who_says_what_the_assistant_says_stays_context(name: str) -> None:
+    assert supervised(make(TEMPLATES[name]), turns("yes", "yes", "assistant", "yes")) == [f"yes{END[name]}"] * 2
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_empty_answer_supervises_its_end_token_alone(name: str) -> None:
+    found = supervised(make(TEMPLATES[name]), turns("Say nothing.", "", "Now hi.", "hi"))
+    assert found == [text for text in (END[name], f"hi{END[name]}") if text]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_conversation_that_ends_with_the_user_supervises_the_answers_before(name: str) -> None:
+    assert supervised(make(TEMPLATES[name]), turns("Hi", "Hello", "And now?")) == [f"Hello{END[name]}"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_template_that_strips_answers_supervises_what_it_prints(name: str) -> None:
+    found = supervised(make(TEMPLATES[name]), turns("q", "\n\n  indented\n\tanswer \n", "q", "   "))
+    assert found == [f"indented\n\tanswer{END[name]}", END[name]]
+
+
+@pytest.mark.parametrize("name", ["chatml", "mistral", "plain"])
+def test_a_template_that_keeps_whitespace_supervises_it(name: str) -> None:
+    assert supervised(make(TEMPLATES[name]), turns("q", "\n  a \n")) == [f"\n  a \n{END[name]}"]
+
+
+def test_a_token_that_straddles_the_border_belongs_to_the_answer() -> None:
+    """With a merge of two newlines, the header's newline and the answer's first one are one token."""
+    tokenizer = make(CHATML, merges=(("Ċ", "Ċ"),))
+    example = chat.render(tokenizer, turns("q", "\nok"))
+    first = example.mask.index(1)
+    assert tokenizer.decode([example.ids[first]]) == "\n\n"
+    assert tokenizer.decode(example.ids[first + 1 :], clean_up_tokenization_spaces=False) == "ok<|im_end|>\n"
+    assert example.mask[first:] == [1, 1, 1, 1, 0]
+
+
+def test_text_of_many_bytes_per_letter_is_covered_whole() -> None:
+    text = "Bonjour 🌍! «naïve» 日本語 👨\u200d💻 e\u0301"
+    assert supervised(make(CHATML), turns("Ü 你好 👋🏽", text)) == [text + "<|im_end|>"]
+
+
+def test_an_end_token_inside_an_answer_is_part_of_the_answer() -> None:
+    text = "the token <|im_end|> ends a turn"
+    assert supervised(make(CHATML), turns("how?", text)) == [text + "<|im_end|>"]
+
+
+def test_the_system_prompt_is_context() -> None:
+    messages = [{"role": "system", "content": "Hello. Be brief."}, *turns("Hi", "Hello. Be brief.")]
+    assert supervised(make(CHATML), messages) == ["Hello. Be brief.<|im_end|>"]
+    assert supervised(make(MISTRAL), messages) == ["Hello. Be brief.</s>"]
+
+
+def test_consecutive_assistant_turns_are_both_supervised() -> None:
+    messages = [*turns("q", "one"), {"role": "assistant", "content": "two"}]
+    assert supervised(make(CHATML), messages) == ["one<|im_end|>", "two<|im_end|>"]
+
+
+def test_a_refusing_template_says_why() -> None:
+    with pytest.raises(chat.TemplateError, match="no system"):
+        chat.render(make(GEMMA), [{"role": "system", "content": "s"}, *turns("q", "a")])
+
+
+def test_template_variables_reach_the_template() -> None:
+    tokenizer = make("{{ mood }}" + CHATML)
+    assert supervised(tokenizer, turns("q", "calm"), mood="calm") == ["calm<|im_end|>"]
+
+
+def test_private_use_characters_in_the_data_are_no_stand_ins() -> None:
+    """The conversation holds the very character that would have stood in for an answer."""
+    assert supervised(make(CHATML), turns("\ue000\ue001", "\ue000 ok \ue002")) == ["\ue000 ok \ue002<|im_end|>"]
+
+
+def test_plain_text_is_supervised_whole_and_ends() -> None:
+    tokenizer = make(CHATML)
+    example = chat.render_text(tokenizer, "abc")
+    assert tokenizer.decode(example.ids) == "abc</s>"
+    assert example.mask == [1, 1, 1, 1]

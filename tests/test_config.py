@@ -1,0 +1,255 @@
+"""Where values come from, what is read as a number, and what every refusal names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import mlxtune, one_clear_line
+
+from mlxtune import config
+from mlxtune.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def refused(file: Path | None, *settings: str, **flags: Any) -> UserError:
+    with pytest.raises(UserError) as caught:
+        config.load(file, settings, {key.replace("__", "."): value for key, value in flags.items()})
+    assert "\n" not in caught.value.message and "\n" not in caught.value.hint
+    return caught.value
+
+
+def test_flags_beat_settings_beat_the_file_beats_the_defaults(write: Any) -> None:
+    file = write("train: {lr: 1, seed: 1, clip_norm: 1, accumulate: 2}\n")
+    resolved = config.load(file, ("train.lr=2", "train.seed=2"), {"train.lr": 3}).train
+    assert (resolved.lr, resolved.seed, resolved.accumulate) == (3, 2, 2)
+    assert resolved.weight_decay == config.Config().train.weight_decay
+
+
+def test_a_flag_that_was_not_given_changes_nothing(write: Any) -> None:
+    resolved = config.load(write("model: {path: here}\n"), (), {"model.path": None, "data.path": "there"})
+    assert (resolved.model.path, resolved.data.path) == ("here", "there")
+
+
+def test_the_last_of_two_equal_settings_counts() -> None:
+    assert config.load(None, ("train.lr=1", "train.lr=2")).train.lr == 2
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", ".5", "5", "5.", "+1e-5", "1e3", "1.5e3", ".5e3", "-.5e-3", "2e+2"])
+def test_every_way_to_write_a_number_is_a_number(text: str, write: Any) -> None:
+    value = abs(float(text))
+    assert config.load(write(f"train:\n  lr: {text.lstrip('-')}\n")).train.lr == value
+    assert config.load(None, (f"train.lr={text.lstrip('-')}",)).train.lr == value
+    assert config.parse_yaml(text, "") == float(text)
+
+
+@pytest.mark.parametrize("text", ["e5", ".", "1e", ".e5", "1.2.3", "5e5x", "2025-01-31", "q_proj"])
+def test_text_that_is_no_number_stays_text(text: str) -> None:
+    assert config.parse_yaml(f"key: {text}", "") == {"key": text}
+
+
+def test_a_whole_number_in_scientific_notation_is_a_step_count() -> None:
+    assert config.load(None, ("train.steps=1e3",)).train.steps == 1000
+    error = refused(None, "train.steps=1.5")
+    assert error.message.startswith("--set train.steps=1.5: train.steps: should be a valid integer")
+
+
+@pytest.mark.parametrize("text", ["true", "yes", "on", "false", "no"])
+@pytest.mark.parametrize("key", ["train.lr", "train.steps", "train.save_every", "lora.rank", "model.path"])
+def test_yes_and_no_are_not_numbers(key: str, text: str) -> None:
+    assert "not true or false" in refused(None, f"{key}={text}").message
+
+
+def test_off_is_a_word_for_the_key_that_knows_it_and_truth_is_left_to_chat_templates(write: Any) -> None:
+    assert config.load(write("fast:\n  head: off\n")).fast.head == "off"
+    assert config.load(None, ("fast.head=off",)).fast.head == "off"
+    assert refused(None, "fast.head=on").message.endswith("fast.head: should be 'auto' or 'off', got 'on'")
+    loaded = config.load(None, ("data.template_kwargs.enable_thinking=off", "data.template_kwargs.depth=2"))
+    assert loaded.data.template_kwargs == {"enable_thinking": False, "depth": 2}
+
+
+def test_an_unknown_key_names_file_line_and_nearest_neighbour(write: Any) -> None:
+    file = write("# a comment\ntrain:\n  lr: 1e-4\n  warmup_step: 3\n")
+    error = refused(file)
+    assert error.message == f"{file} line 4: unknown key train.warmup_step"
+    assert error.hint == "Did you mean train.warmup_steps?"
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("tran.lr", "train"),
+        ("train.rank", "lora.rank"),
+        ("train.learning_rate", "train.lr"),
+        ("lora.lora_alpha", "lora.alpha"),
+        ("data.max_length", "data.max_tokens"),
+    ],
+)
+def test_the_nearest_neighbour_is_what_was_meant(key: str, nearest: str) -> None:
+    error = refused(None, f"{key}=1")
+    assert error.message.startswith(f"--set {key}=1: unknown key ")
+    assert error.hint == f"Did you mean {nearest}?"
+
+
+def test_a_key_without_its_section_is_shown_where_it_belongs(write: Any) -> None:
+    assert refused(write("lr: 1e-4\n")).hint == "Did you mean train.lr?"
+
+
+def test_a_key_like_no_other_gets_the_list_of_sections(write: Any) -> None:
+    for text in ("zzzz: 1\n", "1: 2\n", "null: 3\n"):
+        assert refused(write(text)).hint == "Sections: model, data, lora, train, fast."
+
+
+def test_a_key_set_twice_is_refused_with_both_lines(write: Any) -> None:
+    file = write("train:\n  lr: 1\n  seed: 2\n  lr: 3\n")
+    assert refused(file).message == f"{file} line 4: train.lr is already set in {file} line 2"
+    assert "line 3: train is already set" in refused(write("train:\n  lr: 1\ntrain:\n  seed: 1\n")).message
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "train:\n", "train:\n  # lr: 1\nlora:\n", "train: {}\n"])
+def test_an_empty_file_or_section_means_the_defaults(text: str, write: Any) -> None:
+    assert config.load(write(text)) == config.Config()
+
+
+@pytest.mark.parametrize("value", ["5", "[]", "fast"])
+def test_a_section_that_holds_a_value_is_refused(value: str, write: Any) -> None:
+    error = refused(write(f"train: {value}\n"))
+    assert "line 1: train: expected a section with its keys indented below it, got" in error.message
+    assert "train is not a section" in refused(write(f"train: {value}\n"), "train.lr=1").message
+
+
+def test_a_file_that_is_no_mapping_is_refused(write: Any) -> None:
+    assert "expected sections such as `train:`, found list" in refused(write("- train\n")).message
+
+
+def test_yaml_that_cannot_be_read_names_the_line(write: Any) -> None:
+    assert " line 2: not valid YAML" in refused(write("train:\n\tlr: 1\n")).message
+    assert "not valid YAML" in refused(write("train: \x00\n")).message
+    assert "not valid YAML" in refused(write(f"train: {{steps: {'9' * 5000}}}\n")).message
+    assert refused(None, "train.lr=[").message.startswith("--set train.lr line 1: not valid YAML")
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"train: \xff\n")
+    assert "not a text file (invalid UTF-8 at byte 7)" in refused(tmp_path / "run.yaml").message
+
+
+def test_a_file_that_refers_to_itself_is_refused(write: Any) -> None:
+    assert "unknown key train.more" in refused(write("train: &it\n  more: *it\n")).message
+
+
+@pytest.mark.parametrize("setting", ["train.lr", "lr=1", "=1", ".lr=1", "train.=1", ""])
+def test_a_setting_without_section_key_and_value_is_refused(setting: str) -> None:
+    assert "expected section.key=value" in refused(None, setting).message
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("train.steps=10", "train.epochs=2"), ("train.batch_rows=4", "train.batch_tokens=512")]
+)
+def test_two_keys_that_exclude_each_other_are_refused(first: str, second: str, write: Any) -> None:
+    names = [text.partition("=")[0].partition(".")[2] for text in (first, second)]
+    expected = f"set {names[0]} or {names[1]}, not both"
+    for settings in ((first, second), (second, first)):
+        assert refused(None, *settings).message == f"--set {second}: train.{names[1]}: {expected}"
+    values = [text.partition("=")[2] for text in (first, second)]
+    file = write(f"train:\n  {names[1]}: {values[1]}\n  {names[0]}: {values[0]}\n")
+    assert refused(file).message == f"{file} line 2: train.{names[1]}: {expected}"
+
+
+def test_of_two_keys_that_exclude_each_other_the_command_line_replaces_the_files(write: Any) -> None:
+    file = write("train: {epochs: 2, batch_rows: 4}\n")
+    resolved = config.load(file, ("train.steps=10", "train.batch_tokens=512")).train
+    assert (resolved.steps, resolved.epochs) == (10, None)
+    assert (resolved.batch_rows, resolved.batch_tokens) == (None, 512)
+    untouched = config.load(file, ("train.steps=null",)).train
+    assert (untouched.steps, untouched.epochs) == (None, 2)
+
+
+@pytest.mark.parametrize("setting", ["lora.layers=0", "lora.layers=-1", "lora.targets=[]"])
+def test_an_adapter_on_nothing_is_refused(setting: str) -> None:
+    key = setting.partition("=")[0]
+    assert refused(None, setting).message == f"--set {setting}: {key}: nothing would be trained"
+
+
+def test_a_value_of_the_wrong_kind_names_all_that_is_allowed() -> None:
+    error = refused(None, "lora.layers=some")
+    assert "lora.layers: should be 'all' or a valid integer" in error.message
+    assert error.message.endswith("got 'some'")
+    assert error.hint == "lora.layers: all blocks, or only the last n."
+    assert "'constant', 'linear' or 'cosine'" in refused(None, "train.schedule=slow").message
+
+
+@pytest.mark.parametrize("setting", ["train.lr=0", "train.lr=.inf", "train.lr=.nan", "train.lr=", "train.steps=0"])
+def test_a_value_that_could_not_train_is_refused(setting: str) -> None:
+    assert refused(None, setting).message.startswith(f"--set {setting}: train.")
+
+
+def test_a_refused_flag_is_not_blamed_on_the_file(write: Any) -> None:
+    assert refused(write("train: {lr: 1}\n"), train__lr=-1).message == "train.lr: should be greater than 0, got -1"
+
+
+def test_further_problems_are_counted_by_key() -> None:
+    assert refused(None, "lora.layers=x", "lora.rank=0", "train.lr=x").message.endswith(" (and 2 more)")
+
+
+def test_the_resolved_configuration_loads_back_equal(write: Any) -> None:
+    assert config.load(write(config.Config().to_yaml())) == config.Config()
+    odd = {
+        "a": "1e5",
+        "b": ".5",
+        "c": "off",
+        "d": "2025-01-31",
+        "e": "null",
+        "f": "größe: 1 # x",
+        "g": 1e-7,
+        "h": "1e+5",
+    }
+    kwargs = {**odd, "list": [1, "2", None, True], "deep": {"10": "~"}}
+    settings = ("train.lr=1e-5", "train.epochs=.5", "lora.targets=[q_proj, v_proj]", "lora.layers=3", "fast.head=off")
+    flags = {"model.path": "1e5", "data.path": "012", "data.template_kwargs": kwargs}
+    resolved = config.load("qlora", settings, flags)
+    again = config.load(write(resolved.to_yaml()))
+    assert again == resolved
+    assert again.data.template_kwargs == kwargs
+    assert again.to_yaml() == resolved.to_yaml()
+
+
+def test_the_resolved_configuration_writes_every_key(write: Any) -> None:
+    tree = config.parse_yaml(config.Config().to_yaml(), "")
+    written = [*tree, *(f"{section}.{key}" for section, keys in tree.items() for key in keys)]
+    assert sorted(written) == sorted(config.known_keys())
+
+
+def test_every_key_says_what_it_means() -> None:
+    keys = [key for key in config.known_keys() if "." in key]
+    assert len(keys) > 20
+    for key in keys:
+        text = config.describe(key)
+        assert text.startswith(f"{key}: ") and len(text) > len(key) + 10, key
+        assert "None" not in text
+    assert config.describe("train") == config.describe("train.lrr") == ""
+
+
+def test_a_recipe_is_found_by_name_and_a_file_of_any_name_by_its_path(write: Any) -> None:
+    assert config.load("quick").train.steps == 60
+    assert config.find_config(str(write(""))) == write("")
+    for name in ("qick", "", "../quick", "~nobody-here/x", "x" * 400):
+        with pytest.raises(UserError) as caught:
+            config.find_config(name)
+        assert caught.value.hint == f"Shipped recipes: {', '.join(config.recipe_names())}."
+
+
+def test_the_command_line_refuses_in_one_line_before_it_looks_at_the_model(write: Any) -> None:
+    file = write("train:\n  stepz: 3\n")
+    result = mlxtune("train", "-c", file, "--model", "nowhere", "--data", "nowhere")
+    one_clear_line(result, f"{file} line 2: unknown key train.stepz", "Did you mean train.steps?")

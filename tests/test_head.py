@@ -1,0 +1,108 @@
+"""The head run apart from the trunk, and the loss on supervised tokens alone, against the plain model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+from mlx.utils import tree_flatten
+
+from mlxtune.config import LoraSection
+from mlxtune.data.batches import collate
+from mlxtune.data.chat import Example
+from mlxtune.evaluate.loss import score
+from mlxtune.model import lora
+from mlxtune.model.head import Split
+from mlxtune.model.load import load
+from mlxtune.train import loss
+
+IDS = np.random.default_rng(0).integers(3, 250, (3, 14))
+
+
+@pytest.fixture(scope="module", params=["llama", "llama tied", "qwen2", "gemma2", "granite", "mixtral", "qwen3"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    kind, _, tied = request.param.partition(" ")
+    changes = {"tie_word_embeddings": True} if tied else {}
+    folder = tiny.make_model(tmp_path_factory.mktemp("head") / kind, kind, **changes)
+    return load(str(folder)).model
+
+
+def batch() -> loss.Batch:
+    draw = np.random.default_rng(1)
+    return collate([Example(row.tolist(), draw.integers(0, 2, len(row)).tolist()) for row in IDS], [0, 1, 2])
+
+
+def test_trunk_then_head_is_the_model(model: nn.Module) -> None:
+    """Soft-caps (gemma2), logit scales (granite), tied embeddings: the model's own forward is the oracle."""
+    ids = mx.array(IDS)
+    split = Split.of(model, ids)
+    assert split is not None
+    hidden = split.hidden(ids)
+    logits = split.logits(hidden.reshape(-1, hidden.shape[-1])[mx.array([3, 20, 41])])
+    expected = np.array(model(ids)).reshape(42, -1)[[3, 20, 41]]
+    np.testing.assert_allclose(np.array(logits), expected, atol=1e-5)
+
+
+def test_a_trunk_that_returns_logits_is_not_split() -> None:
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Embedding(300, 320)
+
+        def __call__(self, ids: mx.array) -> mx.array:
+            return self.model(ids) * 2
+
+    class Honest(Whole):
+        def __call__(self, ids: mx.array) -> mx.array:
+            return self.model(ids)
+
+    assert Split.of(Whole(), mx.array(IDS)) is not None  # doubling is a head like any other
+    assert Split.of(nn.Sequential(nn.Embedding(300, 8)), mx.array(IDS)) is None
+    assert Split.of(Honest(), mx.array(IDS)) is not None
+
+
+def test_a_head_that_depends_on_more_than_the_hidden_state_is_not_split() -> None:
+    class Peeks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Embedding(300, 16)
+            self.head = nn.Linear(16, 320)
+
+        def __call__(self, ids: mx.array) -> mx.array:
+            return self.head(self.model(ids)) + ids[..., None].astype(mx.float32)
+
+    assert Split.of(Peeks(), mx.array(IDS)) is None
+
+
+@pytest.mark.parametrize("path", ["split", "whole"])
+def test_supervised_loss_and_gradients_equal_the_plain_ones(model: nn.Module, path: str) -> None:
+    """B is perturbed first: at zero every gradient of A is zero, and half of the comparison could not fail."""
+    split = Split.of(model, mx.array(IDS)) if path == "split" else None
+    if not lora.adapters(model):
+        lora.attach(model, lora.Spec.of(model, LoraSection(rank=2)), seed=0)
+        for index, layer in enumerate(lora.adapters(model).values()):
+            layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(index))
+    value, gradient = nn.value_and_grad(model, lambda b: loss.supervised(model, split, b))(batch())
+    plain, plain_gradient = nn.value_and_grad(model, lambda b: loss.plain(model, b))(batch())
+    assert value.item() == pytest.approx(plain.item(), rel=1e-5)
+    for (name, a), (_, b) in zip(tree_flatten(gradient), tree_flatten(plain_gradient), strict=True):
+        scale = np.abs(np.array(b)).max()
+        assert scale > 0, name
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=2e-4 * scale, err_msg=name)
+
+
+def test_a_score_counts_every_supervised_token_once(model: nn.Module) -> None:
+    """Against full logits and numpy: sum of the loss, tokens, and hits."""
+    scored = score(model, Split.of(model, mx.array(IDS)), [batch()])
+    logits = np.array(model(mx.array(IDS)))[:, :-1].astype(np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    mask = batch().mask[:, 1:] == 1
+    wanted = IDS[:, 1:]
+    picked = np.take_along_axis(log_p, wanted[..., None], -1)[..., 0]
+    assert scored.tokens == mask.sum()
+    assert scored.loss_sum == pytest.approx(-picked[mask].sum(), rel=1e-5)
+    assert scored.correct == (logits.argmax(-1) == wanted)[mask].sum()

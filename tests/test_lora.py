@@ -1,0 +1,157 @@
+"""Adapters: mlx-lm reads what we write, dropout is keyed, targets are found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from mlx.utils import tree_flatten
+
+from mlxtune.config import LoraSection
+from mlxtune.errors import UserError
+from mlxtune.model import lora
+from mlxtune.model.load import load
+
+
+def with_random_b(model: mx.array) -> None:
+    """B starts at zero; give it values, so that the adapter does something."""
+    for index, layer in enumerate(lora.adapters(model).values()):
+        layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(index))
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moe")
+    source = tiny.make_model(folder / "hf", "mixtral")
+    assert tiny.mlxtune("convert", source, folder / "mlx", "--group-size", "32").returncode == 0
+    return folder / "mlx"
+
+
+@pytest.mark.parametrize("layers", ["all", 1])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_mlx_lm_computes_the_same_logits_from_our_adapter_folder(
+    kind: str, layers: str | int, mlx_model: Path, mixtral: Path, tmp_path: Path
+) -> None:
+    """Linear and expert layers, all blocks and the last one: mlx_lm.load(adapter_path=...) is the oracle."""
+    import mlx_lm
+    from mlx_lm.utils import load_adapters, load_model
+
+    folder = mlx_model if kind == "llama" else mixtral
+    loaded = load(str(folder))
+    spec = lora.Spec.of(loaded.model, LoraSection(rank=3, alpha=5, layers=layers))
+    lora.attach(loaded.model, spec, seed=1)
+    with_random_b(loaded.model)
+    lora.save_config(tmp_path, spec)
+    lora.save_factors(loaded.model, tmp_path / lora.ADAPTER_FILE)
+    theirs, _ = load_model(folder)
+    theirs = load_adapters(theirs, str(tmp_path))
+    ids = mx.array([[5, 9, 77, 120, 33, 8, 250, 91, 17, 60, 61, 62]])
+    ours_logits, their_logits = np.array(loaded.model(ids)), np.array(theirs(ids))
+    np.testing.assert_allclose(ours_logits, their_logits, atol=2e-5)
+    assert mlx_lm.__version__.startswith("0.32")
+    with lora.switched_off(loaded.model):
+        assert np.abs(np.array(loaded.model(ids)) - ours_logits).max() > 0.05
+
+
+def test_mlx_lm_generate_runs_a_run_folder(mlx_model: Path, run: Path) -> None:
+    """The command that the README names, as a user of mlx-lm types it."""
+    result = subprocess.run(
+        [sys.executable, "-m", "mlx_lm", "generate", "--model", mlx_model, "--adapter-path", run]
+        + ["--prompt", "Question number 3?", "--max-tokens", "8"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Generation: 8 tokens" in result.stdout
+
+
+def test_saving_and_loading_an_adapter_keeps_its_bits(mlx_model: Path, tmp_path: Path) -> None:
+    loaded = load(str(mlx_model))
+    spec = lora.Spec.of(loaded.model, LoraSection(rank=2, alpha=3, dropout=0.25, targets=["q_proj", "mlp.down_proj"]))
+    assert spec.keys == ("mlp.down_proj", "self_attn.q_proj")
+    lora.attach(loaded.model, spec, seed=1)
+    with_random_b(loaded.model)
+    lora.save_config(tmp_path, spec)
+    lora.save_factors(loaded.model, tmp_path / lora.ADAPTER_FILE)
+    again = load(str(mlx_model))
+    assert lora.load_adapter(again.model, tmp_path) == spec
+    for name, array in lora.factors(loaded.model).items():
+        assert mx.array_equal(array, lora.factors(again.model)[name]).item(), name
+
+
+def test_only_the_adapter_is_trainable(mlx_model: Path) -> None:
+    loaded = load(str(mlx_model))
+    lora.attach(loaded.model, lora.Spec.of(loaded.model, LoraSection(rank=2, layers=1)))
+    names = [name for name, _ in tree_flatten(loaded.model.trainable_parameters())]
+    assert len(names) == 14
+    assert all(name.startswith("model.layers.1.") and name.endswith(("lora_a", "lora_b")) for name in names)
+
+
+def test_a_target_without_a_layer_names_what_there_is(mlx_model: Path) -> None:
+    loaded = load(str(mlx_model))
+    with pytest.raises(UserError, match=r"'qproj'.*") as refused:
+        lora.Spec.of(loaded.model, LoraSection(targets=["qproj"]))
+    assert "q_proj" in refused.value.hint
+    with pytest.raises(UserError, match="the model has 2 blocks"):
+        lora.Spec.of(loaded.model, LoraSection(layers=3))
+
+
+class TestDropout:
+    """Masks are a function of (seed, step, row, layer)."""
+
+    def mask(self, seed: int = 0, step: int = 1, rows: tuple[int, ...] = (4, 9), layer: int = 0) -> np.ndarray:
+        keys = lora.DropoutKeys(0.4)
+        keys.set(seed, step, rows, layers=3)
+        return np.array(keys.apply(mx.ones((len(rows), 50, 40)), layer, by_row=True))
+
+    def test_the_same_row_gets_the_same_mask_whatever_shares_its_batch(self) -> None:
+        np.testing.assert_array_equal(self.mask(rows=(4, 9))[1], self.mask(rows=(9, 7))[0])
+
+    @pytest.mark.parametrize("change", [{"seed": 1}, {"step": 2}, {"layer": 1}, {"rows": (5, 10)}])
+    def test_seed_step_layer_and_row_each_change_the_mask(self, change: dict) -> None:
+        """Independent masks agree on 0.4^2 + 0.6^2 = 52% of their entries."""
+        agreement = (self.mask() == self.mask(**change)).mean()
+        assert 0.47 < agreement < 0.57
+
+    def test_it_keeps_the_mean(self) -> None:
+        values = self.mask()
+        assert set(np.unique(values)) == {0.0, np.float32(1 / 0.6)}
+        assert values.mean() == pytest.approx(1.0, abs=0.05)
+
+    @pytest.mark.parametrize("kind", ["llama", "mixtral"])
+    def test_gradients_match_finite_differences_under_it(self, kind: str, mlx_model: Path, mixtral: Path) -> None:
+        """Forward and backward see one mask: the directional derivative equals a central difference."""
+        loaded = load(str(mlx_model if kind == "llama" else mixtral), "float32")
+        spec = lora.Spec.of(loaded.model, LoraSection(rank=2, dropout=0.5, targets=["down_proj", "w2"][:1]))
+        keys = lora.attach(loaded.model, spec, seed=1)
+        with_random_b(loaded.model)
+        keys.set(0, 1, [0, 1], layers=4)
+        ids = mx.array(np.random.default_rng(0).integers(3, 250, (2, 12)))
+        layer = next(iter(lora.adapters(loaded.model).values()))
+        start = layer.lora_b
+
+        def loss(b: mx.array) -> mx.array:
+            layer.lora_b = b
+            return mx.logsumexp(loaded.model(ids), axis=-1).sum()
+
+        direction = mx.random.normal(start.shape, key=mx.random.key(7))
+        slope = (mx.grad(loss)(start) * direction).sum().item()
+        h = 2e-2
+        difference = (loss(start + h * direction).item() - loss(start - h * direction).item()) / (2 * h)
+        assert slope == pytest.approx(difference, rel=2e-2)
+
+
+def test_the_adapter_config_is_mlx_lms(run: Path) -> None:
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert config["fine_tune_type"] == "lora"
+    assert config["num_layers"] == 2
+    assert config["lora_parameters"]["rank"] == 4
+    assert config["lora_parameters"]["scale"] == 8.0
+    assert "self_attn.q_proj" in config["lora_parameters"]["keys"]

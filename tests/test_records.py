@@ -1,0 +1,154 @@
+"""Row formats, file types, truncation, dropped rows and the held-out split."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from mlxtune.config import DataSection
+from mlxtune.data import records, sources
+from mlxtune.data.tokenizer import load_tokenizer
+
+ASKED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.make_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": ASKED}, ASKED),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, ASKED[1]]}, ASKED),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, ASKED),
+        ({"conversations": ASKED}, ASKED),
+        (
+            {"system": "S", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+            [{"role": "system", "content": "S"}, *ASKED],
+        ),
+        ({"instruction": "Q", "input": "", "output": "A"}, ASKED),
+        ({"instruction": "Q", "response": "A"}, ASKED),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}],
+        ),
+        ({"prompt": "Q", "completion": "A"}, ASKED),
+        ({"prompt": ASKED[:1], "completion": ASKED[1:]}, ASKED),
+    ],
+)
+def test_every_row_format_becomes_the_same_conversation(row: dict, expected: list, tmp_path: Path) -> None:
+    (record,) = records.read(tiny.write_jsonl(tmp_path / "d.jsonl", [row]))
+    assert record.messages == expected
+    assert record.text is None
+
+
+def test_plain_text_stays_text(tmp_path: Path) -> None:
+    (record,) = records.read(tiny.write_jsonl(tmp_path / "d.jsonl", [{"text": "once upon a time"}]))
+    assert (record.text, record.messages) == ("once upon a time", None)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_every_file_type_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f'Q{i}\nsecond line, "quoted" \u2028', "completion": f"Ä{i}"} for i in range(3)]
+    path = tmp_path / f"d.{suffix}"
+    if suffix == "jsonl":
+        tiny.write_jsonl(path, rows)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows))
+    elif suffix == "csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = records.read(path)
+    assert [(r.messages[0]["content"], r.messages[1]["content"]) for r in found if r.messages] == [
+        (row["prompt"], row["completion"]) for row in rows
+    ]
+
+
+def test_rows_carry_their_line_blank_lines_counted(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
+    assert [record.row for record in records.read(path)] == [1, 3]
+
+
+def test_long_rows_keep_their_start_and_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "Q", "completion": "A" * length} for length in (5, 100)]
+    found = records.read(tiny.write_jsonl(tmp_path / "d.jsonl", rows))
+    whole = sources.to_examples(tokenizer, found, DataSection()).examples[1]
+    cut = sources.to_examples(tokenizer, found, DataSection(max_tokens=60))
+    assert (cut.examples[1].ids, cut.examples[1].mask) == (whole.ids[:60], whole.mask[:60])
+    assert cut.shortened == 1
+    assert "1 of 2 rows shortened" in cut.notes("train", 60)[0]
+
+
+def test_rows_without_a_supervised_token_are_dropped_and_named(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [
+        {"messages": ASKED},
+        {"messages": ASKED[:1]},
+        {"messages": [{"role": "user", "content": "Q" * 99}, ASKED[1]]},
+    ]
+    found = sources.to_examples(
+        tokenizer, records.read(tiny.write_jsonl(tmp_path / "d.jsonl", rows)), DataSection(max_tokens=50)
+    )
+    assert [row.record.row for row in found.rows] == [1]
+    notes = " ".join(found.notes("train", 50))
+    assert "1 of 3 rows dropped: no assistant turn (line 2)" in notes
+    assert "no supervised token in the first 50 tokens (line 3)" in notes
+
+
+def test_train_on_last_supervises_the_last_answer_alone(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"messages": [*ASKED, {"role": "user", "content": "R"}, {"role": "assistant", "content": "B"}]}]
+    found = records.read(tiny.write_jsonl(tmp_path / "d.jsonl", rows))
+    (example,) = sources.to_examples(tokenizer, found, DataSection(train_on="last")).examples
+    kept = [token for token, flag in zip(example.ids, example.mask, strict=True) if flag]
+    assert tokenizer.decode(kept) == "B<|im_end|>"
+
+
+def test_rows_are_held_out_by_seed_and_equal_rows_stay_on_one_side(tmp_path: Path) -> None:
+    rows = [{"text": f"row {index % 50}"} for index in range(100)]
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", rows)
+    split = sources.splits(str(path), DataSection(), seed=0)
+    train, valid = ({record.text for record in split[name]} for name in ("train", "valid"))
+    assert len(valid) == 5
+    assert len(split["valid"]) == 10
+    assert not train & valid
+    assert split == sources.splits(str(path), DataSection(), seed=0)
+    assert {record.text for record in sources.splits(str(path), DataSection(), seed=1)["valid"]} != valid
+
+
+def test_a_valid_file_is_used_as_it_is(tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}, {"text": "b"}])
+    tiny.write_jsonl(tmp_path / "valid.jsonl", [{"text": "c"}])
+    split = sources.splits(str(tmp_path), DataSection(), seed=0)
+    assert [[record.text for record in split[name]] for name in ("train", "valid")] == [["a", "b"], ["c"]]
+
+
+def test_data_show_prints_what_is_trained_on(tmp_path: Path) -> None:
+    """Text between marks where there is no colour; JSON Lines with ids, mask and text; dropped rows with their reason."""
+    tiny.make_tokenizer(tmp_path / "tok")
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [{"messages": ASKED}, {"messages": ASKED[:1]}])
+    shown = tiny.mlxtune("data", "show", "--model", tmp_path / "tok", "--data", path)
+    assert shown.returncode == 0, shown.stderr
+    assert "<|im_start|>assistant\n⟦A<|im_end|>⟧" in shown.stdout
+    assert "line 2: dropped (no assistant turn)" in shown.stdout
+    as_json = tiny.mlxtune("data", "show", "--model", tmp_path / "tok", "--data", path, "--json")
+    first, second = map(json.loads, as_json.stdout.splitlines())
+    assert first["text"] == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+    assert len(first["ids"]) == len(first["mask"])
+    assert sum(first["mask"]) == 2
+    assert second == {"row": 2, "dropped": "no assistant turn"}

@@ -1,0 +1,64 @@
+"""The linter, the formatter and the type checker agree; files stay short and name no machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(
+    path
+    for top in ("mlxtune", "convert", "configs", "tests", "Makefile", "README.md", "pyproject.toml")
+    for path in ([ROOT / top] if (ROOT / top).is_file() else (ROOT / top).rglob("*"))
+    if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+)
+# Places that exist on one machine only; not a part of an address such as example.org/home/page.
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|root|work|home|opt|mnt|Users)/")
+LONGEST = 350
+
+
+def _passes(*command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_linter_has_nothing_to_say() -> None:
+    _passes("ruff", "check", ".")
+
+
+def test_every_file_is_formatted() -> None:
+    _passes("ruff", "format", "--check", ".")
+
+
+def test_the_type_checker_has_nothing_to_say() -> None:
+    _passes("mypy")
+
+
+def test_the_walk_finds_the_project() -> None:
+    names = {path.relative_to(ROOT).as_posix() for path in FILES}
+    assert {"Makefile", "README.md", "mlxtune/config.py", "configs/qlora.yaml", "tests/tiny.py"} <= names
+
+
+@pytest.mark.parametrize("text", ["open('/tmp{}x')", '"/home{}me"', "cd /work{}main", "/Users{}me/model"])
+def test_a_machine_path_would_be_noticed(text: str) -> None:
+    assert MACHINE_PATH.search(text.format("/"))
+
+
+def test_no_file_names_a_path_of_one_machine() -> None:
+    for path in FILES:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found = [number for number, line in enumerate(text.splitlines(), 1) if MACHINE_PATH.search(line)]
+        assert not found, f"{path.relative_to(ROOT)}: lines {found}"
+
+
+def test_every_python_file_is_short_enough_to_read() -> None:
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in FILES
+        if path.suffix == ".py"
+    }
+    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
