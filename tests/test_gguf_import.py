@@ -234,7 +234,7 @@ def test_a_float_gguf_has_the_hf_models_logits(arch: str, tmp_path: Path) -> Non
 
     hf = tiny.make_model(tmp_path / "hf", arch, rope_parameters={"rope_type": "default", "rope_theta": 5000.0})
     file = write_gguf(tmp_path / "m.gguf", hf, "F32")
-    assert tiny.mlxtune("convert", file, tmp_path / "mlx", "--dtype", "float32").returncode == 0
+    assert tiny.mlxtune("convert", file, tmp_path / "mlx", "--bits", "16", "--dtype", "float32").returncode == 0
     model, _ = open_model(tmp_path / "mlx")
     ids = np.random.default_rng(0).integers(3, 250, (1, 30))
     with torch.no_grad():

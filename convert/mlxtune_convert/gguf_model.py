@@ -30,6 +30,10 @@ class Gguf:
     tensors: list[ReaderTensor]
     family: Family
 
+    @property
+    def quantized(self) -> bool:
+        return any(tensor.tensor_type.name in BLOCKS for tensor in self.tensors)
+
     def value(self, key: str, default: Any = None) -> Any:
         """The architecture's own value, such as `block_count`. Raises UserError when it is required and missing."""
         name = f"{self.family.gguf}.{key}"

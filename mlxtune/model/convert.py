@@ -110,7 +110,7 @@ def _from_gguf(path: Path, destination: Path, target: Target, dtype: str | None,
     opened = gguf_model.open_gguf(path)
     require_space(destination, path.stat().st_size)
     with new_folder(destination, force) as work:
-        if not target.asked and dtype is None:
+        if opened.quantized and not target.asked and dtype is None:
             gguf_model.convert(opened, work)
             return _measured(work, [])
         lossless = work / "lossless"

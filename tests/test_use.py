@@ -1,0 +1,194 @@
+"""generate, chat, eval, doctor, and the demo on a tiny model, through the installed command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+
+from mlxtune.cli import use
+from mlxtune.data import chat
+from mlxtune.evaluate.generate import prompt_ids
+from mlxtune.model import lora
+from mlxtune.model.load import load
+
+
+def test_the_answer_alone_is_on_standard_output(mlx_model: Path, run: Path) -> None:
+    """Greedy decoding, against an argmax loop over full forward passes written here."""
+    options = ("--model", mlx_model, "--adapter", run, "--prompt", "Question number 3?", "--max-tokens", "12")
+    result = tiny.mlxtune("generate", *options)
+    assert result.returncode == 0, result.stderr
+    loaded = load(str(mlx_model))
+    lora.load_adapter(loaded.model, run)
+    messages = [{"role": "user", "content": "Question number 3?"}]
+    ids = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    made: list[int] = []
+    while len(made) < 12 and (not made or made[-1] not in loaded.eos_ids):
+        made.append(int(mx.argmax(loaded.model(mx.array([ids + made]))[0, -1]).item()))
+    made = made[:-1] if made[-1] in loaded.eos_ids else made
+    assert result.stdout == loaded.tokenizer.decode(made) + "\n"
+
+
+def test_sampling_repeats_with_its_seed_and_changes_with_it(mlx_model: Path) -> None:
+    def sample(*options: str) -> str:
+        command = ("generate", "--model", mlx_model, "--prompt", "Hi", "--max-tokens", "20", "--temperature", "1.5")
+        return tiny.mlxtune(*command, *options).stdout
+
+    assert sample() == sample()
+    assert sample() != sample("--seed", "1")
+    assert sample("--top-p", "0.01") != sample()
+    assert sample("--repetition-penalty", "1.9") != sample()
+
+
+def test_the_system_prompt_and_the_runs_template_variables_are_used(
+    mlx_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """A template that prints a variable: recorded in the run, and there again when the run is used."""
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(mlx_model, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ mood | default('none') }}" + settings["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    out = tmp_path / "run"
+    options = ("--set", "train.steps=1", "--set", "data.template_kwargs={mood: calm}")
+    assert tiny.mlxtune("train", "--model", model, "--data", data, "--out", out, *options).returncode == 0
+    loaded = load(str(model))
+    messages = [{"role": "user", "content": "Hi"}]
+    seen = loaded.tokenizer.decode(prompt_ids(loaded, messages, use._template_kwargs(out)))
+    assert seen == "calm<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    answers = {
+        tiny.mlxtune("generate", "--model", model, "--prompt", "Hi", "--max-tokens", "60", *extra).stdout
+        for extra in ((), ("--system", "Be brief."))
+    }
+    assert len(answers) == 2
+
+
+def test_chat_keeps_history_and_obeys_its_commands(mlx_model: Path) -> None:
+    """Three lines through a pipe: the second answer depends on the first; /reset makes it the first again."""
+    command = [
+        Path(sys.executable).with_name("mlxtune"),
+        "chat",
+        "--model",
+        mlx_model,
+        "--max-tokens",
+        "30",
+        "--repetition-penalty",
+        "1.5",
+    ]
+    result = subprocess.run(
+        [*map(str, command)],
+        input="hello\nhello\n/reset\nhello\n/system Be brief.\nhello\n/help\n",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    first, second, again, brief = (answer for answer in map(str.strip, result.stdout.split("> ")) if answer)
+    assert first == again != second
+    assert brief != first
+    assert "system prompt: Be brief." in result.stderr
+
+
+def test_ctrl_c_stops_the_answer_not_the_chat(mlx_model: Path) -> None:
+    command = [Path(sys.executable).with_name("mlxtune"), "chat", "--model", mlx_model, "--max-tokens", "100000"]
+    process = subprocess.Popen(
+        [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write(b"hello\n")
+    process.stdin.flush()
+    # "> " and the answer's first bytes
+    assert len(os.read(process.stdout.fileno(), 3)) > 0
+    while len(os.read(process.stdout.fileno(), 64)) < 1:
+        pass
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(b"/quit\n", timeout=60)
+    assert process.returncode == 0
+    assert b"[stopped]" in err
+    assert b"Traceback" not in err
+
+
+def test_eval_scores_base_and_tuned_on_the_runs_own_rows(mlx_model: Path, run: Path, data: Path) -> None:
+    """Against a loss over full logits in numpy."""
+    result = tiny.mlxtune("eval", "--model", mlx_model, "--adapter", run, "--json")
+    found = json.loads(result.stdout)
+    loaded = load(str(mlx_model))
+    lora.load_adapter(loaded.model, run)
+    sums, count = {"base": 0.0, "tuned": 0.0}, 0
+    for line in (data / "valid.jsonl").read_text().splitlines():
+        example = chat.render(loaded.tokenizer, json.loads(line)["messages"])
+        mask = np.array(example.mask[1:]) == 1
+        count += mask.sum()
+        for name in sums:
+            with lora.switched_off(loaded.model) if name == "base" else _nothing():
+                logits = np.array(loaded.model(mx.array([example.ids])))[0, :-1].astype(np.float64)
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            sums[name] -= log_p[np.arange(len(mask)), example.ids[1:]][mask].sum()
+    assert found["rows"] == 6
+    for name, total in sums.items():
+        assert found[name]["tokens"] == count
+        assert found[name]["loss"] == pytest.approx(total / count, rel=1e-5)
+        assert found[name]["perplexity"] == pytest.approx(np.exp(total / count), rel=1e-5)
+    assert found["tuned"]["loss"] < found["base"]["loss"]
+    assert "tuned" in tiny.mlxtune("eval", "--model", mlx_model, "--adapter", run).stdout
+
+
+def _nothing():  # type: ignore[no-untyped-def]
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def test_doctor_tells_facts_and_what_is_missing() -> None:
+    found = json.loads(tiny.mlxtune("doctor", "--json").stdout)
+    assert {"python", "chip", "memory", "device", "free disk", "hub login", "hub offline", "mlx"} <= found[
+        "facts"
+    ].keys()
+    plain = tiny.mlxtune("doctor", HF_HUB_OFFLINE="1")
+    assert plain.returncode == 0
+    assert "hub offline" in plain.stdout
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(mlx_model: Path, data: Path, tmp_path: Path) -> None:
+    result = tiny.mlxtune(
+        "train", "-c", "qlora", "--model", mlx_model, "--data", data, "--out", tmp_path / "r", "--dry-run"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "optimizer steps: 4" in result.stdout  # 24 rows, 4 x 4 rows a step, 2 epochs: 2 steps each, the tail one too
+    assert "accumulate: 4" in result.stdout
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_run_folder_holds_what_the_readme_says(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names == {"adapters.safetensors", "adapter_config.json", "config.yaml", "events.jsonl", "checkpoints"}
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    train = [event for event in events if event["kind"] == "train"]
+    keys = {"kind", "step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "seconds", "peak_bytes"}
+    assert [event.keys() for event in train] == [keys] * 12
+    assert [event["step"] for event in events if event["kind"] == "eval"] == [0, 6, 12]
+    assert events[-1]["state"] == "finished"
+
+
+def test_the_demo_tells_the_whole_story_on_any_model(hf_model: Path, tmp_path: Path) -> None:
+    """Two steps on a tiny model: every chapter runs, every artefact is there and proven."""
+    result = tiny.mlxtune("demo", "--model", hf_model, "--out", tmp_path / "demo", "--steps", "2")
+    assert result.returncode == 0, result.stderr
+    for chapter in range(1, 7):
+        assert f"\n{chapter}. " in result.stderr
+    for name in ("peft", "hf"):
+        report = json.loads((tmp_path / "demo" / name / "verification.json").read_text())
+        assert report["verdict"] == "passed"
+    again = tiny.mlxtune("demo", "--model", hf_model, "--out", tmp_path / "demo")
+    tiny.one_clear_line(again, "already exists")
