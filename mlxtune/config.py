@@ -134,7 +134,7 @@ _Loader.yaml_implicit_resolvers = {
 for _kind in (_Loader, _Dumper):
     _kind.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        re.compile(r"^[-+]?(\d[\d_]*\.?\d*[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?)$"),
         list("-+.0123456789"),
     )
 

@@ -53,8 +53,10 @@ class FakeHub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
-        self.cut_after: int | None = None  # storage never sends a file's bytes beyond this one: it hangs up instead
-        self.corrupt = False  # storage changes a byte of what it sends
+        self.cut_after: int | None = None  # storage sends no byte of a file beyond this one, and hangs up ...
+        self.cuts = 1 << 30  # ... this many times; then it is well again
+        self.ignores_ranges = False  # storage always sends whole files
+        self.corrupt: str | None = None  # storage changes a byte of this file
         self.silent = False  # every request is accepted and none answered
         self.held = threading.Event()  # set as soon as storage stands still ...
         self.hold_after: int | None = None  # ... after this many bytes, for as long as the hub lives
@@ -167,16 +169,18 @@ class _Handler(BaseHTTPRequestHandler):
         """The bytes of a file, or the range that was asked for."""
         start = 0
         headers = {**headers, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or ""):
+        whole_only = self.host == "storage" and self.hub.ignores_ranges
+        if not whole_only and (match := re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")):
             start = int(match[1])
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         if start and start >= len(data):
             return self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
         if self.host == "storage" and self.command == "GET":
-            if self.hub.corrupt:
+            if self.hub.corrupt and self.path.endswith("/" + self.hub.corrupt):
                 data = data[:-1] + bytes([data[-1] ^ 1])
             stop = self.hub.cut_after if self.hub.hold_after is None else self.hub.hold_after
-            if stop is not None:
+            if stop is not None and stop < len(data) and self.hub.cuts:
+                self.hub.cuts -= 1
                 return self._break_off(data[start:stop], len(data) - start, 206 if start else 200, headers)
         return self._send(206 if start else 200, data[start:], headers)
 

@@ -45,12 +45,11 @@ def test_the_last_of_two_equal_settings_counts() -> None:
     assert config.load(None, ("train.lr=1", "train.lr=2")).train.lr == 2
 
 
-@pytest.mark.parametrize("text", ["1e-5", "1E-5", ".5", "5", "5.", "+1e-5", "1e3", "1.5e3", ".5e3", "-.5e-3", "2e+2"])
+@pytest.mark.parametrize("text", ["1e-5", "1E-5", ".5", "5", "5.", "+1e-5", "1e3", "1.5e3", ".5e3", ".5e-3", "2e+2"])
 def test_every_way_to_write_a_number_is_a_number(text: str, write: Any) -> None:
-    value = abs(float(text))
-    assert config.load(write(f"train:\n  lr: {text.lstrip('-')}\n")).train.lr == value
-    assert config.load(None, (f"train.lr={text.lstrip('-')}",)).train.lr == value
-    assert config.parse_yaml(text, "") == float(text)
+    assert config.load(write(f"train:\n  lr: {text}\n")).train.lr == float(text)
+    assert config.load(None, (f"train.lr={text}",)).train.lr == float(text)
+    assert config.parse_yaml(f"-{text.lstrip('+')}", "") == -float(text)
 
 
 @pytest.mark.parametrize("text", ["e5", ".", "1e", ".e5", "1.2.3", "5e5x", "2025-01-31", "q_proj"])

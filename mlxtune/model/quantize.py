@@ -21,8 +21,8 @@ QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 def dense_weight(layer: Any, dtype: mx.Dtype = mx.float32, after: mx.array | None = None) -> mx.array:
     """The matrix a layer stands for, in `dtype`. float32 from float32-cast scales is exact.
 
-    after: an array that must be computed first. Without it MLX builds the matrices of many layers ahead of their use (24
-    layers: 31 matrices alive at once, with it 4).
+    after: an array that must be computed first. Without it MLX builds the matrices of many layers ahead of their
+    use (24 layers: 31 matrices alive at once; with it 4).
     """
     if not isinstance(layer, QUANTIZED):
         weight: mx.array = layer.weight

@@ -31,6 +31,8 @@ DEFAULT_GROUP = 64
 class Merged:
     """A model with its adapter folded in, tensor by tensor; nothing is computed until it is read.
 
+    It can be read once: what was read is released, so that a 16-bit base is never whole in memory.
+
     dtype: of the dense tensors; config: of the base, with what describes its quantization.
     """
 
@@ -45,15 +47,27 @@ class Merged:
 
     def leaves(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module that holds parameters itself, an adapter with its linear layer counting as one."""
+        for path, module in self._walk():
+            yield path, module
+            _release(_inner(module))
+
+    def sizes(self) -> dict[str, int]:
+        """How many numbers each leaf holds when dense. Reads nothing."""
+        return {path: _dense_size(module) for path, module in self._walk()}
+
+    def dense_bytes(self) -> int:
+        return sum(self.sizes().values()) * self.dtype.size
+
+    def _walk(self) -> Iterator[tuple[str, nn.Module]]:
         inside: set[str] = set()
         for path, module in self.model.named_modules():
             if path in inside:
                 continue
             if isinstance(module, (lora.LoRALinear, lora.LoRASwitchLinear)):
                 inside.add(f"{path}.linear")
-                yield path, module
-            elif _parameters(module):
-                yield path, module
+            elif not _parameters(module):
+                continue
+            yield path, module
 
     def weight(self, module: nn.Module) -> mx.array:
         """The merged matrix of one leaf, float32."""
@@ -62,7 +76,7 @@ class Merged:
         return dense_weight(module)
 
     def dense(self, path: str, module: nn.Module) -> list[tuple[str, mx.array]]:
-        inner = module.linear if isinstance(module, (lora.LoRALinear, lora.LoRASwitchLinear)) else module
+        inner = _inner(module)
         out = []
         for name, value in _parameters(inner).items():
             if isinstance(inner, QUANTIZED) and name in _QUANTIZATION_TENSORS:
@@ -74,6 +88,16 @@ class Merged:
 
 
 _QUANTIZATION_TENSORS = ("scales", "biases", "global_scale")
+
+
+def _inner(module: nn.Module) -> Any:
+    """The base's layer of a leaf."""
+    return module.linear if isinstance(module, (lora.LoRALinear, lora.LoRASwitchLinear)) else module
+
+
+def _release(module: nn.Module) -> None:
+    for name in _parameters(module):
+        module[name] = mx.array([])
 
 
 def _parameters(module: nn.Module) -> dict[str, mx.array]:
@@ -96,8 +120,8 @@ def fuse(merged: Merged, base: Path, work: Path, bits: int) -> None:
     bits 16: dense; 4 or 8: layers that the adapter changed are quantized again to that many bits (in the base's
     groups), layers it did not change keep the base's codes. base: where tokenizer and source come from.
     """
-    dense_bytes = sum(_dense_size(module) for _, module in merged.leaves()) * merged.dtype.size
-    require_space(work, dense_bytes if bits == UNQUANTIZED_BITS else dense_bytes * (bits + 2) // 16)
+    needed = merged.dense_bytes()
+    require_space(work, needed if bits == UNQUANTIZED_BITS else needed * (bits + 2) // 16)
     writer = ShardWriter(work, {"format": "mlx"})
     config = unquantized(merged.config)
     if bits == UNQUANTIZED_BITS:
@@ -112,7 +136,7 @@ def fuse(merged: Merged, base: Path, work: Path, bits: int) -> None:
 
 
 def _dense_size(module: nn.Module) -> int:
-    inner = module.linear if isinstance(module, (lora.LoRALinear, lora.LoRASwitchLinear)) else module
+    inner = _inner(module)
     if isinstance(inner, QUANTIZED):
         return inner.weight.size * 32 // inner.bits
     return sum(value.size for value in _parameters(inner).values())
@@ -146,11 +170,8 @@ def _write_quantized(merged: Merged, writer: ShardWriter, bits: int) -> dict[str
 
 def check_base(base: Path, trained_on: Path) -> None:
     """Raise UserError when `base` has other tensor shapes than the model the adapter was trained on."""
-    one, other = open_merged(base, None), open_merged(trained_on, None)
-    shapes = [{path: _dense_size(module) for path, module in merged.leaves()} for merged in (one, other)]
-    differing = sorted(
-        path for path in shapes[0].keys() | shapes[1].keys() if shapes[0].get(path) != shapes[1].get(path)
-    )
+    one, other = open_merged(base, None).sizes(), open_merged(trained_on, None).sizes()
+    differing = sorted(path for path in one.keys() | other.keys() if one.get(path) != other.get(path))
     if differing:
         raise UserError(
             f"{base} is not the original of {trained_on}: {differing[0]} differs",
