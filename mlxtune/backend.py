@@ -112,7 +112,7 @@ def dtype_for(name: str, model_dtype: mx.Dtype, quantized: bool) -> mx.Dtype:
         own = str(model_dtype).removeprefix("mlx.core.")
         raise UserError(
             f"train.dtype {name}: this quantized model is {own}; the change would round its scales",
-            f"Use auto, {own} or float32.",
+            f"Use {' or '.join(dict.fromkeys(['auto', own, 'float32']))}.",
         )
     return wanted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from mlxtune.model import hub, lora
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.head import Split
 from mlxtune.model.load import Loaded, load
-from mlxtune.train import loop
+from mlxtune.train import checkpoint, loop
 from mlxtune.train.checkpoint import State
 from mlxtune.train.display import Display
 from mlxtune.train.events import Events
@@ -42,9 +43,10 @@ class Data:
 
 def read_data(config: Config) -> Data:
     """Rows -> examples of the model's tokenizer. Raises UserError before any weight is read."""
+    # The rows first: a typing error in them is said before a model is downloaded.
+    records = sources.splits(config.data.path, config.data, config.train.seed)
     folder = hub.resolve(config.model.path)
     tokenizer = load_tokenizer(folder)
-    records = sources.splits(config.data.path, config.data, config.train.seed)
     if any(record.text is None for record in records["train"]):
         chat.require_template(tokenizer, folder)
     return Data(
@@ -70,53 +72,51 @@ def default_out(model: str) -> Path:
 def tune(config: Config, out: Path, display: Display, resume: bool = False) -> State:
     """Train and leave the adapter in `out`.
 
-    Raises UserError for anything wrong with the configuration, data or model (nothing is written then), Interrupted
-    after a signal.
+    Raises UserError for anything wrong with the configuration, data or model, Interrupted after a signal. A run that
+    ends before anything was saved leaves no folder.
     """
     if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists", "Choose another --out, or continue that run with --resume.")
     data = read_data(config)
     loaded = load(config.model.path, config.train.dtype)
+    loaded.check_ids(example.ids for example in data.train.examples + data.valid.examples)
     spec = lora.Spec.of(loaded.model, config.lora)
     valid = in_order(data.valid.examples)
     split = split_for(loaded, config, valid[-1])
     dropout = lora.attach(loaded.model, spec, config.train.seed)
     plan = Plan(data.train.examples, config.train)
-    began = not out.exists()
+    job = loop.Job(
+        model=loaded.model,
+        split=split,
+        dropout=dropout,
+        plan=plan,
+        section=config.train,
+        run=out,
+        evaluate=lambda: score(loaded.model, split, valid),
+        lines=[row.record.place for row in data.train.rows],
+        data=digest(data),
+    )
+    notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
+    if split is None and config.fast.head == "auto":
+        notes.append("this model's head cannot be run apart from its trunk: logits are computed for every token")
+    notes.append(f"{len(data.train.rows)} training rows, {len(data.valid.rows)} held out, {plan.steps} steps")
+    notes.append(f"training {lora.describe(spec, loaded.model)} on {backend.kind()}, {dtype_name(loaded.dtype)}")
     with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
         try:
-            lora.save_config(out, spec)
-            (out / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
-            events = Events(out, display)
-        except OSError:
-            if began:
+            out.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                lora.save_config(out, spec)
+                (out / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
+            with contextlib.closing(Events(out, display)) as events:
+                for note in notes:
+                    events.emit("note", text=note)
+                display.begin(plan.steps)
+                mx.reset_peak_memory()
+                return loop.run(job, events, resume)
+        except BaseException:
+            if not resume and not checkpoint.saved(out):
                 shutil.rmtree(out, ignore_errors=True)
             raise
-        job = loop.Job(
-            model=loaded.model,
-            split=split,
-            dropout=dropout,
-            plan=plan,
-            section=config.train,
-            run=out,
-            evaluate=lambda: score(loaded.model, split, valid),
-            lines=[f"line {row.record.row}" for row in data.train.rows],
-            data=digest(data),
-        )
-        notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
-        if split is None and config.fast.head == "auto":
-            notes.append("this model's head cannot be run apart from its trunk: logits are computed for every token")
-        notes.append(f"{len(data.train.rows)} training rows, {len(data.valid.rows)} held out, {plan.steps} steps")
-        notes.append(f"training {lora.describe(spec, loaded.model)} on {backend.kind()}, {dtype_name(loaded.dtype)}")
-        try:
-            for note in notes:
-                events.emit("note", text=note)
-            display.begin(plan.steps, 0)
-            mx.reset_peak_memory()
-            return loop.run(job, events, resume)
-        finally:
-            events.close()
 
 
 def digest(data: Data) -> str:
@@ -145,5 +145,6 @@ def held_out(tokenizer: Any, folder: Path, config: Config, split: str = "valid")
 
 
 def evaluate(loaded: Loaded, config: Config, examples: sources.Examples) -> Score:
+    loaded.check_ids(example.ids for example in examples.examples)
     batches = in_order(examples.examples)
     return score(loaded.model, split_for(loaded, config, batches[-1]), batches)

@@ -16,19 +16,22 @@ CHATML = (
 )
 # Strips every message, puts a blank line after the header, and has no newline after the end token (as Llama 3).
 LLAMA = (
-    "{{ '<bos>' }}{% for m in messages %}{{ '<h>' + m['role'] + '</h>\\n\\n' + m['content'] | trim + '<eot>' }}{% endfor %}"
+    "{{ '<bos>' }}{% for m in messages %}"
+    "{{ '<h>' + m['role'] + '</h>\\n\\n' + m['content'] | trim + '<eot>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<h>assistant</h>\\n\\n' }}{% endif %}"
 )
 # The system prompt goes into the first user turn; answers end with </s> (as Mistral).
 MISTRAL = (
     "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}{{ '<bos>' }}"
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + (system + '\\n\\n' if loop.first else '') }}"
-    "{{ m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+    "{{ m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}{% endif %}"
+    "{% endfor %}"
 )
 # Renames the assistant, forbids system prompts, ends turns with a newline before nothing (as Gemma).
 GEMMA = (
     "{{ '<bos>' }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "{{ '<sot>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n' + m['content'] | trim + '<eot>\\n' }}{% endfor %}"
+    "{{ '<sot>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n' }}"
+    "{{ m['content'] | trim + '<eot>\\n' }}{% endfor %}"
 )
 # Prints an empty thought before every answer (as MiniMind and Qwen 3 do).
 THINK = CHATML.replace(

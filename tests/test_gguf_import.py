@@ -61,7 +61,7 @@ def test_uninterleave_undoes_llama_cpps_row_order() -> None:
 
 
 def test_every_tensor_of_smollm2_equals_the_ggufs_own_values(smollm2: Path, smollm2_gguf: Path) -> None:
-    """Scales and biases cast to float32; q and k compared in llama.cpp's row order. 211 quantized tensors and 61 norms."""
+    """Scales and biases cast to float32; q and k in llama.cpp's row order. 211 quantized tensors and 61 norms."""
     model, config = open_model(smollm2)
     arrays = dict(tree_flatten(model.parameters()))
     names = {
@@ -156,11 +156,10 @@ def llama_cpp(smollm2_gguf: Path) -> Iterator[Any]:
             return json.load(answer)["tokens"]
 
     yield tokenize
-    del server
 
 
 def test_the_rebuilt_tokenizer_equals_llama_cpps(smollm2: Path, llama_cpp: Any) -> None:
-    """The README's own text, whole and line by line, and what breaks naive rebuilds: digits after spaces, markers, emoji."""
+    """The README's own text, whole and by line, and what breaks naive rebuilds: digits after spaces, markers, emoji."""
     tokenizer = load_tokenizer(smollm2)
     readme = README.read_text(encoding="utf-8")
     hard = [
@@ -214,9 +213,8 @@ def write_gguf(path: Path, hf: Path, kind: str, **metadata: Any) -> Path:
             array = interleaved(array, config["num_key_value_heads"])
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if array.ndim == 2 and kind != "F32":
-            writer.add_tensor(
-                to, quantize(array, gguf.GGMLQuantizationType[kind]), raw_dtype=gguf.GGMLQuantizationType[kind]
-            )
+            to_type = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(to, quantize(array, to_type), raw_dtype=to_type)
         else:
             writer.add_tensor(to, array)
     writer.write_header_to_file()

@@ -48,7 +48,7 @@ def test_mlx_lm_computes_the_same_logits_from_our_adapter_folder(
     lora.attach(loaded.model, spec, seed=1)
     with_random_b(loaded.model)
     lora.save_config(tmp_path, spec)
-    lora.save_factors(loaded.model, tmp_path / lora.ADAPTER_FILE)
+    lora.save_factors(loaded.model, tmp_path)
     theirs, _ = load_model(folder)
     theirs = load_adapters(theirs, str(tmp_path))
     ids = mx.array([[5, 9, 77, 120, 33, 8, 250, 91, 17, 60, 61, 62]])
@@ -62,8 +62,10 @@ def test_mlx_lm_computes_the_same_logits_from_our_adapter_folder(
 def test_mlx_lm_generate_runs_a_run_folder(mlx_model: Path, run: Path) -> None:
     """The command that the README names, as a user of mlx-lm types it."""
     result = subprocess.run(
-        [sys.executable, "-m", "mlx_lm", "generate", "--model", mlx_model, "--adapter-path", run]
-        + ["--prompt", "Question number 3?", "--max-tokens", "8"],
+        [
+            *(sys.executable, "-m", "mlx_lm", "generate", "--model", mlx_model, "--adapter-path", run),
+            *("--prompt", "Question number 3?", "--max-tokens", "8"),
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -79,7 +81,7 @@ def test_saving_and_loading_an_adapter_keeps_its_bits(mlx_model: Path, tmp_path:
     lora.attach(loaded.model, spec, seed=1)
     with_random_b(loaded.model)
     lora.save_config(tmp_path, spec)
-    lora.save_factors(loaded.model, tmp_path / lora.ADAPTER_FILE)
+    lora.save_factors(loaded.model, tmp_path)
     again = load(str(mlx_model))
     assert lora.load_adapter(again.model, tmp_path) == spec
     for name, array in lora.factors(loaded.model).items():

@@ -139,7 +139,7 @@ def test_a_valid_file_is_used_as_it_is(tmp_path: Path) -> None:
 
 
 def test_data_show_prints_what_is_trained_on(tmp_path: Path) -> None:
-    """Text between marks where there is no colour; JSON Lines with ids, mask and text; dropped rows with their reason."""
+    """Text between marks where there is no colour; JSON Lines with ids and mask; dropped rows with their reason."""
     tiny.make_tokenizer(tmp_path / "tok")
     path = tiny.write_jsonl(tmp_path / "d.jsonl", [{"messages": ASKED}, {"messages": ASKED[:1]}])
     shown = tiny.mlxtune("data", "show", "--model", tmp_path / "tok", "--data", path)

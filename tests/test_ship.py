@@ -128,7 +128,7 @@ def test_a_16_bit_fuse_is_the_trained_model(tuned: tuple[Path, Path], tmp_path: 
 def test_a_quantized_fuse_quantizes_what_changed_and_keeps_the_rest(
     bits: int, qwen: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The run adapted the last block alone: every other tensor keeps its codes; the share that survived is the formula's."""
+    """The run adapted the last block alone: every other tensor keeps its codes; the share is printed."""
     model, adapter = qwen
     out = tmp_path / "fused"
     result = tiny.mlxtune("fuse", "--model", model, "--adapter", adapter, "--out", out, "--bits", str(bits))
@@ -164,7 +164,7 @@ def test_the_share_is_the_projection_on_the_adapters_effect(mlx_model: Path, run
 
 
 def test_verdicts_follow_the_limits(mlx_model: Path, run: Path) -> None:
-    """An error of 2e-3 fails in float32; an error of a fifth of the tune's effect is inconclusive where it would pass."""
+    """An error of 2e-3 fails in float32; one that passes is inconclusive beside a tune five times its size."""
     from mlxtune import session
 
     loaded = load(str(mlx_model), "float32")

@@ -113,7 +113,7 @@ def test_ctrl_c_stops_the_answer_not_the_chat(mlx_model: Path) -> None:
     while len(os.read(process.stdout.fileno(), 64)) < 1:
         pass
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(b"/quit\n", timeout=60)
+    _, err = process.communicate(b"/quit\n", timeout=60)
     assert process.returncode == 0
     assert b"[stopped]" in err
     assert b"Traceback" not in err

@@ -65,7 +65,7 @@ def make_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: str = "f
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape), dtype=getattr(torch, dtype))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            # Trained norms are not all ones and trained biases not all zeros; a test that cannot see them proves little.
+            # Trained norms are not all ones and biases not all zeros; a test must be able to see them.
             if tensor.ndim == 1:
                 tensor.add_(0.1 * torch.randn_like(tensor))
             elif "embed" in name:
@@ -109,7 +109,7 @@ def mlxtune(*args: str | Path, **environment: str) -> subprocess.CompletedProces
 
 
 def one_clear_line(result: subprocess.CompletedProcess[str], *expected: str) -> str:
-    """Assert what every refusal must be: exit status 2, one error line (and a hint), no traceback. Returns the error output."""
+    """Assert what every refusal must be: exit status 2, one error line (and a hint), no traceback. Returns stderr."""
     assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
     lines = result.stderr.strip().splitlines()
     errors = [line for line in lines if line.startswith("error: ")]

@@ -94,8 +94,8 @@ def by_model_type(model_type: str) -> Family:
             return family
     covered = ", ".join(family.model_type for family in FAMILIES)
     raise UserError(
-        f"models of type {model_type} cannot be exported to Hugging Face yet (covered: {covered})",
-        "`mlxtune fuse` makes a merged MLX model, `mlxtune export --to peft` an adapter for the original model.",
+        f"models of type {model_type} cannot be exported yet (covered: {covered})",
+        "`mlxtune fuse` makes a merged MLX model of any type.",
     )
 
 

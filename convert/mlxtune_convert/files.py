@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,36 @@ from mlxtune_convert.errors import UserError
 
 MIB = 1 << 20
 
+# The file system's usual refusals: the reason, and what to do when it was a write that was refused.
+REFUSALS = {
+    errno.ENOSPC: ("the disk is full", "Free some space and run the same command again."),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
+    errno.EACCES: ("permission denied", "Choose a folder you may write to."),
+    errno.EPERM: ("permission denied", "Choose a folder you may write to."),
+    errno.EROFS: ("the disk is read-only", "Choose a folder you may write to."),
+    errno.ENOTDIR: ("a part of the path is not a folder", "Check the path."),
+    errno.EISDIR: ("it is a folder", "Check the path."),
+    errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one."),
+}
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise UserError when `path` holds something and `force` was not given."""
+
+def refuse_existing(path: Path, force: bool, sources: Sequence[Path] = ()) -> None:
+    """Raise UserError when `path` holds something and `force` was not given.
+
+    Replacing it is refused even then when one of `sources`, or the folder the user is in, would go with it.
+    """
+    if not path.exists():
+        return
+    place = path.resolve()
+    for source in sources:
+        if source.resolve().is_relative_to(place):
+            what = "is the source itself" if source.resolve() == place else f"holds the source {source}"
+            raise UserError(f"{path} {what}", "Choose another folder.")
+    if Path.cwd().is_relative_to(place):
+        raise UserError(f"{path} is the folder you are in, or holds it", "Name a new folder.")
     if path.is_dir() and not any(path.iterdir()):
         return
-    if path.exists() and not force:
+    if not force:
         raise UserError(f"{path} already exists", "Choose another folder, or add --force to replace it.")
 
 
@@ -32,56 +56,58 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"not enough disk space for {folder}: about {needed / MIB:,.0f} MiB needed, {free / MIB:,.0f} MiB free",
+            f"not enough disk space for {folder}: about {needed / MIB:,.1f} MiB needed, {free / MIB:,.1f} MiB free",
             "Free some space or choose a folder on another disk.",
         )
 
 
 @contextlib.contextmanager
-def new_folder(destination: Path, force: bool = False) -> Iterator[Path]:
+def new_folder(destination: Path, force: bool = False, sources: Sequence[Path] = ()) -> Iterator[Path]:
     """Yield a temporary folder beside `destination`; rename it into place only if the body succeeds.
 
     An exception (Ctrl-C included) leaves `destination` as it was and nothing beside it. With `force`, what was there is
-    removed only after the new folder is complete. Raises UserError for an existing destination, a full
-    disk or a folder that cannot be written.
+    removed only after the new folder is complete. sources: what the body reads; none of it is ever replaced. Raises
+    UserError for an existing destination, a full disk or a folder that cannot be written.
     """
-    refuse_existing(destination, force)
-    with explained(destination):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        work = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        try:
+    refuse_existing(destination, force, sources)
+    work = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    replaced = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+    try:
+        with explained(destination):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            _remove(work)
+            work.mkdir()
             yield work
-            replaced = destination.with_name(f".{destination.name}.old-{os.getpid()}")
             if destination.exists():
                 os.replace(destination, replaced)
             os.replace(work, destination)
-            if replaced.is_dir():
-                shutil.rmtree(replaced)
-            else:
-                replaced.unlink(missing_ok=True)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    except UserError as error:
+        # The temporary name means nothing to whoever reads the message.
+        raise UserError(error.message.replace(work.name, destination.name), error.hint) from error
+    finally:
+        if replaced.exists() and not destination.exists():  # stopped between the two renames
+            os.replace(replaced, destination)
+        _remove(work)
+        _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn the file system's usual refusals into one clear line."""
+    """Turn the file system's usual refusals to write into one clear line."""
     try:
         yield
     except OSError as error:
-        reasons = {
-            errno.ENOSPC: ("the disk is full", "Free some space and run the same command again."),
-            errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
-            errno.EACCES: ("permission denied", "Choose a folder you may write to."),
-            errno.EPERM: ("permission denied", "Choose a folder you may write to."),
-            errno.EROFS: ("the disk is read-only", "Choose a folder you may write to."),
-            errno.ENOTDIR: ("a part of the path is not a folder", "Check the path."),
-        }
-        if error.errno not in reasons:
+        if error.errno not in REFUSALS:
             raise
-        reason, hint = reasons[error.errno]
+        reason, hint = REFUSALS[error.errno]
         raise UserError(f"cannot write {error.filename or path}: {reason}", hint) from error
 
 

@@ -70,7 +70,23 @@ def open_gguf(path: Path) -> Gguf:
         )
     for tensor in tensors:
         family.hf_name(tensor.name)
-    return Gguf(path, metadata, tensors, family)
+    gguf = Gguf(path, metadata, tensors, family)
+    _require_all_tensors(gguf)
+    return gguf
+
+
+def _require_all_tensors(gguf: Gguf) -> None:
+    have = {tensor.name for tensor in gguf.tensors}
+    needed = [stem for stem in gguf.family.names if stem != "output"]  # without it, the embedding is the head
+    layers = range(gguf.value("block_count"))
+    names = dict.fromkeys(f"{stem.format(layer)}.weight" for layer in layers for stem in needed)
+    missing = [name for name in names if name not in have]
+    if missing:
+        parts = gguf.metadata.get("split.count", 1)
+        raise UserError(
+            f"{gguf.path}: {len(missing)} tensors are missing, first {missing[0]}",
+            f"It is one of {parts} parts: merge them with llama-gguf-split." if parts > 1 else "Download it again.",
+        )
 
 
 def model_config(gguf: Gguf) -> dict[str, Any]:
@@ -124,7 +140,10 @@ def mlx_tensors(gguf: Gguf) -> Iterator[tuple[str, np.ndarray | tuple[np.ndarray
             yield name, _as_float16(array)
         else:
             rows = uninterleave(np.asarray(tensor.data), count) if interleaved else np.asarray(tensor.data)
-            affine = from_blocks(rows, kind)
+            try:
+                affine = from_blocks(rows, kind)
+            except ValueError as error:
+                raise UserError(f"{gguf.path}: {tensor.name}: {error}", "Download it again.") from error
             yield name.removesuffix(".weight"), (affine.weight, affine.scales, affine.biases, affine.bits)
 
 

@@ -56,7 +56,10 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("model*.safetensors"))
     if index.is_file():
-        named = sorted(set(read_json(index, "the list of shards").get("weight_map", {}).values()))
+        table = read_json(index, "the list of shards").get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+            raise UserError(f"{index}: weight_map must give the file of each tensor", "Copy or download it again.")
+        named = sorted(set(table.values()))
         missing = [name for name in named if not (folder / Path(name).name).is_file()]
         if missing:
             raise UserError(

@@ -6,10 +6,12 @@ import sys
 from typing import NoReturn
 
 import click
+from mlxtune_convert.files import REFUSALS
 
 import mlxtune
 from mlxtune.cli import convert, data, demo, doctor, ship, train, use
 from mlxtune.errors import Interrupted, UserError
+from mlxtune.train import signals
 
 SECTIONS: dict[str, list[click.Command]] = {
     "Begin": [demo.demo, doctor.doctor],
@@ -49,6 +51,7 @@ for _commands in SECTIONS.values():
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line. Exit: 0 done, 2 the user can fix it, 1 our bug, 130 and 143 stopped by a signal."""
+    signals.exit_on_sigterm()
     try:
         code = cli.main(args, prog_name="mlxtune", standalone_mode=False)
     except UserError as error:
@@ -66,13 +69,23 @@ def main(args: list[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
         code = 130
+    except SystemExit as stop:
+        if stop.code in signals.EXIT_CODES.values():
+            click.echo("stopped", err=True)
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        _say(f"{error.filename or 'the file system'}: {REFUSALS[error.errno][0]}", "")
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _say(message: str, hint: str) -> None:
-    click.echo(f"error: {message}", err=True)
+    # Text of a library's error may be part of the message; it must not break the line.
+    click.echo(f"error: {' '.join(message.splitlines())}", err=True)
     if hint:
         click.echo(f"  {hint}", err=True)

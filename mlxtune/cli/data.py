@@ -49,8 +49,6 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     from mlxtune.model import hub
 
     section = config.load(None, settings, {"data.path": path}).data
-    folder = hub.resolve(model)
-    tokenizer = load_tokenizer(folder)
     if split is None and Path(path).expanduser().is_file():
         rows = records.read(Path(path).expanduser())
     else:
@@ -58,6 +56,8 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
         if (split or "train") not in found:
             raise UserError(f"{path} has no {split} split", f"It has: {', '.join(found)}.")
         rows = found[split or "train"]
+    folder = hub.resolve(model)
+    tokenizer = load_tokenizer(folder)
     if any(record.text is None for record in rows):
         chat.require_template(tokenizer, folder)
     out = common.stdout()
@@ -80,11 +80,11 @@ def _print(out: Console, tokenizer: Any, row: Row) -> None:
     from rich.text import Text
 
     if row.example is None:
-        out.print(Text(f"line {row.record.row}: dropped ({row.dropped})", style="bold red"))
+        out.print(Text(f"{row.record.place}: dropped ({row.dropped})", style="bold red"))
         return
     ids, mask = row.example.ids, row.example.mask
     ending = ", shortened" if row.shortened else ""
-    out.print(Text(f"line {row.record.row}: {len(ids)} tokens, {sum(mask)} trained on{ending}", style="bold"))
+    out.print(Text(f"{row.record.place}: {len(ids)} tokens, {sum(mask)} trained on{ending}", style="bold"))
     body = Text()
     for supervised, run in groupby(range(len(ids)), key=mask.__getitem__):
         text = tokenizer.decode([ids[index] for index in run], clean_up_tokenization_spaces=False)

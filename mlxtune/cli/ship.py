@@ -60,7 +60,7 @@ def fuse(
         merge.check_base(base, path)
     console = common.console()
     report = None
-    with new_folder(out, force) as work:
+    with new_folder(out, force, [path, adapter, *([base] if base else [])]) as work:
         with console.status("merging"):
             merge.fuse(merge.open_merged(base or path, adapter), path, work, int(bits))
         if examples is not None:
@@ -129,7 +129,7 @@ def export(
     no_verify: bool,
     force: bool,
 ) -> None:
-    """Ship what was trained to CUDA users: a PEFT adapter, or a merged Hugging Face model.
+    """Ship to CUDA users: a PEFT adapter or a merged Hugging Face model.
 
     The export is loaded by transformers or PEFT (when installed, else read back) and compared with the trained model on
     held-out rows before it is given its name.
@@ -138,17 +138,18 @@ def export(
     mlxtune export --model model --adapter run --to peft --out adapter --base-name OWNER/NAME
     mlxtune export --model model --adapter run --to hf --out merged --dtype bfloat16
     """
-    from mlxtune import backend
     from mlxtune.errors import UserError
+
+    if target == "peft" and (dtype is not None or base is not None):
+        raise UserError(
+            f"{'--dtype' if dtype else '--base'} has no effect with --to peft", "The factors are exported as they are."
+        )
+    from mlxtune import backend
     from mlxtune.model import hub
     from mlxtune.model.load import source_of
     from mlxtune.ship import export as shipping
 
     backend.prepare()
-    if target == "peft" and (dtype is not None or base is not None):
-        raise UserError(
-            f"{'--dtype' if dtype else '--base'} has no effect with --to peft", "The factors are exported as they are."
-        )
     path = hub.resolve(model)
     examples = None if no_verify else _held_out(path, adapter, data)
     request = shipping.Request(path, adapter, out, base, dtype, base_name, examples, force)

@@ -43,9 +43,7 @@ def train(
     mlxtune train --resume --out run
     """
     from mlxtune import config as configuration
-    from mlxtune import session
     from mlxtune.errors import UserError
-    from mlxtune.train.display import Display
 
     if resume:
         if out is None:
@@ -54,6 +52,8 @@ def train(
             raise UserError(
                 "--resume goes on with the run's own configuration; other options have no effect", "Leave them out."
             )
+        from mlxtune import session
+
         config = session.run_config(out)
     else:
         config = configuration.load(file, settings, {"model.path": model, "data.path": data})
@@ -62,6 +62,9 @@ def train(
     if dry_run:
         _print_plan(config)
         return
+    from mlxtune import session  # only now: it loads MLX and transformers, and a typing error above is said at once
+    from mlxtune.train.display import Display
+
     folder = out or session.default_out(config.model.path)
     with Display(common.console()) as display:
         state = session.tune(config, folder, display, resume)

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 def eval_command(
     model: str, adapter: Path | None, data: str | None, split: str, as_json: bool, settings: tuple[str, ...]
 ) -> None:
-    """Loss, perplexity and token accuracy on held-out rows: the base, and with --adapter the tuned model.
+    """Score the base, and with --adapter the tuned model, on held-out rows.
+
+    Loss, perplexity and token accuracy over the tokens that training supervises.
 
     \b
     mlxtune eval --model model --adapter run
@@ -88,10 +90,11 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _sampling(options: dict[str, Any]) -> Sampling:
     from mlxtune.errors import UserError
-    from mlxtune.evaluate.generate import Sampling
 
     if options["top_p"] < 1 and options["temperature"] == 0:
         raise UserError("--top-p has no effect at --temperature 0", "Add, say, --temperature 0.7.")
+    from mlxtune.evaluate.generate import Sampling
+
     return Sampling(**options)
 
 
@@ -111,9 +114,9 @@ def generate(model: str, adapter: Path | None, prompt: str, system: str | None, 
     \b
     mlxtune generate --model model --adapter run --prompt "Where is my order?"
     """
+    sampling = _sampling(options)
     from mlxtune.evaluate.generate import prompt_ids, stream
 
-    sampling = _sampling(options)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     loaded = common.load_model(model, adapter)
@@ -136,9 +139,9 @@ def chat(model: str, adapter: Path | None, system: str | None, **options: Any) -
     \b
     mlxtune chat --model model --adapter run --temperature 0.7
     """
+    sampling = _sampling(options)
     from mlxtune.evaluate.generate import prompt_ids, stream
 
-    sampling = _sampling(options)
     console = common.console()
     with console.status(f"loading {model}"):
         loaded = common.load_model(model, adapter)

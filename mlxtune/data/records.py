@@ -8,7 +8,9 @@ does not fit its file's format is an error that names file and line: nothing is 
 from __future__ import annotations
 
 import csv
+import io
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,15 @@ class Record:
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
 
+    @property
+    def place(self) -> str:
+        return _place(self.file, self.row)
+
+
+def _place(source: str, number: int) -> str:
+    """Only in JSON Lines is a row a line."""
+    return f"{'line' if source.endswith('.jsonl') else 'row'} {number}"
+
 
 class RowError(Exception):
     """What is wrong with one row; `read` adds where it stands."""
@@ -63,10 +74,29 @@ def parse(source: str, rows: list[tuple[int, dict[str, Any]]]) -> list[Record]:
     out = []
     for number, row in rows:
         try:
-            out.append(to_record(source, number, row))
+            record = to_record(source, number, row)
+            _check_characters([record.messages, record.tools, record.text])
         except RowError as error:
-            raise UserError(f"{source} line {number}: {error} (format: {name})") from error
+            raise UserError(f"{source} {_place(source, number)}: {error} (format: {name})") from error
+        out.append(record)
     return out
+
+
+def _check_characters(value: Any) -> None:
+    """Refuse lone surrogates: JSON can spell half an emoji, but no tokenizer can read it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start]
+            raise RowError(
+                f"the text holds half a character ({half!r}), such as an emoji that was cut in two"
+            ) from error
+    elif isinstance(value, list):
+        for item in value:
+            _check_characters(item)
+    elif isinstance(value, dict):
+        _check_characters([*value.keys(), *value.values()])
 
 
 def _raw_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -81,7 +111,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
         try:
             table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowInvalid, OSError) as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a parquet file") from error
         yield from enumerate(table.to_pylist(), 1)
         return
@@ -90,8 +120,14 @@ def _raw_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
     if path.suffix == ".csv":
+        csv.field_size_limit(sys.maxsize)  # a long document is no error
         try:
-            yield from enumerate(csv.DictReader(text.splitlines(keepends=True), strict=True), 1)
+            for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1):
+                if None in row:
+                    raise UserError(
+                        f"{path} row {number}: more fields than the header has", "Quote the fields that hold a comma."
+                    )
+                yield number, row
         except csv.Error as error:
             raise UserError(f"{path}: not a CSV file ({error})") from error
     elif path.suffix == ".json":
@@ -114,11 +150,13 @@ def _parse(text: str, path: Path, line: int) -> Any:
         raise UserError(
             f"{path} line {line or error.lineno}: not valid JSON ({error.msg}, column {error.colno})", hint
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
+        raise UserError(f"{path}{f' line {line}' if line else ''}: JSON that cannot be read ({error})") from error
 
 
 def _object(row: Any, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise UserError(f"{path} line {number}: expected a JSON object, found {type(row).__name__}")
+        raise UserError(f"{path} {_place(path.name, number)}: expected a JSON object, found {type(row).__name__}")
     return row
 
 
@@ -130,7 +168,7 @@ def _detect(source: str, rows: list[tuple[int, dict[str, Any]]]) -> str:
             return name
     known = "; ".join(" + ".join(keys) for keys, _ in FORMATS.values())
     raise UserError(
-        f"{source} line {number}: no known row format has the keys {', '.join(map(str, first)) or '(none)'}",
+        f"{source} {_place(source, number)}: no known row format has the keys {', '.join(map(str, first)) or '(none)'}",
         f"Known: {known}. Rename the columns.",
     )
 
@@ -153,7 +191,7 @@ def _checked(value: Any, key: str) -> list[dict[str, Any]]:
     if isinstance(value, str):  # csv and some parquet files hold the list as JSON text
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"{key} must be a list of messages") from error
     if not isinstance(value, list) or not value:
         raise RowError(f"{key} must be a non-empty list of messages")
@@ -179,7 +217,7 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError("tools must be a JSON list") from error
     if tools is not None and tools != "" and not isinstance(tools, list):
         raise RowError(f"tools must be a list, found {type(tools).__name__}")
@@ -195,7 +233,7 @@ def _conversations(file: str, number: int, row: dict[str, Any]) -> Record:
     messages = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
     for index, turn in enumerate(turns, 1):
         speaker = turn.get("from") if isinstance(turn, dict) else None
-        if speaker not in SHAREGPT_ROLES:
+        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise RowError(f"turn {index} is from {speaker!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
         messages.append({"role": SHAREGPT_ROLES[speaker], "content": _text(turn, "value")})
     return Record(file, number, messages=messages, tools=_tools(row))

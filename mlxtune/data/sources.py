@@ -52,9 +52,9 @@ class Examples:
                 f"{split}: {self.shortened} of {total} rows shortened to data.max_tokens {max_tokens} (start kept)"
             )
         for reason, count in Counter(row.dropped for row in self.dropped).most_common():
-            lines = [str(row.record.row) for row in self.dropped if row.dropped == reason]
-            listed = ", ".join(lines[:5]) + (", ..." if count > 5 else "")
-            out.append(f"{split}: {count} of {total} rows dropped: {reason} (line {listed})")
+            first, *others = [row.record for row in self.dropped if row.dropped == reason]
+            listed = ", ".join([first.place, *(str(record.row) for record in others[:4])]) + ", ..." * (count > 5)
+            out.append(f"{split}: {count} of {total} rows dropped: {reason} ({listed})")
         return out
 
 
@@ -169,7 +169,7 @@ def to_examples(tokenizer: Any, rows: Iterable[Record], section: DataSection) ->
     if not good.rows:
         first = done[0]
         raise UserError(
-            f"{first.record.file}: none of {len(done)} rows can be used; line {first.record.row}: {first.dropped}",
+            f"{first.record.file}: none of {len(done)} rows can be used; {first.record.place}: {first.dropped}",
             "`mlxtune data show` prints what the model would see.",
         )
     return good

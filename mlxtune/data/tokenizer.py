@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from mlxtune.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def require_folder(path: Path) -> None:
+    """Raise UserError when `path`, which exists or not, is no folder."""
+    if path.is_file():
+        raise UserError(f"{path} is a file; a model is a folder", f"Convert it first: mlxtune convert {path} FOLDER")
+    if not path.is_dir():
+        raise UserError(f"no model folder {path}")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -17,19 +26,14 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not folder.is_dir():
-        raise UserError(f"no model folder {folder}")
+    require_folder(folder)
     if not any((folder / name).is_file() for name in FILES):
         raise UserError(f"{folder} has no tokenizer", "Expected tokenizer.json beside the model's weights.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises whatever its parts raise
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({_first_line(error)})") from error
+        reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: the tokenizer has no tokenizer.json, so tokens cannot be traced to their text")
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

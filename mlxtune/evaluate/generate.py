@@ -28,12 +28,15 @@ def prompt_ids(loaded: Loaded, messages: list[dict[str, Any]], template_kwargs: 
     """A conversation as the model sees it before it answers; plain text when it has no chat template."""
     tokenizer = loaded.tokenizer
     if tokenizer.chat_template is None:
-        return list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
-    return list(
-        tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **template_kwargs
+        ids = list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
+    else:
+        ids = list(
+            tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **template_kwargs
+            )
         )
-    )
+    loaded.check_ids([ids])
+    return ids
 
 
 def stream(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from mlxtune_convert.tensors import save_checked
 
 
 def scalar(array: mx.array) -> float:
@@ -25,6 +27,22 @@ def to_numpy(array: mx.array) -> np.ndarray:
     if array.dtype == mx.bfloat16:
         return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
     return np.array(array)
+
+
+def save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
+    """Write a safetensors file under a temporary name, then rename it: never half a file.
+
+    A full disk raises OSError; MLX's own writer would raise a RuntimeError that does not say why.
+    """
+    partial = file.with_name(f".{file.stem}.partial.safetensors")
+    try:
+        save_checked(partial, {name: to_numpy(array) for name, array in arrays.items()}, {"format": "mlx"})
+        partial.replace(file)
+    except OSError as error:
+        error.filename = str(file)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

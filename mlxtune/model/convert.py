@@ -63,7 +63,7 @@ class Target:
             return Target(UNQUANTIZED_BITS, 0, "", asked)
         mode = mode or "affine"
         default_group, default_bits = MODES[mode]
-        out = Target(bits or default_bits, group_size or default_group, mode, asked)
+        out = Target(bits or default_bits, default_group if group_size is None else group_size, mode, asked)
         if mode == "affine":
             if out.bits not in AFFINE_BITS or out.group_size not in AFFINE_GROUPS:
                 raise UserError(
@@ -95,12 +95,9 @@ def convert(source: str, destination: Path, target: Target, dtype: str | None = 
     """
     backend.prepare()
     path = resolve(source)
-    # Its own folder must never be opened for writing while it is read.
-    if destination.exists() and path.resolve() == destination.resolve():
-        raise UserError(f"{destination} is the source itself", "Choose another folder.")
     if path.is_file():
         return _from_gguf(path, destination, target, dtype, force)
-    with new_folder(destination, force) as work:
+    with new_folder(destination, force, [path]) as work:
         return _from_folder(path, "" if Path(source).expanduser().exists() else source, work, target, dtype)
 
 
@@ -109,7 +106,7 @@ def _from_gguf(path: Path, destination: Path, target: Target, dtype: str | None,
         raise UserError(f"{path}: a model file must be a .gguf", "A Hugging Face model is given as its folder.")
     opened = gguf_model.open_gguf(path)
     require_space(destination, path.stat().st_size)
-    with new_folder(destination, force) as work:
+    with new_folder(destination, force, [path]) as work:
         if opened.quantized and not target.asked and dtype is None:
             gguf_model.convert(opened, work)
             return _measured(work, [])
@@ -124,9 +121,9 @@ def _from_gguf(path: Path, destination: Path, target: Target, dtype: str | None,
 def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str | None) -> Converted:
     """name: hub id, or ""."""
     original = read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
-    load_tokenizer(path)
     require_space(work, _estimate(path, original, target))
     model, config = open_model(path)
+    load_tokenizer(path)  # nothing is written without one
     notes = []
     wanted = getattr(mx, dtype) if dtype else None
     quantized = any(key in config for key in QUANTIZATION_KEYS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +15,7 @@ from mlxtune_convert.files import read_json
 from mlxtune_convert.tensors import weight_files
 
 from mlxtune import backend
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.tokenizer import load_tokenizer, require_folder
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import named
 from mlxtune.model.hub import resolve
@@ -37,6 +39,16 @@ class Loaded:
         ids = listed if isinstance(listed, list) else [listed]
         return sorted({index for index in [*ids, self.tokenizer.eos_token_id] if index is not None})
 
+    def check_ids(self, rows: Iterable[Sequence[int]]) -> None:
+        """Raise UserError for a token that the model has no embedding for: MLX would read whatever lies behind it."""
+        known = self.config.get("vocab_size") or self.config.get("text_config", {}).get("vocab_size")
+        highest = max((index for row in rows for index in row), default=0)
+        if known is not None and highest >= known:
+            raise UserError(
+                f"{self.path}: the tokenizer makes the token {highest}, the model knows {known} tokens (from 0)",
+                "The tokenizer is another model's, or tokens were added to it: take the model's own.",
+            )
+
 
 def load(source: str, dtype: str = "auto") -> Loaded:
     """Load a model for running or training.
@@ -46,10 +58,7 @@ def load(source: str, dtype: str = "auto") -> Loaded:
     """
     backend.prepare()
     path = resolve(source)
-    if path.is_file():
-        raise UserError(
-            f"{source} is a file; a model is a folder", f"Convert it first: mlxtune convert {source} FOLDER"
-        )
+    require_folder(path)
     model, config = open_model(path)
     tokenizer = load_tokenizer(path)
     own = model_dtype(model)
@@ -67,17 +76,23 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     from mlx_lm.utils import load_config, load_model
 
     read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
-    files = weight_files(path)
+    weight_files(path)
     config = normalise(load_config(path))
     try:
         model, config = load_model(path, lazy=True, model_config=config)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
-        if "not supported" in reason:
+        if "not supported" in str(error):
             raise UserError(f"{path}: mlx-lm has no model of type {config.get('model_type')!r}") from error
-        raise UserError(f"{path}: the weights do not fit the model ({reason})", f"Files: {len(files)}.") from error
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}/config.json does not describe a model that mlx-lm knows ({error})") from error
+        raise UserError(
+            f"{path}: the weights do not fit config.json ({shorten(str(error), 300, placeholder=' ...')})",
+            "Copy or download the folder again.",
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # mlx-lm raises whatever its parts raise
+        raise UserError(
+            f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
+        ) from error
     return model, config
 
 

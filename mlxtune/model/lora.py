@@ -24,6 +24,7 @@ from mlxtune_convert.files import read_json, write_json
 
 from mlxtune.config import LoraSection
 from mlxtune.errors import UserError
+from mlxtune.model.arrays import save_arrays
 
 ADAPTER_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -307,11 +308,9 @@ def load_factors(model: nn.Module, file: Path) -> None:
     mx.eval(factors(model))
 
 
-def save_factors(model: nn.Module, file: Path) -> None:
-    """Write adapters.safetensors under a temporary name, then rename: never half a file."""
-    partial = file.with_name(f".{file.stem}.partial.safetensors")
-    mx.save_safetensors(str(partial), factors(model), metadata={"format": "mlx"})
-    partial.replace(file)
+def save_factors(model: nn.Module, folder: Path) -> None:
+    """Write adapters.safetensors into `folder`, whole or not at all. A full disk raises OSError."""
+    save_arrays(folder / ADAPTER_FILE, factors(model))
 
 
 @contextmanager

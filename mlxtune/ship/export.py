@@ -45,6 +45,10 @@ class Request:
     examples: Sequence[Example] | None = None
     force: bool = False
 
+    @property
+    def sources(self) -> list[Path]:
+        return [path for path in (self.model, self.adapter, self.base) if path is not None]
+
 
 @dataclass(frozen=True)
 class ReadBack:
@@ -65,8 +69,8 @@ def to_hf(request: Request) -> Report | None:
     by_model_type(source["config"]["model_type"])
     merged = _merged(request)
     storage = dtype_name(merged.dtype)
-    with new_folder(request.out, request.force) as work:
-        require_space(work, sum(array.nbytes for _, array in merged.tensors()))
+    with new_folder(request.out, request.force, request.sources) as work:
+        require_space(work, merged.dense_bytes())
         writer = ShardWriter(work, {"format": "pt"})
         for name, array in merged.tensors():
             writer.add(name, to_numpy(array))
@@ -97,7 +101,7 @@ def to_peft(request: Request) -> Report | ReadBack | None:
     factors = {
         path: (to_numpy(layer.lora_a), to_numpy(layer.lora_b)) for path, layer in lora.adapters(tuned.model).items()
     }
-    with new_folder(request.out, request.force) as work:
+    with new_folder(request.out, request.force, request.sources) as work:
         peft.write_adapter(work, factors, spec.scale, spec.dropout, request.base_name or source["name"])
         if request.examples is None:
             return None

@@ -22,7 +22,7 @@ from mlxtune_convert.files import new_folder, read_json, write_json
 
 from mlxtune.errors import UserError
 from mlxtune.model import lora
-from mlxtune.model.arrays import named
+from mlxtune.model.arrays import named, save_arrays
 
 FOLDER = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -45,8 +45,8 @@ def save(run: Path, state: State, model: nn.Module, optimizer: Optimizer, keep_l
     """Write the checkpoint of `state.step`, then remove all but the newest `keep_last`."""
     folder = run / FOLDER / f"step-{state.step:07d}"
     with new_folder(folder, force=True) as work:
-        lora.save_factors(model, work / lora.ADAPTER_FILE)
-        mx.save_safetensors(str(work / OPTIMIZER_FILE), named(optimizer.state))
+        lora.save_factors(model, work)
+        save_arrays(work / OPTIMIZER_FILE, named(optimizer.state))
         digests = {name: _digest(work / name) for name in (lora.ADAPTER_FILE, OPTIMIZER_FILE)}
         write_json(work / STATE_FILE, {**asdict(state), "sha256": digests})
     for old in _folders(run)[:-keep_last]:
@@ -75,6 +75,11 @@ def restore(run: Path, model: nn.Module, optimizer: Optimizer, skipped: Callable
         optimizer.state = tree_unflatten(list(tensors.items()))
         return state
     raise UserError(f"{run} has no checkpoint to resume from", "Start again without --resume, into another folder.")
+
+
+def saved(run: Path) -> bool:
+    """Whether a run holds anything worth keeping: an adapter or a checkpoint."""
+    return (run / lora.ADAPTER_FILE).exists() or bool(_folders(run))
 
 
 def _folders(run: Path) -> list[Path]:

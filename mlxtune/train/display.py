@@ -27,9 +27,9 @@ def duration(seconds: float) -> str:
 class Meter:
     """The numbers of a run in progress, from its events. `clock` gives seconds."""
 
-    def __init__(self, steps: int, start: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self.steps, self.start, self.step = steps, start, start
+        self.steps, self.start, self.step = steps, 0, 0
         self.began = clock()
         self.loss: float | None = None
         self.valid: list[float] = []
@@ -39,6 +39,8 @@ class Meter:
 
     def update(self, event: Event) -> None:
         if event["kind"] == "train":
+            if self.loss is None:
+                self.start = event["step"] - 1  # a resumed run begins in the middle
             self.step, self.lr, self.peak_bytes = event["step"], event["lr"], event["peak_bytes"]
             # A running mean: single steps differ by their rows more than by what was learned.
             self.loss = event["loss"] if self.loss is None else 0.8 * self.loss + 0.2 * event["loss"]
@@ -100,17 +102,17 @@ class Display:
             self._live.stop()
             self._live = None
 
-    def begin(self, steps: int, start: int) -> None:
-        self.meter = Meter(steps, start)
+    def begin(self, steps: int) -> None:
+        self.meter = Meter(steps)
         if self.console.is_terminal:
-            self._task = self._progress.add_task("", total=steps, completed=start)
+            self._task = self._progress.add_task("", total=steps)
             self._live = Live(self._draw(), console=self.console, refresh_per_second=4)
             self._live.start()
 
     def __call__(self, event: Event) -> None:
         kind = event["kind"]
         if kind == "note":
-            self.console.print(Text(f"note: {event['text']}", style="yellow"))
+            self.console.print(Text(f"note: {event['text']}", style="yellow"), soft_wrap=True)
         elif kind == "end":
             self._stop()
         if self.meter is None:

@@ -23,6 +23,8 @@ class Events:
     def __init__(self, folder: Path, listener: Listener) -> None:
         self._listener = listener
         self._file = (folder / FILE).open("a", encoding="utf-8")
+        if _cut_off(folder / FILE):
+            self._file.write("\n")
 
     def emit(self, kind: str, **fields: Any) -> None:
         event = {"kind": kind, **fields}
@@ -32,6 +34,14 @@ class Events:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _cut_off(file: Path) -> bool:
+    """Whether the last line is not whole: a crash or a full disk cut it."""
+    with file.open("rb") as opened:
+        size = opened.seek(0, 2)
+        opened.seek(max(0, size - 1))
+        return opened.read(1) not in (b"", b"\n")
 
 
 def read(folder: Path) -> list[Event]:

@@ -102,7 +102,7 @@ def _evaluate(job: Job, events: Events, state: State) -> State:
     events.emit("eval", step=state.step, loss=scored.loss, tokens=scored.tokens)
     if math.isfinite(scored.loss) and (state.best_loss is None or scored.loss < state.best_loss):
         if job.section.keep == "best":
-            lora.save_factors(job.model, job.run / lora.ADAPTER_FILE)
+            lora.save_factors(job.model, job.run)
         return replace(state, best_loss=scored.loss, best_step=state.step)
     return state
 
@@ -110,7 +110,7 @@ def _evaluate(job: Job, events: Events, state: State) -> State:
 def _keep(job: Job, state: State) -> None:
     """Leave the last adapter in the run folder, unless the best one is already there."""
     if job.section.keep == "last" or state.best_loss is None:
-        lora.save_factors(job.model, job.run / lora.ADAPTER_FILE)
+        lora.save_factors(job.model, job.run)
 
 
 class StepFunction:
@@ -163,10 +163,13 @@ class StepFunction:
 
     def _refuse(self, number: int, batches: list[Batch], mean: float) -> None:
         """Stop before the bad update: the parameters are still those of the step before."""
-        if not (self.job.run / lora.ADAPTER_FILE).exists() and number > 1:
-            lora.save_factors(self.job.model, self.job.run / lora.ADAPTER_FILE)
+        kept = ""
+        if number > 1:
+            kept = f"The adapter of step {number - 1} or better is kept. "
+            if not (self.job.run / lora.ADAPTER_FILE).exists():
+                lora.save_factors(self.job.model, self.job.run)
         rows = ", ".join([self.job.lines[row] for batch in batches for row in batch.rows][:16])
         raise UserError(
             f"step {number}: the loss or gradient is not finite (loss {mean}); rows in the step: {rows}",
-            f"The adapter of step {number - 1} or better is kept. Try a lower train.lr, or train.dtype=float32.",
+            f"{kept}Try a lower train.lr, or train.dtype=float32.",
         )

@@ -1,13 +1,26 @@
-"""Ctrl-C and SIGTERM: the first finishes the step and saves, the second stops at once."""
+"""Ctrl-C and SIGTERM. In training the first finishes the step and saves, the second stops at once; elsewhere both
+stop at once, and what is half done is cleaned up.
+"""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def exit_on_sigterm() -> None:
+    """Make SIGTERM unwind the program, as Ctrl-C does, instead of ending it on the spot."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        sys.exit(EXIT_CODES[signal.Signals(number)])
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 class StopRequest:

@@ -1,0 +1,68 @@
+"""What people see of a run: plain lines where there is no terminal, a time left that is right."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mlxtune.train.display import Display, Meter, duration
+
+
+def step(number: int, **fields: float) -> dict:
+    return {
+        "kind": "train",
+        "step": number,
+        "loss": 2.0,
+        "lr": 1e-4,
+        "tokens": 100,
+        "seconds": 0.5,
+        "peak_bytes": 1 << 30,
+        **fields,
+    }
+
+
+@pytest.mark.parametrize("first", [1, 51])
+def test_the_time_left_is_right_from_the_first_steps_on(first: int) -> None:
+    """A fake clock: every step takes 3 seconds, evaluation included; also when a run is resumed in the middle."""
+    now = [0.0]
+    meter = Meter(steps=100, clock=lambda: now[0])
+    assert meter.eta_seconds() is None
+    for number in range(first, first + 10):
+        now[0] += 3.0
+        meter.update(step(number))
+    assert meter.eta_seconds() == pytest.approx(3.0 * (100 - (first + 9)))
+
+
+def test_durations_read_as_clocks_do() -> None:
+    assert [duration(seconds) for seconds in (9, 75, 7509)] == ["0:09", "1:15", "2:05:09"]
+
+
+def test_without_a_terminal_the_numbers_come_as_plain_lines() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=200)) as display:
+        display({"kind": "note", "text": "24 training rows"})
+        display.begin(2)
+        display({"kind": "eval", "step": 0, "loss": 3.5, "tokens": 1200})
+        display(step(1))
+        display(step(2, loss=1.0))
+        display({"kind": "eval", "step": 2, "loss": 1.25, "tokens": 1200})
+        display({"kind": "end", "step": 2})
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "note: 24 training rows"
+    assert lines[1] == "step 0: validation loss 3.5000 (1,200 tokens)"
+    assert "step 2/2  loss 1.8000  valid loss 3.5000  tokens/s 200  lr 1.00e-04  peak memory 1.00 GiB" in lines[-2]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_terminal_shows_a_bar_and_the_same_numbers() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=120, force_terminal=True)) as display:
+        display.begin(4)
+        display({"kind": "eval", "step": 0, "loss": 3.5, "tokens": 9})
+        display(step(1))
+        display({"kind": "eval", "step": 1, "loss": 1.25, "tokens": 9})
+    shown = out.getvalue()
+    for text in ("training", "25%", "1/4", "1.2500 (was 3.5000)", "peak memory"):
+        assert text in shown
