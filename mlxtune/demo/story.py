@@ -60,7 +60,7 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
             f"{model}: {converted.total_bytes / (1 << 20):,.0f} MiB, {converted.bits_per_weight:.2f} bits per weight"
         )
     flags = {"model.path": str(model), "data.path": str(data_folder()), "train.steps": steps or STEPS}
-    settings = config.load("quick", (*SETTINGS, f"train.eval_every={max(1, (steps or STEPS) // 3)}"), flags)
+    settings = config.load("quick", (*SETTINGS, f"train.eval_every={max(1, (steps or STEPS) // 2)}"), flags)
     with chapter(console, "2. Before: how the model does on rows it never sees in training"):
         before, answers_before = measure(load(str(model)), settings)
         console.print(f"validation loss {before.loss:.4f}, token accuracy {before.accuracy:.1%}")
@@ -127,10 +127,12 @@ def comparison(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> T
 
 
 def closing(model: Path, run: Path) -> str:
-    return f"""Now with your own data:
-
-  mlxtune chat --model {model} --adapter {run}              talk with what was just trained
-  mlxtune data show --model {model} --data YOUR.jsonl       see what a model would learn from your rows
-  mlxtune convert OWNER/NAME my-model                       pull a larger model, quantized to 4 bits
-  mlxtune train -c qlora --model my-model --data YOUR.jsonl --out my-run
-"""
+    commands = {
+        f"mlxtune chat --model {model} --adapter {run}": "talk with what was just trained",
+        f"mlxtune data show --model {model} --data YOUR.jsonl": "see what a model would learn from your rows",
+        "mlxtune convert OWNER/NAME my-model": "pull a larger model, quantized to 4 bits",
+        "mlxtune train -c qlora --model my-model --data YOUR.jsonl --out my-run": "tune it",
+    }
+    width = max(map(len, commands))
+    lines = [f"  {command:{width}}  # {what}" for command, what in commands.items()]
+    return "\n".join(["Now with your own data:", "", *lines, ""])
