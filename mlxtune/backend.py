@@ -30,6 +30,8 @@ def before_mlx() -> None:
     global _blas
     # macOS 26 kills GPU work that holds up the display; long training steps do (mlx issue 3267).
     os.environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
+    # Newer GPUs would multiply float32 in TF32 (10 bits): merging and proofs need the float32 that is written down.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if sys.platform == "linux":

@@ -62,6 +62,18 @@ def split_for(loaded: Loaded, config: Config, batch: Batch) -> Split | None:
     return Split.of(loaded.model, mx.array(batch.ids[:1, : min(64, batch.ids.shape[1])]))
 
 
+def anchored(config: Config) -> Config:
+    """Local paths made absolute, so that the run can be used and resumed from any folder. Hub ids stay."""
+
+    def absolute(path: str) -> str:
+        local = Path(path).expanduser()
+        return str(local.resolve()) if local.exists() else path
+
+    model = config.model.model_copy(update={"path": absolute(config.model.path)})
+    data = config.data.model_copy(update={"path": absolute(config.data.path)})
+    return config.model_copy(update={"model": model, "data": data})
+
+
 def default_out(model: str) -> Path:
     """runs/<date>-<model>, numbered when it exists."""
     stem = f"{date.today().isoformat()}-{Path(model).name}"
@@ -75,6 +87,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     Raises UserError for anything wrong with the configuration, data or model, Interrupted after a signal. A run that
     ends before anything was saved leaves no folder.
     """
+    config = anchored(config)
     if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists", "Choose another --out, or continue that run with --resume.")
     data = read_data(config)
@@ -99,6 +112,10 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
     if split is None and config.fast.head == "auto":
         notes.append("this model's head cannot be run apart from its trunk: logits are computed for every token")
+    if any(row.record.text is None for row in data.train.rows) and not chat.end_of_turn(
+        loaded.tokenizer, config.data.template_kwargs
+    ):
+        notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
     notes.append(f"{len(data.train.rows)} training rows, {len(data.valid.rows)} held out, {plan.steps} steps")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {backend.kind()}, {dtype_name(loaded.dtype)}")
     with explained(out):
@@ -120,10 +137,12 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
 
 
 def digest(data: Data) -> str:
-    """What the model is trained on, as 16 hex digits: changes when any token or mask does."""
+    """What the model is trained and scored on, as 16 hex digits: changes when any token or mask does."""
     running = hashlib.sha256()
-    for example in data.train.examples:
-        running.update(repr((example.ids, example.mask)).encode())
+    for split in (data.train, data.valid):
+        for example in split.examples:
+            running.update(repr((example.ids, example.mask)).encode())
+        running.update(b"|")
     return running.hexdigest()[:16]
 
 
@@ -134,14 +153,24 @@ def run_config(run: Path) -> Config:
     return load_config(run / CONFIG_FILE)
 
 
-def held_out(tokenizer: Any, folder: Path, config: Config, split: str = "valid") -> sources.Examples:
-    """The examples of one split of a run's data; `folder` names the model in errors."""
-    records = sources.splits(config.data.path, config.data, config.train.seed)
-    if split not in records:
-        raise UserError(f"{config.data.path} has no {split} split", f"It has: {', '.join(records)}.")
-    if any(record.text is None for record in records[split]):
+def held_out(
+    tokenizer: Any, folder: Path, config: Config, split: str | None = None, own: bool = True
+) -> sources.Examples:
+    """The examples to compare on; `folder` names the model in errors.
+
+    own: the data is the run's own, of which the validation rows (or `split`) were held out; else the user named it, and
+    a single file counts whole.
+    """
+    if not own and split is None and Path(config.data.path).expanduser().is_file():
+        records = sources.read_file(config.data.path)
+    else:
+        found = sources.splits(config.data.path, config.data, config.train.seed)
+        if (split or "valid") not in found:
+            raise UserError(f"{config.data.path} has no {split} split", f"It has: {', '.join(found)}.")
+        records = found[split or "valid"]
+    if any(record.text is None for record in records):
         chat.require_template(tokenizer, folder)
-    return sources.to_examples(tokenizer, records[split], config.data)
+    return sources.to_examples(tokenizer, records, config.data)
 
 
 def evaluate(loaded: Loaded, config: Config, examples: sources.Examples) -> Score:

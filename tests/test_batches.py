@@ -17,7 +17,7 @@ EXAMPLES = [Example(list(range(1, length + 1)), [0] * (length - 3) + [1] * 3) fo
 
 
 def rows_of(plan: Plan, first: int, last: int) -> list[int]:
-    return [row for step in range(first, last + 1) for batch in plan.step(step)[1] for row in batch.rows.tolist()]
+    return [row for step in range(first, last + 1) for batch in plan.step(step) for row in batch.rows.tolist()]
 
 
 @pytest.mark.parametrize("settings", [{"batch_rows": 8}, {"batch_tokens": 512}, {"batch_rows": 4, "accumulate": 3}])
@@ -30,7 +30,7 @@ def test_every_row_is_used_once_per_epoch_the_tail_too(settings: dict) -> None:
 
 def test_membership_changes_each_epoch_and_repeats_with_the_seed() -> None:
     plan = Plan(EXAMPLES, TrainSection(epochs=2, batch_rows=8))
-    batches = [frozenset(plan.step(step)[1][0].rows.tolist()) for step in range(1, 27)]
+    batches = [frozenset(plan.step(step)[0].rows.tolist()) for step in range(1, 27)]
     assert len(set(batches[:13]) & set(batches[13:])) <= 2
     assert rows_of(Plan(EXAMPLES, TrainSection(epochs=2, batch_rows=8)), 1, 26) == rows_of(plan, 1, 26)
     assert rows_of(Plan(EXAMPLES, TrainSection(epochs=2, batch_rows=8, seed=1)), 1, 26) != rows_of(plan, 1, 26)
@@ -39,20 +39,19 @@ def test_membership_changes_each_epoch_and_repeats_with_the_seed() -> None:
 def test_a_step_in_the_middle_does_not_depend_on_the_steps_before() -> None:
     plan = Plan(EXAMPLES, TrainSection(epochs=3, batch_rows=8))
     fresh = Plan(EXAMPLES, TrainSection(epochs=3, batch_rows=8))
-    assert fresh.step(30)[1][0].rows.tolist() == plan.step(30)[1][0].rows.tolist()
-    assert plan.step(30)[0] == 2
+    assert fresh.step(30)[0].rows.tolist() == plan.step(30)[0].rows.tolist()
 
 
 def test_similar_lengths_share_a_batch() -> None:
     """Random batches of 8 of these lengths would be padded by some 70%."""
-    batches = [batch for step in range(1, 14) for batch in Plan(EXAMPLES, TrainSection(batch_rows=8)).step(step)[1]]
+    batches = [batch for step in range(1, 14) for batch in Plan(EXAMPLES, TrainSection(batch_rows=8)).step(step)]
     padded, real = sum(batch.ids.size for batch in batches), sum(batch.tokens for batch in batches)
     assert padded / real < 1.2
 
 
 def test_batches_stay_within_the_token_budget() -> None:
     plan = Plan(EXAMPLES, TrainSection(epochs=1, batch_tokens=600))
-    assert all(plan.step(step)[1][0].ids.size <= 600 for step in range(1, plan.steps + 1))
+    assert all(plan.step(step)[0].ids.size <= 600 for step in range(1, plan.steps + 1))
     assert [len(batch) for batch in fill([0, 1], [900, 5], None, 600)] == [1, 1]  # one long row still is a batch
 
 
@@ -64,7 +63,7 @@ def test_epochs_become_steps(epochs: float, steps: int) -> None:
 
 def test_accumulation_groups_micro_batches_and_keeps_the_tail() -> None:
     plan = Plan(EXAMPLES, TrainSection(epochs=1, batch_rows=8, accumulate=4))
-    assert [len(plan.step(step)[1]) for step in range(1, plan.steps + 1)] == [4, 4, 4, 1]
+    assert [len(plan.step(step)) for step in range(1, plan.steps + 1)] == [4, 4, 4, 1]
 
 
 def test_padding_is_never_a_target_and_the_first_token_never_one() -> None:

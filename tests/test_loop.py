@@ -91,7 +91,7 @@ def test_losses_equal_a_loop_of_mlx_primitives(
     v = {name: mx.zeros_like(p) for name, p in parameters.items()}
     reference = []
     for step in range(1, 21):
-        loss, gradients = mx.value_and_grad(mean_loss)(parameters, plan.step(step)[1])
+        loss, gradients = mx.value_and_grad(mean_loss)(parameters, plan.step(step))
         reference.append(loss.item())
         norm = mx.sqrt(sum((g * g).sum() for g in gradients.values())).item()
         rate = optim.learning_rate(section, step, 20)
@@ -132,7 +132,7 @@ def test_losses_equal_pytorch_and_peft(hf_model: Path, dense_model: Path, data: 
     optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.999), eps=1e-8, weight_decay=section.weight_decay)
     reference = []
     for step in range(1, 21):
-        batches = plan.step(step)[1]
+        batches = plan.step(step)
         count = sum(batch.targets for batch in batches)
         total = 0.0
         for batch in batches:
@@ -152,7 +152,7 @@ def test_losses_equal_pytorch_and_peft(hf_model: Path, dense_model: Path, data: 
 def test_accumulated_micro_batches_weigh_every_token_the_same(dense_model: Path, data: Path) -> None:
     """Two micro-batches with different token counts: the step's gradient is that of one batch of all rows."""
     resolved, plan = plan_of(dense_model, data)
-    batches = plan.step(1)[1]
+    batches = plan.step(1)
     assert len({batch.targets for batch in batches}) > 1
     loaded = load(str(dense_model))
     dropout = lora.attach(loaded.model, lora.Spec.of(loaded.model, resolved.lora), 0)

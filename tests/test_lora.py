@@ -108,13 +108,17 @@ def test_a_target_without_a_layer_names_what_there_is(mlx_model: Path) -> None:
 class TestDropout:
     """Masks are a function of (seed, step, row, layer)."""
 
-    def mask(self, seed: int = 0, step: int = 1, rows: tuple[int, ...] = (4, 9), layer: int = 0) -> np.ndarray:
+    def mask(
+        self, seed: int = 0, step: int = 1, rows: tuple[int, ...] = (4, 9), layer: int = 0, width: int = 50
+    ) -> np.ndarray:
         keys = lora.DropoutKeys(0.4)
-        keys.set(seed, step, rows, layers=3)
-        return np.array(keys.apply(mx.ones((len(rows), 50, 40)), layer, by_row=True))
+        keys.set(seed, step, rows, lengths=[50] * len(rows), layers=3)
+        return np.array(keys.apply(mx.ones((len(rows), width, 40)), layer)[:, :50])
 
     def test_the_same_row_gets_the_same_mask_whatever_shares_its_batch(self) -> None:
+        """Also when a longer row pads it."""
         np.testing.assert_array_equal(self.mask(rows=(4, 9))[1], self.mask(rows=(9, 7))[0])
+        np.testing.assert_array_equal(self.mask(), self.mask(width=77))
 
     @pytest.mark.parametrize("change", [{"seed": 1}, {"step": 2}, {"layer": 1}, {"rows": (5, 10)}])
     def test_seed_step_layer_and_row_each_change_the_mask(self, change: dict) -> None:
@@ -127,6 +131,13 @@ class TestDropout:
         assert set(np.unique(values)) == {0.0, np.float32(1 / 0.6)}
         assert values.mean() == pytest.approx(1.0, abs=0.05)
 
+    def test_a_model_that_flattens_its_rows_is_served_by_one_key(self) -> None:
+        """OLMoE passes [B * T, in] to its router and experts."""
+        keys = lora.DropoutKeys(0.5)
+        keys.set(0, 1, [3, 4], lengths=[10, 10], layers=1)
+        values = np.array(keys.apply(mx.ones((20, 8)), 0))
+        assert set(np.unique(values)) == {0.0, 2.0}
+
     @pytest.mark.parametrize("kind", ["llama", "mixtral"])
     def test_gradients_match_finite_differences_under_it(self, kind: str, mlx_model: Path, mixtral: Path) -> None:
         """Forward and backward see one mask: the directional derivative equals a central difference."""
@@ -134,7 +145,7 @@ class TestDropout:
         spec = lora.Spec.of(loaded.model, LoraSection(rank=2, dropout=0.5, targets=["down_proj", "w2"][:1]))
         keys = lora.attach(loaded.model, spec, seed=1)
         with_random_b(loaded.model)
-        keys.set(0, 1, [0, 1], layers=4)
+        keys.set(0, 1, [0, 1], [12, 12], layers=4)
         ids = mx.array(np.random.default_rng(0).integers(3, 250, (2, 12)))
         layer = next(iter(lora.adapters(loaded.model).values()))
         start = layer.lora_b
@@ -157,3 +168,14 @@ def test_the_adapter_config_is_mlx_lms(run: Path) -> None:
     assert config["lora_parameters"]["rank"] == 4
     assert config["lora_parameters"]["scale"] == 8.0
     assert "self_attn.q_proj" in config["lora_parameters"]["keys"]
+
+
+def test_an_adapter_that_mlx_lm_trained_without_keys_is_understood(mlx_model: Path, run: Path, tmp_path: Path) -> None:
+    """mlx-lm writes no `keys` when it adapts every layer; the tensors' names tell them."""
+    config = json.loads((run / "adapter_config.json").read_text())
+    keys = config["lora_parameters"].pop("keys")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "adapters.safetensors").write_bytes((run / "adapters.safetensors").read_bytes())
+    loaded = load(str(mlx_model))
+    assert sorted(lora.load_adapter(loaded.model, tmp_path).keys) == sorted(keys)
+    assert len(lora.adapters(loaded.model)) == 14

@@ -146,6 +146,29 @@ def test_a_quantized_fuse_quantizes_what_changed_and_keeps_the_rest(
     assert (report["mean_kl"] > 1e-6) == (bits == 4)
 
 
+def test_rounding_that_drowns_the_tune_is_said(hf_model: Path, data: Path, tmp_path: Path) -> None:
+    """A barely trained adapter on a dense base, fused to 4 bits: noise far above the effect."""
+    run = tmp_path / "run"
+    settings = ("--set", "train.steps=1", "--set", "train.lr=1e-5")
+    assert tiny.mlxtune("train", "--model", hf_model, "--data", data, "--out", run, *settings).returncode == 0
+    options = ("--adapter", run, "--out", tmp_path / "fused", "--bits", "4")
+    result = tiny.mlxtune("fuse", "--model", hf_model, *options)
+    assert result.returncode == 0, result.stderr
+    assert "4-bit rounding changed the model by up to" in result.stderr
+
+
+def test_routers_keep_the_bits_their_family_gives_them(data: Path, tmp_path: Path) -> None:
+    """mlx-lm quantizes Qwen3-MoE's routers to 8 bits; so does a 4-bit fuse of the dense model."""
+    hf = tiny.make_model(tmp_path / "hf", "qwen3_moe")
+    settings = ("--set", "train.steps=2", "--set", "lora.targets=[q_proj]")
+    assert tiny.mlxtune("train", "--model", hf, "--data", data, "--out", tmp_path / "run", *settings).returncode == 0
+    options = ("--adapter", tmp_path / "run", "--out", tmp_path / "fused", "--bits", "4")
+    result = tiny.mlxtune("fuse", "--model", hf, *options)
+    assert result.returncode == 0, result.stderr
+    model = load(str(tmp_path / "fused")).model
+    assert (model.layers[0].mlp.gate.bits, model.layers[0].self_attn.q_proj.bits) == (8, 4)
+
+
 def test_the_share_is_the_projection_on_the_adapters_effect(mlx_model: Path, run: Path) -> None:
     """A candidate that applies half of the effect, by construction, has half of the share; the full one all of it."""
     from mlxtune import session

@@ -192,3 +192,36 @@ def test_the_demo_tells_the_whole_story_on_any_model(hf_model: Path, tmp_path: P
         assert report["verdict"] == "passed"
     again = tiny.mlxtune("demo", "--model", hf_model, "--out", tmp_path / "demo")
     tiny.one_clear_line(again, "already exists")
+
+
+def test_the_demo_removes_nothing_that_it_did_not_make(hf_model: Path, tmp_path: Path) -> None:
+    """--force into a folder with somebody's file, and with a source that cannot be converted."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    broken = tmp_path / "mine.gguf"
+    broken.write_text("no model")
+    result = tiny.mlxtune("demo", "--model", broken, "--out", tmp_path, "--force")
+    tiny.one_clear_line(result, "mine.gguf")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert broken.exists()
+
+
+def test_a_file_named_by_data_counts_whole(mlx_model: Path, run: Path, tmp_path: Path) -> None:
+    """Every row of it, also a single one; the run's own data is split as it was in training."""
+    path = tiny.write_jsonl(tmp_path / "held.jsonl", tiny.conversations(11))
+    for count in (11, 1):
+        path = tiny.write_jsonl(tmp_path / "held.jsonl", tiny.conversations(count))
+        found = json.loads(tiny.mlxtune("eval", "--model", mlx_model, "--data", path, "--json").stdout)
+        assert (found["rows"], found["split"]) == (count, "all")
+
+
+def test_a_run_can_be_used_from_another_folder(
+    mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained with relative paths; evaluated from elsewhere."""
+    monkeypatch.chdir(data.parent)
+    options = ("--out", tmp_path / "run", "--set", "train.steps=1")
+    assert tiny.mlxtune("train", "--model", mlx_model, "--data", data.name, *options).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    result = tiny.mlxtune("eval", "--model", mlx_model, "--adapter", "run", "--json")
+    assert json.loads(result.stdout)["rows"] == 6

@@ -43,14 +43,14 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     from pathlib import Path
 
     from mlxtune import config
-    from mlxtune.data import chat, records, sources
+    from mlxtune.data import chat, sources
     from mlxtune.data.tokenizer import load_tokenizer
     from mlxtune.errors import UserError
     from mlxtune.model import hub
 
     section = config.load(None, settings, {"data.path": path}).data
     if split is None and Path(path).expanduser().is_file():
-        rows = records.read(Path(path).expanduser())
+        rows = sources.read_file(path)
     else:
         found = sources.splits(path, section, seed=0)
         if (split or "train") not in found:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from mlxtune.data.chat import Example
 
-ENOUGH = 0.95  # of the tune's effect; below, the command names a better route
 data_option = click.option("--data", metavar="PATH", help="Held-out rows to compare on.  [default: the run's own]")
 no_verify_option = click.option("--no-verify", is_flag=True, help="Do not compare the result with the trained model.")
 base_option = click.option(
@@ -46,40 +45,30 @@ def fuse(
     mlxtune fuse --model model --adapter run --out fused
     mlxtune fuse --model model --adapter run --out fused-4bit --bits 4
     """
-    from mlxtune_convert.files import new_folder, write_json
-
     from mlxtune import backend
     from mlxtune.model import hub
-    from mlxtune.model.load import load
-    from mlxtune.ship import export, merge, verify
+    from mlxtune.ship import export
 
     backend.prepare()
     path = hub.resolve(model)
     examples = None if no_verify else _held_out(path, adapter, data)
-    if base is not None:
-        merge.check_base(base, path)
     console = common.console()
-    report = None
-    with new_folder(out, force, [path, adapter, *([base] if base else [])]) as work:
-        with console.status("merging"):
-            merge.fuse(merge.open_merged(base or path, adapter), path, work, int(bits))
-        if examples is not None:
-            with console.status("comparing with the trained model"):
-                ref = verify.reference(str(path), adapter, examples)
-                report = verify.measure(
-                    ref, verify.mlx_runner(load(str(work), "float32")), "MLX, float32", f"{bits} bits"
-                )
-                write_json(work / export.REPORT_FILE, report.to_json())
+    with console.status("merging, comparing with the trained model"):
+        request = export.Request(path, adapter, out, base, examples=examples, force=force)
+        report = export.to_mlx(request, int(bits))
     result = common.stdout()
     result.print(f"{out}: {bits} bits")
     if report is None:
         return
-    gain = "" if report.gain_kept is None else f", {report.gain_kept:.1%} of the loss improvement"
-    result.print(f"{report.share:.1%} of the adapter's effect survived{gain} ({report.positions} held-out tokens)")
-    if min(report.share, report.gain_kept or 1.0) < ENOUGH:
+    result.print(report.survival())
+    if base is not None:
+        console.print(f"note: that includes the difference between {base} and {path}", style="yellow", soft_wrap=True)
+    elif not report.survived:
         console.print(
-            f"note: {bits}-bit rounding lost part of the tune; --bits 16, or the adapter beside its model, keeps it",
+            f"note: {bits}-bit rounding changed the model by up to {report.max_difference:.2g} in a logit, tuning by "
+            f"{report.base_max_difference:.2g}; --bits 16, or the adapter beside its model, keeps the tune",
             style="yellow",
+            soft_wrap=True,
         )
 
 
@@ -92,7 +81,7 @@ def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Ex
     config = common.run_settings(adapter, data)
     if not config.data.path:
         raise UserError("the proof needs held-out rows", "Name some: --data PATH; or leave it out: --no-verify.")
-    return session.held_out(load_tokenizer(path), path, config).examples
+    return session.held_out(load_tokenizer(path), path, config, own=data is None).examples
 
 
 @click.command()
@@ -152,13 +141,15 @@ def export(
     backend.prepare()
     path = hub.resolve(model)
     examples = None if no_verify else _held_out(path, adapter, data)
+    if not base_name and not Path(model).expanduser().exists() and source_of(path)["kind"] == "hf":
+        base_name = model  # a hub id, used as it is
     request = shipping.Request(path, adapter, out, base, dtype, base_name, examples, force)
     console = common.console()
     with console.status(f"exporting to {target}, comparing with the trained model"):
         report = shipping.to_peft(request) if target == "peft" else shipping.to_hf(request)
     result = common.stdout()
     result.print(f"{out}: {target}" + ("" if report is None else f", {report.line()}"))
-    if target == "peft" and not (base_name or source_of(path)["name"]):
+    if target == "peft" and not shipping.base_name(request, source_of(path)):
         console.print(
             "note: the adapter names no base model (unknown here); --base-name OWNER/NAME writes it", style="yellow"
         )

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 @common.model_option()
 @common.adapter_option
 @click.option("--data", metavar="PATH", help="Folder or file.  [default: the run's own data]")
-@click.option("--split", type=click.Choice(["train", "valid", "test"]), default="valid", show_default=True)
+@click.option(
+    "--split", type=click.Choice(["train", "valid", "test"]), help="Of a folder.  [default: valid; a file: all rows]"
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @common.settings_option
 def eval_command(
-    model: str, adapter: Path | None, data: str | None, split: str, as_json: bool, settings: tuple[str, ...]
+    model: str, adapter: Path | None, data: str | None, split: str | None, as_json: bool, settings: tuple[str, ...]
 ) -> None:
     """Score the base, and with --adapter the tuned model, on held-out rows.
 
@@ -39,9 +41,10 @@ def eval_command(
 
     config = common.run_settings(adapter, data, settings)
     loaded = common.load_model(model, adapter)
-    examples = session.held_out(loaded.tokenizer, loaded.path, config, split)
+    examples = session.held_out(loaded.tokenizer, loaded.path, config, split, own=data is None)
+    label = split or ("all" if data is not None and Path(data).expanduser().is_file() else "valid")
     console = common.console()
-    for note in examples.notes(split, config.data.max_tokens):
+    for note in examples.notes(label, config.data.max_tokens):
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
     with console.status("scoring"), switched_off(loaded.model):
         scores = {"base": session.evaluate(loaded, config, examples)}
@@ -49,9 +52,8 @@ def eval_command(
         with console.status("scoring"):
             scores["tuned"] = session.evaluate(loaded, config, examples)
     if as_json:
-        click.echo(
-            json.dumps({"split": split, "rows": len(examples.rows), **{k: _score_json(v) for k, v in scores.items()}})
-        )
+        found = {name: _score_json(value) for name, value in scores.items()}
+        click.echo(json.dumps({"split": label, "rows": len(examples.rows), **found}))
     else:
         common.stdout().print(score_table(scores, f"{len(examples.rows)} rows, {scores['base'].tokens:,} tokens"))
 

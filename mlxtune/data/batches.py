@@ -107,13 +107,13 @@ class Plan:
         self._epochs.append(steps)
         self._starts.append(self._starts[-1] + len(steps))
 
-    def step(self, number: int) -> tuple[int, list[Batch]]:
-        """(epoch, micro-batches) of optimizer step `number`, counted from 1."""
+    def step(self, number: int) -> list[Batch]:
+        """The micro-batches of optimizer step `number`, counted from 1."""
         while self._starts[-1] < number:
             self._plan_epoch()
         epoch = int(np.searchsorted(self._starts, number - 1, side="right")) - 1
         chosen = self._epochs[epoch][number - 1 - self._starts[epoch]]
-        return epoch, [collate(self.examples, rows) for rows in chosen]
+        return [collate(self.examples, rows) for rows in chosen]
 
 
 def in_order(examples: Sequence[Example], tokens: int = 4096) -> list[Batch]:

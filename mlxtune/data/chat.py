@@ -68,8 +68,8 @@ def spans_of(
             _difference(text, to_text([*messages[:i], _replaced(messages[i], mark), *messages[i + 1 :]]), mark)
             for i, mark in stand_ins.items()
         ]
-    end_of_turn = _end_of_turn(tokenizer, template_kwargs)
-    return text, [(start, end + len(end_of_turn) * text.startswith(end_of_turn, end)) for start, end in spans]
+    last = end_of_turn(tokenizer, template_kwargs)
+    return text, [(start, end + len(last) * text.startswith(last, end)) for start, end in spans]
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, template_kwargs: dict[str, Any]) -> str:
@@ -129,7 +129,7 @@ def _common_prefix(one: str, other: str) -> int:
 _ends: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 
 
-def _end_of_turn(tokenizer: Any, template_kwargs: dict[str, Any]) -> str:
+def end_of_turn(tokenizer: Any, template_kwargs: dict[str, Any]) -> str:
     """What the template prints after an answer, up to its end-of-turn token; "" when there is none.
 
     Whitespace before that token belongs to it: the model must produce it to get there.
@@ -140,9 +140,9 @@ def _end_of_turn(tokenizer: Any, template_kwargs: dict[str, Any]) -> str:
         mark = _STAND_INS[0]
         probe = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}]
         tail = _apply(tokenizer, probe, None, template_kwargs).partition(mark)[2]
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
         stripped = tail.lstrip()
-        found = max((token for token in special if stripped.startswith(token)), key=len, default="")
+        found = max((token for token in added if stripped.startswith(token)), key=len, default="")
         known[key] = tail[: len(tail) - len(stripped) + len(found)] if found else ""
     return known[key]
 

@@ -83,6 +83,11 @@ def splits(path: str, section: DataSection, seed: int) -> dict[str, list[Record]
     return out
 
 
+def read_file(path: str) -> list[Record]:
+    """All rows of one file."""
+    return records.read(Path(path).expanduser())
+
+
 def _split_file(folder: Path, split: str) -> Path | None:
     files = [folder / f"{split}{suffix}" for suffix in records.SUFFIXES if (folder / f"{split}{suffix}").is_file()]
     if len(files) > 1:

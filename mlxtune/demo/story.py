@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
-from mlxtune_convert.files import new_folder
+from mlxtune_convert.files import refuse_existing
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -23,10 +23,11 @@ from mlxtune.evaluate.generate import Sampling, answer
 from mlxtune.evaluate.loss import Score
 from mlxtune.model import convert, lora
 from mlxtune.model.load import Loaded, load
-from mlxtune.ship import export, merge, verify
+from mlxtune.ship import export
 from mlxtune.train.display import Display, duration
 
 STEPS = 48
+FOLDERS = ("model", "run", "fused", "peft", "hf")  # what the demo makes, and all that --force removes
 SHOWN_ROWS = (8, 14, 19)  # of the validation file: one question each is answered before and after
 ANSWER = Sampling(max_tokens=60)
 SETTINGS = (
@@ -47,10 +48,13 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
     """Run the whole story into `out`: model, run, fused, peft and hf folders. Raises UserError at the first thing
     that fails.
     """
-    if out.exists() and any(out.iterdir()):
-        if not force:
-            raise UserError(f"{out} already exists", "Choose another --out, or add --force to begin again.")
-        shutil.rmtree(out)
+    taken = [out / name for name in FOLDERS if (out / name).exists()]
+    if taken and not force:
+        raise UserError(f"{taken[0]} already exists", "Choose another --out, or add --force to begin again.")
+    for folder in taken:
+        refuse_existing(folder, force, [Path(source)] if source else [])
+    for folder in taken:
+        shutil.rmtree(folder)
     began = time.perf_counter()
     model, run = out / "model", out / "run"
     with chapter(console, "1. The model: SmolLM2-135M-Instruct, 4 bits, code for code as in its GGUF file"):
@@ -79,11 +83,8 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
         console.print(f"token accuracy {before.accuracy:.1%} -> {after.accuracy:.1%}")
     examples = session.held_out(tuned.tokenizer, model, settings).examples
     with chapter(console, "5. Fuse: the adapter folded into the weights, in float32, stored in 16 bits"):
-        with new_folder(out / "fused") as work:
-            merge.fuse(merge.open_merged(model, run), model, work, convert.UNQUANTIZED_BITS)
-            fused = verify.mlx_runner(load(str(work), "float32"))
-            report = verify.measure(verify.reference(str(model), run, examples), fused, "MLX, float32", "16 bits")
-        console.print(f"{out / 'fused'}: {report.share:.1%} of the adapter's effect survived")
+        fused = export.to_mlx(export.Request(model, run, out / "fused", examples=examples), convert.UNQUANTIZED_BITS)
+        console.print(f"{out / 'fused'}: {fused.survival() if fused else ''}", soft_wrap=True)
     with chapter(console, "6. Ship: a PEFT adapter and a Hugging Face model, each compared with what was trained"):
         request = export.Request(
             model, run, out / "peft", base_name="HuggingFaceTB/SmolLM2-135M-Instruct", examples=examples

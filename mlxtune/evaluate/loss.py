@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlxtune.data.batches import Batch
 from mlxtune.model.arrays import scalar
 from mlxtune.model.head import Split
+from mlxtune.train.loss import supervised_rows
 
 HEAD_ROWS = 512  # positions that go through the head at a time: bounds the [rows, vocabulary] matrix
 
@@ -41,17 +42,14 @@ def score(model: nn.Module, split: Split | None, batches: Sequence[Batch]) -> Sc
     """Score a model on batches. Legend: N supervised positions, D width, V vocabulary."""
     loss_sum, tokens, correct = 0.0, 0, 0
     for batch in batches:
-        positions, targets = batch.supervised()
-        ids = mx.array(batch.ids[:, :-1])
-        rows = model(ids) if split is None else split.hidden(ids)
-        rows = rows.reshape(-1, rows.shape[-1])[mx.array(positions)]  # [N, D], or [N, V] without a split
-        for start in range(0, len(targets), HEAD_ROWS):
-            part = rows[start : start + HEAD_ROWS]
+        rows, targets = supervised_rows(model, split, batch)
+        mx.eval(rows)  # else every chunk below would hold the whole trunk's graph
+        for start in range(0, targets.size, HEAD_ROWS):
+            part, wanted = rows[start : start + HEAD_ROWS], targets[start : start + HEAD_ROWS]
             logits = (part if split is None else split.logits(part)).astype(mx.float32)
-            wanted = mx.array(targets[start : start + HEAD_ROWS])
             loss = nn.losses.cross_entropy(logits, wanted, reduction="sum")
             right = (mx.argmax(logits, axis=-1) == wanted).sum()
             loss_sum += scalar(loss)
             correct += int(scalar(right))
-        tokens += len(targets)
+        tokens += targets.size
     return Score(loss_sum, tokens, correct)

@@ -22,7 +22,7 @@ from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.model.hub import resolve
-from mlxtune.model.load import model_dtype, open_model
+from mlxtune.model.load import cast, model_dtype, open_model
 from mlxtune.model.quantize import QUANTIZED
 
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # default group size and bits
@@ -140,7 +140,7 @@ def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str |
             raise UserError(
                 f"--dtype {dtype} would round the scales of this quantized source", "Add --bits to requantize it."
             )
-        model.set_dtype(wanted)
+        cast(model, wanted)
     if not quantized and target.bits != UNQUANTIZED_BITS:
         model, config = quantized_model(model, config, target)
         left = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]

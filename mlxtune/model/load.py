@@ -10,7 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlxtune_convert.configs import SOURCE_FILE, normalise
+from mlx.utils import tree_map_with_path
+from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, normalise
 from mlxtune_convert.files import read_json
 from mlxtune_convert.tensors import weight_files
 
@@ -64,7 +65,7 @@ def load(source: str, dtype: str = "auto") -> Loaded:
     own = model_dtype(model)
     wanted = backend.dtype_for(dtype, own, "quantization" in config)
     if wanted != own:
-        model.set_dtype(wanted)
+        cast(model, wanted)
     if backend.kind() == "cpu":
         on_cpu(model)
     mx.eval(model.parameters())
@@ -96,6 +97,16 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model, config
 
 
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Change the floating type of a model's parameters, except those that its family keeps in float32."""
+    wanted = getattr(model, "cast_predicate", lambda name: True)
+
+    def to(name: str, array: mx.array) -> mx.array:
+        return array.astype(dtype) if wanted(name) and mx.issubdtype(array.dtype, mx.floating) else array
+
+    model.update(tree_map_with_path(to, model.parameters()))
+
+
 def model_dtype(model: nn.Module) -> mx.Dtype:
     """The floating type that most of the model's numbers have (scales stand for quantized weights)."""
     sizes: dict[mx.Dtype, int] = {}
@@ -111,4 +122,6 @@ def source_of(path: Path) -> dict[str, Any]:
     """
     if (path / SOURCE_FILE).is_file():
         return read_json(path / SOURCE_FILE, "written by mlxtune convert")
-    return {"kind": "mlx", "name": "", "config": read_json(path / "config.json", "a model folder")}
+    config = read_json(path / "config.json", "a model folder")
+    kind = "mlx" if any(key in config for key in QUANTIZATION_KEYS) else "hf"
+    return {"kind": kind, "name": "", "config": config}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlxtune_convert.files import read_json, write_json
+from mlxtune_convert.tensors import read_header
 
 from mlxtune.config import LoraSection
 from mlxtune.errors import UserError
@@ -34,33 +36,42 @@ SWITCH = (SwitchLinear, QuantizedSwitchLinear)
 
 
 class DropoutKeys:
-    """The random keys of the current micro-batch, shared by all adapter layers; None outside training."""
+    """The random keys of the current micro-batch, shared by all adapter layers; none outside training."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
-        self.keys: mx.array | None = None  # [layers, B + 1, 2] uint32; the last row's key is for the batch as a whole
+        self._keys: mx.array | None = None  # [layers, B + 1, 2] uint32; the last row's key is for the batch as a whole
+        self._lengths: list[int] = []  # [B] positions of each row that are not padding
 
-    def set(self, seed: int, step: int, rows: Sequence[int], layers: int) -> None:
+    def set(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int], layers: int) -> None:
         if self.rate > 0:
-            self.keys = mx.array(dropout_keys(seed, step, rows, layers))
+            self._keys = mx.array(dropout_keys(seed, step, rows, layers))
+            self._lengths = list(lengths)
 
     def clear(self) -> None:
-        self.keys = None
+        self._keys = None
 
-    def apply(self, x: mx.array, layer: int, by_row: bool) -> mx.array:
+    def apply(self, x: mx.array, layer: int) -> mx.array:
         """x with a share `rate` of its entries zeroed and the rest scaled up.
 
-        by_row: x is [B, ...] and each row has its own key; else (tokens already sorted by expert) one key for all.
+        Each row of x [B, T, in] has its own key, and its mask does not depend on the padding or on what shares its
+        batch. Where the model has already mixed the rows (tokens sorted by expert), one key serves them all.
         """
-        if self.keys is None:
+        if self._keys is None:
             return x
         keep = 1.0 - self.rate
-        if by_row:
-            masks = [mx.random.bernoulli(keep, x.shape[1:], key=self.keys[layer, row]) for row in range(x.shape[0])]
-            mask = mx.stack(masks)
+        if x.ndim == 3 and x.shape[0] == len(self._lengths):
+            mask = mx.stack([self._row_mask(x, layer, row, keep) for row in range(x.shape[0])])
         else:
-            mask = mx.random.bernoulli(keep, x.shape, key=self.keys[layer, -1])
+            mask = mx.random.bernoulli(keep, x.shape, key=self._keys[layer, -1])
         return x * mx.stop_gradient(mask.astype(x.dtype)) * (1.0 / keep)
+
+    def _row_mask(self, x: mx.array, layer: int, row: int, keep: float) -> mx.array:
+        assert self._keys is not None
+        _, width, inputs = x.shape
+        length = min(self._lengths[row], width)
+        mask = mx.random.bernoulli(keep, (length, inputs), key=self._keys[layer, row])
+        return mx.pad(mask, [(0, width - length), (0, 0)])
 
 
 def dropout_keys(seed: int, step: int, rows: Sequence[int], layers: int) -> np.ndarray:
@@ -100,7 +111,7 @@ class LoRALinear(nn.Module):
         self._dropout = dropout
 
     def __call__(self, x: mx.array) -> mx.array:
-        z = self._dropout.apply(x, self._index, by_row=True)
+        z = self._dropout.apply(x, self._index)
         z = (z @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
         return self.linear(x) + self.scale * z
 
@@ -126,7 +137,7 @@ class LoRASwitchLinear(nn.Module):
         self._dropout = dropout
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        z = self._dropout.apply(x, self._index, by_row=False)
+        z = self._dropout.apply(x, self._index)
         for factor in (self.lora_a, self.lora_b):
             weight = factor.astype(x.dtype).swapaxes(-1, -2)
             z = mx.gather_mm(z, weight, rhs_indices=indices, sorted_indices=sorted_indices)
@@ -255,11 +266,18 @@ def read_spec(folder: Path) -> Spec:
             int(parameters["rank"]),
             float(parameters["scale"]),
             float(parameters.get("dropout", 0.0)),
-            tuple(parameters["keys"]),
+            tuple(parameters.get("keys") or _keys_in(folder)),
             int(config["num_layers"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG_FILE}: not an MLX adapter's configuration ({error})") from error
+
+
+def _keys_in(folder: Path) -> list[str]:
+    """Module paths inside a block, from the tensors' names: mlx-lm leaves them out when it adapts every layer."""
+    names = read_header(folder / ADAPTER_FILE) if (folder / ADAPTER_FILE).is_file() else {}
+    matches = (re.search(r"layers\.\d+\.(.+)\.lora_a$", name) for name in names)
+    return sorted({match[1] for match in matches if match})
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Spec:

@@ -1,4 +1,4 @@
-"""Export to the formats that CUDA users load: a Hugging Face model folder, or a PEFT adapter.
+"""The artefacts that leave: a fused MLX folder, a Hugging Face model folder, a PEFT adapter.
 
 An export is built under a temporary name, compared with the trained model, and only then given its name.
 """
@@ -21,10 +21,10 @@ from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import dtype_name, to_numpy
-from mlxtune.model.convert import copy_tokenizer
+from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
 from mlxtune.model.load import load, source_of
 from mlxtune.ship import verify
-from mlxtune.ship.merge import Merged, check_base, open_merged
+from mlxtune.ship.merge import Merged, check_base, fuse, open_merged
 from mlxtune.ship.verify import Reference, Report, Runner
 
 REPORT_FILE = "verification.json"
@@ -61,6 +61,25 @@ class ReadBack:
         return f"{self.verdict}: {self.tensors} tensors equal the trained ones bit for bit (PEFT is not installed)"
 
 
+def to_mlx(request: Request, bits: int) -> Report | None:
+    """Write a fused MLX folder; bits 16: dense, else quantized again.
+
+    Raises UserError when what came out is no model (numbers too large for its type) or, at 16 bits, not the trained
+    one; nothing is kept then.
+    """
+    assert request.adapter is not None
+    merged = _merged(request)
+    parameters = merged.count()
+    storage = dtype_name(merged.dtype) if bits == UNQUANTIZED_BITS else f"{bits} bits"
+    with new_folder(request.out, request.force, request.sources) as work:
+        fuse(merged, request.base or request.model, work, bits)
+        if request.examples is None:
+            return None
+        verify.require_memory(parameters if bits == UNQUANTIZED_BITS else 0)
+        ref = verify.reference(str(request.model), request.adapter, request.examples)
+        return _judged(work, ref, verify.mlx_runner(load(str(work), "float32")), "MLX, float32", storage, request)
+
+
 def to_hf(request: Request) -> Report | None:
     """Write a merged model folder that transformers loads. Raises UserError when the proof fails; nothing is kept
     then.
@@ -70,7 +89,8 @@ def to_hf(request: Request) -> Report | None:
     merged = _merged(request)
     storage = dtype_name(merged.dtype)
     with new_folder(request.out, request.force, request.sources) as work:
-        require_space(work, merged.dense_bytes())
+        parameters = merged.count()
+        require_space(work, parameters * merged.dtype.size)
         writer = ShardWriter(work, {"format": "pt"})
         for name, array in merged.tensors():
             writer.add(name, to_numpy(array))
@@ -82,6 +102,7 @@ def to_hf(request: Request) -> Report | None:
         _model_card(work, request, source)
         if request.examples is None:
             return None
+        verify.require_memory(parameters)
         ref = verify.reference(str(request.model), request.adapter, request.examples)
         if verify.has_transformers():
             run, name = verify.transformers_runner(work), "transformers, float32"
@@ -102,7 +123,7 @@ def to_peft(request: Request) -> Report | ReadBack | None:
         path: (to_numpy(layer.lora_a), to_numpy(layer.lora_b)) for path, layer in lora.adapters(tuned.model).items()
     }
     with new_folder(request.out, request.force, request.sources) as work:
-        peft.write_adapter(work, factors, spec.scale, spec.dropout, request.base_name or source["name"])
+        peft.write_adapter(work, factors, spec.scale, spec.dropout, base_name(request, source))
         if request.examples is None:
             return None
         if not verify.has_peft():
@@ -112,8 +133,14 @@ def to_peft(request: Request) -> Report | ReadBack | None:
             return back
         ref = verify.reference(str(request.model), request.adapter, request.examples)
         base = open_merged(request.model, None, mx.float32)
+        verify.require_memory(base.count())
         run = verify.peft_runner(base, unquantized(source["config"]), work)
         return _judged(work, ref, run, "PEFT on the dense base, float32", "float32", request)
+
+
+def base_name(request: Request, source: dict[str, Any]) -> str:
+    """The original model on the hub, or "" when unknown. A repository of MLX-quantized weights is none."""
+    return request.base_name or (source["name"] if source["kind"] == "hf" else "")
 
 
 def _merged(request: Request) -> Merged:
@@ -133,14 +160,14 @@ def _judged(work: Path, ref: Reference, run: Runner, name: str, storage: str, re
     if report.verdict == "failed":
         raise UserError(
             f"the export is not the model that was trained, so it was not kept ({report.line()})",
-            "Try --dtype float32; --no-verify keeps it all the same.",
+            "Its type may be too small for its numbers. --no-verify keeps it all the same.",
         )
     write_json(work / REPORT_FILE, report.to_json())
     return report
 
 
 def _model_card(work: Path, request: Request, source: dict[str, Any]) -> None:
-    base = request.base_name or source["name"]
+    base = base_name(request, source)
     head = ["---", "library_name: transformers", "tags: [mlxtune]", *([f"base_model: {base}"] if base else []), "---"]
     body = f"A fine-tuned version of {base or 'its base model'}, merged and exported with mlxtune."
     (work / "README.md").write_text("\n".join([*head, "", body, ""]), encoding="utf-8")

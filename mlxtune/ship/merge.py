@@ -55,8 +55,9 @@ class Merged:
         """How many numbers each leaf holds when dense. Reads nothing."""
         return {path: _dense_size(module) for path, module in self._walk()}
 
-    def dense_bytes(self) -> int:
-        return sum(self.sizes().values()) * self.dtype.size
+    def count(self) -> int:
+        """Parameters of the dense model."""
+        return sum(self.sizes().values())
 
     def _walk(self) -> Iterator[tuple[str, nn.Module]]:
         inside: set[str] = set()
@@ -120,7 +121,7 @@ def fuse(merged: Merged, base: Path, work: Path, bits: int) -> None:
     bits 16: dense; 4 or 8: layers that the adapter changed are quantized again to that many bits (in the base's
     groups), layers it did not change keep the base's codes. base: where tokenizer and source come from.
     """
-    needed = merged.dense_bytes()
+    needed = merged.count() * merged.dtype.size
     require_space(work, needed if bits == UNQUANTIZED_BITS else needed * (bits + 2) // 16)
     writer = ShardWriter(work, {"format": "mlx"})
     config = unquantized(merged.config)
@@ -147,6 +148,7 @@ def _write_quantized(merged: Merged, writer: ShardWriter, bits: int) -> dict[str
     base_table = merged.config.get("quantization") or {}
     group = base_table.get("group_size", DEFAULT_GROUP)
     table: dict[str, Any] = {"group_size": group, "bits": bits, "mode": "affine"}
+    predicate = getattr(merged.model, "quant_predicate", None) or (lambda path, module: True)
     for path, module in merged.leaves():
         adapted = isinstance(module, (lora.LoRALinear, lora.LoRASwitchLinear))
         inner = module.linear if adapted else module
@@ -156,14 +158,19 @@ def _write_quantized(merged: Merged, writer: ShardWriter, bits: int) -> dict[str
             table[path] = {"group_size": inner.group_size, "bits": inner.bits, "mode": inner.mode}
             continue
         size = inner.group_size if isinstance(inner, QUANTIZED) and inner.mode == "affine" else DEFAULT_GROUP
+        # Layers that the family or the base keeps at more bits (routers, say) stay there.
+        exception = predicate(path, inner)
+        width = max(bits, base_table[path]["bits"] if isinstance(base_table.get(path), dict) else 0)
+        if isinstance(exception, dict):
+            width, size = max(bits, exception["bits"]), exception["group_size"]
         for full, array in merged.dense(path, module):
             quantizable = hasattr(inner, "to_quantized") or isinstance(inner, QUANTIZED)
-            if not (full.endswith(".weight") and quantizable and array.shape[-1] % size == 0):
+            if not (full.endswith(".weight") and quantizable and exception and array.shape[-1] % size == 0):
                 writer.add(full, to_numpy(array))
                 continue
-            for suffix, part in zip(("weight", "scales", "biases"), mx.quantize(array, size, bits), strict=True):
+            for suffix, part in zip(("weight", "scales", "biases"), mx.quantize(array, size, width), strict=True):
                 writer.add(f"{path}.{suffix}", to_numpy(part))
-            table[path] = {"group_size": size, "bits": bits, "mode": "affine"}
+            table[path] = {"group_size": size, "bits": width, "mode": "affine"}
     common = {key: table[key] for key in ("group_size", "bits", "mode")}
     return {**common, **{path: entry for path, entry in table.items() if isinstance(entry, dict) and entry != common}}
 

@@ -7,21 +7,24 @@ transformers or PEFT when they are installed, else MLX on the files just written
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
+from mlxtune import backend
 from mlxtune.data.batches import Batch, collate
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.load import Loaded, load
 from mlxtune.ship.merge import Merged
-from mlxtune.train.loss import supervised_logits
+from mlxtune.train.loss import supervised_rows
 
 MAX_ROWS = 16
 MAX_POSITIONS = 256
@@ -31,6 +34,7 @@ LIMITS = {
     "float16": {"mean_kl": 1e-3, "top1": 0.99},
     "bfloat16": {"mean_kl": 1e-3, "top1": 0.99},
 }
+ENOUGH = 0.95  # of the tune's effect and loss improvement, after a lossy step
 MARGIN = 10.0  # the tune must move the logits this many times further than the measured error, or nothing is proven
 
 Runner = Callable[[Batch], np.ndarray]
@@ -69,13 +73,35 @@ class Report:
     verdict: str = "measured"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON has no NaN and no infinity: such numbers become null."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+
+    @property
+    def survived(self) -> bool:
+        """Whether the tune came through a lossy step: 95% of its effect and of its loss improvement, and the error is
+        smaller than the effect."""
+        gained = self.gain_kept is None or self.gain_kept >= ENOUGH
+        return gained and abs(self.share - 1) <= 1 - ENOUGH and self.max_difference <= self.base_max_difference
+
+    def survival(self) -> str:
+        gain = "" if self.gain_kept is None else f", {self.gain_kept:.1%} of the loss improvement"
+        return f"{self.share:.1%} of the adapter's effect survived{gain} ({self.positions} held-out tokens)"
 
     def line(self) -> str:
         return (
             f"{self.verdict}: max logit difference {self.max_difference:.1e} "
             f"(tuning moved them by {self.base_max_difference:.1e}), KL {self.mean_kl:.1e}, top-1 {self.top1:.1%}, "
             f"on {self.positions} held-out tokens, run by {self.candidate}"
+        )
+
+
+def require_memory(parameters: int) -> None:
+    """Raise UserError when a proof in float32 would not fit this machine's memory: it would page, not fail."""
+    needed, have = 4 * parameters, backend.memory_bytes()
+    if needed > 0.8 * have:
+        raise UserError(
+            f"comparing in float32 needs {needed / backend.GIB:.0f} GiB, this machine has {have / backend.GIB:.0f}",
+            "Leave the comparison out (--no-verify), or run it on a larger machine.",
         )
 
 
@@ -99,7 +125,7 @@ def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> 
 
 def mlx_runner(loaded: Loaded) -> Runner:
     def run(batch: Batch) -> np.ndarray:
-        return np.array(supervised_logits(loaded.model, None, batch)[0])
+        return np.array(supervised_rows(loaded.model, None, batch)[0].astype(mx.float32))
 
     return run
 

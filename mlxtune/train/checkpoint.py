@@ -49,16 +49,18 @@ def save(run: Path, state: State, model: nn.Module, optimizer: Optimizer, keep_l
         save_arrays(work / OPTIMIZER_FILE, named(optimizer.state))
         digests = {name: _digest(work / name) for name in (lora.ADAPTER_FILE, OPTIMIZER_FILE)}
         write_json(work / STATE_FILE, {**asdict(state), "sha256": digests})
-    for old in _folders(run)[:-keep_last]:
+    older = [other for other in _folders(run) if other < folder]
+    for old in older[: max(0, len(older) - (keep_last - 1))]:
         shutil.rmtree(old)
     return folder
 
 
 def restore(run: Path, model: nn.Module, optimizer: Optimizer, skipped: Callable[[str], None]) -> State:
-    """Load the newest whole checkpoint into model and optimizer; `skipped` hears of torn ones.
+    """Load the newest whole checkpoint into model and optimizer; `skipped` hears of torn ones, which are removed.
 
     Raises UserError when there is none.
     """
+    broken: list[Path] = []
     for folder in reversed(_folders(run)):
         try:
             saved = read_json(folder / STATE_FILE, "a checkpoint")
@@ -68,11 +70,14 @@ def restore(run: Path, model: nn.Module, optimizer: Optimizer, skipped: Callable
             torn = [STATE_FILE]
         if torn:
             skipped(f"{folder} is incomplete ({torn[0]}): using the checkpoint before it")
+            broken.append(folder)
             continue
         lora.load_factors(model, folder / lora.ADAPTER_FILE)
         tensors: Any = mx.load(str(folder / OPTIMIZER_FILE))
         mx.eval(tensors)
         optimizer.state = tree_unflatten(list(tensors.items()))
+        for torn_folder in broken:
+            shutil.rmtree(torn_folder)
         return state
     raise UserError(f"{run} has no checkpoint to resume from", "Start again without --resume, into another folder.")
 

@@ -46,7 +46,7 @@ class Meter:
             self.loss = event["loss"] if self.loss is None else 0.8 * self.loss + 0.2 * event["loss"]
             rate = event["tokens"] / max(event["seconds"], 1e-9)
             self.tokens_per_second = rate if not self.tokens_per_second else 0.8 * self.tokens_per_second + 0.2 * rate
-        elif event["kind"] == "eval":
+        elif event["kind"] == "eval" and event["loss"] is not None:
             self.valid.append(event["loss"])
 
     def eta_seconds(self) -> float | None:
@@ -121,7 +121,7 @@ class Display:
         if self._live is not None and self._task is not None:
             self._progress.update(self._task, completed=self.meter.step)
             self._live.update(self._draw())
-        elif kind == "eval":
+        elif kind == "eval" and event["loss"] is not None:
             self.console.print(
                 f"step {event['step']}: validation loss {event['loss']:.4f} ({event['tokens']:,} tokens)"
             )

@@ -7,6 +7,7 @@ full precision. The file is only ever appended to, one whole line at a time.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ class Events:
             self._file.write("\n")
 
     def emit(self, kind: str, **fields: Any) -> None:
-        event = {"kind": kind, **fields}
+        # JSON has no NaN and no infinity.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        event = {"kind": kind, **finite}
         self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
         self._file.flush()
         self._listener(event)

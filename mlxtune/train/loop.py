@@ -42,7 +42,7 @@ class Scored(Protocol):
 @dataclass(frozen=True)
 class Job:
     """Everything a run works with. split: None runs the head on all tokens; evaluate: scores the current model;
-    lines: what to call each training row in messages; data: digest of the training examples."""
+    lines: what to call each training row in messages; data: digest of the examples."""
 
     model: nn.Module
     split: Split | None
@@ -65,9 +65,8 @@ def run(job: Job, events: Events, resume: bool = False) -> State:
     if resume:
         state = checkpoint.restore(job.run, job.model, optimizer, lambda text: events.emit("note", text=text))
         if state.data != job.data:
-            raise UserError(
-                f"{job.run}: the training data is not what the run began with", "Resume with the same data."
-            )
+            raise UserError(f"{job.run}: the data is not what the run began with", "Resume with the same data.")
+        events.emit("note", text=f"resumed after step {state.step}")
     else:
         first = job.evaluate()
         events.emit("eval", step=0, loss=first.loss, tokens=first.tokens)
@@ -76,7 +75,11 @@ def run(job: Job, events: Events, resume: bool = False) -> State:
     with StopRequest() as stop:
         while state.step < job.plan.steps:
             number = state.step + 1
-            events.emit("train", **step_function(number))
+            try:
+                events.emit("train", **step_function(number))
+            except UserError:
+                events.emit("end", step=state.step, state="failed")
+                raise
             state = replace(state, step=number)
             last = number == job.plan.steps
             if last or (section.eval_every and number % section.eval_every == 0):
@@ -100,7 +103,9 @@ def _evaluate(job: Job, events: Events, state: State) -> State:
     """Score the current adapter and keep it when it is the best so far."""
     scored = job.evaluate()
     events.emit("eval", step=state.step, loss=scored.loss, tokens=scored.tokens)
-    if math.isfinite(scored.loss) and (state.best_loss is None or scored.loss < state.best_loss):
+    if not math.isfinite(scored.loss):
+        events.emit("note", text=f"step {state.step}: the validation loss is not finite")
+    elif state.best_loss is None or scored.loss < state.best_loss:
         if job.section.keep == "best":
             lora.save_factors(job.model, job.run)
         return replace(state, best_loss=scored.loss, best_step=state.step)
@@ -120,11 +125,17 @@ class StepFunction:
         self.job = job
         self.optimizer = optimizer
         self.layers = len(lora.adapters(job.model))
-        self._gradient = nn.value_and_grad(job.model, lambda batch: loss.supervised(job.model, job.split, batch))
+        self._gradient = nn.value_and_grad(job.model, self._loss)
+
+    def _loss(self, batch: Batch) -> mx.array:
+        """Summed over the batch: on supervised tokens alone where the head can be run apart, else the plain way."""
+        if self.job.split is None:
+            return loss.plain(self.job.model, batch)
+        return loss.supervised(self.job.model, self.job.split, batch)
 
     def __call__(self, number: int) -> dict[str, Any]:
         began = time.perf_counter()
-        _, batches = self.job.plan.step(number)
+        batches = self.job.plan.step(number)
         targets = sum(batch.targets for batch in batches)
         total, gradients = self._accumulate(number, batches)
         gradients = tree_map(lambda g: g / targets, gradients)
@@ -153,7 +164,8 @@ class StepFunction:
         total = 0.0
         gradients: Any = None
         for batch in batches:
-            self.job.dropout.set(self.job.section.seed, number, batch.rows.tolist(), self.layers)
+            lengths = (batch.lengths - 1).tolist()  # a row's last token predicts nothing
+            self.job.dropout.set(self.job.section.seed, number, batch.rows.tolist(), lengths, self.layers)
             value, new = self._gradient(batch)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             mx.eval(value, gradients)
@@ -165,8 +177,9 @@ class StepFunction:
         """Stop before the bad update: the parameters are still those of the step before."""
         kept = ""
         if number > 1:
-            kept = f"The adapter of step {number - 1} or better is kept. "
-            if not (self.job.run / lora.ADAPTER_FILE).exists():
+            last = self.job.section.keep == "last"
+            kept = f"The adapter of step {number - 1} {'' if last else 'or better '}is kept. "
+            if last or not (self.job.run / lora.ADAPTER_FILE).exists():
                 lora.save_factors(self.job.model, self.job.run)
         rows = ", ".join([self.job.lines[row] for batch in batches for row in batch.rows][:16])
         raise UserError(

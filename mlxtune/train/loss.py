@@ -21,24 +21,18 @@ def plain(model: nn.Module, batch: Batch) -> mx.array:
     return (losses * mx.array(batch.mask[:, 1:]).astype(mx.float32)).sum()
 
 
-def supervised_logits(model: nn.Module, split: Split | None, batch: Batch) -> tuple[mx.array, mx.array]:
-    """(logits [N, V] float32, targets [N]) at the positions that predict a supervised token.
+def supervised_rows(model: nn.Module, split: Split | None, batch: Batch) -> tuple[mx.array, mx.array]:
+    """(rows, targets [N]) at the positions that predict a supervised token.
 
-    With a split the head runs on these N rows alone; without one it runs on all and N are picked.
+    rows: hidden states [N, D] for the head still to run on; without a split the logits themselves, [N, V].
     """
     positions, targets = batch.supervised()
     ids = mx.array(batch.ids[:, :-1])
-    where = mx.array(positions)
-    if split is None:
-        logits = model(ids)
-        rows = logits.reshape(-1, logits.shape[-1])[where]
-    else:
-        hidden = split.hidden(ids)
-        rows = split.logits(hidden.reshape(-1, hidden.shape[-1])[where])
-    return rows.astype(mx.float32), mx.array(targets)
+    out = model(ids) if split is None else split.hidden(ids)
+    return out.reshape(-1, out.shape[-1])[mx.array(positions)], mx.array(targets)
 
 
-def supervised(model: nn.Module, split: Split | None, batch: Batch) -> mx.array:
-    """The same sum as `plain`, computed at supervised positions only. Scalar, float32."""
-    logits, targets = supervised_logits(model, split, batch)
-    return nn.losses.cross_entropy(logits, targets, reduction="sum")
+def supervised(model: nn.Module, split: Split, batch: Batch) -> mx.array:
+    """The same sum as `plain`, with the head run at supervised positions only. Scalar, float32."""
+    rows, targets = supervised_rows(model, split, batch)
+    return nn.losses.cross_entropy(split.logits(rows).astype(mx.float32), targets, reduction="sum")
