@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from mlxtune.config import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.model import lora
+from mlxtune.model.dropout import DropoutKeys
 from mlxtune.model.load import load
 
 
@@ -111,7 +112,7 @@ class TestDropout:
     def mask(
         self, seed: int = 0, step: int = 1, rows: tuple[int, ...] = (4, 9), layer: int = 0, width: int = 50
     ) -> np.ndarray:
-        keys = lora.DropoutKeys(0.4)
+        keys = DropoutKeys(0.4)
         keys.set(seed, step, rows, lengths=[50] * len(rows), layers=3)
         return np.array(keys.apply(mx.ones((len(rows), width, 40)), layer)[:, :50])
 
@@ -133,7 +134,7 @@ class TestDropout:
 
     def test_a_model_that_flattens_its_rows_is_served_by_one_key(self) -> None:
         """OLMoE passes [B * T, in] to its router and experts."""
-        keys = lora.DropoutKeys(0.5)
+        keys = DropoutKeys(0.5)
         keys.set(0, 1, [3, 4], lengths=[10, 10], layers=1)
         values = np.array(keys.apply(mx.ones((20, 8)), 0))
         assert set(np.unique(values)) == {0.0, 2.0}

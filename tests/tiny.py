@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors.numpy import load_file, save_file
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+Change = Callable[[Path], Any]  # something done to a folder, to break it
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
@@ -129,3 +133,26 @@ def one_clear_line(result: subprocess.CompletedProcess[str], *expected: str) -> 
     for text in expected:
         assert text in result.stderr, (text, result.stderr)
     return result.stderr
+
+
+def nothing_written(out: Path) -> None:
+    """Neither the destination nor anything temporary beside it."""
+    assert not out.exists()
+    assert not [path.name for path in out.parent.glob(f".{out.name}.*")]
+
+
+def refused(out: Path, *args: str | Path, expected: tuple[str, ...], **environment: str) -> str:
+    """Run the command; it must refuse in one clear line and leave no trace of `out`."""
+    said = one_clear_line(mlxtune(*args, **environment), *expected)
+    nothing_written(out)
+    return said
+
+
+def remove(*names: str) -> Change:
+    return lambda folder: [(folder / name).unlink(missing_ok=True) for name in names]
+
+
+def lose_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})

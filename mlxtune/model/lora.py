@@ -2,7 +2,6 @@
 
 Legend: in, out widths of a linear layer; r rank; E experts. Factors are float32 masters; their products run in the
 activation dtype. `lora_a` starts uniform in +-1/sqrt(in), `lora_b` at zero, so the first step sees the base model.
-Dropout masks are keyed by (seed, step, row, layer): there is no random state to save or to lose.
 """
 
 from __future__ import annotations
@@ -10,15 +9,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlxtune_convert.files import read_json, write_json
@@ -27,71 +24,13 @@ from mlxtune_convert.tensors import read_header
 from mlxtune.config import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import save_arrays
+from mlxtune.model.dropout import DropoutKeys, keys_for
 
 ADAPTER_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 SWITCH = (SwitchLinear, QuantizedSwitchLinear)
-
-
-class DropoutKeys:
-    """The random keys of the current micro-batch, shared by all adapter layers; none outside training."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self._keys: mx.array | None = None  # [layers, B + 1, 2] uint32; the last row's key is for the batch as a whole
-        self._lengths: list[int] = []  # [B] positions of each row that are not padding
-
-    def set(self, seed: int, step: int, rows: Sequence[int], lengths: Sequence[int], layers: int) -> None:
-        if self.rate > 0:
-            self._keys = mx.array(dropout_keys(seed, step, rows, layers))
-            self._lengths = list(lengths)
-
-    def clear(self) -> None:
-        self._keys = None
-
-    def apply(self, x: mx.array, layer: int) -> mx.array:
-        """x with a share `rate` of its entries zeroed and the rest scaled up.
-
-        Each row of x [B, T, in] has its own key, and its mask does not depend on the padding or on what shares its
-        batch. Where the model has already mixed the rows (tokens sorted by expert), one key serves them all.
-        """
-        if self._keys is None:
-            return x
-        keep = 1.0 - self.rate
-        if x.ndim == 3 and x.shape[0] == len(self._lengths):
-            mask = mx.stack([self._row_mask(x, layer, row, keep) for row in range(x.shape[0])])
-        else:
-            mask = mx.random.bernoulli(keep, x.shape, key=self._keys[layer, -1])
-        return x * mx.stop_gradient(mask.astype(x.dtype)) * (1.0 / keep)
-
-    def _row_mask(self, x: mx.array, layer: int, row: int, keep: float) -> mx.array:
-        assert self._keys is not None
-        _, width, inputs = x.shape
-        length = min(self._lengths[row], width)
-        mask = mx.random.bernoulli(keep, (length, inputs), key=self._keys[layer, row])
-        return mx.pad(mask, [(0, width - length), (0, 0)])
-
-
-def dropout_keys(seed: int, step: int, rows: Sequence[int], layers: int) -> np.ndarray:
-    """[layers, B + 1, 2] uint32 keys; each a hash of (seed, step, row, layer), the last column of all rows together."""
-    mixed = _mix(np.uint64(seed) << np.uint64(32) | np.uint64(step))
-    row = np.array([*rows, 0], np.uint64)
-    per_row = _mix(mixed ^ _mix(row + np.uint64(1)))
-    per_row[-1] = _mix(np.bitwise_xor.reduce(per_row[:-1]))
-    layer = _mix(np.arange(layers, dtype=np.uint64) + np.uint64(1 << 40))
-    keys = _mix(layer[:, None] ^ per_row[None, :])
-    return np.stack([keys >> np.uint64(32), keys & np.uint64(0xFFFFFFFF)], -1).astype(np.uint32)
-
-
-def _mix(value: Any) -> Any:
-    """The splitmix64 finalizer (Steele, Lea and Flood 2014): a bijection of uint64 that looks random."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
-        z = np.asarray(value, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
 
 
 class LoRALinear(nn.Module):
@@ -225,7 +164,7 @@ def attach(model: nn.Module, spec: Spec, seed: int = 0) -> DropoutKeys:
 
 
 def _init_key(seed: int, index: int) -> mx.array:
-    return mx.array(dropout_keys(seed, 0, [index], 1)[0, 0])
+    return mx.array(keys_for(seed, 0, [index], 1)[0, 0])
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

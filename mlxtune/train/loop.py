@@ -22,6 +22,7 @@ from mlxtune.data.batches import Batch, Plan
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import scalar
+from mlxtune.model.dropout import DropoutKeys
 from mlxtune.model.head import Split
 from mlxtune.train import checkpoint, loss, optim
 from mlxtune.train.checkpoint import State
@@ -46,7 +47,7 @@ class Job:
 
     model: nn.Module
     split: Split | None
-    dropout: lora.DropoutKeys
+    dropout: DropoutKeys
     plan: Plan
     section: TrainSection
     run: Path
