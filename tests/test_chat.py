@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mlxtune.data import chat
@@ -132,6 +132,16 @@ def test_a_token_that_straddles_the_border_belongs_to_the_answer() -> None:
     assert tokenizer.decode([example.ids[first]]) == "\n\n"
     assert tokenizer.decode(example.ids[first + 1 :], clean_up_tokenization_spaces=False) == "ok<|im_end|>\n"
     assert example.mask[first:] == [1, 1, 1, 1, 0]
+
+
+def test_offsets_that_leave_out_spaces_lose_no_token() -> None:
+    """Llama 3's tokenizer trims them: a token of spaces then covers no character at all."""
+    tokenizer = make(CHATML)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert (0, 0) in [
+        (0, end - start) for start, end in tokenizer("a b", return_offsets_mapping=True)["offset_mapping"]
+    ]
+    assert supervised(tokenizer, turns("q", "  a  b ")) == ["  a  b <|im_end|>"]
 
 
 def test_text_of_many_bytes_per_letter_is_covered_whole() -> None:

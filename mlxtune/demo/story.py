@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -57,7 +58,8 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
         shutil.rmtree(folder)
     began = time.perf_counter()
     model, run = out / "model", out / "run"
-    with chapter(console, "1. The model: SmolLM2-135M-Instruct, 4 bits, code for code as in its GGUF file"):
+    named = source or "SmolLM2-135M-Instruct, code for code as in its 4-bit GGUF file"
+    with chapter(console, f"1. The model: {named}"):
         file = source or str(embedded.fetch())
         converted = convert.convert(file, model, convert.Target.of(None, None, None))
         console.print(
@@ -86,16 +88,10 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
         fused = export.to_mlx(export.Request(model, run, out / "fused", examples=examples), convert.UNQUANTIZED_BITS)
         console.print(f"{out / 'fused'}: {fused.survival() if fused else ''}", soft_wrap=True)
     with chapter(console, "6. Ship: a PEFT adapter and a Hugging Face model, each compared with what was trained"):
-        request = export.Request(
-            model, run, out / "peft", base_name="HuggingFaceTB/SmolLM2-135M-Instruct", examples=examples
-        )
-        for name, proof in (
-            ("peft", export.to_peft(request)),
-            (
-                "hf",
-                export.to_hf(export.Request(model, run, out / "hf", base_name=request.base_name, examples=examples)),
-            ),
-        ):
+        base = "" if source else embedded.HUB_ID
+        request = export.Request(model, run, out / "peft", base_name=base, examples=examples)
+        proofs = {"peft": export.to_peft(request), "hf": export.to_hf(replace(request, out=out / "hf"))}
+        for name, proof in proofs.items():
             console.print(f"{out / name}: {proof.line() if proof else ''}", soft_wrap=True)
     console.print(Text(f"\nDone in {duration(time.perf_counter() - began)}. ", style="bold green"), end="")
     console.print(closing(model, run), soft_wrap=True)
