@@ -256,12 +256,6 @@ def test_a_disk_that_fills_up_while_training_keeps_what_was_saved(
     assert f"{out}: 6 steps" in resumed.stdout
 
 
-def started(*args: str | Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "COLUMNS": "200"}
-    command = [str(COMMAND), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
 def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     until = time.monotonic() + 120
     while not ready():
@@ -276,7 +270,7 @@ def test_a_signal_ends_training_after_a_step_that_can_be_resumed(
 ) -> None:
     out = tmp_path / "run"
     options = ("--set", "train.steps=150", "--set", "lora.rank=2", "--set", "train.eval_every=0")
-    process = started("train", "--model", mlx_model, "--data", data, "--out", out, *options)
+    process = tiny.started("train", "--model", mlx_model, "--data", data, "--out", out, *options)
     events = out / "events.jsonl"
     wait_for(lambda: events.is_file() and events.read_text().count('"kind": "train"') > 2, process)
     process.send_signal(number)
@@ -300,7 +294,7 @@ def test_a_signal_during_a_conversion_leaves_nothing(
 ) -> None:
     place = tmp_path / "place"
     place.mkdir()
-    process = started("convert", hf_model, place / "out")
+    process = tiny.started("convert", hf_model, place / "out")
     wait_for(lambda: any(place.iterdir()), process)
     process.send_signal(number)
     stdout, said = process.communicate(timeout=60)

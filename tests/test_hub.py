@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,10 +152,7 @@ def test_a_cut_download_is_one_line_and_the_same_command_continues_it(hub: FakeH
 
 def test_ctrl_c_keeps_what_was_downloaded(hub: FakeHub, user: User, large: Path) -> None:
     hub.hold_after = CHUNK + 1234
-    command = [str(Path(sys.executable).with_name("mlxtune")), "convert", NAME, str(user.out)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **user.environment}
-    )
+    process = tiny.started("convert", NAME, user.out, **user.environment)
     assert hub.held.wait(60)
     while not any(part.stat().st_size for part in user.parts()):
         assert process.poll() is None

@@ -101,22 +101,19 @@ def test_chat_keeps_history_and_obeys_its_commands(mlx_model: Path) -> None:
 
 
 def test_ctrl_c_stops_the_answer_not_the_chat(mlx_model: Path) -> None:
-    command = [Path(sys.executable).with_name("mlxtune"), "chat", "--model", mlx_model, "--max-tokens", "100000"]
-    process = subprocess.Popen(
-        [*map(str, command)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    process = tiny.started("chat", "--model", mlx_model, "--max-tokens", "100000")
     assert process.stdin and process.stdout and process.stderr
-    process.stdin.write(b"hello\n")
+    process.stdin.write("hello\n")
     process.stdin.flush()
     # "> " and the answer's first bytes
     assert len(os.read(process.stdout.fileno(), 3)) > 0
     while len(os.read(process.stdout.fileno(), 64)) < 1:
         pass
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(b"/quit\n", timeout=60)
+    _, err = process.communicate("/quit\n", timeout=60)
     assert process.returncode == 0
-    assert b"[stopped]" in err
-    assert b"Traceback" not in err
+    assert "[stopped]" in err
+    assert "Traceback" not in err
 
 
 def test_eval_scores_base_and_tuned_on_the_runs_own_rows(mlx_model: Path, run: Path, data: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,6 +121,25 @@ def mlxtune(*args: str | Path, **environment: str) -> subprocess.CompletedProces
         stdin=subprocess.DEVNULL,
         env={**os.environ, "COLUMNS": "200", **environment},
     )
+
+
+def started(*args: str | Path, **environment: str) -> subprocess.Popen[str]:
+    """The installed command, running, with pipes to all its streams.
+
+    It hears Ctrl-C even where the tests run in the background, which makes a shell ignore that signal for its children.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler, unlike "ignore", is not inherited
+    try:
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("mlxtune")), *map(str, args)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "COLUMNS": "200", **environment},
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def one_clear_line(result: subprocess.CompletedProcess[str], *expected: str) -> str:
