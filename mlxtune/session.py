@@ -47,8 +47,7 @@ def read_data(config: Config) -> Data:
     records = sources.splits(config.data.path, config.data, config.train.seed)
     folder = hub.resolve(config.model.path)
     tokenizer = load_tokenizer(folder)
-    if any(record.text is None for record in records["train"]):
-        chat.require_template(tokenizer, folder)
+    sources.require_template(tokenizer, folder, records["train"])
     return Data(
         sources.to_examples(tokenizer, records["train"], config.data),
         sources.to_examples(tokenizer, records["valid"], config.data),
@@ -161,15 +160,9 @@ def held_out(
     own: the data is the run's own, of which the validation rows (or `split`) were held out; else the user named it, and
     a single file counts whole.
     """
-    if not own and split is None and Path(config.data.path).expanduser().is_file():
-        records = sources.read_file(config.data.path)
-    else:
-        found = sources.splits(config.data.path, config.data, config.train.seed)
-        if (split or "valid") not in found:
-            raise UserError(f"{config.data.path} has no {split} split", f"It has: {', '.join(found)}.")
-        records = found[split or "valid"]
-    if any(record.text is None for record in records):
-        chat.require_template(tokenizer, folder)
+    named = split or ("valid" if own else None)
+    records = sources.rows_of(config.data.path, config.data, config.train.seed, named, "valid")
+    sources.require_template(tokenizer, folder, records)
     return sources.to_examples(tokenizer, records, config.data)
 
 

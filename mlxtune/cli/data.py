@@ -40,26 +40,16 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     mlxtune data show --model model --data train.jsonl --limit 3
     mlxtune data show --model model --data data --split valid --json
     """
-    from pathlib import Path
-
     from mlxtune import config
-    from mlxtune.data import chat, sources
+    from mlxtune.data import sources
     from mlxtune.data.tokenizer import load_tokenizer
-    from mlxtune.errors import UserError
     from mlxtune.model import hub
 
     section = config.load(None, settings, {"data.path": path}).data
-    if split is None and Path(path).expanduser().is_file():
-        rows = sources.read_file(path)
-    else:
-        found = sources.splits(path, section, seed=0)
-        if (split or "train") not in found:
-            raise UserError(f"{path} has no {split} split", f"It has: {', '.join(found)}.")
-        rows = found[split or "train"]
+    rows = sources.rows_of(path, section, 0, split, "train")
     folder = hub.resolve(model)
     tokenizer = load_tokenizer(folder)
-    if any(record.text is None for record in rows):
-        chat.require_template(tokenizer, folder)
+    sources.require_template(tokenizer, folder, rows)
     out = common.stdout()
     for record in rows[: limit or (None if as_json else 5)]:
         row = sources.to_row(tokenizer, record, section)

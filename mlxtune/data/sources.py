@@ -83,9 +83,24 @@ def splits(path: str, section: DataSection, seed: int) -> dict[str, list[Record]
     return out
 
 
-def read_file(path: str) -> list[Record]:
-    """All rows of one file."""
-    return records.read(Path(path).expanduser())
+def rows_of(path: str, section: DataSection, seed: int, split: str | None, default: str) -> list[Record]:
+    """The rows of one split. Where none is named, a single file counts whole and a folder's `default` is taken.
+
+    Raises UserError naming the splits there are.
+    """
+    place = Path(path).expanduser()
+    if split is None and place.is_file():
+        return records.read(place)
+    found = splits(path, section, seed)
+    if (split or default) not in found:
+        raise UserError(f"{path} has no {split} split", f"It has: {', '.join(found)}.")
+    return found[split or default]
+
+
+def require_template(tokenizer: Any, folder: Path, rows: Iterable[Record]) -> None:
+    """Raise UserError when some of the rows are conversations and the tokenizer of `folder` cannot render them."""
+    if any(record.text is None for record in rows):
+        chat.require_template(tokenizer, folder)
 
 
 def _split_file(folder: Path, split: str) -> Path | None:

@@ -69,13 +69,13 @@ def to_mlx(request: Request, bits: int) -> Report | None:
     """
     assert request.adapter is not None
     merged = _merged(request)
-    parameters = merged.count()
+    if request.examples is not None and bits == UNQUANTIZED_BITS:
+        verify.require_memory(merged.count())
     storage = dtype_name(merged.dtype) if bits == UNQUANTIZED_BITS else f"{bits} bits"
     with new_folder(request.out, request.force, request.sources) as work:
         fuse(merged, request.base or request.model, work, bits)
         if request.examples is None:
             return None
-        verify.require_memory(parameters if bits == UNQUANTIZED_BITS else 0)
         ref = verify.reference(str(request.model), request.adapter, request.examples)
         return _judged(work, ref, verify.mlx_runner(load(str(work), "float32")), "MLX, float32", storage, request)
 
@@ -88,8 +88,10 @@ def to_hf(request: Request) -> Report | None:
     by_model_type(source["config"]["model_type"])
     merged = _merged(request)
     storage = dtype_name(merged.dtype)
+    parameters = merged.count()
+    if request.examples is not None:
+        verify.require_memory(parameters)
     with new_folder(request.out, request.force, request.sources) as work:
-        parameters = merged.count()
         require_space(work, parameters * merged.dtype.size)
         writer = ShardWriter(work, {"format": "pt"})
         for name, array in merged.tensors():
@@ -102,7 +104,6 @@ def to_hf(request: Request) -> Report | None:
         _model_card(work, request, source)
         if request.examples is None:
             return None
-        verify.require_memory(parameters)
         ref = verify.reference(str(request.model), request.adapter, request.examples)
         if verify.has_transformers():
             run, name = verify.transformers_runner(work), "transformers, float32"
@@ -131,9 +132,9 @@ def to_peft(request: Request) -> Report | ReadBack | None:
             back = ReadBack(count)
             write_json(work / REPORT_FILE, asdict(back))
             return back
-        ref = verify.reference(str(request.model), request.adapter, request.examples)
         base = open_merged(request.model, None, mx.float32)
         verify.require_memory(base.count())
+        ref = verify.reference(str(request.model), request.adapter, request.examples)
         run = verify.peft_runner(base, unquantized(source["config"]), work)
         return _judged(work, ref, run, "PEFT on the dense base, float32", "float32", request)
 

@@ -64,7 +64,7 @@ class Merged:
         for path, module in self.model.named_modules():
             if path in inside:
                 continue
-            if isinstance(module, (lora.LoRALinear, lora.LoRASwitchLinear)):
+            if isinstance(module, lora.Adapter):
                 inside.add(f"{path}.linear")
             elif not _parameters(module):
                 continue
@@ -72,7 +72,7 @@ class Merged:
 
     def weight(self, module: nn.Module) -> mx.array:
         """The merged matrix of one leaf, float32."""
-        if isinstance(module, (lora.LoRALinear, lora.LoRASwitchLinear)):
+        if isinstance(module, lora.Adapter):
             return dense_weight(module.linear) + module.delta()
         return dense_weight(module)
 
@@ -93,7 +93,7 @@ _QUANTIZATION_TENSORS = ("scales", "biases", "global_scale")
 
 def _inner(module: nn.Module) -> Any:
     """The base's layer of a leaf."""
-    return module.linear if isinstance(module, (lora.LoRALinear, lora.LoRASwitchLinear)) else module
+    return module.linear if isinstance(module, lora.Adapter) else module
 
 
 def _release(module: nn.Module) -> None:
@@ -150,8 +150,8 @@ def _write_quantized(merged: Merged, writer: ShardWriter, bits: int) -> dict[str
     table: dict[str, Any] = {"group_size": group, "bits": bits, "mode": "affine"}
     predicate = getattr(merged.model, "quant_predicate", None) or (lambda path, module: True)
     for path, module in merged.leaves():
-        adapted = isinstance(module, (lora.LoRALinear, lora.LoRASwitchLinear))
-        inner = module.linear if adapted else module
+        adapted = isinstance(module, lora.Adapter)
+        inner = _inner(module)
         if isinstance(inner, QUANTIZED) and not adapted:
             for name, value in _parameters(inner).items():
                 writer.add(f"{path}.{name}", to_numpy(value))

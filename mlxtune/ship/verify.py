@@ -118,8 +118,10 @@ def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> 
     targets = np.concatenate([batch.supervised()[1] for batch in batches])
     run = mlx_runner(loaded)
     trained = _gather(run, batches)
-    with lora.switched_off(loaded.model):
-        base = _gather(run, batches)
+    base = trained
+    if adapter is not None:
+        with lora.switched_off(loaded.model):
+            base = _gather(run, batches)
     return Reference(batches, targets, trained, base)
 
 

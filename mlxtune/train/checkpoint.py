@@ -31,9 +31,10 @@ STATE_FILE = "state.json"
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands after `step`. best_loss: the lowest validation loss so far (None: not evaluated), at
-    best_step;
-    data: digest of the training examples."""
+    """Where a run stands after `step`.
+
+    best_loss: the lowest validation loss so far (None: not evaluated), at best_step; data: digest of the examples.
+    """
 
     step: int = 0
     best_loss: float | None = None
