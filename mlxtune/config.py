@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +19,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from mlxtune.errors import UserError
+from mlxtune.yaml_text import Dumper, key_lines, parse_yaml
 
-EITHER = (("train.steps", "train.epochs"), ("train.batch_rows", "train.batch_tokens"))
+EITHER = (("train.steps", "train.epochs"), ("train.batch_rows", "train.batch_tokens"), ("data.path", "data.sources"))
 
 
 class Section(BaseModel):
@@ -40,12 +40,68 @@ class ModelSection(Section):
     path: str = Field("", description="MLX folder, 16-bit Hugging Face folder, or hub id (owner/name)")
 
 
+class SourceSection(Section):
+    path: str = Field(min_length=1, description="folder, file, or hub dataset id")
+    weight: float = Field(1.0, gt=0, description="share of the rows of a batch, relative to the other sources'")
+    cap: int | None = Field(None, ge=1, description="at most this many rows, chosen by the seed")
+    columns: dict[str, str] = Field(default_factory=dict, description="column names of this source -> names meant")
+
+
 class DataSection(Section):
     path: str = Field("", description="folder with train.jsonl, one data file, or hub dataset id")
+    sources: list[SourceSection] | None = Field(
+        None, min_length=1, description="a mixture (instead of path): a list of path, weight, cap, columns"
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="column names of the data -> names meant, such as {question: prompt}"
+    )
+    cap: int | None = Field(None, ge=1, description="at most this many training rows, chosen by the seed")
+    hub: Literal["download", "stream"] = Field(
+        "download", description="a hub dataset as a whole, or row by row up to cap"
+    )
     max_tokens: int = Field(2048, ge=8, description="longest row in tokens; longer rows keep their start")
     valid_fraction: float = Field(0.1, gt=0, lt=1, description="share of rows held out when there is no valid file")
+    dedup: Literal["none", "exact", "near"] = Field(
+        "none", description="training rows left out: none, equal ones, or those that share most of their words too"
+    )
+    order: str = Field(
+        "shuffled", description="shuffled; length: short rows first; or the column of numbers to go up by"
+    )
     train_on: Literal["all", "last"] = Field("all", description="supervise every assistant turn, or only the last")
+    expand_turns: Literal["auto", "all", "none"] = Field(
+        "auto",
+        description="one example per assistant turn: where the template strips earlier thinking, always, or never",
+    )
+    on_damage: Literal["error", "drop", "keep"] = Field(
+        "error", description="rows of which the template drops something: stop, leave them out, or train on the rest"
+    )
+    template: str = Field("", description="chatml, alpaca, or a file (default: the tokenizer's own chat template)")
     template_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra variables of the chat template")
+    date: str = Field(
+        "", pattern=r"^(\d{4}-\d\d-\d\d)?$", description="the day for templates that print it (default: today's)"
+    )
+    cache: str = Field("auto", description="folder for tokenized rows; auto: the user's cache; off: none is kept")
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _unset(cls, value: Any) -> Any:
+        return "" if value is None else value
+
+    @field_validator("sources")
+    @classmethod
+    def _either(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("path"):
+            raise ValueError("set path or sources, not both")
+        return value
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _no_cache(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads `off` as false
+
+    def mixture(self) -> list[SourceSection]:
+        """The sources; `path` alone is one of them."""
+        return self.sources or [SourceSection.model_construct(path=self.path, weight=1.0, cap=self.cap, columns={})]
 
 
 class LoraSection(Section):
@@ -116,38 +172,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration, every key written out, as the run folder keeps it."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-5` as text and `2025-01-31` as a date; people who write them mean a number and text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes whatever text _Loader would read as a number."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
-    for first, rules in _Loader.yaml_implicit_resolvers.items()
-}
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?\d*[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?)$"),
-        list("-+.0123456789"),
-    )
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML; `source` names the file or flag in the error."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source} line {mark.line + 1}" if mark else source
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML ({problem})") from error
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def recipe_folder() -> Path:
@@ -219,7 +244,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as `train:`, found {type(tree).__name__}")
     lines: dict[str, str] = {}
-    for key, line in _key_lines(yaml.compose(text, _Loader)):
+    for key, line in key_lines(text):
         where = f"{path} line {line}"
         if key in lines:
             raise UserError(f"{where}: {key} is already set in {lines[key]}", "Keep one of the two.")
@@ -239,14 +264,6 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
             raise UserError(f"{key}: {parent} is not a section")
         node = child
     node[last] = value
-
-
-def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode) and prefix.count(".") < 3:
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            yield name, key.start_mark.line + 1
-            yield from _key_lines(value, f"{name}.")
 
 
 def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str]:

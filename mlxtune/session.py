@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 from dataclasses import dataclass
 from datetime import date
@@ -18,6 +17,8 @@ from mlxtune.config import Config
 from mlxtune.config import load as load_config
 from mlxtune.data import chat, sources
 from mlxtune.data.batches import Batch, Plan, in_order
+from mlxtune.data.sources import Examples
+from mlxtune.data.template import BUILT_IN, use
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.evaluate.loss import Score, score
@@ -37,21 +38,25 @@ CONFIG_FILE = "config.yaml"
 class Data:
     """The examples of a run: training and held-out, with what was shortened or dropped."""
 
-    train: sources.Examples
-    valid: sources.Examples
+    train: Examples
+    valid: Examples
+
+    def digest(self) -> str:
+        """What the model is trained and scored on: changes when any token or mask does."""
+        return f"{self.train.digest()}-{self.valid.digest()}"
 
 
-def read_data(config: Config) -> Data:
-    """Rows -> examples of the model's tokenizer. Raises UserError before any weight is read."""
-    # The rows first: a typing error in them is said before a model is downloaded.
-    records = sources.splits(config.data.path, config.data, config.train.seed)
+def read_data(config: Config, progress: sources.Progress = lambda source, rows: None) -> tuple[Data, Config]:
+    """Rows -> examples of the model's tokenizer, and the configuration with the day they were made for.
+
+    Raises UserError before any weight is read; for a typing error in the rows, before a model is downloaded.
+    """
+    sources.glance(config.data, whole=not Path(config.model.path).expanduser().exists())
     folder = hub.resolve(config.model.path)
     tokenizer = load_tokenizer(folder)
-    sources.require_template(tokenizer, folder, records["train"])
-    return Data(
-        sources.to_examples(tokenizer, records["train"], config.data),
-        sources.to_examples(tokenizer, records["valid"], config.data),
-    )
+    config = dated(config, folder, tokenizer)
+    found = sources.read(config.data, tokenizer, folder, config.train.seed, progress)
+    return Data(found["train"], found["valid"]), config
 
 
 def split_for(loaded: Loaded, config: Config, batch: Batch) -> Split | None:
@@ -66,11 +71,27 @@ def anchored(config: Config) -> Config:
 
     def absolute(path: str) -> str:
         local = Path(path).expanduser()
-        return str(local.resolve()) if local.exists() else path
+        return str(local.resolve()) if path and local.exists() else path
 
     model = config.model.model_copy(update={"path": absolute(config.model.path)})
-    data = config.data.model_copy(update={"path": absolute(config.data.path)})
+    mixture = [source.model_copy(update={"path": absolute(source.path)}) for source in config.data.sources or []]
+    data = config.data.model_copy(
+        update={
+            "path": absolute(config.data.path),
+            "sources": mixture or None,
+            "template": config.data.template if config.data.template in BUILT_IN else absolute(config.data.template),
+        }
+    )
     return config.model_copy(update={"model": model, "data": data})
+
+
+def dated(config: Config, folder: Path, tokenizer: Any) -> Config:
+    """The day made explicit where the template prints it, so that the run means the same tomorrow."""
+    if config.data.template:
+        use(tokenizer, folder, config.data.template)
+    if config.data.date or tokenizer.chat_template is None or not chat.template_of(tokenizer, {}).prints_date:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": date.today().isoformat()})})
 
 
 def default_out(model: str) -> Path:
@@ -89,14 +110,16 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     config = anchored(config)
     if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists", "Choose another --out, or continue that run with --resume.")
-    data = read_data(config)
+    data, config = read_data(config, display.reading)
     loaded = load(config.model.path, config.train.dtype)
-    loaded.check_ids(example.ids for example in data.train.examples + data.valid.examples)
+    loaded.check_ids([[data.train.highest, data.valid.highest]])
+    if config.data.template:
+        use(loaded.tokenizer, loaded.path, config.data.template)
     spec = lora.Spec.of(loaded.model, config.lora)
-    valid = in_order(data.valid.examples)
+    valid = in_order(data.valid)
     split = split_for(loaded, config, valid[-1])
     dropout = lora.attach(loaded.model, spec, config.train.seed)
-    plan = Plan(data.train.examples, config.train)
+    plan = Plan(data.train, config.train)
     job = loop.Job(
         model=loaded.model,
         split=split,
@@ -105,17 +128,15 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
         section=config.train,
         run=out,
         evaluate=lambda: score(loaded.model, split, valid),
-        lines=[row.record.place for row in data.train.rows],
-        data=digest(data),
+        place=data.train.place,
+        data=data.digest(),
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
     if split is None and config.fast.head == "auto":
         notes.append("this model's head cannot be run apart from its trunk: logits are computed for every token")
-    if any(row.record.text is None for row in data.train.rows) and not chat.end_of_turn(
-        loaded.tokenizer, config.data.template_kwargs
-    ):
+    if data.train.chat and not chat.template_of(loaded.tokenizer, config.data.template_kwargs).end_of_turn:
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
-    notes.append(f"{len(data.train.rows)} training rows, {len(data.valid.rows)} held out, {plan.steps} steps")
+    notes.append(f"{len(data.train)} training rows, {len(data.valid)} held out, {plan.steps} steps")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {backend.kind()}, {dtype_name(loaded.dtype)}")
     with explained(out):
         try:
@@ -135,16 +156,6 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
             raise
 
 
-def digest(data: Data) -> str:
-    """What the model is trained and scored on, as 16 hex digits: changes when any token or mask does."""
-    running = hashlib.sha256()
-    for split in (data.train, data.valid):
-        for example in split.examples:
-            running.update(repr((example.ids, example.mask)).encode())
-        running.update(b"|")
-    return running.hexdigest()[:16]
-
-
 def run_config(run: Path) -> Config:
     """The resolved configuration a run was made with. Raises UserError when the folder is no run."""
     if not (run / CONFIG_FILE).is_file():
@@ -152,21 +163,22 @@ def run_config(run: Path) -> Config:
     return load_config(run / CONFIG_FILE)
 
 
-def held_out(
-    tokenizer: Any, folder: Path, config: Config, split: str | None = None, own: bool = True
-) -> sources.Examples:
+def held_out(tokenizer: Any, folder: Path, config: Config, split: str | None = None, own: bool = True) -> Examples:
     """The examples to compare on; `folder` names the model in errors.
 
     own: the data is the run's own, of which the validation rows (or `split`) were held out; else the user named it, and
     a single file counts whole.
     """
-    named = split or ("valid" if own else None)
-    records = sources.rows_of(config.data.path, config.data, config.train.seed, named, "valid")
-    sources.require_template(tokenizer, folder, records)
-    return sources.to_examples(tokenizer, records, config.data)
+    whole = not own and split is None and Path(config.data.path).expanduser().is_file()
+    wanted = split or ("train" if whole else "valid")
+    section = config.data if wanted == "train" and not whole else config.data.model_copy(update={"dedup": "none"})
+    found = sources.read(section, tokenizer, folder, config.train.seed, whole=whole)
+    if wanted not in found:
+        raise UserError(f"{config.data.path} has no {wanted} split", f"It has: {', '.join(found)}.")
+    return found[wanted]
 
 
-def evaluate(loaded: Loaded, config: Config, examples: sources.Examples) -> Score:
-    loaded.check_ids(example.ids for example in examples.examples)
-    batches = in_order(examples.examples)
+def evaluate(loaded: Loaded, config: Config, examples: Examples) -> Score:
+    loaded.check_ids([[examples.highest]])
+    batches = in_order(examples)
     return score(loaded.model, split_for(loaded, config, batches[-1]), batches)

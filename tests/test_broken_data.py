@@ -33,7 +33,7 @@ ROWS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "bad JSON": (
         "train.jsonl",
         with_line(7, '{"messages": [}'),
-        ("train.jsonl line 7: not valid JSON", "Each line of a .jsonl file is one JSON object."),
+        ("train.jsonl line 7: not valid JSON", "Mend or remove"),
     ),
     "a list for an object": (
         "train.jsonl",
@@ -98,7 +98,7 @@ ROWS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "a CSV of other columns": (
         "train.csv",
         b"question,answer\na,b\n",
-        ("train.csv row 1: no known row format has the keys question, answer", "Rename the columns."),
+        ("train.csv row 1: no known row format has the keys question, answer", "Rename columns"),
     ),
     "a CSV row with a comma too many": (
         "train.csv",
@@ -106,7 +106,6 @@ ROWS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
         ("train.csv row 2: more fields than the header has", "Quote the fields that hold a comma."),
     ),
     "a CSV quote never closed": ("train.csv", b'prompt,completion\na,"b\n', ("train.csv: not a CSV file",)),
-    "one row only": ("train.jsonl", LINES[0].encode(), ("1 different row, too few to hold any out", "a valid file")),
 }
 
 
@@ -114,8 +113,8 @@ ROWS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
 def test_a_row_that_cannot_be_read_is_named_by_file_and_line(kind: str, tmp_path: Path) -> None:
     name, content, expected = ROWS[kind]
     (tmp_path / name).write_bytes(content)
-    shown = tiny.mlxtune("data", "show", "--model", "model", "--data", tmp_path / name, "--split", "train")
-    tiny.one_clear_line(shown, *expected)
+    trained = tiny.mlxtune("train", "--model", "a-model-that-is-not-here", "--data", tmp_path / name)
+    tiny.one_clear_line(trained, *expected)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +127,9 @@ def test_a_row_that_cannot_be_read_is_named_by_file_and_line(kind: str, tmp_path
             ("none of 3 rows can be used", "line 1: no supervised token in the first 8 tokens"),
         ),
         ([{"messages": 3}], (), ("train.jsonl line 1: messages must be a non-empty list",)),
+        (tiny.conversations(1), (), ("fewer than two different rows, too few to hold any out", "a valid file")),
     ],
-    ids=["questions alone", "answers past data.max_tokens", "a bad row"],
+    ids=["questions alone", "answers past data.max_tokens", "a bad row", "one row only"],
 )
 def test_training_without_a_usable_row_is_refused(
     rows: list[Any], settings: tuple[str, ...], expected: tuple[str, ...], mlx_model: Path, tmp_path: Path

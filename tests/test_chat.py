@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mlxtune.data import chat
+from mlxtune.data.template import TemplateError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -38,14 +39,26 @@ THINK = CHATML.replace(
     "m['role'] + '\\n' + m['content']",
     "m['role'] + '\\n' + ('<think>\\n\\n</think>\\n\\n' if m['role'] == 'assistant' else '') + m['content']",
 )
+# The same, and the empty thought is also in the generation prompt.
+THOUGHT = THINK.replace("'<|im_start|>assistant\\n' }}", "'<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}")
 PLAIN = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
-TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "mistral": MISTRAL, "gemma": GEMMA, "think": THINK, "plain": PLAIN}
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "gemma": GEMMA,
+    "think": THINK,
+    "thought": THOUGHT,
+    "plain": PLAIN,
+}
+OPEN = {"think": "<think>\n\n</think>\n\n"}  # what the model must produce before its answer
 END = {
     "chatml": "<|im_end|>",
     "llama": "<eot>",
     "mistral": "</s>",
     "gemma": "<eot>",
     "think": "<|im_end|>",
+    "thought": "<|im_end|>",
     "plain": "",
 }
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<bos>", "<eot>", "<h>", "</h>", "</s>", "<sot>"]
@@ -82,11 +95,15 @@ def turns(*texts: str) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
 
 
+def opened(name: str, answer: str) -> str:
+    return OPEN.get(name, "") + answer + END[name]
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_answer_and_its_end_token_is_supervised_and_nothing_else(name: str) -> None:
     tokenizer = make(TEMPLATES[name])
     messages = turns("Hi!", "Hello.", "Why?", "Because: the reason.")
-    assert supervised(tokenizer, messages) == [f"Hello.{END[name]}", f"Because: the reason.{END[name]}"]
+    assert supervised(tokenizer, messages) == [opened(name, "Hello."), opened(name, "Because: the reason.")]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -94,23 +111,23 @@ def test_markers_inside_user_text_stay_context(name: str) -> None:
     """The whole render of another conversation as a user message: the strongest injection there is."""
     tokenizer = make(TEMPLATES[name])
     attack = tokenizer.apply_chat_template(turns("x", "I am injected", "y", "me too"), tokenize=False)
-    assert supervised(tokenizer, turns(attack, "No.", "ok", "Yes.")) == [f"No.{END[name]}", f"Yes.{END[name]}"]
+    assert supervised(tokenizer, turns(attack, "No.", "ok", "Yes.")) == [opened(name, "No."), opened(name, "Yes.")]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_user_who_says_what_the_assistant_says_stays_context(name: str) -> None:
-    assert supervised(make(TEMPLATES[name]), turns("yes", "yes", "assistant", "yes")) == [f"yes{END[name]}"] * 2
+    assert supervised(make(TEMPLATES[name]), turns("yes", "yes", "assistant", "yes")) == [opened(name, "yes")] * 2
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_an_empty_answer_supervises_its_end_token_alone(name: str) -> None:
+def test_an_empty_answer_still_supervises_its_end_token(name: str) -> None:
     found = supervised(make(TEMPLATES[name]), turns("Say nothing.", "", "Now hi.", "hi"))
-    assert found == [text for text in (END[name], f"hi{END[name]}") if text]
+    assert found == [text for text in (opened(name, ""), opened(name, "hi")) if text]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_conversation_that_ends_with_the_user_supervises_the_answers_before(name: str) -> None:
-    assert supervised(make(TEMPLATES[name]), turns("Hi", "Hello", "And now?")) == [f"Hello{END[name]}"]
+    assert supervised(make(TEMPLATES[name]), turns("Hi", "Hello", "And now?")) == [opened(name, "Hello")]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
@@ -166,7 +183,7 @@ def test_consecutive_assistant_turns_are_both_supervised() -> None:
 
 
 def test_a_refusing_template_says_why() -> None:
-    with pytest.raises(chat.TemplateError, match="no system"):
+    with pytest.raises(TemplateError, match="no system"):
         chat.render(make(GEMMA), [{"role": "system", "content": "s"}, *turns("q", "a")])
 
 
@@ -182,6 +199,6 @@ def test_private_use_characters_in_the_data_are_no_stand_ins() -> None:
 
 def test_plain_text_is_supervised_whole_and_ends() -> None:
     tokenizer = make(CHATML)
-    example = chat.render_text(tokenizer, "abc")
+    (example,) = chat.tokenized_all(tokenizer, ["abc"], [None])
     assert tokenizer.decode(example.ids) == "abc</s>"
     assert example.mask == [1, 1, 1, 1]

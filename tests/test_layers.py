@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("mlxtune_convert",),
     ("mlxtune.errors",),
+    ("mlxtune.yaml_text",),
     ("mlxtune.config", "mlxtune.backend"),
     ("mlxtune.data",),
     ("mlxtune.model",),

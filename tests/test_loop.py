@@ -51,7 +51,7 @@ def losses(found: list[dict]) -> list[float]:
 
 def plan_of(model: Path, data: Path, *settings: str) -> tuple[config.Config, Plan]:
     resolved = config.load(None, (*SETTINGS, *settings), {"model.path": str(model), "data.path": str(data)})
-    return resolved, Plan(session.read_data(resolved).train.examples, resolved.train)
+    return resolved, Plan(session.read_data(resolved)[0].train, resolved.train)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_accumulated_micro_batches_weigh_every_token_the_same(dense_model: Path,
     rows = [row for batch in batches for row in batch.rows.tolist()]
     from mlxtune.data.batches import collate
 
-    whole = collate(one[0].examples, rows)
+    whole = collate(one[0], rows)
     step = session.loop.StepFunction(_job(loaded, plan, dropout, resolved), optim.build(resolved.train, {}))
     total, summed = step._accumulate(1, batches)
     total_whole, gradient = step._accumulate(1, [whole])

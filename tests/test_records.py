@@ -39,7 +39,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ({"instruction": "Q", "response": "A"}, ASKED),
         (
             {"instruction": "Add.", "input": "1 2", "output": "3"},
-            [{"role": "user", "content": "Add.\n\n1 2"}, {"role": "assistant", "content": "3"}],
+            [
+                {"role": "user", "content": "Add.\n\n1 2", "instruction": "Add.", "input": "1 2"},
+                {"role": "assistant", "content": "3"},
+            ],
         ),
         ({"prompt": "Q", "completion": "A"}, ASKED),
         ({"prompt": ASKED[:1], "completion": ASKED[1:]}, ASKED),
@@ -74,7 +77,7 @@ def test_every_file_type_gives_the_same_rows(suffix: str, tmp_path: Path) -> Non
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    found = records.read(path)
+    found = list(records.read(path))
     assert [(r.messages[0]["content"], r.messages[1]["content"]) for r in found if r.messages] == [
         (row["prompt"], row["completion"]) for row in rows
     ]
@@ -86,13 +89,17 @@ def test_rows_carry_their_line_blank_lines_counted(tmp_path: Path) -> None:
     assert [record.row for record in records.read(path)] == [1, 3]
 
 
+def read(path: Path, tokenizer: Any, **options: Any) -> dict[str, sources.Examples]:
+    section = DataSection(path=str(path), cache="off", **options)
+    return sources.read(section, tokenizer, path.parent, seed=0, whole=path.is_file())
+
+
 def test_long_rows_keep_their_start_and_are_counted(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "Q", "completion": "A" * length} for length in (5, 100)]
-    found = records.read(tiny.write_jsonl(tmp_path / "d.jsonl", rows))
-    whole = sources.to_examples(tokenizer, found, DataSection()).examples[1]
-    cut = sources.to_examples(tokenizer, found, DataSection(max_tokens=60))
-    assert (cut.examples[1].ids, cut.examples[1].mask) == (whole.ids[:60], whole.mask[:60])
-    assert cut.shortened == 1
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", rows)
+    whole = read(path, tokenizer)["train"][1]
+    cut = read(path, tokenizer, max_tokens=60)["train"]
+    assert (cut[1].ids.tolist(), cut[1].mask.tolist()) == (whole.ids[:60].tolist(), whole.mask[:60].tolist())
     assert "1 of 2 rows shortened" in cut.notes("train", 60)[0]
 
 
@@ -102,10 +109,8 @@ def test_rows_without_a_supervised_token_are_dropped_and_named(tokenizer: Any, t
         {"messages": ASKED[:1]},
         {"messages": [{"role": "user", "content": "Q" * 99}, ASKED[1]]},
     ]
-    found = sources.to_examples(
-        tokenizer, records.read(tiny.write_jsonl(tmp_path / "d.jsonl", rows)), DataSection(max_tokens=50)
-    )
-    assert [row.record.row for row in found.rows] == [1]
+    found = read(tiny.write_jsonl(tmp_path / "d.jsonl", rows), tokenizer, max_tokens=50)["train"]
+    assert [found.place(at) for at in range(len(found))] == ["line 1"]
     notes = " ".join(found.notes("train", 50))
     assert "1 of 3 rows dropped: no assistant turn (line 2)" in notes
     assert "no supervised token in the first 50 tokens (line 3)" in notes
@@ -113,29 +118,35 @@ def test_rows_without_a_supervised_token_are_dropped_and_named(tokenizer: Any, t
 
 def test_train_on_last_supervises_the_last_answer_alone(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"messages": [*ASKED, {"role": "user", "content": "R"}, {"role": "assistant", "content": "B"}]}]
-    found = records.read(tiny.write_jsonl(tmp_path / "d.jsonl", rows))
-    (example,) = sources.to_examples(tokenizer, found, DataSection(train_on="last")).examples
-    kept = [token for token, flag in zip(example.ids, example.mask, strict=True) if flag]
-    assert tokenizer.decode(kept) == "B<|im_end|>"
+    (example,) = read(tiny.write_jsonl(tmp_path / "d.jsonl", rows), tokenizer, train_on="last")["train"]
+    assert tokenizer.decode(example.ids[example.mask == 1]) == "B<|im_end|>"
 
 
-def test_rows_are_held_out_by_seed_and_equal_rows_stay_on_one_side(tmp_path: Path) -> None:
+def texts(examples: sources.Examples, tokenizer: Any) -> list[str]:
+    return [tokenizer.decode(example.ids, skip_special_tokens=True) for example in examples]
+
+
+def split(path: Path, tokenizer: Any, seed: int = 0) -> dict[str, list[str]]:
+    section = DataSection(path=str(path), cache="off")
+    return {name: texts(found, tokenizer) for name, found in sources.read(section, tokenizer, path, seed).items()}
+
+
+def test_rows_are_held_out_by_seed_and_equal_rows_stay_on_one_side(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"text": f"row {index % 50}"} for index in range(100)]
     path = tiny.write_jsonl(tmp_path / "d.jsonl", rows)
-    split = sources.splits(str(path), DataSection(), seed=0)
-    train, valid = ({record.text for record in split[name]} for name in ("train", "valid"))
+    found = split(path, tokenizer)
+    train, valid = set(found["train"]), set(found["valid"])
     assert len(valid) == 5
-    assert len(split["valid"]) == 10
+    assert len(found["valid"]) == 10
     assert not train & valid
-    assert split == sources.splits(str(path), DataSection(), seed=0)
-    assert {record.text for record in sources.splits(str(path), DataSection(), seed=1)["valid"]} != valid
+    assert found == split(path, tokenizer)
+    assert set(split(path, tokenizer, seed=1)["valid"]) != valid
 
 
-def test_a_valid_file_is_used_as_it_is(tmp_path: Path) -> None:
+def test_a_valid_file_is_used_as_it_is(tokenizer: Any, tmp_path: Path) -> None:
     tiny.write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}, {"text": "b"}])
     tiny.write_jsonl(tmp_path / "valid.jsonl", [{"text": "c"}])
-    split = sources.splits(str(tmp_path), DataSection(), seed=0)
-    assert [[record.text for record in split[name]] for name in ("train", "valid")] == [["a", "b"], ["c"]]
+    assert split(tmp_path, tokenizer) == {"train": ["a", "b"], "valid": ["c"]}
 
 
 def test_data_show_prints_what_is_trained_on(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_the_share_is_the_projection_on_the_adapters_effect(mlx_model: Path, run
 
     loaded = load(str(mlx_model), "float32")
     config = session.run_config(run)
-    examples = session.held_out(loaded.tokenizer, mlx_model, config).examples
+    examples = session.held_out(loaded.tokenizer, mlx_model, config)
     ref = verify.reference(str(mlx_model), run, examples)
     rows = iter(np.split(ref.base + 0.5 * (ref.trained - ref.base), np.cumsum([b.targets for b in ref.batches])[:-1]))
     half = verify.measure(ref, lambda batch: next(rows), "half", "4 bits")
@@ -191,7 +191,7 @@ def test_verdicts_follow_the_limits(mlx_model: Path, run: Path) -> None:
     from mlxtune import session
 
     loaded = load(str(mlx_model), "float32")
-    examples = session.held_out(loaded.tokenizer, mlx_model, session.run_config(run)).examples
+    examples = session.held_out(loaded.tokenizer, mlx_model, session.run_config(run))
     ref = verify.reference(str(mlx_model), run, examples)
 
     def verdict(reference: verify.Reference, error: float) -> str:
@@ -213,7 +213,7 @@ def test_an_export_that_is_not_the_trained_model_is_not_kept(
 
     monkeypatch.setattr(lora.LoRALinear, "delta", lambda self: self.lora_b.T @ self.lora_a.T)
     loaded = load(str(mlx_model), "float32")
-    examples = session.held_out(loaded.tokenizer, mlx_model, session.run_config(run)).examples
+    examples = session.held_out(loaded.tokenizer, mlx_model, session.run_config(run))
     with pytest.raises(session.UserError, match="not the model that was trained"):
         export.to_hf(export.Request(mlx_model, run, tmp_path / "hf", dtype="float32", examples=examples))
     assert list(tmp_path.iterdir()) == []

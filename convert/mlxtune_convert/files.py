@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlxtune_convert.errors import UserError
 
@@ -89,6 +89,24 @@ def new_folder(destination: Path, force: bool = False, sources: Sequence[Path] =
             os.replace(replaced, destination)
         _remove(work)
         _remove(replaced)
+
+
+@contextlib.contextmanager
+def new_file(destination: Path, force: bool = False, sources: Sequence[Path] = ()) -> Iterator[IO[str]]:
+    """Yield a temporary text file beside `destination`; rename it into place only if the body succeeds.
+
+    Raises UserError as `new_folder` does.
+    """
+    refuse_existing(destination, force, sources)
+    work = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    try:
+        with explained(destination):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            with work.open("w", encoding="utf-8") as file:
+                yield file
+            os.replace(work, destination)
+    finally:
+        _remove(work)
 
 
 def _remove(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +14,7 @@ from mlxtune.cli import common
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlxtune.data.sources import Row
+    from mlxtune.data.examples import Row
 
 
 @click.group()
@@ -40,41 +41,51 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     mlxtune data show --model model --data train.jsonl --limit 3
     mlxtune data show --model model --data data --split valid --json
     """
+    from itertools import islice
+
     from mlxtune import config
     from mlxtune.data import sources
+    from mlxtune.data.examples import Renderer
     from mlxtune.data.tokenizer import load_tokenizer
     from mlxtune.model import hub
 
     section = config.load(None, settings, {"data.path": path}).data
-    rows = sources.rows_of(path, section, 0, split, "train")
+    sources.glance(section)
     folder = hub.resolve(model)
     tokenizer = load_tokenizer(folder)
-    sources.require_template(tokenizer, folder, rows)
+    renderer = Renderer(tokenizer, section)
     out = common.stdout()
-    for record in rows[: limit or (None if as_json else 5)]:
-        row = sources.to_row(tokenizer, record, section)
-        if as_json:
-            click.echo(json.dumps(_as_json(tokenizer, row), ensure_ascii=False))
-        else:
-            _print(out, tokenizer, row)
+    rows = sources.with_template(sources.rows_of(path, section, 0, split, "train"), tokenizer, folder, section.template)
+    for record in islice(rows, limit or (None if as_json else 5)):
+        for row in renderer.rows([record]):
+            if as_json:
+                click.echo(json.dumps(_as_json(tokenizer, row), ensure_ascii=False))
+            else:
+                _print(out, tokenizer, row)
 
 
 def _as_json(tokenizer: Any, row: Row) -> dict[str, Any]:
+    part = {"part": row.part} if row.part else {}
     if row.example is None:
-        return {"row": row.record.row, "dropped": row.dropped}
-    text = tokenizer.decode(row.example.ids, clean_up_tokenization_spaces=False)
-    return {"row": row.record.row, "ids": row.example.ids, "mask": row.example.mask, "text": text}
+        return {"row": row.record.row, **part, "dropped": row.dropped}
+    ids = row.example.ids
+    text = row.text if not row.shortened else tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    damage = [found.text for found in row.example.damage]
+    shown = {"row": row.record.row, **part, "ids": ids, "mask": row.example.mask.tolist(), "text": text}
+    return {**shown, "damage": damage} if damage else shown
 
 
 def _print(out: Console, tokenizer: Any, row: Row) -> None:
     from rich.text import Text
 
     if row.example is None:
-        out.print(Text(f"{row.record.place}: dropped ({row.dropped})", style="bold red"))
+        out.print(Text(f"{row.place}: dropped ({row.dropped})", style="bold red"))
         return
     ids, mask = row.example.ids, row.example.mask
     ending = ", shortened" if row.shortened else ""
-    out.print(Text(f"{row.record.place}: {len(ids)} tokens, {sum(mask)} trained on{ending}", style="bold"))
+    out.print(Text(f"{row.place}: {len(ids)} tokens, {sum(mask)} trained on{ending}", style="bold"))
+    for damage in row.example.damage:
+        out.print(Text(f"damage: {damage.text}", style="bold red"))
     body = Text()
     for supervised, run in groupby(range(len(ids)), key=mask.__getitem__):
         text = tokenizer.decode([ids[index] for index in run], clean_up_tokenization_spaces=False)
@@ -82,3 +93,96 @@ def _print(out: Console, tokenizer: Any, row: Row) -> None:
         body.append(shown, style="green" if supervised else "dim")
     out.print(body)
     out.print()
+
+
+@data.command()
+@common.model_option()
+@click.option("--data", "path", metavar="PATH", help="Folder, file, or hub dataset id.")
+@click.option(
+    "-c", "--config", "file", metavar="FILE", help="Take data.sources and the other keys from a configuration."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--strict", is_flag=True, help="Exit with 2 when there is an error among the findings.")
+@common.settings_option
+def check(
+    model: str, path: str | None, file: str | None, as_json: bool, strict: bool, settings: tuple[str, ...]
+) -> None:
+    """Survey training data: what will be learned from it, and what looks wrong.
+
+    Lengths, roles, duplicates, leaks, damage, odd answers, suspected secrets; each finding names rows and what to do.
+
+    \b
+    mlxtune data check --model model --data data
+    mlxtune data check --model model --data train.jsonl --strict --json
+    """
+    from mlxtune import config as configuration
+    from mlxtune.cli import report
+    from mlxtune.data import check as checks
+    from mlxtune.data import sources
+    from mlxtune.data.examples import Renderer
+    from mlxtune.data.tokenizer import load_tokenizer
+    from mlxtune.errors import UserError
+    from mlxtune.model import hub
+
+    config = configuration.load(file, settings, {"data.path": path})
+    sources.glance(config.data)
+    folder = hub.resolve(model)
+    tokenizer = load_tokenizer(folder)
+    splits: dict[str, checks.Split] = {}
+    with report.progress(common.console()) as progress:
+        for number, source in enumerate(config.data.mixture(), 1):
+            own = config.data.model_copy(update={"columns": {**config.data.columns, **source.columns}})
+            for split, found in sources.find(source.path, own, source.cap).items():
+                name = split if config.data.sources is None else f"{split} {number}"
+                rows = sources.with_template(found.read(), tokenizer, folder, own.template)
+                counted = progress(found.name)
+                splits[name] = checks.survey(name, found.name, rows, Renderer(tokenizer, own), counted)
+    for name, valid in splits.items():
+        if name.startswith("valid"):
+            checks.leaks(splits[name.replace("valid", "train")], valid)
+    told = checks.report(splits, config)
+    if as_json:
+        click.echo(json.dumps(told, ensure_ascii=False))
+    else:
+        report.draw(common.stdout(), told)
+    errors = [finding for finding in told["findings"] if finding["severity"] == "error"]
+    if strict and errors:
+        listed = ", ".join(f"{finding['count']} {finding['what']} ({finding['split']})" for finding in errors)
+        raise UserError(f"--strict: {listed}")
+
+
+@data.command()
+@click.argument("source", metavar="SOURCE")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT.jsonl")
+@click.option(
+    "--to", "target", type=click.Choice(["messages", "sharegpt", "alpaca"]), default="messages", show_default=True
+)
+@click.option(
+    "--split", type=click.Choice(["train", "valid", "test"]), default="train", show_default=True, help="Of a folder."
+)
+@click.option("--drop", is_flag=True, help="Leave out rows that do not fit, instead of refusing.")
+@common.force_option
+@common.settings_option
+def convert(
+    source: str, out: Path, target: str, split: str, drop: bool, force: bool, settings: tuple[str, ...]
+) -> None:
+    """Rewrite rows of any known format as JSON Lines of another.
+
+    \b
+    mlxtune data convert alpaca.json train.jsonl
+    mlxtune data convert train.jsonl sharegpt.jsonl --to sharegpt
+    mlxtune data convert gsm8k.csv train.jsonl --set 'data.columns={question: prompt, answer: completion}'
+    """
+    from mlxtune import config
+    from mlxtune.data import sources
+    from mlxtune.data.rewrite import rewrite
+    from mlxtune.errors import UserError
+
+    section = config.load(None, settings, {"data.path": source}).data
+    found = sources.find(source, section)
+    if split not in found:
+        raise UserError(f"{source} has no {split} file", f"It has: {', '.join(found)}.")
+    written, left = rewrite(found[split].read(), target, out, force, drop, [Path(source)])
+    for row in left:
+        common.console().print(f"left out: {row.place}: {row.reason}", style="yellow", soft_wrap=True)
+    common.stdout().print(f"{out}: {written:,} rows" + (f", {len(left):,} left out" if left else ""))

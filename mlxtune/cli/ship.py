@@ -81,7 +81,7 @@ def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Ex
     config = common.run_settings(adapter, data)
     if not config.data.path:
         raise UserError("the proof needs held-out rows", "Name some: --data PATH; or leave it out: --no-verify.")
-    return session.held_out(load_tokenizer(path), path, config, own=data is None).examples
+    return session.held_out(load_tokenizer(path), path, config, own=data is None)
 
 
 @click.command()

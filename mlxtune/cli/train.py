@@ -79,15 +79,15 @@ def _print_plan(config: Config) -> None:
     from mlxtune import session
     from mlxtune.data.batches import Plan
 
-    data = session.read_data(config)
-    plan = Plan(data.train.examples, config.train)
-    tokens = sum(len(example.ids) for example in data.train.examples)
-    targets = sum(sum(example.mask) for example in data.train.examples)
+    data, config = session.read_data(config)
+    plan = Plan(data.train, config.train)
+    tokens = int(data.train.lengths.sum())
+    targets = int(data.train.column("targets").sum())
     out = common.stdout()
     for split, examples in (("train", data.train), ("valid", data.valid)):
         for note in examples.notes(split, config.data.max_tokens):
             out.print(f"note: {note}")
-    out.print(f"rows: {len(data.train.rows)} to train on, {len(data.valid.rows)} held out")
+    out.print(f"rows: {len(data.train)} to train on, {len(data.valid)} held out")
     out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")
     out.print(f"optimizer steps: {plan.steps}")
     out.print()

@@ -53,9 +53,9 @@ def eval_command(
             scores["tuned"] = session.evaluate(loaded, config, examples)
     if as_json:
         found = {name: _score_json(value) for name, value in scores.items()}
-        click.echo(json.dumps({"split": label, "rows": len(examples.rows), **found}))
+        click.echo(json.dumps({"split": label, "rows": len(examples), **found}))
     else:
-        common.stdout().print(score_table(scores, f"{len(examples.rows)} rows, {scores['base'].tokens:,} tokens"))
+        common.stdout().print(score_table(scores, f"{len(examples)} rows, {scores['base'].tokens:,} tokens"))
 
 
 def _score_json(score: Score) -> dict[str, Any]:

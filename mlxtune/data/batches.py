@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -50,16 +51,23 @@ class Batch:
 
 def collate(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
     """Pad the chosen examples to the longest of them."""
-    lengths = np.array([len(examples[row].ids) for row in rows])
+    chosen = [examples[row] for row in rows]
+    lengths = np.array([len(example.ids) for example in chosen])
     ids = np.full((len(rows), int(lengths.max())), PAD, np.int32)
     mask = np.zeros(ids.shape, np.uint8)
-    for place, row in enumerate(rows):
-        ids[place, : lengths[place]] = examples[row].ids
-        mask[place, : lengths[place]] = examples[row].mask
+    for place, example in enumerate(chosen):
+        ids[place, : lengths[place]] = example.ids
+        mask[place, : lengths[place]] = example.mask
     return Batch(np.asarray(rows, np.int64), ids, lengths, mask)
 
 
-def fill(order: Sequence[int], lengths: Sequence[int], rows: int | None, tokens: int | None) -> list[list[int]]:
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """[N] tokens of each example."""
+    known = getattr(examples, "lengths", None)
+    return np.array([len(example.ids) for example in examples]) if known is None else known
+
+
+def fill(order: Sequence[int], lengths: Any, rows: int | None, tokens: int | None) -> list[list[int]]:
     """Cut an order of rows into batches of `rows` rows, or of at most `tokens` padded tokens (at least one row)."""
     out: list[list[int]] = []
     longest = 0
@@ -81,7 +89,7 @@ class Plan:
     def __init__(self, examples: Sequence[Example], section: TrainSection) -> None:
         self.examples = examples
         self.section = section
-        self._lengths = [len(example.ids) for example in examples]
+        self._lengths = lengths_of(examples)
         self._rows = section.batch_rows or (None if section.batch_tokens else DEFAULT_ROWS)
         self._epochs: list[list[list[list[int]]]] = []  # epoch -> step -> micro-batch -> row
         self._starts = [0]  # first step (0-based) of each planned epoch
@@ -99,7 +107,7 @@ class Plan:
         epoch = len(self._epochs)
         draw = np.random.default_rng([self.section.seed, epoch])
         noise = draw.uniform(1 - JITTER, 1 + JITTER, len(self._lengths))
-        order = np.argsort(np.array(self._lengths) * noise, kind="stable").tolist()
+        order = np.argsort(self._lengths * noise, kind="stable").tolist()
         batches = fill(order, self._lengths, self._rows, self.section.batch_tokens)
         batches = [batches[index] for index in draw.permutation(len(batches))]
         size = self.section.accumulate
@@ -118,6 +126,6 @@ class Plan:
 
 def in_order(examples: Sequence[Example], tokens: int = 4096) -> list[Batch]:
     """Every example once, shortest first, in batches of at most `tokens` padded tokens: for evaluation."""
-    lengths = [len(example.ids) for example in examples]
-    order = sorted(range(len(examples)), key=lengths.__getitem__)
+    lengths = lengths_of(examples)
+    order = np.argsort(lengths, kind="stable").tolist()
     return [collate(examples, rows) for rows in fill(order, lengths, None, tokens)]

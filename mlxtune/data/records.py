@@ -1,24 +1,21 @@
-"""Data files of any known row format -> conversations.
+"""Rows of any known format -> conversations.
 
-Five row formats, detected per file: OpenAI `messages` (+ `tools`), ShareGPT `conversations`, Alpaca
-`instruction/input/output`, `prompt/completion`, and plain `text`. Files: .jsonl, .json, .csv, .parquet. A row that
-does not fit its file's format is an error that names file and line: nothing is skipped in silence.
+Six row formats, told apart per file: OpenAI `messages` (+ `tools`), ShareGPT `conversations`, Alpaca
+`instruction/input/output`, Self-Instruct `instruction/instances`, `prompt/completion`, and plain `text`. A row that
+does not fit its file's format becomes a `Bad` row with its line: nothing is skipped in silence.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxtune.data.files import Bad, place, raw_rows
 from mlxtune.errors import UserError
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user",
@@ -29,57 +26,111 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
     "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
 }
+WEIGHTS = ("weight", "train")  # keys of a message: 0 leaves an assistant turn unsupervised
+LISTED = 12  # bad rows, and reasons, that an error message names
 
 
 @dataclass(frozen=True)
 class Record:
-    """One data row. Exactly one of `messages` and `text` is set; `row` is its 1-based line (or index) in `file`."""
+    """One conversation or text. Exactly one of `messages` and `text` is set; `row` is its 1-based line (or index) in
+    `file`; `fields` holds the row's other values, by column.
+    """
 
     file: str
     row: int
+    format: str
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
+    fields: Mapping[str, Any] | None = None
 
     @property
     def place(self) -> str:
-        return _place(self.file, self.row)
-
-
-def _place(source: str, number: int) -> str:
-    """Only in JSON Lines is a row a line."""
-    return f"{'line' if source.endswith('.jsonl') else 'row'} {number}"
+        return place(self.file, self.row)
 
 
 class RowError(Exception):
-    """What is wrong with one row; `read` adds where it stands."""
+    """What is wrong with one row."""
 
 
-def read(path: Path) -> list[Record]:
-    """All rows of one file.
+Parsed = tuple[list[dict[str, Any]] | None, list[dict[str, Any]] | None, str | None]  # messages, tools, text
 
-    Raises UserError naming file and line: missing or empty file, unknown suffix, bad JSON, unknown keys, a row that
-    does not fit the file's format.
+
+def read(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Record | Bad]:
+    """All rows of one file, one after the other; columns: the file's name of a column -> the name meant.
+
+    Raises UserError when the file cannot be read, is empty, or has no known format.
     """
-    return parse(str(path), list(_raw_rows(path)))
+    return parse(str(path), raw_rows(path), columns)
 
 
-def parse(source: str, rows: list[tuple[int, dict[str, Any]]]) -> list[Record]:
-    """Numbered raw rows -> records; `source` names them in errors. Raises UserError as `read` does."""
-    if not rows:
-        raise UserError(f"{source}: no rows", "Each line of a .jsonl file is one example.")
-    name = _detect(source, rows)
-    to_record = FORMATS[name][1]
-    out = []
-    for number, row in rows:
+def parse(
+    source: str, rows: Iterable[tuple[int, dict[str, Any]] | Bad], columns: Mapping[str, str] | None = None
+) -> Iterator[Record | Bad]:
+    """Numbered raw rows -> records; `source` names them. Raises UserError as `read` does."""
+    name = ""
+    empty = True
+    for item in rows:
+        empty = False
+        if isinstance(item, Bad):
+            yield item
+            continue
+        number, raw = item
+        row = {(columns or {}).get(key, key): value for key, value in raw.items()}
+        if not name:
+            name = _detect(source, number, row, columns)
+        keys, to_parsed = FORMATS[name]
         try:
-            record = to_record(source, number, row)
-            _check_characters([record.messages, record.tools, record.text])
+            found = to_parsed(row)
+            for messages, tools, text in found:
+                _check_characters([messages, tools, text])
         except RowError as error:
-            raise UserError(f"{source} {_place(source, number)}: {error} (format: {name})") from error
-        out.append(record)
-    return out
+            yield Bad(source, number, f"{error} (format: {name})")
+            continue
+        fields = {key: value for key, value in row.items() if key not in keys}
+        for messages, tools, text in found:
+            yield Record(source, number, name, messages, tools, text, fields)
+    if empty:
+        raise UserError(f"{source}: no rows", "Each line of a .jsonl file is one example.")
+
+
+def require_good(bad: list[Bad], total: int) -> None:
+    """Raise UserError naming the rows that cannot be read, when there are any; bad: of one file."""
+    if bad:
+        same: dict[str, list[Bad]] = {}
+        for row in bad:
+            same.setdefault(row.reason, []).append(row)
+        told = [f"{_rows(rows)}: {reason}" for reason, rows in same.items()]
+        listed = "; ".join(told[:LISTED])
+        more = f"; and {len(told) - LISTED} other reasons" if len(told) > LISTED else ""
+        count = f": {len(bad)} of {total} rows cannot be used:" if len(bad) > 1 else ""
+        raise UserError(
+            f"{bad[0].file}{count} {listed}{more}", "Mend or remove them; `mlxtune data check` lists every one."
+        )
+
+
+def _rows(rows: list[Bad]) -> str:
+    others = "".join(f", {row.row}" for row in rows[1:LISTED])
+    return rows[0].place + others + (f" and {len(rows) - LISTED} more" if len(rows) > LISTED else "")
+
+
+def _detect(source: str, number: int, row: dict[str, Any], columns: Mapping[str, str] | None) -> str:
+    """The file's format, from its first row's keys; every other row must then fit it."""
+    for name, (keys, _) in FORMATS.items():
+        if all(key in row for key in keys):
+            return name
+    known = "; ".join(" + ".join(keys) for keys, _ in FORMATS.values())
+    names = list(map(str, row))
+    example = f"{{{names[0]}: prompt, {names[1]}: completion}}" if len(names) > 1 else "{NAME: text}"
+    unused = [name for name in columns or {} if columns and columns[name] not in row]
+    raise UserError(
+        f"{source} {place(source, number)}: no known row format has the keys {', '.join(names) or '(none)'}"
+        + (f" (data.columns names {', '.join(unused)}, which the row does not have)" if unused else ""),
+        f"Known: {known}. Rename columns with --set 'data.columns={example}'.",
+    )
 
 
 def _check_characters(value: Any) -> None:
@@ -99,80 +150,6 @@ def _check_characters(value: Any) -> None:
         _check_characters([*value.keys(), *value.values()])
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(1-based line or index, row) pairs of any file type."""
-    if not path.is_file():
-        raise UserError(f"no data file {path}")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: unknown file type {path.suffix or '(none)'}", f"Allowed: {', '.join(SUFFIXES)}.")
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a parquet file") from error
-        yield from enumerate(table.to_pylist(), 1)
-        return
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
-    if path.suffix == ".csv":
-        csv.field_size_limit(sys.maxsize)  # a long document is no error
-        try:
-            for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1):
-                if None in row:
-                    raise UserError(
-                        f"{path} row {number}: more fields than the header has", "Quote the fields that hold a comma."
-                    )
-                yield number, row
-        except csv.Error as error:
-            raise UserError(f"{path}: not a CSV file ({error})") from error
-    elif path.suffix == ".json":
-        value = _parse(text, path, 0)
-        rows = value if isinstance(value, list) else [value]
-        for number, row in enumerate(rows, 1):
-            yield number, _object(row, path, number)
-    else:
-        # Not splitlines(): JSON strings may hold U+2028 and its like, which are no line ends in JSON Lines.
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield number, _object(_parse(line, path, number), path, number)
-
-
-def _parse(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = "Each line of a .jsonl file is one JSON object." if line else ""
-        raise UserError(
-            f"{path} line {line or error.lineno}: not valid JSON ({error.msg}, column {error.colno})", hint
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
-        raise UserError(f"{path}{f' line {line}' if line else ''}: JSON that cannot be read ({error})") from error
-
-
-def _object(row: Any, path: Path, number: int) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise UserError(f"{path} {_place(path.name, number)}: expected a JSON object, found {type(row).__name__}")
-    return row
-
-
-def _detect(source: str, rows: list[tuple[int, dict[str, Any]]]) -> str:
-    """The file's format, from its first row's keys; every other row must then fit it."""
-    number, first = rows[0]
-    for name, (keys, _) in FORMATS.items():
-        if all(key in first for key in keys):
-            return name
-    known = "; ".join(" + ".join(keys) for keys, _ in FORMATS.values())
-    raise UserError(
-        f"{source} {_place(source, number)}: no known row format has the keys {', '.join(map(str, first)) or '(none)'}",
-        f"Known: {known}. Rename the columns.",
-    )
-
-
 def _text(row: dict[str, Any], key: str, optional: bool = False) -> str:
     value = row.get(key)
     if value is None and optional:
@@ -182,95 +159,163 @@ def _text(row: dict[str, Any], key: str, optional: bool = False) -> str:
     return value
 
 
-def _messages(file: str, number: int, row: dict[str, Any]) -> Record:
-    return Record(file, number, messages=_checked(row.get("messages"), "messages"), tools=_tools(row))
+def _from_json(value: Any, what: str) -> Any:
+    """csv and some parquet files hold lists and objects as JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowError(what) from error
 
 
-def _checked(value: Any, key: str) -> list[dict[str, Any]]:
-    """OpenAI messages, each with a known role and with text content (or tool calls)."""
-    if isinstance(value, str):  # csv and some parquet files hold the list as JSON text
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"{key} must be a list of messages") from error
+def _messages(row: dict[str, Any]) -> list[Parsed]:
+    return [(checked(row.get("messages"), "messages"), _tools(row), None)]
+
+
+def checked(value: Any, key: str) -> list[dict[str, Any]]:
+    """OpenAI messages, each with a known role and with text content (or tool calls). Raises RowError."""
+    value = _from_json(value, f"{key} must be a list of messages")
     if not isinstance(value, list) or not value:
         raise RowError(f"{key} must be a non-empty list of messages")
-    out = []
-    for index, message in enumerate(value, 1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise RowError(f"message {index} has the role {role!r}; allowed: {', '.join(ROLES)}")
-        content = message.get("content")
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text", "")) for part in content)
-        if content is None and message.get("tool_calls"):
-            content = ""
-        if not isinstance(content, str):
-            raise RowError(f"message {index} ({message['role']}) must have text content")
-        # Parquet fills absent fields with null; a template must not see them.
-        out.append({**{k: v for k, v in message.items() if v is not None}, "content": content})
-    return out
+    return [_message(index, message) for index, message in enumerate(value, 1)]
+
+
+def _message(index: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else message
+        raise RowError(f"message {index} has the role {role!r}; allowed: {', '.join(ROLES)}")
+    # Parquet fills absent fields with null; a template must not see them.
+    out = {key: value for key, value in message.items() if value is not None}
+    content = out.get("content")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if content is None and (out.get("tool_calls") or out.get("reasoning_content")):
+        content = ""
+    if not isinstance(content, str):
+        raise RowError(f"message {index} ({message['role']}) must have text content")
+    for name in WEIGHTS:
+        if out.get(name, 1) not in (0, 1):
+            raise RowError(f"message {index}: {name} must be 0 or 1, found {out[name]!r}")
+    if "tool_calls" in out:
+        out["tool_calls"] = [_call(index, call) for call in _calls(index, out["tool_calls"])]
+        if not out["tool_calls"]:
+            del out["tool_calls"]
+    return {**out, "content": content}
+
+
+def _calls(index: int, calls: Any) -> list[Any]:
+    calls = _from_json(calls, f"message {index}: tool_calls must be a list")
+    if not isinstance(calls, list):
+        raise RowError(f"message {index}: tool_calls must be a list")
+    return calls
+
+
+def _call(index: int, call: Any) -> dict[str, Any]:
+    """One tool call; Parquet's nulls inside its arguments are left out."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(f"message {index}: each of tool_calls must have a function with a name")
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, dict | str):
+        raise RowError(f"message {index}: the arguments of {function['name']} must be an object or JSON text")
+    call = {key: value for key, value in call.items() if value is not None}
+    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
 
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise RowError("tools must be a JSON list") from error
-    if tools is not None and tools != "" and not isinstance(tools, list):
+    tools = _from_json(tools, "tools must be a JSON list") if tools and str(tools).strip() else None
+    if tools is not None and not isinstance(tools, list):
         raise RowError(f"tools must be a list, found {type(tools).__name__}")
-    return tools or None
+    if any(not isinstance(tool, dict) for tool in tools or []):
+        raise RowError("each of tools must be an object")
+    # Templates expect OpenAI's wrapping around a function's description.
+    return [
+        t if "function" in t or "name" not in t else {"type": "function", "function": t} for t in tools or []
+    ] or None
 
 
-def _conversations(file: str, number: int, row: dict[str, Any]) -> Record:
-    turns = row.get("conversations")
+def _conversations(row: dict[str, Any]) -> list[Parsed]:
+    turns = _from_json(row.get("conversations"), "conversations must be a list of turns")
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        return Record(file, number, messages=_checked(turns, "conversations"), tools=_tools(row))
+        return [(checked(turns, "conversations"), _tools(row), None)]
     if not isinstance(turns, list) or not turns:
         raise RowError("conversations must be a non-empty list of turns")
-    messages = [{"role": "system", "content": _text(row, "system")}] if row.get("system") else []
+    messages: list[dict[str, Any]] = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": _text(row, "system")})
     for index, turn in enumerate(turns, 1):
         speaker = turn.get("from") if isinstance(turn, dict) else None
         if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise RowError(f"turn {index} is from {speaker!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
-        messages.append({"role": SHAREGPT_ROLES[speaker], "content": _text(turn, "value")})
-    return Record(file, number, messages=messages, tools=_tools(row))
+        messages.append(_turn(index, speaker, _text(turn, "value"), len(messages)))
+        messages[-1].update({name: turn[name] for name in WEIGHTS if name in turn})
+    return [(checked(messages, "conversations"), _tools(row), None)]
 
 
-def _alpaca(file: str, number: int, row: dict[str, Any]) -> Record:
-    """As a chat: the instruction, then the input after a blank line, as Alpaca's own prompt orders them."""
-    question = _text(row, "instruction")
-    if extra := _text(row, "input", optional=True):
-        question += "\n\n" + extra
+def _turn(index: int, speaker: str, value: str, place: int) -> dict[str, Any]:
+    role = SHAREGPT_ROLES[speaker]
+    if speaker == "function_call":
+        call = _from_json(value, f"turn {index}: a function_call must be a JSON object with name and arguments")
+        calls = call if isinstance(call, list) else [call]
+        if any(not isinstance(one, dict) or "name" not in one for one in calls):
+            raise RowError(f"turn {index}: a function_call must be a JSON object with name and arguments")
+        numbered = [
+            {"id": f"call{place:03d}{n:02d}", "function": {"name": c["name"], "arguments": c.get("arguments", {})}}
+            for n, c in enumerate(calls)
+        ]
+        return {"role": role, "content": "", "tool_calls": numbered}
+    if role == "tool":
+        return {"role": role, "content": value, "tool_call_id": f"call{place - 1:03d}00"}
+    return {"role": role, "content": value}
+
+
+def _alpaca(row: dict[str, Any]) -> list[Parsed]:
     answer = _text(row, "output" if "output" in row else "response")
-    system = _text(row, "system", optional=True)
-    return Record(file, number, messages=_exchange(system, question, answer))
+    return [_instructed(row, _text(row, "input", optional=True), answer)]
 
 
-def _prompt_completion(file: str, number: int, row: dict[str, Any]) -> Record:
+def _instructed(row: dict[str, Any], extra: str, answer: str) -> Parsed:
+    """As a chat: the instruction, then the input after a blank line, as Alpaca's own prompt orders them."""
+    instruction = _text(row, "instruction")
+    question = {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
+    if extra:
+        question |= {"instruction": instruction, "input": extra}  # for templates that print them apart
+    return _exchange(_text(row, "system", optional=True), question, answer), None, None
+
+
+def _self_instruct(row: dict[str, Any]) -> list[Parsed]:
+    instances = _from_json(row.get("instances"), "instances must be a list")
+    if not isinstance(instances, list) or not instances or any(not isinstance(one, dict) for one in instances):
+        raise RowError("instances must be a non-empty list of objects with input and output")
+    return [_instructed(row, _text(one, "input", optional=True), _text(one, "output")) for one in instances]
+
+
+def _prompt_completion(row: dict[str, Any]) -> list[Parsed]:
     if isinstance(row.get("prompt"), list):
-        messages = _checked(row["prompt"], "prompt") + _checked(row.get("completion"), "completion")
-        return Record(file, number, messages=messages, tools=_tools(row))
-    return Record(file, number, messages=_exchange("", _text(row, "prompt"), _text(row, "completion")))
+        asked, answered = row["prompt"], row.get("completion")
+        return [(checked(asked, "prompt") + checked(answered, "completion"), _tools(row), None)]
+    question = {"role": "user", "content": _text(row, "prompt")}
+    return [(_exchange("", question, _text(row, "completion")), None, None)]
 
 
-def _exchange(system: str, question: str, answer: str) -> list[dict[str, Any]]:
+def _exchange(system: str, question: dict[str, Any], answer: str) -> list[dict[str, Any]]:
     head = [{"role": "system", "content": system}] if system else []
-    return [*head, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [*head, question, {"role": "assistant", "content": answer}]
 
 
-def _plain(file: str, number: int, row: dict[str, Any]) -> Record:
-    return Record(file, number, text=_text(row, "text"))
+def _plain(row: dict[str, Any]) -> list[Parsed]:
+    return [(None, None, _text(row, "text"))]
 
 
 # Tried in this order: the keys that mark a format, and its parser.
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[str, int, dict[str, Any]], Record]]] = {
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], list[Parsed]]]] = {
     "messages": (("messages",), _messages),
     "conversations": (("conversations",), _conversations),
     "alpaca": (("instruction", "output"), _alpaca),
     "alpaca-response": (("instruction", "response"), _alpaca),
+    "self-instruct": (("instruction", "instances"), _self_instruct),
     "prompt-completion": (("prompt", "completion"), _prompt_completion),
     "text": (("text",), _plain),
 }

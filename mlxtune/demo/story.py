@@ -83,7 +83,7 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
         fall = 1 - after.loss / before.loss
         console.print(f"validation loss {before.loss:.4f} -> {after.loss:.4f} ({fall:.0%} lower), ", end="")
         console.print(f"token accuracy {before.accuracy:.1%} -> {after.accuracy:.1%}")
-    examples = session.held_out(tuned.tokenizer, model, settings).examples
+    examples = session.held_out(tuned.tokenizer, model, settings)
     with chapter(console, "5. Fuse: the adapter folded into the weights, in float32, stored in 16 bits"):
         fused = export.to_mlx(export.Request(model, run, out / "fused", examples=examples), convert.UNQUANTIZED_BITS)
         console.print(f"{out / 'fused'}: {fused.survival() if fused else ''}", soft_wrap=True)
@@ -108,7 +108,7 @@ def chapter(console: Console, title: str) -> Iterator[None]:
 def measure(loaded: Loaded, settings: config.Config) -> tuple[Score, list[tuple[str, str]]]:
     """(validation score, (question, answer) pairs) of a model."""
     score = session.evaluate(loaded, settings, session.held_out(loaded.tokenizer, loaded.path, settings))
-    rows = records.read(data_folder() / "valid.jsonl")
+    rows = [row for row in records.read(data_folder() / "valid.jsonl") if isinstance(row, records.Record)]
     answers = []
     for index in SHOWN_ROWS:
         conversation = (rows[index].messages or [])[:2]  # system prompt and first question

@@ -102,6 +102,14 @@ class Display:
             self._live.stop()
             self._live = None
 
+    def reading(self, source: str, rows: int) -> None:
+        """Rows of a data file that were tokenized so far."""
+        now = time.perf_counter()
+        if now - self._last_line >= PLAIN_SECONDS:
+            if self._last_line:
+                self.console.print(f"{source}: {rows:,} rows read", soft_wrap=True)
+            self._last_line = now
+
     def begin(self, steps: int) -> None:
         self.meter = Meter(steps)
         if self.console.is_terminal:

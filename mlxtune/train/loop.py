@@ -43,7 +43,7 @@ class Scored(Protocol):
 @dataclass(frozen=True)
 class Job:
     """Everything a run works with. split: None runs the head on all tokens; evaluate: scores the current model;
-    lines: what to call each training row in messages; data: digest of the examples."""
+    place: what to call a training row in messages; data: digest of the examples."""
 
     model: nn.Module
     split: Split | None
@@ -52,7 +52,7 @@ class Job:
     section: TrainSection
     run: Path
     evaluate: Callable[[], Scored]
-    lines: list[str]
+    place: Callable[[int], str]
     data: str
 
 
@@ -182,7 +182,7 @@ class StepFunction:
             kept = f"The adapter of step {number - 1} {'' if last else 'or better '}is kept. "
             if last or not (self.job.run / lora.ADAPTER_FILE).exists():
                 lora.save_factors(self.job.model, self.job.run)
-        rows = ", ".join([self.job.lines[row] for batch in batches for row in batch.rows][:16])
+        rows = ", ".join([self.job.place(row) for batch in batches for row in batch.rows][:16])
         raise UserError(
             f"step {number}: the loss or gradient is not finite (loss {mean}); rows in the step: {rows}",
             f"{kept}Try a lower train.lr, or train.dtype=float32.",

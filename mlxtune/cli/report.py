@@ -1,0 +1,91 @@
+"""How `mlxtune data check` looks on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+BAR = 40  # width of the longest bar
+NAMED = 8  # rows and reasons that a finding names
+
+
+@contextmanager
+def progress(console: Console) -> Iterator[Callable[[str], Callable[[int], None]]]:
+    """Yields a function: the name of a file -> what takes the number of its rows read so far."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} rows"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bars:
+
+        def begin(name: str) -> Callable[[int], None]:
+            task = bars.add_task(name, total=None)
+            return lambda rows: bars.update(task, completed=rows)
+
+        yield begin
+
+
+def draw(out: Console, told: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    for name, facts in told["splits"].items():
+        _draw_split(out, name, facts)
+    if not told["findings"]:
+        out.print(Text("No findings.", style="green"))
+    for finding in told["findings"]:
+        rows = ", ".join(map(str, finding["rows"][:NAMED])) + (", ..." if finding["count"] > NAMED else "")
+        line = Text(f"{finding['severity']}: ", style=COLOURS[finding["severity"]])
+        line.append(f"{finding['split']}: {finding['count']:,} {finding['what']}", style="default")
+        out.print(line + Text(f" (rows {rows})" if rows else "", style="dim"))
+        for reason, count in list(finding.get("reasons", {}).items())[:NAMED]:
+            out.print(Text(f"    {count:,} x {reason}", style="dim"))
+        out.print(Text(f"    -> {finding['fix']}", style="green"))
+
+
+def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    lengths = facts["lengths"]
+    out.print(Text(f"{name}: {facts['file']}", style="bold"))
+    share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
+    lines = {
+        "rows": f"{facts['rows']:,} ({_counts(facts['formats'])})",
+        "outcome": _counts(facts["outcomes"]),
+        "tokens": f"{facts['tokens']:,} per epoch, {share:.0%} of them trained on; {facts['steps_per_epoch']:,} steps",
+        "roles": _counts(facts["roles"]),
+        "answers per row": _counts(facts["answers_per_row"]),
+        "system prompts": f"{facts['system_prompts']['distinct']:,} distinct, "
+        f"{facts['system_prompts']['rows_without']:,} rows without",
+        "asks to": _counts(facts["tasks"]),
+        "hardly asks to": ", ".join(facts["tasks_missing"]),
+        "scripts": _counts(facts["scripts"]),
+        "shared prefix": f"{facts['shared_prefix_tokens']:,} tokens begin every row; running them once saves "
+        f"{facts['shared_prefix_saves']:.0%} of the tokens",
+    }
+    for label, value in lines.items():
+        if value:
+            out.print(Text(f"  {label:16}", style="dim") + Text(value))
+    cut = f"{lengths['cut_share']:.1%} of the rows are longer than data.max_tokens {lengths['max_tokens']:,}"
+    longest = f"; data.max_tokens={lengths['longest']} would cut none" if lengths["cut_share"] else ""
+    out.print(Text("  length in tokens", style="dim") + Text(f" {cut}{longest}"))
+    most = max((count for _, _, count in lengths["histogram"]), default=1)
+    for low, high, count in lengths["histogram"]:
+        bar = "█" * round(BAR * count / most) or ("▏" if count else "")
+        style = "red" if low >= lengths["max_tokens"] else "green"
+        out.print(Text(f"  {low:>8,}-{high:<8,} ", style="dim") + Text(f"{bar} {count:,}", style=style))
+    out.print()
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())

@@ -1,0 +1,105 @@
+"""Records -> training examples: rendered, expanded, shortened; rows that teach nothing dropped with their reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Any
+
+from mlxtune.config import DataSection
+from mlxtune.data import chat, turns
+from mlxtune.data.chat import Example
+from mlxtune.data.files import Bad, place
+from mlxtune.data.records import Record
+from mlxtune.data.template import Template, TemplateError
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record's example; of an expanded conversation, the one of its `part`-th assistant turn (0: not expanded).
+
+    Exactly one of `example` and `dropped` (the reason) is set. text: the rendered text that the example was made of.
+    """
+
+    record: Record | Bad
+    example: Example | None = None
+    dropped: str = ""
+    part: int = 0
+    shortened: bool = False
+    text: str = ""
+
+    @property
+    def place(self) -> str:
+        where = place(self.record.file, self.record.row)
+        return f"{where} turn {self.part}" if self.part else where
+
+
+class Renderer:
+    """Makes examples with one tokenizer and one set of options."""
+
+    def __init__(self, tokenizer: Any, section: DataSection) -> None:
+        self.tokenizer = tokenizer
+        self.section = section
+
+    @property
+    def template(self) -> Template:
+        day = date.fromisoformat(self.section.date) if self.section.date else None
+        return chat.template_of(self.tokenizer, self.section.template_kwargs, day)
+
+    def rows(self, records: Sequence[Record | Bad]) -> list[Row]:
+        """The examples of some records, tokenized together."""
+        drafts = [draft for record in records for draft in self._drafts(record)]
+        good = [draft for draft in drafts if not draft[0].dropped]
+        made = iter(chat.tokenized_all(self.tokenizer, [row.text for row, _ in good], [spans for _, spans in good]))
+        return [row if row.dropped else self._finished(row, next(made)) for row, _ in drafts]
+
+    def _drafts(self, record: Record | Bad) -> Iterator[tuple[Row, Any]]:
+        """(row with its text and damage, supervised characters; None: all of a plain text)."""
+        if isinstance(record, Bad):
+            yield Row(record, dropped=record.reason), None
+        elif record.text is not None:
+            yield Row(record, Example(), text=record.text), None
+        elif not any(message["role"] == "assistant" for message in record.messages or []):
+            yield Row(record, dropped="no assistant turn"), None
+        else:
+            try:
+                yield from self._conversation(record)
+            except TemplateError as error:
+                yield Row(record, dropped=str(error)), None
+
+    def _conversation(self, record: Record) -> Iterator[tuple[Row, Any]]:
+        template, section = self.template, self.section
+        assert record.messages is not None
+        messages = chat.repaired(template, record.messages)
+        found = turns.locate(template, messages, record.tools)
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        trained = [index for index in answers if chat.weight(record.messages[index])]
+        if section.train_on == "last":
+            trained = [index for index in trained if index == answers[-1]]
+        stripped = any(damage.kind == "thinking" and damage.index != answers[-1] for damage in found.damage)
+        if len(answers) > 1 and (section.expand_turns == "all" or (section.expand_turns == "auto" and stripped)):
+            for number, index in enumerate(answers, 1):
+                if index in trained:
+                    part = turns.locate(template, messages[: index + 1], record.tools)
+                    # Earlier thinking is not there at inference either.
+                    damage = [d for d in part.damage if d.kind != "thinking" or d.index == index]
+                    yield self._draft(record, replace(part, damage=damage), [index], number)
+            if not trained:
+                yield Row(record, dropped="no supervised token"), None
+        else:
+            yield self._draft(record, found, trained, 0)
+
+    def _draft(self, record: Record, found: turns.Turns, trained: list[int], part: int) -> tuple[Row, Any]:
+        spans = [(start, end) for index, start, end in found.spans if index in trained]
+        return Row(record, Example(damage=tuple(found.damage)), part=part, text=found.text), spans
+
+    def _finished(self, row: Row, made: Example) -> Row:
+        assert row.example is not None
+        longest = self.section.max_tokens
+        shortened = len(made.ids) > longest
+        example = Example(made.ids[:longest], made.mask[:longest], row.example.damage)
+        if not example.mask[1:].any():
+            why = f"no supervised token in the first {longest} tokens" if shortened else "no supervised token"
+            return replace(row, example=None, dropped=why)
+        return replace(row, example=example, shortened=shortened)

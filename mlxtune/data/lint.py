@@ -1,0 +1,152 @@
+"""What can be wrong with one row's text, and what kind of row it is: patterns, so a finding is but a suspicion."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mlxtune.data.records import Record
+
+SHORT_WORDS = 3  # an answer of fewer words is very short
+LONG_CHARACTERS = 200  # from this length on an answer is expected to end like a sentence
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a code means: severity (error, warning, note), what it is, and what to do about it."""
+
+    severity: str
+    what: str
+    fix: str
+
+
+KINDS = {
+    "bad": Kind("error", "rows that cannot be read", "mend or remove them"),
+    "dropped": Kind("error", "rows that teach nothing", "mend them, or raise data.max_tokens"),
+    "damaged": Kind(
+        "error",
+        "rows of which the chat template drops something",
+        "mend them, choose another data.template, or set data.on_damage",
+    ),
+    "leak": Kind("error", "rows that are both in train and valid", "remove them from one of the two"),
+    "question leak": Kind(
+        "warning",
+        "validation rows whose question is also in train",
+        "keep a question on one side, or expect a flattered loss",
+    ),
+    "shortened": Kind(
+        "warning", "rows cut at data.max_tokens: their end is not learned", "raise data.max_tokens or split them"
+    ),
+    "duplicate": Kind("warning", "rows equal to an earlier one", "set data.dedup=exact"),
+    "near duplicate": Kind("note", "rows nearly equal to an earlier one", "set data.dedup=near"),
+    "empty": Kind("warning", "rows with an empty answer", "remove them, or give that message weight 0"),
+    "cut off": Kind(
+        "warning", "rows whose last answer seems cut off", "look at their ends; a model learns to stop there"
+    ),
+    "secret": Kind(
+        "warning", "rows that seem to hold a key or password", "remove it: models repeat what they were tuned on"
+    ),
+    "e-mail": Kind("note", "rows with an e-mail address", "remove addresses that are private"),
+    "encoding": Kind("warning", "rows with broken characters", "read the source again as UTF-8"),
+    "markup": Kind("note", "rows with HTML entities", "unescape them, unless the answers are HTML"),
+    "refusal": Kind("note", "rows whose answer is a refusal", "keep them only if the model is meant to refuse these"),
+    "short": Kind(
+        "note", f"rows whose answers all have fewer than {SHORT_WORDS} words", "fine for labels; else look at them"
+    ),
+    "system": Kind(
+        "warning",
+        "rows without a system prompt, while others have one",
+        "give all of them what the model will see in use",
+    ),
+    "no end": Kind(
+        "warning", "rows: the chat template ends answers with no token of its own", "choose a template that ends turns"
+    ),
+}
+SECRETS = re.compile(
+    r"AKIA[0-9A-Z]{16}|gh[pousr]_\w{36}|github_pat_\w{30,}|\bsk-[A-Za-z0-9_-]{20,}|AIza[\w-]{35}|xox[baprs]-[\w-]{10,}"
+    r"|\bhf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
+    r"|(?i:\b(?:password|passwd|api_key|secret_key)\b\s*[=:]\s*['\"][^'\"\s]{8,}['\"])"
+)
+EMAIL = re.compile(r"[\w.+-]+@(?!example\.)[\w-]+\.(?!example\b)[A-Za-z]{2,}")
+# UTF-8 read as Latin-1 or Windows-1252; the replacement character; control characters that no text has.
+ENCODING = re.compile(r"\ufffd|Ã[\x80-\xbf©¨¼¶¤±³¡ª«­®¯²]|â€[™œ\x9d“”˜¦]|Â[\xa0»«°·]|[\x00-\x08\x0b\x0e-\x1f]")
+MARKUP = re.compile(r"&(?:amp|lt|gt|quot|nbsp|#\d+);")
+REFUSAL = re.compile(
+    r"\s*(?:i['’]?m sorry|i am sorry|sorry|i apologi[sz]e)?\W{0,3}(?:but )?"
+    r"(?:(?:as an ai\b|i(?:['’]m| am) (?:unable|not able)|i (?:cannot|can['’]?t|won['’]?t|do not have the ability))|"
+    r"i['’]?m sorry, but)",
+    re.IGNORECASE,
+)
+PATTERNS = (("secret", SECRETS, ""), ("e-mail", EMAIL, "@"), ("encoding", ENCODING, ""), ("markup", MARKUP, "&"))
+TASKS = {
+    "explain": r"explain|describe|why\b|how (?:do|does|did|can|is|are)|what (?:does|do) .* mean|tell me about",
+    "summarise": r"summari[sz]e|summary|tl;?dr|shorten|condense",
+    "classify": r"classify|categori[sz]e|sentiment|label\b|which (?:category|class)|is (?:this|the following) .* or",
+    "compare": r"compare|contrast|difference(?:s)? between|versus|\bvs\b|pros and cons",
+    "generate": r"write|create|generate|compose|draft|suggest|come up with|brainstorm|imagine|design",
+    "debug": r"debug|fix (?:the|this|my)|what(?:'s| is) wrong with|error message|traceback|bug\b",
+    "rewrite": r"rewrite|rephrase|paraphrase|edit (?:the|this|my)|improve|correct (?:the|this)|proofread",
+    "translate": r"translate|translation|in (?:french|german|spanish|chinese|japanese|english)\b",
+    "extract": r"extract|identify|find (?:all|the)|list (?:all|the)|name (?:all|the|three|five|two)",
+    "calculate": r"calculate|compute|solve|how (?:many|much)|what is \d|percent|total\b|equation",
+    "code": r"python|javascript|function\b|sql\b|\bcode\b|regex|program\b|script\b|algorithm",
+    "answer": r"^\s*(?:what|who|when|where|which|is|are|can|does|do)\b",
+}
+_TASKS = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in TASKS.items()}
+SCRIPTS = {
+    "Latin": "A-Za-z\u00c0-\u024f",
+    "Cyrillic": "\u0400-\u04ff",
+    "Greek": "\u0370-\u03ff",
+    "Arabic": "\u0600-\u06ff",
+    "Hebrew": "\u0590-\u05ff",
+    "Devanagari": "\u0900-\u097f",
+    "Thai": "\u0e00-\u0e7f",
+    "Kana": "\u3040-\u30ff",
+    "Hangul": "\uac00-\ud7af",
+    "Han": "\u4e00-\u9fff\u3400-\u4dbf",
+}
+_SCRIPTS = {name: re.compile(f"[{letters}]") for name, letters in SCRIPTS.items()}
+_ENDS = tuple(".!?…\"'”’)]}>`*_|~:;。！？」』】）；：।؟\u200d") + tuple("0123456789")
+
+
+def codes(record: Record) -> Iterator[str]:
+    """What is to say about one row by itself."""
+    texts = [record.text or "", *(str(message.get("content") or "") for message in record.messages or [])]
+    whole = "\n".join(texts)
+    for code, pattern, needed in PATTERNS:
+        if needed in whole and pattern.search(whole):
+            yield code
+    answers = [message for message in record.messages or [] if message["role"] == "assistant"]
+    spoken = [str(message["content"]) for message in answers if not message.get("tool_calls")]
+    if any(not text.strip() for text in spoken):
+        yield "empty"
+    elif spoken and len(spoken) == len(answers) and all(len(text.split()) < SHORT_WORDS for text in spoken):
+        yield "short"
+    if spoken and spoken[-1] is answers[-1]["content"] and seems_cut_off(spoken[-1]):
+        yield "cut off"
+    if any(REFUSAL.match(text) for text in spoken):
+        yield "refusal"
+
+
+def seems_cut_off(answer: str) -> bool:
+    """An open code block, or a long text whose last line ends inside a sentence."""
+    text = answer.rstrip()
+    if text.count("```") % 2:
+        return True
+    last = text.rpartition("\n")[2]
+    prose = len(last) > 40 and not re.match(r"\s*(?:[-*#|•>]|\d+[.)])", last)
+    return len(text) >= LONG_CHARACTERS and prose and not text.endswith(_ENDS) and ord(text[-1]) < 0x2000
+
+
+def task_of(record: Record) -> str:
+    """What the first question asks for: a name of TASKS, or "other"."""
+    asked = next((str(m["content"]) for m in record.messages or [] if m["role"] == "user"), "")
+    return next((name for name, pattern in _TASKS.items() if pattern.search(asked[:400])), "other")
+
+
+def scripts_of(text: str) -> list[str]:
+    """The scripts that a text is written in."""
+    if text.isascii():
+        return ["Latin"]
+    return [name for name, letters in _SCRIPTS.items() if letters.search(text)]

@@ -1,0 +1,216 @@
+"""A tokenizer's chat template: what it prints around turns, found by rendering probes.
+
+Nothing here knows a family of models. A probe is a small conversation whose contents are marks, private-use characters
+that no template prints by itself; what stands between marks in its render is the template's own text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mlxtune.errors import UserError
+
+MARKS = re.compile("[\ue000-\uf8ff\U000f0000-\U000ffffd]")
+USER, ASSISTANT, NEXT = "\ue000", "\ue001", "\ue002"  # the marks of probes
+THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+Messages = list[dict[str, Any]]
+
+
+class TemplateError(Exception):
+    """The template refuses a conversation, or prints it so that turns cannot be told apart; the text says why."""
+
+
+@dataclass
+class Template:
+    """Renders conversations with one tokenizer's template and fixed variables.
+
+    day: what templates that print the date are given (None: today). starts: what was learnt about turn openings:
+    (role before, template text before the turn) -> its characters that belong to the prompt.
+    """
+
+    tokenizer: Any
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    day: date | None = None
+    starts: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def text(self, messages: Messages, tools: Any = None, prompt: bool = False) -> str:
+        """The rendered text; prompt: with what asks the model for its turn. Raises TemplateError."""
+        from jinja2.exceptions import TemplateError as JinjaError
+
+        try:
+            pinned = {"chat_template": self._pinned(bool(tools))} if self.day and self.prints_date else {}
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.kwargs, **pinned
+                )
+            )
+        except (JinjaError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+            raise TemplateError(f"the chat template refuses this conversation: {error}") from error
+
+    def attempt(self, messages: Messages, tools: Any = None, prompt: bool = False) -> str:
+        """The rendered text, or "" where the template refuses."""
+        try:
+            return self.text(messages, tools, prompt)
+        except TemplateError:
+            return ""
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """Matches any token that was added to the vocabulary whole, the longest first."""
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()}
+        added |= {self.tokenizer.eos_token} - {None}
+        return re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or r"(?!)")
+
+    @cached_property
+    def _ends(self) -> tuple[frozenset[str], str]:
+        """(tokens that end an answer, what follows the last answer up to its end token)."""
+        ask: dict[str, Any] = {"role": "user", "content": USER}
+        answer: dict[str, Any] = {"role": "assistant", "content": ASSISTANT}
+        again: dict[str, Any] = {"role": "user", "content": NEXT}
+        last = self.attempt([ask, answer]).partition(ASSISTANT)[2]
+        middle = self.attempt([ask, answer, again]).partition(ASSISTANT)[2].partition(NEXT)[0]
+        both = list(self.special.finditer(last[: common_prefix(last, middle)])) if middle else []
+        if both:
+            return frozenset({both[-1].group()}), last[: both[-1].end()]
+        header, _, asked = self.attempt([ask], prompt=True).partition(USER)
+        ends_all = self._first(asked) == self._first(middle)  # a token that ends every message, the user's too
+        between = middle if ends_all else middle[: len(middle) - common_suffix(middle, header)]
+        found = {self._first(last), self._first(between)} - {""}
+        if not found:  # the next turn's header is what the model must produce to end its own
+            found = {self._first(middle)} - {""}
+        end = self.special.search(last)
+        return frozenset(found), last[: end.end()] if end else ""
+
+    def _first(self, text: str) -> str:
+        match = self.special.search(text)
+        return match.group() if match else ""
+
+    @property
+    def stops(self) -> frozenset[str]:
+        """The tokens that end an answer."""
+        return self._ends[0]
+
+    @property
+    def end_of_turn(self) -> str:
+        """What the model must produce after its last answer: whitespace, and the end-of-turn token; or ""."""
+        return self._ends[1]
+
+    @cached_property
+    def asks(self) -> bool:
+        """Whether the template can end with what asks the model for its turn."""
+        ask: Messages = [{"role": "user", "content": USER}]
+        return self.attempt(ask, prompt=True) != self.attempt(ask)
+
+    @cached_property
+    def encodes_text_arguments(self) -> bool | None:
+        """Whether tool-call arguments given as JSON text are printed encoded once more. None: they are refused."""
+        shown = self._call_probe(USER + '"' + NEXT)
+        return None if USER not in shown else USER + '"' + NEXT not in shown
+
+    @cached_property
+    def takes_text_arguments_only(self) -> bool:
+        """Whether tool-call arguments must be JSON text: an object is refused."""
+        return self.encodes_text_arguments is False and USER not in self._call_probe({USER: NEXT})
+
+    def _call_probe(self, arguments: Any) -> str:
+        call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": arguments}}
+        return self.attempt(
+            [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        )
+
+    @cached_property
+    def prints_date(self) -> bool:
+        """Whether the text depends on the day, so that token ids change from one to the next."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
+    def _pinned(self, tools: bool) -> str:
+        """The template's source with its own `strftime_now`, which knows `day` alone."""
+        assert self.day is not None
+        source = self.tokenizer.get_chat_template(tools=[{}] if tools else None)
+        formats = sorted(set(re.findall(r"""strftime_now\(\s*["']([^"']*)["']""", source)))
+        cases = "".join(f"{{%- if f == '{f}' %}}{self.day.strftime(f)}{{% endif %}}" for f in formats)
+        return f"{{%- macro strftime_now(f) %}}{cases}{{% endmacro +%}}{source}"
+
+
+def common_prefix(one: str, other: str) -> int:
+    """Length of the longest common start."""
+    if one.startswith(other) or other.startswith(one):
+        return min(len(one), len(other))
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # one[:low] == other[:low] always holds
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
+def common_suffix(one: str, other: str) -> int:
+    """Length of the longest common end."""
+    return common_prefix(one[::-1], other[::-1])
+
+
+# Templates for base models that have none of their own. ChatML: OpenAI's chat markup. Alpaca: the prompts of Stanford
+# Alpaca (Taori et al. 2023), later turns continuing with the same headings.
+BUILT_IN = {
+    "chatml": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "alpaca": (
+        "{% set system = messages[0]['role'] in ['system', 'developer'] %}"
+        "{% set paired = messages | selectattr('input') | list %}"
+        "{% if system %}{{ messages[0]['content'] }}{% elif paired %}"
+        "{{ 'Below is an instruction that describes a task, paired with an input that provides further context. ' }}"
+        "{% else %}{{ 'Below is an instruction that describes a task. ' }}{% endif %}"
+        "{% if not system %}{{ 'Write a response that appropriately completes the request.' }}{% endif %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ '\n\n### Instruction:\n' + (m['instruction'] if m['input'] else m['content']) }}"
+        "{% if m['input'] %}{{ '\n\n### Input:\n' + m['input'] }}{% endif %}"
+        "{% elif m['role'] == 'assistant' %}{{ '\n\n### Response:\n' + m['content'] + eos_token }}"
+        "{% elif not loop.first %}{{ raise_exception('alpaca has no ' + m['role'] + ' turns here') }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\n\n### Response:\n' }}{% endif %}"
+    ),
+}
+MARKERS = re.compile(r"<\|[^|<>{}\s]+\|>|<｜[^｜<>{}\s]+｜>|<(?:start|end)_of_turn>|\[/?INST\]")
+
+
+def use(tokenizer: Any, folder: Path, choice: str) -> None:
+    """Give the tokenizer the chosen template: chatml, alpaca, or a file; "" keeps its own.
+
+    folder: where the tokenizer is from, for messages. Raises UserError when there is none, or when it needs tokens that
+    the vocabulary does not have: a model has no trained embedding for them.
+    """
+    if not choice:
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"{folder}: the tokenizer has no chat template, so conversations cannot be rendered",
+                "Choose one: --set data.template=alpaca (needs no new tokens), chatml, or a Jinja file; "
+                "or use the model's instruct version.",
+            )
+        return
+    source = BUILT_IN.get(choice)
+    if source is None:
+        path = Path(choice).expanduser()
+        if not path.is_file():
+            raise UserError(f"data.template: no file {choice}", f"Allowed: {', '.join(BUILT_IN)}, or a Jinja file.")
+        source = path.read_text(encoding="utf-8")
+    known = tokenizer.get_vocab()
+    missing = sorted({marker for marker in MARKERS.findall(source) if marker not in known})
+    if missing:
+        raise UserError(
+            f"{folder}: the template {choice} needs tokens that the vocabulary does not have: {', '.join(missing)}",
+            "The model has no embedding for them; data.template=alpaca needs no new tokens.",
+        )
+    if choice in BUILT_IN and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        source = "{{ bos_token }}" + source
+    if choice == "alpaca" and tokenizer.eos_token is None:
+        raise UserError(f"{folder}: the tokenizer has no end token, which the template alpaca ends answers with")
+    tokenizer.chat_template = source
+    end = Template(tokenizer).end_of_turn.strip()
+    if end in known:
+        tokenizer.eos_token = end  # answers end where the template ends them
