@@ -25,7 +25,7 @@ from mlxtune.model import hub, lora
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.head import Split
 from mlxtune.model.load import Loaded, load
-from mlxtune.train import checkpoint, loop
+from mlxtune.train import checkpoint, fast, loop
 from mlxtune.train.checkpoint import State
 from mlxtune.train.display import Display
 from mlxtune.train.events import Events
@@ -94,29 +94,29 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     loaded.check_ids(example.ids for example in data.train.examples + data.valid.examples)
     spec = lora.Spec.of(loaded.model, config.lora)
     valid = in_order(data.valid.examples)
-    split = split_for(loaded, config, valid[-1])
     dropout = lora.attach(loaded.model, spec, config.train.seed)
+    path, path_notes = fast.choose(loaded.model, data.train.examples, config, loaded.dtype)
     plan = Plan(data.train.examples, config.train)
     job = loop.Job(
         model=loaded.model,
-        split=split,
+        path=path,
         dropout=dropout,
         plan=plan,
         section=config.train,
         run=out,
-        evaluate=lambda: score(loaded.model, split, valid),
+        evaluate=lambda: score(loaded.model, path.split, valid),
         lines=[row.record.place for row in data.train.rows],
         data=digest(data),
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
-    if split is None and config.fast.head == "auto":
-        notes.append("this model's head cannot be run apart from its trunk: logits are computed for every token")
+    notes += path_notes
     if any(row.record.text is None for row in data.train.rows) and not chat.end_of_turn(
         loaded.tokenizer, config.data.template_kwargs
     ):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
     notes.append(f"{len(data.train.rows)} training rows, {len(data.valid.rows)} held out, {plan.steps} steps")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {backend.kind()}, {dtype_name(loaded.dtype)}")
+    notes.append(f"computed: {fast.describe(path)}")
     with explained(out):
         try:
             out.mkdir(parents=True, exist_ok=True)
