@@ -89,6 +89,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     config = anchored(config)
     if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists", "Choose another --out, or continue that run with --resume.")
+    fast.refuse_idle(config)
     data = read_data(config)
     loaded = load(config.model.path, config.train.dtype)
     loaded.check_ids(example.ids for example in data.train.examples + data.valid.examples)
@@ -96,7 +97,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     valid = in_order(data.valid.examples)
     dropout = lora.attach(loaded.model, spec, config.train.seed)
     path, path_notes = fast.choose(loaded.model, data.train.examples, config, loaded.dtype)
-    plan = Plan(data.train.examples, config.train)
+    plan = Plan(data.train.examples, config.train, config.data.group_by_prefix)
     job = loop.Job(
         model=loaded.model,
         path=path,

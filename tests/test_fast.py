@@ -20,6 +20,7 @@ from mlxtune import config as configuration
 from mlxtune.config import LoraSection
 from mlxtune.data.batches import Batch, Plan, collate
 from mlxtune.data.chat import Example
+from mlxtune.errors import UserError
 from mlxtune.model import lora, prefix
 from mlxtune.model.arrays import named
 from mlxtune.model.head import Split
@@ -275,3 +276,9 @@ def test_rows_supervised_from_the_start_share_nothing() -> None:
     assert prefix.shared(collate([whole, whole], [0, 1])) == 0
     same = Example(list(range(5, 25)), [0] * 19 + [1])  # equal rows: the predictor of the target stays
     assert prefix.of_run([same, same]) == prefix.shared(collate([same, same], [0, 1])) == 18
+
+
+@pytest.mark.parametrize("setting", ["lora.dropout=0.1", "fast.prefix=off"])
+def test_grouping_rows_for_a_prefix_that_is_off_is_refused(setting: str) -> None:
+    with pytest.raises(UserError, match=r"data\.group_by_prefix has no effect"):
+        fast.refuse_idle(configuration.load(None, ("data.group_by_prefix=true", setting)))

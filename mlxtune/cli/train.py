@@ -80,7 +80,7 @@ def _print_plan(config: Config) -> None:
     from mlxtune.data.batches import Plan
 
     data = session.read_data(config)
-    plan = Plan(data.train.examples, config.train)
+    plan = Plan(data.train.examples, config.train, config.data.group_by_prefix)
     tokens = sum(len(example.ids) for example in data.train.examples)
     targets = sum(sum(example.mask) for example in data.train.examples)
     out = common.stdout()

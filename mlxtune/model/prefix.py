@@ -18,7 +18,7 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-from mlxtune.data.batches import Batch
+from mlxtune.data.batches import Batch, common
 from mlxtune.data.chat import Example
 
 MIN_SUFFIX = 9  # the fused attention's gradient is reported to fail for 8 or fewer queries on Metal
@@ -81,11 +81,6 @@ def of_run(examples: Sequence[Example]) -> int:
         if example.ids[:length] != first[:length]:
             length = common(example.ids, first)
     return max(0, length)
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two rows begin with together."""
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def longest_worth_it(length: int, rows: int) -> int:

@@ -19,8 +19,9 @@ from mlx.utils import tree_unflatten
 
 from mlxtune import backend
 from mlxtune.config import Config
-from mlxtune.data.batches import Batch, collate
+from mlxtune.data.batches import Batch, collate, common
 from mlxtune.data.chat import Example
+from mlxtune.errors import UserError
 from mlxtune.model import prefix
 from mlxtune.model.arrays import named, scalar
 from mlxtune.model.head import Split
@@ -70,6 +71,15 @@ def choose(model: nn.Module, examples: Sequence[Example], config: Config, dtype:
             f"(loss off by {found[-1].loss:.1e}, gradient of {found[-1].name} by {found[-1].gradient:.1e})"
         )
     return Path(), notes
+
+
+def refuse_idle(config: Config) -> None:
+    """Raise UserError for an option of the fast ways that could have no effect."""
+    idle = "lora.dropout" if config.lora.dropout else "fast.prefix: off" if config.fast.prefix == "off" else ""
+    if config.data.group_by_prefix and idle:
+        raise UserError(
+            f"data.group_by_prefix has no effect with {idle}: no shared prefix is computed", "Leave one of them out."
+        )
 
 
 def describe(path: Path) -> str:
@@ -132,7 +142,7 @@ def proof_batches(examples: Sequence[Example], path: Path, grouped: bool) -> lis
     if grouped:
         by_text = sorted(order, key=lambda row: examples[row].ids)
         pairs = list(pairwise(by_text))
-        best = max(pairs, key=lambda pair: prefix.common(examples[pair[0]].ids, examples[pair[1]].ids), default=())
+        best = max(pairs, key=lambda pair: common(examples[pair[0]].ids, examples[pair[1]].ids), default=())
         order = [*best, *order]
     rows = [_cut(examples[index], tokens) for index in (order * 4)[:4]]
     return [collate(rows, [0, 1]), collate(rows, [2, 3])]
