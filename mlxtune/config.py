@@ -29,9 +29,9 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value(cls, value: Any) -> Any:
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
         # Python counts True as 1; nobody who writes `lr: yes` means a rate of 1.
-        if isinstance(value, bool):
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("expected a value, not true or false (yes, no, on, off)")
         return value
 
@@ -76,6 +76,9 @@ class DataSection(Section):
         "error", description="rows of which the template drops something: stop, leave them out, or train on the rest"
     )
     template: str = Field("", description="chatml, alpaca, or a file (default: the tokenizer's own chat template)")
+    group_by_prefix: bool = Field(
+        False, description="true: rows that share a long beginning (one document, several questions) share a batch"
+    )
     template_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra variables of the chat template")
     date: str = Field(
         "", pattern=r"^(\d{4}-\d\d-\d\d)?$", description="the day for templates that print it (default: today's)"
@@ -137,10 +140,20 @@ class TrainSection(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="activations; auto: float32 on the CPU, else the model's own type"
     )
+    checkpoint_layers: Literal["none", "all"] | int = Field(
+        "none", description="blocks whose activations are computed again instead of kept: none, all, or every n-th"
+    )
     eval_every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0: only at the end")
     save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: never")
     keep: Literal["best", "last"] = Field("best", description="which adapter RUN/adapters.safetensors holds at the end")
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay")
+
+    @field_validator("checkpoint_layers")
+    @classmethod
+    def _every(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("use none, all, or n for every n-th block")
+        return value
 
     @field_validator("epochs", "batch_tokens")
     @classmethod
@@ -156,7 +169,11 @@ class FastSection(Section):
         "auto", description="auto: the head only sees supervised tokens; off: all of them"
     )
 
-    @field_validator("head", mode="before")
+    prefix: Literal["auto", "off"] = Field(
+        "auto", description="auto: tokens that all rows of a batch begin with are computed once; off: in every row"
+    )
+
+    @field_validator("head", "prefix", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:
         # YAML reads `off` as false.

@@ -26,7 +26,7 @@ from mlxtune.model import hub, lora
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.head import Split
 from mlxtune.model.load import Loaded, load
-from mlxtune.train import checkpoint, loop
+from mlxtune.train import checkpoint, fast, loop
 from mlxtune.train.checkpoint import State
 from mlxtune.train.display import Display
 from mlxtune.train.events import Events
@@ -110,6 +110,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     config = anchored(config)
     if out.exists() and not resume and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} already exists", "Choose another --out, or continue that run with --resume.")
+    fast.refuse_idle(config)
     data, config = read_data(config, display.reading)
     loaded = load(config.model.path, config.train.dtype)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
@@ -117,27 +118,27 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
         use(loaded.tokenizer, loaded.path, config.data.template)
     spec = lora.Spec.of(loaded.model, config.lora)
     valid = in_order(data.valid)
-    split = split_for(loaded, config, valid[-1])
     dropout = lora.attach(loaded.model, spec, config.train.seed)
-    plan = Plan(data.train, config.train)
+    path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype)
+    plan = Plan(data.train, config.train, config.data.group_by_prefix)
     job = loop.Job(
         model=loaded.model,
-        split=split,
+        path=path,
         dropout=dropout,
         plan=plan,
         section=config.train,
         run=out,
-        evaluate=lambda: score(loaded.model, split, valid),
+        evaluate=lambda: score(loaded.model, path.split, valid),
         place=data.train.place,
         data=data.digest(),
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
-    if split is None and config.fast.head == "auto":
-        notes.append("this model's head cannot be run apart from its trunk: logits are computed for every token")
+    notes += path_notes
     if data.train.chat and not chat.template_of(loaded.tokenizer, config.data.template_kwargs).end_of_turn:
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
     notes.append(f"{len(data.train)} training rows, {len(data.valid)} held out, {plan.steps} steps")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {backend.kind()}, {dtype_name(loaded.dtype)}")
+    notes.append(f"computed: {fast.describe(path)}")
     with explained(out):
         try:
             out.mkdir(parents=True, exist_ok=True)

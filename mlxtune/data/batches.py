@@ -1,7 +1,10 @@
 """Examples -> padded batches, in an order that is a pure function of (seed, epoch).
 
-Legend: B rows, T tokens. Every row is used once per epoch, the tail too. Rows of similar length share a batch, yet the
-membership changes each epoch: lengths are jittered by a seeded draw before they are sorted.
+Every row is used once per epoch, the tail too. Rows wait in buckets of similar length until a batch is full, so an
+epoch has few shapes (one per bucket, and tails) and its order decides which rows meet: membership changes each epoch.
+Rejected: sorting by jittered length, which pads more for the same mixing and gives every batch a shape of its own.
+
+Legend: B rows, T tokens, W width that a bucket's rows are padded to.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from mlxtune.data.chat import Example
 DEFAULT_ROWS = 4
 DEFAULT_EPOCHS = 1.0
 PAD = 0  # any id: causal attention keeps padding on the right out of every supervised position
-JITTER = 0.15  # share of a row's length by which the sort key is moved
+MAX_BUCKETS = 24
+MIN_GROUP_TOKENS = 32  # a beginning that only some rows share is worth a batch of their own from here on
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,11 @@ class Batch:
         return flat.astype(np.int32), self.ids[:, 1:].reshape(-1)[flat]
 
 
-def collate(examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-    """Pad the chosen examples to the longest of them."""
+def collate(examples: Sequence[Example], rows: Sequence[int], width: int = 0) -> Batch:
+    """Pad the chosen examples to the longest of them, or to `width` where that is more."""
     chosen = [examples[row] for row in rows]
     lengths = np.array([len(example.ids) for example in chosen])
-    ids = np.full((len(rows), int(lengths.max())), PAD, np.int32)
+    ids = np.full((len(rows), max(width, int(lengths.max()))), PAD, np.int32)
     mask = np.zeros(ids.shape, np.uint8)
     for place, example in enumerate(chosen):
         ids[place, : lengths[place]] = example.ids
@@ -81,16 +85,74 @@ def fill(order: Sequence[int], lengths: Any, rows: int | None, tokens: int | Non
     return out
 
 
+def widths(lengths: Any, count: int) -> list[int]:
+    """At most `count` widths, ascending, that pad the given lengths least (dynamic programming over distinct ones)."""
+    distinct, rows = np.unique(lengths, return_counts=True)
+    if len(distinct) > 512:  # fine enough, and quadratic below
+        distinct = np.unique(np.quantile(lengths, np.linspace(0, 1, 513), method="higher"))
+        rows = np.bincount(np.searchsorted(distinct, lengths), minlength=len(distinct))
+    upto = np.concatenate([[0], np.cumsum(rows)])
+    # Padded tokens when the lengths i .. j share width j; below, the least when j is the last of k widths.
+    cost = np.where(np.tri(len(distinct), dtype=bool).T, (upto[None, 1:] - upto[:-1, None]) * distinct[None], np.inf)
+    least, cuts = cost[0], []
+    for _ in range(min(count, len(distinct)) - 1):
+        through = np.concatenate([[np.inf], least[:-1]])[:, None] + cost
+        cuts.append(through.argmin(axis=0))
+        least = through.min(axis=0)
+    out, at = [], len(distinct) - 1
+    for cut in reversed(cuts):
+        out.append(int(distinct[at]))
+        at = int(cut[at]) - 1
+    return sorted([*out, int(distinct[at])])
+
+
+def common(a: Any, b: Any) -> int:
+    """How many tokens two rows begin with together."""
+    shared = min(len(a), len(b))
+    differ = np.flatnonzero(np.asarray(a[:shared]) != np.asarray(b[:shared]))
+    return int(differ[0]) if len(differ) else shared
+
+
+def first_target(example: Example) -> int:
+    """The position of a row's first supervised token that something predicts."""
+    return int(np.flatnonzero(example.mask[1:])[0]) + 1
+
+
+def groups(examples: Sequence[Example], least: int) -> list[list[int]]:
+    """Sets of two and more rows that share at least `least` tokens before their first target."""
+    order = sorted(range(len(examples)), key=lambda row: list(examples[row].ids))
+    out: list[list[int]] = []
+    for row in order:
+        before = examples[out[-1][-1]] if out else None
+        mine = examples[row]
+        if before is not None and min(common(before.ids, mine.ids), first_target(mine) - 1) >= least:
+            out[-1].append(row)
+        else:
+            out.append([row])
+    return [group for group in out if len(group) > 1]
+
+
+def epoch_order(examples: Sequence[Example], draw: np.random.Generator) -> list[int]:
+    """The order in which an epoch takes its rows: as the examples have it (a mixture, a curriculum), else any."""
+    own = getattr(examples, "epoch", None)
+    order: list[int] = (draw.permutation(len(examples)) if own is None else own(draw)).tolist()
+    return order
+
+
 class Plan:
     """Which rows each optimizer step of a run trains on; any step can be asked for directly, so a run can resume
-    anywhere.
+    anywhere. grouped: rows that share a long beginning share a batch.
     """
 
-    def __init__(self, examples: Sequence[Example], section: TrainSection) -> None:
+    def __init__(self, examples: Sequence[Example], section: TrainSection, grouped: bool = False) -> None:
         self.examples = examples
         self.section = section
         self._lengths = lengths_of(examples)
         self._rows = section.batch_rows or (None if section.batch_tokens else DEFAULT_ROWS)
+        usual = self._rows or max(1, (section.batch_tokens or 0) * len(examples) // int(np.sum(self._lengths)))
+        self.widths = widths(self._lengths, min(MAX_BUCKETS, max(1, len(examples) // (2 * usual))))
+        start = min((common(examples[0].ids, example.ids) for example in examples), default=0)
+        self._groups = groups(examples, start + MIN_GROUP_TOKENS) if grouped else []
         self._epochs: list[list[list[list[int]]]] = []  # epoch -> step -> micro-batch -> row
         self._starts = [0]  # first step (0-based) of each planned epoch
         if section.steps is not None:
@@ -104,16 +166,46 @@ class Plan:
                 self.steps += max(1, round(part * len(self._epochs[int(whole)])))
 
     def _plan_epoch(self) -> None:
-        epoch = len(self._epochs)
-        draw = np.random.default_rng([self.section.seed, epoch])
-        noise = draw.uniform(1 - JITTER, 1 + JITTER, len(self._lengths))
-        order = np.argsort(self._lengths * noise, kind="stable").tolist()
-        batches = fill(order, self._lengths, self._rows, self.section.batch_tokens)
-        batches = [batches[index] for index in draw.permutation(len(batches))]
+        draw = np.random.default_rng([self.section.seed, len(self._epochs)])
+        batches = self._batches(epoch_order(self.examples, draw))
         size = self.section.accumulate
         steps = [batches[start : start + size] for start in range(0, len(batches), size)]
         self._epochs.append(steps)
         self._starts.append(self._starts[-1] + len(steps))
+
+    def _batches(self, order: list[int]) -> list[list[int]]:
+        """Full batches of each group and bucket; what is left of a bucket goes to the next wider one. A batch comes
+        where its rows come on average, so the order keeps its meaning.
+        """
+        place = np.empty(len(self._lengths))  # of each row in the order; later places win where a row comes twice
+        place[order] = np.arange(len(order))
+        batches: list[list[int]] = []
+        alone = set(order)
+        for group in self._groups:
+            rows = sorted(alone.intersection(group), key=place.__getitem__)
+            found = [part for part in self._cut(rows, max(self._lengths[row] for row in group)) if len(part) > 1]
+            batches += found
+            alone.difference_update(row for part in found for row in part)
+        buckets: list[list[int]] = [[] for _ in self.widths]
+        for row in order:
+            if row in alone:
+                buckets[int(np.searchsorted(self.widths, self._lengths[row]))].append(row)
+        left: list[int] = []
+        for width, bucket in zip(self.widths, buckets, strict=True):
+            waiting = [*left, *bucket]
+            whole = len(waiting) - len(waiting) % self._size(width)
+            batches += self._cut(waiting[:whole], width)
+            left = waiting[whole:]
+        batches += [left] if left else []  # the tail
+        return sorted(batches, key=lambda rows: float(place[rows].mean()))
+
+    def _size(self, width: int) -> int:
+        """Rows of a full batch that is padded to `width`."""
+        return self._rows or max(1, (self.section.batch_tokens or 0) // width)
+
+    def _cut(self, rows: list[int], width: int) -> list[list[int]]:
+        size = self._size(width)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def step(self, number: int) -> list[Batch]:
         """The micro-batches of optimizer step `number`, counted from 1."""
@@ -121,7 +213,10 @@ class Plan:
             self._plan_epoch()
         epoch = int(np.searchsorted(self._starts, number - 1, side="right")) - 1
         chosen = self._epochs[epoch][number - 1 - self._starts[epoch]]
-        return [collate(self.examples, rows) for rows in chosen]
+        return [collate(self.examples, rows, self._width(rows)) for rows in chosen]
+
+    def _width(self, rows: list[int]) -> int:
+        return self.widths[int(np.searchsorted(self.widths, max(self._lengths[row] for row in rows)))]
 
 
 def in_order(examples: Sequence[Example], tokens: int = 4096) -> list[Batch]:

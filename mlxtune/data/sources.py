@@ -82,6 +82,26 @@ class Examples(Sequence[Example]):
         """Whether any example is a conversation."""
         return bool((self.column("flags") & CHAT).any())
 
+    def epoch(self, draw: np.random.Generator) -> np.ndarray:
+        """An epoch's order of examples.
+
+        Shuffled; in a mixture, each place drawn from a source with the probability of its weight, which then gives its
+        next example, beginning again when it has none left; with `order`, ascending.
+        """
+        order = draw.permutation(len(self))
+        if self.weights:
+            share = np.array(self.weights) / sum(self.weights)
+            drawn = draw.choice(len(self.stores), len(self), p=share)
+            own = [order[self.which[order] == number] for number in range(len(self.stores))]
+            order = np.empty(len(self), np.int64)
+            for number, rows in enumerate(own):
+                places = np.flatnonzero(drawn == number)
+                order[places] = np.resize(rows, len(places))
+        if self.order != "shuffled":
+            keys = self.lengths if self.order == "length" else self.column("key")
+            order = order[np.argsort(keys[order], kind="stable")]
+        return order
+
     def place(self, at: int) -> str:
         """What to call an example in messages."""
         own, index = self.stores[self.which[at]], self.where[at]

@@ -91,6 +91,11 @@ class Template:
         match = self.special.search(text)
         return match.group() if match else ""
 
+    @cached_property
+    def stops_at_headers(self) -> bool:
+        """Whether the next turn's header is what ends an answer."""
+        return bool(self.stops) and not self.end_of_turn
+
     @property
     def stops(self) -> frozenset[str]:
         """The tokens that end an answer."""

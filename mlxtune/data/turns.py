@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from typing import Any
 
 from mlxtune.data.template import (
@@ -28,8 +28,8 @@ from mlxtune.data.template import (
     common_suffix,
 )
 
-CONTENT, THINKING, CALLS = range(3)  # what a mark stands for
-KINDS = 3
+CONTENT, THINKING, CALLS = range(3)  # what a mark stands for; each further tool call has a kind of its own
+SLACK = 12  # characters around a call's arguments that depend on them: the quotes of a text, say
 KEPT = ("role", "name", "id", "tool_call_id", "type")  # what templates compare, count or look up
 
 
@@ -63,6 +63,7 @@ class _Piece:
     kinds: set[int]
     before: str
     after: str = ""
+    quoted: int = 0  # characters at the start of `after` that the real arguments do not have
 
 
 def locate(template: Template, messages: Messages, tools: Any = None) -> Turns:
@@ -70,7 +71,7 @@ def locate(template: Template, messages: Messages, tools: Any = None) -> Turns:
     place is not certain.
     """
     out = Turns(template.text(messages, tools))
-    marks = _marks(out.text, len(messages))
+    marks = _marks(out.text, messages)
     marked_messages = [_replaced(message, marks[index]) for index, message in enumerate(messages)]
     marked = template.attempt(marked_messages, tools)
     pieces = _pieces(marked, marks)
@@ -100,19 +101,19 @@ def _neighbours(places: list[tuple[int, int]], length: int) -> Iterator[tuple[in
     return zip(ends, places, starts, strict=False)
 
 
-def _marks(text: str, count: int) -> list[str]:
+def _marks(text: str, messages: Messages) -> list[str]:
     """Per message, its marks as a string of one character per kind; none of them is in the text."""
     spare = (chr(code) for block in ((0xE000, 0xF900), (0xF0000, 0xFFFFE)) for code in range(*block))
     if MARKS.search(text):
         spare = (mark for mark in spare if mark not in text)
-    return ["".join(next(spare) for _ in range(KINDS)) for _ in range(count)]
+    return ["".join(islice(spare, CALLS + len(message.get("tool_calls") or ()))) for message in messages]
 
 
 def _kind(key: str) -> int:
     return CALLS if key == "tool_calls" else THINKING if key in THINKING_KEYS else CONTENT
 
 
-def _replaced(message: dict[str, Any], marks: str, kinds: Iterable[int] = range(KINDS)) -> dict[str, Any]:
+def _replaced(message: dict[str, Any], marks: str, kinds: Iterable[int] = range(CALLS + 1)) -> dict[str, Any]:
     """The message with the same keys, and marks for its texts of some kinds. Something is marked even in an empty
     turn.
     """
@@ -121,7 +122,7 @@ def _replaced(message: dict[str, Any], marks: str, kinds: Iterable[int] = range(
         if _kind(key) not in kinds:
             continue
         if key == "tool_calls" and value:
-            out[key] = [_replaced_call(call, marks[CALLS]) for call in value]
+            out[key] = [_replaced_call(call, mark) for call, mark in zip(value, marks[CALLS:], strict=True)]
         elif isinstance(value, str) and value and key not in KEPT:
             out[key] = marks[THINKING] if _kind(key) == THINKING else _replaced_text(value, marks)
     if not message.get("content") and not message.get("tool_calls"):
@@ -129,20 +130,22 @@ def _replaced(message: dict[str, Any], marks: str, kinds: Iterable[int] = range(
     return out
 
 
-THOUGHT = re.compile(r"(<think>\s*)(.*?)(\s*</think>\s*)", re.DOTALL)  # templates look for it in the content
+TAGS = re.compile(r"(\s*</?think>\s*)")  # templates look for them in the content
 
 
 def _replaced_text(text: str, marks: str) -> str:
-    """One mark; with thinking inside the text, one for each thought and one for what stands around it."""
+    """One mark; with thinking inside the text, one for each thought and one for each text around it."""
     if "</think>" not in text:
         return marks[CONTENT]
-    out, last = "", 0
-    for match in THOUGHT.finditer(text):
-        around = text[last : match.start()]
-        thought = marks[THINKING] if match.group(2) else ""
-        out += (marks[CONTENT] if around.strip() else around) + match.group(1) + thought + match.group(3)
-        last = match.end()
-    return out + (marks[CONTENT] if text[last:].strip() else text[last:])
+    return "".join(part if kind is None else marks[kind] for part, kind in _parts(text))
+
+
+def _parts(text: str) -> Iterator[tuple[str, int | None]]:
+    """The text cut at its thinking tags: (tag or blank, None), (thought, THINKING), (text, CONTENT)."""
+    parts = TAGS.split(text)
+    for place, part in enumerate(parts):
+        closes = place + 1 < len(parts) and "</think>" in parts[place + 1]
+        yield part, None if place % 2 or not part.strip() else THINKING if closes else CONTENT
 
 
 def _replaced_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
@@ -176,22 +179,34 @@ def _walk(
     """[start, end) of each piece, by walking text and marked render side by side; None when they part."""
     places: list[tuple[int, int]] = []
     at = 0
-    for piece in pieces:
-        if not text.startswith(piece.before, at):
+    for piece, follower in zip(pieces, [*pieces[1:], None], strict=True):
+        slack = SLACK if max(piece.kinds) >= CALLS else 0
+        shared = common_prefix(text[at : at + len(piece.before)], piece.before)
+        if shared < len(piece.before) - slack:
             return None
-        at += len(piece.before)
-        end = _end(template, messages, tools, text, piece, marks[piece.index], at)
+        at += shared
+        end = _end(template, messages, tools, text, piece, marks[piece.index], at, slack)
+        piece.after = piece.after[piece.quoted :]
+        if follower is not None:
+            follower.before = piece.after
         if end is None or not text.startswith(piece.after, end):
             return None
         places.append((at, end))
         at = end
-    return places if at + len(pieces[-1].after if pieces else "") == len(text) else None
+    return places if pieces and at + len(pieces[-1].after) == len(text) else None
 
 
 def _end(
-    template: Template, messages: Messages, tools: Any, text: str, piece: _Piece, marks: str, at: int
+    template: Template,
+    messages: Messages,
+    tools: Any,
+    text: str,
+    piece: _Piece,
+    marks: str,
+    at: int,
+    slack: int,
 ) -> int | None:
-    """Where a message that begins at `at` ends."""
+    """Where a piece that begins at `at` ends."""
     message = messages[piece.index]
     if piece.kinds == {CONTENT}:
         content = message.get("content") or ""
@@ -199,32 +214,41 @@ def _end(
             if text.startswith(shown, at) and text.startswith(piece.after, at + len(shown)):
                 return at + len(shown)
     # Printed in another form: when this piece alone is replaced, what follows it stays as it is.
-    alone = [*messages[: piece.index], _replaced(message, marks, piece.kinds), *messages[piece.index + 1 :]]
-    after = _after(template.attempt(alone, tools), marks)
-    return len(text) - len(after) if after is not None and text.endswith(after) else None
-
-
-def _after(marked: str, marks: str) -> str | None:
-    place = max(marked.rfind(mark) for mark in marks)
-    return None if place < 0 else marked[place + 1 :]
+    kinds = {min(kind, CALLS) for kind in piece.kinds}
+    alone = [*messages[: piece.index], _replaced(message, marks, kinds), *messages[piece.index + 1 :]]
+    marked = template.attempt(alone, tools)
+    last = max(marked.rfind(mark) for mark in marks)
+    after = marked[last + 1 :]
+    shared = common_suffix(text[at:], after)
+    if last < 0 or shared < len(after) - slack:
+        return None
+    piece.quoted = len(after) - shared
+    return len(text) - shared
 
 
 def _apart(template: Template, messages: Messages, tools: Any, text: str, index: int) -> tuple[int, int]:
-    """A turn's span when the walk fails: the conversation up to it, compared with the same whose last turn is a mark.
-    What comes later must leave it where it is.
+    """A turn's span when the walk fails, by comparison with the same conversation whose turn is but a mark: the whole
+    one, or the one up to that turn where what comes later leaves it as it is.
     """
-    upto = template.text(messages[: index + 1], tools)
-    mark = _marks(upto, 1)[0][CONTENT]
-    marked = template.attempt([*messages[:index], {"role": messages[index]["role"], "content": mark}], tools)
-    before, _, after = marked.partition(mark)
+    mark = _marks(text, messages[:1])[0][CONTENT]
+    plain = {"role": messages[index]["role"], "content": mark}
     asked = template.attempt(messages[:index], tools, prompt=True) if template.asks else ""
-    start = common_prefix(upto, asked or before)
-    end = len(upto) - common_suffix(upto[start:], after)
-    certain = bool(marked) and start >= common_prefix(upto, template.attempt(messages[:index], tools))
-    if not certain or not text.startswith(upto[:end]):
-        raise TemplateError(f"the chat template prints message {index + 1} so that its place is not certain")
-    closing = upto[end : end + common_prefix(upto[end:], text[end:])]
-    return start, end + _to_stop(template, closing, closing)
+    earlier = template.attempt(messages[:index], tools)
+    follower = str(messages[index + 1].get("content") or "").strip() if index + 1 < len(messages) else ""
+    for later in (messages[index + 1 :], []):
+        shown = text if later else template.text(messages[: index + 1], tools)
+        marked = template.attempt([*messages[:index], plain, *later], tools)
+        before, found, after = marked.partition(mark)
+        known = common_prefix(shown, earlier)
+        start = common_prefix(shown, asked)
+        if start < max(known, 1):
+            start = common_prefix(shown, before)
+        end = len(shown) - common_suffix(shown[start:], after)
+        kept = not later or follower in shown[end:]
+        if found and start >= known and kept and text.startswith(shown[:end]):
+            closing = shown[end : end + common_prefix(shown[end:], text[end:])] if not later else ""
+            return start, end + _to_stop(template, closing, closing)
+    raise TemplateError(f"the chat template prints message {index + 1} so that its place is not certain")
 
 
 def _own_opening(template: Template, messages: Messages, marked: Messages, tools: Any, index: int, opening: str) -> int:
@@ -244,10 +268,10 @@ def _prompt_length(template: Template, marked: Messages, tools: Any, opening: st
     silent, asked = (MARKS.split(template.attempt(marked, tools, prompt))[-1] for prompt in (False, True))
     if silent == asked:
         # It prints nothing to ask with: a plain turn's opening is the prompt.
-        marks = _marks(ASSISTANT, len(marked))
+        marks = _marks(ASSISTANT, marked)
         before = [_replaced(message, own) for message, own in zip(marked, marks, strict=True)]
         plain = template.attempt([*before, {"role": "assistant", "content": ASSISTANT}], tools)
-        asked = MARKS.split(plain.partition(ASSISTANT)[0])[-1] if ASSISTANT in plain else opening
+        return common_prefix(MARKS.split(plain.partition(ASSISTANT)[0])[-1] if ASSISTANT in plain else opening, opening)
     shared = common_prefix(asked, opening)
     request = asked[common_prefix(silent, asked) :]
     if shared < len(asked) and request in opening:
@@ -262,9 +286,10 @@ def _own_closing(template: Template, marked: Messages, tools: Any, piece: _Piece
     """
     if any(stop in closing for stop in template.stops):
         return _to_stop(template, closing, "")
-    alone = {key: value for key, value in marked[piece.index].items() if key in KEPT or _kind(key) in piece.kinds}
+    kinds = {min(kind, CALLS) for kind in piece.kinds}
+    alone = {key: value for key, value in marked[piece.index].items() if key in KEPT or _kind(key) in kinds}
     upto = [*marked[: piece.index], {"content": "", **alone}]
-    return _to_stop(template, closing, MARKS.split(template.attempt(upto, tools))[-1])
+    return _to_stop(template, closing, MARKS.split(template.attempt(upto, tools))[-1][piece.quoted :])
 
 
 def _to_stop(template: Template, closing: str, own: str) -> int:
@@ -276,7 +301,9 @@ def _to_stop(template: Template, closing: str, own: str) -> int:
             return match.end()
     shared = closing[: common_prefix(closing, own)]
     whole = [match.end() for match in template.special.finditer(shared)]
-    return len(own.rstrip()) if shared == own else max(whole, default=0)
+    end = len(own.rstrip()) if shared == own else max(whole, default=0)
+    header = template.special.match(closing, end) if template.stops_at_headers else None
+    return header.end() if header else end
 
 
 def _lost(messages: Messages, pieces: list[_Piece], template: Template, tools: Any, text: str) -> Iterator[Damage]:
@@ -291,14 +318,20 @@ def _lost(messages: Messages, pieces: list[_Piece], template: Template, tools: A
         if message.get("content") and CONTENT not in kinds:
             kind = "system" if message["role"] in ("system", "developer") else "content"
             yield Damage(kind, index, f"the template drops the text of {name} ({message['role']})")
-        if message.get("tool_calls") and CALLS not in kinds:
-            yield Damage("calls", index, f"the template drops the tool calls of {name}")
+        calls = len(message.get("tool_calls") or ())
+        lost = calls - sum(kind >= CALLS for kind in kinds)
+        if lost:
+            which = "the tool calls" if lost == calls else f"{lost} of {calls} tool calls"
+            yield Damage("calls", index, f"the template drops {which} of {name}")
         if any(message.get(key) for key in THINKING_KEYS) and THINKING not in kinds:
             yield Damage("thinking", index, f"the template drops the thinking of {name}")
 
 
 def _changed(message: dict[str, Any], piece: _Piece, shown: str) -> Iterator[Damage]:
-    """Thinking inside the content that is not in the text shown."""
-    thought = THOUGHT.search(str(message.get("content")))
-    if thought and CONTENT in piece.kinds and thought.group(2) not in shown:
-        yield Damage("thinking", piece.index, f"the template strips the thinking of message {piece.index + 1}")
+    """Thinking, and text around it, inside a content of which not all is shown."""
+    content = str(message.get("content"))
+    if "</think>" in content and CONTENT in piece.kinds:
+        for part, kind in _parts(content):
+            if kind is not None and part not in shown:
+                what, name = ("thinking", "thinking") if kind == THINKING else ("content", "some text")
+                yield Damage(what, piece.index, f"the template strips {name} of message {piece.index + 1}")

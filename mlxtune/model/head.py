@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.model.arrays import scalar
+from mlxtune.model.arrays import named, scalar
 
 TRUNKS = ("model", "transformer", "backbone")
 TOLERANCE = 1e-5  # of the largest logit, in float32; the two paths run the same operations on the same rows
@@ -53,11 +53,14 @@ class _StandIn:
 
 
 class Split:
-    """How to run trunk and head apart. `holder` is the module whose attribute `trunk_name` is the trunk."""
+    """How to run trunk and head apart. `holder` is the module whose attribute `trunk_name` is the trunk; vocabulary: V,
+    the width of its logits.
+    """
 
-    def __init__(self, holder: nn.Module, trunk_name: str) -> None:
+    def __init__(self, holder: nn.Module, trunk_name: str, vocabulary: int = 0) -> None:
         self._holder = holder
         self._name = trunk_name
+        self.vocabulary = vocabulary
 
     @staticmethod
     def of(model: nn.Module, ids: mx.array) -> Split | None:
@@ -81,12 +84,23 @@ class Split:
         difference = scalar(mx.abs(logits.reshape(plain.shape) - plain).max())
         largest = scalar(mx.abs(plain).max())
         eps = TOLERANCE if plain.dtype == mx.float32 else 1e-2
+        split.vocabulary = plain.shape[-1]
         return split if difference <= eps * max(largest, 1.0) else None
 
-    def hidden(self, ids: mx.array) -> mx.array:
-        """[B, T] tokens -> [B, T, D] final hidden state."""
-        out: mx.array = getattr(self._holder, self._name)(ids)
+    def hidden(self, ids: mx.array, cache: Any = None) -> mx.array:
+        """[B, T] tokens -> [B, T, D] final hidden state. cache: of the model's layers, where a prefix is shared."""
+        trunk = getattr(self._holder, self._name)
+        out: mx.array = trunk(ids) if cache is None else trunk(ids, cache=cache)
         return out
+
+    def head_is_trained(self, model: nn.Module, hidden: mx.array) -> bool:
+        """Whether a gradient from the head reaches a trainable parameter (head LoRA, trained head, tied embedding).
+
+        hidden: one row [1, D]. The step after a fresh adapter would be too late to see: of its two factors one always
+        gets a gradient.
+        """
+        gradients = nn.value_and_grad(model, lambda: mx.square(self.logits(hidden)).sum())()[1]
+        return any(scalar(mx.abs(gradient).max()) > 0 for gradient in named(gradients).values())
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[N, D] hidden rows -> [N, V] logits."""

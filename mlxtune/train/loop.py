@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path as Folder
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -23,10 +23,11 @@ from mlxtune.errors import Interrupted, UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import scalar
 from mlxtune.model.dropout import DropoutKeys
-from mlxtune.model.head import Split
+from mlxtune.model.recompute import recomputed
 from mlxtune.train import checkpoint, loss, optim
 from mlxtune.train.checkpoint import State
 from mlxtune.train.events import Events
+from mlxtune.train.loss import Path
 from mlxtune.train.signals import StopRequest
 
 
@@ -42,15 +43,15 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run works with. split: None runs the head on all tokens; evaluate: scores the current model;
+    """Everything a run works with. path: how the loss is computed; evaluate: scores the current model;
     place: what to call a training row in messages; data: digest of the examples."""
 
     model: nn.Module
-    split: Split | None
+    path: Path
     dropout: DropoutKeys
     plan: Plan
     section: TrainSection
-    run: Path
+    run: Folder
     evaluate: Callable[[], Scored]
     place: Callable[[int], str]
     data: str
@@ -129,10 +130,8 @@ class StepFunction:
         self._gradient = nn.value_and_grad(job.model, self._loss)
 
     def _loss(self, batch: Batch) -> mx.array:
-        """Summed over the batch: on supervised tokens alone where the head can be run apart, else the plain way."""
-        if self.job.split is None:
-            return loss.plain(self.job.model, batch)
-        return loss.supervised(self.job.model, self.job.split, batch)
+        """Summed over the batch's supervised tokens."""
+        return loss.along(self.job.model, self.job.path, batch)
 
     def __call__(self, number: int) -> dict[str, Any]:
         began = time.perf_counter()
@@ -167,7 +166,8 @@ class StepFunction:
         for batch in batches:
             lengths = (batch.lengths - 1).tolist()  # a row's last token predicts nothing
             self.job.dropout.set(self.job.section.seed, number, batch.rows.tolist(), lengths, self.layers)
-            value, new = self._gradient(batch)
+            with recomputed(self.job.model, self.job.path.recompute):
+                value, new = self._gradient(batch)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             mx.eval(value, gradients)
             total += scalar(value)

@@ -1,38 +1,145 @@
-"""Cross-entropy over supervised tokens.
+"""Cross-entropy over supervised tokens, computed the plain way and the fast ones.
 
-A loss is always a *sum* over tokens; whoever reports a mean divides once by the count. Legend: B rows, T tokens, N
-supervised positions, D width, V vocabulary.
+A loss is always a *sum* over tokens; whoever reports a mean divides once by the count. `plain` is the reference. The
+fast way gathers the supervised rows and takes them through the head in chunks: the [rows, vocabulary] matrix never
+exists beyond one chunk. Where the head is frozen, loss and hidden gradient come out of the same pass (two matmuls a
+chunk; checkpointing the chunks would take three).
+
+Legend: B rows, T tokens, N supervised positions, D width, V vocabulary, C rows of a chunk.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.data.batches import Batch
+from mlxtune.model import prefix
 from mlxtune.model.head import Split
+from mlxtune.model.recompute import checkpointed
+
+CHUNK_BYTES = 8 << 20  # of one chunk's float32 logits
+MIN_CHUNK_ROWS = 128  # fewer make a thin matrix product, whatever the vocabulary
+
+
+@dataclass(frozen=True)
+class Path:
+    """How the loss is computed. The default is the plain way.
+
+    split: run the head on supervised positions only; head_trained: something trainable is reachable from the head;
+    prefix: tokens that all rows of the run share, None: computed for every row; recompute: every n-th block keeps its
+    input only, 0: none.
+    """
+
+    split: Split | None = None
+    head_trained: bool = False
+    prefix: int | None = None
+    recompute: int = 0
 
 
 def plain(model: nn.Module, batch: Batch) -> mx.array:
     """The reference: logits of all positions, cross-entropy times mask, summed. Scalar, float32."""
     ids = mx.array(batch.ids)
-    logits = model(ids[:, :-1]).astype(mx.float32)
+    logits = _wide(model(ids[:, :-1]))
     losses = nn.losses.cross_entropy(logits, ids[:, 1:], reduction="none")
-    return (losses * mx.array(batch.mask[:, 1:]).astype(mx.float32)).sum()
+    return (losses * mx.array(batch.mask[:, 1:]).astype(losses.dtype)).sum()
 
 
-def supervised_rows(model: nn.Module, split: Split | None, batch: Batch) -> tuple[mx.array, mx.array]:
+def along(model: nn.Module, path: Path, batch: Batch) -> mx.array:
+    """The same sum as `plain`, computed as `path` says. Scalar, float32."""
+    if path.split is None and path.prefix is None:
+        return plain(model, batch)
+    rows, targets = supervised_rows(model, path.split, batch, path.prefix)
+    if path.split is None:
+        return nn.losses.cross_entropy(_wide(rows), targets, reduction="sum")
+    if path.head_trained:
+        return _checkpointed(model, path.split, rows, targets)
+    return _frozen(path.split, rows, targets)
+
+
+def supervised_rows(
+    model: nn.Module, split: Split | None, batch: Batch, shared: int | None = None
+) -> tuple[mx.array, mx.array]:
     """(rows, targets [N]) at the positions that predict a supervised token.
 
-    rows: hidden states [N, D] for the head still to run on; without a split the logits themselves, [N, V].
+    rows: hidden states [N, D] for the head still to run on; without a split the logits themselves, [N, V]. shared: the
+    run's common prefix; None: rows are computed whole.
     """
+    forward: Any = model if split is None else split.hidden
     positions, targets = batch.supervised()
-    ids = mx.array(batch.ids[:, :-1])
-    out = model(ids) if split is None else split.hidden(ids)
+    length = 0 if shared is None else prefix.usable(batch, shared)
+    if length:
+        out, positions = prefix.run(forward, model, batch, length)
+    else:
+        out = forward(mx.array(batch.ids[:, :-1]))
     return out.reshape(-1, out.shape[-1])[mx.array(positions)], mx.array(targets)
 
 
-def supervised(model: nn.Module, split: Split, batch: Batch) -> mx.array:
-    """The same sum as `plain`, with the head run at supervised positions only. Scalar, float32."""
-    rows, targets = supervised_rows(model, split, batch)
-    return nn.losses.cross_entropy(split.logits(rows).astype(mx.float32), targets, reduction="sum")
+def chunks(count: int, vocabulary: int) -> Iterator[slice]:
+    """Cut N positions so that a chunk's logits [C, V] stay small."""
+    rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocabulary))
+    return (slice(start, start + rows) for start in range(0, count, rows))
+
+
+def _frozen(split: Split, rows: mx.array, targets: mx.array) -> mx.array:
+    """Loss and gradient in one forward pass; the backward pass only scales. Nothing in the head may be trainable:
+    gradients to what a custom function closes over are silently zero.
+    """
+
+    @mx.custom_function
+    def head(rows: mx.array) -> tuple[mx.array, mx.array]:
+        total = mx.array(0.0, _wide(rows[:0]).dtype)
+        parts: list[mx.array] = []
+        for chunk in chunks(targets.size, split.vocabulary):
+            # Each chunk waits for the one before: computed ahead, all their logits would be alive at once.
+            part = mx.depends([rows[chunk]], [total, *parts[-1:]])[0] if parts else rows[chunk]
+            loss, gradient = mx.value_and_grad(_chunk_loss(split, targets[chunk]))(part)
+            total = total + loss
+            parts.append(gradient)
+        return total, mx.concatenate(parts)
+
+    @head.vjp
+    def head_vjp(_: Any, cotangents: Any, outputs: Any) -> mx.array:
+        return (cotangents[0] * outputs[1]).astype(rows.dtype)
+
+    out: Any = head(rows)
+    return out[0]
+
+
+def _checkpointed(model: nn.Module, split: Split, rows: mx.array, targets: mx.array) -> mx.array:
+    """The chunks' logits computed again in the backward pass, with gradients to the head's parameters."""
+    total = mx.array(0.0, _wide(rows[:0]).dtype)
+    for chunk in chunks(targets.size, split.vocabulary):
+        part = mx.depends([rows[chunk]], [total])[0]
+        total = total + checkpointed(model, _chunk_loss(split, targets[chunk]))(part)
+    return total
+
+
+def _chunk_loss(split: Split, targets: mx.array) -> Callable[[mx.array], mx.array]:
+    """[C, D] hidden rows -> the sum of their losses."""
+
+    @mx.custom_function
+    def cross_entropy(logits: mx.array) -> mx.array:
+        picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return (mx.logsumexp(logits, axis=-1) - picked).sum()
+
+    @cross_entropy.vjp
+    def softmax_minus_one_hot(logits: mx.array, cotangent: mx.array, _: Any) -> mx.array:
+        p = mx.softmax(logits, axis=-1)
+        at = targets[:, None]
+        return cotangent * mx.put_along_axis(p, at, mx.take_along_axis(p, at, axis=-1) - 1, axis=-1)
+
+    def loss(rows: mx.array) -> mx.array:
+        out: Any = cross_entropy(_wide(split.logits(rows)))
+        return out
+
+    return loss
+
+
+def _wide(array: mx.array) -> mx.array:
+    """In float32, where softmax and its sums are computed; float64 (a test's oracle) stays."""
+    return array if array.dtype == mx.float64 else array.astype(mx.float32)

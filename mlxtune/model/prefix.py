@@ -1,0 +1,118 @@
+"""A prefix that all rows of a batch share, computed once (system prompt, tool definitions).
+
+The prefix runs with batch 1; each layer's keys and values stay in the graph, and the suffixes (batch B) run against
+them through the `cache` argument that mlx-lm's models take. Gradients flow through the prefix exactly. Rejected:
+packing all rows into one sequence with a block mask, which no model's own forward takes.
+
+Legend: B rows, T tokens, P prefix tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+from mlxtune.data.batches import Batch, common, first_target
+from mlxtune.data.chat import Example
+
+MIN_SUFFIX = 9  # the fused attention's gradient is reported to fail for 8 or fewer queries on Metal
+GRAIN = 16  # a batch may share more than the run does: by multiples of this, so that shapes stay few
+MIN_SAVED = 0.04  # share of a batch's tokens; below, the second pass costs what it saves
+WORTH_SAYING = 8  # tokens: any chat template begins its rows with some
+
+
+class PrefixCache:
+    """One layer's keys and values: recorded in the prefix pass, put before the suffixes' own in the second pass.
+
+    Not a cache that grows: `offset` is set from outside between the passes. It has no length and no truth value,
+    because mlx-lm asks `if cache`. Windowed layers keep all prefix keys too; their masks choose.
+    """
+
+    def __init__(self, state: list[mx.array] | None = None, offset: int = 0) -> None:
+        self.state = state or []  # [keys, values] of the prefix, [1, heads, P, width] each; empty in the first pass
+        self.offset = offset
+        self.recorded: list[mx.array] = []
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if not self.state:
+            self.recorded = [keys, values]
+            return keys, values
+        rows = keys.shape[0]
+        before = [mx.broadcast_to(array, (rows, *array.shape[1:])) for array in self.state]
+        return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """N queries at positions offset .. offset + N - 1 over offset + N keys; "causal" is aligned bottom right."""
+        if return_array or (window_size is not None and self.offset + N > window_size):
+            return create_causal_mask(N, self.offset, window_size=window_size)
+        return "causal"
+
+
+def caches(model: nn.Module) -> list[PrefixCache] | None:
+    """As many as the model makes for itself (layers may share one); None when it keeps anything but keys and
+    values.
+    """
+    made = make_prompt_cache(model)
+    return [PrefixCache() for _ in made] if all(type(cache) in (KVCache, RotatingKVCache) for cache in made) else None
+
+
+def shared(batch: Batch) -> int:
+    """Tokens that begin every row of a batch and lie before the position that predicts the first target."""
+    if len(batch.rows) < 2:
+        return 0
+    same = (batch.ids == batch.ids[:1]).all(axis=0)
+    common = int(same.argmin()) if not same.all() else len(same)
+    first = 1 + int(batch.mask[:, 1:].argmax(axis=1).min())  # rows without a target do not reach a batch
+    return max(0, min(common, first - 1, int(batch.lengths.min()) - 2))
+
+
+def of_run(examples: Sequence[Example]) -> int:
+    """Tokens that begin every row of a run and lie before the first target's predictor."""
+    first = examples[0].ids
+    length = len(first) - 2
+    for example in examples:
+        length = min(length, first_target(example) - 1)
+        length = min(length, common(example.ids[:length], first[:length]))
+    return max(0, length)
+
+
+def longest_worth_it(length: int, rows: int) -> int:
+    """The widest batch, in tokens, for which a shared prefix saves enough."""
+    return int(length * (rows - 1) / (MIN_SAVED * rows))
+
+
+def usable(batch: Batch, of_run: int) -> int:
+    """The prefix length for a batch: at least what the whole run shares, and more in steps of GRAIN; 0 where the gain
+    is nil.
+    """
+    length = shared(batch)
+    if length > of_run:
+        length -= (length - of_run) % GRAIN
+    rows, width = batch.ids.shape
+    return length if width <= longest_worth_it(length, rows) else 0
+
+
+def run(forward: Any, model: nn.Module, batch: Batch, length: int) -> tuple[mx.array, np.ndarray]:
+    """(output [B, T, D], positions [N]) of the suffixes; `forward(ids, cache=...)` is the trunk or the model.
+
+    positions: flat, in the output, of what predicts a supervised token.
+    """
+    layers = caches(model)
+    assert layers is not None
+    ids = batch.ids[:, :-1]
+    suffix = ids[:, length:]
+    short = MIN_SUFFIX - suffix.shape[1]
+    if short > 0:
+        suffix = np.pad(suffix, [(0, 0), (0, short)])
+    forward(mx.array(ids[:1, :length]), cache=layers)
+    for cache in layers:
+        cache.state, cache.offset, cache.recorded = cache.recorded, length, []
+    row, column = np.nonzero(batch.mask[:, 1:])
+    positions = row * suffix.shape[1] + column - length
+    return forward(mx.array(suffix), cache=layers), positions.astype(np.int32)

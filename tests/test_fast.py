@@ -1,0 +1,284 @@
+"""Every fast way against the plain one: losses, gradients, twenty steps; and the proof that guards them.
+
+The oracle is `loss.plain`: all logits of the model's own forward, cross-entropy times mask. Gradients are compared in
+float64 too, where rounding cannot hide a small mistake.
+"""
+
+from __future__ import annotations
+
+import importlib
+from itertools import product
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_map, tree_unflatten
+
+from mlxtune import config as configuration
+from mlxtune.config import LoraSection
+from mlxtune.data.batches import Batch, Plan, collate
+from mlxtune.data.chat import Example
+from mlxtune.errors import UserError
+from mlxtune.model import lora, prefix
+from mlxtune.model.arrays import named
+from mlxtune.model.head import Split
+from mlxtune.model.quantize import on_cpu
+from mlxtune.train import fast, loop, loss, optim
+from mlxtune.train.loss import Path
+
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 320,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+WINDOW = 6
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "llama windows": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window": WINDOW, "sliding_window_pattern": 2},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW},
+    "granite": {
+        "logits_scaling": 3.0,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": WINDOW,
+        "rope_theta": 10000,
+    },
+}
+MIXTURES = ("mixtral", "gpt_oss")
+
+
+def make(kind: str, dtype: mx.Dtype = mx.float32, bits: int = 0, dropout: float = 0.0) -> nn.Module:
+    """A two-layer model of mlx-lm with keyed random weights and an adapter that is not zero."""
+    name = kind.split()[0]
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    model: nn.Module = module.Model(module.ModelArgs.from_dict({"model_type": name, **COMMON, **SHAPES[kind]}))
+    weights = {}
+    for index, (path, array) in enumerate(named(model.parameters()).items()):
+        noise = mx.random.normal(array.shape, key=mx.random.key(index))
+        weights[path] = array + 0.1 * noise if array.ndim == 1 else noise * (1.0 if "embed" in path else 0.12)
+    model.update(tree_unflatten(list(weights.items())))
+    if bits:
+        nn.quantize(model, 32, bits)
+        on_cpu(model)
+    keys = lora.attach(model, lora.Spec.of(model, LoraSection(rank=2, dropout=dropout)), 0)
+    for index, layer in enumerate(lora.adapters(model).values()):
+        layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(1000 + index))
+    model.update(tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))
+    model.dropout_keys = keys
+    return model
+
+
+def rows(shared: int, suffixes: list[int], seed: int = 0) -> list[Example]:
+    """Rows with a common beginning; the first target comes right after it, as late as a prefix allows."""
+    draw = np.random.default_rng(seed)
+    start = draw.integers(3, 250, shared).tolist()
+    out = []
+    for index, length in enumerate(suffixes):
+        own = [260 + index, *draw.integers(3, 250, length - 1).tolist()]  # rows differ from their own first token on
+        out.append(Example(start + own, [0] * (shared + 1) + [1] + draw.integers(0, 2, length - 2).tolist()))
+    return out
+
+
+def batch(shared: int, suffixes: list[int]) -> Batch:
+    return collate(rows(shared, suffixes), list(range(len(suffixes))))
+
+
+BATCH = batch(17, [12, 9, 4])
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows a chunk, so that every loss here goes through several, the last one shorter."""
+    monkeypatch.setattr(loss, "MIN_CHUNK_ROWS", 5)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+
+
+def ways(model: nn.Module, batch: Batch) -> dict[str, Path]:
+    split = Split.of(model, mx.array(batch.ids))
+    assert split is not None
+    assert prefix.usable(batch, 0) == 16  # of 17 shared tokens, in steps of GRAIN
+    found = {}
+    for head, shared, every in product([True, False], [0, None], [0, 1, 2]):
+        path = Path(split if head else None, prefix=shared, recompute=every)
+        found[f"head {head}, prefix {shared}, recompute {every}"] = path
+    return found
+
+
+def assert_close(model: nn.Module, path: Path, batch: Batch, of_loss: float, of_gradient: float, label: str) -> None:
+    expected, wanted = fast.gradients(model, Path(), batch)
+    value, got = fast.gradients(model, path, batch)
+    assert value == pytest.approx(expected, rel=of_loss), label
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        norm = np.linalg.norm(gradient)
+        assert norm > 0, name
+        assert np.linalg.norm(got[name] - gradient) <= of_gradient * norm, (label, name)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("precision", ["float32", "float64", "4-bit"])
+def test_losses_and_gradients_are_those_of_the_plain_way(kind: str, precision: str) -> None:
+    if precision == "float64" and kind in MIXTURES:
+        pytest.skip("MLX multiplies gathered experts in float32 only")
+    model = make(kind, mx.float64 if precision == "float64" else mx.float32, 4 if precision == "4-bit" else 0)
+    for label, path in ways(model, BATCH).items():
+        assert_close(model, path, BATCH, *((1e-12, 1e-6) if precision == "float64" else (1e-5, 3e-5)), label)
+
+
+@pytest.mark.parametrize("lengths", [(12, 12), (12, 4), (3, 14), (2, 3), (20, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["llama windows", "gemma3_text", "gpt_oss"])
+def test_windows_shorter_and_longer_than_prefix_and_suffix(
+    kind: str, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix, "MIN_SAVED", 1e-9)
+    common, own = lengths
+    found = batch(common, [own, own, own])
+    assert prefix.usable(found, common) == common
+    assert_close(make(kind), Path(prefix=common, recompute=1), found, 1e-5, 3e-5, kind)
+
+
+@pytest.mark.parametrize("trained", ["head LoRA", "head", "tied embedding"])
+def test_a_trained_head_gets_its_gradients(trained: str) -> None:
+    model = make("llama tied" if trained == "tied embedding" else "llama")
+    split = Split.of(model, mx.array(BATCH.ids))
+    assert split is not None
+    hidden = split.hidden(mx.array(BATCH.ids))[0, -1:]
+    assert not split.head_is_trained(model, hidden)
+    if trained == "head LoRA":
+        head = lora.LoRALinear(model.lm_head, 2, 2.0, mx.random.key(5), 99, model.dropout_keys)
+        model.lm_head = head  # B is zero, as it is when a run begins
+        head.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+    else:
+        (model.model.embed_tokens if trained == "tied embedding" else model.lm_head).unfreeze()
+    assert split.head_is_trained(model, hidden)
+    if trained == "head LoRA":
+        model.lm_head.lora_b = 0.05 * mx.random.normal((2, 320), key=mx.random.key(6))
+    assert_close(model, Path(split, True, 0, 1), BATCH, 1e-5, 3e-5, trained)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_checkpointed_blocks_draw_the_same_dropout_again(kind: str) -> None:
+    """Another mask in the second run would leave the loss right and the gradients 80% wrong."""
+    model = make(kind, dropout=0.1)
+    split = Split.of(model, mx.array(BATCH.ids))
+    whole = fast.gradients(model, Path(), BATCH)[0]
+    lengths = (BATCH.lengths - 1).tolist()
+    model.dropout_keys.set(3, 1, BATCH.rows.tolist(), lengths, len(lora.adapters(model)))
+    assert fast.gradients(model, Path(), BATCH)[0] != pytest.approx(whole, rel=1e-4)
+    assert_close(model, Path(split, recompute=1), BATCH, 1e-5, 3e-5, kind)
+
+
+def steps(kind: str, bits: int, dropout: float, path: Path | None) -> list[float]:
+    """Twenty optimizer steps of two micro-batches; path None: the fastest one. Returns the losses."""
+    model = make(kind, bits=bits, dropout=dropout)
+    settings = ("train.steps=20", "train.lr=3e-3", "train.batch_rows=3", "train.accumulate=2", "data.path=x")
+    section = configuration.load(None, settings).train
+    examples = rows(17, [12, 9, 4, 15, 7, 11, 5, 8])
+    if path is None:
+        shared = None if dropout else prefix.of_run(examples)
+        path = Path(Split.of(model, mx.array([examples[0].ids])), prefix=shared, recompute=1)
+    plan = Plan(examples, section)
+    job = loop.Job(model, path, model.dropout_keys, plan, section, None, None, [], "")  # type: ignore[arg-type]
+    step = loop.StepFunction(job, optim.build(section, model.trainable_parameters()))
+    return [step(number)["loss"] for number in range(1, 21)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "dropout"),
+    [("llama tied", 0, 0.0), ("qwen3", 4, 0.1), ("gemma3_text", 4, 0.0), ("granite", 0, 0.1), ("mixtral", 0, 0.0)],
+)
+def test_twenty_steps_have_the_losses_of_the_plain_loop(kind: str, bits: int, dropout: float) -> None:
+    plain = steps(kind, bits, dropout, Path())
+    assert plain[-1] < 0.97 * plain[0]
+    np.testing.assert_allclose(steps(kind, bits, dropout, None), plain, rtol=1e-5)
+
+
+def chosen(model: nn.Module, *settings: str, examples: list[Example] | None = None) -> tuple[Path, str]:
+    resolved = configuration.load(None, settings)
+    path, notes = fast.choose(model, examples or rows(17, [12, 9, 4, 15]), resolved, mx.float32)
+    return path, "\n".join(notes)
+
+
+def test_a_proof_leaves_every_bit_of_the_adapter_as_it_was() -> None:
+    model = make("llama")
+    before = {name: np.array(array) for name, array in named(model.trainable_parameters()).items()}
+    path, notes = chosen(model, "train.checkpoint_layers=2")
+    assert (path.split is not None, path.prefix, path.recompute, notes) == (True, 17, 2, "")
+    for name, array in named(model.trainable_parameters()).items():
+        assert np.array_equal(np.array(array), before[name])
+
+
+def test_a_fast_way_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug: windows forgotten in the masks over a prefix."""
+    monkeypatch.setattr(prefix.PrefixCache, "make_mask", lambda *_, **__: "causal")
+    path, notes = chosen(make("gemma3_text"))
+    assert path.prefix is None
+    assert path.split is not None
+    assert "not used" in notes and "prefix of 17" in notes
+    assert chosen(make("qwen2"))[0].prefix == 17  # which has no windows
+
+
+def test_a_wrong_head_gradient_is_found_even_though_the_loss_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = loss._frozen
+    monkeypatch.setattr(loss, "_frozen", lambda *a: real(*a) + 0.01 * (a[1].sum() - mx.stop_gradient(a[1].sum())))
+    path, notes = chosen(make("llama"), "fast.prefix=off")
+    assert path == Path()
+    assert "the head on supervised tokens only" in notes
+
+
+def test_the_prefix_is_off_where_it_cannot_be_exact_and_a_line_says_so() -> None:
+    path, notes = chosen(make("llama", dropout=0.1), "lora.dropout=0.1")
+    assert path.prefix is None and "lora.dropout" in notes
+    module = importlib.import_module("mlx_lm.models.mamba")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4}
+    sizes |= {"vocab_size": 320, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4}
+    recurrent = module.Model(module.ModelArgs.from_dict({"model_type": "mamba", **sizes}))
+    lora.attach(recurrent, lora.Spec.of(recurrent, LoraSection(rank=2)), 0)
+    path, notes = chosen(recurrent)
+    assert path.prefix is None and "keep more than keys and values" in notes
+
+
+def test_options_switch_the_fast_ways_off() -> None:
+    assert chosen(make("llama"), "fast.head=off", "fast.prefix=off") == (Path(), "")
+    assert chosen(make("llama"), "fast.head=off")[0] == Path(prefix=17)
+    assert chosen(make("llama"), examples=rows(0, [12, 9, 7]))[0].prefix is None
+
+
+def test_rows_supervised_from_the_start_share_nothing() -> None:
+    example = Example([5, 6, 7, 8, 9, 10], [0, 1, 1, 1, 1, 1])
+    assert prefix.of_run([example, example]) == 0
+    assert prefix.shared(collate([example, example], [0, 1])) == 0
+    whole = Example(list(range(5, 25)), [1] * 20)
+    assert prefix.shared(collate([whole, whole], [0, 1])) == 0
+    same = Example(list(range(5, 25)), [0] * 19 + [1])  # equal rows: the predictor of the target stays
+    assert prefix.of_run([same, same]) == prefix.shared(collate([same, same], [0, 1])) == 18
+
+
+@pytest.mark.parametrize("setting", ["lora.dropout=0.1", "fast.prefix=off"])
+def test_grouping_rows_for_a_prefix_that_is_off_is_refused(setting: str) -> None:
+    with pytest.raises(UserError, match=r"data\.group_by_prefix has no effect"):
+        fast.refuse_idle(configuration.load(None, ("data.group_by_prefix=true", setting)))
