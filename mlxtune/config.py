@@ -135,6 +135,9 @@ class TrainSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after warmup: flat, or down to 0")
     warmup_steps: int = Field(10, ge=0, description="optimizer steps of linear warmup")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="NEFTune: embeddings get uniform noise of up to alpha / sqrt(tokens x width); 0: none"
+    )
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: never")
     seed: int = Field(0, ge=0, lt=2**31, description="decides every random draw")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(

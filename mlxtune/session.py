@@ -24,6 +24,7 @@ from mlxtune.errors import UserError
 from mlxtune.evaluate.loss import Score, score
 from mlxtune.model import hub, lora
 from mlxtune.model.arrays import dtype_name
+from mlxtune.model.dropout import add_noise
 from mlxtune.model.head import Split
 from mlxtune.model.load import Loaded, load
 from mlxtune.train import checkpoint, fast, loop
@@ -119,6 +120,9 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     spec = lora.Spec.of(loaded.model, config.lora)
     valid = in_order(data.valid)
     dropout = lora.attach(loaded.model, spec, config.train.seed)
+    if config.train.neftune_alpha:
+        dropout.noise_alpha = config.train.neftune_alpha
+        add_noise(loaded.model, dropout)
     path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
     job = loop.Job(

@@ -49,13 +49,16 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     from mlxtune.data.tokenizer import load_tokenizer
     from mlxtune.model import hub
 
-    section = config.load(None, settings, {"data.path": path}).data
+    resolved = config.load(None, settings, {"data.path": path})
+    section, seed = resolved.data, resolved.train.seed
     sources.glance(section)
     folder = hub.resolve(model)
     tokenizer = load_tokenizer(folder)
     renderer = Renderer(tokenizer, section)
     out = common.stdout()
-    rows = sources.with_template(sources.rows_of(path, section, 0, split, "train"), tokenizer, folder, section.template)
+    rows = sources.with_template(
+        sources.rows_of(path, section, seed, split, "train"), tokenizer, folder, section.template
+    )
     for record in islice(rows, limit or (None if as_json else 5)):
         for row in renderer.rows([record]):
             if as_json:
@@ -66,13 +69,12 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
 
 def _as_json(tokenizer: Any, row: Row) -> dict[str, Any]:
     part = {"part": row.part} if row.part else {}
+    damage = {"damage": [found.text for found in row.damage]} if row.damage else {}
     if row.example is None:
-        return {"row": row.record.row, **part, "dropped": row.dropped}
+        return {"row": row.record.row, **part, "dropped": row.dropped, **damage}
     ids = row.example.ids
     text = row.text if not row.shortened else tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    damage = [found.text for found in row.example.damage]
-    shown = {"row": row.record.row, **part, "ids": ids, "mask": row.example.mask.tolist(), "text": text}
-    return {**shown, "damage": damage} if damage else shown
+    return {"row": row.record.row, **part, "ids": ids, "mask": row.example.mask.tolist(), "text": text, **damage}
 
 
 def _print(out: Console, tokenizer: Any, row: Row) -> None:
@@ -84,7 +86,7 @@ def _print(out: Console, tokenizer: Any, row: Row) -> None:
     ids, mask = row.example.ids, row.example.mask
     ending = ", shortened" if row.shortened else ""
     out.print(Text(f"{row.place}: {len(ids)} tokens, {sum(mask)} trained on{ending}", style="bold"))
-    for damage in row.example.damage:
+    for damage in row.damage:
         out.print(Text(f"damage: {damage.text}", style="bold red"))
     body = Text()
     for supervised, run in groupby(range(len(ids)), key=mask.__getitem__):
@@ -115,6 +117,8 @@ def check(
     mlxtune data check --model model --data data
     mlxtune data check --model model --data train.jsonl --strict --json
     """
+    from itertools import chain
+
     from mlxtune import config as configuration
     from mlxtune.cli import report
     from mlxtune.data import check as checks
@@ -132,11 +136,12 @@ def check(
     with report.progress(common.console()) as progress:
         for number, source in enumerate(config.data.mixture(), 1):
             own = config.data.model_copy(update={"columns": {**config.data.columns, **source.columns}})
-            for split, found in sources.find(source.path, own, source.cap).items():
+            for split, files in sources.find(source.path, own, source.cap).items():
                 name = split if config.data.sources is None else f"{split} {number}"
-                rows = sources.with_template(found.read(), tokenizer, folder, own.template)
-                counted = progress(found.name)
-                splits[name] = checks.survey(name, found.name, rows, Renderer(tokenizer, own), counted)
+                read = chain.from_iterable(found.read() for found in files)
+                rows = sources.with_template(read, tokenizer, folder, own.template)
+                shown = files[0].name
+                splits[name] = checks.survey(name, shown, rows, Renderer(tokenizer, own), progress(shown))
     for name, valid in splits.items():
         if name.startswith("valid"):
             checks.leaks(splits[name.replace("valid", "train")], valid)
@@ -173,6 +178,8 @@ def convert(
     mlxtune data convert train.jsonl sharegpt.jsonl --to sharegpt
     mlxtune data convert gsm8k.csv train.jsonl --set 'data.columns={question: prompt, answer: completion}'
     """
+    from itertools import chain
+
     from mlxtune import config
     from mlxtune.data import sources
     from mlxtune.data.rewrite import rewrite
@@ -182,7 +189,8 @@ def convert(
     found = sources.find(source, section)
     if split not in found:
         raise UserError(f"{source} has no {split} file", f"It has: {', '.join(found)}.")
-    written, left = rewrite(found[split].read(), target, out, force, drop, [Path(source)])
+    rows = chain.from_iterable(one.read() for one in found[split])
+    written, left = rewrite(rows, target, out, force, drop, [Path(source)])
     for row in left:
         common.console().print(f"left out: {row.place}: {row.reason}", style="yellow", soft_wrap=True)
     common.stdout().print(f"{out}: {written:,} rows" + (f", {len(left):,} left out" if left else ""))

@@ -46,7 +46,8 @@ def draw(out: Console, told: dict[str, Any]) -> None:
     for finding in told["findings"]:
         rows = ", ".join(map(str, finding["rows"][:NAMED])) + (", ..." if finding["count"] > NAMED else "")
         line = Text(f"{finding['severity']}: ", style=COLOURS[finding["severity"]])
-        line.append(f"{finding['split']}: {finding['count']:,} {finding['what']}", style="default")
+        what = finding["what"].replace("rows", "row", 1) if finding["count"] == 1 else finding["what"]
+        line.append(f"{finding['split']}: {finding['count']:,} {what}", style="default")
         out.print(line + Text(f" (rows {rows})" if rows else "", style="dim"))
         for reason, count in list(finding.get("reasons", {}).items())[:NAMED]:
             out.print(Text(f"    {count:,} x {reason}", style="dim"))

@@ -37,7 +37,7 @@ class Finding:
 
     def add(self, row: int, said: str = "") -> None:
         self.count += 1
-        if len(self.rows) < LISTED:
+        if len(self.rows) < LISTED and self.rows[-1:] != [row]:
             self.rows.append(row)
         if said and (said in self.examples or len(self.examples) < LISTED):
             self.examples[said] = self.examples.get(said, 0) + 1
@@ -131,6 +131,8 @@ def _count(out: Split, record: Record) -> None:
 
 def _measure(out: Split, row: Row, limit: int) -> None:
     """What becomes of the row."""
+    for damage in row.damage:
+        out.find("damaged", row.record.row, damage.text)
     if row.example is None:
         out.outcomes[f"dropped: {row.dropped}"] += 1
         out.find("dropped", row.record.row, row.dropped)
@@ -153,8 +155,6 @@ def _measure(out: Split, row: Row, limit: int) -> None:
         differ = np.flatnonzero(known[:shared] != ids[:shared])
         out.prefix = known[: differ[0] if len(differ) else shared].copy()
     out.lengths[length] += 1
-    for damage in row.example.damage:
-        out.find("damaged", row.record.row, damage.text)
 
 
 def _hash(text: str) -> int:

@@ -13,13 +13,15 @@ from mlxtune.data.chat import Example
 from mlxtune.data.files import Bad, place
 from mlxtune.data.records import Record
 from mlxtune.data.template import Template, TemplateError
+from mlxtune.data.turns import Damage
 
 
 @dataclass(frozen=True)
 class Row:
     """A record's example; of an expanded conversation, the one of its `part`-th assistant turn (0: not expanded).
 
-    Exactly one of `example` and `dropped` (the reason) is set. text: the rendered text that the example was made of.
+    Exactly one of `example` and `dropped` (the reason) is set. text: the rendered text that the example was made of;
+    damage: what of the row the template does not print.
     """
 
     record: Record | Bad
@@ -28,6 +30,7 @@ class Row:
     part: int = 0
     shortened: bool = False
     text: str = ""
+    damage: tuple[Damage, ...] = ()
 
     @property
     def place(self) -> str:
@@ -92,14 +95,15 @@ class Renderer:
 
     def _draft(self, record: Record, found: turns.Turns, trained: list[int], part: int) -> tuple[Row, Any]:
         spans = [(start, end) for index, start, end in found.spans if index in trained]
-        return Row(record, Example(damage=tuple(found.damage)), part=part, text=found.text), spans
+        return Row(record, Example(), part=part, text=found.text, damage=tuple(found.damage)), spans
 
     def _finished(self, row: Row, made: Example) -> Row:
-        assert row.example is not None
         longest = self.section.max_tokens
         shortened = len(made.ids) > longest
-        example = Example(made.ids[:longest], made.mask[:longest], row.example.damage)
+        example = Example(made.ids[:longest], made.mask[:longest], row.damage)
         if not example.mask[1:].any():
             why = f"no supervised token in the first {longest} tokens" if shortened else "no supervised token"
+            if row.damage and not made.mask[1:].any():
+                why = "; ".join(damage.text for damage in row.damage)
             return replace(row, example=None, dropped=why)
         return replace(row, example=example, shortened=shortened)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
@@ -37,13 +38,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Examples(Sequence[Example]):
-    """The usable examples of one split. which, where: [N] the store and the place in it of each; weights: per store,
-    for a mixture; ordered: whether `order` is to be kept.
+    """The usable examples of one split. which, where: [N] the store and the place in it of each; source: of each store;
+    weights: of each source, where they differ; order: as data.order; left_out: rows by reason.
     """
 
     stores: list[Store]
     which: np.ndarray
     where: np.ndarray
+    source: np.ndarray
     weights: list[float] = field(default_factory=list)
     order: str = "shuffled"
     left_out: dict[str, int] = field(default_factory=dict)
@@ -91,8 +93,9 @@ class Examples(Sequence[Example]):
         order = draw.permutation(len(self))
         if self.weights:
             share = np.array(self.weights) / sum(self.weights)
-            drawn = draw.choice(len(self.stores), len(self), p=share)
-            own = [order[self.which[order] == number] for number in range(len(self.stores))]
+            drawn = draw.choice(len(self.weights), len(self), p=share)
+            source = self.source[self.which[order]]
+            own = [order[source == number] for number in range(len(self.weights))]
             order = np.empty(len(self), np.int64)
             for number, rows in enumerate(own):
                 places = np.flatnonzero(drawn == number)
@@ -134,6 +137,21 @@ class Examples(Sequence[Example]):
         return out
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some examples of one store, which is of the mixture's `source`-th source."""
+
+    made: Store
+    rows: np.ndarray
+    source: int
+
+    def column(self, name: str) -> np.ndarray:
+        return self.made.columns[name][self.rows]
+
+    def only(self, kept: np.ndarray) -> _Part:
+        return _Part(self.made, self.rows[kept], self.source)
+
+
 def read(
     section: DataSection,
     tokenizer: Any,
@@ -148,30 +166,34 @@ def read(
     held out. Raises UserError for anything that is wrong with the data.
     """
     mixture = section.mixture()
-    parts: dict[str, list[tuple[Store, np.ndarray, float, dict[str, int]]]] = {}
-    for source in mixture:
+    parts: dict[str, list[_Part]] = {}
+    for number, source in enumerate(mixture):
         own = section.model_copy(update={"columns": {**section.columns, **source.columns}})
-        stores = {
-            split: _stored(found, own, tokenizer, folder, progress)
-            for split, found in find(source.path, own, source.cap).items()
+        found = {
+            split: [_stored(one, own, tokenizer, folder, progress) for one in files]
+            for split, files in find(source.path, own, source.cap).items()
         }
-        chosen = {split: np.arange(len(made)) for split, made in stores.items()}
-        left: dict[str, dict[str, int]] = {split: {} for split in stores}
-        if not whole and "valid" not in stores:
-            limit = duplicates.threshold(stores["train"].all_hashes, section.valid_fraction, seed)
+        limit = None
+        if not whole and "valid" not in found:
+            hashes = np.concatenate([made.all_hashes for made in found["train"]])
+            limit = duplicates.threshold(hashes, section.valid_fraction, seed)
             if limit is None:
                 raise UserError(
-                    f"{stores['train'].facts['file']}: fewer than two different rows, too few to hold any out",
+                    f"{source.path}: fewer than two different rows, too few to hold any out",
                     "Add rows, or a valid file beside the train file.",
                 )
-            held = duplicates.seeded(stores["train"].columns["hash"], seed) <= limit
-            stores["valid"], chosen["valid"], left["valid"] = stores["train"], np.flatnonzero(held), {}
-            chosen["train"] = np.flatnonzero(~held)
-        chosen["train"], left["train"] = _thinned(stores["train"], chosen["train"], own, source, seed)
-        for split, made in stores.items():
-            parts.setdefault(split, []).append((made, chosen[split], source.weight, left[split]))
-    weighted = len({source.weight for source in mixture}) > 1
-    return {split: _joined(split, found, section, weighted) for split, found in parts.items()}
+        for split, stores in found.items():
+            for made in stores:
+                held = duplicates.seeded(made.columns["hash"], seed) <= (-1 if limit is None else limit)
+                parts.setdefault(split, []).append(_Part(made, np.flatnonzero(~held), number))
+                if limit is not None:
+                    parts.setdefault("valid", []).append(_Part(made, np.flatnonzero(held), number))
+    parts["train"], left_out = _thinned(parts["train"], section, mixture, seed)
+    weights = [source.weight for source in mixture]
+    return {
+        split: _joined(split, own, section, weights, left_out if split == "train" else {})
+        for split, own in parts.items()
+    }
 
 
 def glance(section: DataSection, whole: bool = False) -> None:
@@ -180,7 +202,7 @@ def glance(section: DataSection, whole: bool = False) -> None:
         raise UserError("no data given", "Name a folder or file: --data PATH (or data.path in the configuration).")
     for source in section.mixture():
         own = section.model_copy(update={"columns": {**section.columns, **source.columns}})
-        for found in find(source.path, own, source.cap).values():
+        for found in chain.from_iterable(find(source.path, own, source.cap).values()):
             rows = found.read()
             first = next(rows, None)
             if whole:
@@ -216,62 +238,79 @@ def with_template(rows: Iterator[Record | Bad], tokenizer: Any, folder: Path, te
 
 
 def _thinned(
-    made: Store, chosen: np.ndarray, section: DataSection, source: SourceSection, seed: int
-) -> tuple[np.ndarray, dict[str, int]]:
-    """Training rows without duplicates and beyond the cap, and how many were left out for what."""
-    left = {}
-    row = made.columns["row"]
+    parts: list[_Part], section: DataSection, mixture: list[SourceSection], seed: int
+) -> tuple[list[_Part], dict[str, int]]:
+    """Training rows without duplicates and beyond the caps, and how many were left out for what."""
+    left: dict[str, int] = {}
     if section.dedup != "none":
-        _, first = np.unique(made.columns["hash"][chosen], return_index=True)
-        rows = set(row[chosen[first]].tolist())  # an expanded row's examples share its hash
+        hashes = np.concatenate([part.column("hash") for part in parts])
+        # The turns of an expanded row share its hash; they stay or go together.
+        turns = np.concatenate([part.column("part") for part in parts]).astype(np.uint64)
+        _, first, group = np.unique(duplicates.seeded(turns, 0) ^ hashes, return_index=True, return_inverse=True)
+        kept = first[group] == np.arange(len(hashes))
         if section.dedup == "near":
-            leaders = duplicates.near(np.asarray(made.signature[chosen]))
-            rows &= set(row[chosen[leaders == np.arange(len(chosen))]].tolist())
-        kept = chosen[np.isin(row[chosen], list(rows))]
-        left["duplicates" if section.dedup == "exact" else "equal or near duplicates"] = len(chosen) - len(kept)
-        chosen = kept
-    if source.cap is not None and source.cap < len(chosen):
-        keys = duplicates.seeded(
-            made.columns["hash"][chosen] + made.columns["part"][chosen].astype(np.uint64), seed + 1
-        )
-        kept = np.sort(chosen[np.argsort(keys, kind="stable")[: source.cap]])
-        left[f"beyond the cap of {source.cap}"] = len(chosen) - len(kept)
-        chosen = kept
-    return chosen, left
+            signatures = np.concatenate([np.asarray(part.made.signature[part.rows]) for part in parts])
+            leader = duplicates.near(signatures)
+            kept &= hashes[leader] == hashes
+        left["duplicates" if section.dedup == "exact" else "equal or near duplicates"] = int((~kept).sum())
+        parts = _split(parts, kept)
+    for number, source in enumerate(mixture):
+        own = [part.source == number for part in parts]
+        mine = np.concatenate([np.full(len(part.rows), is_own) for part, is_own in zip(parts, own, strict=True)])
+        if source.cap is not None and source.cap < mine.sum():
+            hashes = np.concatenate([part.column("hash") + part.column("part").astype(np.uint64) for part in parts])
+            places = np.flatnonzero(mine)
+            chosen = places[np.argsort(duplicates.seeded(hashes[places], seed + 1), kind="stable")[: source.cap]]
+            left[f"beyond the cap of {source.cap}"] = len(places) - len(chosen)
+            mine[chosen] = False
+            parts = _split(parts, ~mine)
+    return parts, left
+
+
+def _split(parts: list[_Part], kept: np.ndarray) -> list[_Part]:
+    """kept: [sum of all parts' rows] bool."""
+    ends = np.cumsum([len(part.rows) for part in parts])
+    return [part.only(own) for part, own in zip(parts, np.split(kept, ends[:-1]), strict=True)]
 
 
 def _joined(
-    split: str, parts: list[tuple[Store, np.ndarray, float, dict[str, int]]], section: DataSection, weighted: bool
+    split: str, parts: list[_Part], section: DataSection, weights: list[float], left_out: dict[str, int]
 ) -> Examples:
     """The examples of all sources; rows that the template damages are treated as data.on_damage says."""
-    stores, chosen, weights = [], [], []
-    left_out: dict[str, int] = {}
-    for made, rows, weight, left in parts:
-        damaged = made.columns["flags"][rows] & DAMAGED > 0
-        if damaged.any() and section.on_damage == "error":
-            listed = "; ".join(f"{where}: {text}" for where, text in made.facts["damaged"][:LISTED])
-            more = f"; and {damaged.sum() - LISTED} more" if damaged.sum() > LISTED else ""
+    for number, part in enumerate(parts):
+        facts = part.made.facts
+        damaged = part.column("flags") & DAMAGED > 0
+        count = int(damaged.sum()) + facts["lost"] * (split == "train")
+        if count and section.on_damage == "error":
+            listed = "; ".join(f"{where}: {text}" for where, text in facts["damaged"][:LISTED])
+            more = f"; and {count - LISTED} more" if count > LISTED else ""
             raise UserError(
-                f"{made.facts['file']}: the chat template damages {damaged.sum()} of {len(rows)} rows: {listed}{more}",
+                f"{facts['file']}: the chat template damages {count} of {facts['rows']} rows: {listed}{more}",
                 "Mend the rows, or set data.on_damage=drop or keep; `mlxtune data show` prints them.",
             )
-        if section.on_damage == "drop":
-            rows = rows[~damaged]
-            left = {**left, "damaged by the chat template": int(damaged.sum())}
-        stores.append(made)
-        chosen.append(rows)
-        weights.append(weight)
-        for reason, count in left.items():
-            left_out[reason] = left_out.get(reason, 0) + count
-    which = np.concatenate([np.full(len(rows), number, np.int32) for number, rows in enumerate(chosen)])
+        if damaged.any() and section.on_damage == "drop":
+            parts[number] = part.only(~damaged)
+            left_out["damaged by the chat template"] = left_out.get("damaged by the chat template", 0) + count
+    which = np.concatenate([np.full(len(part.rows), number, np.int32) for number, part in enumerate(parts)])
     if not len(which):
-        raise UserError(f"no {split} example is left", f"Left out: {left_out}.")
-    order = section.order if split == "train" else "shuffled"
-    return Examples(stores, which, np.concatenate(chosen), weights if weighted else [], order, left_out)
+        reasons = {reason for part in parts for reason in (*part.made.facts["counts"], *left_out)}
+        raise UserError(
+            f"{parts[0].made.facts['file']}: no {split} row is left ({', '.join(sorted(reasons))})",
+            "Mend the rows, or raise data.valid_fraction." if split == "valid" else "Mend the rows.",
+        )
+    return Examples(
+        [part.made for part in parts],
+        which,
+        np.concatenate([part.rows for part in parts]),
+        np.array([part.source for part in parts]),
+        weights if len(set(weights)) > 1 else [],
+        section.order if split == "train" else "shuffled",
+        left_out,
+    )
 
 
-def find(path: str, section: DataSection, cap: int | None = None) -> dict[str, Source]:
-    """The splits of a folder with train, valid and test files, of one file ("train"), or of a hub dataset."""
+def find(path: str, section: DataSection, cap: int | None = None) -> dict[str, list[Source]]:
+    """The files of each split of a folder with train, valid and test files, one file ("train"), or a hub dataset."""
     here = Path(path).expanduser()
     if here.is_dir():
         found = {split: _split_files(here, split) for split in SPLITS}
@@ -285,15 +324,11 @@ def find(path: str, section: DataSection, cap: int | None = None) -> dict[str, S
     return _from_hub(path, section, cap)
 
 
-def _of_files(files: list[Path], section: DataSection) -> Source:
-    def rows() -> Iterator[Record | Bad]:
-        for file in files:
-            yield from records.read(file, section.columns)
-
-    def digest() -> str:
-        return "".join(f"{file}{store.file_digest(file)}" for file in files)
-
-    return Source(str(files[0]), rows, digest)
+def _of_files(files: list[Path], section: DataSection) -> list[Source]:
+    return [
+        Source(str(file), partial(records.read, file, section.columns), partial(store.file_digest, file))
+        for file in files
+    ]
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
@@ -305,7 +340,7 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     return whole or [path for path in files if path.name.startswith(f"{split}-")]
 
 
-def _from_hub(name: str, section: DataSection, cap: int | None) -> dict[str, Source]:
+def _from_hub(name: str, section: DataSection, cap: int | None) -> dict[str, list[Source]]:
     """A dataset of the hub, through `datasets`, its rows parsed like any other; NAME:SUBSET where it has several."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
@@ -329,7 +364,7 @@ def _from_hub(name: str, section: DataSection, cap: int | None) -> dict[str, Sou
         ) from error
     named = {"validation": "valid"}
     out = {
-        named.get(split, split): _of_hub(f"{name}:{split}", rows, section, cap)
+        named.get(split, split): [_of_hub(f"{name}:{split}", rows, section, cap)]
         for split, rows in loaded.items()
         if named.get(split, split) in SPLITS
     }
@@ -347,19 +382,23 @@ def _of_hub(name: str, rows: Any, section: DataSection, cap: int | None) -> Sour
 
 
 def rows_of(path: str, section: DataSection, seed: int, split: str | None, default: str) -> Iterator[Record | Bad]:
-    """The rows of one split, as they stand in the file. Where none is named, a single file counts whole and a folder's
+    """The rows of one split, as they stand in the files. Where none is named, a single file counts whole and a folder's
     `default` is taken. Raises UserError naming the splits there are.
     """
     found = find(path, section)
-    if split is None and Path(path).expanduser().is_file():
-        return found["train"].read()
+
+    def rows(name: str) -> Iterator[Record | Bad]:
+        return chain.from_iterable(source.read() for source in found[name])
+
     wanted = split or default
-    if wanted in found and (wanted != "train" or "valid" in found):
-        return found[wanted].read()
+    if (split is None and Path(path).expanduser().is_file()) or (wanted == "train" and "valid" in found):
+        return rows("train")
+    if wanted in found and wanted != "train":
+        return rows(wanted)
     if wanted == "test":
         raise UserError(f"{path} has no test split", f"It has: {', '.join(dict.fromkeys([*found, 'valid']))}.")
     # Held out by the hash of each row, as for training.
-    hashes = [duplicates.content_hash(row) for row in found["train"].read() if isinstance(row, Record)]
+    hashes = [duplicates.content_hash(row) for row in rows("train") if isinstance(row, Record)]
     limit = duplicates.threshold(np.array(hashes, np.uint64), section.valid_fraction, seed)
     held = iter((duplicates.seeded(hashes, seed) <= (-1 if limit is None else limit)).tolist())
-    return (row for row in found["train"].read() if isinstance(row, Bad) or next(held) == (wanted == "valid"))
+    return (row for row in rows("train") if isinstance(row, Bad) or next(held) == (wanted == "valid"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -53,7 +54,7 @@ class Store:
     """The examples of one file. ids and mask: flat, all examples one after the other; starts: [N + 1] where each
     begins; columns: [N] each (targets: supervised tokens; key: the value of the column to go up by); signature:
     [N, HASHES] or empty; all_hashes: of every row that could be read; facts: what else is to know (file, rows,
-    dropped, damaged, digest, highest token).
+    dropped, damaged, lost: damaged so that nothing is left, digest, highest token).
     """
 
     ids: np.ndarray
@@ -151,7 +152,7 @@ def _build(
     section = renderer.section
     tables: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "signature")}
     dropped: Counter[str] = Counter()
-    facts: dict[str, Any] = {"file": source, "rows": 0, "dropped": {}, "damaged": [], "highest": 0}
+    facts: dict[str, Any] = {"file": source, "rows": 0, "dropped": {}, "damaged": [], "lost": 0, "highest": 0}
     bad: list[Bad] = []
     hashes: list[np.ndarray] = []
     digest = hashlib.blake2b(digest_size=16)
@@ -167,8 +168,9 @@ def _build(
                     dropped[row.dropped] += 1
                     if sum(dropped.values()) <= LISTED:
                         facts["dropped"].setdefault(row.dropped, []).append(row.record.row)
-                elif row.example and row.example.damage and len(facts["damaged"]) < LISTED:
-                    facts["damaged"].append([row.place, "; ".join(damage.text for damage in row.example.damage)])
+                    facts["lost"] += bool(row.damage)
+                if row.damage and len(facts["damaged"]) < LISTED:
+                    facts["damaged"].append([row.place, "; ".join(damage.text for damage in row.damage)])
             kept = [row for row in rows if row.example is not None]
             if kept:
                 flat, flags = (
@@ -202,9 +204,7 @@ def _values(rows: list[Row], section: DataSection) -> dict[str, np.ndarray]:
         "row": [record.row for record in records],
         "part": [row.part for row in rows],
         "flags": [
-            SHORTENED * row.shortened
-            + DAMAGED * bool(row.example and row.example.damage)
-            + CHAT * (record.text is None)
+            SHORTENED * row.shortened + DAMAGED * bool(row.damage) + CHAT * (record.text is None)
             for row, record in zip(rows, records, strict=True)
         ],
         "hash": [duplicates.content_hash(record) for record in records],
@@ -220,7 +220,10 @@ def _values(rows: list[Row], section: DataSection) -> dict[str, np.ndarray]:
 
 def _number(record: Record, column: str) -> float:
     try:
-        return float((record.fields or {})[column])
+        value = float((record.fields or {})[column])
+        if not math.isfinite(value):
+            raise ValueError
+        return value
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{record.file} {record.place}: no number in the column {column}, by which data.order goes",

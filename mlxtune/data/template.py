@@ -107,10 +107,16 @@ class Template:
         return self._ends[1]
 
     @cached_property
+    def request(self) -> str:
+        """What the template ends with to ask the model for its turn; "" when it cannot."""
+        ask: Messages = [{"role": "user", "content": USER}]
+        asked = self.attempt(ask, prompt=True)
+        return asked[common_prefix(asked, self.attempt(ask)) :]
+
+    @property
     def asks(self) -> bool:
         """Whether the template can end with what asks the model for its turn."""
-        ask: Messages = [{"role": "user", "content": USER}]
-        return self.attempt(ask, prompt=True) != self.attempt(ask)
+        return bool(self.request)
 
     @cached_property
     def encodes_text_arguments(self) -> bool | None:

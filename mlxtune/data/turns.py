@@ -119,12 +119,14 @@ def _replaced(message: dict[str, Any], marks: str, kinds: Iterable[int] = range(
     """
     out = dict(message)
     for key, value in message.items():
-        if _kind(key) not in kinds:
+        if _kind(key) not in kinds and not (key == "content" and THINKING in kinds):
             continue
         if key == "tool_calls" and value:
             out[key] = [_replaced_call(call, mark) for call, mark in zip(value, marks[CALLS:], strict=True)]
         elif isinstance(value, str) and value and key not in KEPT:
-            out[key] = marks[THINKING] if _kind(key) == THINKING else _replaced_text(value, marks)
+            thinks = message["role"] == "assistant" and "</think>" in value
+            whole = marks[THINKING] if _kind(key) == THINKING else marks[CONTENT]
+            out[key] = _replaced_thinking(value, marks) if thinks and key == "content" else whole
     if not message.get("content") and not message.get("tool_calls"):
         out["content"] = marks[CONTENT]
     return out
@@ -133,11 +135,12 @@ def _replaced(message: dict[str, Any], marks: str, kinds: Iterable[int] = range(
 TAGS = re.compile(r"(\s*</?think>\s*)")  # templates look for them in the content
 
 
-def _replaced_text(text: str, marks: str) -> str:
-    """One mark; with thinking inside the text, one for each thought and one for each text around it."""
-    if "</think>" not in text:
+def _replaced_thinking(text: str, marks: str) -> str:
+    """One mark for each thought and one for each text around it."""
+    parts = list(_parts(text))
+    if all(kind is None for _, kind in parts):
         return marks[CONTENT]
-    return "".join(part if kind is None else marks[kind] for part, kind in _parts(text))
+    return "".join(part if kind is None else marks[kind] for part, kind in parts)
 
 
 def _parts(text: str) -> Iterator[tuple[str, int | None]]:
@@ -179,6 +182,8 @@ def _walk(
     """[start, end) of each piece, by walking text and marked render side by side; None when they part."""
     places: list[tuple[int, int]] = []
     at = 0
+    if not pieces:
+        return None
     for piece, follower in zip(pieces, [*pieces[1:], None], strict=True):
         slack = SLACK if max(piece.kinds) >= CALLS else 0
         shared = common_prefix(text[at : at + len(piece.before)], piece.before)
@@ -193,7 +198,7 @@ def _walk(
             return None
         places.append((at, end))
         at = end
-    return places if pieces and at + len(pieces[-1].after) == len(text) else None
+    return places if at + len(pieces[-1].after) == len(text) else None
 
 
 def _end(
@@ -240,9 +245,11 @@ def _apart(template: Template, messages: Messages, tools: Any, text: str, index:
         marked = template.attempt([*messages[:index], plain, *later], tools)
         before, found, after = marked.partition(mark)
         known = common_prefix(shown, earlier)
-        start = common_prefix(shown, asked)
-        if start < max(known, 1):
-            start = common_prefix(shown, before)
+        start = header = common_prefix(shown, before)
+        if asked and shown.startswith(asked):
+            start = len(asked)
+        elif template.request and (place := shown.find(template.request, known, header)) >= 0:
+            start = place + len(template.request)
         end = len(shown) - common_suffix(shown[start:], after)
         kept = not later or follower in shown[end:]
         if found and start >= known and kept and text.startswith(shown[:end]):
@@ -303,7 +310,7 @@ def _to_stop(template: Template, closing: str, own: str) -> int:
     whole = [match.end() for match in template.special.finditer(shared)]
     end = len(own.rstrip()) if shared == own else max(whole, default=0)
     header = template.special.match(closing, end) if template.stops_at_headers else None
-    return header.end() if header else end
+    return header.end() if header and not template.request.startswith(header.group()) else end
 
 
 def _lost(messages: Messages, pieces: list[_Piece], template: Template, tools: Any, text: str) -> Iterator[Damage]:
@@ -315,7 +322,7 @@ def _lost(messages: Messages, pieces: list[_Piece], template: Template, tools: A
         yield Damage("tools", 0, "the template does not print the tools")
     for index, message in enumerate(messages):
         kinds, name = shown.get(index, set()), f"message {index + 1}"
-        if message.get("content") and CONTENT not in kinds:
+        if message.get("content") and not kinds & {CONTENT, THINKING if "</think>" in message["content"] else CONTENT}:
             kind = "system" if message["role"] in ("system", "developer") else "content"
             yield Damage(kind, index, f"the template drops the text of {name} ({message['role']})")
         calls = len(message.get("tool_calls") or ())
@@ -330,7 +337,7 @@ def _lost(messages: Messages, pieces: list[_Piece], template: Template, tools: A
 def _changed(message: dict[str, Any], piece: _Piece, shown: str) -> Iterator[Damage]:
     """Thinking, and text around it, inside a content of which not all is shown."""
     content = str(message.get("content"))
-    if "</think>" in content and CONTENT in piece.kinds:
+    if "</think>" in content and piece.kinds & {CONTENT, THINKING}:
         for part, kind in _parts(content):
             if kind is not None and part not in shown:
                 what, name = ("thinking", "thinking") if kind == THINKING else ("content", "some text")

@@ -75,7 +75,12 @@ def choose(model: nn.Module, examples: Sequence[Example], config: Config, dtype:
 
 def refuse_idle(config: Config) -> None:
     """Raise UserError for an option of the fast ways that could have no effect."""
-    idle = "lora.dropout" if config.lora.dropout else "fast.prefix: off" if config.fast.prefix == "off" else ""
+    reasons = {
+        "lora.dropout": config.lora.dropout,
+        "train.neftune_alpha": config.train.neftune_alpha,
+        "fast.prefix: off": config.fast.prefix == "off",
+    }
+    idle = next((name for name, given in reasons.items() if given), "")
     if config.data.group_by_prefix and idle:
         raise UserError(
             f"data.group_by_prefix has no effect with {idle}: no shared prefix is computed", "Leave one of them out."
@@ -122,8 +127,9 @@ def shared_prefix(model: nn.Module, examples: Sequence[Example], config: Config)
     worth = length >= prefix.WORTH_SAYING
     if not worth and not config.data.group_by_prefix:
         return None, ""
-    if config.lora.dropout > 0:
-        return None, f"{length} tokens begin every row, but with lora.dropout each row must see noise of its own"
+    if config.lora.dropout or config.train.neftune_alpha:
+        noise = "lora.dropout" if config.lora.dropout else "train.neftune_alpha"
+        return None, f"{length} tokens begin every row, but with {noise} each row must see noise of its own"
     if prefix.caches(model) is None:
         return None, f"{length} tokens begin every row, but some of this model's layers keep more than keys and values"
     return length, ""
@@ -140,7 +146,7 @@ def proof_batches(examples: Sequence[Example], path: Path, grouped: bool) -> lis
         tokens = min(tokens, prefix.longest_worth_it(path.prefix, rows=2))
     order = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
     if grouped:
-        by_text = sorted(order, key=lambda row: examples[row].ids)
+        by_text = sorted(order, key=lambda row: list(examples[row].ids))
         pairs = list(pairwise(by_text))
         best = max(pairs, key=lambda pair: common(examples[pair[0]].ids, examples[pair[1]].ids), default=())
         order = [*best, *order]
