@@ -79,7 +79,14 @@ def parse(
             yield item
             continue
         number, raw = item
-        row = {(columns or {}).get(key, key): value for key, value in raw.items()}
+        meant = {given: name for given, name in (columns or {}).items() if given in raw}
+        hidden = [name for name in meant.values() if name in raw and name not in meant]
+        if hidden or len(set(meant.values())) < len(meant):
+            yield Bad(
+                source, number, f"data.columns gives {' and '.join(hidden or meant)} a name that is already taken"
+            )
+            continue
+        row = {meant.get(key, key): value for key, value in raw.items()}
         if not name:
             name = _detect(source, number, row, columns)
         keys, to_parsed = FORMATS[name]
@@ -188,7 +195,9 @@ def _message(index: int, message: Any) -> dict[str, Any]:
     # Parquet fills absent fields with null; a template must not see them.
     out = {key: value for key, value in message.items() if value is not None}
     content = out.get("content")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type", "text") == "text" for part in content
+    ):
         content = "".join(str(part.get("text", "")) for part in content)
     if content is None and (out.get("tool_calls") or out.get("reasoning_content")):
         content = ""
@@ -249,7 +258,9 @@ def _conversations(row: dict[str, Any]) -> list[Parsed]:
         speaker = turn.get("from") if isinstance(turn, dict) else None
         if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise RowError(f"turn {index} is from {speaker!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
-        messages.append(_turn(index, speaker, _text(turn, "value"), len(messages)))
+        if not isinstance(turn.get("value"), str):
+            raise RowError(f"turn {index} ({speaker}) must have text as its value")
+        messages.append(_turn(index, speaker, turn["value"], len(messages)))
         messages[-1].update({name: turn[name] for name in WEIGHTS if name in turn})
     return [(checked(messages, "conversations"), _tools(row), None)]
 

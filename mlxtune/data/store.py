@@ -224,7 +224,7 @@ def _number(record: Record, column: str) -> float:
         if not math.isfinite(value):
             raise ValueError
         return value
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{record.file} {record.place}: no number in the column {column}, by which data.order goes",
             "Allowed: shuffled, length, or a column that holds a number in every row.",

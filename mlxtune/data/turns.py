@@ -64,6 +64,15 @@ class _Piece:
     before: str
     after: str = ""
     quoted: int = 0  # characters at the start of `after` that the real arguments do not have
+    loose: int = 0  # characters at the end of `after` that a call's real arguments may not have
+
+    @property
+    def slack(self) -> int:
+        return SLACK if max(self.kinds) >= CALLS else 0
+
+    def followed(self, text: str, at: int) -> bool:
+        """Whether the template text after the piece stands in `text` at `at`."""
+        return common_prefix(text[at : at + len(self.after)], self.after) >= len(self.after) - self.loose
 
 
 def locate(template: Template, messages: Messages, tools: Any = None) -> Turns:
@@ -170,7 +179,7 @@ def _pieces(marked: str, marks: list[str]) -> list[_Piece]:
         out.append(_Piece(index, set(kinds), parts[place]))
         place += len(kinds)
     for piece, follower in pairwise(out):
-        piece.after = follower.before
+        piece.after, piece.loose = follower.before, follower.slack
     if out:
         out[-1].after = parts[-1]
     return out
@@ -185,16 +194,15 @@ def _walk(
     if not pieces:
         return None
     for piece, follower in zip(pieces, [*pieces[1:], None], strict=True):
-        slack = SLACK if max(piece.kinds) >= CALLS else 0
         shared = common_prefix(text[at : at + len(piece.before)], piece.before)
-        if shared < len(piece.before) - slack:
+        if shared < len(piece.before) - piece.slack:
             return None
         at += shared
-        end = _end(template, messages, tools, text, piece, marks[piece.index], at, slack)
+        end = _end(template, messages, tools, text, piece, marks[piece.index], at)
         piece.after = piece.after[piece.quoted :]
         if follower is not None:
             follower.before = piece.after
-        if end is None or not text.startswith(piece.after, end):
+        if end is None or not piece.followed(text, end):
             return None
         places.append((at, end))
         at = end
@@ -202,21 +210,14 @@ def _walk(
 
 
 def _end(
-    template: Template,
-    messages: Messages,
-    tools: Any,
-    text: str,
-    piece: _Piece,
-    marks: str,
-    at: int,
-    slack: int,
+    template: Template, messages: Messages, tools: Any, text: str, piece: _Piece, marks: str, at: int
 ) -> int | None:
     """Where a piece that begins at `at` ends."""
     message = messages[piece.index]
     if piece.kinds == {CONTENT}:
         content = message.get("content") or ""
         for shown in (content, content.strip(), content.lstrip(), content.rstrip()):
-            if text.startswith(shown, at) and text.startswith(piece.after, at + len(shown)):
+            if text.startswith(shown, at) and piece.followed(text, at + len(shown)):
                 return at + len(shown)
     # Printed in another form: when this piece alone is replaced, what follows it stays as it is.
     kinds = {min(kind, CALLS) for kind in piece.kinds}
@@ -225,7 +226,7 @@ def _end(
     last = max(marked.rfind(mark) for mark in marks)
     after = marked[last + 1 :]
     shared = common_suffix(text[at:], after)
-    if last < 0 or shared < len(after) - slack:
+    if last < 0 or shared < len(after) - piece.slack:
         return None
     piece.quoted = len(after) - shared
     return len(text) - shared
