@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -19,6 +20,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny tokenizer alone, as `data` commands take it."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder: Path) -> Any:
+    """The tiny tokenizer, fresh: a test may change its template."""
+    from mlxtune.data.tokenizer import load_tokenizer
+
+    return load_tokenizer(tokenizer_folder)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from masks import byte_tokenizer, supervised, turns, with_template
+from tokenizers import processors
 
 from mlxtune.data import chat
 from mlxtune.data.template import TemplateError
@@ -65,34 +65,7 @@ SPECIAL = ["<|im_start|>", "<|im_end|>", "<bos>", "<eot>", "<h>", "</h>", "</s>"
 
 
 def make(template: str, merges: tuple[tuple[str, str], ...] = ()) -> Any:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*SPECIAL, *letters, *(a + b for a, b in merges)]
-    inner = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=list(merges)))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(SPECIAL)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def supervised(tokenizer: Any, messages: list[dict[str, Any]], **kwargs: Any) -> list[str]:
-    """The runs of supervised text; also asserts that ids are the tokenizer's own."""
-    example = chat.render(tokenizer, messages, **kwargs)
-    assert example.ids == list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **kwargs))
-    runs: list[list[int]] = []
-    for before, (token, flag) in zip([0, *example.mask], zip(example.ids, example.mask, strict=True), strict=False):
-        if flag and not before:
-            runs.append([])
-        if flag:
-            runs[-1].append(token)
-    # Byte-level text needs its bytes joined, so runs are decoded whole.
-    return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
-
-
-def turns(*texts: str) -> list[dict[str, Any]]:
-    """user, assistant, user, ... turns."""
-    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+    return with_template(byte_tokenizer(SPECIAL, merges), template, "</s>")
 
 
 def opened(name: str, answer: str) -> str:
@@ -145,10 +118,10 @@ def test_a_token_that_straddles_the_border_belongs_to_the_answer() -> None:
     """With a merge of two newlines, the header's newline and the answer's first one are one token."""
     tokenizer = make(CHATML, merges=(("Ċ", "Ċ"),))
     example = chat.render(tokenizer, turns("q", "\nok"))
-    first = example.mask.index(1)
+    first = list(example.mask).index(1)
     assert tokenizer.decode([example.ids[first]]) == "\n\n"
     assert tokenizer.decode(example.ids[first + 1 :], clean_up_tokenization_spaces=False) == "ok<|im_end|>\n"
-    assert example.mask[first:] == [1, 1, 1, 1, 0]
+    assert list(example.mask[first:]) == [1, 1, 1, 1, 0]
 
 
 def test_offsets_that_leave_out_spaces_lose_no_token() -> None:
@@ -201,4 +174,4 @@ def test_plain_text_is_supervised_whole_and_ends() -> None:
     tokenizer = make(CHATML)
     (example,) = chat.tokenized_all(tokenizer, ["abc"], [None])
     assert tokenizer.decode(example.ids) == "abc</s>"
-    assert example.mask == [1, 1, 1, 1]
+    assert list(example.mask) == [1, 1, 1, 1]

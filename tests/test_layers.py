@@ -31,6 +31,7 @@ LAYERS = (
     ("mlxtune.ship",),
     ("mlxtune.session",),
     ("mlxtune.demo",),
+    ("mlxtune.bench",),
     ("mlxtune.diagnosis",),
     ("mlxtune.cli",),
     ("mlxtune.__main__",),
@@ -168,7 +169,7 @@ def answers() -> dict[tuple[str, ...], dict[str, Any]]:
 
 
 def test_the_walk_finds_all_commands() -> None:
-    verbs = {"demo", "doctor", "convert", "train", "eval", "generate", "chat", "fuse", "export"}
+    verbs = {"demo", "doctor", "bench", "convert", "train", "eval", "generate", "chat", "fuse", "export"}
     assert {(verb,) for verb in verbs} | {(), ("data",), ("data", "show")} <= set(COMMANDS)
 
 

@@ -150,7 +150,7 @@ class Plan:
         self._lengths = lengths_of(examples)
         self._rows = section.batch_rows or (None if section.batch_tokens else DEFAULT_ROWS)
         usual = self._rows or max(1, (section.batch_tokens or 0) * len(examples) // int(np.sum(self._lengths)))
-        self.widths = widths(self._lengths, min(MAX_BUCKETS, max(1, len(examples) // (2 * usual))))
+        self.widths = widths(self._lengths, min(MAX_BUCKETS, max(1, len(examples) // usual)))
         start = min((common(examples[0].ids, example.ids) for example in examples), default=0)
         self._groups = groups(examples, start + MIN_GROUP_TOKENS) if grouped else []
         self._epochs: list[list[list[list[int]]]] = []  # epoch -> step -> micro-batch -> row

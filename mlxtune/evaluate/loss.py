@@ -12,9 +12,7 @@ import mlx.nn as nn
 from mlxtune.data.batches import Batch
 from mlxtune.model.arrays import scalar
 from mlxtune.model.head import Split
-from mlxtune.train.loss import supervised_rows
-
-HEAD_ROWS = 512  # positions that go through the head at a time: bounds the [rows, vocabulary] matrix
+from mlxtune.train.loss import chunks, supervised_rows
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ def score(model: nn.Module, split: Split | None, batches: Sequence[Batch]) -> Sc
     for batch in batches:
         rows, targets = supervised_rows(model, split, batch)
         mx.eval(rows)  # else every chunk below would hold the whole trunk's graph
-        for start in range(0, targets.size, HEAD_ROWS):
-            part, wanted = rows[start : start + HEAD_ROWS], targets[start : start + HEAD_ROWS]
+        for chunk in chunks(rows, rows.shape[-1] if split is None else split.vocabulary):
+            part, wanted = rows[chunk], targets[chunk]
             logits = (part if split is None else split.logits(part)).astype(mx.float32)
             loss = nn.losses.cross_entropy(logits, wanted, reduction="sum")
             right = (mx.argmax(logits, axis=-1) == wanted).sum()

@@ -51,10 +51,11 @@ class Loaded:
             )
 
 
-def load(source: str, dtype: str = "auto") -> Loaded:
+def load(source: str, dtype: str = "auto", as_mlx_lm: bool = False) -> Loaded:
     """Load a model for running or training.
 
-    source: MLX folder, 16-bit Hugging Face folder, or hub id; dtype: as `train.dtype`. Raises UserError for
+    source: MLX folder, 16-bit Hugging Face folder, or hub id; dtype: as `train.dtype`; as_mlx_lm: with mlx-lm's own way
+    to multiply on the CPU, to be compared with. Raises UserError for
     whatever is missing, torn or unknown.
     """
     backend.prepare()
@@ -66,7 +67,7 @@ def load(source: str, dtype: str = "auto") -> Loaded:
     wanted = backend.dtype_for(dtype, own, "quantization" in config)
     if wanted != own:
         cast(model, wanted)
-    if backend.kind() == "cpu":
+    if backend.kind() == "cpu" and not as_mlx_lm:
         on_cpu(model)
     mx.eval(model.parameters())
     return Loaded(model, tokenizer, config, path, wanted)

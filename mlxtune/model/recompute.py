@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -20,11 +19,15 @@ from mlxtune.model.prefix import PrefixCache
 
 
 @contextmanager
-def recomputed(model: nn.Module, every: int) -> Iterator[None]:
-    """Inside, every `every`-th block of the model is checkpointed; 0: none. Blocks are themselves again after."""
+def recomputed(model: nn.Module, every: int, stages: list[Any] | None = None) -> Iterator[None]:
+    """Inside, every `every`-th block of the model is checkpointed; 0: none. Blocks are themselves again after.
+
+    stages: gets the blocks' outputs, so that they can be computed one by one.
+    """
+    outputs: list[mx.array] = [] if stages is None else stages
     changed = [(block, type(block)) for block in model.layers[::every]] if every else []
     for block, kind in changed:
-        block.__class__ = _recomputing(kind)  # type: ignore[arg-type]  # mypy: a type is hashable
+        block.__class__ = _recomputing(kind, outputs)
     try:
         yield
     finally:
@@ -45,10 +48,11 @@ def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..
     return lambda *args: mx.checkpoint(run)(module.trainable_parameters(), *args)
 
 
-@cache
-def _recomputing(kind: type) -> type:
+def _recomputing(kind: type, stages: list[Any]) -> type:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, kind.__call__, (args, kwargs))
+        out = _run(self, kind.__call__, (args, kwargs))
+        tree_map(lambda leaf: stages.append(leaf) if _is_input(leaf) else None, out)
+        return out
 
     return type(kind.__name__, (kind,), {"__call__": call})
 

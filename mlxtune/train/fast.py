@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -182,9 +183,10 @@ def compare(model: nn.Module, path: Path, batch: Batch) -> Difference:
 
 def gradients(model: nn.Module, path: Path, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     """(loss, gradients by name) on one batch."""
-    with recomputed(model, path.recompute):
-        value, tree = nn.value_and_grad(model, lambda: loss.along(model, path, batch))()
-    mx.eval(value, tree)
+    stages: list[Any] = []
+    with recomputed(model, path.recompute, stages):
+        value, tree = nn.value_and_grad(model, lambda: loss.along(model, path, batch, stages))()
+    loss.finish(stages, value, tree)
     return scalar(value), {name: np.array(array.astype(mx.float32)) for name, array in named(tree).items()}
 
 

@@ -127,11 +127,12 @@ class StepFunction:
         self.job = job
         self.optimizer = optimizer
         self.layers = len(lora.adapters(job.model))
+        self._stages: list[Any] = []
         self._gradient = nn.value_and_grad(job.model, self._loss)
 
     def _loss(self, batch: Batch) -> mx.array:
         """Summed over the batch's supervised tokens."""
-        return loss.along(self.job.model, self.job.path, batch)
+        return loss.along(self.job.model, self.job.path, batch, self._stages)
 
     def __call__(self, number: int) -> dict[str, Any]:
         began = time.perf_counter()
@@ -166,8 +167,9 @@ class StepFunction:
         for batch in batches:
             lengths = (batch.lengths - 1).tolist()  # a row's last token predicts nothing
             self.job.dropout.set(self.job.section.seed, number, batch.rows.tolist(), lengths, self.layers)
-            with recomputed(self.job.model, self.job.path.recompute):
+            with recomputed(self.job.model, self.job.path.recompute, self._stages):
                 value, new = self._gradient(batch)
+            loss.finish(self._stages, value, new)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             mx.eval(value, gradients)
             total += scalar(value)

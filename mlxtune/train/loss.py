@@ -10,6 +10,7 @@ Legend: B rows, T tokens, N supervised positions, D width, V vocabulary, C rows 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +20,12 @@ import mlx.nn as nn
 
 from mlxtune.data.batches import Batch
 from mlxtune.model import prefix
+from mlxtune.model.arrays import named
 from mlxtune.model.head import Split
 from mlxtune.model.recompute import checkpointed
 
-CHUNK_BYTES = 8 << 20  # of one chunk's float32 logits
-MIN_CHUNK_ROWS = 128  # fewer make a thin matrix product, whatever the vocabulary
+CHUNK_BYTES = 64 << 20  # at most, of one chunk's float32 logits
+MIN_CHUNK_ROWS = 64  # fewer make a thin matrix product, whatever the vocabulary
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ def plain(model: nn.Module, batch: Batch) -> mx.array:
     return (losses * mx.array(batch.mask[:, 1:]).astype(losses.dtype)).sum()
 
 
-def along(model: nn.Module, path: Path, batch: Batch) -> mx.array:
-    """The same sum as `plain`, computed as `path` says. Scalar, float32."""
+def along(model: nn.Module, path: Path, batch: Batch, stages: list[Any] | None = None) -> mx.array:
+    """The same sum as `plain`, computed as `path` says. Scalar, float32. stages: see `finish`."""
     if path.split is None and path.prefix is None:
         return plain(model, batch)
     rows, targets = supervised_rows(model, path.split, batch, path.prefix)
@@ -58,7 +60,7 @@ def along(model: nn.Module, path: Path, batch: Batch) -> mx.array:
         return nn.losses.cross_entropy(_wide(rows), targets, reduction="sum")
     if path.head_trained:
         return _checkpointed(model, path.split, rows, targets)
-    return _frozen(path.split, rows, targets)
+    return _frozen(path.split, rows, targets, [] if stages is None else stages)
 
 
 def supervised_rows(
@@ -79,13 +81,39 @@ def supervised_rows(
     return out.reshape(-1, out.shape[-1])[mx.array(positions)], mx.array(targets)
 
 
-def chunks(count: int, vocabulary: int) -> Iterator[slice]:
-    """Cut N positions so that a chunk's logits [C, V] stay small."""
-    rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocabulary))
-    return (slice(start, start + rows) for start in range(0, count, rows))
+def chunk_rows(width: int, vocabulary: int) -> int:
+    """C: the logits of a chunk [C, V] take no more than a quarter of the head's own matrix [V, D] in float32."""
+    return max(MIN_CHUNK_ROWS, min(width // 4, CHUNK_BYTES // (4 * vocabulary)))
 
 
-def _frozen(split: Split, rows: mx.array, targets: mx.array) -> mx.array:
+def chunks(rows: mx.array, vocabulary: int) -> Iterator[slice]:
+    """Cut hidden rows [N, D] so that a chunk's logits [C, V] stay small."""
+    size = chunk_rows(rows.shape[-1], vocabulary)
+    return (slice(start, start + size) for start in range(0, rows.shape[0], size))
+
+
+def finish(stages: list[Any], value: mx.array, gradients: Any) -> None:
+    """Compute a loss and its gradients with as little memory as they need.
+
+    MLX allocates ahead of what it computes. So the graph is computed in stages: first `stages`, in the order in which
+    the forward pass made them (checkpointed blocks, chunks of the head), then the gradients, last layer first.
+    """
+    while stages:
+        mx.eval(stages.pop(0))
+    for layer in sorted(by_layer := _by_layer(gradients), reverse=True):
+        mx.eval(by_layer[layer])
+    mx.eval(value, gradients)
+
+
+def _by_layer(gradients: Any) -> dict[int, list[mx.array]]:
+    found: dict[int, list[mx.array]] = {}
+    for name, array in named(gradients).items():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        found.setdefault(int(layer[1]) if layer else -1, []).append(array)
+    return found
+
+
+def _frozen(split: Split, rows: mx.array, targets: mx.array, stages: list[Any]) -> mx.array:
     """Loss and gradient in one forward pass; the backward pass only scales. Nothing in the head may be trainable:
     gradients to what a custom function closes over are silently zero.
     """
@@ -94,12 +122,13 @@ def _frozen(split: Split, rows: mx.array, targets: mx.array) -> mx.array:
     def head(rows: mx.array) -> tuple[mx.array, mx.array]:
         total = mx.array(0.0, _wide(rows[:0]).dtype)
         parts: list[mx.array] = []
-        for chunk in chunks(targets.size, split.vocabulary):
+        for chunk in chunks(rows, split.vocabulary):
             # Each chunk waits for the one before: computed ahead, all their logits would be alive at once.
             part = mx.depends([rows[chunk]], [total, *parts[-1:]])[0] if parts else rows[chunk]
             loss, gradient = mx.value_and_grad(_chunk_loss(split, targets[chunk]))(part)
             total = total + loss
             parts.append(gradient)
+            stages.append([total, gradient])
         return total, mx.concatenate(parts)
 
     @head.vjp
@@ -113,7 +142,7 @@ def _frozen(split: Split, rows: mx.array, targets: mx.array) -> mx.array:
 def _checkpointed(model: nn.Module, split: Split, rows: mx.array, targets: mx.array) -> mx.array:
     """The chunks' logits computed again in the backward pass, with gradients to the head's parameters."""
     total = mx.array(0.0, _wide(rows[:0]).dtype)
-    for chunk in chunks(targets.size, split.vocabulary):
+    for chunk in chunks(rows, split.vocabulary):
         part = mx.depends([rows[chunk]], [total])[0]
         total = total + checkpointed(model, _chunk_loss(split, targets[chunk]))(part)
     return total
@@ -129,9 +158,8 @@ def _chunk_loss(split: Split, targets: mx.array) -> Callable[[mx.array], mx.arra
 
     @cross_entropy.vjp
     def softmax_minus_one_hot(logits: mx.array, cotangent: mx.array, _: Any) -> mx.array:
-        p = mx.softmax(logits, axis=-1)
-        at = targets[:, None]
-        return cotangent * mx.put_along_axis(p, at, mx.take_along_axis(p, at, axis=-1) - 1, axis=-1)
+        # Nothing else may hold the softmax: then all this happens in its own buffer.
+        return cotangent * mx.softmax(logits, axis=-1).at[mx.arange(targets.size), targets].subtract(1)
 
     def loss(rows: mx.array) -> mx.array:
         out: Any = cross_entropy(_wide(split.logits(rows)))

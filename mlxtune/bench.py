@@ -1,0 +1,269 @@
+"""Speed and memory of a training step on this machine, alone or against mlx-lm's own trainer.
+
+Every measurement is a child process that trains on the same rows and prints one JSON line; competitors take turns, so
+that a machine's moods fall on both. mlx-lm runs as its own command runs it (its batches, its padding, its loss), with
+our rank, targets, activation type, BLAS and compile setting. One step warms up and is not counted.
+
+Legend: D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+
+from mlxtune import backend, config, session
+from mlxtune.config import Config
+from mlxtune.data.batches import DEFAULT_ROWS, Plan
+from mlxtune.data.chat import Example
+from mlxtune.errors import UserError
+from mlxtune.model import lora, prefix
+from mlxtune.model.arrays import dtype_name, scalar
+from mlxtune.model.load import Loaded, load
+from mlxtune.train import fast, loop, optim
+from mlxtune.train.loss import Path as Way
+
+OURS, THEIRS = "mlxtune", "mlx-lm"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One child's figures. seconds: of the counted steps together; tokens: real ones, padding apart; processed: those
+    that went through the trunk; peak_bytes: over the model's own; head_saved, prefix_saved: share of the plain way's
+    arithmetic left out; utilisation: needed arithmetic per second over that of a large matrix product.
+    """
+
+    who: str
+    rows: int
+    steps: int
+    seconds: float
+    tokens: int
+    supervised: int
+    processed: int
+    padding: float
+    peak_bytes: int
+    base_bytes: int
+    device: str
+    head_saved: float = 0.0
+    prefix_saved: float = 0.0
+    utilisation: float = 0.0
+    computed: str = ""
+
+    @property
+    def seconds_per_row(self) -> float:
+        return self.seconds / self.rows
+
+
+def measure(settings: Config, rows: int, who: str) -> Measured:
+    """Run one competitor in a child process. Raises UserError with its last line when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "bench.yaml"
+        file.write_text(session.anchored(settings).to_yaml(), encoding="utf-8")
+        command = [sys.executable, "-m", "mlxtune.bench", who, str(file), str(rows)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+        raise UserError(f"the measurement of {who} failed: {lines[-1] if lines else 'no reason given'}")
+    return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def compare(settings: Config, rows: int, pairs: int, said: Callable[[str], None]) -> tuple[list[Measured], Any]:
+    """(all measurements, the ratio of median seconds per row with its spread) of alternating pairs."""
+    found: list[Measured] = []
+    for number in range(pairs):
+        for who in (OURS, THEIRS)[:: 1 if number % 2 == 0 else -1]:
+            found.append(measure(settings, rows, who))
+            said(f"pair {number + 1}/{pairs}: {who} {found[-1].seconds_per_row:.3f} s per row")
+    ours, theirs = ([m.seconds_per_row for m in found if m.who == who] for who in (OURS, THEIRS))
+    single = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    peaks = [[m.peak_bytes for m in found if m.who == who] for who in (OURS, THEIRS)]
+    return found, {
+        "time": statistics.median(ours) / statistics.median(theirs),
+        "time_lowest": single[0],
+        "time_highest": single[-1],
+        "peak": statistics.median(peaks[0]) / statistics.median(peaks[1]),
+        "pairs": pairs,
+    }
+
+
+def _child(who: str, file: str, count: int) -> Measured:
+    """The rows are those of the first steps of our plan for the whole data: batched as in a real run."""
+    settings = config.load(file)
+    plan = Plan(session.read_data(settings)[0].train, settings.train, settings.data.group_by_prefix)
+    rows: list[int] = []
+    steps = 0
+    while len(rows) < count and steps < plan.steps:
+        steps += 1
+        rows += [row for batch in plan.step(steps) for row in batch.rows.tolist()]
+    size = settings.train.batch_rows or DEFAULT_ROWS
+    if settings.train.batch_tokens:
+        size = max(1, len(rows) // (steps * settings.train.accumulate))
+    if len(rows) < 2 * size:
+        raise UserError(f"{settings.data.path}: {len(rows)} usable rows are too few to measure with")
+    if who == OURS:
+        return _ours(settings, plan, steps)
+    return _theirs(settings, [plan.examples[row] for row in sorted(set(rows))], size)
+
+
+def _ours(settings: Config, plan: Plan, steps: int) -> Measured:
+    loaded = load(settings.model.path, settings.train.dtype)
+    base = mx.get_active_memory()
+    dropout = lora.attach(loaded.model, lora.Spec.of(loaded.model, settings.lora), settings.train.seed)
+    path, _ = fast.choose(loaded.model, plan.examples, settings, loaded.dtype)
+    nothing: Any = None
+    job = loop.Job(loaded.model, path, dropout, plan, settings.train, Path(), nothing, str, "")
+    optimizer = optim.build(settings.train, loaded.model.trainable_parameters())
+    step = loop.StepFunction(job, optimizer)
+    batches = [batch for number in range(1, steps + 1) for batch in plan.step(number)]
+    longest = max(range(1, steps + 1), key=lambda number: max(batch.ids.size for batch in plan.step(number)))
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    step(longest)
+    events = [step(number) for number in range(1, steps + 1)]
+    peak = mx.get_peak_memory()
+    seconds = sum(event["seconds"] for event in events)
+    lengths = [0 if path.prefix is None else prefix.usable(batch, path.prefix) for batch in batches]
+    saved = sum(length * (len(batch.rows) - 1) for length, batch in zip(lengths, batches, strict=True))
+    padded = sum(batch.ids.size - len(batch.rows) for batch in batches)
+    trunk, head = _elements(loaded, path)
+    supervised = sum(batch.targets for batch in batches)
+    plain = padded * (trunk + head)
+    needed = (padded - saved) * trunk + (supervised if path.split else padded) * head
+    return Measured(
+        OURS,
+        rows=sum(len(batch.rows) for batch in batches),
+        steps=steps,
+        seconds=seconds,
+        tokens=sum(batch.tokens - len(batch.rows) for batch in batches),
+        supervised=supervised,
+        padding=padded / sum(batch.tokens - len(batch.rows) for batch in batches) - 1,
+        processed=padded - saved,
+        peak_bytes=peak - base,
+        base_bytes=base,
+        device=_device(loaded.dtype),
+        head_saved=(padded - supervised) * head / plain if path.split else 0.0,
+        prefix_saved=saved * trunk / plain,
+        utilisation=4 * needed / seconds / _matmul_peak(loaded.dtype),
+        computed=fast.describe(path),
+    )
+
+
+def _theirs(settings: Config, examples: list[Example], rows: int) -> Measured:
+    """mlx-lm's trainer with the loss on answers only, its batches in its own order, every batch once."""
+    from mlx_lm.tuner import trainer
+    from mlx_lm.tuner.callbacks import TrainingCallback
+    from mlx_lm.tuner.datasets import CacheDataset
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    loaded = load(settings.model.path, settings.train.dtype, as_mlx_lm=True)
+    base = mx.get_active_memory()
+    spec = lora.Spec.of(loaded.model, settings.lora)
+    loaded.model.freeze()
+    parameters = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": list(spec.keys)}
+    linear_to_lora_layers(loaded.model, spec.num_layers, parameters)
+    seen: list[Any] = []
+
+    class Rows:
+        def __len__(self) -> int:
+            return len(examples)
+
+        def __getitem__(self, index: int) -> dict[str, Example]:
+            return {"row": examples[index]}
+
+        def process(self, row: dict[str, Example]) -> tuple[list[int], int]:
+            example = row["row"]
+            return list(example.ids), list(example.mask).index(1)
+
+    def warmed(**options: Any) -> Iterator[Any]:
+        found = list(trainer.iterate_batches(**{**options, "loop": False}))
+        seen.extend(found)
+        yield max(found, key=lambda batch: batch[0].size)
+        yield from found
+
+    class Clock(TrainingCallback):
+        seconds: list[float] = []  # noqa: RUF012  # one per child process
+
+        def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
+            self.seconds.append(1 / train_info["iterations_per_second"])
+
+    steps = len(examples) // rows
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = trainer.TrainingArgs(
+            batch_size=rows,
+            iters=steps + 1,
+            steps_per_report=1,
+            steps_per_save=10**9,
+            max_seq_length=settings.data.max_tokens,
+            adapter_file=str(Path(folder) / "adapters.safetensors"),
+            grad_checkpoint=settings.train.checkpoint_layers != "none",
+        )
+        optimizer = optimizers.AdamW(settings.train.lr)
+        dataset = CacheDataset(Rows())
+        mx.reset_peak_memory()
+        trainer.train(loaded.model, optimizer, dataset, None, arguments, trainer.default_loss, warmed, Clock())
+    offsets, lengths = (sum(int(scalar(batch[1][:, side].sum())) for batch in seen) for side in (0, 1))
+    used = lengths - steps * rows  # as for ours: a row's last token predicts nothing
+    padded = sum(batch[0].shape[0] * (batch[0].shape[1] - 1) for batch in seen)
+    return Measured(
+        THEIRS,
+        rows=steps * rows,
+        steps=steps,
+        seconds=sum(Clock.seconds[1:]),
+        tokens=used,
+        supervised=lengths - offsets,
+        processed=padded,
+        padding=padded / used - 1,
+        peak_bytes=mx.get_peak_memory() - base,
+        base_bytes=base,
+        device=_device(loaded.dtype),
+    )
+
+
+def _elements(loaded: Loaded, path: Way) -> tuple[int, int]:
+    """(matrix elements that a token meets in the blocks, V * D of the head where it is run apart).
+
+    A token costs 4 operations per element: multiply and add, forward and back to the input. Attention's own products,
+    the adapter's and what checkpointing computes again are left out.
+    """
+    chosen = int(loaded.config.get("num_experts_per_tok") or 1)
+    trunk = 0
+    for block in loaded.model.layers:
+        for _, layer in block.named_modules():
+            if isinstance(layer, lora.LINEAR + lora.SWITCH):
+                *_, outputs, inputs = lora.dense_shape(layer)
+                trunk += outputs * inputs * (chosen if isinstance(layer, lora.SWITCH) else 1)
+    if path.split is None:
+        return trunk, 0
+    return trunk, path.split.vocabulary * path.split.hidden(mx.array([[0]])).shape[-1]
+
+
+def _matmul_peak(dtype: mx.Dtype) -> float:
+    """Operations per second of a product of two 2048-square matrices, the best of five."""
+    a = mx.random.normal((2048, 2048)).astype(dtype)
+    mx.eval(a @ a)
+    best = float("inf")
+    for _ in range(5):
+        began = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2048**3 / best
+
+
+def _device(dtype: mx.Dtype) -> str:
+    return f"{backend.kind()} ({backend.chip()}), {dtype_name(dtype)}, MLX {version('mlx')}"
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_child(sys.argv[1], sys.argv[2], int(sys.argv[3])))))

@@ -1,0 +1,98 @@
+"""mlxtune bench."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mlxtune.cli import common
+
+if TYPE_CHECKING:
+    from mlxtune.bench import Measured
+
+DEMO = ("lora.rank=8", "lora.alpha=16")
+
+
+@click.command()
+@common.model_option(required=False)
+@click.option("--data", metavar="PATH", help="Folder, file or hub dataset id.  [default: the demo's]")
+@click.option(
+    "--rows", type=click.IntRange(min=8), default=32, show_default=True, help="Training rows to measure with."
+)
+@click.option("--against", type=click.Choice(["mlx-lm"]), help="Its trainer too, in turns.")
+@click.option("--pairs", type=click.IntRange(min=5), default=None, help="Measurements of each.  [default: 5]")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@common.settings_option
+def bench(
+    model: str | None,
+    data: str | None,
+    rows: int,
+    against: str | None,
+    pairs: int | None,
+    as_json: bool,
+    settings: tuple[str, ...],
+) -> None:
+    """Measure speed and memory of training on this machine.
+
+    Without --model and --data: the demo's model and rows. Memory is the peak over the model's own.
+
+    \b
+    mlxtune bench
+    mlxtune bench --model model --data data --against mlx-lm --set train.checkpoint_layers=all
+    """
+    from mlxtune import config as configuration
+    from mlxtune.errors import UserError
+
+    if pairs is not None and against is None:
+        raise UserError("--pairs has no effect without --against", "Add --against mlx-lm.")
+    import tempfile
+    from dataclasses import asdict
+
+    from mlxtune import bench as measuring
+    from mlxtune.demo import story
+    from mlxtune.demo.model import fetch
+    from mlxtune.model import convert
+
+    console = common.console()
+    with tempfile.TemporaryDirectory() as folder:
+        if model is None:
+            model = str(Path(folder) / "model")
+            convert.convert(str(fetch()), Path(model), convert.Target.of(None, None, None))
+        flags = {"model.path": model, "data.path": data or str(story.data_folder()), "train.epochs": 1.0}
+        resolved = configuration.load(None, (*DEMO, *settings), flags)
+        ratio = None
+        if against is None:
+            found = [measuring.measure(resolved, rows, measuring.OURS)]
+        else:
+            found, ratio = measuring.compare(resolved, rows, pairs or 5, lambda line: console.print(line))
+    if as_json:
+        click.echo(json.dumps({"measured": [asdict(one) for one in found], "ratio": ratio}))
+        return
+    out = common.stdout()
+    for who in dict.fromkeys(one.who for one in found):
+        own = sorted((one for one in found if one.who == who), key=lambda one: one.seconds)
+        _print(own[len(own) // 2])
+    if ratio is not None:
+        out.print(
+            f"time {ratio['time']:.2f} of mlx-lm's (single pairs {ratio['time_lowest']:.2f} to "
+            f"{ratio['time_highest']:.2f}, {ratio['pairs']} pairs), peak memory {ratio['peak']:.2f} of its"
+        )
+
+
+def _print(one: Measured) -> None:
+    out = common.stdout()
+    out.print(f"{one.who} on {one.device}: {one.rows} rows in {one.steps} steps, {one.seconds_per_row:.3f} s per row")
+    out.print(
+        f"  {one.steps / one.seconds:.3f} steps/s, {one.supervised / one.seconds:,.0f} supervised and "
+        f"{one.processed / one.seconds:,.0f} processed tokens/s, padding {one.padding:.1%}"
+    )
+    out.print(f"  peak memory {one.peak_bytes / 1e6:,.0f} MB over the model's {one.base_bytes / 1e6:,.0f} MB")
+    if one.computed:
+        out.print(f"  {one.computed}")
+        out.print(
+            f"  work left out: {one.head_saved:.0%} by the head, {one.prefix_saved:.0%} by the prefix; "
+            f"{one.utilisation:.0%} of this machine's matrix product speed"
+        )
