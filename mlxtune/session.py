@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,12 @@ def anchored(config: Config) -> Config:
 
     def absolute(path: str) -> str:
         local = Path(path).expanduser()
-        return str(local.resolve()) if local.exists() else path
+        return str(local.resolve()) if path and local.exists() else path
 
     model = config.model.model_copy(update={"path": absolute(config.model.path)})
     data = config.data.model_copy(update={"path": absolute(config.data.path)})
-    return config.model_copy(update={"model": model, "data": data})
+    tuned = config.lora.model_copy(update={"start_from": absolute(config.lora.start_from)})
+    return config.model_copy(update={"model": model, "data": data, "lora": tuned})
 
 
 def default_out(model: str) -> Path:
@@ -92,10 +93,12 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     data = read_data(config)
     loaded = load(config.model.path, config.train.dtype)
     loaded.check_ids(example.ids for example in data.train.examples + data.valid.examples)
-    spec = lora.Spec.of(loaded.model, config.lora)
+    spec = spec_for(config, loaded, out if resume else None)
     valid = in_order(data.valid.examples)
     split = split_for(loaded, config, valid[-1])
     dropout = lora.attach(loaded.model, spec, config.train.seed)
+    if config.lora.start_from and not resume:
+        lora.load_factors(loaded.model, Path(config.lora.start_from) / spec.file)
     plan = Plan(data.train.examples, config.train)
     job = loop.Job(
         model=loaded.model,
@@ -107,6 +110,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
         evaluate=lambda: score(loaded.model, split, valid),
         lines=[row.record.place for row in data.train.rows],
         data=digest(data),
+        adapter_file=spec.file,
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
     if split is None and config.fast.head == "auto":
@@ -115,6 +119,8 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
         loaded.tokenizer, config.data.template_kwargs
     ):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
+    if config.lora.start_from:
+        notes.append(f"going on from {config.lora.start_from}: its kind, ranks, scales and targets are kept")
     notes.append(f"{len(data.train.rows)} training rows, {len(data.valid.rows)} held out, {plan.steps} steps")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {backend.kind()}, {dtype_name(loaded.dtype)}")
     with explained(out):
@@ -133,6 +139,20 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
             if not resume and not checkpoint.saved(out):
                 shutil.rmtree(out, ignore_errors=True)
             raise
+
+
+def spec_for(config: Config, loaded: Loaded, run: Path | None) -> lora.Spec:
+    """What trains: as a resumed run began, as the adapter to start from is, else as configured."""
+    if run is not None:
+        return lora.read_spec(run)
+    if not config.lora.start_from:
+        return lora.Spec.of(loaded.model, config.lora)
+    start = Path(config.lora.start_from)
+    spec = lora.read_spec(start)
+    if lora.adapter_file(start) is None:
+        raise UserError(f"{start} has no {spec.file}")
+    layers = len(loaded.model.layers)
+    return replace(spec, dropout=config.lora.dropout, num_layers=spec.num_layers if spec.num_layers > 0 else layers)
 
 
 def digest(data: Data) -> str:

@@ -21,6 +21,7 @@ from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
+from mlxtune.model.layers import Adapter, own_parameters
 from mlxtune.model.load import model_dtype, open_model, source_of
 from mlxtune.model.quantize import QUANTIZED, dense_weight
 
@@ -64,22 +65,22 @@ class Merged:
         for path, module in self.model.named_modules():
             if path in inside:
                 continue
-            if isinstance(module, lora.Adapter):
+            if isinstance(module, Adapter):
                 inside.add(f"{path}.linear")
-            elif not _parameters(module):
+            elif not own_parameters(module):
                 continue
             yield path, module
 
     def weight(self, module: nn.Module) -> mx.array:
         """The merged matrix of one leaf, float32."""
-        if isinstance(module, lora.Adapter):
-            return dense_weight(module.linear) + module.delta()
+        if isinstance(module, Adapter):
+            return module.merged(dense_weight(module.linear))
         return dense_weight(module)
 
     def dense(self, path: str, module: nn.Module) -> list[tuple[str, mx.array]]:
         inner = _inner(module)
         out = []
-        for name, value in _parameters(inner).items():
+        for name, value in own_parameters(inner).items():
             if isinstance(inner, QUANTIZED) and name in _QUANTIZATION_TENSORS:
                 continue
             array = self.weight(module) if name == "weight" else value
@@ -93,17 +94,12 @@ _QUANTIZATION_TENSORS = ("scales", "biases", "global_scale")
 
 def _inner(module: nn.Module) -> Any:
     """The base's layer of a leaf."""
-    return module.linear if isinstance(module, lora.Adapter) else module
+    return module.linear if isinstance(module, Adapter) else module
 
 
 def _release(module: nn.Module) -> None:
-    for name in _parameters(module):
+    for name in own_parameters(module):
         module[name] = mx.array([])
-
-
-def _parameters(module: nn.Module) -> dict[str, mx.array]:
-    """A module's own arrays; names with an underscore are MLX's private ones (rotary tables), not parameters."""
-    return {name: value for name, value in module.items() if isinstance(value, mx.array) and not name.startswith("_")}
 
 
 def open_merged(base: Path, adapter: Path | None, dtype: mx.Dtype | None = None) -> Merged:
@@ -140,7 +136,7 @@ def _dense_size(module: nn.Module) -> int:
     inner = _inner(module)
     if isinstance(inner, QUANTIZED):
         return inner.weight.size * 32 // inner.bits
-    return sum(value.size for value in _parameters(inner).values())
+    return sum(value.size for value in own_parameters(inner).values())
 
 
 def _write_quantized(merged: Merged, writer: ShardWriter, bits: int) -> dict[str, Any]:
@@ -150,10 +146,10 @@ def _write_quantized(merged: Merged, writer: ShardWriter, bits: int) -> dict[str
     table: dict[str, Any] = {"group_size": group, "bits": bits, "mode": "affine"}
     predicate = getattr(merged.model, "quant_predicate", None) or (lambda path, module: True)
     for path, module in merged.leaves():
-        adapted = isinstance(module, lora.Adapter)
+        adapted = isinstance(module, Adapter)
         inner = _inner(module)
         if isinstance(inner, QUANTIZED) and not adapted:
-            for name, value in _parameters(inner).items():
+            for name, value in own_parameters(inner).items():
                 writer.add(f"{path}.{name}", to_numpy(value))
             table[path] = {"group_size": inner.group_size, "bits": inner.bits, "mode": inner.mode}
             continue
