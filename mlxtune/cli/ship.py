@@ -103,6 +103,7 @@ def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Ex
     metavar="OWNER/NAME",
     help="The original model on the hub.  [default: where it was converted from]",
 )
+@click.option("--push", metavar="USER/REPO", help="Upload the export to the hub, into a private repository.")
 @data_option
 @no_verify_option
 @common.force_option
@@ -114,6 +115,7 @@ def export(
     base: Path | None,
     dtype: str | None,
     base_name: str,
+    push: str | None,
     data: str | None,
     no_verify: bool,
     force: bool,
@@ -136,8 +138,11 @@ def export(
     from mlxtune import backend
     from mlxtune.model import hub
     from mlxtune.model.load import source_of
+    from mlxtune.ship import card
     from mlxtune.ship import export as shipping
 
+    if push:
+        card.check_repo(push)
     backend.prepare()
     path = hub.resolve(model)
     examples = None if no_verify else _held_out(path, adapter, data)
@@ -149,7 +154,10 @@ def export(
         report = shipping.to_peft(request) if target == "peft" else shipping.to_hf(request)
     result = common.stdout()
     result.print(f"{out}: {target}" + ("" if report is None else f", {report.line()}"))
-    if target == "peft" and not shipping.base_name(request, source_of(path)):
+    if push:
+        with console.status(f"uploading to {push}"):
+            result.print(f"{card.push(out, push)}: private")
+    if target == "peft" and not shipping.names_base(out):
         console.print(
             "note: the adapter names no base model (unknown here); --base-name OWNER/NAME writes it", style="yellow"
         )

@@ -23,6 +23,7 @@ from mlxtune.errors import UserError
 from mlxtune.model.arrays import save_arrays
 from mlxtune.model.dropout import DropoutKeys, keys_for
 from mlxtune.model.layers import (
+    LINEAR,
     SWITCH,
     Adapter,
     DoRALinear,
@@ -33,7 +34,7 @@ from mlxtune.model.layers import (
     trained,
 )
 from mlxtune.model.load import model_dtype
-from mlxtune.model.spec import ADAPTER_FILE, OWN_FILE, Spec, places
+from mlxtune.model.spec import ADAPTER_FILE, OWN_FILE, Spec, outside_blocks, places
 
 CONFIG_FILE = "adapter_config.json"
 OWN_TYPE = "mlxtune"
@@ -102,14 +103,15 @@ def factors(model: nn.Module) -> dict[str, mx.array]:
 
 def save_config(folder: Path, spec: Spec) -> None:
     """adapter_config.json, as mlx-lm reads it where it can hold the adapter."""
+    common = {"variant": spec.variant, **({"base_model": spec.base} if spec.base else {})}
     if spec.file == OWN_FILE:
         chosen = {path: {"rank": rank, "scale": scale} for path, (rank, scale) in spec.modules.items()}
-        own = {"variant": spec.variant, "dropout": spec.dropout, "modules": chosen, "trained": list(spec.trained)}
+        own = {"dropout": spec.dropout, "modules": chosen, "trained": list(spec.trained), "own_head": spec.own_head}
         uniform = {} if chosen else _uniform(spec)
-        write_json(folder / CONFIG_FILE, {"fine_tune_type": OWN_TYPE, **own, **uniform})
+        write_json(folder / CONFIG_FILE, {"fine_tune_type": OWN_TYPE, **own, **uniform, **common})
         return
     kind = "dora" if spec.variant == "dora" else "lora"
-    write_json(folder / CONFIG_FILE, {"fine_tune_type": kind, **_uniform(spec), "variant": spec.variant})
+    write_json(folder / CONFIG_FILE, {"fine_tune_type": kind, **_uniform(spec), **common})
 
 
 def _uniform(spec: Spec) -> dict[str, Any]:
@@ -141,6 +143,8 @@ def read_spec(folder: Path) -> Spec:
             variant,
             modules,
             tuple(config.get("trained", ())),
+            bool(config.get("own_head", False)),
+            str(config.get("base_model", "")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG_FILE}: not an MLX adapter's configuration ({error})") from error
@@ -172,6 +176,11 @@ def load_adapter(model: nn.Module, folder: Path) -> Spec:
         raise UserError(f"{folder}: the adapter covers {spec.num_layers} blocks, the model has {layers}")
     if spec.num_layers <= 0 and not spec.modules:  # mlx-lm's way to say all
         spec = replace(spec, num_layers=layers)
+    if spec.own_head and not outside_blocks(model, LINEAR):
+        raise UserError(
+            f"{folder}: its embedding was trained beside the old head; this model has one matrix for both",
+            "In PEFT, save it with ensure_weight_tying, or with lm_head in modules_to_save.",
+        )
     attach(model, spec)
     load_factors(model, file)
     return spec

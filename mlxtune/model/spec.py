@@ -25,7 +25,8 @@ class Spec:
     keys: module paths inside a block (or in the model, outside its blocks); num_layers: how many blocks from the last
     one; scale: of the update, alpha / rank, or alpha / sqrt(rank) in rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
     modules: where rank or scale are not the same everywhere, each adapted path in the model with its own (rank, scale);
-    it replaces keys and num_layers. trained: paths of the layers trained in full.
+    it replaces keys and num_layers. trained: paths of the layers trained in full; own_head: the head is not to follow a
+    trained embedding. base: the original model on the hub, where an imported adapter names one.
     """
 
     rank: int
@@ -36,6 +37,8 @@ class Spec:
     variant: str = "lora"
     modules: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
+    own_head: bool = False
+    base: str = ""
 
     @property
     def file(self) -> str:

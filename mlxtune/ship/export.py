@@ -5,17 +5,18 @@ An export is built under a temporary name, compared with the trained model, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlxtune_convert import peft
+import numpy as np
+from mlxtune_convert import layouts, peft
 from mlxtune_convert.configs import unquantized
-from mlxtune_convert.families import by_model_type
-from mlxtune_convert.files import new_folder, require_space, write_json
-from mlxtune_convert.tensors import ShardWriter
+from mlxtune_convert.files import new_folder, read_json, require_space, write_json
+from mlxtune_convert.tensors import ShardWriter, read_header, weight_files
+from safetensors import safe_open
 
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
@@ -23,7 +24,8 @@ from mlxtune.model import lora
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
 from mlxtune.model.load import load, source_of
-from mlxtune.ship import verify
+from mlxtune.model.peft import from_model
+from mlxtune.ship import card, verify
 from mlxtune.ship.merge import Merged, check_base, fuse, open_merged
 from mlxtune.ship.verify import Reference, Report, Runner
 
@@ -84,8 +86,10 @@ def to_hf(request: Request) -> Report | None:
     """Write a merged model folder that transformers loads. Raises UserError when the proof fails; nothing is kept
     then.
     """
-    source = source_of(request.base or request.model)
-    by_model_type(source["config"]["model_type"])
+    folder = request.base or request.model
+    source = source_of(folder)
+    layout = layouts.by_model_type(source["config"])
+    dropped = _dropped(layout, folder)
     merged = _merged(request)
     storage = dtype_name(merged.dtype)
     parameters = merged.count()
@@ -94,14 +98,17 @@ def to_hf(request: Request) -> Report | None:
     with new_folder(request.out, request.force, request.sources) as work:
         require_space(work, parameters * merged.dtype.size)
         writer = ShardWriter(work, {"format": "pt"})
-        for name, array in merged.tensors():
-            writer.add(name, to_numpy(array))
+        for name, array in layout.to_hf(((name, to_numpy(array)) for name, array in merged.tensors()), np):
+            writer.add(name, array)
+        for name, array in dropped:
+            writer.add(name, array)
         writer.close()
         config = unquantized(source["config"])
         config.pop("torch_dtype", None)
         write_json(work / "config.json", {**config, "dtype": storage})
-        copy_tokenizer(request.base or request.model, work)
-        _model_card(work, request, source)
+        copy_tokenizer(folder, work)
+        card.write_generation_config(work, config)
+        card.write(work, "transformers", base_name(request, source), card.licence_of(folder), request.adapter)
         if request.examples is None:
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
@@ -112,36 +119,61 @@ def to_hf(request: Request) -> Report | None:
         return _judged(work, ref, run, name, storage, request)
 
 
+def _dropped(layout: layouts.Layout, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that the original has and MLX does not, as the original has them.
+
+    Raises UserError before any work when the family has such tensors and `folder` does not hold them.
+    """
+    files = {name: file for file in weight_files(folder) for name in read_header(file) if layout.is_dropped(name)}
+    if layout.dropped and layout.needs_dropped and not files:
+        raise UserError(
+            f"{folder} lacks tensors that transformers needs and MLX does not ({', '.join(layout.dropped)})",
+            "Give the original model: --base HF_DIR.",
+        )
+    return ((name, _tensor(file, name)) for name, file in sorted(files.items()))
+
+
+def _tensor(file: Path, name: str) -> np.ndarray:
+    with safe_open(file, "numpy") as opened:
+        array: np.ndarray = opened.get_tensor(name)
+    return array
+
+
 def to_peft(request: Request) -> Report | ReadBack | None:
     """Write a PEFT adapter folder. Raises UserError when the proof fails; nothing is kept then."""
     if request.adapter is None:
         raise UserError("--to peft exports an adapter", "Name the run: --adapter RUN")
-    source = source_of(request.base or request.model)
-    by_model_type(source["config"]["model_type"])
-    spec = lora.read_spec(request.adapter)
+    source = source_of(request.model)
+    layout = layouts.by_model_type(source["config"])
     tuned = open_merged(request.model, request.adapter)
-    factors = {
-        path: (to_numpy(layer.lora_a), to_numpy(layer.lora_b)) for path, layer in lora.adapters(tuned.model).items()
-    }
+    spec = lora.read_spec(request.adapter)
+    adapter = from_model(tuned.model, spec, source["config"], base_name(request, source) or spec.base)
     with new_folder(request.out, request.force, request.sources) as work:
-        peft.write_adapter(work, factors, spec.scale, spec.dropout, base_name(request, source))
+        peft.write_adapter(work, adapter)
+        card.write(work, "peft", adapter.base, card.licence_of(request.model), request.adapter)
+        count = peft.check_adapter(work, adapter)
         if request.examples is None:
             return None
         if not verify.has_peft():
-            count = peft.check_adapter(work, factors)
             back = ReadBack(count)
             write_json(work / REPORT_FILE, asdict(back))
             return back
         base = open_merged(request.model, None, mx.float32)
         verify.require_memory(base.count())
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        run = verify.peft_runner(base, unquantized(source["config"]), work)
+        state = layout.to_hf(((name, to_numpy(array)) for name, array in base.tensors()), np)
+        run = verify.peft_runner(dict(state), unquantized(source["config"]), work)
         return _judged(work, ref, run, "PEFT on the dense base, float32", "float32", request)
 
 
 def base_name(request: Request, source: dict[str, Any]) -> str:
     """The original model on the hub, or "" when unknown. A repository of MLX-quantized weights is none."""
     return request.base_name or (source["name"] if source["kind"] == "hf" else "")
+
+
+def names_base(adapter: Path) -> bool:
+    """Whether a PEFT adapter says which model it is for."""
+    return bool(read_json(adapter / peft.CONFIG_FILE, "a PEFT adapter").get("base_model_name_or_path"))
 
 
 def _merged(request: Request) -> Merged:
@@ -165,10 +197,3 @@ def _judged(work: Path, ref: Reference, run: Runner, name: str, storage: str, re
         )
     write_json(work / REPORT_FILE, report.to_json())
     return report
-
-
-def _model_card(work: Path, request: Request, source: dict[str, Any]) -> None:
-    base = base_name(request, source)
-    head = ["---", "library_name: transformers", "tags: [mlxtune]", *([f"base_model: {base}"] if base else []), "---"]
-    body = f"A fine-tuned version of {base or 'its base model'}, merged and exported with mlxtune."
-    (work / "README.md").write_text("\n".join([*head, "", body, ""]), encoding="utf-8")

@@ -23,7 +23,6 @@ from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.load import Loaded, load
-from mlxtune.ship.merge import Merged
 from mlxtune.train.loss import supervised_rows
 
 MAX_ROWS = 16
@@ -219,13 +218,26 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+def _model_class(config: Any) -> Any:
+    """transformers' class of a configuration: the one that its checkpoint names."""
+    import transformers
+
+    names = config.architectures or []
+    return (
+        getattr(transformers, names[0])
+        if names and hasattr(transformers, names[0])
+        else transformers.AutoModelForCausalLM
+    )
+
+
 def transformers_runner(folder: Path) -> Runner:
     """Load an exported folder with transformers, in float32. Raises UserError for missing or unexpected tensors."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     _quiet()
-    model, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
+    kind = _model_class(AutoConfig.from_pretrained(str(folder)))
+    model, info = kind.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
         raise UserError(
@@ -234,24 +246,25 @@ def transformers_runner(folder: Path) -> Runner:
     return _torch_runner(model)
 
 
-def peft_runner(base: Merged, config: dict[str, Any], folder: Path) -> Runner:
+def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> Runner:
     """The exported adapter on the dense float32 form of the base it was trained on, through transformers and PEFT.
 
-    The base is built in memory, tensor by tensor; nothing is written.
+    base: tensors under Hugging Face's names, handed over in memory; nothing is written.
     """
     import torch
     from peft import PeftModel
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     _quiet()
     built = AutoConfig.for_model(**config)
-    model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
-    state = {name: torch.from_numpy(np.array(array)) for name, array in base.tensors()}
-    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
-    tied = {"lm_head.weight"} if built.tie_word_embeddings else set()
-    if unexpected or set(missing) - tied:
-        raise UserError(f"the base does not fit transformers' model: {[*unexpected, *missing][:3]}")
+    state = {name: torch.from_numpy(np.array(base.pop(name))) for name in list(base)}
+    model, info = _model_class(built).from_pretrained(
+        None, config=built, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    # What MLX never had (a vision tower) is not what the adapter is on.
+    if info["unexpected_keys"] or info["mismatched_keys"]:
+        wrong = [*info["unexpected_keys"], *info["mismatched_keys"]]
+        raise UserError(f"the base does not fit transformers' model: {wrong[:3]}")
     return _torch_runner(PeftModel.from_pretrained(model, str(folder)))
 
 
