@@ -20,10 +20,20 @@ QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
 def normalise(config: dict[str, Any]) -> dict[str, Any]:
     """A copy of `config` that mlx-lm reads as transformers means it. Old-style configs come back unchanged."""
+    out = _spelled(config)
+    if out.get("model_type") not in TEXT_ALONE:
+        return out
+    # mlx-lm knows these only as the text part of a vision model.
+    shared = ("tie_word_embeddings", "eos_token_id", "bos_token_id", *QUANTIZATION_KEYS)
+    whole = {key: out[key] for key in shared if key in out}
+    return {"model_type": TEXT_ALONE[out["model_type"]], "text_config": out, **whole}
+
+
+def _spelled(config: dict[str, Any]) -> dict[str, Any]:
     out = dict(config)
     text = out.get("text_config")
     if isinstance(text, dict):
-        out["text_config"] = normalise(text)
+        out["text_config"] = _spelled(text)
     rope = out.get("rope_parameters")
     if isinstance(rope, dict):
         # Models with windowed layers keep one set per layer type.
@@ -50,10 +60,6 @@ def normalise(config: dict[str, Any]) -> dict[str, Any]:
             out["sliding_window_pattern"] = "".join("LG"[kind == "full_attention"] for kind in kinds)
     if isinstance(out.get("time_step_limit"), list):  # JSON has no infinity; transformers writes an object
         out["time_step_limit"] = [float("inf") if isinstance(x, dict) else x for x in out["time_step_limit"]]
-    if out.get("model_type") in TEXT_ALONE:  # mlx-lm knows these only as the text part of a vision model
-        shared = ("tie_word_embeddings", "eos_token_id", "bos_token_id", *QUANTIZATION_KEYS)
-        whole = {key: out[key] for key in shared if key in out}
-        out = {"model_type": TEXT_ALONE[out["model_type"]], "text_config": out, **whole}
     for one, other in ALIASES:
         for known, missing in ((one, other), (other, one)):
             if known in out and missing not in out:

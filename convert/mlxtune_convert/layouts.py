@@ -168,7 +168,8 @@ def _llama4_text(config: Config) -> Layout:
         Rule(f"{e}down_proj", (f"{moved}{e}down_proj.weight",), axes=(0, 2, 1)),
         *_prefixed(moved),
     )
-    return Layout(rules, early=rules)
+    router = "model.layers.{n}.feed_forward.router"
+    return Layout(rules, ((f"{moved}{router}", f"{router}:weight"),), early=rules)
 
 
 def _gpt2(config: Config) -> Layout:
@@ -187,7 +188,8 @@ def _gpt_neox(config: Config) -> Layout:
             Rule("gpt_neox.layers.{s}", ("model.h.{s}",)),
             Rule("embed_out.weight", ("model.embed_out.weight",)),
             Rule("gpt_neox.{s}", ("model.{s}",)),
-        )
+        ),
+        (("model.embed_out", "lm_head"),),
     )
 
 
@@ -225,8 +227,8 @@ LAYOUTS: dict[str, Callable[[Config], Layout]] = {
     "ernie4_5_moe": lambda config: _moe(config, "moe_num_experts", ("e_score_correction_bias", "mtp_")),
     "lfm2": lambda config: Layout((_conv("conv.conv"),)),
     "lfm2_moe": _lfm2_moe,
-    "mamba": lambda config: Layout((_conv("conv1d"),)),
-    "mamba2": lambda config: Layout((_conv("conv1d"),)),
+    "mamba": lambda config: Layout((_conv("conv1d"),), not_in_peft=(".out_proj",)),
+    "mamba2": lambda config: Layout((_conv("conv1d"),), not_in_peft=(".out_proj",)),
     "jamba": lambda config: Layout((_conv("conv1d"),)),
     "qwen3_next": _qwen3_next,
     "qwen3_5_text": _qwen3_5_text,

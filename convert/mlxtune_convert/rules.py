@@ -94,6 +94,7 @@ class Layout:
     dropped: tuple[str, ...] = ()
     early: tuple[Rule, ...] = ()
     needs_dropped: bool = False  # transformers would draw the missing tensors at random
+    not_in_peft: tuple[str, ...] = ()  # last names of layers that PEFT refuses (fused kernels go around them)
 
     def to_mlx(self, tensors: Iterable[tuple[str, Array]], xp: Any, early: bool = False) -> Iterator[tuple[str, Array]]:
         """HF tensors -> MLX's. xp: numpy or mlx.core, whichever the arrays are of; early: only what mlx-lm cannot."""
@@ -112,6 +113,8 @@ class Layout:
 
         Raises UserError when transformers has no such layer, or another one.
         """
+        if path.endswith(self.not_in_peft):
+            raise UserError(f"PEFT cannot adapt {path} in this family", "`--to hf` exports the merged model.")
         for ours, theirs in self.modules:
             match = _pattern(ours).fullmatch(path)
             if match:
@@ -119,7 +122,7 @@ class Layout:
         for rule in self.rules:
             for pattern in rule.patterns[1]:
                 match = pattern.fullmatch(f"{path}.weight")
-                if match and (rule.do != "move" or rule.plus or (whole and rule.axes)):
+                if match and (rule.do != "move" or rule.plus or len(rule.axes) > (0 if whole else 2)):
                     raise UserError(f"{path} is another matrix in transformers", "`--to hf` exports the merged model.")
                 if match:
                     return _fill(rule.hf, match.groups()).removesuffix(".weight")

@@ -94,8 +94,7 @@ def _names(model: str | None) -> dict[str, str] | None:
     layout = layouts.by_model_type(source_of(path)["config"])
     modules = dict(open_model(path)[0].named_modules())
     names = layout.peft_targets(p for p, module in modules.items() if own_parameters(module))
-    tied = not any(isinstance(m, LINEAR) and "head" in p for p, m in modules.items())
-    return {**names, **({"lm_head": "lm_head"} if tied else {})}
+    return {"lm_head": "lm_head", **names}  # also where it is tied, and no layer of its own
 
 
 def _ours(target: str, names: Mapping[str, str] | None, folder: Path) -> str:

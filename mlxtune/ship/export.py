@@ -26,7 +26,8 @@ from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
 from mlxtune.model.load import load, source_of
 from mlxtune.model.peft import from_model
 from mlxtune.ship import card, verify
-from mlxtune.ship.merge import Merged, check_base, fuse, open_merged
+from mlxtune.ship.gptq import Calibration
+from mlxtune.ship.merge import CALIBRATED_BELOW, Merged, check_base, fuse, open_merged
 from mlxtune.ship.verify import Reference, Report, Runner
 
 REPORT_FILE = "verification.json"
@@ -36,7 +37,7 @@ REPORT_FILE = "verification.json"
 class Request:
     """What to export. model: the folder that was trained on; base: the original 16-bit model, or None to use `model`;
     dtype: of a Hugging Face export, or None for the base's own; base_name: hub id that a PEFT adapter names;
-    examples: held-out rows for the proof, or None to go without it."""
+    examples: held-out rows for the proof, or None to go without it; calibration: training rows to choose codes by."""
 
     model: Path
     adapter: Path | None
@@ -45,6 +46,7 @@ class Request:
     dtype: str | None = None
     base_name: str = ""
     examples: Sequence[Example] | None = None
+    calibration: Sequence[Example] = ()
     force: bool = False
 
     @property
@@ -63,8 +65,8 @@ class ReadBack:
         return f"{self.verdict}: {self.tensors} tensors equal the trained ones bit for bit (PEFT is not installed)"
 
 
-def to_mlx(request: Request, bits: int) -> Report | None:
-    """Write a fused MLX folder; bits 16: dense, else quantized again.
+def to_mlx(request: Request, bits: int, group: int | None = None) -> Report | None:
+    """Write a fused MLX folder; bits 16: dense, else quantized again in groups of `group` (None: the base's).
 
     Raises UserError when what came out is no model (numbers too large for its type) or, at 16 bits, not the trained
     one; nothing is kept then.
@@ -75,7 +77,10 @@ def to_mlx(request: Request, bits: int) -> Report | None:
         verify.require_memory(merged.count())
     storage = dtype_name(merged.dtype) if bits == UNQUANTIZED_BITS else f"{bits} bits"
     with new_folder(request.out, request.force, request.sources) as work:
-        fuse(merged, request.base or request.model, work, bits)
+        calibration = None
+        if bits < CALIBRATED_BELOW and request.calibration:
+            calibration = Calibration(str(request.model), request.adapter, request.calibration)
+        fuse(merged, request.base or request.model, work, bits, group, calibration)
         if request.examples is None:
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
