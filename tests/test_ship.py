@@ -180,7 +180,7 @@ def test_the_share_is_the_projection_on_the_adapters_effect(mlx_model: Path, run
     rows = iter(np.split(ref.base + 0.5 * (ref.trained - ref.base), np.cumsum([b.targets for b in ref.batches])[:-1]))
     half = verify.measure(ref, lambda batch: next(rows), "half", "4 bits")
     assert half.share == pytest.approx(0.5, abs=1e-6)
-    assert half.verdict == "measured"
+    assert half.verdict == ("lossy" if half.gain_kept < 0.95 else "passed")
     rows = iter(np.split(ref.trained, np.cumsum([b.targets for b in ref.batches])[:-1]))
     full = verify.measure(ref, lambda batch: next(rows), "full", "float32")
     assert (full.share, full.max_difference, full.top1, full.verdict) == (pytest.approx(1.0), 0.0, 1.0, "passed")

@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlxtune_convert import layouts, peft
-from mlxtune_convert.configs import unquantized
-from mlxtune_convert.files import new_folder, read_json, require_space, write_json
+from mlxtune_convert.configs import SOURCE_FILE, unquantized
+from mlxtune_convert.files import explained, new_folder, read_json, require_space, write_json
 from mlxtune_convert.tensors import ShardWriter, read_header, weight_files
 from safetensors import safe_open
 
@@ -23,14 +23,12 @@ from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
-from mlxtune.model.load import load, source_of
+from mlxtune.model.load import load, model_dtype, open_model, source_of
 from mlxtune.model.peft import from_model
 from mlxtune.ship import card, verify
 from mlxtune.ship.gptq import Calibration
 from mlxtune.ship.merge import CALIBRATED_BELOW, Merged, check_base, fuse, open_merged
 from mlxtune.ship.verify import Reference, Report, Runner
-
-REPORT_FILE = "verification.json"
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,13 @@ def to_hf(request: Request) -> Report | None:
         if request.examples is None:
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        if verify.has_transformers():
-            run, name = verify.transformers_runner(work), "transformers, float32"
-        else:
-            run, name = verify.mlx_runner(load(str(work), "float32")), "MLX, float32 (transformers is not installed)"
-        return _judged(work, ref, run, name, storage, request)
+        return _judged(work, ref, *_hf_runner(work), storage, request)
+
+
+def _hf_runner(folder: Path) -> tuple[Runner, str]:
+    if verify.has_transformers():
+        return verify.transformers_runner(folder), "transformers, float32"
+    return verify.mlx_runner(load(str(folder), "float32")), "MLX, float32 (transformers is not installed)"
 
 
 def _dropped(layout: layouts.Layout, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -149,7 +149,7 @@ def to_peft(request: Request) -> Report | ReadBack | None:
     if request.adapter is None:
         raise UserError("--to peft exports an adapter", "Name the run: --adapter RUN")
     source = source_of(request.model)
-    layout = layouts.by_model_type(source["config"])
+    layouts.by_model_type(source["config"])  # refuses before any work
     tuned = open_merged(request.model, request.adapter)
     spec = lora.read_spec(request.adapter)
     adapter = from_model(tuned.model, spec, source["config"], base_name(request, source) or spec.base)
@@ -161,14 +161,48 @@ def to_peft(request: Request) -> Report | ReadBack | None:
             return None
         if not verify.has_peft():
             back = ReadBack(count)
-            write_json(work / REPORT_FILE, asdict(back))
+            verify.write_report(work, asdict(back))
             return back
-        base = open_merged(request.model, None, mx.float32)
-        verify.require_memory(base.count())
+        run = _peft_runner(request.model, work)
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        state = layout.to_hf(((name, to_numpy(array)) for name, array in base.tensors()), np)
-        run = verify.peft_runner(dict(state), unquantized(source["config"]), work)
         return _judged(work, ref, run, "PEFT on the dense base, float32", "float32", request)
+
+
+def _peft_runner(model: Path, folder: Path) -> Runner:
+    config = source_of(model)["config"]
+    base = open_merged(model, None, mx.float32)
+    verify.require_memory(base.count())
+    state = layouts.by_model_type(config).to_hf(((name, to_numpy(array)) for name, array in base.tensors()), np)
+    return verify.peft_runner(dict(state), unquantized(config), folder)
+
+
+def check(export: Path, model: Path, adapter: Path | None, examples: Sequence[Example]) -> Report:
+    """Compare an artefact that is already there with the trained model, and write the report into it.
+
+    Raises UserError for a folder that is no export, or whose runtime is not installed.
+    """
+    if not export.is_dir():
+        raise UserError(f"no folder {export}", "Name what fuse or export wrote.")
+    if (export / peft.WEIGHTS_FILE).is_file():
+        if not verify.has_peft():
+            raise UserError("PEFT adapters are run by PEFT, which is not installed", "pip install torch peft")
+        run, name, storage = _peft_runner(model, export), "PEFT on the dense base, float32", "float32"
+    elif (export / "config.json").is_file():
+        opened, config = open_model(export)
+        verify.require_memory(Merged(opened, config, mx.float32).count())
+        quantization = config.get("quantization")
+        storage = f"{quantization['bits']} bits" if quantization else dtype_name(model_dtype(opened))
+        run, name = (
+            _hf_runner(export)
+            if source_of(export)["kind"] == "hf" and not (export / SOURCE_FILE).is_file()
+            else (verify.mlx_runner(load(str(export), "float32")), "MLX, float32")
+        )
+    else:
+        raise UserError(f"{export} is neither a model folder nor a PEFT adapter", "Name what fuse or export wrote.")
+    report = verify.measure(verify.reference(str(model), adapter, examples), run, name, storage)
+    with explained(export):
+        report.write(export)
+    return report
 
 
 def base_name(request: Request, source: dict[str, Any]) -> str:
@@ -200,5 +234,5 @@ def _judged(work: Path, ref: Reference, run: Runner, name: str, storage: str, re
             f"the export is not the model that was trained, so it was not kept ({report.line()})",
             "Its type may be too small for its numbers. --no-verify keeps it all the same.",
         )
-    write_json(work / REPORT_FILE, report.to_json())
+    report.write(work)
     return report
