@@ -4,8 +4,9 @@ Rounding to the nearest code makes an error about as large as a tune. GPTQ round
 what is left of each column onto those not yet rounded, weighted by how the layer's inputs go together: with H = X^T X
 and U the upper Cholesky factor of H^-1, column j's error is subtracted from column k > j times U[j, k] / U[j, j].
 
-Where the base is already quantized to the same bits and groups, its own scales are kept: most weights then start on a
-code, and only the update is rounded. Legend: out, in widths; G groups in a row.
+The scales are fixed beforehand, the best of several for each group. Where the base has the same bits and groups, its
+own are often best: most weights then start on a code, and only the update is rounded. Afterwards each column is rounded
+once more, given all the others. Legend: out, in widths; G groups in a row.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ MAX_ROWS = 64  # calibration rows
 MAX_TOKENS = 256  # of each
 HESSIAN_BYTES = 1 << 30  # held at a time; more layers mean another pass over the rows
 DAMPING = 0.01  # share of H's mean diagonal that is added to it
+SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of a group's range: narrower codes for most, a larger error for the ends
 BLOCK = 128  # columns whose errors are gathered before they move on to the rest
 
 
@@ -107,56 +109,81 @@ def quantize(
     group: int,
     bits: int,
     dtype: mx.Dtype,
-    grid: tuple[np.ndarray, np.ndarray] | None = None,
+    base: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Codes, scales and biases as MLX packs them.
 
-    weight: [out, in] float32; hessian: [in, in]; dtype: of scales and biases; grid: the (scales, biases) [out, G] to
-    keep, or None to fit them group by group, each to what the groups before left over.
+    weight: [out, in] float32; hessian: [in, in]; dtype: of scales and biases; base: the (scales, biases) [out, G] of
+    the layer before it was tuned, a candidate for each group.
     """
-    rest = weight.copy()
-    factor = _factor(hessian, rest)
+    # Inputs that never came have no say; a little is added so that H can be inverted.
+    h = hessian.astype(np.float32) + DAMPING * np.diag(hessian).mean() * np.eye(len(hessian), dtype=np.float32)
+    weight = np.where(np.diag(hessian) == 0, np.float32(0), weight)
+    scales, biases = _grid(weight, np.diag(h), group, bits, dtype, base)
+    order = np.argsort(-np.diag(h), kind="stable")  # the columns that matter most have the most others to lean on
+    factor = np.linalg.cholesky(np.linalg.inv(h[order][:, order].astype(np.float64))).T.astype(np.float32)
+    rest = weight[:, order]
     codes = np.empty(weight.shape, np.uint8)
-    groups = weight.shape[1] // group
-    scales, biases = grid or (np.empty((len(weight), groups), np.float32), np.empty((len(weight), groups), np.float32))
-    for start in range(0, weight.shape[1], BLOCK):
-        end = min(start + BLOCK, weight.shape[1])
+    for start in range(0, len(order), BLOCK):
+        end = min(start + BLOCK, len(order))
         errors = np.empty((len(weight), end - start), np.float32)
-        for column in range(start, end):
-            at = column // group
-            if grid is None and column % group == 0:
-                scales[:, at], biases[:, at] = _fit(rest[:, column : column + group], group, bits, dtype)
-            scale, bias = scales[:, at], biases[:, at]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                code = np.where(scale == 0, 0, (rest[:, column] - bias) / scale)
-            codes[:, column] = np.clip(np.rint(code), 0, 2**bits - 1)
-            error = (rest[:, column] - (codes[:, column] * scale + bias)) / factor[column, column]
-            # Up to the end of the group at once: its scales are fitted to what is there when it begins.
-            rest[:, column + 1 : end] -= np.outer(error, factor[column, column + 1 : end])
-            errors[:, column - start] = error
+        for at in range(start, end):
+            column = order[at]
+            scale, bias = scales[:, column // group], biases[:, column // group]
+            codes[:, column] = _codes(rest[:, at], scale, bias, bits)
+            error = (rest[:, at] - (codes[:, column] * scale + bias)) / factor[at, at]
+            rest[:, at + 1 : end] -= np.outer(error, factor[at, at + 1 : end])
+            errors[:, at - start] = error
         rest[:, end:] -= errors @ factor[start:end, end:]
+    _descend(weight, h, codes, scales, biases, group, bits)
     return mx.array(pack(codes, bits)), mx.array(scales).astype(dtype), mx.array(biases).astype(dtype)
 
 
-def _factor(hessian: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """U [in, in], upper triangular, U^T U = H^-1. Inputs that were always zero get weights of zero."""
-    h = hessian.astype(np.float64)
-    dead = np.diag(h) == 0
-    h[dead, dead] = 1.0
-    weight[:, dead] = 0.0
-    h[np.diag_indices_from(h)] += DAMPING * np.diag(h).mean()
-    return np.linalg.cholesky(np.linalg.inv(h)).T.astype(np.float32)
+def _codes(values: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = np.where(scales == 0, 0, (values - biases) / scales)
+    return np.clip(np.rint(codes), 0, 2**bits - 1)
 
 
-def _fit(part: np.ndarray, group: int, bits: int, dtype: mx.Dtype) -> tuple[np.ndarray, np.ndarray]:
-    """MLX's own scales and biases of one group, as they will be stored."""
-    _, scales, biases = mx.quantize(mx.array(part), group, bits)
-    return tuple(np.array(x.astype(dtype).astype(mx.float32))[:, 0] for x in (scales, biases))  # type: ignore[return-value]
+def _grid(
+    weight: np.ndarray,
+    importance: np.ndarray,
+    group: int,
+    bits: int,
+    dtype: mx.Dtype,
+    base: tuple[np.ndarray, np.ndarray] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The (scales, biases) [out, G] of each group that round it best, every input's error counted by `importance` [in]:
+    the base's, MLX's own, or the range from smallest to largest, whole or narrowed.
+    """
+    parts = weight.reshape(len(weight), -1, group)
+    low, high = parts.min(-1), parts.max(-1)
+    tries = [((high - low) * shrink / (2**bits - 1), low * shrink) for shrink in SHRINKS]
+    _, scales, biases = mx.quantize(mx.array(weight), group, bits)
+    tries.append((np.array(scales), np.array(biases)))
+    best = np.full(low.shape, np.inf, np.float32)
+    chosen = np.zeros((2, *low.shape), np.float32)
+    for pair in [*tries, *([base] if base else [])]:
+        # As they will be stored.
+        scale, bias = (np.array(mx.array(x).astype(dtype).astype(mx.float32))[..., None] for x in pair)
+        off = _codes(parts, scale, bias, bits) * scale + bias - parts
+        error = (off * off * importance.reshape(-1, group)).sum(-1)
+        better = error < best
+        best = np.where(better, error, best)
+        chosen = np.where(better, np.stack([scale[..., 0], bias[..., 0]]), chosen)
+    return chosen[0], chosen[1]
 
 
-def error(weight: np.ndarray, parts: Sequence[mx.array], hessian: np.ndarray, group: int, bits: int) -> float:
-    """How far the layer's outputs move on the calibration rows: tr(E H E^T) for E = quantized - weight."""
-    codes, scales, biases = parts
-    dense = mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), group, bits)
-    moved = np.array(dense) - weight
-    return float(np.einsum("oi,oi->", moved @ hessian, moved))
+def _descend(
+    weight: np.ndarray, h: np.ndarray, codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, group: int, bits: int
+) -> None:
+    """Once more over the columns, each rounded anew to what is best given all the others; changes `codes`."""
+    error = np.repeat(scales, group, 1) * codes + np.repeat(biases, group, 1) - weight
+    slope = error @ h
+    for column in range(weight.shape[1]):
+        scale, bias = scales[:, column // group], biases[:, column // group]
+        now = codes[:, column] * scale + bias
+        new = _codes(now - slope[:, column] / h[column, column], scale, bias, bits)
+        rows = np.flatnonzero(new != codes[:, column])
+        slope[rows] += np.outer(new[rows] * scale[rows] + bias[rows] - now[rows], h[column])
+        codes[rows, column] = new[rows]
