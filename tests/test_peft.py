@@ -189,3 +189,59 @@ def test_experts_without_a_model_ask_for_one(models: dict[str, Path], tmp_path: 
     adapted(models["mixtral"], tmp_path / "run")
     out = exported(models["mixtral"], tmp_path / "run", tmp_path / "peft")
     tiny.refused(tmp_path / "ours", "convert", out, tmp_path / "ours", expected=("--model DIR",))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_training_goes_on_in_pytorch_along_the_same_curve(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """From one adapter, 20 steps of AdamW here and in PyTorch + PEFT: the same loss at every step."""
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    import torch
+    from peft import PeftModel
+
+    ours = adapted(models["llama"], tmp_path / "run", variant=kind)
+    out = exported(models["llama"], tmp_path / "run", tmp_path / "peft")
+    theirs = PeftModel.from_pretrained(hf(models["llama"]), str(out), is_trainable=True)
+    theirs.eval()  # no dropout on either side
+    ids, settings = torch.from_numpy(IDS), {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    torch_optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], 2e-3, **settings)
+    optimizer = optim.AdamW(2e-3, bias_correction=True, **{**settings, "betas": [0.9, 0.999]})
+    step = nn.value_and_grad(ours, lambda x: nn.losses.cross_entropy(ours(x[:, :-1]), x[:, 1:], reduction="mean"))
+    curves: tuple[list[float], list[float]] = ([], [])
+    for _ in range(20):
+        value, gradients = step(mx.array(IDS))
+        optimizer.update(ours, gradients)
+        mx.eval(ours.parameters(), optimizer.state)
+        loss = theirs(ids, labels=ids).loss
+        torch_optimizer.zero_grad()
+        loss.backward()
+        torch_optimizer.step()
+        curves[0].append(value.item())
+        curves[1].append(loss.item())
+    assert curves[0][0] == pytest.approx(curves[1][0], abs=1e-5)
+    assert curves[0] == pytest.approx(curves[1], abs=1e-3)
+    assert curves[0][-1] < curves[0][0] - 0.05
+
+
+def test_whoever_has_only_the_export_gets_the_same_answers(models: dict[str, Path], tmp_path: Path) -> None:
+    """Ten prompts, greedy, float32: the command here, transformers' own generate on the exported folder there."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mlxtune.evaluate.generate import Sampling, answer
+    from mlxtune.model.load import Loaded
+    from mlxtune.ship import export
+
+    model = adapted(models["llama"], tmp_path / "run")
+    loaded = load(str(models["llama"]), "float32")
+    tuned = Loaded(model, loaded.tokenizer, loaded.config, loaded.path, loaded.dtype)
+    export.to_hf(export.Request(models["llama"], tmp_path / "run", tmp_path / "hf"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for number in range(10):
+        messages = [{"role": "user", "content": f"Question {number * 37}?"}]
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        made = theirs.generate(ids, max_new_tokens=24, do_sample=False)[0, ids.shape[1] :]
+        assert answer(tuned, messages, Sampling(max_tokens=24), {}) == tokenizer.decode(made, skip_special_tokens=False)
