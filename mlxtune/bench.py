@@ -242,7 +242,7 @@ def _elements(loaded: Loaded, path: Way) -> tuple[int, int]:
     for block in loaded.model.layers:
         for _, layer in block.named_modules():
             if isinstance(layer, lora.LINEAR + lora.SWITCH):
-                *_, outputs, inputs = lora.dense_shape(layer)
+                *_, outputs, inputs = dense_shape(layer)
                 trunk += outputs * inputs * (chosen if isinstance(layer, lora.SWITCH) else 1)
     if path.split is None:
         return trunk, 0

@@ -114,14 +114,29 @@ class LoraSection(Section):
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear", description="every linear layer in the blocks, or names such as [q_proj, v_proj]"
     )
+    ranks: dict[str, int] = Field(default_factory=dict, description="other ranks for some targets: {down_proj: 32}")
     layers: Literal["all"] | int = Field("all", description="all blocks, or only the last n")
-    variant: Literal["lora"] = Field("lora", description="the kind of adapter")
+    variant: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="rslora: scale = alpha / sqrt(rank); dora: trains the length of W's rows as well"
+    )
+    train_also: list[str] = Field(
+        default_factory=list,
+        description="layers trained in full: norms, embeddings, head, or module paths such as layers.11",
+    )
+    start_from: str = Field("", description="adapter folder to go on from; it decides everything but lora.dropout")
 
     @field_validator("layers", "targets")
     @classmethod
     def _something(cls, value: Any) -> Any:
         if value == [] or (isinstance(value, int) and value < 1):
             raise ValueError("nothing would be trained")
+        return value
+
+    @field_validator("ranks")
+    @classmethod
+    def _whole(cls, value: dict[str, int]) -> dict[str, int]:
+        if any(rank < 1 for rank in value.values()):
+            raise ValueError("a rank is at least 1")
         return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,8 @@ def anchored(config: Config) -> Config:
             "template": config.data.template if config.data.template in BUILT_IN else absolute(config.data.template),
         }
     )
-    return config.model_copy(update={"model": model, "data": data})
+    tuned = config.lora.model_copy(update={"start_from": absolute(config.lora.start_from)})
+    return config.model_copy(update={"model": model, "data": data, "lora": tuned})
 
 
 def dated(config: Config, folder: Path, tokenizer: Any) -> Config:
@@ -117,9 +118,11 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     loaded.check_ids([[data.train.highest, data.valid.highest]])
     if config.data.template:
         use(loaded.tokenizer, loaded.path, config.data.template)
-    spec = lora.Spec.of(loaded.model, config.lora)
+    spec = spec_for(config, loaded, out if resume else None)
     valid = in_order(data.valid)
     dropout = lora.attach(loaded.model, spec, config.train.seed)
+    if config.lora.start_from and not resume:
+        lora.load_factors(loaded.model, Path(config.lora.start_from) / spec.file)
     if config.train.neftune_alpha:
         dropout.noise_alpha = config.train.neftune_alpha
         add_noise(loaded.model, dropout)
@@ -135,11 +138,14 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
         evaluate=lambda: score(loaded.model, path.split, valid),
         place=data.train.place,
         data=data.digest(),
+        adapter_file=spec.file,
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
     notes += path_notes
     if data.train.chat and not chat.template_of(loaded.tokenizer, config.data.template_kwargs).end_of_turn:
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
+    if config.lora.start_from:
+        notes.append(f"going on from {config.lora.start_from}: its kind, ranks, scales and targets are kept")
     notes.append(f"{len(data.train)} training rows, {len(data.valid)} held out, {plan.steps} steps")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {backend.kind()}, {dtype_name(loaded.dtype)}")
     notes.append(f"computed: {fast.describe(path)}")
@@ -159,6 +165,20 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
             if not resume and not checkpoint.saved(out):
                 shutil.rmtree(out, ignore_errors=True)
             raise
+
+
+def spec_for(config: Config, loaded: Loaded, run: Path | None) -> lora.Spec:
+    """What trains: as a resumed run began, as the adapter to start from is, else as configured."""
+    if run is not None:
+        return lora.read_spec(run)
+    if not config.lora.start_from:
+        return lora.Spec.of(loaded.model, config.lora)
+    start = Path(config.lora.start_from)
+    spec = lora.read_spec(start)
+    if lora.adapter_file(start) is None:
+        raise UserError(f"{start} has no {spec.file}")
+    layers = len(loaded.model.layers)
+    return replace(spec, dropout=config.lora.dropout, num_layers=spec.num_layers if spec.num_layers > 0 else layers)
 
 
 def run_config(run: Path) -> Config:

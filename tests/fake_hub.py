@@ -5,6 +5,7 @@ Like the real one it has two hosts (here: ports): the site, and a storage host t
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -24,6 +25,7 @@ class Repo:
     """What one repository holds, and how it turns people away."""
 
     files: dict[str, bytes]
+    private: bool = False
     claimed: dict[str, int] = field(default_factory=dict)  # sizes that are not the files' own
     refusal: tuple[int, str, str] | None = None  # status, X-Error-Code and X-Error-Message
     refuses_files_only: bool = False  # a gated repository can be looked at by everyone
@@ -57,6 +59,8 @@ class FakeHub:
         self.cuts = 1 << 30  # ... this many times; then it is well again
         self.ignores_ranges = False  # storage always sends whole files
         self.corrupt: str | None = None  # storage changes a byte of this file
+        self.stored: dict[str, bytes] = {}  # large files that were uploaded, by their digest
+        self.upload_refusal: tuple[int, str, str] | None = None  # as Repo.refusal
         self.silent = False  # every request is accepted and none answered
         self.held = threading.Event()  # set as soon as storage stands still ...
         self.hold_after: int | None = None  # ... after this many bytes, for as long as the hub lives
@@ -107,6 +111,61 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer()
+
+    def do_POST(self) -> None:
+        self._take()
+
+    def do_PUT(self) -> None:
+        self._take()
+
+    def _take(self) -> None:
+        """An upload, as the real hub takes one: make the repository, ask which files are large, store them, commit."""
+        path = unquote(urlsplit(self.path).path)
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.hub.requests.append(Request(self.host, self.command, path, None, self.headers["Authorization"]))
+        if self.host == "storage":
+            self.hub.stored[path.rpartition("/")[2]] = body
+            return self._send(200, b"", {})
+        if self.hub.upload_refusal:
+            return self._refuse(*self.hub.upload_refusal)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            self.hub.repos.setdefault(
+                name,
+                Repo(
+                    {}, private="private" in (asked.get("visibility"), *(["private"] if asked.get("private") else []))
+                ),
+            )
+            return self._json({"url": f"{self.hub.url}/{name}", "id": name})
+        if match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/preupload/[^/]+", path):
+            files = json.loads(body)["files"]
+            modes = [
+                {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular"} for f in files
+            ]
+            return self._json({"files": [{**mode, "shouldIgnore": False} for mode in modes]})
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.hub.storage_url}/upload/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return self._json({"transfer": "basic", "objects": objects})
+        match = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/commit/[^/]+", path)
+        assert match, path
+        repo = self.hub.repos[match[1]]
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                repo.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            elif entry["key"] == "lfsFile":
+                repo.files[entry["value"]["path"]] = self.hub.stored[entry["value"]["oid"]]
+        url = f"{self.hub.url}/{match[1]}"
+        return self._json({"commitUrl": f"{url}/commit/{repo.commit}", "commitOid": repo.commit, "success": True})
+
+    def _json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def log_message(self, *_: Any) -> None:
         """Quiet: the tests look at `FakeHub.requests`."""

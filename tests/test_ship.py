@@ -137,7 +137,8 @@ def test_a_quantized_fuse_quantizes_what_changed_and_keeps_the_rest(
     for name, array in before.items():
         same = array.shape == after[name].shape and mx.array_equal(array, after[name]).item()
         changed = "layers.1." in name and name.endswith(("proj.weight", "proj.scales", "proj.biases"))
-        assert same != changed, name
+        # At 4 bits a group may keep the base's scale; its codes move.
+        assert same != changed or (changed and bits == 4 and not name.endswith("weight")), name
     loaded = load(str(out))
     assert loaded.model.layers[1].mlp.up_proj.bits == bits
     assert loaded.model.layers[0].mlp.up_proj.bits == 4
@@ -180,7 +181,7 @@ def test_the_share_is_the_projection_on_the_adapters_effect(mlx_model: Path, run
     rows = iter(np.split(ref.base + 0.5 * (ref.trained - ref.base), np.cumsum([b.targets for b in ref.batches])[:-1]))
     half = verify.measure(ref, lambda batch: next(rows), "half", "4 bits")
     assert half.share == pytest.approx(0.5, abs=1e-6)
-    assert half.verdict == "measured"
+    assert half.verdict == ("lossy" if half.gain_kept < 0.95 else "passed")
     rows = iter(np.split(ref.trained, np.cumsum([b.targets for b in ref.batches])[:-1]))
     full = verify.measure(ref, lambda batch: next(rows), "full", "float32")
     assert (full.share, full.max_difference, full.top1, full.verdict) == (pytest.approx(1.0), 0.0, 1.0, "passed")

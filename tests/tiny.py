@@ -60,7 +60,7 @@ def make_tokenizer(folder: Path, chat: bool = True) -> None:
 def make_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
     """A two-layer model with random weights, saved by transformers as any Hugging Face model is."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
     shape = {
@@ -77,7 +77,8 @@ def make_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: str = "f
         **SHAPES[kind],
         **changes,
     }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape), dtype=getattr(torch, dtype))
+    auto = AutoModelForImageTextToText if "vision_config" in shape else AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(kind, **shape), dtype=getattr(torch, dtype))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             # Trained norms are not all ones and biases not all zeros; a test must be able to see them.

@@ -11,16 +11,29 @@ from typing import Any
 
 # transformers' attribute_map: two names of one number, of which some mlx-lm models read only one.
 ALIASES = (("num_experts", "num_local_experts"),)
+NEED_HEAD_DIM = ("exaone4",)
+COPIES = {"gpt2": {"n_ctx": "n_positions"}, "lfm2": {"block_dim": "hidden_size"}}  # older names of one number
+TEXT_ALONE = {"qwen3_5_text": "qwen3_5", "llama4_text": "llama4"}
 SOURCE_FILE = "mlxtune_source.json"
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
 
 def normalise(config: dict[str, Any]) -> dict[str, Any]:
     """A copy of `config` that mlx-lm reads as transformers means it. Old-style configs come back unchanged."""
+    out = _spelled(config)
+    if out.get("model_type") not in TEXT_ALONE:
+        return out
+    # mlx-lm knows these only as the text part of a vision model.
+    shared = ("tie_word_embeddings", "eos_token_id", "bos_token_id", *QUANTIZATION_KEYS)
+    whole = {key: out[key] for key in shared if key in out}
+    return {"model_type": TEXT_ALONE[out["model_type"]], "text_config": out, **whole}
+
+
+def _spelled(config: dict[str, Any]) -> dict[str, Any]:
     out = dict(config)
     text = out.get("text_config")
     if isinstance(text, dict):
-        out["text_config"] = normalise(text)
+        out["text_config"] = _spelled(text)
     rope = out.get("rope_parameters")
     if isinstance(rope, dict):
         # Models with windowed layers keep one set per layer type.
@@ -30,6 +43,23 @@ def normalise(config: dict[str, Any]) -> dict[str, Any]:
             _lift_rope(out, full)
         if isinstance(local, dict) and "rope_theta" in local:
             out.setdefault("rope_local_base_freq", local["rope_theta"])
+        # Fields that some mlx-lm models insist on, in the spelling of older checkpoints.
+        out.setdefault("rope_scaling", None)
+        for new, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
+            if new in out:
+                out.setdefault(old, out[new])
+        if out.get("num_attention_heads") and out.get("hidden_size") and out.get("model_type") in NEED_HEAD_DIM:
+            out.setdefault("head_dim", out["hidden_size"] // out["num_attention_heads"])
+    for key, value in COPIES.get(str(out.get("model_type")), {}).items():
+        if value in out:
+            out.setdefault(key, out[value])
+    kinds = out.get("layer_types") or []
+    if "sliding_attention" in kinds and "full_attention" in kinds:
+        out.setdefault("sliding_window_pattern", kinds.index("full_attention") + 1)
+        if out.get("model_type") == "exaone4":  # its own spelling: LLLG
+            out["sliding_window_pattern"] = "".join("LG"[kind == "full_attention"] for kind in kinds)
+    if isinstance(out.get("time_step_limit"), list):  # JSON has no infinity; transformers writes an object
+        out["time_step_limit"] = [float("inf") if isinstance(x, dict) else x for x in out["time_step_limit"]]
     for one, other in ALIASES:
         for known, missing in ((one, other), (other, one)):
             if known in out and missing not in out:

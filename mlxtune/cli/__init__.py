@@ -18,7 +18,7 @@ SECTIONS: dict[str, list[click.Command]] = {
     "Prepare": [convert.convert, data.data],
     "Tune": [train.train, use.eval_command],
     "Use": [use.generate, use.chat],
-    "Ship": [ship.fuse, ship.export],
+    "Ship": [ship.fuse, ship.export, ship.verify],
 }
 
 

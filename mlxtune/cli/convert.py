@@ -26,11 +26,19 @@ from mlxtune.cli import common
     type=click.Choice(["float16", "bfloat16", "float32"]),
     help="Type of what is not quantized.  [default: the source's]",
 )
+@click.option("--model", metavar="DIR", help="PEFT adapters: the MLX model it is for, where names differ (experts).")
 @common.force_option
 def convert(
-    src: str, dst: Path, bits: str | None, group_size: int | None, mode: str | None, dtype: str | None, force: bool
+    src: str,
+    dst: Path,
+    bits: str | None,
+    group_size: int | None,
+    mode: str | None,
+    dtype: str | None,
+    model: str | None,
+    force: bool,
 ) -> None:
-    """Make an MLX model folder from a hub id, an HF or MLX folder, or a GGUF file.
+    """Make an MLX model folder from a hub id, an HF or MLX folder, or a GGUF file; an MLX adapter from a PEFT one.
 
     A source that is already quantized (GGUF, MLX) keeps its codes bit for bit, unless --bits, --group-size or --mode
     ask for others.
@@ -39,8 +47,23 @@ def convert(
     mlxtune convert Qwen/Qwen2.5-0.5B-Instruct qwen-4bit
     mlxtune convert model.Q4_1.gguf model
     mlxtune convert ./hf-folder model-16bit --bits 16
+    mlxtune convert ./peft-adapter adapter
     """
+    from mlxtune.errors import UserError
     from mlxtune.model import convert as conversion
+    from mlxtune.model import peft
+    from mlxtune.model.hub import resolve
+
+    folder = resolve(src)
+    if peft.is_adapter(folder):
+        if bits or group_size or mode or dtype:
+            raise UserError(f"{src} is a PEFT adapter: --bits, --group-size, --mode and --dtype have no effect")
+        count, spec = peft.import_adapter(folder, dst, model, force)
+        base = f", trained on {spec.base}" if spec.base else ""
+        common.stdout().print(f"{dst}: an adapter of {count} layers ({spec.variant}{base})")
+        return
+    if model is not None:
+        raise UserError("--model has no effect: the source is no PEFT adapter")
 
     target = conversion.Target.of(int(bits) if bits else None, group_size, mode)
     console = common.console()

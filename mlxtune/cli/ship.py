@@ -1,7 +1,8 @@
-"""mlxtune fuse, export."""
+"""mlxtune fuse, export, verify."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,11 @@ from mlxtune.cli import common
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rich.console import Console
+
     from mlxtune.data.chat import Example
+
+ENOUGH_ROWS = 32  # for codes that are not fitted to a few rows
 
 data_option = click.option("--data", metavar="PATH", help="Held-out rows to compare on.  [default: the run's own]")
 no_verify_option = click.option("--no-verify", is_flag=True, help="Do not compare the result with the trained model.")
@@ -29,33 +34,47 @@ base_option = click.option(
 @click.option("--adapter", required=True, type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The merged model.")
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), default="16", show_default=True, help="16: not quantized.")
+@click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Of --bits 4 or 8.  [default: the model's]")
 @base_option
 @data_option
 @no_verify_option
 @common.force_option
 def fuse(
-    model: str, adapter: Path, out: Path, bits: str, base: Path | None, data: str | None, no_verify: bool, force: bool
+    model: str,
+    adapter: Path,
+    out: Path,
+    bits: str,
+    group_size: str | None,
+    base: Path | None,
+    data: str | None,
+    no_verify: bool,
+    force: bool,
 ) -> None:
     """Fold an adapter into its model: one MLX folder that needs no adapter.
 
-    The sum is made in float32. Afterwards the fused model is compared with model + adapter on held-out rows, and the
-    share of the adapter's effect that survived is printed. 4-bit rounding loses much of a small update.
+    The sum is made in float32. 4-bit codes are chosen by what they do to the run's own training rows (GPTQ); rounding
+    to the nearest would lose much of a small update. Afterwards the fused model is compared with model + adapter on
+    held-out rows, and the share of the tune that survived is printed.
 
     \b
     mlxtune fuse --model model --adapter run --out fused
     mlxtune fuse --model model --adapter run --out fused-4bit --bits 4
     """
     from mlxtune import backend
+    from mlxtune.errors import UserError
     from mlxtune.model import hub
     from mlxtune.ship import export
 
+    if group_size and bits == "16":
+        raise UserError("--group-size has no effect with --bits 16: nothing is quantized")
     backend.prepare()
     path = hub.resolve(model)
     examples = None if no_verify else _held_out(path, adapter, data)
     console = common.console()
+    rows = _training_rows(adapter, console) if bits == "4" else ()
     with console.status("merging, comparing with the trained model"):
-        request = export.Request(path, adapter, out, base, examples=examples, force=force)
-        report = export.to_mlx(request, int(bits))
+        request = export.Request(path, adapter, out, base, examples=examples, calibration=rows, force=force)
+        report = export.to_mlx(request, int(bits), int(group_size) if group_size else None)
     result = common.stdout()
     result.print(f"{out}: {bits} bits")
     if report is None:
@@ -63,13 +82,35 @@ def fuse(
     result.print(report.survival())
     if base is not None:
         console.print(f"note: that includes the difference between {base} and {path}", style="yellow", soft_wrap=True)
-    elif not report.survived:
+    elif not report.survived or report.verdict == "lossy":
+        better = "--bits 16" if bits == "8" else "--bits 8 or 16"
         console.print(
             f"note: {bits}-bit rounding changed the model by up to {report.max_difference:.2g} in a logit, tuning by "
-            f"{report.base_max_difference:.2g}; --bits 16, or the adapter beside its model, keeps the tune",
+            f"{report.base_max_difference:.2g}; {better}, or the adapter beside its model, keeps the tune",
             style="yellow",
             soft_wrap=True,
         )
+
+
+def _training_rows(adapter: Path, console: Console) -> Sequence[Example]:
+    """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said."""
+    from mlxtune import session
+    from mlxtune.errors import UserError
+
+    try:
+        rows = session.read_data(session.run_config(adapter))[0].train
+    except UserError as error:
+        console.print(
+            f"note: no training rows to choose codes by ({error.message}): rounding to the nearest",
+            style="yellow",
+            soft_wrap=True,
+        )
+        return ()
+    if len(rows) < ENOUGH_ROWS:
+        console.print(
+            f"note: only {len(rows)} training rows to choose codes by; {ENOUGH_ROWS} are better", style="yellow"
+        )
+    return rows
 
 
 def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Example]:
@@ -103,6 +144,7 @@ def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Ex
     metavar="OWNER/NAME",
     help="The original model on the hub.  [default: where it was converted from]",
 )
+@click.option("--push", metavar="USER/REPO", help="Upload the export to the hub, into a private repository.")
 @data_option
 @no_verify_option
 @common.force_option
@@ -114,6 +156,7 @@ def export(
     base: Path | None,
     dtype: str | None,
     base_name: str,
+    push: str | None,
     data: str | None,
     no_verify: bool,
     force: bool,
@@ -136,20 +179,60 @@ def export(
     from mlxtune import backend
     from mlxtune.model import hub
     from mlxtune.model.load import source_of
+    from mlxtune.ship import card
     from mlxtune.ship import export as shipping
 
+    if push:
+        card.check_repo(push)
     backend.prepare()
     path = hub.resolve(model)
     examples = None if no_verify else _held_out(path, adapter, data)
     if not base_name and not Path(model).expanduser().exists() and source_of(path)["kind"] == "hf":
         base_name = model  # a hub id, used as it is
-    request = shipping.Request(path, adapter, out, base, dtype, base_name, examples, force)
+    request = shipping.Request(path, adapter, out, base, dtype, base_name, examples, force=force)
     console = common.console()
     with console.status(f"exporting to {target}, comparing with the trained model"):
         report = shipping.to_peft(request) if target == "peft" else shipping.to_hf(request)
     result = common.stdout()
     result.print(f"{out}: {target}" + ("" if report is None else f", {report.line()}"))
-    if target == "peft" and not shipping.base_name(request, source_of(path)):
+    if push:
+        with console.status(f"uploading to {push}"):
+            result.print(f"{card.push(out, push)}: private")
+    if target == "peft" and not shipping.names_base(out):
         console.print(
             "note: the adapter names no base model (unknown here); --base-name OWNER/NAME writes it", style="yellow"
         )
+
+
+@click.command()
+@click.argument("export", type=click.Path(path_type=Path))
+@common.model_option()
+@common.adapter_option
+@data_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_json: bool) -> None:
+    """Prove that an export is what was trained: fused and Hugging Face models, PEFT adapters.
+
+    The export is run by transformers or PEFT (an MLX folder by MLX) and compared with model + adapter on held-out rows.
+    The report is written into the export's folder; a failed proof exits with 2.
+
+    \b
+    mlxtune verify merged --model model --adapter run
+    mlxtune verify adapter --model model --adapter run --data data/valid.jsonl
+    """
+    from mlxtune import backend
+    from mlxtune.errors import UserError
+    from mlxtune.model import hub
+    from mlxtune.ship import export as shipping
+
+    backend.prepare()
+    path = hub.resolve(model)
+    examples = _held_out(path, adapter, data)
+    with common.console().status("comparing with the trained model"):
+        report = shipping.check(export, path, adapter, examples)
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    else:
+        common.stdout().print(f"{export}: {report.line()}")
+    if report.verdict in ("failed", "lossy"):
+        raise UserError(f"{export} is not the model that was trained ({report.verdict})", "Its report is beside it.")

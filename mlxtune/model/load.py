@@ -13,6 +13,8 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, normalise
 from mlxtune_convert.files import read_json
+from mlxtune_convert.layouts import LAYOUTS
+from mlxtune_convert.rules import Layout
 from mlxtune_convert.tensors import weight_files
 
 from mlxtune import backend
@@ -79,9 +81,12 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
     read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
     weight_files(path)
-    config = normalise(load_config(path))
+    original = load_config(path)
+    config = normalise(original)
     try:
-        model, config = load_model(path, lazy=True, model_config=config)
+        model, config = load_model(
+            path, lazy=True, model_config=config, get_model_classes=lambda config: _classes(config, original)
+        )
     except ValueError as error:
         if "not supported" in str(error):
             raise UserError(f"{path}: mlx-lm has no model of type {config.get('model_type')!r}") from error
@@ -96,6 +101,23 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
         ) from error
     return model, config
+
+
+def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes; where it cannot read the names that transformers saves, our table puts them right first."""
+    from mlx_lm.utils import _get_classes
+
+    model, arguments = _get_classes(config)
+    layout = LAYOUTS.get(str(original.get("model_type")), lambda _: Layout())(original)
+    if not layout.early:
+        return model, arguments
+
+    class Renamed(model):  # type: ignore[misc, valid-type]
+        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            early = dict(layout.to_mlx(weights.items(), mx, early=True))
+            return super().sanitize(early) if hasattr(model, "sanitize") else early
+
+    return Renamed, arguments
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:

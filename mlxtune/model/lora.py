@@ -1,165 +1,79 @@
-"""LoRA: y = W x + scale * B A x with W frozen (Hu et al. 2021, arXiv:2106.09685), names and file layout as in mlx-lm.
+"""Adapters on a model (LoRA, Hu et al. 2021, arXiv:2106.09685): attached, saved, loaded; names and files as in mlx-lm.
 
-Legend: in, out widths of a linear layer; r rank; E experts. Factors are float32 masters; their products run in the
-activation dtype. `lora_a` starts uniform in +-1/sqrt(in), `lora_b` at zero, so the first step sees the base model.
+What mlx-lm's layout cannot hold (several ranks, layers trained in full) is saved under another file name, so that
+mlx-lm refuses it instead of running half an adapter.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlxtune_convert.files import read_json, write_json
 from mlxtune_convert.tensors import read_header
 
-from mlxtune.config import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import save_arrays
 from mlxtune.model.dropout import DropoutKeys, keys_for
+from mlxtune.model.layers import (
+    LINEAR,
+    SWITCH,
+    Adapter,
+    DoRALinear,
+    LoRALinear,
+    LoRASwitchLinear,
+    Trained,
+    own_parameters,
+    trained,
+)
+from mlxtune.model.load import model_dtype
+from mlxtune.model.spec import ADAPTER_FILE, OWN_FILE, Spec, outside_blocks, places
 
-ADAPTER_FILE = "adapters.safetensors"
 CONFIG_FILE = "adapter_config.json"
+OWN_TYPE = "mlxtune"
+FACTORS = ("lora_a", "lora_b", "m")
 
-LINEAR = (nn.Linear, nn.QuantizedLinear)
-SWITCH = (SwitchLinear, QuantizedSwitchLinear)
-
-
-class LoRALinear(nn.Module):
-    """A linear layer with its update: lora_a [in, r], lora_b [r, out]."""
-
-    def __init__(
-        self, linear: nn.Module, rank: int, scale: float, key: mx.array, index: int, dropout: DropoutKeys
-    ) -> None:
-        super().__init__()
-        outputs, inputs = dense_shape(linear)
-        self.linear = linear
-        self.scale = scale
-        bound = 1 / math.sqrt(inputs)
-        self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank), key=key)
-        self.lora_b = mx.zeros((rank, outputs))
-        self._index = index
-        self._dropout = dropout
-
-    def __call__(self, x: mx.array) -> mx.array:
-        z = self._dropout.apply(x, self._index)
-        z = (z @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
-        return self.linear(x) + self.scale * z
-
-    def delta(self) -> mx.array:
-        """The update as a matrix [out, in], float32."""
-        return self.scale * (self.lora_b.T @ self.lora_a.T)
-
-
-class LoRASwitchLinear(nn.Module):
-    """Expert layers with one update each: lora_a [E, r, in], lora_b [E, out, r]."""
-
-    def __init__(
-        self, linear: nn.Module, rank: int, scale: float, key: mx.array, index: int, dropout: DropoutKeys
-    ) -> None:
-        super().__init__()
-        experts, outputs, inputs = dense_shape(linear)
-        self.linear = linear
-        self.scale = scale
-        bound = 1 / math.sqrt(inputs)
-        self.lora_a = mx.random.uniform(-bound, bound, (experts, rank, inputs), key=key)
-        self.lora_b = mx.zeros((experts, outputs, rank))
-        self._index = index
-        self._dropout = dropout
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        z = self._dropout.apply(x, self._index)
-        for factor in (self.lora_a, self.lora_b):
-            weight = factor.astype(x.dtype).swapaxes(-1, -2)
-            z = mx.gather_mm(z, weight, rhs_indices=indices, sorted_indices=sorted_indices)
-        return self.linear(x, indices, sorted_indices=sorted_indices) + self.scale * z
-
-    def delta(self) -> mx.array:
-        """The updates as matrices [E, out, in], float32."""
-        return self.scale * (self.lora_b @ self.lora_a)
-
-
-Adapter = LoRALinear | LoRASwitchLinear
-
-
-def dense_shape(linear: nn.Module) -> tuple[int, ...]:
-    """The shape of a linear layer's matrix before quantization: [out, in], or [E, out, in]."""
-    *shape, columns = linear.weight.shape
-    if isinstance(linear, (nn.QuantizedLinear, QuantizedSwitchLinear)):
-        columns = columns * 32 // linear.bits
-    return (*shape, columns)
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What an adapter is: enough to build it again on the same base. keys: module paths inside a block;
-    num_layers: how many blocks from the last one; scale = alpha / rank."""
-
-    rank: int
-    scale: float
-    dropout: float
-    keys: tuple[str, ...]
-    num_layers: int
-
-    @staticmethod
-    def of(model: nn.Module, section: LoraSection) -> Spec:
-        """Resolve targets and layers against a model. Raises UserError naming what there is."""
-        count = len(model.layers)
-        wanted = count if section.layers == "all" else section.layers
-        if wanted > count:
-            raise UserError(f"lora.layers {wanted}: the model has {count} blocks", f"Use 1 to {count}, or all.")
-        available = sorted({path for block in model.layers[count - wanted :] for path in linear_paths(block)})
-        if section.targets == "all-linear":
-            keys = available
-        else:
-            keys = []
-            for target in section.targets:
-                matched = [path for path in available if path == target or path.endswith("." + target)]
-                if not matched:
-                    names = sorted({path.rsplit(".", 1)[-1] for path in available})
-                    near = difflib.get_close_matches(target, names, n=1)
-                    raise UserError(
-                        f"lora.targets: no linear layer is called {target!r}",
-                        (f"Did you mean {near[0]}? " if near else "") + f"This model has: {', '.join(names)}.",
-                    )
-                keys += matched
-        return Spec(section.rank, section.alpha / section.rank, section.dropout, tuple(sorted(set(keys))), wanted)
-
-
-def linear_paths(block: nn.Module) -> list[str]:
-    return [path for path, module in block.named_modules() if isinstance(module, LINEAR + SWITCH)]
+__all__ = ["ADAPTER_FILE", "Adapter", "LoRALinear", "Spec"]
 
 
 def attach(model: nn.Module, spec: Spec, seed: int = 0) -> DropoutKeys:
-    """Freeze the model and wrap its target layers; only lora_a and lora_b stay trainable.
+    """Freeze the model, wrap its target layers, replace those that train in full; only these stay trainable.
 
     Returns the keys object that a training step sets before each forward pass.
     """
     model.freeze()
     dropout = DropoutKeys(spec.dropout)
-    keys = set(spec.keys)
-    index = 0
-    for block in model.layers[len(model.layers) - spec.num_layers :]:
-        wrapped = []
-        for path, module in block.named_modules():
-            if path in keys and isinstance(module, LINEAR + SWITCH):
-                kind = LoRASwitchLinear if isinstance(module, SWITCH) else LoRALinear
-                layer = kind(module, spec.rank, spec.scale, _init_key(seed, index), index, dropout)
-                layer.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
-                wrapped.append((path, layer))
-                index += 1
-        if wrapped:
-            block.update_modules(tree_unflatten(wrapped))
-    if index == 0:
-        raise UserError("the adapter fits no layer of this model", "It was trained on another architecture.")
+    modules = dict(model.named_modules())
+    chosen = spec.modules or dict.fromkeys(places(model, spec), (spec.rank, spec.scale))
+    unknown = [path for path in (*chosen, *spec.trained) if path not in modules]
+    if unknown or not (chosen or spec.trained):
+        raise UserError(
+            f"the adapter fits no layer of this model{f': it has no {unknown[0]}' if unknown else ''}",
+            "It was trained on another architecture.",
+        )
+    wrapped: list[tuple[str, nn.Module]] = []
+    for index, (path, (rank, scale)) in enumerate(chosen.items()):
+        kind: Any = LoRASwitchLinear if isinstance(modules[path], SWITCH) else LoRALinear
+        if spec.variant == "dora":
+            if kind is LoRASwitchLinear:
+                raise UserError(f"DoRA has no form for expert layers ({path})", "Name other lora.targets, or use lora.")
+            kind = DoRALinear
+        layer = kind(modules[path], rank, scale, _init_key(seed, index), index, dropout)
+        layer.unfreeze(keys=list(FACTORS), recurse=False, strict=False)
+        wrapped.append((path, layer))
+    dtype = model_dtype(model)
+    for path in spec.trained:
+        wrapped.append((path, trained(modules[path], dtype)))
+    # Parents first: a block's own parameters and those of its parts may both train.
+    for path, layer in sorted(wrapped, key=lambda pair: pair[0].count(".")):
+        model.update_modules(tree_unflatten([(path, layer)]))
     return dropout
 
 
@@ -169,26 +83,40 @@ def _init_key(seed: int, index: int) -> mx.array:
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Every adapted layer by its path in the model, such as `model.layers.0.self_attn.q_proj`."""
-    return {
-        path: module for path, module in model.named_modules() if isinstance(module, (LoRALinear, LoRASwitchLinear))
-    }
+    return {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
+
+
+def in_full(model: nn.Module) -> dict[str, Any]:
+    """Every layer trained in full by its path in the model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Trained)}
 
 
 def factors(model: nn.Module) -> dict[str, mx.array]:
-    """The adapter's tensors under mlx-lm's names."""
-    out = {}
-    for path, layer in adapters(model).items():
-        out[f"{path}.lora_a"] = layer.lora_a
-        out[f"{path}.lora_b"] = layer.lora_b
+    """Everything that was trained, under mlx-lm's names."""
+    out = {
+        f"{path}.{name}": layer[name] for path, layer in adapters(model).items() for name in FACTORS if name in layer
+    }
+    for path, layer in in_full(model).items():
+        out.update({f"{path}.{name}": value for name, value in own_parameters(layer).items()})
     return out
 
 
 def save_config(folder: Path, spec: Spec) -> None:
-    """adapter_config.json, as mlx-lm reads it."""
+    """adapter_config.json, as mlx-lm reads it where it can hold the adapter."""
+    common = {"variant": spec.variant, **({"base_model": spec.base} if spec.base else {})}
+    if spec.file == OWN_FILE:
+        chosen = {path: {"rank": rank, "scale": scale} for path, (rank, scale) in spec.modules.items()}
+        own = {"dropout": spec.dropout, "modules": chosen, "trained": list(spec.trained), "own_head": spec.own_head}
+        uniform = {} if chosen else _uniform(spec)
+        write_json(folder / CONFIG_FILE, {"fine_tune_type": OWN_TYPE, **own, **uniform, **common})
+        return
+    kind = "dora" if spec.variant == "dora" else "lora"
+    write_json(folder / CONFIG_FILE, {"fine_tune_type": kind, **_uniform(spec), **common})
+
+
+def _uniform(spec: Spec) -> dict[str, Any]:
     parameters = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": list(spec.keys)}
-    write_json(
-        folder / CONFIG_FILE, {"fine_tune_type": "lora", "num_layers": spec.num_layers, "lora_parameters": parameters}
-    )
+    return {"num_layers": spec.num_layers, "lora_parameters": parameters}
 
 
 def read_spec(folder: Path) -> Spec:
@@ -196,20 +124,35 @@ def read_spec(folder: Path) -> Spec:
     if not folder.is_dir():
         raise UserError(f"no adapter folder {folder}")
     config = read_json(folder / CONFIG_FILE, "an adapter folder: adapters.safetensors and adapter_config.json")
+    if "peft_type" in config:
+        raise UserError(f"{folder} is a PEFT adapter", f"Convert it first: mlxtune convert {folder} ADAPTER")
     kind = config.get("fine_tune_type", "lora")
-    if kind != "lora":
-        raise UserError(f"{folder}: adapters of type {kind!r} cannot be used yet", "Only LoRA adapters can.")
+    if kind not in ("lora", "dora", OWN_TYPE):
+        raise UserError(f"{folder}: adapters of type {kind!r} cannot be used yet", "Only LoRA and DoRA adapters can.")
     try:
-        parameters = config["lora_parameters"]
+        variant = str(config.get("variant", kind))
+        parameters = config.get("lora_parameters", {}) if kind == OWN_TYPE else config["lora_parameters"]
+        modules = {path: (int(m["rank"]), float(m["scale"])) for path, m in config.get("modules", {}).items()}
+        rank, scale = next(iter(modules.values()), (parameters.get("rank", 0), parameters.get("scale", 0.0)))
         return Spec(
-            int(parameters["rank"]),
-            float(parameters["scale"]),
-            float(parameters.get("dropout", 0.0)),
+            int(rank),
+            float(scale),
+            float(parameters.get("dropout", config.get("dropout", 0.0))),
             tuple(parameters.get("keys") or _keys_in(folder)),
-            int(config["num_layers"]),
+            int(config.get("num_layers", 0) if kind == OWN_TYPE else config["num_layers"]),
+            variant,
+            modules,
+            tuple(config.get("trained", ())),
+            bool(config.get("own_head", False)),
+            str(config.get("base_model", "")),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG_FILE}: not an MLX adapter's configuration ({error})") from error
+
+
+def adapter_file(folder: Path) -> Path | None:
+    """The tensors of an adapter folder, or None."""
+    return next((folder / name for name in (OWN_FILE, ADAPTER_FILE) if (folder / name).is_file()), None)
 
 
 def _keys_in(folder: Path) -> list[str]:
@@ -225,14 +168,19 @@ def load_adapter(model: nn.Module, folder: Path) -> Spec:
     Raises UserError listing every tensor that does not fit: the adapter was trained on another base.
     """
     spec = read_spec(folder)
-    file = folder / ADAPTER_FILE
+    file = folder / spec.file
     if not file.is_file():
-        raise UserError(f"{folder} has no {ADAPTER_FILE}", "The run saved no adapter: train it, or resume it.")
+        raise UserError(f"{folder} has no {spec.file}", "The run saved no adapter: train it, or resume it.")
     layers = len(model.layers)
     if spec.num_layers > layers:
         raise UserError(f"{folder}: the adapter covers {spec.num_layers} blocks, the model has {layers}")
-    if spec.num_layers <= 0:  # mlx-lm's way to say all
-        spec = Spec(spec.rank, spec.scale, spec.dropout, spec.keys, layers)
+    if spec.num_layers <= 0 and not spec.modules:  # mlx-lm's way to say all
+        spec = replace(spec, num_layers=layers)
+    if spec.own_head and not outside_blocks(model, LINEAR):
+        raise UserError(
+            f"{folder}: its embedding was trained beside the old head; this model has one matrix for both",
+            "In PEFT, save it with ensure_weight_tying, or with lm_head in modules_to_save.",
+        )
     attach(model, spec)
     load_factors(model, file)
     return spec
@@ -265,29 +213,36 @@ def load_factors(model: nn.Module, file: Path) -> None:
     mx.eval(factors(model))
 
 
-def save_factors(model: nn.Module, folder: Path) -> None:
-    """Write adapters.safetensors into `folder`, whole or not at all. A full disk raises OSError."""
-    save_arrays(folder / ADAPTER_FILE, factors(model))
+def save_factors(model: nn.Module, folder: Path, file: str = ADAPTER_FILE) -> None:
+    """Write the adapter's tensors into `folder`, whole or not at all. file: Spec.file. A full disk raises OSError."""
+    save_arrays(folder / file, factors(model))
 
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """The base model: every adapter's scale is zero inside."""
+    """The base model: every adapter's scale is zero and every layer trained in full is the old one inside."""
     layers = list(adapters(model).values())
     scales = [layer.scale for layer in layers]
+    full = in_full(model)
     for layer in layers:
         layer.scale = 0.0
+    for path, layer in full.items():
+        model.update_modules(tree_unflatten([(path, layer.frozen.module)]))
     try:
         yield
     finally:
         for layer, scale in zip(layers, scales, strict=True):
             layer.scale = scale
+        for path, layer in full.items():
+            model.update_modules(tree_unflatten([(path, layer)]))
 
 
 def describe(spec: Spec, model: nn.Module) -> str:
     """One line for people: what is trained."""
     count = sum(array.size for array in factors(model).values())
-    names = sorted({key.rsplit(".", 1)[-1] for key in spec.keys})
-    return (
-        f"{count:,} parameters (rank {spec.rank}, scale {spec.scale:g}, {spec.num_layers} blocks: {', '.join(names)})"
-    )
+    layers = adapters(model)
+    names = sorted({path.rsplit(".", 1)[-1] for path in layers})
+    ranks = sorted({layer.rank for layer in layers.values()})
+    said = f"{spec.variant}, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else f", scale {spec.scale:g}")
+    also = f"; in full: {len(spec.trained)} layers" if spec.trained else ""
+    return f"{count:,} parameters ({said}, {', '.join(names)}{also})"

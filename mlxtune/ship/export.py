@@ -5,36 +5,37 @@ An export is built under a temporary name, compared with the trained model, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlxtune_convert import peft
-from mlxtune_convert.configs import unquantized
-from mlxtune_convert.families import by_model_type
-from mlxtune_convert.files import new_folder, require_space, write_json
-from mlxtune_convert.tensors import ShardWriter
+import numpy as np
+from mlxtune_convert import layouts, peft
+from mlxtune_convert.configs import SOURCE_FILE, unquantized
+from mlxtune_convert.files import explained, new_folder, read_json, require_space, write_json
+from mlxtune_convert.tensors import ShardWriter, read_header, weight_files
+from safetensors import safe_open
 
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
-from mlxtune.model.load import load, source_of
-from mlxtune.ship import verify
-from mlxtune.ship.merge import Merged, check_base, fuse, open_merged
+from mlxtune.model.load import load, model_dtype, open_model, source_of
+from mlxtune.model.peft import from_model
+from mlxtune.ship import card, verify
+from mlxtune.ship.gptq import Calibration
+from mlxtune.ship.merge import CALIBRATED_BELOW, Merged, check_base, fuse, open_merged
 from mlxtune.ship.verify import Reference, Report, Runner
-
-REPORT_FILE = "verification.json"
 
 
 @dataclass(frozen=True)
 class Request:
     """What to export. model: the folder that was trained on; base: the original 16-bit model, or None to use `model`;
     dtype: of a Hugging Face export, or None for the base's own; base_name: hub id that a PEFT adapter names;
-    examples: held-out rows for the proof, or None to go without it."""
+    examples: held-out rows for the proof, or None to go without it; calibration: training rows to choose codes by."""
 
     model: Path
     adapter: Path | None
@@ -43,6 +44,7 @@ class Request:
     dtype: str | None = None
     base_name: str = ""
     examples: Sequence[Example] | None = None
+    calibration: Sequence[Example] = ()
     force: bool = False
 
     @property
@@ -61,8 +63,8 @@ class ReadBack:
         return f"{self.verdict}: {self.tensors} tensors equal the trained ones bit for bit (PEFT is not installed)"
 
 
-def to_mlx(request: Request, bits: int) -> Report | None:
-    """Write a fused MLX folder; bits 16: dense, else quantized again.
+def to_mlx(request: Request, bits: int, group: int | None = None) -> Report | None:
+    """Write a fused MLX folder; bits 16: dense, else quantized again in groups of `group` (None: the base's).
 
     Raises UserError when what came out is no model (numbers too large for its type) or, at 16 bits, not the trained
     one; nothing is kept then.
@@ -73,7 +75,11 @@ def to_mlx(request: Request, bits: int) -> Report | None:
         verify.require_memory(merged.count())
     storage = dtype_name(merged.dtype) if bits == UNQUANTIZED_BITS else f"{bits} bits"
     with new_folder(request.out, request.force, request.sources) as work:
-        fuse(merged, request.base or request.model, work, bits)
+        calibration = None
+        if bits < CALIBRATED_BELOW and request.calibration:
+            calibration = Calibration(str(request.model), request.adapter, request.calibration)
+        fuse(merged, request.base or request.model, work, bits, group, calibration)
+        card.write_template(work, request.adapter)
         if request.examples is None:
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
@@ -84,8 +90,10 @@ def to_hf(request: Request) -> Report | None:
     """Write a merged model folder that transformers loads. Raises UserError when the proof fails; nothing is kept
     then.
     """
-    source = source_of(request.base or request.model)
-    by_model_type(source["config"]["model_type"])
+    folder = request.base or request.model
+    source = source_of(folder)
+    layout = layouts.by_model_type(source["config"])
+    dropped = _dropped(layout, folder)
     merged = _merged(request)
     storage = dtype_name(merged.dtype)
     parameters = merged.count()
@@ -94,54 +102,119 @@ def to_hf(request: Request) -> Report | None:
     with new_folder(request.out, request.force, request.sources) as work:
         require_space(work, parameters * merged.dtype.size)
         writer = ShardWriter(work, {"format": "pt"})
-        for name, array in merged.tensors():
-            writer.add(name, to_numpy(array))
+        for name, array in layout.to_hf(((name, to_numpy(array)) for name, array in merged.tensors()), np):
+            writer.add(name, array)
+        for name, array in dropped:
+            writer.add(name, array)
         writer.close()
         config = unquantized(source["config"])
         config.pop("torch_dtype", None)
         write_json(work / "config.json", {**config, "dtype": storage})
-        copy_tokenizer(request.base or request.model, work)
-        _model_card(work, request, source)
+        copy_tokenizer(folder, work)
+        card.write_template(work, request.adapter)
+        card.write_generation_config(work, config)
+        card.write(work, "transformers", base_name(request, source), card.licence_of(folder), request.adapter)
         if request.examples is None:
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        if verify.has_transformers():
-            run, name = verify.transformers_runner(work), "transformers, float32"
-        else:
-            run, name = verify.mlx_runner(load(str(work), "float32")), "MLX, float32 (transformers is not installed)"
-        return _judged(work, ref, run, name, storage, request)
+        return _judged(work, ref, *_hf_runner(work), storage, request)
+
+
+def _hf_runner(folder: Path) -> tuple[Runner, str]:
+    if verify.has_transformers():
+        return verify.transformers_runner(folder), "transformers, float32"
+    return verify.mlx_runner(load(str(folder), "float32")), "MLX, float32 (transformers is not installed)"
+
+
+def _dropped(layout: layouts.Layout, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that the original has and MLX does not, as the original has them.
+
+    Raises UserError before any work when the family has such tensors and `folder` does not hold them.
+    """
+    files = {name: file for file in weight_files(folder) for name in read_header(file) if layout.is_dropped(name)}
+    if layout.dropped and layout.needs_dropped and not files:
+        raise UserError(
+            f"{folder} lacks tensors that transformers needs and MLX does not ({', '.join(layout.dropped)})",
+            "Give the original model: --base HF_DIR.",
+        )
+    return ((name, _tensor(file, name)) for name, file in sorted(files.items()))
+
+
+def _tensor(file: Path, name: str) -> np.ndarray:
+    with safe_open(file, "numpy") as opened:
+        array: np.ndarray = opened.get_tensor(name)
+    return array
 
 
 def to_peft(request: Request) -> Report | ReadBack | None:
     """Write a PEFT adapter folder. Raises UserError when the proof fails; nothing is kept then."""
     if request.adapter is None:
         raise UserError("--to peft exports an adapter", "Name the run: --adapter RUN")
-    source = source_of(request.base or request.model)
-    by_model_type(source["config"]["model_type"])
-    spec = lora.read_spec(request.adapter)
+    source = source_of(request.model)
+    layouts.by_model_type(source["config"])  # refuses before any work
     tuned = open_merged(request.model, request.adapter)
-    factors = {
-        path: (to_numpy(layer.lora_a), to_numpy(layer.lora_b)) for path, layer in lora.adapters(tuned.model).items()
-    }
+    spec = lora.read_spec(request.adapter)
+    adapter = from_model(tuned.model, spec, source["config"], base_name(request, source) or spec.base)
     with new_folder(request.out, request.force, request.sources) as work:
-        peft.write_adapter(work, factors, spec.scale, spec.dropout, base_name(request, source))
+        peft.write_adapter(work, adapter)
+        card.write(work, "peft", adapter.base, card.licence_of(request.model), request.adapter)
+        count = peft.check_adapter(work, adapter)
         if request.examples is None:
             return None
         if not verify.has_peft():
-            count = peft.check_adapter(work, factors)
             back = ReadBack(count)
-            write_json(work / REPORT_FILE, asdict(back))
+            verify.write_report(work, asdict(back))
             return back
-        base = open_merged(request.model, None, mx.float32)
-        verify.require_memory(base.count())
+        run = _peft_runner(request.model, work)
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        run = verify.peft_runner(base, unquantized(source["config"]), work)
         return _judged(work, ref, run, "PEFT on the dense base, float32", "float32", request)
+
+
+def _peft_runner(model: Path, folder: Path) -> Runner:
+    config = source_of(model)["config"]
+    base = open_merged(model, None, mx.float32)
+    verify.require_memory(base.count())
+    state = layouts.by_model_type(config).to_hf(((name, to_numpy(array)) for name, array in base.tensors()), np)
+    return verify.peft_runner(dict(state), unquantized(config), folder)
+
+
+def check(export: Path, model: Path, adapter: Path | None, examples: Sequence[Example]) -> Report:
+    """Compare an artefact that is already there with the trained model, and write the report into it.
+
+    Raises UserError for a folder that is no export, or whose runtime is not installed.
+    """
+    if not export.is_dir():
+        raise UserError(f"no folder {export}", "Name what fuse or export wrote.")
+    if (export / peft.WEIGHTS_FILE).is_file():
+        if not verify.has_peft():
+            raise UserError("PEFT adapters are run by PEFT, which is not installed", "pip install torch peft")
+        run, name, storage = _peft_runner(model, export), "PEFT on the dense base, float32", "float32"
+    elif (export / "config.json").is_file():
+        opened, config = open_model(export)
+        verify.require_memory(Merged(opened, config, mx.float32).count())
+        quantization = config.get("quantization")
+        storage = f"{quantization['bits']} bits" if quantization else dtype_name(model_dtype(opened))
+        run, name = (
+            _hf_runner(export)
+            if source_of(export)["kind"] == "hf" and not (export / SOURCE_FILE).is_file()
+            else (verify.mlx_runner(load(str(export), "float32")), "MLX, float32")
+        )
+    else:
+        raise UserError(f"{export} is neither a model folder nor a PEFT adapter", "Name what fuse or export wrote.")
+    report = verify.measure(verify.reference(str(model), adapter, examples), run, name, storage)
+    with explained(export):
+        report.write(export)
+    return report
 
 
 def base_name(request: Request, source: dict[str, Any]) -> str:
     """The original model on the hub, or "" when unknown. A repository of MLX-quantized weights is none."""
     return request.base_name or (source["name"] if source["kind"] == "hf" else "")
+
+
+def names_base(adapter: Path) -> bool:
+    """Whether a PEFT adapter says which model it is for."""
+    return bool(read_json(adapter / peft.CONFIG_FILE, "a PEFT adapter").get("base_model_name_or_path"))
 
 
 def _merged(request: Request) -> Merged:
@@ -163,12 +236,5 @@ def _judged(work: Path, ref: Reference, run: Runner, name: str, storage: str, re
             f"the export is not the model that was trained, so it was not kept ({report.line()})",
             "Its type may be too small for its numbers. --no-verify keeps it all the same.",
         )
-    write_json(work / REPORT_FILE, report.to_json())
+    report.write(work)
     return report
-
-
-def _model_card(work: Path, request: Request, source: dict[str, Any]) -> None:
-    base = base_name(request, source)
-    head = ["---", "library_name: transformers", "tags: [mlxtune]", *([f"base_model: {base}"] if base else []), "---"]
-    body = f"A fine-tuned version of {base or 'its base model'}, merged and exported with mlxtune."
-    (work / "README.md").write_text("\n".join([*head, "", body, ""]), encoding="utf-8")

@@ -6,13 +6,14 @@ every fuse is measured afterwards (`ship/verify`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlxtune_convert.configs import SOURCE_FILE, unquantized
 from mlxtune_convert.files import require_space, write_json
 from mlxtune_convert.tensors import ShardWriter
@@ -21,10 +22,14 @@ from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
+from mlxtune.model.layers import SWITCH, Adapter, own_parameters
 from mlxtune.model.load import model_dtype, open_model, source_of
 from mlxtune.model.quantize import QUANTIZED, dense_weight
+from mlxtune.ship import gptq
+from mlxtune.ship.gptq import Calibration
 
 DEFAULT_GROUP = 64
+CALIBRATED_BELOW = 8  # bits; at 8 rounding to the nearest is as good
 
 
 @dataclass(frozen=True)
@@ -59,27 +64,31 @@ class Merged:
         """Parameters of the dense model."""
         return sum(self.sizes().values())
 
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """The same leaves, none of them released."""
+        yield from self._walk()
+
     def _walk(self) -> Iterator[tuple[str, nn.Module]]:
         inside: set[str] = set()
         for path, module in self.model.named_modules():
             if path in inside:
                 continue
-            if isinstance(module, lora.Adapter):
+            if isinstance(module, Adapter):
                 inside.add(f"{path}.linear")
-            elif not _parameters(module):
+            elif not own_parameters(module):
                 continue
             yield path, module
 
     def weight(self, module: nn.Module) -> mx.array:
         """The merged matrix of one leaf, float32."""
-        if isinstance(module, lora.Adapter):
-            return dense_weight(module.linear) + module.delta()
+        if isinstance(module, Adapter):
+            return module.merged(dense_weight(module.linear))
         return dense_weight(module)
 
     def dense(self, path: str, module: nn.Module) -> list[tuple[str, mx.array]]:
         inner = _inner(module)
         out = []
-        for name, value in _parameters(inner).items():
+        for name, value in own_parameters(inner).items():
             if isinstance(inner, QUANTIZED) and name in _QUANTIZATION_TENSORS:
                 continue
             array = self.weight(module) if name == "weight" else value
@@ -93,17 +102,12 @@ _QUANTIZATION_TENSORS = ("scales", "biases", "global_scale")
 
 def _inner(module: nn.Module) -> Any:
     """The base's layer of a leaf."""
-    return module.linear if isinstance(module, lora.Adapter) else module
+    return module.linear if isinstance(module, Adapter) else module
 
 
 def _release(module: nn.Module) -> None:
-    for name in _parameters(module):
+    for name in own_parameters(module):
         module[name] = mx.array([])
-
-
-def _parameters(module: nn.Module) -> dict[str, mx.array]:
-    """A module's own arrays; names with an underscore are MLX's private ones (rotary tables), not parameters."""
-    return {name: value for name, value in module.items() if isinstance(value, mx.array) and not name.startswith("_")}
 
 
 def open_merged(base: Path, adapter: Path | None, dtype: mx.Dtype | None = None) -> Merged:
@@ -115,11 +119,12 @@ def open_merged(base: Path, adapter: Path | None, dtype: mx.Dtype | None = None)
     return Merged(model, config, dtype or own)
 
 
-def fuse(merged: Merged, base: Path, work: Path, bits: int) -> None:
+def fuse(merged: Merged, base: Path, work: Path, bits: int, group: int | None, calibration: Calibration | None) -> None:
     """Write a merged MLX folder into `work`.
 
-    bits 16: dense; 4 or 8: layers that the adapter changed are quantized again to that many bits (in the base's
-    groups), layers it did not change keep the base's codes. base: where tokenizer and source come from.
+    bits 16: dense; 4 or 8: layers that the adapter changed are quantized again to that many bits in groups of `group`
+    (None: the base's), layers it did not change keep the base's codes. base: where tokenizer and source come from;
+    calibration: the trained model and rows to choose codes by, or None to round to the nearest.
     """
     needed = merged.count() * merged.dtype.size
     require_space(work, needed if bits == UNQUANTIZED_BITS else needed * (bits + 2) // 16)
@@ -129,7 +134,10 @@ def fuse(merged: Merged, base: Path, work: Path, bits: int) -> None:
         for name, array in merged.tensors():
             writer.add(name, to_numpy(array))
     else:
-        config["quantization"] = config["quantization_config"] = _write_quantized(merged, writer, bits)
+        quantizer = _Quantizer(merged, writer, bits, group)
+        if calibration is not None:
+            quantizer.calibrated(calibration)
+        config["quantization"] = config["quantization_config"] = quantizer.finish()
     writer.close()
     write_json(work / "config.json", config)
     copy_tokenizer(base, work)
@@ -140,39 +148,93 @@ def _dense_size(module: nn.Module) -> int:
     inner = _inner(module)
     if isinstance(inner, QUANTIZED):
         return inner.weight.size * 32 // inner.bits
-    return sum(value.size for value in _parameters(inner).values())
+    return sum(value.size for value in own_parameters(inner).values())
 
 
-def _write_quantized(merged: Merged, writer: ShardWriter, bits: int) -> dict[str, Any]:
-    """Write every leaf, quantized where it can be; return the table that config.json keeps."""
-    base_table = merged.config.get("quantization") or {}
-    group = base_table.get("group_size", DEFAULT_GROUP)
-    table: dict[str, Any] = {"group_size": group, "bits": bits, "mode": "affine"}
-    predicate = getattr(merged.model, "quant_predicate", None) or (lambda path, module: True)
-    for path, module in merged.leaves():
-        adapted = isinstance(module, lora.Adapter)
+class _Quantizer:
+    """Writes every leaf of a merged model, quantized where it can be, and keeps the table for config.json."""
+
+    def __init__(self, merged: Merged, writer: ShardWriter, bits: int, group: int | None) -> None:
+        self.merged = merged
+        self.writer = writer
+        self.base = merged.config.get("quantization") or {}
+        self.group = group or self.base.get("group_size", DEFAULT_GROUP)
+        self.asked = group
+        self.bits = bits
+        self.table: dict[str, Any] = {}
+        self.done: set[str] = set()
+        self._predicate = getattr(merged.model, "quant_predicate", None) or (lambda path, module: True)
+
+    def form(self, path: str, module: nn.Module) -> tuple[int, int] | None:
+        """(group, bits) that a leaf is to get, or None when it stays as it is."""
         inner = _inner(module)
-        if isinstance(inner, QUANTIZED) and not adapted:
-            for name, value in _parameters(inner).items():
-                writer.add(f"{path}.{name}", to_numpy(value))
-            table[path] = {"group_size": inner.group_size, "bits": inner.bits, "mode": inner.mode}
-            continue
-        size = inner.group_size if isinstance(inner, QUANTIZED) and inner.mode == "affine" else DEFAULT_GROUP
+        if isinstance(inner, QUANTIZED) and module is inner:
+            return None
+        quantizable = hasattr(inner, "to_quantized") or isinstance(inner, QUANTIZED)
+        own = inner.group_size if isinstance(inner, QUANTIZED) and inner.mode == "affine" else DEFAULT_GROUP
         # Layers that the family or the base keeps at more bits (routers, say) stay there.
-        exception = predicate(path, inner)
-        width = max(bits, base_table[path]["bits"] if isinstance(base_table.get(path), dict) else 0)
+        exception = self._predicate(path, inner)
+        width, size = self.bits, self.asked or own
+        if isinstance(self.base.get(path), dict):
+            width = max(width, self.base[path]["bits"])
         if isinstance(exception, dict):
-            width, size = max(bits, exception["bits"]), exception["group_size"]
-        for full, array in merged.dense(path, module):
-            quantizable = hasattr(inner, "to_quantized") or isinstance(inner, QUANTIZED)
-            if not (full.endswith(".weight") and quantizable and exception and array.shape[-1] % size == 0):
-                writer.add(full, to_numpy(array))
+            width, size = max(self.bits, exception["bits"]), exception["group_size"]
+        columns = _dense_columns(inner) if quantizable and exception else 0
+        return (size, width) if columns and columns % size == 0 else None
+
+    def calibrated(self, calibration: Calibration) -> None:
+        """Write the linear layers whose inputs can be watched, each with the codes that disturb its outputs least."""
+        leaves = {path: module for path, module in self.merged.modules() if not isinstance(_inner(module), SWITCH)}
+        forms = {path: form for path, module in leaves.items() if (form := self.form(path, module))}
+        wanted = [path for path, (_, width) in forms.items() if width < CALIBRATED_BELOW]
+        for path, hessian in calibration.hessians(wanted):
+            module, (size, width) = leaves[path], forms[path]
+            inner = _inner(module)
+            weight = np.array(self.merged.weight(module))
+            grid = None
+            if isinstance(inner, QUANTIZED) and (inner.group_size, inner.bits, inner.mode) == (size, width, "affine"):
+                grid = (_float32(inner.scales), _float32(inner.biases))
+            parts = gptq.quantize(weight, hessian, size, width, self.merged.dtype, grid)
+            bias = own_parameters(inner).get("bias")
+            self._add(path, parts, size, width)
+            if bias is not None:
+                self.writer.add(f"{path}.bias", to_numpy(bias))
+            calibration.replace(path, parts, bias, size, width)
+            self.done.add(path)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the rest, rounded to the nearest; return the table."""
+        for path, module in self.merged.leaves():
+            if path in self.done:
                 continue
-            for suffix, part in zip(("weight", "scales", "biases"), mx.quantize(array, size, width), strict=True):
-                writer.add(f"{path}.{suffix}", to_numpy(part))
-            table[path] = {"group_size": size, "bits": width, "mode": "affine"}
-    common = {key: table[key] for key in ("group_size", "bits", "mode")}
-    return {**common, **{path: entry for path, entry in table.items() if isinstance(entry, dict) and entry != common}}
+            inner = _inner(module)
+            form = self.form(path, module)
+            if form is None and isinstance(inner, QUANTIZED) and module is inner:
+                for name, value in own_parameters(inner).items():
+                    self.writer.add(f"{path}.{name}", to_numpy(value))
+                self.table[path] = {"group_size": inner.group_size, "bits": inner.bits, "mode": inner.mode}
+                continue
+            for full, array in self.merged.dense(path, module):
+                if form is not None and full.endswith(".weight"):
+                    self._add(path, mx.quantize(array, *form), *form)
+                else:
+                    self.writer.add(full, to_numpy(array))
+        common = {"group_size": self.group, "bits": self.bits, "mode": "affine"}
+        return {**common, **{path: entry for path, entry in self.table.items() if entry != common}}
+
+    def _add(self, path: str, parts: Sequence[mx.array], size: int, width: int) -> None:
+        for suffix, part in zip(("weight", "scales", "biases"), parts, strict=True):
+            self.writer.add(f"{path}.{suffix}", to_numpy(part))
+        self.table[path] = {"group_size": size, "bits": width, "mode": "affine"}
+
+
+def _float32(array: Any) -> np.ndarray:
+    return np.array(array.astype(mx.float32))
+
+
+def _dense_columns(inner: nn.Module) -> int:
+    columns: int = inner.weight.shape[-1]
+    return columns * 32 // inner.bits if isinstance(inner, QUANTIZED) else columns
 
 
 def check_base(base: Path, trained_on: Path) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to go on with the same bits.
 
-RUN/checkpoints/step-0000100/ holds adapters.safetensors, optimizer.safetensors and state.json. A folder appears whole
+RUN/checkpoints/step-0000100/ holds the adapter's tensors, optimizer.safetensors and state.json. A folder appears whole
 or not at all; state.json carries the digests of the two other files, so a torn checkpoint is recognised and the one
 before is used.
 """
@@ -42,13 +42,20 @@ class State:
     data: str = ""
 
 
-def save(run: Path, state: State, model: nn.Module, optimizer: Optimizer, keep_last: int) -> Path:
+def save(
+    run: Path,
+    state: State,
+    model: nn.Module,
+    optimizer: Optimizer,
+    keep_last: int,
+    adapter_file: str = lora.ADAPTER_FILE,
+) -> Path:
     """Write the checkpoint of `state.step`, then remove all but the newest `keep_last`."""
     folder = run / FOLDER / f"step-{state.step:07d}"
     with new_folder(folder, force=True) as work:
-        lora.save_factors(model, work)
+        lora.save_factors(model, work, adapter_file)
         save_arrays(work / OPTIMIZER_FILE, named(optimizer.state))
-        digests = {name: _digest(work / name) for name in (lora.ADAPTER_FILE, OPTIMIZER_FILE)}
+        digests = {name: _digest(work / name) for name in (adapter_file, OPTIMIZER_FILE)}
         write_json(work / STATE_FILE, {**asdict(state), "sha256": digests})
     older = [other for other in _folders(run) if other < folder]
     for old in older[: max(0, len(older) - (keep_last - 1))]:
@@ -73,7 +80,9 @@ def restore(run: Path, model: nn.Module, optimizer: Optimizer, skipped: Callable
             skipped(f"{folder} is incomplete ({torn[0]}): using the checkpoint before it")
             broken.append(folder)
             continue
-        lora.load_factors(model, folder / lora.ADAPTER_FILE)
+        file = lora.adapter_file(folder)
+        assert file is not None  # state.json names it among the digests
+        lora.load_factors(model, file)
         tensors: Any = mx.load(str(folder / OPTIMIZER_FILE))
         mx.eval(tensors)
         optimizer.state = tree_unflatten(list(tensors.items()))
@@ -85,7 +94,7 @@ def restore(run: Path, model: nn.Module, optimizer: Optimizer, skipped: Callable
 
 def saved(run: Path) -> bool:
     """Whether a run holds anything worth keeping: an adapter or a checkpoint."""
-    return (run / lora.ADAPTER_FILE).exists() or bool(_folders(run))
+    return lora.adapter_file(run) is not None or bool(_folders(run))
 
 
 def _folders(run: Path) -> list[Path]:

@@ -44,7 +44,7 @@ class Scored(Protocol):
 @dataclass(frozen=True)
 class Job:
     """Everything a run works with. path: how the loss is computed; evaluate: scores the current model;
-    place: what to call a training row in messages; data: digest of the examples."""
+    place: what to call a training row in messages; data: digest of the examples; adapter_file: lora.Spec.file."""
 
     model: nn.Module
     path: Path
@@ -55,6 +55,7 @@ class Job:
     evaluate: Callable[[], Scored]
     place: Callable[[int], str]
     data: str
+    adapter_file: str = lora.ADAPTER_FILE
 
 
 def run(job: Job, events: Events, resume: bool = False) -> State:
@@ -87,7 +88,7 @@ def run(job: Job, events: Events, resume: bool = False) -> State:
             if last or (section.eval_every and number % section.eval_every == 0):
                 state = _evaluate(job, events, state)
             if stop.exit_code or (section.save_every and number % section.save_every == 0):
-                folder = checkpoint.save(job.run, state, job.model, optimizer, section.keep_last)
+                folder = checkpoint.save(job.run, state, job.model, optimizer, section.keep_last, job.adapter_file)
                 events.emit("checkpoint", step=number, path=str(folder.relative_to(job.run)))
             if stop.exit_code and not last:
                 _keep(job, state)
@@ -109,7 +110,7 @@ def _evaluate(job: Job, events: Events, state: State) -> State:
         events.emit("note", text=f"step {state.step}: the validation loss is not finite")
     elif state.best_loss is None or scored.loss < state.best_loss:
         if job.section.keep == "best":
-            lora.save_factors(job.model, job.run)
+            lora.save_factors(job.model, job.run, job.adapter_file)
         return replace(state, best_loss=scored.loss, best_step=state.step)
     return state
 
@@ -117,7 +118,7 @@ def _evaluate(job: Job, events: Events, state: State) -> State:
 def _keep(job: Job, state: State) -> None:
     """Leave the last adapter in the run folder, unless the best one is already there."""
     if job.section.keep == "last" or state.best_loss is None:
-        lora.save_factors(job.model, job.run)
+        lora.save_factors(job.model, job.run, job.adapter_file)
 
 
 class StepFunction:
@@ -182,8 +183,8 @@ class StepFunction:
         if number > 1:
             last = self.job.section.keep == "last"
             kept = f"The adapter of step {number - 1} {'' if last else 'or better '}is kept. "
-            if last or not (self.job.run / lora.ADAPTER_FILE).exists():
-                lora.save_factors(self.job.model, self.job.run)
+            if last or lora.adapter_file(self.job.run) is None:
+                lora.save_factors(self.job.model, self.job.run, self.job.adapter_file)
         rows = ", ".join([self.job.place(row) for batch in batches for row in batch.rows][:16])
         raise UserError(
             f"step {number}: the loss or gradient is not finite (loss {mean}); rows in the step: {rows}",

@@ -1,0 +1,113 @@
+"""What a Hugging Face folder needs beside its weights, and its way to the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mlxtune_convert.files import read_json, write_json
+
+from mlxtune.config import load
+from mlxtune.data.chat import template_of
+from mlxtune.data.template import use
+from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.errors import UserError
+
+REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def write_generation_config(work: Path, config: dict[str, Any]) -> None:
+    """generation_config.json with every id that ends an answer: the configs', the tokenizer's, the template's."""
+    file = work / "generation_config.json"
+    generation = read_json(file, "generation settings") if file.is_file() else {}
+    tokenizer = load_tokenizer(work)
+    ends = [config.get("eos_token_id"), generation.get("eos_token_id"), tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        token = template_of(tokenizer, {}).end_of_turn.strip()
+        ends.append(tokenizer.convert_tokens_to_ids(token) if token else None)
+    flat = [index for end in ends for index in (end if isinstance(end, list) else [end]) if index is not None]
+    write_json(file, {**generation, "eos_token_id": sorted(set(flat))})
+
+
+def write_template(work: Path, adapter: Path | None) -> None:
+    """Give an exported tokenizer the chat template that the run chose (`data.template`), and its end token."""
+    if adapter is None or not (adapter / "config.yaml").is_file():
+        return
+    chosen = load(adapter / "config.yaml").data.template
+    if chosen:
+        tokenizer = load_tokenizer(work)
+        use(tokenizer, work, chosen)
+        config = read_json(work / "tokenizer_config.json", "of the tokenizer")
+        template = {"chat_template": tokenizer.chat_template, "eos_token": tokenizer.eos_token}
+        write_json(work / "tokenizer_config.json", {**config, **template})
+        (work / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None) -> None:
+    """README.md as the hub shows it. kind: "transformers" or "peft"; base: hub id or ""."""
+    head = ["---", f"library_name: {kind}", "tags: [mlxtune, lora]", f"license: {licence or 'unknown'}"]
+    head += [f"base_model: {base}"] if base else []
+    what = "merged and exported" if kind == "transformers" else "as a PEFT adapter, exported"
+    body = ["---", "", f"A fine-tuned version of {base or 'its base model'}, {what} with mlxtune."]
+    body.append("The licence of the base model applies." if not licence else "")
+    if adapter is not None and (adapter / "config.yaml").is_file():
+        run = load(adapter / "config.yaml")
+        lengths = f"{run.train.steps} steps" if run.train.steps else f"{run.train.epochs or 1:g} epochs"
+        rows = {
+            # Where the files lay on somebody's machine is nobody's business.
+            "data": ", ".join(
+                Path(source.path).name if Path(source.path).is_absolute() else source.path
+                for source in run.data.mixture()
+            ),
+            "adapter": f"{run.lora.variant}, rank {run.lora.rank}, alpha {run.lora.alpha:g}, {run.lora.targets}",
+            "trained in full": ", ".join(run.lora.train_also),
+            "training": f"{lengths}, learning rate {run.train.lr:g} ({run.train.schedule}), seed {run.train.seed}",
+            "loss on": f"{run.data.train_on} assistant turns, rows of up to {run.data.max_tokens} tokens",
+        }
+        body += ["", "| recipe | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items() if text)]
+    (work / "README.md").write_text("\n".join([*head, *body, ""]), encoding="utf-8")
+
+
+def licence_of(folder: Path) -> str:
+    """The licence that a model folder's own card names, or ""."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"\A---\n(?:.*\n)*?license: *([\w.-]+) *\n", text)
+    return found[1] if found else ""
+
+
+def check_repo(repo: str) -> None:
+    """Raise UserError before any work when an upload could not begin."""
+    from huggingface_hub import constants, get_token
+
+    if not REPO.fullmatch(repo):
+        raise UserError(f"--push {repo}: a repository on the hub looks like USER/NAME")
+    if constants.is_offline_mode():
+        raise UserError("--push needs the hub, and HF_HUB_OFFLINE is set", "Unset it, or leave --push out.")
+    if not get_token():
+        raise UserError("--push needs a login", "Log in first: hf auth login (or set HF_TOKEN).")
+
+
+def push(folder: Path, repo: str) -> str:
+    """Upload a folder to a private repository of the hub, made if there is none; return its address.
+
+    Raises UserError when the hub refuses or cannot be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=True, exist_ok=True, repo_type="model")
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from mlxtune")
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+        why = {401: "it does not accept your token", 403: "your token may not write there"}.get(status, str(error))
+        raise UserError(
+            f"the export is in {folder}, but the hub did not take it as {repo}: {' '.join(why.split())[:200]}",
+            "Log in with a token that may write: hf auth login; then run the command again with --force.",
+        ) from error
+    return str(address)

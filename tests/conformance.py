@@ -1,0 +1,205 @@
+"""How every family does against transformers and PEFT, measured: `python tests/conformance.py > docs/families.md`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import tiny
+import zoo
+from mlxtune_convert import layouts
+from mlxtune_convert import peft as files
+from safetensors.numpy import load_file
+
+from mlxtune import backend
+from mlxtune.config import LoraSection
+from mlxtune.errors import UserError
+from mlxtune.model import lora, peft
+from mlxtune.model.arrays import to_numpy
+from mlxtune.model.load import load
+from mlxtune.model.spec import linear_paths, outside_blocks
+from mlxtune.ship import export, verify
+from mlxtune.ship.merge import open_merged
+
+IDS = np.random.default_rng(5).integers(3, 250, (2, 24))
+
+
+@dataclass
+class Row:
+    """Largest differences of logits (losses for `step`); inverse and back: whether the bits came back."""
+
+    family: str
+    logits: float = float("nan")
+    inverse: str = ""
+    step: float = float("nan")
+    peft: float = float("nan")
+    back: bool = False
+    hf: float = float("nan")
+    not_in_peft: int = 0  # linear layers that PEFT cannot adapt
+    refused: str = ""
+
+
+def measure(family: str, root: Path) -> Row:
+    """Make a tiny model of the family, load it, train a step on it, and take it out every way there is."""
+    tiny.SHAPES.update(zoo.SHAPES)
+    folder = tiny.make_model(root / family, family)
+    row = Row(family)
+    loaded = load(str(folder), "float32")
+    row.logits = apart(mlx_logits(loaded.model), logits(reference(folder)))
+    config = json.loads((folder / "config.json").read_text())
+    try:
+        layout = layouts.by_model_type(config)
+    except UserError as error:
+        row.refused = error.message.partition(": ")[2]
+        return row
+    row.inverse = inverse(folder, layout)
+    model = loaded.model
+    paths = {path for block in model.layers for path in linear_paths(block)} | set(outside_blocks(model, (nn.Linear,)))
+    covered = sorted(
+        path for path in paths if any(p.endswith(path) for p in layout.peft_targets(_full(model)).values())
+    )
+    row.not_in_peft = len(paths) - len(covered)
+    spec = lora.Spec.of(model, LoraSection(rank=2, alpha=4, targets=covered))
+    lora.attach(model, spec, seed=1)
+    train(model)
+    run = root / f"{family}-run"
+    run.mkdir()
+    lora.save_config(run, spec)
+    lora.save_factors(model, run, spec.file)
+    ours = mlx_logits(model)
+    out = root / f"{family}-peft"
+    out.mkdir()
+    files.write_adapter(out, peft.from_model(model, spec, config, ""))
+    theirs = logits(reference(folder, out))
+    row.peft, row.step = apart(theirs, ours), abs(cross_entropy(theirs) - cross_entropy(ours))
+    peft.import_adapter(out, root / f"{family}-back", str(folder), False)
+    row.back = same(run, root / f"{family}-back")
+    export.to_hf(export.Request(folder, run, root / f"{family}-hf"))
+    verify.transformers_runner(root / f"{family}-hf")  # refuses missing and unexpected keys
+    row.hf = apart(logits(reference(root / f"{family}-hf")), ours)
+    assert apart(logits(reference(folder)), ours) > 20 * max(row.hf, row.peft), (
+        f"{row}: the step changed too little to tell"
+    )
+    return row
+
+
+def _full(model: Any) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, *lora.SWITCH))]
+
+
+def inverse(folder: Path, layout: Any) -> str:
+    """Whether our table makes the tensors that mlx-lm makes, and gives the original ones back bit for bit."""
+    original = load_file(folder / "model.safetensors")
+    mlx = {name: to_numpy(array) for name, array in open_merged(folder, None).tensors()}
+    ours = {name: array for name, array in layout.to_mlx(original.items(), np) if name in mlx}
+    assert ours.keys() == mlx.keys(), sorted(ours.keys() ^ mlx.keys())[:3]
+    assert all(np.array_equal(ours[name], mlx[name]) for name in mlx)
+    back = dict(layout.to_hf(mlx.items(), np))
+    kept = {name for name in original if not layout.is_dropped(name)}
+    assert back.keys() == kept, sorted(back.keys() ^ kept)[:3]
+    changed = [name for name in kept if original[name].tobytes() != back[name].tobytes()]
+    worst = max((float(np.abs(original[name] - back[name]).max()) for name in changed), default=0.0)
+    return f"{len(changed)} norms to {worst:.0e}" if changed else "bits"
+
+
+def train(model: Any) -> None:
+    """Two plain gradient steps: the first moves B, the second A as well."""
+
+    def loss(_: Any) -> mx.array:
+        ids = mx.array(IDS)
+        return nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:], reduction="mean")
+
+    step = nn.value_and_grad(model, loss)
+    for _ in range(2):
+        _, gradients = step(0)
+        flat = dict(nn.utils.tree_flatten(gradients))
+        norm = float(mx.sqrt(sum((g * g).sum() for g in flat.values())).item())
+        values = lora.factors(model)
+        model.load_weights([(name, values[name] - g * (2.0 / norm)) for name, g in flat.items()], strict=False)
+        mx.eval(model.parameters())
+
+
+def reference(folder: Path, adapter: Path | None = None) -> Any:
+    import torch
+    from transformers import AutoConfig
+
+    model = verify._model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return model.eval()
+
+
+def logits(model: Any) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(IDS)).logits.numpy()
+
+
+def mlx_logits(model: Any) -> np.ndarray:
+    return np.array(model(mx.array(IDS)))
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one - other).max())
+
+
+def cross_entropy(values: np.ndarray) -> float:
+    return float(verify._loss(values[:, :-1].reshape(-1, values.shape[-1]), IDS[:, 1:].reshape(-1)))
+
+
+def same(one: Path, other: Path) -> bool:
+    left, right = (load_file(lora.adapter_file(folder)) for folder in (one, other))
+    return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
+
+
+def table(rows: list[Row]) -> str:
+    head = """# Families
+
+Measured by `python tests/conformance.py > docs/families.md` on tiny random models of each family, in float32, against
+transformers and PEFT. Differences are the largest of any logit: after loading, after two LoRA steps run by PEFT (and of
+the loss), and of the merged Hugging Face export. "bits": our table gives the original tensors back bit for bit. Layers
+that PEFT cannot adapt (experts kept in another form there) train here and leave through `--to hf`.
+
+| family | HF -> MLX | inverse | loss after LoRA | PEFT out | PEFT back | HF out | not in PEFT |
+|---|---|---|---|---|---|---|---|
+"""
+    lines, refused = [], []
+    for row in rows:
+        if row.refused:
+            refused.append(f"| {row.family} | {row.logits:.0e} | {row.refused} |")
+            continue
+        numbers = f"{row.logits:.0e} | {row.inverse} | {row.step:.0e} | {row.peft:.0e} | {'bits' if row.back else 'NO'}"
+        lines.append(f"| {row.family} | {numbers} | {row.hf:.0e} | {row.not_in_peft or ''} |")
+    tail = """
+Refused by name, because mlx-lm's model is not the one in transformers (`mlxtune fuse` keeps what was trained):
+
+| family | HF -> MLX | why |
+|---|---|---|
+"""
+    return head + "\n".join(lines) + "\n" + tail + "\n".join(refused)
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    backend.prepare()
+    names = sys.argv[1:] or list(zoo.SHAPES)
+    with tempfile.TemporaryDirectory() as root:
+        print(table([measure(name, Path(root)) for name in names]))
+
+
+if __name__ == "__main__":
+    main()

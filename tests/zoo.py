@@ -1,0 +1,200 @@
+"""Tiny configurations of many architectures: what `tiny.make_model` builds and every family is held to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_GQA = {"num_key_value_heads": 2}
+_HEADS = {**_GQA, "head_dim": 16}
+_WINDOWED = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+_MOE = {**_GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_MLA = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+_LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+    **_HEADS,
+}
+_MULTIPLIERS = {
+    "attention_in_multiplier": 0.5,
+    "attention_out_multiplier": 0.7,
+    "key_multiplier": 0.6,
+    "embedding_multiplier": 3.0,
+    "lm_head_multiplier": 0.4,
+    "ssm_in_multiplier": 1.5,
+    "ssm_out_multiplier": 0.8,
+    "mlp_multipliers": [0.9, 1.1],
+    "ssm_multipliers": [0.5, 0.6, 0.7, 0.8, 0.9],
+}
+_MAMBA = {"state_size": 16, "expand": 2, "num_hidden_layers": 2, "conv_kernel": 4, "time_step_rank": 4}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_TEXT = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    **_HEADS,
+}
+
+IDENTITY: dict[str, dict[str, Any]] = {
+    "llama": _GQA,
+    "mistral": {**_GQA, "sliding_window": None},
+    "qwen2": _GQA,
+    "qwen3": _HEADS,
+    "phi": _GQA,
+    "phi3": {**_GQA, "pad_token_id": 0},
+    "gemma": {**_HEADS, "tie_word_embeddings": True},
+    "gemma2": {**_HEADS, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "gemma3_text": {**_HEADS, **_WINDOWED, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "granite": {**_GQA, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "cohere": {**_GQA, "logit_scale": 0.25, "tie_word_embeddings": True},
+    "cohere2": {**_HEADS, **_WINDOWED, "logit_scale": 0.25, "tie_word_embeddings": True},
+    "olmo2": _GQA,
+    "olmo3": {**_GQA, **_WINDOWED},
+    "smollm3": _GQA,
+    "starcoder2": _GQA,
+    "stablelm": {**_GQA, "layer_norm_eps": 1e-5},
+    "helium": _HEADS,
+    "seed_oss": _HEADS,
+    "ernie4_5": _HEADS,
+    "glm": {**_HEADS, "partial_rotary_factor": 0.5},
+    "glm4": {**_HEADS, "partial_rotary_factor": 0.5},
+    "gpt_bigcode": {"n_embd": 64, "n_inner": 128, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "exaone4": {**_GQA, **_WINDOWED},
+    "nemotron": {**_HEADS, "partial_rotary_factor": 0.5},
+    "hunyuan_v1_dense": _HEADS,
+    "ministral3": _HEADS,
+}
+CHANGED: dict[str, dict[str, Any]] = {
+    "mixtral": {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3_moe": {**_MOE, "head_dim": 16, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+    "olmoe": {**_GQA, "num_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {**_GQA, "attention_bias": True, "lm_head_bias": True, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 3.0},
+    "gpt_oss": {
+        **_HEADS,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        **_WINDOWED,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "deepseek_v2": {**_MLA, "topk_method": "group_limited_greedy", "rope_parameters": _YARN},
+    "deepseek_v3": _MLA,
+    "glm4_moe": {
+        **_HEADS,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "partial_rotary_factor": 0.5,
+    },
+    "ernie4_5_moe": {
+        **_HEADS,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 48,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    },
+    "lfm2": {**_GQA, "layer_types": ["conv", "full_attention"], "conv_L_cache": 4, "tie_word_embeddings": True},
+    "lfm2_moe": {
+        **_GQA,
+        "tie_word_embeddings": True,
+        "layer_types": ["conv", "full_attention"],
+        "conv_L_cache": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "num_dense_layers": 1,
+    },
+    "mamba": {**_MAMBA, "intermediate_size": 128},
+    "mamba2": {**_MAMBA, "num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "jamba": {
+        **_GQA,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+        "mamba_dt_rank": 4,
+    },
+    "falcon_h1": {
+        **_HEADS,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        **_MULTIPLIERS,
+    },
+    "qwen3_next": {
+        **_MOE,
+        **_LINEAR_ATTENTION,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [],
+        "full_attention_interval": 2,
+    },
+    "qwen3_5_text": {**_LINEAR_ATTENTION, "full_attention_interval": 2},
+    "gemma4_text": {**_HEADS, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 320},
+    "gemma3": {
+        "text_config": {**_TEXT, **_WINDOWED, "query_pre_attn_scalar": 16},
+        "vision_config": _VISION,
+        "mm_tokens_per_image": 4,
+    },
+    "mistral3": {
+        "text_config": {**_TEXT, "model_type": "mistral"},
+        "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 16},
+    },
+    "llama4_text": {
+        **_HEADS,
+        "intermediate_size_mlp": 96,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 4,
+        "moe_layers": [1, 3],
+        "interleave_moe_layer_step": 2,
+    },
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "tie_word_embeddings": True},
+    "gpt_neox": {"rotary_pct": 0.25, "intermediate_size": 256},
+}
+SHAPES = {**IDENTITY, **CHANGED}
