@@ -15,7 +15,7 @@ import pytest
 import tiny
 from gguf.quants import dequantize, quantize
 from mlx.utils import tree_flatten
-from mlxtune_convert.families import uninterleave
+from mlxtune_convert.gguf_families import interleave, uninterleave
 from mlxtune_convert.quant import BLOCKS, from_blocks, pack
 
 from mlxtune.data.tokenizer import load_tokenizer
@@ -56,6 +56,7 @@ def test_packed_codes_are_mlxs_own(bits: int) -> None:
 
 def test_uninterleave_undoes_llama_cpps_row_order() -> None:
     weight = np.arange(4 * 16 * 3).reshape(64, 3)
+    np.testing.assert_array_equal(interleave(weight, 4), interleaved(weight, 4))
     np.testing.assert_array_equal(uninterleave(interleaved(weight, 4), 4), weight)
     assert not np.array_equal(uninterleave(weight, 4), weight)
 
@@ -243,9 +244,9 @@ def test_a_float_gguf_has_the_hf_models_logits(arch: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"kind": "TQ1_0"}, "TQ1_0"),
-        ({"pre": "qwen2"}, "pre-tokenizer qwen2"),
-        ({"tokenizer": "llama"}, "llama"),
+        ({"pre": "poro-chat"}, "pre-tokenizer poro-chat"),
+        ({"tokenizer": "t5"}, "t5"),
+        ({"tokenizer": "llama"}, "the GGUF's tokenizer has no scores"),
     ],
 )
 def test_what_cannot_be_mapped_exactly_is_refused_by_name(changes: dict, expected: str, tmp_path: Path) -> None:

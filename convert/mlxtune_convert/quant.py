@@ -1,9 +1,9 @@
 """GGUF quantization blocks <-> MLX codes, scales and biases.
 
-Both describe a weight as code * scale + bias per group (affine), or as a 4-bit float times a power of two or a small float
-(mxfp4, nvfp4). GGUF keeps one block of bytes for every 32 weights of a row (ggml-common.h); MLX keeps all codes of
-a row as one bit stream, least significant bit first, in uint32 words, with one scale (and bias) per group. Where
-both can hold the same numbers nothing is computed but a product by a power of two; elsewhere `carry` measures the error.
+Both describe a weight as code * scale + bias per group (affine), or as a 4-bit float times a scale of one byte (mxfp4,
+nvfp4). GGUF keeps one block of bytes for every 32 weights of a row (ggml-common.h); MLX keeps all codes of a row as one
+bit stream, least significant bit first, in uint32 words, with one scale (and bias) per group. Where both can hold the
+same numbers nothing is computed but a product by a power of two; elsewhere `carry` measures the error.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def from_blocks(data: np.ndarray, kind: str) -> Codes:
 
 
 def to_blocks(codes: Codes, kind: str) -> np.ndarray:
-    """MLX codes as blocks of `kind`: [rows, bytes] uint8. Scales and biases are rounded to float16 where they are wider.
+    """MLX codes as blocks of `kind`: [rows, bytes] uint8. Wider scales and biases are rounded to float16.
 
     For a type without minimum the biases must be -zero_point * scale: they are not stored.
     """

@@ -109,12 +109,14 @@ def _from_gguf(path: Path, destination: Path, target: Target, dtype: str | None,
     with new_folder(destination, force, [path]) as work:
         if opened.quantized and not target.asked and dtype is None:
             gguf_model.convert(opened, work)
-            return _measured(work, [])
+            return _measured(work, opened.notes())
         lossless = work / "lossless"
         lossless.mkdir()
         gguf_model.convert(opened, lossless)
         out = _from_folder(lossless, "", work, target, dtype)
         shutil.rmtree(lossless)
+        if opened.notes():
+            out.notes.append("the GGUF was already quantized: quantizing it again is lossy")
         return out
 
 

@@ -52,13 +52,14 @@ class Request:
 
 @dataclass(frozen=True)
 class ReadBack:
-    """The weaker proof where PEFT is not installed: every tensor in the files equals the trained one bit for bit."""
+    """The weaker proof where `missing` is not installed: every tensor in the files is bit for bit what it must be."""
 
     tensors: int
+    missing: str = "PEFT"
     verdict: str = "read back"
 
     def line(self) -> str:
-        return f"{self.verdict}: {self.tensors} tensors equal the trained ones bit for bit (PEFT is not installed)"
+        return f"{self.verdict}: {self.tensors} tensors equal theirs bit for bit ({self.missing} is not installed)"
 
 
 def to_mlx(request: Request, bits: int) -> Report | None:
@@ -129,14 +130,17 @@ def to_peft(request: Request) -> Report | ReadBack | None:
             return None
         if not verify.has_peft():
             count = peft.check_adapter(work, factors)
-            back = ReadBack(count)
-            write_json(work / REPORT_FILE, asdict(back))
-            return back
+            return save_proof(work, ReadBack(count))
         base = open_merged(request.model, None, mx.float32)
         verify.require_memory(base.count())
         ref = verify.reference(str(request.model), request.adapter, request.examples)
         run = verify.peft_runner(base, unquantized(source["config"]), work)
         return _judged(work, ref, run, "PEFT on the dense base, float32", "float32", request)
+
+
+def save_proof(work: Path, proof: ReadBack) -> ReadBack:
+    write_json(work / REPORT_FILE, asdict(proof))
+    return proof
 
 
 def base_name(request: Request, source: dict[str, Any]) -> str:
