@@ -36,14 +36,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3 yarn": (
         "qwen3",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1e6,
-                "factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
+        {"rope_parameters": {**YARN, "original_max_position_embeddings": 64}},
     ),
     "qwen3_moe": ("qwen3_moe", {}),
     "gemma": ("gemma", {**KV, "head_dim": 32, "tie_word_embeddings": True}),
@@ -147,7 +140,10 @@ def test_gpt_oss_with_sinks_and_biased_experts_has_transformers_logits(tmp_path:
     rope = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0}
     config = GptOssConfig(
         **{**HEADS, "vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2},
-        **{"num_attention_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
+        num_attention_heads=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=16,
         rope_parameters={**rope, "truncate": True, "original_max_position_embeddings": 128},
         max_position_embeddings=4096,
     )

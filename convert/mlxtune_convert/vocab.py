@@ -250,7 +250,7 @@ def fields(folder: Path, rows: int) -> dict[str, Field]:
         "token_type": [types.get(index, UNUSED) for index in range(rows)],
     }
     if pieces:
-        out["scores"] = _scores(out["tokens"], out["token_type"])
+        out["scores"] = _scores(out["token_type"], [ids["".join(merge.split(" ", 1))] for merge in merges])
         out["add_space_prefix"] = _prepends(whole)
     else:
         out["merges"] = merges
@@ -259,7 +259,7 @@ def fields(folder: Path, rows: int) -> dict[str, Field]:
         token = token.get("content") if isinstance(token, dict) else token
         if token in ids:
             out[f"{key}_token_id"] = ids[token]
-    ends = [index for index in _ends(folder) if index in tokens and index != out.get("eos_token_id")]
+    ends = [index for index in end_ids(folder) if index in tokens and index != out.get("eos_token_id")]
     for key, index in zip([key for key in ("eos", "eot", "eom") if f"{key}_token_id" not in out], ends, strict=False):
         out[f"{key}_token_id"] = index
     out["add_bos_token"], out["add_eos_token"] = _added(whole, settings)
@@ -269,7 +269,7 @@ def fields(folder: Path, rows: int) -> dict[str, Field]:
     return found | ({"tokenizer.chat_template": Field.of(text)} if isinstance(text, str) else {})
 
 
-def _ends(folder: Path) -> list[int]:
+def end_ids(folder: Path) -> list[int]:
     """Every id that ends an answer, of the generation settings and the configuration."""
     found: dict[int, None] = {}
     for name in ("generation_config.json", "config.json"):
@@ -279,12 +279,18 @@ def _ends(folder: Path) -> list[int]:
     return list(found)
 
 
-def _scores(tokens: list[str], types: list[int]) -> list[float]:
-    """SentencePiece numbers its pieces by falling score, so minus the distance from the first normal piece is the score
-    itself. Any other numbers (a constant, say) make llama.cpp join in another order.
+def _scores(types: list[int], made: list[int]) -> list[float]:
+    """SentencePiece joins the pair whose result has the highest score. made: what each merge makes, first to last.
+
+    Most vocabularies number their pieces by falling score, so minus the distance from the first normal piece is the
+    score itself; where the merges say otherwise they count. (A constant would make llama.cpp join in another order.)
     """
+    order = list(dict.fromkeys(made))
     first = types.index(NORMAL)
-    return [float(first - index) if kind == NORMAL else 0.0 for index, kind in enumerate(types)]
+    if order == sorted(order):
+        return [float(first - index) if kind == NORMAL else 0.0 for index, kind in enumerate(types)]
+    places = {index: place for place, index in enumerate(order)}
+    return [float(-places.get(index, len(order))) if kind == NORMAL else 0.0 for index, kind in enumerate(types)]
 
 
 def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:

@@ -26,11 +26,24 @@ from mlxtune.cli import common
     type=click.Choice(["float16", "bfloat16", "float32"]),
     help="Type of what is not quantized.  [default: the source's]",
 )
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="The model that a GGUF adapter belongs to, where its file does not say enough.",
+)
 @common.force_option
 def convert(
-    src: str, dst: Path, bits: str | None, group_size: int | None, mode: str | None, dtype: str | None, force: bool
+    src: str,
+    dst: Path,
+    bits: str | None,
+    group_size: int | None,
+    mode: str | None,
+    dtype: str | None,
+    base: Path | None,
+    force: bool,
 ) -> None:
-    """Make an MLX model folder from a hub id, an HF or MLX folder, or a GGUF file.
+    """Make an MLX model folder from a hub id, an HF or MLX folder, or a GGUF file; an adapter from a GGUF adapter.
 
     A source that is already quantized (GGUF, MLX) keeps its codes bit for bit, unless --bits, --group-size or --mode
     ask for others.
@@ -38,6 +51,7 @@ def convert(
     \b
     mlxtune convert Qwen/Qwen2.5-0.5B-Instruct qwen-4bit
     mlxtune convert model.Q4_1.gguf model
+    mlxtune convert adapter.gguf adapter --base model
     mlxtune convert ./hf-folder model-16bit --bits 16
     """
     from mlxtune.model import convert as conversion
@@ -45,7 +59,7 @@ def convert(
     target = conversion.Target.of(int(bits) if bits else None, group_size, mode)
     console = common.console()
     with console.status(f"converting {src}"):
-        done = conversion.convert(src, dst, target, dtype, force)
+        done = conversion.convert(src, dst, target, dtype, force, base)
     for note in done.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
     common.stdout().print(f"{dst}: {done.total_bytes / (1 << 20):,.0f} MiB, {done.bits_per_weight:.2f} bits per weight")

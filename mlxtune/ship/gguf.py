@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlxtune_convert import ggml, gguf_config, gguf_file, vocab
+from mlxtune_convert import ggml, gguf_config, gguf_file, gguf_lora, vocab
 from mlxtune_convert.files import new_artefact, require_space
 from mlxtune_convert.gguf_export import KEEP, TYPES, Choice, gguf_shape
 from mlxtune_convert.gguf_families import Family, by_model_type
@@ -19,13 +20,16 @@ from mlxtune_convert.gguf_file import Field, File, Writer
 from mlxtune_convert.gguf_model import HEADER_FILE
 from mlxtune_convert.quant import Codes
 
+from mlxtune.data.chat import Example
+from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
+from mlxtune.model import lora
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.load import source_of
 from mlxtune.model.quantize import QUANTIZED
-from mlxtune.ship import llama_cpp, verify
+from mlxtune.ship import llama_cpp, modelfile, verify
 from mlxtune.ship.export import ReadBack, Request, _judged, _merged, base_name, save_proof
-from mlxtune.ship.merge import Merged
+from mlxtune.ship.merge import Merged, open_merged
 from mlxtune.ship.verify import Report
 
 MODEL_FILE = "model.gguf"
@@ -62,8 +66,59 @@ def ship(request: Request, target: str, kind: str | None, ollama: bool, progress
             (f"Did you mean {near[0]}? " if near else "") + f"There are: {', '.join(TYPES)}.",
         )
     with new_artefact(request.out, MODEL_FILE, request.force, request.sources) as work:
-        done = to_gguf(request, kind or default_type(request), work, progress)
+        if target == "gguf-lora":
+            done = to_lora(request, work)
+        else:
+            done = to_gguf(request, kind or default_type(request), work, progress)
+        if ollama:
+            done.notes.extend(modelfile.write(request, work, MODEL_FILE, target == "gguf-lora"))
         return replace(done, bytes=(work / MODEL_FILE).stat().st_size)
+
+
+def to_lora(request: Request, work: Path) -> Exported:
+    """Write the adapter alone, to be used beside a GGUF of the base it was trained on. Raises UserError when llama.cpp
+    cannot apply it, or the proof on a float32 GGUF of the base fails.
+    """
+    if request.adapter is None:
+        raise UserError("--to gguf-lora exports an adapter", "Name the run: --adapter RUN")
+    tuned = open_merged(request.model, request.adapter)
+    family = by_model_type(tuned.config["model_type"])
+    factors = {
+        path: (to_numpy(layer.lora_a), to_numpy(layer.lora_b), float(layer.scale))
+        for path, layer in lora.adapters(tuned.model).items()
+    }
+    path = work / MODEL_FILE
+    gguf_lora.write_adapter(path, family, tuned.config, factors, base_name(request, source_of(request.model)))
+    what = f"gguf-lora of {len(factors)} modules"
+    if request.examples is None:
+        return Exported(what, None, [])
+    if not llama_cpp.installed():
+        count = gguf_lora.check_adapter(path, family, tuned.config, factors)
+        return Exported(what, save_proof(work, ReadBack(count, missing=ggml.PACKAGE)), [])
+    base = open_merged(request.model, None, mx.float32)
+    verify.require_memory(base.count())
+    ref = verify.reference(str(request.model), request.adapter, request.examples)
+    with tempfile.TemporaryDirectory(dir=work.parent, prefix=".base-") as folder:
+        whole = Path(folder) / "base.gguf"
+        Plan.of(base, "f32", request.model, "base").write(base, whole)
+        with llama_cpp.runner(whole, path) as run:
+            proof = _judged(work, ref, run, "llama.cpp on the float32 base", _float32(family), request)
+    return Exported(what, proof, [])
+
+
+def compare_tokens(run: llama_cpp.Runner, tokenizer: Any, examples: Sequence[Example]) -> list[str]:
+    """A line when llama.cpp splits held-out text into other tokens than the model's own tokenizer does."""
+    texts = [tokenizer.decode(example.ids) for example in examples[: verify.MAX_ROWS]]
+    differing = [text for text in texts if run.tokenize(text) != tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if not differing:
+        return []
+    return [
+        f"llama.cpp splits {len(differing)} of {len(texts)} held-out rows into other tokens than the model's tokenizer"
+    ]
+
+
+def _float32(family: Family) -> str:
+    return "float32, tabled GELU" if "gelu" in str(family.fixed.get("hidden_act")) else "float32"
 
 
 def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None = None) -> Exported:
@@ -96,8 +151,9 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
     ref = verify.reference(str(request.model), request.adapter, request.examples)
     storage = {"f16": "float16", "bf16": "bfloat16", KEEP: "kept codes"}.get(kind, kind)
     if kind == "f32":
-        storage = "float32, tabled GELU" if "gelu" in str(plan.family.fixed.get("hidden_act")) else "float32"
+        storage = _float32(plan.family)
     with llama_cpp.runner(work / MODEL_FILE) as run:
+        notes += compare_tokens(run, load_tokenizer(request.base or request.model), request.examples)
         return Exported(f"gguf {kind}", _judged(work, ref, run, f"llama.cpp, {kind}", storage, request), notes)
 
 

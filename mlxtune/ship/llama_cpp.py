@@ -71,11 +71,19 @@ class Runner:
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """[T] token ids -> [T, V] float32."""
+        return self._asked(ids.astype(np.int32).reshape(1, -1), np.float32)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Without special tokens around the text; those inside it are recognised."""
+        return self._asked(np.frombuffer(text.encode(), np.uint8)[:, None].astype(np.int32), np.int32)[0].tolist()
+
+    def _asked(self, question: np.ndarray, dtype: type) -> np.ndarray:
+        """A row is token ids, a column the bytes of a text."""
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin and stdout
         try:
-            _send(stdin, ids.astype(np.int32).reshape(1, -1))
-            return _receive(stdout, np.float32)
+            _send(stdin, question)
+            return _receive(stdout, dtype)
         except (EOFError, OSError) as error:
             said = (self.process.communicate()[1] or b"").decode(errors="replace").strip().splitlines()
             reason = next((line for line in reversed(said) if line.strip()), "it ended without a word")
@@ -91,9 +99,11 @@ def _send(stream: IO[bytes], array: np.ndarray) -> None:
 def _receive(stream: IO[bytes], dtype: type) -> np.ndarray:
     """One matrix of 4-byte numbers. Raises EOFError at the stream's end."""
     head = stream.read(16)
-    rows, columns = struct.unpack("<2Q", head) if len(head) == 16 else (0, 0)
+    if len(head) < 16:
+        raise EOFError
+    rows, columns = struct.unpack("<2Q", head)
     raw = stream.read(4 * rows * columns)
-    if not raw or len(raw) < 4 * rows * columns:
+    if len(raw) < 4 * rows * columns:
         raise EOFError
     return np.frombuffer(raw, dtype).reshape(rows, columns)
 
@@ -161,12 +171,12 @@ class Model:
         finally:
             lib.llama_free(context)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Without special tokens around the text; those inside it are recognised."""
-        raw = text.encode()
-        out = (ctypes.c_int32 * (len(raw) + 8))()
-        count = self.library.llama_tokenize(self.vocab, raw, len(raw), out, len(out), False, True)
-        return list(out[:count])
+    def tokenize(self, raw: bytes) -> np.ndarray:
+        """UTF-8 -> [1, T] int32."""
+        out = np.empty((1, len(raw) + 8), dtype=np.int32)
+        where = ctypes.c_void_p(out.ctypes.data)
+        count = self.library.llama_tokenize(self.vocab, raw, len(raw), where, out.shape[1], False, True)
+        return out[:, :count]
 
 
 def main() -> None:
@@ -176,10 +186,11 @@ def main() -> None:
         model = Model(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
         while True:
             try:
-                ids = _receive(sys.stdin.buffer, np.int32)[0]
+                asked = _receive(sys.stdin.buffer, np.int32)
             except EOFError:
                 return
-            _send(answers, model.logits(ids))
+            text = asked.shape[1] == 1 and bytes(asked.ravel().tolist())
+            _send(answers, model.tokenize(text) if text else model.logits(asked[0]))
     except (RuntimeError, UserError) as error:
         print(error, file=sys.stderr)
         sys.exit(FAILED)
