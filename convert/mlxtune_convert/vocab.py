@@ -121,7 +121,7 @@ def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
     unknown = get("unknown_token_id")
     body["model"] |= {
         "unk_token": tokens[unknown] if pieces and unknown is not None else None,
-        "vocab": {token: index for index, token in enumerate(tokens)},
+        "vocab": {token: i for i, token in enumerate(tokens) if types[i] != UNUSED or token != f"[PAD{i}]"},
     }
     starts = [tokens[get("bos_token_id")]] if get("add_bos_token", pieces) and get("bos_token_id") is not None else []
     ends = [tokens[get("eos_token_id")]] if get("add_eos_token") and get("eos_token_id") is not None else []
@@ -242,7 +242,8 @@ def fields(folder: Path, rows: int) -> dict[str, Field]:
         raise UserError(f"{folder}: the tokenizer knows {max(tokens) + 1} tokens, the model {rows}")
     if pieces:
         types |= {ids[name]: BYTE for byte in range(256) if (name := f"<0x{byte:02X}>") in ids}
-        types |= {ids[name]: UNKNOWN for name in (model.get("unk_token"),) if name in ids}
+        unknown = ids.get(model.get("unk_token"))
+        types |= {} if unknown is None else {unknown: UNKNOWN}
     out: dict[str, Any] = {
         "model": "llama" if pieces else "gpt2",
         "pre": "default" if pieces else pre_tokenizer(whole, folder),
@@ -252,6 +253,7 @@ def fields(folder: Path, rows: int) -> dict[str, Field]:
     if pieces:
         out["scores"] = _scores(out["token_type"], [ids["".join(merge.split(" ", 1))] for merge in merges])
         out["add_space_prefix"] = _prepends(whole)
+        out |= {} if unknown is None else {"unknown_token_id": unknown}
     else:
         out["merges"] = merges
     for key, name in _SPECIAL.items():
@@ -262,7 +264,10 @@ def fields(folder: Path, rows: int) -> dict[str, Field]:
     ends = [index for index in end_ids(folder) if index in tokens and index != out.get("eos_token_id")]
     for key, index in zip([key for key in ("eos", "eot", "eom") if f"{key}_token_id" not in out], ends, strict=False):
         out[f"{key}_token_id"] = index
-    out["add_bos_token"], out["add_eos_token"] = _added(whole, settings)
+    start, out["add_eos_token"] = _added(whole, settings)
+    out["add_bos_token"] = bool(start)
+    if isinstance(start, str) and start in ids:
+        out["bos_token_id"] = ids[start]
     found = {f"tokenizer.ggml.{key}": Field.of(value) for key, value in out.items()}
     template = folder / "chat_template.jinja"
     text = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
@@ -334,11 +339,12 @@ def pre_tokenizer(whole: dict[str, Any], folder: Path) -> str:
     )
 
 
-def _added(whole: dict[str, Any], settings: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether a token is put before and after every text."""
+def _added(whole: dict[str, Any], settings: dict[str, Any]) -> tuple[str | bool, bool]:
+    """The token that is put before every text (or whether there is one), and whether one is put after."""
     for step in _steps(whole.get("post_processor"), "processors"):
         if step["type"] == "TemplateProcessing":
-            return "SpecialToken" in step["single"][0], "SpecialToken" in step["single"][-1]
+            first, last = step["single"][0], step["single"][-1]
+            return first["SpecialToken"]["id"] if "SpecialToken" in first else False, "SpecialToken" in last
     if whole.get("post_processor") is None and "add_bos_token" in settings and whole["model"].get("byte_fallback"):
         return bool(settings["add_bos_token"]), bool(settings.get("add_eos_token"))
     return False, False

@@ -23,6 +23,7 @@ from mlxtune.data.batches import Batch
 from mlxtune.errors import UserError
 
 FAILED = 3
+TEXT = -1  # before the bytes of a text that is to be tokenized
 
 
 class _Parameters(ctypes.Structure):
@@ -71,18 +72,18 @@ class Runner:
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """[T] token ids -> [T, V] float32."""
-        return self._asked(ids.astype(np.int32).reshape(1, -1), np.float32)
+        return self._asked(ids, np.float32)
 
     def tokenize(self, text: str) -> list[int]:
         """Without special tokens around the text; those inside it are recognised."""
-        return self._asked(np.frombuffer(text.encode(), np.uint8)[:, None].astype(np.int32), np.int32)[0].tolist()
+        return self._asked(np.array([TEXT, *text.encode()]), np.int32)[0].tolist()
 
     def _asked(self, question: np.ndarray, dtype: type) -> np.ndarray:
-        """A row is token ids, a column the bytes of a text."""
+        """question: token ids, or TEXT and the bytes of a text."""
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin and stdout
         try:
-            _send(stdin, question)
+            _send(stdin, question.astype(np.int32).reshape(1, -1))
             return _receive(stdout, dtype)
         except (EOFError, OSError) as error:
             said = (self.process.communicate()[1] or b"").decode(errors="replace").strip().splitlines()
@@ -186,11 +187,10 @@ def main() -> None:
         model = Model(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
         while True:
             try:
-                asked = _receive(sys.stdin.buffer, np.int32)
+                asked = _receive(sys.stdin.buffer, np.int32)[0]
             except EOFError:
                 return
-            text = asked.shape[1] == 1 and bytes(asked.ravel().tolist())
-            _send(answers, model.tokenize(text) if text else model.logits(asked[0]))
+            _send(answers, model.tokenize(bytes(asked[1:].tolist())) if asked[0] == TEXT else model.logits(asked))
     except (RuntimeError, UserError) as error:
         print(error, file=sys.stderr)
         sys.exit(FAILED)
