@@ -106,8 +106,10 @@ def mlx_tensors(gguf: Gguf) -> Iterator[tuple[str, np.ndarray | Codes]]:
             except ValueError:
                 pass  # a scale that MLX cannot hold: as floats
         if tensor.kind not in FLOATS:
-            floats = dequantize(rows.reshape(-1, rows.shape[-1]), GGMLQuantizationType[tensor.kind])
-            yield to, floats.reshape(tensor.shape).astype(half)
+            with np.errstate(over="ignore", invalid="ignore"):
+                floats = dequantize(rows.reshape(-1, rows.shape[-1]), GGMLQuantizationType[tensor.kind])
+                narrow = floats.astype(half)
+            yield to, (narrow if np.isfinite(narrow).all() else floats).reshape(tensor.shape)
         else:
             array = _narrowed(np.asarray(rows), half, np.float32(family.offset(name)))
             yield to, array.reshape(1, -1) if ".ffn_gate_inp_shexp." in name else array
@@ -117,9 +119,9 @@ def _narrowed(array: np.ndarray, half: np.dtype, offset: np.float32) -> np.ndarr
     """Norms come as float32; MLX wants one activation type: 16 bits where these give the same float32 back."""
     if array.dtype != np.float32:
         return array
-    with np.errstate(over="ignore"):  # an overflow is what the comparison finds
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow is what the comparison finds
         narrow = (array - offset).astype(half)
-    return narrow if np.array_equal(narrow.astype(np.float32) + offset, array) else array - offset
+        return narrow if np.array_equal(narrow.astype(np.float32) + offset, array) else array - offset
 
 
 def convert(gguf: Gguf, folder: Path) -> dict[str, Any]:

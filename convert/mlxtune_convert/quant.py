@@ -114,7 +114,7 @@ def from_blocks(data: np.ndarray, kind: str) -> Codes:
         at = 4
     else:
         exact = -np.float32(block.zero_point) * scales.astype(np.float32)
-        with np.errstate(over="ignore"):  # an overflow is what the next line looks for
+        with np.errstate(over="ignore", invalid="ignore"):  # an overflow is what the next line looks for
             biases = exact.astype(np.float16)
         if not np.array_equal(biases.astype(np.float32), exact, equal_nan=True):
             raise ValueError(f"a {kind} block's scale is too large to keep losslessly")

@@ -60,7 +60,10 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
             raise UserError(f"{index}: weight_map must give the file of each tensor", "Copy or download it again.")
         named = sorted(set(table.values()))
-        missing = [name for name in named if not (folder / Path(name).name).is_file()]
+        for name in named:
+            if name != Path(name).name:
+                raise UserError(f"{index} names a file outside the folder: {name[:80]}", "Copy or download it again.")
+        missing = [name for name in named if not (folder / name).is_file()]
         if missing:
             raise UserError(
                 f"{folder}: {len(missing)} of {len(named)} weight files are missing, first {missing[0]}",
