@@ -24,7 +24,7 @@ from mlxtune_convert.errors import UserError
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 MAX_ITEMS = 1 << 23  # entries in a file's arrays: some ten times the largest vocabulary
-MAX_DIMENSIONS = 4
+MAX_DIMENSIONS, MAX_NAME = 4, 256
 # Value types by number: struct's letter; None for strings and arrays.
 LETTERS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")
 U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
@@ -143,9 +143,9 @@ class _Cursor:
             raise _Torn(f"it claims {tensor_count:,} tensors and {field_count:,} values")
         fields: dict[str, Field] = {}
         for _ in range(field_count):
-            key = self.text()
+            key = self.name()
             if key in fields:
-                raise _Torn(f"the key {key[:60]!r} occurs twice")
+                raise _Torn(f"the key {key!r} occurs twice")
             fields[key] = self.value(self.number("I"))
         tensors = [self.tensor() for _ in range(tensor_count)]
         if len({tensor.name for tensor in tensors}) < len(tensors):
@@ -167,6 +167,12 @@ class _Cursor:
             return str(raw, "utf-8")
         except UnicodeDecodeError as error:
             raise _Torn(f"invalid UTF-8 before byte {self.at:,}") from error
+
+    def name(self) -> str:
+        name = self.text()
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise _Torn(f"the name {name[:40]!r}")
+        return name
 
     def value(self, kind: int) -> Field:
         if kind == STRING:
@@ -190,17 +196,17 @@ class _Cursor:
         return letter
 
     def tensor(self) -> Tensor:
-        name, dimensions = self.text(), self.number("I")
+        name, dimensions = self.name(), self.number("I")
         if not 1 <= dimensions <= MAX_DIMENSIONS:
-            raise _Torn(f"tensor {name[:60]!r} has {dimensions} dimensions")
+            raise _Torn(f"tensor {name!r} has {dimensions} dimensions")
         shape = tuple(reversed([self.number("Q") for _ in range(dimensions)]))
         number, offset = self.number("I"), self.number("Q")
         try:
             kind = GGMLQuantizationType(number)
         except ValueError:
-            raise _Torn(f"tensor {name[:60]!r} has the unknown type {number}") from None
+            raise _Torn(f"tensor {name!r} has the unknown type {number}") from None
         if 0 in shape or shape[-1] % GGML_QUANT_SIZES[kind][0]:
-            raise _Torn(f"tensor {name[:60]!r} of type {kind.name} has the shape {shape}")
+            raise _Torn(f"tensor {name!r} of type {kind.name} has the shape {shape}")
         return Tensor(name, kind.name, shape, offset)
 
 

@@ -22,6 +22,7 @@ from mlxtune_convert.tensors import save_checked
 
 Factors = dict[str, tuple[np.ndarray, np.ndarray, float]]  # module path -> (a, b, scale), as MLX has them
 HEADS = ("attention.head_count", "attention.head_count_kv", "block_count")
+MAX_BLOCKS = 1024  # or heads: a larger number is damage
 CONFIG_KEYS = ("num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 
 
@@ -152,7 +153,7 @@ def _base_numbers(file: File, family: Family, base: dict[str, Any] | None) -> di
     found = {name: file.get(f"{family.gguf}.{key}") for key, name in zip(HEADS, CONFIG_KEYS, strict=True)}
     if base is not None:
         found = {name: base.get(name) for name in CONFIG_KEYS}
-    if not all(isinstance(value, int) and value > 0 for value in found.values()):
+    if not all(isinstance(value, int) and 0 < value <= MAX_BLOCKS for value in found.values()):
         raise UserError(
             f"{file.path} does not say how many heads and blocks its base has", "Name the base: --base MODEL_FOLDER."
         )
