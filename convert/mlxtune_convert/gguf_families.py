@@ -14,47 +14,42 @@ import numpy as np
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.gguf_file import File
 
+
+def _spec(text: str, base: dict[str, str] | None = None) -> dict[str, str]:
+    """A table from "gguf=mlx gguf=mlx -gguf": entries added to `base`, and entries taken out of it."""
+    table = dict(base or {})
+    for entry in text.split():
+        name, _, known = entry.partition("=")
+        if known:
+            table[name] = known
+        else:
+            del table[name[1:]]
+    return table
+
+
 # GGUF stem -> MLX stem, within a block.
-_DENSE = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_QK_NORM = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_PARTS = ("gate", "up", "down")
+_DENSE = _spec(
+    "attn_norm=input_layernorm attn_q=self_attn.q_proj attn_k=self_attn.k_proj attn_v=self_attn.v_proj "
+    "attn_output=self_attn.o_proj ffn_norm=post_attention_layernorm "
+    "ffn_gate=mlp.gate_proj ffn_up=mlp.up_proj ffn_down=mlp.down_proj"
+)
+_QK_NORM = "attn_q_norm=self_attn.q_norm attn_k_norm=self_attn.k_norm"
+_GEMMA_NORMS = (
+    "post_attention_norm=post_attention_layernorm ffn_norm=pre_feedforward_layernorm "
+    "post_ffw_norm=post_feedforward_layernorm"
+)
+_OLMO = f"post_attention_norm=post_attention_layernorm post_ffw_norm=post_feedforward_layernorm -ffn_norm {_QK_NORM}"
 
 
-def _with(*changes: dict[str, str], drop: tuple[str, ...] = ()) -> dict[str, str]:
-    merged = dict(_DENSE)
-    for change in changes:
-        merged |= change
-    return {stem: name for stem, name in merged.items() if stem not in drop}
+def _names(*parts: str) -> dict[str, str]:
+    return _spec(" ".join(parts), _DENSE)
 
 
-def _experts(place: str, router: str = "gate", switch: str = "switch_mlp") -> dict[str, str]:
-    return {"ffn_gate_inp": f"{place}.{router}", **{f"ffn_{p}_exps": f"{place}.{switch}.{p}_proj" for p in _PARTS}}
+def _experts(place: str, router: str = "gate", switch: str = "switch_mlp") -> str:
+    parts = " ".join(f"ffn_{p}_exps={place}.{switch}.{p}_proj -ffn_{p}" for p in ("gate", "up", "down"))
+    return f"ffn_gate_inp={place}.{router} {parts}"
 
 
-_GEMMA_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_OLMO_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-_FFN = ("ffn_gate", "ffn_up", "ffn_down")
-_LN = {"attention.layer_norm_epsilon": "layer_norm_eps"}
-_EXPERT_KEYS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
-_LOCAL_EXPERT_KEYS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
-_SILU: dict[str, Any] = {"hidden_act": "silu"}
 # GGUF key -> config.json key. A key is read or written where it is there; FLOAT_KEYS says which are float32.
 _KEYS = {
     "context_length": "max_position_embeddings",
@@ -79,7 +74,7 @@ class Family:
     model_type: str
     architecture: str
     gguf: str
-    names: dict[str, str] = field(default_factory=_with)
+    names: dict[str, str]
     permuted: bool = False
     norm_offset: float = 0.0
     keys: dict[str, str] = field(default_factory=dict)
@@ -138,187 +133,133 @@ class Family:
         return self.norm_offset if name.endswith("norm.weight") else 0.0
 
 
-_GEMMA: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+_WINDOW = "attention.sliding_window=sliding_window"
+_LN = "attention.layer_norm_epsilon=layer_norm_eps"
+_USED = "expert_used_count=num_experts_per_tok"
+_EXPERTS, _LOCAL_EXPERTS = f"expert_count=num_experts {_USED}", f"expert_count=num_local_experts {_USED}"
+_GRANITE = (
+    "attention.scale=attention_multiplier embedding_scale=embedding_multiplier residual_scale=residual_multiplier "
+    "logit_scale=logits_scaling"
+)
+_SILU: dict[str, Any] = {"hidden_act": "silu"}
+_GELU: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh"}
+_GEMMA = {**_GELU, "hidden_activation": "gelu_pytorch_tanh"}
+_FULL = {**_SILU, "use_sliding_window": False}
+_SPARSE = {**_SILU, "decoder_sparse_step": 1, "mlp_only_layers": []}
+_SHARED = " ".join(f"ffn_{p}_shexp=mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down"))
+
+
+def _family(
+    types: str, names: str = "", keys: str = "", fixed: dict[str, Any] = _SILU, *, permuted: bool = False, **more: Any
+) -> Family:
+    """types: model_type, transformers' class without its ending, llama.cpp's architecture."""
+    model_type, architecture, gguf = types.split()
+    table = {"names": _names(names), "keys": _spec(keys), "fixed": fixed, "permuted": permuted}
+    return Family(model_type, f"{architecture}ForCausalLM", gguf, **table, **more)
+
+
 FAMILIES = (
-    Family("llama", "LlamaForCausalLM", "llama", permuted=True, fixed=_SILU),
-    Family("mistral", "MistralForCausalLM", "llama", permuted=True, fixed=_SILU),
-    Family(
-        *("mixtral", "MixtralForCausalLM", "llama"),
-        names=_with(_experts("block_sparse_moe"), drop=_FFN),
-        permuted=True,
-        keys=_LOCAL_EXPERT_KEYS,
-        fixed=_SILU,
+    _family("llama Llama llama", permuted=True),
+    _family("mistral Mistral llama", permuted=True),
+    _family("mixtral Mixtral llama", _experts("block_sparse_moe"), _LOCAL_EXPERTS, permuted=True),
+    _family("qwen2 Qwen2 qwen2", fixed=_FULL),
+    _family(
+        "qwen2_moe Qwen2Moe qwen2moe",
+        f"{_experts('mlp')} {_SHARED} ffn_gate_inp_shexp=mlp.shared_expert_gate",
+        f"{_EXPERTS} expert_feed_forward_length=moe_intermediate_size "
+        "expert_shared_feed_forward_length=shared_expert_intermediate_size",
+        {**_SPARSE, "norm_topk_prob": False},
     ),
-    Family("qwen2", "Qwen2ForCausalLM", "qwen2", fixed={**_SILU, "use_sliding_window": False}),
-    Family(
-        *("qwen2_moe", "Qwen2MoeForCausalLM", "qwen2moe"),
-        names=_with(
-            _experts("mlp"),
-            {f"ffn_{p}_shexp": f"mlp.shared_expert.{p}_proj" for p in _PARTS},
-            {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"},
-            drop=_FFN,
-        ),
-        keys={
-            **_EXPERT_KEYS,
-            "expert_feed_forward_length": "moe_intermediate_size",
-            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-        },
-        fixed={**_SILU, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    _family("qwen3 Qwen3 qwen3", _QK_NORM, fixed=_FULL),
+    _family(
+        "qwen3_moe Qwen3Moe qwen3moe",
+        f"{_QK_NORM} {_experts('mlp')}",
+        f"{_EXPERTS} expert_feed_forward_length=moe_intermediate_size",
+        {**_SPARSE, "norm_topk_prob": True},
     ),
-    Family("qwen3", "Qwen3ForCausalLM", "qwen3", names=_with(_QK_NORM), fixed={**_SILU, "use_sliding_window": False}),
-    Family(
-        *("qwen3_moe", "Qwen3MoeForCausalLM", "qwen3moe"),
-        names=_with(_QK_NORM, _experts("mlp"), drop=_FFN),
-        keys={**_EXPERT_KEYS, "expert_feed_forward_length": "moe_intermediate_size"},
-        fixed={**_SILU, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    ),
-    Family("gemma", "GemmaForCausalLM", "gemma", norm_offset=1.0, fixed=_GEMMA),
-    Family(
-        *("gemma2", "Gemma2ForCausalLM", "gemma2"),
-        names=_with(_GEMMA_NORMS),
+    _family("gemma Gemma gemma", fixed=_GEMMA, norm_offset=1.0),
+    _family(
+        "gemma2 Gemma2 gemma2",
+        _GEMMA_NORMS,
+        "attn_logit_softcapping=attn_logit_softcapping final_logit_softcapping=final_logit_softcapping " + _WINDOW,
+        _GEMMA,
         norm_offset=1.0,
-        keys={
-            "attn_logit_softcapping": "attn_logit_softcapping",
-            "final_logit_softcapping": "final_logit_softcapping",
-            "attention.sliding_window": "sliding_window",
-        },
-        fixed=_GEMMA,
     ),
-    Family(
-        *("gemma3_text", "Gemma3ForCausalLM", "gemma3"),
-        names=_with(_GEMMA_NORMS, _QK_NORM),
+    _family(
+        "gemma3_text Gemma3 gemma3",
+        f"{_GEMMA_NORMS} {_QK_NORM}",
+        _WINDOW,
+        {**_GEMMA, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 6},
         norm_offset=1.0,
-        keys={"attention.sliding_window": "sliding_window"},
-        fixed={**_GEMMA, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 6},
     ),
-    Family(
-        *("phi3", "Phi3ForCausalLM", "phi3"),
-        names=_with(
-            {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
-            drop=("attn_q", "attn_k", "attn_v", "ffn_gate"),
-        ),
-        keys={
-            "attention.sliding_window": "sliding_window",
-            "rope.scaling.original_context_length": "original_max_position_embeddings",
-        },
-        fixed=_SILU,
+    _family(
+        "phi3 Phi3 phi3",
+        "attn_qkv=self_attn.qkv_proj ffn_up=mlp.gate_up_proj -attn_q -attn_k -attn_v -ffn_gate",
+        f"{_WINDOW} rope.scaling.original_context_length=original_max_position_embeddings",
     ),
-    Family(
-        *("phi", "PhiForCausalLM", "phi2"),
-        names=_with(
-            {"attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"},
-            drop=("ffn_gate", "ffn_norm"),
-        ),
-        keys=_LN,
-        fixed={"hidden_act": "gelu_new", "qk_layernorm": False},
+    _family(
+        "phi Phi phi2",
+        "attn_output=self_attn.dense ffn_up=mlp.fc1 ffn_down=mlp.fc2 -ffn_gate -ffn_norm",
+        _LN,
+        {"hidden_act": "gelu_new", "qk_layernorm": False},
         final_norm="model.final_layernorm",
     ),
-    Family("smollm3", "SmolLM3ForCausalLM", "smollm3", permuted=True, fixed={**_SILU, "no_rope_layer_interval": 4}),
-    Family(
-        *("olmo2", "Olmo2ForCausalLM", "olmo2"),
-        names=_with(_OLMO_NORMS, _QK_NORM, drop=("attn_norm", "ffn_norm")),
-        fixed=_SILU,
+    _family("smollm3 SmolLM3 smollm3", fixed={**_SILU, "no_rope_layer_interval": 4}, permuted=True),
+    _family("olmo2 Olmo2 olmo2", f"{_OLMO} -attn_norm"),
+    _family("olmo3 Olmo3 olmo2", f"{_OLMO} -attn_norm", _WINDOW),
+    _family(
+        "olmoe Olmoe olmoe",
+        f"{_QK_NORM} {_experts('mlp')}",
+        _EXPERTS,
+        {**_SILU, "norm_topk_prob": False, "clip_qkv": None},
     ),
-    Family(
-        *("olmo3", "Olmo3ForCausalLM", "olmo2"),
-        names=_with(_OLMO_NORMS, _QK_NORM, drop=("attn_norm", "ffn_norm")),
-        keys={"attention.sliding_window": "sliding_window"},
-        fixed=_SILU,
-    ),
-    Family(
-        *("olmoe", "OlmoeForCausalLM", "olmoe"),
-        names=_with(_QK_NORM, _experts("mlp"), drop=_FFN),
-        keys=_EXPERT_KEYS,
-        fixed={**_SILU, "norm_topk_prob": False, "clip_qkv": None},
-    ),
-    Family(
-        *("granite", "GraniteForCausalLM", "granite"),
+    _family("granite Granite granite", keys=_GRANITE, permuted=True),
+    _family(
+        "granitemoe GraniteMoe granitemoe",
+        _experts("block_sparse_moe", "router.layer"),
+        f"{_GRANITE} {_LOCAL_EXPERTS}",
         permuted=True,
-        keys=(
-            _GRANITE := {
-                "attention.scale": "attention_multiplier",
-                "embedding_scale": "embedding_multiplier",
-                "residual_scale": "residual_multiplier",
-                "logit_scale": "logits_scaling",
-            }
-        ),
-        fixed=_SILU,
     ),
-    Family(
-        *("granitemoe", "GraniteMoeForCausalLM", "granitemoe"),
-        names=_with(_experts("block_sparse_moe", "router.layer"), drop=_FFN),
-        permuted=True,
-        keys={**_GRANITE, **_LOCAL_EXPERT_KEYS},
-        fixed=_SILU,
+    _family(
+        "gpt_oss GptOss gpt-oss",
+        "post_attention_norm=post_attention_layernorm attn_sinks=self_attn.sinks -ffn_norm "
+        + _experts("mlp", "router", "experts"),
+        f"{_LOCAL_EXPERTS} {_WINDOW} expert_feed_forward_length=intermediate_size",
     ),
-    Family(
-        *("gpt_oss", "GptOssForCausalLM", "gpt-oss"),
-        names=_with(
-            {"post_attention_norm": "post_attention_layernorm", "attn_sinks": "self_attn.sinks"},
-            _experts("mlp", "router", "experts"),
-            drop=(*_FFN, "ffn_norm"),
-        ),
-        keys={
-            **_LOCAL_EXPERT_KEYS,
-            "attention.sliding_window": "sliding_window",
-            "expert_feed_forward_length": "intermediate_size",
-        },
-        fixed=_SILU,
+    _family(
+        "starcoder2 Starcoder2 starcoder2",
+        "ffn_up=mlp.c_fc ffn_down=mlp.c_proj -ffn_gate",
+        "attention.layer_norm_epsilon=norm_epsilon",
+        _GELU,
     ),
-    Family(
-        *("starcoder2", "Starcoder2ForCausalLM", "starcoder2"),
-        names=_with({"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}, drop=("ffn_gate",)),
-        keys={"attention.layer_norm_epsilon": "norm_epsilon"},
-        fixed={"hidden_act": "gelu_pytorch_tanh"},
-    ),
-    Family(
-        *("stablelm", "StableLmForCausalLM", "stablelm"),
-        keys={**_LN, "use_parallel_residual": "use_parallel_residual"},
+    _family(
+        "stablelm StableLm stablelm",
+        keys=f"{_LN} use_parallel_residual=use_parallel_residual",
         fixed={**_SILU, "qk_layernorm": False, "use_parallel_residual": False},
     ),
-    Family(
-        *("nemotron", "NemotronForCausalLM", "nemotron"),
-        names=_with(drop=("ffn_gate",)),
+    _family(
+        "nemotron Nemotron nemotron",
+        "-ffn_gate",
+        "attention.layer_norm_epsilon=norm_eps",
+        {"hidden_act": "relu2"},
         norm_offset=1.0,
-        keys={"attention.layer_norm_epsilon": "norm_eps"},
-        fixed={"hidden_act": "relu2"},
     ),
-    Family("ernie4_5", "Ernie4_5ForCausalLM", "ernie4_5", fixed=_SILU),
-    Family(
-        "seed_oss",
-        "SeedOssForCausalLM",
-        "seed_oss",
-        names=_with({"post_attention_norm": "post_attention_layernorm"}, drop=("ffn_norm",)),
-        fixed=_SILU,
+    _family("ernie4_5 Ernie4_5 ernie4_5"),
+    _family("seed_oss SeedOss seed_oss", "post_attention_norm=post_attention_layernorm -ffn_norm"),
+    _family(
+        "glm4 Glm4 glm4",
+        "ffn_up=mlp.gate_up_proj post_attention_norm=post_self_attn_layernorm post_ffw_norm=post_mlp_layernorm -ffn_gate",
     ),
-    Family(
-        *("glm4", "Glm4ForCausalLM", "glm4"),
-        names=_with(
-            {
-                "ffn_up": "mlp.gate_up_proj",
-                "post_attention_norm": "post_self_attn_layernorm",
-                "post_ffw_norm": "post_mlp_layernorm",
-            },
-            drop=("ffn_gate",),
-        ),
-        fixed=_SILU,
+    _family(
+        "hunyuan_v1_dense HunYuanDenseV1 hunyuan-dense",
+        "attn_q_norm=self_attn.query_layernorm attn_k_norm=self_attn.key_layernorm",
     ),
-    Family(
-        *("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", "hunyuan-dense"),
-        names=_with({"attn_q_norm": "self_attn.query_layernorm", "attn_k_norm": "self_attn.key_layernorm"}),
-        fixed=_SILU,
-    ),
-    Family(
-        *("cohere", "CohereForCausalLM", "command-r"),
-        names=_with(drop=("ffn_norm",)),
-        keys={**_LN, "logit_scale": "logit_scale"},
-        fixed={**_SILU, "use_qk_norm": False},
-    ),
-    Family(
-        *("cohere2", "Cohere2ForCausalLM", "cohere2"),
-        names=_with(drop=("ffn_norm",)),
-        keys={**_LN, "logit_scale": "logit_scale", "attention.sliding_window": "sliding_window"},
-        fixed={**_SILU, "sliding_window_pattern": 4},
+    _family("cohere Cohere command-r", "-ffn_norm", f"{_LN} logit_scale=logit_scale", {**_SILU, "use_qk_norm": False}),
+    _family(
+        "cohere2 Cohere2 cohere2",
+        "-ffn_norm",
+        f"{_LN} logit_scale=logit_scale {_WINDOW}",
+        {**_SILU, "sliding_window_pattern": 4},
     ),
 )
 
