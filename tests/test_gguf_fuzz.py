@@ -210,5 +210,5 @@ def test_no_damage_to_a_safetensors_file_gets_through(tmp_path: Path) -> None:
     for name in ("../model.safetensors", "/model.safetensors", "sub/../../model.safetensors"):
         index = {"weight_map": {"a": name}}
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(UserError, match="outside|missing"):
+        with pytest.raises(UserError, match="outside"):
             weight_files(tmp_path)

@@ -154,7 +154,7 @@ def _family(
 ) -> Family:
     """types: model_type, transformers' class without its ending, llama.cpp's architecture."""
     model_type, architecture, gguf = types.split()
-    table = {"names": _names(names), "keys": _spec(keys), "fixed": fixed, "permuted": permuted}
+    table: dict[str, Any] = {"names": _names(names), "keys": _spec(keys), "fixed": fixed, "permuted": permuted}
     return Family(model_type, f"{architecture}ForCausalLM", gguf, **table, **more)
 
 
@@ -248,7 +248,8 @@ FAMILIES = (
     _family("seed_oss SeedOss seed_oss", "post_attention_norm=post_attention_layernorm -ffn_norm"),
     _family(
         "glm4 Glm4 glm4",
-        "ffn_up=mlp.gate_up_proj post_attention_norm=post_self_attn_layernorm post_ffw_norm=post_mlp_layernorm -ffn_gate",
+        "ffn_up=mlp.gate_up_proj -ffn_gate "
+        "post_attention_norm=post_self_attn_layernorm post_ffw_norm=post_mlp_layernorm",
     ),
     _family(
         "hunyuan_v1_dense HunYuanDenseV1 hunyuan-dense",

@@ -69,13 +69,12 @@ def stored_bytes(kind: str, shape: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class File:
-    """An opened GGUF file; tensors are mapped, not read."""
+    """An opened GGUF file; each tensor is read when it is asked for."""
 
     path: Path
     fields: dict[str, Field]
     tensors: dict[str, Tensor]
     header_bytes: int
-    _map: np.ndarray
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.fields[key].value if key in self.fields else default
@@ -83,7 +82,7 @@ class File:
     def rows(self, name: str) -> np.ndarray:
         """A tensor as the file holds it: floats in their shape; blocks as uint8 with the row's bytes last."""
         tensor = self.tensors[name]
-        raw = self._map[tensor.offset : tensor.offset + tensor.nbytes]
+        raw = np.fromfile(self.path, np.uint8, tensor.nbytes, offset=tensor.offset)
         if tensor.kind in FLOATS:
             return raw.view(FLOATS[tensor.kind]).reshape(tensor.shape)
         return raw.reshape(*tensor.shape[:-1], -1)
@@ -108,7 +107,7 @@ def read(path: Path, header_only: bool = False) -> File:
             _check_places(list(placed.values()), alignment, start, len(mapped))
     except (_Torn, struct.error) as error:
         raise UserError(f"{path}: not a GGUF file, or a damaged one ({error})", "Copy or download it again.") from error
-    return File(path, fields, placed, start, mapped)
+    return File(path, fields, placed, start)
 
 
 class _Torn(Exception):
