@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
-from mlxtune_convert import gguf_model, vocab
+from mlxtune_convert import gguf_model, vocab, vocab_export
 from mlxtune_convert.errors import UserError
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -119,7 +119,7 @@ def test_llama_cpp_and_the_rebuilt_tokenizer_split_as_the_original(kind: str, tm
     assert opened.file.get("tokenizer.ggml.eot_token_id") == 0
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == {"eos_token_id": [0, 2]}
     assert (tmp_path / "back" / "chat_template.jinja").read_text() == tiny.CHATML
-    again = vocab.fields(tmp_path / "back", size + 5)
+    again = vocab_export.fields(tmp_path / "back", size + 5)
     mine = {key: field for key, field in opened.file.fields.items() if key.startswith("tokenizer.")}
     assert {key: field.value for key, field in again.items() if key in mine} == {k: f.value for k, f in mine.items()}
 
@@ -135,13 +135,13 @@ def test_llama_cpp_and_the_rebuilt_tokenizer_split_as_the_original(kind: str, tm
 def test_rules_that_llama_cpp_does_not_have_are_refused(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({**byte_level("qwen2"), **change}))
     with pytest.raises(UserError, match=expected):
-        vocab.fields(tmp_path, 1000)
+        vocab_export.fields(tmp_path, 1000)
 
 
 def test_more_tokens_than_embeddings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level("gpt-2")))
     with pytest.raises(UserError, match="the model 300"):
-        vocab.fields(tmp_path, 300)
+        vocab_export.fields(tmp_path, 300)
 
 
 def test_a_start_token_is_said(tmp_path: Path) -> None:
@@ -154,4 +154,4 @@ def test_a_start_token_is_said(tmp_path: Path) -> None:
                 single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
             )
         tokenizer.save(str(tmp_path / "tokenizer.json"))
-        assert vocab.fields(tmp_path, 1000)["tokenizer.ggml.add_bos_token"].value is starts
+        assert vocab_export.fields(tmp_path, 1000)["tokenizer.ggml.add_bos_token"].value is starts

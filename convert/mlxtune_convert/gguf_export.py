@@ -14,6 +14,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from gguf.quants import quantize
 
 from mlxtune_convert import ggml, quant
+from mlxtune_convert.errors import UserError
 from mlxtune_convert.gguf_families import interleave
 from mlxtune_convert.gguf_file import FLOATS, File
 from mlxtune_convert.quant import Codes
@@ -83,8 +84,7 @@ class Choice:
         if not name.endswith(".weight") or len(shape) < 2 or stem.startswith("ffn_gate_inp"):
             return "F32", _dense(value).astype(np.float32)
         if self.type in FLOAT_TYPES:
-            kind = FLOAT_TYPES[self.type]
-            return kind, _dense(value).astype(FLOATS[kind])
+            return _float(name, _dense(value), FLOAT_TYPES[self.type])
         if isinstance(value, Codes) and (self.type == KEEP or self.type in BLOCK_TYPES):
             carried = quant.carry(value)
             if carried and (self.type == KEEP or (carried[0] == self.type.upper() and carried[2] == 0.0)):
@@ -96,13 +96,15 @@ class Choice:
             if before in FLOATS and np.array_equal(weight.astype(FLOATS[before]).astype(np.float32), weight):
                 return before, weight.astype(FLOATS[before])
             kind, rows, error = quant.half_floats(weight)
+            if error and not isinstance(value, Codes):
+                return "F32", weight
             self._note(name, kind, error)
             return kind, rows
         kind = self._kind(name, stem)
         if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]:
             kind = _NARROW.get(kind, "F16")
         if shape[-1] % 32 or kind == "F16":
-            return "F16", _dense(value).astype(np.float16)
+            return _float(name, _dense(value), "F16")
         weight = _dense(value).reshape(-1, shape[-1])
         if kind in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4"):
             return kind, quantize(weight, GGMLQuantizationType[kind])
@@ -144,6 +146,14 @@ class Choice:
                 "ffn_down": "Q5_K" if layer < eighth else base,
             }
         return recipes.get(self.type, {}).get(role, base)
+
+
+def _float(name: str, weight: np.ndarray, kind: str) -> tuple[str, np.ndarray]:
+    with np.errstate(over="ignore"):
+        rows = weight.astype(FLOATS[kind])
+    if kind == "F16" and not np.isfinite(rows).all() and np.isfinite(weight).all():
+        raise UserError(f"{name} holds numbers above 65504, float16's largest", "Choose --type bf16 or f32.")
+    return kind, rows
 
 
 def _dense(value: Codes | np.ndarray) -> np.ndarray:

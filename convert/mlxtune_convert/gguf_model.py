@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,14 @@ class Gguf:
     def quantized(self) -> bool:
         return any(tensor.kind not in FLOATS for tensor in self.file.tensors.values())
 
+    @property
+    def converted_bytes(self) -> int:
+        """What the MLX folder's weights take, on the high side."""
+        return sum(
+            tensor.nbytes if tensor.kind in (*FLOATS, *MAPPED) else 2 * math.prod(tensor.shape)
+            for tensor in self.file.tensors.values()
+        )
+
     def notes(self) -> list[str]:
         """What a person must know: which tensors become floats."""
         kinds = [tensor.kind for tensor in self.file.tensors.values() if tensor.kind not in (*FLOATS, *MAPPED)]
@@ -59,7 +68,9 @@ def open_gguf(path: Path) -> Gguf:
         raise UserError(f"{path} holds no model but {str(file.get('general.type'))[:40]!r}")
     family = of_file(file)
     vocab.check_supported(file)
-    names = {family.mlx_name(name) for name in file.tensors if name.rpartition(".")[0] not in ROPE_TENSORS}
+    for name in file.tensors:
+        if name.rpartition(".")[0] not in ROPE_TENSORS:
+            family.mlx_name(name)
     unknown = [t for t in file.tensors.values() if t.kind in INTEGERS]
     if unknown:
         raise UserError(f"{path}: {unknown[0].name} has the type {unknown[0].kind}, which holds no weights", HINT)
@@ -67,7 +78,6 @@ def open_gguf(path: Path) -> Gguf:
     config = gguf_config.config(family, file, len(file.get("tokenizer.ggml.tokens")))
     if len(file.get("tokenizer.ggml.tokens")) > config["vocab_size"]:
         raise UserError(f"{path}: more tokens than the embedding has rows ({config['vocab_size']})", HINT)
-    del names
     return Gguf(file, family, config)
 
 

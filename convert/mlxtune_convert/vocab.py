@@ -1,4 +1,4 @@
-"""A vocabulary between Hugging Face's tokenizer files and GGUF's metadata.
+"""A GGUF's vocabulary -> Hugging Face's tokenizer files, and the pre-tokenizers that both know.
 
 A GGUF stores tokens, types, merges or scores, but only the *name* of the pre-tokenizer (`tokenizer.ggml.pre`). Each
 name needs its exact rules; a tokenizer whose rules are not here is refused in both directions, because a nearly right
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.files import read_json, write_json
-from mlxtune_convert.gguf_file import Field, File
+from mlxtune_convert.files import write_json
+from mlxtune_convert.gguf_file import File
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 SPACE = "\u2581"
@@ -123,7 +123,8 @@ def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
         "unk_token": tokens[unknown] if pieces and unknown is not None else None,
         "vocab": {token: i for i, token in enumerate(tokens) if types[i] != UNUSED or token != f"[PAD{i}]"},
     }
-    starts = [tokens[get("bos_token_id")]] if get("add_bos_token", pieces) and get("bos_token_id") is not None else []
+    starting = get("add_bos_token", pieces or get("pre") in ("llama-bpe", "tekken"))  # llama.cpp's own defaults
+    starts = [tokens[get("bos_token_id")]] if starting and get("bos_token_id") is not None else []
     ends = [tokens[get("eos_token_id")]] if get("add_eos_token") and get("eos_token_id") is not None else []
     if starts or ends:
         sequence: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
@@ -149,7 +150,7 @@ def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
     }
-    for key, name in _SPECIAL.items():
+    for key, name in SPECIAL.items():
         index = get(f"{key}_token_id")
         if index is not None:
             config[f"{name}_token"] = tokens[index]
@@ -163,7 +164,7 @@ def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
     return sorted({index for index in found if index is not None})
 
 
-_SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 
 
 def _byte_level(pre: str, merges: list[str]) -> dict[str, Any]:
@@ -217,134 +218,3 @@ def _sentencepiece(tokens: list[str], types: list[int], scores: list[float], pre
             "merges": [merge[2] for merge in merges],
         },
     }
-
-
-def fields(folder: Path, rows: int) -> dict[str, Field]:
-    """The tokenizer of a model folder as GGUF metadata. rows: of the embedding; ids without a token are named unused.
-
-    Raises UserError for a tokenizer that llama.cpp cannot reproduce.
-    """
-    whole = read_json(folder / "tokenizer.json", "the model's tokenizer")
-    settings_file = folder / "tokenizer_config.json"
-    settings = read_json(settings_file, "the tokenizer's settings") if settings_file.is_file() else {}
-    model = whole.get("model") or {}
-    if model.get("type") != "BPE":
-        raise UserError(f"{folder}: tokenizers of type {model.get('type')!r} cannot be written to GGUF yet (only BPE)")
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    pieces = bool(model.get("byte_fallback"))
-    tokens = {index: token for token, index in model["vocab"].items()}
-    types = dict.fromkeys(tokens, NORMAL)
-    for entry in whole.get("added_tokens", []):
-        tokens[entry["id"]] = entry["content"]
-        types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
-    ids = {token: index for index, token in tokens.items()}
-    if max(tokens) >= rows:
-        raise UserError(f"{folder}: the tokenizer knows {max(tokens) + 1} tokens, the model {rows}")
-    if pieces:
-        types |= {ids[name]: BYTE for byte in range(256) if (name := f"<0x{byte:02X}>") in ids}
-        unknown = ids.get(model.get("unk_token"))
-        types |= {} if unknown is None else {unknown: UNKNOWN}
-    out: dict[str, Any] = {
-        "model": "llama" if pieces else "gpt2",
-        "pre": "default" if pieces else pre_tokenizer(whole, folder),
-        "tokens": [tokens.get(index, f"[PAD{index}]") for index in range(rows)],
-        "token_type": [types.get(index, UNUSED) for index in range(rows)],
-    }
-    if pieces:
-        out["scores"] = _scores(out["token_type"], [ids["".join(merge.split(" ", 1))] for merge in merges])
-        out["add_space_prefix"] = _prepends(whole)
-        out |= {} if unknown is None else {"unknown_token_id": unknown}
-    else:
-        out["merges"] = merges
-    for key, name in _SPECIAL.items():
-        token = settings.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token in ids:
-            out[f"{key}_token_id"] = ids[token]
-    ends = [index for index in end_ids(folder) if index in tokens and index != out.get("eos_token_id")]
-    for key, index in zip([key for key in ("eos", "eot", "eom") if f"{key}_token_id" not in out], ends, strict=False):
-        out[f"{key}_token_id"] = index
-    start, out["add_eos_token"] = _added(whole, settings)
-    out["add_bos_token"] = bool(start)
-    if isinstance(start, str) and start in ids:
-        out["bos_token_id"] = ids[start]
-    found = {f"tokenizer.ggml.{key}": Field.of(value) for key, value in out.items()}
-    template = folder / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
-    return found | ({"tokenizer.chat_template": Field.of(text)} if isinstance(text, str) else {})
-
-
-def end_ids(folder: Path) -> list[int]:
-    """Every id that ends an answer, of the generation settings and the configuration."""
-    found: dict[int, None] = {}
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            listed = read_json(folder / name, "a model's settings").get("eos_token_id")
-            found |= dict.fromkeys(i for i in (listed if isinstance(listed, list) else [listed]) if i is not None)
-    return list(found)
-
-
-def _scores(types: list[int], made: list[int]) -> list[float]:
-    """SentencePiece joins the pair whose result has the highest score. made: what each merge makes, first to last.
-
-    Most vocabularies number their pieces by falling score, so minus the distance from the first normal piece is the
-    score itself; where the merges say otherwise they count. (A constant would make llama.cpp join in another order.)
-    """
-    order = list(dict.fromkeys(made))
-    first = types.index(NORMAL)
-    if order == sorted(order):
-        return [float(first - index) if kind == NORMAL else 0.0 for index, kind in enumerate(types)]
-    places = {index: place for place, index in enumerate(order)}
-    return [float(-places.get(index, len(order))) if kind == NORMAL else 0.0 for index, kind in enumerate(types)]
-
-
-def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    if part is None:
-        return []
-    return list(part[inner]) if part["type"] == "Sequence" else [part]
-
-
-def _prepends(whole: dict[str, Any]) -> bool:
-    steps = [*_steps(whole.get("normalizer"), "normalizers"), *_steps(whole.get("pre_tokenizer"), "pretokenizers")]
-    return any(
-        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-        for step in steps
-    )
-
-
-def pre_tokenizer(whole: dict[str, Any], folder: Path) -> str:
-    """llama.cpp's name for a byte-level tokenizer.json's rules. Raises UserError for rules it has no name for."""
-    splits, words, level = [], False, False
-    for step in _steps(whole.get("pre_tokenizer"), "pretokenizers"):
-        if (
-            step["type"] == "Split"
-            and "Regex" in step["pattern"]
-            and (step["behavior"] == "Isolated" or step["invert"])
-        ):
-            splits.append(step["pattern"]["Regex"])
-        elif step["type"] == "Digits" and step["individual_digits"]:
-            splits.append("digits")
-        elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-            level, words = True, step.get("use_regex", True)
-        else:
-            splits.append(step["type"])
-    normal = [step["type"] for step in _steps(whole.get("normalizer"), "normalizers")]
-    shape = (tuple(splits), words, bool(whole["model"].get("ignore_merges")))
-    found = [name for name, r in PRE_TOKENIZERS.items() if (r.splits, r.words, r.ignore_merges) == shape]
-    if level and found and normal in ([], ["NFC"]):
-        return next((name for name in found if PRE_TOKENIZERS[name].nfc == bool(normal)), found[0])
-    raise UserError(
-        f"{folder}: llama.cpp has no pre-tokenizer known to split as this tokenizer.json does",
-        "`--to hf` exports the model with its own tokenizer.",
-    )
-
-
-def _added(whole: dict[str, Any], settings: dict[str, Any]) -> tuple[str | bool, bool]:
-    """The token that is put before every text (or whether there is one), and whether one is put after."""
-    for step in _steps(whole.get("post_processor"), "processors"):
-        if step["type"] == "TemplateProcessing":
-            first, last = step["single"][0], step["single"][-1]
-            return first["SpecialToken"]["id"] if "SpecialToken" in first else False, "SpecialToken" in last
-    if whole.get("post_processor") is None and "add_bos_token" in settings and whole["model"].get("byte_fallback"):
-        return bool(settings["add_bos_token"]), bool(settings.get("add_eos_token"))
-    return False, False

@@ -128,7 +128,7 @@ def _from_adapter(file: File, destination: Path, asked: bool, force: bool, base:
 
 def _from_gguf(path: Path, destination: Path, target: Target, dtype: str | None, force: bool) -> Converted:
     opened = gguf_model.open_gguf(path)
-    require_space(destination, path.stat().st_size)
+    require_space(destination, opened.converted_bytes)
     with new_folder(destination, force, [path]) as work:
         if opened.quantized and not target.asked and dtype is None:
             gguf_model.convert(opened, work)

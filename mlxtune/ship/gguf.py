@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlxtune_convert import ggml, gguf_config, gguf_file, gguf_lora, vocab
+from mlxtune_convert import ggml, gguf_config, gguf_file, gguf_lora, vocab_export
 from mlxtune_convert.files import new_artefact, require_space
 from mlxtune_convert.gguf_export import KEEP, TYPES, Choice, gguf_shape
 from mlxtune_convert.gguf_families import Family, by_model_type
@@ -186,7 +186,7 @@ class Plan:
             "general.file_type": Field.of(0),
             "general.quantization_version": Field.of(2),
             **gguf_config.metadata(family, config),
-            **vocab.fields(source, shapes["token_embd.weight"][0]),
+            **vocab_export.fields(source, shapes["token_embd.weight"][0]),
         }
         return Plan(family, choice, config, overlaid(original, fields) if original else fields, shapes, original)
 

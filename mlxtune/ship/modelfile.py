@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxtune_convert.vocab import end_ids
+from mlxtune_convert.vocab_export import end_ids
 
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.ship.export import Request
