@@ -31,6 +31,7 @@ from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora, prefix
 from mlxtune.model.arrays import dtype_name, scalar
+from mlxtune.model.layers import dense_shape
 from mlxtune.model.load import Loaded, load
 from mlxtune.train import fast, loop, optim
 from mlxtune.train.loss import Path as Way

@@ -14,7 +14,7 @@ import mlxtune
 from mlxtune import backend
 
 LOW_DISK = 10 * backend.GIB
-LIBRARIES = ("mlx", "mlx-lm", "transformers", "datasets", "huggingface_hub", "numpy", "torch", "peft")
+LIBRARIES = ("mlx", "mlx-lm", "transformers", "datasets", "huggingface_hub", "numpy", "torch", "peft", "xllamacpp")
 
 
 def examine() -> tuple[dict[str, str], list[str]]:
@@ -54,6 +54,8 @@ def examine() -> tuple[dict[str, str], list[str]]:
             facts[name] = "not installed"
     if "not installed" in (facts["torch"], facts["peft"]):
         advice.append("with torch and peft installed, exports are proven by running them there: pip install torch peft")
+    if facts["xllamacpp"] == "not installed":
+        advice.append("with xllamacpp installed, GGUF exports are proven by llama.cpp: pip install xllamacpp")
     return facts, advice
 
 

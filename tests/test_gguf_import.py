@@ -15,11 +15,14 @@ import pytest
 import tiny
 from gguf.quants import dequantize, quantize
 from mlx.utils import tree_flatten
-from mlxtune_convert.families import uninterleave
+from mlxtune_convert import ggml
+from mlxtune_convert.gguf_families import interleave, uninterleave
 from mlxtune_convert.quant import BLOCKS, from_blocks, pack
 
 from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.model import convert
 from mlxtune.model.load import open_model
+from mlxtune.model.quantize import dense_weight
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -56,6 +59,7 @@ def test_packed_codes_are_mlxs_own(bits: int) -> None:
 
 def test_uninterleave_undoes_llama_cpps_row_order() -> None:
     weight = np.arange(4 * 16 * 3).reshape(64, 3)
+    np.testing.assert_array_equal(interleave(weight, 4), interleaved(weight, 4))
     np.testing.assert_array_equal(uninterleave(interleaved(weight, 4), 4), weight)
     assert not np.array_equal(uninterleave(weight, 4), weight)
 
@@ -214,7 +218,8 @@ def write_gguf(path: Path, hf: Path, kind: str, **metadata: Any) -> Path:
         to = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if array.ndim == 2 and kind != "F32":
             to_type = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(to, quantize(array, to_type), raw_dtype=to_type)
+            data = metadata.get("quantizer", quantize)(array, to_type)
+            writer.add_tensor(to, data, raw_dtype=to_type)
         else:
             writer.add_tensor(to, array)
     writer.write_header_to_file()
@@ -243,9 +248,9 @@ def test_a_float_gguf_has_the_hf_models_logits(arch: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"kind": "TQ1_0"}, "TQ1_0"),
-        ({"pre": "qwen2"}, "pre-tokenizer qwen2"),
-        ({"tokenizer": "llama"}, "llama"),
+        ({"pre": "poro-chat"}, "pre-tokenizer poro-chat"),
+        ({"tokenizer": "t5"}, "t5"),
+        ({"tokenizer": "llama"}, "the GGUF's tokenizer has no scores"),
     ],
 )
 def test_what_cannot_be_mapped_exactly_is_refused_by_name(changes: dict, expected: str, tmp_path: Path) -> None:
@@ -261,3 +266,20 @@ def test_an_imported_model_can_be_requantized_on_request_with_a_warning(smollm2_
     assert "lossy" in result.stderr
     _, config = open_model(tmp_path / "m")
     assert (config["quantization"]["bits"], config["quantization"]["group_size"]) == (8, 64)
+
+
+@pytest.mark.parametrize("kind", ["Q6_K", "Q4_K", "Q2_K", "IQ4_XS", "TQ1_0", "MXFP4"])
+def test_any_quantized_type_can_be_read(kind: str, tmp_path: Path) -> None:
+    """Its values by the gguf package: exact where MLX has the codes, else rounded to 16 bits, which is said."""
+    hf = tiny.make_model(tmp_path / "hf", hidden_size=256, num_attention_heads=4, intermediate_size=256)
+    if kind in ("TQ1_0", "MXFP4"):
+        file = write_gguf(tmp_path / "m.gguf", hf, kind)
+    else:
+        file = write_gguf(tmp_path / "m.gguf", hf, kind, quantizer=lambda w, k: ggml.quantize(w, k.name))
+    done = convert.convert(str(file), tmp_path / "mlx", convert.Target.of(None, None, None))
+    assert bool(done.notes) == (kind != "MXFP4")
+    model, _ = open_model(tmp_path / "mlx")
+    layer = model.layers[0].mlp.up_proj
+    tensor = next(t for t in gguf.GGUFReader(file).tensors if t.name == "blk.0.ffn_up.weight")
+    expected = dequantize(tensor.data, tensor.tensor_type)
+    np.testing.assert_allclose(np.array(dense_weight(layer)), expected, atol=0 if kind == "MXFP4" else 5e-5)

@@ -182,10 +182,10 @@ def test_the_demo_tells_the_whole_story_on_any_model(hf_model: Path, tmp_path: P
     """Two steps on a tiny model: every chapter runs, every artefact is there and proven."""
     result = tiny.mlxtune("demo", "--model", hf_model, "--out", tmp_path / "demo", "--steps", "2")
     assert result.returncode == 0, result.stderr
-    for chapter in range(1, 7):
+    for chapter in range(1, 8):
         assert f"\n{chapter}. " in result.stderr
-    for name in ("peft", "hf"):
-        report = json.loads((tmp_path / "demo" / name / "verification.json").read_text())
+    for name in ("peft/", "hf/", "gguf/base.", "gguf/tuned."):
+        report = json.loads((tmp_path / "demo" / f"{name}verification.json").read_text())
         assert report["verdict"] == "passed"
     again = tiny.mlxtune("demo", "--model", hf_model, "--out", tmp_path / "demo")
     tiny.one_clear_line(again, "already exists")

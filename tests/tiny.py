@@ -74,7 +74,7 @@ def make_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: str = "f
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        **SHAPES[kind],
+        **SHAPES.get(kind, {}),
         **changes,
     }
     auto = AutoModelForImageTextToText if "vision_config" in shape else AutoModelForCausalLM

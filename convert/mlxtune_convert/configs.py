@@ -72,7 +72,8 @@ def _lift_rope(out: dict[str, Any], rope: dict[str, Any]) -> None:
         if rope.get(key) is not None and out.get(key) is None:
             out[key] = rope[key]
     if rope.get("rope_type", "default") != "default" and out.get("rope_scaling") is None:
-        out["rope_scaling"] = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        out["rope_scaling"] = {"type": rope["rope_type"], **scaling}  # some mlx-lm models know only the older key
 
 
 def unquantized(config: dict[str, Any]) -> dict[str, Any]:

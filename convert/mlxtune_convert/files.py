@@ -109,6 +109,28 @@ def new_file(destination: Path, force: bool = False, sources: Sequence[Path] = (
         _remove(work)
 
 
+@contextlib.contextmanager
+def new_artefact(destination: Path, main: str, force: bool = False, sources: Sequence[Path] = ()) -> Iterator[Path]:
+    """As `new_folder`; but a `destination` that ends as `main` does becomes that one file, and whatever else the body
+    writes lies beside it as <stem>.<name>.
+    """
+    if destination.suffix != Path(main).suffix:
+        with new_folder(destination, force, sources) as work:
+            yield work
+        return
+    refuse_existing(destination, force, sources)
+    if destination.is_dir():
+        raise UserError(f"{destination} is a folder", "Name a new file, or a folder without the ending.")
+    folder = destination.with_name(f".{destination.name}.parts-{os.getpid()}")
+    try:
+        with explained(destination), new_folder(folder) as work:
+            yield work
+            for file in sorted(work.iterdir(), key=lambda file: file.name == main):
+                os.replace(file, destination if file.name == main else destination.with_suffix(f".{file.name}"))
+    finally:
+        _remove(folder)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -18,6 +20,16 @@ from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import read_json, write_json
 
 SHARD_BYTES = 2 << 30
+DTYPES = {
+    **{
+        f"{kind}{bits}": f"{letter}{bits}" for kind, letter in (("int", "I"), ("uint", "U")) for bits in (8, 16, 32, 64)
+    },
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "bool": "BOOL",
+}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -60,7 +72,10 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
             raise UserError(f"{index}: weight_map must give the file of each tensor", "Copy or download it again.")
         named = sorted(set(table.values()))
-        missing = [name for name in named if not (folder / Path(name).name).is_file()]
+        for name in named:
+            if name != Path(name).name:
+                raise UserError(f"{index} names a file outside the folder: {name[:80]}", "Copy or download it again.")
+        missing = [name for name in named if not (folder / name).is_file()]
         if missing:
             raise UserError(
                 f"{folder}: {len(missing)} of {len(named)} weight files are missing, first {missing[0]}",
@@ -78,9 +93,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class ShardWriter:
-    """Collects tensors and writes them as numbered safetensors shards of bounded size.
+    """Writes tensors as numbered safetensors shards of bounded size.
 
-    Use: `add(name, array)` for every tensor, then `close()`. At most one shard is in memory.
+    Use: `add(name, array)` for every tensor, then `close()`. A shard's data goes to disk as it comes, and behind its
+    header when the shard is full: no more than one tensor is in memory.
     """
 
     def __init__(self, folder: Path, metadata: dict[str, str], shard_bytes: int = SHARD_BYTES) -> None:
@@ -88,26 +104,38 @@ class ShardWriter:
         self.metadata = metadata
         self.shard_bytes = shard_bytes
         self.total_bytes = 0
-        self._pending: dict[str, np.ndarray] = {}
-        self._pending_bytes = 0
+        self._data = folder / "shard.data"
+        self._file = self._data.open("wb")
+        self._entries: dict[str, dict[str, Any]] = {}
         self._shards: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, array: np.ndarray) -> None:
-        if self._pending and self._pending_bytes + array.nbytes > self.shard_bytes:
+        at = self._file.tell()
+        if self._entries and at + array.nbytes > self.shard_bytes:
             self._flush()
-        self._pending[name] = np.ascontiguousarray(array)
-        self._pending_bytes += array.nbytes
+            at = 0
+        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        place = {"shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        self._entries[name] = {"dtype": DTYPES[array.dtype.name], **place}
         self.total_bytes += array.nbytes
 
     def _flush(self) -> None:
+        self._file.close()
         path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
-        save_checked(path, self._pending, self.metadata)
-        self._shards.append((path, list(self._pending)))
-        self._pending, self._pending_bytes = {}, 0
+        header = json.dumps({"__metadata__": self.metadata, **self._entries}).encode()
+        header += b" " * (-len(header) % 8)
+        with path.open("wb") as out, self._data.open("rb") as data:
+            out.write(struct.pack("<Q", len(header)) + header)
+            shutil.copyfileobj(data, out, 16 << 20)
+        self._shards.append((path, list(self._entries)))
+        self._entries = {}
+        self._file = self._data.open("wb")
 
     def close(self) -> None:
         """Write the last shard, give all their final names, and write the index when there are several."""
         self._flush()
+        self._file.close()
+        self._data.unlink()
         count = len(self._shards)
         weight_map: dict[str, str] = {}
         for number, (path, names) in enumerate(self._shards, 1):

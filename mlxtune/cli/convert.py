@@ -26,7 +26,12 @@ from mlxtune.cli import common
     type=click.Choice(["float16", "bfloat16", "float32"]),
     help="Type of what is not quantized.  [default: the source's]",
 )
-@click.option("--model", metavar="DIR", help="PEFT adapters: the MLX model it is for, where names differ (experts).")
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="The MLX model that an adapter (PEFT, GGUF) belongs to, where its files do not say enough.",
+)
 @common.force_option
 def convert(
     src: str,
@@ -35,10 +40,10 @@ def convert(
     group_size: int | None,
     mode: str | None,
     dtype: str | None,
-    model: str | None,
+    base: Path | None,
     force: bool,
 ) -> None:
-    """Make an MLX model folder from a hub id, an HF or MLX folder, or a GGUF file; an MLX adapter from a PEFT one.
+    """Make an MLX model folder from a hub id, an HF or MLX folder, or a GGUF file; an adapter from a PEFT or GGUF one.
 
     A source that is already quantized (GGUF, MLX) keeps its codes bit for bit, unless --bits, --group-size or --mode
     ask for others.
@@ -46,6 +51,7 @@ def convert(
     \b
     mlxtune convert Qwen/Qwen2.5-0.5B-Instruct qwen-4bit
     mlxtune convert model.Q4_1.gguf model
+    mlxtune convert adapter.gguf adapter --base model
     mlxtune convert ./hf-folder model-16bit --bits 16
     mlxtune convert ./peft-adapter adapter
     """
@@ -58,17 +64,15 @@ def convert(
     if peft.is_adapter(folder):
         if bits or group_size or mode or dtype:
             raise UserError(f"{src} is a PEFT adapter: --bits, --group-size, --mode and --dtype have no effect")
-        count, spec = peft.import_adapter(folder, dst, model, force)
-        base = f", trained on {spec.base}" if spec.base else ""
-        common.stdout().print(f"{dst}: an adapter of {count} layers ({spec.variant}{base})")
+        count, spec = peft.import_adapter(folder, dst, str(base) if base else None, force)
+        trained_on = f", trained on {spec.base}" if spec.base else ""
+        common.stdout().print(f"{dst}: an adapter of {count} layers ({spec.variant}{trained_on})")
         return
-    if model is not None:
-        raise UserError("--model has no effect: the source is no PEFT adapter")
 
     target = conversion.Target.of(int(bits) if bits else None, group_size, mode)
     console = common.console()
     with console.status(f"converting {src}"):
-        done = conversion.convert(src, dst, target, dtype, force)
+        done = conversion.convert(src, dst, target, dtype, force, base)
     for note in done.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True)
     common.stdout().print(f"{dst}: {done.total_bytes / (1 << 20):,.0f} MiB, {done.bits_per_weight:.2f} bits per weight")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxtune.data.chat import Example
+    from mlxtune.ship.export import Request
 
 ENOUGH_ROWS = 32  # for codes that are not fitted to a few rows
 
@@ -125,19 +126,45 @@ def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Ex
     return session.held_out(load_tokenizer(path), path, config, own=data is None)
 
 
+# Which options mean something for which target.
+TARGETS = {
+    "peft": ("base_name",),
+    "hf": ("base", "dtype", "base_name"),
+    "gguf": ("base", "type", "base_name", "ollama"),
+    "gguf-lora": ("base_name", "ollama"),
+}
+
+
 @click.command()
 @common.model_option()
 @common.adapter_option
 @click.option(
-    "--to", "target", required=True, type=click.Choice(["peft", "hf"]), help="peft: an adapter; hf: a merged model."
+    "--to",
+    "target",
+    required=True,
+    type=click.Choice(list(TARGETS)),
+    help="peft, gguf-lora: an adapter; hf, gguf: a (merged) model.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="PATH", help="The export.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="The export: a folder, or for GGUF a .gguf file.",
+)
 @base_option
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
     help="hf: how weights are stored.  [default: the model's]",
 )
+@click.option(
+    "--type",
+    "kind",
+    metavar="TYPE",
+    help="gguf: keep (MLX's own codes), f32, f16, bf16, q8_0, q4_k_m ...  [default: keep; merged: the model's floats]",
+)
+@click.option("--ollama", is_flag=True, help="gguf, gguf-lora: write a Modelfile beside it.")
 @click.option(
     "--base-name",
     default="",
@@ -155,27 +182,33 @@ def export(
     out: Path,
     base: Path | None,
     dtype: str | None,
+    kind: str | None,
+    ollama: bool,
     base_name: str,
     push: str | None,
     data: str | None,
     no_verify: bool,
     force: bool,
 ) -> None:
-    """Ship to CUDA users: a PEFT adapter or a merged Hugging Face model.
+    """Ship to CUDA users (PEFT, Hugging Face) and to llama.cpp, Ollama and LM Studio (GGUF).
 
-    The export is loaded by transformers or PEFT (when installed, else read back) and compared with the trained model on
-    held-out rows before it is given its name.
+    The export is loaded by transformers, PEFT or llama.cpp (when installed, else read back) and compared with the
+    trained model on held-out rows before it is given its name.
 
     \b
     mlxtune export --model model --adapter run --to peft --out adapter --base-name OWNER/NAME
     mlxtune export --model model --adapter run --to hf --out merged --dtype bfloat16
+    mlxtune export --model model --adapter run --to gguf --out tuned.gguf --type q4_k_m --ollama
+    mlxtune export --model model --adapter run --to gguf-lora --out adapter.gguf
     """
     from mlxtune.errors import UserError
 
-    if target == "peft" and (dtype is not None or base is not None):
-        raise UserError(
-            f"{'--dtype' if dtype else '--base'} has no effect with --to peft", "The factors are exported as they are."
-        )
+    given = {"base": base, "dtype": dtype, "type": kind, "ollama": ollama, "base_name": base_name}
+    useless = [name for name, value in given.items() if value and name not in TARGETS[target]]
+    if useless:
+        option = f"--{useless[0].replace('_', '-')}"
+        fitting = ", ".join(name for name, options in TARGETS.items() if useless[0] in options)
+        raise UserError(f"{option} has no effect with --to {target}", f"It is for: {fitting}.")
     from mlxtune import backend
     from mlxtune.model import hub
     from mlxtune.model.load import source_of
@@ -191,6 +224,9 @@ def export(
         base_name = model  # a hub id, used as it is
     request = shipping.Request(path, adapter, out, base, dtype, base_name, examples, force=force)
     console = common.console()
+    if target.startswith("gguf"):
+        _export_gguf(request, target, kind, ollama)
+        return
     with console.status(f"exporting to {target}, comparing with the trained model"):
         report = shipping.to_peft(request) if target == "peft" else shipping.to_hf(request)
     result = common.stdout()
@@ -236,3 +272,20 @@ def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_
         common.stdout().print(f"{export}: {report.line()}")
     if report.verdict in ("failed", "lossy"):
         raise UserError(f"{export} is not the model that was trained ({report.verdict})", "Its report is beside it.")
+
+
+def _export_gguf(request: Request, target: str, kind: str | None, ollama: bool) -> None:
+    from rich.progress import Progress
+
+    from mlxtune.ship import gguf
+
+    console = common.console()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(f"writing {request.out.name}", total=None)
+        exported = gguf.ship(
+            request, target, kind, ollama, lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    for note in exported.notes:
+        console.print(f"note: {note}", style="yellow", soft_wrap=True)
+    proof = "" if exported.proof is None else f", {exported.proof.line()}"
+    common.stdout().print(f"{request.out}: {exported.what}, {exported.bytes / (1 << 20):,.1f} MiB{proof}")

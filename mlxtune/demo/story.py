@@ -24,11 +24,11 @@ from mlxtune.evaluate.generate import Sampling, answer
 from mlxtune.evaluate.loss import Score
 from mlxtune.model import convert, lora
 from mlxtune.model.load import Loaded, load
-from mlxtune.ship import export
+from mlxtune.ship import export, gguf
 from mlxtune.train.display import Display, duration
 
 STEPS = 48
-FOLDERS = ("model", "run", "fused", "peft", "hf")  # what the demo makes, and all that --force removes
+FOLDERS = ("model", "run", "fused", "peft", "hf", "gguf")  # what the demo makes, and all that --force removes
 SHOWN_ROWS = (8, 14, 19)  # of the validation file: one question each is answered before and after
 ANSWER = Sampling(max_tokens=60)
 SETTINGS = (
@@ -46,8 +46,8 @@ def data_folder() -> Path:
 
 
 def tell(source: str | None, out: Path, steps: int | None, force: bool, console: Console) -> None:
-    """Run the whole story into `out`: model, run, fused, peft and hf folders. Raises UserError at the first thing
-    that fails.
+    """Run the whole story into `out`: model, run, fused, peft, hf and gguf folders. Raises UserError at the first
+    thing that fails.
     """
     taken = [out / name for name in FOLDERS if (out / name).exists()]
     if taken and not force:
@@ -93,6 +93,12 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
         proofs = {"peft": export.to_peft(request), "hf": export.to_hf(replace(request, out=out / "hf"))}
         for name, proof in proofs.items():
             console.print(f"{out / name}: {proof.line() if proof else ''}", soft_wrap=True)
+    with chapter(console, "7. llama.cpp: the base as GGUF, code for code, and the adapter beside it"):
+        folder = out / "gguf"
+        base_file = gguf.ship(replace(request, adapter=None, out=folder / "base.gguf"), "gguf", "keep", False)
+        tuned_file = gguf.ship(replace(request, out=folder / "tuned.gguf"), "gguf-lora", None, True)
+        for name, made in (("base.gguf", base_file), ("tuned.gguf", tuned_file)):
+            console.print(f"{folder / name}: {made.proof.line() if made.proof else ''}", soft_wrap=True)
     console.print(Text(f"\nDone in {duration(time.perf_counter() - began)}. ", style="bold green"), end="")
     console.print(closing(model, run), soft_wrap=True)
 

@@ -12,9 +12,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlxtune_convert import gguf_model
+from mlxtune_convert import gguf_file, gguf_lora, gguf_model
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
 from mlxtune_convert.files import new_folder, read_json, require_space, write_json
+from mlxtune_convert.gguf_file import File
 from mlxtune_convert.tensors import ShardWriter, weight_files
 
 from mlxtune import backend
@@ -87,34 +88,58 @@ class Converted:
     notes: list[str]
 
 
-def convert(source: str, destination: Path, target: Target, dtype: str | None = None, force: bool = False) -> Converted:
+def convert(
+    source: str,
+    destination: Path,
+    target: Target,
+    dtype: str | None = None,
+    force: bool = False,
+    base: Path | None = None,
+) -> Converted:
     """Convert any source into `destination`, which appears only when it is complete.
 
+    base: the model that a GGUF adapter belongs to.
     dtype: type of what is not quantized (None: the source's). Raises UserError for anything wrong with the
     source, the options or the disk.
     """
     backend.prepare()
     path = resolve(source)
     if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{path}: a model file must be a .gguf", "A Hugging Face model is given as its folder.")
+        file = gguf_file.read(path)
+        if gguf_lora.is_adapter(file):
+            return _from_adapter(file, destination, target.asked or dtype is not None, force, base)
+    if base is not None:
+        raise UserError("--base has no effect here", "It names the model that a GGUF adapter belongs to.")
+    if path.is_file():
         return _from_gguf(path, destination, target, dtype, force)
     with new_folder(destination, force, [path]) as work:
         return _from_folder(path, "" if Path(source).expanduser().exists() else source, work, target, dtype)
 
 
+def _from_adapter(file: File, destination: Path, asked: bool, force: bool, base: Path | None) -> Converted:
+    if asked:
+        raise UserError(f"{file.path} is an adapter: its factors are kept as they are", "Leave out --bits and --dtype.")
+    with new_folder(destination, force, [file.path]) as work:
+        gguf_lora.convert(file, work, read_json(base / "config.json", "the base model") if base else None)
+        return Converted((work / "adapters.safetensors").stat().st_size, 32.0, [])
+
+
 def _from_gguf(path: Path, destination: Path, target: Target, dtype: str | None, force: bool) -> Converted:
-    if path.suffix != ".gguf":
-        raise UserError(f"{path}: a model file must be a .gguf", "A Hugging Face model is given as its folder.")
     opened = gguf_model.open_gguf(path)
-    require_space(destination, path.stat().st_size)
+    require_space(destination, opened.converted_bytes)
     with new_folder(destination, force, [path]) as work:
         if opened.quantized and not target.asked and dtype is None:
             gguf_model.convert(opened, work)
-            return _measured(work, [])
+            return _measured(work, opened.notes())
         lossless = work / "lossless"
         lossless.mkdir()
         gguf_model.convert(opened, lossless)
         out = _from_folder(lossless, "", work, target, dtype)
         shutil.rmtree(lossless)
+        if opened.notes():
+            out.notes.append("the GGUF was already quantized: quantizing it again is lossy")
         return out
 
 

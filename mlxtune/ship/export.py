@@ -54,13 +54,14 @@ class Request:
 
 @dataclass(frozen=True)
 class ReadBack:
-    """The weaker proof where PEFT is not installed: every tensor in the files equals the trained one bit for bit."""
+    """The weaker proof where `missing` is not installed: every tensor in the files is bit for bit what it must be."""
 
     tensors: int
+    missing: str = "PEFT"
     verdict: str = "read back"
 
     def line(self) -> str:
-        return f"{self.verdict}: {self.tensors} tensors equal the trained ones bit for bit (PEFT is not installed)"
+        return f"{self.verdict}: {self.tensors} tensors equal theirs bit for bit ({self.missing} is not installed)"
 
 
 def to_mlx(request: Request, bits: int, group: int | None = None) -> Report | None:
@@ -162,9 +163,7 @@ def to_peft(request: Request) -> Report | ReadBack | None:
         if request.examples is None:
             return None
         if not verify.has_peft():
-            back = ReadBack(count)
-            verify.write_report(work, asdict(back))
-            return back
+            return save_proof(work, ReadBack(count))
         run = _peft_runner(request.model, work)
         ref = verify.reference(str(request.model), request.adapter, request.examples)
         return _judged(work, ref, run, "PEFT on the dense base, float32", "float32", request)
@@ -205,6 +204,11 @@ def check(export: Path, model: Path, adapter: Path | None, examples: Sequence[Ex
     with explained(export):
         report.write(export)
     return report
+
+
+def save_proof(work: Path, proof: ReadBack) -> ReadBack:
+    verify.write_report(work, asdict(proof))
+    return proof
 
 
 def base_name(request: Request, source: dict[str, Any]) -> str:

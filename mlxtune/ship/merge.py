@@ -60,6 +60,19 @@ class Merged:
         """How many numbers each leaf holds when dense. Reads nothing."""
         return {path: _dense_size(module) for path, module in self._walk()}
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor when dense, by its name. Reads nothing."""
+        found = {}
+        for path, module in self._walk():
+            inner = _inner(module)
+            quantized = isinstance(inner, QUANTIZED)
+            for name, value in own_parameters(inner).items():
+                if quantized and name == "weight":
+                    found[f"{path}.weight"] = (*value.shape[:-1], value.shape[-1] * 32 // inner.bits)
+                elif not (quantized and name in _QUANTIZATION_TENSORS):
+                    found[f"{path}.{name}" if path else name] = tuple(value.shape)
+        return found
+
     def count(self) -> int:
         """Parameters of the dense model."""
         return sum(self.sizes().values())

@@ -35,6 +35,10 @@ LIMITS = {
     "bfloat16": {"mean_kl": 1e-3, "top1": 0.99},
     "8 bits": {"mean_kl": 1e-2, "top1": 0.97},
     "4 bits": {"gain_kept": 0.95},
+    "float32, tabled GELU": {"max_difference": 2e-3},  # llama.cpp looks GELU up in a float16 table
+    # llama.cpp rounds activations to 8 bits beside quantized weights, which alone turns some 4% of the first choices.
+    "q8_0": {"mean_kl": 1e-2},
+    "kept codes": {"mean_kl": 2e-2},
 }
 AT_LEAST = ("top1", "gain_kept")  # the others are at most
 REPORT_FILE = "verification.json"

@@ -1,0 +1,261 @@
+"""A GGUF model out of an MLX model, with or without an adapter; and the proof by llama.cpp."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlxtune_convert import ggml, gguf_config, gguf_file, gguf_lora, vocab_export
+from mlxtune_convert.files import new_artefact, require_space
+from mlxtune_convert.gguf_export import KEEP, TYPES, Choice, gguf_shape
+from mlxtune_convert.gguf_families import Family, by_model_type
+from mlxtune_convert.gguf_file import Field, File, Writer
+from mlxtune_convert.gguf_model import HEADER_FILE
+from mlxtune_convert.quant import Codes
+
+from mlxtune.data.chat import Example
+from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.errors import UserError
+from mlxtune.model import lora
+from mlxtune.model.arrays import dtype_name, to_numpy
+from mlxtune.model.load import source_of
+from mlxtune.model.quantize import QUANTIZED
+from mlxtune.ship import llama_cpp, modelfile, verify
+from mlxtune.ship.export import ReadBack, Request, _judged, _merged, base_name, save_proof
+from mlxtune.ship.merge import Merged, open_merged
+from mlxtune.ship.verify import Report
+
+MODEL_FILE = "model.gguf"
+Progress = Callable[[int, int], None]  # weights done, weights in all
+
+
+@dataclass(frozen=True)
+class Exported:
+    """proof: None when it was refused; notes: lines a person must read."""
+
+    what: str
+    proof: Report | ReadBack | None
+    notes: list[str]
+    bytes: int = 0
+
+
+def default_type(request: Request) -> str:
+    """`keep` where that is possible, else the floats that the model itself has."""
+    if request.adapter is None and request.base is None:
+        return KEEP
+    own = dtype_name(_merged(request).dtype)
+    return {"float32": "f32", "bfloat16": "bf16"}.get(own, "f16")
+
+
+def ship(request: Request, target: str, kind: str | None, ollama: bool, progress: Progress | None = None) -> Exported:
+    """Export to `request.out`, a .gguf file or a folder. target: gguf or gguf-lora.
+
+    Raises UserError for anything wrong with the request, and when the proof fails; nothing is kept then.
+    """
+    if kind is not None and kind not in TYPES:
+        near = difflib.get_close_matches(kind, TYPES, n=1)
+        raise UserError(
+            f"--type {kind} is not known",
+            (f"Did you mean {near[0]}? " if near else "") + f"There are: {', '.join(TYPES)}.",
+        )
+    with new_artefact(request.out, MODEL_FILE, request.force, request.sources) as work:
+        if target == "gguf-lora":
+            done = to_lora(request, work)
+        else:
+            done = to_gguf(request, kind or default_type(request), work, progress)
+        if ollama:
+            done.notes.extend(modelfile.write(request, work, MODEL_FILE, target == "gguf-lora"))
+        return replace(done, bytes=(work / MODEL_FILE).stat().st_size)
+
+
+def to_lora(request: Request, work: Path) -> Exported:
+    """Write the adapter alone, to be used beside a GGUF of the base it was trained on. Raises UserError when llama.cpp
+    cannot apply it, or the proof on a float32 GGUF of the base fails.
+    """
+    if request.adapter is None:
+        raise UserError("--to gguf-lora exports an adapter", "Name the run: --adapter RUN")
+    tuned = open_merged(request.model, request.adapter)
+    family = by_model_type(tuned.config["model_type"])
+    factors = {
+        path: (to_numpy(layer.lora_a), to_numpy(layer.lora_b), float(layer.scale))
+        for path, layer in lora.adapters(tuned.model).items()
+    }
+    path = work / MODEL_FILE
+    gguf_lora.write_adapter(path, family, tuned.config, factors, base_name(request, source_of(request.model)))
+    what = f"gguf-lora of {len(factors)} modules"
+    if request.examples is None:
+        return Exported(what, None, [])
+    if not llama_cpp.installed():
+        count = gguf_lora.check_adapter(path, family, tuned.config, factors)
+        return Exported(what, save_proof(work, ReadBack(count, missing=ggml.PACKAGE)), [])
+    base = open_merged(request.model, None, mx.float32)
+    verify.require_memory(base.count())
+    ref = verify.reference(str(request.model), request.adapter, request.examples)
+    with tempfile.TemporaryDirectory(dir=work.parent, prefix=".base-") as folder:
+        whole = Path(folder) / "base.gguf"
+        Plan.of(base, "f32", request.model, "base").write(base, whole)
+        with llama_cpp.runner(whole, path) as run:
+            proof = _judged(work, ref, run, "llama.cpp on the float32 base", _float32(family), request)
+    return Exported(what, proof, [])
+
+
+def compare_tokens(run: llama_cpp.Runner, tokenizer: Any, examples: Sequence[Example]) -> list[str]:
+    """A line when llama.cpp splits held-out text into other tokens than the model's own tokenizer does."""
+    texts = [tokenizer.decode(example.ids) for example in examples[: verify.MAX_ROWS]]
+    differing = [text for text in texts if run.tokenize(text) != tokenizer(text, add_special_tokens=False)["input_ids"]]
+    if not differing:
+        return []
+    return [
+        f"llama.cpp splits {len(differing)} of {len(texts)} held-out rows into other tokens than the model's tokenizer"
+    ]
+
+
+def _float32(family: Family) -> str:
+    return "float32, tabled GELU" if "gelu" in str(family.fixed.get("hidden_act")) else "float32"
+
+
+def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None = None) -> Exported:
+    """Write `work`/model.gguf. kind: of gguf_export.TYPES. Raises UserError when llama.cpp does not know the model, or
+    the proof fails.
+    """
+    if kind == KEEP and request.adapter is not None:
+        raise UserError(
+            "--type keep cannot take an adapter: merging changes the weights, and their codes with them",
+            "Ship the adapter beside the kept base (--to gguf-lora), or merge with --type f16 or q8_0.",
+        )
+    merged = replace(_merged(request), dtype=mx.float32)
+    name = base_name(request, source_of(request.base or request.model)) or request.model.resolve().name
+    plan = Plan.of(merged, kind, request.base or request.model, name.split("/")[-1])
+    plan.write(merged, work / MODEL_FILE, progress)
+    inexact = plan.choice.inexact
+    notes = []
+    if inexact:
+        tensor, (stored, error) = max(inexact.items(), key=lambda entry: entry[1][1])
+        notes.append(
+            f"{len(inexact)} tensors have no exact GGUF form; the largest relative error is {error:.1e} "
+            f"({tensor} as {stored})"
+        )
+    if request.examples is None:
+        return Exported(f"gguf {kind}", None, notes)
+    if not llama_cpp.installed():
+        count = plan.read_back(replace(_merged(request), dtype=mx.float32), work / MODEL_FILE)
+        return Exported(f"gguf {kind}", save_proof(work, ReadBack(count, missing=ggml.PACKAGE)), notes)
+    verify.require_memory(_merged(request).count())
+    ref = verify.reference(str(request.model), request.adapter, request.examples)
+    storage = {"f16": "float16", "bf16": "bfloat16", KEEP: "kept codes"}.get(kind, kind)
+    if kind == "f32":
+        storage = _float32(plan.family)
+    with llama_cpp.runner(work / MODEL_FILE) as run:
+        notes += compare_tokens(run, load_tokenizer(request.base or request.model), request.examples)
+        return Exported(f"gguf {kind}", _judged(work, ref, run, f"llama.cpp, {kind}", storage, request), notes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a GGUF file will hold: its family, types, metadata, and the shape of every tensor in order."""
+
+    family: Family
+    choice: Choice
+    config: dict[str, Any]
+    fields: dict[str, Field]
+    shapes: dict[str, tuple[int, ...]]
+    original: File | None
+
+    @staticmethod
+    def of(merged: Merged, kind: str, source: Path, name: str) -> Plan:
+        """source: the folder of tokenizer and header. Raises UserError for what llama.cpp cannot express."""
+        config = merged.config
+        family = by_model_type(config["model_type"])
+        names = {family.gguf_name(mlx): shape for mlx, shape in merged.shapes().items()}
+        shapes = {name: gguf_shape(name, shape) for name, shape in names.items()}
+        shapes |= {name: table.shape for name, table in gguf_config.rope_tensors(config).items()}
+        header = source / HEADER_FILE
+        original = gguf_file.read(header, header_only=True) if header.is_file() else None
+        choice = Choice.of(kind, config, "output.weight" not in shapes, original)
+        fields = {
+            "general.architecture": Field.of(family.gguf),
+            "general.type": Field.of("model"),
+            "general.name": Field.of(name),
+            "general.file_type": Field.of(0),
+            "general.quantization_version": Field.of(2),
+            **gguf_config.metadata(family, config),
+            **vocab_export.fields(source, shapes["token_embd.weight"][0]),
+        }
+        return Plan(family, choice, config, overlaid(original, fields) if original else fields, shapes, original)
+
+    def tensors(self, merged: Merged) -> Iterator[tuple[str, str, np.ndarray]]:
+        """(name, type, rows) of every tensor as the file holds it."""
+        for name, table in gguf_config.rope_tensors(self.config).items():
+            yield name, "F32", table
+        for mlx, value in values(merged):
+            name = self.family.gguf_name(mlx)
+            if isinstance(value, np.ndarray):
+                value = value + np.float32(self.family.offset(name))
+            heads = self.family.heads(name, self.config)
+            yield name, *self.choice.store(name, value, heads, self.shapes[name])
+
+    def write(self, merged: Merged, path: Path, progress: Progress | None = None) -> None:
+        total = sum(math.prod(shape) for shape in self.shapes.values())
+        require_space(
+            path.parent, int(total * {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 1.1}.get(self.choice.type, 0.8))
+        )
+        done = 0
+        with Writer(path, self.fields, self.shapes) as writer:
+            for name, kind, rows in self.tensors(merged):
+                writer.add(name, kind, rows)
+                done += math.prod(self.shapes[name])
+                if progress:
+                    progress(done, total)
+            kinds = {name: tensor.kind for name, tensor in writer.tensors.items()}
+            if not self.original or kinds != {name: t.kind for name, t in self.original.tensors.items()}:
+                self.fields["general.file_type"] = Field.of(self.choice.file_type)
+
+    def read_back(self, merged: Merged, path: Path) -> int:
+        """Compare every tensor of a file with what was to be written; return how many. Raises UserError."""
+        file = gguf_file.read(path)
+        for name, kind, rows in self.tensors(merged):
+            if kind != file.tensors[name].kind or rows.tobytes() != file.rows(name).tobytes():
+                raise UserError(f"{name}: the file does not hold what was written", "Check the disk.")
+        return len(self.shapes)
+
+
+def overlaid(original: File, fields: dict[str, Field]) -> dict[str, Field]:
+    """The metadata of the GGUF file that a model came from, with the values that its folder now says otherwise."""
+    out = dict(original.fields)
+    same_tokens = out.get("tokenizer.ggml.tokens") == fields["tokenizer.ggml.tokens"]
+    for key, field in fields.items():
+        if key not in out:
+            if key.startswith("tokenizer.") and key.endswith(("_token_id", "template")):
+                out[key] = field
+            continue
+        kept = key.startswith("general.") or _same(out[key].value, field.value)
+        # The file's own scores, types and rules' name, unless the vocabulary changed.
+        kept |= same_tokens and key.endswith((".scores", ".token_type", ".pre", "add_space_prefix"))
+        if not kept:
+            out[key] = field._replace(kind=out[key].kind)
+    return out
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(np.float32(one) == np.float32(other)) if isinstance(one, float) else bool(one == other)
+
+
+def values(merged: Merged) -> Iterator[tuple[str, Codes | np.ndarray]]:
+    """(MLX name, codes of an untouched quantized matrix or the merged float32 array) for every tensor."""
+    for path, module in merged.leaves():
+        plain = isinstance(module, QUANTIZED) and module.get("global_scale") is None
+        if plain:
+            parts = [to_numpy(module[key]) for key in ("weight", "scales", "biases") if module.get(key) is not None]
+            flat = [part.reshape(-1, part.shape[-1]) for part in parts]
+            biases = flat[2] if len(flat) > 2 else None
+            yield f"{path}.weight", Codes(flat[0], flat[1], biases, module.bits, module.group_size, module.mode)
+        for name, array in merged.dense(path, module):
+            if not (plain and name == f"{path}.weight"):
+                yield name, to_numpy(array.astype(mx.float32))

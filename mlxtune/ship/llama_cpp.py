@@ -1,0 +1,200 @@
+"""llama.cpp as a witness: full logits of a GGUF file, through the C interface inside the optional package xllamacpp.
+
+llama.cpp ends its process on what it takes for a programming error, so it runs in one of its own: token ids go in and
+logits come out of its pipes. Computed on the CPU, keys and values kept in float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from mlxtune_convert import ggml
+
+from mlxtune.data.batches import Batch
+from mlxtune.errors import UserError
+
+FAILED = 3
+TEXT = -1  # before the bytes of a text that is to be tokenized
+
+
+class _Parameters(ctypes.Structure):
+    """Larger than llama.cpp's own parameter structs; it fills and reads the front part. 8 bytes aligned."""
+
+    _fields_ = (("raw", ctypes.c_uint64 * 64),)
+
+    def put(self, letter: str, offset: int, value: int, default: int) -> None:
+        """Set one field where its default is found; elsewhere this version's layout is another one."""
+        found = struct.unpack_from(letter, self, offset)[0]
+        if found != default:
+            raise RuntimeError(f"this version of {ggml.PACKAGE} has another interface")
+        struct.pack_into(letter, self, offset, value)
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")),
+    )
+
+
+def installed() -> bool:
+    return ggml.library_file() is not None
+
+
+@contextmanager
+def runner(model: Path, adapter: Path | None = None) -> Iterator[Runner]:
+    """Logits at a batch's supervised positions, by llama.cpp. Raises UserError when it refuses the file."""
+    command = [sys.executable, "-m", "mlxtune.ship.llama_cpp", str(model), *([str(adapter)] if adapter else [])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            yield Runner(process, model)
+        finally:
+            process.kill()
+
+
+class Runner:
+    def __init__(self, process: subprocess.Popen[bytes], model: Path) -> None:
+        self.process, self.model = process, model
+
+    def __call__(self, batch: Batch) -> np.ndarray:
+        positions, _ = batch.supervised()
+        assert len(batch.ids) == 1
+        return self.logits(batch.ids[0, :-1])[positions]
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """[T] token ids -> [T, V] float32."""
+        return self._asked(ids, np.float32)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Without special tokens around the text; those inside it are recognised."""
+        return self._asked(np.array([TEXT, *text.encode()]), np.int32)[0].tolist()
+
+    def _asked(self, question: np.ndarray, dtype: type) -> np.ndarray:
+        """question: token ids, or TEXT and the bytes of a text."""
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin and stdout
+        try:
+            _send(stdin, question.astype(np.int32).reshape(1, -1))
+            return _receive(stdout, dtype)
+        except (EOFError, OSError) as error:
+            said = (self.process.communicate()[1] or b"").decode(errors="replace").strip().splitlines()
+            reason = next((line for line in reversed(said) if line.strip()), "it ended without a word")
+            raise UserError(f"llama.cpp cannot run {self.model.name}: {reason[:300]}") from error
+
+
+def _send(stream: IO[bytes], array: np.ndarray) -> None:
+    stream.write(struct.pack("<2Q", *array.shape))
+    stream.write(np.ascontiguousarray(array).data)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes], dtype: type) -> np.ndarray:
+    """One matrix of 4-byte numbers. Raises EOFError at the stream's end."""
+    head = stream.read(16)
+    if len(head) < 16:
+        raise EOFError
+    rows, columns = struct.unpack("<2Q", head)
+    raw = stream.read(4 * rows * columns)
+    if len(raw) < 4 * rows * columns:
+        raise EOFError
+    return np.frombuffer(raw, dtype).reshape(rows, columns)
+
+
+class Model:
+    """A loaded GGUF model, in this process."""
+
+    def __init__(self, path: str, adapter: str | None) -> None:
+        self.library = lib = ggml.library()
+        self._log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(self._on_log)
+        self.errors: list[str] = []
+        lib.llama_log_set(self._log, None)
+        lib.llama_backend_init()
+        for name in ("llama_model_default_params", "llama_context_default_params"):
+            getattr(lib, name).restype = _Parameters
+        for name in ("llama_model_load_from_file", "llama_init_from_model", "llama_adapter_lora_init"):
+            getattr(lib, name).restype = ctypes.c_void_p
+        lib.llama_model_get_vocab.restype = ctypes.c_void_p
+        lib.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
+        parameters = lib.llama_model_default_params()
+        self._no_devices = (ctypes.c_void_p * 1)()
+        parameters.put("@Q", 0, ctypes.addressof(self._no_devices), 0)
+        self.model = ctypes.c_void_p(self._made(lib.llama_model_load_from_file(os.fsencode(path), parameters)))
+        self.vocab = ctypes.c_void_p(lib.llama_model_get_vocab(self.model))
+        self.size = lib.llama_vocab_n_tokens(self.vocab)
+        self.adapter = None
+        if adapter is not None:
+            self.adapter = self._made(lib.llama_adapter_lora_init(self.model, os.fsencode(adapter)))
+
+    def _on_log(self, level: int, text: bytes, _: int) -> None:
+        if level >= 3:
+            self.errors.append(text.decode(errors="replace"))
+
+    def _made(self, pointer: int | None) -> int:
+        if not pointer:
+            raise RuntimeError(" ".join("".join(self.errors).split()) or "no reason given")
+        return pointer
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """[T] int32 -> [T, V] float32."""
+        lib, count = self.library, len(ids)
+        parameters = lib.llama_context_default_params()
+        room = -(-count // 256) * 256
+        for offset, value in ((0, room), (4, room), (8, room)):  # context, batch, micro-batch
+            struct.pack_into("@I", parameters, offset, value)
+        parameters.put("@i", 52, 0, -1)  # no flash attention: it rounds
+        for offset in (104, 108):  # keys and values: float32 instead of float16
+            parameters.put("@i", offset, 0, 1)
+        context = ctypes.c_void_p(self._made(lib.llama_init_from_model(self.model, parameters)))
+        try:
+            if self.adapter is not None:
+                adapters, scales = (ctypes.c_void_p * 1)(self.adapter), (ctypes.c_float * 1)(1.0)
+                if lib.llama_set_adapters_lora(context, adapters, ctypes.c_size_t(1), scales):
+                    raise RuntimeError("the adapter does not fit")
+            tokens = np.ascontiguousarray(ids, dtype=np.int32)
+            places, ones = np.arange(count, dtype=np.int32), np.ones(count, dtype=np.int32)
+            wanted = np.ones(count, dtype=np.int8)
+            zero = (ctypes.c_int32 * 1)(0)
+            sequences = (ctypes.c_void_p * count)(*[ctypes.addressof(zero)] * count)
+            where = [tokens.ctypes.data, None, places.ctypes.data, ones.ctypes.data]
+            batch = _Batch(count, *where, ctypes.addressof(sequences), wanted.ctypes.data)
+            if lib.llama_decode(context, batch):
+                raise RuntimeError("it cannot compute this text")
+            return np.ctypeslib.as_array(lib.llama_get_logits(context), (count, self.size)).copy()
+        finally:
+            lib.llama_free(context)
+
+    def tokenize(self, raw: bytes) -> np.ndarray:
+        """UTF-8 -> [1, T] int32."""
+        out = np.empty((1, len(raw) + 8), dtype=np.int32)
+        where = ctypes.c_void_p(out.ctypes.data)
+        count = self.library.llama_tokenize(self.vocab, raw, len(raw), where, out.shape[1], False, True)
+        return out[:, :count]
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints must not end up between the arrays
+    try:
+        model = Model(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+        while True:
+            try:
+                asked = _receive(sys.stdin.buffer, np.int32)[0]
+            except EOFError:
+                return
+            _send(answers, model.tokenize(bytes(asked[1:].tolist())) if asked[0] == TEXT else model.logits(asked))
+    except (RuntimeError, UserError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(FAILED)
+
+
+if __name__ == "__main__":
+    main()

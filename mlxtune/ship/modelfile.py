@@ -1,0 +1,126 @@
+"""Ollama's Modelfile beside a GGUF export (docs.ollama.com/modelfile): base, adapter, template, system prompt, stops.
+
+Ollama does not run chat templates of Hugging Face's kind; its own are Go templates. One is derived from what the
+model's template really writes around each message, and kept only if it writes the very same text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlxtune_convert.vocab_export import end_ids
+
+from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.ship.export import Request
+
+FILE = "Modelfile"
+SYSTEM, USER, ANSWER, SECOND = "\ue000s\ue000", "\ue000u\ue000", "\ue000a\ue000", "\ue000v\ue000"
+
+
+class Turns(NamedTuple):
+    """The text around messages: (before, after) of each role; `default` is the system prompt that is put where none is
+    given.
+    """
+
+    system: tuple[str, str]
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    default: str
+
+    def text(self, messages: list[tuple[str, str]]) -> str:
+        return "".join(getattr(self, role)[0] + content + getattr(self, role)[1] for role, content in messages)
+
+    def go(self) -> str:
+        """As a Go template over Ollama's .Messages."""
+        branches = []
+        for role in self._fields[:3]:
+            before, after = (part.replace("{{", '{{ "{{" }}') for part in getattr(self, role))
+            branches.append(f'if eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{after}{{{{ ')
+        return "{{ range .Messages }}{{ " + "else ".join(branches) + "end }}{{ end }}"
+
+
+def turns(tokenizer: Any) -> Turns | None:
+    """What a tokenizer's chat template writes around messages; None when no fixed text per role does."""
+
+    def render(*messages: tuple[str, str]) -> str:
+        listed = [{"role": role, "content": content} for role, content in messages]
+        out: str = tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=True)
+        # llama.cpp puts the first token there itself.
+        start = tokenizer.bos_token or ""
+        added = bool(start) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        return out.removeprefix(start) if added else out
+
+    def between(text: str, *marks: str) -> list[str]:
+        parts = []
+        for mark in marks:
+            part, found, text = text.partition(mark)
+            if not found:
+                raise ValueError(mark)
+            parts.append(part)
+        return [*parts, text]
+
+    long = (("user", USER), ("assistant", ANSWER), ("user", SECOND))
+    try:
+        first, _, after_answer, end = between(render(*long), USER, ANSWER, SECOND)
+        try:
+            before_system, after_system, _ = between(render(("system", SYSTEM), ("user", USER)), SYSTEM, USER)
+        except Exception:  # templates refuse system prompts in their own ways
+            before_system, after_system = "", first
+        user = _common_end(first, after_answer, after_system)
+        # An answer's end token belongs to the answer, though a user's turn always follows it.
+        ending = user.find(tokenizer.eos_token or "\0")
+        if ending >= 0:
+            user = user[ending + len(tokenizer.eos_token) :].lstrip()
+        default = _default(first.removesuffix(user), before_system, after_system.removesuffix(user))
+    except Exception:  # a template may raise anything for a conversation it does not like
+        return None
+    found = Turns(
+        (before_system, after_system.removesuffix(user)),
+        (user, end),
+        ("", after_answer.removesuffix(user)),
+        default or "",
+    )
+    head = [("system", default)] if default else []
+    for messages in (long, (("user", USER),)):
+        if found.text([*head, *messages]) != render(*messages):
+            return None
+    return found
+
+
+def _common_end(*texts: str) -> str:
+    shortest = min(texts, key=len)
+    same = next((at for at in range(len(shortest)) if all(t.endswith(shortest[at:]) for t in texts)), len(shortest))
+    return shortest[same:]
+
+
+def _default(start: str, before: str, after: str) -> str | None:
+    """The template's own system prompt, from the text that it begins with when none is given."""
+    if before and start.startswith(before) and start.endswith(after):
+        return start[len(before) : len(start) - len(after)]
+    return None
+
+
+def write(request: Request, work: Path, model: str, adapter: bool) -> list[str]:
+    """Write the Modelfile; return lines a person must read. model: the GGUF's name in `work`."""
+    source = request.base or request.model
+    tokenizer = load_tokenizer(source)
+    name = request.out.name if request.out.suffix == Path(model).suffix else model
+    notes = []
+    lines = [f"FROM ./{name}"]
+    if adapter:
+        lines = ["# The base as a GGUF file, or its name in Ollama.", "FROM ./base.gguf", f"ADAPTER ./{name}"]
+        notes.append(
+            "put the base's GGUF file after FROM in the Modelfile (mlxtune export --to gguf without --adapter)"
+        )
+    around = turns(tokenizer) if tokenizer.chat_template else None
+    if around is None:
+        notes.append("this chat template is not fixed text around messages: Ollama will look for a template itself")
+    else:
+        lines.append(f'TEMPLATE """{around.go()}"""')
+        if around.default:
+            lines.append(f'SYSTEM """{around.default}"""')
+    ends = dict.fromkeys(i for i in (tokenizer.eos_token_id, *end_ids(source)) if i is not None)
+    lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(list(ends))]
+    (work / FILE).write_text("\n".join([*lines, ""]), encoding="utf-8")
+    return notes

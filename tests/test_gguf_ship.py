@@ -1,0 +1,313 @@
+"""GGUF out of the installed command: the same bytes, the same model, the same answers, by llama.cpp's account."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import gguf as gguf_package
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from click.testing import CliRunner
+from gguf.quants import dequantize, quantize
+from mlxtune_convert import ggml, gguf_file, gguf_lora
+from mlxtune_convert.gguf_export import Choice
+from mlxtune_convert.gguf_families import by_model_type
+
+from mlxtune import session
+from mlxtune.cli import cli
+from mlxtune.config import LoraSection
+from mlxtune.data.chat import Example
+from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.model import convert, lora
+from mlxtune.model.load import load, open_model
+from mlxtune.ship import gguf, llama_cpp, modelfile
+from mlxtune.ship.export import Request
+from mlxtune.ship.merge import open_merged
+
+IDS = np.random.default_rng(7).integers(3, 250, 50)
+
+
+def export(model: Path, out: Path, *options: str | Path, to: str = "gguf") -> str:
+    result = tiny.mlxtune("export", "--model", model, "--to", to, "--out", out, *options)
+    assert result.returncode == 0, result.stderr
+    return result.stdout + result.stderr
+
+
+def trained_logits(model: Path, run: Path | None) -> np.ndarray:
+    loaded = load(str(model), "float32")
+    if run is not None:
+        lora.load_adapter(loaded.model, run)
+    return np.array(loaded.model(mx.array(IDS)[None]))[0]
+
+
+@pytest.fixture(scope="module")
+def held_out(mlx_model: Path, run: Path) -> Sequence[Example]:
+    return session.held_out(load_tokenizer(mlx_model), mlx_model, session.run_config(run)).examples
+
+
+def random_adapter(model: Path, folder: Path) -> Path:
+    """An adapter of every linear layer, saved as a run saves it, with a B that is not zero."""
+    folder.mkdir()
+    loaded, _ = open_model(model)
+    spec = lora.Spec.of(loaded, LoraSection(rank=4, alpha=12))
+    lora.attach(loaded, spec)
+    for index, layer in enumerate(lora.adapters(loaded).values()):
+        layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(index))
+    lora.save_config(folder, spec)
+    lora.save_factors(loaded, folder)
+    return folder
+
+
+def llama_logits(file: Path, adapter: Path | None = None) -> np.ndarray:
+    with llama_cpp.runner(file, adapter) as run:
+        return run.logits(IDS)
+
+
+def test_smollm2_comes_back_byte_for_byte(smollm2: Path, smollm2_gguf: Path, tmp_path: Path) -> None:
+    """Every tensor and every metadata key with its type, read by the gguf package."""
+    export(smollm2, tmp_path / "again.gguf", "--no-verify")
+    theirs, ours = gguf_package.GGUFReader(smollm2_gguf), gguf_package.GGUFReader(tmp_path / "again.gguf")
+    found = {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in ours.tensors}
+    assert found == {tensor.name: (tensor.tensor_type, tensor.data.tobytes()) for tensor in theirs.tensors}
+    assert len(found) == 272
+    assert [(key, field.types, field.contents()) for key, field in ours.fields.items()] == [
+        (key, field.types, field.contents()) for key, field in theirs.fields.items()
+    ]
+
+
+def test_a_four_bit_model_becomes_q4_1_bit_for_bit(smollm2: Path, tmp_path: Path) -> None:
+    """SmolLM2 in 16 bits, quantized by MLX to 4 bits in groups of 64: gguf's values are mx.dequantize's."""
+    assert tiny.mlxtune("convert", smollm2, tmp_path / "m", "--bits", "4", "--group-size", "64").returncode == 0
+    said = export(tmp_path / "m", tmp_path / "m.gguf", "--no-verify")
+    assert "no exact GGUF form" not in said
+    model, config = open_model(tmp_path / "m")
+    family, compared = by_model_type("llama"), 0
+    kinds = {tensor.name: tensor for tensor in gguf_package.GGUFReader(tmp_path / "m.gguf").tensors}
+    for path, module in model.named_modules():
+        if "scales" not in module:
+            continue
+        name = family.gguf_name(f"{path}.weight")
+        assert kinds[name].tensor_type.name == "Q4_1"
+        wide = [module.scales.astype(mx.float32), module.biases.astype(mx.float32)]
+        expected = np.array(mx.dequantize(module.weight, *wide, group_size=64, bits=4))
+        heads = family.heads(name, config)
+        if heads:
+            expected = expected.reshape(heads, 2, -1, expected.shape[-1]).swapaxes(1, 2).reshape(expected.shape)
+        theirs = dequantize(kinds[name].data, kinds[name].tensor_type)
+        np.testing.assert_array_equal(theirs, expected, err_msg=name)
+        compared += 1
+    assert compared == 211
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit"),
+    [
+        ("f32", 1e-4),
+        ("f16", 5e-2),
+        ("bf16", 0.2),
+        ("q8_0", 0.5),
+        ("q5_1", 1),
+        ("q4_0", 4),
+        ("q6_k", 0.5),
+        ("q4_k_m", 2),
+    ],
+)
+def test_a_merged_export_is_the_trained_model(
+    kind: str, limit: float, mlx_model: Path, run: Path, held_out: Sequence[Example], tmp_path: Path
+) -> None:
+    """The largest logit is some 20; on other tokens than the proof used."""
+    done = gguf.ship(Request(mlx_model, run, tmp_path / "m.gguf", examples=held_out), "gguf", kind, False)
+    assert done.proof is not None and "run by llama.cpp" in done.proof.line()
+    theirs, ours = llama_logits(tmp_path / "m.gguf"), trained_logits(mlx_model, run)
+    assert np.abs(theirs - ours).max() < limit
+    report = json.loads((tmp_path / "m.verification.json").read_text())
+    assert report["verdict"] == ("passed" if kind in ("f32", "f16", "bf16", "q8_0") else "measured")
+
+
+def test_kept_codes_are_proven_and_refuse_an_adapter(mlx_model: Path, run: Path, data: Path, tmp_path: Path) -> None:
+    assert "passed" in export(mlx_model, tmp_path / "folder", "--data", data)
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["model.gguf", "verification.json"]
+    tiny.refused(
+        tmp_path / "m.gguf",
+        *(
+            "export",
+            "--model",
+            mlx_model,
+            "--adapter",
+            run,
+            "--to",
+            "gguf",
+            "--type",
+            "keep",
+            "--out",
+            tmp_path / "m.gguf",
+        ),
+        expected=("--type keep cannot take an adapter", "gguf-lora"),
+    )
+
+
+@pytest.mark.parametrize("arch", ["llama", "mixtral", "phi3"])
+def test_an_adapter_beside_its_base_is_the_tuned_model(arch: str, held_out: Sequence[Example], tmp_path: Path) -> None:
+    """Permuted rows, stacked experts, fused matrices: by llama.cpp's own application of the factors."""
+    model = tiny.make_model(tmp_path / "hf", arch, **({"sliding_window": None} if arch == "phi3" else {}))
+    run = random_adapter(model, tmp_path / "run")
+    gguf.ship(Request(model, None, tmp_path / "base.gguf"), "gguf", "f32", False)
+    done = gguf.ship(Request(model, run, tmp_path / "lora.gguf", examples=held_out), "gguf-lora", None, False)
+    assert done.proof is not None and done.proof.verdict == "passed"
+    ours = trained_logits(model, run)
+    assert np.abs(llama_logits(tmp_path / "base.gguf", tmp_path / "lora.gguf") - ours).max() < 1e-4
+    assert np.abs(llama_logits(tmp_path / "base.gguf") - ours).max() > 0.05
+    # and back: the very same factors
+    convert.convert(str(tmp_path / "lora.gguf"), tmp_path / "back", convert.Target.of(None, None, None))
+    before, after = (mx.load(str(tmp_path / name / "adapters.safetensors")) for name in ("run", "back"))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]).item() for name in before)
+    np.testing.assert_array_equal(trained_logits(model, tmp_path / "back"), ours)
+
+
+def test_ranks_and_scales_that_differ_are_folded(tmp_path: Path) -> None:
+    """B A alpha / rank, written out, is the update of each module; so it is after the way back."""
+    rng = np.random.default_rng(0)
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    factors = {
+        "model.layers.1.self_attn.q_proj": (rng.normal(size=(64, 4)), rng.normal(size=(4, 64)), 2.0),
+        "model.layers.2.mlp.up_proj": (rng.normal(size=(64, 2)), rng.normal(size=(2, 128)), 0.7),
+        "model.layers.2.mlp.down_proj": (rng.normal(size=(128, 4)), rng.normal(size=(4, 64)), 2.0),
+    }
+    factors = {path: (a.astype(np.float32), b.astype(np.float32), s) for path, (a, b, s) in factors.items()}
+    family, file = by_model_type("qwen2"), tmp_path / "lora.gguf"
+    gguf_lora.write_adapter(file, family, config, factors, "acme/base")
+    opened = gguf_file.read(file)
+    alpha = opened.get("adapter.lora.alpha")
+    assert alpha == 8.0
+    (tmp_path / "back").mkdir()
+    assert gguf_lora.convert(opened, tmp_path / "back", None) == 3
+    saved = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert (saved["num_layers"], saved["lora_parameters"]["rank"]) == (2, 4)
+    tensors = mx.load(str(tmp_path / "back" / "adapters.safetensors"))
+    for path, (a, b, scale) in factors.items():
+        name = family.gguf_name(f"{path}.weight")
+        ours = (opened.rows(f"{name}.lora_b") @ opened.rows(f"{name}.lora_a")).T * (alpha / a.shape[1])
+        np.testing.assert_allclose(ours, scale * (a @ b), rtol=1e-5, atol=1e-5)
+        again = np.array(tensors[f"{path}.lora_a"]) @ np.array(tensors[f"{path}.lora_b"])
+        np.testing.assert_allclose(again * saved["lora_parameters"]["scale"], scale * (a @ b), rtol=1e-5, atol=1e-5)
+    assert not np.array(tensors["model.layers.1.mlp.up_proj.lora_b"]).any()
+
+
+def test_an_embedding_adapter_is_refused_because_llama_cpp_aborts(tmp_path: Path) -> None:
+    factors = {"model.embed_tokens": (np.zeros((4, 2)), np.zeros((2, 4)), 1.0)}
+    with pytest.raises(gguf.UserError, match="embedding"):
+        gguf_lora.write_adapter(tmp_path / "a.gguf", by_model_type("llama"), {}, factors, "")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_block_types_are_llama_cpps_own_bytes() -> None:
+    """ggml's quantizer against the gguf package's, where both can."""
+    weight = np.random.default_rng(0).normal(0, 0.05, (16, 512)).astype(np.float32)
+    for kind in ("Q8_0", "Q4_1"):
+        theirs = quantize(weight, gguf_package.GGMLQuantizationType[kind])
+        assert ggml.quantize(weight, kind).tobytes() == theirs.tobytes()
+    error = [
+        np.linalg.norm(dequantize(ggml.quantize(weight, kind), gguf_package.GGMLQuantizationType[kind]) - weight)
+        for kind in ("Q6_K", "Q5_K", "Q4_K", "Q3_K")
+    ]
+    assert error == sorted(error) and error[-1] < 0.2 * np.linalg.norm(weight)
+
+
+def test_a_mixture_gives_more_bits_where_llama_quantize_does() -> None:
+    """Its rules for 32 blocks: the first and last eighth, and every third between; the head in Q6_K."""
+    choice = Choice("q4_k_m", 32, tied=False)
+    value = np.zeros((8, 256), dtype=np.float32)
+    more = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
+    for layer in range(32):
+        kind, _ = choice.store(f"blk.{layer}.ffn_down.weight", value, 0, value.shape)
+        assert kind == ("Q6_K" if layer in more else "Q4_K")
+        assert choice.store(f"blk.{layer}.attn_q.weight", value, 0, value.shape)[0] == "Q4_K"
+    assert choice.store("output.weight", value, 0, value.shape)[0] == "Q6_K"
+    assert choice.store("token_embd.weight", value, 0, value.shape)[0] == "Q4_K"
+    assert choice.store("blk.0.attn_q.weight", value[:, :96], 0, (8, 96))[0] == "Q5_0"
+    assert choice.store("blk.0.attn_norm.weight", value[0], 0, (256,))[0] == "F32"
+    assert choice.file_type == 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+
+
+def test_without_llama_cpp_k_quants_are_refused_and_the_rest_is_read_back(
+    mlx_model: Path, run: Path, held_out: Sequence[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ggml, "library_file", lambda: None)
+    ggml.library.cache_clear()
+    request = Request(mlx_model, run, tmp_path / "m.gguf", examples=held_out)
+    with pytest.raises(gguf.UserError, match="K-quants") as refused:
+        gguf.ship(request, "gguf", "q4_k_m", False)
+    assert "pip install xllamacpp" in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+    done = gguf.ship(request, "gguf", "q8_0", False)
+    assert done.proof is not None and "read back" in done.proof.line()
+    planned = gguf.Plan.of(open_merged(mlx_model, run, mx.float32), "q8_0", mlx_model, "x")
+    with (tmp_path / "m.gguf").open("r+b") as file:  # a bit that flips on the disk
+        file.seek(-100, 2)
+        file.write(b"\xff")
+    with pytest.raises(gguf.UserError, match="does not hold what was written"):
+        planned.read_back(open_merged(mlx_model, run, mx.float32), tmp_path / "m.gguf")
+    ggml.library.cache_clear()
+
+
+def go(template: str, messages: list[tuple[str, str]]) -> str:
+    """Go's text/template, as far as a Modelfile uses it: a range over messages with one branch per role."""
+    body = re.fullmatch(r"\{\{ range \.Messages \}\}\{\{ (.*)\{\{ end \}\}\{\{ end \}\}", template, re.DOTALL)
+    assert body
+    found = re.split(r'(?:\{\{ else )?if eq \.Role "(\w+)" \}\}', body[1])[1:]
+    branches = dict(zip(found[::2], found[1::2], strict=True))
+    return "".join(branches[role].replace("{{ .Content }}", content) for role, content in messages)
+
+
+def test_the_modelfile_writes_the_chat_templates_own_text(
+    smollm2: Path, run: Path, mlx_model: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    turns = modelfile.turns(tokenizer)
+    assert turns is not None and turns.default.startswith("You are a helpful AI assistant")
+    messages = [("system", "Be brief."), ("user", "One?"), ("assistant", "1."), ("user", "Two?")]
+    for chosen in (messages, messages[:2]):
+        listed = [{"role": role, "content": content} for role, content in chosen]
+        expected = tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=True)
+        assert go(turns.go(), chosen) == expected
+    export(mlx_model, tmp_path / "lora.gguf", "--adapter", run, "--no-verify", "--ollama", to="gguf-lora")
+    text = (tmp_path / "lora.Modelfile").read_text()
+    assert "FROM ./base.gguf\nADAPTER ./lora.gguf\nTEMPLATE" in text
+    assert text.endswith('PARAMETER stop "<|im_end|>"\n')
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--to", "gguf", "--type", "q4_k"), "Did you mean q4_k_s?"),
+        (("--to", "hf", "--type", "f16"), "--type has no effect with --to hf"),
+        (("--to", "peft", "--ollama"), "--ollama has no effect with --to peft"),
+        (("--to", "gguf", "--dtype", "float16"), "--dtype has no effect with --to gguf"),
+        (("--to", "gguf-lora"), "--adapter RUN"),
+    ],
+)
+def test_an_option_without_effect_is_an_error(
+    options: tuple[str, ...], expected: str, mlx_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "x.gguf"
+    done = CliRunner().invoke(cli, ["export", "--model", str(mlx_model), "--out", str(out), "--no-verify", *options])
+    assert isinstance(done.exception, gguf.UserError) and expected in str(done.exception)
+    tiny.nothing_written(out)
+
+
+def test_what_llama_cpp_takes_for_granted_is_refused_by_name(tmp_path: Path) -> None:
+    """An activation it does not have; a family it does not know."""
+    model = tiny.make_model(tmp_path / "hf", hidden_act="gelu")
+    out = tmp_path / "m.gguf"
+    with pytest.raises(gguf.UserError, match=r"cannot express hidden_act 'gelu' \(only 'silu'\)"):
+        gguf.ship(Request(model, None, out), "gguf", "f32", False)
+    helium = tiny.make_model(tmp_path / "helium", "helium", num_key_value_heads=2, head_dim=16)
+    with pytest.raises(gguf.UserError, match="models of type helium"):
+        gguf.ship(Request(helium, None, out), "gguf", "f32", False)
+    tiny.nothing_written(out)
