@@ -1,0 +1,30 @@
+"""Rows read as training reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlxtune.config import DataSection
+from mlxtune.data import sources
+
+ASKED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+def read(path: Path, tokenizer: Any, seed: int = 0, whole: bool = False, **options: Any) -> dict[str, sources.Examples]:
+    """The examples of each split; nothing is cached unless asked."""
+    section = DataSection(**{"path": str(path), "cache": "off", **options})
+    return sources.read(section, tokenizer, path.parent, seed, whole=whole)
+
+
+def all_of(path: Path, tokenizer: Any, **options: Any) -> sources.Examples:
+    """The examples of one file, none held out."""
+    return read(path, tokenizer, whole=True, **options)["train"]
+
+
+def shown(found: sources.Examples, tokenizer: Any) -> list[str]:
+    return [tokenizer.decode(example.ids, skip_special_tokens=True) for example in found]
+
+
+def rows_of(found: sources.Examples) -> list[int]:
+    return found.column("row").tolist()
