@@ -15,9 +15,9 @@ from mlxtune_convert.files import explained
 from mlxtune import backend
 from mlxtune.config import Config
 from mlxtune.config import load as load_config
-from mlxtune.data import chat, sources
+from mlxtune.data import chat, mixture, sources
 from mlxtune.data.batches import Batch, Plan, in_order
-from mlxtune.data.sources import Examples
+from mlxtune.data.mixture import Examples
 from mlxtune.data.template import BUILT_IN, use
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
@@ -47,7 +47,7 @@ class Data:
         return f"{self.train.digest()}-{self.valid.digest()}"
 
 
-def read_data(config: Config, progress: sources.Progress = lambda source, rows: None) -> tuple[Data, Config]:
+def read_data(config: Config, progress: mixture.Progress = lambda source, rows: None) -> tuple[Data, Config]:
     """Rows -> examples of the model's tokenizer, and the configuration with the day they were made for.
 
     Raises UserError before any weight is read; for a typing error in the rows, before a model is downloaded.
@@ -56,7 +56,7 @@ def read_data(config: Config, progress: sources.Progress = lambda source, rows: 
     folder = hub.resolve(config.model.path)
     tokenizer = load_tokenizer(folder)
     config = dated(config, folder, tokenizer)
-    found = sources.read(config.data, tokenizer, folder, config.train.seed, progress)
+    found = mixture.read(config.data, tokenizer, folder, config.train.seed, progress)
     return Data(found["train"], found["valid"]), config
 
 
@@ -75,11 +75,11 @@ def anchored(config: Config) -> Config:
         return str(local.resolve()) if path and local.exists() else path
 
     model = config.model.model_copy(update={"path": absolute(config.model.path)})
-    mixture = [source.model_copy(update={"path": absolute(source.path)}) for source in config.data.sources or []]
+    parts = [source.model_copy(update={"path": absolute(source.path)}) for source in config.data.sources or []]
     data = config.data.model_copy(
         update={
             "path": absolute(config.data.path),
-            "sources": mixture or None,
+            "sources": parts or None,
             "template": config.data.template if config.data.template in BUILT_IN else absolute(config.data.template),
         }
     )
@@ -197,7 +197,7 @@ def held_out(tokenizer: Any, folder: Path, config: Config, split: str | None = N
     whole = not own and split is None and Path(config.data.path).expanduser().is_file()
     wanted = split or ("train" if whole else "valid")
     section = config.data if wanted == "train" and not whole else config.data.model_copy(update={"dedup": "none"})
-    found = sources.read(section, tokenizer, folder, config.train.seed, whole=whole)
+    found = mixture.read(section, tokenizer, folder, config.train.seed, whole=whole)
     if wanted not in found:
         raise UserError(f"{config.data.path} has no {wanted} split", f"It has: {', '.join(found)}.")
     return found[wanted]

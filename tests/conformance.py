@@ -20,12 +20,12 @@ from mlxtune_convert import peft as files
 from safetensors.numpy import load_file
 
 from mlxtune import backend
-from mlxtune.config import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.model import lora, peft
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import load
 from mlxtune.model.spec import linear_paths, outside_blocks
+from mlxtune.sections import LoraSection
 from mlxtune.ship import export, verify
 from mlxtune.ship.merge import open_merged
 

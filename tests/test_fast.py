@@ -17,7 +17,6 @@ import pytest
 from mlx.utils import tree_map, tree_unflatten
 
 from mlxtune import config as configuration
-from mlxtune.config import LoraSection
 from mlxtune.data.batches import Batch, Plan, collate
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
@@ -25,6 +24,7 @@ from mlxtune.model import lora, prefix
 from mlxtune.model.arrays import named
 from mlxtune.model.head import Split
 from mlxtune.model.quantize import on_cpu
+from mlxtune.sections import LoraSection
 from mlxtune.train import fast, loop, loss, optim
 from mlxtune.train.loss import Path
 

@@ -20,11 +20,11 @@ from mlxtune_convert.gguf_families import by_model_type
 
 from mlxtune import session
 from mlxtune.cli import cli
-from mlxtune.config import LoraSection
 from mlxtune.data.chat import Example
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.model import convert, lora
 from mlxtune.model.load import load, open_model
+from mlxtune.sections import LoraSection
 from mlxtune.ship import gguf, llama_cpp, modelfile
 from mlxtune.ship.export import Request
 from mlxtune.ship.merge import open_merged

@@ -9,13 +9,13 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-from mlxtune.config import LoraSection
 from mlxtune.data.batches import collate
 from mlxtune.data.chat import Example
 from mlxtune.evaluate.loss import score
 from mlxtune.model import lora
 from mlxtune.model.head import Split
 from mlxtune.model.load import load
+from mlxtune.sections import LoraSection
 from mlxtune.train import loss
 from mlxtune.train.loss import Path
 

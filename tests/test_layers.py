@@ -23,6 +23,7 @@ LAYERS = (
     ("mlxtune_convert",),
     ("mlxtune.errors",),
     ("mlxtune.yaml_text",),
+    ("mlxtune.sections",),
     ("mlxtune.config", "mlxtune.backend"),
     ("mlxtune.data",),
     ("mlxtune.model",),

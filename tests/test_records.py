@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import tiny
 
-from mlxtune.config import DataSection
-from mlxtune.data import records, sources
+from mlxtune.data import mixture, records
 from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.sections import DataSection
 
 ASKED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
@@ -89,9 +89,9 @@ def test_rows_carry_their_line_blank_lines_counted(tmp_path: Path) -> None:
     assert [record.row for record in records.read(path)] == [1, 3]
 
 
-def read(path: Path, tokenizer: Any, **options: Any) -> dict[str, sources.Examples]:
+def read(path: Path, tokenizer: Any, **options: Any) -> dict[str, mixture.Examples]:
     section = DataSection(path=str(path), cache="off", **options)
-    return sources.read(section, tokenizer, path.parent, seed=0, whole=path.is_file())
+    return mixture.read(section, tokenizer, path.parent, seed=0, whole=path.is_file())
 
 
 def test_long_rows_keep_their_start_and_are_counted(tokenizer: Any, tmp_path: Path) -> None:
@@ -122,13 +122,13 @@ def test_train_on_last_supervises_the_last_answer_alone(tokenizer: Any, tmp_path
     assert tokenizer.decode(example.ids[example.mask == 1]) == "B<|im_end|>"
 
 
-def texts(examples: sources.Examples, tokenizer: Any) -> list[str]:
+def texts(examples: mixture.Examples, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(example.ids, skip_special_tokens=True) for example in examples]
 
 
 def split(path: Path, tokenizer: Any, seed: int = 0) -> dict[str, list[str]]:
     section = DataSection(path=str(path), cache="off")
-    return {name: texts(found, tokenizer) for name, found in sources.read(section, tokenizer, path, seed).items()}
+    return {name: texts(found, tokenizer) for name, found in mixture.read(section, tokenizer, path, seed).items()}
 
 
 def test_rows_are_held_out_by_seed_and_equal_rows_stay_on_one_side(tokenizer: Any, tmp_path: Path) -> None:

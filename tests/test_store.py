@@ -11,9 +11,9 @@ import pytest
 import tiny
 from reading import ASKED, all_of, read, rows_of, shown
 
-from mlxtune.config import DataSection
 from mlxtune.data import examples, records, store
 from mlxtune.errors import UserError
+from mlxtune.sections import DataSection
 
 
 def texts_file(folder: Path, count: int = 6) -> Path:

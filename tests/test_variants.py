@@ -12,10 +12,10 @@ import pytest
 import tiny
 
 from mlxtune import config, session
-from mlxtune.config import LoraSection
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.model import lora
 from mlxtune.model.load import load
+from mlxtune.sections import LoraSection
 from mlxtune.ship.merge import open_merged
 from mlxtune.train.display import Display
 from mlxtune.train.signals import StopRequest

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from mlxtune.config import TrainSection
 from mlxtune.data.chat import Example
+from mlxtune.sections import TrainSection
 
 DEFAULT_ROWS = 4
 DEFAULT_EPOCHS = 1.0

@@ -93,7 +93,7 @@ def _repaired_call(template: Template, call: dict[str, Any]) -> dict[str, Any]:
 
 def parsed_arguments(text: str) -> Any:
     """The object that JSON text holds, however often it was encoded; the text itself when it holds none."""
-    value: Any = text
+    value: Any = text if text.strip() else "{}"  # some servers write no arguments as no text
     while isinstance(value, str):
         try:
             value = json.loads(value)

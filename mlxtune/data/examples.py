@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
-from mlxtune.config import DataSection
 from mlxtune.data import chat, turns
 from mlxtune.data.chat import Example
 from mlxtune.data.files import Bad, place
 from mlxtune.data.records import Record
 from mlxtune.data.template import Template, TemplateError
 from mlxtune.data.turns import Damage
+from mlxtune.sections import DataSection
 
 
 @dataclass(frozen=True)

@@ -189,11 +189,15 @@ def checked(value: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _message(index: int, message: Any) -> dict[str, Any]:
+    if isinstance(message, dict) and message.get("role") == "function":
+        message = {**message, "role": "tool"}
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         role = message.get("role") if isinstance(message, dict) else message
         raise RowError(f"message {index} has the role {role!r}; allowed: {', '.join(ROLES)}")
     # Parquet fills absent fields with null; a template must not see them.
     out = {key: value for key, value in message.items() if value is not None}
+    if isinstance(out.get("function_call"), dict):  # OpenAI's older spelling
+        out["tool_calls"] = [{"function": out.pop("function_call")}]
     content = out.get("content")
     if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type", "text") == "text" for part in content

@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 from mlxtune_convert.files import new_folder, read_json, write_json
 
-from mlxtune.config import DataSection
 from mlxtune.data import duplicates
 from mlxtune.data.chat import Example
 from mlxtune.data.examples import Renderer, Row
 from mlxtune.data.files import Bad
 from mlxtune.data.records import Record, require_good
 from mlxtune.errors import UserError
+from mlxtune.sections import DataSection
 
 VERSION = 1  # of the examples made from the same data: raised when rendering changes
 KEPT = 24  # stores that stay in the cache folder, newest first

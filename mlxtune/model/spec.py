@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 
 import mlx.nn as nn
 
-from mlxtune.config import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.model.layers import EMBEDDING, LINEAR, SWITCH, own_parameters
+from mlxtune.sections import LoraSection
 
 ADAPTER_FILE = "adapters.safetensors"
 OWN_FILE = "mlxtune_adapters.safetensors"

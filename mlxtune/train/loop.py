@@ -17,13 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlxtune.config import TrainSection
 from mlxtune.data.batches import Batch, Plan
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import scalar
 from mlxtune.model.dropout import DropoutKeys
 from mlxtune.model.recompute import recomputed
+from mlxtune.sections import TrainSection
 from mlxtune.train import checkpoint, loss, optim
 from mlxtune.train.checkpoint import State
 from mlxtune.train.events import Events

@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
-from mlxtune.config import TrainSection
 from mlxtune.model.arrays import named
+from mlxtune.sections import TrainSection
 
 
 def learning_rate(section: TrainSection, step: int, steps: int) -> float:

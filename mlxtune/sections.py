@@ -1,0 +1,181 @@
+"""The sections of a run's configuration: every default, unit and meaning, stated once."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        # Python counts True as 1; nobody who writes `lr: yes` means a rate of 1.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("expected a value, not true or false (yes, no, on, off)")
+        return value
+
+
+class ModelSection(Section):
+    path: str = Field("", description="MLX folder, 16-bit Hugging Face folder, or hub id (owner/name)")
+
+
+class SourceSection(Section):
+    path: str = Field(min_length=1, description="folder, file, or hub dataset id")
+    weight: float = Field(1.0, gt=0, description="share of the rows of a batch, relative to the other sources'")
+    cap: int | None = Field(None, ge=1, description="at most this many rows, chosen by the seed")
+    columns: dict[str, str] = Field(default_factory=dict, description="column names of this source -> names meant")
+
+
+class DataSection(Section):
+    path: str = Field("", description="folder with train.jsonl, one data file, or hub dataset id")
+    sources: list[SourceSection] | None = Field(
+        None, min_length=1, description="a mixture (instead of path): a list of path, weight, cap, columns"
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="column names of the data -> names meant, such as {question: prompt}"
+    )
+    cap: int | None = Field(None, ge=1, description="at most this many training rows, chosen by the seed")
+    hub: Literal["download", "stream"] = Field(
+        "download", description="a hub dataset as a whole, or row by row up to cap"
+    )
+    max_tokens: int = Field(2048, ge=8, description="longest row in tokens; longer rows keep their start")
+    valid_fraction: float = Field(0.1, gt=0, lt=1, description="share of rows held out when there is no valid file")
+    dedup: Literal["none", "exact", "near"] = Field(
+        "none", description="training rows left out: none, equal ones, or those that share most of their words too"
+    )
+    order: str = Field(
+        "shuffled", description="shuffled; length: short rows first; or the column of numbers to go up by"
+    )
+    train_on: Literal["all", "last"] = Field("all", description="supervise every assistant turn, or only the last")
+    expand_turns: Literal["auto", "all", "none"] = Field(
+        "auto",
+        description="one example per assistant turn: where the template strips earlier thinking, always, or never",
+    )
+    on_damage: Literal["error", "drop", "keep"] = Field(
+        "error", description="rows of which the template drops something: stop, leave them out, or train on the rest"
+    )
+    template: str = Field("", description="chatml, alpaca, or a file (default: the tokenizer's own chat template)")
+    group_by_prefix: bool = Field(
+        False, description="true: rows that share a long beginning (one document, several questions) share a batch"
+    )
+    template_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra variables of the chat template")
+    date: str = Field(
+        "", pattern=r"^(\d{4}-\d\d-\d\d)?$", description="the day for templates that print it (default: today's)"
+    )
+    cache: str = Field("auto", description="folder for tokenized rows; auto: the user's cache; off: none is kept")
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _unset(cls, value: Any) -> Any:
+        return "" if value is None else value
+
+    @field_validator("sources")
+    @classmethod
+    def _either(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("path"):
+            raise ValueError("set path or sources, not both")
+        return value
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _no_cache(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads `off` as false
+
+    def mixture(self) -> list[SourceSection]:
+        """The sources; `path` alone is one of them."""
+        return self.sources or [SourceSection.model_construct(path=self.path, weight=1.0, cap=self.cap, columns={})]
+
+
+class LoraSection(Section):
+    rank: int = Field(16, ge=1, description="rank r of the update B A")
+    alpha: float = Field(32.0, gt=0, description="scale of the update = alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs zeroed in training")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="every linear layer in the blocks, or names such as [q_proj, v_proj]"
+    )
+    ranks: dict[str, int] = Field(default_factory=dict, description="other ranks for some targets: {down_proj: 32}")
+    layers: Literal["all"] | int = Field("all", description="all blocks, or only the last n")
+    variant: Literal["lora", "rslora", "dora"] = Field(
+        "lora", description="rslora: scale = alpha / sqrt(rank); dora: trains the length of W's rows as well"
+    )
+    train_also: list[str] = Field(
+        default_factory=list,
+        description="layers trained in full: norms, embeddings, head, or module paths such as layers.11",
+    )
+    start_from: str = Field("", description="adapter folder to go on from; it decides everything but lora.dropout")
+
+    @field_validator("layers", "targets")
+    @classmethod
+    def _something(cls, value: Any) -> Any:
+        if value == [] or (isinstance(value, int) and value < 1):
+            raise ValueError("nothing would be trained")
+        return value
+
+    @field_validator("ranks")
+    @classmethod
+    def _whole(cls, value: dict[str, int]) -> dict[str, int]:
+        if any(rank < 1 for rank in value.values()):
+            raise ValueError("a rank is at least 1")
+        return value
+
+
+class TrainSection(Section):
+    steps: int | None = Field(None, ge=1, description="optimizer steps (instead of epochs)")
+    epochs: float | None = Field(None, gt=0, description="passes over the data (default 1 when steps is not set)")
+    batch_rows: int | None = Field(None, ge=1, description="rows per micro-batch (default 4 unless batch_tokens)")
+    batch_tokens: int | None = Field(None, ge=16, description="padded tokens per micro-batch (instead of batch_rows)")
+    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after warmup: flat, or down to 0")
+    warmup_steps: int = Field(10, ge=0, description="optimizer steps of linear warmup")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    neftune_alpha: float = Field(
+        0.0, ge=0, description="NEFTune: embeddings get uniform noise of up to alpha / sqrt(tokens x width); 0: none"
+    )
+    clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: never")
+    seed: int = Field(0, ge=0, lt=2**31, description="decides every random draw")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="activations; auto: float32 on the CPU, else the model's own type"
+    )
+    checkpoint_layers: Literal["none", "all"] | int = Field(
+        "none", description="blocks whose activations are computed again instead of kept: none, all, or every n-th"
+    )
+    eval_every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0: only at the end")
+    save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: never")
+    keep: Literal["best", "last"] = Field("best", description="which adapter RUN/adapters.safetensors holds at the end")
+    keep_last: int = Field(2, ge=1, description="how many checkpoints stay")
+
+    @field_validator("checkpoint_layers")
+    @classmethod
+    def _every(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("use none, all, or n for every n-th block")
+        return value
+
+    @field_validator("epochs", "batch_tokens")
+    @classmethod
+    def _one_of_two(cls, value: Any, info: ValidationInfo) -> Any:
+        other = {"epochs": "steps", "batch_tokens": "batch_rows"}[str(info.field_name)]
+        if value is not None and info.data.get(other) is not None:
+            raise ValueError(f"set {other} or {info.field_name}, not both")
+        return value
+
+
+class FastSection(Section):
+    head: Literal["auto", "off"] = Field(
+        "auto", description="auto: the head only sees supervised tokens; off: all of them"
+    )
+
+    prefix: Literal["auto", "off"] = Field(
+        "auto", description="auto: tokens that all rows of a batch begin with are computed once; off: in every row"
+    )
+
+    @field_validator("head", "prefix", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        # YAML reads `off` as false.
+        return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
