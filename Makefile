@@ -12,8 +12,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(VENV)/bin/mlxtune demo --out demo --force
 
+# Two at a time; the tests of one file share its models.
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)
 	$(VENV)/bin/ruff check .
