@@ -25,7 +25,9 @@ class ModelSection(Section):
 
 class SourceSection(Section):
     path: str = Field(min_length=1, description="folder, file, or hub dataset id")
-    weight: float = Field(1.0, gt=0, description="share of the rows of a batch, relative to the other sources'")
+    weight: float | None = Field(
+        None, gt=0, description="share of a batch, relative to the others' (1); none set: every row once per epoch"
+    )
     cap: int | None = Field(None, ge=1, description="at most this many rows, chosen by the seed")
     columns: dict[str, str] = Field(default_factory=dict, description="column names of this source -> names meant")
 
@@ -38,7 +40,7 @@ class DataSection(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="column names of the data -> names meant, such as {question: prompt}"
     )
-    cap: int | None = Field(None, ge=1, description="at most this many training rows, chosen by the seed")
+    cap: int | None = Field(None, ge=1, description="at most this many rows of path, chosen by the seed")
     hub: Literal["download", "stream"] = Field(
         "download", description="a hub dataset as a whole, or row by row up to cap"
     )
@@ -80,6 +82,13 @@ class DataSection(Section):
             raise ValueError("set path or sources, not both")
         return value
 
+    @field_validator("cap")
+    @classmethod
+    def _of_path(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and info.data.get("sources"):
+            raise ValueError("has no effect with sources: each of them has a cap of its own")
+        return value
+
     @field_validator("cache", mode="before")
     @classmethod
     def _no_cache(cls, value: Any) -> Any:
@@ -87,7 +96,7 @@ class DataSection(Section):
 
     def mixture(self) -> list[SourceSection]:
         """The sources; `path` alone is one of them."""
-        return self.sources or [SourceSection.model_construct(path=self.path, weight=1.0, cap=self.cap, columns={})]
+        return self.sources or [SourceSection.model_construct(path=self.path, weight=None, cap=self.cap, columns={})]
 
 
 class LoraSection(Section):

@@ -68,3 +68,14 @@ def load_model(model: str, adapter: Path | None) -> Loaded:
     if adapter is not None:
         lora.load_adapter(loaded.model, adapter)
     return loaded
+
+
+def refuse_idle(settings: tuple[str, ...], *idle: str, but: tuple[str, ...] = ()) -> None:
+    """Raise UserError for a --set that the command does not look at. idle: beginnings of such keys; but: exceptions."""
+    from mlxtune.errors import UserError
+
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if key.startswith(idle) and key not in but:
+            hint = f"Only {', '.join(but)} has one." if but else "It matters in training."
+            raise UserError(f"--set {key} has no effect here", hint)

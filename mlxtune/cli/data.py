@@ -49,6 +49,7 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     from mlxtune.data.tokenizer import load_tokenizer
     from mlxtune.model import hub
 
+    common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache")
     resolved = config.load(None, settings, {"data.path": path})
     section, seed = resolved.data, resolved.train.seed
     sources.glance(section)
@@ -112,6 +113,7 @@ def check(
     """Survey training data: what will be learned from it, and what looks wrong.
 
     Lengths, roles, duplicates, leaks, damage, odd answers, suspected secrets; each finding names rows and what to do.
+    All rows are looked at as they stand, before data.dedup, data.cap and data.order choose among them.
 
     \b
     mlxtune data check --model model --data data
@@ -128,6 +130,9 @@ def check(
     from mlxtune.errors import UserError
     from mlxtune.model import hub
 
+    common.refuse_idle(
+        settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache", "data.valid_fraction"
+    )
     config = configuration.load(file, settings, {"data.path": path})
     sources.glance(config.data)
     folder = hub.resolve(model)
@@ -142,9 +147,10 @@ def check(
                 rows = sources.with_template(read, tokenizer, folder, own.template)
                 shown = files[0].name
                 splits[name] = checks.survey(name, shown, rows, Renderer(tokenizer, own), progress(shown))
-    for name, valid in splits.items():
-        if name.startswith("valid"):
-            checks.leaks(splits[name.replace("valid", "train")], valid)
+    for name, other in splits.items():
+        for train in (split for trained, split in splits.items() if trained.startswith("train")):
+            if not name.startswith("train"):
+                checks.leaks(train, other)
     told = checks.report(splits, config)
     if as_json:
         click.echo(json.dumps(told, ensure_ascii=False))
@@ -185,6 +191,9 @@ def convert(
     from mlxtune.data.rewrite import rewrite
     from mlxtune.errors import UserError
 
+    common.refuse_idle(settings, "", but=("data.columns",))
+    if out.suffix != ".jsonl":
+        raise UserError(f"{out}: JSON Lines are written", "Give it a name that ends with .jsonl.")
     section = config.load(None, settings, {"data.path": source}).data
     found = sources.find(source, section)
     if split not in found:

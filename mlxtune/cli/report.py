@@ -44,7 +44,8 @@ def draw(out: Console, told: dict[str, Any]) -> None:
     if not told["findings"]:
         out.print(Text("No findings.", style="green"))
     for finding in told["findings"]:
-        rows = ", ".join(map(str, finding["rows"][:NAMED])) + (", ..." if finding["count"] > NAMED else "")
+        more = ", ..." if finding["count"] > NAMED and finding["rows"] else ""
+        rows = ", ".join(map(str, finding["rows"][:NAMED])) + more
         line = Text(f"{finding['severity']}: ", style=COLOURS[finding["severity"]])
         what = finding["what"].replace("rows", "row", 1) if finding["count"] == 1 else finding["what"]
         line.append(f"{finding['split']}: {finding['count']:,} {what}", style="default")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from mlxtune.data.records import Record
 
 CHUNK = 512
 LISTED = 200  # rows that a finding names
+FILE = 1 << 40  # more than the lines of any file
 FEW = 0.01  # a kind of task below this share of the rows counts as missing
 SEVERITIES = ("error", "warning", "note")
 
@@ -32,13 +34,16 @@ class Finding:
     code: str
     split: str
     count: int = 0
-    rows: list[int] = field(default_factory=list)
+    rows: list[int | str] = field(default_factory=list)
     examples: dict[str, int] = field(default_factory=dict)
+    last: int | str = ""
 
-    def add(self, row: int, said: str = "") -> None:
-        self.count += 1
-        if len(self.rows) < LISTED and self.rows[-1:] != [row]:
-            self.rows.append(row)
+    def add(self, row: int | str, said: str = "") -> None:
+        if row != self.last:  # rows come in order; one with several faults counts once
+            self.count += 1
+            if len(self.rows) < LISTED:
+                self.rows.append(row)
+        self.last = row
         if said and (said in self.examples or len(self.examples) < LISTED):
             self.examples[said] = self.examples.get(said, 0) + 1
 
@@ -74,8 +79,21 @@ class Split:
     numbers: list[np.ndarray] = field(default_factory=list)
     findings: dict[str, Finding] = field(default_factory=dict)
 
-    def find(self, code: str, row: int, said: str = "") -> None:
-        self.findings.setdefault(code, Finding(code, self.name)).add(row, said)
+    files: list[str] = field(default_factory=list)
+
+    def find(self, code: str, row: Record | Bad, said: str = "") -> None:
+        self.find_number(code, self.number(row), said)
+
+    def find_number(self, code: str, number: int, said: str = "") -> None:
+        file, row = divmod(number, FILE)
+        shown = row if len(self.files) < 2 else f"{Path(self.files[file]).name}:{row}"
+        self.findings.setdefault(code, Finding(code, self.name)).add(shown, said)
+
+    def number(self, row: Record | Bad) -> int:
+        """A row's line, and which file it is in, as one number."""
+        if row.file not in self.files[-1:]:
+            self.files.append(row.file)
+        return (len(self.files) - 1) * FILE + row.row
 
 
 def survey(
@@ -94,7 +112,7 @@ def survey(
             out.rows += 1
             if isinstance(item, Bad):
                 out.outcomes["unreadable"] += 1
-                out.find("bad", item.row, item.reason)
+                out.find("bad", item, item.reason)
         good = [record for record in chunk if isinstance(record, Record)]
         for record in good:
             _count(out, record)
@@ -103,7 +121,7 @@ def survey(
         if good:
             out.hashes.append(np.array([duplicates.content_hash(record) for record in good], np.uint64))
             out.questions.append(np.array([_question(record) for record in good], np.uint64))
-            out.numbers.append(np.array([record.row for record in good], np.int64))
+            out.numbers.append(np.array([out.number(record) for record in good], np.int64))
             out.signatures.append(np.stack([duplicates.signature(duplicates.words_of(record)) for record in good]))
         progress(out.rows)
     _repeated(out)
@@ -126,24 +144,24 @@ def _count(out: Split, record: Record) -> None:
         out.systems[0 if system is None else _hash(system)] += 1
     out.scripts.update(lint.scripts_of(" ".join([record.text or "", *(str(m["content"]) for m in messages)])))
     for code in lint.codes(record):
-        out.find(code, record.row)
+        out.find(code, record)
 
 
 def _measure(out: Split, row: Row, limit: int) -> None:
     """What becomes of the row."""
     for damage in row.damage:
-        out.find("damaged", row.record.row, damage.text)
+        out.find("damaged", row.record, damage.text)
     if row.example is None:
         out.outcomes[f"dropped: {row.dropped}"] += 1
-        out.find("dropped", row.record.row, row.dropped)
+        out.find("dropped", row.record, row.dropped)
         return
     length, supervised = len(row.example.ids), np.flatnonzero(row.example.mask)
     targets = int(((supervised > 0) & (supervised < limit)).sum())
     if length > limit and not targets:
         out.outcomes[f"dropped: no supervised token in the first {limit} tokens"] += 1
-        out.find("dropped", row.record.row, f"no supervised token in the first {limit} tokens")
+        out.find("dropped", row.record, f"no supervised token in the first {limit} tokens")
     elif length > limit:
-        out.find("shortened", row.record.row)
+        out.find("shortened", row.record)
     if targets:
         out.outcomes["shortened" if length > limit else "used"] += 1
         out.examples += 1
@@ -182,7 +200,7 @@ def _repeated(out: Split) -> None:
     near = duplicates.near(np.concatenate(out.signatures)) != np.arange(len(hashes))
     for code, rows in (("duplicate", equal), ("near duplicate", near & ~equal)):
         for number in numbers[rows].tolist():
-            out.find(code, number)
+            out.find_number(code, number)
     out.signatures.clear()
 
 
@@ -196,7 +214,7 @@ def leaks(train: Split, valid: Split) -> None:
     known = np.isin(asked, np.concatenate(train.questions)) & (asked != 0)
     for code, rows in (("leak", same), ("question leak", known & ~same)):
         for number in numbers[rows].tolist():
-            valid.find(code, number)
+            valid.find_number(code, number)
 
 
 def report(splits: dict[str, Split], config: Config) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _SHIFTS = _draw.integers(0, 2**61, HASHES, np.uint64)
 
 def content_hash(record: Record) -> int:
     """64 bits: equal for rows with equal content."""
-    content = json.dumps([record.messages, record.tools, record.text], sort_keys=True, ensure_ascii=False)
+    content = json.dumps([record.messages, record.tools, record.text], sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())
 
 

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def raw_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Bad]:
     with opener(path, "rb") as file:
         try:
             yield from {".csv": _csv, ".json": _json, ".jsonl": _json_lines}[kind](path, file)
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise UserError(f"{path}: not a whole gzip file ({error})") from error
 
 
@@ -109,7 +110,11 @@ def _csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]] | B
     csv.field_size_limit(sys.maxsize)  # a long document is no error
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     try:  # closing it closes the file under it
-        for number, row in enumerate(csv.DictReader(text, strict=True), 1):
+        reader = csv.DictReader(text, strict=True)
+        names = list(reader.fieldnames or [])
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{path}: two columns are called {', '.join(twice)}", "Rename one of them.")
+        for number, row in enumerate(reader, 1):
             if None in row:
                 yield Bad(str(path), number, "more fields than the header has; quote the fields that hold a comma")
             else:
@@ -131,9 +136,16 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
+                yield number, {key: _without_nulls(value) for key, value in row.items()}
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a parquet file, or a damaged one (after row {number})") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet gives every struct of a column the same fields, and fills those that a row does not have with null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _object(path: Path, number: int, row: Any) -> tuple[int, dict[str, Any]] | Bad:

@@ -28,7 +28,8 @@ Progress = Callable[[str, int], None]
 @dataclass(frozen=True)
 class Examples(Sequence[Example]):
     """The usable examples of one split. which, where: [N] the store and the place in it of each; source: of each store;
-    weights: of each source, where they differ; order: as data.order; left_out: rows by reason.
+    weights: of each source, where any is set; order: as data.order; left_out: rows by reason; known: files whose
+    dropped rows another split tells of.
     """
 
     stores: list[Store]
@@ -38,6 +39,7 @@ class Examples(Sequence[Example]):
     weights: list[float] = field(default_factory=list)
     order: str = "shuffled"
     left_out: dict[str, int] = field(default_factory=dict)
+    known: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.where)
@@ -118,6 +120,8 @@ class Examples(Sequence[Example]):
             out.append(f"{split}: {shortened} of {len(self)} rows {cut}")
         for own in self.stores:
             facts = own.facts
+            if facts["file"] in self.known:
+                continue
             for reason, count in sorted(facts["counts"].items(), key=lambda item: -item[1]):
                 first, *others = facts["dropped"].get(reason) or [0]
                 listed = ", ".join([place(facts["file"], first), *map(str, others[:4])]) + ", ..." * (count > 5)
@@ -155,34 +159,49 @@ def read(
     held out. Raises UserError for anything that is wrong with the data.
     """
     mixture = section.mixture()
-    parts: dict[str, list[_Part]] = {}
+    found: dict[str, list[_Part]] = {}
+    whole_sources = set()
     for number, source in enumerate(mixture):
         own = section.model_copy(update={"columns": {**section.columns, **source.columns}})
-        found = {
-            split: [_stored(one, own, tokenizer, folder, progress) for one in files]
-            for split, files in find(source.path, own, source.cap).items()
-        }
-        limit = None
-        if not whole and "valid" not in found:
-            hashes = np.concatenate([made.all_hashes for made in found["train"]])
-            limit = duplicates.threshold(hashes, section.valid_fraction, seed)
-            if limit is None:
-                raise UserError(
-                    f"{source.path}: fewer than two different rows, too few to hold any out",
-                    "Add rows, or a valid file beside the train file.",
-                )
-        for split, stores in found.items():
-            for made in stores:
-                held = duplicates.seeded(made.columns["hash"], seed) <= (-1 if limit is None else limit)
-                parts.setdefault(split, []).append(_Part(made, np.flatnonzero(~held), number))
-                if limit is not None:
-                    parts.setdefault("valid", []).append(_Part(made, np.flatnonzero(held), number))
-    parts["train"], left_out = _thinned(parts["train"], section, mixture, seed)
-    weights = [source.weight for source in mixture]
+        for split, files in find(source.path, own, source.cap).items():
+            for one in files:
+                made = _stored(one, own, tokenizer, folder, progress)
+                found.setdefault(split, []).append(_Part(made, np.arange(len(made)), number))
+            if split == "valid":
+                whole_sources.add(number)
+    # Duplicates go, and caps apply, before rows are held out: no side keeps what the other one has.
+    found["train"], left_out = _thinned(found["train"], section, mixture, seed)
+    if not whole and len(whole_sources) < len(mixture):
+        found["train"], held = _held_out(found["train"], whole_sources, section, seed)
+        found["valid"] = [*found.get("valid", []), *held]
+    trained = frozenset(part.made.facts["file"] for part in found["train"])
+    weights = [source.weight or 1.0 for source in mixture] if any(source.weight for source in mixture) else []
     return {
-        split: _joined(split, own, section, weights, left_out if split == "train" else {})
-        for split, own in parts.items()
+        split: _joined(split, own, section, weights, left_out if split == "train" else {}, trained)
+        for split, own in found.items()
     }
+
+
+def _held_out(
+    parts: list[_Part], whole_sources: set[int], section: DataSection, seed: int
+) -> tuple[list[_Part], list[_Part]]:
+    """(training rows, held-out rows) of the sources without a valid file. One limit for all of them, so that equal rows
+    of two sources are on one side.
+    """
+    hashes = [part.made.all_hashes for part in parts if part.source not in whole_sources]
+    limit = duplicates.threshold(np.concatenate(hashes), section.valid_fraction, seed)
+    if limit is None:
+        raise UserError(
+            f"{parts[0].made.facts['file']}: fewer than two different rows, too few to hold any out",
+            "Add rows, or a valid file beside the train file.",
+        )
+    train, valid = [], []
+    for part in parts:
+        held = duplicates.seeded(part.column("hash"), seed) <= limit
+        held &= part.source not in whole_sources
+        train.append(part.only(~held))
+        valid.append(part.only(held))
+    return train, valid
 
 
 def _stored(source: Source, section: DataSection, tokenizer: Any, folder: Path, progress: Progress) -> Store:
@@ -226,7 +245,7 @@ def _thinned(
             hashes = np.concatenate([part.column("hash") + part.column("part").astype(np.uint64) for part in parts])
             places = np.flatnonzero(mine)
             chosen = places[np.argsort(duplicates.seeded(hashes[places], seed + 1), kind="stable")[: source.cap]]
-            left[f"beyond the cap of {source.cap}"] = len(places) - len(chosen)
+            left[f"beyond the cap of {source.cap} of {Path(source.path).name}"] = len(places) - len(chosen)
             mine[chosen] = False
             parts = _split(parts, ~mine)
     return parts, left
@@ -239,7 +258,12 @@ def _split(parts: list[_Part], kept: np.ndarray) -> list[_Part]:
 
 
 def _joined(
-    split: str, parts: list[_Part], section: DataSection, weights: list[float], left_out: dict[str, int]
+    split: str,
+    parts: list[_Part],
+    section: DataSection,
+    weights: list[float],
+    left_out: dict[str, int],
+    trained: frozenset[str],
 ) -> Examples:
     """The examples of all sources; rows that the template damages are treated as data.on_damage says."""
     for number, part in enumerate(parts):
@@ -263,12 +287,19 @@ def _joined(
             f"{parts[0].made.facts['file']}: no {split} row is left ({', '.join(sorted(reasons))})",
             "Mend the rows, or raise data.valid_fraction." if split == "valid" else "Mend the rows.",
         )
+    empty = [part for part in parts if weights and not any(len(p.rows) for p in parts if p.source == part.source)]
+    if empty and split == "train":
+        raise UserError(
+            f"{empty[0].made.facts['file']}: no row is left to draw with its weight",
+            "Mend its rows, or take the source out of data.sources.",
+        )
     return Examples(
         [part.made for part in parts],
         which,
         np.concatenate([part.rows for part in parts]),
         np.array([part.source for part in parts]),
-        weights if len(set(weights)) > 1 else [],
+        weights,
         section.order if split == "train" else "shuffled",
         left_out,
+        frozenset() if split == "train" else trained,
     )

@@ -30,6 +30,10 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
 }
 WEIGHTS = ("weight", "train")  # keys of a message: 0 leaves an assistant turn unsupervised
+USED = {  # columns that some format reads
+    *("messages", "conversations", "instruction", "input", "output", "response", "instances", "prompt", "completion"),
+    *("text", "tools", "functions", "system", "history"),
+}
 LISTED = 12  # bad rows, and reasons, that an error message names
 
 
@@ -73,12 +77,15 @@ def parse(
     """Numbered raw rows -> records; `source` names them. Raises UserError as `read` does."""
     name = ""
     empty = True
+    unseen = set(columns or {})
+    good = True
     for item in rows:
         empty = False
         if isinstance(item, Bad):
             yield item
             continue
         number, raw = item
+        unseen -= raw.keys()
         meant = {given: name for given, name in (columns or {}).items() if given in raw}
         hidden = [name for name in meant.values() if name in raw and name not in meant]
         if hidden or len(set(meant.values())) < len(meant):
@@ -89,17 +96,23 @@ def parse(
         row = {meant.get(key, key): value for key, value in raw.items()}
         if not name:
             name = _detect(source, number, row, columns)
-        keys, to_parsed = FORMATS[name]
+        to_parsed = FORMATS[name][1]
         try:
             found = to_parsed(row)
             for messages, tools, text in found:
                 _check_characters([messages, tools, text])
         except RowError as error:
+            good = False
             yield Bad(source, number, f"{error} (format: {name})")
             continue
-        fields = {key: value for key, value in row.items() if key not in keys}
+        except RecursionError:
+            yield Bad(source, number, "nested too deeply")
+            continue
+        fields = {key: value for key, value in row.items() if key not in USED}
         for messages, tools, text in found:
             yield Record(source, number, name, messages, tools, text, fields)
+    if unseen and name and good:
+        raise UserError(f"{source}: no row has the column {', '.join(sorted(unseen))} that data.columns names")
     if empty:
         raise UserError(f"{source}: no rows", "Each line of a .jsonl file is one example.")
 
@@ -177,7 +190,15 @@ def _from_json(value: Any, what: str) -> Any:
 
 
 def _messages(row: dict[str, Any]) -> list[Parsed]:
-    return [(checked(row.get("messages"), "messages"), _tools(row), None)]
+    return [(_with_system(row, checked(row.get("messages"), "messages")), _tools(row), None)]
+
+
+def _with_system(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row's `system` column, as the first turn where the messages have none."""
+    system = _text(row, "system", optional=True)
+    if not system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def checked(value: Any, key: str) -> list[dict[str, Any]]:
@@ -202,7 +223,7 @@ def _message(index: int, message: Any) -> dict[str, Any]:
     if isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type", "text") == "text" for part in content
     ):
-        content = "".join(str(part.get("text", "")) for part in content)
+        content = "".join(str(part.get("text") or "") for part in content)
     if content is None and (out.get("tool_calls") or out.get("reasoning_content")):
         content = ""
     if not isinstance(content, str):
@@ -237,7 +258,7 @@ def _call(index: int, call: Any) -> dict[str, Any]:
 
 
 def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    tools = row.get("tools")
+    tools = row.get("tools") or row.get("functions")  # the second is OpenAI's older name
     tools = _from_json(tools, "tools must be a JSON list") if tools and str(tools).strip() else None
     if tools is not None and not isinstance(tools, list):
         raise RowError(f"tools must be a list, found {type(tools).__name__}")
@@ -252,10 +273,11 @@ def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
 def _conversations(row: dict[str, Any]) -> list[Parsed]:
     turns = _from_json(row.get("conversations"), "conversations must be a list of turns")
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        return [(checked(turns, "conversations"), _tools(row), None)]
+        return [(_with_system(row, checked(turns, "conversations")), _tools(row), None)]
     if not isinstance(turns, list) or not turns:
         raise RowError("conversations must be a non-empty list of turns")
     messages: list[dict[str, Any]] = []
+    waiting: list[str] = []  # ids of calls without an observation so far
     if row.get("system"):
         messages.append({"role": "system", "content": _text(row, "system")})
     for index, turn in enumerate(turns, 1):
@@ -264,25 +286,28 @@ def _conversations(row: dict[str, Any]) -> list[Parsed]:
             raise RowError(f"turn {index} is from {speaker!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
         if not isinstance(turn.get("value"), str):
             raise RowError(f"turn {index} ({speaker}) must have text as its value")
-        messages.append(_turn(index, speaker, turn["value"], len(messages)))
+        messages.append(_turn(index, speaker, turn["value"], waiting))
         messages[-1].update({name: turn[name] for name in WEIGHTS if name in turn})
     return [(checked(messages, "conversations"), _tools(row), None)]
 
 
-def _turn(index: int, speaker: str, value: str, place: int) -> dict[str, Any]:
+def _turn(index: int, speaker: str, value: str, waiting: list[str]) -> dict[str, Any]:
     role = SHAREGPT_ROLES[speaker]
     if speaker == "function_call":
         call = _from_json(value, f"turn {index}: a function_call must be a JSON object with name and arguments")
         calls = call if isinstance(call, list) else [call]
         if any(not isinstance(one, dict) or "name" not in one for one in calls):
             raise RowError(f"turn {index}: a function_call must be a JSON object with name and arguments")
+        waiting[:] = [
+            f"call{index:03d}{number:02d}" for number in range(len(calls))
+        ]  # nine letters: Mistral wants them
         numbered = [
-            {"id": f"call{place:03d}{n:02d}", "function": {"name": c["name"], "arguments": c.get("arguments", {})}}
-            for n, c in enumerate(calls)
+            {"id": name, "function": {"name": one["name"], "arguments": one.get("arguments", {})}}
+            for name, one in zip(waiting, calls, strict=True)
         ]
         return {"role": role, "content": "", "tool_calls": numbered}
     if role == "tool":
-        return {"role": role, "content": value, "tool_call_id": f"call{place - 1:03d}00"}
+        return {"role": role, "content": value, "tool_call_id": waiting.pop(0) if waiting else f"call{index:05d}"}
     return {"role": role, "content": value}
 
 
@@ -297,7 +322,12 @@ def _instructed(row: dict[str, Any], extra: str, answer: str) -> Parsed:
     question = {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
     if extra:
         question |= {"instruction": instruction, "input": extra}  # for templates that print them apart
-    return _exchange(_text(row, "system", optional=True), question, answer), None, None
+    exchange = _exchange(_text(row, "system", optional=True), question, answer)
+    earlier = row.get("history") or []
+    if not isinstance(earlier, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in earlier):
+        raise RowError("history must be a list of [question, answer] pairs")
+    said = [{"role": role, "content": text} for pair in earlier for role, text in zip(ROLES[2:4], pair, strict=True)]
+    return checked([*exchange[:-2], *said, *exchange[-2:]], "history"), None, None
 
 
 def _self_instruct(row: dict[str, Any]) -> list[Parsed]:
@@ -310,9 +340,11 @@ def _self_instruct(row: dict[str, Any]) -> list[Parsed]:
 def _prompt_completion(row: dict[str, Any]) -> list[Parsed]:
     if isinstance(row.get("prompt"), list):
         asked, answered = row["prompt"], row.get("completion")
-        return [(checked(asked, "prompt") + checked(answered, "completion"), _tools(row), None)]
+        messages = _with_system(row, checked(asked, "prompt") + checked(answered, "completion"))
+        return [(messages, _tools(row), None)]
     question = {"role": "user", "content": _text(row, "prompt")}
-    return [(_exchange("", question, _text(row, "completion")), None, None)]
+    system = _text(row, "system", optional=True)
+    return [(_exchange(system, question, _text(row, "completion")), _tools(row), None)]
 
 
 def _exchange(system: str, question: dict[str, Any], answer: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ SPEAKERS = {"system": "system", "developer": "system", "user": "human", "assista
 
 
 def to_messages(record: Record) -> dict[str, Any]:
-    """OpenAI messages; nothing is lost."""
+    """OpenAI messages; other columns stay beside them."""
     kept = ("instruction", "input")  # ours, of an Alpaca row
     messages = [{k: v for k, v in message.items() if k not in kept} for message in record.messages or []]
     return {"messages": messages, **_tools(record)}
@@ -34,7 +34,9 @@ def to_sharegpt(record: Record) -> dict[str, Any]:
             raise RowError(f"ShareGPT has no place for {', '.join(sorted(lost))} of message {index}")
         weights = {name: message[name] for name in records.WEIGHTS if name in message}
         calls = message.get("tool_calls", [])
-        if message["content"] or not calls:
+        if message["content"] and calls:
+            raise RowError(f"ShareGPT has no place for text beside the tool calls of message {index}")
+        if not calls:
             turns.append({"from": SPEAKERS[message["role"]], "value": message["content"], **weights})
         if calls:
             told = [{"name": call["function"]["name"], "arguments": _arguments(call)} for call in calls]
@@ -98,7 +100,8 @@ def rewrite(
             try:
                 if isinstance(row, Bad):
                     raise RowError(row.reason)
-                file.write(json.dumps(TARGETS[target](row), ensure_ascii=False) + "\n")
+                made = {**(row.fields or {}), **TARGETS[target](row)}
+                file.write(json.dumps(made, ensure_ascii=False, default=str) + "\n")
                 written += 1
             except RowError as error:
                 left.append(Bad(row.file, row.row, str(error)))

@@ -81,10 +81,12 @@ def _of_files(files: list[Path], section: DataSection) -> list[Source]:
 def _split_files(folder: Path, split: str) -> list[Path]:
     """train.jsonl, or the shards of one split: train-00000-of-00002.parquet and its like."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path))
-    whole = [path for path in files if path.name.partition(".")[0] == split]
-    if len(whole) > 1:
-        raise UserError(f"{folder} has both {whole[0].name} and {whole[1].name}", "Keep one of them.")
-    return whole or [path for path in files if path.name.startswith(f"{split}-")]
+    names = [split, "validation"] if split == "valid" else [split]
+    whole = [path for path in files if path.name.partition(".")[0] in names]
+    shards = [path for path in files if path.name.startswith(tuple(f"{name}-" for name in names))]
+    if len(whole) > 1 or (whole and shards):
+        raise UserError(f"{folder} has both {whole[0].name} and {[*whole[1:], *shards][0].name}", "Keep one of them.")
+    return whole or shards
 
 
 def _from_hub(name: str, section: DataSection, cap: int | None) -> dict[str, list[Source]]:

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from mlxtune.errors import UserError
 from mlxtune.sections import DataSection
 
 VERSION = 1  # of the examples made from the same data: raised when rendering changes
-KEPT = 24  # stores that stay in the cache folder, newest first
+KEPT_SECONDS = 30 * 24 * 3600  # how long a store that is not used stays in the cache folder
 LISTED = 10_000  # dropped and damaged rows that are remembered one by one
 CHUNK = 512
 SHORTENED, DAMAGED, CHAT = 1, 2, 4  # flags of an example
@@ -101,9 +102,11 @@ def of(
     if not (folder / "facts.json").is_file():
         with new_folder(folder, force=True) as work:
             _build(work, source, records(), renderer, progress)
-        _prune(root, folder)
+        _prune(root)
     os.utime(folder)
-    return _open(folder)
+    made = _open(folder)
+    made.facts["file"] = source  # the same bytes may have had another name
+    return made
 
 
 def _writable(folder: Path) -> bool:
@@ -138,11 +141,12 @@ def _key(content: str, renderer: Renderer) -> str:
     return hashlib.blake2b(json.dumps(known, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
-def _prune(root: Path, newest: Path) -> None:
-    """Keep the stores that were used last."""
-    folders = [folder for folder in root.iterdir() if (folder / "facts.json").is_file() and folder != newest]
-    for old in sorted(folders, key=lambda folder: folder.stat().st_mtime)[: -(KEPT - 1) or None]:
-        shutil.rmtree(old, ignore_errors=True)
+def _prune(root: Path) -> None:
+    """Remove the stores that nobody used for a while."""
+    for folder in root.iterdir():
+        facts = folder / "facts.json"
+        if facts.is_file() and time.time() - folder.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _build(

@@ -196,6 +196,9 @@ def use(tokenizer: Any, folder: Path, choice: str) -> None:
     folder: where the tokenizer is from, for messages. Raises UserError when there is none, or when it needs tokens that
     the vocabulary does not have: a model has no trained embedding for them.
     """
+    from jinja2.exceptions import TemplateError as JinjaError
+    from jinja2.exceptions import TemplateSyntaxError
+
     if not choice:
         if tokenizer.chat_template is None:
             raise UserError(
@@ -209,7 +212,10 @@ def use(tokenizer: Any, folder: Path, choice: str) -> None:
         path = Path(choice).expanduser()
         if not path.is_file():
             raise UserError(f"data.template: no file {choice}", f"Allowed: {', '.join(BUILT_IN)}, or a Jinja file.")
-        source = path.read_text(encoding="utf-8")
+        try:
+            source = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"data.template: {path} is not text (invalid UTF-8 at byte {error.start})") from error
     known = tokenizer.get_vocab()
     missing = sorted({marker for marker in MARKERS.findall(source) if marker not in known})
     if missing:
@@ -222,6 +228,12 @@ def use(tokenizer: Any, folder: Path, choice: str) -> None:
     if choice == "alpaca" and tokenizer.eos_token is None:
         raise UserError(f"{folder}: the tokenizer has no end token, which the template alpaca ends answers with")
     tokenizer.chat_template = source
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(f"data.template: {choice} line {error.lineno}: not valid Jinja ({error.message})") from error
+    except JinjaError:
+        pass  # it wants more of a conversation than that
     end = Template(tokenizer).end_of_turn.strip()
     if end in known:
         tokenizer.eos_token = end  # answers end where the template ends them

@@ -254,9 +254,21 @@ def _apart(template: Template, messages: Messages, tools: Any, text: str, index:
         end = len(shown) - common_suffix(shown[start:], after)
         kept = not later or follower in shown[end:]
         if found and start >= known and kept and text.startswith(shown[:end]):
-            closing = shown[end : end + common_prefix(shown[end:], text[end:])] if not later else ""
-            return start, end + _to_stop(template, closing, closing)
+            closing = _gap(template, [*messages[:index], plain, *later], tools, mark)
+            if not shown.startswith(closing, end):
+                closing = ""
+            return start, end + _to_stop(template, closing, closing if not later else "")
     raise TemplateError(f"the chat template prints message {index + 1} so that its place is not certain")
+
+
+def _gap(template: Template, messages: Messages, tools: Any, mark: str) -> str:
+    """The template text between a marked message and the content of the one after it."""
+    place = next(place for place, message in enumerate(messages) if message.get("content") == mark)
+    follower = [
+        _replaced(message, own) for message, own in zip(messages[place + 1 :], _marks(mark, messages), strict=False)
+    ]
+    after = template.attempt([*messages[: place + 1], *follower], tools).partition(mark)[2]
+    return MARKS.split(after)[0]
 
 
 def _own_opening(template: Template, messages: Messages, marked: Messages, tools: Any, index: int, opening: str) -> int:
