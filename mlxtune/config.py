@@ -69,6 +69,11 @@ class LoraSection(Section):
         return value
 
 
+def _yaml_off(value: Any) -> Any:
+    """YAML reads `off` as false."""
+    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+
+
 class TrainSection(Section):
     steps: int | None = Field(None, ge=1, description="optimizer steps (instead of epochs)")
     epochs: float | None = Field(None, gt=0, description="passes over the data (default 1 when steps is not set)")
@@ -87,6 +92,9 @@ class TrainSection(Section):
     checkpoint_layers: Literal["none", "all"] | int = Field(
         "none", description="blocks whose activations are computed again instead of kept: none, all, or every n-th"
     )
+    memory_limit: Literal["auto", "off"] | int = Field(
+        "auto", description="bytes that the predicted peak must fit; auto: 80% of the device's working set; off: any"
+    )
     eval_every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0: only at the end")
     save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: never")
     keep: Literal["best", "last"] = Field("best", description="which adapter RUN/adapters.safetensors holds at the end")
@@ -97,6 +105,15 @@ class TrainSection(Section):
     def _every(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 1:
             raise ValueError("use none, all, or n for every n-th block")
+        return value
+
+    _limit_off = field_validator("memory_limit", mode="before")(_yaml_off)
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("use auto, off, or bytes")
         return value
 
     @field_validator("epochs", "batch_tokens")
@@ -117,11 +134,7 @@ class FastSection(Section):
         "auto", description="auto: tokens that all rows of a batch begin with are computed once; off: in every row"
     )
 
-    @field_validator("head", "prefix", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        # YAML reads `off` as false.
-        return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+    _off = field_validator("head", "prefix", mode="before")(_yaml_off)
 
 
 class Config(Section):

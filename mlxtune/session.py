@@ -24,8 +24,9 @@ from mlxtune.evaluate.loss import Score, score
 from mlxtune.model import hub, lora
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.head import Split
-from mlxtune.model.load import Loaded, load
-from mlxtune.train import checkpoint, fast, loop
+from mlxtune.model.load import Loaded, cast, load, model_dtype, open_model
+from mlxtune.model.memory import Memory
+from mlxtune.train import checkpoint, fast, fit, loop
 from mlxtune.train.checkpoint import State
 from mlxtune.train.display import Display
 from mlxtune.train.events import Events
@@ -59,6 +60,18 @@ def split_for(loaded: Loaded, config: Config, batch: Batch) -> Split | None:
     if config.fast.head == "off":
         return None
     return Split.of(loaded.model, mx.array(batch.ids[:1, : min(64, batch.ids.shape[1])]))
+
+
+def memory_plan(config: Config, data: Data) -> tuple[Config, Memory, list[str]]:
+    """(the configuration made to fit, its predicted memory, notes) of a run, without reading a weight."""
+    backend.prepare()
+    model, model_config = open_model(hub.resolve(config.model.path))
+    dtype = backend.dtype_for(config.train.dtype, model_dtype(model), "quantization" in model_config)
+    cast(model, dtype)
+    lora.attach(model, lora.Spec.of(model, config.lora), config.train.seed)
+    plan = Plan(data.train.examples, config.train, config.data.group_by_prefix)
+    config, plan, notes = fit.fitted(model, config, model_config, dtype, plan)
+    return config, fit.plan(model, config, model_config, dtype, plan), notes
 
 
 def anchored(config: Config) -> Config:
@@ -96,8 +109,9 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     spec = lora.Spec.of(loaded.model, config.lora)
     valid = in_order(data.valid.examples)
     dropout = lora.attach(loaded.model, spec, config.train.seed)
-    path, path_notes = fast.choose(loaded.model, data.train.examples, config, loaded.dtype)
     plan = Plan(data.train.examples, config.train, config.data.group_by_prefix)
+    config, plan, fit_notes = fit.fitted(loaded.model, config, loaded.config, loaded.dtype, plan)
+    path, path_notes = fast.choose(loaded.model, data.train.examples, config, loaded.dtype)
     job = loop.Job(
         model=loaded.model,
         path=path,
@@ -110,7 +124,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
         data=digest(data),
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
-    notes += path_notes
+    notes += fit_notes + path_notes
     if any(row.record.text is None for row in data.train.rows) and not chat.end_of_turn(
         loaded.tokenizer, config.data.template_kwargs
     ):

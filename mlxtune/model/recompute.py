@@ -50,7 +50,7 @@ def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..
 
 def _recomputing(kind: type, stages: list[Any]) -> type:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        out = _run(self, kind.__call__, (args, kwargs))  # type: ignore[operator]
+        out = _run(self, kind.__call__, (args, kwargs))
         tree_map(lambda leaf: stages.append(leaf) if _is_input(leaf) else None, out)
         return out
 

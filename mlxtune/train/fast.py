@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlxtune import backend
-from mlxtune.config import Config
+from mlxtune.config import Config, TrainSection
 from mlxtune.data.batches import Batch, collate, common
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
@@ -106,12 +107,16 @@ def _wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tu
             if trained and config.lora.dropout:
                 notes.append("the head is trained with dropout: logits are computed for every token")
                 split, trained = None, False
-    every = config.train.checkpoint_layers
-    recompute = every if isinstance(every, int) else {"none": 0, "all": 1}[every]
     length, reason = shared_prefix(model, examples, config)
     if reason:
         notes.append(f"no shared prefix: {reason}")
-    return Path(split, trained, length, recompute), notes
+    return Path(split, trained, length, every_nth(config.train)), notes
+
+
+def every_nth(section: TrainSection) -> int:
+    """train.checkpoint_layers as a number; 0: none."""
+    every = section.checkpoint_layers
+    return every if isinstance(every, int) else {"none": 0, "all": 1}[every]
 
 
 def shared_prefix(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[int | None, str]:
