@@ -74,11 +74,11 @@ def shared(batch: Batch) -> int:
 
 def of_run(examples: Sequence[Example]) -> int:
     """Tokens that begin every row of a run and lie before the first target's predictor."""
-    first = examples[0].ids
+    first = list(examples[0].ids)
     length = len(first) - 2
     for example in examples:
-        length = min(length, example.mask.index(1, 1) - 1)
-        if example.ids[:length] != first[:length]:
+        length = min(length, list(example.mask).index(1, 1) - 1)
+        if list(example.ids[:length]) != first[:length]:
             length = common(example.ids, first)
     return max(0, length)
 

@@ -97,7 +97,7 @@ def _wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tu
     notes = []
     split = None
     trained = False
-    ids = mx.array([examples[0].ids[:64]])
+    ids = mx.array([list(examples[0].ids[:64])])
     if config.fast.head == "auto":
         split = Split.of(model, ids)
         if split is None:
@@ -145,7 +145,7 @@ def proof_batches(examples: Sequence[Example], path: Path, grouped: bool) -> lis
         tokens = min(tokens, prefix.longest_worth_it(path.prefix, rows=2))
     order = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
     if grouped:
-        by_text = sorted(order, key=lambda row: examples[row].ids)
+        by_text = sorted(order, key=lambda row: list(examples[row].ids))
         pairs = list(pairwise(by_text))
         best = max(pairs, key=lambda pair: common(examples[pair[0]].ids, examples[pair[1]].ids), default=())
         order = [*best, *order]

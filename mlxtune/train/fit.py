@@ -63,11 +63,11 @@ def fitted(
                 for key, value in section.model_dump().items()
                 if value != getattr(config.train, key)
             ]
-            note = f"to fit {limit / 1e9:.1f} GB of memory: {', '.join(changed)}"
+            note = f"to fit {limit / 1e6:,.0f} MB of memory: {', '.join(changed)}"
             return tried, batches, [note] if changed else []
     raise UserError(
-        f"training needs {needed / 1e9:.1f} GB of memory even with one row at a time and checkpointing; "
-        f"train.memory_limit allows {limit / 1e9:.1f} GB",
+        f"training needs {needed / 1e6:,.0f} MB of memory even with one row at a time and checkpointing; "
+        f"train.memory_limit allows {limit / 1e6:,.0f} MB",
         "Lower data.max_tokens, take a smaller or a 4-bit model, or set train.memory_limit: off.",
     )
 
