@@ -87,9 +87,10 @@ def describe(path: Path) -> str:
     """For people: what a way leaves out."""
     parts = ["the head on supervised tokens only"] if path.split is not None else []
     parts += [f"the shared prefix of {path.prefix} tokens once"] if path.prefix is not None else []
-    parts += [f"checkpointing of {'every' if path.recompute == 1 else f'one in {path.recompute}'} blocks"] * (
-        path.recompute > 0
-    )
+    if path.recompute:
+        parts.append(
+            "every block checkpointed" if path.recompute == 1 else f"one in {path.recompute} blocks checkpointed"
+        )
     return ", ".join(parts) or "everything computed"
 
 
