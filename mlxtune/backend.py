@@ -124,6 +124,14 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def working_set_bytes() -> int:
+    """What the device can hold at once: macOS's recommendation, the GPU's memory, or all of the machine's."""
+    import mlx.core as mx
+
+    info = mx.device_info()
+    return int(info.get("max_recommended_working_set_size") or info.get("total_memory") or memory_bytes())
+
+
 def chip() -> str:
     """The processor's name as its vendor writes it."""
     import mlx.core as mx

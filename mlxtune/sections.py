@@ -19,6 +19,11 @@ class Section(BaseModel):
         return value
 
 
+def _yaml_off(value: Any) -> Any:
+    """YAML reads `off` as false."""
+    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+
+
 class ModelSection(Section):
     path: str = Field("", description="MLX folder, 16-bit Hugging Face folder, or hub id (owner/name)")
 
@@ -89,10 +94,7 @@ class DataSection(Section):
             raise ValueError("has no effect with sources: each of them has a cap of its own")
         return value
 
-    @field_validator("cache", mode="before")
-    @classmethod
-    def _no_cache(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads `off` as false
+    _no_cache = field_validator("cache", mode="before")(_yaml_off)
 
     def mixture(self) -> list[SourceSection]:
         """The sources; `path` alone is one of them."""
@@ -153,6 +155,9 @@ class TrainSection(Section):
     checkpoint_layers: Literal["none", "all"] | int = Field(
         "none", description="blocks whose activations are computed again instead of kept: none, all, or every n-th"
     )
+    memory_limit: Literal["auto", "off"] | int = Field(
+        "auto", description="bytes that the predicted peak must fit; auto: 80% of the device's working set; off: any"
+    )
     eval_every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0: only at the end")
     save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: never")
     keep: Literal["best", "last"] = Field("best", description="which adapter RUN/adapters.safetensors holds at the end")
@@ -163,6 +168,15 @@ class TrainSection(Section):
     def _every(cls, value: Any) -> Any:
         if isinstance(value, int) and value < 1:
             raise ValueError("use none, all, or n for every n-th block")
+        return value
+
+    _limit_off = field_validator("memory_limit", mode="before")(_yaml_off)
+
+    @field_validator("memory_limit")
+    @classmethod
+    def _some(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("use auto, off, or bytes")
         return value
 
     @field_validator("epochs", "batch_tokens")
@@ -183,8 +197,4 @@ class FastSection(Section):
         "auto", description="auto: tokens that all rows of a batch begin with are computed once; off: in every row"
     )
 
-    @field_validator("head", "prefix", mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        # YAML reads `off` as false.
-        return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+    _off = field_validator("head", "prefix", mode="before")(_yaml_off)

@@ -26,8 +26,9 @@ from mlxtune.model import hub, lora
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.dropout import add_noise
 from mlxtune.model.head import Split
-from mlxtune.model.load import Loaded, load
-from mlxtune.train import checkpoint, fast, loop
+from mlxtune.model.load import Loaded, cast, load, model_dtype, open_model
+from mlxtune.model.memory import Memory
+from mlxtune.train import checkpoint, fast, fit, loop
 from mlxtune.train.checkpoint import State
 from mlxtune.train.display import Display
 from mlxtune.train.events import Events
@@ -65,6 +66,20 @@ def split_for(loaded: Loaded, config: Config, batch: Batch) -> Split | None:
     if config.fast.head == "off":
         return None
     return Split.of(loaded.model, mx.array(batch.ids[:1, : min(64, batch.ids.shape[1])]))
+
+
+def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list[str]]:
+    """(the configuration made to fit, its predicted memory, notes) of a run, without reading a weight. Memory None: the
+    model is of a kind that cannot be predicted.
+    """
+    backend.prepare()
+    model, model_config = open_model(hub.resolve(config.model.path))
+    dtype = backend.dtype_for(config.train.dtype, model_dtype(model), "quantization" in model_config)
+    cast(model, dtype)
+    lora.attach(model, lora.Spec.of(model, config.lora), config.train.seed)
+    plan = Plan(data.train, config.train, config.data.group_by_prefix)
+    config, plan, notes = fit.fitted(model, config, model_config, dtype, plan)
+    return config, fit.plan(model, config, model_config, dtype, plan), notes
 
 
 def anchored(config: Config) -> Config:
@@ -126,8 +141,9 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     if config.train.neftune_alpha:
         dropout.noise_alpha = config.train.neftune_alpha
         add_noise(loaded.model, dropout)
-    path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
+    config, plan, fit_notes = fit.fitted(loaded.model, config, loaded.config, loaded.dtype, plan)
+    path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype)
     job = loop.Job(
         model=loaded.model,
         path=path,
@@ -141,7 +157,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
         adapter_file=spec.file,
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
-    notes += path_notes
+    notes += fit_notes + path_notes
     if data.train.chat and not chat.template_of(loaded.tokenizer, config.data.template_kwargs).end_of_turn:
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
     if config.lora.start_from:

@@ -78,8 +78,11 @@ def _print_plan(config: Config) -> None:
     """What would be done, without reading a weight."""
     from mlxtune import session
     from mlxtune.data.batches import Plan
+    from mlxtune.train import fast
 
+    fast.refuse_idle(config)
     data, config = session.read_data(config)
+    config, memory, notes = session.memory_plan(config, data)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
     tokens = int(data.train.lengths.sum())
     targets = int(data.train.column("targets").sum())
@@ -90,5 +93,7 @@ def _print_plan(config: Config) -> None:
     out.print(f"rows: {len(data.train)} to train on, {len(data.valid)} held out")
     out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")
     out.print(f"optimizer steps: {plan.steps}")
+    for line in [*(memory.lines() if memory else ()), *notes]:
+        out.print(line)
     out.print()
     out.print(config.to_yaml().rstrip())

@@ -207,6 +207,14 @@ class Plan:
         size = self._size(width)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(rows, width, targets) of every micro-batch of the first epoch."""
+        if not self._epochs:
+            self._plan_epoch()
+        targets = [sum(example.mask[1:]) for example in self.examples]
+        batches = [rows for step in self._epochs[0] for rows in step]
+        return [(len(rows), self._width(rows), sum(targets[row] for row in rows)) for rows in batches]
+
     def step(self, number: int) -> list[Batch]:
         """The micro-batches of optimizer step `number`, counted from 1."""
         while self._starts[-1] < number:

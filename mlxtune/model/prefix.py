@@ -74,7 +74,7 @@ def shared(batch: Batch) -> int:
 
 def of_run(examples: Sequence[Example]) -> int:
     """Tokens that begin every row of a run and lie before the first target's predictor."""
-    first = examples[0].ids
+    first = list(examples[0].ids)
     length = len(first) - 2
     for example in examples:
         length = min(length, first_target(example) - 1)

@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlxtune import backend
-from mlxtune.config import Config
+from mlxtune.config import Config, TrainSection
 from mlxtune.data.batches import Batch, collate, common
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
@@ -92,9 +92,10 @@ def describe(path: Path) -> str:
     """For people: what a way leaves out."""
     parts = ["the head on supervised tokens only"] if path.split is not None else []
     parts += [f"the shared prefix of {path.prefix} tokens once"] if path.prefix is not None else []
-    parts += [f"checkpointing of {'every' if path.recompute == 1 else f'one in {path.recompute}'} blocks"] * (
-        path.recompute > 0
-    )
+    if path.recompute:
+        parts.append(
+            "every block checkpointed" if path.recompute == 1 else f"one in {path.recompute} blocks checkpointed"
+        )
     return ", ".join(parts) or "everything computed"
 
 
@@ -112,12 +113,16 @@ def _wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tu
             if trained and config.lora.dropout:
                 notes.append("the head is trained with dropout: logits are computed for every token")
                 split, trained = None, False
-    every = config.train.checkpoint_layers
-    recompute = every if isinstance(every, int) else {"none": 0, "all": 1}[every]
     length, reason = shared_prefix(model, examples, config)
     if reason:
         notes.append(f"no shared prefix: {reason}")
-    return Path(split, trained, length, recompute), notes
+    return Path(split, trained, length, every_nth(config.train)), notes
+
+
+def every_nth(section: TrainSection) -> int:
+    """train.checkpoint_layers as a number; 0: none."""
+    every = section.checkpoint_layers
+    return every if isinstance(every, int) else {"none": 0, "all": 1}[every]
 
 
 def shared_prefix(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[int | None, str]:

@@ -1,0 +1,99 @@
+"""A run made to fit the memory: checkpointing first, then smaller micro-batches with the same optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxtune import backend
+from mlxtune.config import Config, TrainSection
+from mlxtune.data.batches import DEFAULT_ROWS, Plan
+from mlxtune.errors import UserError
+from mlxtune.model import memory, prefix
+from mlxtune.train import loss
+from mlxtune.train.fast import every_nth
+
+SHARE = 0.8  # of the device's working set: the rest is for the system, and for what the plan does not see
+
+
+def plan(
+    model: nn.Module, config: Config, model_config: Mapping[str, Any], dtype: mx.Dtype, rows: Plan
+) -> memory.Memory | None:
+    """The predicted peak of a run whose adapter is attached, with the fast ways that its configuration allows; None for
+    a model whose config.json does not describe blocks of attention and MLP.
+    """
+    sizes = {**model_config, **model_config.get("text_config", {})}
+    if not all(sizes.get(key) for key in memory.NEEDED):
+        return None
+    shapes = rows.shapes()
+    count, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
+    shared = 0
+    if (
+        config.fast.prefix == "auto"
+        and not (config.lora.dropout or config.train.neftune_alpha)
+        and prefix.caches(model) is not None
+    ):
+        shared = prefix.of_run(rows.examples)
+        shared = shared if width <= prefix.longest_worth_it(shared, count) else 0
+    shape = memory.Shape(
+        tokens=count * (width - 1 - shared) + shared,
+        scores=count * (width - 1 - shared) * (width - 1) + shared**2,
+        targets=max(targets for _, _, targets in shapes),
+    )
+    chunk = loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"]) if config.fast.head == "auto" else 0
+    recompute = every_nth(config.train)
+    options = memory.Options(dtype.size, chunk, recompute, config.lora.dropout > 0, backend.kind() == "cpu")
+    return memory.predict(model, model_config, shape, options)
+
+
+def fitted(
+    model: nn.Module, config: Config, model_config: Mapping[str, Any], dtype: mx.Dtype, rows: Plan
+) -> tuple[Config, Plan, list[str]]:
+    """(configuration, its plan of batches, notes) that fit train.memory_limit.
+
+    Raises UserError, naming the setting to change, when no batch is small enough.
+    """
+    allowed = config.train.memory_limit
+    if allowed == "off":
+        return config, rows, []
+    limit = int(SHARE * backend.working_set_bytes()) if allowed == "auto" else int(allowed)
+    needed = 0
+    for number, section in enumerate(_smaller(config.train)):
+        tried = config.model_copy(update={"train": section})
+        batches = rows if number == 0 else Plan(rows.examples, section, config.data.group_by_prefix)
+        predicted = plan(model, tried, model_config, dtype, batches)
+        if predicted is None:
+            return config, rows, ["the memory of this kind of model is not predicted: train.memory_limit does nothing"]
+        needed = predicted.total
+        if needed <= limit:
+            changed = [
+                f"train.{key}={value}"
+                for key, value in section.model_dump().items()
+                if value != getattr(config.train, key)
+            ]
+            note = f"to fit {limit / 1e6:,.0f} MB of memory: {', '.join(changed)}"
+            return tried, batches, [note] if changed else []
+    raise UserError(
+        f"training needs {needed / 1e6:,.0f} MB of memory even with one row at a time and checkpointing; "
+        f"train.memory_limit allows {limit / 1e6:,.0f} MB",
+        "Lower data.max_tokens, take a smaller or a 4-bit model, or set train.memory_limit: off.",
+    )
+
+
+def _smaller(section: TrainSection) -> Iterator[TrainSection]:
+    """The section as it is, then with checkpointing, then with ever smaller micro-batches and more of them."""
+    yield section
+    rows, tokens, accumulate = section.batch_rows or DEFAULT_ROWS, section.batch_tokens, section.accumulate
+    section = section.model_copy(update={"checkpoint_layers": "all"})
+    yield section
+    while (tokens or rows) > (32 if tokens else 1):
+        if tokens:
+            tokens, accumulate = tokens // 2, accumulate * 2
+            yield section.model_copy(update={"batch_tokens": tokens, "accumulate": accumulate})
+            continue
+        part = 2 if rows % 2 == 0 else rows
+        rows, accumulate = rows // part, accumulate * part
+        yield section.model_copy(update={"batch_rows": rows, "accumulate": accumulate})

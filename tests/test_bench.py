@@ -1,0 +1,54 @@
+"""`mlxtune bench` on a tiny model: what is measured adds up, alone and against mlx-lm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+
+from mlxtune import bench, config
+
+
+def test_both_competitors_train_on_the_same_rows(mlx_model: Path, data: Path) -> None:
+    flags = {"model.path": str(mlx_model), "data.path": str(data)}
+    settings = config.load(None, ("train.batch_rows=4", "lora.rank=4", "train.epochs=1"), flags)
+    ours, theirs = (bench.measure(settings, 8, who) for who in (bench.OURS, bench.THEIRS))
+    assert ours.rows == theirs.rows == 8
+    assert ours.steps == theirs.steps == 2
+    assert ours.tokens == theirs.tokens
+    assert theirs.supervised == ours.supervised + 8  # mlx-lm counts a padding token after every row
+    assert ours.padding < theirs.padding
+    assert ours.processed < theirs.processed
+    assert ours.base_bytes == theirs.base_bytes
+    assert 0 < ours.head_saved < 1 and ours.seconds > 0 and 0 < ours.utilisation < 1
+    assert theirs.peak_bytes > ours.peak_bytes > 0
+
+
+def test_the_command_prints_one_json_document(mlx_model: Path, data: Path) -> None:
+    result = tiny.mlxtune("bench", "--model", mlx_model, "--data", data, "--rows", "8", "--json")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert [one["who"] for one in answer["measured"]] == ["mlxtune"]
+    assert answer["ratio"] is None
+
+
+def test_ratios_are_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five pairs by hand: medians 3 and 6 seconds a row; the single pairs spread from 1/5 to 5/6."""
+    times = {bench.OURS: [1.0, 2.0, 3.0, 4.0, 5.0], bench.THEIRS: [5.0, 7.0, 6.0, 8.0, 6.0]}
+    order: list[str] = []
+
+    def measured(settings: config.Config, rows: int, who: str) -> bench.Measured:
+        order.append(who)
+        seconds = times[who][order.count(who) - 1] * rows
+        return bench.Measured(who, rows, 1, seconds, 1, 1, 1, 0.0, 10 if who == bench.OURS else 40, 1, "cpu")
+
+    monkeypatch.setattr(bench, "measure", measured)
+    found, ratio = bench.compare(config.Config(), 4, 5, lambda line: None)
+    assert len(found) == 10 and order[:4] == ["mlxtune", "mlx-lm", "mlx-lm", "mlxtune"]
+    assert ratio == pytest.approx({"time": 0.5, "time_lowest": 0.2, "time_highest": 5 / 6, "peak": 0.25, "pairs": 5})
+
+
+def test_pairs_without_a_competitor_are_refused() -> None:
+    tiny.one_clear_line(tiny.mlxtune("bench", "--pairs", "5"), "--pairs has no effect without --against")

@@ -1,0 +1,158 @@
+"""The predicted peak against MLX's own count, and a run made to fit its memory."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+
+from mlxtune import config as configuration
+from mlxtune import session
+from mlxtune.config import TrainSection
+from mlxtune.data.batches import Plan
+from mlxtune.data.chat import Example
+from mlxtune.errors import UserError
+from mlxtune.model import lora
+from mlxtune.model.quantize import on_cpu
+from mlxtune.train import fast, fit, loop, optim
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+SETTINGS: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
+    ("llama", {}, ("train.batch_rows=4",), 0),
+    ("llama", {}, ("train.batch_rows=8", "train.checkpoint_layers=all"), 0),
+    ("llama", {"tie_word_embeddings": False}, ("train.batch_tokens=1024", "fast.prefix=off", "lora.rank=64"), 0),
+    ("llama", {}, ("train.batch_rows=8",), 4),
+    ("qwen2", {"vocab_size": 16384}, ("train.batch_rows=4", "train.checkpoint_layers=2"), 0),
+    ("qwen3", {}, ("train.batch_rows=2", "fast.head=off", "fast.prefix=off"), 0),
+    ("gemma3_text", {"hidden_activation": "gelu", "sliding_window_pattern": 2, "sliding_window": 64}, (), 0),
+    ("llama", {}, ("lora.dropout=0.1", "train.batch_rows=4"), 4),
+]
+
+
+def examples(count: int = 24) -> list[Example]:
+    draw = np.random.default_rng(0)
+    start = draw.integers(3, 4000, 40).tolist()
+    rows = []
+    for index in range(count):
+        own = [100 + index, *draw.integers(3, 4000, int(draw.integers(60, 200))).tolist()]
+        rows.append(Example(start + own, [0] * (40 + len(own) // 2) + [1] * (len(own) - len(own) // 2)))
+    return rows
+
+
+@pytest.mark.parametrize(("kind", "changes", "settings", "bits"), SETTINGS)
+def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
+    kind: str, changes: dict[str, Any], settings: tuple[str, ...], bits: int
+) -> None:
+    gc.collect()  # models of other tests
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    sizes = {"model_type": kind, **SIZES, **changes}
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(sizes))
+    if bits:
+        nn.quantize(model, 32, bits)
+        on_cpu(model)
+    resolved = configuration.load(None, ("train.epochs=1", *settings))
+    keys = lora.attach(model, lora.Spec.of(model, resolved.lora), 0)
+    mx.eval(model.parameters())
+    plan = Plan(examples(), resolved.train)
+    predicted = fit.plan(model, resolved, sizes, mx.float32, plan)
+    path, _ = fast.choose(model, plan.examples, resolved, mx.float32)
+    assert (path.split is None) == (resolved.fast.head == "off")
+    job = loop.Job(model, path, keys, plan, resolved.train, None, None, [], "")  # type: ignore[arg-type]
+    step = loop.StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    step(max(range(1, plan.steps + 1), key=lambda number: plan.step(number)[0].ids.size))
+    measured = mx.get_peak_memory() - before
+    assert predicted.total == pytest.approx(measured, rel=0.15)
+
+
+def tiny_run(mlx_model: Path, data: Path, *settings: str) -> configuration.Config:
+    flags = {"model.path": str(mlx_model), "data.path": str(data)}
+    return configuration.load(None, ("train.batch_rows=4", *settings), flags)
+
+
+def test_a_run_is_made_to_fit_by_checkpointing_and_then_by_smaller_micro_batches(mlx_model: Path, data: Path) -> None:
+    """The optimizer step keeps its rows: half the rows, twice the micro-batches."""
+    resolved = tiny_run(mlx_model, data)
+    found = session.read_data(resolved)
+    asked, _, notes = session.memory_plan(resolved, found)
+    assert (asked, notes) == (resolved, [])
+    smaller = ("train.batch_rows=2", "train.accumulate=2", "train.checkpoint_layers=all")
+    allowed = session.memory_plan(tiny_run(mlx_model, data, *smaller), found)[1].total
+    fitted, predicted, notes = session.memory_plan(tiny_run(mlx_model, data, f"train.memory_limit={allowed}"), found)
+    assert predicted.total <= allowed
+    assert fitted.train.checkpoint_layers == "all"
+    assert fitted.train.batch_rows * fitted.train.accumulate == 4 > fitted.train.batch_rows
+    assert "train.checkpoint_layers=all" in notes[0]
+    assert session.memory_plan(tiny_run(mlx_model, data, "train.memory_limit=off"), found)[0].train.batch_rows == 4
+
+
+def test_a_budget_of_tokens_is_halved_too() -> None:
+    sections = list(fit._smaller(TrainSection(batch_tokens=100, accumulate=3)))
+    assert [(section.batch_tokens, section.accumulate) for section in sections] == [
+        (100, 3),
+        (100, 3),
+        (50, 6),
+        (25, 12),
+    ]
+    assert [section.batch_rows for section in fit._smaller(TrainSection(batch_rows=6))] == [6, 6, 3, 1]
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_begins(mlx_model: Path, data: Path, tmp_path: Path) -> None:
+    settings = ("--set", "train.memory_limit=100000")
+    said = tiny.refused(
+        tmp_path / "run",
+        "train",
+        "--model",
+        mlx_model,
+        "--data",
+        data,
+        "--out",
+        tmp_path / "run",
+        *settings,
+        expected=("training needs", "even with one row at a time and checkpointing", "Lower data.max_tokens"),
+    )
+    assert "train.memory_limit" in said
+
+
+def test_a_dry_run_prints_the_memory_plan(mlx_model: Path, data: Path) -> None:
+    result = tiny.mlxtune("train", "--model", mlx_model, "--data", data, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "MB predicted at the peak" in result.stdout
+    for part in ("weights", "adapter", "optimizer", "activations", "head chunk", "dense copies"):
+        assert part in result.stdout
+
+
+def test_the_widths_of_a_plan_are_those_of_its_batches() -> None:
+    plan = Plan(examples(), TrainSection(epochs=1, batch_rows=4))
+    batches = [batch for step in range(1, plan.steps + 1) for batch in plan.step(step)]
+    assert plan.shapes() == [(*batch.ids.shape, batch.targets) for batch in batches]
+
+
+@pytest.mark.parametrize("limit", ["0", "yes", "lots"])
+def test_a_memory_limit_is_auto_off_or_bytes(limit: str) -> None:
+    with pytest.raises(UserError, match=r"train\.memory_limit"):
+        configuration.load(None, (f"train.memory_limit={limit}",))
