@@ -119,7 +119,7 @@ def test_llama_cpp_and_our_import_have_the_originals_logits(name: str, tmp_path:
     expected = transformers_logits(folder)
     plan = exported(folder, tmp_path / "model.gguf")
     # llama.cpp looks GELU up in a float16 table.
-    limit = 3e-4 if "gelu" in str(plan.family.fixed.get("hidden_act")) else 2e-6
+    limit = 3e-4 if plan.family.tabled_gelu else 2e-6
     with llama_cpp.runner(tmp_path / "model.gguf") as run:
         theirs = run.logits(IDS)
     assert np.abs(theirs - expected).max() < limit * max(1, np.abs(expected).max())

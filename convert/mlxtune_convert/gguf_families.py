@@ -82,6 +82,11 @@ class Family:
     final_norm: str = "model.norm"
 
     @property
+    def tabled_gelu(self) -> bool:
+        """llama.cpp looks this activation up in a float16 table, which costs accuracy."""
+        return any("gelu" in str(value) for value in self.fixed.values())
+
+    @property
     def outer(self) -> dict[str, str]:
         return {"token_embd": "model.embed_tokens", "output_norm": self.final_norm, "output": "lm_head"}
 
@@ -143,7 +148,7 @@ _GRANITE = (
 )
 _SILU: dict[str, Any] = {"hidden_act": "silu"}
 _GELU: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh"}
-_GEMMA = {**_GELU, "hidden_activation": "gelu_pytorch_tanh"}
+_GEMMA: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh"}  # its older files say another hidden_act
 _FULL = {**_SILU, "use_sliding_window": False}
 _SPARSE = {**_SILU, "decoder_sparse_step": 1, "mlp_only_layers": []}
 _SHARED = " ".join(f"ffn_{p}_shexp=mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down"))

@@ -118,7 +118,7 @@ def compare_tokens(run: llama_cpp.Runner, tokenizer: Any, examples: Sequence[Exa
 
 
 def _float32(family: Family) -> str:
-    return "float32, tabled GELU" if "gelu" in str(family.fixed.get("hidden_act")) else "float32"
+    return "float32, tabled GELU" if family.tabled_gelu else "float32"
 
 
 def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None = None) -> Exported:
