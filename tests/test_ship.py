@@ -144,7 +144,7 @@ def test_a_quantized_fuse_quantizes_what_changed_and_keeps_the_rest(
     assert loaded.model.layers[0].mlp.up_proj.bits == 4
     report = json.loads((out / "verification.json").read_text())
     assert f"{report['share']:.1%} of the adapter's effect survived" in result.stdout
-    assert (report["mean_kl"] > 1e-6) == (bits == 4)
+    assert report["mean_kl"] < (1e-3 if bits == 4 else 1e-6)
 
 
 def test_rounding_that_drowns_the_tune_is_said(hf_model: Path, data: Path, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def _experts(stacked: str, experts: str, router: str = "", peft_router: str = ""
     out.append((f"{prefix}{stacked}.down_proj", f"{prefix}{experts}:down_proj"))
     if router:
         out.append((f"{prefix}{router}", f"{prefix}{peft_router or router + ':weight'}"))
+    # PEFT takes any module of these names in such a family for an expert; as parameters they are what they are.
+    out += [(f"{prefix}{{s}}.{name}_proj", f"{prefix}{{s}}.{name}_proj:weight") for name in ("gate", "up", "down")]
     return tuple(out)
 
 
@@ -114,9 +116,13 @@ def _lfm2_moe(config: Config) -> Layout:
         for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
     )
     stacked = _stacked(config, "feed_forward.experts", "feed_forward.switch_mlp", "w1 w3 w2")
+    named = tuple(
+        (f"{block}{ours}_proj", f"{block}{theirs}:weight")
+        for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
+    )
     return Layout(
         (*stacked, *dense, _conv("conv.conv")),
-        _experts("feed_forward.switch_mlp", "feed_forward.experts", "feed_forward.gate"),
+        (*named, *_experts("feed_forward.switch_mlp", "feed_forward.experts", "feed_forward.gate")),
     )
 
 

@@ -86,6 +86,12 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         if m is not None:
             tensors[f"{place}.lora_magnitude_vector"] = m
     tensors.update({PREFIX + name: array for name, array in adapter.trained.items()})
+    dora = any(update.m is not None for update in adapter.updates.values())
+    if dora and parameters:
+        raise UserError(
+            f"PEFT has no DoRA for experts, routers and their like ({parameters[0]})",
+            "`--to hf` exports the merged model.",
+        )
     save_checked(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 8
@@ -97,11 +103,12 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         "lora_alpha": alpha,
         "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
-        "lora_dropout": adapter.dropout,
+        # PEFT refuses dropout on parameters; it matters to training alone.
+        "lora_dropout": 0.0 if parameters else adapter.dropout,
         "bias": "none",
         "fan_in_fan_out": adapter.transposed,
         "use_rslora": adapter.rslora,
-        "use_dora": any(update.m is not None for update in adapter.updates.values()),
+        "use_dora": dora,
         "inference_mode": True,
         # Full paths: exactly these modules, whatever else in the model has the same last name.
         "target_modules": sorted(ranks.keys() - set(parameters)),

@@ -58,9 +58,8 @@ def convert(
     from mlxtune.errors import UserError
     from mlxtune.model import convert as conversion
     from mlxtune.model import peft
-    from mlxtune.model.hub import resolve
 
-    folder = resolve(src)
+    folder = Path(src).expanduser()
     if peft.is_adapter(folder):
         if bits or group_size or mode or dtype:
             raise UserError(f"{src} is a PEFT adapter: --bits, --group-size, --mode and --dtype have no effect")

@@ -83,7 +83,7 @@ def fuse(
     result.print(report.survival())
     if base is not None:
         console.print(f"note: that includes the difference between {base} and {path}", style="yellow", soft_wrap=True)
-    elif not report.survived or report.verdict == "lossy":
+    elif report.verdict == "lossy" or report.max_difference > report.base_max_difference:
         better = "--bits 16" if bits == "8" else "--bits 8 or 16"
         console.print(
             f"note: {bits}-bit rounding changed the model by up to {report.max_difference:.2g} in a logit, tuning by "

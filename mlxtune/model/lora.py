@@ -241,6 +241,8 @@ def describe(spec: Spec, model: nn.Module) -> str:
     """One line for people: what is trained."""
     count = sum(array.size for array in factors(model).values())
     layers = adapters(model)
+    if not layers:
+        return f"{count:,} parameters (in full: {len(spec.trained)} layers)"
     names = sorted({path.rsplit(".", 1)[-1] for path in layers})
     ranks = sorted({layer.rank for layer in layers.values()})
     said = f"{spec.variant}, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else f", scale {spec.scale:g}")

@@ -42,7 +42,6 @@ LIMITS = {
 }
 AT_LEAST = ("top1", "gain_kept")  # the others are at most
 REPORT_FILE = "verification.json"
-ENOUGH = 0.95  # of the tune's effect and loss improvement, after a lossy step
 MARGIN = 10.0  # the tune must move the logits this many times further than the measured error, or nothing is proven
 
 Runner = Callable[[Batch], np.ndarray]
@@ -83,13 +82,6 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """JSON has no NaN and no infinity: such numbers become null."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
-
-    @property
-    def survived(self) -> bool:
-        """Whether the tune came through a lossy step: 95% of its effect and of its loss improvement, and the error is
-        smaller than the effect."""
-        gained = self.gain_kept is None or self.gain_kept >= ENOUGH
-        return gained and abs(self.share - 1) <= 1 - ENOUGH and self.max_difference <= self.base_max_difference
 
     def write(self, folder: Path) -> None:
         """verification.json for programs, verification.md for people."""
