@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date as day
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -86,6 +87,11 @@ class DataSection(Section):
         if value is not None and info.data.get("path"):
             raise ValueError("set path or sources, not both")
         return value
+
+    @field_validator("date")
+    @classmethod
+    def _a_day(cls, value: str) -> str:
+        return value and day.fromisoformat(value).isoformat()
 
     @field_validator("cap")
     @classmethod

@@ -212,7 +212,7 @@ def held_out(tokenizer: Any, folder: Path, config: Config, split: str | None = N
     """
     whole = not own and split is None and Path(config.data.path).expanduser().is_file()
     wanted = split or ("train" if whole else "valid")
-    section = config.data if wanted == "train" and not whole else config.data.model_copy(update={"dedup": "none"})
+    section = config.data if own else config.data.model_copy(update={"dedup": "none", "cap": None})
     found = mixture.read(section, tokenizer, folder, config.train.seed, whole=whole)
     if wanted not in found:
         raise UserError(f"{config.data.path} has no {wanted} split", f"It has: {', '.join(found)}.")

@@ -29,7 +29,7 @@ def test_the_second_read_tokenizes_nothing(tokenizer: Any, tmp_path: Path, monke
     again = all_of(path, tokenizer, cache=str(cache))
     assert calls == []
     assert (shown(again, tokenizer), again.digest()) == (shown(first, tokenizer), first.digest())
-    for change in ({"max_tokens": 9}, {"columns": {"x": "y"}}, {"order": "length"}, {"dedup": "near"}):
+    for change in ({"max_tokens": 9}, {"columns": {"text": "text"}}, {"order": "length"}, {"dedup": "near"}):
         before = len(calls)
         all_of(path, tokenizer, cache=str(cache), **change)
         assert len(calls) > before, change

@@ -71,6 +71,12 @@ def lengths_of(examples: Sequence[Example]) -> np.ndarray:
     return np.array([len(example.ids) for example in examples]) if known is None else known
 
 
+def targets_of(examples: Sequence[Example]) -> np.ndarray:
+    """[N] supervised tokens of each example."""
+    column = getattr(examples, "column", None)
+    return np.array([np.sum(example.mask[1:]) for example in examples]) if column is None else column("targets")
+
+
 def fill(order: Sequence[int], lengths: Any, rows: int | None, tokens: int | None) -> list[list[int]]:
     """Cut an order of rows into batches of `rows` rows, or of at most `tokens` padded tokens (at least one row)."""
     out: list[list[int]] = []
@@ -211,7 +217,7 @@ class Plan:
         """(rows, width, targets) of every micro-batch of the first epoch."""
         if not self._epochs:
             self._plan_epoch()
-        targets = [sum(example.mask[1:]) for example in self.examples]
+        targets = targets_of(self.examples).tolist()
         batches = [rows for step in self._epochs[0] for rows in step]
         return [(len(rows), self._width(rows), sum(targets[row] for row in rows)) for rows in batches]
 

@@ -240,7 +240,8 @@ def _facts(split: Split, config: Config) -> dict[str, Any]:
     saved = prefix * split.examples * (batch - 1) / batch / split.tokens if split.tokens else 0.0
     named = dict(split.tasks.most_common())
     total = max(1, sum(named.values()))
-    missing = [name for name in lint.TASKS if named.get(name, 0) / total < FEW] if named else []
+    enough = total * FEW >= 1  # among fewer rows the lack of a kind says nothing
+    missing = [name for name in lint.TASKS if named.get(name, 0) / total < FEW] if enough else []
     systems = {"distinct": len([key for key in split.systems if key]), "rows_without": split.systems.get(0, 0)}
     return {
         "file": split.file,

@@ -33,7 +33,11 @@ def content_hash(record: Record) -> int:
 
 
 def words_of(record: Record) -> list[str]:
-    texts = [record.text or "", *(str(message.get("content", "")) for message in record.messages or [])]
+    """What a row says: not the system prompt, which many rows share, but tool calls and thinking too."""
+    texts = [record.text or ""]
+    for message in record.messages or []:
+        if message["role"] not in ("system", "developer"):
+            texts += [str(value) for key, value in message.items() if key not in ("role", "instruction", "input")]
     return _WORD.findall(" ".join(texts).lower())
 
 

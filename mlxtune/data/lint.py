@@ -114,6 +114,8 @@ def codes(record: Record) -> Iterator[str]:
     """What is to say about one row by itself."""
     texts = [record.text or "", *(str(message.get("content") or "") for message in record.messages or [])]
     whole = "\n".join(texts)
+    for message in record.messages or []:
+        whole += "".join(f"\n{message[key]}" for key in ("reasoning_content", "tool_calls") if message.get(key))
     for code, pattern, needed in PATTERNS:
         if needed in whole and pattern.search(whole):
             yield code

@@ -159,6 +159,8 @@ def read(
     held out. Raises UserError for anything that is wrong with the data.
     """
     mixture = section.mixture()
+    if section.hub == "stream" and any(source.cap is None for source in mixture):
+        raise UserError("data.hub=stream needs data.cap: how many rows to read", "Or set data.hub=download.")
     found: dict[str, list[_Part]] = {}
     whole_sources = set()
     for number, source in enumerate(mixture):
@@ -172,7 +174,8 @@ def read(
     # Duplicates go, and caps apply, before rows are held out: no side keeps what the other one has.
     found["train"], left_out = _thinned(found["train"], section, mixture, seed)
     if not whole and len(whole_sources) < len(mixture):
-        found["train"], held = _held_out(found["train"], whole_sources, section, seed)
+        thinned = bool(sum(left_out.values()))
+        found["train"], held = _held_out(found["train"], whole_sources, section, seed, thinned)
         found["valid"] = [*found.get("valid", []), *held]
     trained = frozenset(part.made.facts["file"] for part in found["train"])
     weights = [source.weight or 1.0 for source in mixture] if any(source.weight for source in mixture) else []
@@ -183,12 +186,13 @@ def read(
 
 
 def _held_out(
-    parts: list[_Part], whole_sources: set[int], section: DataSection, seed: int
+    parts: list[_Part], whole_sources: set[int], section: DataSection, seed: int, thinned: bool
 ) -> tuple[list[_Part], list[_Part]]:
     """(training rows, held-out rows) of the sources without a valid file. One limit for all of them, so that equal rows
-    of two sources are on one side.
+    of two sources are on one side. thinned: rows were left out before.
     """
-    hashes = [part.made.all_hashes for part in parts if part.source not in whole_sources]
+    own = [part for part in parts if part.source not in whole_sources]
+    hashes = [part.column("hash") if thinned else part.made.all_hashes for part in own]
     limit = duplicates.threshold(np.concatenate(hashes), section.valid_fraction, seed)
     if limit is None:
         raise UserError(

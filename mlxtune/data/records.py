@@ -63,16 +63,20 @@ class RowError(Exception):
 Parsed = tuple[list[dict[str, Any]] | None, list[dict[str, Any]] | None, str | None]  # messages, tools, text
 
 
-def read(path: Path, columns: Mapping[str, str] | None = None) -> Iterator[Record | Bad]:
-    """All rows of one file, one after the other; columns: the file's name of a column -> the name meant.
+def read(path: Path, columns: Mapping[str, str] | None = None, required: bool = True) -> Iterator[Record | Bad]:
+    """All rows of one file, one after the other; columns: the file's name of a column -> the name meant; required:
+    some row must have each of them.
 
     Raises UserError when the file cannot be read, is empty, or has no known format.
     """
-    return parse(str(path), raw_rows(path), columns)
+    yield from parse(str(path), raw_rows(path), columns, required)
 
 
 def parse(
-    source: str, rows: Iterable[tuple[int, dict[str, Any]] | Bad], columns: Mapping[str, str] | None = None
+    source: str,
+    rows: Iterable[tuple[int, dict[str, Any]] | Bad],
+    columns: Mapping[str, str] | None = None,
+    required: bool = True,
 ) -> Iterator[Record | Bad]:
     """Numbered raw rows -> records; `source` names them. Raises UserError as `read` does."""
     name = ""
@@ -111,7 +115,7 @@ def parse(
         fields = {key: value for key, value in row.items() if key not in USED}
         for messages, tools, text in found:
             yield Record(source, number, name, messages, tools, text, fields)
-    if unseen and name and good:
+    if unseen and name and good and required:
         raise UserError(f"{source}: no row has the column {', '.join(sorted(unseen))} that data.columns names")
     if empty:
         raise UserError(f"{source}: no rows", "Each line of a .jsonl file is one example.")
@@ -312,7 +316,7 @@ def _turn(index: int, speaker: str, value: str, waiting: list[str]) -> dict[str,
 
 
 def _alpaca(row: dict[str, Any]) -> list[Parsed]:
-    answer = _text(row, "output" if "output" in row else "response")
+    answer = _text(row, "response" if row.get("response") is not None else "output")
     return [_instructed(row, _text(row, "input", optional=True), answer)]
 
 

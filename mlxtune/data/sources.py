@@ -96,8 +96,6 @@ def _from_hub(name: str, section: DataSection, cap: int | None) -> dict[str, lis
 
     datasets.disable_progress_bars()
     repo, _, subset = name.partition(":")
-    if section.hub == "stream" and cap is None:
-        raise UserError("data.hub=stream needs data.cap: how many rows to read", "Or set data.hub=download.")
     try:
         loaded = datasets.load_dataset(repo, subset or None, streaming=section.hub == "stream")
     except (

@@ -232,7 +232,7 @@ def use(tokenizer: Any, folder: Path, choice: str) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
     except TemplateSyntaxError as error:
         raise UserError(f"data.template: {choice} line {error.lineno}: not valid Jinja ({error.message})") from error
-    except JinjaError:
+    except (JinjaError, TypeError, KeyError, ValueError, AttributeError, IndexError):
         pass  # it wants more of a conversation than that
     end = Template(tokenizer).end_of_turn.strip()
     if end in known:
