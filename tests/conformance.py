@@ -1,4 +1,4 @@
-"""How every family does against transformers and PEFT, measured: `python tests/conformance.py > convert/families.md`."""
+"""How every family does against transformers and PEFT: `python tests/conformance.py > convert/families.md`."""
 
 from __future__ import annotations
 
@@ -166,8 +166,8 @@ def same(one: Path, other: Path) -> bool:
 def table(rows: list[Row]) -> str:
     head = """# Families
 
-Measured by `python tests/conformance.py > convert/families.md` on tiny random models of each family, in float32, against
-transformers and PEFT. Differences are the largest of any logit: after loading, after two LoRA steps run by PEFT (and of
+Measured by `python tests/conformance.py > convert/families.md` on tiny random models of each family, in float32,
+against transformers and PEFT. Differences are the largest of any logit: after loading, after two LoRA steps run by PEFT (and of
 the loss), and of the merged Hugging Face export. "bits": our table gives the original tensors back bit for bit. Layers
 that PEFT cannot adapt (experts kept in another form there) train here and leave through `--to hf`.
 

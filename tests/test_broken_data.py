@@ -77,7 +77,7 @@ ROWS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "a binary file": (
         "train.jsonl",
         b"\x89PNG\r\n\x1a\n\xff",
-        ("train.jsonl: not a text file (invalid UTF-8 at byte 0",),
+        ("line 1, 3: not text (invalid UTF-8 at byte 0",),
     ),
     "an unknown suffix": (
         "train.txt",
@@ -103,7 +103,7 @@ ROWS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "a CSV row with a comma too many": (
         "train.csv",
         b"prompt,completion\na,b\nc,d,e\n",
-        ("train.csv row 2: more fields than the header has", "Quote the fields that hold a comma."),
+        ("train.csv row 2: more fields than the header has", "quote the fields that hold a comma"),
     ),
     "a CSV quote never closed": ("train.csv", b'prompt,completion\na,"b\n', ("train.csv: not a CSV file",)),
 }
@@ -127,9 +127,8 @@ def test_a_row_that_cannot_be_read_is_named_by_file_and_line(kind: str, tmp_path
             ("none of 3 rows can be used", "line 1: no supervised token in the first 8 tokens"),
         ),
         ([{"messages": 3}], (), ("train.jsonl line 1: messages must be a non-empty list",)),
-        (tiny.conversations(1), (), ("fewer than two different rows, too few to hold any out", "a valid file")),
     ],
-    ids=["questions alone", "answers past data.max_tokens", "a bad row", "one row only"],
+    ids=["questions alone", "answers past data.max_tokens", "a bad row"],
 )
 def test_training_without_a_usable_row_is_refused(
     rows: list[Any], settings: tuple[str, ...], expected: tuple[str, ...], mlx_model: Path, tmp_path: Path
@@ -138,6 +137,12 @@ def test_training_without_a_usable_row_is_refused(
     for split in ("train", "valid"):
         tiny.write_jsonl(folder / f"{split}.jsonl", rows)
     refused(out, "train", "--model", mlx_model, "--data", folder, "--out", out, *settings, expected=expected)
+
+
+def test_one_row_alone_is_refused_for_nothing_can_be_held_out(mlx_model: Path, tmp_path: Path) -> None:
+    rows, out = tiny.write_jsonl(tmp_path / "d.jsonl", tiny.conversations(1)), tmp_path / "run"
+    expected = ("fewer than two different rows, too few to hold any out", "a valid file")
+    refused(out, "train", "--model", mlx_model, "--data", rows, "--out", out, expected=expected)
 
 
 def test_a_missing_data_file_is_refused(tmp_path: Path) -> None:

@@ -131,14 +131,16 @@ def test_an_adapter_of_another_model_is_refused(run: Path, data: Path, tmp_path:
 def test_exporting_a_peft_adapter_with_a_dtype_is_refused(run: Path, mlx_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--to", "peft", "--dtype", "float16", "--out", out)
-    expected = ("--dtype has no effect with --to peft", "The factors are exported as they are.")
+    expected = ("--dtype has no effect with --to peft", "It is for: hf.")
     refused(out, "export", "--model", mlx_model, "--adapter", run, *options, expected=expected)
 
 
 def test_exporting_a_family_that_is_not_covered_names_those_that_are(run: Path, tmp_path: Path) -> None:
     """The family is looked at before the adapter, which fits no such model."""
-    model, out = tiny.make_model(tmp_path / "gemma", "gemma2"), tmp_path / "out"
-    expected = ("models of type gemma2 cannot be exported yet (covered: llama, qwen2)", "mlxtune fuse")
+    model, out = tiny.make_model(tmp_path / "model"), tmp_path / "out"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "glm"}))
+    expected = ("models of type glm cannot be exported", "mlxtune fuse")
     refused(out, "export", "--model", model, "--adapter", run, "--to", "peft", "--out", out, expected=expected)
 
 
@@ -180,7 +182,7 @@ def test_a_file_that_cannot_be_read_is_refused(as_nobody_special: list[str], tmp
     file.chmod(0)
     command = [*as_nobody_special, COMMAND, "data", "show", "--model", "model", "--data", file]
     refusal = subprocess.run(command, capture_output=True, text=True, check=False)
-    tiny.one_clear_line(refusal, f"{file}: permission denied")
+    tiny.one_clear_line(refusal, f"{file}: cannot be read (Permission denied)")
 
 
 def test_a_name_that_is_too_long_is_refused() -> None:

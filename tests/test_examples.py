@@ -38,7 +38,9 @@ def test_a_cap_chooses_rows_by_the_seed(tokenizer: Any, tmp_path: Path) -> None:
     chosen = [shown(read(path, tokenizer, seed, True, cap=7)["train"], tokenizer) for seed in (0, 0, 1)]
     assert [len(set(rows)) for rows in chosen] == [7, 7, 7]
     assert chosen[0] == chosen[1] != chosen[2]
-    assert "train: 23 rows left out: beyond the cap of 7 of d.jsonl" in all_of(path, tokenizer, cap=7).notes("train", 99)
+    assert "train: 23 rows left out: beyond the cap of 7 of d.jsonl" in all_of(path, tokenizer, cap=7).notes(
+        "train", 99
+    )
 
 
 def test_the_column_to_go_up_by_is_kept_and_must_hold_numbers(tokenizer: Any, tmp_path: Path) -> None:

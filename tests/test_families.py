@@ -62,7 +62,9 @@ def test_an_unknown_family_is_refused_before_any_work(hf_model: Path, tmp_path: 
 
 def test_the_documented_matrix_names_every_family() -> None:
     rows = [
-        line.split("|")[1].strip() for line in (ROOT / "convert" / "families.md").read_text().splitlines() if "|" in line
+        line.split("|")[1].strip()
+        for line in (ROOT / "convert" / "families.md").read_text().splitlines()
+        if "|" in line
     ]
     measured = {row for row in rows if row not in ("family", "---")}
     assert measured == set(zoo.SHAPES)

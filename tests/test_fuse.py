@@ -62,7 +62,7 @@ def digests(*folders: Path) -> dict[Path, str]:
 
 @pytest.fixture(scope="module")
 def rows(mlx_model: Path, run: Path) -> session.Data:
-    return session.read_data(session.run_config(run))
+    return session.read_data(session.run_config(run))[0]
 
 
 @pytest.mark.parametrize("group", [None, 64])
@@ -71,11 +71,9 @@ def test_a_4_bit_fuse_keeps_more_of_the_tune_than_rounding_does(
 ) -> None:
     """The same request with and without the training rows; neither the model nor the run is touched."""
     before = digests(mlx_model, run)
-    request = export.Request(mlx_model, run, tmp_path / "rounded", examples=rows.valid.examples)
+    request = export.Request(mlx_model, run, tmp_path / "rounded", examples=rows.valid)
     rounded = export.to_mlx(request, 4, group)
-    request = export.Request(
-        mlx_model, run, tmp_path / "fused", examples=rows.valid.examples, calibration=rows.train.examples
-    )
+    request = export.Request(mlx_model, run, tmp_path / "fused", examples=rows.valid, calibration=rows.train)
     calibrated = export.to_mlx(request, 4, group)
     assert calibrated.mean_kl < 0.5 * rounded.mean_kl
     assert calibrated.gain_kept > 0.95

@@ -169,7 +169,7 @@ def test_gpt_oss_with_sinks_and_biased_experts_has_transformers_logits(tmp_path:
     tiny.make_tokenizer(folder)
     config.save_pretrained(folder)
     mx.save_safetensors(str(folder / "model.safetensors"), {name: mx.array(value) for name, value in tensors.items()})
-    assert gpt_oss.Model is type(open_model(folder)[0])
+    assert isinstance(open_model(folder)[0], gpt_oss.Model)
     exported(folder, tmp_path / "model.gguf")
     with llama_cpp.runner(tmp_path / "model.gguf") as run:
         assert np.abs(run.logits(IDS) - expected).max() < 1e-5 * np.abs(expected).max()

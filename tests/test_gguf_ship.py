@@ -47,7 +47,7 @@ def trained_logits(model: Path, run: Path | None) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def held_out(mlx_model: Path, run: Path) -> Sequence[Example]:
-    return session.held_out(load_tokenizer(mlx_model), mlx_model, session.run_config(run)).examples
+    return session.held_out(load_tokenizer(mlx_model), mlx_model, session.run_config(run))
 
 
 def random_adapter(model: Path, folder: Path) -> Path:
@@ -131,7 +131,11 @@ def test_a_merged_export_is_the_trained_model(
 
 def test_kept_codes_are_proven_and_refuse_an_adapter(mlx_model: Path, run: Path, data: Path, tmp_path: Path) -> None:
     assert "passed" in export(mlx_model, tmp_path / "folder", "--data", data)
-    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == ["model.gguf", "verification.json"]
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [
+        "model.gguf",
+        "verification.json",
+        "verification.md",
+    ]
     tiny.refused(
         tmp_path / "m.gguf",
         *(

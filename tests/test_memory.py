@@ -97,7 +97,7 @@ def tiny_run(mlx_model: Path, data: Path, *settings: str) -> configuration.Confi
 def test_a_run_is_made_to_fit_by_checkpointing_and_then_by_smaller_micro_batches(mlx_model: Path, data: Path) -> None:
     """The optimizer step keeps its rows: half the rows, twice the micro-batches."""
     resolved = tiny_run(mlx_model, data)
-    found = session.read_data(resolved)
+    found, _ = session.read_data(resolved)
     asked, _, notes = session.memory_plan(resolved, found)
     assert (asked, notes) == (resolved, [])
     smaller = ("train.batch_rows=2", "train.accumulate=2", "train.checkpoint_layers=all")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlxtune.data import turns
-from mlxtune.data.records import WEIGHTS
+from mlxtune.data.messages import WEIGHTS
 from mlxtune.data.template import Messages, Template
 from mlxtune.data.turns import Damage
 

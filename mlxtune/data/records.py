@@ -7,16 +7,15 @@ does not fit its file's format becomes a `Bad` row with its line: nothing is ski
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxtune.data.files import Bad, place, raw_rows
+from mlxtune.data.messages import ROLES, WEIGHTS, RowError, checked, from_json, text_of, tools_of, with_system
 from mlxtune.errors import UserError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -29,7 +28,6 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
     "function_call": "assistant",
 }
-WEIGHTS = ("weight", "train")  # keys of a message: 0 leaves an assistant turn unsupervised
 USED = {  # columns that some format reads
     *("messages", "conversations", "instruction", "input", "output", "response", "instances", "prompt", "completion"),
     *("text", "tools", "functions", "system", "history"),
@@ -54,10 +52,6 @@ class Record:
     @property
     def place(self) -> str:
         return place(self.file, self.row)
-
-
-class RowError(Exception):
-    """What is wrong with one row."""
 
 
 Parsed = tuple[list[dict[str, Any]] | None, list[dict[str, Any]] | None, str | None]  # messages, tools, text
@@ -174,116 +168,20 @@ def _check_characters(value: Any) -> None:
         _check_characters([*value.keys(), *value.values()])
 
 
-def _text(row: dict[str, Any], key: str, optional: bool = False) -> str:
-    value = row.get(key)
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        raise RowError(f"{key} must be text, found {'nothing' if value is None else type(value).__name__}")
-    return value
-
-
-def _from_json(value: Any, what: str) -> Any:
-    """csv and some parquet files hold lists and objects as JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RowError(what) from error
-
-
 def _messages(row: dict[str, Any]) -> list[Parsed]:
-    return [(_with_system(row, checked(row.get("messages"), "messages")), _tools(row), None)]
-
-
-def _with_system(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row's `system` column, as the first turn where the messages have none."""
-    system = _text(row, "system", optional=True)
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
-
-
-def checked(value: Any, key: str) -> list[dict[str, Any]]:
-    """OpenAI messages, each with a known role and with text content (or tool calls). Raises RowError."""
-    value = _from_json(value, f"{key} must be a list of messages")
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{key} must be a non-empty list of messages")
-    return [_message(index, message) for index, message in enumerate(value, 1)]
-
-
-def _message(index: int, message: Any) -> dict[str, Any]:
-    if isinstance(message, dict) and message.get("role") == "function":
-        message = {**message, "role": "tool"}
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        role = message.get("role") if isinstance(message, dict) else message
-        raise RowError(f"message {index} has the role {role!r}; allowed: {', '.join(ROLES)}")
-    # Parquet fills absent fields with null; a template must not see them.
-    out = {key: value for key, value in message.items() if value is not None}
-    if isinstance(out.get("function_call"), dict):  # OpenAI's older spelling
-        out["tool_calls"] = [{"function": out.pop("function_call")}]
-    content = out.get("content")
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type", "text") == "text" for part in content
-    ):
-        content = "".join(str(part.get("text") or "") for part in content)
-    if content is None and (out.get("tool_calls") or out.get("reasoning_content")):
-        content = ""
-    if not isinstance(content, str):
-        raise RowError(f"message {index} ({message['role']}) must have text content")
-    for name in WEIGHTS:
-        if out.get(name, 1) not in (0, 1):
-            raise RowError(f"message {index}: {name} must be 0 or 1, found {out[name]!r}")
-    if "tool_calls" in out:
-        out["tool_calls"] = [_call(index, call) for call in _calls(index, out["tool_calls"])]
-        if not out["tool_calls"]:
-            del out["tool_calls"]
-    return {**out, "content": content}
-
-
-def _calls(index: int, calls: Any) -> list[Any]:
-    calls = _from_json(calls, f"message {index}: tool_calls must be a list")
-    if not isinstance(calls, list):
-        raise RowError(f"message {index}: tool_calls must be a list")
-    return calls
-
-
-def _call(index: int, call: Any) -> dict[str, Any]:
-    """One tool call; Parquet's nulls inside its arguments are left out."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError(f"message {index}: each of tool_calls must have a function with a name")
-    arguments = function.get("arguments", {})
-    if not isinstance(arguments, dict | str):
-        raise RowError(f"message {index}: the arguments of {function['name']} must be an object or JSON text")
-    call = {key: value for key, value in call.items() if value is not None}
-    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
-
-
-def _tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    tools = row.get("tools") or row.get("functions")  # the second is OpenAI's older name
-    tools = _from_json(tools, "tools must be a JSON list") if tools and str(tools).strip() else None
-    if tools is not None and not isinstance(tools, list):
-        raise RowError(f"tools must be a list, found {type(tools).__name__}")
-    if any(not isinstance(tool, dict) for tool in tools or []):
-        raise RowError("each of tools must be an object")
-    # Templates expect OpenAI's wrapping around a function's description.
-    return [
-        t if "function" in t or "name" not in t else {"type": "function", "function": t} for t in tools or []
-    ] or None
+    return [(with_system(row, checked(row.get("messages"), "messages")), tools_of(row), None)]
 
 
 def _conversations(row: dict[str, Any]) -> list[Parsed]:
-    turns = _from_json(row.get("conversations"), "conversations must be a list of turns")
+    turns = from_json(row.get("conversations"), "conversations must be a list of turns")
     if isinstance(turns, list) and turns and all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        return [(_with_system(row, checked(turns, "conversations")), _tools(row), None)]
+        return [(with_system(row, checked(turns, "conversations")), tools_of(row), None)]
     if not isinstance(turns, list) or not turns:
         raise RowError("conversations must be a non-empty list of turns")
     messages: list[dict[str, Any]] = []
     waiting: list[str] = []  # ids of calls without an observation so far
     if row.get("system"):
-        messages.append({"role": "system", "content": _text(row, "system")})
+        messages.append({"role": "system", "content": text_of(row, "system")})
     for index, turn in enumerate(turns, 1):
         speaker = turn.get("from") if isinstance(turn, dict) else None
         if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
@@ -292,13 +190,13 @@ def _conversations(row: dict[str, Any]) -> list[Parsed]:
             raise RowError(f"turn {index} ({speaker}) must have text as its value")
         messages.append(_turn(index, speaker, turn["value"], waiting))
         messages[-1].update({name: turn[name] for name in WEIGHTS if name in turn})
-    return [(checked(messages, "conversations"), _tools(row), None)]
+    return [(checked(messages, "conversations"), tools_of(row), None)]
 
 
 def _turn(index: int, speaker: str, value: str, waiting: list[str]) -> dict[str, Any]:
     role = SHAREGPT_ROLES[speaker]
     if speaker == "function_call":
-        call = _from_json(value, f"turn {index}: a function_call must be a JSON object with name and arguments")
+        call = from_json(value, f"turn {index}: a function_call must be a JSON object with name and arguments")
         calls = call if isinstance(call, list) else [call]
         if any(not isinstance(one, dict) or "name" not in one for one in calls):
             raise RowError(f"turn {index}: a function_call must be a JSON object with name and arguments")
@@ -316,17 +214,17 @@ def _turn(index: int, speaker: str, value: str, waiting: list[str]) -> dict[str,
 
 
 def _alpaca(row: dict[str, Any]) -> list[Parsed]:
-    answer = _text(row, "response" if row.get("response") is not None else "output")
-    return [_instructed(row, _text(row, "input", optional=True), answer)]
+    answer = text_of(row, "response" if row.get("response") is not None else "output")
+    return [_instructed(row, text_of(row, "input", optional=True), answer)]
 
 
 def _instructed(row: dict[str, Any], extra: str, answer: str) -> Parsed:
     """As a chat: the instruction, then the input after a blank line, as Alpaca's own prompt orders them."""
-    instruction = _text(row, "instruction")
+    instruction = text_of(row, "instruction")
     question = {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
     if extra:
         question |= {"instruction": instruction, "input": extra}  # for templates that print them apart
-    exchange = _exchange(_text(row, "system", optional=True), question, answer)
+    exchange = _exchange(text_of(row, "system", optional=True), question, answer)
     earlier = row.get("history") or []
     if not isinstance(earlier, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in earlier):
         raise RowError("history must be a list of [question, answer] pairs")
@@ -335,20 +233,20 @@ def _instructed(row: dict[str, Any], extra: str, answer: str) -> Parsed:
 
 
 def _self_instruct(row: dict[str, Any]) -> list[Parsed]:
-    instances = _from_json(row.get("instances"), "instances must be a list")
+    instances = from_json(row.get("instances"), "instances must be a list")
     if not isinstance(instances, list) or not instances or any(not isinstance(one, dict) for one in instances):
         raise RowError("instances must be a non-empty list of objects with input and output")
-    return [_instructed(row, _text(one, "input", optional=True), _text(one, "output")) for one in instances]
+    return [_instructed(row, text_of(one, "input", optional=True), text_of(one, "output")) for one in instances]
 
 
 def _prompt_completion(row: dict[str, Any]) -> list[Parsed]:
     if isinstance(row.get("prompt"), list):
         asked, answered = row["prompt"], row.get("completion")
-        messages = _with_system(row, checked(asked, "prompt") + checked(answered, "completion"))
-        return [(messages, _tools(row), None)]
-    question = {"role": "user", "content": _text(row, "prompt")}
-    system = _text(row, "system", optional=True)
-    return [(_exchange(system, question, _text(row, "completion")), _tools(row), None)]
+        messages = with_system(row, checked(asked, "prompt") + checked(answered, "completion"))
+        return [(messages, tools_of(row), None)]
+    question = {"role": "user", "content": text_of(row, "prompt")}
+    system = text_of(row, "system", optional=True)
+    return [(_exchange(system, question, text_of(row, "completion")), tools_of(row), None)]
 
 
 def _exchange(system: str, question: dict[str, Any], answer: str) -> list[dict[str, Any]]:
@@ -357,7 +255,7 @@ def _exchange(system: str, question: dict[str, Any], answer: str) -> list[dict[s
 
 
 def _plain(row: dict[str, Any]) -> list[Parsed]:
-    return [(None, None, _text(row, "text"))]
+    return [(None, None, text_of(row, "text"))]
 
 
 # Tried in this order: the keys that mark a format, and its parser.

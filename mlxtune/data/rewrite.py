@@ -11,10 +11,11 @@ from mlxtune_convert.files import new_file
 
 from mlxtune.data import records
 from mlxtune.data.files import Bad
-from mlxtune.data.records import Record, RowError
+from mlxtune.data.messages import WEIGHTS, RowError
+from mlxtune.data.records import Record
 from mlxtune.errors import UserError
 
-HELD = {"role", "content", "name", "tool_calls", "tool_call_id", "instruction", "input", *records.WEIGHTS}
+HELD = {"role", "content", "name", "tool_calls", "tool_call_id", "instruction", "input", *WEIGHTS}
 SPEAKERS = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
@@ -32,7 +33,7 @@ def to_sharegpt(record: Record) -> dict[str, Any]:
         lost = set(message) - HELD
         if lost:
             raise RowError(f"ShareGPT has no place for {', '.join(sorted(lost))} of message {index}")
-        weights = {name: message[name] for name in records.WEIGHTS if name in message}
+        weights = {name: message[name] for name in WEIGHTS if name in message}
         calls = message.get("tool_calls", [])
         if message["content"] and calls:
             raise RowError(f"ShareGPT has no place for text beside the tool calls of message {index}")

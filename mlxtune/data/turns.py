@@ -11,12 +11,12 @@ is prompt; the rest, up to and with the end-of-turn token, is what the model mus
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice, pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
+from mlxtune.data.marks import CALLS, CONTENT, KEPT, THINKING, kind_of, marks_for, replaced, thinking_parts
 from mlxtune.data.template import (
     ASSISTANT,
     MARKS,
@@ -28,9 +28,7 @@ from mlxtune.data.template import (
     common_suffix,
 )
 
-CONTENT, THINKING, CALLS = range(3)  # what a mark stands for; each further tool call has a kind of its own
 SLACK = 12  # characters around a call's arguments that depend on them: the quotes of a text, say
-KEPT = ("role", "name", "id", "tool_call_id", "type")  # what templates compare, count or look up
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ def locate(template: Template, messages: Messages, tools: Any = None) -> Turns:
     place is not certain.
     """
     out = Turns(template.text(messages, tools))
-    marks = _marks(out.text, messages)
-    marked_messages = [_replaced(message, marks[index]) for index, message in enumerate(messages)]
+    marks = marks_for(out.text, messages)
+    marked_messages = [replaced(message, marks[index]) for index, message in enumerate(messages)]
     marked = template.attempt(marked_messages, tools)
     pieces = _pieces(marked, marks)
     out.damage = list(_lost(messages, pieces, template, tools, out.text)) if marked else []
@@ -108,63 +106,6 @@ def _neighbours(places: list[tuple[int, int]], length: int) -> Iterator[tuple[in
     ends = [0, *(end for _, end in places)]
     starts = [*(start for start, _ in places[1:]), length]
     return zip(ends, places, starts, strict=False)
-
-
-def _marks(text: str, messages: Messages) -> list[str]:
-    """Per message, its marks as a string of one character per kind; none of them is in the text."""
-    spare = (chr(code) for block in ((0xE000, 0xF900), (0xF0000, 0xFFFFE)) for code in range(*block))
-    if MARKS.search(text):
-        spare = (mark for mark in spare if mark not in text)
-    return ["".join(islice(spare, CALLS + len(message.get("tool_calls") or ()))) for message in messages]
-
-
-def _kind(key: str) -> int:
-    return CALLS if key == "tool_calls" else THINKING if key in THINKING_KEYS else CONTENT
-
-
-def _replaced(message: dict[str, Any], marks: str, kinds: Iterable[int] = range(CALLS + 1)) -> dict[str, Any]:
-    """The message with the same keys, and marks for its texts of some kinds. Something is marked even in an empty
-    turn.
-    """
-    out = dict(message)
-    for key, value in message.items():
-        if _kind(key) not in kinds and not (key == "content" and THINKING in kinds):
-            continue
-        if key == "tool_calls" and value:
-            out[key] = [_replaced_call(call, mark) for call, mark in zip(value, marks[CALLS:], strict=True)]
-        elif isinstance(value, str) and value and key not in KEPT:
-            thinks = message["role"] == "assistant" and "</think>" in value
-            whole = marks[THINKING] if _kind(key) == THINKING else marks[CONTENT]
-            out[key] = _replaced_thinking(value, marks) if thinks and key == "content" else whole
-    if not message.get("content") and not message.get("tool_calls"):
-        out["content"] = marks[CONTENT]
-    return out
-
-
-TAGS = re.compile(r"(\s*</?think>\s*)")  # templates look for them in the content
-
-
-def _replaced_thinking(text: str, marks: str) -> str:
-    """One mark for each thought and one for each text around it."""
-    parts = list(_parts(text))
-    if all(kind is None for _, kind in parts):
-        return marks[CONTENT]
-    return "".join(part if kind is None else marks[kind] for part, kind in parts)
-
-
-def _parts(text: str) -> Iterator[tuple[str, int | None]]:
-    """The text cut at its thinking tags: (tag or blank, None), (thought, THINKING), (text, CONTENT)."""
-    parts = TAGS.split(text)
-    for place, part in enumerate(parts):
-        closes = place + 1 < len(parts) and "</think>" in parts[place + 1]
-        yield part, None if place % 2 or not part.strip() else THINKING if closes else CONTENT
-
-
-def _replaced_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
-    function = call.get("function", call)
-    arguments = mark if isinstance(function.get("arguments"), str) else {mark: mark}
-    changed = {**function, "arguments": arguments}
-    return {**call, "function": changed} if "function" in call else changed
 
 
 def _pieces(marked: str, marks: list[str]) -> list[_Piece]:
@@ -221,7 +162,7 @@ def _end(
                 return at + len(shown)
     # Printed in another form: when this piece alone is replaced, what follows it stays as it is.
     kinds = {min(kind, CALLS) for kind in piece.kinds}
-    alone = [*messages[: piece.index], _replaced(message, marks, kinds), *messages[piece.index + 1 :]]
+    alone = [*messages[: piece.index], replaced(message, marks, kinds), *messages[piece.index + 1 :]]
     marked = template.attempt(alone, tools)
     last = max(marked.rfind(mark) for mark in marks)
     after = marked[last + 1 :]
@@ -236,7 +177,7 @@ def _apart(template: Template, messages: Messages, tools: Any, text: str, index:
     """A turn's span when the walk fails, by comparison with the same conversation whose turn is but a mark: the whole
     one, or the one up to that turn where what comes later leaves it as it is.
     """
-    mark = _marks(text, messages[:1])[0][CONTENT]
+    mark = marks_for(text, messages[:1])[0][CONTENT]
     plain = {"role": messages[index]["role"], "content": mark}
     asked = template.attempt(messages[:index], tools, prompt=True) if template.asks else ""
     earlier = template.attempt(messages[:index], tools)
@@ -265,7 +206,7 @@ def _gap(template: Template, messages: Messages, tools: Any, mark: str) -> str:
     """The template text between a marked message and the content of the one after it."""
     place = next(place for place, message in enumerate(messages) if message.get("content") == mark)
     follower = [
-        _replaced(message, own) for message, own in zip(messages[place + 1 :], _marks(mark, messages), strict=False)
+        replaced(message, own) for message, own in zip(messages[place + 1 :], marks_for(mark, messages), strict=False)
     ]
     after = template.attempt([*messages[: place + 1], *follower], tools).partition(mark)[2]
     return MARKS.split(after)[0]
@@ -288,8 +229,8 @@ def _prompt_length(template: Template, marked: Messages, tools: Any, opening: st
     silent, asked = (MARKS.split(template.attempt(marked, tools, prompt))[-1] for prompt in (False, True))
     if silent == asked:
         # It prints nothing to ask with: a plain turn's opening is the prompt.
-        marks = _marks(ASSISTANT, marked)
-        before = [_replaced(message, own) for message, own in zip(marked, marks, strict=True)]
+        marks = marks_for(ASSISTANT, marked)
+        before = [replaced(message, own) for message, own in zip(marked, marks, strict=True)]
         plain = template.attempt([*before, {"role": "assistant", "content": ASSISTANT}], tools)
         return common_prefix(MARKS.split(plain.partition(ASSISTANT)[0])[-1] if ASSISTANT in plain else opening, opening)
     shared = common_prefix(asked, opening)
@@ -307,7 +248,7 @@ def _own_closing(template: Template, marked: Messages, tools: Any, piece: _Piece
     if any(stop in closing for stop in template.stops):
         return _to_stop(template, closing, "")
     kinds = {min(kind, CALLS) for kind in piece.kinds}
-    alone = {key: value for key, value in marked[piece.index].items() if key in KEPT or _kind(key) in kinds}
+    alone = {key: value for key, value in marked[piece.index].items() if key in KEPT or kind_of(key) in kinds}
     upto = [*marked[: piece.index], {"content": "", **alone}]
     return _to_stop(template, closing, MARKS.split(template.attempt(upto, tools))[-1][piece.quoted :])
 
@@ -351,7 +292,7 @@ def _changed(message: dict[str, Any], piece: _Piece, shown: str) -> Iterator[Dam
     """Thinking, and text around it, inside a content of which not all is shown."""
     content = str(message.get("content"))
     if "</think>" in content and piece.kinds & {CONTENT, THINKING}:
-        for part, kind in _parts(content):
+        for part, kind in thinking_parts(content):
             if kind is not None and part not in shown:
                 what, name = ("thinking", "thinking") if kind == THINKING else ("content", "some text")
                 yield Damage(what, piece.index, f"the template strips {name} of message {piece.index + 1}")

@@ -55,7 +55,7 @@ class Calibration:
         self.model = load(model, "auto").model
         lora.load_adapter(self.model, adapter)
         step = max(1, len(examples) // MAX_ROWS)
-        self.rows = [mx.array([example.ids[:MAX_TOKENS]]) for example in examples[::step][:MAX_ROWS]]
+        self.rows = [mx.array(np.asarray(example.ids[:MAX_TOKENS])[None]) for example in examples[::step][:MAX_ROWS]]
 
     def hessians(self, wanted: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
         """(path, H [in, in]) of the linear layers in `wanted`, in the model's order, a few layers at a time."""
