@@ -84,7 +84,10 @@ def open_gguf(path: Path) -> Gguf:
 def _require_all_tensors(file: File, family: Family) -> None:
     layers = file.get(f"{family.gguf}.block_count")
     if not isinstance(layers, int) or not 0 < layers <= len(file.tensors):
-        raise UserError(f"{file.path}: {family.gguf}.block_count is {str(layers)[:40]}", "The file is damaged.")
+        raise UserError(
+            f"{file.path}: {family.gguf}.block_count is {str(layers)[:40]}, the file has {len(file.tensors)} tensors",
+            "The file is damaged: copy or download it again.",
+        )
     outer = [stem for stem in family.outer if stem != "output"]  # without it, the embedding is the head
     names = [f"{stem}.weight" for stem in outer]
     names += [f"blk.{layer}.{stem}.weight" for layer in range(layers) for stem in family.names]
