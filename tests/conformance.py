@@ -168,8 +168,8 @@ def table(rows: list[Row]) -> str:
 
 Measured by `python tests/conformance.py > convert/families.md` on tiny random models of each family, in float32,
 against transformers and PEFT. Differences are the largest of any logit: after loading, after two LoRA steps run by
-PEFT (and of the loss), and of the merged Hugging Face export. "bits": our table gives the original tensors back bit for bit. Layers
-that PEFT cannot adapt (experts kept in another form there) train here and leave through `--to hf`.
+PEFT (and of the loss), and of the merged Hugging Face export. "bits": our table gives the original tensors back
+bit for bit. Layers that PEFT cannot adapt (experts kept in another form there) train here and leave through `--to hf`.
 
 | family | HF -> MLX | inverse | loss after LoRA | PEFT out | PEFT back | HF out | not in PEFT |
 |---|---|---|---|---|---|---|---|
