@@ -35,7 +35,7 @@ def library() -> ctypes.CDLL:
     if found is None:
         raise UserError(
             "K-quants are made by llama.cpp's own code, which is not installed",
-            f"Install it (pip install {PACKAGE}); or --type f16, then llama-quantize; or --type q8_0, q5_1, q4_1, q4_0.",
+            f"pip install {PACKAGE}; or --type f16, then llama-quantize; or --type q8_0, q5_1, q4_1, q4_0.",
         )
     return found
 

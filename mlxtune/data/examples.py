@@ -11,7 +11,7 @@ from mlxtune.data import chat, turns
 from mlxtune.data.chat import Example
 from mlxtune.data.files import Bad, place
 from mlxtune.data.records import Record
-from mlxtune.data.template import Template, TemplateError
+from mlxtune.data.template import Messages, Template, TemplateError
 from mlxtune.data.turns import Damage
 from mlxtune.sections import DataSection
 
@@ -80,8 +80,10 @@ class Renderer:
         trained = [index for index in answers if chat.weight(record.messages[index])]
         if section.train_on == "last":
             trained = [index for index in trained if index == answers[-1]]
-        stripped = any(damage.kind == "thinking" and damage.index != answers[-1] for damage in found.damage)
-        if len(answers) > 1 and (section.expand_turns == "all" or (section.expand_turns == "auto" and stripped)):
+        expanded = section.expand_turns == "all" or (
+            section.expand_turns == "auto" and _strips_earlier(template, messages, record.tools, found)
+        )
+        if len(answers) > 1 and expanded:
             for number, index in enumerate(answers, 1):
                 if index in trained:
                     part = turns.locate(template, messages[: index + 1], record.tools)
@@ -107,3 +109,13 @@ class Renderer:
                 why = "; ".join(damage.text for damage in row.damage)
             return replace(row, example=None, dropped=why)
         return replace(row, example=example, shortened=shortened)
+
+
+def _strips_earlier(template: Template, messages: Messages, tools: Any, found: turns.Turns) -> bool:
+    """Whether thinking is lost that the template prints while its turn is the last one."""
+    lost = {damage.index for damage in found.damage if damage.kind == "thinking"} - {len(messages) - 1}
+    if not lost:
+        return False
+    first = min(lost)
+    upto = turns.locate(template, messages[: first + 1], tools)
+    return not any(damage.kind == "thinking" and damage.index == first for damage in upto.damage)
