@@ -1,4 +1,4 @@
-"""How every family does against transformers and PEFT: `python tests/conformance.py > convert/families.md`."""
+"""How every family does against transformers and PEFT: `python tests/conformance.py > tests/families.md`."""
 
 from __future__ import annotations
 
@@ -49,8 +49,7 @@ class Row:
 
 def measure(family: str, root: Path) -> Row:
     """Make a tiny model of the family, load it, train a step on it, and take it out every way there is."""
-    tiny.SHAPES.update(zoo.SHAPES)
-    folder = tiny.make_model(root / family, family)
+    folder = tiny.make_model(root / family, family, **zoo.SHAPES[family])
     row = Row(family)
     loaded = load(str(folder), "float32")
     row.logits = apart(mlx_logits(loaded.model), logits(reference(folder)))
@@ -166,7 +165,7 @@ def same(one: Path, other: Path) -> bool:
 def table(rows: list[Row]) -> str:
     head = """# Families
 
-Measured by `python tests/conformance.py > convert/families.md` on tiny random models of each family, in float32,
+Measured by `python tests/conformance.py > tests/families.md` on tiny random models of each family, in float32,
 against transformers and PEFT. Differences are the largest of any logit: after loading, after two LoRA steps run by
 PEFT (and of the loss), and of the merged Hugging Face export. "bits": our table gives the original tensors back
 bit for bit. Layers that PEFT cannot adapt (experts kept in another form there) train here and leave through `--to hf`.

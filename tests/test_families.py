@@ -62,9 +62,7 @@ def test_an_unknown_family_is_refused_before_any_work(hf_model: Path, tmp_path: 
 
 def test_the_documented_matrix_names_every_family() -> None:
     rows = [
-        line.split("|")[1].strip()
-        for line in (ROOT / "convert" / "families.md").read_text().splitlines()
-        if "|" in line
+        line.split("|")[1].strip() for line in (ROOT / "tests" / "families.md").read_text().splitlines() if "|" in line
     ]
     measured = {row for row in rows if row not in ("family", "---")}
     assert measured == set(zoo.SHAPES)
@@ -76,8 +74,7 @@ def test_a_converted_folder_is_plain_mlx_lms(family: str, tmp_path: Path) -> Non
     """What only our table can read from transformers, mlx-lm alone reads from the converted folder; so do we."""
     import mlx_lm
 
-    tiny.SHAPES.update(zoo.SHAPES)
-    hf = tiny.make_model(tmp_path / "hf", family)
+    hf = tiny.make_model(tmp_path / "hf", family, **zoo.SHAPES[family])
     assert tiny.mlxtune("convert", hf, tmp_path / "mlx", "--bits", "16").returncode == 0
     ids = mx.array(conformance.IDS)
     wanted = conformance.logits(conformance.reference(hf))
@@ -88,8 +85,7 @@ def test_a_converted_folder_is_plain_mlx_lms(family: str, tmp_path: Path) -> Non
 
 def test_a_vision_model_takes_its_tower_from_the_base(tmp_path: Path) -> None:
     """Refused without it; with it every tensor of the original is there, the tower's bit for bit."""
-    tiny.SHAPES.update(zoo.SHAPES)
-    hf = tiny.make_model(tmp_path / "hf", "gemma3")
+    hf = tiny.make_model(tmp_path / "hf", "gemma3", **zoo.SHAPES["gemma3"])
     assert tiny.mlxtune("convert", hf, tmp_path / "mlx", "--bits", "16").returncode == 0
     options = ("--model", tmp_path / "mlx", "--to", "hf", "--out", tmp_path / "out", "--no-verify")
     tiny.refused(tmp_path / "out", "export", *options, expected=("vision_tower", "--base HF_DIR"))

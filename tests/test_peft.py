@@ -68,8 +68,7 @@ MODELS = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("peft")
-    tiny.SHAPES.update(zoo.SHAPES)
-    made = {name: tiny.make_model(root / name, name) for name in MODELS if name != "tied"}
+    made = {name: tiny.make_model(root / name, name, **zoo.SHAPES.get(name, {})) for name in MODELS if name != "tied"}
     return {**made, "tied": tiny.make_model(root / "tied", "llama", tie_word_embeddings=True)}
 
 
