@@ -315,3 +315,26 @@ def test_what_llama_cpp_takes_for_granted_is_refused_by_name(tmp_path: Path) -> 
     with pytest.raises(gguf.UserError, match="models of type helium"):
         gguf.ship(Request(helium, None, out), "gguf", "f32", False)
     tiny.nothing_written(out)
+
+
+@pytest.mark.parametrize("setting", ["lora.variant=dora", "lora.train_also=[norms]"])
+def test_what_a_gguf_adapter_cannot_hold_is_refused(setting: str, mlx_model: Path, data: Path, tmp_path: Path) -> None:
+    settings = ("train.steps=1", "train.eval_every=0", "lora.rank=2", setting)
+    options = [text for one in settings for text in ("--set", one)]
+    trained = tiny.mlxtune("train", "--model", mlx_model, "--data", data, "--out", tmp_path / "run", *options)
+    assert trained.returncode == 0, trained.stderr
+    out = tmp_path / "a.gguf"
+    command = ("export", "--model", mlx_model, "--adapter", tmp_path / "run", "--to", "gguf-lora", "--out", out)
+    tiny.refused(out, *command, expected=("neither DoRA nor layers trained in full", "--to gguf --type f16"))
+
+
+def test_a_template_that_the_run_chose_goes_into_the_file(mlx_model: Path, data: Path, tmp_path: Path) -> None:
+    settings = ("train.steps=1", "train.eval_every=0", "lora.rank=2", "data.template=alpaca")
+    options = [text for one in settings for text in ("--set", one)]
+    trained = tiny.mlxtune("train", "--model", mlx_model, "--data", data, "--out", tmp_path / "run", *options)
+    assert trained.returncode == 0, trained.stderr
+    out = tmp_path / "m.gguf"
+    command = ("export", "--model", mlx_model, "--adapter", tmp_path / "run", "--to", "gguf", "--out", out)
+    assert tiny.mlxtune(*command, "--no-verify").returncode == 0
+    template = gguf_package.GGUFReader(out).get_field("tokenizer.chat_template").contents()
+    assert "### Response:" in template

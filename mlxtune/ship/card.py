@@ -32,16 +32,23 @@ def write_generation_config(work: Path, config: dict[str, Any]) -> None:
 
 def write_template(work: Path, adapter: Path | None) -> None:
     """Give an exported tokenizer the chat template that the run chose (`data.template`), and its end token."""
-    if adapter is None or not (adapter / "config.yaml").is_file():
-        return
-    chosen = load(adapter / "config.yaml").data.template
-    if chosen:
-        tokenizer = load_tokenizer(work)
-        use(tokenizer, work, chosen)
+    tokenizer = chosen_tokenizer(work, adapter)
+    if tokenizer is not None:
         config = read_json(work / "tokenizer_config.json", "of the tokenizer")
         template = {"chat_template": tokenizer.chat_template, "eos_token": tokenizer.eos_token}
         write_json(work / "tokenizer_config.json", {**config, **template})
         (work / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+def chosen_tokenizer(folder: Path, adapter: Path | None) -> Any:
+    """The folder's tokenizer with the chat template that the run chose; None when it chose none."""
+    run = None if adapter is None else adapter / "config.yaml"
+    chosen = load(run).data.template if run is not None and run.is_file() else ""
+    if not chosen:
+        return None
+    tokenizer = load_tokenizer(folder)
+    use(tokenizer, folder, chosen)
+    return tokenizer
 
 
 def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None) -> None:

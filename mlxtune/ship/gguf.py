@@ -27,7 +27,7 @@ from mlxtune.model import lora
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.load import source_of
 from mlxtune.model.quantize import QUANTIZED
-from mlxtune.ship import llama_cpp, modelfile, verify
+from mlxtune.ship import card, llama_cpp, modelfile, verify
 from mlxtune.ship.export import ReadBack, Request, _judged, _merged, base_name, save_proof
 from mlxtune.ship.merge import Merged, open_merged
 from mlxtune.ship.verify import Report
@@ -83,6 +83,11 @@ def to_lora(request: Request, work: Path) -> Exported:
         raise UserError("--to gguf-lora exports an adapter", "Name the run: --adapter RUN")
     tuned = open_merged(request.model, request.adapter)
     family = by_model_type(tuned.config["model_type"])
+    if lora.in_full(tuned.model) or any("m" in layer for layer in lora.adapters(tuned.model).values()):
+        raise UserError(
+            "a GGUF adapter holds LoRA and rsLoRA only: neither DoRA nor layers trained in full (lora.train_also)",
+            "Export the merged model: --to gguf --type f16 or q8_0.",
+        )
     factors = {
         path: (to_numpy(layer.lora_a), to_numpy(layer.lora_b), float(layer.scale))
         for path, layer in lora.adapters(tuned.model).items()
@@ -133,6 +138,10 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
     merged = replace(_merged(request), dtype=mx.float32)
     name = base_name(request, source_of(request.base or request.model)) or request.model.resolve().name
     plan = Plan.of(merged, kind, request.base or request.model, name.split("/")[-1])
+    tokenizer = card.chosen_tokenizer(request.base or request.model, request.adapter)
+    if tokenizer is not None:
+        plan.fields["tokenizer.chat_template"] = Field.of(tokenizer.chat_template)
+        plan.fields["tokenizer.ggml.eos_token_id"] = Field.of(tokenizer.eos_token_id)
     plan.write(merged, work / MODEL_FILE, progress)
     inexact = plan.choice.inexact
     notes = []
