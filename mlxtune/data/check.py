@@ -15,7 +15,7 @@ import numpy as np
 
 from mlxtune.config import Config
 from mlxtune.data import duplicates, lint
-from mlxtune.data.batches import DEFAULT_ROWS
+from mlxtune.data.batches import DEFAULT_ROWS, common
 from mlxtune.data.examples import Renderer, Row
 from mlxtune.data.files import Bad
 from mlxtune.data.records import Record
@@ -78,7 +78,6 @@ class Split:
     signatures: list[np.ndarray] = field(default_factory=list)
     numbers: list[np.ndarray] = field(default_factory=list)
     findings: dict[str, Finding] = field(default_factory=dict)
-
     files: list[str] = field(default_factory=list)
 
     def find(self, code: str, row: Record | Bad, said: str = "") -> None:
@@ -169,9 +168,7 @@ def _measure(out: Split, row: Row, limit: int) -> None:
         out.targets += targets
         ids = np.asarray(row.example.ids[:limit], np.int32)
         known = ids if out.prefix is None else out.prefix
-        shared = min(len(known), len(ids))
-        differ = np.flatnonzero(known[:shared] != ids[:shared])
-        out.prefix = known[: differ[0] if len(differ) else shared].copy()
+        out.prefix = known[: common(known, ids)].copy()
     out.lengths[length] += 1
 
 
