@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("mlxtune_convert",),
     ("mlxtune.errors",),
-    ("mlxtune.yaml_text",),
+    ("mlxtune.yaml_text", "mlxtune.mixing"),
     ("mlxtune.sections",),
     ("mlxtune.config", "mlxtune.backend"),
     ("mlxtune.data",),

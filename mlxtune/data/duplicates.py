@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlxtune.data.records import Record
+from mlxtune.mixing import GOLDEN, scrambled
 
 HASHES = 32
 BAND = 4  # hashes that must all agree for two rows to be compared: 8 bands catch 98% of pairs at similarity 0.8
@@ -69,14 +70,9 @@ def near(signatures: np.ndarray) -> np.ndarray:
 
 
 def seeded(hashes: Any, seed: int) -> np.ndarray:
-    """[N] uint64: a permutation of the hashes that the seed chooses; equal rows stay equal. splitmix64 (Steele, Lea and
-    Flood 2014).
-    """
-    with np.errstate(over="ignore"):
-        z = np.asarray(hashes, np.uint64) ^ np.uint64((seed + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    """[N] uint64: a permutation of the hashes that the seed chooses; equal rows stay equal."""
+    out: np.ndarray = scrambled(np.asarray(hashes, np.uint64) ^ np.uint64((seed + 1) * GOLDEN & 0xFFFFFFFFFFFFFFFF))
+    return out
 
 
 def threshold(hashes: np.ndarray, fraction: float, seed: int) -> int | None:

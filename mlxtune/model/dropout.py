@@ -12,6 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxtune.mixing import GOLDEN, scrambled
+
 
 class DropoutKeys:
     """The random keys of the current micro-batch, shared by all adapter layers; none outside training."""
@@ -91,9 +93,6 @@ def keys_for(seed: int, step: int, rows: Sequence[int], layers: int) -> np.ndarr
 
 
 def _mix(value: Any) -> Any:
-    """The splitmix64 finalizer (Steele, Lea and Flood 2014): a bijection of uint64 that looks random."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
-        z = np.asarray(value, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+    """The next number of splitmix64 after each `value`."""
+    with np.errstate(over="ignore"):
+        return scrambled(np.asarray(value, np.uint64) + np.uint64(GOLDEN))
