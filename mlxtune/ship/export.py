@@ -71,7 +71,7 @@ def to_mlx(request: Request, bits: int, group: int | None = None) -> Report | No
     one; nothing is kept then.
     """
     assert request.adapter is not None
-    merged = _merged(request)
+    merged = merged_of(request)
     if request.examples is not None and bits == UNQUANTIZED_BITS:
         verify.require_memory(merged.count())
     storage = dtype_name(merged.dtype) if bits == UNQUANTIZED_BITS else f"{bits} bits"
@@ -84,7 +84,7 @@ def to_mlx(request: Request, bits: int, group: int | None = None) -> Report | No
         if request.examples is None:
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        return _judged(work, ref, verify.mlx_runner(load(str(work), "float32")), "MLX, float32", storage, request)
+        return judged(work, ref, verify.mlx_runner(load(str(work), "float32")), "MLX, float32", storage, request)
 
 
 def to_hf(request: Request) -> Report | None:
@@ -95,7 +95,7 @@ def to_hf(request: Request) -> Report | None:
     source = source_of(folder)
     layout = layouts.by_model_type(source["config"])
     dropped = _dropped(layout, folder)
-    merged = _merged(request)
+    merged = merged_of(request)
     storage = dtype_name(merged.dtype)
     parameters = merged.count()
     if request.examples is not None:
@@ -118,7 +118,7 @@ def to_hf(request: Request) -> Report | None:
         if request.examples is None:
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        return _judged(work, ref, *_hf_runner(work), storage, request)
+        return judged(work, ref, *_hf_runner(work), storage, request)
 
 
 def _hf_runner(folder: Path) -> tuple[Runner, str]:
@@ -166,7 +166,7 @@ def to_peft(request: Request) -> Report | ReadBack | None:
             return save_proof(work, ReadBack(count))
         run = _peft_runner(request.model, work)
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        return _judged(work, ref, run, "PEFT on the dense base, float32", "float32", request)
+        return judged(work, ref, run, "PEFT on the dense base, float32", "float32", request)
 
 
 def _peft_runner(model: Path, folder: Path) -> Runner:
@@ -221,14 +221,15 @@ def names_base(adapter: Path) -> bool:
     return bool(read_json(adapter / peft.CONFIG_FILE, "a PEFT adapter").get("base_model_name_or_path"))
 
 
-def _merged(request: Request) -> Merged:
+def merged_of(request: Request) -> Merged:
+    """The model of a request with its adapter folded in. Raises UserError when `base` is another model."""
     if request.base is not None:
         check_base(request.base, request.model)
     dtype = getattr(mx, request.dtype) if request.dtype else None
     return open_merged(request.base or request.model, request.adapter, dtype)
 
 
-def _judged(work: Path, ref: Reference, run: Runner, name: str, storage: str, request: Request) -> Report:
+def judged(work: Path, ref: Reference, run: Runner, name: str, storage: str, request: Request) -> Report:
     """Measure, write the report beside the export, and refuse a failed one.
 
     On another base than the trained one (`--base`), the difference is that of the bases, so it is measured and not

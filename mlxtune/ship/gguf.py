@@ -28,7 +28,7 @@ from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.load import source_of
 from mlxtune.model.quantize import QUANTIZED
 from mlxtune.ship import card, llama_cpp, modelfile, verify
-from mlxtune.ship.export import ReadBack, Request, _judged, _merged, base_name, save_proof
+from mlxtune.ship.export import ReadBack, Request, base_name, judged, merged_of, save_proof
 from mlxtune.ship.merge import Merged, open_merged
 from mlxtune.ship.verify import Report
 
@@ -50,7 +50,7 @@ def default_type(request: Request) -> str:
     """`keep` where that is possible, else the floats that the model itself has."""
     if request.adapter is None and request.base is None:
         return KEEP
-    own = dtype_name(_merged(request).dtype)
+    own = dtype_name(merged_of(request).dtype)
     return {"float32": "f32", "bfloat16": "bf16"}.get(own, "f16")
 
 
@@ -107,7 +107,7 @@ def to_lora(request: Request, work: Path) -> Exported:
         whole = Path(folder) / "base.gguf"
         Plan.of(base, "f32", request.model, "base").write(base, whole)
         with llama_cpp.runner(whole, path) as run:
-            proof = _judged(work, ref, run, "llama.cpp on the float32 base", _float32(family), request)
+            proof = judged(work, ref, run, "llama.cpp on the float32 base", _float32(family), request)
     return Exported(what, proof, [])
 
 
@@ -135,7 +135,7 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
             "--type keep cannot take an adapter: merging changes the weights, and their codes with them",
             "Ship the adapter beside the kept base (--to gguf-lora), or merge with --type f16 or q8_0.",
         )
-    merged = replace(_merged(request), dtype=mx.float32)
+    merged = replace(merged_of(request), dtype=mx.float32)
     name = base_name(request, source_of(request.base or request.model)) or request.model.resolve().name
     plan = Plan.of(merged, kind, request.base or request.model, name.split("/")[-1])
     tokenizer = card.chosen_tokenizer(request.base or request.model, request.adapter)
@@ -154,16 +154,16 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
     if request.examples is None:
         return Exported(f"gguf {kind}", None, notes)
     if not llama_cpp.installed():
-        count = plan.read_back(replace(_merged(request), dtype=mx.float32), work / MODEL_FILE)
+        count = plan.read_back(replace(merged_of(request), dtype=mx.float32), work / MODEL_FILE)
         return Exported(f"gguf {kind}", save_proof(work, ReadBack(count, missing=ggml.PACKAGE)), notes)
-    verify.require_memory(_merged(request).count())
+    verify.require_memory(merged_of(request).count())
     ref = verify.reference(str(request.model), request.adapter, request.examples)
     storage = {"f16": "float16", "bf16": "bfloat16", KEEP: "kept codes"}.get(kind, kind)
     if kind == "f32":
         storage = _float32(plan.family)
     with llama_cpp.runner(work / MODEL_FILE) as run:
         notes += compare_tokens(run, load_tokenizer(request.base or request.model), request.examples)
-        return Exported(f"gguf {kind}", _judged(work, ref, run, f"llama.cpp, {kind}", storage, request), notes)
+        return Exported(f"gguf {kind}", judged(work, ref, run, f"llama.cpp, {kind}", storage, request), notes)
 
 
 @dataclass(frozen=True)
