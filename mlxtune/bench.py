@@ -36,7 +36,7 @@ from mlxtune.model.load import Loaded, load
 from mlxtune.train import fast, loop, optim
 from mlxtune.train.loss import Path as Way
 
-OURS, THEIRS = "mlxtune", "mlx-lm"
+OURS, THEIRS, CHECKPOINTED = "mlxtune", "mlx-lm", "mlx-lm-checkpointed"  # mlx-lm's default is not to checkpoint
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,18 @@ def measure(settings: Config, rows: int, who: str) -> Measured:
     return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def compare(settings: Config, rows: int, pairs: int, said: Callable[[str], None]) -> tuple[list[Measured], Any]:
+def compare(
+    settings: Config, rows: int, pairs: int, said: Callable[[str], None], other: str = THEIRS
+) -> tuple[list[Measured], Any]:
     """(all measurements, the ratio of median seconds per row with its spread) of alternating pairs."""
     found: list[Measured] = []
     for number in range(pairs):
-        for who in (OURS, THEIRS)[:: 1 if number % 2 == 0 else -1]:
+        for who in (OURS, other)[:: 1 if number % 2 == 0 else -1]:
             found.append(measure(settings, rows, who))
             said(f"pair {number + 1}/{pairs}: {who} {found[-1].seconds_per_row:.3f} s per row")
-    ours, theirs = ([m.seconds_per_row for m in found if m.who == who] for who in (OURS, THEIRS))
+    ours, theirs = ([m.seconds_per_row for m in found if m.who == who] for who in (OURS, other))
     single = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    peaks = [[m.peak_bytes for m in found if m.who == who] for who in (OURS, THEIRS)]
+    peaks = [[m.peak_bytes for m in found if m.who == who] for who in (OURS, other)]
     return found, {
         "time": statistics.median(ours) / statistics.median(theirs),
         "time_lowest": single[0],
@@ -115,7 +117,7 @@ def _child(who: str, file: str, count: int) -> Measured:
         raise UserError(f"{settings.data.path}: {len(rows)} usable rows are too few to measure with")
     if who == OURS:
         return _ours(settings, plan, steps)
-    return _theirs(settings, [plan.examples[row] for row in sorted(set(rows))], size)
+    return _theirs(who, settings, [plan.examples[row] for row in sorted(set(rows))], size)
 
 
 def _ours(settings: Config, plan: Plan, steps: int) -> Measured:
@@ -161,7 +163,7 @@ def _ours(settings: Config, plan: Plan, steps: int) -> Measured:
     )
 
 
-def _theirs(settings: Config, examples: list[Example], rows: int) -> Measured:
+def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> Measured:
     """mlx-lm's trainer with the loss on answers only, its batches in its own order, every batch once."""
     from mlx_lm.tuner import trainer
     from mlx_lm.tuner.callbacks import TrainingCallback
@@ -208,7 +210,7 @@ def _theirs(settings: Config, examples: list[Example], rows: int) -> Measured:
             steps_per_save=10**9,
             max_seq_length=settings.data.max_tokens,
             adapter_file=str(Path(folder) / "adapters.safetensors"),
-            grad_checkpoint=settings.train.checkpoint_layers != "none",
+            grad_checkpoint=who == CHECKPOINTED,
         )
         optimizer = optimizers.AdamW(settings.train.lr)
         dataset = CacheDataset(Rows())
@@ -218,7 +220,7 @@ def _theirs(settings: Config, examples: list[Example], rows: int) -> Measured:
     used = lengths - steps * rows  # as for ours: a row's last token predicts nothing
     padded = sum(batch[0].shape[0] * (batch[0].shape[1] - 1) for batch in seen)
     return Measured(
-        THEIRS,
+        who,
         rows=steps * rows,
         steps=steps,
         seconds=sum(Clock.seconds[1:]),

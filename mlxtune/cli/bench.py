@@ -22,7 +22,11 @@ DEMO = ("lora.rank=8", "lora.alpha=16")
 @click.option(
     "--rows", type=click.IntRange(min=8), default=32, show_default=True, help="Training rows to measure with."
 )
-@click.option("--against", type=click.Choice(["mlx-lm"]), help="Its trainer too, in turns.")
+@click.option(
+    "--against",
+    type=click.Choice(["mlx-lm", "mlx-lm-checkpointed"]),
+    help="Its trainer too, in turns: as it is by default, or with its checkpointing.",
+)
 @click.option("--pairs", type=click.IntRange(min=5), default=None, help="Measurements of each.  [default: 5]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @common.settings_option
@@ -67,7 +71,7 @@ def bench(
         if against is None:
             found = [measuring.measure(resolved, rows, measuring.OURS)]
         else:
-            found, ratio = measuring.compare(resolved, rows, pairs or 5, lambda line: console.print(line))
+            found, ratio = measuring.compare(resolved, rows, pairs or 5, lambda line: console.print(line), against)
     if as_json:
         click.echo(json.dumps({"measured": [asdict(one) for one in found], "ratio": ratio}))
         return
@@ -77,7 +81,7 @@ def bench(
         _print(own[len(own) // 2])
     if ratio is not None:
         out.print(
-            f"time {ratio['time']:.2f} of mlx-lm's (single pairs {ratio['time_lowest']:.2f} to "
+            f"time {ratio['time']:.2f} of {against}'s (single pairs {ratio['time_lowest']:.2f} to "
             f"{ratio['time_highest']:.2f}, {ratio['pairs']} pairs), peak memory {ratio['peak']:.2f} of its"
         )
 

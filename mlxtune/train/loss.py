@@ -152,18 +152,21 @@ def _chunk_loss(split: Split, targets: mx.array) -> Callable[[mx.array], mx.arra
     """[C, D] hidden rows -> the sum of their losses."""
 
     @mx.custom_function
-    def cross_entropy(logits: mx.array) -> mx.array:
-        picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return (mx.logsumexp(logits, axis=-1) - picked).sum()
+    def cross_entropy(logits: mx.array) -> tuple[mx.array, mx.array]:
+        """(summed loss, softmax): one exponential of each logit serves both."""
+        highest = logits.max(axis=-1, keepdims=True)
+        powers = mx.exp(logits - highest)
+        total = powers.sum(axis=-1, keepdims=True)
+        picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
+        return (mx.log(total) + highest - picked).sum(), powers / total
 
     @cross_entropy.vjp
-    def softmax_minus_one_hot(logits: mx.array, cotangent: mx.array, _: Any) -> mx.array:
-        # Nothing else may hold the softmax: then all this happens in its own buffer.
-        return cotangent * mx.softmax(logits, axis=-1).at[mx.arange(targets.size), targets].subtract(1)
+    def softmax_minus_one_hot(_: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+        return cotangents[0] * outputs[1].at[mx.arange(targets.size), targets].subtract(1)
 
     def loss(rows: mx.array) -> mx.array:
         out: Any = cross_entropy(_wide(split.logits(rows)))
-        return out
+        return out[0]
 
     return loss
 
