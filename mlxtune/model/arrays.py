@@ -9,6 +9,7 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from mlxtune_convert.files import flush
 from mlxtune_convert.tensors import save_checked
 
 
@@ -37,7 +38,9 @@ def save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
     partial = file.with_name(f".{file.stem}.partial.safetensors")
     try:
         save_checked(partial, {name: to_numpy(array) for name, array in arrays.items()}, {"format": "mlx"})
+        flush(partial)
         partial.replace(file)
+        flush(file.parent)
     except OSError as error:
         error.filename = str(file)
         raise
