@@ -9,6 +9,7 @@ Legend: B rows, T tokens, W width that a bucket's rows are padded to.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,10 @@ class Batch:
     def tokens(self) -> int:
         """Tokens that are not padding."""
         return int(self.lengths.sum())
+
+    def part(self, rows: slice) -> Batch:
+        """Some of its rows, padded as before."""
+        return Batch(self.rows[rows], self.ids[rows], self.lengths[rows], self.mask[rows])
 
     def supervised(self) -> tuple[np.ndarray, np.ndarray]:
         """(positions, target ids), [N] each: flat positions in a [B, T-1] hidden state that predict a supervised
@@ -125,17 +130,14 @@ def first_target(example: Example) -> int:
 
 
 def groups(examples: Sequence[Example], least: int) -> list[list[int]]:
-    """Sets of two and more rows that share at least `least` tokens before their first target."""
-    order = sorted(range(len(examples)), key=lambda row: list(examples[row].ids))
-    out: list[list[int]] = []
-    for row in order:
-        before = examples[out[-1][-1]] if out else None
-        mine = examples[row]
-        if before is not None and min(common(before.ids, mine.ids), first_target(mine) - 1) >= least:
-            out[-1].append(row)
-        else:
-            out.append([row])
-    return [group for group in out if len(group) > 1]
+    """Sets of two and more rows that share their first `least` tokens, all before their first target."""
+    found: dict[bytes, list[int]] = {}
+    for row in range(len(examples)):
+        example = examples[row]
+        if first_target(example) > least:
+            beginning = np.asarray(example.ids[:least], np.int32).tobytes()
+            found.setdefault(hashlib.blake2b(beginning, digest_size=16).digest(), []).append(row)
+    return [group for group in found.values() if len(group) > 1]
 
 
 def epoch_order(examples: Sequence[Example], draw: np.random.Generator) -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +19,7 @@ from mlx.utils import tree_unflatten
 
 from mlxtune import backend
 from mlxtune.config import Config, TrainSection
-from mlxtune.data.batches import Batch, collate, common
+from mlxtune.data.batches import MIN_GROUP_TOKENS, Batch, collate, common, groups
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import prefix
@@ -152,9 +151,8 @@ def proof_batches(examples: Sequence[Example], path: Path, grouped: bool) -> lis
         tokens = min(tokens, prefix.longest_worth_it(path.prefix, rows=2))
     order = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
     if grouped:
-        by_text = sorted(order, key=lambda row: list(examples[row].ids))
-        pairs = list(pairwise(by_text))
-        best = max(pairs, key=lambda pair: common(examples[pair[0]].ids, examples[pair[1]].ids), default=())
+        pairs = [group[:2] for group in groups(examples, MIN_GROUP_TOKENS)]
+        best = max(pairs, key=lambda pair: common(examples[pair[0]].ids, examples[pair[1]].ids), default=[])
         order = [*best, *order]
     rows = [_cut(examples[index], tokens) for index in (order * 4)[:4]]
     return [collate(rows, [0, 1]), collate(rows, [2, 3])]
