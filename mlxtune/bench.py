@@ -33,8 +33,9 @@ from mlxtune.model import lora, prefix
 from mlxtune.model.arrays import dtype_name, scalar
 from mlxtune.model.layers import dense_shape
 from mlxtune.model.load import Loaded, load
-from mlxtune.train import fast, loop, optim
+from mlxtune.train import fast, optim
 from mlxtune.train.loss import Path as Way
+from mlxtune.train.step import Job, StepFunction
 
 OURS, THEIRS, CHECKPOINTED = "mlxtune", "mlx-lm", "mlx-lm-checkpointed"  # mlx-lm's default is not to checkpoint
 
@@ -125,10 +126,10 @@ def _ours(settings: Config, plan: Plan, steps: int) -> Measured:
     base = mx.get_active_memory()
     dropout = lora.attach(loaded.model, lora.Spec.of(loaded.model, settings.lora), settings.train.seed)
     path, _ = fast.choose(loaded.model, plan.examples, settings, loaded.dtype)
-    nothing: Any = None
-    job = loop.Job(loaded.model, path, dropout, plan, settings.train, Path(), nothing, str, "")
+    unused: Any = None
+    job = Job(loaded.model, path, dropout, plan, settings.train, Path(), unused, str, unused, unused)
     optimizer = optim.build(settings.train, loaded.model.trainable_parameters())
-    step = loop.StepFunction(job, optimizer)
+    step = StepFunction(job, optimizer)
     batches = [batch for number in range(1, steps + 1) for batch in plan.step(number)]
     longest = max(range(1, steps + 1), key=lambda number: max(batch.ids.size for batch in plan.step(number)))
     mx.clear_cache()

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 
 import mlxtune
-from mlxtune import backend
+from mlxtune import backend, host
 
-LOW_DISK = 10 * backend.GIB
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "datasets", "huggingface_hub", "numpy", "torch", "peft", "xllamacpp")
 
 
@@ -24,7 +23,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
     import mlx.core as mx
 
     device = backend.kind()
-    free = shutil.disk_usage(Path.cwd()).free
+    free, battery = shutil.disk_usage(Path.cwd()).free, host.battery()
     facts = {
         "mlxtune": mlxtune.__version__,
         "python": f"{platform.python_version()} ({platform.machine()})",
@@ -33,6 +32,8 @@ def examine() -> tuple[dict[str, str], list[str]]:
         "memory": f"{backend.memory_bytes() / backend.GIB:.1f} GiB",
         "device": device,
         "free disk": f"{free / backend.GIB:.1f} GiB",
+        "power": "plugged in, or no battery" if battery is None else f"battery, {battery}%",
+        "sleep": "held off while training (caffeinate)" if shutil.which("caffeinate") else "not held off here",
     }
     advice = []
     working_set = mx.device_info().get("max_recommended_working_set_size")
@@ -44,8 +45,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
             advice.append("OpenBLAS makes float32 some 30 times faster here: apt-get install libopenblas0-pthread")
     if under_rosetta():
         advice.append("this Python runs under Rosetta; install an arm64 Python, or MLX cannot use the GPU")
-    if free < LOW_DISK:
-        advice.append("little disk space is left here; a 7B model takes 4 GiB in 4 bits and 15 GiB in 16 bits")
+    advice += host.warnings(Path.cwd())
     facts.update(_hub())
     for name in LIBRARIES:
         try:

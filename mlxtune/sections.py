@@ -168,6 +168,19 @@ class TrainSection(Section):
     save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: never")
     keep: Literal["best", "last"] = Field("best", description="which adapter RUN/adapters.safetensors holds at the end")
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay")
+    patience: int = Field(
+        0, ge=0, description="evaluations in a row without a lower validation loss that end the run; 0: none do"
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a loss or gradient that is no number: stop, or leave the step out (at most 10 of a run)"
+    )
+    sample_prompts: list[str] = Field(
+        default_factory=list, description="answered greedily at each evaluation; kept in events.jsonl"
+    )
+    loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="where the numbers go as well: tensorboard, wandb, trackio"
+    )
+    keep_awake: Literal["auto", "off"] = Field("auto", description="auto: a Mac does not go to sleep while training")
 
     @field_validator("checkpoint_layers")
     @classmethod
@@ -176,7 +189,7 @@ class TrainSection(Section):
             raise ValueError("use none, all, or n for every n-th block")
         return value
 
-    _limit_off = field_validator("memory_limit", mode="before")(_yaml_off)
+    _off = field_validator("memory_limit", "keep_awake", mode="before")(_yaml_off)
 
     @field_validator("memory_limit")
     @classmethod

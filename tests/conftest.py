@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+from training import options
 
 HOME_CACHE = os.environ.get("XDG_CACHE_HOME")  # the user's own, None where it is the usual place
 
@@ -97,4 +98,14 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("smollm2") / "model"
     result = tiny.mlxtune("convert", smollm2_gguf, out)
     assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
+def whole(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted, by the command: its bits are compared with those of other commands. (In this
+    process PyTorch may bring another BLAS.)"""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    done = tiny.mlxtune(*options(mlx_model, data, out))
+    assert done.returncode == 0, done.stderr
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 
 import pytest
 from rich.console import Console
@@ -35,6 +36,30 @@ def test_the_time_left_is_right_from_the_first_steps_on(first: int) -> None:
     assert meter.eta_seconds() == pytest.approx(3.0 * (100 - (first + 9)))
 
 
+def test_the_time_left_is_right_within_a_fifth_after_a_tenth_of_the_run() -> None:
+    """A fake clock: a slow start (step 0's evaluation, a first step that compiles), steps that differ by their rows,
+    an evaluation every 20 steps and a checkpoint every 25."""
+    draw = random.Random(1)
+    now, steps, left = [0.0], 200, 0.0
+    meter = Meter(steps, eval_every=20, clock=lambda: now[0])
+    told = None
+
+    def pass_by(seconds: float, event: dict) -> None:
+        now[0] += seconds
+        meter.update(event)
+
+    pass_by(12.0, {"kind": "eval", "step": 0, "loss": 2.0})
+    for number in range(1, steps + 1):
+        pass_by(30.0 if number == 1 else draw.uniform(1.0, 3.0), step(number))
+        if number % 20 == 0:
+            pass_by(12.0, {"kind": "eval", "step": number, "loss": 2.0})
+        if number % 25 == 0:
+            pass_by(1.0, {"kind": "checkpoint", "step": number})
+        if number == steps // 10:
+            told, left = meter.eta_seconds(), -now[0]
+    assert told == pytest.approx(left + now[0], rel=0.2)
+
+
 def test_durations_read_as_clocks_do() -> None:
     assert [duration(seconds) for seconds in (9, 75, 7509)] == ["0:09", "1:15", "2:05:09"]
 
@@ -43,7 +68,7 @@ def test_without_a_terminal_the_numbers_come_as_plain_lines() -> None:
     out = io.StringIO()
     with Display(Console(file=out, width=200)) as display:
         display({"kind": "note", "text": "24 training rows"})
-        display.begin(2)
+        display.begin(2, 0)
         display({"kind": "eval", "step": 0, "loss": 3.5, "tokens": 1200})
         display(step(1))
         display(step(2, loss=1.0))
@@ -59,7 +84,7 @@ def test_without_a_terminal_the_numbers_come_as_plain_lines() -> None:
 def test_a_terminal_shows_a_bar_and_the_same_numbers() -> None:
     out = io.StringIO()
     with Display(Console(file=out, width=120, force_terminal=True)) as display:
-        display.begin(4)
+        display.begin(4, 0)
         display({"kind": "eval", "step": 0, "loss": 3.5, "tokens": 9})
         display(step(1))
         display({"kind": "eval", "step": 1, "loss": 1.25, "tokens": 9})

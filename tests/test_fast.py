@@ -7,6 +7,7 @@ float64 too, where rounding cannot hide a small mistake.
 from __future__ import annotations
 
 import importlib
+import shutil
 from itertools import product
 from typing import Any
 
@@ -25,8 +26,9 @@ from mlxtune.model.arrays import named
 from mlxtune.model.head import Split
 from mlxtune.model.quantize import on_cpu
 from mlxtune.sections import LoraSection
-from mlxtune.train import fast, loop, loss, optim
+from mlxtune.train import fast, loss, optim
 from mlxtune.train.loss import Path
+from mlxtune.train.step import Job, StepFunction
 
 COMMON = {
     "hidden_size": 64,
@@ -202,8 +204,8 @@ def steps(kind: str, bits: int, dropout: float, path: Path | None) -> list[float
         shared = None if dropout else prefix.of_run(examples)
         path = Path(Split.of(model, mx.array([examples[0].ids])), prefix=shared, recompute=1)
     plan = Plan(examples, section)
-    job = loop.Job(model, path, model.dropout_keys, plan, section, None, None, [], "")  # type: ignore[arg-type]
-    step = loop.StepFunction(job, optim.build(section, model.trainable_parameters()))
+    job = Job(model, path, model.dropout_keys, plan, section, None, None, str, None, None)  # type: ignore[arg-type]
+    step = StepFunction(job, optim.build(section, model.trainable_parameters()))
     return [step(number)["loss"] for number in range(1, 21)]
 
 
@@ -282,3 +284,20 @@ def test_rows_supervised_from_the_start_share_nothing() -> None:
 def test_grouping_rows_for_a_prefix_that_is_off_is_refused(setting: str) -> None:
     with pytest.raises(UserError, match=r"data\.group_by_prefix has no effect"):
         fast.refuse_idle(configuration.load(None, ("data.group_by_prefix=true", setting)))
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_with_compilation_on_as_on_a_gpu_every_way_computes_the_same(kind: str) -> None:
+    """On a GPU the parts that mlx-lm compiles stay compiled (one signature each, for any shape)."""
+    model = make(kind)
+    expected, wanted = fast.gradients(model, Path(), BATCH)
+    mx.enable_compile()
+    try:
+        for label, path in {"plain": Path(), **ways(model, BATCH)}.items():
+            value, got = fast.gradients(model, path, BATCH)
+            assert value == pytest.approx(expected, rel=1e-6), label
+            for name, gradient in wanted.items():
+                assert np.linalg.norm(got[name] - gradient) <= 3e-5 * np.linalg.norm(gradient), (label, name)
+    finally:
+        mx.disable_compile()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; rooms on one line know nothing of each other.
 LAYERS = (
     ("mlxtune_convert",),
-    ("mlxtune.errors",),
+    ("mlxtune.errors", "mlxtune.host"),
     ("mlxtune.yaml_text", "mlxtune.mixing"),
     ("mlxtune.sections",),
     ("mlxtune.config", "mlxtune.backend"),
@@ -31,6 +31,7 @@ LAYERS = (
     ("mlxtune.evaluate",),
     ("mlxtune.ship",),
     ("mlxtune.session",),
+    ("mlxtune.tuning", "mlxtune.runs"),
     ("mlxtune.demo",),
     ("mlxtune.bench",),
     ("mlxtune.diagnosis",),

@@ -13,12 +13,14 @@ import torch
 from mlx.utils import tree_flatten, tree_unflatten
 from rich.console import Console
 
-from mlxtune import config, session
+from mlxtune import config, errors, session, tuning
 from mlxtune.data.batches import Plan
 from mlxtune.model import lora
 from mlxtune.model.load import load
 from mlxtune.train import events, optim
 from mlxtune.train.display import Display
+from mlxtune.train.loss import Path as Way
+from mlxtune.train.step import Job, StepFunction
 
 SETTINGS = (
     "train.steps=20",
@@ -41,7 +43,7 @@ def tune(model: Path, data: Path, out: Path, *settings: str, resume: bool = Fals
     """Train through the session; return the run's events."""
     resolved = config.load(None, (*SETTINGS, *settings), {"model.path": str(model), "data.path": str(data)})
     with Display(Console(quiet=True)) as display:
-        session.tune(resolved, out, display, resume)
+        tuning.tune(resolved, out, display, resume)
     return events.read(out)
 
 
@@ -161,18 +163,16 @@ def test_accumulated_micro_batches_weigh_every_token_the_same(dense_model: Path,
     from mlxtune.data.batches import collate
 
     whole = collate(one[0].examples, rows)
-    step = session.loop.StepFunction(_job(loaded, plan, dropout, resolved), optim.build(resolved.train, {}))
-    total, summed = step._accumulate(1, batches)
-    total_whole, gradient = step._accumulate(1, [whole])
-    assert total == pytest.approx(total_whole, rel=1e-6)
+    function = StepFunction(_job(loaded, plan, dropout, resolved), optim.build(resolved.train, {}))
+    losses_of_parts, summed = function._accumulate(1, batches)
+    loss_of_whole, gradient = function._accumulate(1, [whole])
+    assert sum(losses_of_parts) == pytest.approx(loss_of_whole[0], rel=1e-6)
     for (name, a), (_, b) in zip(tree_flatten(summed), tree_flatten(gradient), strict=True):
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def _job(loaded, plan, dropout, resolved):  # type: ignore[no-untyped-def]
-    return session.loop.Job(
-        loaded.model, session.fast.Path(), dropout, plan, resolved.train, Path(), lambda: None, [], ""
-    )  # type: ignore[arg-type,return-value]
+    return Job(loaded.model, Way(), dropout, plan, resolved.train, Path(), None, str, None, None)  # type: ignore[arg-type,return-value]
 
 
 @pytest.mark.parametrize("dropout", ["0.0", "0.3"])
@@ -216,15 +216,15 @@ def test_a_non_finite_loss_stops_the_run_names_the_rows_and_keeps_the_last_good_
     mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A NaN in the loss of step 7 (put there, as real data would, through the loss function)."""
-    real = session.loop.StepFunction._loss
+    real = StepFunction._loss
     calls = []
 
-    def poisoned(step, batch):  # type: ignore[no-untyped-def]
+    def poisoned(self, batch):  # type: ignore[no-untyped-def]
         calls.append(batch)
-        return real(step, batch) * (float("nan") if len(calls) == 13 else 1.0)
+        return real(self, batch) * (float("nan") if len(calls) == 13 else 1.0)
 
-    monkeypatch.setattr(session.loop.StepFunction, "_loss", poisoned)
-    with pytest.raises(session.UserError) as refused:
+    monkeypatch.setattr(StepFunction, "_loss", poisoned)
+    with pytest.raises(errors.UserError) as refused:
         tune(mlx_model, data, tmp_path / "run", "train.eval_every=5")
     assert "step 7" in str(refused.value)
     assert "line " in str(refused.value)

@@ -14,14 +14,15 @@ import pytest
 import tiny
 
 from mlxtune import config as configuration
-from mlxtune import session
+from mlxtune import session, tuning
 from mlxtune.config import TrainSection
 from mlxtune.data.batches import Plan
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.quantize import on_cpu
-from mlxtune.train import fast, fit, loop, optim
+from mlxtune.train import fast, fit, optim
+from mlxtune.train.step import Job, StepFunction
 
 SIZES = {
     "hidden_size": 128,
@@ -80,8 +81,8 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
     predicted = fit.plan(model, resolved, sizes, mx.float32, plan)
     path, _ = fast.choose(model, plan.examples, resolved, mx.float32)
     assert (path.split is None) == (resolved.fast.head == "off")
-    job = loop.Job(model, path, keys, plan, resolved.train, None, None, [], "")  # type: ignore[arg-type]
-    step = loop.StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))
+    job = Job(model, path, keys, plan, resolved.train, None, None, str, None, None)  # type: ignore[arg-type]
+    step = StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))
     mx.clear_cache()
     mx.reset_peak_memory()
     step(max(range(1, plan.steps + 1), key=lambda number: plan.step(number)[0].ids.size))
@@ -98,16 +99,16 @@ def test_a_run_is_made_to_fit_by_checkpointing_and_then_by_smaller_micro_batches
     """The optimizer step keeps its rows: half the rows, twice the micro-batches."""
     resolved = tiny_run(mlx_model, data)
     found, _ = session.read_data(resolved)
-    asked, _, notes = session.memory_plan(resolved, found)
+    asked, _, notes = tuning.memory_plan(resolved, found)
     assert (asked, notes) == (resolved, [])
     smaller = ("train.batch_rows=2", "train.accumulate=2", "train.checkpoint_layers=all")
-    allowed = session.memory_plan(tiny_run(mlx_model, data, *smaller), found)[1].total
-    fitted, predicted, notes = session.memory_plan(tiny_run(mlx_model, data, f"train.memory_limit={allowed}"), found)
+    allowed = tuning.memory_plan(tiny_run(mlx_model, data, *smaller), found)[1].total
+    fitted, predicted, notes = tuning.memory_plan(tiny_run(mlx_model, data, f"train.memory_limit={allowed}"), found)
     assert predicted.total <= allowed
     assert fitted.train.checkpoint_layers == "all"
     assert fitted.train.batch_rows * fitted.train.accumulate == 4 > fitted.train.batch_rows
     assert "train.checkpoint_layers=all" in notes[0]
-    assert session.memory_plan(tiny_run(mlx_model, data, "train.memory_limit=off"), found)[0].train.batch_rows == 4
+    assert tuning.memory_plan(tiny_run(mlx_model, data, "train.memory_limit=off"), found)[0].train.batch_rows == 4
 
 
 def test_a_budget_of_tokens_is_halved_too() -> None:

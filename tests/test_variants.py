@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import tiny
 
-from mlxtune import config, session
+from mlxtune import config, session, tuning
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.model import lora
 from mlxtune.model.load import load
 from mlxtune.sections import LoraSection
 from mlxtune.ship.merge import open_merged
 from mlxtune.train.display import Display
-from mlxtune.train.signals import StopRequest
 
 IDS = mx.array(np.random.default_rng(3).integers(3, 250, (1, 40)))
 KINDS: dict[str, dict[str, Any]] = {
@@ -140,13 +139,12 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(
 ) -> None:
     wanted = _config(mlx_model, data, *settings)
     with _quiet() as display:
-        session.tune(wanted, tmp_path / "whole", display)
+        tuning.tune(wanted, tmp_path / "whole", display)
     with monkeypatch.context() as patch, pytest.raises(Interrupted), _quiet() as display:
-        patch.setattr(StopRequest, "exit_code", property(lambda self: 130), raising=False)
-        patch.setattr(StopRequest, "__init__", lambda self: None)
-        session.tune(wanted, tmp_path / "cut", display)
+        tiny.interrupt_after(patch, 1)
+        tuning.tune(wanted, tmp_path / "cut", display)
     with _quiet() as display:
-        session.tune(session.run_config(tmp_path / "cut"), tmp_path / "cut", display, resume=True)
+        tuning.tune(session.run_config(tmp_path / "cut"), tmp_path / "cut", display, resume=True)
     one, other = (mx.load(str(lora.adapter_file(tmp_path / name))) for name in ("whole", "cut"))
     assert sorted(one) == sorted(other)
     for name, array in one.items():
@@ -156,10 +154,10 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(
 def test_training_goes_on_from_an_adapter(mlx_model: Path, data: Path, tmp_path: Path) -> None:
     """The first evaluation is the adapter's own, its ranks are kept, and it gets better."""
     with _quiet() as display:
-        first = session.tune(_config(mlx_model, data, "lora.ranks={down_proj: 5}"), tmp_path / "first", display)
+        first = tuning.tune(_config(mlx_model, data, "lora.ranks={down_proj: 5}"), tmp_path / "first", display)
     more = _config(mlx_model, data, f"lora.start_from={tmp_path / 'first'}", "lora.rank=7")
     with _quiet() as display:
-        second = session.tune(more, tmp_path / "second", display)
+        second = tuning.tune(more, tmp_path / "second", display)
     events = [json.loads(line) for line in (tmp_path / "second" / "events.jsonl").read_text().splitlines()]
     start = next(event for event in events if event["kind"] == "eval")
     assert start["loss"] == pytest.approx(first.best_loss, abs=1e-6)

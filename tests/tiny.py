@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,19 @@ def lose_a_tensor(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def interrupt_after(patch: Any, step: int) -> None:
+    """Send this process SIGINT when it has computed a training step, as Ctrl-C would."""
+    from mlxtune.train.step import StepFunction
+
+    real = StepFunction.__call__
+
+    def call(self: Any, number: int) -> dict[str, Any]:
+        event = real(self, number)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)  # a thread of its own hears it
+        return event
+
+    patch.setattr(StepFunction, "__call__", call)

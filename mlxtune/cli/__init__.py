@@ -9,14 +9,14 @@ import click
 from mlxtune_convert.files import REFUSALS
 
 import mlxtune
-from mlxtune.cli import bench, convert, data, demo, doctor, ship, train, use
+from mlxtune.cli import bench, convert, data, demo, doctor, runs, ship, train, use
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.train import signals
 
 SECTIONS: dict[str, list[click.Command]] = {
     "Begin": [demo.demo, doctor.doctor, bench.bench],
     "Prepare": [convert.convert, data.data],
-    "Tune": [train.train, use.eval_command],
+    "Tune": [train.train, runs.runs, use.eval_command],
     "Use": [use.generate, use.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],
 }

@@ -31,11 +31,11 @@ settings_option = click.option(
 force_option = click.option("--force", is_flag=True, help="Replace the destination.")
 
 
-def console() -> Console:
+def console(quiet: bool = False) -> Console:
     """Standard error: progress, notes, and what is not the command's result."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, emoji=False, markup=False)
+    return Console(stderr=True, highlight=False, emoji=False, markup=False, quiet=quiet)
 
 
 def stdout() -> Console:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 )
 @common.settings_option
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its configuration.")
+@click.option(
+    "--resume-anyway", is_flag=True, help="The same, with keys changed that only say how long, how often, what is kept."
+)
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; train nothing.")
 def train(
     file: str | None,
@@ -30,59 +33,72 @@ def train(
     out: Path | None,
     settings: tuple[str, ...],
     resume: bool,
+    resume_anyway: bool,
     dry_run: bool,
 ) -> None:
     """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
 
     Flags beat the file, the file beats the defaults. RUN/adapters.safetensors ends up as the adapter with the lowest
-    validation loss. Ctrl-C finishes the step, saves, and can be resumed.
+    validation loss. Ctrl-C finishes the step, saves, and can be resumed. On several machines: mlx.launch.
 
     \b
     mlxtune train -c quick --model model --data data
     mlxtune train -c qlora --model model --data data --set train.lr=1e-4 --out run
     mlxtune train --resume --out run
+    mlxtune train --resume-anyway --out run --set train.epochs=3
     """
     from mlxtune import config as configuration
     from mlxtune.errors import UserError
 
-    if resume:
-        if out is None:
-            raise UserError("--resume needs the run to go on with", "mlxtune train --resume --out RUN")
-        if file or model or data or settings:
-            raise UserError(
-                "--resume goes on with the run's own configuration; other options have no effect", "Leave them out."
-            )
-        from mlxtune import session
-
-        config = session.run_config(out)
-    else:
-        config = configuration.load(file, settings, {"model.path": model, "data.path": data})
+    resume = resume or resume_anyway
+    if resume and out is None:
+        raise UserError("--resume needs the run to go on with", "mlxtune train --resume --out RUN")
+    flags = {"model.path": model, "data.path": data}
+    config = _resumed(out, file, settings, flags) if resume and out else configuration.load(file, settings, flags)
     if not config.model.path:
         raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
     if dry_run:
         _print_plan(config)
         return
-    from mlxtune import session  # only now: it loads MLX and transformers, and a typing error above is said at once
+    from mlxtune import tuning  # only now: it loads MLX and transformers, and a typing error above is said at once
     from mlxtune.train.display import Display
+    from mlxtune.train.ranks import Ranks
 
-    folder = out or session.default_out(config.model.path)
-    with Display(common.console()) as display:
-        state = session.tune(config, folder, display, resume)
+    folder = out or tuning.default_out(config.model.path)
+    first = Ranks.here().first
+    with Display(common.console(quiet=not first)) as display:
+        state = tuning.tune(config, folder, display, resume, resume_anyway)
+    if not first:
+        return
     best = (
         f", best validation loss {state.best_loss:.4f} at step {state.best_step}" if state.best_loss is not None else ""
     )
     common.stdout().print(f"{folder}: {state.step} steps{best}")
 
 
+def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict[str, str | None]) -> Config:
+    """The configuration of the run in `out`, or another file's, with what the command line changes in it."""
+    from mlxtune import config as configuration
+    from mlxtune import session
+    from mlxtune.train.ranks import Ranks
+
+    if not Ranks.here().first:  # it is told by the first, which may be the only machine that has the run
+        return configuration.load(None, (), {"model.path": "told by the first"})
+    run = session.run_config(out)
+    if file or settings or any(flags.values()):
+        return session.anchored(configuration.load(file or str(out / session.CONFIG_FILE), settings, flags))
+    return run
+
+
 def _print_plan(config: Config) -> None:
     """What would be done, without reading a weight."""
-    from mlxtune import session
+    from mlxtune import session, tuning
     from mlxtune.data.batches import Plan
     from mlxtune.train import fast
 
     fast.refuse_idle(config)
     data, config = session.read_data(config)
-    config, memory, notes = session.memory_plan(config, data)
+    config, memory, notes = tuning.memory_plan(config, data)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
     tokens = int(data.train.lengths.sum())
     targets = int(data.train.column("targets").sum())

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlxtune import config, session
+from mlxtune import config, session, tuning
 from mlxtune.data import records
 from mlxtune.demo import model as embedded
 from mlxtune.errors import UserError
@@ -74,7 +74,7 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
         chapter(console, "3. Tuning: LoRA on the 4-bit base, loss on the assistant's tokens only"),
         Display(console) as display,
     ):
-        session.tune(settings, run, display)
+        tuning.tune(settings, run, display)
     with chapter(console, "4. After"):
         tuned = load(str(model))
         lora.load_adapter(tuned.model, run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -36,11 +36,21 @@ class Score:
         return self.correct / self.tokens
 
 
-def score(model: nn.Module, split: Split | None, batches: Sequence[Batch]) -> Score:
-    """Score a model on batches. Legend: N supervised positions, D width, V vocabulary."""
+def score(
+    model: nn.Module,
+    split: Split | None,
+    batches: Sequence[Batch],
+    shared: int | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> Score:
+    """Score a model on batches. Legend: N supervised positions, D width, V vocabulary.
+
+    shared: as in `supervised_rows`; between: called before each batch, and may raise to break off.
+    """
     loss_sum, tokens, correct = 0.0, 0, 0
     for batch in batches:
-        rows, targets = supervised_rows(model, split, batch)
+        between()
+        rows, targets = supervised_rows(model, split, batch, shared)
         mx.eval(rows)  # else every chunk below would hold the whole trunk's graph
         for chunk in chunks(rows, rows.shape[-1] if split is None else split.vocabulary):
             part, wanted = rows[chunk], targets[chunk]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import fmean
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -25,12 +26,13 @@ def duration(seconds: float) -> str:
 
 
 class Meter:
-    """The numbers of a run in progress, from its events. `clock` gives seconds."""
+    """The numbers of a run in progress, from its events. `clock` gives seconds; eval_every: 0: only at the end."""
 
-    def __init__(self, steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, steps: int, eval_every: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self.steps, self.start, self.step = steps, 0, 0
-        self.began = clock()
+        self._last = clock()
+        self._seconds: dict[str, list[float]] = {"train": [], "eval": [], "checkpoint": []}
+        self.steps, self.eval_every, self.step = steps, eval_every, 0
         self.loss: float | None = None
         self.valid: list[float] = []
         self.lr = 0.0
@@ -38,9 +40,11 @@ class Meter:
         self.peak_bytes = 0
 
     def update(self, event: Event) -> None:
+        now = self._clock()
+        if event["kind"] in self._seconds:
+            self._seconds[event["kind"]].append(now - self._last)
+            self._last = now
         if event["kind"] == "train":
-            if self.loss is None:
-                self.start = event["step"] - 1  # a resumed run begins in the middle
             self.step, self.lr, self.peak_bytes = event["step"], event["lr"], event["peak_bytes"]
             # A running mean: single steps differ by their rows more than by what was learned.
             self.loss = event["loss"] if self.loss is None else 0.8 * self.loss + 0.2 * event["loss"]
@@ -50,11 +54,18 @@ class Meter:
             self.valid.append(event["loss"])
 
     def eta_seconds(self) -> float | None:
-        """Time left, from the wall time of the steps done so far, their evaluations included."""
-        done = self.step - self.start
-        if not done:
+        """Time left: of steps, evaluations and checkpoints as many as are still to come, each as long as it took on
+        average so far. The first step does not count once there are others: it compiles, and fills caches.
+        """
+        took, left = self._seconds["train"], self.steps - self.step
+        if not took:
             return None
-        return (self.clock_now() - self.began) / done * (self.steps - self.step)
+        a_step = fmean(took[1:] or took) + sum(self._seconds["checkpoint"]) / len(took)
+        evaluations = 1
+        if self.eval_every:
+            evaluations = -(-self.steps // self.eval_every) - self.step // self.eval_every
+        an_evaluation = fmean(self._seconds["eval"]) if self._seconds["eval"] else 0.0
+        return left * a_step + (evaluations * an_evaluation if left else 0.0)
 
     def clock_now(self) -> float:
         return self._clock()
@@ -110,8 +121,8 @@ class Display:
                 self.console.print(f"{source}: {rows:,} rows read", soft_wrap=True)
             self._last_line = now
 
-    def begin(self, steps: int) -> None:
-        self.meter = Meter(steps)
+    def begin(self, steps: int, eval_every: int) -> None:
+        self.meter = Meter(steps, eval_every)
         if self.console.is_terminal:
             self._task = self._progress.add_task("", total=steps)
             self._live = Live(self._draw(), console=self.console, refresh_per_second=4)
@@ -126,6 +137,8 @@ class Display:
         if self.meter is None:
             return
         self.meter.update(event)
+        for sample in event.get("samples", ()):
+            self.console.print(Text(f"  {sample['prompt']!r}: {sample['answer']!r}", style="dim"), soft_wrap=True)
         if self._live is not None and self._task is not None:
             self._progress.update(self._task, completed=self.meter.step)
             self._live.update(self._draw())

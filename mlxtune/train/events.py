@@ -1,13 +1,15 @@
 """What happened in a run, kept as JSON lines in RUN/events.jsonl and shown by whoever listens.
 
-Kinds: `train` (one optimizer step), `eval`, `checkpoint`, `note` (something a person must know), `end`. Losses keep
-full precision. The file is only ever appended to, one whole line at a time.
+Kinds: `begin` (also of a resumed run: `step` is where it goes on), `train` (one optimizer step), `eval`, `checkpoint`,
+`note` (something a person must know), `end`. Losses keep full precision. The file is only ever appended to, one whole
+line at a time; steps that a crash took back and that were done again are in it twice, and `read` leaves out the first.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,24 +21,29 @@ FILE = "events.jsonl"
 
 
 class Events:
-    """Writes events to `folder`/events.jsonl and passes them on to `listener`."""
+    """Writes events to `folder`/events.jsonl and passes them on to the listeners. folder None: to nobody."""
 
-    def __init__(self, folder: Path, listener: Listener) -> None:
-        self._listener = listener
-        self._file = (folder / FILE).open("a", encoding="utf-8")
-        if _cut_off(folder / FILE):
+    def __init__(self, folder: Path | None, *listeners: Listener) -> None:
+        self._listeners = listeners if folder is not None else ()
+        self._file = None if folder is None else (folder / FILE).open("a", encoding="utf-8")
+        if self._file and folder and _cut_off(folder / FILE):
             self._file.write("\n")
 
     def emit(self, kind: str, **fields: Any) -> None:
         # JSON has no NaN and no infinity.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
         event = {"kind": kind, **finite}
-        self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
-        self._file.flush()
-        self._listener(event)
+        if self._file:
+            self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
+            self._file.flush()
+            if kind in ("checkpoint", "end"):
+                os.fsync(self._file.fileno())
+        for listener in self._listeners:
+            listener(event)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def _cut_off(file: Path) -> bool:
@@ -48,11 +55,14 @@ def _cut_off(file: Path) -> bool:
 
 
 def read(folder: Path) -> list[Event]:
-    """Every whole event of a run; a last line that was cut off by a crash is left out."""
-    out = []
+    """Every event of a run that still counts: not a line that a crash cut off, nor steps that were done again."""
+    out: list[Event] = []
     for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
         try:
-            out.append(json.loads(line))
+            event = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if event["kind"] == "begin":
+            out = [old for old in out if old.get("step", 0) <= event["step"]]
+        out.append(event)
     return out

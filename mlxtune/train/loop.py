@@ -1,192 +1,180 @@
-"""The training loop: one optimizer step at a time, each a pure function of (state, seed, step).
-
-The loss of a step is the sum over its supervised tokens divided once by their number, over all of its micro-batches:
-accumulating changes memory, not the gradient.
-"""
+"""The training loop: steps, and what happens between them (evaluation, checkpoints, signals, bad numbers)."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path as Folder
-from typing import Any, Protocol
+import shutil
+from collections import deque
+from dataclasses import replace
+from statistics import fmean, pstdev
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_map
 
-from mlxtune.data.batches import Batch, Plan
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.model import lora
-from mlxtune.model.arrays import scalar
-from mlxtune.model.dropout import DropoutKeys
-from mlxtune.model.recompute import recomputed
-from mlxtune.sections import TrainSection
-from mlxtune.train import checkpoint, loss, optim
-from mlxtune.train.checkpoint import State
+from mlxtune.train import checkpoint, optim
+from mlxtune.train.checkpoint import Saved, State
 from mlxtune.train.events import Events
-from mlxtune.train.loss import Path
 from mlxtune.train.signals import StopRequest
+from mlxtune.train.step import Job, NonFinite, StepFunction
+
+MAX_SKIPPED = 10  # steps of a run with train.on_nonfinite: skip
+SPIKE_OF, SPIKE_AFTER, SPIKE_SIGMAS = 50, 20, 6.0  # a loss this far above the mean of so many recent ones is noted
 
 
-class Scored(Protocol):
-    """An evaluation's result, as far as the loop looks at it: mean loss and number of tokens."""
-
-    @property
-    def loss(self) -> float: ...
-
-    @property
-    def tokens(self) -> int: ...
+class Halted(Exception):
+    """A signal came during an evaluation."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """Everything a run works with. path: how the loss is computed; evaluate: scores the current model;
-    place: what to call a training row in messages; data: digest of the examples; adapter_file: lora.Spec.file."""
-
-    model: nn.Module
-    path: Path
-    dropout: DropoutKeys
-    plan: Plan
-    section: TrainSection
-    run: Folder
-    evaluate: Callable[[], Scored]
-    place: Callable[[int], str]
-    data: str
-    adapter_file: str = lora.ADAPTER_FILE
-
-
-def run(job: Job, events: Events, resume: bool = False) -> State:
+def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     """Train to the end of the plan and leave RUN/adapters.safetensors. Returns the last state.
 
     Raises Interrupted after a signal (everything saved), UserError on a non-finite loss (the last good adapter kept).
     """
     optimizer = optim.build(job.section, job.model.trainable_parameters())
-    state = State(data=job.data)
-    if resume:
-        state = checkpoint.restore(job.run, job.model, optimizer, lambda text: events.emit("note", text=text))
-        if state.data != job.data:
-            raise UserError(f"{job.run}: the data is not what the run began with", "Resume with the same data.")
-        events.emit("note", text=f"resumed after step {state.step}")
-    else:
-        first = job.evaluate()
-        events.emit("eval", step=0, loss=first.loss, tokens=first.tokens)
+    state = _begin(job, optimizer, resumed)
+    begun = state.step
     step_function = StepFunction(job, optimizer)
-    section = job.section
-    with StopRequest() as stop:
-        while state.step < job.plan.steps:
+    recent: deque[float] = deque(maxlen=SPIKE_OF)
+    section, steps = job.section, job.plan.steps
+
+    def stopped_at_once() -> None:
+        kept = checkpoint.exists(job.run)
+        events.emit("note", text=f"stopped inside step {state.step + 1}; {_again(job, kept)}")
+        events.emit("end", step=state.step, state="interrupted")
+        if not kept and job.ranks.first:
+            shutil.rmtree(job.run, ignore_errors=True)
+
+    with StopRequest(stopped_at_once) as stop:
+        while True:
+            last = state.step >= steps
+            if state.evaluated < state.step and (state.step == 0 or last or _due(section.eval_every, state.step)):
+                state = _evaluate(job, events, state, stop)
+            patient = not section.patience or state.stale < section.patience
+            ended = state.evaluated == state.step if last else not patient
+            stopping = job.ranks.highest(stop.exit_code)
+            if state.step > begun and (
+                stopping or _due(section.save_every, state.step) or (ended and section.save_every)
+            ):
+                _save(job, events, state, optimizer)
+            if ended:
+                break
+            if stopping:
+                _keep(job, state)
+                events.emit("end", step=state.step, state="interrupted")
+                raise Interrupted(f"stopped after step {state.step}; {_again(job, state.step > 0)}", stopping)
             number = state.step + 1
             try:
-                events.emit("train", **step_function(number))
-            except UserError:
-                events.emit("end", step=state.step, state="failed")
-                raise
+                with stop.in_step():
+                    event = step_function(number)
+            except NonFinite as bad:
+                state = replace(_refused(job, events, state, bad), step=number)
+                continue
+            events.emit("train", **event)
             state = replace(state, step=number)
-            last = number == job.plan.steps
-            if last or (section.eval_every and number % section.eval_every == 0):
-                state = _evaluate(job, events, state)
-            if stop.exit_code or (section.save_every and number % section.save_every == 0):
-                folder = checkpoint.save(job.run, state, job.model, optimizer, section.keep_last, job.adapter_file)
-                events.emit("checkpoint", step=number, path=str(folder.relative_to(job.run)))
-            if stop.exit_code and not last:
-                _keep(job, state)
-                events.emit("end", step=number, state="interrupted")
-                raise Interrupted(
-                    f"stopped after step {number}; to go on: mlxtune train --resume --out {job.run}",
-                    stop.exit_code,
-                )
+            if spike := _spike(recent, event["loss"]):
+                events.emit("note", text=f"step {number}: the loss jumped to {spike}; {step_function.rows(number)}")
+    if not patient:
+        since = f"no better validation loss in {state.stale} evaluations"
+        events.emit("note", text=f"stopped after step {state.step} of {steps}: {since}")
     _keep(job, state)
     events.emit("end", step=state.step, state="finished", best_loss=state.best_loss, best_step=state.best_step)
     return state
 
 
-def _evaluate(job: Job, events: Events, state: State) -> State:
-    """Score the current adapter and keep it when it is the best so far."""
-    scored = job.evaluate()
-    events.emit("eval", step=state.step, loss=scored.loss, tokens=scored.tokens)
-    if not math.isfinite(scored.loss):
-        events.emit("note", text=f"step {state.step}: the validation loss is not finite")
-    elif state.best_loss is None or scored.loss < state.best_loss:
-        if job.section.keep == "best":
-            lora.save_factors(job.model, job.run, job.adapter_file)
-        return replace(state, best_loss=scored.loss, best_step=state.step)
+def _begin(job: Job, optimizer: Any, resumed: Saved | None) -> State:
+    """Where to go on; every rank has what rank 0 has."""
+    state = State()
+    if resumed is not None:
+        if job.ranks.first:
+            checkpoint.restore(resumed, job.model, optimizer)
+        state = resumed.state
+    job.model.update(job.ranks.from_first(job.model.trainable_parameters()))
+    optimizer.state = job.ranks.from_first(optimizer.state)
+    mx.eval(job.model.trainable_parameters(), optimizer.state)
     return state
 
 
-def _keep(job: Job, state: State) -> None:
-    """Leave the last adapter in the run folder, unless the best one is already there."""
-    if job.section.keep == "last" or state.best_loss is None:
-        lora.save_factors(job.model, job.run, job.adapter_file)
+def _again(job: Job, kept: bool) -> str:
+    return f"to go on: mlxtune train --resume --out {job.run}" if kept else "nothing was saved yet"
 
 
-class StepFunction:
-    """One optimizer step: call it with the step's number, get the fields of its `train` event."""
+def _due(every: int, step: int) -> bool:
+    return bool(every) and step > 0 and step % every == 0
 
-    def __init__(self, job: Job, optimizer: Any) -> None:
-        self.job = job
-        self.optimizer = optimizer
-        self.layers = len(lora.adapters(job.model))
-        self._stages: list[Any] = []
-        self._gradient = nn.value_and_grad(job.model, self._loss)
 
-    def _loss(self, batch: Batch) -> mx.array:
-        """Summed over the batch's supervised tokens."""
-        return loss.along(self.job.model, self.job.path, batch, self._stages)
+def _evaluate(job: Job, events: Events, state: State, stop: StopRequest) -> State:
+    """Score the current adapter and keep it when it is the best so far. A signal leaves the state as it was: whoever
+    resumes evaluates first.
+    """
 
-    def __call__(self, number: int) -> dict[str, Any]:
-        began = time.perf_counter()
-        batches = self.job.plan.step(number)
-        targets = sum(batch.targets for batch in batches)
-        total, gradients = self._accumulate(number, batches)
-        gradients = tree_map(lambda g: g / targets, gradients)
-        gradients, norm = optim.clip(gradients, self.job.section.clip_norm)
-        mx.eval(gradients, norm)
-        mean, norm_value = total / targets, scalar(norm)
-        if not (math.isfinite(mean) and math.isfinite(norm_value)):
-            self._refuse(number, batches, mean)
-        rate = optim.learning_rate(self.job.section, number, self.job.plan.steps)
-        self.optimizer.learning_rate = rate
-        self.optimizer.update(self.job.model, gradients)
-        mx.eval(self.job.model.trainable_parameters(), self.optimizer.state)
-        return {
-            "step": number,
-            "loss": mean,
-            "lr": rate,
-            "grad_norm": norm_value,
-            "tokens": sum(batch.tokens for batch in batches),
-            "supervised_tokens": targets,
-            "seconds": time.perf_counter() - began,
-            "peak_bytes": mx.get_peak_memory(),
-        }
+    def halt() -> None:
+        if stop.exit_code and job.ranks.size == 1:  # several ranks halt together, after it
+            raise Halted
 
-    def _accumulate(self, number: int, batches: list[Batch]) -> tuple[float, Any]:
-        """(summed loss, summed gradients) over the micro-batches of a step."""
-        total = 0.0
-        gradients: Any = None
-        for batch in batches:
-            lengths = (batch.lengths - 1).tolist()  # a row's last token predicts nothing
-            self.job.dropout.set(self.job.section.seed, number, batch.rows.tolist(), lengths, self.layers)
-            with recomputed(self.job.model, self.job.path.recompute, self._stages):
-                value, new = self._gradient(batch)
-            loss.finish(self._stages, value, new)
-            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
-            mx.eval(value, gradients)
-            total += scalar(value)
-        self.job.dropout.clear()
-        return total, gradients
+    try:
+        scored = job.evaluate(halt)
+    except Halted:
+        return state
+    samples = job.samples() if job.ranks.first else []
+    events.emit(
+        "eval", step=state.step, loss=scored.loss, tokens=scored.tokens, **({"samples": samples} if samples else {})
+    )
+    state = replace(state, evaluated=state.step)
+    if state.step == 0:
+        return state
+    if not math.isfinite(scored.loss):
+        events.emit("note", text=f"step {state.step}: the validation loss is not finite")
+    elif state.best_loss is None or scored.loss < state.best_loss:
+        state = replace(state, best_loss=scored.loss, best_step=state.step, stale=0)
+        if job.ranks.first and job.section.keep == "best":
+            lora.save_factors(job.model, job.run, job.spec.file)
+        elif job.ranks.first:
+            checkpoint.save_best(job.run, state, job.model, job.spec.file)
+        return state
+    return replace(state, stale=state.stale + 1)
 
-    def _refuse(self, number: int, batches: list[Batch], mean: float) -> None:
-        """Stop before the bad update: the parameters are still those of the step before."""
-        kept = ""
-        if number > 1:
-            last = self.job.section.keep == "last"
-            kept = f"The adapter of step {number - 1} {'' if last else 'or better '}is kept. "
-            if last or lora.adapter_file(self.job.run) is None:
-                lora.save_factors(self.job.model, self.job.run, self.job.adapter_file)
-        rows = ", ".join([self.job.place(row) for batch in batches for row in batch.rows][:16])
-        raise UserError(
-            f"step {number}: the loss or gradient is not finite (loss {mean}); rows in the step: {rows}",
-            f"{kept}Try a lower train.lr, or train.dtype=float32.",
+
+def _save(job: Job, events: Events, state: State, optimizer: Any) -> None:
+    if job.ranks.first:
+        folder = checkpoint.save(
+            job.run, state, job.identity, job.model, optimizer, job.section.keep_last, job.spec.file
         )
+        events.emit("checkpoint", step=state.step, path=str(folder.relative_to(job.run)))
+
+
+def _keep(job: Job, state: State) -> None:
+    """Leave the last adapter in the run folder, unless the best one is already there, or nothing was trained."""
+    if job.ranks.first and state.step and (job.section.keep == "last" or state.best_loss is None):
+        lora.save_factors(job.model, job.run, job.spec.file)
+
+
+def _refused(job: Job, events: Events, state: State, bad: NonFinite) -> State:
+    """The state with the step skipped. Raises UserError where that is not wanted, or was wanted too often; the
+    parameters are still those of the step before.
+    """
+    where = f"step {state.step + 1}: {bad}"
+    if job.section.on_nonfinite == "skip" and state.skipped < MAX_SKIPPED:
+        events.emit("note", text=f"{where}; the step is skipped")
+        return replace(state, skipped=state.skipped + 1)
+    kept = ""
+    if state.step:
+        last = job.section.keep == "last"
+        kept = f"The adapter of step {state.step} {'' if last else 'or better '}is kept. "
+        if job.ranks.first and (last or lora.adapter_file(job.run) is None):
+            lora.save_factors(job.model, job.run, job.spec.file)
+    events.emit("end", step=state.step, state="failed")
+    skipped = f" ({state.skipped} steps were skipped before it)" if state.skipped else ""
+    raise UserError(f"{where}{skipped}", f"{kept}Try a lower train.lr, or train.dtype=float32.")
+
+
+def _spike(recent: deque[float], loss: float) -> str:
+    """What to say of a loss far above the recent ones, or nothing; it then counts as one of them."""
+    said = ""
+    if len(recent) >= SPIKE_AFTER:
+        mean, deviation = fmean(recent), pstdev(recent)
+        if loss > mean + SPIKE_SIGMAS * max(deviation, 1e-3 * mean):
+            said = f"{loss:.3f}, {mean:.3f} was usual"
+    recent.append(loss)
+    return said

@@ -1,16 +1,24 @@
-"""Ctrl-C and SIGTERM. In training the first finishes the step and saves, the second stops at once; elsewhere both
-stop at once, and what is half done is cleaned up.
+"""Ctrl-C and SIGTERM. In training the first finishes the step and saves; the second, or ten seconds more inside the
+step, stops at once. Elsewhere one is enough, and what is half done is cleaned up.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
+import select
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+STEP_SECONDS = 10.0  # that a step may still take after the first signal
+CLOSED, OVERDUE = 0, 255  # no signals have these numbers
 
 
 def exit_on_sigterm() -> None:
@@ -24,22 +32,63 @@ def exit_on_sigterm() -> None:
 
 
 class StopRequest:
-    """While entered, remembers a signal instead of dying of it. `exit_code` is 0 until one came."""
+    """While entered, remembers a signal instead of dying of it. `exit_code` is 0 until one came.
 
-    def __init__(self) -> None:
+    A thread of its own waits for signals: while the main thread computes, Python runs none of its handlers.
+    at_once: called before the process ends without having finished its step.
+    """
+
+    def __init__(self, at_once: Callable[[], None] = lambda: None) -> None:
         self.exit_code = 0
+        self._at_once = at_once
+        self._in_step = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
+            self._receive, self._send = os.pipe()
+            os.set_blocking(self._send, False)
+            self._before = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES}
+            signal.set_wakeup_fd(self._send, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._before:
+            return
+        signal.set_wakeup_fd(-1)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.write(self._send, bytes([CLOSED]))
+        self._before = {}
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.exit_code:
-            raise KeyboardInterrupt
-        self.exit_code = EXIT_CODES[signal.Signals(number)]
+    @contextlib.contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Around what may only take STEP_SECONDS more once a signal came."""
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
+
+    def _watch(self) -> None:
+        number = self._next()
+        if number in EXIT_CODES:
+            self.exit_code = EXIT_CODES[signal.Signals(number)]
+            number = self._next(time.monotonic() + STEP_SECONDS)
+        if number == CLOSED:
+            os.close(self._receive)
+            os.close(self._send)
+            return
+        self._at_once()
+        os._exit(self.exit_code)
+
+    def _next(self, deadline: float = math.inf) -> int:
+        """The next signal, CLOSED at the end, OVERDUE when a step lasts beyond the deadline."""
+        while True:
+            if select.select([self._receive], [], [], None if deadline == math.inf else 0.1)[0]:
+                number = os.read(self._receive, 1)[0]
+                if number == CLOSED or number in EXIT_CODES:
+                    return number
+            elif self._in_step and time.monotonic() > deadline:
+                return OVERDUE

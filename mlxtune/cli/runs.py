@@ -1,0 +1,44 @@
+"""mlxtune runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from mlxtune.cli import common
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def runs(folder: Path, as_json: bool) -> None:
+    """List the runs in FOLDER (default: runs): state, steps, best validation loss, size.
+
+    \b
+    mlxtune runs
+    mlxtune runs experiments --json
+    """
+    from rich.table import Table
+
+    from mlxtune import runs as listing
+    from mlxtune.errors import UserError
+
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}", "Name the folder that holds the runs: mlxtune runs FOLDER")
+    found = listing.find(folder)
+    if as_json:
+        click.echo(json.dumps([{**asdict(run), "path": str(run.path)} for run in found]))
+        return
+    if not found:
+        raise UserError(f"no runs in {folder}", "Name the folder that holds them: mlxtune runs FOLDER")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("run", "model", "state", "steps", "best loss", "size"):
+        table.add_column(name, justify="right" if name in ("steps", "best loss", "size") else "left")
+    for run in found:
+        best = f"{run.best_loss:.4f}" if run.best_loss is not None else "-"
+        steps = f"{run.step}/{run.steps or '?'}"
+        table.add_row(run.path.name, run.model, run.state, steps, best, f"{run.bytes / 1e6:,.1f} MB")
+    common.stdout().print(table)

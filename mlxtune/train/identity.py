@@ -1,0 +1,93 @@
+"""What makes a run that run: its configuration, examples and base model. Every checkpoint carries it, so that a run is
+not resumed as another one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlxtune_convert.tensors import read_header, weight_files
+
+from mlxtune.config import Config
+from mlxtune.errors import UserError
+
+# What `--resume-anyway` lets change: how long, how often looked at, what is kept; never what a step computes.
+MAY_CHANGE = (
+    *("train.steps", "train.epochs", "train.patience", "train.eval_every", "train.sample_prompts", "train.save_every"),
+    *("train.keep", "train.keep_last", "train.on_nonfinite", "train.memory_limit", "train.loggers", "train.keep_awake"),
+)
+# Places: what lies there is compared instead.
+MAY_MOVE = ("model.path", "data.path", "data.cache", "lora.start_from")
+SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+@dataclass(frozen=True)
+class Identity:
+    """config: key -> value, as resolved; train, valid: digests of the examples; model: `of_model`; mlx: its version."""
+
+    config: dict[str, Any]
+    train: str
+    valid: str
+    model: str
+    mlx: str
+
+    @classmethod
+    def of(cls, config: Config, train: str, valid: str, model: Path) -> Identity:
+        sections = json.loads(config.model_dump_json())
+        flat = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+        return cls(flat, train, valid, of_model(model), version("mlx"))
+
+    def refuse_other(self, now: Identity, run: Path, anyway: bool) -> list[str]:
+        """Notes on what changed without harm. Raises UserError listing everything that must not change; or that may,
+        unless `anyway`.
+        """
+        keys = [key for key in {**self.config, **now.config} if self.config.get(key) != now.config.get(key)]
+        shown = {key: f"{key} {_short(self.config.get(key))} -> {_short(now.config.get(key))}" for key in keys}
+        allowed = [key for key in keys if key in MAY_CHANGE]
+        fixed = [shown[key] for key in keys if key not in (*MAY_CHANGE, *MAY_MOVE)]
+        for part, what in (
+            ("train", "the training examples"),
+            ("valid", "the held-out examples"),
+            ("model", "the base model"),
+        ):
+            if getattr(self, part) != getattr(now, part):
+                fixed.append(f"{what} (not what the run began with)")
+        if fixed:
+            raise UserError(
+                f"{run} cannot be resumed, for this changed: {'; '.join(fixed)}",
+                "Put it back; or begin a new run from this one's adapter: --set lora.start_from=RUN.",
+            )
+        if allowed and not anyway:
+            raise UserError(
+                f"{run}: this changed since the last checkpoint: {'; '.join(shown[key] for key in allowed)}",
+                "Put it back, or add --resume-anyway.",
+            )
+        notes = [f"changed since the last checkpoint: {shown[key]}" for key in allowed]
+        if self.mlx != now.mlx:
+            notes.append(f"the run began with MLX {self.mlx}, this is {now.mlx}: the last bits may differ")
+        return notes
+
+
+def of_model(folder: Path) -> str:
+    """A digest of a model folder: config.json, and of each weight file its header and 64 samples of 4 KiB. Reading
+    every byte of a large model would take longer than loading it.
+    """
+    found = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in weight_files(folder):
+        found.update(json.dumps([file.name, read_header(file)], sort_keys=True).encode())
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            for sample in range(SAMPLES):
+                opened.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                found.update(opened.read(SAMPLE_BYTES))
+    return found.hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,88 @@
+"""A run's numbers for TensorBoard, Weights & Biases or Trackio, through their own packages."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlxtune.errors import UserError
+from mlxtune.train.events import Event, Listener
+
+PROJECT = "mlxtune"
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
+Write = Callable[[dict[str, float], int], None]
+
+
+def require(names: Sequence[str]) -> None:
+    """Raise UserError for a logger whose package is not installed."""
+    for name in names:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise UserError(
+                f"train.loggers: {name} needs the package {PACKAGES[name]}, which is not installed",
+                f"pip install 'mlxtune[{name}]', or leave it out.",
+            )
+
+
+@contextmanager
+def opened(names: Sequence[str], run: Path, config: dict[str, Any], step: int) -> Iterator[list[Listener]]:
+    """Listeners that write to each logger; step: where the run goes on. Raises UserError when one refuses to begin."""
+    with ExitStack() as stack:
+        listeners: list[Listener] = []
+        for name in names:
+            try:
+                write, close = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}[name](
+                    run, config, step
+                )
+            except Exception as error:  # each package has errors of its own
+                raise UserError(f"train.loggers: {name} does not start ({type(error).__name__}: {error})") from error
+            stack.callback(close)
+            listeners.append(_listener(write))
+        yield listeners
+
+
+def _listener(write: Write) -> Listener:
+    def listen(event: Event) -> None:
+        numbers = numbers_of(event)
+        if numbers:
+            write(numbers, event["step"])
+
+    return listen
+
+
+def numbers_of(event: Event) -> dict[str, float]:
+    """What of an event is drawn as a curve."""
+    if event["kind"] == "train":
+        curves = {f"train/{name}": event[name] for name in ("loss", "lr", "grad_norm", "peak_bytes")}
+        return {**curves, "train/tokens_per_second": event["tokens"] / max(event["seconds"], 1e-9)}
+    if event["kind"] == "eval" and event["loss"] is not None:
+        return {"valid/loss": event["loss"]}
+    return {}
+
+
+def _tensorboard(run: Path, config: dict[str, Any], step: int) -> tuple[Write, Callable[[], None]]:
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(numbers: dict[str, float], at: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, at)
+
+    return write, writer.close
+
+
+def _wandb(run: Path, config: dict[str, Any], step: int) -> tuple[Write, Callable[[], None]]:
+    import wandb
+
+    begun = wandb.init(project=PROJECT, name=run.name, dir=str(run), config=config)
+    return lambda numbers, at: begun.log(numbers, step=at), begun.finish
+
+
+def _trackio(run: Path, config: dict[str, Any], step: int) -> tuple[Write, Callable[[], None]]:
+    import trackio
+
+    trackio.init(project=PROJECT, name=run.name, config=config, resume="allow" if step else "never")
+    return lambda numbers, at: trackio.log(numbers, step=at), trackio.finish

@@ -1,0 +1,201 @@
+"""One run from configuration to adapter: what `mlxtune train` and the demo do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+
+import mlx.core as mx
+from mlxtune_convert.files import explained, new_file
+
+from mlxtune import backend, host
+from mlxtune.config import Config
+from mlxtune.data import chat
+from mlxtune.data.batches import Plan, in_order
+from mlxtune.data.template import use
+from mlxtune.errors import UserError
+from mlxtune.evaluate import generate
+from mlxtune.evaluate.loss import Score, score
+from mlxtune.model import hub, lora
+from mlxtune.model.arrays import dtype_name
+from mlxtune.model.dropout import add_noise
+from mlxtune.model.load import Loaded, cast, load, model_dtype, open_model
+from mlxtune.model.memory import Memory
+from mlxtune.session import CONFIG_FILE, Data, anchored, read_data, run_config
+from mlxtune.train import checkpoint, fast, fit, loggers, loop
+from mlxtune.train.checkpoint import Saved, State
+from mlxtune.train.display import Display
+from mlxtune.train.events import FILE as EVENTS_FILE
+from mlxtune.train.events import Events
+from mlxtune.train.identity import Identity
+from mlxtune.train.lock import locked
+from mlxtune.train.ranks import Ranks
+from mlxtune.train.step import Job
+
+SAMPLE_TOKENS = 128  # of an answer to train.sample_prompts
+
+
+def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list[str]]:
+    """(the configuration made to fit, its predicted memory, notes) of a run, without reading a weight. Memory None: the
+    model is of a kind that cannot be predicted.
+    """
+    backend.prepare()
+    model, model_config = open_model(hub.resolve(config.model.path))
+    dtype = backend.dtype_for(config.train.dtype, model_dtype(model), "quantization" in model_config)
+    cast(model, dtype)
+    lora.attach(model, lora.Spec.of(model, config.lora), config.train.seed)
+    plan = Plan(data.train, config.train, config.data.group_by_prefix)
+    config, plan, notes = fit.fitted(model, config, model_config, dtype, plan)
+    return config, fit.plan(model, config, model_config, dtype, plan), notes
+
+
+def default_out(model: str) -> Path:
+    """runs/<date>-<model>, numbered when it exists."""
+    stem = f"{date.today().isoformat()}-{Path(model).name}"
+    names = [stem, *(f"{stem}-{number}" for number in range(2, 1000))]
+    return next(path for name in names if not (path := Path("runs") / name).exists())
+
+
+def tune(config: Config, out: Path, display: Display, resume: bool = False, anyway: bool = False) -> State:
+    """Train and leave the adapter in `out`.
+
+    resume: go on from its newest checkpoint; anyway: though keys that may change did. Raises UserError for anything
+    wrong with the configuration, data or model, Interrupted after a signal. A run that ends before anything was saved
+    leaves no folder.
+    """
+    ranks = Ranks.here()
+    # Rank 0's word counts: the others may be on machines that have no run folder.
+    config = Config.model_validate_json(ranks.tell(anchored(config).model_dump_json()))
+    loggers.require(config.train.loggers)
+    fast.refuse_idle(config)
+    with ExitStack() as stack:
+        stack.enter_context(ranks.explained(out))
+        notes: list[str] = []
+        saved = None
+        if resume and ranks.first:
+            run_config(out)
+            stack.enter_context(locked(out))
+            saved = checkpoint.newest(out, notes.append)
+        elif ranks.first and not checkpoint.free(out):
+            raise UserError(f"{out} already exists", "Choose another --out, or continue that run with --resume.")
+        data, config = read_data(config, display.reading)
+        job, config, found = _prepared(config, data, out, ranks, resume)
+        if saved is not None:
+            notes += saved.identity.refuse_other(job.identity, out, anyway)
+        notes += found
+        ranks.require_same(data=job.identity.train + job.identity.valid, model=job.identity.model, MLX=job.identity.mlx)
+        if resume:
+            state = json.loads(ranks.tell(json.dumps(asdict(saved.state)) if saved else ""))
+            saved = saved or Saved(out, State(**state), job.identity)
+        if not ranks.first:
+            return loop.run(job, Events(None), saved)
+        stack.enter_context(explained(out))
+        if not resume:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out))
+        try:
+            return _written(job, config, notes, display, stack, saved)
+        except BaseException:
+            if not resume and not checkpoint.exists(out):
+                shutil.rmtree(out, ignore_errors=True)
+            raise
+
+
+def _prepared(config: Config, data: Data, out: Path, ranks: Ranks, resume: bool) -> tuple[Job, Config, list[str]]:
+    """(the job, the configuration made to fit, what a person must know): the model read, its adapter attached."""
+    loaded = load(config.model.path, config.train.dtype)
+    loaded.check_ids([[data.train.highest, data.valid.highest]])
+    if config.data.template:
+        use(loaded.tokenizer, loaded.path, config.data.template)
+    spec = lora.read_spec(out) if resume and ranks.first else _spec(config, loaded)
+    valid = ranks.deal(in_order(data.valid))
+    dropout = lora.attach(loaded.model, spec, config.train.seed)
+    if config.lora.start_from and not resume:
+        lora.load_factors(loaded.model, Path(config.lora.start_from) / spec.file)
+    if config.train.neftune_alpha:
+        dropout.noise_alpha = config.train.neftune_alpha
+        add_noise(loaded.model, dropout)
+    plan = Plan(data.train, config.train, config.data.group_by_prefix)
+    config, plan, fit_notes = fit.fitted(loaded.model, config, loaded.config, loaded.dtype, plan)
+    path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype)
+
+    def evaluate(between: Callable[[], None]) -> Score:
+        own = score(loaded.model, path.split, valid, path.prefix, between)
+        loss, *counts = ranks.sums(own.loss_sum, own.tokens, own.correct)
+        return Score(loss, *(round(count) for count in counts))
+
+    def samples() -> list[dict[str, str]]:
+        sampling = generate.Sampling(max_tokens=SAMPLE_TOKENS)
+        asked = ((prompt, [{"role": "user", "content": prompt}]) for prompt in config.train.sample_prompts)
+        return [
+            {"prompt": prompt, "answer": generate.answer(loaded, messages, sampling, config.data.template_kwargs)}
+            for prompt, messages in asked
+        ]
+
+    job = Job(
+        model=loaded.model,
+        path=path,
+        dropout=dropout,
+        plan=plan,
+        section=config.train,
+        run=out,
+        evaluate=evaluate,
+        place=data.train.place,
+        identity=Identity.of(config, data.train.digest(), data.valid.digest(), loaded.path),
+        spec=spec,
+        samples=samples,
+        ranks=ranks,
+    )
+    notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
+    notes += fit_notes + path_notes
+    if data.train.chat and not chat.template_of(loaded.tokenizer, config.data.template_kwargs).end_of_turn:
+        notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
+    if config.lora.start_from:
+        notes.append(f"going on from {config.lora.start_from}: its kind, ranks, scales and targets are kept")
+    notes.append(f"{len(data.train)} training rows, {len(data.valid)} held out, {plan.steps} steps")
+    where = f"{backend.kind()}, {dtype_name(loaded.dtype)}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
+    notes.append(f"training {lora.describe(spec, loaded.model)} on {where}")
+    notes.append(f"computed: {fast.describe(path)}")
+    return job, config, notes
+
+
+def _written(
+    job: Job, config: Config, notes: list[str], display: Display, stack: ExitStack, saved: Saved | None
+) -> State:
+    """Run the job with everything that writes and draws around it."""
+    out, step = job.run, saved.state.step if saved else 0
+    if saved is None:
+        lora.save_config(out, job.spec)
+        (out / EVENTS_FILE).unlink(missing_ok=True)  # of a run that was killed before it saved anything
+    with new_file(out / CONFIG_FILE, force=True) as file:
+        file.write(config.to_yaml())
+    if config.train.keep_awake == "auto":
+        stack.enter_context(host.kept_awake())
+    listeners = stack.enter_context(loggers.opened(config.train.loggers, out, job.identity.config, step))
+    events = stack.enter_context(closing(Events(out, display, *listeners)))
+    # What will be written: the checkpoints (the adapter, and two moments of it), one more while it is being written.
+    adapter = sum(array.nbytes for array in lora.factors(job.model).values())
+    notes += host.warnings(out, (config.train.keep_last + 2) * 3 * adapter + (1 << 30))
+    events.emit("begin", step=step, steps=job.plan.steps, model=config.model.path)
+    for note in [*notes, *([f"resumed after step {step}"] if saved else [])]:
+        events.emit("note", text=note)
+    display.begin(job.plan.steps, config.train.eval_every)
+    mx.reset_peak_memory()
+    return loop.run(job, events, saved)
+
+
+def _spec(config: Config, loaded: Loaded) -> lora.Spec:
+    """What trains: as the adapter to start from is, else as configured."""
+    if not config.lora.start_from:
+        return lora.Spec.of(loaded.model, config.lora)
+    start = Path(config.lora.start_from)
+    spec = lora.read_spec(start)
+    if lora.adapter_file(start) is None:
+        raise UserError(f"{start} has no {spec.file}")
+    layers = len(loaded.model.layers)
+    return replace(spec, dropout=config.lora.dropout, num_layers=spec.num_layers if spec.num_layers > 0 else layers)

@@ -1,0 +1,167 @@
+"""One run on several processes, through `mlx.launch` with MLX's ring on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from mlxtune.data.batches import Batch
+from mlxtune.train import events, lock
+from mlxtune.train.ranks import Ranks
+
+SETTINGS = (
+    *("train.steps=20", "train.lr=5e-3", "train.eval_every=5", "train.save_every=5", "lora.rank=4"),
+    *("lora.dropout=0.1", "train.neftune_alpha=5"),
+)
+
+
+def words(model: Path, data: Path, out: Path, *settings: str) -> list[str]:
+    flags = ["train", "--model", str(model), "--data", str(data), "--out", str(out)]
+    return [*flags, *(word for setting in (*SETTINGS, *settings) for word in ("--set", setting))]
+
+
+def launched(count: int, *args: str, program: Path | None = None) -> subprocess.Popen[str]:
+    """`mlx.launch -n count mlxtune ...`, in a process group of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    bin = Path(sys.executable).parent
+    command = [bin / "mlx.launch", "-n", str(count), "--backend", "ring", "--starting-port", str(port)]
+    return subprocess.Popen(
+        [*map(str, command), str(program or bin / "mlxtune"), *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "COLUMNS": "200", "OPENBLAS_NUM_THREADS": "1", "PATH": f"{bin}:{os.environ['PATH']}"},
+    )
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 180) -> str:
+    """Its output; nothing of it is left running, whatever happens."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def losses(run: Path) -> list[float]:
+    return [event["loss"] for event in events.read(run) if event["kind"] in ("train", "eval")]
+
+
+TWO_BATCHES, ODD_ROWS = ("train.batch_rows=4", "train.accumulate=2"), ("train.batch_rows=5",)
+
+
+@pytest.fixture(scope="module")
+def alone(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
+    """Runs of one process, by their settings: steps of two micro-batches, and of one whose rows are an odd number."""
+    runs = {}
+    for settings in (TWO_BATCHES, ODD_ROWS):
+        runs[settings] = tmp_path_factory.mktemp("alone") / "run"
+        done = tiny.mlxtune(*words(mlx_model, data, runs[settings], *settings))
+        assert done.returncode == 0, done.stderr
+    return runs
+
+
+@pytest.mark.parametrize("settings", [TWO_BATCHES, ODD_ROWS])
+def test_two_processes_compute_the_losses_of_one(
+    settings: tuple[str, ...],
+    alone: dict[tuple[str, ...], Path],
+    mlx_model: Path,
+    data: Path,
+    tmp_path: Path,
+) -> None:
+    one = alone[settings]
+    said = finished(launched(2, *words(mlx_model, data, tmp_path / "two", *settings)))
+    assert "2 processes" in said and "Traceback" not in said, said
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), rtol=1e-5)
+    assert len(losses(one)) == 25
+    assert said.count("best validation loss") == 1  # the second process neither draws nor writes
+    assert len((tmp_path / "two" / "events.jsonl").read_text().splitlines()) == len(
+        (one / "events.jsonl").read_text().splitlines()
+    )
+
+
+def test_a_run_whose_second_process_died_is_resumed_by_one_process(
+    alone: dict[tuple[str, ...], Path], mlx_model: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "died"
+    process = launched(2, *words(mlx_model, data, run, *TWO_BATCHES))
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints/step-0000005").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    found = subprocess.run(["pgrep", "-f", f"mlxtune train .*{run}"], capture_output=True, text=True, check=True)
+    first = int((run / lock.FILE).read_text())
+    (second,) = {int(line) for line in found.stdout.split()} - {process.pid, first}
+    os.kill(second, signal.SIGKILL)
+    finished(process, 60)
+    state = json.loads(tiny.mlxtune("runs", run, "--json").stdout)[0]
+    assert state["state"] in ("killed", "interrupted", "failed") and state["step"] < 20
+    resumed = tiny.mlxtune("train", "--resume", "--out", run)
+    assert resumed.returncode == 0, resumed.stderr
+    np.testing.assert_allclose(losses(run), losses(alone[TWO_BATCHES]), rtol=1e-5)
+
+
+def test_a_run_of_one_process_is_resumed_by_two(alone: dict[tuple[str, ...], Path], tmp_path: Path) -> None:
+    one = alone[ODD_ROWS]
+    run = tmp_path / "cut"
+    shutil.copytree(one, run)
+    for file in (run / "checkpoints/step-0000020").glob("*"):
+        file.write_bytes(b"torn")
+    said = finished(launched(2, "train", "--resume", "--out", str(run)))
+    assert "step-0000020 is incomplete" in said and "resumed after step 15" in said, said
+    np.testing.assert_allclose(losses(run), losses(one), rtol=1e-5)
+
+
+def test_processes_with_different_rows_are_refused(mlx_model: Path, data: Path, tmp_path: Path) -> None:
+    """The second process reads other rows, as on a machine whose copy is old."""
+    program = tmp_path / "there"
+    program.write_text(
+        f"#!{sys.executable}\nimport os\nfrom mlxtune.cli import main\nfrom mlxtune.data.mixture import Examples\n"
+        "if os.environ['MLX_RANK'] == '1':\n    Examples.digest = lambda self: 'others'\nmain()\n"
+    )
+    program.chmod(0o755)
+    said = finished(launched(2, *words(mlx_model, data, tmp_path / "run"), program=program))
+    assert "the 2 processes do not have the same data" in said, said
+    assert "Traceback" not in said, said
+    assert not (tmp_path / "run").exists()
+
+
+class Group:
+    """Stands for MLX's group: only who and how many."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("batches", [[4], [5], [4, 4], [1, 1, 1], [4, 4, 4, 2]])
+def test_every_row_of_a_step_is_dealt_to_exactly_one_process(size: int, batches: list[int]) -> None:
+    numbers = np.arange(sum(batches))
+    step = [
+        Batch(rows, np.zeros((len(rows), 7), np.int32), np.full(len(rows), 7), np.ones((len(rows), 7), np.uint8))
+        for rows in np.split(numbers, np.cumsum(batches)[:-1])
+    ]
+    dealt = [row for rank in range(size) for batch in Ranks(Group(rank, size)).share(step) for row in batch.rows]
+    assert sorted(dealt) == numbers.tolist()
+    assert [batch.rows.tolist() for batch in Ranks().share(step)] == [batch.rows.tolist() for batch in step]

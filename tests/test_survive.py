@@ -1,0 +1,284 @@
+"""A run that is killed, interrupted, torn or begun twice, and what is left of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+import tiny
+from rich.console import Console
+from training import NOISE, SETTINGS, losses, options, same_bits, tune
+
+from mlxtune import config, errors, session, tuning
+from mlxtune.train import checkpoint, events
+from mlxtune.train.display import Display
+
+# Trains in a child the run that each line names: starting Python and its libraries 26 times would take minutes.
+WORKER = """
+import os, sys
+from pathlib import Path
+from rich.console import Console
+from mlxtune import config, tuning
+from mlxtune.train import checkpoint
+from mlxtune.train.display import Display
+settings = config.load(sys.argv[1])
+for line in sys.stdin:
+    run = Path(line.strip())
+    if (child := os.fork()) == 0:
+        with Display(Console(quiet=True)) as display:
+            tuning.tune(settings, run, display, resume=checkpoint.exists(run))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+KILLS = 25
+
+
+def test_a_run_killed_25_times_ends_with_the_bits_of_one_that_was_not(
+    mlx_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """SIGKILL at random moments, some inside a checkpoint; with dropout, NEFTune, accumulation, a mixture, epochs."""
+    sources = f"data.sources=[{{path: {data}, weight: 2}}, {{path: {data / 'valid.jsonl'}, weight: 1}}]"
+    settings = (*SETTINGS[1:], "train.epochs=6", "train.save_every=1", sources, *NOISE)
+    file, whole, run = (tmp_path / name for name in ("killed.yaml", "whole", "killed"))
+    file.write_text(config.load(None, settings, {"model.path": str(mlx_model)}).to_yaml())
+    draw, in_writing, codes = random.Random(0), 0, []
+    fixed = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # bits depend on the BLAS and its threads
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=fixed
+    ) as worker:
+        assert worker.stdin and worker.stdout
+
+        def start(folder: Path) -> int:
+            worker.stdin.write(f"{folder}\n")
+            worker.stdin.flush()
+            return int(worker.stdout.readline())
+
+        start(whole)
+        assert worker.stdout.readline() == "0\n"
+        # Of the time that it trained, without what came before.
+        a_part = ((whole / events.FILE).stat().st_mtime - (whole / session.CONFIG_FILE).stat().st_mtime) / KILLS
+        for _ in range(KILLS):
+            before = lines(run)
+            child = start(run)
+            while lines(run) <= before:
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, a_part))
+            os.kill(child, signal.SIGKILL)
+            codes.append(int(worker.stdout.readline()))
+            in_writing += bool(list((run / "checkpoints").glob(".step-*")))
+        start(run)
+        assert worker.stdout.readline() == "0\n"
+        worker.stdin.close()
+    assert codes == [-signal.SIGKILL] * KILLS
+    assert in_writing >= 1
+    assert sum(event["kind"] == "begin" for event in events.read(run)) > 10
+    same_bits(whole, run)
+
+
+def lines(run: Path) -> int:
+    """How many a run wrote so far."""
+    file = run / events.FILE
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_ctrl_c_finishes_the_step_and_the_resumed_run_has_the_same_bits(
+    steps: int, mlx_model: Path, data: Path, tmp_path: Path
+) -> None:
+    tune(mlx_model, data, tmp_path / "whole", *NOISE[:2])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.Interrupted) as stopped:
+        tiny.interrupt_after(patch, steps)
+        tune(mlx_model, data, tmp_path / "cut", *NOISE[:2])
+    assert stopped.value.exit_code == 130
+    assert f"after step {steps}; to go on: mlxtune train --resume --out {tmp_path / 'cut'}" in str(stopped.value)
+    assert json.loads((tmp_path / "cut/events.jsonl").read_text().splitlines()[-1])["state"] == "interrupted"
+    flags = {"model.path": str(mlx_model), "data.path": str(data)}
+    assert session.run_config(tmp_path / "cut").data.path == config.load(None, (), flags).data.path
+    tune(mlx_model, data, tmp_path / "cut", *NOISE[:2], resume=True)
+    same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_ctrl_c_during_an_evaluation_leaves_it_to_the_resumed_run(
+    mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint is written without the evaluation of its step; whoever resumes evaluates first."""
+    tune(mlx_model, data, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(errors.Interrupted):
+        tiny.interrupt_after(patch, 8)
+        tune(mlx_model, data, tmp_path / "cut")
+    cut = losses(tmp_path / "cut")
+    assert ("train", 8) in cut and ("eval", 8) not in cut
+    tune(mlx_model, data, tmp_path / "cut", resume=True)
+    same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+# A step that takes a minute: what the command does then, with a real signal from outside.
+SLOW = """
+import sys, time
+from mlxtune.train import signals, step
+from mlxtune.cli import main
+signals.STEP_SECONDS = float(sys.argv.pop(1))
+real = step.StepFunction.__call__
+def call(self, number):
+    event = real(self, number)
+    if number == 4:
+        print("in step 4", file=sys.stderr, flush=True)
+        time.sleep(60)
+    return event
+step.StepFunction.__call__ = call
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "patience", "sent", "code"),
+    [("SIGINT", 30, 2, 130), ("SIGINT", 1, 1, 130), ("SIGTERM", 30, 2, 143), ("SIGTERM", 1, 1, 143)],
+)
+def test_two_signals_or_too_long_a_step_stop_at_once_and_lose_nothing_saved(
+    name: str, patience: float, sent: int, code: int, mlx_model: Path, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    words = options(mlx_model, data, tmp_path / "run")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children ignore it
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(patience), *words], stderr=subprocess.PIPE, text=True
+    ) as process:
+        signal.signal(signal.SIGINT, before)
+        assert process.stderr
+        for line in process.stderr:
+            if line.startswith("in step 4"):
+                break
+        began = time.monotonic()
+        for _ in range(sent):
+            process.send_signal(getattr(signal, name))
+            time.sleep(0.3)
+        said = process.stderr.read()
+    assert process.returncode == code
+    assert time.monotonic() - began < 10
+    assert f"stopped inside step 4; to go on: mlxtune train --resume --out {tmp_path / 'run'}" in said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "run/events.jsonl").read_text().splitlines()[-1])["kind"] == "end"
+    assert tiny.mlxtune("train", "--resume", "--out", tmp_path / "run").returncode == 0
+    same_bits(whole, tmp_path / "run")
+
+
+def test_a_second_process_on_the_same_run_is_refused(run: Path, mlx_model: Path, data: Path, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, "30", *options(mlx_model, data, tmp_path / "run")],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        signal.signal(signal.SIGINT, before)
+        assert process.stderr
+        next(line for line in process.stderr if line.startswith("in step 4"))
+        result = tiny.mlxtune("train", "--resume", "--out", tmp_path / "run")
+        tiny.one_clear_line(result, f"process {process.pid} is training here")
+        listed = json.loads(tiny.mlxtune("runs", tmp_path, "--json").stdout)
+        assert [(one["state"], one["steps"]) for one in listed] == [("running", 24)]
+        process.kill()
+    listed = json.loads(tiny.mlxtune("runs", tmp_path, "--json").stdout)
+    assert [(one["state"], one["step"]) for one in listed] == [("killed", 3)]
+    assert tiny.mlxtune("train", "--resume", "--out", tmp_path / "run").returncode == 0
+    (found,) = json.loads(tiny.mlxtune("runs", tmp_path, "--json").stdout)
+    assert (found["state"], found["step"], found["model"]) == ("finished", 24, mlx_model.name)
+    assert found["best_loss"] == min(loss for (kind, step), loss in losses(tmp_path / "run").items() if kind == "eval")
+
+
+def test_a_run_killed_before_it_saved_anything_can_be_begun_again(
+    mlx_model: Path, data: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/adapters.safetensors").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    before = (tmp_path / "run/events.jsonl").read_text().splitlines()
+    found = tune(mlx_model, data, tmp_path / "run")
+    assert len(found) == len(before)
+    assert sum(event["kind"] == "begin" for event in found) == 1
+
+
+def truncated(run: Path) -> None:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    os.truncate(newest / "adapters.safetensors", 1000)
+
+
+def flipped(run: Path) -> None:
+    file = sorted((run / "checkpoints").glob("step-*"))[-1] / checkpoint.OPTIMIZER_FILE
+    bits = bytearray(file.read_bytes())
+    bits[-1] ^= 1
+    file.write_bytes(bits)
+
+
+def emptied(run: Path) -> None:
+    (sorted((run / "checkpoints").glob("step-*"))[-1] / checkpoint.STATE_FILE).write_text("")
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied])
+def test_a_torn_checkpoint_is_skipped_with_a_line_and_the_one_before_it_used(
+    damage: Any, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    damage(tmp_path / "run")
+    result = tiny.mlxtune("train", "--resume", "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert "step-0000024 is incomplete" in result.stderr and "resumed after step 22" in result.stderr
+    same_bits(whole, tmp_path / "run")
+
+
+def changed_model(model: Path) -> None:
+    tensors = mx.load(str(model / "model.safetensors"))
+    name = next(name for name in tensors if name.endswith("scales"))  # type: ignore[union-attr]
+    tensors[name] = tensors[name] * 1.01  # type: ignore[index]
+    mx.eval(tensors)
+    mx.save_safetensors(str(model / "model.safetensors"), tensors)  # type: ignore[arg-type]
+
+
+def test_a_resume_under_other_settings_data_or_weights_is_refused_with_the_difference(
+    mlx_model: Path, data: Path, tmp_path: Path
+) -> None:
+    model, rows, run = (tmp_path / name for name in ("model", "data", "run"))
+    shutil.copytree(mlx_model, model)
+    shutil.copytree(data, rows)
+    tune(model, rows, run, "train.steps=4")
+
+    def resume(*settings: str, anyway: bool = False) -> None:
+        with Display(Console(quiet=True)) as display:
+            tuning.tune(config.load(run / session.CONFIG_FILE, settings), run, display, True, anyway)
+
+    for setting, said in {
+        "train.lr=1e-3": "train.lr 0.005 -> 0.001",
+        "lora.alpha=3": "lora.alpha 32.0 -> 3.0",
+        "data.train_on=last": "data.train_on",
+    }.items():
+        for anyway in (False, True):
+            with pytest.raises(errors.UserError, match=f"cannot be resumed, for this changed: {re.escape(said)}"):
+                resume(setting, anyway=anyway)
+    refused = tiny.mlxtune("train", "--resume", "--out", run, "--set", "train.steps=6")
+    tiny.one_clear_line(refused, "train.steps 4 -> 6", "--resume-anyway")
+    longer = tiny.mlxtune("train", "--resume-anyway", "--out", run, "--set", "train.steps=6")
+    assert longer.returncode == 0, longer.stderr
+    assert events.read(run)[-1]["step"] == 6
+    assert session.run_config(run).train.steps == 6
+    kept = (rows / "train.jsonl").read_text()
+    (rows / "train.jsonl").write_text(kept.replace("number 3?", "number three?"))
+    with pytest.raises(errors.UserError, match="for this changed: the training examples"):
+        resume()
+    (rows / "train.jsonl").write_text(kept)
+    resume()
+    (tmp_path / "moved").mkdir()
+    model.rename(tmp_path / "moved/model")  # the same model elsewhere is the same model
+    resume(f"model.path={tmp_path}/moved/model", "train.steps=7", anyway=True)
+    changed_model(tmp_path / "moved/model")
+    with pytest.raises(errors.UserError, match="for this changed: the base model"):
+        resume()
