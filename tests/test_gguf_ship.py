@@ -119,6 +119,18 @@ def test_kept_codes_are_proven_and_refuse_an_adapter(mlx_model: Path, run: Path,
     tiny.refused(out, *command, expected=("--type keep cannot take an adapter", "gguf-lora"))
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
+def test_floats_are_kept_in_the_type_that_holds_them_there_and_back(dtype: str, kind: str, tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "hf", dtype=dtype)
+    gguf.ship(Request(model, None, tmp_path / "one.gguf"), "gguf", "keep", False)
+    convert.convert(str(tmp_path / "one.gguf"), tmp_path / "mlx", convert.Target.of(16, None, None))
+    gguf.ship(Request(tmp_path / "mlx", None, tmp_path / "two.gguf"), "gguf", "keep", False)
+    one, two = (gguf_file.read(tmp_path / name) for name in ("one.gguf", "two.gguf"))
+    assert one.tensors["blk.0.ffn_up.weight"].kind == kind
+    assert {name: tensor.kind for name, tensor in one.tensors.items()} == {n: t.kind for n, t in two.tensors.items()}
+    assert all(one.rows(name).tobytes() == two.rows(name).tobytes() for name in one.tensors)
+
+
 @pytest.mark.parametrize("arch", ["llama", "mixtral", "phi3"])
 def test_an_adapter_beside_its_base_is_the_tuned_model(arch: str, held_out: Sequence[Example], tmp_path: Path) -> None:
     """Permuted rows, stacked experts, fused matrices: by llama.cpp's own application of the factors."""
@@ -219,6 +231,8 @@ def test_without_llama_cpp_k_quants_are_refused_and_the_rest_is_read_back(
     assert list(tmp_path.iterdir()) == []
     done = gguf.ship(request, "gguf", "q8_0", False)
     assert done.proof is not None and "read back" in done.proof.line()
+    done = gguf.ship(Request(mlx_model, run, tmp_path / "a.gguf", examples=held_out), "gguf-lora", None, False)
+    assert done.proof is not None and "read back: 28 tensors" in done.proof.line()
     planned = gguf.Plan.of(open_merged(mlx_model, run, mx.float32), "q8_0", mlx_model, "x")
     with (tmp_path / "m.gguf").open("r+b") as file:  # a bit that flips on the disk
         file.seek(-100, 2)
