@@ -49,7 +49,7 @@ class Row:
 
 def measure(family: str, root: Path) -> Row:
     """Make a tiny model of the family, load it, train a step on it, and take it out every way there is."""
-    folder = tiny.make_model(root / family, family, **zoo.SHAPES[family])
+    folder = tiny.make_model(root / family, family)
     row = Row(family)
     loaded = load(str(folder), "float32")
     row.logits = apart(mlx_logits(loaded.model), logits(reference(folder)))
@@ -95,12 +95,9 @@ def _full(model: Any) -> list[str]:
 
 
 def inverse(folder: Path, layout: Any) -> str:
-    """Whether our table makes the tensors that mlx-lm makes, and gives the original ones back bit for bit."""
+    """Whether our table makes the original tensors of those that mlx-lm made, bit for bit."""
     original = load_file(folder / "model.safetensors")
     mlx = {name: to_numpy(array) for name, array in open_merged(folder, None).tensors()}
-    ours = {name: array for name, array in layout.to_mlx(original.items(), np) if name in mlx}
-    assert ours.keys() == mlx.keys(), sorted(ours.keys() ^ mlx.keys())[:3]
-    assert all(np.array_equal(ours[name], mlx[name]) for name in mlx)
     back = dict(layout.to_hf(mlx.items(), np))
     kept = {name for name in original if not layout.is_dropped(name)}
     assert back.keys() == kept, sorted(back.keys() ^ kept)[:3]

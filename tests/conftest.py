@@ -49,8 +49,7 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mlx_model(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model converted by the command: 4 bits, groups of 32."""
     out = tmp_path_factory.mktemp("mlx") / "llama-4bit"
-    result = tiny.mlxtune("convert", hf_model, out, "--group-size", "32")
-    assert result.returncode == 0, result.stderr
+    tiny.done("convert", hf_model, out, "--group-size", "32")
     return out
 
 
@@ -69,11 +68,16 @@ def run(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A finished run on the tiny 4-bit model: 12 steps at a rate that visibly changes it."""
     out = tmp_path_factory.mktemp("runs") / "run"
     settings = ("train.steps=12", "train.lr=1e-2", "train.eval_every=6", "train.save_every=6", "lora.rank=4")
-    result = tiny.mlxtune(
-        "train", "--model", mlx_model, "--data", data, "--out", out, *(x for s in settings for x in ("--set", s))
-    )
-    assert result.returncode == 0, result.stderr
-    return out
+    return tiny.trained(mlx_model, data, out, *settings)
+
+
+@pytest.fixture(scope="session")
+def held_out(mlx_model: Path, run: Path) -> Any:
+    """The validation rows of that run, as examples."""
+    from mlxtune import session
+    from mlxtune.data.tokenizer import load_tokenizer
+
+    return session.held_out(load_tokenizer(mlx_model), mlx_model, session.run_config(run))
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +100,7 @@ def smollm2_gguf() -> Path:
 def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model converted by the command."""
     out = tmp_path_factory.mktemp("smollm2") / "model"
-    result = tiny.mlxtune("convert", smollm2_gguf, out)
-    assert result.returncode == 0, result.stderr
+    tiny.done("convert", smollm2_gguf, out)
     return out
 
 

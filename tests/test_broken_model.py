@@ -10,10 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from gguf import GGUFWriter
+from mlxtune_convert import gguf_file
+from mlxtune_convert.gguf_file import Writer
 from safetensors.numpy import load_file, save_file
+from test_gguf_fuzz import model_bytes
 from tiny import Change, lose_a_tensor, refused, remove
 
 
@@ -57,7 +58,10 @@ MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
         lose_a_shard,
         ("1 of 2 weight files are missing, first model-00002-of-00002.safetensors", "Copy or download"),
     ),
-    "half a shard": (tear_the_weights, ("model.safetensors:", "its header promises", "The file is incomplete")),
+    "half a shard": (
+        tear_the_weights,
+        ("model.safetensors:", "torn, or not a safetensors file", "The file is incomplete"),
+    ),
     "a missing tensor": (lose_a_tensor, ("the weights do not fit config.json (Missing 1", "model.norm.weight")),
     "pickled weights alone": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
@@ -91,37 +95,21 @@ def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(
     refused(out, "train", "--model", folder, "--data", data, "--out", out, expected=expected)
 
 
-def write_gguf(path: Path, whole: bool = True) -> Path:
-    """A small GGUF file of the llama architecture: one block, or none of the tensors its header promises."""
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(1)
-    writer.add_embedding_length(32)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["a", "b"])
-    writer.add_token_types([1, 1])
-    writer.add_token_merges(["a b"])
-    names = ["token_embd", "output_norm", "blk.0.attn_norm", "blk.0.attn_q", "blk.0.attn_k"] if whole else []
-    for name in names:
-        writer.add_tensor(f"{name}.weight", np.zeros((64, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def torn_gguf(path: Path) -> None:
-    whole = write_gguf(path).read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+def without_tensors(path: Path) -> None:
+    model_bytes(path)
+    with Writer(path, gguf_file.read(path).fields, {}):
+        pass
 
 
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
         (lambda path: path.write_bytes(b"not a model" * 99), ("m.gguf: not a GGUF file", "Copy or download it again.")),
-        (torn_gguf, ("m.gguf: not a GGUF file, or a damaged one", "Copy or download it again.")),
-        (lambda path: write_gguf(path, whole=False), ("m.gguf: llama.block_count is 1",)),
+        (
+            lambda path: path.write_bytes(model_bytes(path)[:5000]),
+            ("m.gguf: not a GGUF file, or a damaged one", "Copy or download it again."),
+        ),
+        (without_tensors, ("m.gguf: llama.block_count is 1",)),
     ],
     ids=["no GGUF at all", "torn", "without its tensors"],
 )

@@ -43,8 +43,7 @@ def test_logits_equal_transformers_whatever_the_rotary_base(kind: str, rope: dic
     """transformers 5 writes `rope_parameters` alone; read naively, the rotary base would silently be the default."""
     hf = tiny.make_model(tmp_path / "hf", kind, rope_parameters=rope)
     assert "rope_theta" not in json.loads((hf / "config.json").read_text())
-    result = tiny.mlxtune("convert", hf, tmp_path / "mlx", "--bits", "16")
-    assert result.returncode == 0, result.stderr
+    tiny.done("convert", hf, tmp_path / "mlx", "--bits", "16")
     ours = np.array(load(str(tmp_path / "mlx")).model(mx.array(IDS)))
     straight = np.array(load(str(hf)).model(mx.array(IDS)))
     expected = hf_logits(hf)
@@ -87,8 +86,7 @@ def test_every_width_and_mode_is_mlxs_own_quantization_and_loads_in_mlx_lm(
 
     folder = tmp_path_factory.mktemp("widths")
     hf = tiny.make_model(folder / "hf", hidden_size=128, intermediate_size=256)
-    result = tiny.mlxtune("convert", hf, folder / "mlx", *options)
-    assert result.returncode == 0, result.stderr
+    tiny.done("convert", hf, folder / "mlx", *options)
     model, _ = mlx_lm.load(str(folder / "mlx"))
     layer = model.layers[1].mlp.down_proj
     assert (layer.bits, layer.group_size, layer.mode) == (bits, group, mode)
@@ -99,7 +97,7 @@ def test_every_width_and_mode_is_mlxs_own_quantization_and_loads_in_mlx_lm(
 
 def test_sixteen_bits_keep_every_tensor_bit_for_bit(tmp_path: Path) -> None:
     hf = tiny.make_model(tmp_path / "hf", dtype="bfloat16")
-    assert tiny.mlxtune("convert", hf, tmp_path / "mlx", "--bits", "16").returncode == 0
+    tiny.done("convert", hf, tmp_path / "mlx", "--bits", "16")
     theirs, ours = (mx.load(str(tmp_path / name / "model.safetensors")) for name in ("hf", "mlx"))
     assert theirs.keys() == ours.keys()
     for name, array in theirs.items():
@@ -108,11 +106,10 @@ def test_sixteen_bits_keep_every_tensor_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_quantized_source_keeps_its_codes_unless_asked(mlx_model: Path, tmp_path: Path) -> None:
-    assert tiny.mlxtune("convert", mlx_model, tmp_path / "same").returncode == 0
+    tiny.done("convert", mlx_model, tmp_path / "same")
     before, after = (mx.load(str(folder / "model.safetensors")) for folder in (mlx_model, tmp_path / "same"))
     assert all(mx.array_equal(array, after[name]).item() for name, array in before.items())
-    result = tiny.mlxtune("convert", mlx_model, tmp_path / "dense", "--bits", "16")
-    assert result.returncode == 0
+    result = tiny.done("convert", mlx_model, tmp_path / "dense", "--bits", "16")
     assert "already quantized" in result.stderr
     model, config = open_model(tmp_path / "dense")
     assert "quantization" not in config
@@ -121,8 +118,7 @@ def test_a_quantized_source_keeps_its_codes_unless_asked(mlx_model: Path, tmp_pa
 
 def test_layers_whose_width_does_not_divide_are_named(tmp_path: Path) -> None:
     hf = tiny.make_model(tmp_path / "hf", hidden_size=64, intermediate_size=96)
-    result = tiny.mlxtune("convert", hf, tmp_path / "mlx")
-    assert result.returncode == 0, result.stderr
+    result = tiny.done("convert", hf, tmp_path / "mlx")
     assert "2 layers stay unquantized (first: model.layers" in result.stderr
 
 
@@ -141,7 +137,7 @@ def test_many_shards_are_read_and_written(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (sharded / name).write_bytes((hf / name).read_bytes())
     assert len(weight_files(sharded)) > 3
-    assert tiny.mlxtune("convert", sharded, tmp_path / "mlx", "--bits", "16").returncode == 0
+    tiny.done("convert", sharded, tmp_path / "mlx", "--bits", "16")
     ours = dict(tree_flatten(open_model(tmp_path / "mlx")[0].parameters()))
     assert all(mx.array_equal(array, ours[name]).item() for name, array in whole.items())
 
@@ -149,5 +145,5 @@ def test_many_shards_are_read_and_written(tmp_path: Path) -> None:
 def test_every_end_of_turn_id_survives(tmp_path: Path) -> None:
     hf = tiny.make_model(tmp_path / "hf")
     (hf / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
-    assert tiny.mlxtune("convert", hf, tmp_path / "mlx").returncode == 0
+    tiny.done("convert", hf, tmp_path / "mlx")
     assert load(str(tmp_path / "mlx")).eos_ids == [0, 2]

@@ -49,15 +49,17 @@ def test_a_family_that_mlx_lm_computes_otherwise_is_refused_by_name(family: str,
     tiny.refused(tmp_path / "out", "export", *options, expected=(family, "mlx-lm", "mlxtune fuse"))
 
 
-def test_an_unknown_family_is_refused_before_any_work(hf_model: Path, tmp_path: Path) -> None:
+def test_an_unknown_family_is_refused_before_any_work(hf_model: Path, run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for file in hf_model.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "afm7"}))
-    options = ("--model", folder, "--to", "hf", "--out", tmp_path / "out", "--no-verify")
-    tiny.refused(tmp_path / "out", "export", *options, expected=("afm7", "covered: ", "mlxtune fuse"))
+    options = ("--model", folder, "--adapter", run, "--out", tmp_path / "out")
+    for target in ("hf", "peft"):
+        expected = ("afm7", "covered: ", "mlxtune fuse")
+        tiny.refused(tmp_path / "out", "export", *options, "--to", target, expected=expected)
 
 
 def test_the_documented_matrix_names_every_family() -> None:
@@ -74,8 +76,8 @@ def test_a_converted_folder_is_plain_mlx_lms(family: str, tmp_path: Path) -> Non
     """What only our table can read from transformers, mlx-lm alone reads from the converted folder; so do we."""
     import mlx_lm
 
-    hf = tiny.make_model(tmp_path / "hf", family, **zoo.SHAPES[family])
-    assert tiny.mlxtune("convert", hf, tmp_path / "mlx", "--bits", "16").returncode == 0
+    hf = tiny.make_model(tmp_path / "hf", family)
+    tiny.done("convert", hf, tmp_path / "mlx", "--bits", "16")
     ids = mx.array(conformance.IDS)
     wanted = conformance.logits(conformance.reference(hf))
     theirs, _ = mlx_lm.load(str(tmp_path / "mlx"))
@@ -85,12 +87,11 @@ def test_a_converted_folder_is_plain_mlx_lms(family: str, tmp_path: Path) -> Non
 
 def test_a_vision_model_takes_its_tower_from_the_base(tmp_path: Path) -> None:
     """Refused without it; with it every tensor of the original is there, the tower's bit for bit."""
-    hf = tiny.make_model(tmp_path / "hf", "gemma3", **zoo.SHAPES["gemma3"])
-    assert tiny.mlxtune("convert", hf, tmp_path / "mlx", "--bits", "16").returncode == 0
+    hf = tiny.make_model(tmp_path / "hf", "gemma3")
+    tiny.done("convert", hf, tmp_path / "mlx", "--bits", "16")
     options = ("--model", tmp_path / "mlx", "--to", "hf", "--out", tmp_path / "out", "--no-verify")
     tiny.refused(tmp_path / "out", "export", *options, expected=("vision_tower", "--base HF_DIR"))
-    result = tiny.mlxtune("export", *options, "--base", hf)
-    assert result.returncode == 0, result.stderr
+    tiny.done("export", *options, "--base", hf)
     one, other = load_file(hf / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert one.keys() == other.keys()
     assert all(one[name].tobytes() == other[name].tobytes() for name in one)
@@ -108,7 +109,7 @@ def test_an_export_stops_where_the_chat_ends_and_tells_its_recipe(mlx_model: Pat
     )
     (tmp_path / "model" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
     options = ("--adapter", run, "--to", "hf", "--out", out, "--no-verify", "--base-name", "acme/tiny")
-    assert tiny.mlxtune("export", "--model", tmp_path / "model", *options).returncode == 0
+    tiny.done("export", "--model", tmp_path / "model", *options)
     generation = GenerationConfig.from_pretrained(out)
     assert (generation.eos_token_id, generation.temperature) == ([0, 2], 0.7)
     assert AutoTokenizer.from_pretrained(out).chat_template == tiny.CHATML
@@ -135,8 +136,7 @@ def test_a_push_makes_a_private_repository_with_the_same_files(
 ) -> None:
     out = tmp_path / "peft"
     options = ("--adapter", run, "--to", "peft", "--out", out, "--no-verify", "--push", "me/tiny-tuned")
-    result = tiny.mlxtune("export", "--model", mlx_model, *options, **_user(hub, tmp_path / "home"))
-    assert result.returncode == 0, result.stderr
+    result = tiny.done("export", "--model", mlx_model, *options, **_user(hub, tmp_path / "home"))
     assert "me/tiny-tuned: private" in result.stdout
     repo = hub.repos["me/tiny-tuned"]
     assert repo.private

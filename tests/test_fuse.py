@@ -87,13 +87,12 @@ def test_a_4_bit_fuse_keeps_more_of_the_tune_than_rounding_does(
 def hf(mlx_model: Path, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("verify") / "hf"
     options = ("--adapter", run, "--to", "hf", "--out", out, "--dtype", "float32", "--no-verify")
-    assert tiny.mlxtune("export", "--model", mlx_model, *options).returncode == 0
+    tiny.done("export", "--model", mlx_model, *options)
     return out
 
 
 def test_verify_proves_an_export_that_is_already_there(mlx_model: Path, run: Path, hf: Path) -> None:
-    result = tiny.mlxtune("verify", hf, "--model", mlx_model, "--adapter", run, "--json")
-    assert result.returncode == 0, result.stderr
+    result = tiny.done("verify", hf, "--model", mlx_model, "--adapter", run, "--json")
     report = json.loads(result.stdout)
     assert (report["verdict"], report["candidate"]) == ("passed", "transformers, float32")
     assert report == json.loads((hf / "verification.json").read_text())
@@ -127,8 +126,7 @@ def test_a_run_whose_rows_are_gone_is_fused_by_rounding_and_that_is_said(
     for name in ("adapters.safetensors", "adapter_config.json"):
         (moved / name).write_bytes((run / name).read_bytes())
     options = ("--adapter", moved, "--out", tmp_path / "fused", "--bits", "4", "--data", data / "valid.jsonl")
-    result = tiny.mlxtune("fuse", "--model", mlx_model, *options)
-    assert result.returncode == 0, result.stderr
+    result = tiny.done("fuse", "--model", mlx_model, *options)
     assert "no training rows to choose codes by" in result.stderr
 
 

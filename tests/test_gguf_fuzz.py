@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +18,12 @@ from mlxtune_convert import gguf_file, gguf_lora, gguf_model
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.gguf_families import by_model_type
 from mlxtune_convert.gguf_file import Field, Writer
+from mlxtune_convert.peft import Adapter, Update
 from mlxtune_convert.quant import BLOCKS
 from mlxtune_convert.tensors import read_header, weight_files
 from safetensors.numpy import save_file
+
+from mlxtune.model import peft
 
 KEYS = {
     "context_length": 64,
@@ -39,17 +43,19 @@ EXAMPLES = settings(
 
 def model_bytes(path: Path) -> bytes:
     """A whole llama of one block, in several types, of some 20 KB."""
-    fields = {"general.architecture": Field.of("llama"), "general.type": Field.of("model")}
-    fields |= {f"llama.{key}": Field.of(value) for key, value in KEYS.items()}
-    fields |= {
-        "tokenizer.ggml.model": Field.of("gpt2"),
-        "tokenizer.ggml.pre": Field.of("smollm"),
-        "tokenizer.ggml.tokens": Field.of(["a", "b", "ab", "é"]),
-        "tokenizer.ggml.token_type": Field.of([1, 1, 1, 3]),
-        "tokenizer.ggml.merges": Field.of(["a b"]),
-        "tokenizer.ggml.eos_token_id": Field.of(3),
-        "tokenizer.chat_template": Field.of("{{ messages }}"),
+    values: dict[str, Any] = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        **{f"llama.{key}": value for key, value in KEYS.items()},
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": ["a", "b", "ab", "é"],
+        "tokenizer.ggml.token_type": [1, 1, 1, 3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": 3,
+        "tokenizer.chat_template": "{{ messages }}",
     }
+    fields = {key: Field.of(value) for key, value in values.items()}
     family = by_model_type("llama")
     names = ["token_embd", "output_norm", *(f"blk.0.{stem}" for stem in family.names)]
     shapes = {f"{name}.weight": (32,) if "norm" in name else (32, 32) for name in names}
@@ -65,24 +71,18 @@ def model_bytes(path: Path) -> bytes:
 
 def adapter_bytes(path: Path) -> bytes:
     rng = np.random.default_rng(0)
-    factors = {
-        f"model.layers.{layer}.self_attn.{name}_proj": (
-            rng.normal(size=(32, 2)).astype(np.float32),
-            rng.normal(size=(2, 32)).astype(np.float32),
-            2.0,
-        )
-        for layer in range(2)
-        for name in "qv"
-    }
+    factors = rng.normal(size=(2, 32, 2)).astype(np.float32)
+    names = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qv"]
+    updates = {name: Update(factors[0], factors[1].T, 2.0) for name in names}
     config = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    gguf_lora.write_adapter(path, by_model_type("llama"), config, factors, "acme/base")
+    gguf_lora.write_adapter(path, by_model_type("llama"), config, updates, "acme/base")
     return path.read_bytes()
 
 
 def use_gguf(path: Path, folder: Path) -> None:
     file = gguf_file.read(path)
     if gguf_lora.is_adapter(file):
-        gguf_lora.convert(file, folder, None)
+        peft.save(folder, Adapter(gguf_lora.read_adapter(file, None)[0]), None)
     else:
         gguf_model.convert(gguf_model.open_gguf(path), folder)
 

@@ -17,14 +17,14 @@ from gguf.quants import dequantize, quantize
 from mlxtune_convert import ggml, gguf_file, gguf_lora
 from mlxtune_convert.gguf_export import Choice
 from mlxtune_convert.gguf_families import by_model_type
+from mlxtune_convert.peft import Update
+from test_variants import adapted
 
-from mlxtune import session
 from mlxtune.cli import cli
 from mlxtune.data.chat import Example
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.model import convert, lora
 from mlxtune.model.load import load, open_model
-from mlxtune.sections import LoraSection
 from mlxtune.ship import gguf, llama_cpp, modelfile
 from mlxtune.ship.export import Request
 from mlxtune.ship.merge import open_merged
@@ -33,8 +33,7 @@ IDS = np.random.default_rng(7).integers(3, 250, 50)
 
 
 def export(model: Path, out: Path, *options: str | Path, to: str = "gguf") -> str:
-    result = tiny.mlxtune("export", "--model", model, "--to", to, "--out", out, *options)
-    assert result.returncode == 0, result.stderr
+    result = tiny.done("export", "--model", model, "--to", to, "--out", out, *options)
     return result.stdout + result.stderr
 
 
@@ -43,24 +42,6 @@ def trained_logits(model: Path, run: Path | None) -> np.ndarray:
     if run is not None:
         lora.load_adapter(loaded.model, run)
     return np.array(loaded.model(mx.array(IDS)[None]))[0]
-
-
-@pytest.fixture(scope="module")
-def held_out(mlx_model: Path, run: Path) -> Sequence[Example]:
-    return session.held_out(load_tokenizer(mlx_model), mlx_model, session.run_config(run))
-
-
-def random_adapter(model: Path, folder: Path) -> Path:
-    """An adapter of every linear layer, saved as a run saves it, with a B that is not zero."""
-    folder.mkdir()
-    loaded, _ = open_model(model)
-    spec = lora.Spec.of(loaded, LoraSection(rank=4, alpha=12))
-    lora.attach(loaded, spec)
-    for index, layer in enumerate(lora.adapters(loaded).values()):
-        layer.lora_b = 0.1 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(index))
-    lora.save_config(folder, spec)
-    lora.save_factors(loaded, folder)
-    return folder
 
 
 def llama_logits(file: Path, adapter: Path | None = None) -> np.ndarray:
@@ -82,7 +63,7 @@ def test_smollm2_comes_back_byte_for_byte(smollm2: Path, smollm2_gguf: Path, tmp
 
 def test_a_four_bit_model_becomes_q4_1_bit_for_bit(smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2 in 16 bits, quantized by MLX to 4 bits in groups of 64: gguf's values are mx.dequantize's."""
-    assert tiny.mlxtune("convert", smollm2, tmp_path / "m", "--bits", "4", "--group-size", "64").returncode == 0
+    tiny.done("convert", smollm2, tmp_path / "m", "--bits", "4", "--group-size", "64")
     said = export(tmp_path / "m", tmp_path / "m.gguf", "--no-verify")
     assert "no exact GGUF form" not in said
     model, config = open_model(tmp_path / "m")
@@ -131,35 +112,30 @@ def test_a_merged_export_is_the_trained_model(
 
 def test_kept_codes_are_proven_and_refuse_an_adapter(mlx_model: Path, run: Path, data: Path, tmp_path: Path) -> None:
     assert "passed" in export(mlx_model, tmp_path / "folder", "--data", data)
-    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [
-        "model.gguf",
-        "verification.json",
-        "verification.md",
-    ]
-    tiny.refused(
-        tmp_path / "m.gguf",
-        *(
-            "export",
-            "--model",
-            mlx_model,
-            "--adapter",
-            run,
-            "--to",
-            "gguf",
-            "--type",
-            "keep",
-            "--out",
-            tmp_path / "m.gguf",
-        ),
-        expected=("--type keep cannot take an adapter", "gguf-lora"),
-    )
+    names = sorted(path.name for path in (tmp_path / "folder").iterdir())
+    assert names == ["model.gguf", "verification.json", "verification.md"]
+    out = tmp_path / "m.gguf"
+    command = ("export", "--model", mlx_model, "--adapter", run, "--to", "gguf", "--type", "keep", "--out", out)
+    tiny.refused(out, *command, expected=("--type keep cannot take an adapter", "gguf-lora"))
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
+def test_floats_are_kept_in_the_type_that_holds_them_there_and_back(dtype: str, kind: str, tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "hf", dtype=dtype)
+    gguf.ship(Request(model, None, tmp_path / "one.gguf"), "gguf", "keep", False)
+    convert.convert(str(tmp_path / "one.gguf"), tmp_path / "mlx", convert.Target.of(16, None, None))
+    gguf.ship(Request(tmp_path / "mlx", None, tmp_path / "two.gguf"), "gguf", "keep", False)
+    one, two = (gguf_file.read(tmp_path / name) for name in ("one.gguf", "two.gguf"))
+    assert one.tensors["blk.0.ffn_up.weight"].kind == kind
+    assert {name: tensor.kind for name, tensor in one.tensors.items()} == {n: t.kind for n, t in two.tensors.items()}
+    assert all(one.rows(name).tobytes() == two.rows(name).tobytes() for name in one.tensors)
 
 
 @pytest.mark.parametrize("arch", ["llama", "mixtral", "phi3"])
 def test_an_adapter_beside_its_base_is_the_tuned_model(arch: str, held_out: Sequence[Example], tmp_path: Path) -> None:
     """Permuted rows, stacked experts, fused matrices: by llama.cpp's own application of the factors."""
     model = tiny.make_model(tmp_path / "hf", arch, **({"sliding_window": None} if arch == "phi3" else {}))
-    run = random_adapter(model, tmp_path / "run")
+    adapted(model, run := tmp_path / "run", rank=4, alpha=12)
     gguf.ship(Request(model, None, tmp_path / "base.gguf"), "gguf", "f32", False)
     done = gguf.ship(Request(model, run, tmp_path / "lora.gguf", examples=held_out), "gguf-lora", None, False)
     assert done.proof is not None and done.proof.verdict == "passed"
@@ -178,35 +154,39 @@ def test_ranks_and_scales_that_differ_are_folded(tmp_path: Path) -> None:
     """B A alpha / rank, written out, is the update of each module; so it is after the way back."""
     rng = np.random.default_rng(0)
     config = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
-    factors = {
-        "model.layers.1.self_attn.q_proj": (rng.normal(size=(64, 4)), rng.normal(size=(4, 64)), 2.0),
-        "model.layers.2.mlp.up_proj": (rng.normal(size=(64, 2)), rng.normal(size=(2, 128)), 0.7),
-        "model.layers.2.mlp.down_proj": (rng.normal(size=(128, 4)), rng.normal(size=(4, 64)), 2.0),
+    shapes = {
+        "model.layers.1.self_attn.q_proj": (64, 4, 64, 2.0),
+        "model.layers.2.mlp.up_proj": (64, 2, 128, 0.7),
+        "model.layers.2.mlp.down_proj": (128, 4, 64, 2.0),
     }
-    factors = {path: (a.astype(np.float32), b.astype(np.float32), s) for path, (a, b, s) in factors.items()}
+    updates = {
+        path: Update(rng.normal(size=(i, r)).astype(np.float32), rng.normal(size=(r, o)).astype(np.float32), scale)
+        for path, (i, r, o, scale) in shapes.items()
+    }
     family, file = by_model_type("qwen2"), tmp_path / "lora.gguf"
-    gguf_lora.write_adapter(file, family, config, factors, "acme/base")
+    gguf_lora.write_adapter(file, family, config, updates, "acme/base")
     opened = gguf_file.read(file)
     alpha = opened.get("adapter.lora.alpha")
     assert alpha == 8.0
-    (tmp_path / "back").mkdir()
-    assert gguf_lora.convert(opened, tmp_path / "back", None) == 3
-    saved = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
-    assert (saved["num_layers"], saved["lora_parameters"]["rank"]) == (2, 4)
-    tensors = mx.load(str(tmp_path / "back" / "adapters.safetensors"))
-    for path, (a, b, scale) in factors.items():
+    done = convert.convert(str(file), tmp_path / "back", convert.Target.of(None, None, None))
+    spec = lora.read_spec(tmp_path / "back")
+    assert done.notes == [] and {path: rank for path, (rank, _) in spec.modules.items()} == {
+        path: update.rank for path, update in updates.items()
+    }
+    tensors = mx.load(str(tmp_path / "back" / spec.file))
+    for path, update in updates.items():
         name = family.gguf_name(f"{path}.weight")
-        ours = (opened.rows(f"{name}.lora_b") @ opened.rows(f"{name}.lora_a")).T * (alpha / a.shape[1])
-        np.testing.assert_allclose(ours, scale * (a @ b), rtol=1e-5, atol=1e-5)
+        expected = update.scale * (update.a @ update.b)
+        ours = (opened.rows(f"{name}.lora_b") @ opened.rows(f"{name}.lora_a")).T * (alpha / update.rank)
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
         again = np.array(tensors[f"{path}.lora_a"]) @ np.array(tensors[f"{path}.lora_b"])
-        np.testing.assert_allclose(again * saved["lora_parameters"]["scale"], scale * (a @ b), rtol=1e-5, atol=1e-5)
-    assert not np.array(tensors["model.layers.1.mlp.up_proj.lora_b"]).any()
+        np.testing.assert_allclose(again * spec.modules[path][1], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_embedding_adapter_is_refused_because_llama_cpp_aborts(tmp_path: Path) -> None:
-    factors = {"model.embed_tokens": (np.zeros((4, 2)), np.zeros((2, 4)), 1.0)}
+    updates = {"model.embed_tokens": Update(np.zeros((4, 2)), np.zeros((2, 4)), 1.0)}
     with pytest.raises(gguf.UserError, match="embedding"):
-        gguf_lora.write_adapter(tmp_path / "a.gguf", by_model_type("llama"), {}, factors, "")
+        gguf_lora.write_adapter(tmp_path / "a.gguf", by_model_type("llama"), {}, updates, "")
     assert not (tmp_path / "a.gguf").exists()
 
 
@@ -251,12 +231,14 @@ def test_without_llama_cpp_k_quants_are_refused_and_the_rest_is_read_back(
     assert list(tmp_path.iterdir()) == []
     done = gguf.ship(request, "gguf", "q8_0", False)
     assert done.proof is not None and "read back" in done.proof.line()
+    done = gguf.ship(Request(mlx_model, run, tmp_path / "a.gguf", examples=held_out), "gguf-lora", None, False)
+    assert done.proof is not None and "read back: 28 tensors" in done.proof.line()
     planned = gguf.Plan.of(open_merged(mlx_model, run, mx.float32), "q8_0", mlx_model, "x")
     with (tmp_path / "m.gguf").open("r+b") as file:  # a bit that flips on the disk
         file.seek(-100, 2)
         file.write(b"\xff")
     with pytest.raises(gguf.UserError, match="does not hold what was written"):
-        planned.read_back(open_merged(mlx_model, run, mx.float32), tmp_path / "m.gguf")
+        gguf_file.read_back(tmp_path / "m.gguf", planned.tensors(open_merged(mlx_model, run, mx.float32)))
     ggml.library.cache_clear()
 
 
@@ -319,22 +301,16 @@ def test_what_llama_cpp_takes_for_granted_is_refused_by_name(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("setting", ["lora.variant=dora", "lora.train_also=[norms]"])
 def test_what_a_gguf_adapter_cannot_hold_is_refused(setting: str, mlx_model: Path, data: Path, tmp_path: Path) -> None:
-    settings = ("train.steps=1", "train.eval_every=0", "lora.rank=2", setting)
-    options = [text for one in settings for text in ("--set", one)]
-    trained = tiny.mlxtune("train", "--model", mlx_model, "--data", data, "--out", tmp_path / "run", *options)
-    assert trained.returncode == 0, trained.stderr
+    run = tiny.trained(mlx_model, data, tmp_path / "run", "train.steps=1", "train.eval_every=0", "lora.rank=2", setting)
     out = tmp_path / "a.gguf"
-    command = ("export", "--model", mlx_model, "--adapter", tmp_path / "run", "--to", "gguf-lora", "--out", out)
+    command = ("export", "--model", mlx_model, "--adapter", run, "--to", "gguf-lora", "--out", out)
     tiny.refused(out, *command, expected=("neither DoRA nor layers trained in full", "--to gguf --type f16"))
 
 
 def test_a_template_that_the_run_chose_goes_into_the_file(mlx_model: Path, data: Path, tmp_path: Path) -> None:
     settings = ("train.steps=1", "train.eval_every=0", "lora.rank=2", "data.template=alpaca")
-    options = [text for one in settings for text in ("--set", one)]
-    trained = tiny.mlxtune("train", "--model", mlx_model, "--data", data, "--out", tmp_path / "run", *options)
-    assert trained.returncode == 0, trained.stderr
+    run = tiny.trained(mlx_model, data, tmp_path / "run", *settings)
     out = tmp_path / "m.gguf"
-    command = ("export", "--model", mlx_model, "--adapter", tmp_path / "run", "--to", "gguf", "--out", out)
-    assert tiny.mlxtune(*command, "--no-verify").returncode == 0
+    export(mlx_model, out, "--adapter", run, "--no-verify")
     template = gguf_package.GGUFReader(out).get_field("tokenizer.chat_template").contents()
     assert "### Response:" in template

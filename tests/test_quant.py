@@ -42,6 +42,7 @@ def test_every_scheme_is_carried_exactly_or_says_how_inexactly(
 ) -> None:
     codes, dense = quantized(bits, group, mode, dtype)
     np.testing.assert_array_equal(quant.dequantize(codes), dense)
+    np.testing.assert_array_equal(quant.pack(quant.unpack(codes.weight, bits), bits), codes.weight)
     carried = quant.carry(codes)
     if mode == "mxfp8" or (mode == "affine" and bits == 8):
         assert carried is None  # no type has 8-bit codes with a minimum
@@ -78,13 +79,14 @@ def test_six_bit_codes_keep_their_grid_as_eight_bit_ones() -> None:
 
 @pytest.mark.parametrize("kind", quant.MAPPED)
 def test_blocks_come_back_byte_for_byte(kind: str) -> None:
-    """GGUF -> MLX -> GGUF, with the type found again."""
+    """GGUF -> MLX -> GGUF, with the type found again; in MLX the very values that the gguf package gives."""
     if kind == "NVFP4":
         codes, _ = quantized(4, 16, "nvfp4", mx.float32)
         data = quant.to_blocks(codes, kind)
     else:
         data = quantize(weight(), gguf.GGMLQuantizationType[kind])
     codes = quant.from_blocks(data, kind)
+    np.testing.assert_array_equal(quant.dequantize(codes), dequantize(data, gguf.GGMLQuantizationType[kind]))
     carried = quant.carry(codes)
     assert carried is not None
     assert (carried[0], carried[2]) == (kind, 0.0)

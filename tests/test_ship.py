@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
+from mlxtune.data.chat import Example
+from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.load import load
-from mlxtune.ship import verify
+from mlxtune.ship import export, verify
 
 IDS = np.random.default_rng(5).integers(3, 250, (1, 48))
 
@@ -36,12 +39,9 @@ def qwen(tmp_path_factory: pytest.TempPathFactory, data: Path) -> tuple[Path, Pa
     """A Qwen2 (biases on q, k, v), 4 bits, with a run of the last block alone."""
     folder = tmp_path_factory.mktemp("qwen")
     tiny.make_model(folder / "hf", "qwen2", rope_parameters={"rope_type": "default", "rope_theta": 777.0})
-    assert tiny.mlxtune("convert", folder / "hf", folder / "mlx", "--group-size", "32").returncode == 0
+    tiny.done("convert", folder / "hf", folder / "mlx", "--group-size", "32")
     settings = ("train.steps=8", "train.lr=1e-2", "lora.layers=1", "lora.rank=3")
-    sets = [x for setting in settings for x in ("--set", setting)]
-    result = tiny.mlxtune("train", "--model", folder / "mlx", "--data", data, "--out", folder / "run", *sets)
-    assert result.returncode == 0, result.stderr
-    return folder / "mlx", folder / "run"
+    return folder / "mlx", tiny.trained(folder / "mlx", data, folder / "run", *settings)
 
 
 @pytest.fixture(params=["llama", "qwen2"])
@@ -53,15 +53,13 @@ def tuned(request: pytest.FixtureRequest, mlx_model: Path, run: Path) -> tuple[P
 def test_an_hf_export_is_the_trained_model_in_transformers(
     dtype: str | None, tolerance: float, tuned: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Loaded with no missing and no unexpected key, on other tokens than the command's own proof used."""
+    """Loaded with no missing and no unexpected key, on other tokens than the command's own proof used. Its config.json
+    is the one that transformers wrote: rope_parameters, no quantization, no normalised extras."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, adapter = tuned
     extra = ("--dtype", dtype) if dtype else ()
-    result = tiny.mlxtune(
-        "export", "--model", model, "--adapter", adapter, "--to", "hf", "--out", tmp_path / "hf", *extra
-    )
-    assert result.returncode == 0, result.stderr
+    tiny.done("export", "--model", model, "--adapter", adapter, "--to", "hf", "--out", tmp_path / "hf", *extra)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert str(loaded.dtype).removeprefix("torch.") == (dtype or "float32")
@@ -73,6 +71,10 @@ def test_an_hf_export_is_the_trained_model_in_transformers(
     report = json.loads((tmp_path / "hf" / "verification.json").read_text())
     assert report["verdict"] == "passed"
     assert "transformers" in report["candidate"]
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    original = json.loads((model / "mlxtune_source.json").read_text())["config"]
+    assert {**config, "dtype": None} == {**original, "dtype": None}
+    assert "rope_parameters" in config and "rope_theta" not in config
 
 
 def test_a_peft_export_is_the_trained_model_on_the_dense_base(tuned: tuple[Path, Path], tmp_path: Path) -> None:
@@ -83,12 +85,11 @@ def test_a_peft_export_is_the_trained_model_on_the_dense_base(tuned: tuple[Path,
 
     model, adapter = tuned
     options = ("--to", "hf", "--out", tmp_path / "base", "--dtype", "float32", "--no-verify")
-    assert tiny.mlxtune("export", "--model", model, *options).returncode == 0
-    result = tiny.mlxtune(
+    tiny.done("export", "--model", model, *options)
+    tiny.done(
         *("export", "--model", model, "--adapter", adapter, "--to", "peft", "--out", tmp_path / "peft"),
         *("--base-name", "acme/tiny"),
     )
-    assert result.returncode == 0, result.stderr
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = torch_logits(PeftModel.from_pretrained(base, str(tmp_path / "peft")))
     assert np.abs(theirs - trained_logits(model, adapter)).max() < 1e-3
@@ -117,8 +118,7 @@ def test_a_16_bit_fuse_is_the_trained_model(tuned: tuple[Path, Path], tmp_path: 
     import mlx_lm
 
     model, adapter = tuned
-    result = tiny.mlxtune("fuse", "--model", model, "--adapter", adapter, "--out", tmp_path / "fused")
-    assert result.returncode == 0, result.stderr
+    result = tiny.done("fuse", "--model", model, "--adapter", adapter, "--out", tmp_path / "fused")
     assert "100.0% of the adapter's effect survived" in result.stdout
     fused, _ = mlx_lm.load(str(tmp_path / "fused"))
     assert np.abs(np.array(fused(mx.array(IDS))) - trained_logits(model, adapter)).max() < 1e-4
@@ -131,8 +131,7 @@ def test_a_quantized_fuse_quantizes_what_changed_and_keeps_the_rest(
     """The run adapted the last block alone: every other tensor keeps its codes; the share is printed."""
     model, adapter = qwen
     out = tmp_path / "fused"
-    result = tiny.mlxtune("fuse", "--model", model, "--adapter", adapter, "--out", out, "--bits", str(bits))
-    assert result.returncode == 0, result.stderr
+    result = tiny.done("fuse", "--model", model, "--adapter", adapter, "--out", out, "--bits", str(bits))
     before, after = (mx.load(str(folder / "model.safetensors")) for folder in (model, out))
     for name, array in before.items():
         same = array.shape == after[name].shape and mx.array_equal(array, after[name]).item()
@@ -149,74 +148,57 @@ def test_a_quantized_fuse_quantizes_what_changed_and_keeps_the_rest(
 
 def test_rounding_that_drowns_the_tune_is_said(hf_model: Path, data: Path, tmp_path: Path) -> None:
     """A barely trained adapter on a dense base, fused to 4 bits: noise far above the effect."""
-    run = tmp_path / "run"
-    settings = ("--set", "train.steps=1", "--set", "train.lr=1e-5")
-    assert tiny.mlxtune("train", "--model", hf_model, "--data", data, "--out", run, *settings).returncode == 0
+    run = tiny.trained(hf_model, data, tmp_path / "run", "train.steps=1", "train.lr=1e-5")
     options = ("--adapter", run, "--out", tmp_path / "fused", "--bits", "4")
-    result = tiny.mlxtune("fuse", "--model", hf_model, *options)
-    assert result.returncode == 0, result.stderr
+    result = tiny.done("fuse", "--model", hf_model, *options)
     assert "4-bit rounding changed the model by up to" in result.stderr
 
 
 def test_routers_keep_the_bits_their_family_gives_them(data: Path, tmp_path: Path) -> None:
     """mlx-lm quantizes Qwen3-MoE's routers to 8 bits; so does a 4-bit fuse of the dense model."""
     hf = tiny.make_model(tmp_path / "hf", "qwen3_moe")
-    settings = ("--set", "train.steps=2", "--set", "lora.targets=[q_proj]")
-    assert tiny.mlxtune("train", "--model", hf, "--data", data, "--out", tmp_path / "run", *settings).returncode == 0
-    options = ("--adapter", tmp_path / "run", "--out", tmp_path / "fused", "--bits", "4")
-    result = tiny.mlxtune("fuse", "--model", hf, *options)
-    assert result.returncode == 0, result.stderr
+    run = tiny.trained(hf, data, tmp_path / "run", "train.steps=2", "lora.targets=[q_proj]")
+    options = ("--adapter", run, "--out", tmp_path / "fused", "--bits", "4")
+    tiny.done("fuse", "--model", hf, *options)
     model = load(str(tmp_path / "fused")).model
     assert (model.layers[0].mlp.gate.bits, model.layers[0].self_attn.q_proj.bits) == (8, 4)
 
 
-def test_the_share_is_the_projection_on_the_adapters_effect(mlx_model: Path, run: Path) -> None:
-    """A candidate that applies half of the effect, by construction, has half of the share; the full one all of it."""
-    from mlxtune import session
+@pytest.fixture(scope="module")
+def ref(mlx_model: Path, run: Path, held_out: Sequence[Example]) -> verify.Reference:
+    return verify.reference(str(mlx_model), run, held_out)
 
-    loaded = load(str(mlx_model), "float32")
-    config = session.run_config(run)
-    examples = session.held_out(loaded.tokenizer, mlx_model, config)
-    ref = verify.reference(str(mlx_model), run, examples)
-    rows = iter(np.split(ref.base + 0.5 * (ref.trained - ref.base), np.cumsum([b.targets for b in ref.batches])[:-1]))
-    half = verify.measure(ref, lambda batch: next(rows), "half", "4 bits")
+
+def measured(ref: verify.Reference, logits: np.ndarray, storage: str) -> verify.Report:
+    """The report on a candidate with these logits [N, V]."""
+    rows = iter(np.split(logits, np.cumsum([batch.targets for batch in ref.batches])[:-1]))
+    return verify.measure(ref, lambda batch: next(rows), "made up", storage)
+
+
+def test_the_share_is_the_projection_on_the_adapters_effect(ref: verify.Reference) -> None:
+    """A candidate that applies half of the effect, by construction, has half of the share; the full one all of it."""
+    half = measured(ref, ref.base + 0.5 * (ref.trained - ref.base), "4 bits")
     assert half.share == pytest.approx(0.5, abs=1e-6)
     assert half.verdict == ("lossy" if half.gain_kept < 0.95 else "passed")
-    rows = iter(np.split(ref.trained, np.cumsum([b.targets for b in ref.batches])[:-1]))
-    full = verify.measure(ref, lambda batch: next(rows), "full", "float32")
+    full = measured(ref, ref.trained, "float32")
     assert (full.share, full.max_difference, full.top1, full.verdict) == (pytest.approx(1.0), 0.0, 1.0, "passed")
 
 
-def test_verdicts_follow_the_limits(mlx_model: Path, run: Path) -> None:
+def test_verdicts_follow_the_limits(ref: verify.Reference) -> None:
     """An error of 2e-3 fails in float32; one that passes is inconclusive beside a tune five times its size."""
-    from mlxtune import session
-
-    loaded = load(str(mlx_model), "float32")
-    examples = session.held_out(loaded.tokenizer, mlx_model, session.run_config(run))
-    ref = verify.reference(str(mlx_model), run, examples)
-
-    def verdict(reference: verify.Reference, error: float) -> str:
-        rows = iter(np.split(reference.trained + error, np.cumsum([b.targets for b in reference.batches])[:-1]))
-        return verify.measure(reference, lambda batch: next(rows), "shifted", "float32").verdict
-
-    assert verdict(ref, 2e-3) == "failed"
-    assert verdict(ref, 9e-4) == "passed"
+    assert measured(ref, ref.trained + 2e-3, "float32").verdict == "failed"
+    assert measured(ref, ref.trained + 9e-4, "float32").verdict == "passed"
     small = verify.Reference(ref.batches, ref.targets, ref.trained, ref.trained + 4e-3)
-    assert verdict(small, 8e-4) == "inconclusive"
+    assert measured(small, small.trained + 8e-4, "float32").verdict == "inconclusive"
 
 
 def test_an_export_that_is_not_the_trained_model_is_not_kept(
-    mlx_model: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mlx_model: Path, run: Path, held_out: Sequence[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A merge that forgets the scale, planted: the proof refuses it and leaves nothing behind."""
-    from mlxtune import session
-    from mlxtune.ship import export
-
     monkeypatch.setattr(lora.LoRALinear, "delta", lambda self: self.lora_b.T @ self.lora_a.T)
-    loaded = load(str(mlx_model), "float32")
-    examples = session.held_out(loaded.tokenizer, mlx_model, session.run_config(run))
-    with pytest.raises(session.UserError, match="not the model that was trained"):
-        export.to_hf(export.Request(mlx_model, run, tmp_path / "hf", dtype="float32", examples=examples))
+    with pytest.raises(UserError, match="not the model that was trained"):
+        export.to_hf(export.Request(mlx_model, run, tmp_path / "hf", dtype="float32", examples=held_out))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,8 +210,7 @@ def test_an_export_on_the_original_base_merges_into_it(
 
     out = tmp_path / "hf"
     options = ("--adapter", run, "--to", "hf", "--out", out, "--base", hf_model)
-    result = tiny.mlxtune("export", "--model", mlx_model, *options)
-    assert result.returncode == 0, result.stderr
+    tiny.done("export", "--model", mlx_model, *options)
     merged, base, factors = (
         load_file(path)
         for path in (out / "model.safetensors", hf_model / "model.safetensors", run / "adapters.safetensors")
@@ -238,15 +219,3 @@ def test_an_export_on_the_original_base_merges_into_it(
     update = 8.0 * (factors[f"{name}.lora_a"] @ factors[f"{name}.lora_b"]).T
     np.testing.assert_allclose(merged[f"{name}.weight"], base[f"{name}.weight"] + update, atol=1e-6)
     assert json.loads((out / "verification.json").read_text())["verdict"] == "measured"
-
-
-def test_the_original_configuration_is_restored(tuned: tuple[Path, Path], tmp_path: Path) -> None:
-    """What transformers wrote comes back: rope_parameters, no quantization, no normalised extras."""
-    model, adapter = tuned
-    options = ("--adapter", adapter, "--to", "hf", "--out", tmp_path / "hf", "--no-verify")
-    assert tiny.mlxtune("export", "--model", model, *options).returncode == 0
-    exported = json.loads((tmp_path / "hf" / "config.json").read_text())
-    original = json.loads((model / "mlxtune_source.json").read_text())["config"]
-    assert {**exported, "dtype": None} == {**original, "dtype": None}
-    assert "rope_parameters" in exported
-    assert "rope_theta" not in exported

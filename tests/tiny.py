@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import zoo
 from safetensors.numpy import load_file, save_file
 
 CHATML = (
@@ -20,24 +21,6 @@ CHATML = (
 )
 Change = Callable[[Path], Any]  # something done to a folder, to break it
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 2},
-    "qwen2": {"num_key_value_heads": 2},
-    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "tie_word_embeddings": True},
-    "granite": {"num_key_value_heads": 2, "logits_scaling": 3.0, "embedding_multiplier": 2.0},
-    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
-    "qwen3_moe": {
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "norm_topk_prob": True,
-    },
-}
 
 
 def make_tokenizer(folder: Path, chat: bool = True) -> None:
@@ -75,7 +58,7 @@ def make_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: str = "f
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 0,
-        **SHAPES.get(kind, {}),
+        **zoo.SHAPES.get(kind, {}),
         **changes,
     }
     auto = AutoModelForImageTextToText if "vision_config" in shape else AutoModelForCausalLM
@@ -83,7 +66,7 @@ def make_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: str = "f
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             # Trained norms are not all ones and biases not all zeros; a test must be able to see them.
-            if tensor.ndim == 1:
+            if tensor.ndim == 1 or name.endswith("bias"):
                 tensor.add_(0.1 * torch.randn_like(tensor))
             elif "embed" in name:
                 tensor.mul_(10)
@@ -123,6 +106,21 @@ def mlxtune(*args: str | Path, **environment: str) -> subprocess.CompletedProces
         stdin=subprocess.DEVNULL,
         env={**os.environ, "COLUMNS": "200", **environment},
     )
+
+
+def done(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command; it must end well."""
+    result = mlxtune(*args, **environment)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def trained(model: Path, data: Path, out: Path, *settings: str) -> Path:
+    """A run by the installed command. settings: what follows --set."""
+    done(
+        "train", "--model", model, "--data", data, "--out", out, *(text for one in settings for text in ("--set", one))
+    )
+    return out
 
 
 def started(*args: str | Path, **environment: str) -> subprocess.Popen[str]:

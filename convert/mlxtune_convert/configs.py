@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-# transformers' attribute_map: two names of one number, of which some mlx-lm models read only one.
-ALIASES = (("num_experts", "num_local_experts"),)
-NEED_HEAD_DIM = ("exaone4",)
 COPIES = {"gpt2": {"n_ctx": "n_positions"}, "lfm2": {"block_dim": "hidden_size"}}  # older names of one number
 TEXT_ALONE = {"qwen3_5_text": "qwen3_5", "llama4_text": "llama4"}
 SOURCE_FILE = "mlxtune_source.json"
@@ -48,22 +45,22 @@ def _spelled(config: dict[str, Any]) -> dict[str, Any]:
         for new, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
             if new in out:
                 out.setdefault(old, out[new])
-        if out.get("num_attention_heads") and out.get("hidden_size") and out.get("model_type") in NEED_HEAD_DIM:
-            out.setdefault("head_dim", out["hidden_size"] // out["num_attention_heads"])
     for key, value in COPIES.get(str(out.get("model_type")), {}).items():
         if value in out:
             out.setdefault(key, out[value])
     kinds = out.get("layer_types") or []
     if "sliding_attention" in kinds and "full_attention" in kinds:
         out.setdefault("sliding_window_pattern", kinds.index("full_attention") + 1)
-        if out.get("model_type") == "exaone4":  # its own spelling: LLLG
+    if out.get("model_type") == "exaone4":
+        out.setdefault("head_dim", out["hidden_size"] // out["num_attention_heads"])
+        if "sliding_attention" in kinds:  # its own spelling: LLLG
             out["sliding_window_pattern"] = "".join("LG"[kind == "full_attention"] for kind in kinds)
     if isinstance(out.get("time_step_limit"), list):  # JSON has no infinity; transformers writes an object
         out["time_step_limit"] = [float("inf") if isinstance(x, dict) else x for x in out["time_step_limit"]]
-    for one, other in ALIASES:
-        for known, missing in ((one, other), (other, one)):
-            if known in out and missing not in out:
-                out[missing] = out[known]
+    # transformers' attribute_map: two names of one number, of which some mlx-lm models read only one.
+    for known, missing in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
+        if known in out:
+            out.setdefault(missing, out[known])
     return out
 
 

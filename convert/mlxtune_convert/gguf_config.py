@@ -10,9 +10,15 @@ import numpy as np
 
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.gguf_families import FLOAT_KEYS, Family
-from mlxtune_convert.gguf_file import F32, Field, File
+from mlxtune_convert.gguf_file import F32, HINT, Field, File
 
 ROPE_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
+SCALING = {  # GGUF key -> config.json key, of linear and YaRN scaling
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+}
 # Llama 3's published sets: factor, low and high frequency factor, original context.
 _LLAMA3 = tuple(product((8.0, 32.0, 16.0, 4.0, 2.0), (1.0,), (4.0, 1.0), (8192, 4096, 2048, 16384, 131072)))
 
@@ -31,11 +37,7 @@ def metadata(family: Family, config: dict[str, Any]) -> dict[str, Field]:
     Raises UserError for a setting that llama.cpp's architecture cannot express.
     """
     _check(family, config)
-    values: dict[str, Any] = {}
-    for key, known in family.all_keys.items():
-        value = config.get(known)
-        if value is not None:
-            values[key] = float(value) if key.endswith(FLOAT_KEYS) else value
+    values = {key: config[name] for key, name in family.all_keys.items() if config.get(name) is not None}
     values.setdefault("attention.head_count_kv", config["num_attention_heads"])
     values.setdefault("rope.freq_base", 10000.0)
     values["rope.dimension_count"] = rotary_dim(config)
@@ -47,7 +49,8 @@ def metadata(family: Family, config: dict[str, Any]) -> dict[str, Field]:
     if family.model_type == "olmo3":
         values["attention.sliding_window_pattern"] = _layer_types(config, 4)
     values |= _rope_scaling(config)
-    return {f"{family.gguf}.{key}": Field.of(value) for key, value in values.items()}
+    typed = {key: float(value) if key.endswith(FLOAT_KEYS) else value for key, value in values.items()}
+    return {f"{family.gguf}.{key}": Field.of(value) for key, value in typed.items()}
 
 
 def _layer_types(config: dict[str, Any], pattern: int) -> list[bool]:
@@ -99,21 +102,15 @@ def _rope_scaling(config: dict[str, Any]) -> dict[str, Any]:
     kind, scaling = _scaling(config)
     if kind in ("default", "llama3"):  # llama3 is a tensor
         return {}
-    original = scaling.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    if kind == "linear":
-        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
-    if kind == "yarn":
-        keys = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
-        return {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(scaling["factor"]),
-            "rope.scaling.original_context_length": int(original or config["max_position_embeddings"]),
-            **{f"rope.scaling.{k}": float(scaling[n]) for n, k in keys.items() if scaling.get(n) is not None},
-        }
+    context, key = config.get("max_position_embeddings", 0), "original_max_position_embeddings"
+    original = int(scaling.get(key) or config.get(key) or (context if kind == "yarn" else 0))
+    if kind in ("linear", "yarn"):
+        known = {**scaling, key: original or None}
+        found = {f"rope.scaling.{key}": known[name] for key, name in SCALING.items() if known.get(name) is not None}
+        return {"rope.scaling.type": kind, **found}
     if kind == "longrope" and original:
-        scale = config["max_position_embeddings"] / original
-        factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
-        return {"rope.scaling.original_context_length": int(original), "rope.scaling.attn_factor": factor}
+        factor = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original else 1.0
+        return {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": factor}
     raise UserError(f"rope scaling of type {kind!r} cannot be written to GGUF", "`--to hf` exports the model.")
 
 
@@ -184,36 +181,26 @@ def config(family: Family, file: File, vocab_size: int) -> dict[str, Any]:
 
 def _read_scaling(family: Family, file: File, config: dict[str, Any]) -> dict[str, Any] | None:
     kind = file.get(f"{family.gguf}.rope.scaling.type", "none")
-    keys = {"factor": "factor", "original_context_length": "original_max_position_embeddings"}
-    keys |= {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}
-    found = {name: file.get(f"{family.gguf}.rope.scaling.{key}") for key, name in keys.items()}
-    found = {name: value for name, value in found.items() if value is not None}
     width = rotary_dim(config)
     for name in ROPE_TENSORS:
         if f"{name}.weight" in file.tensors and file.rows(f"{name}.weight").size != width // 2:
             raise UserError(f"{file.path}: {name} does not fit the rotary width {width}")
-    if "rope_factors_long.weight" in file.tensors:
+    if all(f"{name}.weight" in file.tensors for name in ROPE_TENSORS[1:]):
         sides = {f"{s}_factor": file.rows(f"rope_factors_{s}.weight").astype(float).tolist() for s in ("long", "short")}
         return {"rope_type": "longrope", "type": "longrope", **sides}
     if "rope_freqs.weight" in file.tensors:
         table = file.rows("rope_freqs.weight").ravel()
         for factor, low, high, original in _LLAMA3:
             if np.allclose(table, _llama3(width, config["rope_theta"], factor, low, high, original), rtol=1e-5, atol=0):
-                low_high = {"low_freq_factor": low, "high_freq_factor": high}
-                original_key = {"original_max_position_embeddings": original}
-                return {"rope_type": "llama3", "factor": factor, **low_high, **original_key}
-        raise UserError(
-            f"{file.path}: its rotary table (rope_freqs) is none of Llama 3's published ones",
-            "Convert from the original Hugging Face model instead.",
-        )
+                shape = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
+                return {"rope_type": "llama3", "factor": factor, **shape}
+        raise UserError(f"{file.path}: its rotary table (rope_freqs) is none of Llama 3's published ones", HINT)
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise UserError(
-            f"{file.path}: rope scaling of type {str(kind)[:40]!r} cannot be converted from GGUF",
-            "Convert from the original Hugging Face model instead.",
-        )
-    return {"rope_type": kind, "type": kind, **found}
+        raise UserError(f"{file.path}: rope scaling of type {str(kind)[:40]!r} cannot be converted from GGUF", HINT)
+    found = {name: file.get(f"{family.gguf}.rope.scaling.{key}") for key, name in SCALING.items()}
+    return {"rope_type": kind, "type": kind, **{name: value for name, value in found.items() if value is not None}}
 
 
 def _decimal(value: float) -> float:

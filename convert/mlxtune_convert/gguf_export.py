@@ -22,52 +22,44 @@ from mlxtune_convert.quant import Codes
 KEEP = "keep"
 FLOAT_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 BLOCK_TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")
-K_TYPES = {
-    "q6_k": "Q6_K",
-    "q5_k_m": "Q5_K",
-    "q5_k_s": "Q5_K",
-    "q4_k_m": "Q4_K",
-    "q4_k_s": "Q4_K",
-    "q3_k_m": "Q3_K",
-    "iq4_xs": "IQ4_XS",
-    "iq4_nl": "IQ4_NL",
+# llama-quantize's mixtures: the type of most matrices, and what others of a block get, in all layers or in some.
+MIXTURES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
+    "q6_k": ("Q6_K", {}),
+    "q5_k_m": ("Q5_K", {"attn_v": ("Q6_K", "more"), "ffn_down": ("Q6_K", "more"), "attn_qkv": ("Q6_K", "all")}),
+    "q5_k_s": ("Q5_K", {}),
+    "q4_k_m": ("Q4_K", {"attn_v": ("Q6_K", "more"), "ffn_down": ("Q6_K", "more"), "attn_qkv": ("Q5_K", "all")}),
+    "q4_k_s": ("Q4_K", {"attn_v": ("Q5_K", "four"), "ffn_down": ("Q5_K", "eighth")}),
 }
-TYPES = (KEEP, *FLOAT_TYPES, *BLOCK_TYPES, *K_TYPES)
+TYPES = (KEEP, *FLOAT_TYPES, *BLOCK_TYPES, *MIXTURES)
 # What llama-quantize takes for rows that are no multiple of 256.
-_NARROW = {"Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+_NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 @dataclass
 class Choice:
-    """The types of one export. type: of TYPES; layers, tied, experts, groups: of the model (groups: query heads per
-    key head); original: the file the model came from. `inexact` collects what could not be carried over exactly:
-    name -> (type, relative error).
+    """The types of one export. type: of TYPES; layers, tied, experts: of the model; original: the file the model came
+    from. `inexact` collects what could not be carried over exactly: name -> (type, relative error).
     """
 
     type: str
     layers: int
     tied: bool
     experts: int = 0
-    groups: int = 1
     original: File | None = None
     kinds: dict[str, int] = field(default_factory=dict)
     inexact: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     @staticmethod
     def of(type_: str, config: dict[str, Any], tied: bool, original: File | None = None) -> Choice:
-        if type_ in K_TYPES:
+        if type_ in MIXTURES:
             ggml.library()  # a missing package is said before any work
         experts = config.get("num_experts") or config.get("num_local_experts") or 0
-        heads = config["num_attention_heads"]
-        groups = heads // (config.get("num_key_value_heads") or heads)
-        return Choice(type_, config["num_hidden_layers"], tied, experts, groups, original)
+        return Choice(type_, config["num_hidden_layers"], tied, experts, original)
 
     @property
     def file_type(self) -> int:
         """general.file_type: llama.cpp's number for the mixture; for `keep`, that of the commonest type."""
-        name = self.type.upper()
-        if self.type == KEEP:
-            name = max(self.kinds, key=lambda kind: self.kinds[kind])
+        name = max(self.kinds, key=lambda kind: self.kinds[kind]) if self.type == KEEP else self.type.upper()
         names = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
         return int(LlamaFileType[names.get(name, f"MOSTLY_{name}")])
 
@@ -75,85 +67,72 @@ class Choice:
         """(GGUF type, rows) of one tensor. value: codes of a quantized matrix, else float32; heads: see
         `Family.heads`.
         """
-        kind, rows = self._stored(name, value, shape)
+        stem = name.split(".")[-2]
+        if not name.endswith(".weight") or len(shape) < 2 or stem.startswith("ffn_gate_inp"):
+            kind, rows = "F32", _dense(value).astype(np.float32)
+        else:
+            kind, rows = self._kept(name, value) if self.type == KEEP else self._typed(name, stem, value, shape)
         self.kinds[kind] = self.kinds.get(kind, 0) + int(np.prod(shape))
         return kind, interleave(rows.reshape(shape[0], -1), heads) if heads else rows
 
-    def _stored(self, name: str, value: Codes | np.ndarray, shape: tuple[int, ...]) -> tuple[str, np.ndarray]:
-        stem = name.split(".")[-2]
-        if not name.endswith(".weight") or len(shape) < 2 or stem.startswith("ffn_gate_inp"):
-            return "F32", _dense(value).astype(np.float32)
-        if self.type in FLOAT_TYPES:
-            return _float(name, _dense(value), FLOAT_TYPES[self.type])
-        if isinstance(value, Codes) and (self.type == KEEP or self.type in BLOCK_TYPES):
-            carried = quant.carry(value)
-            if carried and (self.type == KEEP or (carried[0] == self.type.upper() and carried[2] == 0.0)):
-                self._note(name, carried[0], carried[2])
-                return carried[:2]
-        if self.type == KEEP:
+    def _kept(self, name: str, value: Codes | np.ndarray) -> tuple[str, np.ndarray]:
+        """Codes as they are; floats as the file had them, else in the smallest type that holds them."""
+        stored = quant.carry(value) if isinstance(value, Codes) else None
+        if stored is None:
             weight = _dense(value)
             before = self.original.tensors[name].kind if self.original and name in self.original.tensors else ""
             if before in FLOATS and np.array_equal(weight.astype(FLOATS[before]).astype(np.float32), weight):
                 return before, weight.astype(FLOATS[before])
-            kind, rows, error = quant.half_floats(weight)
-            if error and not isinstance(value, Codes):
+            stored = quant.half_floats(weight)
+            if stored[2] and not isinstance(value, Codes):
                 return "F32", weight
-            self._note(name, kind, error)
-            return kind, rows
-        kind = self._kind(name, stem)
-        if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]:
-            kind = _NARROW.get(kind, "F16")
-        if shape[-1] % 32 or kind == "F16":
-            return _float(name, _dense(value), "F16")
-        weight = _dense(value).reshape(-1, shape[-1])
-        if kind in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4"):
-            return kind, quantize(weight, GGMLQuantizationType[kind])
-        return kind, ggml.quantize(weight, kind)
-
-    def _note(self, name: str, kind: str, error: float) -> None:
+        kind, rows, error = stored
         if error:
             self.inexact[name] = (kind, error)
+        return kind, rows
+
+    def _typed(self, name: str, stem: str, value: Codes | np.ndarray, shape: tuple[int, ...]) -> tuple[str, np.ndarray]:
+        """One matrix in the type that was asked for; its codes as they are where they are of that type."""
+        if self.type in BLOCK_TYPES and isinstance(value, Codes):
+            carried = quant.carry(value)
+            if carried and carried[0] == self.type.upper() and carried[2] == 0.0:
+                return carried[:2]
+        kind = FLOAT_TYPES.get(self.type) or self._kind(name, stem)
+        if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]:
+            kind = _NARROW.get(kind, "F16") if shape[-1] % 32 == 0 else "F16"
+        weight = _dense(value)
+        if kind in FLOATS:
+            with np.errstate(over="ignore"):
+                rows = weight.astype(FLOATS[kind])
+            if kind == "F16" and not np.isfinite(rows).all() and np.isfinite(weight).all():
+                raise UserError(f"{name} holds numbers above 65504, float16's largest", "Choose --type bf16 or f32.")
+            return kind, rows
+        weight = weight.reshape(-1, shape[-1])
+        if kind.endswith("_K"):
+            return kind, ggml.quantize(weight, kind)
+        return kind, quantize(weight, GGMLQuantizationType[kind])
 
     def _kind(self, name: str, stem: str) -> str:
         """The type for one matrix of a quantized export."""
-        mixture = self.type in K_TYPES
         if name == "output.weight" or (self.tied and name == "token_embd.weight"):
-            return "Q6_K" if mixture else "Q8_0"  # the head's errors are every token's errors
-        base = K_TYPES.get(self.type, self.type.upper())
-        if not mixture or not name.startswith("blk."):
+            return "Q6_K" if self.type in MIXTURES else "Q8_0"  # the head's errors are every token's errors
+        base, others = MIXTURES.get(self.type, (self.type.upper(), {}))
+        if self.type not in MIXTURES or not name.startswith("blk."):
             return base
         layer, role = int(name.split(".")[1]), stem.removesuffix("_exps")
         if self.experts == 8 and role in ("attn_v", "attn_k"):
             return "Q8_0"
-        if self.experts == 8 and role == "attn_output" and self.type not in ("q5_k_m", "q5_k_s", "q6_k"):
+        if self.experts == 8 and role == "attn_output" and base == "Q4_K":
             return "Q5_K"
         eighth = self.layers // 8
-        more = layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
-        recipes: dict[str, dict[str, str]] = {
-            "q4_k_m": {"attn_v": "Q6_K" if more else base, "ffn_down": "Q6_K" if more else base, "attn_qkv": "Q5_K"},
-            "q5_k_m": {"attn_v": "Q6_K" if more else base, "ffn_down": "Q6_K" if more else base, "attn_qkv": "Q6_K"},
-            "q4_k_s": {"attn_v": "Q5_K" if layer < 4 else base, "ffn_down": "Q5_K" if layer < eighth else base},
-            "q3_k_m": {
-                "attn_v": "Q5_K" if layer < 2 else "Q4_K",
-                "ffn_down": "Q5_K" if layer < self.layers // 16 else "Q4_K",
-                "attn_output": "Q4_K",
-                "attn_qkv": "Q4_K",
-            },
+        where = {
+            "all": True,
+            "four": layer < 4,
+            "eighth": layer < eighth,
+            "more": layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2,
         }
-        for four in ("iq4_xs", "iq4_nl"):
-            recipes[four] = {
-                "attn_v": "Q5_K" if self.groups >= 4 else base,
-                "ffn_down": "Q5_K" if layer < eighth else base,
-            }
-        return recipes.get(self.type, {}).get(role, base)
-
-
-def _float(name: str, weight: np.ndarray, kind: str) -> tuple[str, np.ndarray]:
-    with np.errstate(over="ignore"):
-        rows = weight.astype(FLOATS[kind])
-    if kind == "F16" and not np.isfinite(rows).all() and np.isfinite(weight).all():
-        raise UserError(f"{name} holds numbers above 65504, float16's largest", "Choose --type bf16 or f32.")
-    return kind, rows
+        kind, layers = others.get(role, (base, "all"))
+        return kind if where[layers] else base
 
 
 def _dense(value: Codes | np.ndarray) -> np.ndarray:

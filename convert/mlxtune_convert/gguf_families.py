@@ -6,13 +6,14 @@ interleaved (then q and k rows are permuted), whether its norms carry the +1 tha
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.gguf_file import File
+from mlxtune_convert.gguf_file import HINT, File
 
 
 def _spec(text: str, base: dict[str, str] | None = None) -> dict[str, str]:
@@ -62,7 +63,7 @@ _KEYS = {
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
-FLOAT_KEYS = ("epsilon", "freq_base", "scale", "softcapping", "clamp_kqv", "weights_scale")
+FLOAT_KEYS = ("epsilon", "freq_base", "scale", "softcapping", "factor", "beta_fast", "beta_slow")
 
 
 @dataclass(frozen=True)
@@ -98,34 +99,26 @@ class Family:
         return keys
 
     def gguf_name(self, name: str) -> str:
-        """GGUF name of an MLX tensor or module, such as model.layers.0.mlp.up_proj.weight. Raises UserError."""
-        for stem, known in self.outer.items():
-            if name == known or name.startswith(f"{known}."):
-                return stem + name.removeprefix(known)
-        parts = name.split(".", 3)
-        if len(parts) == 4 and parts[:2] == ["model", "layers"]:
-            for stem, known in self.names.items():
-                if parts[3] == known or parts[3].startswith(f"{known}."):
-                    suffix = parts[3].removeprefix(known) or (".weight" if stem == "attn_sinks" else "")
-                    return f"blk.{parts[2]}.{stem}{suffix}"
-        raise UserError(
-            f"{name}: llama.cpp's {self.gguf} architecture has no such tensor",
-            "`--to hf` exports the model all the same.",
-        )
+        """GGUF name of an MLX tensor, such as model.layers.0.mlp.up_proj.weight. Raises UserError."""
+        path, _, suffix = (f"{name}.weight" if name.endswith(".sinks") else name).rpartition(".")
+        block = re.fullmatch(r"model\.layers\.([0-9]+)\.(.+)", path)
+        stems = {known: stem for stem, known in (self.names if block else self.outer).items()}
+        stem = stems.get(block[2] if block else path)
+        if stem is None:
+            raise UserError(
+                f"{name}: llama.cpp's {self.gguf} architecture has no such tensor",
+                "`--to hf` exports the model all the same.",
+            )
+        return f"blk.{block[1]}.{stem}.{suffix}" if block else f"{stem}.{suffix}"
 
     def mlx_name(self, name: str) -> str:
         """MLX name of a GGUF tensor. Raises UserError for one that the architecture does not have."""
-        stem, _, suffix = name.rpartition(".")
-        found = self.outer.get(stem)
-        if stem.startswith("blk."):
-            _, layer, inner = (*stem.split(".", 2), "")[:3]
-            if layer.isdecimal() and inner in self.names:
-                found = f"model.layers.{layer}.{self.names[inner]}"
+        path, _, suffix = name.rpartition(".")
+        block = re.fullmatch(r"blk\.([0-9]+)\.(.+)", path)
+        found = self.names.get(block[2]) if block else self.outer.get(path)
         if found is None or suffix not in ("weight", "bias"):
-            raise UserError(
-                f"the GGUF tensor {name[:80]} is not one of the {self.gguf} architecture's",
-                "Convert from the original Hugging Face model instead.",
-            )
+            raise UserError(f"the GGUF tensor {name[:80]} is not one of the {self.gguf} architecture's", HINT)
+        found = f"model.layers.{block[1]}.{found}" if block else found
         return found if found.endswith(".sinks") else f"{found}.{suffix}"
 
     def heads(self, name: str, config: dict[str, Any]) -> int:
@@ -290,12 +283,12 @@ def of_file(file: File) -> Family:
         covered = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES))
         raise UserError(
             f"GGUF files of the {str(name)[:40]} architecture cannot be converted yet (covered: {covered})",
-            "Convert from the original Hugging Face model instead.",
+            HINT,
         )
     # One architecture for several: experts make a Mixtral of a llama, a sliding window an Olmo 3 of an Olmo 2.
-    for family in reversed(matching):
-        told = [key for key in family.keys if key.startswith("expert_count") or key == "attention.sliding_window"]
-        if len(matching) == 1 or (all(file.get(f"{name}.{key}") for key in told) and (told or family is matching[0])):
+    for family in matching:
+        told = [key for key in family.keys if key in ("expert_count", "attention.sliding_window")]
+        if told and all(file.get(f"{name}.{key}") for key in told):
             return family
     return matching[0]
 
@@ -303,13 +296,15 @@ def of_file(file: File) -> Family:
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's row order of q and k: [heads * d, ...] with the rotary halves apart -> pairs adjacent.
 
-    Rows move whole, so packed blocks and biases move the same way.
+    Rows move whole, so packed blocks and biases move the same way. heads: 0 for tensors that stay as they are.
     """
-    shape = rows.shape
-    return rows.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+    if not heads:
+        return rows
+    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def uninterleave(rows: np.ndarray, heads: int) -> np.ndarray:
     """The inverse of `interleave`."""
-    shape = rows.shape
-    return rows.reshape(heads, shape[0] // heads // 2, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+    if not heads:
+        return rows
+    return rows.reshape(heads, len(rows) // heads // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

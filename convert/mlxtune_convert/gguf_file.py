@@ -9,7 +9,7 @@ never whole in memory.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ from mlxtune_convert.errors import UserError
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 MAX_ITEMS = 1 << 23  # entries in a file's arrays: some ten times the largest vocabulary
 MAX_DIMENSIONS, MAX_NAME = 4, 256
+HINT = "Convert from the original Hugging Face model instead."  # where a file is whole and cannot be used
 # Value types by number: struct's letter; None for strings and arrays.
 LETTERS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")
 U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
@@ -98,9 +99,7 @@ def read(path: Path, header_only: bool = False) -> File:
             raise _Torn("it is too short")
         mapped = np.memmap(path, mode="r")
         fields, tensors, at = _Cursor(memoryview(mapped.data)).header()
-        alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
-        if not isinstance(alignment, int) or alignment < 1 or alignment > 1 << 16 or alignment & (alignment - 1):
-            raise _Torn(f"its alignment is {alignment}")
+        alignment = _alignment(fields)
         start = -(-at // alignment) * alignment
         placed = {t.name: Tensor(t.name, t.kind, t.shape, t.offset + start) for t in tensors}
         if not header_only:
@@ -110,8 +109,25 @@ def read(path: Path, header_only: bool = False) -> File:
     return File(path, fields, placed, start)
 
 
+def read_back(path: Path, tensors: Iterable[tuple[str, str, np.ndarray]]) -> int:
+    """Compare a file with the (name, type, rows) that were to be written; return how many. Raises UserError."""
+    file, count = read(path), 0
+    for name, kind, rows in tensors:
+        if kind != file.tensors[name].kind or rows.tobytes() != file.rows(name).tobytes():
+            raise UserError(f"{name}: the file does not hold what was written", "Check the disk.")
+        count += 1
+    return count
+
+
 class _Torn(Exception):
     pass
+
+
+def _alignment(fields: dict[str, Field]) -> int:
+    found = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
+    if found not in [1 << power for power in range(17)]:
+        raise _Torn(f"its alignment is {found}")
+    return int(found)
 
 
 def _check_places(tensors: list[Tensor], alignment: int, start: int, size: int) -> None:
@@ -224,7 +240,6 @@ def _packed(field: Field) -> bytes:
 
 def header(fields: dict[str, Field], tensors: Sequence[Tensor], start: int = 0) -> bytes:
     """The bytes before the tensors; `start` is where those begin (the same length for any)."""
-    alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(fields))]
     for key, field in fields.items():
         parts += [_packed(Field(STRING, key))[4:], _packed(field)]
@@ -233,7 +248,7 @@ def header(fields: dict[str, Field], tensors: Sequence[Tensor], start: int = 0) 
         parts.append(_packed(Field(STRING, tensor.name))[4:] + struct.pack("<I", len(tensor.shape)))
         parts.append(struct.pack(f"<{len(tensor.shape)}QIQ", *reversed(tensor.shape), number, tensor.offset - start))
     out = b"".join(parts)
-    return out + b"\0" * (-len(out) % alignment)
+    return out + b"\0" * (-len(out) % _alignment(fields))
 
 
 class Writer:
@@ -244,7 +259,7 @@ class Writer:
 
     def __init__(self, path: Path, fields: dict[str, Field], shapes: dict[str, tuple[int, ...]]) -> None:
         self.path, self.fields, self.shapes = path, fields, shapes
-        self.alignment = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
+        self.alignment = _alignment(fields)
         planned = [Tensor(name, "F32", shape, 0) for name, shape in shapes.items()]
         self.start = len(header(fields, planned))
         self.tensors: dict[str, Tensor] = {}

@@ -19,12 +19,11 @@ from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import write_json
 from mlxtune_convert.gguf_config import ROPE_TENSORS
 from mlxtune_convert.gguf_families import Family, of_file, uninterleave
-from mlxtune_convert.gguf_file import FLOATS, File
+from mlxtune_convert.gguf_file import FLOATS, HINT, File
 from mlxtune_convert.quant import MAPPED, Codes, from_blocks
 from mlxtune_convert.tensors import ShardWriter
 
 HEADER_FILE = "mlxtune_source.gguf"  # the file's header, kept so that an export can equal it
-HINT = "Convert from the original Hugging Face model instead."
 INTEGERS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")  # no weights, or not defined as stored ones
 
 
@@ -108,10 +107,9 @@ def mlx_tensors(gguf: Gguf) -> Iterator[tuple[str, np.ndarray | Codes]]:
         if name.rpartition(".")[0] in ROPE_TENSORS:
             continue
         to, heads, rows = family.mlx_name(name), family.heads(name, gguf.config), file.rows(name)
-        if heads:
-            if rows.shape[0] % (2 * heads):
-                raise UserError(f"{file.path}: {name} has {rows.shape[0]} rows for {heads} heads", "It is damaged.")
-            rows = uninterleave(rows, heads)
+        if heads and rows.shape[0] % (2 * heads):
+            raise UserError(f"{file.path}: {name} has {rows.shape[0]} rows for {heads} heads", "It is damaged.")
+        rows = uninterleave(rows, heads)
         if tensor.kind in MAPPED:
             try:
                 yield to.removesuffix(".weight"), from_blocks(rows.reshape(-1, rows.shape[-1]), tensor.kind)

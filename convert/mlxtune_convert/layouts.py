@@ -8,245 +8,176 @@ routers a parameter `weight`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.rules import Layout, Rule
 
-Config = dict[str, Any]
+LAYER = "model.layers.{n}."
+MOVED = "language_model."  # prefix of the text part of a model that mlx-lm knows with its vision tower
+PARTS = ("gate_proj", "up_proj", "down_proj")
+NUMBERED = ("w1", "w3", "w2")  # the same three, in other families
+MTP = ("model.layers.{num_hidden_layers}.",)  # the block that predicts further tokens follows the last one
 
 
-def _stacked(
-    config: Config, experts: str, stacked: str, names: str = "gate up down", key: str = "num_experts"
-) -> tuple[Rule, ...]:
-    """Experts one by one in HF, together in MLX. names: HF's of gate, up and down."""
-    count = int(config.get(key) or config.get("num_experts") or config.get("num_local_experts") or 1)
-    given = [name if name[0] == "w" else f"{name}_proj" for name in names.split()]
-    return tuple(
-        Rule(
-            f"model.layers.{{n}}.{experts}.{{e}}.{theirs}.weight",
-            (f"model.layers.{{n}}.{stacked}.{ours}.weight",),
-            "stack",
-            count=count,
-        )
-        for theirs, ours in zip(given, ("gate_proj", "up_proj", "down_proj"), strict=True)
-    )
+def _renamed(place: str, theirs: tuple[str, ...], ours: tuple[str, ...], do: str = "move") -> tuple[Rule, ...]:
+    """Matrices at one place of a block. theirs, ours: names in HF and MLX."""
+    pairs = zip(theirs, ours, strict=True)
+    return tuple(Rule(f"{LAYER}{place}.{hf}.weight", (f"{LAYER}{place}.{mlx}.weight",), do) for hf, mlx in pairs)
 
 
-def _experts(stacked: str, experts: str, router: str = "", peft_router: str = "") -> tuple[tuple[str, str], ...]:
-    """Where PEFT finds stacked experts and their router."""
-    prefix = "model.layers.{n}."
-    out = [(f"{prefix}{stacked}.{half}_proj", f"{prefix}{experts}:gate_up_proj#{half}") for half in ("gate", "up")]
-    out.append((f"{prefix}{stacked}.down_proj", f"{prefix}{experts}:down_proj"))
-    if router:
-        out.append((f"{prefix}{router}", f"{prefix}{peft_router or router + ':weight'}"))
-    # PEFT takes any module of these names in such a family for an expert; as parameters they are what they are.
-    out += [(f"{prefix}{{s}}.{name}_proj", f"{prefix}{{s}}.{name}_proj:weight") for name in ("gate", "up", "down")]
-    return tuple(out)
-
-
-def _moe(config: Config, key: str = "num_experts", dropped: tuple[str, ...] = ()) -> Layout:
-    """Qwen-style: experts under mlp."""
-    return Layout(
-        _stacked(config, "mlp.experts", "mlp.switch_mlp", key=key),
-        _experts("mlp.switch_mlp", "mlp.experts", "mlp.gate"),
-        dropped,
-    )
-
-
-def _mixtral(config: Config, router: str = "mlp.gate:weight") -> Layout:
-    inside = "block_sparse_moe"
-    return Layout(
-        _stacked(config, f"{inside}.experts", f"{inside}.switch_mlp", "w1 w3 w2", "num_local_experts"),
-        _experts(f"{inside}.switch_mlp", "mlp.experts", f"{inside}.gate", router),
-    )
-
-
-def _granitemoe(config: Config) -> Layout:
-    moe = "model.layers.{n}.block_sparse_moe."
-    halves = tuple(f"{moe}switch_mlp.{half}_proj.weight" for half in ("gate", "up"))
-    return Layout(
-        (
-            Rule(f"{moe}input_linear.weight", halves, "halves"),
-            Rule(f"{moe}output_linear.weight", (f"{moe}switch_mlp.down_proj.weight",)),
-        ),
-        _experts(
-            "block_sparse_moe.switch_mlp",
-            "block_sparse_moe.experts",
-            "block_sparse_moe.router.layer",
-            "block_sparse_moe.router:weight",
-        ),
-    )
-
-
-def _gpt_oss(config: Config) -> Layout:
-    e = "model.layers.{n}.mlp.experts."
-    rules = (
-        Rule(f"{e}gate_up_proj", (f"{e}gate_proj.weight", f"{e}up_proj.weight"), "interleaved", axes=(0, 2, 1)),
-        Rule(f"{e}gate_up_proj_bias", (f"{e}gate_proj.bias", f"{e}up_proj.bias"), "interleaved"),
-        Rule(f"{e}down_proj", (f"{e}down_proj.weight",), axes=(0, 2, 1)),
-        Rule(f"{e}down_proj_bias", (f"{e}down_proj.bias",)),
-    )
-    return Layout(rules, (("model.layers.{n}.mlp.router", "model.layers.{n}.mlp.router:weight"),), early=rules)
-
-
-def _deepseek_v3(config: Config) -> Layout:
-    moe = _moe(config, "n_routed_experts", (f"model.layers.{config.get('num_hidden_layers')}.",))
-    attention = "model.layers.{n}.self_attn."
-    split = Rule(
-        f"{attention}kv_b_proj.weight",
-        (f"{attention}embed_q.weight", f"{attention}unembed_out.weight"),
-        "kv_b",
-        heads=config.get("num_attention_heads", 1),
-        nope=config.get("qk_nope_head_dim", 1),
-    )
-    return Layout((*moe.rules, split), moe.modules, moe.dropped)
+def _turned(name: str, mlx: str = "", axes: tuple[int, ...] = (0, 2, 1)) -> Rule:
+    """A tensor with other axes in MLX; a depthwise convolution, say, is [C, 1, K] in HF and [C, K, 1] in MLX."""
+    return Rule(name, (mlx or name,), axes=axes)
 
 
 def _conv(name: str) -> Rule:
-    """A depthwise convolution: [C, 1, K] in HF, [C, K, 1] in MLX."""
-    return Rule(f"{{s}}.{name}.weight", (f"{{s}}.{name}.weight",), axes=(0, 2, 1))
+    return _turned(f"{{s}}.{name}.weight")
 
 
-def _lfm2_moe(config: Config) -> Layout:
-    block = "model.layers.{n}.feed_forward."
-    dense = tuple(
-        Rule(f"{block}{theirs}.weight", (f"{block}{ours}_proj.weight",))
-        for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
-    )
-    stacked = _stacked(config, "feed_forward.experts", "feed_forward.switch_mlp", "w1 w3 w2")
-    named = tuple(
-        (f"{block}{ours}_proj", f"{block}{theirs}:weight")
-        for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
-    )
-    return Layout(
-        (*stacked, *dense, _conv("conv.conv")),
-        (*named, *_experts("feed_forward.switch_mlp", "feed_forward.experts", "feed_forward.gate")),
-    )
+def _peft_experts(stacked: str, experts: str) -> tuple[tuple[str, str], ...]:
+    """Where PEFT finds stacked experts. stacked, experts: places in a block of MLX and of transformers."""
+    halves = ((f"{stacked}.{half}_proj", f"{experts}:gate_up_proj#{half}") for half in ("gate", "up"))
+    # PEFT takes any module of these names in such a family for an expert; as parameters they are what they are.
+    plain = ((f"{{s}}.{name}", f"{{s}}.{name}:weight") for name in PARTS)
+    pairs = (*halves, (f"{stacked}.down_proj", f"{experts}:down_proj"), *plain)
+    return tuple((LAYER + mlx, LAYER + peft) for mlx, peft in pairs)
 
 
-def _shifted(prefix: tuple[str, str] = ("", "")) -> tuple[Rule, ...]:
-    """Norms that MLX keeps with 1 added. prefix: HF's and MLX's."""
-    names = (
-        "model.norm",
-        *(
-            f"model.layers.{{n}}.{norm}"
-            for norm in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-        ),
-    )
-    return tuple(Rule(f"{prefix[0]}{name}.weight", (f"{prefix[1]}{name}.weight",), plus=1.0) for name in names)
+def _moe(
+    place: str = "mlp",
+    names: tuple[str, ...] = PARTS,
+    router: tuple[str, str] = ("mlp.gate", "mlp.gate"),
+    experts: str = "mlp.experts",
+    rules: tuple[Rule, ...] = (),
+    modules: tuple[tuple[str, str], ...] = (),
+    dropped: tuple[str, ...] = (),
+) -> Layout:
+    """Experts one by one in HF's files, stacked in MLX. place: of the experts in a block; names: of gate, up and down
+    in HF, none where `rules` say it; router, experts: in MLX and PEFT, in PEFT.
+    """
+    single = tuple(f"experts.{{e}}.{name}" for name in names)
+    stacked = _renamed(place, single, tuple(f"switch_mlp.{name}" for name in PARTS), "stack") if names else ()
+    routers = (f"{LAYER}{router[0]}", f"{LAYER}{router[1]}:weight")
+    return Layout((*stacked, *rules), (*modules, routers, *_peft_experts(f"{place}.switch_mlp", experts)), dropped)
 
 
-def _qwen3_next(config: Config) -> Layout:
-    moe = _moe(config, dropped=("mtp.",))
-    return Layout((*moe.rules, _conv("conv1d"), *_shifted()), moe.modules, moe.dropped)
+def _mixtral(router: str) -> Layout:
+    return _moe("block_sparse_moe", NUMBERED, ("block_sparse_moe.gate", router))
 
 
-def _qwen3_5_text(config: Config) -> Layout:
-    inner = "language_model."
-    conv = Rule("model.{s}.conv1d.weight", (f"{inner}model.{{s}}.conv1d.weight",), axes=(0, 2, 1))
-    return Layout((*_shifted(("", inner)), conv, *_prefixed(inner)), dropped=("mtp.",))
-
-
-def _prefixed(mlx: str, hf: str = "") -> tuple[Rule, ...]:
-    return Rule(f"{hf}model.{{s}}", (f"{mlx}model.{{s}}",)), Rule(f"{hf}lm_head.{{s}}", (f"{mlx}lm_head.{{s}}",))
-
-
-def _vision(config: Config) -> Layout:
-    """A vision model whose text part alone is in MLX, under the same names; in memory transformers has others."""
-    return Layout(
-        modules=(
-            ("language_model.model.{s}", "model.language_model.{s}"),
-            ("language_model.lm_head", "lm_head"),
-        ),
-        dropped=("vision_tower.", "multi_modal_projector."),
-        needs_dropped=True,
-    )
-
-
-def _llama4_text(config: Config) -> Layout:
-    e, moved = "model.layers.{n}.feed_forward.experts.", "language_model."
+def _granitemoe() -> Layout:
+    moe = f"{LAYER}block_sparse_moe."
+    halves = (f"{moe}switch_mlp.gate_proj.weight", f"{moe}switch_mlp.up_proj.weight")
     rules = (
-        Rule(
-            f"{e}gate_up_proj", (f"{moved}{e}gate_proj.weight", f"{moved}{e}up_proj.weight"), "halves", axes=(0, 2, 1)
-        ),
-        Rule(f"{e}down_proj", (f"{moved}{e}down_proj.weight",), axes=(0, 2, 1)),
-        *_prefixed(moved),
+        Rule(f"{moe}input_linear.weight", halves, "halves"),
+        Rule(f"{moe}output_linear.weight", (f"{moe}switch_mlp.down_proj.weight",)),
     )
-    router = "model.layers.{n}.feed_forward.router"
-    return Layout(rules, ((f"{moved}{router}", f"{router}:weight"),), early=rules)
+    router = ("block_sparse_moe.router.layer", "block_sparse_moe.router")
+    return _moe("block_sparse_moe", (), router, "block_sparse_moe.experts", rules)
 
 
-def _gpt2(config: Config) -> Layout:
-    layer = "transformer.h.{n}."
-    turned = tuple(
-        Rule(f"{layer}{name}.weight", (f"model.h.{{n}}.{name}.weight",), axes=(1, 0))
-        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+def _gpt_oss() -> Layout:
+    e = f"{LAYER}mlp.experts."
+    rules = (
+        Rule(f"{e}gate_up_proj", (f"{e}gate_proj.weight", f"{e}up_proj.weight"), "interleaved", axes=(0, 2, 1)),
+        Rule(f"{e}gate_up_proj_bias", (f"{e}gate_proj.bias", f"{e}up_proj.bias"), "interleaved"),
+        _turned(f"{e}down_proj", f"{e}down_proj.weight"),
+        Rule(f"{e}down_proj_bias", (f"{e}down_proj.bias",)),
     )
+    return Layout(rules, ((f"{LAYER}mlp.router", f"{LAYER}mlp.router:weight"),), early=rules)
+
+
+def _deepseek_v3() -> Layout:
+    attention = f"{LAYER}self_attn."
+    parts = (f"{attention}embed_q.weight", f"{attention}unembed_out.weight")
+    return _moe(rules=(Rule(f"{attention}kv_b_proj.weight", parts, "kv_b"),), dropped=MTP)
+
+
+def _lfm2_moe() -> Layout:
+    block = "feed_forward"
+    dense = tuple(
+        (f"{LAYER}{block}.{ours}", f"{LAYER}{block}.{hf}:weight") for ours, hf in zip(PARTS, NUMBERED, strict=True)
+    )
+    rules = (*_renamed(block, NUMBERED, PARTS), _conv("conv.conv"))
+    return _moe(block, NUMBERED, (f"{block}.gate", f"{block}.gate"), f"{block}.experts", rules, dense)
+
+
+def _shifted(moved: str = "") -> tuple[Rule, ...]:
+    """Norms that MLX keeps with 1 added. moved: MLX's prefix."""
+    inside = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+    names = ("model.norm.weight", *(f"{LAYER}{norm}.weight" for norm in inside))
+    return tuple(Rule(name, (f"{moved}{name}",), plus=1.0) for name in names)
+
+
+PREFIXED = tuple(Rule(f"{part}.{{s}}", (f"{MOVED}{part}.{{s}}",)) for part in ("model", "lm_head"))
+# A vision model whose text part alone is in MLX, under the same names; in memory transformers has others.
+VISION = Layout(
+    modules=((f"{MOVED}model.{{s}}", f"model.{MOVED}{{s}}"), (f"{MOVED}lm_head", "lm_head")),
+    dropped=("vision_tower.", "multi_modal_projector."),
+    needs_dropped=True,
+)
+
+
+def _llama4_text() -> Layout:
+    block = f"{LAYER}feed_forward."
+    e, to = f"{block}experts.", f"{MOVED}{block}experts."
+    rules = (
+        Rule(f"{e}gate_up_proj", (f"{to}gate_proj.weight", f"{to}up_proj.weight"), "halves", axes=(0, 2, 1)),
+        _turned(f"{e}down_proj", f"{to}down_proj.weight"),
+        *PREFIXED,
+    )
+    return Layout(rules, ((f"{MOVED}{block}router", f"{block}router:weight"),), early=rules)
+
+
+def _gpt2() -> Layout:
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    turned = (_turned(f"transformer.h.{{n}}.{n}.weight", f"model.h.{{n}}.{n}.weight", (1, 0)) for n in names)
     # mlx-lm turns and prefixes them itself, from the names that older checkpoints have.
     return Layout((*turned, Rule("transformer.{s}", ("model.{s}",))), early=(Rule("transformer.{s}", ("{s}",)),))
 
 
-def _gpt_neox(config: Config) -> Layout:
-    return Layout(
-        (
-            Rule("gpt_neox.layers.{s}", ("model.h.{s}",)),
-            Rule("embed_out.weight", ("model.embed_out.weight",)),
-            Rule("gpt_neox.{s}", ("model.{s}",)),
-        ),
-        (("model.embed_out", "lm_head"),),
-    )
-
-
-def _same(config: Config) -> Layout:
-    return Layout()
-
-
-IDENTITY = (
-    *("llama", "mistral", "ministral3", "qwen2", "qwen3", "phi", "phi3", "gemma", "gemma2", "gemma3_text", "granite"),
-    *(
-        "cohere",
-        "cohere2",
-        "olmo2",
-        "olmo3",
-        "smollm3",
-        "starcoder2",
-        "stablelm",
-        "helium",
-        "seed_oss",
-        "ernie4_5",
-        "glm",
+GPT_NEOX = Layout(
+    (
+        Rule("gpt_neox.layers.{s}", ("model.h.{s}",)),
+        Rule("embed_out.weight", ("model.embed_out.weight",)),
+        Rule("gpt_neox.{s}", ("model.{s}",)),
     ),
-    *("glm4", "gpt_bigcode", "exaone4", "nemotron", "hunyuan_v1_dense", "gemma4_text"),
+    (("model.embed_out", "lm_head"),),
 )
-LAYOUTS: dict[str, Callable[[Config], Layout]] = {
-    **dict.fromkeys(IDENTITY, _same),
-    "mixtral": _mixtral,
-    "phimoe": lambda config: _mixtral(config, "mlp.router:weight"),
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), _moe),
-    "granitemoe": _granitemoe,
-    "gpt_oss": _gpt_oss,
-    "deepseek_v2": lambda config: _moe(config, "n_routed_experts"),
-    "deepseek_v3": _deepseek_v3,
-    "glm4_moe": lambda config: _moe(config, "n_routed_experts", (f"model.layers.{config.get('num_hidden_layers')}.",)),
-    "ernie4_5_moe": lambda config: _moe(config, "moe_num_experts", ("e_score_correction_bias", "mtp_")),
-    "lfm2": lambda config: Layout((_conv("conv.conv"),)),
-    "lfm2_moe": _lfm2_moe,
-    "mamba": lambda config: Layout((_conv("conv1d"),), not_in_peft=(".out_proj",)),
-    "mamba2": lambda config: Layout((_conv("conv1d"),), not_in_peft=(".out_proj",)),
-    "jamba": lambda config: Layout((_conv("conv1d"),)),
-    "qwen3_next": _qwen3_next,
-    "qwen3_5_text": _qwen3_5_text,
-    "gemma3": _vision,
-    "mistral3": _vision,
-    "llama4_text": _llama4_text,
-    "gpt2": _gpt2,
-    "gpt_neox": _gpt_neox,
+CONV = Layout((_conv("conv1d"),))
+IDENTITY = (
+    "llama mistral ministral3 qwen2 qwen3 phi phi3 gemma gemma2 gemma3_text gemma4_text granite cohere cohere2 olmo2 "
+    "olmo3 smollm3 starcoder2 stablelm helium seed_oss ernie4_5 glm glm4 gpt_bigcode exaone4 nemotron hunyuan_v1_dense"
+)
+LAYOUTS: dict[str, Layout] = {
+    **dict.fromkeys(IDENTITY.split(), Layout()),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2"), _moe()),
+    **dict.fromkeys(("mamba", "mamba2"), replace(CONV, not_in_peft=(".out_proj",))),
+    "mixtral": _mixtral("mlp.gate"),
+    "phimoe": _mixtral("mlp.router"),
+    "granitemoe": _granitemoe(),
+    "gpt_oss": _gpt_oss(),
+    "deepseek_v3": _deepseek_v3(),
+    "glm4_moe": _moe(dropped=MTP),
+    "lfm2": Layout((_conv("conv.conv"),)),
+    "lfm2_moe": _lfm2_moe(),
+    "jamba": CONV,
+    "qwen3_next": _moe(rules=(_conv("conv1d"), *_shifted()), dropped=("mtp.",)),
+    "qwen3_5_text": Layout(
+        (*_shifted(MOVED), _turned("model.{s}.conv1d.weight", f"{MOVED}model.{{s}}.conv1d.weight"), *PREFIXED),
+        dropped=("mtp.",),
+    ),
+    "gemma3": VISION,
+    "mistral3": VISION,
+    "llama4_text": _llama4_text(),
+    "gpt2": _gpt2(),
+    "gpt_neox": GPT_NEOX,
 }
 
 
-def differs(config: Config) -> str:
+def differs(config: dict[str, Any]) -> str:
     """Why mlx-lm's model of this configuration is not the one in transformers, or "". Found by comparing logits."""
     kind = config.get("model_type")
     rope = config.get("rope_parameters") or config
@@ -263,7 +194,7 @@ def differs(config: Config) -> str:
     return ""
 
 
-def by_model_type(config: Config) -> Layout:
+def by_model_type(config: dict[str, Any]) -> Layout:
     """The layout of a config.json. Raises UserError naming why an export cannot be, and what works instead."""
     kind = str(config.get("model_type"))
     why = differs(config)
@@ -277,4 +208,5 @@ def by_model_type(config: Config) -> Layout:
             f"models of type {kind} cannot be exported yet (covered: {', '.join(sorted(LAYOUTS))})",
             "`mlxtune fuse` makes a merged MLX model of any type.",
         )
-    return LAYOUTS[kind](config)
+    layout = LAYOUTS[kind]
+    return replace(layout, dropped=tuple(part.format_map(config) for part in layout.dropped))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,20 +40,23 @@ KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True)
 class Update:
-    """One adapted layer: a [in, r], b [r, out], m [out] in DoRA. Experts: a [E, r, in], b [E, out, r]; `half` is "gate"
-    or "up" for the two that share PEFT's gate_up_proj."""
+    """One adapted layer: a [in, r], b [r, out], m [out] in DoRA. Experts: a [E, r, in], b [E, out, r]."""
 
     a: np.ndarray
     b: np.ndarray
     scale: float
     m: np.ndarray | None = None
-    half: str = ""
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[-1] if self.a.ndim == 2 else self.a.shape[-2])
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter under PEFT's names. updates: by module path in the transformers model, with `.gate_up_proj:gate` and
-    such for experts, and `:weight` for a parameter that is no linear layer; trained: whole tensors by name."""
+    """An adapter under PEFT's names. updates: by module path in the transformers model, with `:down_proj`,
+    `:gate_up_proj#gate` and such for experts, and `:weight` for a parameter that is no linear layer; trained: whole
+    tensors by name."""
 
     updates: dict[str, Update]
     trained: dict[str, np.ndarray] = field(default_factory=dict)
@@ -66,35 +70,34 @@ class Adapter:
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
     """Write adapter_model.safetensors and adapter_config.json."""
-    tensors: dict[str, np.ndarray] = {}
+    tensors = {PREFIX + name: array for name, array in adapter.trained.items()}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     parameters = []
-    for target, (a, b, scale, m) in _targets(adapter).items():
+    updates = _joined(adapter.updates)
+    for target, update in updates.items():
         module, _, parameter = target.partition(":")
-        name = f"{module}.{parameter}" if parameter else module
+        name = target.replace(":", ".")
         parameters += [name] if parameter else []
-        ranks[name] = a.shape[-2] if a.ndim == 3 else a.shape[0]
-        alphas[name] = _alpha(scale, math.sqrt(ranks[name]) if adapter.rslora else ranks[name])
+        ranks[name] = update.rank
+        alphas[name] = _alpha(update.scale, math.sqrt(update.rank) if adapter.rslora else update.rank)
         # PEFT wraps the experts once per parameter: gate_up_proj ends up inside.
-        inner = ".base_layer" if parameter == "gate_up_proj" and f"{module}:down_proj" in _targets(adapter) else ""
-        place = f"{PREFIX}{module}{inner}"
-        if a.ndim == 3:
-            a, b = a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
-        tensors[f"{place}.lora_A.weight"] = np.ascontiguousarray(a)
-        tensors[f"{place}.lora_B.weight"] = np.ascontiguousarray(b)
-        if m is not None:
-            tensors[f"{place}.lora_magnitude_vector"] = m
-    tensors.update({PREFIX + name: array for name, array in adapter.trained.items()})
-    dora = any(update.m is not None for update in adapter.updates.values())
+        inner = ".base_layer" if parameter == "gate_up_proj" and f"{module}:down_proj" in updates else ""
+        a, b = update.a.T, update.b.T
+        if update.a.ndim == 3:
+            a, b = update.a.reshape(-1, a.shape[0]), update.b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+        for letter, array in (("A", a), ("B", b)):
+            tensors[f"{PREFIX}{module}{inner}.lora_{letter}.weight"] = np.ascontiguousarray(array)
+        if update.m is not None:
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = update.m
+    dora = any(update.m is not None for update in updates.values())
     if dora and parameters:
         raise UserError(
             f"PEFT has no DoRA for experts, routers and their like ({parameters[0]})",
             "`--to hf` exports the merged model.",
         )
     save_checked(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
-    rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
-    alpha = Counter(alphas.values()).most_common(1)[0][0] if alphas else 8
+    rank, alpha = (Counter(found.values() or [8]).most_common(1)[0][0] for found in (ranks, alphas))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -119,28 +122,23 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     write_json(folder / CONFIG_FILE, config)
 
 
-def _targets(adapter: Adapter) -> dict[str, tuple[np.ndarray, np.ndarray, float, np.ndarray | None]]:
-    """PEFT's A [r, in] and B [out, r] (experts: [E, r, in], [E, out, r]) by target, `module` or `module:parameter`."""
-    out = {}
-    for target, update in adapter.updates.items():
-        if update.a.ndim == 2:
-            out[target] = (update.a.T, update.b.T, update.scale, update.m)
-        elif not update.half:
-            out[target] = (update.a, update.b, update.scale, None)
-    for target in {name.rpartition("#")[0] for name, update in adapter.updates.items() if update.half}:
-        gate, up = (adapter.updates.get(f"{target}#{half}") for half in ("gate", "up"))
+def _joined(updates: dict[str, Update]) -> dict[str, Update]:
+    """The same with gate and up of the experts as one update: of one A where they have the same, else of twice the
+    rank, each with its half of B."""
+    out = {target: update for target, update in updates.items() if "#" not in target}
+    for target in dict.fromkeys(name.rpartition("#")[0] for name in updates if "#" in name):
+        gate, up = (updates.get(f"{target}#{half}") for half in ("gate", "up"))
         if gate is None or up is None or gate.scale != up.scale:
             raise UserError(
                 f"{target}: PEFT adapts gate and up of the experts together, with one scale",
                 "Train both or neither; `mlxtune fuse` merges this adapter.",
             )
-        if gate.a.tobytes() == up.a.tobytes():  # as imported: one A for both
-            out[target] = (gate.a, np.concatenate([gate.b, up.b], 1), gate.scale, None)
-            continue
-        b = np.zeros((gate.b.shape[0], 2 * gate.b.shape[1], gate.b.shape[2] + up.b.shape[2]), gate.b.dtype)
-        b[:, : gate.b.shape[1], : gate.b.shape[2]] = gate.b
-        b[:, gate.b.shape[1] :, gate.b.shape[2] :] = up.b
-        out[target] = (np.concatenate([gate.a, up.a], 1), b, gate.scale, None)
+        a, b = gate.a, np.concatenate([gate.b, up.b], 1)
+        if gate.a.tobytes() != up.a.tobytes():
+            rows = gate.b.shape[1]
+            a, b = np.concatenate([gate.a, up.a], 1), np.zeros((len(b), 2 * rows, gate.rank + up.rank), b.dtype)
+            b[:, :rows, : gate.rank], b[:, rows:, gate.rank :] = gate.b, up.b
+        out[target] = Update(a, b, gate.scale)
     return out
 
 
@@ -159,37 +157,34 @@ def read_adapter(folder: Path) -> Adapter:
     biases, an initialisation that changed the base, LoRA on embeddings.
     """
     config = read_json(folder / CONFIG_FILE, "a PEFT adapter: adapter_config.json and adapter_model.safetensors")
-    _refuse_unknown(folder, config)
+    _refuse_unknown(folder / CONFIG_FILE, config)
     file = folder / WEIGHTS_FILE
     if not file.is_file():
         raise UserError(f"{folder} has no {WEIGHTS_FILE}", "Pickled adapters (.bin) are never loaded: save it again.")
     read_header(file)
-    # PEFT adds a copy of the frozen head or embedding when it adapts them.
-    tensors = {
-        name.removeprefix(PREFIX): array
-        for name, array in load_file(file).items()
-        if not name.endswith((".base_layer.weight", ".base_layer.bias"))
-    }
-    saved = config.get("modules_to_save") or []
-    updates: dict[str, Update] = {}
+    factors: dict[str, dict[str, np.ndarray]] = {}  # module -> A, B, magnitude_vector
     trained: dict[str, np.ndarray] = {}
-    for name, array in tensors.items():
-        match = re.fullmatch(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)", name)
-        if match is None:
-            module = name.rpartition(".")[0]
-            if not any(module == part or f".{module}.".find(f".{part}.") >= 0 for part in saved):
-                raise UserError(f"{file}: the tensor {name} is not understood", "LoRA on linear layers can be read.")
+    for name, array in load_file(file).items():
+        name = name.removeprefix(PREFIX)
+        match = re.fullmatch(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?", name)
+        module = f".{name.rpartition('.')[0]}."
+        if match:
+            factors.setdefault(match[1], {})[match[2]] = array.astype(np.float32)
+        elif name.endswith((".base_layer.weight", ".base_layer.bias")):
+            continue  # PEFT's copy of the frozen head or embedding that it adapts
+        elif any(f".{part}." in module for part in config.get("modules_to_save") or ()):
             trained[name] = array.astype(np.float32)
-        elif match[2] == "lora_A.weight":
-            updates.update(_updates(config, match[1], tensors, file))
-        elif f"{match[1]}.lora_A.weight" not in tensors:
-            raise UserError(f"{file}: {name} has no lora_A", "The adapter is incomplete: copy or download it again.")
-    head = any("lm_head" in name for name in trained)
-    if head and any(
-        array is not trained["lm_head.weight"] and _same(array, trained["lm_head.weight"]) for array in trained.values()
-    ):
+        else:
+            raise UserError(f"{file}: the tensor {name} is not understood", "LoRA on linear layers can be read.")
+    updates: dict[str, Update] = {}
+    for module, parts in factors.items():
+        if not {"A", "B"} <= parts.keys():
+            raise UserError(f"{file}: {module} lacks lora_A or lora_B", "It is incomplete: copy or download it again.")
+        updates |= _updates(config, module, parts, factors.keys(), file)
+    head = trained.get("lm_head.weight")
+    own = any("embed" in name for name in trained) and head is None and not config.get("ensure_weight_tying")
+    if head is not None and any(_same(array, head) for name, array in trained.items() if name != "lm_head.weight"):
         del trained["lm_head.weight"]  # written for a tied model: one matrix under both names
-    own = any("embed" in name for name in trained) and not head and not config.get("ensure_weight_tying")
     return Adapter(
         updates,
         trained,
@@ -204,70 +199,63 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
-def _refuse_unknown(folder: Path, config: dict[str, Any]) -> None:
-    where = folder / CONFIG_FILE
-    if config.get("peft_type") != "LORA":
-        raise UserError(
-            f"{where}: peft_type {config.get('peft_type')!r} is not understood", "LORA adapters can be read."
-        )
-    if config.get("bias", "none") != "none":
-        raise UserError(f"{where}: bias {config['bias']!r} is not understood", "Only 'none': biases stay the base's.")
-    if config.get("init_lora_weights") not in KEEPS_BASE:
-        raise UserError(
-            f"{where}: init_lora_weights {config['init_lora_weights']!r} trained beside a changed base",
-            "Convert it to plain LoRA with PEFT (path_initial_model_for_weight_conversion), or merge it there.",
-        )
-    unknown = [key for key, value in config.items() if key not in READ and value not in (None, False, "", [], {})]
-    if unknown:
-        raise UserError(
-            f"{where}: {unknown[0]} is not understood ({config[unknown[0]]!r})", "Merge it with PEFT first."
-        )
+def _refuse_unknown(where: Path, config: dict[str, Any]) -> None:
+    changed_base = (
+        "It trained beside a changed base: merge it with PEFT, or convert it to plain LoRA there "
+        "(path_initial_model_for_weight_conversion)."
+    )
+    checks = [
+        ("peft_type", config.get("peft_type") == "LORA", "LORA adapters can be read."),
+        ("bias", config.get("bias", "none") == "none", "Only 'none': biases stay the base's."),
+        ("init_lora_weights", config.get("init_lora_weights") in KEEPS_BASE, changed_base),
+    ]
+    for key, value in config.items():
+        checks.append((key, key in READ or value in (None, False, "", [], {}), "Merge it with PEFT first."))
+    for key, fine, hint in checks:
+        if not fine:
+            raise UserError(f"{where}: {key} {config.get(key)!r} is not understood", hint)
 
 
-def _updates(config: dict[str, Any], module: str, tensors: dict[str, np.ndarray], file: Path) -> dict[str, Update]:
-    """The update of one PEFT module: one, or two for the experts' gate_up_proj."""
-    try:
-        a = tensors[f"{module}.lora_A.weight"].astype(np.float32)
-        b = tensors[f"{module}.lora_B.weight"].astype(np.float32)
-    except KeyError as error:
-        raise UserError(f"{file}: {error.args[0]} is missing", "The adapter is incomplete.") from None
-    m = tensors.get(f"{module}.lora_magnitude_vector", tensors.get(f"{module}.lora_magnitude_vector.weight"))
-    parameter = _parameter(config, module, tensors)
+def _updates(
+    config: dict[str, Any], module: str, parts: dict[str, np.ndarray], modules: Collection[str], file: Path
+) -> dict[str, Update]:
+    """The update of one PEFT module: one, or two for the experts' gate_up_proj. modules: all that are adapted."""
+    a, b, m = parts["A"], parts["B"], parts.get("magnitude_vector")
+    parameter = _parameter(config, module, modules)
     module = module.removesuffix(".base_layer")
     name = f"{module}.{parameter}" if parameter else module
+    target = f"{module}:{parameter}" if parameter else module
     rank = int(_pattern(config.get("rank_pattern"), name, config["r"]))
     alpha = float(_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if parameter in ("", "weight"):
         if a.shape[0] != rank:
             raise UserError(f"{file}: {module} has rank {a.shape[0]}, adapter_config.json says {rank}")
-        target = f"{module}:weight" if parameter else module
-        m = None if m is None else m.astype(np.float32).reshape(-1)
+        m = None if m is None else m.reshape(-1)
         return {target: Update(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), scale, m)}
     experts = a.shape[0] // rank
     a, b = a.reshape(experts, rank, -1), b.reshape(b.shape[0], rank, experts).transpose(2, 0, 1)
-    target = f"{module}:{parameter}"
     if parameter != "gate_up_proj":
         return {target: Update(a, np.ascontiguousarray(b), scale)}
     out, r = b.shape[1] // 2, rank // 2
     gate, up = b[:, :out], b[:, out:]
-    parts = [(a, gate), (a, up)]
+    halves = {"gate": (a, gate), "up": (a, up)}
     if rank % 2 == 0 and not gate[..., r:].any() and not up[..., :r].any():  # our own block form
-        parts = [(a[:, :r], gate[..., :r]), (a[:, r:], up[..., r:])]
+        halves = {"gate": (a[:, :r], gate[..., :r]), "up": (a[:, r:], up[..., r:])}
     return {
-        f"{target}#{half}": Update(np.ascontiguousarray(one), np.ascontiguousarray(two), scale, half=half)
-        for half, (one, two) in zip(("gate", "up"), parts, strict=True)
+        f"{target}#{half}": Update(np.ascontiguousarray(one), np.ascontiguousarray(two), scale)
+        for half, (one, two) in halves.items()
     }
 
 
-def _parameter(config: dict[str, Any], module: str, tensors: dict[str, np.ndarray]) -> str:
+def _parameter(config: dict[str, Any], module: str, modules: Collection[str]) -> str:
     """Which parameter of `module` PEFT adapts, or "" when it is a linear layer."""
     wanted = config.get("target_parameters") or []
     plain = module.removesuffix(".base_layer")
-    found = [p.rpartition(".")[2] for p in wanted if f"{plain}.{p.rpartition('.')[2]}".endswith(p)]
-    if len(set(found)) < 2:
-        return found[0] if found else ""
-    if f"{plain}.base_layer.lora_A.weight" not in tensors:
+    found = {p.rpartition(".")[2] for p in wanted if f"{plain}.{p.rpartition('.')[2]}".endswith(p)}
+    if len(found) < 2:
+        return next(iter(found), "")
+    if f"{plain}.base_layer" not in modules:
         raise UserError(f"{module}: which of its parameters is adapted cannot be told", "Merge it with PEFT first.")
     return "gate_up_proj" if module.endswith(".base_layer") else "down_proj"
 
@@ -279,16 +267,18 @@ def _pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
 
 def check_adapter(folder: Path, adapter: Adapter) -> int:
     """Read the folder back; return how many tensors are the given ones bit for bit. Raises UserError otherwise."""
-    again, count = read_adapter(folder), 0
-    if again.updates.keys() != adapter.updates.keys():
-        raise UserError(f"{folder} does not hold the layers that were trained", "Check the disk.")
-    for path, update in adapter.updates.items():
-        other = again.updates[path]
-        pairs = [(update.a, other.a), (update.b, other.b)] + ([(update.m, other.m)] if update.m is not None else [])
-        if update.scale != other.scale or not all(two is not None and _same(one, two) for one, two in pairs):
-            raise UserError(f"{path}: the file does not hold what was trained", "Check the disk.")
-        count += len(pairs)
-    for name, array in again.trained.items():
-        if name not in adapter.trained or not _same(array, adapter.trained[name]):
+    found, expected = _arrays(read_adapter(folder)), _arrays(adapter)
+    if adapter.tied:  # a second name of the embedding, left out in reading
+        expected.pop("lm_head.weight", None)
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found or name not in expected or not _same(found[name], expected[name]):
             raise UserError(f"{name}: the file does not hold what was trained", "Check the disk.")
-    return count + len(again.trained)
+    return len([name for name in found if not name.endswith(".scale")])
+
+
+def _arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+    out = dict(adapter.trained)
+    for path, update in adapter.updates.items():
+        parts = {"a": update.a, "b": update.b, "m": update.m, "scale": np.array(update.scale)}
+        out |= {f"{path}.{name}": array for name, array in parts.items() if array is not None}
+    return out

@@ -8,10 +8,11 @@ same numbers nothing is computed but a product by a power of two; elsewhere `car
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 GROUP = 32  # weights per GGUF block, and MLX's group size for an imported tensor
 # The 4-bit floats (sign, two bits of exponent, one of mantissa) of the OCP Microscaling specification.
@@ -35,25 +36,37 @@ class Codes:
     mode: str = "affine"
 
 
+_D, _M, _QH, _QS = ("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)
+
+
 @dataclass(frozen=True)
 class Block:
-    """How a GGUF type lays out one block of 32 weights; byte counts."""
+    """A GGUF type's block. fields: as they follow each other, d scales, m minimum, qh fifth bits, qs the rest of the
+    codes; group: weights that share a scale."""
 
     bits: int
-    zero_point: int  # bias = -zero_point * scale, unless the block has its own minimum
-    has_minimum: bool
-    bytes: int
+    fields: tuple[tuple, ...]
+    zero_point: int = 0  # bias = -zero_point * scale, unless the block has its own minimum
+    mode: str = "affine"
+    group: int = GROUP
+
+    @property
+    def layout(self) -> np.dtype:
+        return np.dtype(list(self.fields))
 
 
 BLOCKS = {
-    "Q4_0": Block(4, 8, False, 18),
-    "Q4_1": Block(4, 0, True, 20),
-    "Q5_0": Block(5, 16, False, 22),
-    "Q5_1": Block(5, 0, True, 24),
-    "Q8_0": Block(8, 128, False, 34),
+    "Q4_0": Block(4, (_D, _QS), zero_point=8),
+    "Q4_1": Block(4, (_D, _M, _QS)),
+    "Q5_0": Block(5, (_D, _QH, _QS), zero_point=16),
+    "Q5_1": Block(5, (_D, _M, _QH, _QS)),
+    "Q8_0": Block(8, (_D, ("qs", "u1", 32)), zero_point=128),
 }
-FLOAT4 = {"MXFP4": ("mxfp4", 32, 1), "NVFP4": ("nvfp4", 16, 4)}  # MLX's mode and group, scale bytes per block
-MAPPED = (*BLOCKS, *FLOAT4)  # GGUF types whose codes MLX can hold
+FLOAT4 = {
+    "MXFP4": Block(4, (("d", "u1", 1), _QS), mode="mxfp4"),
+    "NVFP4": Block(4, (("d", "u1", 4), ("qs", "u1", 32)), mode="nvfp4", group=16),
+}
+MAPPED = BLOCKS | FLOAT4  # GGUF types whose codes MLX can hold
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -96,40 +109,28 @@ def from_blocks(data: np.ndarray, kind: str) -> Codes:
     data: [rows, bytes] uint8 as the file holds it; kind: one of MAPPED.
     Raises ValueError when a bias does not fit float16 (|scale| of 512 and more: no trained weight has that).
     """
-    rows = data.shape[0]
-    if kind in FLOAT4:
-        mode, group, scale_bytes = FLOAT4[kind]
-        blocks = data.reshape(rows, -1, scale_bytes + scale_bytes * group // 2)
-        scales = np.ascontiguousarray(blocks[..., :scale_bytes]).reshape(rows, -1)
-        if mode == "nvfp4" and ((scales > 126) & (scales != 128)).any():
-            raise ValueError("an NVFP4 scale is negative or no number")
-        nibbles = _split_nibbles(blocks[..., scale_bytes:].reshape(rows, -1, group // 2))
-        return Codes(pack(nibbles.reshape(rows, -1), 4), scales, None, 4, group, mode)
-    block = BLOCKS[kind]
-    blocks = data.reshape(rows, -1, block.bytes)
-    scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]
-    at = 2
-    if block.has_minimum:
-        biases = np.ascontiguousarray(blocks[..., 2:4]).view("<f2")[..., 0]
-        at = 4
-    else:
-        exact = -np.float32(block.zero_point) * scales.astype(np.float32)
-        with np.errstate(over="ignore", invalid="ignore"):  # an overflow is what the next line looks for
-            biases = exact.astype(np.float16)
-        if not np.array_equal(biases.astype(np.float32), exact, equal_nan=True):
-            raise ValueError(f"a {kind} block's scale is too large to keep losslessly")
-    high = None
-    if block.bits == 5:
-        high = np.unpackbits(np.ascontiguousarray(blocks[..., at : at + 4]), axis=-1, bitorder="little")
-        at += 4
-    payload = blocks[..., at:]
+    block, rows = MAPPED[kind], len(data)
+    blocks = np.ascontiguousarray(data).view(block.layout)
+    scales = np.ascontiguousarray(blocks["d"]).reshape(rows, -1)
     if block.bits == 8:
-        codes = payload ^ np.uint8(0x80)  # int8 + 128 in two's complement
+        codes = blocks["qs"] ^ np.uint8(0x80)  # int8 + 128 in two's complement
     else:
-        codes = _split_nibbles(payload)
-        if high is not None:
-            codes = codes | (high << np.uint8(4))
-    return Codes(pack(codes.reshape(rows, -1), block.bits), scales, biases, block.bits)
+        codes = _split_nibbles(blocks["qs"].reshape(rows, -1, block.group // 2))
+    if block.bits == 5:
+        codes = codes | np.unpackbits(blocks["qh"], axis=-1, bitorder="little") << np.uint8(4)
+    weight = pack(codes.reshape(rows, -1), block.bits)
+    if block.mode != "affine":
+        if block.mode == "nvfp4" and ((scales > 126) & (scales != 128)).any():
+            raise ValueError("an NVFP4 scale is negative or no number")
+        return Codes(weight, scales, None, block.bits, block.group, block.mode)
+    if _M in block.fields:
+        return Codes(weight, scales, np.ascontiguousarray(blocks["m"]), block.bits)
+    exact = -np.float32(block.zero_point) * scales.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # an overflow is what the next line looks for
+        biases = exact.astype(np.float16)
+    if not np.array_equal(biases.astype(np.float32), exact, equal_nan=True):
+        raise ValueError(f"a {kind} block's scale is too large to keep losslessly")
+    return Codes(weight, scales, biases, block.bits)
 
 
 def to_blocks(codes: Codes, kind: str) -> np.ndarray:
@@ -137,28 +138,21 @@ def to_blocks(codes: Codes, kind: str) -> np.ndarray:
 
     For a type without minimum the biases must be -zero_point * scale: they are not stored.
     """
-    rows = len(codes.weight)
-    if kind in FLOAT4:
-        _, group, scale_bytes = FLOAT4[kind]
-        nibbles = _join_nibbles(unpack(codes.weight, 4).reshape(rows, -1, group))
-        scales = codes.scales.reshape(rows, -1, scale_bytes)
-        return np.concatenate([scales, nibbles.reshape(*scales.shape[:2], -1)], axis=-1).reshape(rows, -1)
-    block = BLOCKS[kind]
-    assert codes.biases is not None
-    values = unpack(codes.weight, codes.bits).reshape(rows, -1, GROUP)
-    with np.errstate(over="ignore"):  # `carry` measures what was lost
-        halves = [
-            np.ascontiguousarray(np.repeat(part.astype("<f2"), codes.group // GROUP, axis=1))[..., None].view(np.uint8)
-            for part in (codes.scales, codes.biases)
-        ]
-    parts = halves if block.has_minimum else halves[:1]
-    if block.bits == 8:
-        parts.append(values ^ np.uint8(0x80))
+    block, rows = MAPPED[kind], len(codes.weight)
+    values = unpack(codes.weight, codes.bits).reshape(rows, -1, block.group)
+    blocks = np.empty((rows, values[0].size // GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]), block.layout)
+    if block.mode != "affine":
+        blocks["d"] = codes.scales.reshape(blocks["d"].shape)
     else:
-        if block.bits == 5:
-            parts.append(np.packbits(values >> 4, axis=-1, bitorder="little"))
-        parts.append(_join_nibbles(values & 15))
-    return np.concatenate(parts, axis=-1).reshape(rows, -1)
+        with np.errstate(over="ignore"):  # `carry` measures what was lost
+            for name, part in (("d", codes.scales), ("m", codes.biases)):
+                if part is not None and (name, "<f2") in block.fields:
+                    blocks[name] = np.repeat(part.astype("<f2"), codes.group // GROUP, axis=1)
+    if block.bits == 5:
+        blocks["qh"] = np.packbits(values >> 4, axis=-1, bitorder="little")
+    stored = values ^ np.uint8(0x80) if block.bits == 8 else _join_nibbles(values & 15)
+    blocks["qs"] = stored.reshape(blocks["qs"].shape)
+    return blocks.view(np.uint8).reshape(rows, -1)
 
 
 def _split_nibbles(payload: np.ndarray) -> np.ndarray:
@@ -175,49 +169,43 @@ def carry(codes: Codes) -> tuple[str, np.ndarray, float] | None:
     """(GGUF type, blocks, relative error of the weights) of the nearest type that takes MLX's codes; the error is 0.0
     when every weight is the same float32. None when none comes within ACCEPTED: then 16-bit floats do.
     """
-    kind = {"mxfp4": "MXFP4", "nvfp4": "NVFP4"}.get(codes.mode)
     columns = codes.weight.shape[-1] * 32 // codes.bits
-    if kind:
-        if columns % (64 if kind == "NVFP4" else 32) or (kind == "NVFP4" and (codes.scales > 126).any()):
-            return None
-        return kind, to_blocks(codes, kind), 0.0
-    if codes.biases is None:
+    if codes.mode.upper() in FLOAT4:
+        kind = codes.mode.upper()
+        fits = columns % 32 == 0 if kind == "MXFP4" else columns % 64 == 0 and (codes.scales <= 126).all()
+        return (kind, to_blocks(codes, kind), 0.0) if fits else None
+    stored = _integer_zero_points(codes) if codes.bits == 6 else codes
+    if stored is None or stored.biases is None:
         return None
-    scales, biases = codes.scales.astype(np.float32), codes.biases.astype(np.float32)
-    if codes.bits == 6:
-        shifted = _integer_zero_points(codes, scales, biases)
-        if shifted is None:
-            return None
-        blocks = to_blocks(shifted, "Q8_0")
-        error = relative_error(dequantize(from_blocks(blocks, "Q8_0")), dequantize(codes))
-        return ("Q8_0", blocks, error) if error < ACCEPTED else None
-    kind = next(
-        (
-            name
-            for name, block in BLOCKS.items()
-            if (codes.bits == block.bits or (codes.bits < 4 and name == "Q4_1"))
-            and (block.has_minimum or np.array_equal(biases, -block.zero_point * scales))
-        ),
-        None,
+    scales, biases = stored.scales.astype(np.float32), stored.biases.astype(np.float32)
+    kinds = (
+        kind
+        for kind, block in BLOCKS.items()
+        if (stored.bits == block.bits or (stored.bits < 4 and kind == "Q4_1"))
+        and (_M in block.fields or np.array_equal(biases, -block.zero_point * scales))
     )
-    if kind is None:
+    kind = next(kinds, "")
+    if not kind:
         return None
-    with np.errstate(over="ignore"):
-        rounded = replace(codes, scales=scales.astype(np.float16), biases=biases.astype(np.float16))
-    assert rounded.biases is not None
-    if not (np.isfinite(rounded.scales).all() and np.isfinite(rounded.biases).all()):
-        return None
-    exact = np.array_equal(rounded.scales, scales) and np.array_equal(rounded.biases, biases)
-    error = 0.0 if exact else relative_error(dequantize(rounded), dequantize(codes))
-    return (kind, to_blocks(codes, kind), error) if error < ACCEPTED else None
+    blocks = to_blocks(stored, kind)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if stored is codes and all(np.array_equal(part.astype(np.float16), part) for part in (scales, biases)):
+            return kind, blocks, 0.0
+        try:
+            error = relative_error(dequantize(from_blocks(blocks, kind)), dequantize(codes))
+        except ValueError:
+            return None
+    return (kind, blocks, error) if error < ACCEPTED else None
 
 
-def _integer_zero_points(codes: Codes, scales: np.ndarray, biases: np.ndarray) -> Codes | None:
+def _integer_zero_points(codes: Codes) -> Codes | None:
     """6-bit codes as 8-bit ones with bias = -128 * scale: MLX chooses biases that are nearly whole multiples of the
     scale. None when a shifted code leaves the range.
     """
+    assert codes.biases is not None
+    scales = codes.scales.astype(np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
-        zero = np.rint(biases / scales)
+        zero = np.rint(codes.biases.astype(np.float32) / scales)
     if not np.isfinite(zero).all():
         return None
     values = unpack(codes.weight, codes.bits).reshape(len(scales), -1, codes.group) + zero[..., None] + 128

@@ -1,7 +1,7 @@
-"""Correspondences between Hugging Face's tensors and MLX's, read in both directions and applied to tensor streams.
+"""Correspondences between Hugging Face's tensors and MLX's, applied to tensor streams.
 
-A rule says how one tensor (or a few that belong together) looks on either side; what no rule names is the same on both.
-`{n}` is a layer, `{e}` an expert, `{s}` a rest.
+mlx-lm itself reads most of Hugging Face's files; a rule says how to get back, and how to get in where mlx-lm cannot.
+What no rule names is the same on both sides. `{n}` is a layer, `{e}` an expert, `{s}` a rest.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import Any
 
 from mlxtune_convert.errors import UserError
@@ -20,62 +20,44 @@ Array = Any  # numpy's or MLX's: both have the methods used here
 
 @dataclass(frozen=True)
 class Rule:
-    """One correspondence. `do`: move (rename, with `axes` transposed and `plus` added), stack (`count` experts {e} into
-    one), halves or interleaved (one, transposed by `axes`, into two along `axis`), kv_b (DeepSeek's: `heads`, `nope`).
+    """One correspondence: a tensor in HF, its parts in MLX. `do`: move (rename, with `axes` transposed and `plus` added
+    in MLX), stack (experts {e} into one), halves or interleaved (transposed by `axes`, then in two along axis 1), kv_b
+    (DeepSeek's).
     """
 
     hf: str
     mlx: tuple[str, ...]
     do: str = "move"
     axes: tuple[int, ...] = ()
-    axis: int = 1
     plus: float = 0.0
-    count: int = 1
-    heads: int = 0
-    nope: int = 0
 
-    @cached_property
-    def patterns(self) -> tuple[re.Pattern[str], tuple[re.Pattern[str], ...]]:
-        return _pattern(self.hf), tuple(_pattern(name) for name in self.mlx)
-
-    def forward(self, arrays: list[Array], xp: Any) -> list[Array]:
-        """HF's arrays -> MLX's."""
-        if self.do == "stack":
-            return [xp.stack(arrays)]
-        array = xp.transpose(arrays[0], self.axes) if self.axes else arrays[0]
+    def split(self, array: Array, xp: Any) -> list[Array]:
+        """HF's tensor -> MLX's, for the rules that may come before mlx-lm: move, halves, interleaved."""
+        array = xp.transpose(array, self.axes) if self.axes else array
         if self.do == "halves":
-            return list(xp.split(array, 2, axis=self.axis))
-        if self.do == "interleaved":
-            index: list[Any] = [slice(None)] * array.ndim
-            return [array[(*index[: self.axis], slice(start, None, 2))] for start in (0, 1)]
-        if self.do == "kv_b":
-            array = array.reshape(self.heads, -1, array.shape[-1])
-            return [xp.swapaxes(array[:, : self.nope], 1, 2), array[:, self.nope :]]
-        return [array + self.plus if self.plus else array]
+            return list(xp.split(array, 2, axis=1))
+        return [array[:, 0::2], array[:, 1::2]] if self.do == "interleaved" else [array]
 
-    def backward(self, arrays: list[Array], xp: Any) -> list[Array]:
-        """MLX's arrays -> HF's."""
-        if self.do == "stack":
-            return list(arrays[0])
+    def join(self, arrays: list[Array], xp: Any) -> list[Array]:
+        """MLX's tensors -> HF's."""
         array = arrays[0]
+        if self.do == "stack":
+            return list(array)
         if self.do == "halves":
-            array = xp.concatenate(arrays, axis=self.axis)
+            array = xp.concatenate(arrays, axis=1)
         elif self.do == "interleaved":
-            array = xp.stack(arrays, axis=self.axis + 1)
-            array = array.reshape(*array.shape[: self.axis], -1, *array.shape[self.axis + 2 :])
+            array = xp.stack(arrays, axis=2).reshape(len(array), -1, *array.shape[2:])
         elif self.do == "kv_b":
-            array = xp.concatenate([xp.swapaxes(arrays[0], 1, 2), arrays[1]], axis=1).reshape(-1, arrays[1].shape[-1])
+            array = xp.concatenate([xp.swapaxes(array, 1, 2), arrays[1]], axis=1).reshape(-1, arrays[1].shape[-1])
         elif self.plus:
             array = array - self.plus
         # Every permutation of axes in the tables is its own inverse.
         return [xp.transpose(array, self.axes) if self.axes else array]
 
 
+@cache
 def _pattern(name: str) -> re.Pattern[str]:
-    text = re.escape(name)
-    for mark, expression in (("n", r"(\d+)"), ("e", r"(?P<e>\d+)"), ("s", r"(.+)")):
-        text = text.replace(re.escape(f"{{{mark}}}"), expression)
-    return re.compile(text)
+    return re.compile(re.escape(name).replace(r"\{n\}", r"(\d+)").replace(r"\{s\}", "(.+)"))
 
 
 def _fill(name: str, values: tuple[str, ...], expert: int = 0) -> str:
@@ -96,13 +78,44 @@ class Layout:
     needs_dropped: bool = False  # transformers would draw the missing tensors at random
     not_in_peft: tuple[str, ...] = ()  # last names of layers that PEFT refuses (fused kernels go around them)
 
-    def to_mlx(self, tensors: Iterable[tuple[str, Array]], xp: Any, early: bool = False) -> Iterator[tuple[str, Array]]:
-        """HF tensors -> MLX's. xp: numpy or mlx.core, whichever the arrays are of; early: only what mlx-lm cannot."""
-        yield from _apply(self.early if early else self.rules, tensors, xp, to_hf=False)
+    def for_mlx_lm(self, tensors: Iterable[tuple[str, Array]], xp: Any) -> Iterator[tuple[str, Array]]:
+        """HF tensors as mlx-lm can read them. xp: numpy or mlx.core, whichever the arrays are of."""
+        for name, array in tensors:
+            for rule in self.early:
+                match = _pattern(rule.hf).fullmatch(name)
+                if match:
+                    parts = zip(rule.mlx, rule.split(array, xp), strict=True)
+                    yield from ((_fill(to, match.groups()), part) for to, part in parts)
+                    break
+            else:
+                yield name, array
 
     def to_hf(self, tensors: Iterable[tuple[str, Array]], xp: Any) -> Iterator[tuple[str, Array]]:
         """MLX tensors -> HF's. Raises UserError when a tensor has lost its partner."""
-        yield from _apply(self.rules, tensors, xp, to_hf=True)
+        waiting: dict[tuple[str, tuple[str, ...]], dict[str, Array]] = {}
+        for name, array in tensors:
+            found = self._rule(name)
+            if found is None:
+                yield name, array
+                continue
+            rule, part, values = found
+            parts = waiting.setdefault((rule.hf, values), {})
+            parts[part] = array
+            if len(parts) == len(rule.mlx):
+                del waiting[rule.hf, values]
+                whole = rule.join([parts[part] for part in rule.mlx], xp)
+                yield from ((_fill(rule.hf, values, expert), one) for expert, one in enumerate(whole))
+        for hf, values in waiting:
+            raise UserError(f"{_fill(hf, values)}: some of its parts are missing", "The model is incomplete.")
+
+    def _rule(self, name: str) -> tuple[Rule, str, tuple[str, ...]] | None:
+        """The rule of an MLX tensor, which of its parts that is, and what its marks stand for."""
+        for rule in self.rules:
+            for part in rule.mlx:
+                match = _pattern(part).fullmatch(name)
+                if match:
+                    return rule, part, match.groups()
+        return None
 
     def is_dropped(self, name: str) -> bool:
         """Whether an HF tensor is one that MLX does not load."""
@@ -119,14 +132,13 @@ class Layout:
             match = _pattern(ours).fullmatch(path)
             if match:
                 return _fill(theirs, match.groups())
-        for rule in self.rules:
-            for pattern in rule.patterns[1]:
-                match = pattern.fullmatch(f"{path}.weight")
-                if match and (rule.do != "move" or rule.plus or len(rule.axes) > (0 if whole else 2)):
-                    raise UserError(f"{path} is another matrix in transformers", "`--to hf` exports the merged model.")
-                if match:
-                    return _fill(rule.hf, match.groups()).removesuffix(".weight")
-        return path
+        found = self._rule(f"{path}.weight")
+        if found is None:
+            return path
+        rule, _, values = found
+        if rule.do != "move" or rule.plus or len(rule.axes) > (0 if whole else 2):
+            raise UserError(f"{path} is another matrix in transformers", "`--to hf` exports the merged model.")
+        return _fill(rule.hf, values).removesuffix(".weight")
 
     def peft_targets(self, paths: Iterable[str]) -> dict[str, str]:
         """PEFT's name -> MLX path, for those of `paths` that transformers has."""
@@ -135,35 +147,3 @@ class Layout:
             with contextlib.suppress(UserError):
                 out[self.peft_target(path)] = path
         return out
-
-
-def _apply(
-    rules: Iterable[Rule], tensors: Iterable[tuple[str, Array]], xp: Any, to_hf: bool
-) -> Iterator[tuple[str, Array]]:
-    waiting: dict[tuple[int, tuple[str, ...]], dict[int, Array]] = {}
-    rules = tuple(rules)
-    for name, array in tensors:
-        for number, rule in enumerate(rules):
-            hf, mlx = rule.patterns
-            found = next(((i, m) for i, p in enumerate(mlx if to_hf else (hf,)) if (m := p.fullmatch(name))), None)
-            if found is None:
-                continue
-            place, match = found
-            expert = match.groupdict().get("e")
-            values = tuple(value for i, value in enumerate(match.groups(), 1) if i != match.re.groupindex.get("e"))
-            slots = waiting.setdefault((number, values), {})
-            slots[int(expert or place)] = array
-            if len(slots) == (len(mlx) if to_hf else rule.count):
-                del waiting[number, values]
-                ordered = [slots[key] for key in sorted(slots)]
-                made = rule.backward(ordered, xp) if to_hf else rule.forward(ordered, xp)
-                names = [rule.hf] * len(made) if to_hf else list(rule.mlx)
-                yield from (
-                    (_fill(one, values, e), part) for e, (one, part) in enumerate(zip(names, made, strict=True))
-                )
-            break
-        else:
-            yield name, array
-    if waiting:
-        number, values = next(iter(waiting))
-        raise UserError(f"{_fill(rules[number].hf, values)}: some of its parts are missing", "The model is incomplete.")

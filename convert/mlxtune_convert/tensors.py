@@ -1,4 +1,4 @@
-"""safetensors folders: checked headers in, bounded shards out.
+"""safetensors folders: whole files in, bounded shards out.
 
 The format in one line: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then
 the tensors' bytes (https://huggingface.co/docs/safetensors).
@@ -7,57 +7,30 @@ the tensors' bytes (https://huggingface.co/docs/safetensors).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors import SafetensorError, safe_open
 
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import read_json, write_json
 
 SHARD_BYTES = 2 << 30
-DTYPES = {
-    **{
-        f"{kind}{bits}": f"{letter}{bits}" for kind, letter in (("int", "I"), ("uint", "U")) for bits in (8, 16, 32, 64)
-    },
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "bool": "BOOL",
-}
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
-def read_header(path: Path) -> dict[str, dict]:
-    """Name -> {dtype, shape, data_offsets} of one file.
-
-    Raises UserError when the file is no safetensors file or is shorter or longer than its header says.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
-            raise UserError(f"{path}: not a safetensors file (or a torn one)", "Copy or download it again.")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{path}: not a safetensors file (unreadable header)", "Copy or download it again."
-            ) from error
-    if 8 + length + end != size:
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {shape} of one file. Raises UserError when it is no safetensors file, or not a whole one."""
+    try:
+        with safe_open(path, "numpy") as file:
+            return {name: {"shape": file.get_slice(name).get_shape()} for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path}: {size:,} bytes, its header promises {8 + length + end:,}",
-            "The file is incomplete: copy or download it again.",
-        )
-    return header
+            f"{path}: torn, or not a safetensors file ({error})",
+            "The file is incomplete or damaged: copy or download it again.",
+        ) from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -92,6 +65,24 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def _entry(array: np.ndarray, at: int) -> dict[str, Any]:
+    """A tensor's line in the header. at: where its bytes begin."""
+    kind = array.dtype.name
+    for name, short in (("bfloat", "BF"), ("float", "F"), ("uint", "U"), ("int", "I"), ("bool", "BOOL")):
+        kind = kind.replace(name, short)
+    return {"dtype": kind, "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+
+
+def _header(entries: dict[str, Any], metadata: dict[str, str]) -> bytes:
+    header = json.dumps({"__metadata__": metadata, **entries}).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header
+
+
+def _raw(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 class ShardWriter:
     """Writes tensors as numbered safetensors shards of bounded size.
 
@@ -110,22 +101,17 @@ class ShardWriter:
         self._shards: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, array: np.ndarray) -> None:
-        at = self._file.tell()
-        if self._entries and at + array.nbytes > self.shard_bytes:
+        if self._entries and self._file.tell() + array.nbytes > self.shard_bytes:
             self._flush()
-            at = 0
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        place = {"shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
-        self._entries[name] = {"dtype": DTYPES[array.dtype.name], **place}
+        self._entries[name] = _entry(array, self._file.tell())
+        self._file.write(_raw(array))
         self.total_bytes += array.nbytes
 
     def _flush(self) -> None:
         self._file.close()
         path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors"
-        header = json.dumps({"__metadata__": self.metadata, **self._entries}).encode()
-        header += b" " * (-len(header) % 8)
         with path.open("wb") as out, self._data.open("rb") as data:
-            out.write(struct.pack("<Q", len(header)) + header)
+            out.write(_header(self._entries, self.metadata))
             shutil.copyfileobj(data, out, 16 << 20)
         self._shards.append((path, list(self._entries)))
         self._entries = {}
@@ -148,17 +134,12 @@ class ShardWriter:
 
 
 def save_checked(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write one safetensors file. A full disk raises OSError (the library reports it as its own error)."""
-    try:
-        save_file(tensors, path, metadata)
-    except Exception as error:  # safetensors wraps the operating system's error in its own type
-        text = str(error)
-        if "os error 28" in text or "No space left" in text:
-            raise OSError(28, "No space left on device", str(path)) from error
-        if "os error 13" in text or "Permission denied" in text:
-            raise PermissionError(13, "Permission denied", str(path)) from error
-        raise
-    # The library writes through a private temporary file; give the result the mode any other new file has.
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    """Write one safetensors file. A full disk raises OSError (the library would report it as an error of its own)."""
+    entries, at = {}, 0
+    for name, array in tensors.items():
+        entries[name] = _entry(array, at)
+        at += array.nbytes
+    with path.open("wb") as out:
+        out.write(_header(entries, metadata))
+        for array in tensors.values():
+            out.write(_raw(array))

@@ -7,18 +7,19 @@ pre-tokenizer gives the wrong tokens.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import write_json
-from mlxtune_convert.gguf_file import File
+from mlxtune_convert.gguf_file import HINT, File
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 SPACE = "\u2581"
-HINT = "Convert from the original Hugging Face model instead."
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -100,49 +101,30 @@ def check_supported(file: File) -> None:
 def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja; return every end-of-turn token id.
 
-    max_length: the model's context in tokens.
+    max_length: the model's context in tokens. Raises UserError for merges of what are no tokens.
     """
 
     def get(key: str, default: Any = None) -> Any:
         return file.get(f"tokenizer.ggml.{key}", default)
 
     tokens: list[str] = get("tokens")
-    types: list[int] = get("token_type")
-    added = [
-        {"id": index, "content": token, "single_word": False, "lstrip": False, "rstrip": False}
-        | {"normalized": False, "special": kind in (CONTROL, UNKNOWN)}
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (CONTROL, USER_DEFINED, UNKNOWN)
-    ]
     pieces = get("model") == "llama"
     prefix = bool(get("add_space_prefix", pieces))
-    body = _sentencepiece(tokens, types, get("scores"), prefix) if pieces else _byte_level(get("pre"), get("merges"))
-    body["model"] |= {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    unknown = get("unknown_token_id")
-    body["model"] |= {
-        "unk_token": tokens[unknown] if pieces and unknown is not None else None,
-        "vocab": {token: i for i, token in enumerate(tokens) if types[i] != UNUSED or token != f"[PAD{i}]"},
-    }
+    try:
+        tokenizer = _sentencepiece(get, prefix) if pieces else _byte_level(get)
+    except Exception as error:  # the library has no exception of its own
+        raise UserError(f"{file.path}: its tokenizer cannot be built ({error})", HINT) from error
+    typed = list(zip(tokens, get("token_type"), strict=True))
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind in (CONTROL, UNKNOWN)])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == USER_DEFINED])
     starting = get("add_bos_token", pieces or get("pre") in ("llama-bpe", "tekken"))  # llama.cpp's own defaults
     starts = [tokens[get("bos_token_id")]] if starting and get("bos_token_id") is not None else []
     ends = [tokens[get("eos_token_id")]] if get("add_eos_token") and get("eos_token_id") is not None else []
     if starts or ends:
-        sequence: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
-        marks = [[{"SpecialToken": {"id": token, "type_id": 0}} for token in side] for side in (starts, ends)]
-        ids = {token: {"id": token, "ids": [tokens.index(token)], "tokens": [token]} for token in {*starts, *ends}}
-        second = [{"Sequence": {"id": "B", "type_id": 1}}]
-        single = [*marks[0], *sequence, *marks[1]]
-        body["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [*single, *second]}
-        body["post_processor"]["special_tokens"] = ids
-    whole = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "post_processor": None,
-        **body,
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+        whole = [*starts, "$A", *ends]
+        around = [(token, tokens.index(token)) for token in {*starts, *ends}]
+        tokenizer.post_processor = processors.TemplateProcessing(whole, [*whole, "$B:1"], around)
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     config: dict[str, Any] = {
         # Not the model family's own class: transformers would replace the pre-tokenizer with that class's.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -167,54 +149,47 @@ def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
 SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 
 
-def _byte_level(pre: str, merges: list[str]) -> dict[str, Any]:
-    rules = PRE_TOKENIZERS[pre]
-    steps: list[dict[str, Any]] = [
-        {"type": "Digits", "individual_digits": True}
+def _ids(get: Callable[[str], Any]) -> dict[str, int]:
+    """Token -> id, without the names that an export gives to ids that have no token."""
+    typed = enumerate(zip(get("tokens"), get("token_type"), strict=True))
+    return {token: index for index, (token, kind) in typed if kind != UNUSED or token != f"[PAD{index}]"}
+
+
+def _byte_level(get: Callable[[str], Any]) -> Tokenizer:
+    rules = PRE_TOKENIZERS[get("pre")]
+    merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
+    tokenizer = Tokenizer(models.BPE(_ids(get), merges, ignore_merges=rules.ignore_merges))
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True)
         if regex == "digits"
-        else {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+        else pre_tokenizers.Split(Regex(regex), "isolated")
         for regex in rules.splits
     ]
-    steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": rules.words})
-    return {
-        "normalizer": {"type": "NFC"} if rules.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": rules.ignore_merges,
-            "merges": [merge.split(" ", 1) for merge in merges],
-        },
-    }
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rules.words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, last])
+    if rules.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
-def _sentencepiece(tokens: list[str], types: list[int], scores: list[float], prefix: bool) -> dict[str, Any]:
+def _sentencepiece(get: Callable[[str], Any], prefix: bool) -> Tokenizer:
     """SentencePiece's BPE joins the pair whose result has the highest score, so merges are all splits of all tokens by
     falling score; a token's own splits by their parts' places in the vocabulary.
     """
+    tokens, types, scores, unknown = (get(key) for key in ("tokens", "token_type", "scores", "unknown_token_id"))
     ids = {token: index for index, token in enumerate(tokens) if types[index] == NORMAL}
-    merges: list[tuple[float, int, list[str]]] = []
+    merges: list[tuple[float, int, tuple[str, str]]] = []
     for token, index in ids.items():
         pairs = [(token[:at], token[at:]) for at in range(1, len(token))]
         known = sorted((ids[a], ids[b]) for a, b in pairs if a in ids and b in ids)
-        merges += [(-scores[index], index, [tokens[a], tokens[b]]) for a, b in known]
+        merges += [(-scores[index], index, (tokens[a], tokens[b])) for a, b in known]
     merges.sort(key=lambda merge: merge[:2])
-    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
-    return {
-        "normalizer": {"type": "Sequence", "normalizers": [*steps, spaces]},
-        "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE",
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "merges": [merge[2] for merge in merges],
-        },
-    }
+    options = {"fuse_unk": True, "byte_fallback": True} | ({} if unknown is None else {"unk_token": tokens[unknown]})
+    tokenizer = Tokenizer(models.BPE(_ids(get), [merge[2] for merge in merges], **options))
+    spaces = normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = normalizers.Sequence([*([normalizers.Prepend(SPACE)] if prefix else []), spaces])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    back = decoders.Replace(SPACE, " ")
+    tokenizer.decoder = decoders.Sequence([back, decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return tokenizer

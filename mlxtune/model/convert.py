@@ -16,11 +16,13 @@ from mlxtune_convert import gguf_file, gguf_lora, gguf_model
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
 from mlxtune_convert.files import new_folder, read_json, require_space, write_json
 from mlxtune_convert.gguf_file import File
+from mlxtune_convert.peft import Adapter
 from mlxtune_convert.tensors import ShardWriter, weight_files
 
 from mlxtune import backend
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
+from mlxtune.model import peft
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.model.hub import resolve
 from mlxtune.model.load import cast, model_dtype, open_model
@@ -122,8 +124,10 @@ def _from_adapter(file: File, destination: Path, asked: bool, force: bool, base:
     if asked:
         raise UserError(f"{file.path} is an adapter: its factors are kept as they are", "Leave out --bits and --dtype.")
     with new_folder(destination, force, [file.path]) as work:
-        gguf_lora.convert(file, work, read_json(base / "config.json", "the base model") if base else None)
-        return Converted((work / "adapters.safetensors").stat().st_size, 32.0, [])
+        config = read_json(base / "config.json", "the base model") if base else None
+        updates, layers = gguf_lora.read_adapter(file, config)
+        spec = peft.save(work, Adapter(updates), layers)
+        return Converted((work / spec.file).stat().st_size, 32.0, [])
 
 
 def _from_gguf(path: Path, destination: Path, target: Target, dtype: str | None, force: bool) -> Converted:

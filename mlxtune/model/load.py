@@ -108,13 +108,13 @@ def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, ty
     from mlx_lm.utils import _get_classes
 
     model, arguments = _get_classes(config)
-    layout = LAYOUTS.get(str(original.get("model_type")), lambda _: Layout())(original)
+    layout = LAYOUTS.get(str(original.get("model_type")), Layout())
     if not layout.early:
         return model, arguments
 
     class Renamed(model):  # type: ignore[misc, valid-type]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            early = dict(layout.to_mlx(weights.items(), mx, early=True))
+            early = dict(layout.for_mlx_lm(weights.items(), mx))
             return super().sanitize(early) if hasattr(model, "sanitize") else early
 
     return Renamed, arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,8 @@ def from_model(model: nn.Module, spec: Spec, config: dict[str, Any], base: str) 
     layout = layouts.by_model_type(config)
     updates = {}
     for path, layer in lora.adapters(model).items():
-        target = layout.peft_target(path)
-        half = target.partition("#")[2]
-        m = to_numpy(layer.m) if "m" in layer else None
-        updates[target] = peft.Update(to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale, m, half)
+        a, b = to_numpy(layer.lora_a), to_numpy(layer.lora_b)
+        updates[layout.peft_target(path)] = peft.Update(a, b, layer.scale, to_numpy(layer.m) if "m" in layer else None)
     trained: dict[str, np.ndarray] = {}
     for path, layer in lora.in_full(model).items():
         module, _, parameter = layout.peft_target(path, whole=True).partition(":")
@@ -61,8 +60,14 @@ def import_adapter(folder: Path, destination: Path, model: str | None, force: bo
     tensor or the layer that cannot be carried over.
     """
     adapter = peft.read_adapter(folder)
-    names = _names(model)
-    if names is None and any(":" in target for target in adapter.updates):
+    base, names = None, None
+    if model is not None:
+        path = resolve(model)
+        base, _ = open_model(path)
+        layout = layouts.by_model_type(source_of(path)["config"])
+        names = layout.peft_targets(p for p, module in base.named_modules() if own_parameters(module))
+        names = {"lm_head": "lm_head", **names}  # also where it is tied, and no layer of its own
+    elif any(":" in target for target in adapter.updates):
         raise UserError(
             f"{folder} adapts experts, whose names depend on the model's family", "Name the model: --model DIR"
         )
@@ -71,30 +76,25 @@ def import_adapter(folder: Path, destination: Path, model: str | None, force: bo
     for name, array in adapter.trained.items():
         module, _, parameter = name.rpartition(".")
         trained[f"{_ours(module, names, folder)}.{parameter}"] = array
-    spec = _spec(updates, trained, adapter)
-    tensors = dict(trained)
-    for path, update in updates.items():
-        tensors.update({f"{path}.lora_a": update.a, f"{path}.lora_b": update.b})
-        if update.m is not None:
-            tensors[f"{path}.m"] = update.m
     with new_folder(destination, force, [folder]) as work:
-        save_checked(work / spec.file, {n: np.ascontiguousarray(a) for n, a in tensors.items()}, {"format": "mlx"})
-        lora.save_config(work, spec)
-        if model is not None:
-            loaded, _ = open_model(resolve(model))
-            lora.load_adapter(loaded, work)  # it must fit
+        ours = replace(adapter, updates=updates, trained=trained)
+        spec = save(work, ours, None if base is None else len(base.layers))
+        if base is not None:
+            lora.load_adapter(base, work)  # it must fit
     return len(updates) + len(spec.trained), spec
 
 
-def _names(model: str | None) -> dict[str, str] | None:
-    """PEFT's name -> MLX path of a model's layers; None: they are the same."""
-    if model is None:
-        return None
-    path = resolve(model)
-    layout = layouts.by_model_type(source_of(path)["config"])
-    modules = dict(open_model(path)[0].named_modules())
-    names = layout.peft_targets(p for p, module in modules.items() if own_parameters(module))
-    return {"lm_head": "lm_head", **names}  # also where it is tied, and no layer of its own
+def save(work: Path, adapter: peft.Adapter, layers: int | None) -> Spec:
+    """Write an adapter under MLX's names as an MLX adapter folder. layers: blocks of the base, None: not known."""
+    spec = _spec(adapter, layers)
+    tensors = dict(adapter.trained)
+    for path, update in adapter.updates.items():
+        tensors.update({f"{path}.lora_a": update.a, f"{path}.lora_b": update.b})
+        if update.m is not None:
+            tensors[f"{path}.m"] = update.m
+    save_checked(work / spec.file, tensors, {"format": "mlx"})
+    lora.save_config(work, spec)
+    return spec
 
 
 def _ours(target: str, names: Mapping[str, str] | None, folder: Path) -> str:
@@ -106,21 +106,23 @@ def _ours(target: str, names: Mapping[str, str] | None, folder: Path) -> str:
     return found
 
 
-def _spec(updates: dict[str, peft.Update], trained: dict[str, np.ndarray], adapter: peft.Adapter) -> Spec:
-    """mlx-lm's layout where every block from the first is adapted alike, else each layer by its path."""
-    modules = {path: (u.a.shape[-2] if u.a.ndim == 3 else u.a.shape[1], u.scale) for path, u in updates.items()}
+def _spec(adapter: peft.Adapter, layers: int | None) -> Spec:
+    """mlx-lm's layout where the last blocks (all, where their number is not known) are adapted alike, else each layer
+    by its path."""
+    modules = {path: (update.rank, update.scale) for path, update in adapter.updates.items()}
     blocks: dict[int, set[str]] = {}
     outside = set()
-    for path in updates:
+    for path in modules:
         match = LAYER.fullmatch(path)
         if match:
             blocks.setdefault(int(match[2]), set()).add(match[3])
         else:
             outside.add(path)
-    keys = set().union(*blocks.values()) if blocks else set()
-    whole = set(blocks) == set(range(len(blocks))) and all(block == keys for block in blocks.values())
-    alike = whole and bool(blocks) and len(set(modules.values())) == 1
-    dora = any(update.m is not None for update in updates.values())
+    keys = set().union(*blocks.values())
+    first = 0 if layers is None else min(blocks, default=0)
+    last_ones = bool(blocks) and set(blocks) == set(range(first, layers or len(blocks)))
+    alike = last_ones and all(block == keys for block in blocks.values()) and len(set(modules.values())) == 1
+    dora = any(update.m is not None for update in adapter.updates.values())
     rank, scale = next(iter(modules.values()), (0, 0.0))
     return Spec(
         rank,
@@ -130,7 +132,7 @@ def _spec(updates: dict[str, peft.Update], trained: dict[str, np.ndarray], adapt
         len(blocks) if alike else 0,
         "dora" if dora else "rslora" if adapter.rslora else "lora",
         {} if alike else modules,
-        tuple(dict.fromkeys(name.rpartition(".")[0] for name in trained)),
+        tuple(dict.fromkeys(name.rpartition(".")[0] for name in adapter.trained)),
         adapter.own_head,
         adapter.base,
     )

@@ -18,13 +18,14 @@ from mlxtune_convert.gguf_export import KEEP, TYPES, Choice, gguf_shape
 from mlxtune_convert.gguf_families import Family, by_model_type
 from mlxtune_convert.gguf_file import Field, File, Writer
 from mlxtune_convert.gguf_model import HEADER_FILE
+from mlxtune_convert.peft import Update
 from mlxtune_convert.quant import Codes
 
 from mlxtune.data.chat import Example
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.model import lora
-from mlxtune.model.arrays import dtype_name, to_numpy
+from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import source_of
 from mlxtune.model.quantize import QUANTIZED
 from mlxtune.ship import card, llama_cpp, modelfile, verify
@@ -50,8 +51,7 @@ def default_type(request: Request) -> str:
     """`keep` where that is possible, else the floats that the model itself has."""
     if request.adapter is None and request.base is None:
         return KEEP
-    own = dtype_name(merged_of(request).dtype)
-    return {"float32": "f32", "bfloat16": "bf16"}.get(own, "f16")
+    return {mx.float32: "f32", mx.bfloat16: "bf16"}.get(merged_of(request).dtype, "f16")
 
 
 def ship(request: Request, target: str, kind: str | None, ollama: bool, progress: Progress | None = None) -> Exported:
@@ -88,17 +88,16 @@ def to_lora(request: Request, work: Path) -> Exported:
             "a GGUF adapter holds LoRA and rsLoRA only: neither DoRA nor layers trained in full (lora.train_also)",
             "Export the merged model: --to gguf --type f16 or q8_0.",
         )
-    factors = {
-        path: (to_numpy(layer.lora_a), to_numpy(layer.lora_b), float(layer.scale))
-        for path, layer in lora.adapters(tuned.model).items()
-    }
+    layers = lora.adapters(tuned.model).items()
+    updates = {path: Update(to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale) for path, layer in layers}
     path = work / MODEL_FILE
-    gguf_lora.write_adapter(path, family, tuned.config, factors, base_name(request, source_of(request.model)))
-    what = f"gguf-lora of {len(factors)} modules"
+    gguf_lora.write_adapter(path, family, tuned.config, updates, base_name(request, source_of(request.model)))
+    what = f"gguf-lora of {len(updates)} modules"
     if request.examples is None:
         return Exported(what, None, [])
     if not llama_cpp.installed():
-        count = gguf_lora.check_adapter(path, family, tuned.config, factors)
+        tensors = gguf_lora.adapter_tensors(family, tuned.config, updates)
+        count = gguf_file.read_back(path, ((name, "F32", array) for name, array in tensors.items()))
         return Exported(what, save_proof(work, ReadBack(count, missing=ggml.PACKAGE)), [])
     base = open_merged(request.model, None, mx.float32)
     verify.require_memory(base.count())
@@ -107,7 +106,7 @@ def to_lora(request: Request, work: Path) -> Exported:
         whole = Path(folder) / "base.gguf"
         Plan.of(base, "f32", request.model, "base").write(base, whole)
         with llama_cpp.runner(whole, path) as run:
-            proof = judged(work, ref, run, "llama.cpp on the float32 base", _float32(family), request)
+            proof = judged(work, ref, run, "llama.cpp on the float32 base", _storage("f32", family), request)
     return Exported(what, proof, [])
 
 
@@ -122,8 +121,10 @@ def compare_tokens(run: llama_cpp.Runner, tokenizer: Any, examples: Sequence[Exa
     ]
 
 
-def _float32(family: Family) -> str:
-    return "float32, tabled GELU" if family.tabled_gelu else "float32"
+def _storage(kind: str, family: Family) -> str:
+    """The name of an export's limits in `verify.LIMITS`."""
+    float32 = "float32, tabled GELU" if family.tabled_gelu else "float32"
+    return {"f32": float32, "f16": "float16", "bf16": "bfloat16", KEEP: "kept codes"}.get(kind, kind)
 
 
 def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None = None) -> Exported:
@@ -154,13 +155,12 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
     if request.examples is None:
         return Exported(f"gguf {kind}", None, notes)
     if not llama_cpp.installed():
-        count = plan.read_back(replace(merged_of(request), dtype=mx.float32), work / MODEL_FILE)
+        again = plan.tensors(replace(merged_of(request), dtype=mx.float32))
+        count = gguf_file.read_back(work / MODEL_FILE, again)
         return Exported(f"gguf {kind}", save_proof(work, ReadBack(count, missing=ggml.PACKAGE)), notes)
     verify.require_memory(merged_of(request).count())
     ref = verify.reference(str(request.model), request.adapter, request.examples)
-    storage = {"f16": "float16", "bf16": "bfloat16", KEEP: "kept codes"}.get(kind, kind)
-    if kind == "f32":
-        storage = _float32(plan.family)
+    storage = _storage(kind, plan.family)
     with llama_cpp.runner(work / MODEL_FILE) as run:
         notes += compare_tokens(run, load_tokenizer(request.base or request.model), request.examples)
         return Exported(f"gguf {kind}", judged(work, ref, run, f"llama.cpp, {kind}", storage, request), notes)
@@ -225,14 +225,6 @@ class Plan:
             kinds = {name: tensor.kind for name, tensor in writer.tensors.items()}
             if not self.original or kinds != {name: t.kind for name, t in self.original.tensors.items()}:
                 self.fields["general.file_type"] = Field.of(self.choice.file_type)
-
-    def read_back(self, merged: Merged, path: Path) -> int:
-        """Compare every tensor of a file with what was to be written; return how many. Raises UserError."""
-        file = gguf_file.read(path)
-        for name, kind, rows in self.tensors(merged):
-            if kind != file.tensors[name].kind or rows.tobytes() != file.rows(name).tobytes():
-                raise UserError(f"{name}: the file does not hold what was written", "Check the disk.")
-        return len(self.shapes)
 
 
 def overlaid(original: File, fields: dict[str, Field]) -> dict[str, Field]:

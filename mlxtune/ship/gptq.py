@@ -23,7 +23,7 @@ from mlxtune_convert.quant import pack
 
 from mlxtune.data.chat import Example
 from mlxtune.model import lora
-from mlxtune.model.layers import LINEAR, LoRALinear
+from mlxtune.model.layers import LINEAR, LoRALinear, dense_shape
 from mlxtune.model.load import load
 
 MAX_ROWS = 64  # calibration rows
@@ -98,9 +98,7 @@ class Calibration:
 
 
 def _inputs(layer: Any) -> int:
-    linear = layer.linear if isinstance(layer, LoRALinear) else layer
-    columns: int = linear.weight.shape[-1]
-    return columns * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else columns
+    return dense_shape(layer.linear if isinstance(layer, LoRALinear) else layer)[-1]
 
 
 def quantize(

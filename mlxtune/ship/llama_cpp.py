@@ -1,20 +1,21 @@
 """llama.cpp as a witness: full logits of a GGUF file, through the C interface inside the optional package xllamacpp.
 
-llama.cpp ends its process on what it takes for a programming error, so it runs in one of its own: token ids go in and
-logits come out of its pipes. Computed on the CPU, keys and values kept in float32.
+llama.cpp ends its process on what it takes for a programming error, so it runs in one of its own: token ids or a text
+go in, logits or token ids come out of its pipes. Computed on the CPU, keys and values kept in float32.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+import pickle
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from mlxtune_convert import ggml
@@ -23,7 +24,6 @@ from mlxtune.data.batches import Batch
 from mlxtune.errors import UserError
 
 FAILED = 3
-TEXT = -1  # before the bytes of a text that is to be tokenized
 
 
 class _Parameters(ctypes.Structure):
@@ -50,7 +50,7 @@ def installed() -> bool:
     return ggml.library_file() is not None
 
 
-@contextmanager
+@contextlib.contextmanager
 def runner(model: Path, adapter: Path | None = None) -> Iterator[Runner]:
     """Logits at a batch's supervised positions, by llama.cpp. Raises UserError when it refuses the file."""
     command = [sys.executable, "-m", "mlxtune.ship.llama_cpp", str(model), *([str(adapter)] if adapter else [])]
@@ -72,41 +72,27 @@ class Runner:
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """[T] token ids -> [T, V] float32."""
-        return self._asked(ids, np.float32)
+        return self._asked(ids.astype(np.int32))
 
     def tokenize(self, text: str) -> list[int]:
         """Without special tokens around the text; those inside it are recognised."""
-        return self._asked(np.array([TEXT, *text.encode()]), np.int32)[0].tolist()
+        return self._asked(text)
 
-    def _asked(self, question: np.ndarray, dtype: type) -> np.ndarray:
-        """question: token ids, or TEXT and the bytes of a text."""
+    def _asked(self, question: np.ndarray | str) -> Any:
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin and stdout
         try:
-            _send(stdin, question.astype(np.int32).reshape(1, -1))
-            return _receive(stdout, dtype)
-        except (EOFError, OSError) as error:
+            _send(stdin, question)
+            return pickle.load(stdout)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
             said = (self.process.communicate()[1] or b"").decode(errors="replace").strip().splitlines()
             reason = next((line for line in reversed(said) if line.strip()), "it ended without a word")
             raise UserError(f"llama.cpp cannot run {self.model.name}: {reason[:300]}") from error
 
 
-def _send(stream: IO[bytes], array: np.ndarray) -> None:
-    stream.write(struct.pack("<2Q", *array.shape))
-    stream.write(np.ascontiguousarray(array).data)
+def _send(stream: IO[bytes], value: Any) -> None:
+    pickle.dump(value, stream)
     stream.flush()
-
-
-def _receive(stream: IO[bytes], dtype: type) -> np.ndarray:
-    """One matrix of 4-byte numbers. Raises EOFError at the stream's end."""
-    head = stream.read(16)
-    if len(head) < 16:
-        raise EOFError
-    rows, columns = struct.unpack("<2Q", head)
-    raw = stream.read(4 * rows * columns)
-    if len(raw) < 4 * rows * columns:
-        raise EOFError
-    return np.frombuffer(raw, dtype).reshape(rows, columns)
 
 
 class Model:
@@ -172,12 +158,11 @@ class Model:
         finally:
             lib.llama_free(context)
 
-    def tokenize(self, raw: bytes) -> np.ndarray:
-        """UTF-8 -> [1, T] int32."""
-        out = np.empty((1, len(raw) + 8), dtype=np.int32)
-        where = ctypes.c_void_p(out.ctypes.data)
-        count = self.library.llama_tokenize(self.vocab, raw, len(raw), where, out.shape[1], False, True)
-        return out[:, :count]
+    def tokenize(self, text: str) -> list[int]:
+        raw = text.encode()
+        out = (ctypes.c_int32 * (len(raw) + 8))()
+        count = self.library.llama_tokenize(self.vocab, raw, len(raw), out, len(out), False, True)
+        return out[:count]
 
 
 def main() -> None:
@@ -185,12 +170,10 @@ def main() -> None:
     os.dup2(2, 1)  # whatever prints must not end up between the arrays
     try:
         model = Model(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
-        while True:
-            try:
-                asked = _receive(sys.stdin.buffer, np.int32)[0]
-            except EOFError:
-                return
-            _send(answers, model.tokenize(bytes(asked[1:].tolist())) if asked[0] == TEXT else model.logits(asked))
+        with contextlib.suppress(EOFError):
+            while True:
+                asked = pickle.load(sys.stdin.buffer)
+                _send(answers, model.tokenize(asked) if isinstance(asked, str) else model.logits(asked))
     except (RuntimeError, UserError) as error:
         print(error, file=sys.stderr)
         sys.exit(FAILED)

@@ -6,6 +6,7 @@ every fuse is measured afterwards (`ship/verify`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,18 +53,14 @@ class Merged:
 
     def leaves(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module that holds parameters itself, an adapter with its linear layer counting as one."""
-        for path, module in self._walk():
+        for path, module in self.modules():
             yield path, module
             _release(_inner(module))
-
-    def sizes(self) -> dict[str, int]:
-        """How many numbers each leaf holds when dense. Reads nothing."""
-        return {path: _dense_size(module) for path, module in self._walk()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor when dense, by its name. Reads nothing."""
         found = {}
-        for path, module in self._walk():
+        for path, module in self.modules():
             inner = _inner(module)
             quantized = isinstance(inner, QUANTIZED)
             for name, value in own_parameters(inner).items():
@@ -75,13 +72,10 @@ class Merged:
 
     def count(self) -> int:
         """Parameters of the dense model."""
-        return sum(self.sizes().values())
+        return sum(math.prod(shape) for shape in self.shapes().values())
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """The same leaves, none of them released."""
-        yield from self._walk()
-
-    def _walk(self) -> Iterator[tuple[str, nn.Module]]:
         inside: set[str] = set()
         for path, module in self.model.named_modules():
             if path in inside:
@@ -155,13 +149,6 @@ def fuse(merged: Merged, base: Path, work: Path, bits: int, group: int | None, c
     write_json(work / "config.json", config)
     copy_tokenizer(base, work)
     write_json(work / SOURCE_FILE, source_of(base))
-
-
-def _dense_size(module: nn.Module) -> int:
-    inner = _inner(module)
-    if isinstance(inner, QUANTIZED):
-        return inner.weight.size * 32 // inner.bits
-    return sum(value.size for value in own_parameters(inner).values())
 
 
 class _Quantizer:
@@ -252,8 +239,8 @@ def _dense_columns(inner: nn.Module) -> int:
 
 def check_base(base: Path, trained_on: Path) -> None:
     """Raise UserError when `base` has other tensor shapes than the model the adapter was trained on."""
-    one, other = open_merged(base, None).sizes(), open_merged(trained_on, None).sizes()
-    differing = sorted(path for path in one.keys() | other.keys() if one.get(path) != other.get(path))
+    one, other = open_merged(base, None).shapes(), open_merged(trained_on, None).shapes()
+    differing = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
     if differing:
         raise UserError(
             f"{base} is not the original of {trained_on}: {differing[0]} differs",

@@ -6,6 +6,7 @@ model's template really writes around each message, and kept only if it writes t
 
 from __future__ import annotations
 
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,38 +68,28 @@ def turns(tokenizer: Any) -> Turns | None:
             before_system, after_system, _ = between(render(("system", SYSTEM), ("user", USER)), SYSTEM, USER)
         except Exception:  # templates refuse system prompts in their own ways
             before_system, after_system = "", first
-        user = _common_end(first, after_answer, after_system)
+        user = commonprefix([text[::-1] for text in (first, after_answer, after_system)])[::-1]  # noqa: RUF071
         # An answer's end token belongs to the answer, though a user's turn always follows it.
         ending = user.find(tokenizer.eos_token or "\0")
         if ending >= 0:
             user = user[ending + len(tokenizer.eos_token) :].lstrip()
-        default = _default(first.removesuffix(user), before_system, after_system.removesuffix(user))
+        start, after_system = first.removesuffix(user), after_system.removesuffix(user)
+        # The template's own system prompt: what it begins with when none is given.
+        given = bool(before_system) and start.startswith(before_system) and start.endswith(after_system)
+        default = start[len(before_system) : len(start) - len(after_system)] if given else ""
     except Exception:  # a template may raise anything for a conversation it does not like
         return None
     found = Turns(
-        (before_system, after_system.removesuffix(user)),
+        (before_system, after_system),
         (user, end),
         ("", after_answer.removesuffix(user)),
-        default or "",
+        default,
     )
     head = [("system", default)] if default else []
     for messages in (long, (("user", USER),)):
         if found.text([*head, *messages]) != render(*messages):
             return None
     return found
-
-
-def _common_end(*texts: str) -> str:
-    shortest = min(texts, key=len)
-    same = next((at for at in range(len(shortest)) if all(t.endswith(shortest[at:]) for t in texts)), len(shortest))
-    return shortest[same:]
-
-
-def _default(start: str, before: str, after: str) -> str | None:
-    """The template's own system prompt, from the text that it begins with when none is given."""
-    if before and start.startswith(before) and start.endswith(after):
-        return start[len(before) : len(start) - len(after)]
-    return None
 
 
 def write(request: Request, work: Path, model: str, adapter: bool) -> list[str]:

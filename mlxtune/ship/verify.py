@@ -163,48 +163,41 @@ def measure(ref: Reference, run: Runner, candidate: str, storage: str) -> Report
     effect = float((wanted * wanted).sum())
     losses = [_loss(x, targets) for x in (logits, ref.trained, ref.base)]
     gain = losses[2] - losses[1]
-    numbers = {
+    numbers: dict[str, Any] = {
         "rows": len(ref.batches),
         "positions": len(logits),
         "max_difference": float(np.abs(logits - ref.trained).max()),
         "mean_difference": float(np.abs(logits - ref.trained).mean()),
         "mean_kl": _kl(ref.trained, logits),
         "top1": float((logits.argmax(-1) == ref.trained.argmax(-1)).mean()),
+        "loss": losses[0],
+        "trained_loss": losses[1],
+        "base_loss": losses[2],
         "base_max_difference": float(np.abs(wanted).max()),
         "base_mean_kl": _kl(ref.trained, ref.base),
         "share": float((moved * wanted).sum()) / effect if effect else 1.0,
         "gain_kept": (losses[2] - losses[0]) / gain if gain > 1e-6 else None,
     }
-    report = Report(
-        reference="trained model (base + adapter), float32, MLX",
-        candidate=candidate,
-        loss=losses[0],
-        trained_loss=losses[1],
-        base_loss=losses[2],
-        **numbers,  # type: ignore[arg-type]
-    )
-    return Report(**{**asdict(report), "verdict": _verdict(report, LIMITS.get(storage, {}), effect > 0)})
+    verdict = _verdict(numbers, LIMITS.get(storage, {}), effect > 0)
+    return Report("trained model (base + adapter), float32, MLX", candidate, **numbers, verdict=verdict)
 
 
-def _verdict(report: Report, limits: dict[str, float], tuned: bool) -> str:
+def _verdict(numbers: dict[str, Any], limits: dict[str, float], tuned: bool) -> str:
     """passed; failed (lossy, when quantized: said, not refused); inconclusive: the tune is too small to tell; measured:
     no limits for this storage, or nothing that they could be held to.
     """
-    if not np.isfinite(report.max_difference):
+    if not np.isfinite(numbers["max_difference"]):
         return "failed"
-    values = {name: getattr(report, name) for name in limits}
-    if not limits or None in values.values():
+    if not limits or any(numbers[name] is None for name in limits):
         return "measured"
-    if any(value < limits[name] if name in AT_LEAST else value > limits[name] for name, value in values.items()):
+    beyond = (numbers[n] < limit if n in AT_LEAST else numbers[n] > limit for n, limit in limits.items())
+    if any(beyond):
         return "lossy" if limits in (LIMITS["8 bits"], LIMITS["4 bits"]) else "failed"
     if "gain_kept" in limits:
         return "passed"  # a share of the tune: it is the measure itself
-    error, distance = (
-        (report.max_difference, report.base_max_difference)
-        if "max_difference" in limits
-        else (report.mean_kl, report.base_mean_kl)
-    )
-    return "inconclusive" if tuned and distance < MARGIN * error else "passed"
+    measure = "max_difference" if "max_difference" in limits else "mean_kl"
+    unclear = tuned and numbers[f"base_{measure}"] < MARGIN * numbers[measure]
+    return "inconclusive" if unclear else "passed"
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
