@@ -103,8 +103,10 @@ class DataSection(Section):
     _no_cache = field_validator("cache", mode="before")(_yaml_off)
 
     def mixture(self) -> list[SourceSection]:
-        """The sources; `path` alone is one of them."""
-        return self.sources or [SourceSection.model_construct(path=self.path, weight=None, cap=self.cap, columns={})]
+        """The sources, with the columns that all of them share; `path` alone is one of them."""
+        alone = SourceSection.model_construct(path=self.path, weight=None, cap=self.cap, columns={})
+        own = self.sources or [alone]
+        return [source.model_copy(update={"columns": {**self.columns, **source.columns}}) for source in own]
 
 
 class LoraSection(Section):

@@ -29,6 +29,7 @@ settings_option = click.option(
     "--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key of the configuration."
 )
 force_option = click.option("--force", is_flag=True, help="Replace the destination.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 
 
 def console() -> Console:
@@ -36,6 +37,11 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, emoji=False, markup=False)
+
+
+def note(text: str) -> None:
+    """Say something that a person must know beside the result."""
+    console().print(f"note: {text}", style="yellow", soft_wrap=True)
 
 
 def stdout() -> Console:

@@ -57,9 +57,7 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     tokenizer = load_tokenizer(folder)
     renderer = Renderer(tokenizer, section)
     out = common.stdout()
-    rows = sources.with_template(
-        sources.rows_of(path, section, seed, split, "train"), tokenizer, folder, section.template
-    )
+    rows = sources.with_template(sources.rows_of(section, seed, split), tokenizer, folder, section.template)
     for record in islice(rows, limit or (None if as_json else 5)):
         for row in renderer.rows([record]):
             if as_json:
@@ -104,7 +102,7 @@ def _print(out: Console, tokenizer: Any, row: Row) -> None:
 @click.option(
     "-c", "--config", "file", metavar="FILE", help="Take data.sources and the other keys from a configuration."
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@common.json_option
 @click.option("--strict", is_flag=True, help="Exit with 2 when there is an error among the findings.")
 @common.settings_option
 def check(
@@ -137,19 +135,19 @@ def check(
     sources.glance(config.data)
     folder = hub.resolve(model)
     tokenizer = load_tokenizer(folder)
+    renderer = Renderer(tokenizer, config.data)
     splits: dict[str, checks.Split] = {}
     with report.progress(common.console()) as progress:
         for number, source in enumerate(config.data.mixture(), 1):
-            own = config.data.model_copy(update={"columns": {**config.data.columns, **source.columns}})
-            for split, files in sources.find(source.path, own, source.cap).items():
+            for split, files in sources.find(source, config.data.hub == "stream").items():
                 name = split if config.data.sources is None else f"{split} {number}"
+                splits[name] = checks.Split(name, files[0].name, len(files) > 1)
                 read = chain.from_iterable(found.read() for found in files)
-                rows = sources.with_template(read, tokenizer, folder, own.template)
-                shown = files[0].name
-                splits[name] = checks.survey(name, shown, rows, Renderer(tokenizer, own), progress(shown))
+                rows = sources.with_template(read, tokenizer, folder, config.data.template)
+                checks.survey(splits[name], rows, renderer, progress(files[0].name))
     for name, other in splits.items():
-        for train in (split for trained, split in splits.items() if trained.startswith("train")):
-            if not name.startswith("train"):
+        for trained, train in splits.items():
+            if trained.startswith("train") and not name.startswith("train"):
                 checks.leaks(train, other)
     told = checks.report(splits, config)
     if as_json:
@@ -195,7 +193,8 @@ def convert(
     if out.suffix != ".jsonl":
         raise UserError(f"{out}: JSON Lines are written", "Give it a name that ends with .jsonl.")
     section = config.load(None, settings, {"data.path": source}).data
-    found = sources.find(source, section)
+    (given,) = section.mixture()
+    found = sources.find(given)
     if split not in found:
         raise UserError(f"{source} has no {split} file", f"It has: {', '.join(found)}.")
     rows = chain.from_iterable(one.read() for one in found[split])

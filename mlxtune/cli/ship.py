@@ -13,8 +13,6 @@ from mlxtune.cli import common
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import Console
-
     from mlxtune.data.chat import Example
     from mlxtune.ship.export import Request
 
@@ -71,9 +69,8 @@ def fuse(
     backend.prepare()
     path = hub.resolve(model)
     examples = None if no_verify else _held_out(path, adapter, data)
-    console = common.console()
-    rows = _training_rows(adapter, console) if bits == "4" else ()
-    with console.status("merging, comparing with the trained model"):
+    rows = _training_rows(adapter) if bits == "4" else ()
+    with common.console().status("merging, comparing with the trained model"):
         request = export.Request(path, adapter, out, base, examples=examples, calibration=rows, force=force)
         report = export.to_mlx(request, int(bits), int(group_size) if group_size else None)
     result = common.stdout()
@@ -82,18 +79,16 @@ def fuse(
         return
     result.print(report.survival())
     if base is not None:
-        console.print(f"note: that includes the difference between {base} and {path}", style="yellow", soft_wrap=True)
+        common.note(f"that includes the difference between {base} and {path}")
     elif report.verdict == "lossy" or report.max_difference > report.base_max_difference:
         better = "--bits 16" if bits == "8" else "--bits 8 or 16"
-        console.print(
-            f"note: {bits}-bit rounding changed the model by up to {report.max_difference:.2g} in a logit, tuning by "
-            f"{report.base_max_difference:.2g}; {better}, or the adapter beside its model, keeps the tune",
-            style="yellow",
-            soft_wrap=True,
+        common.note(
+            f"{bits}-bit rounding changed the model by up to {report.max_difference:.2g} in a logit, tuning by "
+            f"{report.base_max_difference:.2g}; {better}, or the adapter beside its model, keeps the tune"
         )
 
 
-def _training_rows(adapter: Path, console: Console) -> Sequence[Example]:
+def _training_rows(adapter: Path) -> Sequence[Example]:
     """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said."""
     from mlxtune import session
     from mlxtune.errors import UserError
@@ -101,16 +96,10 @@ def _training_rows(adapter: Path, console: Console) -> Sequence[Example]:
     try:
         rows = session.read_data(session.run_config(adapter))[0].train
     except UserError as error:
-        console.print(
-            f"note: no training rows to choose codes by ({error.message}): rounding to the nearest",
-            style="yellow",
-            soft_wrap=True,
-        )
+        common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
     if len(rows) < ENOUGH_ROWS:
-        console.print(
-            f"note: only {len(rows)} training rows to choose codes by; {ENOUGH_ROWS} are better", style="yellow"
-        )
+        common.note(f"only {len(rows)} training rows to choose codes by; {ENOUGH_ROWS} are better")
     return rows
 
 
@@ -235,9 +224,7 @@ def export(
         with console.status(f"uploading to {push}"):
             result.print(f"{card.push(out, push)}: private")
     if target == "peft" and not shipping.names_base(out):
-        console.print(
-            "note: the adapter names no base model (unknown here); --base-name OWNER/NAME writes it", style="yellow"
-        )
+        common.note("the adapter names no base model (unknown here); --base-name OWNER/NAME writes it")
 
 
 @click.command()
@@ -245,7 +232,7 @@ def export(
 @common.model_option()
 @common.adapter_option
 @data_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@common.json_option
 def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_json: bool) -> None:
     """Prove that an export is what was trained: fused and Hugging Face models, PEFT adapters.
 
@@ -279,13 +266,12 @@ def _export_gguf(request: Request, target: str, kind: str | None, ollama: bool) 
 
     from mlxtune.ship import gguf
 
-    console = common.console()
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=common.console(), transient=True) as bar:
         task = bar.add_task(f"writing {request.out.name}", total=None)
         exported = gguf.ship(
             request, target, kind, ollama, lambda done, total: bar.update(task, completed=done, total=total)
         )
     for note in exported.notes:
-        console.print(f"note: {note}", style="yellow", soft_wrap=True)
+        common.note(note)
     proof = "" if exported.proof is None else f", {exported.proof.line()}"
     common.stdout().print(f"{request.out}: {exported.what}, {exported.bytes / (1 << 20):,.1f} MiB{proof}")

@@ -32,14 +32,6 @@ def from_json(value: Any, what: str) -> Any:
         raise RowError(what) from error
 
 
-def with_system(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row's `system` column, as the first turn where the messages have none."""
-    system = text_of(row, "system", optional=True)
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
-
-
 def checked(value: Any, key: str) -> list[dict[str, Any]]:
     """OpenAI messages, each with a known role and with text content (or tool calls). Raises RowError."""
     value = from_json(value, f"{key} must be a list of messages")
