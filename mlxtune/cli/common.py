@@ -22,6 +22,10 @@ def model_option(required: bool = True) -> Callable[[F], F]:
     return click.option("--model", required=required, metavar="DIR", help="MLX folder, 16-bit HF folder, or hub id.")
 
 
+def split_option(text: str, **settings: Any) -> Callable[[F], F]:
+    return click.option("--split", type=click.Choice(["train", "valid", "test"]), help=text, **settings)
+
+
 adapter_option = click.option(
     "--adapter", type=click.Path(path_type=Path), metavar="RUN", help="A run's folder (or any MLX adapter folder)."
 )

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 @common.model_option()
 @common.adapter_option
 @click.option("--data", metavar="PATH", help="Folder or file.  [default: the run's own data]")
-@click.option(
-    "--split", type=click.Choice(["train", "valid", "test"]), help="Of a folder.  [default: valid; a file: all rows]"
-)
+@common.split_option("Of a folder.  [default: valid; a file: all rows]")
 @common.json_option
 @common.settings_option
 def eval_command(

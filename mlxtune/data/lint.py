@@ -93,7 +93,6 @@ TASKS = {
     "code": r"python|javascript|function\b|sql\b|\bcode\b|regex|program\b|script\b|algorithm",
     "answer": r"^\s*(?:what|who|when|where|which|is|are|can|does|do)\b",
 }
-_TASKS = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in TASKS.items()}
 SCRIPTS = {
     "Latin": "A-Za-z\u00c0-\u024f",
     "Cyrillic": "\u0400-\u04ff",
@@ -106,7 +105,6 @@ SCRIPTS = {
     "Hangul": "\uac00-\ud7af",
     "Han": "\u4e00-\u9fff\u3400-\u4dbf",
 }
-_SCRIPTS = {name: re.compile(f"[{letters}]") for name, letters in SCRIPTS.items()}
 _ENDS = tuple(".!?…\"'”’)]}>`*_|~:;。！？」』】）；：।؟\u200d") + tuple("0123456789")
 
 
@@ -144,11 +142,11 @@ def seems_cut_off(answer: str) -> bool:
 def task_of(record: Record) -> str:
     """What the first question asks for: a name of TASKS, or "other"."""
     asked = next((str(m["content"]) for m in record.messages or [] if m["role"] == "user"), "")
-    return next((name for name, pattern in _TASKS.items() if pattern.search(asked[:400])), "other")
+    return next((name for name, pattern in TASKS.items() if re.search(pattern, asked[:400], re.IGNORECASE)), "other")
 
 
 def scripts_of(text: str) -> list[str]:
     """The scripts that a text is written in."""
     if text.isascii():
         return ["Latin"]
-    return [name for name, letters in _SCRIPTS.items() if letters.search(text)]
+    return [name for name, letters in SCRIPTS.items() if re.search(f"[{letters}]", text)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.data.files import Bad, Placed, place, raw_rows
-from mlxtune.data.messages import ROLES, WEIGHTS, RowError, checked, from_json, text_of, tools_of
+from mlxtune.data.messages import ROLES, WEIGHTS, RowError, checked, from_json, listed, text_of, tools_of
 from mlxtune.errors import UserError
 
 SHAREGPT_ROLES = {
@@ -163,9 +163,7 @@ def _chat(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[Parsed]:
 
 
 def _conversations(row: dict[str, Any]) -> list[Parsed]:
-    turns = from_json(row.get("conversations"), "conversations must be a list of turns")
-    if not isinstance(turns, list) or not turns:
-        raise RowError("conversations must be a non-empty list of turns")
+    turns = listed(row.get("conversations"), "conversations must be a non-empty list of turns")
     if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
         turns = _from_sharegpt(turns)
     return _chat(row, checked(turns, "conversations"))
@@ -221,9 +219,10 @@ def _instructed(row: dict[str, Any], extra: str, answer: str) -> list[Parsed]:
 
 
 def _self_instruct(row: dict[str, Any]) -> list[Parsed]:
-    instances = from_json(row.get("instances"), "instances must be a list")
-    if not isinstance(instances, list) or not instances or any(not isinstance(one, dict) for one in instances):
-        raise RowError("instances must be a non-empty list of objects with input and output")
+    what = "instances must be a non-empty list of objects with input and output"
+    instances = listed(row.get("instances"), what)
+    if any(not isinstance(one, dict) for one in instances):
+        raise RowError(what)
     answers = [(text_of(one, "input", optional=True), text_of(one, "output")) for one in instances]
     return [parsed for asked, answer in answers for parsed in _instructed(row, asked, answer)]
 

@@ -214,7 +214,7 @@ def _values(rows: list[Row], section: DataSection) -> dict[str, np.ndarray]:
 
 def _number(record: Record, column: str) -> float:
     try:
-        value = float((record.fields or {})[column])
+        value = float(record.fields[column])
         if not math.isfinite(value):
             raise ValueError
         return value

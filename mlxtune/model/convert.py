@@ -25,9 +25,13 @@ from mlxtune.model.hub import resolve
 from mlxtune.model.load import cast, model_dtype, open_model, source_of
 from mlxtune.model.quantize import QUANTIZED
 
-MODES = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # default group size and bits
-AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
-AFFINE_GROUPS = (32, 64, 128)
+# The bits and group sizes of each mode, the default first.
+MODES = {
+    "affine": ((4, 1, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
 UNQUANTIZED_BITS = 16
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
@@ -55,18 +59,13 @@ class Target:
                 raise UserError("--bits 16 means not quantized, so --group-size and --mode have no meaning with it")
             return Target(UNQUANTIZED_BITS, 0, "", asked)
         mode = mode or "affine"
-        default_group, default_bits = MODES[mode]
-        out = Target(bits or default_bits, default_group if group_size is None else group_size, mode, asked)
-        if mode == "affine":
-            if out.bits not in AFFINE_BITS or out.group_size not in AFFINE_GROUPS:
-                raise UserError(
-                    f"--bits {out.bits} --group-size {out.group_size} does not exist for --mode affine",
-                    f"Bits: {', '.join(map(str, AFFINE_BITS))}; group sizes: {', '.join(map(str, AFFINE_GROUPS))}.",
-                )
-        elif (out.group_size, out.bits) != (default_group, default_bits):
+        all_bits, all_groups = MODES[mode]
+        out = Target(bits or all_bits[0], all_groups[0] if group_size is None else group_size, mode, asked)
+        if out.bits not in all_bits or out.group_size not in all_groups:
+            bits_text, groups_text = (", ".join(map(str, sorted(known))) for known in MODES[mode])
             raise UserError(
-                f"--mode {mode} always has {default_bits} bits and groups of {default_group}",
-                "Leave out --bits and --group-size.",
+                f"--bits {out.bits} --group-size {out.group_size} does not exist for --mode {mode}",
+                f"Bits: {bits_text}; group sizes: {groups_text}.",
             )
         return out
 

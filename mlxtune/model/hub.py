@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from mlxtune_convert.files import MIB, explained, require_space
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = re.compile(r"model.*\.safetensors")
@@ -41,13 +40,7 @@ def resolve(source: str) -> Path:
 
 def _download(name: str) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
     from huggingface_hub.utils import disable_progress_bars
 
     offline = constants.is_offline_mode()
@@ -62,31 +55,12 @@ def _download(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=offline))
     except HFValidationError as error:
         raise UserError(f"no file or folder {name}, and no model on the hub can have that name") from error
-    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OSError) as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
         folder = None if 0 < status < 500 else _cached(name)  # without a network the cached copy serves
         if folder is None:
             raise _explained(name, error, status, offline) from error
         return folder
-
-
-@dataclass(frozen=True)
-class _Missing:
-    """A weight file that the cache does not have: where it is, and where in the cache it belongs."""
-
-    name: str
-    url: str
-    blob: Path
-    size: int
-
-    @property
-    def part(self) -> Path:
-        """What has arrived of it so far."""
-        return self.blob.with_name(f"{self.blob.name}.incomplete")
-
-    @property
-    def arrived(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
 
 
 def _fetch_weights(name: str, info: ModelInfo) -> None:
@@ -103,57 +77,61 @@ def _fetch_weights(name: str, info: ModelInfo) -> None:
     cache = Path(constants.HF_HUB_CACHE)
     folder = f"models--{name.replace('/', '--')}"  # the cache's documented layout, like blobs/ and .locks/
     blobs, locks = cache / folder / "blobs", cache / ".locks" / folder
-    missing = [
-        _Missing(
-            file.rfilename,
-            hf_hub_url(name, file.rfilename, revision=info.sha),
-            blobs / file.lfs.sha256,
-            file.lfs.size,
-        )
-        for file in weights
-        if file.lfs and not (blobs / file.lfs.sha256).exists()
-    ]
+    missing = {blobs / file.lfs.sha256: file for file in weights if file.lfs and not (blobs / file.lfs.sha256).exists()}
     if not missing:
         return
-    require_space(cache, sum(file.size - file.arrived for file in missing))
+    require_space(cache, sum((file.size or 0) - _arrived(_part(blob)) for blob, file in missing.items()))
     for place in (locks, blobs):
         place.mkdir(parents=True, exist_ok=True)
-    for file in missing:
-        with WeakFileLock(locks / f"{file.blob.name}.lock"):  # another command may be fetching the same file
-            if not file.blob.exists():
-                _fetch(name, file)
+    for blob, file in missing.items():
+        with WeakFileLock(locks / f"{blob.name}.lock"):  # another command may be fetching the same file
+            if not blob.exists():
+                _fetch(name, hf_hub_url(name, file.rfilename, revision=info.sha), file, blob)
 
 
-def _fetch(name: str, file: _Missing) -> None:
+def _part(blob: Path) -> Path:
+    """What has arrived of a file so far."""
+    return blob.with_name(f"{blob.name}.incomplete")
+
+
+def _arrived(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _fetch(name: str, url: str, file: RepoSibling, blob: Path) -> None:
     """Download one file from where an earlier command stopped, and prove by its checksum that it is the hub's."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
+    part, size = _part(blob), file.size or 0
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     try:
-        with file.part.open("ab") as part:
+        with part.open("ab") as opened:
             http_get(
-                file.url,
-                part,
-                resume_size=part.tell(),
+                url,
+                opened,
+                resume_size=opened.tell(),
                 headers=headers,
-                expected_size=file.size,
-                displayed_filename=file.name,
+                expected_size=size,
+                displayed_filename=file.rfilename,
             )
     except HTTPError as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
-        here = f"{file.arrived / MIB:,.1f} of {file.size / MIB:,.1f} MiB"
+        here = f"{_arrived(part) / MIB:,.1f} of {size / MIB:,.1f} MiB"
         raise UserError(
-            f"the download of {name} stopped: {here} of {file.name} are here",
+            f"the download of {name} stopped: {here} of {file.rfilename} are here",
             "Run the same command again: it continues there.",
         ) from error
-    with file.part.open("rb") as opened:
-        if hashlib.file_digest(opened, "sha256").hexdigest() != file.blob.name:
-            file.part.unlink()
-            raise UserError(f"{file.name} of {name} arrived damaged and was thrown away", "Run the same command again.")
-    os.replace(file.part, file.blob)
+    with part.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if digest != blob.name:
+        part.unlink()
+        raise UserError(
+            f"{file.rfilename} of {name} arrived damaged and was thrown away", "Run the same command again."
+        )
+    os.replace(part, blob)
 
 
 def _cached(name: str) -> Path | None:

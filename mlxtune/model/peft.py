@@ -110,14 +110,10 @@ def _spec(updates: dict[str, peft.Update], trained: dict[str, np.ndarray], adapt
     """mlx-lm's layout where every block from the first is adapted alike, else each layer by its path."""
     modules = {path: (u.a.shape[-2] if u.a.ndim == 3 else u.a.shape[1], u.scale) for path, u in updates.items()}
     blocks: dict[int, set[str]] = {}
-    outside = set()
-    for path in updates:
-        match = LAYER.fullmatch(path)
-        if match:
-            blocks.setdefault(int(match[2]), set()).add(match[3])
-        else:
-            outside.add(path)
-    keys = set().union(*blocks.values()) if blocks else set()
+    for match in filter(None, map(LAYER.fullmatch, updates)):
+        blocks.setdefault(int(match[2]), set()).add(match[3])
+    keys = set().union(*blocks.values())
+    outside = {path for path in updates if not LAYER.fullmatch(path)}
     whole = set(blocks) == set(range(len(blocks))) and all(block == keys for block in blocks.values())
     alike = whole and bool(blocks) and len(set(modules.values())) == 1
     dora = any(update.m is not None for update in updates.values())
