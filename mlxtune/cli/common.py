@@ -59,9 +59,8 @@ def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ..
     """The configuration a run was made with (defaults without one), its data replaced by --data."""
     from mlxtune import config, session
 
-    if adapter is not None and (adapter / session.CONFIG_FILE).is_file():
-        return config.load(adapter / session.CONFIG_FILE, settings, {"data.path": data})
-    return config.load(None, settings, {"data.path": data})
+    file = adapter / session.CONFIG_FILE if adapter is not None else None
+    return config.load(file if file and file.is_file() else None, settings, {"data.path": data})
 
 
 def load_model(model: str, adapter: Path | None) -> Loaded:

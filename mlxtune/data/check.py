@@ -47,10 +47,10 @@ class Finding:
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
     def as_json(self) -> dict[str, Any]:
-        kind = lint.KINDS[self.code]
-        shared = {"severity": kind.severity, "code": self.code, "split": self.split, "count": self.count}
+        severity, what, fix = lint.KINDS[self.code]
+        shared = {"severity": severity, "code": self.code, "split": self.split, "count": self.count}
         said = {"reasons": self.reasons} if self.reasons else {}
-        return {**shared, "what": kind.what, "fix": kind.fix, "rows": self.rows, **said}
+        return {**shared, "what": what, "fix": fix, "rows": self.rows, **said}
 
 
 @dataclass

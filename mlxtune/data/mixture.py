@@ -203,10 +203,9 @@ def _thinned(
 ) -> tuple[Examples, dict[str, int]]:
     """Training rows without duplicates and beyond the caps, and how many were left out for what."""
     left: dict[str, int] = {}
-    # The turns of an expanded row share its hash; they stay or go together.
-    turns = train.column("part").astype(np.uint64)
     if section.dedup != "none":
-        hashes = train.column("hash")
+        # The turns of an expanded row share its hash; they stay or go together.
+        hashes, turns = train.column("hash"), train.column("part").astype(np.uint64)
         _, first, group = np.unique(duplicates.seeded(turns, 0) ^ hashes, return_index=True, return_inverse=True)
         kept = first[group] == np.arange(len(train))
         if section.dedup == "near":

@@ -17,16 +17,10 @@ from mlxtune.data.messages import ROLES, WEIGHTS, RowError, checked, from_json, 
 from mlxtune.errors import UserError
 
 SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
 }
 USED = {  # columns that some format reads
     *("messages", "conversations", "instruction", "input", "output", "response", "instances", "prompt", "completion"),

@@ -90,7 +90,7 @@ def of(
     records: Callable[[], Iterator[Record | Bad]],
     content: str,
     renderer: Renderer,
-    progress: Callable[[str, int], None] = lambda source, rows: None,
+    progress: Callable[[str, int], None],
 ) -> Store:
     """The store of one file, from the cache when it is there.
 

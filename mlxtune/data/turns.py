@@ -178,7 +178,7 @@ class _Conversation:
         template, before_turn, after_turn = self.template, self.messages[:index], self.messages[index + 1 :]
         mark = self.marks[0][CONTENT]
         plain = {"role": "assistant", "content": mark}
-        asked = self.render(before_turn, prompt=True) if template.asks else ""
+        asked = self.render(before_turn, prompt=True) if template.request else ""
         earlier = self.render(before_turn)
         follower = str(after_turn[0].get("content") or "").strip() if after_turn else ""
         for later in (after_turn, []):
