@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection, FastSection, LoraSection, ModelSection, Section, TrainSection
@@ -35,6 +35,14 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved configuration, every key written out, as the run folder keeps it."""
         return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+# What every dotted key means; sections have no text.
+KEYS = dict.fromkeys(Config.model_fields, "") | {
+    f"{section}.{name}": f"{section}.{name}: {field.description}."
+    for section, part in Config.model_fields.items()
+    for name, field in type(part.default).model_fields.items()
+}
 
 
 def recipe_folder() -> Path:
@@ -69,22 +77,22 @@ def load(
     strongest of all. Raises UserError naming file, line and key of whatever is wrong.
     """
     tree, lines = _read(find_config(str(file))) if file is not None else ({}, {})
-    given: list[tuple[str, Any]] = []
+    given: dict[str, Any] = {}
     for setting in settings:
         key, _, value = setting.partition("=")
         key = key.strip()
         if "=" not in setting or not all(key.partition(".")):
             raise UserError(f"--set {setting}: expected section.key=value", "Example: --set train.lr=1e-4")
-        given.append((key, parse_yaml(value, f"--set {key}")))
+        given[key] = parse_yaml(value, f"--set {key}")
         lines[key] = f"--set {setting}"
         lines.setdefault(key.partition(".")[0], f"--set {setting}")
     for key, value in (flags or {}).items():
         if value is not None:
-            given.append((key, value))
+            given[key] = value
             lines.pop(key, None)
-    for key, value in given:
+    for key, value in given.items():
         _put(tree, key, value)
-    named = {key for key, value in given if value is not None}
+    named = {key for key, value in given.items() if value is not None}
     for one, other in (*EITHER, *(pair[::-1] for pair in EITHER)):
         if one in named and other not in named:
             _put(tree, other, None)
@@ -117,15 +125,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
-    node = tree
     for parent in parents:
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
             raise UserError(f"{key}: {parent} is not a section")
-        node = child
-    node[last] = value
+    tree[last] = value
 
 
 def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str]:
@@ -150,7 +156,7 @@ def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str
         allowed = " or ".join(text.removeprefix("Input should be ") for text in messages)
         got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
         message = f"should be {allowed}{got}"
-    return f"{where}{key}: {message}{more}", describe(key)
+    return f"{where}{key}: {message}{more}", KEYS.get(key, "")
 
 
 def nearest_key(key: str) -> str:
@@ -158,26 +164,7 @@ def nearest_key(key: str) -> str:
 
     First the same name in another section, then a description with its words (learning_rate), then the spelling.
     """
-    name, known = key.rpartition(".")[2], known_keys()
-    moved = [other for other in known if other.endswith(f".{name}")]
-    meant = [other for other in known if "_" in name and name.replace("_", " ") in describe(other)]
-    return next(iter(moved or meant or difflib.get_close_matches(key, known, n=1, cutoff=0.5)), "")
-
-
-def known_keys() -> list[str]:
-    keys = list(Config.model_fields)
-    for section, field in Config.model_fields.items():
-        kind = field.annotation
-        assert isinstance(kind, type) and issubclass(kind, BaseModel)
-        keys += [f"{section}.{name}" for name in kind.model_fields]
-    return keys
-
-
-def describe(key: str) -> str:
-    """What a dotted key means, or an empty string for an unknown one."""
-    section, _, name = key.partition(".")
-    field = Config.model_fields.get(section)
-    kind = field.annotation if field else None
-    if isinstance(kind, type) and issubclass(kind, BaseModel) and name in kind.model_fields:
-        return f"{key}: {kind.model_fields[name].description}."
-    return ""
+    name = key.rpartition(".")[2]
+    moved = [other for other in KEYS if other.endswith(f".{name}")]
+    meant = [other for other, text in KEYS.items() if "_" in name and name.replace("_", " ") in text]
+    return next(iter(moved or meant or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)), "")

@@ -38,6 +38,13 @@ class SourceSection(Section):
     columns: dict[str, str] = Field(default_factory=dict, description="column names of this source -> names meant")
 
 
+# A key of the data section -> the earlier key that excludes it, and what to say then.
+EXCLUDED = {
+    "sources": ("path", "set path or sources, not both"),
+    "cap": ("sources", "has no effect with sources: each of them has a cap of its own"),
+}
+
+
 class DataSection(Section):
     path: str = Field("", description="folder with train.jsonl, one data file, or hub dataset id")
     sources: list[SourceSection] | None = Field(
@@ -81,11 +88,12 @@ class DataSection(Section):
     def _unset(cls, value: Any) -> Any:
         return "" if value is None else value
 
-    @field_validator("sources")
+    @field_validator("sources", "cap")
     @classmethod
     def _either(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is not None and info.data.get("path"):
-            raise ValueError("set path or sources, not both")
+        other, reason = EXCLUDED[str(info.field_name)]
+        if value is not None and info.data.get(other):
+            raise ValueError(reason)
         return value
 
     @field_validator("date")
@@ -93,18 +101,13 @@ class DataSection(Section):
     def _a_day(cls, value: str) -> str:
         return value and day.fromisoformat(value).isoformat()
 
-    @field_validator("cap")
-    @classmethod
-    def _of_path(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is not None and info.data.get("sources"):
-            raise ValueError("has no effect with sources: each of them has a cap of its own")
-        return value
-
     _no_cache = field_validator("cache", mode="before")(_yaml_off)
 
     def mixture(self) -> list[SourceSection]:
-        """The sources; `path` alone is one of them."""
-        return self.sources or [SourceSection.model_construct(path=self.path, weight=None, cap=self.cap, columns={})]
+        """The sources, with the columns that all of them share; `path` alone is one of them."""
+        alone = SourceSection.model_construct(path=self.path, weight=None, cap=self.cap, columns={})
+        own = self.sources or [alone]
+        return [source.model_copy(update={"columns": {**self.columns, **source.columns}}) for source in own]
 
 
 class LoraSection(Section):

@@ -29,7 +29,10 @@ ASKED = {"messages": [{"role": "user", "content": "Where is my order?"}]}
     ("options", "expected"),
     [
         (("--bits", "16", "--group-size", "64"), ("--bits 16 means not quantized", "--group-size and --mode")),
-        (("--mode", "mxfp4", "--bits", "8"), ("--mode mxfp4 always has 4 bits and groups of 32", "Leave out --bits")),
+        (
+            ("--mode", "mxfp4", "--bits", "8"),
+            ("--bits 8 --group-size 32 does not exist for --mode mxfp4", "Bits: 4; group sizes: 32."),
+        ),
         (("--group-size", "0"), ("--group-size 0 does not exist for --mode affine", "group sizes: 32, 64, 128.")),
         (("--bits", "7"), ("'7' is not one of '1', '2', '3', '4', '5', '6', '8', '16'", "mlxtune convert --help")),
     ],

@@ -275,6 +275,7 @@ def test_the_modelfile_writes_the_chat_templates_own_text(
         (("--to", "hf", "--type", "f16"), "--type has no effect with --to hf"),
         (("--to", "peft", "--ollama"), "--ollama has no effect with --to peft"),
         (("--to", "gguf", "--dtype", "float16"), "--dtype has no effect with --to gguf"),
+        (("--to", "gguf", "--push", "me/tiny"), "--push has no effect with --to gguf"),
         (("--to", "gguf-lora"), "--adapter RUN"),
     ],
 )

@@ -9,19 +9,9 @@ from typing import Any
 
 import pytest
 import tiny
+from reading import ASKED, all_of, read, shown
 
-from mlxtune.data import mixture, records
-from mlxtune.data.tokenizer import load_tokenizer
-from mlxtune.sections import DataSection
-
-ASKED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tiny.make_tokenizer(folder)
-    return load_tokenizer(folder)
+from mlxtune.data import records
 
 
 @pytest.mark.parametrize(
@@ -89,16 +79,11 @@ def test_rows_carry_their_line_blank_lines_counted(tmp_path: Path) -> None:
     assert [record.row for record in records.read(path)] == [1, 3]
 
 
-def read(path: Path, tokenizer: Any, **options: Any) -> dict[str, mixture.Examples]:
-    section = DataSection(path=str(path), cache="off", **options)
-    return mixture.read(section, tokenizer, path.parent, seed=0, whole=path.is_file())
-
-
 def test_long_rows_keep_their_start_and_are_counted(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "Q", "completion": "A" * length} for length in (5, 100)]
     path = tiny.write_jsonl(tmp_path / "d.jsonl", rows)
-    whole = read(path, tokenizer)["train"][1]
-    cut = read(path, tokenizer, max_tokens=60)["train"]
+    whole = all_of(path, tokenizer)[1]
+    cut = all_of(path, tokenizer, max_tokens=60)
     assert (cut[1].ids.tolist(), cut[1].mask.tolist()) == (whole.ids[:60].tolist(), whole.mask[:60].tolist())
     assert "1 of 2 rows shortened" in cut.notes("train", 60)[0]
 
@@ -109,7 +94,7 @@ def test_rows_without_a_supervised_token_are_dropped_and_named(tokenizer: Any, t
         {"messages": ASKED[:1]},
         {"messages": [{"role": "user", "content": "Q" * 99}, ASKED[1]]},
     ]
-    found = read(tiny.write_jsonl(tmp_path / "d.jsonl", rows), tokenizer, max_tokens=50)["train"]
+    found = all_of(tiny.write_jsonl(tmp_path / "d.jsonl", rows), tokenizer, max_tokens=50)
     assert [found.place(at) for at in range(len(found))] == ["line 1"]
     notes = " ".join(found.notes("train", 50))
     assert "1 of 3 rows dropped: no assistant turn (line 2)" in notes
@@ -118,17 +103,12 @@ def test_rows_without_a_supervised_token_are_dropped_and_named(tokenizer: Any, t
 
 def test_train_on_last_supervises_the_last_answer_alone(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"messages": [*ASKED, {"role": "user", "content": "R"}, {"role": "assistant", "content": "B"}]}]
-    (example,) = read(tiny.write_jsonl(tmp_path / "d.jsonl", rows), tokenizer, train_on="last")["train"]
+    (example,) = all_of(tiny.write_jsonl(tmp_path / "d.jsonl", rows), tokenizer, train_on="last")
     assert tokenizer.decode(example.ids[example.mask == 1]) == "B<|im_end|>"
 
 
-def texts(examples: mixture.Examples, tokenizer: Any) -> list[str]:
-    return [tokenizer.decode(example.ids, skip_special_tokens=True) for example in examples]
-
-
 def split(path: Path, tokenizer: Any, seed: int = 0) -> dict[str, list[str]]:
-    section = DataSection(path=str(path), cache="off")
-    return {name: texts(found, tokenizer) for name, found in mixture.read(section, tokenizer, path, seed).items()}
+    return {name: shown(found, tokenizer) for name, found in read(path, tokenizer, seed).items()}
 
 
 def test_rows_are_held_out_by_seed_and_equal_rows_stay_on_one_side(tokenizer: Any, tmp_path: Path) -> None:
@@ -149,16 +129,18 @@ def test_a_valid_file_is_used_as_it_is(tokenizer: Any, tmp_path: Path) -> None:
     assert split(tmp_path, tokenizer) == {"train": ["a", "b"], "valid": ["c"]}
 
 
-def test_data_show_prints_what_is_trained_on(tmp_path: Path) -> None:
+def test_data_show_prints_what_is_trained_on(tokenizer_folder: Path, tmp_path: Path) -> None:
     """Text between marks where there is no colour; JSON Lines with ids and mask; dropped rows with their reason."""
-    tiny.make_tokenizer(tmp_path / "tok")
-    path = tiny.write_jsonl(tmp_path / "d.jsonl", [{"messages": ASKED}, {"messages": ASKED[:1]}])
-    shown = tiny.mlxtune("data", "show", "--model", tmp_path / "tok", "--data", path)
-    assert shown.returncode == 0, shown.stderr
-    assert "<|im_start|>assistant\n⟦A<|im_end|>⟧" in shown.stdout
-    assert "line 2: dropped (no assistant turn)" in shown.stdout
-    as_json = tiny.mlxtune("data", "show", "--model", tmp_path / "tok", "--data", path, "--json")
-    first, second = map(json.loads, as_json.stdout.splitlines())
+    long = [ASKED[0], {"role": "assistant", "content": "A" * 300}]
+    rows = [{"messages": messages} for messages in (ASKED, ASKED[:1], long)]
+    command = ("data", "show", "--model", tokenizer_folder, "--data", tiny.write_jsonl(tmp_path / "d.jsonl", rows))
+    told = tiny.mlxtune(*command)
+    assert told.returncode == 0, told.stderr
+    assert "<|im_start|>assistant\n⟦A<|im_end|>⟧" in told.stdout
+    assert "line 2: dropped (no assistant turn)" in told.stdout
+    first, second, third = map(json.loads, tiny.mlxtune(*command, "--json").stdout.splitlines())
+    assert f"line 3: {len(third['ids'])} tokens, {sum(third['mask'])} trained on" in told.stdout
+    assert sum(third["mask"]) > 300
     assert first["text"] == "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
     assert len(first["ids"]) == len(first["mask"])
     assert sum(first["mask"]) == 2

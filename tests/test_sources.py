@@ -102,7 +102,7 @@ def test_columns_are_renamed(tokenizer: Any, tmp_path: Path) -> None:
         ({"messages": [ASKED[0]], "tools": [3]}, "each of tools must be an object"),
         ({"instruction": "a", "output": None}, "output must be text, found nothing"),
         ({"instruction": "a", "instances": []}, "instances must be a non-empty list"),
-        ({"prompt": ASKED[:1], "completion": "c"}, "completion must be a list of messages"),
+        ({"prompt": ASKED[:1], "completion": "c"}, "completion must be a non-empty list of messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "message 1 (user) must have text"),
     ],
 )

@@ -22,6 +22,10 @@ def model_option(required: bool = True) -> Callable[[F], F]:
     return click.option("--model", required=required, metavar="DIR", help="MLX folder, 16-bit HF folder, or hub id.")
 
 
+def split_option(text: str, **settings: Any) -> Callable[[F], F]:
+    return click.option("--split", type=click.Choice(["train", "valid", "test"]), help=text, **settings)
+
+
 adapter_option = click.option(
     "--adapter", type=click.Path(path_type=Path), metavar="RUN", help="A run's folder (or any MLX adapter folder)."
 )
@@ -29,6 +33,7 @@ settings_option = click.option(
     "--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key of the configuration."
 )
 force_option = click.option("--force", is_flag=True, help="Replace the destination.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 
 
 def console(quiet: bool = False) -> Console:
@@ -36,6 +41,11 @@ def console(quiet: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, emoji=False, markup=False, quiet=quiet)
+
+
+def note(text: str) -> None:
+    """Say something that a person must know beside the result."""
+    console().print(f"note: {text}", style="yellow", soft_wrap=True)
 
 
 def stdout() -> Console:
@@ -49,9 +59,8 @@ def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ..
     """The configuration a run was made with (defaults without one), its data replaced by --data."""
     from mlxtune import config, session
 
-    if adapter is not None and (adapter / session.CONFIG_FILE).is_file():
-        return config.load(adapter / session.CONFIG_FILE, settings, {"data.path": data})
-    return config.load(None, settings, {"data.path": data})
+    file = adapter / session.CONFIG_FILE if adapter is not None else None
+    return config.load(file if file and file.is_file() else None, settings, {"data.path": data})
 
 
 def load_model(model: str, adapter: Path | None) -> Loaded:

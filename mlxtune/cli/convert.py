@@ -69,9 +69,8 @@ def convert(
         return
 
     target = conversion.Target.of(int(bits) if bits else None, group_size, mode)
-    console = common.console()
-    with console.status(f"converting {src}"):
+    with common.console().status(f"converting {src}"):
         done = conversion.convert(src, dst, target, dtype, force, base)
     for note in done.notes:
-        console.print(f"note: {note}", style="yellow", soft_wrap=True)
+        common.note(note)
     common.stdout().print(f"{dst}: {done.total_bytes / (1 << 20):,.0f} MiB, {done.bits_per_weight:.2f} bits per weight")

@@ -14,7 +14,8 @@ from mlxtune.cli import common
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlxtune.data.examples import Row
+    from mlxtune.data.examples import Renderer, Row
+    from mlxtune.sections import DataSection
 
 
 @click.group()
@@ -25,9 +26,7 @@ def data() -> None:
 @data.command()
 @common.model_option()
 @click.option("--data", "path", required=True, metavar="PATH", help="Folder, file, or hub dataset id.")
-@click.option(
-    "--split", type=click.Choice(["train", "valid", "test"]), help="Which split.  [default: train; a file: all rows]"
-)
+@common.split_option("Which split.  [default: train; a file: all rows]")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.  [default: 5, with --json all]")
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines with ids and mask.")
 @common.settings_option
@@ -45,27 +44,31 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
 
     from mlxtune import config
     from mlxtune.data import sources
-    from mlxtune.data.examples import Renderer
-    from mlxtune.data.tokenizer import load_tokenizer
-    from mlxtune.model import hub
 
     common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache")
     resolved = config.load(None, settings, {"data.path": path})
-    section, seed = resolved.data, resolved.train.seed
-    sources.glance(section)
-    folder = hub.resolve(model)
-    tokenizer = load_tokenizer(folder)
-    renderer = Renderer(tokenizer, section)
-    out = common.stdout()
-    rows = sources.with_template(
-        sources.rows_of(path, section, seed, split, "train"), tokenizer, folder, section.template
-    )
+    folder, renderer = _renderer(model, resolved.data)
+    out, tokenizer = common.stdout(), renderer.tokenizer
+    found = sources.rows_of(resolved.data, resolved.train.seed, split)
+    rows = sources.with_template(found, tokenizer, folder, resolved.data.template)
     for record in islice(rows, limit or (None if as_json else 5)):
         for row in renderer.rows([record]):
             if as_json:
                 click.echo(json.dumps(_as_json(tokenizer, row), ensure_ascii=False))
             else:
                 _print(out, tokenizer, row)
+
+
+def _renderer(model: str, section: DataSection) -> tuple[Path, Renderer]:
+    """The tokenizer's folder, and what makes its examples; the data is known to be there."""
+    from mlxtune.data import sources
+    from mlxtune.data.examples import Renderer
+    from mlxtune.data.tokenizer import load_tokenizer
+    from mlxtune.model import hub
+
+    sources.glance(section)
+    folder = hub.resolve(model)
+    return folder, Renderer(load_tokenizer(folder), section)
 
 
 def _as_json(tokenizer: Any, row: Row) -> dict[str, Any]:
@@ -79,6 +82,7 @@ def _as_json(tokenizer: Any, row: Row) -> dict[str, Any]:
 
 
 def _print(out: Console, tokenizer: Any, row: Row) -> None:
+    import numpy as np
     from rich.text import Text
 
     if row.example is None:
@@ -86,7 +90,7 @@ def _print(out: Console, tokenizer: Any, row: Row) -> None:
         return
     ids, mask = row.example.ids, row.example.mask
     ending = ", shortened" if row.shortened else ""
-    out.print(Text(f"{row.place}: {len(ids)} tokens, {sum(mask)} trained on{ending}", style="bold"))
+    out.print(Text(f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}", style="bold"))
     for damage in row.damage:
         out.print(Text(f"damage: {damage.text}", style="bold red"))
     body = Text()
@@ -104,7 +108,7 @@ def _print(out: Console, tokenizer: Any, row: Row) -> None:
 @click.option(
     "-c", "--config", "file", metavar="FILE", help="Take data.sources and the other keys from a configuration."
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@common.json_option
 @click.option("--strict", is_flag=True, help="Exit with 2 when there is an error among the findings.")
 @common.settings_option
 def check(
@@ -125,31 +129,25 @@ def check(
     from mlxtune.cli import report
     from mlxtune.data import check as checks
     from mlxtune.data import sources
-    from mlxtune.data.examples import Renderer
-    from mlxtune.data.tokenizer import load_tokenizer
     from mlxtune.errors import UserError
-    from mlxtune.model import hub
 
     common.refuse_idle(
         settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache", "data.valid_fraction"
     )
     config = configuration.load(file, settings, {"data.path": path})
-    sources.glance(config.data)
-    folder = hub.resolve(model)
-    tokenizer = load_tokenizer(folder)
+    folder, renderer = _renderer(model, config.data)
     splits: dict[str, checks.Split] = {}
     with report.progress(common.console()) as progress:
         for number, source in enumerate(config.data.mixture(), 1):
-            own = config.data.model_copy(update={"columns": {**config.data.columns, **source.columns}})
-            for split, files in sources.find(source.path, own, source.cap).items():
+            for split, files in sources.find(source, config.data.hub == "stream").items():
                 name = split if config.data.sources is None else f"{split} {number}"
+                splits[name] = checks.Split(name, files[0].name, len(files) > 1)
                 read = chain.from_iterable(found.read() for found in files)
-                rows = sources.with_template(read, tokenizer, folder, own.template)
-                shown = files[0].name
-                splits[name] = checks.survey(name, shown, rows, Renderer(tokenizer, own), progress(shown))
+                rows = sources.with_template(read, renderer.tokenizer, folder, config.data.template)
+                checks.survey(splits[name], rows, renderer, progress(files[0].name))
     for name, other in splits.items():
-        for train in (split for trained, split in splits.items() if trained.startswith("train")):
-            if not name.startswith("train"):
+        for trained, train in splits.items():
+            if trained.startswith("train") and not name.startswith("train"):
                 checks.leaks(train, other)
     told = checks.report(splits, config)
     if as_json:
@@ -168,9 +166,7 @@ def check(
 @click.option(
     "--to", "target", type=click.Choice(["messages", "sharegpt", "alpaca"]), default="messages", show_default=True
 )
-@click.option(
-    "--split", type=click.Choice(["train", "valid", "test"]), default="train", show_default=True, help="Of a folder."
-)
+@common.split_option("Of a folder.", default="train", show_default=True)
 @click.option("--drop", is_flag=True, help="Leave out rows that do not fit, instead of refusing.")
 @common.force_option
 @common.settings_option
@@ -195,7 +191,8 @@ def convert(
     if out.suffix != ".jsonl":
         raise UserError(f"{out}: JSON Lines are written", "Give it a name that ends with .jsonl.")
     section = config.load(None, settings, {"data.path": source}).data
-    found = sources.find(source, section)
+    (given,) = section.mixture()
+    found = sources.find(given)
     if split not in found:
         raise UserError(f"{source} has no {split} file", f"It has: {', '.join(found)}.")
     rows = chain.from_iterable(one.read() for one in found[split])

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlxtune.cli import common
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.console import Console
+    from collections.abc import Callable, Sequence
 
     from mlxtune.data.chat import Example
     from mlxtune.ship.export import Request
@@ -21,36 +19,52 @@ if TYPE_CHECKING:
 ENOUGH_ROWS = 32  # for codes that are not fitted to a few rows
 
 data_option = click.option("--data", metavar="PATH", help="Held-out rows to compare on.  [default: the run's own]")
-no_verify_option = click.option("--no-verify", is_flag=True, help="Do not compare the result with the trained model.")
-base_option = click.option(
-    "--base",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    metavar="HF_DIR",
-    help="Merge into this original 16-bit model.",
-)
+
+
+def out_option(metavar: str, text: str) -> Callable[..., Any]:
+    return click.option("--out", required=True, type=click.Path(path_type=Path), metavar=metavar, help=text)
+
+
+def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `_request` reads, of any merge or export."""
+    for option in (
+        common.force_option,
+        click.option("--no-verify", is_flag=True, help="Do not compare the result with the trained model."),
+        data_option,
+        click.option(
+            "--base",
+            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            metavar="HF_DIR",
+            help="Merge into this original 16-bit model.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _request(model: str, adapter: Path | None, data: str | None, no_verify: bool, **others: Any) -> Request:
+    """What to ship, with the rows for its proof. others: fields of the request."""
+    from mlxtune import backend
+    from mlxtune.model import hub
+    from mlxtune.model.load import source_of
+    from mlxtune.ship.export import Request
+
+    backend.prepare()
+    path = hub.resolve(model)
+    examples = None if no_verify else _held_out(path, adapter, data)
+    if not others.get("base_name") and not Path(model).expanduser().exists() and source_of(path)["kind"] == "hf":
+        others["base_name"] = model  # a hub id, used as it is
+    return Request(path, adapter, examples=examples, **others)
 
 
 @click.command()
 @common.model_option()
 @click.option("--adapter", required=True, type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The merged model.")
+@out_option("DIR", "The merged model.")
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), default="16", show_default=True, help="16: not quantized.")
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Of --bits 4 or 8.  [default: the model's]")
-@base_option
-@data_option
-@no_verify_option
-@common.force_option
-def fuse(
-    model: str,
-    adapter: Path,
-    out: Path,
-    bits: str,
-    group_size: str | None,
-    base: Path | None,
-    data: str | None,
-    no_verify: bool,
-    force: bool,
-) -> None:
+@request_options
+def fuse(bits: str, group_size: str | None, **shared: Any) -> None:
     """Fold an adapter into its model: one MLX folder that needs no adapter.
 
     The sum is made in float32. 4-bit codes are chosen by what they do to the run's own training rows (GPTQ); rounding
@@ -61,39 +75,34 @@ def fuse(
     mlxtune fuse --model model --adapter run --out fused
     mlxtune fuse --model model --adapter run --out fused-4bit --bits 4
     """
-    from mlxtune import backend
+    from dataclasses import replace
+
     from mlxtune.errors import UserError
-    from mlxtune.model import hub
     from mlxtune.ship import export
 
     if group_size and bits == "16":
         raise UserError("--group-size has no effect with --bits 16: nothing is quantized")
-    backend.prepare()
-    path = hub.resolve(model)
-    examples = None if no_verify else _held_out(path, adapter, data)
-    console = common.console()
-    rows = _training_rows(adapter, console) if bits == "4" else ()
-    with console.status("merging, comparing with the trained model"):
-        request = export.Request(path, adapter, out, base, examples=examples, calibration=rows, force=force)
+    request = _request(**shared)
+    if bits == "4":
+        request = replace(request, calibration=_training_rows(shared["adapter"]))
+    with common.console().status("merging, comparing with the trained model"):
         report = export.to_mlx(request, int(bits), int(group_size) if group_size else None)
     result = common.stdout()
-    result.print(f"{out}: {bits} bits")
+    result.print(f"{request.out}: {bits} bits")
     if report is None:
         return
     result.print(report.survival())
-    if base is not None:
-        console.print(f"note: that includes the difference between {base} and {path}", style="yellow", soft_wrap=True)
+    if request.base is not None:
+        common.note(f"that includes the difference between {request.base} and {request.model}")
     elif report.verdict == "lossy" or report.max_difference > report.base_max_difference:
         better = "--bits 16" if bits == "8" else "--bits 8 or 16"
-        console.print(
-            f"note: {bits}-bit rounding changed the model by up to {report.max_difference:.2g} in a logit, tuning by "
-            f"{report.base_max_difference:.2g}; {better}, or the adapter beside its model, keeps the tune",
-            style="yellow",
-            soft_wrap=True,
+        common.note(
+            f"{bits}-bit rounding changed the model by up to {report.max_difference:.2g} in a logit, tuning by "
+            f"{report.base_max_difference:.2g}; {better}, or the adapter beside its model, keeps the tune"
         )
 
 
-def _training_rows(adapter: Path, console: Console) -> Sequence[Example]:
+def _training_rows(adapter: Path) -> Sequence[Example]:
     """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said."""
     from mlxtune import session
     from mlxtune.errors import UserError
@@ -101,16 +110,10 @@ def _training_rows(adapter: Path, console: Console) -> Sequence[Example]:
     try:
         rows = session.read_data(session.run_config(adapter))[0].train
     except UserError as error:
-        console.print(
-            f"note: no training rows to choose codes by ({error.message}): rounding to the nearest",
-            style="yellow",
-            soft_wrap=True,
-        )
+        common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
     if len(rows) < ENOUGH_ROWS:
-        console.print(
-            f"note: only {len(rows)} training rows to choose codes by; {ENOUGH_ROWS} are better", style="yellow"
-        )
+        common.note(f"only {len(rows)} training rows to choose codes by; {ENOUGH_ROWS} are better")
     return rows
 
 
@@ -121,15 +124,15 @@ def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Ex
     from mlxtune.errors import UserError
 
     config = common.run_settings(adapter, data)
-    if not config.data.path:
+    if not config.data.path and not config.data.sources:
         raise UserError("the proof needs held-out rows", "Name some: --data PATH; or leave it out: --no-verify.")
     return session.held_out(load_tokenizer(path), path, config, own=data is None)
 
 
 # Which options mean something for which target.
 TARGETS = {
-    "peft": ("base_name",),
-    "hf": ("base", "dtype", "base_name"),
+    "peft": ("base_name", "push"),
+    "hf": ("base", "dtype", "base_name", "push"),
     "gguf": ("base", "type", "base_name", "ollama"),
     "gguf-lora": ("base_name", "ollama"),
 }
@@ -145,14 +148,7 @@ TARGETS = {
     type=click.Choice(list(TARGETS)),
     help="peft, gguf-lora: an adapter; hf, gguf: a (merged) model.",
 )
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="PATH",
-    help="The export: a folder, or for GGUF a .gguf file.",
-)
-@base_option
+@out_option("PATH", "The export: a folder, or for GGUF a .gguf file.")
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
@@ -172,24 +168,8 @@ TARGETS = {
     help="The original model on the hub.  [default: where it was converted from]",
 )
 @click.option("--push", metavar="USER/REPO", help="Upload the export to the hub, into a private repository.")
-@data_option
-@no_verify_option
-@common.force_option
-def export(
-    model: str,
-    adapter: Path | None,
-    target: str,
-    out: Path,
-    base: Path | None,
-    dtype: str | None,
-    kind: str | None,
-    ollama: bool,
-    base_name: str,
-    push: str | None,
-    data: str | None,
-    no_verify: bool,
-    force: bool,
-) -> None:
+@request_options
+def export(target: str, kind: str | None, ollama: bool, push: str | None, **shared: Any) -> None:
     """Ship to CUDA users (PEFT, Hugging Face) and to llama.cpp, Ollama and LM Studio (GGUF).
 
     The export is loaded by transformers, PEFT or llama.cpp (when installed, else read back) and compared with the
@@ -203,26 +183,20 @@ def export(
     """
     from mlxtune.errors import UserError
 
-    given = {"base": base, "dtype": dtype, "type": kind, "ollama": ollama, "base_name": base_name}
-    useless = [name for name, value in given.items() if value and name not in TARGETS[target]]
+    given = {"type": kind, "ollama": ollama, "push": push, **shared}
+    special = dict.fromkeys(name for names in TARGETS.values() for name in names)
+    useless = [name for name in special if given[name] and name not in TARGETS[target]]
     if useless:
         option = f"--{useless[0].replace('_', '-')}"
         fitting = ", ".join(name for name, options in TARGETS.items() if useless[0] in options)
         raise UserError(f"{option} has no effect with --to {target}", f"It is for: {fitting}.")
-    from mlxtune import backend
-    from mlxtune.model import hub
-    from mlxtune.model.load import source_of
     from mlxtune.ship import card
     from mlxtune.ship import export as shipping
 
     if push:
         card.check_repo(push)
-    backend.prepare()
-    path = hub.resolve(model)
-    examples = None if no_verify else _held_out(path, adapter, data)
-    if not base_name and not Path(model).expanduser().exists() and source_of(path)["kind"] == "hf":
-        base_name = model  # a hub id, used as it is
-    request = shipping.Request(path, adapter, out, base, dtype, base_name, examples, force=force)
+    request = _request(**shared)
+    out = request.out
     console = common.console()
     if target.startswith("gguf"):
         _export_gguf(request, target, kind, ollama)
@@ -235,9 +209,7 @@ def export(
         with console.status(f"uploading to {push}"):
             result.print(f"{card.push(out, push)}: private")
     if target == "peft" and not shipping.names_base(out):
-        console.print(
-            "note: the adapter names no base model (unknown here); --base-name OWNER/NAME writes it", style="yellow"
-        )
+        common.note("the adapter names no base model (unknown here); --base-name OWNER/NAME writes it")
 
 
 @click.command()
@@ -245,7 +217,7 @@ def export(
 @common.model_option()
 @common.adapter_option
 @data_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@common.json_option
 def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_json: bool) -> None:
     """Prove that an export is what was trained: fused and Hugging Face models, PEFT adapters.
 
@@ -279,13 +251,12 @@ def _export_gguf(request: Request, target: str, kind: str | None, ollama: bool) 
 
     from mlxtune.ship import gguf
 
-    console = common.console()
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=common.console(), transient=True) as bar:
         task = bar.add_task(f"writing {request.out.name}", total=None)
         exported = gguf.ship(
             request, target, kind, ollama, lambda done, total: bar.update(task, completed=done, total=total)
         )
     for note in exported.notes:
-        console.print(f"note: {note}", style="yellow", soft_wrap=True)
+        common.note(note)
     proof = "" if exported.proof is None else f", {exported.proof.line()}"
     common.stdout().print(f"{request.out}: {exported.what}, {exported.bytes / (1 << 20):,.1f} MiB{proof}")

@@ -20,10 +20,8 @@ if TYPE_CHECKING:
 @common.model_option()
 @common.adapter_option
 @click.option("--data", metavar="PATH", help="Folder or file.  [default: the run's own data]")
-@click.option(
-    "--split", type=click.Choice(["train", "valid", "test"]), help="Of a folder.  [default: valid; a file: all rows]"
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@common.split_option("Of a folder.  [default: valid; a file: all rows]")
+@common.json_option
 @common.settings_option
 def eval_command(
     model: str, adapter: Path | None, data: str | None, split: str | None, as_json: bool, settings: tuple[str, ...]
@@ -43,23 +41,20 @@ def eval_command(
     loaded = common.load_model(model, adapter)
     examples = session.held_out(loaded.tokenizer, loaded.path, config, split, own=data is None)
     label = split or ("all" if data is not None and Path(data).expanduser().is_file() else "valid")
-    console = common.console()
     for note in examples.notes(label, config.data.max_tokens):
-        console.print(f"note: {note}", style="yellow", soft_wrap=True)
+        common.note(note)
+    console = common.console()
     with console.status("scoring"), switched_off(loaded.model):
         scores = {"base": session.evaluate(loaded, config, examples)}
     if adapter is not None:
         with console.status("scoring"):
             scores["tuned"] = session.evaluate(loaded, config, examples)
     if as_json:
-        found = {name: _score_json(value) for name, value in scores.items()}
+        known = ("loss", "perplexity", "accuracy", "tokens")
+        found = {name: {key: getattr(score, key) for key in known} for name, score in scores.items()}
         click.echo(json.dumps({"split": label, "rows": len(examples), **found}))
     else:
         common.stdout().print(score_table(scores, f"{len(examples)} rows, {scores['base'].tokens:,} tokens"))
-
-
-def _score_json(score: Score) -> dict[str, Any]:
-    return {"loss": score.loss, "perplexity": score.perplexity, "accuracy": score.accuracy, "tokens": score.tokens}
 
 
 def score_table(scores: dict[str, Score], title: str) -> Any:

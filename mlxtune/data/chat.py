@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlxtune.data import turns
-from mlxtune.data.messages import WEIGHTS
+from mlxtune.data.messages import WEIGHTS, with_arguments
 from mlxtune.data.template import Messages, Template
 from mlxtune.data.turns import Damage
 
@@ -79,27 +79,23 @@ def _repaired(template: Template, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _repaired_call(template: Template, call: dict[str, Any]) -> dict[str, Any]:
-    function = call.get("function", call)
-    arguments = function.get("arguments")
+    given = arguments = call.get("function", call).get("arguments")
     if isinstance(arguments, str) and template.encodes_text_arguments is not False:
         arguments = parsed_arguments(arguments)
     elif isinstance(arguments, dict) and template.takes_text_arguments_only:
         arguments = json.dumps(arguments, ensure_ascii=False)
-    if arguments is function.get("arguments"):
-        return call
-    changed = {**function, "arguments": arguments}
-    return {**call, "function": changed} if "function" in call else changed
+    return call if arguments is given else with_arguments(call, arguments)
 
 
-def parsed_arguments(text: str) -> Any:
-    """The object that JSON text holds, however often it was encoded; the text itself when it holds none."""
-    value: Any = text if text.strip() else "{}"  # some servers write no arguments as no text
+def parsed_arguments(given: Any) -> Any:
+    """The object that JSON text holds, however often it was encoded; what was given when it holds none."""
+    value = "{}" if isinstance(given, str) and not given.strip() else given  # some servers write none as no text
     while isinstance(value, str):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            return text
-    return value if isinstance(value, dict) else text
+            return given
+    return value if isinstance(value, dict) else given
 
 
 Span = tuple[int, int]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,199 +19,160 @@ from mlxtune.data.batches import DEFAULT_ROWS, common
 from mlxtune.data.examples import Renderer, Row
 from mlxtune.data.files import Bad
 from mlxtune.data.records import Record
+from mlxtune.data.store import CHUNK
 
-CHUNK = 512
 LISTED = 200  # rows that a finding names
-FILE = 1 << 40  # more than the lines of any file
 FEW = 0.01  # a kind of task below this share of the rows counts as missing
 SEVERITIES = ("error", "warning", "note")
 
 
 @dataclass
 class Finding:
-    """Rows of one split with the same trouble. rows: the first LISTED line numbers; examples: what is said of them."""
+    """Rows of one split with the same trouble. rows: the first LISTED of them; reasons: what is said of them."""
 
     code: str
     split: str
     count: int = 0
     rows: list[int | str] = field(default_factory=list)
-    examples: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
     last: int | str = ""
 
-    def add(self, row: int | str, said: str = "") -> None:
+    def add(self, row: int | str, reason: str = "") -> None:
         if row != self.last:  # rows come in order; one with several faults counts once
             self.count += 1
             if len(self.rows) < LISTED:
                 self.rows.append(row)
         self.last = row
-        if said and (said in self.examples or len(self.examples) < LISTED):
-            self.examples[said] = self.examples.get(said, 0) + 1
+        if reason and (reason in self.reasons or len(self.reasons) < LISTED):
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
     def as_json(self) -> dict[str, Any]:
-        kind = lint.KINDS[self.code]
-        said = {"reasons": self.examples} if self.examples else {}
-        shared = {"severity": kind.severity, "code": self.code, "split": self.split, "count": self.count}
-        return {**shared, "what": kind.what, "fix": kind.fix, "rows": self.rows, **said}
+        severity, what, fix = lint.KINDS[self.code]
+        shared = {"severity": severity, "code": self.code, "split": self.split, "count": self.count}
+        said = {"reasons": self.reasons} if self.reasons else {}
+        return {**shared, "what": what, "fix": fix, "rows": self.rows, **said}
 
 
 @dataclass
 class Split:
-    """What one split holds. lengths: examples by number of tokens; prefix: token ids that every example begins with."""
+    """What one split holds. several: it has more than one file; counts: of formats, outcomes, roles, turns (answers per
+    row), tasks, scripts, systems (by hash; None: rows without one), lengths (examples by tokens); prefix: token ids
+    that every example begins with; names, hashes, questions, signatures: of each row that could be read.
+    """
 
     name: str
     file: str
-    formats: Counter[str] = field(default_factory=Counter)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    roles: Counter[str] = field(default_factory=Counter)
-    turns: Counter[int] = field(default_factory=Counter)
-    tasks: Counter[str] = field(default_factory=Counter)
-    scripts: Counter[str] = field(default_factory=Counter)
-    systems: Counter[int] = field(default_factory=Counter)
-    lengths: Counter[int] = field(default_factory=Counter)
+    several: bool = False
+    counts: dict[str, Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     rows: int = 0
     examples: int = 0
     tokens: int = 0
     targets: int = 0
     prefix: np.ndarray | None = None
-    hashes: list[np.ndarray] = field(default_factory=list)
-    questions: list[np.ndarray] = field(default_factory=list)
+    names: list[int | str] = field(default_factory=list)
+    hashes: array[int] = field(default_factory=lambda: array("Q"))
+    questions: array[int] = field(default_factory=lambda: array("Q"))
     signatures: list[np.ndarray] = field(default_factory=list)
-    numbers: list[np.ndarray] = field(default_factory=list)
     findings: dict[str, Finding] = field(default_factory=dict)
-    files: list[str] = field(default_factory=list)
 
-    def find(self, code: str, row: Record | Bad, said: str = "") -> None:
-        self.find_number(code, self.number(row), said)
+    def name_of(self, row: Record | Bad) -> int | str:
+        return f"{Path(row.file).name}:{row.row}" if self.several else row.row
 
-    def find_number(self, code: str, number: int, said: str = "") -> None:
-        file, row = divmod(number, FILE)
-        shown = row if len(self.files) < 2 else f"{Path(self.files[file]).name}:{row}"
-        self.findings.setdefault(code, Finding(code, self.name)).add(shown, said)
+    def find(self, code: str, row: int | str, reason: str = "") -> None:
+        self.findings.setdefault(code, Finding(code, self.name)).add(row, reason)
 
-    def number(self, row: Record | Bad) -> int:
-        """A row's line, and which file it is in, as one number."""
-        if row.file not in self.files[-1:]:
-            self.files.append(row.file)
-        return (len(self.files) - 1) * FILE + row.row
+    def find_all(self, code: str, rows: np.ndarray) -> None:
+        """rows: [N] bool, of those that could be read."""
+        for place in np.flatnonzero(rows).tolist():
+            self.find(code, self.names[place])
 
 
-def survey(
-    name: str,
-    file: str,
-    records: Iterator[Record | Bad],
-    renderer: Renderer,
-    progress: Callable[[int], None] = lambda rows: None,
-) -> Split:
+def survey(out: Split, records: Iterator[Record | Bad], renderer: Renderer, progress: Callable[[int], None]) -> None:
     """Read one split whole. Rows are measured before they are cut: max_tokens only decides what counts as shortened."""
     limit = renderer.section.max_tokens
     uncut = Renderer(renderer.tokenizer, renderer.section.model_copy(update={"max_tokens": 1 << 31}))
-    out = Split(name, file)
     while chunk := list(islice(records, CHUNK)):
+        good = []
         for item in chunk:
-            out.rows += 1
             if isinstance(item, Bad):
-                out.outcomes["unreadable"] += 1
-                out.find("bad", item, item.reason)
-        good = [record for record in chunk if isinstance(record, Record)]
-        for record in good:
-            _count(out, record)
+                out.counts["outcomes"]["unreadable"] += 1
+                out.find("bad", out.name_of(item), item.reason)
+            else:
+                good.append(item)
+                _count(out, item)
         for row in uncut.rows(good):
             _measure(out, row, limit)
         if good:
-            out.hashes.append(np.array([duplicates.content_hash(record) for record in good], np.uint64))
-            out.questions.append(np.array([_question(record) for record in good], np.uint64))
-            out.numbers.append(np.array([out.number(record) for record in good], np.int64))
-            out.signatures.append(np.stack([duplicates.signature(duplicates.words_of(record)) for record in good]))
+            out.signatures.append(np.array([duplicates.signature(duplicates.words_of(record)) for record in good]))
+        out.rows += len(chunk)
         progress(out.rows)
-    _repeated(out)
-    if len(out.systems) > 1 and out.systems.get(0):
-        out.findings["system"] = Finding("system", name, out.systems[0])
-    if out.turns and not renderer.template.end_of_turn:
-        out.findings["no end"] = Finding("no end", name, sum(out.turns.values()))
-    return out
+    if out.names:
+        equal = np.ones(len(out.names), bool)
+        equal[np.unique(np.array(out.hashes), return_index=True)[1]] = False
+        near = duplicates.near(np.concatenate(out.signatures)) != np.arange(len(equal))
+        out.find_all("duplicate", equal)
+        out.find_all("near duplicate", near & ~equal)
+        out.signatures.clear()
+    systems = out.counts["systems"]
+    if len(systems) > 1 and systems[None]:
+        out.findings["system"] = Finding("system", out.name, systems[None])
+    if out.counts["turns"] and not renderer.template.end_of_turn:
+        out.findings["no end"] = Finding("no end", out.name, out.counts["turns"].total())
 
 
 def _count(out: Split, record: Record) -> None:
     """What the row holds, whatever becomes of it."""
-    out.formats[record.format] += 1
-    messages = record.messages or []
-    out.roles.update(message["role"] for message in messages)
+    name, messages = out.name_of(record), record.messages or []
+    out.names.append(name)
+    out.hashes.append(duplicates.content_hash(record))
+    asked = [message["content"] for message in takewhile(lambda message: message["role"] != "assistant", messages)]
+    out.questions.append(duplicates.hash_of(json.dumps(asked)) if asked else 0)
+    out.counts["formats"][record.format] += 1
+    out.counts["roles"].update(message["role"] for message in messages)
     if messages:
-        out.turns[sum(message["role"] == "assistant" for message in messages)] += 1
-        out.tasks[lint.task_of(record)] += 1
+        out.counts["turns"][sum(message["role"] == "assistant" for message in messages)] += 1
+        out.counts["tasks"][lint.task_of(record)] += 1
         system = next((m["content"] for m in messages if m["role"] in ("system", "developer")), None)
-        out.systems[0 if system is None else _hash(system)] += 1
-    out.scripts.update(lint.scripts_of(" ".join([record.text or "", *(str(m["content"]) for m in messages)])))
+        out.counts["systems"][None if system is None else duplicates.hash_of(system)] += 1
+    said = " ".join([record.text or "", *(str(message["content"]) for message in messages)])
+    out.counts["scripts"].update(lint.scripts_of(said))
     for code in lint.codes(record):
-        out.find(code, record)
+        out.find(code, name)
 
 
 def _measure(out: Split, row: Row, limit: int) -> None:
     """What becomes of the row."""
+    name, dropped, example = out.name_of(row.record), row.dropped, row.example
     for damage in row.damage:
-        out.find("damaged", row.record, damage.text)
-    if row.example is None:
-        out.outcomes[f"dropped: {row.dropped}"] += 1
-        out.find("dropped", row.record, row.dropped)
-        return
-    length, supervised = len(row.example.ids), np.flatnonzero(row.example.mask)
-    targets = int(((supervised > 0) & (supervised < limit)).sum())
-    if length > limit and not targets:
-        out.outcomes[f"dropped: no supervised token in the first {limit} tokens"] += 1
-        out.find("dropped", row.record, f"no supervised token in the first {limit} tokens")
-    elif length > limit:
-        out.find("shortened", row.record)
-    if targets:
-        out.outcomes["shortened" if length > limit else "used"] += 1
-        out.examples += 1
-        out.tokens += min(length, limit)
-        out.targets += targets
-        ids = np.asarray(row.example.ids[:limit], np.int32)
-        known = ids if out.prefix is None else out.prefix
-        out.prefix = known[: common(known, ids)].copy()
-    out.lengths[length] += 1
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) | 1
-
-
-def _question(record: Record) -> int:
-    """What comes before the first answer."""
-    asked = []
-    for message in record.messages or []:
-        if message["role"] == "assistant":
-            break
-        asked.append(message["content"])
-    return _hash(json.dumps(asked)) if asked else 0
-
-
-def _repeated(out: Split) -> None:
-    """Equal and nearly equal rows."""
-    if not out.hashes:
-        return
-    hashes, numbers = np.concatenate(out.hashes), np.concatenate(out.numbers)
-    _, first = np.unique(hashes, return_index=True)
-    equal = np.ones(len(hashes), bool)
-    equal[first] = False
-    near = duplicates.near(np.concatenate(out.signatures)) != np.arange(len(hashes))
-    for code, rows in (("duplicate", equal), ("near duplicate", near & ~equal)):
-        for number in numbers[rows].tolist():
-            out.find_number(code, number)
-    out.signatures.clear()
+        out.find("damaged", name, damage.text)
+    if example is not None:
+        length, supervised = len(example.ids), np.flatnonzero(example.mask)
+        targets = int(((supervised > 0) & (supervised < limit)).sum())
+        out.counts["lengths"][length] += 1
+        if targets:
+            out.counts["outcomes"]["shortened" if length > limit else "used"] += 1
+            out.examples += 1
+            out.tokens += min(length, limit)
+            out.targets += targets
+            ids = np.asarray(example.ids[:limit], np.int32)
+            known = ids if out.prefix is None else out.prefix
+            out.prefix = known[: common(known, ids)].copy()
+            if length > limit:
+                out.find("shortened", name)
+        else:
+            dropped = f"no supervised token in the first {limit} tokens"
+    if dropped:
+        out.counts["outcomes"][f"dropped: {dropped}"] += 1
+        out.find("dropped", name, dropped)
 
 
 def leaks(train: Split, valid: Split) -> None:
     """Rows, and questions, of valid that are also in train."""
-    if not train.hashes or not valid.hashes:
-        return
-    numbers = np.concatenate(valid.numbers)
-    same = np.isin(np.concatenate(valid.hashes), np.concatenate(train.hashes))
-    asked = np.concatenate(valid.questions)
-    known = np.isin(asked, np.concatenate(train.questions)) & (asked != 0)
-    for code, rows in (("leak", same), ("question leak", known & ~same)):
-        for number in numbers[rows].tolist():
-            valid.find_number(code, number)
+    same = np.isin(np.array(valid.hashes), np.array(train.hashes))
+    asked = np.array(valid.questions)
+    known = np.isin(asked, np.array(train.questions)) & (asked != 0)
+    valid.find_all("leak", same)
+    valid.find_all("question leak", known & ~same)
 
 
 def report(splits: dict[str, Split], config: Config) -> dict[str, Any]:
@@ -222,47 +183,43 @@ def report(splits: dict[str, Split], config: Config) -> dict[str, Any]:
 
 
 def _facts(split: Split, config: Config) -> dict[str, Any]:
-    section = config.train
-    lengths = (
-        np.repeat(*(np.array(part, np.int64) for part in zip(*sorted(split.lengths.items()), strict=True)))
-        if split.lengths
-        else np.zeros(0, np.int64)
-    )
-    limit = config.data.max_tokens
-    rows_per_step = (section.batch_rows or DEFAULT_ROWS) * section.accumulate
-    per_step = section.batch_tokens * section.accumulate if section.batch_tokens else 0
-    steps = -(-split.tokens // per_step) if per_step else -(-split.examples // rows_per_step)
-    prefix = len(split.prefix) if split.prefix is not None and split.examples > 1 else 0
+    section, limit = config.train, config.data.max_tokens
+    counts = {name: dict(split.counts[name].most_common()) for name in ("outcomes", "roles", "tasks", "scripts")}
+    known = sorted(split.counts["lengths"].items())
+    lengths = np.repeat(np.array([at for at, _ in known], np.int64), [count for _, count in known])
+    quantiles = {str(q): int(np.quantile(lengths, q / 100)) for q in (5, 25, 50, 75, 95, 99)} if known else {}
     batch = section.batch_rows or DEFAULT_ROWS
+    if section.batch_tokens:
+        steps = -(-split.tokens // (section.batch_tokens * section.accumulate))
+    else:
+        steps = -(-split.examples // (batch * section.accumulate))
+    prefix = len(split.prefix) if split.prefix is not None and split.examples > 1 else 0
     saved = prefix * split.examples * (batch - 1) / batch / split.tokens if split.tokens else 0.0
-    named = dict(split.tasks.most_common())
-    total = max(1, sum(named.values()))
-    enough = total * FEW >= 1  # among fewer rows the lack of a kind says nothing
-    missing = [name for name in lint.TASKS if named.get(name, 0) / total < FEW] if enough else []
-    systems = {"distinct": len([key for key in split.systems if key]), "rows_without": split.systems.get(0, 0)}
+    tasks = counts["tasks"]
+    few = sum(tasks.values()) * FEW
+    missing = [name for name in lint.TASKS if tasks.get(name, 0) < few] if few >= 1 else []  # few rows say nothing
+    systems = split.counts["systems"]
     return {
         "file": split.file,
         "rows": split.rows,
-        "formats": dict(split.formats),
-        "outcomes": dict(split.outcomes.most_common()),
+        "formats": dict(split.counts["formats"]),
+        "outcomes": counts["outcomes"],
         "examples": split.examples,
         "tokens": split.tokens,
         "supervised_tokens": split.targets,
         "lengths": {
-            "quantiles": {str(q): int(np.quantile(lengths, q / 100)) for q in (5, 25, 50, 75, 95, 99)}
-            if len(lengths)
-            else {},
+            "quantiles": quantiles,
             "longest": int(lengths.max(initial=0)),
-            "cut_share": float((lengths > limit).mean()) if len(lengths) else 0.0,
+            "cut_share": float((lengths > limit).mean()) if known else 0.0,
             "max_tokens": limit,
             "histogram": _histogram(lengths),
         },
-        "roles": dict(split.roles.most_common()),
-        "answers_per_row": {str(turns): count for turns, count in sorted(split.turns.items())[:20]},
-        "system_prompts": systems,
-        "tasks": named,
+        "roles": counts["roles"],
+        "answers_per_row": {str(turns): count for turns, count in sorted(split.counts["turns"].items())[:20]},
+        "system_prompts": {"distinct": len(systems.keys() - {None}), "rows_without": systems[None]},
+        "tasks": tasks,
         "tasks_missing": missing,
-        "scripts": dict(split.scripts.most_common()),
+        "scripts": counts["scripts"],
         "shared_prefix_tokens": prefix,
         "shared_prefix_saves": round(saved, 4),
         "steps_per_epoch": steps,

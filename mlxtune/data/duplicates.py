@@ -29,8 +29,13 @@ _SHIFTS = _draw.integers(0, 2**61, HASHES, np.uint64)
 
 def content_hash(record: Record) -> int:
     """64 bits: equal for rows with equal content."""
-    content = json.dumps([record.messages, record.tools, record.text], sort_keys=True, ensure_ascii=False, default=str)
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest())
+    content = [record.messages, record.tools, record.text]
+    return hash_of(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str))
+
+
+def hash_of(text: str) -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def words_of(record: Record) -> list[str]:
@@ -71,8 +76,7 @@ def near(signatures: np.ndarray) -> np.ndarray:
 
 def seeded(hashes: Any, seed: int) -> np.ndarray:
     """[N] uint64: a permutation of the hashes that the seed chooses; equal rows stay equal."""
-    out: np.ndarray = scrambled(np.asarray(hashes, np.uint64) ^ np.uint64((seed + 1) * GOLDEN & 0xFFFFFFFFFFFFFFFF))
-    return out
+    return scrambled(np.asarray(hashes, np.uint64) ^ np.uint64((seed + 1) * GOLDEN & 0xFFFFFFFFFFFFFFFF))
 
 
 def threshold(hashes: np.ndarray, fraction: float, seed: int) -> int | None:

@@ -83,21 +83,20 @@ class Renderer:
         expanded = section.expand_turns == "all" or (
             section.expand_turns == "auto" and _strips_earlier(template, messages, record.tools, found)
         )
+        parts = [(found, trained, 0)]
         if len(answers) > 1 and expanded:
+            parts = []
             for number, index in enumerate(answers, 1):
                 if index in trained:
-                    part = turns.locate(template, messages[: index + 1], record.tools)
+                    upto = turns.locate(template, messages[: index + 1], record.tools)
                     # Earlier thinking is not there at inference either.
-                    damage = [d for d in part.damage if d.kind != "thinking" or d.index == index]
-                    yield self._draft(record, replace(part, damage=damage), [index], number)
-            if not trained:
+                    damage = [d for d in upto.damage if d.kind != "thinking" or d.index == index]
+                    parts.append((replace(upto, damage=damage), [index], number))
+            if not parts:
                 yield Row(record, dropped="no supervised token"), None
-        else:
-            yield self._draft(record, found, trained, 0)
-
-    def _draft(self, record: Record, found: turns.Turns, trained: list[int], part: int) -> tuple[Row, Any]:
-        spans = [(start, end) for index, start, end in found.spans if index in trained]
-        return Row(record, Example(), part=part, text=found.text, damage=tuple(found.damage)), spans
+        for located, own, part in parts:
+            spans = [(start, end) for index, start, end in located.spans if index in own]
+            yield Row(record, Example(), part=part, text=located.text, damage=tuple(located.damage)), spans
 
     def _finished(self, row: Row, made: Example) -> Row:
         longest = self.section.max_tokens

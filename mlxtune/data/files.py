@@ -24,16 +24,25 @@ ZIPPED = tuple(f"{suffix}.gz" for suffix in SUFFIXES[:3])
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A row that cannot be used as it stands; `row` is its 1-based line (or index) in `file`."""
+class Placed:
+    """Something at a 1-based line (or index) of a file."""
 
     file: str
     row: int
-    reason: str
 
     @property
     def place(self) -> str:
         return place(self.file, self.row)
+
+
+@dataclass(frozen=True)
+class Bad(Placed):
+    """A row that cannot be used as it stands."""
+
+    reason: str
+
+
+Rows = Iterator[tuple[int, dict[str, Any]] | Bad]  # (1-based line or index, row)
 
 
 def place(file: str, number: int) -> str:
@@ -47,33 +56,32 @@ def kind_of(path: Path) -> str:
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
-def raw_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Bad]:
-    """(1-based line or index, row) pairs of a file.
+def raw_rows(path: Path) -> Rows:
+    """The rows of a file.
 
     Raises UserError when the file as a whole cannot be read: missing, of an unknown type, not what its name says.
     """
     if not path.is_file():
         raise UserError(f"no data file {path}")
-    try:
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     kind = kind_of(path)
     if not kind:
         raise UserError(f"{path}: unknown file type {path.suffix or '(none)'}", f"Allowed: {', '.join(SUFFIXES)}.")
-    if kind == ".parquet":
-        yield from _parquet(path)
-        return
+    reader = {".csv": _csv, ".json": _json, ".jsonl": _json_lines, ".parquet": _parquet}[kind]
     opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        try:
-            yield from {".csv": _csv, ".json": _json, ".jsonl": _json_lines}[kind](path, file)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: not a whole gzip file ({error})") from error
+    try:
+        with opener(path, "rb") as file:
+            yield from reader(path, file)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
+    except csv.Error as error:
+        raise UserError(f"{path}: not a CSV file ({error})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _json_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]] | Bad]:
+def _json_lines(path: Path, file: IO[bytes]) -> Rows:
     # Lines end at a line feed alone: JSON strings may hold U+2028 and its like.
     for number, line in enumerate(file, 1):
         if not line.strip():
@@ -90,11 +98,10 @@ def _json_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, dict[str, An
             yield _object(path, number, row)
 
 
-def _json(path: Path, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]] | Bad]:
+def _json(path: Path, file: IO[bytes]) -> Rows:
+    text = file.read().decode("utf-8-sig")
     try:
-        value = json.loads(file.read().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         hint = "A file with one object per line is named .jsonl." if error.msg == "Extra data" else ""
         raise UserError(
@@ -106,10 +113,9 @@ def _json(path: Path, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]] | 
         yield _object(path, number, row)
 
 
-def _csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]] | Bad]:
+def _csv(path: Path, file: IO[bytes]) -> Rows:
     csv.field_size_limit(sys.maxsize)  # a long document is no error
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    try:  # closing it closes the file under it
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         reader = csv.DictReader(text, strict=True)
         names = list(reader.fieldnames or [])
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -119,21 +125,15 @@ def _csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]] | B
                 yield Bad(str(path), number, "more fields than the header has; quote the fields that hold a comma")
             else:
                 yield number, row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
-    except csv.Error as error:
-        raise UserError(f"{path}: not a CSV file ({error})") from error
-    finally:
-        text.close()
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(path: Path, file: IO[bytes]) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 yield number, {key: _without_nulls(value) for key, value in row.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from mlxtune.data.records import Record
 
@@ -12,55 +11,53 @@ SHORT_WORDS = 3  # an answer of fewer words is very short
 LONG_CHARACTERS = 200  # from this length on an answer is expected to end like a sentence
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a code means: severity (error, warning, note), what it is, and what to do about it."""
-
-    severity: str
-    what: str
-    fix: str
-
-
+# What a code means: severity (error, warning, note), what it is, and what to do about it.
 KINDS = {
-    "bad": Kind("error", "rows that cannot be read", "mend or remove them"),
-    "dropped": Kind("error", "rows that teach nothing", "mend them, or raise data.max_tokens"),
-    "damaged": Kind(
+    "bad": ("error", "rows that cannot be read", "mend or remove them"),
+    "dropped": ("error", "rows that teach nothing", "mend them, or raise data.max_tokens"),
+    "damaged": (
         "error",
         "rows of which the chat template drops something",
         "mend them, choose another data.template, or set data.on_damage",
     ),
-    "leak": Kind("error", "rows that are both in train and valid", "remove them from one of the two"),
-    "question leak": Kind(
+    "leak": ("error", "rows that are both in train and valid", "remove them from one of the two"),
+    "question leak": (
         "warning",
         "validation rows whose question is also in train",
         "keep a question on one side, or expect a flattered loss",
     ),
-    "shortened": Kind(
-        "warning", "rows cut at data.max_tokens: their end is not learned", "raise data.max_tokens or split them"
+    "shortened": (
+        "warning",
+        "rows cut at data.max_tokens: their end is not learned",
+        "raise data.max_tokens or split them",
     ),
-    "duplicate": Kind("warning", "rows equal to an earlier one", "set data.dedup=exact"),
-    "near duplicate": Kind("note", "rows nearly equal to an earlier one", "set data.dedup=near"),
-    "empty": Kind("warning", "rows with an empty answer", "remove them, or give that message weight 0"),
-    "cut off": Kind(
-        "warning", "rows whose last answer seems cut off", "look at their ends; a model learns to stop there"
+    "duplicate": ("warning", "rows equal to an earlier one", "set data.dedup=exact"),
+    "near duplicate": ("note", "rows nearly equal to an earlier one", "set data.dedup=near"),
+    "empty": ("warning", "rows with an empty answer", "remove them, or give that message weight 0"),
+    "cut off": ("warning", "rows whose last answer seems cut off", "look at their ends; a model learns to stop there"),
+    "secret": (
+        "warning",
+        "rows that seem to hold a key or password",
+        "remove it: models repeat what they were tuned on",
     ),
-    "secret": Kind(
-        "warning", "rows that seem to hold a key or password", "remove it: models repeat what they were tuned on"
+    "e-mail": ("note", "rows with an e-mail address", "remove addresses that are private"),
+    "encoding": ("warning", "rows with broken characters", "read the source again as UTF-8"),
+    "markup": ("note", "rows with HTML entities", "unescape them, unless the answers are HTML"),
+    "refusal": ("note", "rows whose answer is a refusal", "keep them only if the model is meant to refuse these"),
+    "short": (
+        "note",
+        f"rows whose answers all have fewer than {SHORT_WORDS} words",
+        "fine for labels; else look at them",
     ),
-    "e-mail": Kind("note", "rows with an e-mail address", "remove addresses that are private"),
-    "encoding": Kind("warning", "rows with broken characters", "read the source again as UTF-8"),
-    "markup": Kind("note", "rows with HTML entities", "unescape them, unless the answers are HTML"),
-    "refusal": Kind("note", "rows whose answer is a refusal", "keep them only if the model is meant to refuse these"),
-    "short": Kind(
-        "note", f"rows whose answers all have fewer than {SHORT_WORDS} words", "fine for labels; else look at them"
-    ),
-    "system": Kind(
+    "system": (
         "warning",
         "rows without a system prompt, while others have one",
         "give all of them what the model will see in use",
     ),
-    "no end": Kind(
-        "warning", "rows: the chat template ends answers with no token of its own", "choose a template that ends turns"
+    "no end": (
+        "warning",
+        "rows: the chat template ends answers with no token of its own",
+        "choose a template that ends turns",
     ),
 }
 SECRETS = re.compile(
@@ -93,7 +90,6 @@ TASKS = {
     "code": r"python|javascript|function\b|sql\b|\bcode\b|regex|program\b|script\b|algorithm",
     "answer": r"^\s*(?:what|who|when|where|which|is|are|can|does|do)\b",
 }
-_TASKS = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in TASKS.items()}
 SCRIPTS = {
     "Latin": "A-Za-z\u00c0-\u024f",
     "Cyrillic": "\u0400-\u04ff",
@@ -106,7 +102,6 @@ SCRIPTS = {
     "Hangul": "\uac00-\ud7af",
     "Han": "\u4e00-\u9fff\u3400-\u4dbf",
 }
-_SCRIPTS = {name: re.compile(f"[{letters}]") for name, letters in SCRIPTS.items()}
 _ENDS = tuple(".!?…\"'”’)]}>`*_|~:;。！？」』】）；：।؟\u200d") + tuple("0123456789")
 
 
@@ -144,11 +139,11 @@ def seems_cut_off(answer: str) -> bool:
 def task_of(record: Record) -> str:
     """What the first question asks for: a name of TASKS, or "other"."""
     asked = next((str(m["content"]) for m in record.messages or [] if m["role"] == "user"), "")
-    return next((name for name, pattern in _TASKS.items() if pattern.search(asked[:400])), "other")
+    return next((name for name, pattern in TASKS.items() if re.search(pattern, asked[:400], re.IGNORECASE)), "other")
 
 
 def scripts_of(text: str) -> list[str]:
     """The scripts that a text is written in."""
     if text.isascii():
         return ["Latin"]
-    return [name for name, letters in _SCRIPTS.items() if letters.search(text)]
+    return [name for name, letters in SCRIPTS.items() if re.search(f"[{letters}]", text)]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from mlxtune.data.messages import with_arguments
 from mlxtune.data.template import MARKS, THINKING_KEYS, Messages
 
 CONTENT, THINKING, CALLS = range(3)  # what a mark stands for; each further tool call has a kind of its own
@@ -64,7 +65,5 @@ def thinking_parts(text: str) -> Iterator[tuple[str, int | None]]:
 
 
 def _replaced_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
-    function = call.get("function", call)
-    arguments = mark if isinstance(function.get("arguments"), str) else {mark: mark}
-    changed = {**function, "arguments": arguments}
-    return {**call, "function": changed} if "function" in call else changed
+    given = call.get("function", call).get("arguments")
+    return with_arguments(call, mark if isinstance(given, str) else {mark: mark})

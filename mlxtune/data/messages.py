@@ -32,20 +32,18 @@ def from_json(value: Any, what: str) -> Any:
         raise RowError(what) from error
 
 
-def with_system(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row's `system` column, as the first turn where the messages have none."""
-    system = text_of(row, "system", optional=True)
-    if not system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+def listed(value: Any, what: str, least: int = 1) -> list[Any]:
+    """A list, or JSON text of one, of at least some items. Raises RowError, with `what`."""
+    value = from_json(value, what)
+    if not isinstance(value, list) or len(value) < least:
+        raise RowError(what)
+    return value
 
 
 def checked(value: Any, key: str) -> list[dict[str, Any]]:
     """OpenAI messages, each with a known role and with text content (or tool calls). Raises RowError."""
-    value = from_json(value, f"{key} must be a list of messages")
-    if not isinstance(value, list) or not value:
-        raise RowError(f"{key} must be a non-empty list of messages")
-    return [_message(index, message) for index, message in enumerate(value, 1)]
+    messages = listed(value, f"{key} must be a non-empty list of messages")
+    return [_message(index, message) for index, message in enumerate(messages, 1)]
 
 
 def _message(index: int, message: Any) -> dict[str, Any]:
@@ -71,17 +69,11 @@ def _message(index: int, message: Any) -> dict[str, Any]:
         if out.get(name, 1) not in (0, 1):
             raise RowError(f"message {index}: {name} must be 0 or 1, found {out[name]!r}")
     if "tool_calls" in out:
-        out["tool_calls"] = [_call(index, call) for call in _calls(index, out["tool_calls"])]
-        if not out["tool_calls"]:
+        calls = listed(out["tool_calls"], f"message {index}: tool_calls must be a list", least=0)
+        out["tool_calls"] = [_call(index, call) for call in calls]
+        if not calls:
             del out["tool_calls"]
     return {**out, "content": content}
-
-
-def _calls(index: int, calls: Any) -> list[Any]:
-    calls = from_json(calls, f"message {index}: tool_calls must be a list")
-    if not isinstance(calls, list):
-        raise RowError(f"message {index}: tool_calls must be a list")
-    return calls
 
 
 def _call(index: int, call: Any) -> dict[str, Any]:
@@ -94,6 +86,13 @@ def _call(index: int, call: Any) -> dict[str, Any]:
         raise RowError(f"message {index}: the arguments of {function['name']} must be an object or JSON text")
     call = {key: value for key, value in call.items() if value is not None}
     return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+
+
+def with_arguments(call: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    """A tool call, wrapped in OpenAI's way or not, with other arguments."""
+    if "function" in call:
+        return {**call, "function": {**call["function"], "arguments": arguments}}
+    return {**call, "arguments": arguments}
 
 
 def tools_of(row: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -41,6 +41,16 @@ class Examples(Sequence[Example]):
     left_out: dict[str, int] = field(default_factory=dict)
     known: frozenset[str] = frozenset()
 
+    @staticmethod
+    def of(stores: list[Store], source: list[int]) -> Examples:
+        """All examples of some stores."""
+        which = np.repeat(np.arange(len(stores), dtype=np.int32), [len(own) for own in stores])
+        return Examples(stores, which, np.concatenate([np.arange(len(own)) for own in stores]), np.array(source))
+
+    def only(self, kept: np.ndarray) -> Examples:
+        """kept: [N] bool."""
+        return replace(self, which=self.which[kept], where=self.where[kept])
+
     def __len__(self) -> int:
         return len(self.where)
 
@@ -66,6 +76,11 @@ class Examples(Sequence[Example]):
         return self.column("length")
 
     @property
+    def sources(self) -> np.ndarray:
+        """[N] the source of each example."""
+        return self.source[self.which]
+
+    @property
     def highest(self) -> int:
         """The largest token id."""
         return max((own.facts["highest"] for own in self.stores), default=0)
@@ -85,12 +100,10 @@ class Examples(Sequence[Example]):
         if self.weights:
             share = np.array(self.weights) / sum(self.weights)
             drawn = draw.choice(len(self.weights), len(self), p=share)
-            source = self.source[self.which[order]]
-            own = [order[source == number] for number in range(len(self.weights))]
-            order = np.empty(len(self), np.int64)
-            for number, rows in enumerate(own):
+            shuffled, source = order.copy(), self.sources[order]
+            for number in range(len(self.weights)):
                 places = np.flatnonzero(drawn == number)
-                order[places] = np.resize(rows, len(places))
+                order[places] = np.resize(shuffled[source == number], len(places))
         if self.order != "shuffled":
             keys = self.lengths if self.order == "length" else self.column("key")
             order = order[np.argsort(keys[order], kind="stable")]
@@ -130,21 +143,6 @@ class Examples(Sequence[Example]):
         return out
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some examples of one store, which is of the mixture's `source`-th source."""
-
-    made: Store
-    rows: np.ndarray
-    source: int
-
-    def column(self, name: str) -> np.ndarray:
-        return self.made.columns[name][self.rows]
-
-    def only(self, kept: np.ndarray) -> _Part:
-        return _Part(self.made, self.rows[kept], self.source)
-
-
 def read(
     section: DataSection,
     tokenizer: Any,
@@ -161,60 +159,35 @@ def read(
     mixture = section.mixture()
     if section.hub == "stream" and any(source.cap is None for source in mixture):
         raise UserError("data.hub=stream needs data.cap: how many rows to read", "Or set data.hub=download.")
-    found: dict[str, list[_Part]] = {}
-    whole_sources = set()
-    for number, source in enumerate(mixture):
-        own = section.model_copy(update={"columns": {**section.columns, **source.columns}})
-        for split, files in find(source.path, own, source.cap).items():
-            for one in files:
-                made = _stored(one, own, tokenizer, folder, progress)
-                found.setdefault(split, []).append(_Part(made, np.arange(len(made)), number))
-            if split == "valid":
-                whole_sources.add(number)
-    # Duplicates go, and caps apply, before rows are held out: no side keeps what the other one has.
-    found["train"], left_out = _thinned(found["train"], section, mixture, seed)
-    if not whole and len(whole_sources) < len(mixture):
-        thinned = bool(sum(left_out.values()))
-        found["train"], held = _held_out(found["train"], whole_sources, section, seed, thinned)
-        found["valid"] = [*found.get("valid", []), *held]
-    trained = frozenset(part.made.facts["file"] for part in found["train"])
-    weights = [source.weight or 1.0 for source in mixture] if any(source.weight for source in mixture) else []
-    return {
-        split: _joined(split, own, section, weights, left_out if split == "train" else {}, trained)
-        for split, own in found.items()
-    }
-
-
-def _held_out(
-    parts: list[_Part], whole_sources: set[int], section: DataSection, seed: int, thinned: bool
-) -> tuple[list[_Part], list[_Part]]:
-    """(training rows, held-out rows) of the sources without a valid file. One limit for all of them, so that equal rows
-    of two sources are on one side. thinned: rows were left out before.
-    """
-    own = [part for part in parts if part.source not in whole_sources]
-    hashes = [part.column("hash") if thinned else part.made.all_hashes for part in own]
-    limit = duplicates.threshold(np.concatenate(hashes), section.valid_fraction, seed)
-    if limit is None:
-        raise UserError(
-            f"{parts[0].made.facts['file']}: fewer than two different rows, too few to hold any out",
-            "Add rows, or a valid file beside the train file.",
-        )
-    train, valid = [], []
-    for part in parts:
-        held = duplicates.seeded(part.column("hash"), seed) <= limit
-        held &= part.source not in whole_sources
-        train.append(part.only(~held))
-        valid.append(part.only(held))
-    return train, valid
-
-
-def _stored(source: Source, section: DataSection, tokenizer: Any, folder: Path, progress: Progress) -> Store:
-    def rows() -> Iterator[Record | Bad]:
-        return with_template(source.read(), tokenizer, folder, section.template)
-
     if section.template:
         use(tokenizer, folder, section.template)
-    made = store.of(source.name, rows, source.digest(), Renderer(tokenizer, section), progress)
+    renderer = Renderer(tokenizer, section)
+    stores: dict[str, list[tuple[Store, int]]] = {}
+    for number, source in enumerate(mixture):
+        for split, files in find(source, section.hub == "stream").items():
+            stores.setdefault(split, []).extend((_stored(one, renderer, folder, progress), number) for one in files)
+    splits = {split: Examples.of([made for made, _ in own], [at for _, at in own]) for split, own in stores.items()}
+    # Duplicates go, and caps apply, before rows are held out: no side keeps what the other one has.
+    train, left_out = _thinned(splits["train"], section, mixture, seed)
+    undivided = set(range(len(mixture))) - {number for _, number in stores.get("valid", [])}
+    if undivided and not whole:
+        held = _held_out(train, sorted(undivided), section, seed, thinned=bool(sum(left_out.values())))
+        given = [splits["valid"]] if "valid" in splits else []
+        splits["valid"] = _joined([*given, train.only(held)])
+        train = train.only(~held)
+    weights = [source.weight or 1.0 for source in mixture] if any(source.weight for source in mixture) else []
+    splits["train"] = replace(train, order=section.order, left_out=left_out)
+    for split, found in splits.items():
+        told = [made.facts["file"] for made in train.stores] if split != "train" else []
+        splits[split] = _checked(split, replace(found, weights=weights, known=frozenset(told)), section)
+    return splits
+
+
+def _stored(source: Source, renderer: Renderer, folder: Path, progress: Progress) -> Store:
+    def rows() -> Iterator[Record | Bad]:
+        return with_template(source.read(), renderer.tokenizer, folder, renderer.section.template)
+
+    made = store.of(source.name, rows, source.digest(), renderer, progress)
     if not len(made):
         reasons = ", ".join(made.facts["counts"])
         first = next(iter(made.facts["dropped"].values()))[0]
@@ -226,54 +199,67 @@ def _stored(source: Source, section: DataSection, tokenizer: Any, folder: Path, 
 
 
 def _thinned(
-    parts: list[_Part], section: DataSection, mixture: list[SourceSection], seed: int
-) -> tuple[list[_Part], dict[str, int]]:
+    train: Examples, section: DataSection, mixture: list[SourceSection], seed: int
+) -> tuple[Examples, dict[str, int]]:
     """Training rows without duplicates and beyond the caps, and how many were left out for what."""
     left: dict[str, int] = {}
     if section.dedup != "none":
-        hashes = np.concatenate([part.column("hash") for part in parts])
         # The turns of an expanded row share its hash; they stay or go together.
-        turns = np.concatenate([part.column("part") for part in parts]).astype(np.uint64)
+        hashes, turns = train.column("hash"), train.column("part").astype(np.uint64)
         _, first, group = np.unique(duplicates.seeded(turns, 0) ^ hashes, return_index=True, return_inverse=True)
-        kept = first[group] == np.arange(len(hashes))
+        kept = first[group] == np.arange(len(train))
         if section.dedup == "near":
-            signatures = np.concatenate([np.asarray(part.made.signature[part.rows]) for part in parts])
-            leader = duplicates.near(signatures)
+            leader = duplicates.near(np.concatenate([own.signature for own in train.stores]))
             kept &= hashes[leader] == hashes
         left["duplicates" if section.dedup == "exact" else "equal or near duplicates"] = int((~kept).sum())
-        parts = _split(parts, kept)
+        train = train.only(kept)
     for number, source in enumerate(mixture):
-        own = [part.source == number for part in parts]
-        mine = np.concatenate([np.full(len(part.rows), is_own) for part, is_own in zip(parts, own, strict=True)])
+        mine = train.sources == number
         if source.cap is not None and source.cap < mine.sum():
-            hashes = np.concatenate([part.column("hash") + part.column("part").astype(np.uint64) for part in parts])
             places = np.flatnonzero(mine)
+            hashes = train.column("hash") + train.column("part").astype(np.uint64)
             chosen = places[np.argsort(duplicates.seeded(hashes[places], seed + 1), kind="stable")[: source.cap]]
             left[f"beyond the cap of {source.cap} of {Path(source.path).name}"] = len(places) - len(chosen)
             mine[chosen] = False
-            parts = _split(parts, ~mine)
-    return parts, left
+            train = train.only(~mine)
+    return train, left
 
 
-def _split(parts: list[_Part], kept: np.ndarray) -> list[_Part]:
-    """kept: [sum of all parts' rows] bool."""
-    ends = np.cumsum([len(part.rows) for part in parts])
-    return [part.only(own) for part, own in zip(parts, np.split(kept, ends[:-1]), strict=True)]
+def _held_out(train: Examples, sources: list[int], section: DataSection, seed: int, thinned: bool) -> np.ndarray:
+    """[N] whether a row of the sources, which have no valid file, is held out. One limit for all of them, so that equal
+    rows of two sources are on one side. thinned: rows were left out before.
+    """
+    own, hashes = np.isin(train.sources, sources), train.column("hash")
+    stores = [made for made, source in zip(train.stores, train.source, strict=True) if source in sources]
+    known = hashes[own] if thinned else np.concatenate([made.all_hashes for made in stores])
+    limit = duplicates.threshold(known, section.valid_fraction, seed)
+    if limit is None:
+        raise UserError(
+            f"{train.stores[0].facts['file']}: fewer than two different rows, too few to hold any out",
+            "Add rows, or a valid file beside the train file.",
+        )
+    return own & (duplicates.seeded(hashes, seed) <= limit)
 
 
-def _joined(
-    split: str,
-    parts: list[_Part],
-    section: DataSection,
-    weights: list[float],
-    left_out: dict[str, int],
-    trained: frozenset[str],
-) -> Examples:
-    """The examples of all sources; rows that the template damages are treated as data.on_damage says."""
-    for number, part in enumerate(parts):
-        facts = part.made.facts
-        damaged = part.column("flags") & DAMAGED > 0
-        count = int(damaged.sum()) + facts["lost"] * (split == "train")
+def _joined(parts: list[Examples]) -> Examples:
+    """Some examples, and then others."""
+    before = np.cumsum([0, *(len(part.stores) for part in parts)], dtype=np.int32)
+    return Examples(
+        [made for part in parts for made in part.stores],
+        np.concatenate([part.which + start for part, start in zip(parts, before, strict=False)]),
+        np.concatenate([part.where for part in parts]),
+        np.concatenate([part.source for part in parts]),
+    )
+
+
+def _checked(split: str, examples: Examples, section: DataSection) -> Examples:
+    """The examples of one split, those that the template damages treated as data.on_damage says. Raises UserError when
+    none is left, or none of a source that has a weight.
+    """
+    damaged, left_out = examples.column("flags") & DAMAGED > 0, dict(examples.left_out)
+    for number, made in enumerate(examples.stores):
+        facts, kept = made.facts, int(damaged[examples.which == number].sum())
+        count = kept + facts["lost"] * (split == "train")
         if count and section.on_damage == "error":
             listed = "; ".join(f"{where}: {text}" for where, text in facts["damaged"][:LISTED])
             more = f"; and {count - LISTED} more" if count > LISTED else ""
@@ -281,29 +267,20 @@ def _joined(
                 f"{facts['file']}: the chat template damages {count} of {facts['rows']} rows: {listed}{more}",
                 "Mend the rows, or set data.on_damage=drop or keep; `mlxtune data show` prints them.",
             )
-        if damaged.any() and section.on_damage == "drop":
-            parts[number] = part.only(~damaged)
+        if kept and section.on_damage == "drop":
             left_out["damaged by the chat template"] = left_out.get("damaged by the chat template", 0) + count
-    which = np.concatenate([np.full(len(part.rows), number, np.int32) for number, part in enumerate(parts)])
-    if not len(which):
-        reasons = {reason for part in parts for reason in (*part.made.facts["counts"], *left_out)}
+    if section.on_damage == "drop":
+        examples = replace(examples.only(~damaged), left_out=left_out)
+    if not len(examples):
+        reasons = {reason for made in examples.stores for reason in (*made.facts["counts"], *left_out)}
         raise UserError(
-            f"{parts[0].made.facts['file']}: no {split} row is left ({', '.join(sorted(reasons))})",
+            f"{examples.stores[0].facts['file']}: no {split} row is left ({', '.join(sorted(reasons))})",
             "Mend the rows, or raise data.valid_fraction." if split == "valid" else "Mend the rows.",
         )
-    empty = [part for part in parts if weights and not any(len(p.rows) for p in parts if p.source == part.source)]
-    if empty and split == "train":
+    gone = ~np.isin(examples.source, examples.sources)
+    if examples.weights and split == "train" and gone.any():
         raise UserError(
-            f"{empty[0].made.facts['file']}: no row is left to draw with its weight",
+            f"{examples.stores[int(gone.argmax())].facts['file']}: no row is left to draw with its weight",
             "Mend its rows, or take the source out of data.sources.",
         )
-    return Examples(
-        [part.made for part in parts],
-        which,
-        np.concatenate([part.rows for part in parts]),
-        np.array([part.source for part in parts]),
-        weights,
-        section.order if split == "train" else "shuffled",
-        left_out,
-        frozenset() if split == "train" else trained,
-    )
+    return examples

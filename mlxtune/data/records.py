@@ -8,25 +8,19 @@ does not fit its file's format becomes a `Bad` row with its line: nothing is ski
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxtune.data.files import Bad, place, raw_rows
-from mlxtune.data.messages import ROLES, WEIGHTS, RowError, checked, from_json, text_of, tools_of, with_system
+from mlxtune.data.files import Bad, Placed, place, raw_rows
+from mlxtune.data.messages import ROLES, WEIGHTS, RowError, checked, from_json, listed, text_of, tools_of
 from mlxtune.errors import UserError
 
 SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
 }
 USED = {  # columns that some format reads
     *("messages", "conversations", "instruction", "input", "output", "response", "instances", "prompt", "completion"),
@@ -36,47 +30,37 @@ LISTED = 12  # bad rows, and reasons, that an error message names
 
 
 @dataclass(frozen=True)
-class Record:
-    """One conversation or text. Exactly one of `messages` and `text` is set; `row` is its 1-based line (or index) in
-    `file`; `fields` holds the row's other values, by column.
+class Record(Placed):
+    """One conversation or text. Exactly one of `messages` and `text` is set; `fields` holds the row's other values, by
+    column.
     """
 
-    file: str
-    row: int
     format: str
     messages: list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     text: str | None = None
-    fields: Mapping[str, Any] | None = None
-
-    @property
-    def place(self) -> str:
-        return place(self.file, self.row)
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 Parsed = tuple[list[dict[str, Any]] | None, list[dict[str, Any]] | None, str | None]  # messages, tools, text
 
 
-def read(path: Path, columns: Mapping[str, str] | None = None, required: bool = True) -> Iterator[Record | Bad]:
-    """All rows of one file, one after the other; columns: the file's name of a column -> the name meant; required:
-    some row must have each of them.
+def read(path: Path, columns: Mapping[str, str] = {}) -> Iterator[Record | Bad]:
+    """All rows of one file, one after the other; columns: the file's name of a column -> the name meant; some row must
+    have each of them.
 
     Raises UserError when the file cannot be read, is empty, or has no known format.
     """
-    yield from parse(str(path), raw_rows(path), columns, required)
+    yield from parse(str(path), raw_rows(path), columns)
 
 
 def parse(
-    source: str,
-    rows: Iterable[tuple[int, dict[str, Any]] | Bad],
-    columns: Mapping[str, str] | None = None,
-    required: bool = True,
+    source: str, rows: Iterable[tuple[int, dict[str, Any]] | Bad], columns: Mapping[str, str] = {}
 ) -> Iterator[Record | Bad]:
     """Numbered raw rows -> records; `source` names them. Raises UserError as `read` does."""
     name = ""
-    empty = True
-    unseen = set(columns or {})
-    good = True
+    empty, good = True, True
+    unseen = set(columns)
     for item in rows:
         empty = False
         if isinstance(item, Bad):
@@ -84,32 +68,25 @@ def parse(
             continue
         number, raw = item
         unseen -= raw.keys()
-        meant = {given: name for given, name in (columns or {}).items() if given in raw}
-        hidden = [name for name in meant.values() if name in raw and name not in meant]
-        if hidden or len(set(meant.values())) < len(meant):
-            yield Bad(
-                source, number, f"data.columns gives {' and '.join(hidden or meant)} a name that is already taken"
-            )
+        names = [columns.get(key, key) for key in raw]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            yield Bad(source, number, f"data.columns gives {' and '.join(twice)} a name that is already taken")
             continue
-        row = {meant.get(key, key): value for key, value in raw.items()}
-        if not name:
-            name = _detect(source, number, row, columns)
-        to_parsed = FORMATS[name][1]
+        row = dict(zip(names, raw.values(), strict=True))
+        name = name or _detect(source, number, row, columns)
         try:
-            found = to_parsed(row)
-            for messages, tools, text in found:
-                _check_characters([messages, tools, text])
+            found = FORMATS[name][1](row)
+            _check_characters([part for parsed in found for part in parsed])
         except RowError as error:
             good = False
             yield Bad(source, number, f"{error} (format: {name})")
-            continue
         except RecursionError:
             yield Bad(source, number, "nested too deeply")
-            continue
-        fields = {key: value for key, value in row.items() if key not in USED}
-        for messages, tools, text in found:
-            yield Record(source, number, name, messages, tools, text, fields)
-    if unseen and name and good and required:
+        else:
+            others = {key: value for key, value in row.items() if key not in USED}
+            for messages, tools, text in found:
+                yield Record(source, number, name, messages, tools, text, others)
+    if unseen and name and good:
         raise UserError(f"{source}: no row has the column {', '.join(sorted(unseen))} that data.columns names")
     if empty:
         raise UserError(f"{source}: no rows", "Each line of a .jsonl file is one example.")
@@ -117,37 +94,36 @@ def parse(
 
 def require_good(bad: list[Bad], total: int) -> None:
     """Raise UserError naming the rows that cannot be read, when there are any; bad: of one file."""
-    if bad:
-        same: dict[str, list[Bad]] = {}
-        for row in bad:
-            same.setdefault(row.reason, []).append(row)
-        told = [f"{_rows(rows)}: {reason}" for reason, rows in same.items()]
-        listed = "; ".join(told[:LISTED])
+    same: dict[str, list[Bad]] = {}
+    for row in bad:
+        same.setdefault(row.reason, []).append(row)
+    told = []
+    for reason, rows in same.items():
+        others = "".join(f", {row.row}" for row in rows[1:LISTED])
+        more = f" and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
+        told.append(f"{rows[0].place}{others}{more}: {reason}")
+    if told:
         more = f"; and {len(told) - LISTED} other reasons" if len(told) > LISTED else ""
         count = f": {len(bad)} of {total} rows cannot be used:" if len(bad) > 1 else ""
         raise UserError(
-            f"{bad[0].file}{count} {listed}{more}", "Mend or remove them; `mlxtune data check` lists every one."
+            f"{bad[0].file}{count} {'; '.join(told[:LISTED])}{more}",
+            "Mend or remove them; `mlxtune data check` lists every one.",
         )
 
 
-def _rows(rows: list[Bad]) -> str:
-    others = "".join(f", {row.row}" for row in rows[1:LISTED])
-    return rows[0].place + others + (f" and {len(rows) - LISTED} more" if len(rows) > LISTED else "")
-
-
-def _detect(source: str, number: int, row: dict[str, Any], columns: Mapping[str, str] | None) -> str:
+def _detect(source: str, number: int, row: dict[str, Any], columns: Mapping[str, str]) -> str:
     """The file's format, from its first row's keys; every other row must then fit it."""
     for name, (keys, _) in FORMATS.items():
         if all(key in row for key in keys):
             return name
-    known = "; ".join(" + ".join(keys) for keys, _ in FORMATS.values())
-    names = list(map(str, row))
+    names = list(row)
     example = f"{{{names[0]}: prompt, {names[1]}: completion}}" if len(names) > 1 else "{NAME: text}"
-    unused = [name for name in columns or {} if columns and columns[name] not in row]
+    unused = ", ".join(name for name, meant in columns.items() if meant not in row)
     raise UserError(
         f"{source} {place(source, number)}: no known row format has the keys {', '.join(names) or '(none)'}"
-        + (f" (data.columns names {', '.join(unused)}, which the row does not have)" if unused else ""),
-        f"Known: {known}. Rename columns with --set 'data.columns={example}'.",
+        + (f" (data.columns names {unused}, which the row does not have)" if unused else ""),
+        f"Known: {'; '.join(' + '.join(keys) for keys, _ in FORMATS.values())}. "
+        f"Rename columns with --set 'data.columns={example}'.",
     )
 
 
@@ -169,89 +145,87 @@ def _check_characters(value: Any) -> None:
 
 
 def _messages(row: dict[str, Any]) -> list[Parsed]:
-    return [(with_system(row, checked(row.get("messages"), "messages")), tools_of(row), None)]
+    return _chat(row, checked(row.get("messages"), "messages"))
+
+
+def _chat(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[Parsed]:
+    """A conversation with the row's `system` column, as the first turn where it has none, and its tools."""
+    system = text_of(row, "system", optional=True)
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return [(messages, tools_of(row), None)]
 
 
 def _conversations(row: dict[str, Any]) -> list[Parsed]:
-    turns = from_json(row.get("conversations"), "conversations must be a list of turns")
-    if isinstance(turns, list) and turns and all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        return [(with_system(row, checked(turns, "conversations")), tools_of(row), None)]
-    if not isinstance(turns, list) or not turns:
-        raise RowError("conversations must be a non-empty list of turns")
+    turns = listed(row.get("conversations"), "conversations must be a non-empty list of turns")
+    if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+        turns = _from_sharegpt(turns)
+    return _chat(row, checked(turns, "conversations"))
+
+
+def _from_sharegpt(turns: list[Any]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     waiting: list[str] = []  # ids of calls without an observation so far
-    if row.get("system"):
-        messages.append({"role": "system", "content": text_of(row, "system")})
     for index, turn in enumerate(turns, 1):
         speaker = turn.get("from") if isinstance(turn, dict) else None
         if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
             raise RowError(f"turn {index} is from {speaker!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
         if not isinstance(turn.get("value"), str):
             raise RowError(f"turn {index} ({speaker}) must have text as its value")
-        messages.append(_turn(index, speaker, turn["value"], waiting))
-        messages[-1].update({name: turn[name] for name in WEIGHTS if name in turn})
-    return [(checked(messages, "conversations"), tools_of(row), None)]
+        message = {"role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
+        if speaker == "function_call":
+            message |= {"content": "", "tool_calls": _sharegpt_calls(index, turn["value"])}
+            waiting = [call["id"] for call in message["tool_calls"]]
+        elif message["role"] == "tool":
+            message["tool_call_id"] = waiting.pop(0) if waiting else f"call{index:05d}"
+        messages.append({**message, **{name: turn[name] for name in WEIGHTS if name in turn}})
+    return messages
 
 
-def _turn(index: int, speaker: str, value: str, waiting: list[str]) -> dict[str, Any]:
-    role = SHAREGPT_ROLES[speaker]
-    if speaker == "function_call":
-        call = from_json(value, f"turn {index}: a function_call must be a JSON object with name and arguments")
-        calls = call if isinstance(call, list) else [call]
-        if any(not isinstance(one, dict) or "name" not in one for one in calls):
-            raise RowError(f"turn {index}: a function_call must be a JSON object with name and arguments")
-        waiting[:] = [
-            f"call{index:03d}{number:02d}" for number in range(len(calls))
-        ]  # nine letters: Mistral wants them
-        numbered = [
-            {"id": name, "function": {"name": one["name"], "arguments": one.get("arguments", {})}}
-            for name, one in zip(waiting, calls, strict=True)
-        ]
-        return {"role": role, "content": "", "tool_calls": numbered}
-    if role == "tool":
-        return {"role": role, "content": value, "tool_call_id": waiting.pop(0) if waiting else f"call{index:05d}"}
-    return {"role": role, "content": value}
+def _sharegpt_calls(index: int, value: str) -> list[dict[str, Any]]:
+    wrong = f"turn {index}: a function_call must be a JSON object with name and arguments"
+    call = from_json(value, wrong)
+    calls = call if isinstance(call, list) else [call]
+    if any(not isinstance(one, dict) or "name" not in one for one in calls):
+        raise RowError(wrong)
+    return [  # an id has nine letters: Mistral wants them
+        {"id": f"call{index:03d}{at:02d}", "function": {"name": one["name"], "arguments": one.get("arguments", {})}}
+        for at, one in enumerate(calls)
+    ]
 
 
 def _alpaca(row: dict[str, Any]) -> list[Parsed]:
     answer = text_of(row, "response" if row.get("response") is not None else "output")
-    return [_instructed(row, text_of(row, "input", optional=True), answer)]
+    return _instructed(row, text_of(row, "input", optional=True), answer)
 
 
-def _instructed(row: dict[str, Any], extra: str, answer: str) -> Parsed:
+def _instructed(row: dict[str, Any], extra: str, answer: str) -> list[Parsed]:
     """As a chat: the instruction, then the input after a blank line, as Alpaca's own prompt orders them."""
     instruction = text_of(row, "instruction")
     question = {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
     if extra:
         question |= {"instruction": instruction, "input": extra}  # for templates that print them apart
-    exchange = _exchange(text_of(row, "system", optional=True), question, answer)
     earlier = row.get("history") or []
     if not isinstance(earlier, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in earlier):
         raise RowError("history must be a list of [question, answer] pairs")
     said = [{"role": role, "content": text} for pair in earlier for role, text in zip(ROLES[2:4], pair, strict=True)]
-    return checked([*exchange[:-2], *said, *exchange[-2:]], "history"), None, None
+    return _chat(row, checked([*said, question, {"role": "assistant", "content": answer}], "history"))
 
 
 def _self_instruct(row: dict[str, Any]) -> list[Parsed]:
-    instances = from_json(row.get("instances"), "instances must be a list")
-    if not isinstance(instances, list) or not instances or any(not isinstance(one, dict) for one in instances):
-        raise RowError("instances must be a non-empty list of objects with input and output")
-    return [_instructed(row, text_of(one, "input", optional=True), text_of(one, "output")) for one in instances]
+    what = "instances must be a non-empty list of objects with input and output"
+    instances = listed(row.get("instances"), what)
+    if any(not isinstance(one, dict) for one in instances):
+        raise RowError(what)
+    answers = [(text_of(one, "input", optional=True), text_of(one, "output")) for one in instances]
+    return [parsed for asked, answer in answers for parsed in _instructed(row, asked, answer)]
 
 
 def _prompt_completion(row: dict[str, Any]) -> list[Parsed]:
     if isinstance(row.get("prompt"), list):
-        asked, answered = row["prompt"], row.get("completion")
-        messages = with_system(row, checked(asked, "prompt") + checked(answered, "completion"))
-        return [(messages, tools_of(row), None)]
+        return _chat(row, checked(row["prompt"], "prompt") + checked(row.get("completion"), "completion"))
     question = {"role": "user", "content": text_of(row, "prompt")}
-    system = text_of(row, "system", optional=True)
-    return [(_exchange(system, question, text_of(row, "completion")), tools_of(row), None)]
-
-
-def _exchange(system: str, question: dict[str, Any], answer: str) -> list[dict[str, Any]]:
-    head = [{"role": "system", "content": system}] if system else []
-    return [*head, question, {"role": "assistant", "content": answer}]
+    return _chat(row, [question, {"role": "assistant", "content": text_of(row, "completion")}])
 
 
 def _plain(row: dict[str, Any]) -> list[Parsed]:

@@ -10,6 +10,7 @@ from typing import Any
 from mlxtune_convert.files import new_file
 
 from mlxtune.data import records
+from mlxtune.data.chat import parsed_arguments
 from mlxtune.data.files import Bad
 from mlxtune.data.messages import WEIGHTS, RowError
 from mlxtune.data.records import Record
@@ -23,7 +24,7 @@ def to_messages(record: Record) -> dict[str, Any]:
     """OpenAI messages; other columns stay beside them."""
     kept = ("instruction", "input")  # ours, of an Alpaca row
     messages = [{k: v for k, v in message.items() if k not in kept} for message in record.messages or []]
-    return {"messages": messages, **_tools(record)}
+    return {"messages": messages, **({"tools": record.tools} if record.tools else {})}
 
 
 def to_sharegpt(record: Record) -> dict[str, Any]:
@@ -33,16 +34,14 @@ def to_sharegpt(record: Record) -> dict[str, Any]:
         lost = set(message) - HELD
         if lost:
             raise RowError(f"ShareGPT has no place for {', '.join(sorted(lost))} of message {index}")
-        weights = {name: message[name] for name in WEIGHTS if name in message}
-        calls = message.get("tool_calls", [])
-        if message["content"] and calls:
+        speaker, value, calls = SPEAKERS[message["role"]], message["content"], message.get("tool_calls")
+        if value and calls:
             raise RowError(f"ShareGPT has no place for text beside the tool calls of message {index}")
-        if not calls:
-            turns.append({"from": SPEAKERS[message["role"]], "value": message["content"], **weights})
         if calls:
-            told = [{"name": call["function"]["name"], "arguments": _arguments(call)} for call in calls]
-            value = json.dumps(told[0] if len(told) == 1 else told, ensure_ascii=False)
-            turns.append({"from": "function_call", "value": value, **weights})
+            functions = [call["function"] for call in calls]
+            told = [{"name": one["name"], "arguments": parsed_arguments(one["arguments"])} for one in functions]
+            speaker, value = "function_call", json.dumps(told[0] if len(told) == 1 else told, ensure_ascii=False)
+        turns.append({"from": speaker, "value": value, **{name: message[name] for name in WEIGHTS if name in message}})
     tools = {"tools": json.dumps(record.tools, ensure_ascii=False)} if record.tools else {}
     return {"conversations": turns, **tools}
 
@@ -58,18 +57,6 @@ def to_alpaca(record: Record) -> dict[str, Any]:
         raise RowError(f"Alpaca has no place for {', '.join(sorted(set(answer) - {'role', 'content'}))} of the answer")
     asked = {"instruction": question.get("instruction", question["content"]), "input": question.get("input", "")}
     return {**({"system": system} if system else {}), **asked, "output": answer["content"]}
-
-
-def _tools(record: Record) -> dict[str, Any]:
-    return {"tools": record.tools} if record.tools else {}
-
-
-def _arguments(call: dict[str, Any]) -> Any:
-    arguments = call["function"].get("arguments", {})
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
 
 
 TARGETS: dict[str, Callable[[Record], dict[str, Any]]] = {
@@ -101,7 +88,7 @@ def rewrite(
             try:
                 if isinstance(row, Bad):
                     raise RowError(row.reason)
-                made = {**(row.fields or {}), **TARGETS[target](row)}
+                made = {**row.fields, **TARGETS[target](row)}
                 file.write(json.dumps(made, ensure_ascii=False, default=str) + "\n")
                 written += 1
             except RowError as error:

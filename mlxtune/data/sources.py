@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlxtune.data import duplicates, records, store
+from mlxtune.data import duplicates, records
 from mlxtune.data.files import SUFFIXES, Bad, kind_of
 from mlxtune.data.records import Record
 from mlxtune.data.template import use
 from mlxtune.errors import UserError
-from mlxtune.sections import DataSection
+from mlxtune.sections import DataSection, SourceSection
 
-SPLITS = ("train", "valid", "test")
-LISTED = 8  # damaged rows that an error message names
-Progress = Callable[[str, int], None]
+SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}  # as named by others -> by us
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file's rows, or one split of a hub dataset. digest: of its bytes; "" where they are not at hand."""
+    """One file's rows, or one split of a hub dataset. digest: of its bytes and the names of its columns; "" where they
+    are not at hand.
+    """
 
     name: str
     read: Callable[[], Iterator[Record | Bad]]
-    digest: Callable[[], str] = lambda: ""
+    digest: Callable[[], str]
 
 
 def glance(section: DataSection, whole: bool = False) -> None:
@@ -37,13 +37,12 @@ def glance(section: DataSection, whole: bool = False) -> None:
     if not section.path and not section.sources:
         raise UserError("no data given", "Name a folder or file: --data PATH (or data.path in the configuration).")
     for source in section.mixture():
-        own = section.model_copy(update={"columns": {**section.columns, **source.columns}})
-        for found in chain.from_iterable(find(source.path, own, source.cap).values()):
-            rows = found.read()
-            first = next(rows, None)
+        for found in chain.from_iterable(find(source, section.hub == "stream").values()):
             if whole:
-                good_or_bad = [isinstance(row, Bad) and row for row in chain([first], rows)]
-                records.require_good([row for row in good_or_bad if row], len(good_or_bad))
+                bad = [row if isinstance(row, Bad) else None for row in found.read()]
+                records.require_good([row for row in bad if row], len(bad))
+            else:
+                next(found.read(), None)
 
 
 def with_template(rows: Iterator[Record | Bad], tokenizer: Any, folder: Path, template: str) -> Iterator[Record | Bad]:
@@ -56,32 +55,36 @@ def with_template(rows: Iterator[Record | Bad], tokenizer: Any, folder: Path, te
         yield row
 
 
-def find(path: str, section: DataSection, cap: int | None = None) -> dict[str, list[Source]]:
-    """The files of each split of a folder with train, valid and test files, one file ("train"), or a hub dataset."""
-    here = Path(path).expanduser()
+def find(source: SourceSection, stream: bool = False) -> dict[str, list[Source]]:
+    """The files of each split of a folder with train, valid and test files, one file ("train"), or a hub dataset.
+
+    stream: read a hub dataset row by row, up to the source's cap.
+    """
+    path, here = source.path, Path(source.path).expanduser()
     if here.is_dir():
-        found = {split: _split_files(here, split) for split in SPLITS}
+        found = {split: _split_files(here, split) for split in dict.fromkeys(SPLITS.values())}
         if not found["train"]:
             raise UserError(f"{here} has no train file", f"Expected train{'|'.join(SUFFIXES)}.")
-        return {split: _of_files(files, section) for split, files in found.items() if files}
+        return {split: [_of_file(file, source) for file in files] for split, files in found.items() if files}
     if here.is_file() or kind_of(here) or path.count("/") != 1 or path[0] in "./~":
         if not here.is_file():
             raise UserError(f"no data file or folder {path}")
-        return {"train": _of_files([here], section)}
-    return _from_hub(path, section, cap)
+        return {"train": [_of_file(here, source)]}
+    return _from_hub(source, stream)
 
 
-def _of_files(files: list[Path], section: DataSection) -> list[Source]:
-    return [
-        Source(str(file), partial(records.read, file, section.columns), partial(store.file_digest, file))
-        for file in files
-    ]
+def _of_file(file: Path, source: SourceSection) -> Source:
+    def digest() -> str:
+        with file.open("rb") as opened:
+            return f"{hashlib.file_digest(opened, 'blake2b').hexdigest()}{source.columns}"
+
+    return Source(str(file), lambda: records.read(file, source.columns), digest)
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
     """train.jsonl, or the shards of one split: train-00000-of-00002.parquet and its like."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path))
-    names = [split, "validation"] if split == "valid" else [split]
+    names = [name for name, ours in SPLITS.items() if ours == split]
     whole = [path for path in files if path.name.partition(".")[0] in names]
     shards = [path for path in files if path.name.startswith(tuple(f"{name}-" for name in names))]
     if len(whole) > 1 or (whole and shards):
@@ -89,61 +92,54 @@ def _split_files(folder: Path, split: str) -> list[Path]:
     return whole or shards
 
 
-def _from_hub(name: str, section: DataSection, cap: int | None) -> dict[str, list[Source]]:
+def _from_hub(source: SourceSection, stream: bool) -> dict[str, list[Source]]:
     """A dataset of the hub, through `datasets`, its rows parsed like any other; NAME:SUBSET where it has several."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     datasets.disable_progress_bars()
-    repo, _, subset = name.partition(":")
+    repo, _, subset = source.path.partition(":")
+    missing = (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ConnectionError, HfHubHTTPError, ValueError)
     try:
-        loaded = datasets.load_dataset(repo, subset or None, streaming=section.hub == "stream")
-    except (
-        datasets.exceptions.DatasetNotFoundError,
-        FileNotFoundError,
-        ConnectionError,
-        HfHubHTTPError,
-        ValueError,
-    ) as error:
+        loaded = datasets.load_dataset(repo, subset or None, streaming=stream)
+    except missing as error:
         raise UserError(
-            f"{name} is neither a local path nor a hub dataset that can be loaded ({str(error).splitlines()[0]})",
+            f"{source.path} is neither a local path nor a hub dataset that can be loaded "
+            f"({str(error).splitlines()[0]})",
             "Check the name and the network; gated data needs `hf auth login`.",
         ) from error
-    named = {"validation": "valid"}
-    out = {
-        named.get(split, split): [_of_hub(f"{name}:{split}", rows, section, cap)]
-        for split, rows in loaded.items()
-        if named.get(split, split) in SPLITS
-    }
+
+    def split_of(split: str, rows: Any) -> Source:
+        name = f"{source.path}:{split}"
+
+        def read() -> Iterator[Record | Bad]:
+            chosen = islice(rows, source.cap) if stream else rows
+            return records.parse(name, enumerate(chosen, 1), source.columns)
+
+        return Source(name, read, lambda: "" if stream else f"{name}{rows._fingerprint}{source.columns}")
+
+    out = {SPLITS[split]: [split_of(split, rows)] for split, rows in loaded.items() if split in SPLITS}
     if "train" not in out:
-        raise UserError(f"{name} has no train split", f"It has: {', '.join(loaded)}.")
+        raise UserError(f"{source.path} has no train split", f"It has: {', '.join(loaded)}.")
     return out
 
 
-def _of_hub(name: str, rows: Any, section: DataSection, cap: int | None) -> Source:
-    def read_rows() -> Iterator[Record | Bad]:
-        chosen = islice(rows, cap) if section.hub == "stream" else rows
-        return records.parse(name, enumerate(chosen, 1), section.columns)
-
-    return Source(name, read_rows, lambda: "" if section.hub == "stream" else f"{name}{rows._fingerprint}")
-
-
-def rows_of(path: str, section: DataSection, seed: int, split: str | None, default: str) -> Iterator[Record | Bad]:
+def rows_of(section: DataSection, seed: int, split: str | None) -> Iterator[Record | Bad]:
     """The rows of one split, as they stand in the files. Where none is named, a single file counts whole and a folder's
-    `default` is taken. Raises UserError naming the splits there are.
+    train is taken. Raises UserError naming the splits there are.
     """
-    found = find(path, section)
+    (source,) = section.mixture()
+    found = find(source, section.hub == "stream")
 
     def rows(name: str) -> Iterator[Record | Bad]:
-        return chain.from_iterable(source.read() for source in found[name])
+        return chain.from_iterable(one.read() for one in found[name])
 
-    wanted = split or default
-    if (split is None and Path(path).expanduser().is_file()) or (wanted == "train" and "valid" in found):
-        return rows("train")
-    if wanted in found and wanted != "train":
+    wanted = split or "train"
+    whole = split is None and Path(source.path).expanduser().is_file()
+    if wanted in found and (whole or wanted != "train" or "valid" in found):
         return rows(wanted)
     if wanted == "test":
-        raise UserError(f"{path} has no test split", f"It has: {', '.join(dict.fromkeys([*found, 'valid']))}.")
+        raise UserError(f"{source.path} has no test split", f"It has: {', '.join(dict.fromkeys([*found, 'valid']))}.")
     # Held out by the hash of each row, as for training.
     hashes = [duplicates.content_hash(row) for row in rows("train") if isinstance(row, Record)]
     limit = duplicates.threshold(np.array(hashes, np.uint64), section.valid_fraction, seed)

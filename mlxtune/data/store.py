@@ -1,6 +1,6 @@
 """Tokenized rows on disk, memory-mapped: a million of them do not live in Python lists.
 
-A store is a folder with one array per property of the examples of one data file, made once for each choice of data,
+A store is a folder with a few flat files that hold the examples of one data file, made once for each choice of data,
 tokenizer, template and options (and day, where the template prints the date), and kept in a cache folder.
 """
 
@@ -16,6 +16,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from itertools import islice
@@ -33,41 +34,51 @@ from mlxtune.data.records import Record, require_good
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection
 
-VERSION = 1  # of the examples made from the same data: raised when rendering changes
+VERSION = 2  # of the files made from the same data: raised when rendering or their layout changes
 KEPT_SECONDS = 30 * 24 * 3600  # how long a store that is not used stays in the cache folder
 LISTED = 10_000  # dropped and damaged rows that are remembered one by one
 CHUNK = 512
 SHORTENED, DAMAGED, CHAT = 1, 2, 4  # flags of an example
-OPTIONS = ("max_tokens", "train_on", "expand_turns", "template", "template_kwargs")
-COLUMNS = {
-    "row": np.int64,
-    "part": np.int32,
-    "flags": np.uint8,
-    "hash": np.uint64,
-    "length": np.int64,
-    "targets": np.int64,
-    "key": np.float64,
+OPTIONS = ("max_tokens", "train_on", "expand_turns", "template", "template_kwargs", "order")
+# What is known of each example. targets: supervised tokens; key: the value of the column to go up by.
+COLUMNS = np.dtype(
+    [
+        ("row", np.int64),
+        ("part", np.int32),
+        ("flags", np.uint8),
+        ("hash", np.uint64),
+        ("length", np.int64),
+        ("targets", np.int64),
+        ("key", np.float64),
+    ]
+)
+FILES: dict[str, tuple[Any, tuple[int, ...]]] = {  # of a store: the type and the shape of what each one holds
+    "ids": (np.int32, (-1,)),
+    "mask": (np.uint8, (-1,)),
+    "columns": (COLUMNS, (-1,)),
+    "signature": (np.uint32, (-1, duplicates.HASHES)),
+    "all_hashes": (np.uint64, (-1,)),
 }
 
 
 @dataclass(frozen=True)
 class Store:
-    """The examples of one file. ids and mask: flat, all examples one after the other; starts: [N + 1] where each
-    begins; columns: [N] each (targets: supervised tokens; key: the value of the column to go up by); signature:
-    [N, HASHES] or empty; all_hashes: of every row that could be read; facts: what else is to know (file, rows,
-    dropped, damaged, lost: damaged so that nothing is left, digest, highest token).
+    """The examples of one file. ids and mask: flat, all examples one after the other; columns: [N] of COLUMNS;
+    signature: [N, HASHES] or empty; all_hashes: of every row that could be read; starts: [N + 1] where each example
+    begins; facts: what else is to know (file, rows, dropped, damaged, lost: damaged so that nothing is left, digest,
+    highest token).
     """
 
     ids: np.ndarray
     mask: np.ndarray
-    starts: np.ndarray
-    columns: dict[str, np.ndarray]
+    columns: np.ndarray
     signature: np.ndarray
     all_hashes: np.ndarray
+    starts: np.ndarray
     facts: dict[str, Any]
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.columns)
 
     def example(self, index: int) -> Example:
         part = slice(self.starts[index], self.starts[index + 1])
@@ -79,15 +90,14 @@ def of(
     records: Callable[[], Iterator[Record | Bad]],
     content: str,
     renderer: Renderer,
-    progress: Callable[[str, int], None] = lambda source, rows: None,
+    progress: Callable[[str, int], None],
 ) -> Store:
     """The store of one file, from the cache when it is there.
 
     content: a digest of the file's bytes, or "" when it has none and nothing may be kept. Raises UserError listing the
     rows that cannot be read.
     """
-    section = renderer.section
-    root = cache_folder(section)
+    root = cache_folder(renderer.section)
     if root is None or not content or not _writable(root):
         folder = Path(tempfile.mkdtemp(prefix="mlxtune-"))
         try:
@@ -126,16 +136,10 @@ def cache_folder(section: DataSection) -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxtune" / "rows"
 
 
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()
-
-
 def _key(content: str, renderer: Renderer) -> str:
     tokenizer, section = renderer.tokenizer, renderer.section
     known = [VERSION, content, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, str(tokenizer.chat_template)]
-    known += [getattr(section, name) for name in OPTIONS]
-    known += [section.columns, section.dedup == "near", section.order]
+    known += [*(getattr(section, name) for name in OPTIONS), section.dedup == "near"]
     if tokenizer.chat_template is not None and renderer.template.prints_date:
         known.append(section.date or date.today().isoformat())
     return hashlib.blake2b(json.dumps(known, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
@@ -153,78 +157,64 @@ def _build(
     folder: Path, source: str, records: Iterator[Record | Bad], renderer: Renderer, progress: Callable[[str, int], None]
 ) -> None:
     """Write a store's files."""
-    section = renderer.section
-    tables: dict[str, list[np.ndarray]] = {name: [] for name in (*COLUMNS, "signature")}
-    dropped: Counter[str] = Counter()
     facts: dict[str, Any] = {"file": source, "rows": 0, "dropped": {}, "damaged": [], "lost": 0, "highest": 0}
+    dropped: Counter[str] = Counter()
     bad: list[Bad] = []
-    hashes: list[np.ndarray] = []
     digest = hashlib.blake2b(digest_size=16)
-    with (folder / "ids.bin").open("wb") as ids, (folder / "mask.bin").open("wb") as mask:
+    with ExitStack() as opened:
+        files = {name: opened.enter_context((folder / f"{name}.bin").open("wb")) for name in FILES}
         while chunk := list(islice(records, CHUNK)):
             good = [record for record in chunk if isinstance(record, Record)]
             bad += [record for record in chunk if isinstance(record, Bad)]
             facts["rows"] += len(chunk)
-            hashes.append(np.array([duplicates.content_hash(record) for record in good], np.uint64))
+            files["all_hashes"].write(
+                np.array([duplicates.content_hash(record) for record in good], np.uint64).tobytes()
+            )
             rows = renderer.rows(good)
             for row in rows:
                 if row.dropped:
                     dropped[row.dropped] += 1
-                    if sum(dropped.values()) <= LISTED:
+                    if dropped.total() <= LISTED:
                         facts["dropped"].setdefault(row.dropped, []).append(row.record.row)
                     facts["lost"] += bool(row.damage)
                 if row.damage and len(facts["damaged"]) < LISTED:
                     facts["damaged"].append([row.place, "; ".join(damage.text for damage in row.damage)])
-            kept = [row for row in rows if row.example is not None]
-            if kept:
-                flat, flags = (
-                    np.concatenate([np.asarray(values, kind) for values in lists])
-                    for lists, kind in (
-                        ([row.example.ids for row in kept if row.example], np.int32),
-                        ([row.example.mask for row in kept if row.example], np.uint8),
-                    )
-                )
-                ids.write(flat.tobytes())
-                mask.write(flags.tobytes())
-                digest.update(flat.tobytes() + flags.tobytes())
-                facts["highest"] = max(facts["highest"], int(flat.max()))
-                for name, values in _values(kept, section).items():
-                    tables[name].append(values)
+            made = _values([row for row in rows if not row.dropped], renderer.section)
+            for name, values in made.items():
+                files[name].write(values.tobytes())
+            digest.update(made["ids"].tobytes() + made["mask"].tobytes())
+            facts["highest"] = max(facts["highest"], int(made["ids"].max(initial=0)))
             progress(source, facts["rows"])
     require_good(bad, facts["rows"])
-    for name, parts in tables.items():
-        empty = np.zeros((0, duplicates.HASHES), np.uint32) if name == "signature" else np.zeros(0, COLUMNS[name])
-        np.save(folder / f"{name}.npy", np.concatenate(parts) if parts else empty)
-    np.save(folder / "hashes.npy", np.concatenate(hashes) if hashes else np.zeros(0, np.uint64))
-    facts["counts"] = dict(dropped)
-    write_json(folder / "facts.json", {**facts, "digest": digest.hexdigest()})
+    write_json(folder / "facts.json", {**facts, "counts": dict(dropped), "digest": digest.hexdigest()})
 
 
 def _values(rows: list[Row], section: DataSection) -> dict[str, np.ndarray]:
-    """The columns of some examples."""
-    records = [row.record for row in rows if isinstance(row.record, Record)]
-    column = section.order not in ("shuffled", "length")
-    found: dict[str, Any] = {
-        "row": [record.row for record in records],
-        "part": [row.part for row in rows],
-        "flags": [
-            SHORTENED * row.shortened + DAMAGED * bool(row.damage) + CHAT * (record.text is None)
-            for row, record in zip(rows, records, strict=True)
-        ],
-        "hash": [duplicates.content_hash(record) for record in records],
-        "length": [len(row.example.ids) for row in rows if row.example],
-        "targets": [int(row.example.mask[1:].sum()) for row in rows if row.example],
-        "key": [_number(record, section.order) if column else 0.0 for record in records],
+    """What is kept of some examples, by file."""
+    ids, mask, columns, signatures = [], [], [], []
+    for row in rows:
+        record, example = row.record, row.example
+        assert isinstance(record, Record) and example is not None
+        ids.append(np.asarray(example.ids, np.int32))
+        mask.append(example.mask)
+        flags = SHORTENED * row.shortened + DAMAGED * bool(row.damage) + CHAT * (record.text is None)
+        key = 0.0 if section.order in ("shuffled", "length") else _number(record, section.order)
+        targets = int(example.mask[1:].sum())
+        known = (record.row, row.part, flags, duplicates.content_hash(record), len(example.ids), targets, key)
+        columns.append(known)
+        if section.dedup == "near":
+            signatures.append(duplicates.signature(duplicates.words_of(record)))
+    return {
+        "ids": np.concatenate([np.zeros(0, np.int32), *ids]),
+        "mask": np.concatenate([np.zeros(0, np.uint8), *mask]),
+        "columns": np.array(columns, COLUMNS),
+        "signature": np.array(signatures, np.uint32),
     }
-    out = {name: np.array(found[name], kind) for name, kind in COLUMNS.items()}
-    if section.dedup == "near":
-        out["signature"] = np.stack([duplicates.signature(duplicates.words_of(record)) for record in records])
-    return out
 
 
 def _number(record: Record, column: str) -> float:
     try:
-        value = float((record.fields or {})[column])
+        value = float(record.fields[column])
         if not math.isfinite(value):
             raise ValueError
         return value
@@ -236,12 +226,10 @@ def _number(record: Record, column: str) -> float:
 
 
 def _open(folder: Path) -> Store:
-    columns = {name: np.load(folder / f"{name}.npy") for name in COLUMNS}
-    starts = np.concatenate([[0], np.cumsum(columns["length"])])
-    flat = {
-        name: np.memmap(folder / f"{name}.bin", kind, "r") if starts[-1] else np.zeros(0, kind)
-        for name, kind in (("ids", np.int32), ("mask", np.uint8))
-    }
-    signature = np.load(folder / "signature.npy", mmap_mode="r")
-    facts = read_json(folder / "facts.json", "tokenized rows")
-    return Store(flat["ids"], flat["mask"], starts, columns, signature, np.load(folder / "hashes.npy"), facts)
+    found: dict[str, np.ndarray] = {}
+    for name, (kind, shape) in FILES.items():
+        file = folder / f"{name}.bin"
+        flat = np.memmap(file, kind, "r") if file.stat().st_size else np.zeros(0, kind)
+        found[name] = flat.reshape(shape)
+    starts = np.concatenate([[0], np.cumsum(found["columns"]["length"])])
+    return Store(**found, starts=starts, facts=read_json(folder / "facts.json", "tokenized rows"))

@@ -113,11 +113,6 @@ class Template:
         asked = self.attempt(ask, prompt=True)
         return asked[common_prefix(asked, self.attempt(ask)) :]
 
-    @property
-    def asks(self) -> bool:
-        """Whether the template can end with what asks the model for its turn."""
-        return bool(self.request)
-
     @cached_property
     def encodes_text_arguments(self) -> bool | None:
         """Whether tool-call arguments given as JSON text are printed encoded once more. None: they are refused."""

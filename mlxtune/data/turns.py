@@ -77,180 +77,191 @@ def locate(template: Template, messages: Messages, tools: Any = None) -> Turns:
     """Render a conversation and find its turns. Raises TemplateError when the template refuses it, or when a turn's
     place is not certain.
     """
-    out = Turns(template.text(messages, tools))
-    marks = marks_for(out.text, messages)
-    marked_messages = [replaced(message, marks[index]) for index, message in enumerate(messages)]
-    marked = template.attempt(marked_messages, tools)
-    pieces = _pieces(marked, marks)
-    out.damage = list(_lost(messages, pieces, template, tools, out.text)) if marked else []
-    places = _walk(template, messages, tools, out.text, pieces, marks) if marked else None
-    assistants = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if places is None:
-        apart = [(index, *_apart(template, messages, tools, out.text, index)) for index in assistants]
-        out.spans = sorted(apart, key=lambda span: span[1:])
+    return _Conversation(template, messages, tools).turns()
+
+
+class _Conversation:
+    """A conversation, its text, and the same messages with marks in place of their texts."""
+
+    def __init__(self, template: Template, messages: Messages, tools: Any) -> None:
+        self.template, self.messages, self.tools = template, messages, tools
+        self.text = template.text(messages, tools)
+        self.marks = marks_for(self.text, messages)
+        self.marked = [replaced(message, own) for message, own in zip(messages, self.marks, strict=True)]
+
+    def render(self, messages: Messages, prompt: bool = False) -> str:
+        return self.template.attempt(messages, self.tools, prompt)
+
+    def turns(self) -> Turns:
+        out = Turns(self.text)
+        marked = self.render(self.marked)
+        pieces = self.pieces(marked)
+        out.damage = list(self.lost(pieces)) if marked else []
+        places = self.walk(pieces)
+        assistants = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+        if not places:
+            out.spans = sorted(((index, *self.apart(index)) for index in assistants), key=lambda span: span[1:])
+            return out
+        seen: set[int] = set()
+        ends = [0, *(end for _, end in places)]
+        starts = [*(start for start, _ in places[1:]), len(self.text)]
+        for before, (start, end), after, piece in zip(ends, places, starts, pieces, strict=False):
+            if piece.index in assistants:
+                out.damage += _changed(self.messages[piece.index], piece, self.text[start:end])
+                if piece.index not in seen:
+                    start -= self.own_opening(piece.index, self.text[before:start])
+                end += self.own_closing(piece, self.text[end:after])
+                out.spans.append((piece.index, start, end))
+                seen.add(piece.index)
         return out
-    seen: set[int] = set()
-    for (before, (start, end), after), piece in zip(_neighbours(places, len(out.text)), pieces, strict=True):
-        if piece.index in assistants:
-            out.damage += _changed(messages[piece.index], piece, out.text[start:end])
-            if piece.index not in seen:
-                start -= _own_opening(template, messages, marked_messages, tools, piece.index, out.text[before:start])
-            end += _own_closing(template, marked_messages, tools, piece, out.text[end:after])
-            out.spans.append((piece.index, start, end))
-            seen.add(piece.index)
-    return out
 
+    def pieces(self, marked: str) -> list[_Piece]:
+        """The messages in the order in which the template prints them."""
+        owner = {mark: (index, kind) for index, own in enumerate(self.marks) for kind, mark in enumerate(own)}
+        parts = MARKS.split(marked)
+        found = [owner[mark] for mark in MARKS.findall(marked)]
+        out: list[_Piece] = []
+        place = 0
+        for index, group in groupby(found, key=lambda item: item[0]):
+            kinds = [kind for _, kind in group]
+            out.append(_Piece(index, set(kinds), parts[place]))
+            place += len(kinds)
+        for piece, follower in pairwise(out):
+            piece.after, piece.loose = follower.before, follower.slack
+        if out:
+            out[-1].after = parts[-1]
+        return out
 
-def _neighbours(places: list[tuple[int, int]], length: int) -> Iterator[tuple[int, tuple[int, int], int]]:
-    """(end of the place before, place, start of the place after)."""
-    ends = [0, *(end for _, end in places)]
-    starts = [*(start for start, _ in places[1:]), length]
-    return zip(ends, places, starts, strict=False)
+    def walk(self, pieces: list[_Piece]) -> list[tuple[int, int]]:
+        """[start, end) of each piece, by walking text and marked render side by side; none when they part."""
+        places: list[tuple[int, int]] = []
+        at = 0
+        for piece, follower in zip(pieces, [*pieces[1:], None], strict=False):
+            shared = common_prefix(self.text[at : at + len(piece.before)], piece.before)
+            if shared < len(piece.before) - piece.slack:
+                return []
+            at += shared
+            end = self.end(piece, at)
+            piece.after = piece.after[piece.quoted :]
+            if follower is not None:
+                follower.before = piece.after
+            if end is None or not piece.followed(self.text, end):
+                return []
+            places.append((at, end))
+            at = end
+        return places if places and at + len(pieces[-1].after) == len(self.text) else []
 
-
-def _pieces(marked: str, marks: list[str]) -> list[_Piece]:
-    """The messages in the order in which the template prints them."""
-    owner = {mark: (index, kind) for index, own in enumerate(marks) for kind, mark in enumerate(own)}
-    parts = MARKS.split(marked)
-    found = [owner[mark] for mark in MARKS.findall(marked)]
-    out: list[_Piece] = []
-    place = 0
-    for index, group in groupby(found, key=lambda item: item[0]):
-        kinds = [kind for _, kind in group]
-        out.append(_Piece(index, set(kinds), parts[place]))
-        place += len(kinds)
-    for piece, follower in pairwise(out):
-        piece.after, piece.loose = follower.before, follower.slack
-    if out:
-        out[-1].after = parts[-1]
-    return out
-
-
-def _walk(
-    template: Template, messages: Messages, tools: Any, text: str, pieces: list[_Piece], marks: list[str]
-) -> list[tuple[int, int]] | None:
-    """[start, end) of each piece, by walking text and marked render side by side; None when they part."""
-    places: list[tuple[int, int]] = []
-    at = 0
-    if not pieces:
-        return None
-    for piece, follower in zip(pieces, [*pieces[1:], None], strict=True):
-        shared = common_prefix(text[at : at + len(piece.before)], piece.before)
-        if shared < len(piece.before) - piece.slack:
+    def end(self, piece: _Piece, at: int) -> int | None:
+        """Where a piece that begins at `at` ends."""
+        message, marks = self.messages[piece.index], self.marks[piece.index]
+        if piece.kinds == {CONTENT}:
+            content = message.get("content") or ""
+            for shown in (content, content.strip(), content.lstrip(), content.rstrip()):
+                if self.text.startswith(shown, at) and piece.followed(self.text, at + len(shown)):
+                    return at + len(shown)
+        # Printed in another form: when this piece alone is replaced, what follows it stays as it is.
+        kinds = {min(kind, CALLS) for kind in piece.kinds}
+        alone = replaced(message, marks, kinds)
+        marked = self.render([*self.messages[: piece.index], alone, *self.messages[piece.index + 1 :]])
+        last = max(marked.rfind(mark) for mark in marks)
+        after = marked[last + 1 :]
+        shared = common_suffix(self.text[at:], after)
+        if last < 0 or shared < len(after) - piece.slack:
             return None
-        at += shared
-        end = _end(template, messages, tools, text, piece, marks[piece.index], at)
-        piece.after = piece.after[piece.quoted :]
-        if follower is not None:
-            follower.before = piece.after
-        if end is None or not piece.followed(text, end):
-            return None
-        places.append((at, end))
-        at = end
-    return places if at + len(pieces[-1].after) == len(text) else None
+        piece.quoted = len(after) - shared
+        return len(self.text) - shared
 
+    def apart(self, index: int) -> tuple[int, int]:
+        """A turn's span when the walk fails, by comparison with the same conversation whose turn is but a mark: the
+        whole one, or the one up to that turn where what comes later leaves it as it is.
+        """
+        template, before_turn, after_turn = self.template, self.messages[:index], self.messages[index + 1 :]
+        mark = self.marks[0][CONTENT]
+        plain = {"role": "assistant", "content": mark}
+        asked = self.render(before_turn, prompt=True) if template.request else ""
+        earlier = self.render(before_turn)
+        follower = str(after_turn[0].get("content") or "").strip() if after_turn else ""
+        for later in (after_turn, []):
+            shown = self.text if later else template.text(self.messages[: index + 1], self.tools)
+            before, found, after = self.render([*before_turn, plain, *later]).partition(mark)
+            known = common_prefix(shown, earlier)
+            start = header = common_prefix(shown, before)
+            if asked and shown.startswith(asked):
+                start = len(asked)
+            elif template.request and (place := shown.find(template.request, known, header)) >= 0:
+                start = place + len(template.request)
+            end = len(shown) - common_suffix(shown[start:], after)
+            kept = not later or follower in shown[end:]
+            if found and start >= known and kept and self.text.startswith(shown[:end]):
+                # What the template prints between the mark and the content of the next message.
+                next_marked = [
+                    replaced(message, own) for message, own in zip(later, marks_for(mark, later), strict=True)
+                ]
+                closing = MARKS.split(self.render([*before_turn, plain, *next_marked]).partition(mark)[2])[0]
+                if not shown.startswith(closing, end):
+                    closing = ""
+                return start, end + _to_stop(template, closing, closing if not later else "")
+        raise TemplateError(f"the chat template prints message {index + 1} so that its place is not certain")
 
-def _end(
-    template: Template, messages: Messages, tools: Any, text: str, piece: _Piece, marks: str, at: int
-) -> int | None:
-    """Where a piece that begins at `at` ends."""
-    message = messages[piece.index]
-    if piece.kinds == {CONTENT}:
-        content = message.get("content") or ""
-        for shown in (content, content.strip(), content.lstrip(), content.rstrip()):
-            if text.startswith(shown, at) and piece.followed(text, at + len(shown)):
-                return at + len(shown)
-    # Printed in another form: when this piece alone is replaced, what follows it stays as it is.
-    kinds = {min(kind, CALLS) for kind in piece.kinds}
-    alone = [*messages[: piece.index], replaced(message, marks, kinds), *messages[piece.index + 1 :]]
-    marked = template.attempt(alone, tools)
-    last = max(marked.rfind(mark) for mark in marks)
-    after = marked[last + 1 :]
-    shared = common_suffix(text[at:], after)
-    if last < 0 or shared < len(after) - piece.slack:
-        return None
-    piece.quoted = len(after) - shared
-    return len(text) - shared
+    def own_opening(self, index: int, opening: str) -> int:
+        """How many characters before a turn's content the model must produce itself.
 
+        opening: the template text between the message before and the content. What the template prints when it asks
+        for this turn is prompt.
+        """
+        key = (self.messages[index - 1]["role"] if index else "", opening)
+        if key not in self.template.starts:
+            self.template.starts[key] = self.prompt_length(self.marked[:index], opening)
+        return len(opening) - self.template.starts[key]
 
-def _apart(template: Template, messages: Messages, tools: Any, text: str, index: int) -> tuple[int, int]:
-    """A turn's span when the walk fails, by comparison with the same conversation whose turn is but a mark: the whole
-    one, or the one up to that turn where what comes later leaves it as it is.
-    """
-    mark = marks_for(text, messages[:1])[0][CONTENT]
-    plain = {"role": messages[index]["role"], "content": mark}
-    asked = template.attempt(messages[:index], tools, prompt=True) if template.asks else ""
-    earlier = template.attempt(messages[:index], tools)
-    follower = str(messages[index + 1].get("content") or "").strip() if index + 1 < len(messages) else ""
-    for later in (messages[index + 1 :], []):
-        shown = text if later else template.text(messages[: index + 1], tools)
-        marked = template.attempt([*messages[:index], plain, *later], tools)
-        before, found, after = marked.partition(mark)
-        known = common_prefix(shown, earlier)
-        start = header = common_prefix(shown, before)
-        if asked and shown.startswith(asked):
-            start = len(asked)
-        elif template.request and (place := shown.find(template.request, known, header)) >= 0:
-            start = place + len(template.request)
-        end = len(shown) - common_suffix(shown[start:], after)
-        kept = not later or follower in shown[end:]
-        if found and start >= known and kept and text.startswith(shown[:end]):
-            closing = _gap(template, [*messages[:index], plain, *later], tools, mark)
-            if not shown.startswith(closing, end):
-                closing = ""
-            return start, end + _to_stop(template, closing, closing if not later else "")
-    raise TemplateError(f"the chat template prints message {index + 1} so that its place is not certain")
+    def prompt_length(self, marked: Messages, opening: str) -> int:
+        """How many characters of `opening` the template prints when it asks for a turn after the marked messages."""
+        silent, asked = (MARKS.split(self.render(marked, prompt))[-1] for prompt in (False, True))
+        if silent == asked:
+            # It prints nothing to ask with: a plain turn's opening is the prompt.
+            marks = marks_for(ASSISTANT, marked)
+            before = [replaced(message, own) for message, own in zip(marked, marks, strict=True)]
+            plain = self.render([*before, {"role": "assistant", "content": ASSISTANT}])
+            header = MARKS.split(plain.partition(ASSISTANT)[0])[-1] if ASSISTANT in plain else opening
+            return common_prefix(header, opening)
+        shared = common_prefix(asked, opening)
+        request = asked[common_prefix(silent, asked) :]
+        if shared < len(asked) and request in opening:
+            return opening.rindex(request) + len(request)  # the turn before ends otherwise when another follows it
+        return shared
 
+    def own_closing(self, piece: _Piece, closing: str) -> int:
+        """How many characters after a piece the model must produce.
 
-def _gap(template: Template, messages: Messages, tools: Any, mark: str) -> str:
-    """The template text between a marked message and the content of the one after it."""
-    place = next(place for place, message in enumerate(messages) if message.get("content") == mark)
-    follower = [
-        replaced(message, own) for message, own in zip(messages[place + 1 :], marks_for(mark, messages), strict=False)
-    ]
-    after = template.attempt([*messages[: place + 1], *follower], tools).partition(mark)[2]
-    return MARKS.split(after)[0]
+        closing: the template text up to the next piece.
+        """
+        if any(stop in closing for stop in self.template.stops):
+            return _to_stop(self.template, closing, "")
+        kinds = {min(kind, CALLS) for kind in piece.kinds}
+        alone = {key: value for key, value in self.marked[piece.index].items() if key in KEPT or kind_of(key) in kinds}
+        own = MARKS.split(self.render([*self.marked[: piece.index], {"content": "", **alone}]))[-1]
+        return _to_stop(self.template, closing, own[piece.quoted :])
 
-
-def _own_opening(template: Template, messages: Messages, marked: Messages, tools: Any, index: int, opening: str) -> int:
-    """How many characters before a turn's content the model must produce itself.
-
-    opening: the template text between the message before and the content. What the template prints when it asks for
-    this turn is prompt.
-    """
-    key = (messages[index - 1]["role"] if index else "", opening)
-    if key not in template.starts:
-        template.starts[key] = _prompt_length(template, marked[:index], tools, opening)
-    return len(opening) - template.starts[key]
-
-
-def _prompt_length(template: Template, marked: Messages, tools: Any, opening: str) -> int:
-    """How many characters of `opening` the template prints when it asks for a turn after the marked messages."""
-    silent, asked = (MARKS.split(template.attempt(marked, tools, prompt))[-1] for prompt in (False, True))
-    if silent == asked:
-        # It prints nothing to ask with: a plain turn's opening is the prompt.
-        marks = marks_for(ASSISTANT, marked)
-        before = [replaced(message, own) for message, own in zip(marked, marks, strict=True)]
-        plain = template.attempt([*before, {"role": "assistant", "content": ASSISTANT}], tools)
-        return common_prefix(MARKS.split(plain.partition(ASSISTANT)[0])[-1] if ASSISTANT in plain else opening, opening)
-    shared = common_prefix(asked, opening)
-    request = asked[common_prefix(silent, asked) :]
-    if shared < len(asked) and request in opening:
-        return opening.rindex(request) + len(request)  # the turn before ends otherwise when another follows it
-    return shared
-
-
-def _own_closing(template: Template, marked: Messages, tools: Any, piece: _Piece, closing: str) -> int:
-    """How many characters after a piece the model must produce.
-
-    closing: the template text up to the next piece.
-    """
-    if any(stop in closing for stop in template.stops):
-        return _to_stop(template, closing, "")
-    kinds = {min(kind, CALLS) for kind in piece.kinds}
-    alone = {key: value for key, value in marked[piece.index].items() if key in KEPT or kind_of(key) in kinds}
-    upto = [*marked[: piece.index], {"content": "", **alone}]
-    return _to_stop(template, closing, MARKS.split(template.attempt(upto, tools))[-1][piece.quoted :])
+    def lost(self, pieces: list[_Piece]) -> Iterator[Damage]:
+        """What the marked render does not show."""
+        shown: dict[int, set[int]] = {}
+        for piece in pieces:
+            shown.setdefault(piece.index, set()).update(piece.kinds)
+        if self.tools and self.text == self.template.attempt(self.messages):
+            yield Damage("tools", 0, "the template does not print the tools")
+        for index, message in enumerate(self.messages):
+            kinds, name = shown.get(index, set()), f"message {index + 1}"
+            content = message.get("content") or ""
+            if content and not kinds & ({CONTENT, THINKING} if "</think>" in content else {CONTENT}):
+                kind = "system" if message["role"] in ("system", "developer") else "content"
+                yield Damage(kind, index, f"the template drops the text of {name} ({message['role']})")
+            calls = len(message.get("tool_calls") or ())
+            lost = calls - sum(kind >= CALLS for kind in kinds)
+            if lost:
+                which = "the tool calls" if lost == calls else f"{lost} of {calls} tool calls"
+                yield Damage("calls", index, f"the template drops {which} of {name}")
+            if any(message.get(key) for key in THINKING_KEYS) and THINKING not in kinds:
+                yield Damage("thinking", index, f"the template drops the thinking of {name}")
 
 
 def _to_stop(template: Template, closing: str, own: str) -> int:
@@ -265,27 +276,6 @@ def _to_stop(template: Template, closing: str, own: str) -> int:
     end = len(own.rstrip()) if shared == own else max(whole, default=0)
     header = template.special.match(closing, end) if template.stops_at_headers else None
     return header.end() if header and not template.request.startswith(header.group()) else end
-
-
-def _lost(messages: Messages, pieces: list[_Piece], template: Template, tools: Any, text: str) -> Iterator[Damage]:
-    """What the marked render does not show."""
-    shown: dict[int, set[int]] = {}
-    for piece in pieces:
-        shown.setdefault(piece.index, set()).update(piece.kinds)
-    if tools and text == template.attempt(messages):
-        yield Damage("tools", 0, "the template does not print the tools")
-    for index, message in enumerate(messages):
-        kinds, name = shown.get(index, set()), f"message {index + 1}"
-        if message.get("content") and not kinds & {CONTENT, THINKING if "</think>" in message["content"] else CONTENT}:
-            kind = "system" if message["role"] in ("system", "developer") else "content"
-            yield Damage(kind, index, f"the template drops the text of {name} ({message['role']})")
-        calls = len(message.get("tool_calls") or ())
-        lost = calls - sum(kind >= CALLS for kind in kinds)
-        if lost:
-            which = "the tool calls" if lost == calls else f"{lost} of {calls} tool calls"
-            yield Damage("calls", index, f"the template drops {which} of {name}")
-        if any(message.get(key) for key in THINKING_KEYS) and THINKING not in kinds:
-            yield Damage("thinking", index, f"the template drops the thinking of {name}")
 
 
 def _changed(message: dict[str, Any], piece: _Piece, shown: str) -> Iterator[Damage]:

@@ -15,7 +15,6 @@ from mlx.utils import tree_map
 from mlxtune_convert import gguf_file, gguf_lora, gguf_model
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
 from mlxtune_convert.files import new_folder, read_json, require_space, write_json
-from mlxtune_convert.gguf_file import File
 from mlxtune_convert.peft import Adapter
 from mlxtune_convert.tensors import ShardWriter, weight_files
 
@@ -25,23 +24,20 @@ from mlxtune.errors import UserError
 from mlxtune.model import peft
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.model.hub import resolve
-from mlxtune.model.load import cast, model_dtype, open_model
+from mlxtune.model.load import cast, model_dtype, open_model, source_of
 from mlxtune.model.quantize import QUANTIZED
 
-MODES = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # default group size and bits
-AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
-AFFINE_GROUPS = (32, 64, 128)
+# The bits and group sizes of each mode, the default first.
+MODES = {
+    "affine": ((4, 1, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
 UNQUANTIZED_BITS = 16
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
 )
 
 
@@ -59,24 +55,19 @@ class Target:
     @staticmethod
     def of(bits: int | None, group_size: int | None, mode: str | None) -> Target:
         """Resolve the three options. Raises UserError for a contradiction."""
-        asked = not (bits is None and group_size is None and mode is None)
+        asked = any(option is not None for option in (bits, group_size, mode))
         if bits == UNQUANTIZED_BITS:
             if group_size is not None or mode is not None:
                 raise UserError("--bits 16 means not quantized, so --group-size and --mode have no meaning with it")
             return Target(UNQUANTIZED_BITS, 0, "", asked)
         mode = mode or "affine"
-        default_group, default_bits = MODES[mode]
-        out = Target(bits or default_bits, default_group if group_size is None else group_size, mode, asked)
-        if mode == "affine":
-            if out.bits not in AFFINE_BITS or out.group_size not in AFFINE_GROUPS:
-                raise UserError(
-                    f"--bits {out.bits} --group-size {out.group_size} does not exist for --mode affine",
-                    f"Bits: {', '.join(map(str, AFFINE_BITS))}; group sizes: {', '.join(map(str, AFFINE_GROUPS))}.",
-                )
-        elif (out.group_size, out.bits) != (default_group, default_bits):
+        all_bits, all_groups = MODES[mode]
+        out = Target(bits or all_bits[0], all_groups[0] if group_size is None else group_size, mode, asked)
+        if out.bits not in all_bits or out.group_size not in all_groups:
+            bits_text, groups_text = (", ".join(map(str, sorted(known))) for known in MODES[mode])
             raise UserError(
-                f"--mode {mode} always has {default_bits} bits and groups of {default_group}",
-                "Leave out --bits and --group-size.",
+                f"--bits {out.bits} --group-size {out.group_size} does not exist for --mode {mode}",
+                f"Bits: {bits_text}; group sizes: {groups_text}.",
             )
         return out
 
@@ -111,29 +102,23 @@ def convert(
             raise UserError(f"{path}: a model file must be a .gguf", "A Hugging Face model is given as its folder.")
         file = gguf_file.read(path)
         if gguf_lora.is_adapter(file):
-            return _from_adapter(file, destination, target.asked or dtype is not None, force, base)
+            if target.asked or dtype is not None:
+                raise UserError(
+                    f"{path} is an adapter: its factors are kept as they are", "Leave out --bits and --dtype."
+                )
+            with new_folder(destination, force, [path]) as work:
+                config = read_json(base / "config.json", "the base model") if base else None
+                updates, layers = gguf_lora.read_adapter(file, config)
+                spec = peft.save(work, Adapter(updates), layers)
+                return Converted((work / spec.file).stat().st_size, 32.0, [])
     if base is not None:
         raise UserError("--base has no effect here", "It names the model that a GGUF adapter belongs to.")
-    if path.is_file():
-        return _from_gguf(path, destination, target, dtype, force)
+    opened = gguf_model.open_gguf(path) if path.is_file() else None
+    if opened is not None:
+        require_space(destination, opened.converted_bytes)
     with new_folder(destination, force, [path]) as work:
-        return _from_folder(path, "" if Path(source).expanduser().exists() else source, work, target, dtype)
-
-
-def _from_adapter(file: File, destination: Path, asked: bool, force: bool, base: Path | None) -> Converted:
-    if asked:
-        raise UserError(f"{file.path} is an adapter: its factors are kept as they are", "Leave out --bits and --dtype.")
-    with new_folder(destination, force, [file.path]) as work:
-        config = read_json(base / "config.json", "the base model") if base else None
-        updates, layers = gguf_lora.read_adapter(file, config)
-        spec = peft.save(work, Adapter(updates), layers)
-        return Converted((work / spec.file).stat().st_size, 32.0, [])
-
-
-def _from_gguf(path: Path, destination: Path, target: Target, dtype: str | None, force: bool) -> Converted:
-    opened = gguf_model.open_gguf(path)
-    require_space(destination, opened.converted_bytes)
-    with new_folder(destination, force, [path]) as work:
+        if opened is None:
+            return _from_folder(path, "" if Path(source).expanduser().exists() else source, work, target, dtype)
         if opened.quantized and not target.asked and dtype is None:
             gguf_model.convert(opened, work)
             return _measured(work, opened.notes())
@@ -148,43 +133,44 @@ def _from_gguf(path: Path, destination: Path, target: Target, dtype: str | None,
 
 
 def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str | None) -> Converted:
-    """name: hub id, or ""."""
+    """name: hub id, or "". Quantizing is mlx-lm's own, the family's exceptions (routers and such) included."""
+    from mlx_lm.utils import dequantize_model, quantize_model
+
     original = read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
     require_space(work, _estimate(path, original, target))
     model, config = open_model(path)
     load_tokenizer(path)  # nothing is written without one
     notes = []
-    wanted = getattr(mx, dtype) if dtype else None
     quantized = any(key in config for key in QUANTIZATION_KEYS)
     if quantized and target.asked:
         notes.append(
             "the source was already quantized: its weights are dequantized"
             + (" and quantized again, which is lossy" if target.bits != UNQUANTIZED_BITS else "")
         )
-        model, config = dequantized(model), unquantized(config)
+        model, config = dequantize_model(model), unquantized(config)  # rounds to the scales' type, as MLX would
         quantized = False
-    if wanted is not None:
-        own = model_dtype(model)
-        if quantized and wanted not in (own, mx.float32):
+    if dtype:
+        wanted = getattr(mx, dtype)
+        if quantized and wanted not in (model_dtype(model), mx.float32):
             raise UserError(
                 f"--dtype {dtype} would round the scales of this quantized source", "Add --bits to requantize it."
             )
         cast(model, wanted)
     if not quantized and target.bits != UNQUANTIZED_BITS:
-        model, config = quantized_model(model, config, target)
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports by printing
+            model, config = quantize_model(model, config, target.group_size, target.bits, target.mode)
         left = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
         if left:
             notes.append(
                 f"{len(left)} layers stay unquantized (first: {left[0]}): width no multiple of {target.group_size}"
             )
-    save_weights(model, work)
+    _save_weights(model, work)
     write_json(work / "config.json", config)
     copy_tokenizer(path, work)
-    if (path / SOURCE_FILE).is_file():
-        shutil.copyfile(path / SOURCE_FILE, work / SOURCE_FILE)
-    else:
-        kind = "mlx" if any(key in original for key in QUANTIZATION_KEYS) else "hf"
-        write_json(work / SOURCE_FILE, {"kind": kind, "name": name, "config": unquantized(original)})
+    origin = source_of(path)
+    if not (path / SOURCE_FILE).is_file():
+        origin |= {"name": name, "config": unquantized(original)}
+    write_json(work / SOURCE_FILE, origin)
     return _measured(work, notes)
 
 
@@ -198,36 +184,14 @@ def _estimate(path: Path, config: dict[str, Any], target: Target) -> int:
     return int(size * (target.bits + 32 / target.group_size) / 16 * 1.1)
 
 
-def quantized_model(model: nn.Module, config: dict[str, Any], target: Target) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's own quantization, the family's exceptions (routers and such) included."""
-    from mlx_lm.utils import quantize_model
-
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports by printing
-        return quantize_model(model, config, target.group_size, target.bits, target.mode)
-
-
-def dequantized(model: nn.Module) -> nn.Module:
-    """The same model with dense float layers. mlx-lm's own function rounds to the scales' type, as MLX would when
-    running.
-    """
-    from mlx_lm.utils import dequantize_model
-
-    return dequantize_model(model)
-
-
-def save_weights(model: nn.Module, folder: Path, metadata: str = "mlx") -> None:
+def _save_weights(model: nn.Module, folder: Path) -> None:
     """Write a model's parameters shard by shard; each tensor is computed, written and forgotten."""
-    writer = ShardWriter(folder, {"format": metadata})
+    writer = ShardWriter(folder, {"format": "mlx"})
     arrays = named(model.parameters())
-    model.update(_emptied(model))
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # the model holds on to none of them
     for name in list(arrays):
         writer.add(name, to_numpy(arrays.pop(name)))
     writer.close()
-
-
-def _emptied(model: nn.Module) -> Any:
-    """The parameter tree with nothing in it, so that the model holds no array that was already written."""
-    return tree_map(lambda _: mx.array([]), model.parameters())
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:

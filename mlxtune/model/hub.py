@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from mlxtune_convert.files import MIB, explained, require_space
 
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = re.compile(r"model.*\.safetensors")
@@ -41,13 +40,7 @@ def resolve(source: str) -> Path:
 
 def _download(name: str) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
     from huggingface_hub.utils import disable_progress_bars
 
     offline = constants.is_offline_mode()
@@ -62,32 +55,17 @@ def _download(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=offline))
     except HFValidationError as error:
         raise UserError(f"no file or folder {name}, and no model on the hub can have that name") from error
-    except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        return _cached_or_explain(name, error, offline)
-
-
-@dataclass(frozen=True)
-class _Missing:
-    """A weight file that the cache does not have: where it is, and where in the cache it belongs."""
-
-    name: str
-    url: str
-    blob: Path
-    size: int
-
-    @property
-    def part(self) -> Path:
-        """What has arrived of it so far."""
-        return self.blob.with_name(f"{self.blob.name}.incomplete")
-
-    @property
-    def arrived(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
+    except (HTTPError, OSError) as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+        folder = None if 0 < status < 500 else _cached(name)  # without a network the cached copy serves
+        if folder is None:
+            raise _explained(name, error, status, offline) from error
+        return folder
 
 
 def _fetch_weights(name: str, info: ModelInfo) -> None:
     """Put the weights into the hub's cache, where snapshot_download finds them. Refuse what cannot be used or kept."""
-    from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import WeakFileLock
 
     files = info.siblings or []
@@ -98,99 +76,97 @@ def _fetch_weights(name: str, info: ModelInfo) -> None:
         raise UserError(f"{name} has no model*.safetensors{why}", "Choose a repository with safetensors weights.")
     cache = Path(constants.HF_HUB_CACHE)
     folder = f"models--{name.replace('/', '--')}"  # the cache's documented layout, like blobs/ and .locks/
-    missing = [
-        _Missing(
-            file.rfilename,
-            hf_hub_url(name, file.rfilename, revision=info.sha),
-            cache / folder / "blobs" / file.lfs.sha256,
-            file.lfs.size,
-        )
-        for file in weights
-        if file.lfs and not isinstance(try_to_load_from_cache(name, file.rfilename, revision=info.sha), str)
-    ]
-    missing = [file for file in missing if not file.blob.exists()]
+    blobs, locks = cache / folder / "blobs", cache / ".locks" / folder
+    missing = {blobs / file.lfs.sha256: file for file in weights if file.lfs and not (blobs / file.lfs.sha256).exists()}
     if not missing:
         return
-    require_space(cache, sum(file.size - file.arrived for file in missing))
-    locks = cache / ".locks" / folder
-    for place in (locks, cache / folder / "blobs"):
+    require_space(cache, sum((file.size or 0) - _arrived(_part(blob)) for blob, file in missing.items()))
+    for place in (locks, blobs):
         place.mkdir(parents=True, exist_ok=True)
-    for file in missing:
-        with WeakFileLock(locks / f"{file.blob.name}.lock"):  # another command may be fetching the same file
-            if not file.blob.exists():
-                _fetch(name, file)
+    for blob, file in missing.items():
+        with WeakFileLock(locks / f"{blob.name}.lock"):  # another command may be fetching the same file
+            if not blob.exists():
+                _fetch(name, hf_hub_url(name, file.rfilename, revision=info.sha), file, blob)
 
 
-def _fetch(name: str, file: _Missing) -> None:
+def _part(blob: Path) -> Path:
+    """What has arrived of a file so far."""
+    return blob.with_name(f"{blob.name}.incomplete")
+
+
+def _arrived(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _fetch(name: str, url: str, file: RepoSibling, blob: Path) -> None:
     """Download one file from where an earlier command stopped, and prove by its checksum that it is the hub's."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
+    part, size = _part(blob), file.size or 0
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     try:
-        with file.part.open("ab") as part:
+        with part.open("ab") as opened:
             http_get(
-                file.url,
-                part,
-                resume_size=part.tell(),
+                url,
+                opened,
+                resume_size=opened.tell(),
                 headers=headers,
-                expected_size=file.size,
-                displayed_filename=file.name,
+                expected_size=size,
+                displayed_filename=file.rfilename,
             )
     except HTTPError as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
-        here = f"{file.arrived / MIB:,.1f} of {file.size / MIB:,.1f} MiB"
+        here = f"{_arrived(part) / MIB:,.1f} of {size / MIB:,.1f} MiB"
         raise UserError(
-            f"the download of {name} stopped: {here} of {file.name} are here",
+            f"the download of {name} stopped: {here} of {file.rfilename} are here",
             "Run the same command again: it continues there.",
         ) from error
-    with file.part.open("rb") as opened:
-        if hashlib.file_digest(opened, "sha256").hexdigest() != file.blob.name:
-            file.part.unlink()
-            raise UserError(f"{file.name} of {name} arrived damaged and was thrown away", "Run the same command again.")
-    os.replace(file.part, file.blob)
+    with part.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if digest != blob.name:
+        part.unlink()
+        raise UserError(
+            f"{file.rfilename} of {name} arrived damaged and was thrown away", "Run the same command again."
+        )
+    os.replace(part, blob)
 
 
-def _cached_or_explain(name: str, error: Exception, offline: bool) -> Path:  # noqa: RET503 (_refuse never returns)
-    """Without a network the cached copy serves; any other refusal becomes one line."""
+def _cached(name: str) -> Path | None:
+    """The copy in the hub's cache, when it is a whole model."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    if isinstance(error, GatedRepoError):
-        _refuse(
-            f"{name} is gated", "Accept its terms on its page, then log in: hf auth login (or set HF_TOKEN).", error
-        )
-    if status == 401 and "Invalid credentials" in str(error):
-        _refuse("the hub does not accept your token", "Log in again: hf auth login (or correct HF_TOKEN).", error)
-    if isinstance(error, RepositoryNotFoundError) or status == 401:  # without a login the hub hides what is missing
-        _refuse(
-            f"no model {name} on the hub, and no folder of that name here",
-            "Check the spelling; a private one needs: hf auth login.",
-            error,
-        )
-    if 0 < status < 500:
-        _refuse(f"the hub refused {name} (HTTP {status})", "", error)
     try:
         folder = Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=True))
-    except Exception:
-        folder = None
-    if folder is not None and (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
-        return folder
-    if offline:
-        _refuse(
-            f"{name} is not in the local cache, and HF_HUB_OFFLINE is set",
-            "Unset it once to download the model.",
-            error,
+    except Exception:  # whatever is wrong with the cache, there is no copy
+        return None
+    return folder if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")) else None
+
+
+def _explained(name: str, error: Exception, status: int, offline: bool) -> UserError:
+    """Why there is no model. status: what the hub answered, 0 for nothing."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return UserError(
+            f"{name} is gated", "Accept its terms on its page, then log in: hf auth login (or set HF_TOKEN)."
         )
-    _refuse(
+    if status == 401 and "Invalid credentials" in str(error):
+        return UserError("the hub does not accept your token", "Log in again: hf auth login (or correct HF_TOKEN).")
+    if isinstance(error, RepositoryNotFoundError) or status == 401:  # without a login the hub hides what is missing
+        return UserError(
+            f"no model {name} on the hub, and no folder of that name here",
+            "Check the spelling; a private one needs: hf auth login.",
+        )
+    if 0 < status < 500:
+        return UserError(f"the hub refused {name} (HTTP {status})")
+    if offline:
+        return UserError(
+            f"{name} is not in the local cache, and HF_HUB_OFFLINE is set", "Unset it once to download the model."
+        )
+    return UserError(
         f"cannot reach the hub for {name}, and the local cache does not have it whole",
         "Run the same command again with a network: the download continues where it stopped.",
-        error,
     )
-
-
-def _refuse(message: str, hint: str, error: Exception) -> NoReturn:
-    raise UserError(message, hint) from error

@@ -69,7 +69,7 @@ def import_adapter(folder: Path, destination: Path, model: str | None, force: bo
         names = {"lm_head": "lm_head", **names}  # also where it is tied, and no layer of its own
     elif any(":" in target for target in adapter.updates):
         raise UserError(
-            f"{folder} adapts experts, whose names depend on the model's family", "Name the model: --model DIR"
+            f"{folder} adapts experts, whose names depend on the model's family", "Name the model: --base DIR"
         )
     updates = {_ours(target, names, folder): update for target, update in adapter.updates.items()}
     trained = {}
@@ -111,14 +111,10 @@ def _spec(adapter: peft.Adapter, layers: int | None) -> Spec:
     by its path."""
     modules = {path: (update.rank, update.scale) for path, update in adapter.updates.items()}
     blocks: dict[int, set[str]] = {}
-    outside = set()
-    for path in modules:
-        match = LAYER.fullmatch(path)
-        if match:
-            blocks.setdefault(int(match[2]), set()).add(match[3])
-        else:
-            outside.add(path)
+    for match in filter(None, map(LAYER.fullmatch, modules)):
+        blocks.setdefault(int(match[2]), set()).add(match[3])
     keys = set().union(*blocks.values())
+    outside = {path for path in modules if not LAYER.fullmatch(path)}
     first = 0 if layers is None else min(blocks, default=0)
     last_ones = bool(blocks) and set(blocks) == set(range(first, layers or len(blocks)))
     alike = last_ones and all(block == keys for block in blocks.values()) and len(set(modules.values())) == 1

@@ -1,0 +1,129 @@
+"""`data check` says what is in the rows and what is wrong with them; `data convert` writes them in other formats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from mlxtune.data import records, rewrite
+from mlxtune.errors import UserError
+
+
+def chat(question: str, answer: str, **extra: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **extra}]}
+
+
+GOOD = [chat(f"Explain number {number}.", f"The number {number} comes before {number + 1}.") for number in range(20)]
+CALL = {"id": "call00100", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+ODD: dict[str, Any] = {  # code: a row that has it and no other
+    "duplicate": GOOD[0],
+    "empty": chat("Say nothing.", ""),
+    "short": chat("Good or bad?", "bad"),
+    "refusal": chat("Do it.", "I'm sorry, but I cannot do that for you."),
+    "secret": chat("My key?", "It is AKIAABCDEFGHIJKLMNOP and it is yours."),
+    "e-mail": chat("Who?", "Write to jane@firm.org and ask her."),
+    "encoding": chat("Where?", "In a cafÃ© behind the old station."),
+    "markup": chat("Which?", "Salt &amp; pepper are on the table."),
+    "cut off": chat("Code?", "Here is the code:\n```python\nprint(1)"),
+    "dropped": {"messages": [{"role": "user", "content": "Nobody answers this question."}]},
+    "damaged": chat("Call f.", "I call the function f now.", tool_calls=[CALL]),
+    "bad": {"messages": []},
+    "leak": GOOD[7],
+    "shortened": chat("Tell me a long story.", "once upon a time " * 30 + "they lived."),
+}
+SETTINGS = ("--set", "data.max_tokens=250")
+
+
+def survey(tokenizer: Path, path: Path, *options: str) -> dict[str, Any]:
+    done = tiny.mlxtune("data", "check", "--model", tokenizer, "--data", path, "--json", *SETTINGS, *options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_each_kind_of_trouble_is_found_in_its_own_row(tokenizer_folder: Path, tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "train.jsonl", [*GOOD, *ODD.values()])
+    tiny.write_jsonl(tmp_path / "valid.jsonl", [GOOD[7], chat(GOOD[3]["messages"][0]["content"], "Another answer.")])
+    told = survey(tokenizer_folder, tmp_path)
+    found = {(finding["split"], finding["code"]): finding for finding in told["findings"]}
+    expected = {("train", code): [21 + place] for place, code in enumerate(ODD)}
+    expected["valid", "leak"], expected["valid", "question leak"] = [1], [2]
+    del expected["train", "leak"]
+    expected["train", "duplicate"].append(21 + list(ODD).index("leak"))
+    for key, rows in expected.items():
+        assert found.pop(key)["rows"] == rows, key
+    assert not [finding for finding in found.values() if finding["severity"] == "error"]
+    severities = [finding["severity"] for finding in told["findings"]]
+    assert severities == sorted(severities, key=("error", "warning", "note").index)
+    facts = told["splits"]["train"]
+    assert facts["rows"] == len(GOOD) + len(ODD)
+    assert facts["formats"] == {"messages": facts["rows"] - 1}
+    assert (facts["outcomes"]["unreadable"], facts["outcomes"]["shortened"]) == (1, 1)
+    assert facts["outcomes"]["used"] + 3 == facts["rows"]
+    assert facts["tasks"]["explain"] == len(GOOD) + 2
+    assert facts["lengths"]["longest"] > 250
+    assert sum(count for _, _, count in facts["lengths"]["histogram"]) == facts["examples"]
+    assert facts["system_prompts"] == {"distinct": 0, "rows_without": facts["rows"] - 1}
+
+
+def test_strict_fails_on_errors_alone_and_the_terminal_names_rows_and_remedies(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [*GOOD, ODD["short"]])
+    done = tiny.mlxtune("data", "check", "--model", tokenizer_folder, "--data", path, "--strict")
+    assert done.returncode == 0, done.stderr
+    assert "note: train: 1 row whose answers all have fewer than 3 words (rows 21)" in done.stdout
+    assert "-> fine for labels" in done.stdout
+    tiny.write_jsonl(path, [*GOOD, {"messages": 3}])
+    done = tiny.mlxtune("data", "check", "--model", tokenizer_folder, "--data", path, "--strict")
+    assert done.returncode == 2
+    assert "error: --strict: 1 rows that cannot be read (train)" in done.stderr
+
+
+def test_rows_of_several_files_are_named_with_their_file(tokenizer_folder: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        tiny.write_jsonl(tmp_path / f"train-{number}.jsonl", [GOOD[number], ODD["empty"]])
+    told = survey(tokenizer_folder, tmp_path)
+    rows = {finding["code"]: finding["rows"] for finding in told["findings"]}
+    assert rows["empty"] == ["train-0.jsonl:2", "train-1.jsonl:2"]
+    assert rows["duplicate"] == ["train-1.jsonl:2"]
+
+
+CALLING = {
+    "messages": [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "5", "tool_call_id": "call00100"},
+        {"role": "assistant", "content": "Five.", "weight": 0},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "target"), [(CALLING, "sharegpt"), (GOOD[0], "sharegpt"), (GOOD[0], "alpaca"), (CALLING, "messages")]
+)
+def test_a_row_survives_the_way_to_another_format_and_back(row: dict[str, Any], target: str, tmp_path: Path) -> None:
+    given = tiny.write_jsonl(tmp_path / "d.jsonl", [{**row, "id": 9}])
+    written, left = rewrite.rewrite(records.read(given), target, tmp_path / "out.jsonl")
+    assert (written, left) == (1, [])
+    (before,), (after,) = (list(records.read(path)) for path in (given, tmp_path / "out.jsonl"))
+    assert isinstance(before, records.Record) and isinstance(after, records.Record)
+    called = [call["id"] for message in after.messages or [] for call in message.get("tool_calls", [])]
+    text = json.dumps(after.messages).replace(called[0], "call00100") if called else json.dumps(after.messages)
+    assert json.loads(text) == before.messages
+    assert after.fields == {"id": 9}
+
+
+def test_rows_that_a_format_cannot_hold_are_refused_or_left_out(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    read: Callable[[], Any] = lambda: records.read(tiny.write_jsonl(tmp_path / "d.jsonl", [GOOD[0], CALLING]))  # noqa: E731
+    with pytest.raises(UserError, match="line 2: an Alpaca row holds one question and one answer, and no tools"):
+        rewrite.rewrite(read(), "alpaca", out)
+    assert not out.exists()
+    written, left = rewrite.rewrite(read(), "alpaca", out, drop=True)
+    assert (written, [row.place for row in left]) == (1, ["line 2"])
+    assert [json.loads(line)["instruction"] for line in out.read_text().splitlines()] == ["Explain number 0."]
