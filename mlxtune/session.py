@@ -18,11 +18,11 @@ from mlxtune.config import load as load_config
 from mlxtune.data import chat, mixture, sources
 from mlxtune.data.batches import Batch, Plan, in_order
 from mlxtune.data.mixture import Examples
-from mlxtune.data.template import BUILT_IN, use
+from mlxtune.data.template import BUILT_IN
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.evaluate.loss import Score, score
-from mlxtune.model import hub, lora
+from mlxtune.model import hub, lora, vocabulary
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.dropout import add_noise
 from mlxtune.model.head import Split
@@ -104,8 +104,7 @@ def anchored(config: Config) -> Config:
 
 def dated(config: Config, folder: Path, tokenizer: Any) -> Config:
     """The day made explicit where the template prints it, so that the run means the same tomorrow."""
-    if config.data.template:
-        use(tokenizer, folder, config.data.template)
+    vocabulary.choose(tokenizer, folder, config)
     if config.data.date or tokenizer.chat_template is None or not chat.template_of(tokenizer, {}).prints_date:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"date": date.today().isoformat()})})
@@ -130,9 +129,8 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
     fast.refuse_idle(config)
     data, config = read_data(config, display.reading)
     loaded = load(config.model.path, config.train.dtype)
+    changes = vocabulary.prepare(loaded, config)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
-    if config.data.template:
-        use(loaded.tokenizer, loaded.path, config.data.template)
     spec = spec_for(config, loaded, out if resume else None)
     valid = in_order(data.valid)
     dropout = lora.attach(loaded.model, spec, config.train.seed)
@@ -170,6 +168,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False) -> S
             out.mkdir(parents=True, exist_ok=True)
             if not resume:
                 lora.save_config(out, spec)
+                changes.save(out)
                 (out / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
             with contextlib.closing(Events(out, display)) as events:
                 for note in notes:

@@ -117,13 +117,13 @@ def _training_rows(adapter: Path, console: Console) -> Sequence[Example]:
 def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Example]:
     """Rows for a proof: --data's, else the run's own validation rows."""
     from mlxtune import session
-    from mlxtune.data.tokenizer import load_tokenizer
+    from mlxtune.data.chosen import tokenizer_of
     from mlxtune.errors import UserError
 
     config = common.run_settings(adapter, data)
     if not config.data.path:
         raise UserError("the proof needs held-out rows", "Name some: --data PATH; or leave it out: --no-verify.")
-    return session.held_out(load_tokenizer(path), path, config, own=data is None)
+    return session.held_out(tokenizer_of(path, adapter), path, config, own=data is None)
 
 
 # Which options mean something for which target.

@@ -13,6 +13,7 @@ from mlxtune_convert import layouts, peft
 from mlxtune_convert.files import new_folder
 from mlxtune_convert.tensors import save_checked
 
+from mlxtune.data.chosen import Changes
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
@@ -80,9 +81,10 @@ def import_adapter(folder: Path, destination: Path, model: str | None, force: bo
     with new_folder(destination, force, [folder]) as work:
         save_checked(work / spec.file, {n: np.ascontiguousarray(a) for n, a in tensors.items()}, {"format": "mlx"})
         lora.save_config(work, spec)
+        Changes.of_files(folder).save(work)
         if model is not None:
-            loaded, _ = open_model(resolve(model))
-            lora.load_adapter(loaded, work)  # it must fit
+            loaded, config = open_model(resolve(model))
+            lora.load_adapter(loaded, work, config)  # it must fit
     return len(updates) + len(spec.trained), spec
 
 

@@ -19,15 +19,16 @@ from mlxtune_convert.gguf_families import Family, by_model_type
 from mlxtune_convert.gguf_file import Field, File, Writer
 from mlxtune_convert.gguf_model import HEADER_FILE
 from mlxtune_convert.quant import Codes
+from mlxtune_convert.vocab import CONTROL
 
 from mlxtune.data.chat import Example
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.chosen import Changes, tokenizer_of
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.load import source_of
 from mlxtune.model.quantize import QUANTIZED
-from mlxtune.ship import card, llama_cpp, modelfile, verify
+from mlxtune.ship import llama_cpp, modelfile, verify
 from mlxtune.ship.export import ReadBack, Request, base_name, judged, merged_of, save_proof
 from mlxtune.ship.merge import Merged, open_merged
 from mlxtune.ship.verify import Report
@@ -138,10 +139,14 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
     merged = replace(merged_of(request), dtype=mx.float32)
     name = base_name(request, source_of(request.base or request.model)) or request.model.resolve().name
     plan = Plan.of(merged, kind, request.base or request.model, name.split("/")[-1])
-    tokenizer = card.chosen_tokenizer(request.base or request.model, request.adapter)
-    if tokenizer is not None:
-        plan.fields["tokenizer.chat_template"] = Field.of(tokenizer.chat_template)
+    tokenizer, changes = tokenizer_of(request.base or request.model, request.adapter), Changes.read(request.adapter)
+    if changes.chat_template:
+        plan.fields["tokenizer.chat_template"] = Field.of(changes.chat_template)
+    if changes.eos_token:
         plan.fields["tokenizer.ggml.eos_token_id"] = Field.of(tokenizer.eos_token_id)
+    for token, index in changes.tokens.items():
+        plan.fields["tokenizer.ggml.tokens"].value[index] = token
+        plan.fields["tokenizer.ggml.token_type"].value[index] = CONTROL
     plan.write(merged, work / MODEL_FILE, progress)
     inexact = plan.choice.inexact
     notes = []
@@ -162,7 +167,7 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
     if kind == "f32":
         storage = _float32(plan.family)
     with llama_cpp.runner(work / MODEL_FILE) as run:
-        notes += compare_tokens(run, load_tokenizer(request.base or request.model), request.examples)
+        notes += compare_tokens(run, tokenizer, request.examples)
         return Exported(f"gguf {kind}", judged(work, ref, run, f"llama.cpp, {kind}", storage, request), notes)
 
 

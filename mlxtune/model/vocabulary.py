@@ -1,0 +1,111 @@
+"""Tokens that a model did not have: chosen with the template, given rows in the embedding and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlxtune_convert.tensors import read_header
+
+from mlxtune import backend
+from mlxtune.config import Config
+from mlxtune.data.chosen import Changes, add
+from mlxtune.data.template import missing, use
+from mlxtune.model.layers import EMBEDDING, LINEAR, dense_copy, own_parameters
+from mlxtune.model.load import Loaded, model_dtype, open_model
+from mlxtune.model.spec import OWN_FILE, Spec, outside_blocks
+
+
+def vocabulary(config: Mapping[str, Any]) -> int | None:
+    """How many tokens a config.json says that its model knows, those without a token in the tokenizer included."""
+    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+
+
+def resize(config: dict[str, Any], rows: int | None) -> None:
+    """Write a new size of the vocabulary into a config.json, where it differs from the old."""
+    if rows is None or rows == vocabulary(config):
+        return
+    for part in (config, config.get("text_config", {})):
+        if "vocab_size" in part:
+            part["vocab_size"] = rows
+
+
+def matrices(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    """Paths of the embedding and, where it is not tied to it, the head: the layers with a row for each token."""
+    modules, known = dict(model.named_modules()), vocabulary(config)
+    return [path for path in outside_blocks(model, EMBEDDING + LINEAR) if len(modules[path].weight) == known]
+
+
+def choose(tokenizer: Any, folder: Path, config: Config) -> bool:
+    """Give the tokenizer the template of a run, with the special tokens that it needs; return whether anything changed.
+
+    Tokens are added only where every row of embedding and head trains. folder: of the model. Raises UserError as
+    `template.use` does.
+    """
+    before = Changes.read(Path(config.lora.start_from)) if config.lora.start_from else Changes()
+    before.apply(tokenizer, folder)
+    choice, hint = config.data.template, ""
+    if not choice:
+        return before != Changes()
+    lacking = missing(tokenizer, choice)
+    if lacking and config.lora.start_from:
+        hint = "The adapter of lora.start_from was trained without them: begin a new one."
+    elif lacking:
+        backend.prepare()
+        model, settings = open_model(folder)
+        rows = matrices(model, settings)
+        if rows and set(rows) <= set(Spec.of(model, config.lora).trained):
+            add(tokenizer, lacking, folder)
+        head = ", head" if outside_blocks(model, LINEAR) else ""
+        hint = f"Train them: lora.train_also=[embeddings{head}]; data.template=alpaca needs no new tokens."
+    use(tokenizer, folder, choice, hint)
+    return True
+
+
+def prepare(loaded: Loaded, config: Config) -> Changes:
+    """The same for a model to be trained, whose matrices get the rows; return what the run must keep."""
+    known = loaded.tokenizer.get_vocab()
+    if not choose(loaded.tokenizer, loaded.path, config):
+        return Changes()
+    tokens = {token: index for token, index in loaded.tokenizer.get_vocab().items() if token not in known}
+    if config.lora.start_from:
+        fit(loaded.model, Path(config.lora.start_from), loaded.config)
+    elif tokens:
+        rows = max(vocabulary(loaded.config) or 0, *(index + 1 for index in tokens.values()))
+        grow(loaded.model, dict.fromkeys(matrices(loaded.model, loaded.config), rows), list(tokens.values()))
+        resize(loaded.config, rows)
+    return Changes(loaded.tokenizer.chat_template, loaded.tokenizer.eos_token or "", tokens)
+
+
+def fit(model: nn.Module, adapter: Path, config: dict[str, Any]) -> None:
+    """Give a base the rows for the tokens that were added to train an adapter, and config.json their number."""
+    if not Changes.read(adapter).tokens or not (adapter / OWN_FILE).is_file():
+        return
+    saved, modules = read_header(adapter / OWN_FILE), dict(model.named_modules())
+    rows = {path: saved.get(f"{path}.weight", {"shape": [0]})["shape"][0] for path in matrices(model, config)}
+    rows = {path: count for path, count in rows.items() if count > len(modules[path].weight)}
+    grow(model, rows)
+    resize(config, max(rows.values(), default=None))
+
+
+def grow(model: nn.Module, rows: Mapping[str, int], fresh: Sequence[int] = ()) -> None:
+    """Give layers (by path) more rows; the new ones, and those in `fresh`, are the mean of the rows before them.
+
+    At the mean a new token's logit is an average of the others', which bounds how far it moves what the model says;
+    rows near zero can be the most likely of all (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language
+    Models", nlp.stanford.edu/~johnhew/vocab-expansion.html). Quantized layers become dense.
+    """
+    modules, dtype = dict(model.named_modules()), model_dtype(model)
+    for path, count in rows.items():
+        layer = dense_copy(modules[path])
+        for name, value in own_parameters(layer).items():
+            mean = value[: min([len(value), *fresh])].astype(mx.float32).mean(axis=0, keepdims=True)
+            value = mx.concatenate([value.astype(mx.float32), mx.repeat(mean, count - len(value), axis=0)])
+            if fresh:
+                value[mx.array(list(fresh))] = mean
+            layer[name] = value.astype(dtype)
+        model.update_modules(tree_unflatten([(path, layer)]))
