@@ -45,8 +45,8 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
 
     from mlxtune import config
     from mlxtune.data import sources
+    from mlxtune.data.chosen import for_rows
     from mlxtune.data.examples import Renderer
-    from mlxtune.data.tokenizer import load_tokenizer
     from mlxtune.model import hub
 
     common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache")
@@ -54,7 +54,7 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     section, seed = resolved.data, resolved.train.seed
     sources.glance(section)
     folder = hub.resolve(model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = for_rows(folder, resolved)
     renderer = Renderer(tokenizer, section)
     out = common.stdout()
     rows = sources.with_template(
@@ -125,8 +125,8 @@ def check(
     from mlxtune.cli import report
     from mlxtune.data import check as checks
     from mlxtune.data import sources
+    from mlxtune.data.chosen import for_rows
     from mlxtune.data.examples import Renderer
-    from mlxtune.data.tokenizer import load_tokenizer
     from mlxtune.errors import UserError
     from mlxtune.model import hub
 
@@ -136,7 +136,7 @@ def check(
     config = configuration.load(file, settings, {"data.path": path})
     sources.glance(config.data)
     folder = hub.resolve(model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = for_rows(folder, config)
     splits: dict[str, checks.Split] = {}
     with report.progress(common.console()) as progress:
         for number, source in enumerate(config.data.mixture(), 1):

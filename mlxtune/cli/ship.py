@@ -70,7 +70,7 @@ def fuse(
         raise UserError("--group-size has no effect with --bits 16: nothing is quantized")
     backend.prepare()
     path = hub.resolve(model)
-    examples = None if no_verify else _held_out(path, adapter, data)
+    examples = _held_out(path, adapter, data, no_verify)
     console = common.console()
     rows = _training_rows(adapter, console) if bits == "4" else ()
     with console.status("merging, comparing with the trained model"):
@@ -114,12 +114,16 @@ def _training_rows(adapter: Path, console: Console) -> Sequence[Example]:
     return rows
 
 
-def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Example]:
-    """Rows for a proof: --data's, else the run's own validation rows."""
+def _held_out(path: Path, adapter: Path | None, data: str | None, skip: bool = False) -> Sequence[Example] | None:
+    """Rows for a proof: --data's, else the run's own validation rows; None for no proof."""
     from mlxtune import session
     from mlxtune.data.chosen import tokenizer_of
     from mlxtune.errors import UserError
 
+    if skip and data:
+        raise UserError("--data has no effect with --no-verify: nothing is compared", "Leave out one of the two.")
+    if skip:
+        return None
     config = common.run_settings(adapter, data)
     if not config.data.path:
         raise UserError("the proof needs held-out rows", "Name some: --data PATH; or leave it out: --no-verify.")
@@ -128,8 +132,8 @@ def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Ex
 
 # Which options mean something for which target.
 TARGETS = {
-    "peft": ("base_name",),
-    "hf": ("base", "dtype", "base_name"),
+    "peft": ("base_name", "push"),
+    "hf": ("base", "dtype", "base_name", "push"),
     "gguf": ("base", "type", "base_name", "ollama"),
     "gguf-lora": ("base_name", "ollama"),
 }
@@ -203,12 +207,14 @@ def export(
     """
     from mlxtune.errors import UserError
 
-    given = {"base": base, "dtype": dtype, "type": kind, "ollama": ollama, "base_name": base_name}
+    given = {"base": base, "dtype": dtype, "type": kind, "ollama": ollama, "base_name": base_name, "push": push}
     useless = [name for name, value in given.items() if value and name not in TARGETS[target]]
     if useless:
         option = f"--{useless[0].replace('_', '-')}"
         fitting = ", ".join(name for name, options in TARGETS.items() if useless[0] in options)
         raise UserError(f"{option} has no effect with --to {target}", f"It is for: {fitting}.")
+    if base is not None and adapter is None:
+        raise UserError("--base has no effect without --adapter: nothing is merged", "Name that model as --model.")
     from mlxtune import backend
     from mlxtune.model import hub
     from mlxtune.model.load import source_of
@@ -219,7 +225,7 @@ def export(
         card.check_repo(push)
     backend.prepare()
     path = hub.resolve(model)
-    examples = None if no_verify else _held_out(path, adapter, data)
+    examples = _held_out(path, adapter, data, no_verify)
     if not base_name and not Path(model).expanduser().exists() and source_of(path)["kind"] == "hf":
         base_name = model  # a hub id, used as it is
     request = shipping.Request(path, adapter, out, base, dtype, base_name, examples, force=force)
@@ -263,7 +269,7 @@ def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_
 
     backend.prepare()
     path = hub.resolve(model)
-    examples = _held_out(path, adapter, data)
+    examples = _held_out(path, adapter, data) or ()
     with common.console().status("comparing with the trained model"):
         report = shipping.check(export, path, adapter, examples)
     if as_json:

@@ -10,11 +10,12 @@ from typing import Any
 
 from mlxtune_convert.files import read_json, write_json
 
+from mlxtune.config import Config
+from mlxtune.data.template import missing
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 
 FILE = "mlxtune_tokenizer.json"
-# What a special token is in tokenizer.json: found anywhere in a text, and taken out before anything else happens to it.
 SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 
 
@@ -28,29 +29,21 @@ class Changes:
 
     @staticmethod
     def read(adapter: Path | None) -> Changes:
-        """Those of an adapter folder. Raises UserError for a damaged file."""
+        """Those of an adapter folder."""
         if adapter is None or not (adapter / FILE).is_file():
             return Changes()
         saved = read_json(adapter / FILE, "what a run changed in the tokenizer")
-        if saved.keys() - Changes.__dataclass_fields__.keys() or not isinstance(saved.get("tokens", {}), dict):
-            raise UserError(f"{adapter / FILE}: not what mlxtune writes there", "Copy the adapter again.")
-        return Changes(**saved)
+        return Changes(*(saved.get(key, own) for key, own in asdict(Changes()).items()))
 
     @staticmethod
     def of_files(folder: Path) -> Changes:
-        """What the tokenizer files in a folder say (a PEFT adapter's, say); nothing where there are none."""
-        if not (folder / "tokenizer.json").is_file():
+        """What the tokenizer beside a PEFT adapter says; nothing where there is none."""
+        if not (folder / "tokenizer_config.json").is_file():
             return Changes()
-        added = read_json(folder / "tokenizer.json", "a tokenizer").get("added_tokens") or []
-        own, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-        settings = read_json(own, "the tokenizer's settings") if own.is_file() else {}
-        template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
-        end = settings.get("eos_token") or ""
-        return Changes(
-            template if isinstance(template, str) else "",
-            end if isinstance(end, str) else end["content"],
-            {token["content"]: token["id"] for token in added if token["special"]},
-        )
+        tokenizer = load_tokenizer(folder)
+        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+        tokens = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return Changes(template, tokenizer.eos_token or "", tokens)
 
     def save(self, adapter: Path) -> None:
         if self != Changes():
@@ -72,31 +65,27 @@ class Changes:
         """Change the tokenizer files in a folder so."""
         if self == Changes():
             return
-        names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-        whole_file, settings_file, map_file, template_file = (folder / name for name in names)
-        if not whole_file.is_file():  # made of tokenizer.model each time
-            load_tokenizer(folder).backend_tokenizer.save(str(whole_file))
-        whole = read_json(whole_file, "the tokenizer")
-        settings = read_json(settings_file, "its settings") if settings_file.is_file() else {}
+        file = folder / "tokenizer.json"
+        if not file.is_file():  # made of tokenizer.model each time
+            load_tokenizer(folder).backend_tokenizer.save(str(file))
+        whole = read_json(file, "the tokenizer")
         known = {token["content"] for token in whole["added_tokens"]}
-        for token, index in self.tokens.items():
-            if token not in known:
-                whole["added_tokens"].append({"id": index, "content": token, **SPECIAL})
+        new = {index: {"content": token, **SPECIAL} for token, index in self.tokens.items() if token not in known}
+        whole["added_tokens"] += [{"id": index, **token} for index, token in new.items()]
+        file.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+        said = {key: value for key, value in asdict(self).items() if value and key != "tokens"}
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the latter is older, and wins
+            if (folder / name).is_file():
+                settings = read_json(folder / name, "the tokenizer's settings")
                 if "added_tokens_decoder" in settings:
-                    settings["added_tokens_decoder"][str(index)] = {"content": token, **SPECIAL}
-        whole_file.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
-        end = {"eos_token": self.eos_token} if self.eos_token else {}
+                    settings["added_tokens_decoder"].update(new)
+                write_json(folder / name, {**settings, **said})
         if self.chat_template:
-            settings["chat_template"] = self.chat_template
-            template_file.write_text(self.chat_template, encoding="utf-8")
-        write_json(settings_file, {**settings, **end})
-        if map_file.is_file():  # older files; it would win
-            write_json(map_file, {**read_json(map_file, "special tokens"), **end})
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
 
 def add(tokenizer: Any, tokens: Sequence[str], folder: Path) -> None:
-    """Add special tokens that the vocabulary does not have, numbered on from its end. Raises UserError where that is
-    not its end."""
+    """Add special tokens that the vocabulary does not have. Raises UserError where their numbers are taken."""
     from transformers import AddedToken
 
     known = tokenizer.get_vocab()
@@ -104,6 +93,14 @@ def add(tokenizer: Any, tokens: Sequence[str], folder: Path) -> None:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new], special_tokens=True)
     if set(known.values()) & set(tokenizer.convert_tokens_to_ids(new)):
         raise UserError(f"{folder}: its vocabulary has gaps, so no token can be added to it")
+
+
+def for_rows(folder: Path, config: Config) -> Any:
+    """The tokenizer to look at rows with; the folder may hold it alone. Tokens that training would add are added."""
+    tokenizer = load_tokenizer(folder)
+    if config.data.template and "embeddings" in config.lora.train_also:
+        add(tokenizer, missing(tokenizer, config.data.template), folder)
+    return tokenizer
 
 
 def tokenizer_of(folder: Path, adapter: Path | None) -> Any:

@@ -231,9 +231,7 @@ def use(tokenizer: Any, folder: Path, choice: str, hint: str = "") -> None:
     if lacking:
         raise UserError(
             f"{folder}: the template {choice} needs tokens that the vocabulary does not have: {', '.join(lacking)}",
-            hint
-            or "Train them: lora.train_also=[embeddings], with head where the model has one of its own; "
-            "data.template=alpaca needs no new tokens.",
+            hint or "Train them: lora.train_also=[embeddings], and head where it is not tied to them; or take alpaca.",
         )
     if choice in BUILT_IN and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         text = "{{ bos_token }}" + text

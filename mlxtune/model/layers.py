@@ -186,12 +186,11 @@ def trained(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
 def dense_copy(module: nn.Module) -> Any:
     """A layer of its own with the same parameters, the matrix of a quantized one made dense (float32)."""
     dense = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
-    quantized = next((kind for kind in dense if isinstance(module, kind)), None)
-    if quantized is None:
+    kind = next((dense[kind] for kind in dense if isinstance(module, kind)), None)
+    if kind is None:
         layer = copy.copy(module)
         layer._no_grad = set()
         return layer
-    kind = dense[quantized]
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
     layer.weight = dense_weight(module)

@@ -52,7 +52,9 @@ def from_model(model: nn.Module, spec: Spec, config: dict[str, Any], base: str) 
 
 
 def is_adapter(path: Path) -> bool:
-    return (path / peft.WEIGHTS_FILE).is_file() or (path / "adapter_model.bin").is_file()
+    """Whether a folder holds a PEFT adapter, and no model beside it."""
+    adapter = (path / peft.WEIGHTS_FILE).is_file() or (path / "adapter_model.bin").is_file()
+    return adapter and not any(path.glob("model*.safetensors"))
 
 
 def import_adapter(folder: Path, destination: Path, model: str | None, force: bool) -> tuple[int, Spec]:

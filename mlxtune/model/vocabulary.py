@@ -40,72 +40,70 @@ def matrices(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
     return [path for path in outside_blocks(model, EMBEDDING + LINEAR) if len(modules[path].weight) == known]
 
 
-def choose(tokenizer: Any, folder: Path, config: Config) -> bool:
-    """Give the tokenizer the template of a run, with the special tokens that it needs; return whether anything changed.
+def choose(tokenizer: Any, folder: Path, config: Config) -> Changes:
+    """Give the tokenizer the template of a run; return what changed. folder: of the model.
 
-    Tokens are added only where every row of embedding and head trains. folder: of the model. Raises UserError as
-    `template.use` does.
+    Tokens are added only where every row of embedding and head trains; else UserError, as `template.use` raises it.
     """
-    before = Changes.read(Path(config.lora.start_from)) if config.lora.start_from else Changes()
-    before.apply(tokenizer, folder)
+    known, start = tokenizer.get_vocab(), config.lora.start_from
+    changes = Changes.read(Path(start) if start else None)
+    changes.apply(tokenizer, folder)
     choice, hint = config.data.template, ""
-    if not choice:
-        return before != Changes()
-    lacking = missing(tokenizer, choice)
-    if lacking and config.lora.start_from:
-        hint = "The adapter of lora.start_from was trained without them: begin a new one."
-    elif lacking:
-        backend.prepare()
-        model, settings = open_model(folder)
-        rows = matrices(model, settings)
-        if rows and set(rows) <= set(Spec.of(model, config.lora).trained):
-            add(tokenizer, lacking, folder)
-        head = ", head" if outside_blocks(model, LINEAR) else ""
-        hint = f"Train them: lora.train_also=[embeddings{head}]; data.template=alpaca needs no new tokens."
-    use(tokenizer, folder, choice, hint)
-    return True
+    if choice:
+        lacking = missing(tokenizer, choice)
+        if lacking and start:
+            hint = "The adapter of lora.start_from was trained without them: begin a new one."
+        elif lacking:
+            backend.prepare()
+            model, settings = open_model(folder)
+            rows = matrices(model, settings)
+            if rows and set(rows) <= set(Spec.of(model, config.lora).trained):
+                add(tokenizer, lacking, folder)
+            head = ", head" if outside_blocks(model, LINEAR) else ""
+            hint = f"Train them: lora.train_also=[embeddings{head}]; data.template=alpaca needs no new tokens."
+        use(tokenizer, folder, choice, hint)
+    elif changes == Changes():
+        return changes
+    tokens = {token: index for token, index in tokenizer.get_vocab().items() if token not in known}
+    return Changes(tokenizer.chat_template or "", tokenizer.eos_token or "", tokens)
 
 
 def prepare(loaded: Loaded, config: Config) -> Changes:
     """The same for a model to be trained, whose matrices get the rows; return what the run must keep."""
-    known = loaded.tokenizer.get_vocab()
-    if not choose(loaded.tokenizer, loaded.path, config):
-        return Changes()
-    tokens = {token: index for token, index in loaded.tokenizer.get_vocab().items() if token not in known}
+    changes = choose(loaded.tokenizer, loaded.path, config)
     if config.lora.start_from:
         fit(loaded.model, Path(config.lora.start_from), loaded.config)
-    elif tokens:
-        rows = max(vocabulary(loaded.config) or 0, *(index + 1 for index in tokens.values()))
-        grow(loaded.model, dict.fromkeys(matrices(loaded.model, loaded.config), rows), list(tokens.values()))
-        resize(loaded.config, rows)
-    return Changes(loaded.tokenizer.chat_template, loaded.tokenizer.eos_token or "", tokens)
+    elif changes.tokens:
+        ids = list(changes.tokens.values())
+        grow(loaded.model, loaded.config, max(vocabulary(loaded.config) or 0, max(ids) + 1), ids)
+    return changes
 
 
 def fit(model: nn.Module, adapter: Path, config: dict[str, Any]) -> None:
-    """Give a base the rows for the tokens that were added to train an adapter, and config.json their number."""
-    if not Changes.read(adapter).tokens or not (adapter / OWN_FILE).is_file():
-        return
-    saved, modules = read_header(adapter / OWN_FILE), dict(model.named_modules())
-    rows = {path: saved.get(f"{path}.weight", {"shape": [0]})["shape"][0] for path in matrices(model, config)}
-    rows = {path: count for path, count in rows.items() if count > len(modules[path].weight)}
-    grow(model, rows)
-    resize(config, max(rows.values(), default=None))
+    """Give a base, and its config.json, the rows for the tokens that an adapter was trained with."""
+    file = adapter / OWN_FILE
+    saved = read_header(file) if Changes.read(adapter).tokens and file.is_file() else {}
+    rows = max((saved[f"{p}.weight"]["shape"][0] for p in matrices(model, config) if f"{p}.weight" in saved), default=0)
+    if rows > (vocabulary(config) or 0):
+        grow(model, config, rows)
 
 
-def grow(model: nn.Module, rows: Mapping[str, int], fresh: Sequence[int] = ()) -> None:
-    """Give layers (by path) more rows; the new ones, and those in `fresh`, are the mean of the rows before them.
+def grow(model: nn.Module, config: dict[str, Any], rows: int, fresh: Sequence[int] = ()) -> None:
+    """Give embedding and head so many rows; the new ones, and those in `fresh`, are the mean of the rows before them.
 
     At the mean a new token's logit is an average of the others', which bounds how far it moves what the model says;
     rows near zero can be the most likely of all (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language
     Models", nlp.stanford.edu/~johnhew/vocab-expansion.html). Quantized layers become dense.
     """
     modules, dtype = dict(model.named_modules()), model_dtype(model)
-    for path, count in rows.items():
+    for path in matrices(model, config):
         layer = dense_copy(modules[path])
         for name, value in own_parameters(layer).items():
-            mean = value[: min([len(value), *fresh])].astype(mx.float32).mean(axis=0, keepdims=True)
-            value = mx.concatenate([value.astype(mx.float32), mx.repeat(mean, count - len(value), axis=0)])
+            value = value.astype(mx.float32)
+            mean = value[: min([len(value), *fresh])].mean(axis=0, keepdims=True)
+            value = mx.concatenate([value, mx.repeat(mean, rows - len(value), axis=0)])
             if fresh:
                 value[mx.array(list(fresh))] = mean
             layer[name] = value.astype(dtype)
         model.update_modules(tree_unflatten([(path, layer)]))
+    resize(config, rows)

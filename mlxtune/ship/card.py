@@ -30,15 +30,12 @@ def write_generation_config(work: Path, config: dict[str, Any]) -> None:
 
 
 def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None, note: str = "") -> None:
-    """README.md as the hub shows it. kind: "transformers" or "peft"; base: hub id or ""; note: what whoever uses it
-    must know.
-    """
+    """README.md as the hub shows it. kind: "transformers" or "peft"; base: hub id or ""; note: for its users."""
     head = ["---", f"library_name: {kind}", "tags: [mlxtune, lora]", f"license: {licence or 'unknown'}"]
     head += [f"base_model: {base}"] if base else []
     what = "merged and exported" if kind == "transformers" else "as a PEFT adapter, exported"
     body = ["---", "", f"A fine-tuned version of {base or 'its base model'}, {what} with mlxtune."]
-    body.append("The licence of the base model applies." if not licence else "")
-    body.append(note)
+    body += ["The licence of the base model applies." if not licence else "", note]
     if adapter is not None and (adapter / "config.yaml").is_file():
         run = load(adapter / "config.yaml")
         lengths = f"{run.train.steps} steps" if run.train.steps else f"{run.train.epochs or 1:g} epochs"

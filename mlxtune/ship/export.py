@@ -82,10 +82,8 @@ def to_mlx(request: Request, bits: int, group: int | None = None) -> Report | No
         if bits < CALIBRATED_BELOW and request.calibration:
             calibration = Calibration(str(request.model), request.adapter, request.calibration)
         fuse(merged, request.base or request.model, work, bits, group, calibration)
-        changes = Changes.read(request.adapter)
-        if changes != Changes():
-            changes.write(work)
-            card.write_generation_config(work, merged.config)
+        Changes.read(request.adapter).write(work)
+        card.write_generation_config(work, merged.config)
         if request.examples is None:
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
@@ -162,20 +160,18 @@ def to_peft(request: Request) -> Report | ReadBack | None:
     tuned = open_merged(request.model, request.adapter)
     spec = lora.read_spec(request.adapter)
     adapter = from_model(tuned.model, spec, source["config"], base_name(request, source) or spec.base)
-    changes, rows = Changes.read(request.adapter), vocabulary(tuned.config)
-    note = ""
-    if changes != Changes():
-        note = (
-            "The tokenizer lies beside the adapter: `generate(..., eos_token_id=tokenizer.eos_token_id)` ends answers."
-        )
-    if rows != vocabulary(source["config"]):
-        note += f" Before PEFT loads it, the base needs rows for new tokens: `base.resize_token_embeddings({rows})`."
+    changes, rows, note = Changes.read(request.adapter), vocabulary(tuned.config), ""
     with new_folder(request.out, request.force, request.sources) as work:
         peft.write_adapter(work, adapter)
-        card.write(work, "peft", adapter.base, card.licence_of(request.model), request.adapter, note)
         if changes != Changes():
             copy_tokenizer(request.model, work)
             changes.write(work)
+            note = "Its tokenizer is here; answers end at `generate(..., eos_token_id=tokenizer.eos_token_id)`."
+        if rows != vocabulary(source["config"]):
+            note += (
+                f" Before PEFT loads it, the base needs rows for new tokens: `base.resize_token_embeddings({rows})`."
+            )
+        card.write(work, "peft", adapter.base, card.licence_of(request.model), request.adapter, note)
         count = peft.check_adapter(work, adapter)
         if request.examples is None:
             return None

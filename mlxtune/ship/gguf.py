@@ -144,9 +144,10 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
         plan.fields["tokenizer.chat_template"] = Field.of(changes.chat_template)
     if changes.eos_token:
         plan.fields["tokenizer.ggml.eos_token_id"] = Field.of(tokenizer.eos_token_id)
+    tokens, types = (plan.fields[f"tokenizer.ggml.{key}"].value for key in ("tokens", "token_type"))
     for token, index in changes.tokens.items():
-        plan.fields["tokenizer.ggml.tokens"].value[index] = token
-        plan.fields["tokenizer.ggml.token_type"].value[index] = CONTROL
+        if tokens[index] != token:  # a row without a token so far
+            tokens[index], types[index] = token, CONTROL
     plan.write(merged, work / MODEL_FILE, progress)
     inexact = plan.choice.inexact
     notes = []

@@ -287,10 +287,9 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
     if info["unexpected_keys"] or info["mismatched_keys"]:
         wrong = [*info["unexpected_keys"], *info["mismatched_keys"]]
         raise UserError(f"the base does not fit transformers' model: {wrong[:3]}")
-    names = {id(module): name for name, module in model.named_modules()}
-    embedding = f"{peft.PREFIX}{names[id(model.get_input_embeddings())]}.weight"
-    saved = read_header(folder / peft.WEIGHTS_FILE).get(embedding)
-    if saved and saved["shape"][0] > model.get_input_embeddings().weight.shape[0]:  # tokens were added
+    name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    saved = read_header(folder / peft.WEIGHTS_FILE).get(f"{peft.PREFIX}{name}.weight")
+    if saved and saved["shape"][0] > len(model.get_input_embeddings().weight):  # tokens were added
         model.resize_token_embeddings(saved["shape"][0], mean_resizing=False)
     return _torch_runner(PeftModel.from_pretrained(model, str(folder)))
 
