@@ -249,6 +249,35 @@ def test_peft_computes_the_same_and_gives_it_back_unchanged(
     assert answers(model, tmp_path / "back") == answers(model, run)
 
 
+def test_an_adapter_that_others_trained_with_new_tokens_comes_in(models: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT beside transformers' own resizing, to a multiple of 64 rows: the same logits, the same tokens, here."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models["grown"])
+    tokenizer.add_tokens(list(NEW), special_tokens=True)
+    tokenizer.chat_template, tokenizer.eos_token = tiny.CHATML, "<|im_end|>"
+    base = AutoModelForCausalLM.from_pretrained(models["grown"], dtype=torch.float32)
+    base.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    settings = LoraConfig(
+        r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], init_lora_weights=False
+    )
+    theirs = get_peft_model(base, settings).eval()
+    theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=False)  # they are saved as trained modules
+    tokenizer.save_pretrained(tmp_path / "peft")
+    command("convert", tmp_path / "peft", tmp_path / "ours", "--base", models["grown"])
+    loaded = common.load_model(str(models["grown"]), tmp_path / "ours")
+    messages = tiny.conversations(2)[1]["messages"]
+    ids, wanted = (t.apply_chat_template(messages, return_dict=False) for t in (loaded.tokenizer, tokenizer))
+    assert ids == wanted and set(NEW.values()) <= set(ids)
+    loaded.check_ids([ids])
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(np.array(loaded.model(mx.array([ids]))), expected, atol=1e-4)
+    assert expected.shape[-1] == loaded.config["vocab_size"] == 320
+
+
 @pytest.mark.parametrize("name", ["4bit", "spare"])
 def test_llama_cpp_knows_the_new_tokens(
     name: str, models: dict[str, Path], runs: dict[str, Path], tmp_path: Path
@@ -322,7 +351,7 @@ def test_older_tokenizer_files_get_the_tokens_too(models: dict[str, Path], tmp_p
         tiny.make_plain_tokenizer(tmp_path)
         file.write_text(json.dumps({**json.loads(file.read_text()), **extra}))
         (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-        Changes("{{ messages }}", "<|im_end|>", NEW).write(tmp_path)
+        Changes("{{ messages }}", "<|im_end|>", dict(reversed(NEW.items()))).write(tmp_path)
         again = AutoTokenizer.from_pretrained(tmp_path)
         assert again("<|im_start|>a<|im_end|>")["input_ids"][::2] == [NEW["<|im_start|>"], NEW["<|im_end|>"]]
         assert (again.eos_token, again.chat_template) == ("<|im_end|>", "{{ messages }}")

@@ -175,7 +175,7 @@ TARGETS = {
     metavar="OWNER/NAME",
     help="The original model on the hub.  [default: where it was converted from]",
 )
-@click.option("--push", metavar="USER/REPO", help="Upload the export to the hub, into a private repository.")
+@click.option("--push", metavar="USER/REPO", help="peft, hf: upload it into a private repository of the hub.")
 @data_option
 @no_verify_option
 @common.force_option

@@ -71,7 +71,7 @@ class Changes:
         whole = read_json(file, "the tokenizer")
         known = {token["content"] for token in whole["added_tokens"]}
         new = {index: {"content": token, **SPECIAL} for token, index in self.tokens.items() if token not in known}
-        whole["added_tokens"] += [{"id": index, **token} for index, token in new.items()]
+        whole["added_tokens"] += [{"id": index, **new[index]} for index in sorted(new)]  # their order numbers them
         file.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
         said = {key: value for key, value in asdict(self).items() if value and key != "tokens"}
         for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the latter is older, and wins

@@ -64,7 +64,7 @@ def choose(tokenizer: Any, folder: Path, config: Config) -> Changes:
         use(tokenizer, folder, choice, hint)
     elif changes == Changes():
         return changes
-    tokens = {token: index for token, index in tokenizer.get_vocab().items() if token not in known}
+    tokens = {t: index for index, t in sorted((i, t) for t, i in tokenizer.get_vocab().items() if t not in known)}
     return Changes(tokenizer.chat_template or "", tokenizer.eos_token or "", tokens)
 
 
