@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -336,23 +335,3 @@ def test_a_vocabulary_with_gaps_takes_no_tokens(models: dict[str, Path], data: P
     tokenizer = load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="has gaps"):
         vocabulary.choose(tokenizer, tmp_path, run_config({"spare": tmp_path}, "spare", data))
-
-
-def test_older_tokenizer_files_get_the_tokens_too(models: dict[str, Path], tmp_path: Path) -> None:
-    """added_tokens_decoder, and special_tokens_map.json, whose end token would win over the settings'."""
-    from transformers import AutoTokenizer
-
-    tiny.make_plain_tokenizer(tmp_path)
-    file = tmp_path / "tokenizer_config.json"
-    decoder = {"0": {"content": "<|endoftext|>", **dict.fromkeys(("lstrip", "normalized", "rstrip"), False)}}
-    decoder["0"] |= {"single_word": False, "special": True}
-    old: Sequence[dict[str, Any]] = ({"added_tokens_decoder": decoder}, {})
-    for extra in old:
-        tiny.make_plain_tokenizer(tmp_path)
-        file.write_text(json.dumps({**json.loads(file.read_text()), **extra}))
-        (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-        Changes("{{ messages }}", "<|im_end|>", dict(reversed(NEW.items()))).write(tmp_path)
-        again = AutoTokenizer.from_pretrained(tmp_path)
-        assert again("<|im_start|>a<|im_end|>")["input_ids"][::2] == [NEW["<|im_start|>"], NEW["<|im_end|>"]]
-        assert (again.eos_token, again.chat_template) == ("<|im_end|>", "{{ messages }}")
-    assert len(json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]) == 3
