@@ -14,11 +14,11 @@ from mlxtune.config import load as load_config
 from mlxtune.data import chat, mixture, sources
 from mlxtune.data.batches import Batch, in_order
 from mlxtune.data.mixture import Examples
-from mlxtune.data.template import BUILT_IN, use
+from mlxtune.data.template import BUILT_IN
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.evaluate.loss import Score, score
-from mlxtune.model import hub
+from mlxtune.model import hub, vocabulary
 from mlxtune.model.head import Split
 from mlxtune.model.load import Loaded
 
@@ -75,8 +75,7 @@ def anchored(config: Config) -> Config:
 
 def dated(config: Config, folder: Path, tokenizer: Any) -> Config:
     """The day made explicit where the template prints it, so that the run means the same tomorrow."""
-    if config.data.template:
-        use(tokenizer, folder, config.data.template)
+    vocabulary.choose(tokenizer, folder, config)
     if config.data.date or tokenizer.chat_template is None or not chat.template_of(tokenizer, {}).prints_date:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"date": date.today().isoformat()})})

@@ -17,11 +17,11 @@ from mlxtune import backend, host
 from mlxtune.config import Config
 from mlxtune.data import chat
 from mlxtune.data.batches import Plan, in_order
-from mlxtune.data.template import use
+from mlxtune.data.chosen import Changes
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.loss import Score, score
-from mlxtune.model import hub, lora
+from mlxtune.model import hub, lora, vocabulary
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.dropout import add_noise
 from mlxtune.model.load import Loaded, cast, load, model_dtype, open_model
@@ -84,7 +84,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
         elif ranks.first and not checkpoint.free(out):
             raise UserError(f"{out} already exists", "Choose another --out, or continue that run with --resume.")
         data, config = read_data(config, display.reading)
-        job, config, found = _prepared(config, data, out, ranks, resume)
+        job, config, changes, found = _prepared(config, data, out, ranks, resume)
         if saved is not None:
             notes += saved.identity.refuse_other(job.identity, out, anyway)
         notes += found
@@ -99,6 +99,9 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out))
         try:
+            if not resume:
+                lora.save_config(out, job.spec)
+                changes.save(out)
             return _written(job, config, notes, display, stack, saved)
         except BaseException:
             if not resume and not checkpoint.exists(out):
@@ -106,12 +109,15 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
             raise
 
 
-def _prepared(config: Config, data: Data, out: Path, ranks: Ranks, resume: bool) -> tuple[Job, Config, list[str]]:
-    """(the job, the configuration made to fit, what a person must know): the model read, its adapter attached."""
+def _prepared(
+    config: Config, data: Data, out: Path, ranks: Ranks, resume: bool
+) -> tuple[Job, Config, Changes, list[str]]:
+    """(the job, the configuration made to fit, changes of the tokenizer, what a person must know): the model read, its
+    adapter attached.
+    """
     loaded = load(config.model.path, config.train.dtype)
+    changes = vocabulary.prepare(loaded, config)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
-    if config.data.template:
-        use(loaded.tokenizer, loaded.path, config.data.template)
     spec = lora.read_spec(out) if resume and ranks.first else _spec(config, loaded)
     valid = ranks.deal(in_order(data.valid))
     dropout = lora.attach(loaded.model, spec, config.train.seed)
@@ -161,7 +167,7 @@ def _prepared(config: Config, data: Data, out: Path, ranks: Ranks, resume: bool)
     where = f"{backend.kind()}, {dtype_name(loaded.dtype)}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {where}")
     notes.append(f"computed: {fast.describe(path)}")
-    return job, config, notes
+    return job, config, changes, notes
 
 
 def _written(
@@ -170,7 +176,6 @@ def _written(
     """Run the job with everything that writes and draws around it."""
     out, step = job.run, saved.state.step if saved else 0
     if saved is None:
-        lora.save_config(out, job.spec)
         (out / EVENTS_FILE).unlink(missing_ok=True)  # of a run that was killed before it saved anything
     with new_file(out / CONFIG_FILE, force=True) as file:
         file.write(config.to_yaml())

@@ -10,9 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from mlxtune import session
+from mlxtune.cli import cli
+from mlxtune.errors import UserError
 from mlxtune.model.load import open_model
 from mlxtune.ship import export, gptq
 
@@ -133,3 +136,25 @@ def test_a_run_whose_rows_are_gone_is_fused_by_rounding_and_that_is_said(
 def test_a_group_size_without_quantization_is_refused(mlx_model: Path, run: Path, tmp_path: Path) -> None:
     options = ("--adapter", run, "--out", tmp_path / "fused", "--group-size", "64")
     tiny.refused(tmp_path / "fused", "fuse", "--model", mlx_model, *options, expected=("--group-size", "--bits 16"))
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "expected"),
+    [
+        ("fuse", ("--no-verify", "--data", "rows.jsonl"), "--data has no effect with --no-verify"),
+        ("export", ("--to", "hf", "--no-verify", "--data", "rows.jsonl"), "--data has no effect with --no-verify"),
+        ("export", ("--to", "gguf", "--push", "me/mine"), "--push has no effect with --to gguf"),
+        ("export", ("--to", "gguf-lora", "--push", "me/mine"), "--push has no effect with --to gguf-lora"),
+        ("export", ("--to", "hf", "--base", "MODEL", "--no-verify"), "--base has no effect without --adapter"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    command: str, options: tuple[str, ...], expected: str, mlx_model: Path, run: Path, tmp_path: Path
+) -> None:
+    """Before any work: in this process, where a refusal is the exception that the command prints."""
+    given = [str(mlx_model) if option == "MODEL" else option for option in options]
+    adapter = [] if "--base" in options else ["--adapter", str(run)]
+    arguments = [command, "--model", str(mlx_model), *adapter, "--out", str(tmp_path / "out"), *given]
+    with pytest.raises(UserError, match=expected):
+        CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    assert not list(tmp_path.iterdir())

@@ -256,3 +256,49 @@ def test_a_model_that_does_not_fit_the_disk_is_refused_before_its_weights_are_re
     tiny.one_clear_line(user.convert(), "not enough disk space")
     assert not hub.asked_for(WEIGHTS)
     assert user.nothing_written()
+
+
+@pytest.fixture
+def peft_adapter(hub: FakeHub, hf_model: Path, tmp_path: Path) -> Path:
+    """acme/adapter: what PEFT saves of a LoRA on the tiny model, and a checkpoint below it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(hf_model, dtype=torch.float32)
+    theirs = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path / "peft")
+    repo = hub.add("acme/adapter", tmp_path / "peft")
+    repo.files["checkpoint-5/adapter_model.safetensors"] = b"older"
+    return tmp_path / "peft"
+
+
+def test_a_peft_adapter_on_the_hub_is_converted_as_its_folder_is(
+    hub: FakeHub, user: User, peft_adapter: Path, tmp_path: Path
+) -> None:
+    """Bit for bit what the folder gives, the weights fetched once, the checkpoint not at all; then from the cache."""
+    result = tiny.mlxtune("convert", "acme/adapter", user.out, **user.environment)
+    assert result.returncode == 0, result.stderr
+    assert "an adapter of 2 layers" in result.stdout
+    local = tiny.mlxtune("convert", peft_adapter, tmp_path / "local")
+    assert local.returncode == 0, local.stderr
+    for name in ("adapters.safetensors", "adapter_config.json"):
+        assert (user.out / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    fetched = [r.path for r in hub.requests if r.host == "storage" and r.method == "GET"]
+    assert len(fetched) == 1 and "checkpoint" not in fetched[0]
+    assert sum(request.path == "/api/models/acme/adapter" for request in hub.requests) == 1
+    shutil.rmtree(user.out)
+    hub.stop()
+    assert tiny.mlxtune("convert", "acme/adapter", user.out, **user.environment).returncode == 0
+
+
+def test_options_of_a_model_are_refused_for_an_adapter_on_the_hub(user: User, peft_adapter: Path) -> None:
+    said = user.convert("acme/adapter")
+    tiny.one_clear_line(said, "acme/adapter is a PEFT adapter: --bits", "no effect")
+    assert user.nothing_written()
+
+
+def test_a_pickled_adapter_on_the_hub_is_refused(hub: FakeHub, user: User, peft_adapter: Path) -> None:
+    files = hub.repos["acme/adapter"].files
+    files["adapter_model.bin"] = files.pop("adapter_model.safetensors")
+    tiny.one_clear_line(user.convert("acme/adapter"), "only pickled weights (adapter_model.bin)")

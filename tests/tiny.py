@@ -41,6 +41,18 @@ def make_tokenizer(folder: Path, chat: bool = True) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def make_plain_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer of 1 + 256 tokens, as a base model's: an end token, no chat tokens, no template."""
+    make_tokenizer(folder, chat=False)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["added_tokens"] = whole["added_tokens"][:1]
+    letters = [token for token in whole["model"]["vocab"] if token not in SPECIAL]
+    whole["model"]["vocab"] = {token: index for index, token in enumerate([SPECIAL[0], *letters])}
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL[0]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 def make_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
     """A two-layer model with random weights, saved by transformers as any Hugging Face model is."""
     import torch

@@ -65,17 +65,15 @@ def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ..
 
 def load_model(model: str, adapter: Path | None) -> Loaded:
     """The model, with the adapter on it and the chat template that it was tuned with."""
-    from mlxtune.data.template import use
+    from mlxtune.data.chosen import Changes
     from mlxtune.model import load, lora
 
     if adapter is not None:
         lora.read_spec(adapter)  # a wrong folder is said before the model is read
     loaded = load.load(model)
-    chosen = run_settings(adapter, None).data.template
-    if chosen:
-        use(loaded.tokenizer, loaded.path, chosen)
     if adapter is not None:
-        lora.load_adapter(loaded.model, adapter)
+        Changes.read(adapter).apply(loaded.tokenizer, loaded.path)
+        lora.load_adapter(loaded.model, adapter, loaded.config)
     return loaded
 
 

@@ -54,12 +54,16 @@ def convert(
     mlxtune convert adapter.gguf adapter --base model
     mlxtune convert ./hf-folder model-16bit --bits 16
     mlxtune convert ./peft-adapter adapter
+    mlxtune convert owner/peft-adapter adapter --base model
     """
     from mlxtune.errors import UserError
     from mlxtune.model import convert as conversion
-    from mlxtune.model import peft
+    from mlxtune.model import hub, peft
 
-    folder = Path(src).expanduser()
+    target = conversion.Target.of(int(bits) if bits else None, group_size, mode)
+    console = common.console()
+    with console.status(f"looking for {src}"):
+        folder = hub.resolve(src)
     if peft.is_adapter(folder):
         if bits or group_size or mode or dtype:
             raise UserError(f"{src} is a PEFT adapter: --bits, --group-size, --mode and --dtype have no effect")
@@ -68,8 +72,7 @@ def convert(
         common.stdout().print(f"{dst}: an adapter of {count} layers ({spec.variant}{trained_on})")
         return
 
-    target = conversion.Target.of(int(bits) if bits else None, group_size, mode)
-    with common.console().status(f"converting {src}"):
+    with console.status(f"converting {src}"):
         done = conversion.convert(src, dst, target, dtype, force, base)
     for note in done.notes:
         common.note(note)

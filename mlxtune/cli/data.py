@@ -14,8 +14,8 @@ from mlxtune.cli import common
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlxtune.config import Config
     from mlxtune.data.examples import Renderer, Row
-    from mlxtune.sections import DataSection
 
 
 @click.group()
@@ -47,7 +47,7 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
 
     common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache")
     resolved = config.load(None, settings, {"data.path": path})
-    folder, renderer = _renderer(model, resolved.data)
+    folder, renderer = _renderer(model, resolved)
     out, tokenizer = common.stdout(), renderer.tokenizer
     found = sources.rows_of(resolved.data, resolved.train.seed, split)
     rows = sources.with_template(found, tokenizer, folder, resolved.data.template)
@@ -59,16 +59,16 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
                 _print(out, tokenizer, row)
 
 
-def _renderer(model: str, section: DataSection) -> tuple[Path, Renderer]:
+def _renderer(model: str, config: Config) -> tuple[Path, Renderer]:
     """The tokenizer's folder, and what makes its examples; the data is known to be there."""
     from mlxtune.data import sources
+    from mlxtune.data.chosen import for_rows
     from mlxtune.data.examples import Renderer
-    from mlxtune.data.tokenizer import load_tokenizer
     from mlxtune.model import hub
 
-    sources.glance(section)
+    sources.glance(config.data)
     folder = hub.resolve(model)
-    return folder, Renderer(load_tokenizer(folder), section)
+    return folder, Renderer(for_rows(folder, config), config.data)
 
 
 def _as_json(tokenizer: Any, row: Row) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def check(
         settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache", "data.valid_fraction"
     )
     config = configuration.load(file, settings, {"data.path": path})
-    folder, renderer = _renderer(model, config.data)
+    folder, renderer = _renderer(model, config)
     splits: dict[str, checks.Split] = {}
     with report.progress(common.console()) as progress:
         for number, source in enumerate(config.data.mixture(), 1):

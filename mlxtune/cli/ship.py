@@ -51,7 +51,7 @@ def _request(model: str, adapter: Path | None, data: str | None, no_verify: bool
 
     backend.prepare()
     path = hub.resolve(model)
-    examples = None if no_verify else _held_out(path, adapter, data)
+    examples = _held_out(path, adapter, data, no_verify)
     if not others.get("base_name") and not Path(model).expanduser().exists() and source_of(path)["kind"] == "hf":
         others["base_name"] = model  # a hub id, used as it is
     return Request(path, adapter, examples=examples, **others)
@@ -117,16 +117,20 @@ def _training_rows(adapter: Path) -> Sequence[Example]:
     return rows
 
 
-def _held_out(path: Path, adapter: Path | None, data: str | None) -> Sequence[Example]:
-    """Rows for a proof: --data's, else the run's own validation rows."""
+def _held_out(path: Path, adapter: Path | None, data: str | None, skip: bool = False) -> Sequence[Example] | None:
+    """Rows for a proof: --data's, else the run's own validation rows; None for no proof."""
     from mlxtune import session
-    from mlxtune.data.tokenizer import load_tokenizer
+    from mlxtune.data.chosen import tokenizer_of
     from mlxtune.errors import UserError
 
+    if skip and data:
+        raise UserError("--data has no effect with --no-verify: nothing is compared", "Leave out one of the two.")
+    if skip:
+        return None
     config = common.run_settings(adapter, data)
     if not config.data.path and not config.data.sources:
         raise UserError("the proof needs held-out rows", "Name some: --data PATH; or leave it out: --no-verify.")
-    return session.held_out(load_tokenizer(path), path, config, own=data is None)
+    return session.held_out(tokenizer_of(path, adapter), path, config, own=data is None)
 
 
 # Which options mean something for which target.
@@ -190,6 +194,8 @@ def export(target: str, kind: str | None, ollama: bool, push: str | None, **shar
         option = f"--{useless[0].replace('_', '-')}"
         fitting = ", ".join(name for name, options in TARGETS.items() if useless[0] in options)
         raise UserError(f"{option} has no effect with --to {target}", f"It is for: {fitting}.")
+    if shared["base"] is not None and shared["adapter"] is None:
+        raise UserError("--base has no effect without --adapter: nothing is merged", "Name that model as --model.")
     from mlxtune.ship import card
     from mlxtune.ship import export as shipping
 
@@ -235,7 +241,7 @@ def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_
 
     backend.prepare()
     path = hub.resolve(model)
-    examples = _held_out(path, adapter, data)
+    examples = _held_out(path, adapter, data) or ()
     with common.console().status("comparing with the trained model"):
         report = shipping.check(export, path, adapter, examples)
     if as_json:

@@ -185,11 +185,30 @@ BUILT_IN = {
 MARKERS = re.compile(r"<\|[^|<>{}\s]+\|>|<｜[^｜<>{}\s]+｜>|<(?:start|end)_of_turn>|\[/?INST\]")
 
 
-def use(tokenizer: Any, folder: Path, choice: str) -> None:
+def source(choice: str) -> str:
+    """The text of a chosen template: chatml, alpaca, or a file. Raises UserError when there is no such file."""
+    if choice in BUILT_IN:
+        return BUILT_IN[choice]
+    path = Path(choice).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.template: no file {choice}", f"Allowed: {', '.join(BUILT_IN)}, or a Jinja file.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.template: {path} is not text (invalid UTF-8 at byte {error.start})") from error
+
+
+def missing(tokenizer: Any, choice: str) -> list[str]:
+    """The tokens that a chosen template writes and the vocabulary does not have."""
+    known = tokenizer.get_vocab()
+    return sorted({marker for marker in MARKERS.findall(source(choice)) if marker not in known})
+
+
+def use(tokenizer: Any, folder: Path, choice: str, hint: str = "") -> None:
     """Give the tokenizer the chosen template: chatml, alpaca, or a file; "" keeps its own.
 
-    folder: where the tokenizer is from, for messages. Raises UserError when there is none, or when it needs tokens that
-    the vocabulary does not have: a model has no trained embedding for them.
+    folder: where the tokenizer is from, for messages; hint: what to do when tokens are missing. Raises UserError when
+    there is no template, or when it needs tokens that the vocabulary does not have: a model has no embedding for them.
     """
     from jinja2.exceptions import TemplateError as JinjaError
     from jinja2.exceptions import TemplateSyntaxError
@@ -202,27 +221,18 @@ def use(tokenizer: Any, folder: Path, choice: str) -> None:
                 "or use the model's instruct version.",
             )
         return
-    source = BUILT_IN.get(choice)
-    if source is None:
-        path = Path(choice).expanduser()
-        if not path.is_file():
-            raise UserError(f"data.template: no file {choice}", f"Allowed: {', '.join(BUILT_IN)}, or a Jinja file.")
-        try:
-            source = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"data.template: {path} is not text (invalid UTF-8 at byte {error.start})") from error
-    known = tokenizer.get_vocab()
-    missing = sorted({marker for marker in MARKERS.findall(source) if marker not in known})
-    if missing:
+    text = source(choice)
+    lacking = missing(tokenizer, choice)
+    if lacking:
         raise UserError(
-            f"{folder}: the template {choice} needs tokens that the vocabulary does not have: {', '.join(missing)}",
-            "The model has no embedding for them; data.template=alpaca needs no new tokens.",
+            f"{folder}: the template {choice} needs tokens that the vocabulary does not have: {', '.join(lacking)}",
+            hint or "Train them: lora.train_also=[embeddings], and head where it is not tied to them; or take alpaca.",
         )
     if choice in BUILT_IN and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        source = "{{ bos_token }}" + source
+        text = "{{ bos_token }}" + text
     if choice == "alpaca" and tokenizer.eos_token is None:
         raise UserError(f"{folder}: the tokenizer has no end token, which the template alpaca ends answers with")
-    tokenizer.chat_template = source
+    tokenizer.chat_template = text
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False)
     except TemplateSyntaxError as error:
@@ -230,5 +240,5 @@ def use(tokenizer: Any, folder: Path, choice: str) -> None:
     except (JinjaError, TypeError, KeyError, ValueError, AttributeError, IndexError):
         pass  # it wants more of a conversation than that
     end = Template(tokenizer).end_of_turn.strip()
-    if end in known:
+    if end in tokenizer.get_vocab():
         tokenizer.eos_token = end  # answers end where the template ends them

@@ -1,4 +1,4 @@
-"""What a user means by SRC: a path, or a hub id.
+"""What a user means by SRC: a path, or a hub id of a model or a PEFT adapter.
 
 Takes safetensors weights only, and works without a network from the hub's own cache. The weights are fetched here, into
 that cache: huggingface_hub starts a file again from its first byte when the command that fetched it was cut off.
@@ -6,6 +6,7 @@ that cache: huggingface_hub starts a file again from its first byte when the com
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = re.compile(r"model.*\.safetensors")
-PATTERNS = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+ADAPTER = "adapter_model.safetensors"
+PATTERNS = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt", ADAPTER]
 
 
 def resolve(source: str) -> Path:
@@ -38,6 +40,7 @@ def resolve(source: str) -> Path:
     return _download(source)
 
 
+@functools.cache
 def _download(name: str) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
@@ -70,6 +73,7 @@ def _fetch_weights(name: str, info: ModelInfo) -> None:
 
     files = info.siblings or []
     weights = [file for file in files if WEIGHTS.fullmatch(file.rfilename)]
+    weights = weights or [file for file in files if file.rfilename == ADAPTER]
     if not weights:
         pickled = [file.rfilename for file in files if file.rfilename.endswith((".bin", ".pt", ".pth"))]
         why = f": only pickled weights ({pickled[0]}), which are never loaded" if pickled else ""
@@ -142,7 +146,8 @@ def _cached(name: str) -> Path | None:
         folder = Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=True))
     except Exception:  # whatever is wrong with the cache, there is no copy
         return None
-    return folder if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")) else None
+    whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    return folder if whole or (folder / ADAPTER).is_file() else None
 
 
 def _explained(name: str, error: Exception, status: int, offline: bool) -> UserError:

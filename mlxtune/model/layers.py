@@ -174,23 +174,28 @@ def trained(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
     dtype: of the activations.
     """
-    dense = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
-    quantized = next((kind for kind in dense if isinstance(module, kind)), None)
-    if quantized is not None:
-        kind = dense[quantized]
-        layer = kind.__new__(kind)
-        nn.Module.__init__(layer)
-        layer.weight = dense_weight(module)
-        if "bias" in module:
-            layer.bias = module.bias
-    else:
-        layer = copy.copy(module)
-        layer._no_grad = set()
+    layer = dense_copy(module)
     for name, value in own_parameters(layer).items():
         layer[name] = tree_map(lambda array: mx.array(array.astype(mx.float32)), value)
     layer.__class__ = _trained_kind(type(layer))  # type: ignore[arg-type]
     layer.frozen = _Frozen(module, dtype)
     layer.unfreeze(recurse=False)
+    return layer
+
+
+def dense_copy(module: nn.Module) -> Any:
+    """A layer of its own with the same parameters, the matrix of a quantized one made dense (float32)."""
+    dense = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
+    kind = next((dense[kind] for kind in dense if isinstance(module, kind)), None)
+    if kind is None:
+        layer = copy.copy(module)
+        layer._no_grad = set()
+        return layer
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer.weight = dense_weight(module)
+    if "bias" in module:
+        layer.bias = module.bias
     return layer
 
 

@@ -35,6 +35,7 @@ from mlxtune.model.layers import (
 )
 from mlxtune.model.load import model_dtype
 from mlxtune.model.spec import ADAPTER_FILE, OWN_FILE, Spec, outside_blocks, places
+from mlxtune.model.vocabulary import fit
 
 CONFIG_FILE = "adapter_config.json"
 OWN_TYPE = "mlxtune"
@@ -162,10 +163,11 @@ def _keys_in(folder: Path) -> list[str]:
     return sorted({match[1] for match in matches if match})
 
 
-def load_adapter(model: nn.Module, folder: Path) -> Spec:
+def load_adapter(model: nn.Module, folder: Path, config: dict[str, Any] | None = None) -> Spec:
     """Attach the adapter in `folder` and load its tensors.
 
-    Raises UserError listing every tensor that does not fit: the adapter was trained on another base.
+    config: the model's, needed where the adapter was trained with added tokens: its vocab_size follows. Raises
+    UserError listing every tensor that does not fit: the adapter was trained on another base.
     """
     spec = read_spec(folder)
     file = folder / spec.file
@@ -181,6 +183,8 @@ def load_adapter(model: nn.Module, folder: Path) -> Spec:
             f"{folder}: its embedding was trained beside the old head; this model has one matrix for both",
             "In PEFT, save it with ensure_weight_tying, or with lm_head in modules_to_save.",
         )
+    if config is not None:
+        fit(model, folder, config)
     attach(model, spec)
     load_factors(model, file)
     return spec

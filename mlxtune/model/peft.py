@@ -14,6 +14,7 @@ from mlxtune_convert import layouts, peft
 from mlxtune_convert.files import new_folder
 from mlxtune_convert.tensors import save_checked
 
+from mlxtune.data.chosen import Changes
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
@@ -50,7 +51,9 @@ def from_model(model: nn.Module, spec: Spec, config: dict[str, Any], base: str) 
 
 
 def is_adapter(path: Path) -> bool:
-    return (path / peft.WEIGHTS_FILE).is_file() or (path / "adapter_model.bin").is_file()
+    """Whether a folder holds a PEFT adapter, and no model beside it."""
+    adapter = (path / peft.WEIGHTS_FILE).is_file() or (path / "adapter_model.bin").is_file()
+    return adapter and not any(path.glob("model*.safetensors"))
 
 
 def import_adapter(folder: Path, destination: Path, model: str | None, force: bool) -> tuple[int, Spec]:
@@ -60,10 +63,10 @@ def import_adapter(folder: Path, destination: Path, model: str | None, force: bo
     tensor or the layer that cannot be carried over.
     """
     adapter = peft.read_adapter(folder)
-    base, names = None, None
+    base = config = names = None
     if model is not None:
         path = resolve(model)
-        base, _ = open_model(path)
+        base, config = open_model(path)
         layout = layouts.by_model_type(source_of(path)["config"])
         names = layout.peft_targets(p for p, module in base.named_modules() if own_parameters(module))
         names = {"lm_head": "lm_head", **names}  # also where it is tied, and no layer of its own
@@ -79,8 +82,9 @@ def import_adapter(folder: Path, destination: Path, model: str | None, force: bo
     with new_folder(destination, force, [folder]) as work:
         ours = replace(adapter, updates=updates, trained=trained)
         spec = save(work, ours, None if base is None else len(base.layers))
+        Changes.of_files(folder).save(work)
         if base is not None:
-            lora.load_adapter(base, work)  # it must fit
+            lora.load_adapter(base, work, config)  # it must fit
     return len(updates) + len(spec.trained), spec
 
 

@@ -10,7 +10,6 @@ from mlxtune_convert.files import read_json, write_json
 
 from mlxtune.config import load
 from mlxtune.data.chat import template_of
-from mlxtune.data.template import use
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 
@@ -30,34 +29,13 @@ def write_generation_config(work: Path, config: dict[str, Any]) -> None:
     write_json(file, {**generation, "eos_token_id": sorted(set(flat))})
 
 
-def write_template(work: Path, adapter: Path | None) -> None:
-    """Give an exported tokenizer the chat template that the run chose (`data.template`), and its end token."""
-    tokenizer = chosen_tokenizer(work, adapter)
-    if tokenizer is not None:
-        config = read_json(work / "tokenizer_config.json", "of the tokenizer")
-        template = {"chat_template": tokenizer.chat_template, "eos_token": tokenizer.eos_token}
-        write_json(work / "tokenizer_config.json", {**config, **template})
-        (work / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-
-
-def chosen_tokenizer(folder: Path, adapter: Path | None) -> Any:
-    """The folder's tokenizer with the chat template that the run chose; None when it chose none."""
-    run = None if adapter is None else adapter / "config.yaml"
-    chosen = load(run).data.template if run is not None and run.is_file() else ""
-    if not chosen:
-        return None
-    tokenizer = load_tokenizer(folder)
-    use(tokenizer, folder, chosen)
-    return tokenizer
-
-
-def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None) -> None:
-    """README.md as the hub shows it. kind: "transformers" or "peft"; base: hub id or ""."""
+def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None, note: str = "") -> None:
+    """README.md as the hub shows it. kind: "transformers" or "peft"; base: hub id or ""; note: for its users."""
     head = ["---", f"library_name: {kind}", "tags: [mlxtune, lora]", f"license: {licence or 'unknown'}"]
     head += [f"base_model: {base}"] if base else []
     what = "merged and exported" if kind == "transformers" else "as a PEFT adapter, exported"
     body = ["---", "", f"A fine-tuned version of {base or 'its base model'}, {what} with mlxtune."]
-    body.append("The licence of the base model applies." if not licence else "")
+    body += ["The licence of the base model applies." if not licence else "", note]
     if adapter is not None and (adapter / "config.yaml").is_file():
         run = load(adapter / "config.yaml")
         lengths = f"{run.train.steps} steps" if run.train.steps else f"{run.train.epochs or 1:g} epochs"

@@ -19,12 +19,14 @@ from mlxtune_convert.tensors import ShardWriter, read_header, weight_files
 from safetensors import safe_open
 
 from mlxtune.data.chat import Example
+from mlxtune.data.chosen import Changes
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
 from mlxtune.model.load import load, model_dtype, open_model, source_of
 from mlxtune.model.peft import from_model
+from mlxtune.model.vocabulary import resize, vocabulary
 from mlxtune.ship import card, verify
 from mlxtune.ship.gptq import Calibration
 from mlxtune.ship.merge import CALIBRATED_BELOW, Merged, check_base, fuse, open_merged
@@ -80,7 +82,8 @@ def to_mlx(request: Request, bits: int, group: int | None = None) -> Report | No
         if bits < CALIBRATED_BELOW and request.calibration:
             calibration = Calibration(str(request.model), request.adapter, request.calibration)
         fuse(merged, request.base or request.model, work, bits, group, calibration)
-        card.write_template(work, request.adapter)
+        Changes.read(request.adapter).write(work)
+        card.write_generation_config(work, merged.config)
         if request.examples is None:
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
@@ -110,9 +113,10 @@ def to_hf(request: Request) -> Report | None:
         writer.close()
         config = unquantized(source["config"])
         config.pop("torch_dtype", None)
+        resize(config, vocabulary(merged.config))
         write_json(work / "config.json", {**config, "dtype": storage})
         copy_tokenizer(folder, work)
-        card.write_template(work, request.adapter)
+        Changes.read(request.adapter).write(work)
         card.write_generation_config(work, config)
         card.write(work, "transformers", base_name(request, source), card.licence_of(folder), request.adapter)
         if request.examples is None:
@@ -156,9 +160,18 @@ def to_peft(request: Request) -> Report | ReadBack | None:
     tuned = open_merged(request.model, request.adapter)
     spec = lora.read_spec(request.adapter)
     adapter = from_model(tuned.model, spec, source["config"], base_name(request, source) or spec.base)
+    changes, rows, note = Changes.read(request.adapter), vocabulary(tuned.config), ""
     with new_folder(request.out, request.force, request.sources) as work:
         peft.write_adapter(work, adapter)
-        card.write(work, "peft", adapter.base, card.licence_of(request.model), request.adapter)
+        if changes != Changes():
+            copy_tokenizer(request.model, work)
+            changes.write(work)
+            note = "Its tokenizer is here; answers end at `generate(..., eos_token_id=tokenizer.eos_token_id)`."
+        if rows != vocabulary(source["config"]):
+            note += (
+                f" Before PEFT loads it, the base needs rows for new tokens: `base.resize_token_embeddings({rows})`."
+            )
+        card.write(work, "peft", adapter.base, card.licence_of(request.model), request.adapter, note)
         count = peft.check_adapter(work, adapter)
         if request.examples is None:
             return None

@@ -20,15 +20,16 @@ from mlxtune_convert.gguf_file import Field, File, Writer
 from mlxtune_convert.gguf_model import HEADER_FILE
 from mlxtune_convert.peft import Update
 from mlxtune_convert.quant import Codes
+from mlxtune_convert.vocab import CONTROL
 
 from mlxtune.data.chat import Example
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.chosen import Changes, tokenizer_of
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import source_of
 from mlxtune.model.quantize import QUANTIZED
-from mlxtune.ship import card, llama_cpp, modelfile, verify
+from mlxtune.ship import llama_cpp, modelfile, verify
 from mlxtune.ship.export import ReadBack, Request, base_name, judged, merged_of, save_proof
 from mlxtune.ship.merge import Merged, open_merged
 from mlxtune.ship.verify import Report
@@ -139,10 +140,15 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
     merged = replace(merged_of(request), dtype=mx.float32)
     name = base_name(request, source_of(request.base or request.model)) or request.model.resolve().name
     plan = Plan.of(merged, kind, request.base or request.model, name.split("/")[-1])
-    tokenizer = card.chosen_tokenizer(request.base or request.model, request.adapter)
-    if tokenizer is not None:
-        plan.fields["tokenizer.chat_template"] = Field.of(tokenizer.chat_template)
+    tokenizer, changes = tokenizer_of(request.base or request.model, request.adapter), Changes.read(request.adapter)
+    if changes.chat_template:
+        plan.fields["tokenizer.chat_template"] = Field.of(changes.chat_template)
+    if changes.eos_token:
         plan.fields["tokenizer.ggml.eos_token_id"] = Field.of(tokenizer.eos_token_id)
+    tokens, types = (plan.fields[f"tokenizer.ggml.{key}"].value for key in ("tokens", "token_type"))
+    for token, index in changes.tokens.items():
+        if tokens[index] != token:  # a row without a token so far
+            tokens[index], types[index] = token, CONTROL
     plan.write(merged, work / MODEL_FILE, progress)
     inexact = plan.choice.inexact
     notes = []
@@ -162,7 +168,7 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
     ref = verify.reference(str(request.model), request.adapter, request.examples)
     storage = _storage(kind, plan.family)
     with llama_cpp.runner(work / MODEL_FILE) as run:
-        notes += compare_tokens(run, load_tokenizer(request.base or request.model), request.examples)
+        notes += compare_tokens(run, tokenizer, request.examples)
         return Exported(f"gguf {kind}", judged(work, ref, run, f"llama.cpp, {kind}", storage, request), notes)
 
 

@@ -52,8 +52,9 @@ class Calibration:
     """The trained model, run over training rows; layers are replaced by their quantized form as they get it."""
 
     def __init__(self, model: str, adapter: Path, examples: Sequence[Example]) -> None:
-        self.model = load(model, "auto").model
-        lora.load_adapter(self.model, adapter)
+        loaded = load(model, "auto")
+        self.model = loaded.model
+        lora.load_adapter(self.model, adapter, loaded.config)
         step = max(1, len(examples) // MAX_ROWS)
         self.rows = [mx.array(np.asarray(example.ids[:MAX_TOKENS])[None]) for example in examples[::step][:MAX_ROWS]]
 

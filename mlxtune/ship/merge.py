@@ -26,6 +26,7 @@ from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
 from mlxtune.model.layers import SWITCH, Adapter, own_parameters
 from mlxtune.model.load import model_dtype, open_model, source_of
 from mlxtune.model.quantize import QUANTIZED, dense_weight
+from mlxtune.model.vocabulary import resize, vocabulary
 from mlxtune.ship import gptq
 from mlxtune.ship.gptq import Calibration
 
@@ -122,7 +123,7 @@ def open_merged(base: Path, adapter: Path | None, dtype: mx.Dtype | None = None)
     model, config = open_model(base)
     own = model_dtype(model)
     if adapter is not None:
-        lora.load_adapter(model, adapter)
+        lora.load_adapter(model, adapter, config)
     return Merged(model, config, dtype or own)
 
 
@@ -148,7 +149,9 @@ def fuse(merged: Merged, base: Path, work: Path, bits: int, group: int | None, c
     writer.close()
     write_json(work / "config.json", config)
     copy_tokenizer(base, work)
-    write_json(work / SOURCE_FILE, source_of(base))
+    source = source_of(base)
+    resize(source["config"], vocabulary(config))
+    write_json(work / SOURCE_FILE, source)
 
 
 class _Quantizer:

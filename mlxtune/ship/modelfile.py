@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mlxtune_convert.vocab_export import end_ids
 
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.chosen import tokenizer_of
 from mlxtune.ship.export import Request
 
 FILE = "Modelfile"
@@ -95,7 +95,7 @@ def turns(tokenizer: Any) -> Turns | None:
 def write(request: Request, work: Path, model: str, adapter: bool) -> list[str]:
     """Write the Modelfile; return lines a person must read. model: the GGUF's name in `work`."""
     source = request.base or request.model
-    tokenizer = load_tokenizer(source)
+    tokenizer = tokenizer_of(source, request.adapter)
     name = request.out.name if request.out.suffix == Path(model).suffix else model
     notes = []
     lines = [f"FROM ./{name}"]

@@ -16,7 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlxtune_convert import peft
 from mlxtune_convert.files import write_json
+from mlxtune_convert.tensors import read_header
 
 from mlxtune import backend
 from mlxtune.data.batches import Batch, collate
@@ -125,7 +127,7 @@ def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> 
     """Run the trained model and its base, in float32, on up to MAX_POSITIONS held-out tokens."""
     loaded = load(model, "float32")
     if adapter is not None:
-        lora.load_adapter(loaded.model, adapter)
+        lora.load_adapter(loaded.model, adapter, loaded.config)
     batches, count = [], 0
     for row in range(min(len(examples), MAX_ROWS)):
         if count < MAX_POSITIONS:
@@ -278,6 +280,10 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
     if info["unexpected_keys"] or info["mismatched_keys"]:
         wrong = [*info["unexpected_keys"], *info["mismatched_keys"]]
         raise UserError(f"the base does not fit transformers' model: {wrong[:3]}")
+    name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    saved = read_header(folder / peft.WEIGHTS_FILE).get(f"{peft.PREFIX}{name}.weight")
+    if saved and saved["shape"][0] > len(model.get_input_embeddings().weight):  # tokens were added
+        model.resize_token_embeddings(saved["shape"][0], mean_resizing=False)
     return _torch_runner(PeftModel.from_pretrained(model, str(folder)))
 
 
