@@ -185,7 +185,7 @@ def test_an_embedding_trained_beside_the_old_tied_head_is_refused(models: dict[s
 def test_experts_without_a_model_ask_for_one(models: dict[str, Path], tmp_path: Path) -> None:
     adapted(models["mixtral"], tmp_path / "run")
     out = exported(models["mixtral"], tmp_path / "run", tmp_path / "peft")
-    tiny.refused(tmp_path / "ours", "convert", out, tmp_path / "ours", expected=("--model DIR",))
+    tiny.refused(tmp_path / "ours", "convert", out, tmp_path / "ours", expected=("--base DIR",))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

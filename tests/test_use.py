@@ -169,7 +169,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(mlx_model: Path, data: Pat
 
 def test_the_run_folder_holds_what_the_readme_says(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    assert names == {"adapters.safetensors", "adapter_config.json", "config.yaml", "events.jsonl", "checkpoints"}
+    files = {"adapters.safetensors", "adapter_config.json", "config.yaml", "events.jsonl", ".lock"}
+    assert names == {*files, "checkpoints"}
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     train = [event for event in events if event["kind"] == "train"]
     keys = {"kind", "step", "loss", "lr", "grad_norm", "tokens", "supervised_tokens", "seconds", "peak_bytes"}
