@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 import tiny
-from training import options, same_bits, tune
+from training import options, tune
 
 from mlxtune import errors, host
 from mlxtune.train.step import StepFunction
@@ -77,30 +77,6 @@ def test_a_loss_far_above_the_usual_is_noted_with_its_rows(
     found = tune(mlx_model, data, tmp_path / "run", "train.lr=1e-5")
     said = [event["text"] for event in found if "jumped" in event.get("text", "")]
     assert len(said) == 1 and said[0].startswith("step 24: the loss jumped to") and said[0].count("line ") == 4
-
-
-def test_a_full_disk_ends_the_run_in_one_line_with_the_last_good_checkpoint(
-    mlx_model: Path, data: Path, whole: Path, tmp_path: Path
-) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small disk can be mounted by root alone")
-    try:
-        result = tiny.mlxtune(*options(mlx_model, data, disk / "run", "train.keep_last=9", "train.memory_limit=off"))
-        tiny.one_clear_line(result, "the disk is full")
-        kept = sorted((disk / "run/checkpoints").glob("step-*"))
-        assert kept and not list((disk / "run/checkpoints").glob(".*"))
-        for folder in kept[:-1]:
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
-        resumed = tiny.mlxtune("train", "--resume-anyway", "--out", disk / "run", "--set", "train.keep_last=1")
-        assert resumed.returncode == 0, resumed.stderr
-        same_bits(whole, disk / "run")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_folder_that_turns_unwritable_ends_the_run_in_one_line(mlx_model: Path, data: Path, tmp_path: Path) -> None:

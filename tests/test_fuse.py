@@ -145,7 +145,7 @@ def test_a_group_size_without_quantization_is_refused(mlx_model: Path, run: Path
         ("export", ("--to", "hf", "--no-verify", "--data", "rows.jsonl"), "--data has no effect with --no-verify"),
         ("export", ("--to", "gguf", "--push", "me/mine"), "--push has no effect with --to gguf"),
         ("export", ("--to", "gguf-lora", "--push", "me/mine"), "--push has no effect with --to gguf-lora"),
-        ("export", ("--to", "hf", "--base", "MODEL", "--no-verify"), "--base has no effect without --adapter"),
+        ("export", ("--to", "gguf", "--base", "MODEL", "--no-verify"), "--base has no effect without --adapter"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(

@@ -71,5 +71,5 @@ def runs(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_noise_changes_training_but_not_the_evaluation_before_it(runs: dict[str, list[dict]]) -> None:
     before = [next(event["loss"] for event in run if event["kind"] == "eval") for run in runs.values()]
     losses = [[event["loss"] for event in run if event["kind"] == "train"] for run in runs.values()]
-    assert before[0] == before[1]
+    assert before[0] == pytest.approx(before[1], rel=1e-6)  # without noise a shared prefix is computed once
     assert all(one != other for one, other in zip(*losses, strict=True))

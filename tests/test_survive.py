@@ -21,8 +21,9 @@ from rich.console import Console
 from training import NOISE, SETTINGS, losses, options, same_bits, tune
 
 from mlxtune import config, errors, session, tuning
-from mlxtune.train import checkpoint, events
+from mlxtune.train import checkpoint, events, signals
 from mlxtune.train.display import Display
+from mlxtune.train.step import StepFunction
 
 # Trains in a child the run that each line names: starting Python and its libraries 26 times would take minutes.
 WORKER = """
@@ -174,6 +175,31 @@ def test_two_signals_or_too_long_a_step_stop_at_once_and_lose_nothing_saved(
     assert json.loads((tmp_path / "run/events.jsonl").read_text().splitlines()[-1])["kind"] == "end"
     assert tiny.mlxtune("train", "--resume", "--out", tmp_path / "run").returncode == 0
     same_bits(whole, tmp_path / "run")
+
+
+def test_ctrl_c_in_a_long_step_gives_it_up_between_micro_batches_and_saves_what_was_before(
+    mlx_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Eight micro-batches, a second each from step 4 on; nothing was saved before."""
+    long = ("train.accumulate=8", "train.batch_rows=1", "train.save_every=0")
+    tune(mlx_model, data, tmp_path / "whole", *long)
+    real, steps = StepFunction._loss, 8 * 3
+
+    def slow(self: StepFunction, batch: Any) -> Any:
+        nonlocal steps
+        steps -= 1
+        if steps == -2:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5 if steps < 0 else 0)
+        return real(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.Interrupted, match="stopped after step 3; to go"):
+        patch.setattr(StepFunction, "_loss", slow)
+        patch.setattr(signals, "GIVE_UP_SECONDS", 0.2)
+        tune(mlx_model, data, tmp_path / "cut", *long)
+    assert -6 < steps <= -2
+    tune(mlx_model, data, tmp_path / "cut", *long, resume=True)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
 def test_a_second_process_on_the_same_run_is_refused(run: Path, mlx_model: Path, data: Path, tmp_path: Path) -> None:

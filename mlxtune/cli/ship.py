@@ -194,7 +194,7 @@ def export(target: str, kind: str | None, ollama: bool, push: str | None, **shar
         option = f"--{useless[0].replace('_', '-')}"
         fitting = ", ".join(name for name, options in TARGETS.items() if useless[0] in options)
         raise UserError(f"{option} has no effect with --to {target}", f"It is for: {fitting}.")
-    if shared["base"] is not None and shared["adapter"] is None:
+    if shared["base"] is not None and shared["adapter"] is None and target == "gguf":
         raise UserError("--base has no effect without --adapter: nothing is merged", "Name that model as --model.")
     from mlxtune.ship import card
     from mlxtune.ship import export as shipping

@@ -24,7 +24,7 @@ SPIKE_OF, SPIKE_AFTER, SPIKE_SIGMAS = 50, 20, 6.0  # a loss this far above the m
 
 
 class Halted(Exception):
-    """A signal came during an evaluation."""
+    """A signal came during an evaluation, or in a step that lasts."""
 
 
 def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
@@ -35,7 +35,6 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     optimizer = optim.build(job.section, job.model.trainable_parameters())
     state = _begin(job, optimizer, resumed)
     begun = state.step
-    step_function = StepFunction(job, optimizer)
     recent: deque[float] = deque(maxlen=SPIKE_OF)
     section, steps = job.section, job.plan.steps
 
@@ -47,6 +46,12 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
             shutil.rmtree(job.run, ignore_errors=True)
 
     with StopRequest(stopped_at_once) as stop:
+
+        def between() -> None:
+            if stop.giving_up and job.ranks.size == 1:  # several ranks only stop together
+                raise Halted
+
+        step_function = StepFunction(job, optimizer, between)
         while True:
             last = state.step >= steps
             if state.evaluated < state.step and (state.step == 0 or last or _due(section.eval_every, state.step)):
@@ -68,6 +73,8 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
             try:
                 with stop.in_step():
                     event = step_function(number)
+            except Halted:
+                continue
             except NonFinite as bad:
                 state = replace(_refused(job, events, state, bad), step=number)
                 continue

@@ -1,5 +1,6 @@
-"""Ctrl-C and SIGTERM. In training the first finishes the step and saves; the second, or ten seconds more inside the
-step, stops at once. Elsewhere one is enough, and what is half done is cleaned up.
+"""Ctrl-C and SIGTERM. In training the first finishes the step and saves; where the step lasts, it is given up between
+two micro-batches, and what was done before it is saved. The second signal, or ten seconds inside a step, stops at once.
+Elsewhere one is enough, and what is half done is cleaned up.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+GIVE_UP_SECONDS = 5.0  # after the first signal no further micro-batch is begun
 STEP_SECONDS = 10.0  # that a step may still take after the first signal
 CLOSED, OVERDUE = 0, 255  # no signals have these numbers
 
@@ -40,6 +42,7 @@ class StopRequest:
 
     def __init__(self, at_once: Callable[[], None] = lambda: None) -> None:
         self.exit_code = 0
+        self._heard = math.inf
         self._at_once = at_once
         self._in_step = False
         self._before: dict[int, Any] = {}
@@ -71,10 +74,15 @@ class StopRequest:
         finally:
             self._in_step = False
 
+    @property
+    def giving_up(self) -> bool:
+        """Whether a step under way should not be finished."""
+        return time.monotonic() - self._heard > GIVE_UP_SECONDS
+
     def _watch(self) -> None:
         number = self._next()
         if number in EXIT_CODES:
-            self.exit_code = EXIT_CODES[signal.Signals(number)]
+            self.exit_code, self._heard = EXIT_CODES[signal.Signals(number)], time.monotonic()
             number = self._next(time.monotonic() + STEP_SECONDS)
         if number == CLOSED:
             os.close(self._receive)

@@ -68,11 +68,15 @@ class Job:
 
 
 class StepFunction:
-    """One optimizer step: call it with the step's number, get the fields of its `train` event."""
+    """One optimizer step: call it with the step's number, get the fields of its `train` event.
 
-    def __init__(self, job: Job, optimizer: Any) -> None:
+    between: called between two micro-batches, and may raise to give the step up.
+    """
+
+    def __init__(self, job: Job, optimizer: Any, between: Callable[[], None] = lambda: None) -> None:
         self.job = job
         self.optimizer = optimizer
+        self.between = between
         self.layers = len(lora.adapters(job.model))
         self._stages: list[Any] = []
         self._gradient = nn.value_and_grad(job.model, self._loss)
@@ -121,6 +125,8 @@ class StepFunction:
         losses: list[float] = []
         gradients: Any = tree_map(mx.zeros_like, self.job.model.trainable_parameters()) if not batches else None
         for batch in batches:
+            if losses:
+                self.between()
             lengths = (batch.lengths - 1).tolist()  # a row's last token predicts nothing
             self.job.dropout.set(self.job.section.seed, number, batch.rows.tolist(), lengths, self.layers)
             with recomputed(self.job.model, self.job.path.recompute, self._stages):
