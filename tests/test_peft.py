@@ -103,6 +103,7 @@ PEFTS: dict[str, dict[str, Any]] = {
     "dora": {"r": 3, "use_dora": True, "target_modules": "all-linear", "lora_dropout": 0.1},
     "saved": {"r": 2, "target_modules": ["o_proj"], "modules_to_save": ["embed_tokens", "lm_head", "input_layernorm"]},
     "last": {"r": 2, "target_modules": ["up_proj"], "layers_to_transform": [1]},
+    "first": {"r": 2, "target_modules": ["up_proj"], "layers_to_transform": [0]},
 }
 
 

@@ -66,6 +66,7 @@ class Adapter:
     own_head: bool = False  # the embedding is trained and a tied head would not follow it
     tied: bool = False  # the embedding is trained and is the head as well
     transposed: bool = False  # transformers keeps the linear layers as Conv1D (GPT-2)
+    some_blocks: bool = False  # it was made for some blocks of its base, not for all
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
@@ -192,6 +193,7 @@ def read_adapter(folder: Path) -> Adapter:
         bool(config.get("use_rslora")),
         str(config.get("base_model_name_or_path") or ""),
         own,
+        some_blocks=config.get("layers_to_transform") is not None,
     )
 
 

@@ -121,6 +121,8 @@ def _spec(adapter: peft.Adapter, layers: int | None) -> Spec:
     outside = {path for path in modules if not LAYER.fullmatch(path)}
     first = 0 if layers is None else min(blocks, default=0)
     last_ones = bool(blocks) and set(blocks) == set(range(first, layers or len(blocks)))
+    if layers is None and adapter.some_blocks:
+        last_ones = False  # or the first ones: nothing says how many blocks come after them
     alike = last_ones and all(block == keys for block in blocks.values()) and len(set(modules.values())) == 1
     dora = any(update.m is not None for update in adapter.updates.values())
     rank, scale = next(iter(modules.values()), (0, 0.0))
