@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from mlxtune.train.lock import is_locked
 
 @dataclass(frozen=True)
 class Run:
-    """state: running, finished, interrupted (by a signal), failed, or killed (it ended without a word); steps: of the
+    """state: running, finished, interrupted (by a signal), failed, killed (it ended without a word), or
+    unreadable (its events.jsonl is damaged); steps: of the
     whole plan, 0 unknown; best_loss: lowest validation loss; bytes: on the disk.
     """
 
@@ -33,6 +36,13 @@ def find(folder: Path) -> list[Run]:
 
 
 def _examined(run: Path) -> Run:
+    try:
+        return _read(run)
+    except (KeyError, TypeError, ValueError):
+        return Run(run, "unreadable", 0, 0, None, _bytes(run), "")
+
+
+def _read(run: Path) -> Run:
     happened = events.read(run) if (run / events.FILE).is_file() else []
     begun = next((event for event in reversed(happened) if event["kind"] == "begin"), {})
     last = happened[-1] if happened else {}
@@ -44,6 +54,16 @@ def _examined(run: Path) -> Run:
         step=max((event["step"] for event in happened if event["kind"] == "train"), default=0),
         steps=int(begun.get("steps", 0)),
         best_loss=min((loss for loss in evaluated if loss is not None), default=None),
-        bytes=sum(file.stat().st_size for file in run.rglob("*") if file.is_file()),
+        bytes=_bytes(run),
         model=Path(str(begun.get("model", ""))).name,
     )
+
+
+def _bytes(run: Path) -> int:
+    """Of all files that are there; a run in progress takes some away meanwhile."""
+    total = 0
+    for folder, _, names in os.walk(run):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total

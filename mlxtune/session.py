@@ -21,8 +21,7 @@ from mlxtune.evaluate.loss import Score, score
 from mlxtune.model import hub, vocabulary
 from mlxtune.model.head import Split
 from mlxtune.model.load import Loaded
-
-CONFIG_FILE = "config.yaml"
+from mlxtune.train.checkpoint import CONFIG_FILE
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
@@ -81,8 +80,8 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
             run_config(out)
             stack.enter_context(locked(out))
             saved = checkpoint.newest(out, notes.append)
-        elif ranks.first and not checkpoint.free(out):
-            raise UserError(f"{out} already exists", "Choose another --out, or continue that run with --resume.")
+        elif ranks.first:
+            require_free(out)
         data, config = read_data(config, display.reading)
         job, config, changes, found = _prepared(config, data, out, ranks, resume)
         if saved is not None:
@@ -98,6 +97,8 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
         if not resume:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out))
+            if checkpoint.exists(out):  # since we looked, another run began and ended here
+                raise _taken(out)
         try:
             if not resume:
                 lora.save_config(out, job.spec)
@@ -105,8 +106,19 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
             return _written(job, config, notes, display, stack, saved)
         except BaseException:
             if not resume and not checkpoint.exists(out):
-                shutil.rmtree(out, ignore_errors=True)
+                checkpoint.remove(out)
             raise
+
+
+def require_free(out: Path) -> None:
+    """Raise UserError when no run may begin in `out`."""
+    if not checkpoint.free(out):
+        raise _taken(out)
+
+
+def _taken(out: Path) -> UserError:
+    also = ", or continue that run with --resume" if checkpoint.resumable(out) else ""
+    return UserError(f"{out} already exists", f"Choose another --out{also}.")
 
 
 def _prepared(
@@ -152,7 +164,7 @@ def _prepared(
         run=out,
         evaluate=evaluate,
         place=data.train.place,
-        identity=Identity.of(config, data.train.digest(), data.valid.digest(), loaded.path),
+        identity=Identity.of(config, dtype_name(loaded.dtype), data.train.digest(), data.valid.digest(), loaded.path),
         spec=spec,
         samples=samples,
         ranks=ranks,
@@ -181,8 +193,11 @@ def _written(
         file.write(config.to_yaml())
     if config.train.keep_awake == "auto":
         stack.enter_context(host.kept_awake())
-    listeners = stack.enter_context(loggers.opened(config.train.loggers, out, job.identity.config, step))
-    events = stack.enter_context(closing(Events(out, display, *listeners)))
+    events = stack.enter_context(closing(Events(out, display)))
+    opened = loggers.opened(
+        config.train.loggers, out, job.identity.config, step, lambda text: events.emit("note", text=text)
+    )
+    events.listen(*stack.enter_context(opened))
     # What will be written: the checkpoints (the adapter, and two moments of it), one more while it is being written.
     adapter = sum(array.nbytes for array in lora.factors(job.model).values())
     notes += host.warnings(out, (config.train.keep_last + 2) * 3 * adapter + (1 << 30))

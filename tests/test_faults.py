@@ -17,6 +17,7 @@ import tiny
 from training import options, tune
 
 from mlxtune import errors, host
+from mlxtune.train import loggers
 from mlxtune.train.step import StepFunction
 
 
@@ -121,6 +122,31 @@ def test_sampled_answers_are_kept_with_each_evaluation(mlx_model: Path, data: Pa
 def test_a_logger_that_is_not_installed_is_an_error_at_start(mlx_model: Path, data: Path, tmp_path: Path) -> None:
     words = options(mlx_model, data, tmp_path / "run", "train.loggers=[trackio]")
     tiny.refused(tmp_path / "run", *words, expected=("trackio needs the package trackio", "pip install"))
+
+
+def test_a_logger_that_fails_later_is_noted_and_the_run_goes_on(
+    mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for tensorboardX whose disk is gone after the third number."""
+    written: list[Any] = []
+
+    class Writer:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def add_scalar(self, *numbers: Any) -> None:
+            written.append(numbers)
+            if len(written) > 3:
+                raise ConnectionError("gone")
+
+        close = __init__
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", type(sys)("tensorboardX"))
+    monkeypatch.setattr(sys.modules["tensorboardX"], "SummaryWriter", Writer, raising=False)
+    monkeypatch.setattr(loggers, "require", lambda names: None)
+    found = tune(mlx_model, data, tmp_path / "run", "train.loggers=[tensorboard]")
+    assert [numbers[0] for numbers in written] == ["valid/loss", "train/loss", "train/lr", "train/grad_norm"]
+    assert sum("tensorboard takes no more numbers" in event.get("text", "") for event in found) == 1
+    assert found[-1]["state"] == "finished"
 
 
 def test_machines_that_may_stop_in_the_middle_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,12 +53,16 @@ def train(
     resume = resume or resume_anyway
     if resume and out is None:
         raise UserError("--resume needs the run to go on with", "mlxtune train --resume --out RUN")
+    if resume and dry_run:
+        raise UserError(
+            "--dry-run plans a run from its first step; --resume goes on with one", "Leave out one of them."
+        )
     flags = {"model.path": model, "data.path": data}
     config = _resumed(out, file, settings, flags) if resume and out else configuration.load(file, settings, flags)
     if not config.model.path:
         raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
     if dry_run:
-        _print_plan(config)
+        _print_plan(config, out)
         return
     from mlxtune import tuning  # only now: it loads MLX and transformers, and a typing error above is said at once
     from mlxtune.train.display import Display
@@ -90,12 +94,15 @@ def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict
     return run
 
 
-def _print_plan(config: Config) -> None:
+def _print_plan(config: Config, folder: Path | None) -> None:
     """What would be done, without reading a weight."""
     from mlxtune import session, tuning
     from mlxtune.data.batches import Plan
-    from mlxtune.train import fast
+    from mlxtune.train import fast, loggers
 
+    if folder is not None:
+        tuning.require_free(folder)
+    loggers.require(config.train.loggers)
     fast.refuse_idle(config)
     data, config = session.read_data(config)
     config, memory, notes = tuning.memory_plan(config, data)

@@ -7,7 +7,9 @@ before is used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,16 +22,23 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 from mlxtune_convert.files import new_folder, read_json, write_json
 
+from mlxtune.data import chosen
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import named, save_arrays
+from mlxtune.train import events, lock
 from mlxtune.train.identity import Identity
-from mlxtune.train.lock import FILE, is_locked
+from mlxtune.train.lock import is_locked
 
 FOLDER = "checkpoints"
 BEST = "best"  # RUN/checkpoints/best: the adapter with the lowest validation loss, where RUN holds the last one
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+CONFIG_FILE = "config.yaml"
+STEP = re.compile(r"step-\d{7,}")
+LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+")  # by a process that was killed while it wrote
+# All that a run writes before it saved anything.
+OWN = (lock.FILE, CONFIG_FILE, events.FILE, lora.CONFIG_FILE, chosen.FILE, FOLDER, "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -92,23 +101,31 @@ def newest(run: Path, skipped: Callable[[str], None]) -> Saved:
     left half written. Raises UserError when there is none.
     """
     for left in (run / FOLDER).glob(".*"):
-        shutil.rmtree(left)
+        if LEFT.fullmatch(left.name):
+            shutil.rmtree(left)
     broken: list[Path] = []
+    found = None
     for folder in reversed(_folders(run)):
         try:
-            found = read_json(folder / STATE_FILE, "a checkpoint")
-            torn = [name for name, digest in found["sha256"].items() if _digest(folder / name) != digest]
-            saved = Saved(folder, State(**found["state"]), Identity(**found["identity"]))
-        except (UserError, OSError, KeyError, TypeError, AttributeError):
-            torn = [STATE_FILE]
-        if torn:
-            skipped(f"{folder} is incomplete ({torn[0]}): using the checkpoint before it")
+            saved = read_json(folder / STATE_FILE, "a checkpoint")
+            torn = [name for name, digest in saved["sha256"].items() if _digest(folder / name) != digest]
+            if not torn:
+                found = Saved(folder, State(**saved["state"]), Identity(**saved["identity"]))
+                break
             broken.append(folder)
-            continue
-        for torn_folder in broken:
-            shutil.rmtree(torn_folder)
-        return saved
-    raise UserError(f"{run} has no checkpoint to resume from", "Start again without --resume, into another folder.")
+        except (UserError, FileNotFoundError):
+            torn = [STATE_FILE]
+            broken.append(folder)
+        except (KeyError, TypeError, AttributeError):
+            torn = [f"{STATE_FILE}, of another version"]  # and not ours to remove
+        skipped(f"{folder} is incomplete ({torn[0]}): using the checkpoint before it")
+    if found is None:
+        torn_ones = f": {len(broken)} are there, none of them whole" if broken else ""
+        hint = "Start again without --resume, into another folder."
+        raise UserError(f"{run} has no checkpoint to resume from{torn_ones}", hint)
+    for torn_folder in broken:
+        shutil.rmtree(torn_folder)
+    return found
 
 
 def restore(saved: Saved, model: nn.Module, optimizer: Optimizer) -> State:
@@ -124,18 +141,36 @@ def restore(saved: Saved, model: nn.Module, optimizer: Optimizer) -> State:
 
 def exists(run: Path) -> bool:
     """Whether a run holds anything worth keeping: an adapter or a checkpoint."""
-    return lora.adapter_file(run) is not None or bool(_folders(run))
+    return lora.adapter_file(run) is not None or resumable(run)
+
+
+def resumable(run: Path) -> bool:
+    """Whether there is a checkpoint."""
+    return bool(_folders(run))
 
 
 def free(run: Path) -> bool:
     """Whether a run may begin here: there is nothing, or one was killed here before it saved anything."""
     if not run.is_dir():
         return not run.exists()
-    return not any(run.iterdir()) or ((run / FILE).is_file() and not is_locked(run) and not exists(run))
+    names = {path.name for path in run.iterdir()}
+    return names <= {*OWN, ".DS_Store"} and not exists(run) and not is_locked(run)
+
+
+def remove(run: Path) -> None:
+    """Take away what a run wrote that saved nothing; what others put there stays."""
+    for name in OWN:
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not empty
+        run.rmdir()
 
 
 def _folders(run: Path) -> list[Path]:
-    return sorted((run / FOLDER).glob("step-*"))
+    return sorted(path for path in (run / FOLDER).glob("step-*") if STEP.fullmatch(path.name) and path.is_dir())
 
 
 def _digest(path: Path) -> str:

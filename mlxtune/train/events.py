@@ -29,6 +29,10 @@ class Events:
         if self._file and folder and _cut_off(folder / FILE):
             self._file.write("\n")
 
+    def listen(self, *listeners: Listener) -> None:
+        """Pass events on to these as well."""
+        self._listeners = (*self._listeners, *listeners)
+
     def emit(self, kind: str, **fields: Any) -> None:
         # JSON has no NaN and no infinity.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
@@ -57,10 +61,12 @@ def _cut_off(file: Path) -> bool:
 def read(folder: Path) -> list[Event]:
     """Every event of a run that still counts: not a line that a crash cut off, nor steps that were done again."""
     out: list[Event] = []
-    for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
+    for line in (folder / FILE).read_text(encoding="utf-8").split("\n"):  # an answer may hold other line separators
         try:
             event = json.loads(line)
         except json.JSONDecodeError:
+            continue
+        if not isinstance(event, dict) or "kind" not in event:
             continue
         if event["kind"] == "begin":
             out = [old for old in out if old.get("step", 0) <= event["step"]]

@@ -13,13 +13,14 @@ from typing import Any
 
 from mlxtune_convert.tensors import read_header, weight_files
 
+from mlxtune import backend
 from mlxtune.config import Config
 from mlxtune.errors import UserError
 
 # What `--resume-anyway` lets change: how long, how often looked at, what is kept; never what a step computes.
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.patience", "train.eval_every", "train.sample_prompts", "train.save_every"),
-    *("train.keep", "train.keep_last", "train.on_nonfinite", "train.memory_limit", "train.loggers", "train.keep_awake"),
+    *("train.keep_last", "train.on_nonfinite", "train.memory_limit", "train.loggers", "train.keep_awake"),
 )
 # Places: what lies there is compared instead.
 MAY_MOVE = ("model.path", "data.path", "data.cache", "lora.start_from")
@@ -28,7 +29,9 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 
 @dataclass(frozen=True)
 class Identity:
-    """config: key -> value, as resolved; train, valid: digests of the examples; model: `of_model`; mlx: its version."""
+    """config: key -> value, as resolved; train, valid: digests of the examples; model: `of_model`; mlx: its version and
+    device.
+    """
 
     config: dict[str, Any]
     train: str
@@ -37,10 +40,14 @@ class Identity:
     mlx: str
 
     @classmethod
-    def of(cls, config: Config, train: str, valid: str, model: Path) -> Identity:
+    def of(cls, config: Config, dtype: str, train: str, valid: str, model: Path) -> Identity:
+        """dtype: of the activations, on this device."""
         sections = json.loads(config.model_dump_json())
         flat = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
-        return cls(flat, train, valid, of_model(model), version("mlx"))
+        flat["train.dtype"] = dtype
+        for source in flat["data.sources"] or ():
+            del source["path"]  # as in MAY_MOVE
+        return cls(flat, train, valid, of_model(model), f"{version('mlx')} on {backend.kind()}")
 
     def refuse_other(self, now: Identity, run: Path, anyway: bool) -> list[str]:
         """Notes on what changed without harm. Raises UserError listing everything that must not change; or that may,

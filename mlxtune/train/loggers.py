@@ -27,8 +27,12 @@ def require(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def opened(names: Sequence[str], run: Path, config: dict[str, Any], step: int) -> Iterator[list[Listener]]:
-    """Listeners that write to each logger; step: where the run goes on. Raises UserError when one refuses to begin."""
+def opened(
+    names: Sequence[str], run: Path, config: dict[str, Any], step: int, said: Callable[[str], None]
+) -> Iterator[list[Listener]]:
+    """Listeners that write to each logger; step: where the run goes on; said: hears of one that fails later, which
+    does not end the run. Raises UserError when one refuses to begin.
+    """
     with ExitStack() as stack:
         listeners: list[Listener] = []
         for name in names:
@@ -38,9 +42,26 @@ def opened(names: Sequence[str], run: Path, config: dict[str, Any], step: int) -
                 )
             except Exception as error:  # each package has errors of its own
                 raise UserError(f"train.loggers: {name} does not start ({type(error).__name__}: {error})") from error
-            stack.callback(close)
-            listeners.append(_listener(write))
+            stack.callback(_surviving(name, close, said))
+            listeners.append(_listener(_surviving(name, write, said)))
         yield listeners
+
+
+def _surviving(name: str, call: Callable[..., None], said: Callable[[str], None]) -> Callable[..., None]:
+    """The same call; once it failed it is not made again."""
+    failed = False
+
+    def run(*args: Any) -> None:
+        nonlocal failed
+        if failed:
+            return
+        try:
+            call(*args)
+        except Exception as error:  # a network, a quota: nothing that a night's run should end for
+            failed = True
+            said(f"{name} takes no more numbers ({type(error).__name__}: {error}); they are in events.jsonl")
+
+    return run
 
 
 def _listener(write: Write) -> Listener:

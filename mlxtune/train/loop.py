@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections import deque
 from dataclasses import replace
 from statistics import fmean, pstdev
@@ -39,11 +38,11 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     section, steps = job.section, job.plan.steps
 
     def stopped_at_once() -> None:
-        kept = checkpoint.exists(job.run)
-        events.emit("note", text=f"stopped inside step {state.step + 1}; {_again(job, kept)}")
+        again = _again(job, checkpoint.resumable(job.run))
+        events.emit("note", text=f"stopped inside step {state.step + 1}; {again}")
         events.emit("end", step=state.step, state="interrupted")
-        if not kept and job.ranks.first:
-            shutil.rmtree(job.run, ignore_errors=True)
+        if job.ranks.first and not checkpoint.exists(job.run):
+            checkpoint.remove(job.run)
 
     with StopRequest(stopped_at_once) as stop:
 
@@ -83,7 +82,7 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
             if spike := _spike(recent, event["loss"]):
                 events.emit("note", text=f"step {number}: the loss jumped to {spike}; {step_function.rows(number)}")
     if not patient:
-        since = f"no better validation loss in {state.stale} evaluations"
+        since = f"no better validation loss in {state.stale} evaluations (train.patience)"
         events.emit("note", text=f"stopped after step {state.step} of {steps}: {since}")
     _keep(job, state)
     events.emit("end", step=state.step, state="finished", best_loss=state.best_loss, best_step=state.best_step)
@@ -104,7 +103,7 @@ def _begin(job: Job, optimizer: Any, resumed: Saved | None) -> State:
 
 
 def _again(job: Job, kept: bool) -> str:
-    return f"to go on: mlxtune train --resume --out {job.run}" if kept else "nothing was saved yet"
+    return f"to go on: mlxtune train --resume --out {job.run}" if kept else "no checkpoint was saved yet"
 
 
 def _due(every: int, step: int) -> bool:
