@@ -185,20 +185,14 @@ class TrainSection(Section):
     )
     keep_awake: Literal["auto", "off"] = Field("auto", description="auto: a Mac does not go to sleep while training")
 
-    @field_validator("checkpoint_layers")
-    @classmethod
-    def _every(cls, value: Any) -> Any:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("use none, all, or n for every n-th block")
-        return value
-
     _off = field_validator("memory_limit", "keep_awake", mode="before")(_yaml_off)
 
-    @field_validator("memory_limit")
+    @field_validator("checkpoint_layers", "memory_limit")
     @classmethod
-    def _some(cls, value: Any) -> Any:
+    def _some(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, int) and value < 1:
-            raise ValueError("use auto, off, or bytes")
+            words = {"checkpoint_layers": "none, all, or n for every n-th block", "memory_limit": "auto, off, or bytes"}
+            raise ValueError(f"use {words[str(info.field_name)]}")
         return value
 
     @field_validator("epochs", "batch_tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -80,11 +81,16 @@ def dated(config: Config, folder: Path, tokenizer: Any) -> Config:
     return config.model_copy(update={"data": config.data.model_copy(update={"date": date.today().isoformat()})})
 
 
-def run_config(run: Path) -> Config:
-    """The resolved configuration a run was made with. Raises UserError when the folder is no run."""
+def run_config(
+    run: Path, file: str | None = None, settings: tuple[str, ...] = (), flags: Mapping[str, Any] | None = None
+) -> Config:
+    """The resolved configuration a run was made with, or another `file`, with what a command line changes in it.
+
+    Raises UserError when the folder is no run.
+    """
     if not (run / CONFIG_FILE).is_file():
         raise UserError(f"{run} is not a run of mlxtune (no {CONFIG_FILE})")
-    return load_config(run / CONFIG_FILE)
+    return load_config(file or run / CONFIG_FILE, settings, flags)
 
 
 def held_out(tokenizer: Any, folder: Path, config: Config, split: str | None = None, own: bool = True) -> Examples:

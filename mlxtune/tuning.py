@@ -101,6 +101,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
                 raise _taken(out)
         try:
             if not resume:
+                (out / EVENTS_FILE).unlink(missing_ok=True)  # of a run that was killed before it saved anything
                 lora.save_config(out, job.spec)
                 changes.save(out)
             return _written(job, config, notes, display, stack, saved)
@@ -187,8 +188,6 @@ def _written(
 ) -> State:
     """Run the job with everything that writes and draws around it."""
     out, step = job.run, saved.state.step if saved else 0
-    if saved is None:
-        (out / EVENTS_FILE).unlink(missing_ok=True)  # of a run that was killed before it saved anything
     with new_file(out / CONFIG_FILE, force=True) as file:
         file.write(config.to_yaml())
     if config.train.keep_awake == "auto":

@@ -154,11 +154,7 @@ def test_two_signals_or_too_long_a_step_stop_at_once_and_lose_nothing_saved(
     name: str, patience: float, sent: int, code: int, mlx_model: Path, data: Path, whole: Path, tmp_path: Path
 ) -> None:
     words = options(mlx_model, data, tmp_path / "run")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children ignore it
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(patience), *words], stderr=subprocess.PIPE, text=True
-    ) as process:
-        signal.signal(signal.SIGINT, before)
+    with tiny.popen(sys.executable, "-c", SLOW, str(patience), *words) as process:
         assert process.stderr
         for line in process.stderr:
             if line.startswith("in step 4"):
@@ -203,13 +199,7 @@ def test_ctrl_c_in_a_long_step_gives_it_up_between_micro_batches_and_saves_what_
 
 
 def test_a_second_process_on_the_same_run_is_refused(run: Path, mlx_model: Path, data: Path, tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, "30", *options(mlx_model, data, tmp_path / "run")],
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        signal.signal(signal.SIGINT, before)
+    with tiny.popen(sys.executable, "-c", SLOW, "30", *options(mlx_model, data, tmp_path / "run")) as process:
         assert process.stderr
         next(line for line in process.stderr if line.startswith("in step 4"))
         result = tiny.mlxtune("train", "--resume", "--out", tmp_path / "run")

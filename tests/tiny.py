@@ -136,14 +136,19 @@ def trained(model: Path, data: Path, out: Path, *settings: str) -> Path:
 
 
 def started(*args: str | Path, **environment: str) -> subprocess.Popen[str]:
-    """The installed command, running, with pipes to all its streams.
+    """The installed command, running, with pipes to all its streams."""
+    return popen(Path(sys.executable).with_name("mlxtune"), *args, **environment)
+
+
+def popen(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
+    """A command, running, with pipes to all its streams.
 
     It hears Ctrl-C even where the tests run in the background, which makes a shell ignore that signal for its children.
     """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a handler, unlike "ignore", is not inherited
     try:
         return subprocess.Popen(
-            [str(Path(sys.executable).with_name("mlxtune")), *map(str, args)],
+            [*map(str, command)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -81,17 +81,14 @@ def train(
 
 
 def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict[str, str | None]) -> Config:
-    """The configuration of the run in `out`, or another file's, with what the command line changes in it."""
+    """As `session.run_config`, on the first of several processes."""
     from mlxtune import config as configuration
     from mlxtune import session
     from mlxtune.train.ranks import Ranks
 
     if not Ranks.here().first:  # it is told by the first, which may be the only machine that has the run
         return configuration.load(None, (), {"model.path": "told by the first"})
-    run = session.run_config(out)
-    if file or settings or any(flags.values()):
-        return session.anchored(configuration.load(file or str(out / session.CONFIG_FILE), settings, flags))
-    return run
+    return session.run_config(out, file, settings, flags)
 
 
 def _print_plan(config: Config, folder: Path | None) -> None:

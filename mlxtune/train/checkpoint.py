@@ -28,7 +28,6 @@ from mlxtune.model import lora
 from mlxtune.model.arrays import named, save_arrays
 from mlxtune.train import events, lock
 from mlxtune.train.identity import Identity
-from mlxtune.train.lock import is_locked
 
 FOLDER = "checkpoints"
 BEST = "best"  # RUN/checkpoints/best: the adapter with the lowest validation loss, where RUN holds the last one
@@ -128,7 +127,7 @@ def newest(run: Path, skipped: Callable[[str], None]) -> Saved:
     return found
 
 
-def restore(saved: Saved, model: nn.Module, optimizer: Optimizer) -> State:
+def restore(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
     """Load a checkpoint's tensors into model and optimizer."""
     file = lora.adapter_file(saved.folder)
     assert file is not None  # state.json names it among the digests
@@ -136,7 +135,6 @@ def restore(saved: Saved, model: nn.Module, optimizer: Optimizer) -> State:
     tensors: Any = mx.load(str(saved.folder / OPTIMIZER_FILE))
     mx.eval(tensors)
     optimizer.state = tree_unflatten(list(tensors.items()))
-    return saved.state
 
 
 def exists(run: Path) -> bool:
@@ -154,7 +152,7 @@ def free(run: Path) -> bool:
     if not run.is_dir():
         return not run.exists()
     names = {path.name for path in run.iterdir()}
-    return names <= {*OWN, ".DS_Store"} and not exists(run) and not is_locked(run)
+    return names <= {*OWN, ".DS_Store"} and not exists(run) and not lock.is_locked(run)
 
 
 def remove(run: Path) -> None:
