@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -17,16 +19,18 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map, tree_unflatten
 
+from mlxtune import backend
 from mlxtune import config as configuration
 from mlxtune.data.batches import Batch, Plan, collate
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
-from mlxtune.model import lora, prefix
+from mlxtune.model import exponentials, lora, prefix
 from mlxtune.model.arrays import named
 from mlxtune.model.head import Split
 from mlxtune.model.quantize import on_cpu
 from mlxtune.sections import LoraSection
-from mlxtune.train import fast, loss, optim
+from mlxtune.train import fast, gradients, loss, optim
+from mlxtune.train.gradients import Gradients, filled
 from mlxtune.train.loss import Path
 from mlxtune.train.step import Job, StepFunction
 
@@ -127,6 +131,8 @@ def ways(model: nn.Module, batch: Batch) -> dict[str, Path]:
     for head, shared, every in product([True, False], [0, None], [0, 1, 2]):
         path = Path(split if head else None, prefix=shared, recompute=every)
         found[f"head {head}, prefix {shared}, recompute {every}"] = path
+        if head and shared == 0:
+            found[f"recompute {every}, powers of two"] = replace(path, powers=True)
     return found
 
 
@@ -160,7 +166,8 @@ def test_windows_shorter_and_longer_than_prefix_and_suffix(
     common, own = lengths
     found = batch(common, [own, own, own])
     assert prefix.usable(found, common) == common
-    assert_close(make(kind), Path(prefix=common, recompute=1), found, 1e-5, 3e-5, kind)
+    for powers in (False, True):
+        assert_close(make(kind), Path(prefix=common, recompute=1, powers=powers), found, 1e-5, 3e-5, kind)
 
 
 @pytest.mark.parametrize("trained", ["head LoRA", "head", "tied embedding"])
@@ -194,7 +201,7 @@ def test_checkpointed_blocks_draw_the_same_dropout_again(kind: str) -> None:
     assert_close(model, Path(split, recompute=1), BATCH, 1e-5, 3e-5, kind)
 
 
-def steps(kind: str, bits: int, dropout: float, path: Path | None) -> list[float]:
+def steps(kind: str, bits: int, dropout: float, path: Path | None, compiled: bool = False) -> list[float]:
     """Twenty optimizer steps of two micro-batches; path None: the fastest one. Returns the losses."""
     model = make(kind, bits=bits, dropout=dropout)
     settings = ("train.steps=20", "train.lr=3e-3", "train.batch_rows=3", "train.accumulate=2", "data.path=x")
@@ -203,6 +210,7 @@ def steps(kind: str, bits: int, dropout: float, path: Path | None) -> list[float
     if path is None:
         shared = None if dropout else prefix.of_run(examples)
         path = Path(Split.of(model, mx.array([examples[0].ids])), prefix=shared, recompute=1)
+        path = replace(path, powers=not compiled, compiled=compiled)
     plan = Plan(examples, section)
     job = Job(model, path, model.dropout_keys, plan, section, None, None, str, None, None)  # type: ignore[arg-type]
     step = StepFunction(job, optim.build(section, model.trainable_parameters()))
@@ -222,7 +230,8 @@ def test_twenty_steps_have_the_losses_of_the_plain_loop(kind: str, bits: int, dr
 def chosen(model: nn.Module, *settings: str, examples: list[Example] | None = None) -> tuple[Path, str]:
     resolved = configuration.load(None, settings)
     path, notes = fast.choose(model, examples or rows(17, [12, 9, 4, 15]), resolved, mx.float32)
-    return path, "\n".join(notes)
+    assert path.powers == (exponentials.worth_it() and (path.split is not None or path.prefix is not None))
+    return replace(path, powers=False), "\n".join(notes)
 
 
 def test_a_proof_leaves_every_bit_of_the_adapter_as_it_was() -> None:
@@ -250,6 +259,14 @@ def test_a_wrong_head_gradient_is_found_even_though_the_loss_is_right(monkeypatc
     path, notes = chosen(make("llama"), "fast.prefix=off")
     assert path == Path()
     assert "the head on supervised tokens only" in notes
+
+
+def test_a_wrong_power_of_two_is_found_and_the_rest_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exponentials, "worth_it", lambda: True)
+    monkeypatch.setattr(exponentials, "LOG2_E", 1.45)
+    path, notes = fast.choose(make("llama"), rows(17, [12, 9, 4, 15]), configuration.load(None, ()), mx.float32)
+    assert (path.powers, path.prefix, path.split is not None) == (False, 17, True)
+    assert "not used" in notes[0] and "exponentials as powers of two" in notes[0]
 
 
 def test_the_prefix_is_off_where_it_cannot_be_exact_and_a_line_says_so() -> None:
@@ -286,18 +303,60 @@ def test_grouping_rows_for_a_prefix_that_is_off_is_refused(setting: str) -> None
         fast.refuse_idle(configuration.load(None, ("data.group_by_prefix=true", setting)))
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
+NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def compilation() -> Iterator[None]:
+    """As on a GPU."""
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
+
+
+@NEEDS_COMPILER
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_with_compilation_on_as_on_a_gpu_every_way_computes_the_same(kind: str) -> None:
-    """On a GPU the parts that mlx-lm compiles stay compiled (one signature each, for any shape)."""
+def test_every_way_computes_the_same_inside_one_compiled_function(kind: str, compilation: None) -> None:
     model = make(kind)
     expected, wanted = fast.gradients(model, Path(), BATCH)
-    mx.enable_compile()
-    try:
-        for label, path in {"plain": Path(), **ways(model, BATCH)}.items():
-            value, got = fast.gradients(model, path, BATCH)
-            assert value == pytest.approx(expected, rel=1e-6), label
-            for name, gradient in wanted.items():
-                assert np.linalg.norm(got[name] - gradient) <= 3e-5 * np.linalg.norm(gradient), (label, name)
-    finally:
-        mx.disable_compile()
+    for label, path in {"plain": Path(), **ways(model, BATCH)}.items():
+        if path.powers:  # of the CPU alone, where nothing is compiled
+            continue
+        value, got = fast.gradients(model, replace(path, compiled=path.split is not None), BATCH)
+        assert value == pytest.approx(expected, rel=1e-6), label
+        for name, gradient in wanted.items():
+            assert np.linalg.norm(got[name] - gradient) <= 3e-5 * np.linalg.norm(gradient), (label, name)
+
+
+@NEEDS_COMPILER
+def test_twenty_compiled_steps_have_the_losses_of_the_plain_loop_and_few_signatures(
+    compilation: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Gradients] = []
+    real = Gradients.__init__
+
+    def kept(self: Gradients, model: nn.Module, path: Path) -> None:
+        real(self, model, path)
+        made.append(self)
+
+    monkeypatch.setattr(Gradients, "__init__", kept)
+    plain = steps("llama", 0, 0.0, Path())
+    np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
+    assert 1 < len(made[-1].signatures) < 12
+    monkeypatch.setattr(gradients, "MAX_SIGNATURES", 1)
+    np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
+    assert len(made[-1].signatures) == 1
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 100, 129, 1000, 5000])
+def test_targets_are_filled_up_by_less_than_a_quarter_and_to_few_numbers(count: int) -> None:
+    assert count <= filled(count) < max(1.25 * count, count + 16)
+    assert len({filled(n) for n in range(1, 5001)}) < 32
+
+
+def test_on_a_gpu_the_step_is_compiled_unless_something_random_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "kind", lambda: "metal")
+    wanted = lambda *settings: fast._wanted(make("llama"), rows(17, [12, 9]), configuration.load(None, settings))[0]  # noqa: E731
+    assert wanted().compiled and not wanted().powers
+    for setting in ("lora.dropout=0.1", "train.neftune_alpha=5", "fast.head=off"):
+        assert not wanted(setting).compiled, setting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -14,23 +15,15 @@ from typing import Any
 import mlx.core as mx
 import pytest
 import tiny
-from training import options, tune
+from training import options, scale_losses, tune
 
 from mlxtune import errors, host
 from mlxtune.train import loggers
-from mlxtune.train.step import StepFunction
 
 
 def poison(patch: pytest.MonkeyPatch, *steps: int) -> None:
     """A NaN in the loss of the second micro-batch of these steps."""
-    real, count = StepFunction._loss, [0]
-
-    def poisoned(self: StepFunction, batch: Any) -> mx.array:
-        count[0] += 1
-        bad = (count[0] - 1) // 2 + 1 in steps and count[0] % 2 == 0
-        return real(self, batch) * (float("nan") if bad else 1.0)
-
-    patch.setattr(StepFunction, "_loss", poisoned)
+    scale_losses(patch, lambda count: math.nan if (count + 1) // 2 in steps and count % 2 == 0 else 1.0)
 
 
 def test_steps_with_bad_numbers_are_skipped_as_often_as_is_allowed(
@@ -67,14 +60,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_keeps_the_best_beside_the_l
 def test_a_loss_far_above_the_usual_is_noted_with_its_rows(
     mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = StepFunction._loss
-    count = [0]
-
-    def jumps(self: StepFunction, batch: Any) -> mx.array:
-        count[0] += 1
-        return real(self, batch) * (3.0 if count[0] > 46 else 1.0)
-
-    monkeypatch.setattr(StepFunction, "_loss", jumps)
+    scale_losses(monkeypatch, lambda count: 3.0 if count > 46 else 1.0)
     found = tune(mlx_model, data, tmp_path / "run", "train.lr=1e-5")
     said = [event["text"] for event in found if "jumped" in event.get("text", "")]
     assert len(said) == 1 and said[0].startswith("step 24: the loss jumped to") and said[0].count("line ") == 4

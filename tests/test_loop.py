@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import tiny
 import torch
 from mlx.utils import tree_flatten, tree_unflatten
 from rich.console import Console
+from training import scale_losses
 
 from mlxtune import config, errors, session, tuning
 from mlxtune.data.batches import Plan
@@ -215,15 +217,8 @@ def test_the_kept_adapter_is_the_one_with_the_lowest_validation_loss(
 def test_a_non_finite_loss_stops_the_run_names_the_rows_and_keeps_the_last_good_adapter(
     mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A NaN in the loss of step 7 (put there, as real data would, through the loss function)."""
-    real = StepFunction._loss
-    calls = []
-
-    def poisoned(self, batch):  # type: ignore[no-untyped-def]
-        calls.append(batch)
-        return real(self, batch) * (float("nan") if len(calls) == 13 else 1.0)
-
-    monkeypatch.setattr(StepFunction, "_loss", poisoned)
+    """A NaN in the loss of step 7."""
+    scale_losses(monkeypatch, lambda count: math.nan if count == 13 else 1.0)
     with pytest.raises(errors.UserError) as refused:
         tune(mlx_model, data, tmp_path / "run", "train.eval_every=5")
     assert "step 7" in str(refused.value)

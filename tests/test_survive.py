@@ -18,12 +18,11 @@ import mlx.core as mx
 import pytest
 import tiny
 from rich.console import Console
-from training import NOISE, SETTINGS, losses, options, same_bits, tune
+from training import NOISE, SETTINGS, losses, options, same_bits, scale_losses, tune
 
 from mlxtune import config, errors, session, tuning
 from mlxtune.train import checkpoint, events, signals
 from mlxtune.train.display import Display
-from mlxtune.train.step import StepFunction
 
 # Trains in a child the run that each line names: starting Python and its libraries 26 times would take minutes.
 WORKER = """
@@ -179,21 +178,21 @@ def test_ctrl_c_in_a_long_step_gives_it_up_between_micro_batches_and_saves_what_
     """Eight micro-batches, a second each from step 4 on; nothing was saved before."""
     long = ("train.accumulate=8", "train.batch_rows=1", "train.save_every=0")
     tune(mlx_model, data, tmp_path / "whole", *long)
-    real, steps = StepFunction._loss, 8 * 3
+    began = 0
 
-    def slow(self: StepFunction, batch: Any) -> Any:
-        nonlocal steps
-        steps -= 1
-        if steps == -2:
+    def slow(count: int) -> float:
+        nonlocal began
+        began = count
+        if count == 8 * 3 + 2:
             os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5 if steps < 0 else 0)
-        return real(self, batch)
+        time.sleep(0.5 if count > 8 * 3 else 0)
+        return 1.0
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.Interrupted, match="stopped after step 3; to go"):
-        patch.setattr(StepFunction, "_loss", slow)
+        scale_losses(patch, slow)
         patch.setattr(signals, "GIVE_UP_SECONDS", 0.2)
         tune(mlx_model, data, tmp_path / "cut", *long)
-    assert -6 < steps <= -2
+    assert 8 * 3 + 2 <= began < 8 * 3 + 6
     tune(mlx_model, data, tmp_path / "cut", *long, resume=True)
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 

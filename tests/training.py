@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
+from mlx.utils import tree_map
 from rich.console import Console
 
 from mlxtune import config, tuning
-from mlxtune.train import checkpoint, events
+from mlxtune.data.batches import Batch
+from mlxtune.train import checkpoint, events, step
 from mlxtune.train.display import Display
+from mlxtune.train.gradients import Gradients
 
 SETTINGS = (
     *("train.steps=24", "train.lr=5e-3", "train.batch_rows=2", "train.accumulate=2", "train.seed=5"),
@@ -50,3 +56,18 @@ def same_bits(one: Path, other: Path) -> None:
     states = [tensors(folder / checkpoint.OPTIMIZER_FILE) for folder in newest]
     assert states[0] == states[1]
     assert losses(one) == losses(other)
+
+
+def scale_losses(patch: pytest.MonkeyPatch, factor: Callable[[int], float]) -> None:
+    """Multiply the loss and gradients of a run's n-th micro-batch, counted from 1, by factor(n)."""
+
+    class Scaled(Gradients):
+        count = 0
+
+        def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
+            self.count += 1
+            by = factor(self.count)
+            value, gradients = super().__call__(batch)
+            return value * by, tree_map(lambda gradient: gradient * by, gradients)
+
+    patch.setattr(step, "Gradients", Scaled)

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlxtune.data.batches import Batch
 from mlxtune.model.arrays import scalar
 from mlxtune.model.head import Split
-from mlxtune.train.loss import chunks, supervised_rows
+from mlxtune.train.loss import chunks, place, supervised_rows
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,13 @@ def score(
 ) -> Score:
     """Score a model on batches. Legend: N supervised positions, D width, V vocabulary.
 
-    shared: as in `supervised_rows`; between: called before each batch, and may raise to break off.
+    shared: as in `place`; between: called before each batch, and may raise to break off.
     """
     loss_sum, tokens, correct = 0.0, 0, 0
     for batch in batches:
         between()
-        rows, targets = supervised_rows(model, split, batch, shared)
+        placed = place(batch, shared)
+        rows, targets = supervised_rows(model, split, placed), placed.targets
         mx.eval(rows)  # else every chunk below would hold the whole trunk's graph
         for chunk in chunks(rows, rows.shape[-1] if split is None else split.vocabulary):
             part, wanted = rows[chunk], targets[chunk]

@@ -41,13 +41,13 @@ class LoRALinear(nn.Module):
         self._index = index
         self._dropout = dropout
 
-    def _update(self, x: mx.array) -> mx.array:
-        z = self._dropout.apply(x, self._index)
-        z = (z @ self.lora_a.astype(x.dtype)) @ self.lora_b.astype(x.dtype)
-        return self.scale * z
+    def _added(self, y: mx.array, x: mx.array) -> mx.array:
+        """y [..., out] plus the update, scaled where it is narrow and added by the product that makes it wide."""
+        z = self._dropout.apply(x, self._index) @ self.lora_a.astype(x.dtype)
+        return mx.addmm(y, self.scale * z, self.lora_b.astype(x.dtype))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.linear(x) + self._update(x)
+        return self._added(self.linear(x), x)
 
     def delta(self) -> mx.array:
         """The update as a matrix [out, in], float32."""
@@ -78,7 +78,7 @@ class DoRALinear(LoRALinear):
         if self.scale == 0:  # switched off
             return y
         bias = self.linear.get("bias")
-        y = y + self._update(x) if bias is None else y - bias + self._update(x)
+        y = self._added(y if bias is None else y - bias, x)
         y = y * (self.m / mx.stop_gradient(self._norms(x.dtype))).astype(x.dtype)
         return y if bias is None else y + bias
 

@@ -98,21 +98,22 @@ def usable(batch: Batch, of_run: int) -> int:
     return length if width <= longest_worth_it(length, rows) else 0
 
 
-def run(forward: Any, model: nn.Module, batch: Batch, length: int) -> tuple[mx.array, np.ndarray]:
-    """(output [B, T, D], positions [N]) of the suffixes; `forward(ids, cache=...)` is the trunk or the model.
+def positions(batch: Batch, length: int) -> np.ndarray:
+    """[N] flat positions, in what `run` returns, of what predicts a supervised token."""
+    row, column = np.nonzero(batch.mask[:, 1:])
+    width = max(MIN_SUFFIX, batch.ids.shape[1] - 1 - length)
+    return (row * width + column - length).astype(np.int32)
 
-    positions: flat, in the output, of what predicts a supervised token.
-    """
+
+def run(forward: Any, model: nn.Module, ids: mx.array, length: int) -> mx.array:
+    """[B, T] tokens -> output [B, T - P, D] of the suffixes; `forward(ids, cache=...)` is the trunk or the model."""
     layers = caches(model)
     assert layers is not None
-    ids = batch.ids[:, :-1]
     suffix = ids[:, length:]
-    short = MIN_SUFFIX - suffix.shape[1]
-    if short > 0:
-        suffix = np.pad(suffix, [(0, 0), (0, short)])
-    forward(mx.array(ids[:1, :length]), cache=layers)
+    if suffix.shape[1] < MIN_SUFFIX:
+        suffix = mx.pad(suffix, [(0, 0), (0, MIN_SUFFIX - suffix.shape[1])])
+    forward(ids[:1, :length], cache=layers)
     for cache in layers:
         cache.state, cache.offset, cache.recorded = cache.recorded, length, []
-    row, column = np.nonzero(batch.mask[:, 1:])
-    positions = row * suffix.shape[1] + column - length
-    return forward(mx.array(suffix), cache=layers), positions.astype(np.int32)
+    out: mx.array = forward(suffix, cache=layers)
+    return out

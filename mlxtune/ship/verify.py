@@ -26,7 +26,7 @@ from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.load import Loaded, load
-from mlxtune.train.loss import supervised_rows
+from mlxtune.train.loss import place, supervised_rows
 
 MAX_ROWS = 16
 MAX_POSITIONS = 256
@@ -145,7 +145,7 @@ def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> 
 
 def mlx_runner(loaded: Loaded) -> Runner:
     def run(batch: Batch) -> np.ndarray:
-        return np.array(supervised_rows(loaded.model, None, batch)[0].astype(mx.float32))
+        return np.array(supervised_rows(loaded.model, None, place(batch, None)).astype(mx.float32))
 
     return run
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,11 +21,10 @@ from mlxtune.config import Config, TrainSection
 from mlxtune.data.batches import MIN_GROUP_TOKENS, Batch, collate, common, groups
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
-from mlxtune.model import prefix
+from mlxtune.model import exponentials, prefix
 from mlxtune.model.arrays import named, scalar
 from mlxtune.model.head import Split
-from mlxtune.model.recompute import recomputed
-from mlxtune.train import loss
+from mlxtune.train.gradients import Gradients
 from mlxtune.train.loss import Path
 
 NUDGE = 1e-3
@@ -54,11 +52,9 @@ def choose(model: nn.Module, examples: Sequence[Example], config: Config, dtype:
     """(the fastest proven way, what a person must know about it). The adapter is attached already."""
     wanted, notes = _wanted(model, examples, config)
     batches = proof_batches(examples, wanted, config.data.group_by_prefix)
-    tried: list[Path] = [wanted]
-    for simpler in (replace(wanted, prefix=None), replace(wanted, prefix=None, split=None), Path()):
-        if simpler not in tried:
-            tried.append(simpler)
-    for path in tried:
+    slower = replace(wanted, powers=False, compiled=False)
+    tried = [wanted, replace(wanted, prefix=None), slower, replace(slower, prefix=None)]
+    for path in dict.fromkeys([*tried, replace(slower, prefix=None, split=None), Path()]):
         if path == Path():
             break
         found = [compare(model, path, batches[0])]
@@ -95,6 +91,10 @@ def describe(path: Path) -> str:
         parts.append(
             "every block checkpointed" if path.recompute == 1 else f"one in {path.recompute} blocks checkpointed"
         )
+    if path.powers:
+        parts.append("exponentials as powers of two")
+    if path.compiled:
+        parts.append("compiled")
     return ", ".join(parts) or "everything computed"
 
 
@@ -115,7 +115,9 @@ def _wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tu
     length, reason = shared_prefix(model, examples, config)
     if reason:
         notes.append(f"no shared prefix: {reason}")
-    return Path(split, trained, length, every_nth(config.train)), notes
+    powers = exponentials.worth_it() and (split is not None or length is not None)
+    compiled = backend.kind() != "cpu" and split is not None and not (config.lora.dropout or config.train.neftune_alpha)
+    return Path(split, trained, length, every_nth(config.train), powers, compiled), notes
 
 
 def every_nth(section: TrainSection) -> int:
@@ -186,10 +188,7 @@ def compare(model: nn.Module, path: Path, batch: Batch) -> Difference:
 
 def gradients(model: nn.Module, path: Path, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     """(loss, gradients by name) on one batch."""
-    stages: list[Any] = []
-    with recomputed(model, path.recompute, stages):
-        value, tree = nn.value_and_grad(model, lambda: loss.along(model, path, batch, stages))()
-    loss.finish(stages, value, tree)
+    value, tree = Gradients(model, path)(batch)
     return scalar(value), {name: np.array(array.astype(mx.float32)) for name, array in named(tree).items()}
 
 

@@ -10,17 +10,16 @@ Legend: B rows, T tokens, N supervised positions, D width, V vocabulary, C rows 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxtune.data.batches import Batch
 from mlxtune.model import prefix
-from mlxtune.model.arrays import named
 from mlxtune.model.head import Split
 from mlxtune.model.recompute import checkpointed
 
@@ -34,13 +33,15 @@ class Path:
 
     split: run the head on supervised positions only; head_trained: something trainable is reachable from the head;
     prefix: tokens that all rows of the run share, None: computed for every row; recompute: every n-th block keeps its
-    input only, 0: none.
+    input only, 0: none; powers: exponentials are computed as powers of two; compiled: as one compiled function.
     """
 
     split: Split | None = None
     head_trained: bool = False
     prefix: int | None = None
     recompute: int = 0
+    powers: bool = False
+    compiled: bool = False
 
 
 def plain(model: nn.Module, batch: Batch) -> mx.array:
@@ -51,34 +52,62 @@ def plain(model: nn.Module, batch: Batch) -> mx.array:
     return (losses * mx.array(batch.mask[:, 1:]).astype(losses.dtype)).sum()
 
 
-def along(model: nn.Module, path: Path, batch: Batch, stages: list[Any] | None = None) -> mx.array:
-    """The same sum as `plain`, computed as `path` says. Scalar, float32. stages: see `finish`."""
-    if path.split is None and path.prefix is None:
-        return plain(model, batch)
-    rows, targets = supervised_rows(model, path.split, batch, path.prefix)
-    if path.split is None:
-        return nn.losses.cross_entropy(_wide(rows), targets, reduction="sum")
-    if path.head_trained:
-        return _checkpointed(model, path.split, rows, targets)
-    return _frozen(path.split, rows, targets, [] if stages is None else stages)
-
-
-def supervised_rows(
-    model: nn.Module, split: Split | None, batch: Batch, shared: int | None = None
-) -> tuple[mx.array, mx.array]:
-    """(rows, targets [N]) at the positions that predict a supervised token.
-
-    rows: hidden states [N, D] for the head still to run on; without a split the logits themselves, [N, V]. shared: the
-    run's common prefix; None: rows are computed whole.
+@dataclass(frozen=True)
+class Placed:
+    """A micro-batch as arrays. ids: [B, T]; positions: [N] flat ones, in the trunk's output, that predict a supervised
+    token; targets: [N] those tokens; weights: [N, 1] 0 for targets that only fill up, None: there are none; prefix:
+    tokens that every row begins with, to be computed once.
     """
-    forward: Any = model if split is None else split.hidden
+
+    ids: mx.array
+    positions: mx.array
+    targets: mx.array
+    weights: mx.array | None
+    prefix: int
+
+
+def place(batch: Batch, shared: int | None, count: int = 0) -> Placed:
+    """shared: the run's common prefix, None: rows are computed whole; count: fill up to so many targets, 0: do not."""
     positions, targets = batch.supervised()
     length = 0 if shared is None else prefix.usable(batch, shared)
     if length:
-        out, positions = prefix.run(forward, model, batch, length)
-    else:
-        out = forward(mx.array(batch.ids[:, :-1]))
-    return out.reshape(-1, out.shape[-1])[mx.array(positions)], mx.array(targets)
+        positions = prefix.positions(batch, length)
+    weights = None
+    if count:
+        weights = mx.array((np.arange(count) < len(targets))[:, None].astype(np.float32))
+        positions, targets = (np.pad(array, (0, count - len(array))) for array in (positions, targets))
+    return Placed(mx.array(batch.ids[:, :-1]), mx.array(positions), mx.array(targets), weights, length)
+
+
+def along(model: nn.Module, path: Path, batch: Batch, stages: list[Any] | None = None) -> mx.array:
+    """The same sum as `plain`, computed as `path` says. Scalar, float32.
+
+    stages: gets the arrays to compute one after the other before the rest.
+    """
+    if path.split is None and path.prefix is None:
+        return plain(model, batch)
+    return of_placed(model, path, place(batch, path.prefix), [] if stages is None else stages)
+
+
+def of_placed(model: nn.Module, path: Path, placed: Placed, stages: list[Any]) -> mx.array:
+    """As `along`."""
+    rows = supervised_rows(model, path.split, placed)
+    if path.split is None:
+        assert placed.weights is None
+        return nn.losses.cross_entropy(_wide(rows), placed.targets, reduction="sum")
+    if path.head_trained:
+        return _checkpointed(model, path.split, rows, placed)
+    return _frozen(path.split, rows, placed, stages)
+
+
+def supervised_rows(model: nn.Module, split: Split | None, placed: Placed) -> mx.array:
+    """Hidden states [N, D] at the positions, for the head still to run on; without a split the logits themselves,
+    [N, V].
+    """
+    forward: Any = model if split is None else split.hidden
+    out = prefix.run(forward, model, placed.ids, placed.prefix) if placed.prefix else forward(placed.ids)
+    rows: mx.array = out.reshape(-1, out.shape[-1])[placed.positions]
+    return rows
 
 
 def chunk_rows(width: int, vocabulary: int) -> int:
@@ -92,28 +121,7 @@ def chunks(rows: mx.array, vocabulary: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, rows.shape[0], size))
 
 
-def finish(stages: list[Any], value: mx.array, gradients: Any) -> None:
-    """Compute a loss and its gradients with as little memory as they need.
-
-    MLX allocates ahead of what it computes. So the graph is computed in stages: first `stages`, in the order in which
-    the forward pass made them (checkpointed blocks, chunks of the head), then the gradients, last layer first.
-    """
-    while stages:
-        mx.eval(stages.pop(0))
-    for layer in sorted(by_layer := _by_layer(gradients), reverse=True):
-        mx.eval(by_layer[layer])
-    mx.eval(value, gradients)
-
-
-def _by_layer(gradients: Any) -> dict[int, list[mx.array]]:
-    found: dict[int, list[mx.array]] = {}
-    for name, array in named(gradients).items():
-        layer = re.search(r"layers\.(\d+)\.", name)
-        found.setdefault(int(layer[1]) if layer else -1, []).append(array)
-    return found
-
-
-def _frozen(split: Split, rows: mx.array, targets: mx.array, stages: list[Any]) -> mx.array:
+def _frozen(split: Split, rows: mx.array, placed: Placed, stages: list[Any]) -> mx.array:
     """Loss and gradient in one forward pass; the backward pass only scales. Nothing in the head may be trainable:
     gradients to what a custom function closes over are silently zero.
     """
@@ -125,7 +133,7 @@ def _frozen(split: Split, rows: mx.array, targets: mx.array, stages: list[Any]) 
         for chunk in chunks(rows, split.vocabulary):
             # Each chunk waits for the one before: computed ahead, all their logits would be alive at once.
             part = mx.depends([rows[chunk]], [total, *parts[-1:]])[0] if parts else rows[chunk]
-            loss, gradient = mx.value_and_grad(_chunk_loss(split, targets[chunk]))(part)
+            loss, gradient = mx.value_and_grad(_chunk_loss(split, placed, chunk))(part)
             total = total + loss
             parts.append(gradient)
             stages.append([total, gradient])
@@ -139,17 +147,19 @@ def _frozen(split: Split, rows: mx.array, targets: mx.array, stages: list[Any]) 
     return out[0]
 
 
-def _checkpointed(model: nn.Module, split: Split, rows: mx.array, targets: mx.array) -> mx.array:
+def _checkpointed(model: nn.Module, split: Split, rows: mx.array, placed: Placed) -> mx.array:
     """The chunks' logits computed again in the backward pass, with gradients to the head's parameters."""
     total = mx.array(0.0, _wide(rows[:0]).dtype)
     for chunk in chunks(rows, split.vocabulary):
         part = mx.depends([rows[chunk]], [total])[0]
-        total = total + checkpointed(model, _chunk_loss(split, targets[chunk]))(part)
+        total = total + checkpointed(model, _chunk_loss(split, placed, chunk))(part)
     return total
 
 
-def _chunk_loss(split: Split, targets: mx.array) -> Callable[[mx.array], mx.array]:
+def _chunk_loss(split: Split, placed: Placed, chunk: slice) -> Callable[[mx.array], mx.array]:
     """[C, D] hidden rows -> the sum of their losses."""
+    targets = placed.targets[chunk]
+    weights = None if placed.weights is None else placed.weights[chunk]
 
     @mx.custom_function
     def cross_entropy(logits: mx.array) -> tuple[mx.array, mx.array]:
@@ -158,11 +168,13 @@ def _chunk_loss(split: Split, targets: mx.array) -> Callable[[mx.array], mx.arra
         powers = mx.exp(logits - highest)
         total = powers.sum(axis=-1, keepdims=True)
         picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        return (mx.log(total) + highest - picked).sum(), powers / total
+        losses = mx.log(total) + highest - picked
+        return (losses if weights is None else losses * weights).sum(), powers / total
 
     @cross_entropy.vjp
     def softmax_minus_one_hot(_: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-        return cotangents[0] * outputs[1].at[mx.arange(targets.size), targets].subtract(1)
+        scale = cotangents[0] if weights is None else cotangents[0] * weights
+        return scale * outputs[1].at[mx.arange(targets.size), targets].subtract(1)
 
     def loss(rows: mx.array) -> mx.array:
         out: Any = cross_entropy(_wide(split.logits(rows)))

@@ -21,9 +21,9 @@ from mlxtune.data.batches import Batch, Plan
 from mlxtune.model import lora
 from mlxtune.model.arrays import scalar
 from mlxtune.model.dropout import DropoutKeys
-from mlxtune.model.recompute import recomputed
 from mlxtune.sections import TrainSection
-from mlxtune.train import loss, optim
+from mlxtune.train import optim
+from mlxtune.train.gradients import Gradients
 from mlxtune.train.identity import Identity
 from mlxtune.train.loss import Path
 from mlxtune.train.ranks import ALONE, Ranks
@@ -78,12 +78,7 @@ class StepFunction:
         self.optimizer = optimizer
         self.between = between
         self.layers = len(lora.adapters(job.model))
-        self._stages: list[Any] = []
-        self._gradient = nn.value_and_grad(job.model, self._loss)
-
-    def _loss(self, batch: Batch) -> mx.array:
-        """Summed over the batch's supervised tokens."""
-        return loss.along(self.job.model, self.job.path, batch, self._stages)
+        self._gradients = Gradients(job.model, job.path)
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Raises NonFinite before anything is updated."""
@@ -129,9 +124,7 @@ class StepFunction:
                 self.between()
             lengths = (batch.lengths - 1).tolist()  # a row's last token predicts nothing
             self.job.dropout.set(self.job.section.seed, number, batch.rows.tolist(), lengths, self.layers)
-            with recomputed(self.job.model, self.job.path.recompute, self._stages):
-                value, new = self._gradient(batch)
-            loss.finish(self._stages, value, new)
+            value, new = self._gradients(batch)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             mx.eval(value, gradients)
             losses.append(scalar(value))
