@@ -116,7 +116,8 @@ def _wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tu
     if reason:
         notes.append(f"no shared prefix: {reason}")
     powers = exponentials.worth_it() and (split is not None or length is not None)
-    compiled = backend.kind() != "cpu" and split is not None and not (config.lora.dropout or config.train.neftune_alpha)
+    many_shapes = config.lora.dropout or config.train.neftune_alpha or config.data.group_by_prefix
+    compiled = backend.kind() != "cpu" and split is not None and not many_shapes
     return Path(split, trained, length, every_nth(config.train), powers, compiled), notes
 
 

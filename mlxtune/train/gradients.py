@@ -2,7 +2,8 @@
 
 On Metal and CUDA the whole computation is compiled: MLX fuses its small kernels, and Python builds its graph once for
 every signature (shapes of ids and targets, length of the prefix). Signatures stay few: batches have few widths, and
-targets are filled up with some that weigh nothing. On the CPU, compiling would start a C++ compiler for every kernel.
+targets are filled up with some that weigh nothing; which it is depends on the batch alone, so that a resumed run
+computes the same. On the CPU, compiling would start a C++ compiler for every kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from mlxtune.model.recompute import recomputed
 from mlxtune.train import loss
 from mlxtune.train.loss import Path, Placed
 
-MAX_SIGNATURES = 64  # of a run; what comes after them is computed without compiling
 MIN_FILL = 16
 
 
@@ -33,26 +33,17 @@ class Gradients:
     def __init__(self, model: nn.Module, path: Path) -> None:
         self.model = model
         self.path = path
-        self.signatures: set[Any] = set()
         self._compiled: Any = mx.compile(self._traced)
 
     def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
         stages: list[mx.array] = []
         if self.path.compiled:
             placed = loss.place(batch, self.path.prefix, filled(batch.targets))
-            value, gradients, stages = self._function(placed)(self.model.trainable_parameters(), *vars(placed).values())
+            value, gradients, stages = self._compiled(self.model.trainable_parameters(), *vars(placed).values())
         else:
             value, gradients = self._asked(lambda: loss.along(self.model, self.path, batch, stages), stages)
         finish(stages, value, gradients)
         return value, gradients
-
-    def _function(self, placed: Placed) -> Any:
-        """The compiled function, as long as this signature is one of the first."""
-        signature = (placed.ids.shape, placed.targets.size, placed.prefix)
-        if signature not in self.signatures and len(self.signatures) >= MAX_SIGNATURES:
-            return self._traced
-        self.signatures.add(signature)
-        return self._compiled
 
     def _traced(self, parameters: Any, *placed: Any) -> tuple[mx.array, Any, list[mx.array]]:
         before, stages = self.model.trainable_parameters(), list[mx.array]()

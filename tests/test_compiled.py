@@ -1,0 +1,59 @@
+"""The step as one compiled function, as on a GPU: same losses, same gradients, few signatures."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from ways import BATCH, assert_close, make, rows, steps, ways
+
+from mlxtune import backend
+from mlxtune import config as configuration
+from mlxtune.train import fast
+from mlxtune.train.gradients import filled
+from mlxtune.train.loss import Path
+
+NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def compilation() -> Iterator[None]:
+    """As on a GPU."""
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_every_way_computes_the_same_inside_one_compiled_function(kind: str, compilation: None) -> None:
+    model = make(kind)
+    for label, path in ways(model, BATCH).items():
+        if path.split is not None and not path.powers:  # which are of the CPU alone, where nothing is compiled
+            assert_close(model, replace(path, compiled=True), BATCH, 1e-6, 3e-5, label)
+
+
+@NEEDS_COMPILER
+def test_twenty_compiled_steps_have_the_losses_of_the_plain_loop(compilation: None) -> None:
+    plain = steps("llama", 0, 0.0, Path())
+    np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 100, 129, 1000, 5000])
+def test_targets_are_filled_up_by_less_than_a_quarter_and_to_few_numbers(count: int) -> None:
+    assert count <= filled(count) < max(1.25 * count, count + 16)
+    assert len({filled(n) for n in range(1, 5001)}) < 32
+
+
+def test_on_a_gpu_the_step_is_compiled_unless_batches_would_have_too_many_shapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend, "kind", lambda: "metal")
+    wanted = lambda *settings: fast._wanted(make("llama"), rows(17, [12, 9]), configuration.load(None, settings))[0]  # noqa: E731
+    assert wanted().compiled and not wanted().powers
+    for setting in ("lora.dropout=0.1", "train.neftune_alpha=5", "data.group_by_prefix=true", "fast.head=off"):
+        assert not wanted(setting).compiled, setting
