@@ -13,7 +13,7 @@ from ways import BATCH, assert_close, make, rows, steps, ways
 
 from mlxtune import backend
 from mlxtune import config as configuration
-from mlxtune.train import fast
+from mlxtune.train import fast, gradients
 from mlxtune.train.gradients import filled
 from mlxtune.train.loss import Path
 
@@ -29,17 +29,21 @@ def compilation() -> Iterator[None]:
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_every_way_computes_the_same_inside_one_compiled_function(kind: str, compilation: None) -> None:
-    model = make(kind)
+@pytest.mark.parametrize(("kind", "bits"), [("llama tied", 4), ("gemma3_text", 0), ("mixtral", 0)])
+def test_every_way_computes_the_same_inside_one_compiled_function(kind: str, bits: int, compilation: None) -> None:
+    model = make(kind, bits=bits)
     for label, path in ways(model, BATCH).items():
         if path.split is not None and not path.powers:  # which are of the CPU alone, where nothing is compiled
             assert_close(model, replace(path, compiled=True), BATCH, 1e-6, 3e-5, label)
 
 
 @NEEDS_COMPILER
-def test_twenty_compiled_steps_have_the_losses_of_the_plain_loop(compilation: None) -> None:
+def test_twenty_compiled_steps_have_the_losses_of_the_plain_loop(
+    compilation: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = steps("llama", 0, 0.0, Path())
+    np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
+    monkeypatch.setattr(gradients, "KEPT", 1)  # thrown away and compiled again
     np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
 
 
