@@ -98,6 +98,11 @@ def kind() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+def compiles() -> bool:
+    """Whether MLX compiles graphs: on a GPU, unless its own variable forbids it."""
+    return kind() != "cpu" and not os.environ.get("MLX_DISABLE_COMPILE")
+
+
 def dtype_for(name: str, model_dtype: mx.Dtype, quantized: bool) -> mx.Dtype:
     """The activation dtype of a run.
 

@@ -2,7 +2,8 @@
 
 Every measurement is a child process that trains on the same rows and prints one JSON line; competitors take turns, so
 that a machine's moods fall on both. mlx-lm runs as its own command runs it (its batches, its padding, its loss), with
-our rank, targets, activation type, BLAS and compile setting. One step warms up and is not counted.
+our rank, targets, activation type, BLAS and compile setting. What warms up is not counted: one step, or where steps are
+compiled all of them.
 
 Legend: D width, V vocabulary.
 """
@@ -24,18 +25,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optimizers
 
-from mlxtune import backend, config, session
+from mlxtune import backend, config, session, tuning
 from mlxtune.config import Config
 from mlxtune.data.batches import DEFAULT_ROWS, Plan
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora, prefix
-from mlxtune.model.arrays import dtype_name, scalar
+from mlxtune.model.arrays import dtype_name, named, scalar
 from mlxtune.model.layers import dense_shape
-from mlxtune.model.load import Loaded, load
+from mlxtune.model.load import load
 from mlxtune.train import fast, optim
 from mlxtune.train.loss import Path as Way
-from mlxtune.train.step import Job, StepFunction
+from mlxtune.train.step import StepFunction
 
 OURS, THEIRS, CHECKPOINTED = "mlxtune", "mlx-lm", "mlx-lm-checkpointed"  # mlx-lm's default is not to checkpoint
 
@@ -105,7 +106,9 @@ def compare(
 def _child(who: str, file: str, count: int) -> Measured:
     """The rows are those of the first steps of our plan for the whole data: batched as in a real run."""
     settings = config.load(file)
-    plan = Plan(session.read_data(settings)[0].train, settings.train, settings.data.group_by_prefix)
+    fast.refuse_idle(settings)
+    data, settings = session.read_data(settings)
+    plan = Plan(data.train, settings.train, settings.data.group_by_prefix)
     rows: list[int] = []
     steps = 0
     while len(rows) < count and steps < plan.steps:
@@ -117,31 +120,33 @@ def _child(who: str, file: str, count: int) -> Measured:
     if len(rows) < 2 * size:
         raise UserError(f"{settings.data.path}: {len(rows)} usable rows are too few to measure with")
     if who == OURS:
-        return _ours(settings, plan, steps)
+        return _ours(settings, data, steps)
     return _theirs(who, settings, [plan.examples[row] for row in sorted(set(rows))], size)
 
 
-def _ours(settings: Config, plan: Plan, steps: int) -> Measured:
-    loaded = load(settings.model.path, settings.train.dtype)
-    base = mx.get_active_memory()
-    dropout = lora.attach(loaded.model, lora.Spec.of(loaded.model, settings.lora), settings.train.seed)
-    path, _ = fast.choose(loaded.model, plan.examples, settings, loaded.dtype)
-    unused: Any = None
-    job = Job(loaded.model, path, dropout, plan, settings.train, Path(), unused, str, unused, unused)
-    optimizer = optim.build(settings.train, loaded.model.trainable_parameters())
-    step = StepFunction(job, optimizer)
+def _ours(settings: Config, data: session.Data, steps: int) -> Measured:
+    job, fitted, *_ = tuning.prepared(settings, data, Path())
+    if fitted.train != settings.train:
+        raise UserError(
+            "train.memory_limit makes this machine's batches smaller than those to measure",
+            "Set train.memory_limit=off, or train.batch_rows and train.checkpoint_layers as a run would have them.",
+        )
+    plan, path, dtype = job.plan, job.path, getattr(mx, job.identity.config["train.dtype"])
+    base = _bytes(job.model.parameters()) - _bytes(job.model.trainable_parameters())
+    step = StepFunction(job, optim.build(job.section, job.model.trainable_parameters()))
     batches = [batch for number in range(1, steps + 1) for batch in plan.step(number)]
     longest = max(range(1, steps + 1), key=lambda number: max(batch.ids.size for batch in plan.step(number)))
     mx.clear_cache()
     mx.reset_peak_memory()
-    step(longest)
+    for number in range(1, steps + 1) if backend.compiles() else [longest]:
+        step(number)
     events = [step(number) for number in range(1, steps + 1)]
     peak = mx.get_peak_memory()
     seconds = sum(event["seconds"] for event in events)
     lengths = [0 if path.prefix is None else prefix.usable(batch, path.prefix) for batch in batches]
     saved = sum(length * (len(batch.rows) - 1) for length, batch in zip(lengths, batches, strict=True))
     padded = sum(batch.ids.size - len(batch.rows) for batch in batches)
-    trunk, head = _elements(loaded, path)
+    trunk, head = _elements(job.model, path)
     supervised = sum(batch.targets for batch in batches)
     plain = padded * (trunk + head)
     needed = (padded - saved) * trunk + (supervised if path.split else padded) * head
@@ -156,10 +161,10 @@ def _ours(settings: Config, plan: Plan, steps: int) -> Measured:
         processed=padded - saved,
         peak_bytes=peak - base,
         base_bytes=base,
-        device=_device(loaded.dtype),
+        device=_device(dtype),
         head_saved=(padded - supervised) * head / plain if path.split else 0.0,
         prefix_saved=saved * trunk / plain,
-        utilisation=4 * needed / seconds / _matmul_peak(loaded.dtype),
+        utilisation=4 * needed / seconds / _matmul_peak(dtype),
         computed=fast.describe(path),
     )
 
@@ -172,7 +177,7 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     loaded = load(settings.model.path, settings.train.dtype, as_mlx_lm=True)
-    base = mx.get_active_memory()
+    base = _bytes(loaded.model.parameters())
     spec = lora.Spec.of(loaded.model, settings.lora)
     loaded.model.freeze()
     parameters = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": list(spec.keys)}
@@ -193,7 +198,7 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
     def warmed(**options: Any) -> Iterator[Any]:
         found = list(trainer.iterate_batches(**{**options, "loop": False}))
         seen.extend(found)
-        yield max(found, key=lambda batch: batch[0].size)
+        yield from found if backend.compiles() else [max(found, key=lambda batch: batch[0].size)]
         yield from found
 
     class Clock(TrainingCallback):
@@ -206,7 +211,7 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
     with tempfile.TemporaryDirectory() as folder:
         arguments = trainer.TrainingArgs(
             batch_size=rows,
-            iters=steps + 1,
+            iters=steps + (steps if backend.compiles() else 1),
             steps_per_report=1,
             steps_per_save=10**9,
             max_seq_length=settings.data.max_tokens,
@@ -224,7 +229,7 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
         who,
         rows=steps * rows,
         steps=steps,
-        seconds=sum(Clock.seconds[1:]),
+        seconds=sum(Clock.seconds[-steps:]),
         tokens=used,
         supervised=lengths - offsets,
         processed=padded,
@@ -235,15 +240,19 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
     )
 
 
-def _elements(loaded: Loaded, path: Way) -> tuple[int, int]:
+def _bytes(parameters: Any) -> int:
+    return sum(array.nbytes for array in named(parameters).values())
+
+
+def _elements(model: Any, path: Way) -> tuple[int, int]:
     """(matrix elements that a token meets in the blocks, V * D of the head where it is run apart).
 
     A token costs 4 operations per element: multiply and add, forward and back to the input. Attention's own products,
     the adapter's and what checkpointing computes again are left out.
     """
-    chosen = int(loaded.config.get("num_experts_per_tok") or 1)
+    chosen = int(getattr(model.args, "num_experts_per_tok", None) or 1)
     trunk = 0
-    for block in loaded.model.layers:
+    for block in model.layers:
         for _, layer in block.named_modules():
             if isinstance(layer, lora.LINEAR + lora.SWITCH):
                 *_, outputs, inputs = dense_shape(layer)
@@ -270,4 +279,7 @@ def _device(dtype: mx.Dtype) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_child(sys.argv[1], sys.argv[2], int(sys.argv[3])))))
+    try:
+        print(json.dumps(asdict(_child(sys.argv[1], sys.argv[2], int(sys.argv[3])))))
+    except UserError as error:
+        sys.exit(error.message)

@@ -23,6 +23,7 @@ from mlxtune.evaluate.loss import Score, score
 from mlxtune.model import hub, lora, vocabulary
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.dropout import add_noise
+from mlxtune.model.exponentials import as_powers_of_two
 from mlxtune.model.load import Loaded, cast, load, model_dtype, open_model
 from mlxtune.model.memory import Memory
 from mlxtune.session import CONFIG_FILE, Data, anchored, read_data, run_config
@@ -33,7 +34,7 @@ from mlxtune.train.events import FILE as EVENTS_FILE
 from mlxtune.train.events import Events
 from mlxtune.train.identity import Identity
 from mlxtune.train.lock import locked
-from mlxtune.train.ranks import Ranks
+from mlxtune.train.ranks import ALONE, Ranks
 from mlxtune.train.step import Job
 
 SAMPLE_TOKENS = 128  # of an answer to train.sample_prompts
@@ -49,7 +50,7 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     cast(model, dtype)
     lora.attach(model, lora.Spec.of(model, config.lora), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
-    config, plan, notes = fit.fitted(model, config, model_config, dtype, plan)
+    config, plan, notes = fit.fitted(model, config, model_config, dtype, plan, fit.limit_of(config.train))
     return config, fit.plan(model, config, model_config, dtype, plan), notes
 
 
@@ -83,7 +84,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
         elif ranks.first:
             require_free(out)
         data, config = read_data(config, display.reading)
-        job, config, changes, found = _prepared(config, data, out, ranks, resume)
+        job, config, changes, found = prepared(config, data, out, ranks, resume)
         if saved is not None:
             notes += saved.identity.refuse_other(job.identity, out, anyway)
         notes += found
@@ -122,8 +123,8 @@ def _taken(out: Path) -> UserError:
     return UserError(f"{out} already exists", f"Choose another --out{also}.")
 
 
-def _prepared(
-    config: Config, data: Data, out: Path, ranks: Ranks, resume: bool
+def prepared(
+    config: Config, data: Data, out: Path, ranks: Ranks = ALONE, resume: bool = False
 ) -> tuple[Job, Config, Changes, list[str]]:
     """(the job, the configuration made to fit, changes of the tokenizer, what a person must know): the model read, its
     adapter attached.
@@ -140,11 +141,16 @@ def _prepared(
         dropout.noise_alpha = config.train.neftune_alpha
         add_noise(loaded.model, dropout)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
-    config, plan, fit_notes = fit.fitted(loaded.model, config, loaded.config, loaded.dtype, plan)
-    path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype)
+    limit = fit.limit_of(config.train)
+    if limit is not None and ranks.size > 1:  # all ranks take the same batches: those of the smallest machine, in MiB
+        limit = -ranks.highest(-(limit >> 20)) << 20
+    config, plan, fit_notes = fit.fitted(loaded.model, config, loaded.config, loaded.dtype, plan, limit)
+    tokens = fit.proof_tokens(loaded.model, loaded.config, loaded.dtype, limit, fast.MAX_TOKENS)
+    path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype, tokens)
 
     def evaluate(between: Callable[[], None]) -> Score:
-        own = score(loaded.model, path.split, valid, path.prefix, between)
+        with as_powers_of_two(path.powers):
+            own = score(loaded.model, path.split, valid, path.prefix, between)
         loss, *counts = ranks.sums(own.loss_sum, own.tokens, own.correct)
         return Score(loss, *(round(count) for count in counts))
 

@@ -11,6 +11,8 @@ import pytest
 import tiny
 from training import options
 
+from mlxtune import backend
+
 HOME_CACHE = os.environ.get("XDG_CACHE_HOME")  # the user's own, None where it is the usual place
 
 
@@ -21,6 +23,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def device() -> None:
+    """Prepared as every command does it, for tests that build their models by hand too."""
+    backend.prepare()
 
 
 @pytest.fixture(scope="session")

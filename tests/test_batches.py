@@ -128,3 +128,12 @@ def test_rows_with_a_common_context_share_batches() -> None:
     first = [frozenset(batch) for batch in plan._epochs[0][0]]
     plan._plan_epoch()
     assert first != [frozenset(batch) for batch in plan._epochs[1][0]]
+
+
+def test_rows_that_a_mixture_draws_more_than_once_keep_their_number_in_groups() -> None:
+    examples = [
+        Example([*[5] * (60 * (row < 4)), 100 + row, 7, 8], [0] * (61 if row < 4 else 1) + [1, 1]) for row in range(6)
+    ]
+    plan = Plan(examples, TrainSection(epochs=1, batch_rows=4), grouped=True)
+    drawn = Counter(row for batch in plan._batches([0, 1, 2, 3, 4, 5] * 3) for row in batch)
+    assert drawn == Counter(dict.fromkeys(range(6), 3))

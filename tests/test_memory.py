@@ -20,7 +20,9 @@ from mlxtune.data.batches import Plan
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora
+from mlxtune.model.load import load
 from mlxtune.model.quantize import on_cpu
+from mlxtune.sections import LoraSection
 from mlxtune.train import fast, fit, optim
 from mlxtune.train.step import Job, StepFunction
 
@@ -112,14 +114,27 @@ def test_a_run_is_made_to_fit_by_checkpointing_and_then_by_smaller_micro_batches
 
 
 def test_a_budget_of_tokens_is_halved_too() -> None:
-    sections = list(fit._smaller(TrainSection(batch_tokens=100, accumulate=3)))
+    sections = list(fit._smaller(TrainSection(batch_tokens=100, accumulate=3), widest=20))
     assert [(section.batch_tokens, section.accumulate) for section in sections] == [
         (100, 3),
         (100, 3),
         (50, 6),
         (25, 12),
     ]
-    assert [section.batch_rows for section in fit._smaller(TrainSection(batch_rows=6))] == [6, 6, 3, 1]
+    assert len(list(fit._smaller(TrainSection(batch_tokens=100), widest=60))) == 2  # a row is not cut in two
+    assert [section.batch_rows for section in fit._smaller(TrainSection(batch_rows=6), 60)] == [6, 6, 3, 1]
+
+
+def test_the_proof_takes_fewer_tokens_where_the_plain_way_would_not_fit(mlx_model: Path, data: Path) -> None:
+    loaded = load(str(mlx_model), "float32")
+    lora.attach(loaded.model, lora.Spec.of(loaded.model, LoraSection()), 0)
+
+    def tokens(limit: int | None) -> int:
+        return fit.proof_tokens(loaded.model, loaded.config, mx.float32, limit, 1024)
+
+    assert tokens(None) == tokens(10**10) == 1024
+    found = [tokens(limit * 10**6) for limit in (1, 8, 20)]
+    assert found == sorted(found) and found[0] == 64 and 64 < found[2] < 1024
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(mlx_model: Path, data: Path, tmp_path: Path) -> None:

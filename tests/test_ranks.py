@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import tiny
 
+from mlxtune import config as configuration
+from mlxtune import session, tuning
 from mlxtune.data.batches import Batch
 from mlxtune.train import events, lock
 from mlxtune.train.ranks import Ranks
@@ -139,6 +141,29 @@ def test_processes_with_different_rows_are_refused(mlx_model: Path, data: Path, 
     assert "the 2 processes do not have the same data" in said, said
     assert "Traceback" not in said, said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_smallest_machine_decides_the_batches_of_all(mlx_model: Path, data: Path, tmp_path: Path) -> None:
+    """The second process has too little memory for the rows asked for: as one process with that little."""
+    few = ("train.steps=2", "train.batch_rows=4", "train.eval_every=0", "train.save_every=0", "lora.dropout=0")
+    few = (*few, "train.neftune_alpha=0")
+    flags = {"model.path": str(mlx_model), "data.path": str(data)}
+    small = configuration.load(None, (*few, "train.batch_rows=1", "train.checkpoint_layers=all", "lora.rank=4"), flags)
+    predicted = tuning.memory_plan(small, session.read_data(small)[0])[1]
+    assert predicted
+    least = (predicted.total >> 20) + 1 << 20
+    program = tmp_path / "there"
+    program.write_text(
+        f"#!{sys.executable}\nimport os\nfrom mlxtune.cli import main\nfrom mlxtune.train import fit\n"
+        "if os.environ['MLX_RANK'] == '1':\n"
+        f"    fit.backend.working_set_bytes = lambda: int({least} / fit.SHARE)\nmain()\n"
+    )
+    program.chmod(0o755)
+    said = finished(launched(2, *words(mlx_model, data, tmp_path / "two", *few), program=program))
+    assert "to fit" in said and "train.batch_rows=" in said, said
+    done = tiny.mlxtune(*words(mlx_model, data, tmp_path / "one", *few, f"train.memory_limit={least}"))
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
 class Group:

@@ -159,8 +159,10 @@ class Plan:
         self._rows = section.batch_rows or (None if section.batch_tokens else DEFAULT_ROWS)
         usual = self._rows or max(1, (section.batch_tokens or 0) * len(examples) // int(np.sum(self._lengths)))
         self.widths = widths(self._lengths, min(MAX_BUCKETS, max(1, len(examples) // usual)))
-        start = min((common(examples[0].ids, example.ids) for example in examples), default=0)
-        self._groups = groups(examples, start + MIN_GROUP_TOKENS) if grouped else []
+        self._groups: list[list[int]] = []
+        if grouped:
+            start = min((common(examples[0].ids, example.ids) for example in examples), default=0)
+            self._groups = groups(examples, start + MIN_GROUP_TOKENS)
         self._epochs: list[list[list[list[int]]]] = []  # epoch -> step -> micro-batch -> row
         self._starts = [0]  # first step (0-based) of each planned epoch
         if section.steps is not None:
@@ -188,16 +190,20 @@ class Plan:
         place = np.empty(len(self._lengths))  # of each row in the order; later places win where a row comes twice
         place[order] = np.arange(len(order))
         batches: list[list[int]] = []
-        alone = set(order)
-        for group in self._groups:
-            rows = sorted(alone.intersection(group), key=place.__getitem__)
-            found = [part for part in self._cut(rows, max(self._lengths[row] for row in group)) if len(part) > 1]
-            batches += found
-            alone.difference_update(row for part in found for row in part)
+        group_of = {row: number for number, group in enumerate(self._groups) for row in group}
+        together: list[list[int]] = [[] for _ in self._groups]
+        alone: list[int] = []
+        for row in order:  # which may hold a row several times
+            (together[group_of[row]] if row in group_of else alone).append(row)
+        for rows in filter(None, together):
+            for part in self._cut(rows, max(self._lengths[row] for row in rows)):
+                if len(part) > 1:
+                    batches.append(part)
+                else:
+                    alone += part
         buckets: list[list[int]] = [[] for _ in self.widths]
-        for row in order:
-            if row in alone:
-                buckets[int(np.searchsorted(self.widths, self._lengths[row]))].append(row)
+        for row in sorted(alone, key=place.__getitem__) if self._groups else alone:
+            buckets[int(np.searchsorted(self.widths, self._lengths[row]))].append(row)
         left: list[int] = []
         for width, bucket in zip(self.widths, buckets, strict=True):
             waiting = [*left, *bucket]

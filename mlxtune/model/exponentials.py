@@ -45,12 +45,16 @@ def as_powers_of_two(wanted: bool = True) -> Iterator[None]:
 
 
 def exp(x: mx.array, **options: Any) -> mx.array:
-    return mx.power(2.0, x * LOG2_E, **options) if x.dtype == mx.float32 else mlx_exp(x, **options)
+    return mx.power(2.0, x * LOG2_E, **options) if _is_float32(x) else mlx_exp(x, **options)
 
 
 def sigmoid(x: mx.array, **options: Any) -> mx.array:
-    out: Any = _sigmoid(x) if x.dtype == mx.float32 else mlx_sigmoid(x, **options)
+    out: Any = _sigmoid(x) if _is_float32(x) else mlx_sigmoid(x, **options)
     return out
+
+
+def _is_float32(x: Any) -> bool:
+    return isinstance(x, mx.array) and x.dtype == mx.float32  # a number is no array
 
 
 @mx.custom_function
@@ -70,8 +74,10 @@ def attention(
     -> [B, H, T, D].
 
     The backward pass is FlashAttention's (Dao et al. 2022, arXiv:2205.14135, appendix B.2), with p kept unnormalised.
+    Sinks and masks of numbers, which may need a gradient, are left to MLX.
     """
-    if sinks is not None or q.dtype != mx.float32:
+    numbers = isinstance(mask, mx.array) and mask.dtype != mx.bool_
+    if sinks is not None or numbers or q.dtype != mx.float32:
         return mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
     (rows, heads, queries, _), (_, groups, keys, _) = q.shape, k.shape
     grouped, single = (rows, groups, heads // groups * queries, -1), (rows, heads, queries, -1)
@@ -102,14 +108,13 @@ def attention(
 
 
 def _bias(mask: Any, queries: int, keys: int) -> mx.array | None:
-    """What is added to the scores, in powers of two."""
+    """What is added to the scores."""
     if mask is None:
         return None
     if isinstance(mask, str):
         return _causal(queries, keys)
-    if mask.dtype == mx.bool_:  # may leave a row of padding without any key: finite, as in MLX
-        return mx.where(mask, 0.0, mx.finfo(mx.float32).min)
-    return mask * LOG2_E
+    # A mask may leave a row of padding without any key: finite, as in MLX.
+    return mx.where(mask, 0.0, mx.finfo(mx.float32).min)
 
 
 @functools.lru_cache(maxsize=2)  # a prefix and its suffixes

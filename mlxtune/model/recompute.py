@@ -41,9 +41,10 @@ def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..
     def run(parameters: Any, *args: Any) -> Any:
         before = module.trainable_parameters()
         module.update(parameters)
-        out = function(*args)
-        module.update(before)  # the second run's parameters are copies that no one else may see
-        return out
+        try:
+            return function(*args)
+        finally:
+            module.update(before)  # the second run's parameters are copies that no one else may see
 
     return lambda *args: mx.checkpoint(run)(module.trainable_parameters(), *args)
 

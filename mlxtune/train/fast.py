@@ -48,18 +48,30 @@ class Difference:
         return self.loss <= of_loss and self.gradient <= of_gradient
 
 
-def choose(model: nn.Module, examples: Sequence[Example], config: Config, dtype: mx.Dtype) -> tuple[Path, list[str]]:
-    """(the fastest proven way, what a person must know about it). The adapter is attached already."""
+def choose(
+    model: nn.Module, examples: Sequence[Example], config: Config, dtype: mx.Dtype, tokens: int = MAX_TOKENS
+) -> tuple[Path, list[str]]:
+    """(the fastest proven way, what a person must know about it). The adapter is attached already.
+
+    tokens: of a row, at most, that the memory lets the plain way compute.
+    """
     wanted, notes = _wanted(model, examples, config)
-    batches = proof_batches(examples, wanted, config.data.group_by_prefix)
+    batches = proof_batches(examples, wanted, config.data.group_by_prefix, tokens)
     slower = replace(wanted, powers=False, compiled=False)
     tried = [wanted, replace(wanted, prefix=None), slower, replace(slower, prefix=None)]
     for path in dict.fromkeys([*tried, replace(slower, prefix=None, split=None), Path()]):
         if path == Path():
             break
-        found = [compare(model, path, batches[0])]
-        if not found[0].within(dtype):  # a mixture of experts may route a token elsewhere at a near-tie
-            found.append(compare(model, path, batches[1]))
+        try:
+            found = [compare(model, path, batches[0])]
+            if not found[0].within(dtype):  # a mixture of experts may route a token elsewhere at a near-tie
+                found.append(compare(model, path, batches[1]))
+        except UserError:
+            raise
+        except Exception as error:  # whatever a model's own code raises
+            reason = (str(error).splitlines() or [""])[0]
+            notes.append(f"not used, for this model fails with it: {describe(path)} ({type(error).__name__}: {reason})")
+            continue
         if found[-1].within(dtype):
             return path, notes
         notes.append(
@@ -86,7 +98,8 @@ def refuse_idle(config: Config) -> None:
 def describe(path: Path) -> str:
     """For people: what a way leaves out."""
     parts = ["the head on supervised tokens only"] if path.split is not None else []
-    parts += [f"the shared prefix of {path.prefix} tokens once"] if path.prefix is not None else []
+    if path.prefix is not None:
+        parts.append(f"the shared prefix of {path.prefix} tokens once" if path.prefix else "what a batch shares once")
     if path.recompute:
         parts.append(
             "every block checkpointed" if path.recompute == 1 else f"one in {path.recompute} blocks checkpointed"
@@ -117,7 +130,7 @@ def _wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tu
         notes.append(f"no shared prefix: {reason}")
     powers = exponentials.worth_it() and (split is not None or length is not None)
     many_shapes = config.lora.dropout or config.train.neftune_alpha or config.data.group_by_prefix
-    compiled = backend.kind() != "cpu" and split is not None and not many_shapes
+    compiled = backend.compiles() and split is not None and not many_shapes and prefix.caches(model) is not None
     return Path(split, trained, length, every_nth(config.train), powers, compiled), notes
 
 
@@ -143,20 +156,24 @@ def shared_prefix(model: nn.Module, examples: Sequence[Example], config: Config)
     return length, ""
 
 
-def proof_batches(examples: Sequence[Example], path: Path, grouped: bool) -> list[Batch]:
+def proof_batches(examples: Sequence[Example], path: Path, grouped: bool, tokens: int = MAX_TOKENS) -> list[Batch]:
     """Two batches of two real rows: the longest ones, so that sliding windows are passed where the data passes them, as
     far as the plain way's logits fit the memory. Where rows are grouped, those that share the most.
+
+    tokens: of a row, at most.
     """
-    tokens = MAX_TOKENS
     if path.split is not None:
         tokens = min(tokens, max(64, int(PROOF_SHARE * backend.memory_bytes() / (24 * path.split.vocabulary))))
-    if path.prefix is not None and not grouped:
-        tokens = min(tokens, prefix.longest_worth_it(path.prefix, rows=2))
     order = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
+    shared = path.prefix
     if grouped:
         pairs = [group[:2] for group in groups(examples, MIN_GROUP_TOKENS)]
-        best = max(pairs, key=lambda pair: common(examples[pair[0]].ids, examples[pair[1]].ids), default=[])
+        together = {tuple(pair): common(examples[pair[0]].ids, examples[pair[1]].ids) for pair in pairs}
+        best = max(together, key=together.__getitem__, default=())
         order = [*best, *order]
+        shared = together.get(best, shared)
+    if shared is not None:
+        tokens = min(tokens, max(prefix.longest_worth_it(shared, rows=2), shared + prefix.GRAIN))
     rows = [_cut(examples[index], tokens) for index in (order * 4)[:4]]
     return [collate(rows, [0, 1]), collate(rows, [2, 3])]
 
@@ -179,11 +196,15 @@ def compare(model: nn.Module, path: Path, batch: Batch) -> Difference:
     model.update(tree_unflatten(list(moved.items())))
     try:
         fast, fast_gradients = gradients(model, path, batch)
-        plain, plain_gradients = gradients(model, Path(), batch)
+        plain, plain_gradients = gradients(model, Path(), batch.part(slice(1)))  # row by row, for it takes most memory
+        for row in range(1, len(batch.rows)):
+            value, more = gradients(model, Path(), batch.part(slice(row, row + 1)))
+            plain += value
+            plain_gradients = {name: gradient + more[name] for name, gradient in plain_gradients.items()}
     finally:
         model.update(tree_unflatten(list(before.items())))
     worst, name = max((_relative(fast_gradients[name], wanted), name) for name, wanted in plain_gradients.items())
-    off = abs(fast - plain) / abs(plain)
+    off = abs(fast - plain) / max(abs(plain), 1e-12)
     return Difference(off if math.isfinite(off) else math.inf, worst, name)
 
 

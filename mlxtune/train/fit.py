@@ -1,4 +1,4 @@
-"""A run made to fit the memory: checkpointing first, then smaller micro-batches with the same optimizer step."""
+"""A run made to fit the memory: checkpointing first, then smaller micro-batches and more of them in a step."""
 
 from __future__ import annotations
 
@@ -49,19 +49,30 @@ def plan(
     return memory.predict(model, model_config, shape, options)
 
 
+def limit_of(section: TrainSection) -> int | None:
+    """train.memory_limit in bytes on this device; None: off."""
+    allowed = section.memory_limit
+    if allowed == "off":
+        return None
+    return int(SHARE * backend.working_set_bytes()) if allowed == "auto" else int(allowed)
+
+
 def fitted(
-    model: nn.Module, config: Config, model_config: Mapping[str, Any], dtype: mx.Dtype, rows: Plan
+    model: nn.Module,
+    config: Config,
+    model_config: Mapping[str, Any],
+    dtype: mx.Dtype,
+    rows: Plan,
+    limit: int | None,
 ) -> tuple[Config, Plan, list[str]]:
-    """(configuration, its plan of batches, notes) that fit train.memory_limit.
+    """(configuration, its plan of batches, notes) that fit the limit, bytes.
 
     Raises UserError, naming the setting to change, when no batch is small enough.
     """
-    allowed = config.train.memory_limit
-    if allowed == "off":
+    if limit is None:
         return config, rows, []
-    limit = int(SHARE * backend.working_set_bytes()) if allowed == "auto" else int(allowed)
     needed = 0
-    for number, section in enumerate(_smaller(config.train)):
+    for number, section in enumerate(_smaller(config.train, rows.widths[-1])):
         tried = config.model_copy(update={"train": section})
         batches = rows if number == 0 else Plan(rows.examples, section, config.data.group_by_prefix)
         predicted = plan(model, tried, model_config, dtype, batches)
@@ -83,13 +94,30 @@ def fitted(
     )
 
 
-def _smaller(section: TrainSection) -> Iterator[TrainSection]:
-    """The section as it is, then with checkpointing, then with ever smaller micro-batches and more of them."""
+def proof_tokens(
+    model: nn.Module, model_config: Mapping[str, Any], dtype: mx.Dtype, limit: int | None, most: int
+) -> int:
+    """How many tokens of one row the plain way may compute within the limit, in halves of `most`, at least 64."""
+    sizes = {**model_config, **model_config.get("text_config", {})}
+    options = memory.Options(dtype.size, 0, 0, False, backend.kind() == "cpu")
+    known = limit is not None and all(sizes.get(key) for key in memory.NEEDED)
+    while known and most > 64:
+        shape = memory.Shape(most, most * most, most)
+        if memory.predict(model, model_config, shape, options).total <= (limit or 0):
+            break
+        most //= 2
+    return most
+
+
+def _smaller(section: TrainSection, widest: int) -> Iterator[TrainSection]:
+    """The section as it is, then with checkpointing, then with ever smaller micro-batches and more of them, down to one
+    row of the widest.
+    """
     yield section
     rows, tokens, accumulate = section.batch_rows or DEFAULT_ROWS, section.batch_tokens, section.accumulate
     section = section.model_copy(update={"checkpoint_layers": "all"})
     yield section
-    while (tokens or rows) > (32 if tokens else 1):
+    while tokens >= 2 * widest if tokens else rows > 1:
         if tokens:
             tokens, accumulate = tokens // 2, accumulate * 2
             yield section.model_copy(update={"batch_tokens": tokens, "accumulate": accumulate})

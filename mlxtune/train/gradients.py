@@ -67,8 +67,13 @@ class Gradients:
         return value, gradients, stages
 
     def _asked(self, summed: Any, stages: list[mx.array]) -> tuple[mx.array, Any]:
-        with recomputed(self.model, self.path.recompute, stages), as_powers_of_two(self.path.powers):
-            value, gradients = nn.value_and_grad(self.model, summed)()
+        training = self.model.training
+        self.model.train()  # mlx-lm's recurrent layers have kernels for generating that know no gradient
+        try:
+            with recomputed(self.model, self.path.recompute, stages), as_powers_of_two(self.path.powers):
+                value, gradients = nn.value_and_grad(self.model, summed)()
+        finally:
+            self.model.train(training)
         return value, gradients
 
 

@@ -75,7 +75,7 @@ def place(batch: Batch, shared: int | None, count: int = 0) -> Placed:
     weights = None
     if count:
         weights = mx.array((np.arange(count) < len(targets))[:, None].astype(np.float32))
-        positions, targets = (np.pad(array, (0, count - len(array))) for array in (positions, targets))
+        positions, targets = (np.pad(array, (0, count - len(array)), mode="edge") for array in (positions, targets))
     return Placed(mx.array(batch.ids[:, :-1]), mx.array(positions), mx.array(targets), weights, length)
 
 

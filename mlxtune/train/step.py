@@ -119,14 +119,16 @@ class StepFunction:
         """(summed loss of each micro-batch, summed gradients) of a step."""
         losses: list[float] = []
         gradients: Any = tree_map(mx.zeros_like, self.job.model.trainable_parameters()) if not batches else None
-        for batch in batches:
-            if losses:
-                self.between()
-            lengths = (batch.lengths - 1).tolist()  # a row's last token predicts nothing
-            self.job.dropout.set(self.job.section.seed, number, batch.rows.tolist(), lengths, self.layers)
-            value, new = self._gradients(batch)
-            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
-            mx.eval(value, gradients)
-            losses.append(scalar(value))
-        self.job.dropout.clear()
+        try:
+            for batch in batches:
+                if losses:
+                    self.between()
+                lengths = (batch.lengths - 1).tolist()  # a row's last token predicts nothing
+                self.job.dropout.set(self.job.section.seed, number, batch.rows.tolist(), lengths, self.layers)
+                value, new = self._gradients(batch)
+                gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+                mx.eval(value, gradients)
+                losses.append(scalar(value))
+        finally:
+            self.job.dropout.clear()
         return losses, gradients
