@@ -143,7 +143,7 @@ def prepared(
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
     limit = fit.limit_of(config.train)
     if limit is not None and ranks.size > 1:  # all ranks take the same batches: those of the smallest machine, in MiB
-        limit = -ranks.highest(-(limit >> 20)) << 20
+        limit = ranks.lowest(limit >> 20) << 20
     config, plan, fit_notes = fit.fitted(loaded.model, config, loaded.config, loaded.dtype, plan, limit)
     tokens = fit.proof_tokens(loaded.model, loaded.config, loaded.dtype, limit, fast.MAX_TOKENS)
     path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype, tokens)

@@ -134,6 +134,11 @@ def test_a_wrong_head_gradient_is_found_even_though_the_loss_is_right(monkeypatc
     assert "the head on supervised tokens only" in notes
 
 
+def test_a_grouped_run_whose_rows_share_nothing_is_proven_on_whole_rows() -> None:
+    batch, _ = fast.proof_batches(rows(0, [40, 30, 20, 10]), Path(prefix=0), grouped=True)
+    assert batch.lengths.tolist() == [40, 30]
+
+
 def test_a_fast_way_that_a_model_fails_with_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise AttributeError("no keys_and_values\nin this cache")

@@ -26,6 +26,7 @@ mlx_exp, mlx_sigmoid, mlx_attention = mx.exp, mx.sigmoid, mx.fast.scaled_dot_pro
 
 
 def worth_it() -> bool:
+    """Whether this device is the one that they are for."""
     return backend.kind() == "cpu" and sys.platform == "linux"
 
 

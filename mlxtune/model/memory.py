@@ -71,9 +71,16 @@ class Options:
     on_cpu: bool
 
 
-def predict(model: nn.Module, config: Mapping[str, Any], shape: Shape, options: Options) -> Memory:
-    """The plan for one model with its adapter attached; no weight is read. config: its config.json."""
+def sizes_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A config.json with its text_config unfolded; None when it does not describe blocks of attention and MLP."""
     sizes = {**config, **config.get("text_config", {})}
+    return sizes if all(sizes.get(key) for key in NEEDED) else None
+
+
+def predict(model: nn.Module, config: Mapping[str, Any], shape: Shape, options: Options) -> Memory:
+    """The plan for one model with its adapter attached; no weight is read. config: its config.json, with sizes."""
+    sizes = sizes_of(config)
+    assert sizes is not None
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
     head = sizes.get("head_dim") or width // heads
     query, pair = heads * head, (sizes.get("num_key_value_heads") or heads) * head

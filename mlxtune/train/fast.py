@@ -66,8 +66,6 @@ def choose(
             found = [compare(model, path, batches[0])]
             if not found[0].within(dtype):  # a mixture of experts may route a token elsewhere at a near-tie
                 found.append(compare(model, path, batches[1]))
-        except UserError:
-            raise
         except Exception as error:  # whatever a model's own code raises
             reason = (str(error).splitlines() or [""])[0]
             notes.append(f"not used, for this model fails with it: {describe(path)} ({type(error).__name__}: {reason})")
@@ -172,8 +170,8 @@ def proof_batches(examples: Sequence[Example], path: Path, grouped: bool, tokens
         best = max(together, key=together.__getitem__, default=())
         order = [*best, *order]
         shared = together.get(best, shared)
-    if shared is not None:
-        tokens = min(tokens, max(prefix.longest_worth_it(shared, rows=2), shared + prefix.GRAIN))
+    if shared:
+        tokens = min(tokens, prefix.longest_worth_it(shared, rows=2))
     rows = [_cut(examples[index], tokens) for index in (order * 4)[:4]]
     return [collate(rows, [0, 1]), collate(rows, [2, 3])]
 

@@ -25,8 +25,8 @@ def plan(
     """The predicted peak of a run whose adapter is attached, with the fast ways that its configuration allows; None for
     a model whose config.json does not describe blocks of attention and MLP.
     """
-    sizes = {**model_config, **model_config.get("text_config", {})}
-    if not all(sizes.get(key) for key in memory.NEEDED):
+    sizes = memory.sizes_of(model_config)
+    if sizes is None:
         return None
     shapes = rows.shapes()
     count, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
@@ -98,13 +98,14 @@ def proof_tokens(
     model: nn.Module, model_config: Mapping[str, Any], dtype: mx.Dtype, limit: int | None, most: int
 ) -> int:
     """How many tokens of one row the plain way may compute within the limit, in halves of `most`, at least 64."""
-    sizes = {**model_config, **model_config.get("text_config", {})}
+    if limit is None or memory.sizes_of(model_config) is None:
+        return most
     options = memory.Options(dtype.size, 0, 0, False, backend.kind() == "cpu")
-    known = limit is not None and all(sizes.get(key) for key in memory.NEEDED)
-    while known and most > 64:
-        shape = memory.Shape(most, most * most, most)
-        if memory.predict(model, model_config, shape, options).total <= (limit or 0):
-            break
+
+    def needed(tokens: int) -> int:
+        return memory.predict(model, model_config, memory.Shape(tokens, tokens**2, tokens), options).total
+
+    while most > 64 and needed(most) > limit:
         most //= 2
     return most
 

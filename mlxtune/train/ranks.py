@@ -81,6 +81,10 @@ class Ranks:
             return number
         return int(scalar(mx.distributed.all_gather(mx.array([number]), group=self.group).max()))
 
+    def lowest(self, number: int) -> int:
+        """The smallest of the ranks' numbers: what one of them has not, none may use."""
+        return -self.highest(-number)
+
     def from_first(self, tree: Any) -> Any:
         """Rank 0's tree of arrays, on every rank."""
         if self.group is None:
