@@ -232,13 +232,15 @@ class _Row(Conversation):
         shown = self.tail(whole, first, last)
         if own is None or asked is None or not own.after == asked.after == shown.after:
             raise self.uncertain(first)
-        if not shown.tail.startswith(own.opening) or not prompt.endswith(asked.tail):
+        if not prompt.endswith(asked.tail):
             raise self.uncertain(first)
-        header = self.template.shared_start(asked.tail, own.opening)
+        # A content may make the template print another opening than it does for a mark (Nemotron looks for tags in it).
+        as_marked = shown.tail.startswith(own.opening)
+        header = self.template.shared_start(asked.tail, own.opening if as_marked else shown.tail)
         surplus, rest = asked.tail[header:], shown.tail[header:]
         message, form = self.messages[first], self.template.thought
         thought = _thought_of(message)
-        shows_thought = self.marks[first][THINKING] in own.marks
+        shows_thought = self.marks[first][THINKING] in own.marks if as_marked else thought.strip() in rest
         if thought and shows_thought and form.closes(surplus):
             return None
         opened = form.opened(surplus)
