@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxtune.data import turns
 from mlxtune.data.messages import WEIGHTS, with_arguments
-from mlxtune.data.template import Messages, Template
+from mlxtune.data.template import THINKING_KEYS, Messages, Template
 from mlxtune.data.turns import Damage
 
 
@@ -69,6 +69,9 @@ def repaired(template: Template, messages: Messages) -> Messages:
 
 def _repaired(template: Template, message: dict[str, Any]) -> dict[str, Any]:
     out = {key: value for key, value in message.items() if value is not None and key not in WEIGHTS}
+    for key in THINKING_KEYS:
+        if isinstance(out.get(key), str) and not out[key].strip():
+            del out[key]  # a blank thought is none; some templates print an empty one where the key is there
     content = out.get("content", "")
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
         content = "".join(part["text"] for part in content)
