@@ -13,7 +13,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -111,12 +111,8 @@ def _undecoded(error: UnicodeDecodeError) -> str:
 
 
 def _json_lines(path: Path, file: IO[bytes], encoding: str) -> Rows:
-    # Lines end at a line feed alone: JSON strings may hold U+2028 and its like.
-    lines: Iterable[bytes | str] = file
-    if encoding != "utf-8-sig":
-        lines = io.TextIOWrapper(file, encoding, newline="\n")
     first = True
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(file, encoding), 1):
         if not line.strip():
             continue
         try:
@@ -137,6 +133,17 @@ def _json_lines(path: Path, file: IO[bytes], encoding: str) -> Rows:
         first = False
 
 
+def _lines(file: IO[bytes], encoding: str) -> Iterator[bytes | str]:
+    """Lines end at a line feed alone: JSON strings may hold U+2028 and its like. UTF-8 is not decoded yet, so that a
+    line that is broken does not take the others with it.
+    """
+    if encoding == "utf-8-sig":
+        yield from file
+    else:
+        with io.TextIOWrapper(file, encoding, newline="\n") as text:
+            yield from text
+
+
 def _refuse_json(path: Path, encoding: str) -> None:
     """Raise UserError when a .jsonl file, whose first line is no object, is something else as a whole: one JSON array,
     or objects that go over several lines.
@@ -153,9 +160,8 @@ def _refuse_json(path: Path, encoding: str) -> None:
     if not isinstance(found, dict):
         return
     if array:
-        whole = text.rstrip()
-        several = "\n" in whole and whole.partition("\n")[0].rstrip().endswith("]")
-        if several:  # a list in each line
+        line, _, others = text.partition("\n")
+        if line.rstrip().endswith("]") and others.strip():  # a list in each line
             return
         raise UserError(f"{path}: this is one JSON array, not JSON Lines", f"Name it {name}.")
     if "\n" in text[:end]:
