@@ -135,6 +135,7 @@ def test_broken_json_in_a_column_of_that_type_is_a_bad_row(tmp_path: Path) -> No
         '{"type": "object", "properties": {"stop": {"type": "string"}}}',
         {"type": "object", "properties": '{"stop": {"type": "string"}}'},
         {"type": "object", "properties": {"stop": '{"type": "string"}'}},
+        '{"type": "object", "properties": {"stop": {"type": "string"}, "day": null}}',
     ],
 )
 def test_json_text_inside_of_a_tool_is_read(parameters: Any, tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ ROWS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
         (r"train.jsonl line 8: the text holds half a character ('\ud83d')",),
     ),
     "an empty file": ("train.jsonl", b"", ("train.jsonl: no rows", "Each line of a .jsonl file is one example.")),
+    "an empty list": ("train.json", b"[]", ("train.json: no rows", "A .json file holds a list of examples.")),
+    "a header alone": ("train.csv", b"prompt,completion\n", ("train.csv: no rows", "first line names the columns")),
     "blank lines": ("train.jsonl", b"\n \n\n", ("train.jsonl: no rows",)),
     "a binary file": (
         "train.jsonl",

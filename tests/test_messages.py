@@ -11,8 +11,10 @@ import pytest
 import tiny
 
 from mlxtune.data import chat, records, rewrite
-from mlxtune.data.messages import WEIGHTS, with_short_ids
+from mlxtune.data.messages import with_short_ids
 from mlxtune.data.records import Bad, Record
+
+SWITCHES = ("weight", "train", "training", "loss", "loss_mask", "trainable")
 
 
 def read(row: dict[str, Any], folder: Path) -> Record | Bad:
@@ -106,7 +108,7 @@ def test_a_function_call_that_is_json_text_is_a_call_and_two_spellings_at_once_a
     assert "message 1 has both function_call and tool_calls" in reason({"messages": [both]}, tmp_path)
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize(("value", "expected"), [(0, 0), (False, 0), (0.0, 0), (1, 1), (True, 1), (1.0, 1)])
 def test_each_switch_of_a_message_decides_whether_it_is_trained_on(
     name: str, value: Any, expected: int, tokenizer: Any, tmp_path: Path
@@ -127,7 +129,7 @@ def test_each_switch_of_a_message_decides_whether_it_is_trained_on(
 
 @pytest.mark.parametrize("value", [0.5, 2, -1, "no", "0", [0], {"a": 0}])
 def test_a_switch_that_is_neither_on_nor_off_is_a_bad_row(value: Any, tmp_path: Path) -> None:
-    for name in WEIGHTS:
+    for name in SWITCHES:
         row = {"messages": [{"role": "assistant", "content": "A", name: value}]}
         assert f"message 1: {name} must be 0 or 1, found {value!r}" in reason(row, tmp_path)
 
@@ -164,7 +166,7 @@ def test_text_parts_of_newer_names_are_text(tmp_path: Path) -> None:
 
 def test_a_result_that_is_an_object_is_named_with_what_to_do(tmp_path: Path) -> None:
     row = {"messages": [{"role": "tool", "content": {"temp": 5}}]}
-    assert "message 1 (tool) must have text content, found dict (as JSON text, it can be read)" in reason(row, tmp_path)
+    assert "message 1 (tool) must have text content, found an object; write it as JSON text" in reason(row, tmp_path)
 
 
 ONE, TWO = ('{"name": "one", "arguments": {}}', '{"name": "two", "arguments": {}}')

@@ -112,9 +112,9 @@ def _text(index: int, message: dict[str, Any]) -> str:
     if content is None and any(message.get(key) for key in ("tool_calls", *THINKING)):
         return ""
     if not isinstance(content, str):
-        found = "nothing" if content is None else f"{type(content).__name__}"
-        hint = " (as JSON text, it can be read)" if isinstance(content, dict) else ""
-        raise RowError(f"{whose} must have text content, found {found}{hint}")
+        found = "nothing" if content is None else type(content).__name__
+        found = "an object; write it as JSON text" if isinstance(content, dict) else found
+        raise RowError(f"{whose} must have text content, found {found}")
     return content
 
 
@@ -273,7 +273,7 @@ def _schema(value: Any) -> Any:
     for key in ("properties", "$defs"):
         named = _object_in(out.get(key))
         if isinstance(named, dict):
-            out[key] = {name: _schema(own) for name, own in named.items()}
+            out[key] = {name: _schema(own) for name, own in named.items() if own is not None}  # null: Arrow's filling
     if isinstance(out.get("items"), str | dict):
         out["items"] = _schema(out["items"])
     return out

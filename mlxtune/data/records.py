@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxtune.data.files import Bad, Placed, place, raw_rows
+from mlxtune.data.files import Bad, Placed, kind_of, place, raw_rows
 from mlxtune.data.messages import (
     ROLES,
     RowError,
@@ -34,6 +34,11 @@ SHAREGPT_ROLES = {
 USED = {  # columns that some format reads
     *("messages", "conversations", "instruction", "input", "output", "response", "instances", "prompt", "completion"),
     *("text", "tools", "functions", "system", "history"),
+}
+EMPTY = {  # what a file without rows lacks
+    ".jsonl": "Each line of a .jsonl file is one example.",
+    ".json": "A .json file holds a list of examples.",
+    **dict.fromkeys((".csv", ".tsv"), "Its first line names the columns; each line after it is one example."),
 }
 LISTED = 12  # bad rows, and reasons, that an error message names
 
@@ -98,7 +103,7 @@ def parse(
     if unseen and name and good:
         raise UserError(f"{source}: no row has the column {', '.join(sorted(unseen))} that data.columns names")
     if empty:
-        raise UserError(f"{source}: no rows", "Each line of a .jsonl file is one example.")
+        raise UserError(f"{source}: no rows", EMPTY.get(kind_of(Path(source)), ""))
 
 
 def require_good(bad: list[Bad], total: int) -> None:
