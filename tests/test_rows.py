@@ -13,6 +13,7 @@ import tiny
 from reading import ASKED, all_of, read, rows_of, shown
 
 from mlxtune.data import duplicates, mixture
+from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection
 
@@ -53,11 +54,12 @@ def test_equal_rows_of_several_files_and_the_instances_of_one_line_are_rows_of_t
     tokenizer: Any, tmp_path: Path
 ) -> None:
     instances = [{"input": "", "output": "A"}, {"input": "", "output": "A"}, {"input": "I", "output": "B"}]
-    tiny.write_jsonl(tmp_path / "train-0.jsonl", [conversation("a", 2), {"instruction": "Q", "instances": instances}])
-    tiny.write_jsonl(tmp_path / "train-1.jsonl", [conversation("a", 2)])
+    tiny.write_jsonl(tmp_path / "train-0.jsonl", [conversation("a", 2), conversation("a", 2)])
+    tiny.write_jsonl(tmp_path / "train-1.jsonl", [{"instruction": "Q", "instances": instances}])
+    tiny.write_jsonl(tmp_path / "train-2.jsonl", [conversation("a", 2)])
     tiny.write_jsonl(tmp_path / "valid.jsonl", [{"text": "v"}])
     found = read(tmp_path, tokenizer, expand_turns="all")["train"]
-    assert found.row_of.tolist() == [0, 0, 1, 2, 3, 4, 4]
+    assert found.row_of.tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 5]
 
 
 def test_a_cap_counts_rows(tokenizer: Any, tmp_path: Path) -> None:
@@ -231,3 +233,43 @@ def test_thinking_that_is_stripped_makes_examples_and_not_rows(tokenizer: Any, t
     assert (found["train"].rows + found["valid"].rows, found["valid"].rows) == (10, 3)
     assert len(found["train"]) + len(found["valid"]) == len(shown(found["train"], tokenizer)) + len(found["valid"])
     assert len(found["train"]) + len(found["valid"]) >= 5 * 3 + 5
+
+
+def test_a_run_says_how_many_rows_and_how_many_examples(mlx_model: Path, tmp_path: Path) -> None:
+    """Ten rows of three turns; three steps of four rows."""
+    path = tiny.write_jsonl(tmp_path / "train.jsonl", [conversation(f"c{row}", 3) for row in range(10)])
+    tiny.write_jsonl(tmp_path / "valid.jsonl", [conversation("v", 2), conversation("w", 1)])
+    flags = (
+        "--model",
+        mlx_model,
+        "--data",
+        path.parent,
+        "--set",
+        "data.expand_turns=all",
+        "--set",
+        "train.batch_rows=4",
+    )
+    plan = tiny.mlxtune("train", *flags, "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    assert "rows: 10 to train on (30 examples), 2 held out (3 examples)" in plan.stdout
+    assert "optimizer steps: 3\n" in plan.stdout
+    done = tiny.mlxtune("train", *flags, "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "10 training rows (30 examples), 2 held out (3 examples), 3 steps" in done.stderr
+    lines = map(json.loads, (tmp_path / "run/events.jsonl").read_text().splitlines())
+    trained = [event["supervised_tokens"] for event in lines if event["kind"] == "train"]
+    targets = all_of(path, load_tokenizer(mlx_model), expand_turns="all").column("targets")
+    assert len(trained) == 3 and sum(trained) == targets.sum()
+
+
+def test_data_check_counts_rows(mlx_model: Path, tmp_path: Path) -> None:
+    """Nine rows of one to three turns and a question alone: steps of four rows, however many examples they have."""
+    rows = [*(conversation(f"c{row}", 1 + row % 3) for row in range(9)), {"messages": ASKED[:1]}]
+    path = tiny.write_jsonl(tmp_path / "train.jsonl", rows)
+    done = tiny.mlxtune(
+        "data", "check", "--model", mlx_model, "--data", path, "--json", "--set", "data.expand_turns=all"
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)["splits"]["train"]
+    assert (told["rows"], told["examples"], told["steps_per_epoch"]) == (10, 18, 3)
+    assert told["outcomes"] == {"used": 9, "dropped: no assistant turn": 1}
