@@ -182,7 +182,8 @@ def prepared(
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
     if config.lora.start_from:
         notes.append(f"going on from {config.lora.start_from}: its kind, ranks, scales and targets are kept")
-    notes.append(f"{len(data.train)} training rows, {len(data.valid)} held out, {plan.steps} steps")
+    own, held = data.train, data.valid
+    notes.append(f"{own.rows} training rows{own.also}, {held.rows} held out{held.also}, {plan.steps} steps")
     where = f"{backend.kind()}, {dtype_name(loaded.dtype)}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {where}")
     notes.append(f"computed: {fast.describe(path)}")

@@ -7,7 +7,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mlxtune.data.records import Record
 from mlxtune.data.store import CHUNK
 
 LISTED = 200  # rows that a finding names
+TRAINED = ("used", "shortened")  # outcomes of a row that gives examples
 FEW = 0.01  # a kind of task below this share of the rows counts as missing
 SEVERITIES = ("error", "warning", "note")
 
@@ -55,9 +56,10 @@ class Finding:
 
 @dataclass
 class Split:
-    """What one split holds. several: it has more than one file; counts: of formats, outcomes, roles, turns (answers per
-    row), tasks, scripts, systems (by hash; None: rows without one), lengths (examples by tokens); prefix: token ids
-    that every example begins with; names, hashes, questions, signatures: of each row that could be read.
+    """What one split holds. several: it has more than one file; used: rows that give examples; counts: of formats,
+    outcomes (of rows), roles, turns (answers per row), tasks, scripts, systems (by hash; None: rows without one),
+    lengths (examples by tokens); prefix: token ids that every example begins with; names, hashes, questions,
+    signatures: of each row that could be read.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Split:
     several: bool = False
     counts: dict[str, Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     rows: int = 0
+    used: int = 0
     examples: int = 0
     tokens: int = 0
     targets: int = 0
@@ -110,8 +113,11 @@ def survey(out: Split, records: Iterator[Record | Bad], renderer: Renderer, prog
             for record in good:
                 for code, reason in markup.codes(record):
                     out.find(code, out.name_of(record), reason)
-        for row in uncut.rows(good):
-            _measure(out, row, limit)
+        for _, parts in groupby(uncut.stream(good), key=lambda row: id(row.record)):
+            found = [_measure(out, row, limit) for row in parts]
+            trained = [outcome for outcome in found if outcome in TRAINED]
+            out.counts["outcomes"][max(trained, key=TRAINED.index) if trained else found[0]] += 1
+            out.used += bool(trained)
         if good:
             out.signatures.append(np.array([duplicates.signature(duplicates.words_of(record)) for record in good]))
         out.rows += len(chunk)
@@ -150,8 +156,8 @@ def _count(out: Split, record: Record) -> None:
         out.find(code, name)
 
 
-def _measure(out: Split, row: Row, limit: int) -> None:
-    """What becomes of the row."""
+def _measure(out: Split, row: Row, limit: int) -> str:
+    """What becomes of an example of a row: one of TRAINED, or why it is dropped."""
     name, dropped, example = out.name_of(row.record), row.dropped, row.example
     code = "refused" if dropped.startswith("the chat template") else "dropped"
     for damage in row.damage:
@@ -161,7 +167,6 @@ def _measure(out: Split, row: Row, limit: int) -> None:
         targets = int(((supervised > 0) & (supervised < limit)).sum())
         out.counts["lengths"][length] += 1
         if targets:
-            out.counts["outcomes"]["shortened" if length > limit else "used"] += 1
             out.examples += 1
             out.tokens += min(length, limit)
             out.targets += targets
@@ -173,8 +178,9 @@ def _measure(out: Split, row: Row, limit: int) -> None:
         else:
             dropped, code = f"no supervised token in the first {limit} tokens", "too long"
     if dropped:
-        out.counts["outcomes"][f"dropped: {dropped}"] += 1
         out.find(code, name, dropped)
+        return f"dropped: {dropped}"
+    return TRAINED[example is not None and len(example.ids) > limit]
 
 
 def leaks(train: Split, valid: Split) -> None:
@@ -203,7 +209,7 @@ def _facts(split: Split, config: Config) -> dict[str, Any]:
     if section.batch_tokens:
         steps = -(-split.tokens // (section.batch_tokens * section.accumulate))
     else:
-        steps = -(-split.examples // (batch * section.accumulate))
+        steps = -(-split.used // (batch * section.accumulate))
     prefix = len(split.prefix) if split.prefix is not None and split.examples > 1 else 0
     saved = prefix * split.examples * (batch - 1) / batch / split.tokens if split.tokens else 0.0
     tasks = counts["tasks"]
