@@ -178,7 +178,8 @@ def prepared(
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
     notes += fit_notes + path_notes
-    if data.train.chat and not chat.template_of(loaded.tokenizer, config.data.template_kwargs).end_of_turn:
+    template = chat.template_of(loaded.tokenizer, config.data.template_kwargs)
+    if data.train.chat and not template.ends_answers(config.data.expand_turns == "none"):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
     if config.lora.start_from:
         notes.append(f"going on from {config.lora.start_from}: its kind, ranks, scales and targets are kept")

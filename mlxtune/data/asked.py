@@ -146,11 +146,10 @@ class _Row(Conversation):
             rest, thought = found
         target = self.up_to_end(rest, first, last, own)
         trailing = rest[len(target) :] if thought is None else ""
-        if not self.template.end_of_turn and self.template.stops:
-            header = self.template.header_that_ends(bool(self.messages[last].get("tool_calls")))
-            if header:
-                target, trailing = target + header, ""
-                kinds.append("stop added")
+        header = self.template.header_that_ends(bool(self.messages[last].get("tool_calls")))
+        if header:
+            target, trailing = target + header, ""
+            kinds.append("stop added")
         damage = (*self.lost_context(first), *self.lost_own(first, last, own, target, thought is not None))
         if form.opened(prompt) and not self.thought_of(first) and "thought closed" not in kinds:
             kinds.append("thought closed")

@@ -6,7 +6,7 @@ import json
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mlxtune.data.examples import Renderer, Row
 from mlxtune.data.files import Bad
 from mlxtune.data.records import Record
 from mlxtune.data.store import CHUNK
+from mlxtune.data.told import Expansion, Kinds
 
 LISTED = 200  # rows that a finding names
 TRAINED = ("used", "shortened")  # outcomes of a row that gives examples
@@ -59,7 +60,7 @@ class Split:
     """What one split holds. several: it has more than one file; used: rows that give examples; counts: of formats,
     outcomes (of rows), roles, turns (answers per row), tasks, scripts, systems (by hash; None: rows without one),
     lengths (examples by tokens); prefix: token ids that every example begins with; names, hashes, questions,
-    signatures: of each row that could be read.
+    signatures: of each row that could be read; expansion, kinds: how turns are trained.
     """
 
     name: str
@@ -77,6 +78,8 @@ class Split:
     questions: array[int] = field(default_factory=lambda: array("Q"))
     signatures: list[np.ndarray] = field(default_factory=list)
     findings: dict[str, Finding] = field(default_factory=dict)
+    expansion: Expansion = field(default_factory=Expansion)
+    kinds: Kinds = field(default_factory=Kinds)
 
     def find_unused(self, names: Sequence[str]) -> None:
         """names: of data files or splits that stand beside this one and that nothing reads."""
@@ -114,7 +117,13 @@ def survey(out: Split, records: Iterator[Record | Bad], renderer: Renderer, prog
                 for code, reason in markup.codes(record):
                     out.find(code, out.name_of(record), reason)
         for _, parts in groupby(uncut.stream(good), key=lambda row: id(row.record)):
-            found = [_measure(out, row, limit) for row in parts]
+            made = list(parts)
+            lengths = [len(row.example.ids) for row in made if row.example is not None and row.turns]
+            out.expansion.add(
+                (replace(row, once=min(row.once, limit)) for row in made), sum(min(length, limit) for length in lengths)
+            )
+            out.kinds.add(made)
+            found = [_measure(out, row, limit) for row in made]
             trained = [outcome for outcome in found if outcome in TRAINED]
             out.counts["outcomes"][max(trained, key=TRAINED.index) if trained else found[0]] += 1
             out.used += bool(trained)
@@ -132,7 +141,7 @@ def survey(out: Split, records: Iterator[Record | Bad], renderer: Renderer, prog
     systems = out.counts["systems"]
     if len(systems) > 1 and systems[None]:
         out.findings["system"] = Finding("system", out.name, systems[None])
-    if out.counts["turns"] and not renderer.template.end_of_turn:
+    if out.counts["turns"] and not renderer.template.ends_answers(renderer.section.expand_turns == "none"):
         out.findings["no end"] = Finding("no end", out.name, out.counts["turns"].total())
 
 
@@ -224,6 +233,10 @@ def _facts(split: Split, config: Config) -> dict[str, Any]:
         "examples": split.examples,
         "tokens": split.tokens,
         "supervised_tokens": split.targets,
+        "conversations": asdict(split.expansion) if split.expansion.rows else {},
+        "turns": {
+            kind: {"count": split.kinds.counts[kind], "rows": split.kinds.rows[kind]} for kind in split.kinds.counts
+        },
         "lengths": {
             "quantiles": quantiles,
             "longest": int(lengths.max(initial=0)),

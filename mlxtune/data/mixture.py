@@ -23,6 +23,7 @@ from mlxtune.data.records import Record
 from mlxtune.data.sources import Source, find, with_template
 from mlxtune.data.store import CHAT, DAMAGED, SHORTENED, Store
 from mlxtune.data.template import use
+from mlxtune.data.told import Expansion, kind_lines
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection, SourceSection
 
@@ -156,9 +157,23 @@ class Examples(Sequence[Example]):
         running.update(self.which.tobytes() + self.where.tobytes() + repr((self.weights, self.order)).encode())
         return running.hexdigest()
 
+    @property
+    def expansion(self) -> Expansion:
+        """What became of the conversations among the rows."""
+        turns = self.column("turns")
+        of_turns = turns > 0
+        return Expansion(
+            rows=len(np.unique(self.row_of[of_turns])),
+            examples=int(of_turns.sum()),
+            turns=int(turns.sum()),
+            tokens=int(self.lengths[of_turns].sum()),
+            once=int(self.column("once")[of_turns].sum()),
+            untrue=int(self.column("untrue").sum()),
+        )
+
     def notes(self, split: str, max_tokens: int) -> list[str]:
-        """What a person must know about rows that were not used as they are."""
-        out = []
+        """What a person must know about rows: how their turns are trained, and which were not used as they are."""
+        out = [f"{split}: {line}"] if (line := self.expansion.line()) else []
         shortened = self.column("flags") & SHORTENED > 0
         if shortened.any():
             count = f"{len(np.unique(self.row_of[shortened]))} of {self.rows} rows"
@@ -171,6 +186,7 @@ class Examples(Sequence[Example]):
                 first, *others = facts["dropped"].get(reason) or [0]
                 listed = ", ".join([place(facts["file"], first), *map(str, others[:4])]) + ", ..." * (count > 5)
                 out.append(f"{split}: {count} of {facts['rows']} rows dropped: {reason} ({listed})")
+            out += [f"{split}: {line}" for line in kind_lines(facts["kinds"], facts["kind_rows"])]
             for reason, (examples, rows) in facts["turns"].items():
                 out.append(f"{split}: {examples} turns of {rows} of {facts['rows']} rows dropped: {reason}")
         return out + [f"{split}: {what} left out: {reason}" for reason, what in self.left_out.items()]

@@ -32,18 +32,19 @@ from mlxtune.data.chat import Example
 from mlxtune.data.examples import Renderer, Row
 from mlxtune.data.files import Bad
 from mlxtune.data.records import Record, require_good
+from mlxtune.data.told import Kinds
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection
 
 VERSION = 4  # of the files made from the same data: raised when rendering or their layout changes
 KEPT_SECONDS = 30 * 24 * 3600  # how long a store that is not used stays in the cache folder
 LISTED = 10_000  # dropped and damaged rows that are remembered one by one
-CHUNK = 128  # rows that are tokenized together: each may give many examples, and all of them are in memory
+CHUNK = 512  # rows that are read together
 SHORTENED, DAMAGED, CHAT = 1, 2, 4  # flags of an example
 OPTIONS = ("max_tokens", "train_on", "expand_turns", "template", "template_kwargs", "order")
 # What is known of each example. row: its place in the file; group: the number of its row among those that gave examples
 # (one place of the file may hold several conversations); part: which turn of an expanded row; hash: of the row's
-# content; targets: supervised tokens; key: the value of the column to go up by.
+# content; targets: supervised tokens; key: the value of the column to go up by; turns, once, untrue: as `examples.Row`.
 COLUMNS = np.dtype(
     [
         ("row", np.int64),
@@ -54,6 +55,9 @@ COLUMNS = np.dtype(
         ("length", np.int64),
         ("targets", np.int64),
         ("key", np.float64),
+        ("turns", np.int32),
+        ("once", np.int64),
+        ("untrue", np.int32),
     ]
 )
 FILES: dict[str, tuple[Any, tuple[int, ...]]] = {  # of a store: the type and the shape of what each one holds
@@ -159,7 +163,8 @@ class _Facts:
     """What is known of a file's rows, beside their examples. rows: all of them; counts: rows that gave no example, by
     reason; dropped: the first of these, by reason; turns: reason -> [examples, rows] left out of rows that gave others;
     damaged: [place, text] of the first damaged rows; lost: rows with a damaged turn of which nothing is left, and none
-    of which something is; highest: token id; digest: of all ids and masks.
+    of which something is; kinds, kind_rows: what is to be told of turns, as `told.Kinds`; highest: token id; digest: of
+    all ids and masks.
     """
 
     file: str
@@ -169,11 +174,14 @@ class _Facts:
     turns: dict[str, list[int]] = field(default_factory=dict)
     damaged: list[tuple[str, str]] = field(default_factory=list)
     lost: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    kind_rows: dict[str, list[int]] = field(default_factory=dict)
     highest: int = 0
     digest: str = ""
 
     def add(self, parts: list[Row]) -> None:
         """Count what is not used, or not as it stands, of one row. parts: all that was made of it."""
+        Kinds(self.kinds, self.kind_rows).add(parts)
         record, reasons = parts[0].record, Counter(part.dropped for part in parts if part.dropped)
         if reasons.total() == len(parts):
             reason = "; ".join(reasons)
@@ -206,43 +214,45 @@ def _build(
             good = [record for record in chunk if isinstance(record, Record)]
             bad += [record for record in chunk if isinstance(record, Bad)]
             facts.rows += len(chunk)
-            made = [list(parts) for _, parts in groupby(renderer.rows(good), key=lambda row: id(row.record))]
-            for parts in made:
+            for _, made in groupby(renderer.stream(good), key=lambda row: id(row.record)):
+                parts = list(made)
                 facts.add(parts)
-            used = [own for parts in made if (own := [part for part in parts if not part.dropped])]
-            values = _values(used, groups, renderer.section)
-            groups += len(used)
-            for name, array in values.items():
-                files[name].write(array.tobytes())
-            digest.update(values["ids"].tobytes() + values["mask"].tobytes())
-            facts.highest = max(facts.highest, int(values["ids"].max(initial=0)))
+                used = [part for part in parts if not part.dropped]
+                if not used:
+                    continue
+                values = _values(used, groups, renderer.section)
+                groups += 1
+                for name, array in values.items():
+                    files[name].write(array.tobytes())
+                digest.update(values["ids"].tobytes() + values["mask"].tobytes())
+                facts.highest = max(facts.highest, int(values["ids"].max(initial=0)))
             progress(source, facts.rows)
     require_good(bad, facts.rows)
     facts.digest = digest.hexdigest()
     write_json(folder / "facts.json", vars(facts))
 
 
-def _values(rows: list[list[Row]], first: int, section: DataSection) -> dict[str, np.ndarray]:
-    """What is kept of the examples of some rows, by file. first: the number of the first row."""
+def _values(parts: list[Row], group: int, section: DataSection) -> dict[str, np.ndarray]:
+    """What is kept of one row's examples, by file. group: the number of the row."""
     ids, mask, columns, signatures = [], [], [], []
-    for group, parts in enumerate(rows, first):
-        record = parts[0].record
-        assert isinstance(record, Record)
-        content = duplicates.content_hash(record)
-        key = 0.0 if section.order in ("shuffled", "length") else _number(record, section.order)
-        if section.dedup == "near":
-            signatures.append(duplicates.signature(duplicates.words_of(record)))
-        for row in parts:
-            example = row.example
-            assert example is not None
-            ids.append(np.asarray(example.ids, np.int32))
-            mask.append(example.mask)
-            flags = SHORTENED * row.shortened + DAMAGED * bool(row.damage) + CHAT * (record.text is None)
-            targets = int(example.mask[1:].sum())
-            columns.append((record.row, group, row.part, flags, content, len(example.ids), targets, key))
+    record = parts[0].record
+    assert isinstance(record, Record)
+    content = duplicates.content_hash(record)
+    key = 0.0 if section.order in ("shuffled", "length") else _number(record, section.order)
+    if section.dedup == "near":
+        signatures.append(duplicates.signature(duplicates.words_of(record)))
+    for row in parts:
+        example = row.example
+        assert example is not None
+        ids.append(np.asarray(example.ids, np.int32))
+        mask.append(np.asarray(example.mask, np.uint8))
+        flags = SHORTENED * row.shortened + DAMAGED * bool(row.damage) + CHAT * (record.text is None)
+        targets = int(example.mask[1:].sum())
+        known = (record.row, group, row.part, flags, content, len(example.ids), targets, key)
+        columns.append((*known, row.turns, row.once, row.untrue))
     return {
-        "ids": np.concatenate([np.zeros(0, np.int32), *ids]),
-        "mask": np.concatenate([np.zeros(0, np.uint8), *mask]),
+        "ids": np.concatenate(ids),
+        "mask": np.concatenate(mask),
         "columns": np.array(columns, COLUMNS),
         "signature": np.array(signatures, np.uint32),
     }

@@ -149,9 +149,12 @@ class Template:
         return bool(self.stops) and not self.end_of_turn
 
     def header_that_ends(self, calls: bool) -> str:
-        """What a model whose turns have no end token stops with: the beginning of the header that follows (GLM:
-        `<|user|>` behind a text, `<|observation|>` behind tool calls), up to and with its first special token.
+        """What a model stops with whose turns have no end token ("" where they have one): the beginning of the header
+        that follows, up to and with its first special token. For GLM, `<|user|>` behind a text and `<|observation|>`
+        behind tool calls.
         """
+        if not self.stops_at_headers:
+            return ""
         if calls not in self._header_ends:
             call = {
                 "type": "function",
@@ -191,6 +194,12 @@ class Template:
     def end_of_turn(self) -> str:
         """What the model must produce after its last answer: whitespace, and the end-of-turn token; or ""."""
         return self._ends[1]
+
+    def ends_answers(self, once: bool) -> bool:
+        """Whether the model learns where to stop. once: rows are rendered once (data.expand_turns=none), so that only
+        what the template prints is learned.
+        """
+        return bool(self.end_of_turn) or (not once and bool(self.header_that_ends(calls=False)))
 
     @cached_property
     def request(self) -> str:
