@@ -13,6 +13,7 @@ import tiny
 from reading import ASKED, all_of, read, rows_of, shown
 
 from mlxtune.data import duplicates, mixture, store
+from mlxtune.data.rows import Examples
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection
@@ -24,17 +25,17 @@ def conversation(name: str, turns: int) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": text} for pair in said for role, text in pair]}
 
 
-def expanded(path: Path, tokenizer: Any, seed: int = 0, **options: Any) -> mixture.Examples:
+def expanded(path: Path, tokenizer: Any, seed: int = 0, **options: Any) -> Examples:
     """All rows of a file, one example per turn."""
     return read(path, tokenizer, seed, True, **{"expand_turns": "all", **options})["train"]
 
 
-def mixed(sources: list[dict[str, Any]], tokenizer: Any, **options: Any) -> dict[str, mixture.Examples]:
+def mixed(sources: list[dict[str, Any]], tokenizer: Any, **options: Any) -> dict[str, Examples]:
     section = DataSection(**{"sources": sources, "cache": "off", "expand_turns": "all", **options})
     return mixture.read(section, tokenizer, Path(), 2)
 
 
-def turns_of(found: mixture.Examples) -> dict[int, int]:
+def turns_of(found: Examples) -> dict[int, int]:
     """How many examples each line of a file gave."""
     lines, counts = np.unique(found.column("row"), return_counts=True)
     return dict(zip(lines.tolist(), counts.tolist(), strict=True))
