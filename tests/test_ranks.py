@@ -133,7 +133,7 @@ def test_processes_with_different_rows_are_refused(mlx_model: Path, data: Path, 
     """The second process reads other rows, as on a machine whose copy is old."""
     program = tmp_path / "there"
     program.write_text(
-        f"#!{sys.executable}\nimport os\nfrom mlxtune.cli import main\nfrom mlxtune.data.mixture import Examples\n"
+        f"#!{sys.executable}\nimport os\nfrom mlxtune.cli import main\nfrom mlxtune.data.rows import Examples\n"
         "if os.environ['MLX_RANK'] == '1':\n    Examples.digest = lambda self: 'others'\nmain()\n"
     )
     program.chmod(0o755)

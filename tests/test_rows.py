@@ -12,7 +12,8 @@ import pytest
 import tiny
 from reading import ASKED, all_of, read, rows_of, shown
 
-from mlxtune.data import duplicates, mixture
+from mlxtune.data import duplicates, mixture, store
+from mlxtune.data.rows import Examples
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection
@@ -24,17 +25,17 @@ def conversation(name: str, turns: int) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": text} for pair in said for role, text in pair]}
 
 
-def expanded(path: Path, tokenizer: Any, seed: int = 0, **options: Any) -> mixture.Examples:
+def expanded(path: Path, tokenizer: Any, seed: int = 0, **options: Any) -> Examples:
     """All rows of a file, one example per turn."""
     return read(path, tokenizer, seed, True, **{"expand_turns": "all", **options})["train"]
 
 
-def mixed(sources: list[dict[str, Any]], tokenizer: Any, **options: Any) -> dict[str, mixture.Examples]:
+def mixed(sources: list[dict[str, Any]], tokenizer: Any, **options: Any) -> dict[str, Examples]:
     section = DataSection(**{"sources": sources, "cache": "off", "expand_turns": "all", **options})
     return mixture.read(section, tokenizer, Path(), 2)
 
 
-def turns_of(found: mixture.Examples) -> dict[int, int]:
+def turns_of(found: Examples) -> dict[int, int]:
     """How many examples each line of a file gave."""
     lines, counts = np.unique(found.column("row"), return_counts=True)
     return dict(zip(lines.tolist(), counts.tolist(), strict=True))
@@ -60,6 +61,15 @@ def test_equal_rows_of_several_files_and_the_instances_of_one_line_are_rows_of_t
     tiny.write_jsonl(tmp_path / "valid.jsonl", [{"text": "v"}])
     found = read(tmp_path, tokenizer, expand_turns="all")["train"]
     assert found.row_of.tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 5]
+
+
+def test_rows_are_told_apart_however_few_are_tokenized_together(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [conversation("a", 2)] * 3 + [conversation("b", 2)] * 2)
+    for size in (1, 2, 128):
+        monkeypatch.setattr(store, "CHUNK", size)
+        assert expanded(path, tokenizer).row_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_a_cap_counts_rows(tokenizer: Any, tmp_path: Path) -> None:
@@ -119,16 +129,17 @@ def test_a_mixture_of_rows_with_one_example_each_stays_what_it_was(tokenizer: An
 
 
 def test_shortened_and_dropped_turns_are_told_by_rows(tokenizer: Any, tmp_path: Path) -> None:
-    """Three turns each; of the second row, turns 2 and 3 begin beyond the limit, so that it is used for turn 1."""
-    long = conversation("long " * 12, 3)
-    path = tiny.write_jsonl(tmp_path / "d.jsonl", [conversation("a", 1), long, {"messages": ASKED[:1]}])
+    """Turns 2 and 3 of the second row begin beyond the limit, and so do both of the fourth."""
+    long, longer = conversation("long " * 12, 3), conversation("longer " * 40, 2)
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [conversation("a", 1), long, {"messages": ASKED[:1]}, longer])
     whole = expanded(path, tokenizer)
     limit = int(whole.lengths[1]) - 4  # in the end of the long row's first turn
     notes = expanded(path, tokenizer, max_tokens=limit).notes("train", limit)
     assert notes == [
         f"train: 1 of 2 rows shortened to data.max_tokens {limit} (start kept)",
-        "train: 1 of 3 rows dropped: no assistant turn (line 3)",
-        f"train: 2 turns of 1 of 3 rows dropped: no supervised token in the first {limit} tokens",
+        "train: 1 of 4 rows dropped: no assistant turn (line 3)",
+        f"train: 1 of 4 rows dropped: no supervised token in the first {limit} tokens (line 4)",
+        f"train: 2 turns of 1 of 4 rows dropped: no supervised token in the first {limit} tokens",
     ]
 
 

@@ -247,6 +247,8 @@ class _Row(Conversation):
         surplus, rest = asked.tail[header:], shown.tail[header:]
         if surplus:  # the prompt ends otherwise than the whole text, which may print a header here
             rest = rest.removeprefix(self.template.request)
+        if surplus and as_marked and own.opening.endswith(surplus) and rest.startswith(surplus):
+            surplus, rest = "", rest[len(surplus) :]  # both open the thought, but for what stands before it
         shows_thought = self.marks[first][THINKING] in own.marks if as_marked else thought.strip() in rest
         if thought and shows_thought and form.closes(surplus):
             return None
@@ -305,7 +307,7 @@ class _Row(Conversation):
         """The turn as the whole row has it. Raises TemplateError when the template refuses that too."""
         located = turns.locate(self.template, self.messages, self.tools)
         spans = [(start, end) for index, start, end in located.spans if first <= index <= last]
-        if not spans:
+        if not spans or len(spans) > last - first + 1:  # several spans of one message have context between them
             raise self.uncertain(first)
         start, end = spans[0][0], spans[-1][1]
         damage = tuple(damage for damage in located.damage if damage.index <= last)

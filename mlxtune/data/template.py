@@ -247,6 +247,18 @@ class Template:
             return "either" if as_object == as_text else "object"
         return "text" if f'"{USER}": "{NEXT}"' in as_text else "object"
 
+    @cached_property
+    def wants_short_ids(self) -> bool:
+        """Whether the ids of tool calls must be nine letters or digits (Mistral): OpenAI's own are refused."""
+
+        def printed(name: str) -> str:
+            call = {"type": "function", "id": name, "function": {"name": "f", "arguments": {USER: NEXT}}}
+            result = {"role": "tool", "tool_call_id": name, "name": "f", "content": ASSISTANT}
+            turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+            return self.attempt([{"role": "user", "content": "q"}, turn, result])
+
+        return bool(printed("call00001")) and not printed("call_0123456789abcdefghijkl")
+
     def _call_probe(self, arguments: Any) -> str:
         call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": arguments}}
         return self.attempt(
