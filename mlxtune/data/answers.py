@@ -62,6 +62,9 @@ class _Probe:
         taken = set(MARKS.findall(self.asked))
         spare = (mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in taken)
         self.thought, self.content = next(spare), next(spare)
+        # transformers renames a field that the template does not read; older versions do not.
+        source = str(template.tokenizer.chat_template)
+        self.keys = sorted(THINKING_KEYS, key=lambda key: key not in source)
 
     def answered(self, **answer: Any) -> tuple[str, str]:
         """(end of the prompt that this answer is printed without, what follows the prompt); ("", "") where the answer
@@ -83,7 +86,7 @@ class _Probe:
 
     def of_field(self) -> Form | None:
         """Thoughts have a field, and are printed in an answer."""
-        for key in THINKING_KEYS:
+        for key in self.keys:
             unprinted, shown = self.answered(content=self.content, **{key: self.thought})
             before, found, rest = shown.partition(self.thought)
             middle, follows, _ = rest.partition(self.content)
@@ -95,7 +98,7 @@ class _Probe:
     def of_calls(self) -> Form | None:
         """Thoughts have a field, and are printed before a tool call alone."""
         bare = self.answered(content="", tool_calls=[CALL])[1]
-        for key in THINKING_KEYS:
+        for key in self.keys:
             unprinted, shown = self.answered(content="", tool_calls=[CALL], **{key: self.thought})
             before, found, rest = shown.partition(self.thought)
             closing = self.template.special.search(rest)
@@ -148,6 +151,9 @@ class Reader:
                 probe = _Probe(template, [QUESTION], tools)
         self.form = probe.form()
         self.before, self.after = probe.plain or ("", "")
+        between = self.form.middle.removesuffix(self.before).strip()
+        # What stands between two parts of one thought, where each has the template's text around it.
+        self.again = "" if between in ("", self.form.middle.strip()) else between + self.form.before
 
     def message(self, text: str) -> dict[str, Any]:
         """The message of a generated text.
@@ -180,7 +186,7 @@ class Reader:
         thought, content = self._said(text)
         if content:
             return Said(thought, content[: len(content) - _begun(content, self.after, *self.ends)])
-        return Said(thought[: len(thought) - _begun(thought, self.form.middle)], "")
+        return Said(thought[: len(thought) - _begun(thought, self.form.middle, self.again)], "")
 
     def _said(self, body: str, ended: bool = False) -> Said:
         """Thought and content of a text without its end token. ended: it had one."""
@@ -204,11 +210,8 @@ class Reader:
         return Said("", body.removeprefix(self.before))
 
     def _joined(self, thought: str) -> str:
-        """A thought of several parts, each with the template's text around it, as one text."""
-        between = self.form.middle.removesuffix(self.before).strip()
-        if between in ("", self.form.middle.strip()):
-            return thought
-        return thought.replace(between + self.form.before, "\n\n")
+        """A thought of several parts as one text."""
+        return thought.replace(self.again, "\n\n") if self.again else thought
 
     def _tagged(self, text: str) -> str:
         """An answer with its thought inside, as the template prints it; its prompt may have opened the thought."""

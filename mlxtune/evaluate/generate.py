@@ -76,11 +76,11 @@ def prompt_text(template: Template, messages: Messages) -> str:
         raise Refused(f"the chat template refuses {what}: {reason}", system) from error
     marks = [chr(0xE000 + index) for index in range(len(messages))]
     shown = template.attempt([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)], prompt=True)
-    for message, mark in zip(messages, marks, strict=True):
-        if shown and mark not in shown and message["role"] != "assistant":
-            system = message["role"] == "system"
-            what = "a system prompt" if system else f"the text of the {message['role']}'s message"
-            raise Refused(f"the chat template leaves out {what}", system)
+    lost = {m["role"] for m, mark in zip(messages, marks, strict=True) if shown and mark not in shown} - {"assistant"}
+    if lost:
+        system = lost == {"system"}
+        what = "a system prompt" if system else f"the text of a message of the {min(lost - {'system'})}"
+        raise Refused(f"the chat template leaves out {what}", system)
     return text
 
 
