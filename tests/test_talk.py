@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import shutil
@@ -21,8 +22,8 @@ import tiny
 from mlxtune.cli.use import Talk
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
-from mlxtune.evaluate.generate import Refused, Sampling
-from mlxtune.model.load import Loaded
+from mlxtune.evaluate.generate import Refused, Sampling, answer
+from mlxtune.model.load import Loaded, load
 
 T, C = "Let me see.", "It is so."
 # What a model says, and the fields of the message that it is.
@@ -234,3 +235,18 @@ def test_generate_refuses_a_system_prompt_in_one_line(weights: Path, tmp_path: P
     for command in (("generate", "--prompt", "hi"), ("chat",)):
         result = tiny.mlxtune(*command, "--model", model, "--system", "Be brief.")
         tiny.one_clear_line(result, "refuses a system prompt: System role not supported", "Leave out --system")
+
+
+def test_sample_prompts_are_asked_on_the_day_of_the_run(weights: Path, data: Path, tmp_path: Path) -> None:
+    """A template that ends prompts with the day. Against the untrained model's own answers on that day and another."""
+    model = with_tokenizer(weights, tmp_path / "model", "qwen")
+    dated = "{%- if add_generation_prompt %}{{- strftime_now('%Y-%m-%d') }}{%- endif %}"
+    (model / "chat_template.jinja").write_text(masks.source("qwen") + dated)
+    settings = ("train.steps=1", "train.sample_prompts=['Why?']", "data.date=2024-02-29", "lora.rank=2")
+    run = tiny.trained(model, data, tmp_path / "run", *settings)
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    first = next(event for event in events if event["kind"] == "eval")
+    base, ask = load(str(model)), [{"role": "user", "content": "Why?"}]
+    answers = [answer(base, ask, Sampling(max_tokens=128), {}, day) for day in ("2024-02-29", "2031-12-25")]
+    assert answers[0] != answers[1]
+    assert first["samples"] == [{"prompt": "Why?", "answer": answers[0]}]

@@ -31,7 +31,7 @@ def of_folder(folder: Path) -> dict[str, str]:
         if DEFAULT not in found and (folder / name).is_file():
             listed = read_json(folder / name, "a model's chat template").get("chat_template")
             found = {**_named(listed, folder / name), **found}
-    return found
+    return {name: found[name] for name in sorted(found, key=lambda name: (name != DEFAULT, name))}
 
 
 def unread(folder: Path) -> list[str]:
