@@ -43,6 +43,7 @@ CASES = [
     ("opened", f"\n</think>\n\n{C}<|im_end|>", {}, C),
     ("opened", f"{T}</think>{C}<|im_end|>", {"reasoning_content": T}, C),
     ("opened", T, {"reasoning_content": T}, ""),
+    ("opened", f"{T}<|im_end|>", {"reasoning_content": T}, ""),
     ("qwen", f"<think>\n{T}\n</think>\n\n{C}<|im_end|>", {"reasoning_content": T}, C),
     ("qwen", f"<think>\n\n</think>\n\n{C}<|im_end|>\n", {}, C),
     ("qwen", f"<think>{T}</think>{C}", {"reasoning_content": T}, C),
@@ -96,7 +97,7 @@ def test_what_the_template_prints_for_an_answer_is_read_as_that_answer(
 
 
 # Left out: a remark that looks like the answer until one comes, and a thought that turns out to be the answer.
-@pytest.mark.parametrize(("name", "text", "thought", "content"), [c for i, c in enumerate(CASES) if i not in (5, 17)])
+@pytest.mark.parametrize(("name", "text", "thought", "content"), [c for i, c in enumerate(CASES) if i not in (5, 18)])
 def test_what_is_said_while_an_answer_comes_is_never_taken_back(
     name: str, text: str, thought: dict[str, str], content: str
 ) -> None:

@@ -118,9 +118,9 @@ class Voice:
         click.echo()
 
     def _say(self, said: Said) -> None:
-        if not self.content:
+        if not self.content and len(said.thought) > self.thought:
             click.secho(said.thought[self.thought :], nl=False, err=True, dim=True)
-            self.thought = max(self.thought, len(said.thought))
+            self.thought = len(said.thought)
         if said.content and not self.content and self.thought:
             click.echo("\n", err=True)
         click.echo(said.content[self.content :], nl=False)
@@ -170,7 +170,8 @@ class Talk:
             stopped = True
         voice.end(" [stopped]" if stopped else "")
         if voice.thought and not voice.content and not stopped:
-            common.note(f"the model thought, and said nothing in {self.sampling.max_tokens} tokens (--max-tokens)")
+            limit = "" if voice.reader.ended(voice.text) else f" within --max-tokens {self.sampling.max_tokens}"
+            common.note(f"the model thought, and gave no answer{limit}")
         message = voice.reader.message(voice.text)
         if voice.reader.takes(message):
             self.history += [question, message]

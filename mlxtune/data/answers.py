@@ -132,6 +132,9 @@ class Plain:
 
     so_far = said
 
+    def ended(self, text: str) -> bool:
+        return _without(text, self.ends) != text
+
 
 class Reader:
     """Reads answers to one conversation. Raises TemplateError when the template refuses it.
@@ -175,8 +178,11 @@ class Reader:
 
     def said(self, text: str) -> Said:
         """Thought and content of a generated text, whole or cut anywhere."""
-        body = self._without_end(text)
-        return self._said(body, ended=body != text)
+        return self._said(self._without_end(text), self.ended(text))
+
+    def ended(self, text: str) -> bool:
+        """Whether the model ended its answer itself."""
+        return self._without_end(text) != text
 
     def so_far(self, text: str) -> Said:
         """The same for a text that goes on: what is certain already, without the beginnings of template text."""
@@ -186,7 +192,7 @@ class Reader:
         thought, content = self._said(text)
         if content:
             return Said(thought, content[: len(content) - _begun(content, self.after, *self.ends)])
-        return Said(thought[: len(thought) - _begun(thought, self.form.middle, self.again)], "")
+        return Said(thought[: len(thought) - _begun(thought, self.form.middle, self.again, *self.ends)], "")
 
     def _said(self, body: str, ended: bool = False) -> Said:
         """Thought and content of a text without its end token. ended: it had one."""
