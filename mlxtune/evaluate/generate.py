@@ -126,7 +126,7 @@ def decoded(loaded: Loaded, ids: list[int]) -> str:
 
 def reader_for(loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str = "") -> Reader | Plain:
     """What tells thought and answer apart in the model's answer to a conversation, whose prompt was made before."""
-    ends = frozenset(decoded(loaded, [index]) for index in loaded.eos_ids)
+    ends = frozenset(decoded(loaded, [index]) for index in loaded.eos_ids) - {""}  # ids without a token
     template = template_for(loaded, template_kwargs, day)
     return Plain(ends) if template is None else Reader(template, messages, ends=ends)
 
