@@ -157,8 +157,9 @@ def prepared(
     def samples() -> list[dict[str, str]]:
         sampling = generate.Sampling(max_tokens=SAMPLE_TOKENS)
         asked = ((prompt, [{"role": "user", "content": prompt}]) for prompt in config.train.sample_prompts)
+        variables = config.data.template_kwargs, config.data.date
         return [
-            {"prompt": prompt, "answer": generate.answer(loaded, messages, sampling, config.data.template_kwargs)}
+            {"prompt": prompt, "answer": generate.answer(loaded, messages, sampling, *variables)}
             for prompt, messages in asked
         ]
 
