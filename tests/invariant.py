@@ -1,0 +1,306 @@
+"""The oracle of "trained as asked": whether a row's examples train each turn behind the prompt that asks for it.
+
+Everything is worked out anew from `apply_chat_template` of the repaired messages; of the code under test only the
+examples are looked at. Texts are told apart by their words (three capitals and a number, as USR0), each of which
+belongs to one message alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from mlxtune.data import chat
+
+WORD = re.compile(r"[A-Z]{3}\d+")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+OPENINGS = {"<think>": "</think>", "<|channel>thought": "<channel|>"}  # what opens a thought: what closes it
+SEVERAL = ("<|channel|>", "to=")  # templates of which one turn holds several messages, with headers of their own
+NEXT = {"role": "user", "content": "And then?"}
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass
+class Options:
+    """What a row is rendered with. ends: the tokens that end a turn of the model; stops: those that no render prints
+    after the last turn, (after text, after calls), or none.
+    """
+
+    ends: tuple[str, ...]
+    stops: tuple[str, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    train_on: str = "all"
+
+
+@dataclass
+class Run:
+    """Neighbouring targets of one example: ids[start:end]."""
+
+    row: Any
+    start: int
+    end: int
+
+    @cached_property
+    def ids(self) -> list[int]:
+        return [int(token) for token in self.row.example.ids]
+
+
+def runs_of(row: Any) -> list[Run]:
+    mask = [0, *(int(flag) for flag in row.example.mask), 0]
+    edges = [at for at in range(1, len(mask)) if mask[at] != mask[at - 1]]
+    return [Run(row, start - 1, end - 1) for start, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def words(value: Any) -> list[str]:
+    """The words in all texts of a message, but for what only names a call."""
+    if isinstance(value, str):
+        return WORD.findall(value)
+    if isinstance(value, dict):
+        return [word for key, item in value.items() if key not in ("id", "tool_call_id") for word in words([key, item])]
+    return [word for item in value for word in words(item)] if isinstance(value, list) else []
+
+
+def thought_of(message: dict[str, Any]) -> str:
+    """The thought, from its own key or from a content that holds the closing tag."""
+    own = next((message[key] for key in THOUGHTS if message.get(key)), "")
+    before, closing, _ = str(message.get("content") or "").rpartition("</think>")
+    return str(own) or (before.rpartition("<think>")[2] if closing else "")
+
+
+def violations(
+    tokenizer: Any,
+    messages: Messages,
+    tools: Any,
+    options: Options,
+    rows: list[Any],
+    counts: Counter[str] | None = None,
+) -> list[str]:
+    """What is wrong with the examples of a row; one line each. counts: what was seen, by name, is added to it."""
+    return _Proof(tokenizer, messages, tools, options, rows, Counter() if counts is None else counts).all()
+
+
+class _Proof:
+    def __init__(
+        self, tokenizer: Any, messages: Messages, tools: Any, options: Options, rows: list[Any], counts: Counter[str]
+    ) -> None:
+        self.tokenizer, self.tools, self.options, self.rows, self.counts = tokenizer, tools, options, rows, counts
+        self.messages = chat.repaired(chat.template_of(tokenizer, options.kwargs), messages)
+        self.answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
+        self.trained = [at for at in self.answers if min(messages[at].get("weight", 1), messages[at].get("train", 1))]
+        if options.train_on == "last":
+            self.trained = [at for at in self.trained if at == self.answers[-1]]
+        self.kinds = {kind for row in rows for kind in getattr(row, "kinds", ())}
+        self.damage = {(damage.kind, damage.index) for row in rows for damage in row.damage}
+        self.wrong: list[str] = []
+
+    def all(self) -> list[str]:
+        refused = [row.dropped for row in self.rows if row.dropped]
+        for reason in refused:
+            self.counts[f"refused: {re.sub(r'[0-9]+', 'N', reason)[:70]}"] += 1
+        for kind in {kind for kind, _ in self.kinds}:
+            self.counts[f"exception: {kind}"] += 1
+        for kind in {kind for kind, _ in self.damage}:
+            self.counts[f"damage: {kind}"] += 1
+        runs = [run for row in self.rows if row.example is not None for run in runs_of(row)]
+        asked = {at: self.asked(at) for at in self.answers}
+        found: dict[int, list[Run]] = {at: [] for at in self.answers}
+        other: list[Run] = []
+        for run in runs:
+            fits = [at for at in self.answers if asked[at] and asked[at][1] == run.ids[: run.start]]
+            if len(fits) > 1:  # the template prints nothing of a turn between them
+                fits = [at for at in fits if set(words(self.text(run))) & set(words(self.messages[at]))] or fits
+            if fits:
+                found[fits[0]].append(run)
+            else:
+                other.append(run)
+        for at in self.answers:
+            self.turn(at, asked[at], found[at], found, other, bool(refused))
+        for run in other:
+            self.say(f"targets {self.text(run)!r} behind {self.decode(run.ids[: run.start])[-60:]!r}, asked by nothing")
+        return self.wrong
+
+    def turn(
+        self, at: int, asked: Any, own: list[Run], found: dict[int, list[Run]], other: list[Run], refused: bool
+    ) -> None:
+        if at not in self.trained:
+            if own:
+                self.say(f"turn {at} is trained, and should not be")
+            return
+        self.counts["turns"] += 1
+        if len(own) > 1:
+            self.say(f"turn {at} is trained {len(own)} times")
+        if own:
+            self.counts["turns trained"] += 1
+            self.target(at, asked[0], own[0])
+        elif asked is None and self.unasked(at, other):
+            self.counts["turns unasked"] += 1
+        elif ("joined", at) in self.kinds and self.group(self.first(at))[-1] >= at and found[self.first(at)]:
+            self.counts["turns joined"] += 1  # proved with the turn that it is joined to
+        elif refused or self.lost(at):
+            self.counts["turns refused"] += 1
+        else:
+            self.say(f"turn {at} has no targets behind {asked[0][-60:] if asked else None!r}")
+
+    def lost(self, at: int) -> bool:
+        """Whether damage of the turn leaves nothing to train."""
+        return any((kind, at) in self.damage for kind in ("content", "calls", "thinking"))
+
+    def target(self, at: int, asked: str, run: Run) -> None:
+        """A turn behind the prompt that asks for it."""
+        group = self.group(at)
+        canonical = self.render(self.messages[: group[-1] + 1])
+        text = self.text(run)
+        self.pieces(at, group, text)
+        for later in group[1:]:
+            asked_later = self.asked(later)
+            if canonical is not None and asked_later and canonical.startswith(asked_later[0]):
+                self.say(f"turn {later} is called joined, but the template asks for it alone")
+        if canonical is None:
+            self.counts["turns that cannot be last"] += 1
+        elif canonical.startswith(asked):
+            self.counts["turns behind their own text"] += 1
+            expected, after = self.up_to_end(at, canonical[len(asked) :])
+            self.same(at, asked, expected, run)
+            self.tail(at, run, after)
+        else:
+            self.counts["turns printed otherwise"] += 1
+            self.apart(at, asked, canonical, text)
+            self.tail(at, run, self.up_to_end(at, canonical)[1])
+
+    def same(self, at: int, asked: str, expected: str, run: Run) -> None:
+        """The targets' text; with the prompt before it, because decoders drop the first blank."""
+        whole = self.tokenizer(asked + expected, add_special_tokens=False)["input_ids"]
+        if self.decode(run.ids[: run.end]) != self.decode(whole):
+            self.say(f"turn {at} has the targets {self.text(run)!r}, not {expected!r}")
+
+    def tail(self, at: int, run: Run, after: str) -> None:
+        """What follows the last targets of an example is printed by the template too."""
+        if any(run.row.example.mask[run.end :]):
+            return
+        rest = self.decode(run.ids[run.end :])
+        if rest not in ("", after):
+            self.say(f"turn {at}, the example's last, is followed by {rest!r}, not {after!r}")
+
+    def up_to_end(self, at: int, rest: str) -> tuple[str, str]:
+        """(text up to and with the end token, text after it)."""
+        if self.options.stops:
+            return rest + self.options.stops[bool(self.messages[at].get("tool_calls"))], ""
+        ends = [rest.rfind(token) + len(token) for token in self.options.ends if token in rest]
+        end = max(ends, default=len(rest.rstrip()))
+        return rest[:end], rest[end:]
+
+    def pieces(self, at: int, group: list[int], text: str) -> None:
+        """Each word of the turn stands in its targets once, the thought's before the others; and no other word."""
+        own = [word for index in group for word in words(self.messages[index])]
+        seen = Counter(WORD.findall(text))
+        known = {word for message in self.messages for word in words(message)}
+        for word in sorted(seen.keys() & known - set(own)):
+            self.say(f"turn {at} trains {word} of another message")
+        kinds = {kind for kind, index in self.damage if index in group}
+        short = [word for word in own if seen[word] < own.count(word)]
+        if short and not kinds:
+            self.say(f"turn {at} does not train {', '.join(short)}: {text!r}")
+        if kinds & {"content", "calls", "thinking"} and not short and own:
+            self.say(f"turn {at} is called damaged ({', '.join(sorted(kinds))}), but is printed whole")
+        for word in own:
+            if seen[word] > own.count(word):
+                self.say(f"turn {at} trains {word} {seen[word]} times")
+        thought = set(WORD.findall(thought_of(self.messages[at])))
+        places = [text.find(word) for word in own if word in text and word not in thought]
+        if len(group) == 1 and any(
+            text.find(word) > min(places, default=len(text)) for word in thought if word in text
+        ):
+            self.say(f"turn {at} has its thought behind its text: {text!r}")
+
+    def apart(self, at: int, asked: str, canonical: str, text: str) -> None:
+        """A turn whose canonical text does not begin with the asked prompt: prompt, and then the turn's own text."""
+        message = self.messages[at]
+        opened = next((tag for tag in OPENINGS if asked.rstrip().endswith(tag)), "")
+        thought = thought_of(message).strip()
+        after = text
+        if opened:
+            before, closing, after = text.partition(OPENINGS[opened])
+            if not closing:
+                self.say(f"turn {at} never closes the thought that the prompt opens: {text!r}")
+            if before.strip() != thought and ("thinking", at) not in self.damage:
+                self.say(f"turn {at} has the thought {before!r}, not {thought!r}")
+        printed, _ = self.up_to_end(at, canonical)
+        if not printed.endswith(after.lstrip()):
+            self.say(f"turn {at} ends with {after!r}, the template's text with {printed[-80:]!r}")
+        request = asked[len(self.render(self.messages[:at]) or "") :]
+        header = re.match(r"\s*<[^<>\s]*>", request)
+        several = any(sign in canonical for sign in SEVERAL)
+        if header and not several and header.group().strip() in text and header.group() not in str(message):
+            self.say(f"turn {at} trains a header: {text!r}")
+        if not message.get("tool_calls") and (opened or thought):
+            self.read_back(at, asked, opened, text)
+
+    def read_back(self, at: int, asked: str, opened: str, text: str) -> None:
+        """A later prompt prints what the model produced as it prints the row's turn."""
+        end = next((token for token in (*self.options.ends, *self.options.stops) if text.endswith(token)), "")
+        said = {"role": "assistant", "content": (opened + "\n" if opened else "") + text.removesuffix(end)}
+        before = self.messages[:at]
+        as_row, as_said = (self.render([*before, one, NEXT], prompt=True) for one in (self.messages[at], said))
+        if as_row is not None and "".join(as_row.split()) != "".join((as_said or "").split()):
+            self.say(f"turn {at} is read back otherwise: {as_said and as_said[-120:]!r}, not {as_row[-120:]!r}")
+
+    def unasked(self, at: int, other: list[Run]) -> bool:
+        """A turn that nothing can ask for, trained as the whole rendering has it; its run is taken out of `other`."""
+        own = set(words(self.messages[at]))
+        for run in other:
+            if own & set(WORD.findall(self.text(run))) or not own:
+                other.remove(run)
+                self.pieces(at, [at], self.text(run))
+                if ("unasked", at) not in self.kinds:
+                    self.say(f"turn {at} cannot be asked for, and that is not said")
+                if run.ids[run.end - 1] not in self.tokenizer.added_tokens_decoder:
+                    self.say(f"turn {at}, unasked, does not end: {self.text(run)!r}")
+                return True
+        return False
+
+    def first(self, at: int) -> int:
+        """The first of the answers in a row up to a turn that were joined to the one before."""
+        while ("joined", at) in self.kinds and at - 1 in self.answers:
+            at -= 1
+        return at
+
+    def group(self, at: int) -> list[int]:
+        """A turn and the answers behind it that are said to be joined to it."""
+        out = [at]
+        while out[-1] + 1 in self.answers and ("joined", out[-1] + 1) in self.kinds:
+            out.append(out[-1] + 1)
+        return out
+
+    def asked(self, at: int) -> tuple[str, list[int]] | None:
+        """The prompt that asks for a turn: (text, token ids); None: the template refuses."""
+        text = self.render(self.messages[:at], prompt=True) if at else None
+        if text is None:
+            return None
+        own = self.tokenizer.apply_chat_template(
+            self.messages[:at], tools=self.tools, add_generation_prompt=True, return_dict=False, **self.options.kwargs
+        )
+        return text, [int(token) for token in own]
+
+    def render(self, messages: Messages, prompt: bool = False) -> str | None:
+        """The rendered text; None where the template refuses."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tools=self.tools, tokenize=False, add_generation_prompt=prompt, **self.options.kwargs
+                )
+            )
+        except Exception:  # templates fail in as many ways as there are templates
+            return None
+
+    def text(self, run: Run) -> str:
+        return self.decode(run.ids[run.start : run.end])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))
+
+    def say(self, text: str) -> None:
+        self.wrong.append(text)
