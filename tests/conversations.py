@@ -77,8 +77,10 @@ CONVERSATIONS: dict[str, tuple[Messages, bool]] = {
         True,
     ),
     "thinking everywhere": (
-        [user("USR0?"), answer("ANS1.", "THK1 first."), user("USR2?"), answer("ANS3.", "THK3\n\nthen."), user("USR4")]
-        + [answer("ANS5", "THK5")],
+        [
+            *(user("USR0?"), answer("ANS1.", "THK1 first."), user("USR2?"), answer("ANS3.", "THK3\n\nthen.")),
+            *(user("USR4"), answer("ANS5", "THK5")),
+        ],
         False,
     ),
     "thinking first": ([user("USR0?"), answer("ANS1.", "THK1."), user("USR2?"), answer("ANS3.")], False),

@@ -142,8 +142,17 @@ class _Proof:
             self.counts["turns joined"] += 1  # proved with the turn that it is joined to
         elif refused or self.lost(at):
             self.counts["turns refused"] += 1
+            if self.printed(at, asked):
+                self.counts["turns refused that the template asks for and prints"] += 1
         else:
             self.say(f"turn {at} has no targets behind {asked[0][-60:] if asked else None!r}")
+
+    def printed(self, at: int, asked: Any) -> bool:
+        """Whether the template prints the whole row, asks for the turn, and prints all of it last."""
+        last = self.render(self.messages[: at + 1])
+        if asked is None or last is None or self.render(self.messages) is None:
+            return False
+        return set(words(self.messages[at])) <= set(WORD.findall(last))
 
     def lost(self, at: int) -> bool:
         """Whether damage of the turn leaves nothing to train."""
@@ -204,12 +213,13 @@ class _Proof:
         short = [word for word in own if seen[word] < own.count(word)]
         if short and not kinds:
             self.say(f"turn {at} does not train {', '.join(short)}: {text!r}")
-        if kinds & {"content", "calls", "thinking"} and not short and own:
+        thought = set(WORD.findall(thought_of(self.messages[at])))
+        lost = [word for word in own if word in thought] if kinds == {"thinking"} else own
+        if kinds & {"content", "calls", "thinking"} and lost and not short:
             self.say(f"turn {at} is called damaged ({', '.join(sorted(kinds))}), but is printed whole")
         for word in own:
             if seen[word] > own.count(word):
                 self.say(f"turn {at} trains {word} {seen[word]} times")
-        thought = set(WORD.findall(thought_of(self.messages[at])))
         places = [text.find(word) for word in own if word in text and word not in thought]
         if len(group) == 1 and any(
             text.find(word) > min(places, default=len(text)) for word in thought if word in text

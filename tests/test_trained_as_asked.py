@@ -2,45 +2,65 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
 import published
 import pytest
 from conversations import CONVERSATIONS, TOOL
-from invariant import Options, violations
-
-from mlxtune.data.examples import Renderer, Row
-from mlxtune.data.records import Record
-from mlxtune.sections import DataSection
-
-Messages = list[dict[str, Any]]
+from invariant import violations
+from random_conversations import draw, options_of, rendered, tried
 
 
-def options_of(name: str, **kwargs: Any) -> Options:
-    """What is known of a published template. GLM alone prints no token that ends its last turn."""
-    stops = ("<|user|>", "<|observation|>") if name.startswith("glm") else ()
-    return Options(published.ends_of(name), stops, kwargs)
+def proved(name: str, kind: str = "bpe", thinks: bool = True, **kwargs: Any) -> tuple[list[str], Counter[str]]:
+    """(what is wrong with all conversations in one template, what was seen)."""
+    tokenizer, counts, wrong = published.tokenizer(name, kind, thinks), Counter[str](), []
+    for conversation, (messages, with_tools) in CONVERSATIONS.items():
+        tools = [TOOL] if with_tools else None
+        rows = rendered(tokenizer, messages, tools, kwargs)
+        found = violations(tokenizer, messages, tools, options_of(name, **kwargs), rows, counts)
+        wrong += [f"{conversation}: {text}" for text in found]
+    return wrong, counts
 
 
-def rendered(tokenizer: Any, messages: Messages, tools: Any, kwargs: dict[str, Any], **section: Any) -> list[Row]:
-    chosen = DataSection(max_tokens=1 << 20, template_kwargs=kwargs, **section)
-    return Renderer(tokenizer, chosen).rows([Record("file.jsonl", 1, "messages", messages, tools, None, {})])
-
-
-def proved(name: str, conversation: str, kind: str, thinks: bool, **kwargs: Any) -> tuple[list[str], Counter[str]]:
-    """(what is wrong with one conversation in one template, what was seen)."""
-    tokenizer = published.tokenizer(name, kind, thinks)
-    messages, with_tools = CONVERSATIONS[conversation]
-    tools = [TOOL] if with_tools else None
-    counts: Counter[str] = Counter()
-    rows = rendered(tokenizer, messages, tools, kwargs)
-    return violations(tokenizer, messages, tools, options_of(name, **kwargs), rows, counts), counts
+NEEDLESS = "turns refused that the template asks for and prints"
+# Templates that want lists of parts, not texts: nothing of any conversation is printed.
+NO_TEXTS = ("idefics3", "llava_next", "smolvlm")
+SWITCHED = [name for name in published.names() if "enable_thinking" in published.source(name)]
+BLANKS = ["gemma", "llama3", "llama3_1", "phi3", "qwen2_5", "qwen3", "qwen3_6", "deepseek_r1_distill", "glm4moe"]
 
 
 @pytest.mark.parametrize("name", published.names())
-def test_every_turn_of_every_published_template_is_trained_behind_the_prompt_that_asks_for_it(name: str) -> None:
-    wrong = []
-    for conversation in CONVERSATIONS:
-        wrong += [f"{conversation}: {text}" for text in proved(name, conversation, "bpe", True)[0]]
+def test_every_turn_is_trained_once_behind_the_prompt_that_asks_for_it(name: str) -> None:
+    """And whatever is not trained is refused by its name, with a reason in the template."""
+    wrong, counts = proved(name)
     assert wrong == []
+    assert counts[NEEDLESS] == 0
+    assert (counts["turns trained"] == 0) == (name in NO_TEXTS)
+
+
+@pytest.mark.parametrize("name", [name for name in published.names() if "</think>" in published.source(name)])
+def test_so_it_is_where_thinking_tags_are_ordinary_text(name: str) -> None:
+    wrong, counts = proved(name, thinks=False)
+    assert (wrong, counts[NEEDLESS]) == ([], 0)
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_so_it_is_where_thinking_is_switched_off(name: str) -> None:
+    wrong, counts = proved(name, enable_thinking=False)
+    assert (wrong, counts[NEEDLESS]) == ([], 0)
+
+
+@pytest.mark.parametrize("name", BLANKS)
+def test_so_it_is_with_a_tokenizer_that_puts_blanks_before_texts(name: str) -> None:
+    wrong, counts = proved(name, kind="pieces")
+    assert (wrong, counts[NEEDLESS]) == ([], 0)
+
+
+def test_so_it_is_for_a_thousand_random_conversations() -> None:
+    names = [name for name in published.names() if name not in NO_TEXTS]
+    rnd, counts = random.Random(0), Counter[str]()
+    wrong = [(case.name, text) for case in (draw(rnd, names) for _ in range(1000)) for text in tried(case, counts)]
+    assert wrong == []
+    assert counts["turns trained"] > 2 * counts["turns"] // 3
