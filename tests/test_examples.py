@@ -71,11 +71,7 @@ THOUGHTFUL = [message for index in (1, 2, 3) for message in answered(index, reas
     ("messages", "choice", "expected"),
     [
         (THOUGHTFUL, "auto", [f"<think>\nR{index}\n</think>\n\nA{index}<|im_end|>" for index in (1, 2, 3)]),
-        (
-            [*answered(1), *answered(2)],
-            "auto",
-            ["A1<|im_end|><think>\n\n</think>\n\nA2<|im_end|>"],
-        ),
+        ([*answered(1), *answered(2)], "auto", [f"<think>\n\n</think>\n\nA{index}<|im_end|>" for index in (1, 2)]),
         ([*answered(1), *answered(2)], "all", [f"<think>\n\n</think>\n\nA{index}<|im_end|>" for index in (1, 2)]),
         (
             [*answered(1), *answered(2), ASKED[0]],
@@ -83,7 +79,7 @@ THOUGHTFUL = [message for index in (1, 2, 3) for message in answered(index, reas
             [f"<think>\n\n</think>\n\nA{index}<|im_end|>" for index in (1, 2)],
         ),
     ],
-    ids=["thinking stripped", "nothing stripped", "always", "a question at the end"],
+    ids=["thinking stripped", "an empty thought in the last turn alone", "always", "a question at the end"],
 )
 def test_each_expanded_turn_is_what_inference_would_see(
     messages: list[Any], choice: str, expected: list[str], tokenizer: Any, tmp_path: Path

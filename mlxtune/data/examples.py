@@ -1,41 +1,85 @@
-"""Records -> training examples: rendered, expanded, shortened; rows that teach nothing dropped with their reason."""
+"""Records -> training examples, in which every turn stands behind the prompt that asks for it.
+
+An example is a prompt and the turn that it asks for; it holds earlier turns as well where their prompts and targets are
+the beginning of its text, token for token. Examples are chosen from the last turn backwards. For three turns of Qwen3
+with thoughts, the first two in one stretch of tool use (its template drops thoughts before the last question):
+
+    example 1    question, [thought, call], result, [thought, answer]       turns 1 and 2
+    example 2    question, call, result, answer, question, [thought, answer]       turn 3
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
 
+import numpy as np
+
 from mlxtune.data import chat, turns
+from mlxtune.data.asked import AskedTurn, asked_turns
+from mlxtune.data.borders import Borders, Tokens
 from mlxtune.data.chat import Example
 from mlxtune.data.files import Bad, place
 from mlxtune.data.records import Record
-from mlxtune.data.template import Messages, Template, TemplateError
+from mlxtune.data.template import Template, TemplateError
 from mlxtune.data.turns import Damage
 from mlxtune.sections import DataSection
 
 
 @dataclass(frozen=True)
 class Row:
-    """A record's example; of an expanded conversation, the one of its `part`-th assistant turn (0: not expanded).
-
-    Exactly one of `example` and `dropped` (the reason) is set. text: the rendered text that the example was made of;
-    damage: what of the row the template does not print.
-    """
+    """One example of a record, or the reason why there is none: exactly one of `example` and `dropped` is set."""
 
     record: Record | Bad
     example: Example | None = None
-    dropped: str = ""
-    part: int = 0
-    shortened: bool = False
-    text: str = ""
-    damage: tuple[Damage, ...] = ()
+    dropped: str = ""  # the reason
+    part: int = 0  # number of the example's last assistant turn, from 1; 0: the record's only example
+    shortened: bool = False  # cut at data.max_tokens
+    text: str = ""  # the rendered text that the example was made of
+    damage: tuple[Damage, ...] = ()  # what of the record the template does not print
+    kinds: tuple[tuple[str, int], ...] = ()  # (what is to be told of a turn, its message): keys of asked.KINDS
+    turns: int = 0  # assistant turns that are trained in this example
+    once: int = 0  # tokens of the record rendered once as a whole; of its first example alone, 0 for the others
+    untrue: int = 0  # turns of the example that data.expand_turns=none would train behind another prompt
 
     @property
     def place(self) -> str:
         where = place(self.record.file, self.record.row)
         return f"{where} turn {self.part}" if self.part else where
+
+
+@dataclass
+class _Draft:
+    """An example before it is cut: a text and the turns in it, the last of which ends it."""
+
+    turns: list[AskedTurn]
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]
+    places: dict[int, tuple[int, int]] = field(default_factory=dict)  # index of a turn -> its target tokens [from, to)
+    apart: bool = False  # the last turn is tokenized apart from its prompt
+
+    @property
+    def text(self) -> str:
+        return self.turns[-1].text + self.turns[-1].trailing
+
+    def holds(self, turn: AskedTurn) -> bool:
+        return self.text.startswith(turn.prompt) and self.text.startswith(turn.target, len(turn.prompt))
+
+
+@dataclass
+class _Sheet:
+    """A record on its way to rows."""
+
+    record: Record | Bad
+    dropped: str = ""
+    whole: str = ""  # the text of the record rendered once; of a text row, the text
+    spans: list[tuple[int, int]] | None = None  # supervised characters of `whole`; None: all, or `waiting` has them
+    damage: tuple[Damage, ...] = ()
+    kinds: list[tuple[str, int]] = field(default_factory=list)  # of turns that are left out
+    waiting: list[AskedTurn] = field(default_factory=list)  # turns that no example holds yet
+    drafts: list[_Draft] = field(default_factory=list)
+    conversation: bool = False  # made of asked turns
 
 
 class Renderer:
@@ -44,77 +88,187 @@ class Renderer:
     def __init__(self, tokenizer: Any, section: DataSection) -> None:
         self.tokenizer = tokenizer
         self.section = section
+        self._borders: Borders | None = None
 
     @property
     def template(self) -> Template:
         day = date.fromisoformat(self.section.date) if self.section.date else None
         return chat.template_of(self.tokenizer, self.section.template_kwargs, day)
 
+    @property
+    def borders(self) -> Borders:
+        template = self.template
+        if self._borders is None or self._borders.template is not template:
+            self._borders = Borders(self.tokenizer, template)
+        return self._borders
+
     def rows(self, records: Sequence[Record | Bad]) -> list[Row]:
         """The examples of some records, tokenized together."""
-        drafts = [draft for record in records for draft in self._drafts(record)]
-        good = [draft for draft in drafts if not draft[0].dropped]
-        made = iter(chat.tokenized_all(self.tokenizer, [row.text for row, _ in good], [spans for _, spans in good]))
-        return [row if row.dropped else self._finished(row, next(made)) for row, _ in drafts]
+        sheets = [self._sheet(record) for record in records]
+        self._settle([sheet for sheet in sheets if sheet.conversation])
+        others = [sheet for sheet in sheets if not sheet.conversation and not sheet.dropped]
+        made = chat.tokenized_all(self.tokenizer, [one.whole for one in others], [one.spans for one in others])
+        rendered = {id(sheet): example for sheet, example in zip(others, made, strict=True)}
+        return [row for sheet in sheets for row in self._finished(sheet, rendered.get(id(sheet)))]
 
-    def _drafts(self, record: Record | Bad) -> Iterator[tuple[Row, Any]]:
-        """(row with its text and damage, supervised characters; None: all of a plain text)."""
+    # What is to be trained.
+
+    def _sheet(self, record: Record | Bad) -> _Sheet:
         if isinstance(record, Bad):
-            yield Row(record, dropped=record.reason), None
-        elif record.text is not None:
-            yield Row(record, Example(), text=record.text), None
-        elif not any(message["role"] == "assistant" for message in record.messages or []):
-            yield Row(record, dropped="no assistant turn"), None
+            return _Sheet(record, dropped=record.reason)
+        if record.text is not None:
+            return _Sheet(record, whole=record.text)
+        if not any(message["role"] == "assistant" for message in record.messages or []):
+            return _Sheet(record, dropped="no assistant turn")
+        try:
+            return self._rendered_once(record) if self.section.expand_turns == "none" else self._asked(record)
+        except TemplateError as error:
+            return _Sheet(record, dropped=str(error))
+
+    def _trained(self, record: Record) -> set[int]:
+        """The messages that are trained: assistant turns that no switch turns off."""
+        messages = record.messages or []
+        return {at for at, message in enumerate(messages) if message["role"] == "assistant" and chat.weight(message)}
+
+    def _rendered_once(self, record: Record) -> _Sheet:
+        """data.expand_turns=none: the record as one text, its turns where they stand in it."""
+        messages, trained = record.messages or [], self._trained(record)
+        if self.section.train_on == "last":
+            answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            trained &= {answers[-1]}
+        found = turns.locate(self.template, chat.repaired(self.template, messages), record.tools)
+        spans = [(start, end) for index, start, end in found.spans if index in trained]
+        return _Sheet(record, whole=found.text, spans=spans, damage=tuple(found.damage))
+
+    def _asked(self, record: Record) -> _Sheet:
+        template = self.template
+        messages = chat.repaired(template, record.messages or [])
+        whole = template.text(messages, record.tools)
+        only_last = self.section.train_on == "last"
+        found, left = asked_turns(template, messages, record.tools, self._trained(record), only_last)
+        if not found:
+            return _Sheet(record, dropped="no supervised token", kinds=left)
+        return _Sheet(record, whole=whole, kinds=left, waiting=found, conversation=True)
+
+    # Examples of turns.
+
+    def _settle(self, sheets: list[_Sheet]) -> None:
+        """Put every waiting turn into an example, tokenizing all sheets' texts together. A turn whose prompt has other
+        tokens inside a longer text than by itself waits for the next round.
+        """
+        sheets = [sheet for sheet in sheets if sheet.waiting]
+        while sheets:
+            drafts = [(sheet, draft) for sheet in sheets for draft in self._drafts(sheet.waiting)]
+            found = self.borders.tokens([draft.text for _, draft in drafts])
+            straddled = []
+            for number, (_, draft) in enumerate(drafts):
+                last = draft.turns[-1]
+                at = self.borders.place(found[number], self.borders.cuts(draft.text), len(last.prompt))
+                if at is None:
+                    straddled.append(number)
+                else:
+                    draft.ids = found[number].ids
+                    draft.places[last.index] = (at, found[number].after(len(last.text)))
+            alone = self.borders.tokens([drafts[number][1].turns[-1].prompt for number in straddled])
+            for number, prompt in zip(straddled, alone, strict=True):
+                draft = drafts[number][1]
+                last = draft.turns[-1]
+                target = self.borders.apart(last.target)
+                draft.ids = np.array([*prompt.ids, *target, *self.borders.ids(last.trailing)], np.int32)
+                draft.places[last.index] = (len(prompt.ids), len(prompt.ids) + len(target))
+                draft.apart = True
+                found[number] = prompt
+            for sheet in sheets:
+                sheet.waiting = []
+            for (sheet, draft), tokens in zip(drafts, found, strict=True):
+                sheet.waiting += self._place_earlier(draft, tokens)
+                sheet.drafts.append(draft)
+            sheets = [sheet for sheet in sheets if sheet.waiting]
+
+    def _drafts(self, waiting: list[AskedTurn]) -> list[_Draft]:
+        """The fewest examples that hold some turns, as far as their texts tell."""
+        drafts: list[_Draft] = []
+        for turn in sorted(waiting, key=lambda turn: turn.index, reverse=True):
+            shared = next((draft for draft in reversed(drafts) if draft.holds(turn)), None)
+            if shared is None or self.section.expand_turns == "all":
+                drafts.append(_Draft([turn]))
+            else:
+                shared.turns.insert(0, turn)
+        return drafts
+
+    def _place_earlier(self, draft: _Draft, found: Tokens) -> list[AskedTurn]:
+        """Find the turns before a draft's last one among its tokens; those that cannot stay are taken out."""
+        if len(draft.turns) == 1:
+            return []
+        cuts = self.borders.cuts(found.text)
+        left = []
+        for turn in draft.turns[:-1]:
+            at = self.borders.place(found, cuts, len(turn.prompt))
+            if at is None:
+                left.append(turn)
+            else:
+                draft.places[turn.index] = (at, found.after(len(turn.text)))
+        draft.turns = [turn for turn in draft.turns if turn.index in draft.places]
+        return left
+
+    # Rows.
+
+    def _finished(self, sheet: _Sheet, rendered: Example | None) -> Iterator[Row]:
+        if sheet.dropped:
+            yield Row(sheet.record, dropped=sheet.dropped, kinds=tuple(sheet.kinds))
+        elif rendered is not None:
+            row = Row(sheet.record, text=sheet.whole, damage=sheet.damage, once=len(rendered.ids))
+            yield self._cut(row, rendered.ids, rendered.mask)
         else:
-            try:
-                yield from self._conversation(record)
-            except TemplateError as error:
-                yield Row(record, dropped=str(error)), None
+            yield from self._finished_turns(sheet)
 
-    def _conversation(self, record: Record) -> Iterator[tuple[Row, Any]]:
-        template, section = self.template, self.section
-        assert record.messages is not None
-        messages = chat.repaired(template, record.messages)
-        found = turns.locate(template, messages, record.tools)
-        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        trained = [index for index in answers if chat.weight(record.messages[index])]
-        if section.train_on == "last":
-            trained = [index for index in trained if index == answers[-1]]
-        expanded = section.expand_turns == "all" or (
-            section.expand_turns == "auto" and _strips_earlier(template, messages, record.tools, found)
-        )
-        parts = [(found, trained, 0)]
-        if len(answers) > 1 and expanded:
-            parts = []
-            for number, index in enumerate(answers, 1):
-                if index in trained:
-                    upto = turns.locate(template, messages[: index + 1], record.tools)
-                    # Earlier thinking is not there at inference either.
-                    damage = [d for d in upto.damage if d.kind != "thinking" or d.index == index]
-                    parts.append((replace(upto, damage=damage), [index], number))
-            if not parts:
-                yield Row(record, dropped="no supervised token"), None
-        for located, own, part in parts:
-            spans = [(start, end) for index, start, end in located.spans if index in own]
-            yield Row(record, Example(), part=part, text=located.text, damage=tuple(located.damage)), spans
+    def _finished_turns(self, sheet: _Sheet) -> Iterator[Row]:
+        drafts = sorted(sheet.drafts, key=lambda draft: draft.turns[-1].index)
+        once, kinds = self._once(sheet.whole, drafts), sheet.kinds
+        messages = sheet.record.messages or [] if isinstance(sheet.record, Record) else []
+        for draft in drafts:
+            mask = np.zeros(len(draft.ids), np.uint8)
+            for start, end in draft.places.values():
+                mask[start:end] = 1
+            last = draft.turns[-1].index
+            kinds = kinds + [(kind, turn.index) for turn in draft.turns for kind in turn.kinds]
+            kinds += [("apart", last)] * draft.apart
+            longest = self.section.max_tokens
+            kinds += [("cut", index) for index, (_, end) in sorted(draft.places.items()) if end > longest]
+            number = sum(message["role"] == "assistant" for message in messages[: last + 1])
+            row = Row(
+                sheet.record,
+                part=number if len(drafts) > 1 else 0,
+                text=draft.text,
+                damage=tuple(dict.fromkeys(damage for turn in draft.turns for damage in turn.damage)),
+                kinds=tuple(kinds),
+                turns=len(draft.turns),
+                once=once,
+                untrue=self._untrue(sheet.whole, draft),
+            )
+            yield self._cut(row, draft.ids, mask)
+            once, kinds = 0, []
 
-    def _finished(self, row: Row, made: Example) -> Row:
+    def _once(self, whole: str, drafts: list[_Draft]) -> int:
+        """How many tokens the record has when it is rendered once."""
+        last = drafts[-1]
+        if not last.apart and whole.startswith(last.text):
+            return len(last.ids) + len(self.borders.ids(whole[len(last.text) :]))
+        return len(self.borders.ids(whole))
+
+    def _untrue(self, whole: str, draft: _Draft) -> int:
+        if whole.startswith(draft.text):
+            return int(draft.apart)
+        return sum(not whole.startswith(turn.text) for turn in draft.turns)
+
+    def _cut(self, row: Row, ids: Any, mask: Any) -> Row:
+        """The row with its example, cut at data.max_tokens."""
         longest = self.section.max_tokens
-        shortened = len(made.ids) > longest
-        example = Example(made.ids[:longest], made.mask[:longest], row.damage)
+        shortened = len(ids) > longest
+        example = Example(ids[:longest], mask[:longest], row.damage)
         if not example.mask[1:].any():
             why = f"no supervised token in the first {longest} tokens" if shortened else "no supervised token"
-            if row.damage and not made.mask[1:].any():
+            if row.damage and not mask[1:].any():
                 why = "; ".join(damage.text for damage in row.damage)
             return replace(row, example=None, dropped=why)
         return replace(row, example=example, shortened=shortened)
-
-
-def _strips_earlier(template: Template, messages: Messages, tools: Any, found: turns.Turns) -> bool:
-    """Whether thinking is lost that the template prints while its turn is the last one."""
-    lost = {damage.index for damage in found.damage if damage.kind == "thinking"} - {len(messages) - 1}
-    if not lost:
-        return False
-    first = min(lost)
-    upto = turns.locate(template, messages[: first + 1], tools)
-    return not any(damage.kind == "thinking" and damage.index == first for damage in upto.damage)

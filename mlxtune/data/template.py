@@ -6,6 +6,7 @@ that no template prints by itself; what stands between marks in its render is th
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from datetime import date
@@ -13,10 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mlxtune.data.rendering import Print, prepared, printer
 from mlxtune.errors import UserError
 
 MARKS = re.compile("[\ue000-\uf8ff\U000f0000-\U000ffffd]")
 USER, ASSISTANT, NEXT = "\ue000", "\ue001", "\ue002"  # the marks of probes
+TAG = re.compile(r"</?[A-Za-z|_:]+>|\[/?[A-Z_]+\]")  # markup that a prompt may open a thought with
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 Messages = list[dict[str, Any]]
@@ -31,27 +34,38 @@ class Template:
     """Renders conversations with one tokenizer's template and fixed variables.
 
     day: what templates that print the date are given (None: today). starts: what was learnt about turn openings:
-    (role before, template text before the turn) -> its characters that belong to the prompt.
+    (role before, template text before the turn) -> its characters that belong to the prompt. shapes and marked: numbers
+    of marked conversations, and what was printed for them (`conversation.py`).
     """
 
     tokenizer: Any
     kwargs: dict[str, Any] = field(default_factory=dict)
     day: date | None = None
     starts: dict[tuple[str, str], int] = field(default_factory=dict)
+    shapes: dict[tuple[int, str], int] = field(default_factory=dict)
+    marked: dict[tuple[int, bool], str] = field(default_factory=dict)
+    _printers: dict[bool, Print] = field(default_factory=dict)
+    _header_ends: dict[bool, str] = field(default_factory=dict)
 
     def text(self, messages: Messages, tools: Any = None, prompt: bool = False) -> str:
         """The rendered text; prompt: with what asks the model for its turn. Raises TemplateError."""
-        from jinja2.exceptions import TemplateError as JinjaError
+        return self.printed(prepared(messages), tools, prompt)
 
+    def printed(self, messages: Messages, tools: Any = None, prompt: bool = False) -> str:
+        """The same, of messages that went through `rendering.prepared`: a part of them can be printed as well."""
         try:
-            pinned = {"chat_template": self._pinned(bool(tools))} if self.day and self.prints_date else {}
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.kwargs, **pinned
-                )
-            )
-        except (JinjaError, TypeError, KeyError, ValueError, AttributeError, IndexError) as error:
+            return self._printer(bool(tools))(messages, tools, prompt)
+        except Exception as error:  # a template is a stranger's program, and may raise anything
             raise TemplateError(f"the chat template refuses this conversation: {error}") from error
+
+    def _printer(self, tools: bool) -> Print:
+        """Chat templates may come as several: one of them is for conversations with tools."""
+        if tools not in self._printers:
+            source = self.tokenizer.get_chat_template(tools=[{}] if tools else None)
+            if self.day and self.prints_date:
+                source = self._pinned(source)
+            self._printers[tools] = printer(self.tokenizer, source, self.kwargs)
+        return self._printers[tools]
 
     def attempt(self, messages: Messages, tools: Any = None, prompt: bool = False) -> str:
         """The rendered text, or "" where the template refuses."""
@@ -69,23 +83,61 @@ class Template:
 
     @cached_property
     def _ends(self) -> tuple[frozenset[str], str]:
-        """(tokens that end an answer, what follows the last answer up to its end token)."""
+        """(tokens that end an answer, what follows the last answer up to its end token).
+
+        A worked example, Phi-3: behind the last answer it prints `<|end|>\\n<|endoftext|>`, between an answer and the
+        next question `<|end|>\\n<|user|>\\n`. Both begin with `<|end|>\\n`, so `<|end|>` is what ends a turn wherever
+        it stands; `<|endoftext|>` only ends the text. The original Llama 3 always prints the next header as well, so that
+        both begin with `<|eot_id|><|start_header_id|>`: tokens that begin a message end none.
+        """
         ask: dict[str, Any] = {"role": "user", "content": USER}
         answer: dict[str, Any] = {"role": "assistant", "content": ASSISTANT}
         again: dict[str, Any] = {"role": "user", "content": NEXT}
         last = self.attempt([ask, answer]).partition(ASSISTANT)[2]
         middle = self.attempt([ask, answer, again]).partition(ASSISTANT)[2].partition(NEXT)[0]
-        both = list(self.special.finditer(last[: common_prefix(last, middle)])) if middle else []
+        both = self._closers(last[: common_prefix(last, middle)]) if middle else []
         if both:
-            return frozenset({both[-1].group()}), last[: both[-1].end()]
+            end = self._named(both)
+            return frozenset({end.group()}), last[: end.end()]
         header, _, asked = self.attempt([ask], prompt=True).partition(USER)
         ends_all = self._first(asked) == self._first(middle)  # a token that ends every message, the user's too
         between = middle if ends_all else middle[: len(middle) - common_suffix(middle, header)]
-        found = {self._first(last), self._first(between)} - {""}
+        closers = self._closers(last)
+        end_of_last = self._named(closers) if closers else None
+        found = {self._first(between), end_of_last.group() if end_of_last else ""} - {""}
         if not found:  # the next turn's header is what the model must produce to end its own
             found = {self._first(middle)} - {""}
-        end = self.special.search(last)
-        return frozenset(found), last[: end.end()] if end else ""
+        return frozenset(found), last[: end_of_last.end()] if end_of_last else ""
+
+    def _closers(self, text: str) -> list[re.Match[str]]:
+        """The special tokens in template text behind an answer, but for those that begin a message."""
+        found = list(self.special.finditer(text))
+        return [match for match in found if match.group() not in self._openers] or found
+
+    def _named(self, closers: list[re.Match[str]]) -> re.Match[str]:
+        """Of several tokens behind an answer, the one that generation stops at, else the last."""
+        return next((match for match in reversed(closers) if match.group() in self.named_ends), closers[-1])
+
+    @cached_property
+    def _openers(self) -> frozenset[str]:
+        """The special tokens before the first text of a conversation: they open messages."""
+        first = self.attempt([{"role": "system", "content": NEXT}, {"role": "user", "content": USER}])
+        first = first if NEXT in first else self.attempt([{"role": "user", "content": USER}])
+        return frozenset(self.special.findall(MARKS.split(first)[0]))
+
+    @cached_property
+    def named_ends(self) -> frozenset[str]:
+        """The tokens that the tokenizer and the model's generation_config.json name as ends."""
+        named = {self.tokenizer.eos_token} - {None}
+        file = Path(str(self.tokenizer.name_or_path)) / "generation_config.json"
+        try:
+            ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            ids = None
+        for index in ids if isinstance(ids, list) else [ids]:
+            if isinstance(index, int):
+                named.add(self.tokenizer.convert_ids_to_tokens(index))
+        return frozenset(str(token) for token in named)
 
     def _first(self, text: str) -> str:
         match = self.special.search(text)
@@ -95,6 +147,40 @@ class Template:
     def stops_at_headers(self) -> bool:
         """Whether the next turn's header is what ends an answer."""
         return bool(self.stops) and not self.end_of_turn
+
+    def header_that_ends(self, calls: bool) -> str:
+        """What a model whose turns have no end token stops with: the beginning of the header that follows (GLM:
+        `<|user|>` behind a text, `<|observation|>` behind tool calls), up to and with its first special token.
+        """
+        if calls not in self._header_ends:
+            call = {
+                "type": "function",
+                "id": "call00001",
+                "function": {"name": "f", "arguments": {ASSISTANT: ASSISTANT}},
+            }
+            text = {"role": "assistant", "content": ASSISTANT}
+            turn = {"role": "assistant", "content": "", "tool_calls": [call]} if calls else text
+            next_role = {"role": "tool", "tool_call_id": "call00001", "name": "f"} if calls else {"role": "user"}
+            shown = self.attempt([{"role": "user", "content": USER}, turn, {**next_role, "content": NEXT}])
+            between = shown.rpartition(ASSISTANT)[2].partition(NEXT)[0]
+            openers = [match for match in self.special.finditer(between) if match.group() in self._headers]
+            self._header_ends[calls] = openers[0].group() if openers else ""
+        return self._header_ends[calls]
+
+    @cached_property
+    def _headers(self) -> frozenset[str]:
+        """The special tokens that stand between messages of the roles that follow an answer."""
+        call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {}}}
+        found: set[str] = set()
+        for answer, after in (
+            ({"content": ASSISTANT}, {"role": "user"}),
+            ({"content": ASSISTANT, "tool_calls": [call]}, {"role": "tool", "tool_call_id": "call00001", "name": "f"}),
+        ):
+            asked = {"role": "user", "content": USER}
+            shown = self.attempt([asked, {"role": "assistant", **answer}, {**after, "content": NEXT}])
+            alone = self.attempt([asked, {"role": "assistant", **answer}])
+            found |= set(self.special.findall(shown[common_prefix(shown, alone) :]))
+        return frozenset(found)
 
     @property
     def stops(self) -> frozenset[str]:
@@ -112,6 +198,32 @@ class Template:
         ask: Messages = [{"role": "user", "content": USER}]
         asked = self.attempt(ask, prompt=True)
         return asked[common_prefix(asked, self.attempt(ask)) :]
+
+    @cached_property
+    def unasked_header(self) -> str:
+        """What a template without a way to ask prints before a turn's text; "" where that is but blanks, or nothing."""
+        if self.request:
+            return ""
+        ask: dict[str, Any] = {"role": "user", "content": USER}
+        silent = self.attempt([ask], prompt=True)
+        before = self.attempt([ask, {"role": "assistant", "content": ASSISTANT}]).partition(ASSISTANT)[0]
+        header = before.removeprefix(silent)
+        return header if before.startswith(silent) and header.strip() else ""
+
+    @cached_property
+    def thought(self) -> Thought:
+        """How the template prints a thought."""
+        return Thought.of(self)
+
+    def shared_start(self, one: str, other: str) -> int:
+        """Length of the longest common start that ends inside no special token and no <tag> of either text."""
+        shared = common_prefix(one, other)
+        for text in (one, other):
+            for pattern in (self.special, TAG):
+                for match in pattern.finditer(text):
+                    if match.start() < shared < match.end():
+                        shared = match.start()
+        return shared
 
     @cached_property
     def encodes_text_arguments(self) -> bool | None:
@@ -135,13 +247,56 @@ class Template:
         """Whether the text depends on the day, so that token ids change from one to the next."""
         return "strftime_now" in str(self.tokenizer.chat_template)
 
-    def _pinned(self, tools: bool) -> str:
+    def _pinned(self, source: str) -> str:
         """The template's source with its own `strftime_now`, which knows `day` alone."""
         assert self.day is not None
-        source = self.tokenizer.get_chat_template(tools=[{}] if tools else None)
         formats = sorted(set(re.findall(r"""strftime_now\(\s*["']([^"']*)["']""", source)))
         cases = "".join(f"{{%- if f == '{f}' %}}{self.day.strftime(f)}{{% endif %}}" for f in formats)
         return f"{{%- macro strftime_now(f) %}}{cases}{{% endmacro +%}}{source}"
+
+
+@dataclass(frozen=True)
+class Thought:
+    """How a template prints what a model thinks before it answers. For Qwen3: "<think>", "</think>",
+    "\n</think>\n\n", "<think>\n\n</think>\n\n", True.
+    """
+
+    open: str = "<think>"  # the tag that opens a thought
+    close: str = "</think>"  # the tag that closes it
+    closing: str = "\n</think>\n\n"  # what stands between a thought and the text
+    empty: str = ""  # what is printed for a last turn that has no thought; "" for nothing
+    printed: bool = False  # whether thoughts are ever printed
+
+    @staticmethod
+    def of(template: Template) -> Thought:
+        ask: dict[str, Any] = {"role": "user", "content": USER}
+        in_key = {"role": "assistant", "reasoning_content": NEXT, "content": ASSISTANT}
+        in_text = {"role": "assistant", "content": f"<think>\n{NEXT}\n</think>\n\n{ASSISTANT}"}
+        for message in (in_key, in_text):
+            before, thought, after = template.attempt([ask, message]).partition(NEXT)
+            closing, text, _ = after.partition(ASSISTANT)
+            tags = [*TAG.finditer(before), *template.special.finditer(before)]
+            if thought and text and tags and closing.strip():
+                opened = before[max(tags, key=lambda tag: (tag.end(), -tag.start())).start() :].strip()
+                bare = template.attempt([ask, {"role": "assistant", "content": ASSISTANT}]).partition(ASSISTANT)[0]
+                empty = bare[bare.rfind(opened) :] if opened in bare and closing.strip() in bare else ""
+                return Thought(opened, closing.strip(), closing, empty, True)
+        return Thought()
+
+    def opened(self, text: str) -> str:
+        """What a prompt's end has printed of a thought that it opens and does not close; "" for none."""
+        return text[text.rfind(self.open) :] if text.rstrip().endswith(self.open) else ""
+
+    def closes(self, text: str) -> bool:
+        return self.close in text
+
+    def closed(self, opened: str) -> str:
+        """What ends a thought at once that a prompt has opened with `opened`."""
+        if not self.printed:
+            return self.closing
+        if self.empty.startswith(opened):
+            return self.empty[len(opened) :]
+        return self.closing.lstrip()
 
 
 def common_prefix(one: str, other: str) -> int:

@@ -200,7 +200,7 @@ class _Conversation:
                 closing = MARKS.split(self.render([*before_turn, plain, *next_marked]).partition(mark)[2])[0]
                 if not shown.startswith(closing, end):
                     closing = ""
-                return start, end + _to_stop(template, closing, closing if not later else "")
+                return start, end + up_to_end_token(template, closing, closing if not later else "")
         raise TemplateError(f"the chat template prints message {index + 1} so that its place is not certain")
 
     def own_opening(self, index: int, opening: str) -> int:
@@ -236,11 +236,11 @@ class _Conversation:
         closing: the template text up to the next piece.
         """
         if any(stop in closing for stop in self.template.stops):
-            return _to_stop(self.template, closing, "")
+            return up_to_end_token(self.template, closing, "")
         kinds = {min(kind, CALLS) for kind in piece.kinds}
         alone = {key: value for key, value in self.marked[piece.index].items() if key in KEPT or kind_of(key) in kinds}
         own = MARKS.split(self.render([*self.marked[: piece.index], {"content": "", **alone}]))[-1]
-        return _to_stop(self.template, closing, own[piece.quoted :])
+        return up_to_end_token(self.template, closing, own[piece.quoted :])
 
     def lost(self, pieces: list[_Piece]) -> Iterator[Damage]:
         """What the marked render does not show."""
@@ -264,7 +264,7 @@ class _Conversation:
                 yield Damage("thinking", index, f"the template drops the thinking of {name}")
 
 
-def _to_stop(template: Template, closing: str, own: str) -> int:
+def up_to_end_token(template: Template, closing: str, own: str) -> int:
     """Length of `closing` up to and with the end-of-turn token. Where another token ends the turn (a tool call's, say):
     of what the template prints before anything follows, `own`.
     """
