@@ -72,6 +72,7 @@ CONVERSATIONS: dict[str, tuple[Messages, bool]] = {
         ],
         True,
     ),
+    "a call last": ([user("USR0?"), answer("ANS1."), user("USR2?"), answer("", "", call(1, x="ARG3"))], True),
     "text beside a call": (
         [user("USR0?"), answer("First ANS1.", "", call(1, x="ARG1")), result(1, "RES2"), answer("ANS3.")],
         True,

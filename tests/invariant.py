@@ -178,6 +178,10 @@ class _Proof:
         else:
             self.counts["turns printed otherwise"] += 1
             self.apart(at, asked, canonical, text)
+            if run.ids[run.start - 1] not in self.tokenizer.added_tokens_decoder:
+                follows = self.decode(run.ids[: run.end])[len(self.decode(run.ids[: run.start])) :]
+                if follows != text and " " + text not in canonical:
+                    self.say(f"turn {at} has a blank before its targets that no text has: {follows!r}")
             self.tail(at, run, self.up_to_end(at, canonical)[1])
 
     def same(self, at: int, asked: str, expected: str, run: Run) -> None:
@@ -213,10 +217,9 @@ class _Proof:
         short = [word for word in own if seen[word] < own.count(word)]
         if short and not kinds:
             self.say(f"turn {at} does not train {', '.join(short)}: {text!r}")
-        thought = set(WORD.findall(thought_of(self.messages[at])))
-        lost = [word for word in own if word in thought] if kinds == {"thinking"} else own
-        if kinds & {"content", "calls", "thinking"} and lost and not short:
+        if kinds & {"content", "calls", "thinking"} and not short and len(group) == 1 and self.shown(at, text):
             self.say(f"turn {at} is called damaged ({', '.join(sorted(kinds))}), but is printed whole")
+        thought = set(WORD.findall(thought_of(self.messages[at])))
         for word in own:
             if seen[word] > own.count(word):
                 self.say(f"turn {at} trains {word} {seen[word]} times")
@@ -226,6 +229,13 @@ class _Proof:
         ):
             self.say(f"turn {at} has its thought behind its text: {text!r}")
 
+    def shown(self, at: int, text: str) -> bool:
+        """Whether a turn's targets hold its content, its thought and its calls to the letter."""
+        message = self.messages[at]
+        names = Counter(call["function"]["name"] for call in message.get("tool_calls") or [])
+        parts = [str(message.get(key) or "").strip() for key in ("content", *THOUGHTS)]
+        return all(part in text for part in parts) and all(text.count(name) >= n for name, n in names.items())
+
     def apart(self, at: int, asked: str, canonical: str, text: str) -> None:
         """A turn whose canonical text does not begin with the asked prompt: prompt, and then the turn's own text."""
         message = self.messages[at]
@@ -234,28 +244,38 @@ class _Proof:
         after = text
         if opened:
             before, closing, after = text.partition(OPENINGS[opened])
+            if thought and OPENINGS[opened] in thought and text.startswith(thought):
+                before, after = thought, text[len(thought) :].partition(OPENINGS[opened])[2]
             if not closing:
                 self.say(f"turn {at} never closes the thought that the prompt opens: {text!r}")
-            if before.strip() != thought and ("thinking", at) not in self.damage:
+            own = str(message.get("content") or "").partition(OPENINGS[opened])[0]  # in the row's own spelling
+            if self.plain(before) not in (self.plain(thought), self.plain(own)) and ("thinking", at) not in self.damage:
                 self.say(f"turn {at} has the thought {before!r}, not {thought!r}")
         printed, _ = self.up_to_end(at, canonical)
-        if not printed.endswith(after.lstrip()):
+        if not self.plain(printed).endswith(self.plain(after.lstrip())):
             self.say(f"turn {at} ends with {after!r}, the template's text with {printed[-80:]!r}")
-        request = asked[len(self.render(self.messages[:at]) or "") :]
-        header = re.match(r"\s*<[^<>\s]*>", request)
+        header = re.match(
+            r"\s*<[^<>\s]*>", (self.render([NEXT], prompt=True) or "").removeprefix(self.render([NEXT]) or "")
+        )
         several = any(sign in canonical for sign in SEVERAL)
         if header and not several and header.group().strip() in text and header.group() not in str(message):
             self.say(f"turn {at} trains a header: {text!r}")
-        if not message.get("tool_calls") and (opened or thought):
+        if opened and not message.get("tool_calls") and ("thinking", at) not in self.damage:
             self.read_back(at, asked, opened, text)
 
     def read_back(self, at: int, asked: str, opened: str, text: str) -> None:
         """A later prompt prints what the model produced as it prints the row's turn."""
-        end = next((token for token in (*self.options.ends, *self.options.stops) if text.endswith(token)), "")
-        said = {"role": "assistant", "content": (opened + "\n" if opened else "") + text.removesuffix(end)}
+        ends = [*self.options.ends, *self.options.stops]
+        end = next((end for token in ends for end in (token, token.replace("▁", " ")) if text.endswith(end)), "")
+        body = text.removesuffix(end)
+        if self.plain(body) == self.plain(str(self.messages[at]["content"])):
+            return  # the row has it as a server returns it
+        said = {"role": "assistant", "content": f"{opened}\n{body}"}
         before = self.messages[:at]
         as_row, as_said = (self.render([*before, one, NEXT], prompt=True) for one in (self.messages[at], said))
-        if as_row is not None and "".join(as_row.split()) != "".join((as_said or "").split()):
+        if as_row is None or self.plain(as_row) == self.plain(as_said or ""):
+            return
+        if ("not read back", at) not in self.kinds:
             self.say(f"turn {at} is read back otherwise: {as_said and as_said[-120:]!r}, not {as_row[-120:]!r}")
 
     def unasked(self, at: int, other: list[Run]) -> bool:
@@ -305,6 +325,10 @@ class _Proof:
             )
         except Exception:  # templates fail in as many ways as there are templates
             return None
+
+    def plain(self, text: str) -> str:
+        """Without whitespace; and without the blanks that some tokenizers put in, or print as blanks."""
+        return "".join(text.replace("▁", " ").split())
 
     def text(self, run: Run) -> str:
         return self.decode(run.ids[run.start : run.end])

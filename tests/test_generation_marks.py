@@ -37,7 +37,6 @@ REASONS = {
         | {"<|start|>assistant<|channel|>final<|message|>", "<|start|>assistant to=user<|message|>"},
     ),
     "calls end": ("ours", {"<|tool_response>"}),  # what ends Gemma 4's turn of calls is left to the result by them
-    "stop": ("ours", {"<|user|>", "<|observation|>"}),  # no render prints what ends GLM's last turn
 }
 HYBRID = {"blank", "opened", "answer first"}
 KNOWN: dict[str, set[str]] = {
@@ -46,7 +45,7 @@ KNOWN: dict[str, set[str]] = {
     "deepseekv3": {"header"},
     "diffusion_gemma": {"blank", "calls end"},
     "gemma": {"blank"},
-    "glm4moe": {"answer first", "stop"},
+    "glm4moe": {"answer first"},
     "gptoss": {"header", "answer first"},
     "idefics3": set(),
     "lfm2": {"blank"},
