@@ -243,10 +243,11 @@ class _Proof:
         thought = thought_of(message).strip()
         after = text
         if opened:
-            before, closing, after = text.partition(OPENINGS[opened])
-            if thought and OPENINGS[opened] in thought and text.startswith(thought):
-                before, after = thought, text[len(thought) :].partition(OPENINGS[opened])[2]
-            if not closing:
+            closing = OPENINGS[opened]
+            parts = text.split(closing)
+            own_tags = thought.count(closing)  # a thought may speak of the tag
+            before, after = closing.join(parts[: own_tags + 1]), closing.join(parts[own_tags + 1 :])
+            if len(parts) == 1:
                 self.say(f"turn {at} never closes the thought that the prompt opens: {text!r}")
             own = str(message.get("content") or "").partition(OPENINGS[opened])[0]  # in the row's own spelling
             if self.plain(before) not in (self.plain(thought), self.plain(own)) and ("thinking", at) not in self.damage:
@@ -282,7 +283,7 @@ class _Proof:
         """A turn that nothing can ask for, trained as the whole rendering has it; its run is taken out of `other`."""
         own = set(words(self.messages[at]))
         for run in other:
-            if own & set(WORD.findall(self.text(run))) or not own:
+            if own & set(WORD.findall(self.text(run))) or not own or self.lost(at):
                 other.remove(run)
                 self.pieces(at, [at], self.text(run))
                 if ("unasked", at) not in self.kinds:
