@@ -68,7 +68,8 @@ class DataSection(Section):
     train_on: Literal["all", "last"] = Field("all", description="supervise every assistant turn, or only the last")
     expand_turns: Literal["auto", "all", "none"] = Field(
         "auto",
-        description="one example per assistant turn: where the template strips earlier thinking, always, or never",
+        description="auto: turns share an example where each stands in it as it is asked for; "
+        "all: every turn has its own; none: a row is rendered once, and earlier turns may stand behind other prompts",
     )
     on_damage: Literal["error", "drop", "keep"] = Field(
         "error", description="rows of which the template drops something: stop, leave them out, or train on the rest"

@@ -74,16 +74,27 @@ def _renderer(model: str, config: Config) -> tuple[Path, Renderer]:
 def _as_json(tokenizer: Any, row: Row) -> dict[str, Any]:
     part = {"part": row.part} if row.part else {}
     damage = {"damage": [found.text for found in row.damage]} if row.damage else {}
+    kinds = {"kinds": [[kind, message + 1] for kind, message in row.kinds]} if row.kinds else {}
     if row.example is None:
-        return {"row": row.record.row, **part, "dropped": row.dropped, **damage}
-    ids = row.example.ids
+        return {"row": row.record.row, **part, "dropped": row.dropped, **damage, **kinds}
+    ids = [int(token) for token in row.example.ids]
     text = row.text if not row.shortened else tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return {"row": row.record.row, **part, "ids": ids, "mask": row.example.mask.tolist(), "text": text, **damage}
+    return {
+        "row": row.record.row,
+        **part,
+        "ids": ids,
+        "mask": row.example.mask.tolist(),
+        "text": text,
+        **damage,
+        **kinds,
+    }
 
 
 def _print(out: Console, tokenizer: Any, row: Row) -> None:
     import numpy as np
     from rich.text import Text
+
+    from mlxtune.data.asked import KINDS
 
     if row.example is None:
         out.print(Text(f"{row.place}: dropped ({row.dropped})", style="bold red"))
@@ -93,6 +104,8 @@ def _print(out: Console, tokenizer: Any, row: Row) -> None:
     out.print(Text(f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}", style="bold"))
     for damage in row.damage:
         out.print(Text(f"damage: {damage.text}", style="bold red"))
+    for kind, message in row.kinds:
+        out.print(Text(f"message {message + 1}: {KINDS[kind]}", style="yellow"))
     body = Text()
     for supervised, run in groupby(range(len(ids)), key=mask.__getitem__):
         text = tokenizer.decode([ids[index] for index in run], clean_up_tokenization_spaces=False)

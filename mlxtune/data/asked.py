@@ -35,17 +35,17 @@ from mlxtune.data.turns import Damage, up_to_end_token
 
 # What is to be told of a turn. The key is kept with the row; the words are for people.
 KINDS = {
-    "joined": "answers in a row that the template prints as one turn: trained as one",
-    "joined, untrained": "answers joined into one turn of which one has weight 0: not trained",
-    "unasked": "turns that nothing asks for: trained as the whole conversation prints them",
-    "no request": "turns of a template that has no way to ask: their header stays prompt",
-    "thought closed": "turns without a thought where the prompt opens one: trained to close it",
-    "thought kept": "thoughts that the template drops where the prompt opens one: trained",
-    "not read back": "turns that the template does not read back as the row has them: trained all the same",
-    "context differs": "turns whose context is printed otherwise once they are there: trained behind their prompt",
-    "stop added": "turns ended with the stop token that no rendering prints behind the last one",
-    "apart": "turns whose first token would straddle the end of the prompt: tokenized apart from it",
-    "cut": "turns beyond data.max_tokens: not learned, or not their end",
+    "joined": "answers in a row that the template prints as one turn, trained as one",
+    "joined, untrained": "answers joined into one turn, not trained because one of them has weight 0",
+    "unasked": "a turn that no prompt asks for, trained as the whole conversation prints it",
+    "no request": "a turn of a template that has no way to ask for it: its header stays prompt",
+    "thought closed": "a turn without a thought behind a prompt that opens one, trained to close it",
+    "thought kept": "a thought that the template drops behind a prompt that opens one, trained",
+    "not read back": "a turn that the template does not read back as the row has it, trained all the same",
+    "context differs": "a turn before which the template prints another context once it is there, trained as asked",
+    "stop added": "a turn ended with the stop token that the template prints behind no last turn",
+    "apart": "a turn whose first token would straddle the end of its prompt, tokenized apart from it",
+    "cut": "a turn that data.max_tokens cuts off, whole or its end",
 }
 
 
@@ -232,13 +232,15 @@ class _Row(Conversation):
         shown = self.tail(whole, first, last)
         if own is None or asked is None or not own.after == asked.after == shown.after:
             raise self.uncertain(first)
-        if not shown.tail.startswith(own.opening) or not prompt.endswith(asked.tail):
+        if not prompt.endswith(asked.tail):
             raise self.uncertain(first)
-        header = self.template.shared_start(asked.tail, own.opening)
+        # A content may make the template print another opening than it does for a mark (Nemotron looks for tags in it).
+        as_marked = shown.tail.startswith(own.opening)
+        header = self.template.shared_start(asked.tail, own.opening if as_marked else shown.tail)
         surplus, rest = asked.tail[header:], shown.tail[header:]
         message, form = self.messages[first], self.template.thought
         thought = _thought_of(message)
-        shows_thought = self.marks[first][THINKING] in own.marks
+        shows_thought = self.marks[first][THINKING] in own.marks if as_marked else thought.strip() in rest
         if thought and shows_thought and form.closes(surplus):
             return None
         opened = form.opened(surplus)

@@ -17,6 +17,7 @@ import numpy as np
 from mlxtune.data.template import Template
 
 REMEMBERED = 10_000  # short pieces of text whose tokens are kept
+AT_ONCE = 1_000_000  # characters that are tokenized together
 SENTINELS = ("\n", ";", "a", "0", "=")  # put before a target to see its tokens inside a text
 
 
@@ -57,10 +58,18 @@ class Borders:
         self._pieces: dict[str, list[int]] = {}
 
     def tokens(self, texts: list[str]) -> list[Tokens]:
-        if not texts:
-            return []
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True).encodings
-        return [Tokens(text, one, self._specials) for text, one in zip(texts, encoded, strict=True)]
+        """Of each text by itself. The library's own objects take some 200 bytes a token, so they are few at a time."""
+        out: list[Tokens] = []
+        while len(out) < len(texts):
+            some, characters = [], 0
+            for text in texts[len(out) :]:
+                some.append(text)
+                characters += len(text)
+                if characters > AT_ONCE:
+                    break
+            encoded = self.tokenizer(some, add_special_tokens=False, return_offsets_mapping=True).encodings
+            out += [Tokens(text, one, self._specials) for text, one in zip(some, encoded, strict=True)]
+        return out
 
     def ids(self, text: str) -> list[int]:
         """The tokens of a text by itself."""
@@ -94,8 +103,8 @@ class Borders:
         return first + len(alone)
 
     def apart(self, target: str) -> list[int]:
-        """The tokens of a target whose first token would otherwise straddle the end of its prompt. A tokenizer may put a
-        blank before a text by itself, so the target is looked at behind another character.
+        """The tokens of a target whose first token would otherwise straddle the end of its prompt. A tokenizer may put
+        a blank before a text by itself, so the target is looked at behind another character.
         """
         if self.template.special.match(target):
             return self.ids(target)

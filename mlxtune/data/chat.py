@@ -62,7 +62,7 @@ def weight(message: dict[str, Any]) -> int:
 
 def repaired(template: Template, messages: Messages) -> Messages:
     """The messages as the template can print them, where that is certain: absent content becomes empty, text parts are
-    joined, and tool-call arguments take the form (object or JSON text) that the template prints once and not twice.
+    joined, and tool-call arguments take the form (object or JSON text) that the template prints as it should be.
     """
     return [_repaired(template, message) for message in messages]
 
@@ -79,12 +79,24 @@ def _repaired(template: Template, message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _repaired_call(template: Template, call: dict[str, Any]) -> dict[str, Any]:
-    given = arguments = call.get("function", call).get("arguments")
-    if isinstance(arguments, str) and template.encodes_text_arguments is not False:
-        arguments = parsed_arguments(arguments)
-    elif isinstance(arguments, dict) and template.takes_text_arguments_only:
-        arguments = json.dumps(arguments, ensure_ascii=False)
+    given = call.get("function", call).get("arguments")
+    arguments = parsed_arguments(given)
+    if not isinstance(arguments, dict):
+        return call
+    if template.arguments_form == "text":
+        once = isinstance(given, str) and _decodes_to_object(given)
+        return call if once else with_arguments(call, json.dumps(arguments, ensure_ascii=False))
+    if template.arguments_form == "either" and isinstance(given, str) and _decodes_to_object(given):
+        return call
     return call if arguments is given else with_arguments(call, arguments)
+
+
+def _decodes_to_object(text: str) -> bool:
+    """Whether JSON text holds an object, and not a text that was encoded once more."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def parsed_arguments(given: Any) -> Any:

@@ -10,7 +10,7 @@ with thoughts, the first two in one stretch of tool use (its template drops thou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 
 from mlxtune.data import chat, turns
 from mlxtune.data.asked import AskedTurn, asked_turns
-from mlxtune.data.borders import Borders, Tokens
+from mlxtune.data.borders import AT_ONCE, Borders, Tokens
 from mlxtune.data.chat import Example
 from mlxtune.data.files import Bad, place
 from mlxtune.data.records import Record
@@ -81,6 +81,10 @@ class _Sheet:
     drafts: list[_Draft] = field(default_factory=list)
     conversation: bool = False  # made of asked turns
 
+    @property
+    def characters(self) -> int:
+        return len(self.whole) + sum(len(turn.prompt) + len(turn.target) for turn in self.waiting)
+
 
 class Renderer:
     """Makes examples with one tokenizer and one set of options."""
@@ -102,14 +106,31 @@ class Renderer:
             self._borders = Borders(self.tokenizer, template)
         return self._borders
 
-    def rows(self, records: Sequence[Record | Bad]) -> list[Row]:
-        """The examples of some records, tokenized together."""
-        sheets = [self._sheet(record) for record in records]
-        self._settle([sheet for sheet in sheets if sheet.conversation])
+    def rows(self, records: Iterable[Record | Bad]) -> list[Row]:
+        """All examples of some records, in their order."""
+        return list(self.stream(records))
+
+    def stream(self, records: Iterable[Record | Bad]) -> Iterator[Row]:
+        """The same, one after the other: a record of many turns can have many long examples, so only as many records
+        are tokenized together as have AT_ONCE characters.
+        """
+        sheets: list[_Sheet] = []
+        characters = 0
+        for record in records:
+            sheets.append(self._sheet(record))
+            characters += sheets[-1].characters
+            if characters > AT_ONCE:
+                yield from self._made(sheets)
+                sheets, characters = [], 0
+        yield from self._made(sheets)
+
+    def _made(self, sheets: list[_Sheet]) -> Iterator[Row]:
+        self._settle(sheets)
         others = [sheet for sheet in sheets if not sheet.conversation and not sheet.dropped]
         made = chat.tokenized_all(self.tokenizer, [one.whole for one in others], [one.spans for one in others])
         rendered = {id(sheet): example for sheet, example in zip(others, made, strict=True)}
-        return [row for sheet in sheets for row in self._finished(sheet, rendered.get(id(sheet)))]
+        for sheet in sheets:
+            yield from self._finished(sheet, rendered.get(id(sheet)))
 
     # What is to be trained.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlxtune.data.rendering import Print, prepared, printer
 from mlxtune.errors import UserError
@@ -87,8 +87,8 @@ class Template:
 
         A worked example, Phi-3: behind the last answer it prints `<|end|>\\n<|endoftext|>`, between an answer and the
         next question `<|end|>\\n<|user|>\\n`. Both begin with `<|end|>\\n`, so `<|end|>` is what ends a turn wherever
-        it stands; `<|endoftext|>` only ends the text. The original Llama 3 always prints the next header as well, so that
-        both begin with `<|eot_id|><|start_header_id|>`: tokens that begin a message end none.
+        it stands; `<|endoftext|>` only ends the text. The original Llama 3 always prints the next header as well, so
+        that both begin with `<|eot_id|><|start_header_id|>`: tokens that begin a message end none.
         """
         ask: dict[str, Any] = {"role": "user", "content": USER}
         answer: dict[str, Any] = {"role": "assistant", "content": ASSISTANT}
@@ -226,15 +226,17 @@ class Template:
         return shared
 
     @cached_property
-    def encodes_text_arguments(self) -> bool | None:
-        """Whether tool-call arguments given as JSON text are printed encoded once more. None: they are refused."""
-        shown = self._call_probe(USER + '"' + NEXT)
-        return None if USER not in shown else USER + '"' + NEXT not in shown
-
-    @cached_property
-    def takes_text_arguments_only(self) -> bool:
-        """Whether tool-call arguments must be JSON text: an object is refused."""
-        return self.encodes_text_arguments is False and USER not in self._call_probe({USER: NEXT})
+    def arguments_form(self) -> Literal["object", "text", "either"]:
+        """The form in which tool-call arguments are printed as they should be. text: JSON text alone, an object is
+        refused; either: both are printed alike; object: text would come out otherwise (encoded once more, say).
+        """
+        as_object, as_text = (
+            self._call_probe({USER: NEXT}),
+            self._call_probe(json.dumps({USER: NEXT}, ensure_ascii=False)),
+        )
+        if USER in as_object and NEXT in as_object:
+            return "either" if as_object == as_text else "object"
+        return "text" if f'"{USER}": "{NEXT}"' in as_text else "object"
 
     def _call_probe(self, arguments: Any) -> str:
         call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": arguments}}

@@ -101,6 +101,7 @@ class _Conversation:
         assistants = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
         if not places:
             out.spans = sorted(((index, *self.apart(index)) for index in assistants), key=lambda span: span[1:])
+            self.prove(out.spans)
             return out
         seen: set[int] = set()
         ends = [0, *(end for _, end in places)]
@@ -114,6 +115,20 @@ class _Conversation:
                 out.spans.append((piece.index, start, end))
                 seen.add(piece.index)
         return out
+
+    def prove(self, spans: list[tuple[int, int, int]]) -> None:
+        """Raise TemplateError unless every text of a context message is shown to stand outside the spans: by place, in
+        a rendering in which these texts are marks and the turns are as they are.
+        """
+        context = [message["role"] != "assistant" for message in self.messages]
+        mixed = zip(context, self.marked, self.messages, strict=True)
+        pieces = self.pieces(self.render([marked if other else real for other, marked, real in mixed]))
+        places = self.walk(pieces)
+        shown = any(message["content"] for other, message in zip(context, self.messages, strict=True) if other)
+        for index, start, end in spans:
+            inside = any(place < end and start < until for place, until in places if place < until)
+            if inside or (shown and not places):
+                raise TemplateError(f"the chat template prints message {index + 1} so that its place is not certain")
 
     def pieces(self, marked: str) -> list[_Piece]:
         """The messages in the order in which the template prints them."""
@@ -185,7 +200,7 @@ class _Conversation:
             shown = self.text if later else template.text(self.messages[: index + 1], self.tools)
             before, found, after = self.render([*before_turn, plain, *later]).partition(mark)
             known = common_prefix(shown, earlier)
-            start = header = common_prefix(shown, before)
+            start = header = template.shared_start(shown, before)
             if asked and shown.startswith(asked):
                 start = len(asked)
             elif template.request and (place := shown.find(template.request, known, header)) >= 0:
@@ -224,7 +239,7 @@ class _Conversation:
             plain = self.render([*before, {"role": "assistant", "content": ASSISTANT}])
             header = MARKS.split(plain.partition(ASSISTANT)[0])[-1] if ASSISTANT in plain else opening
             return common_prefix(header, opening)
-        shared = common_prefix(asked, opening)
+        shared = self.template.shared_start(asked, opening)
         request = asked[common_prefix(silent, asked) :]
         if shared < len(asked) and request in opening:
             return opening.rindex(request) + len(request)  # the turn before ends otherwise when another follows it
