@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 Messages = list[dict[str, Any]]
+
+WORD = re.compile(r"[A-Z]{3}\d+")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 TOOL = {
     "type": "function",
@@ -44,6 +48,22 @@ def call(number: int, **arguments: Any) -> dict[str, Any]:
 
 def result(number: int, content: str) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": f"call{number:05d}", "name": "look", "content": content}
+
+
+def words(value: Any) -> list[str]:
+    """The words in all texts of a message, but for what only names a call."""
+    if isinstance(value, str):
+        return WORD.findall(value)
+    if isinstance(value, dict):
+        return [word for key, item in value.items() if key not in ("id", "tool_call_id") for word in words([key, item])]
+    return [word for item in value for word in words(item)] if isinstance(value, list) else []
+
+
+def thought_of(message: dict[str, Any]) -> str:
+    """The thought, from its own key or from a content that holds the closing tag."""
+    own = next((message[key] for key in THOUGHTS if str(message.get(key) or "").strip()), "")
+    before, closing, _ = str(message.get("content") or "").rpartition("</think>")
+    return str(own) or (before.rpartition("<think>")[2] if closing else "")
 
 
 # name: (messages, with tools)

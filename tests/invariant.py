@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from conversations import THOUGHTS, WORD, Messages, thought_of, words
+
 from mlxtune.data import chat
 
-WORD = re.compile(r"[A-Z]{3}\d+")
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 OPENINGS = {"<think>": "</think>", "<|channel>thought": "<channel|>"}  # what opens a thought: what closes it
 SEVERAL = ("<|channel|>", "to=")  # templates of which one turn holds several messages, with headers of their own
 NEXT = {"role": "user", "content": "And then?"}
-
-Messages = list[dict[str, Any]]
 
 
 @dataclass
@@ -34,6 +32,7 @@ class Options:
     stops: tuple[str, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     train_on: str = "all"
+    shared: bool = True  # whether turns share examples where they can, or none does
 
 
 @dataclass
@@ -53,22 +52,6 @@ def runs_of(row: Any) -> list[Run]:
     mask = [0, *(int(flag) for flag in row.example.mask), 0]
     edges = [at for at in range(1, len(mask)) if mask[at] != mask[at - 1]]
     return [Run(row, start - 1, end - 1) for start, end in zip(edges[::2], edges[1::2], strict=True)]
-
-
-def words(value: Any) -> list[str]:
-    """The words in all texts of a message, but for what only names a call."""
-    if isinstance(value, str):
-        return WORD.findall(value)
-    if isinstance(value, dict):
-        return [word for key, item in value.items() if key not in ("id", "tool_call_id") for word in words([key, item])]
-    return [word for item in value for word in words(item)] if isinstance(value, list) else []
-
-
-def thought_of(message: dict[str, Any]) -> str:
-    """The thought, from its own key or from a content that holds the closing tag."""
-    own = next((message[key] for key in THOUGHTS if message.get(key)), "")
-    before, closing, _ = str(message.get("content") or "").rpartition("</think>")
-    return str(own) or (before.rpartition("<think>")[2] if closing else "")
 
 
 def violations(
@@ -119,9 +102,20 @@ class _Proof:
                 other.append(run)
         for at in self.answers:
             self.turn(at, asked[at], found[at], found, other, bool(refused))
+        self.sharing([run for own in found.values() for run in own[:1]])
         for run in other:
             self.say(f"targets {self.text(run)!r} behind {self.decode(run.ids[: run.start])[-60:]!r}, asked by nothing")
         return self.wrong
+
+    def sharing(self, runs: list[Run]) -> None:
+        """No turn has an example of its own where a later one's has its prompt and its targets; or each has its own."""
+        if not self.options.shared and len({id(run.row) for run in runs}) < len(runs):
+            self.say("turns share an example")
+        alone = [run for run in runs if not any(run.row.example.mask[run.end :])] if self.options.shared else []
+        for run in alone:
+            for later in runs:
+                if run.end <= later.start and run.row is not later.row and later.ids[: run.end] == run.ids[: run.end]:
+                    self.say(f"targets {self.text(run)!r} could share the example of {self.text(later)!r}")
 
     def turn(
         self, at: int, asked: Any, own: list[Run], found: dict[int, list[Run]], other: list[Run], refused: bool
@@ -180,7 +174,7 @@ class _Proof:
             self.apart(at, asked, canonical, text)
             if run.ids[run.start - 1] not in self.tokenizer.added_tokens_decoder:
                 follows = self.decode(run.ids[: run.end])[len(self.decode(run.ids[: run.start])) :]
-                if follows != text and " " + text not in canonical:
+                if follows != text and " " + text.split("\n")[0] not in canonical + str(self.messages[at]):
                     self.say(f"turn {at} has a blank before its targets that no text has: {follows!r}")
             self.tail(at, run, self.up_to_end(at, canonical)[1])
 

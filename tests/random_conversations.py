@@ -129,10 +129,10 @@ class Draw:
         return self.messages
 
 
-def options_of(name: str, **kwargs: Any) -> Options:
-    """What is known of a published template. GLM alone prints no token that ends its last turn."""
+def options_of(name: str, kwargs: dict[str, Any], **more: Any) -> Options:
+    """What the oracle is to know of a published template. GLM alone prints no token that ends its last turn."""
     stops = ("<|user|>", "<|observation|>") if name.startswith("glm") else ()
-    return Options(published.ends_of(name), stops, kwargs)
+    return Options(published.ends_of(name), stops, kwargs, **more)
 
 
 def rendered(tokenizer: Any, messages: Messages, tools: Any, kwargs: dict[str, Any], **section: Any) -> list[Row]:
@@ -152,7 +152,7 @@ def draw(rnd: random.Random, names: list[str]) -> Case:
 def tried(case: Case, counts: Counter[str]) -> list[str]:
     """What is wrong with a case; a traceback is wrong too."""
     tokenizer = published.tokenizer(case.name, case.kind, case.thinks)
-    options: Options = options_of(case.name, **case.kwargs)
+    options = options_of(case.name, case.kwargs)
     counts["conversations"] += 1
     try:
         rows = rendered(tokenizer, case.messages, case.tools, case.kwargs)

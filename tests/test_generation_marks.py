@@ -28,7 +28,8 @@ REASONS = {
     # A turn of calls alone, which the template drops: ours is named as damaged, theirs is an empty answer.
     "no calls": (
         "theirs",
-        {"<|im_end|>\n", "<|eot_id|>", "<|end|>\n", "<｜Assistant｜><｜end▁of▁sentence｜>"}
+        {"<|im_end|>\n", "<|eot_id|>", "<|end|>\n", "<|end|>\n<|endoftext|>", "<end_of_turn>\n"}
+        | {"<|END_OF_TURN_TOKEN|>", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "<｜Assistant｜><｜end▁of▁sentence｜>"}
         | {"<｜tool▁outputs▁end｜><｜end▁of▁sentence｜>"},
     ),
     "answer first": (  # nothing asks for it: its opening is prompt, as the template prints it for a plain answer
@@ -40,11 +41,11 @@ REASONS = {
 }
 HYBRID = {"blank", "opened", "answer first"}
 KNOWN: dict[str, set[str]] = {
-    "cohere": set(),
+    "cohere": {"no calls"},
     "deepseek_r1_distill": {"header", "no calls"},
     "deepseekv3": {"header"},
     "diffusion_gemma": {"blank", "calls end"},
-    "gemma": {"blank"},
+    "gemma": {"blank", "no calls"},
     "glm4moe": {"answer first"},
     "gptoss": {"header", "answer first"},
     "idefics3": set(),

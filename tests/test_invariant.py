@@ -64,7 +64,8 @@ def proved(name: str, conversation: str, fault: Callable[[list[Row]], Any] = lam
     tools = [TOOL] if with_tools else None
     rows = by_the_rule(name, messages, tools)
     fault(rows)
-    return "\n".join(violations(published.tokenizer(name), messages, tools, options_of(name), rows))
+    known = options_of(name, {}, shared=False)
+    return "\n".join(violations(published.tokenizer(name), messages, tools, known, rows))
 
 
 @pytest.mark.parametrize(("name", "conversation"), CASES)
@@ -168,7 +169,7 @@ def test_a_turn_that_the_template_prints_otherwise_is_judged_by_what_it_says(
         messages[1]["reasoning_content"] = thought
     tokenizer = published.tokenizer(name)
     rows = [Row(put_together(tokenizer, [prompt, text + end]))]
-    found = "\n".join(violations(tokenizer, messages, None, options_of(name), rows))
+    found = "\n".join(violations(tokenizer, messages, None, options_of(name, {}), rows))
     assert wrong in found
     assert bool(wrong) == bool(found)
 
