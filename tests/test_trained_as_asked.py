@@ -30,7 +30,7 @@ def proved(
 NEEDLESS = "turns refused that the template asks for and prints"
 # Templates that want lists of parts, not texts: nothing of any conversation is printed.
 NO_TEXTS = ("idefics3", "llava_next", "smolvlm")
-# Turns that no example trains, of 53: in rows that the template refuses, or dropped by it. All others train all of them.
+# Turns that no example trains, of 53: their rows are refused, or the template drops them. The others train all turns.
 REFUSED = {
     **dict.fromkeys(("cohere", "cohere2", "gemma3"), 21),  # no tools, and roles must alternate
     "gemma": 23,  # nor a system message
