@@ -73,6 +73,8 @@ ROWS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
         (r"train.jsonl line 8: the text holds half a character ('\ud83d')",),
     ),
     "an empty file": ("train.jsonl", b"", ("train.jsonl: no rows", "Each line of a .jsonl file is one example.")),
+    "an empty list": ("train.json", b"[]", ("train.json: no rows", "A .json file holds a list of examples.")),
+    "a header alone": ("train.csv", b"prompt,completion\n", ("train.csv: no rows", "first line names the columns")),
     "blank lines": ("train.jsonl", b"\n \n\n", ("train.jsonl: no rows",)),
     "a binary file": (
         "train.jsonl",
@@ -82,7 +84,7 @@ ROWS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     "an unknown suffix": (
         "train.txt",
         b"hello",
-        ("train.txt: unknown file type .txt", "Allowed: .jsonl, .json, .csv, .parquet."),
+        ("train.txt: unknown file type .txt", "Allowed: .jsonl, .json, .csv, .tsv, .parquet."),
     ),
     "a truncated .json": (
         "train.json",
@@ -104,6 +106,41 @@ ROWS: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
         "train.csv",
         b"prompt,completion\na,b\nc,d,e\n",
         ("train.csv row 2: more fields than the header has", "quote the fields that hold a comma"),
+    ),
+    "a JSON array in a .jsonl": (
+        "train.jsonl",
+        json.dumps([json.loads(line) for line in LINES], indent=2).encode(),
+        ("train.jsonl: this is one JSON array, not JSON Lines", "Name it train.json."),
+    ),
+    "an array on one line of a .jsonl": (
+        "train.jsonl",
+        f"[{', '.join(LINES)}]\n".encode(),
+        ("train.jsonl: this is one JSON array, not JSON Lines", "Name it train.json."),
+    ),
+    "objects over several lines of a .jsonl": (
+        "train.jsonl",
+        "\n".join(json.dumps(json.loads(line), indent=1) for line in LINES).encode(),
+        ("train.jsonl: its JSON objects go over several lines", "Write each on one line"),
+    ),
+    "a list in each line of a .jsonl": (
+        "train.jsonl",
+        b'[{"text": "a"}]\n[{"text": "b"}]\n',
+        ("2 of 2 rows", "line 1, 2: expected a JSON object, found list"),
+    ),
+    "rows inside of a key": (
+        "train.json",
+        f'{{"version": 1, "data": [{LINES[0]}]}}'.encode(),
+        ("train.json row 1: no known row format has the keys version, data", "The rows are inside `data`"),
+    ),
+    "UTF-16 that does not say so": (
+        "train.jsonl",
+        LINES[0].encode("utf-16-le"),
+        ("train.jsonl: not UTF-8: a NUL byte", "Save it as UTF-8."),
+    ),
+    "a field too many between semicolons": (
+        "train.csv",
+        b"prompt;completion\na;b\nc;d;e\n",
+        ("train.csv row 2: more fields than the header has; quote the fields that hold a semicolon",),
     ),
     "a CSV quote never closed": ("train.csv", b'prompt,completion\na,"b\n', ("train.csv: not a CSV file",)),
 }
@@ -153,7 +190,7 @@ def test_a_missing_data_file_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_a_train_file_is_refused(tmp_path: Path) -> None:
     tiny.write_jsonl(tmp_path / "valid.jsonl", tiny.conversations(3))
     shown = tiny.mlxtune("data", "show", "--model", "model", "--data", tmp_path)
-    tiny.one_clear_line(shown, "has no train file", "Expected train.jsonl|.json|.csv|.parquet.")
+    tiny.one_clear_line(shown, "has no train file", "Expected train.jsonl|.json|.csv|.tsv|.parquet.")
 
 
 def test_one_row_without_an_answer_is_counted_and_named_while_the_others_train(mlx_model: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_columns_are_renamed(tokenizer: Any, tmp_path: Path) -> None:
         ({"instruction": "a", "output": None}, "output must be text, found nothing"),
         ({"instruction": "a", "instances": []}, "instances must be a non-empty list"),
         ({"prompt": ASKED[:1], "completion": "c"}, "completion must be a non-empty list of messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "message 1 (user) must have text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "message 1 (user) holds an image; text"),
     ],
 )
 def test_a_row_that_does_not_fit_its_format_says_what_is_wrong(

@@ -152,12 +152,15 @@ def check(
     splits: dict[str, checks.Split] = {}
     with report.progress(common.console()) as progress:
         for number, source in enumerate(config.data.mixture(), 1):
-            for split, files in sources.find(source, config.data.hub == "stream").items():
+            found = sources.find(source, config.data.hub == "stream")
+            for split, files in found.items():
                 name = split if config.data.sources is None else f"{split} {number}"
                 splits[name] = checks.Split(name, files[0].name, len(files) > 1)
-                read = chain.from_iterable(found.read() for found in files)
+                read = chain.from_iterable(file.read() for file in files)
                 rows = sources.with_template(read, renderer.tokenizer, folder, config.data.template)
                 checks.survey(splits[name], rows, renderer, progress(files[0].name))
+                if split == "train":
+                    splits[name].find_unused(sources.unused(found))
     for name, other in splits.items():
         for trained, train in splits.items():
             if trained.startswith("train") and not name.startswith("train"):

@@ -49,7 +49,8 @@ def draw(out: Console, told: dict[str, Any]) -> None:
         line = Text(f"{finding['severity']}: ", style=COLOURS[finding["severity"]])
         what = finding["what"].replace("rows", "row", 1) if finding["count"] == 1 else finding["what"]
         line.append(f"{finding['split']}: {finding['count']:,} {what}", style="default")
-        out.print(line + Text(f" (rows {rows})" if rows else "", style="dim"))
+        kind = "" if finding["code"] == "unused" else "rows "  # of files
+        out.print(line + Text(f" ({kind}{rows})" if rows else "", style="dim"))
         for reason, count in list(finding.get("reasons", {}).items())[:NAMED]:
             out.print(Text(f"    {count:,} x {reason}", style="dim"))
         out.print(Text(f"    -> {finding['fix']}", style="green"))

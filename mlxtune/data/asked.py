@@ -134,7 +134,10 @@ class _Row(Conversation):
         if whole.startswith(prompt):
             rest = whole[len(prompt) :]
             self.prove(whole, rest, first, last)
-            prompt, rest = self.with_header(prompt, rest, first, asked, kinds)
+            prompt, rest = self.with_header(prompt, rest, kinds)
+            opened = form.opened(prompt)
+            if opened and not self.thought_of(first) and own is not None and form.open not in own.opening:
+                rest = form.closed(opened) + opened + rest  # the tag behind the header is the content's own
             thought: str | None = None
         else:
             found = self.apart(prompt, whole, first, last, own, asked, kinds)
@@ -145,11 +148,11 @@ class _Row(Conversation):
         trailing = rest[len(target) :] if thought is None else ""
         if not self.template.end_of_turn and self.template.stops:
             header = self.template.header_that_ends(bool(self.messages[last].get("tool_calls")))
-            if header and not target.endswith(header):
+            if header:
                 target, trailing = target + header, ""
                 kinds.append("stop added")
         damage = (*self.lost_context(first), *self.lost_own(first, last, own, target, thought is not None))
-        if form.opened(prompt) and not _thought_of(self.messages[first]) and "thought closed" not in kinds:
+        if form.opened(prompt) and not self.thought_of(first) and "thought closed" not in kinds:
             kinds.append("thought closed")
         return AskedTurn(last, prompt, target, trailing, tuple(kinds), damage)
 
@@ -160,7 +163,8 @@ class _Row(Conversation):
         if not marked:
             return None
         mine = set("".join(self.marks[first : last + 1]))
-        found = list(MARKS.finditer(marked))
+        # A real text may hold private-use characters too; they are none of this conversation's marks.
+        found = [match for match in MARKS.finditer(marked) if match.group() in self.owner]
         others = [match for match in found if match.group() not in mine]
         start = others[-1].end() if others else 0
         own = [match for match in found if match.group() in mine and match.start() >= start]
@@ -206,7 +210,7 @@ class _Row(Conversation):
                 return False
         return rest[at:] == literals[-1]
 
-    def with_header(self, prompt: str, rest: str, first: int, asked: _Own | None, kinds: list[str]) -> tuple[str, str]:
+    def with_header(self, prompt: str, rest: str, kinds: list[str]) -> tuple[str, str]:
         """(prompt, rest) where the template may have no way to ask: a header that it prints before a turn stays prompt,
         unless it is but blanks, which the model produces.
         """
@@ -236,47 +240,52 @@ class _Row(Conversation):
             raise self.uncertain(first)
         # A content may make the template print another opening than it does for a mark (Nemotron looks for tags in it).
         as_marked = shown.tail.startswith(own.opening)
-        header = self.template.shared_start(asked.tail, own.opening if as_marked else shown.tail)
-        surplus, rest = asked.tail[header:], shown.tail[header:]
         message, form = self.messages[first], self.template.thought
-        thought = _thought_of(message)
+        thought = self.thought_of(first)
+        header = self.template.shared_start(asked.tail, own.opening if as_marked else shown.tail)
+        if not as_marked and not thought:  # a tag that the content begins with is not the one that the prompt opens
+            header = min(header, len(asked.tail) - len(form.opened(asked.tail)))
+        surplus, rest = asked.tail[header:], shown.tail[header:]
+        if surplus:  # the prompt ends otherwise than the whole text, which may print a header here
+            rest = rest.removeprefix(self.template.request)
         shows_thought = self.marks[first][THINKING] in own.marks if as_marked else thought.strip() in rest
         if thought and shows_thought and form.closes(surplus):
             return None
         opened = form.opened(surplus)
         if opened and thought and not shows_thought:
             kinds.append("thought kept")
-            rest = self.kept_thought(message, opened, rest)
+            rest = self.kept_thought(message, thought, opened, rest)
         elif opened and not thought:
             kinds.append("thought closed")
-            rest = form.closed(opened) + rest
+            if not rest.lstrip().startswith(form.close):
+                rest = form.closed(opened) + rest
         elif not surplus.strip() and not thought and form.opened(asked.tail):
             kinds.append("thought closed")  # the template prints another blank behind the opening tag (Nemotron)
         else:
             kinds.append("context differs")
-            if surplus:  # the prompt ends otherwise than the whole text: perhaps with another header
-                rest = rest.removeprefix(self.template.request)
             return rest, None
         if not message.get("tool_calls") and not self.reads_back(first, last, form.opened(asked.tail), rest, own):
             kinds.append("not read back")
         return rest, thought if "thought kept" in kinds else None
 
-    def kept_thought(self, message: dict[str, Any], opened: str, rest: str) -> str:
+    def kept_thought(self, message: dict[str, Any], thought: str, opened: str, rest: str) -> str:
         """Thought, closing and text: as the row spells them where its content holds the tags."""
         form = self.template.thought
         content = str(message.get("content") or "")
-        if form.close not in content:
-            return _thought_of(message).strip("\n") + form.closing + rest
+        if form.close not in content or any(str(message.get(key) or "").strip() for key in THINKING_KEYS):
+            return thought.strip("\n") + form.closing + rest
         spelled, _, text = content.rpartition(form.close)
-        thought = spelled.partition(form.open)[2] if form.open in spelled else spelled
-        thought = thought.removeprefix(opened.partition(form.open)[2])  # the blanks that the prompt has printed
+        inner = spelled.partition(form.open)[2] if form.open in spelled else spelled
+        inner = inner.removeprefix(opened.partition(form.open)[2])  # the blanks that the prompt has printed
         blanks = text[: len(text) - len(text.lstrip())]
-        return thought + form.close + blanks + rest.lstrip()
+        return inner + form.close + blanks + rest.lstrip()
 
     def reads_back(self, first: int, last: int, opened: str, rest: str, own: _Own) -> bool:
         """Whether the template, given what the prompt opened and the generated text as content, prints a following
         question's context as it prints the row's. Blanks do not count.
         """
+        if self.template.thought.close in self.thought_of(first):
+            return False  # a reader takes the first closing tag for the end of the thought
         text = opened + self.up_to_end(rest, first, last, own).removesuffix(self.ending(own))
         said = {"role": "assistant", "content": text}
         follower = {"role": "user", "content": USER}
@@ -287,8 +296,7 @@ class _Row(Conversation):
     def without_thought(self, first: int, last: int) -> AskedTurn:
         """The turn's text alone, where the prompt has closed the thought that the row has."""
         message = {key: value for key, value in self.messages[first].items() if key not in THINKING_KEYS}
-        parts = thinking_parts(str(message.get("content") or ""))
-        message["content"] = "".join(part for part, kind in parts if kind == CONTENT)
+        message["content"] = str(message.get("content") or "").rpartition(self.template.thought.close)[2]
         bare = _Row(self.template, [*self.messages[:first], message, *self.messages[first + 1 :]], self.tools)
         turn = bare.turn(first, last)
         lost = Damage("thinking", first, f"the prompt has closed the thought that message {first + 1} has")
@@ -362,20 +370,21 @@ class _Row(Conversation):
             if lost:
                 which = "the tool calls" if lost == calls else f"{lost} of {calls} tool calls"
                 yield Damage("calls", index, f"the template drops {which} of {name}")
-            if any(message.get(key) for key in THINKING_KEYS) and THINKING not in shown and not kept:
+            thought = next((str(message[key]).strip() for key in THINKING_KEYS if message.get(key)), "")
+            if thought and (thought not in target or (THINKING not in shown and not kept)):
                 yield Damage("thinking", index, f"the template drops the thinking of {name}")
+
+    def thought_of(self, index: int) -> str:
+        """The thought of a message: under a key of its own, or between tags in its content; "" for none."""
+        message = self.messages[index]
+        given = next((str(message[key]) for key in THINKING_KEYS if message.get(key)), "")
+        if given or self.template.thought.close != "</think>":
+            return given
+        parts = thinking_parts(str(message.get("content") or ""))
+        return next((part for part, kind in parts if kind == THINKING), "")
 
     def uncertain(self, index: int) -> TemplateError:
         return TemplateError(f"the chat template prints message {index + 1} so that its place is not certain")
-
-
-def _thought_of(message: dict[str, Any]) -> str:
-    """The thought of a message: under a key of its own, or between tags in its content; "" for none."""
-    given = next((str(message[key]) for key in THINKING_KEYS if message.get(key)), "")
-    if given.strip():
-        return given
-    parts = thinking_parts(str(message.get("content") or ""))
-    return next((part for part, kind in parts if kind == THINKING), "")
 
 
 def _last_token(template: Template, text: str) -> str:

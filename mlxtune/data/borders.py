@@ -106,12 +106,14 @@ class Borders:
         """The tokens of a target whose first token would otherwise straddle the end of its prompt. A tokenizer may put
         a blank before a text by itself, so the target is looked at behind another character.
         """
-        if self.template.special.match(target):
+        special = self.template.special.search(target)
+        beginning = target[: special.start()] if special else target  # a special token may be decoded with blanks
+        if not beginning:
             return self.ids(target)
         for sentinel in SENTINELS:
             (found,) = self.tokens([sentinel + target])
             alone = self.ids(sentinel)
-            if found.ids[: len(alone)].tolist() == alone and self._decoded(found.ids, alone) == target:
+            if found.ids[: len(alone)].tolist() == alone and self._decoded(found.ids, alone).startswith(beginning):
                 return found.ids[len(alone) :].tolist()
         return self.ids(target)
 

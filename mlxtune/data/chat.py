@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from mlxtune.data import turns
-from mlxtune.data.messages import WEIGHTS, with_arguments
-from mlxtune.data.template import Messages, Template
+from mlxtune.data.messages import WEIGHTS, unwrapped, with_arguments
+from mlxtune.data.template import THINKING_KEYS, Messages, Template
 from mlxtune.data.turns import Damage
 
 
@@ -69,6 +69,9 @@ def repaired(template: Template, messages: Messages) -> Messages:
 
 def _repaired(template: Template, message: dict[str, Any]) -> dict[str, Any]:
     out = {key: value for key, value in message.items() if value is not None and key not in WEIGHTS}
+    for key in THINKING_KEYS:
+        if isinstance(out.get(key), str) and not out[key].strip():
+            del out[key]  # a blank thought is none; some templates print an empty one where the key is there
     content = out.get("content", "")
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
         content = "".join(part["text"] for part in content)
@@ -101,12 +104,10 @@ def _decodes_to_object(text: str) -> bool:
 
 def parsed_arguments(given: Any) -> Any:
     """The object that JSON text holds, however often it was encoded; what was given when it holds none."""
-    value = "{}" if isinstance(given, str) and not given.strip() else given  # some servers write none as no text
-    while isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return given
+    try:
+        value = unwrapped(given)
+    except (ValueError, RecursionError):
+        return given
     return value if isinstance(value, dict) else given
 
 
@@ -116,8 +117,9 @@ Span = tuple[int, int]
 def tokenized_all(tokenizer: Any, texts: Sequence[str], spans: Sequence[list[Span] | None]) -> list[Example]:
     """Token ids of rendered texts, and mask 1 for each token that shares a character with one of its text's spans.
 
-    Spans None: a plain text, of which every token is to be produced, and the end token after it. (The first token of
-    all cannot be predicted from anything, so it never enters a loss.)
+    Spans None: a plain text, of which every token is to be produced, with the tokens that the tokenizer puts around a
+    text, and the end token after it; what the text has of these itself is not put there twice. (The first token of all
+    cannot be predicted from anything, so it never enters a loss.)
     """
     rendered = [place for place, own in enumerate(spans) if own is not None]
     plain = [place for place, own in enumerate(spans) if own is None]
@@ -128,11 +130,27 @@ def tokenized_all(tokenizer: Any, texts: Sequence[str], spans: Sequence[list[Spa
         for place, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             out[place] = Example(ids, _mask(offsets, spans[place] or []))
     if plain:
-        end = tokenizer.eos_token_id
-        for place, ids in zip(plain, tokenizer([texts[place] for place in plain])["input_ids"], strict=True):
-            whole = [*ids, end] if end is not None and ids[-1:] != [end] else ids
+        chosen = [texts[place] for place in plain]
+        start, end = _around(tokenizer)
+        ends = tuple({tokenizer.eos_token or "", *template_of(tokenizer, {}).stops} - {""})
+        encoded = tokenizer(chosen, add_special_tokens=False)["input_ids"]
+        for place, text, ids in zip(plain, chosen, encoded, strict=True):
+            before = [] if ids[: len(start)] == start else start
+            after = [] if ends and text.rstrip().endswith(ends) else end
+            whole = [*before, *ids, *after]
             out[place] = Example(whole, np.ones(len(whole), np.uint8))
     return [out[place] for place in range(len(texts))]
+
+
+def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that belong before and after a plain text: those that the tokenizer adds, and the end token."""
+    alone = tokenizer("a", add_special_tokens=False)["input_ids"]
+    added = tokenizer("a")["input_ids"]
+    place = next((at for at in range(len(added)) if added[at : at + len(alone)] == alone), 0)
+    start, end = added[:place], added[place + len(alone) :]
+    if tokenizer.eos_token_id is not None and end[-1:] != [tokenizer.eos_token_id]:
+        end = [*end, tokenizer.eos_token_id]
+    return start, end
 
 
 def _mask(offsets: Sequence[Span], spans: list[Span]) -> np.ndarray:

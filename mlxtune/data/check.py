@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from pathlib import Path
@@ -75,6 +75,11 @@ class Split:
     signatures: list[np.ndarray] = field(default_factory=list)
     findings: dict[str, Finding] = field(default_factory=dict)
 
+    def find_unused(self, names: Sequence[str]) -> None:
+        """names: of data files or splits that stand beside this one and that nothing reads."""
+        for name in names:
+            self.find("unused", name)
+
     def name_of(self, row: Record | Bad) -> int | str:
         return f"{Path(row.file).name}:{row.row}" if self.several else row.row
 
@@ -100,6 +105,11 @@ def survey(out: Split, records: Iterator[Record | Bad], renderer: Renderer, prog
             else:
                 good.append(item)
                 _count(out, item)
+        if good:
+            markup = lint.Markup(renderer.tokenizer)  # known once a conversation came: rows choose the template
+            for record in good:
+                for code, reason in markup.codes(record):
+                    out.find(code, out.name_of(record), reason)
         for row in uncut.rows(good):
             _measure(out, row, limit)
         if good:
@@ -143,6 +153,7 @@ def _count(out: Split, record: Record) -> None:
 def _measure(out: Split, row: Row, limit: int) -> None:
     """What becomes of the row."""
     name, dropped, example = out.name_of(row.record), row.dropped, row.example
+    code = "refused" if dropped.startswith("the chat template") else "dropped"
     for damage in row.damage:
         out.find("damaged", name, damage.text)
     if example is not None:
@@ -160,10 +171,10 @@ def _measure(out: Split, row: Row, limit: int) -> None:
             if length > limit:
                 out.find("shortened", name)
         else:
-            dropped = f"no supervised token in the first {limit} tokens"
+            dropped, code = f"no supervised token in the first {limit} tokens", "too long"
     if dropped:
         out.counts["outcomes"][f"dropped: {dropped}"] += 1
-        out.find("dropped", name, dropped)
+        out.find(code, name, dropped)
 
 
 def leaks(train: Split, valid: Split) -> None:

@@ -9,6 +9,7 @@ template's own, and whose text stands where is certain, whatever the real texts 
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from typing import Any
 
@@ -40,7 +41,7 @@ class Conversation:
     @cached_property
     def marks(self) -> list[str]:
         """Per message its marks, one character per kind (CONTENT, THINKING, then each call)."""
-        everything = repr(self.messages) + repr(self.tools)
+        everything = json.dumps([self.messages, self.tools], ensure_ascii=False, default=str)
         return marks_for(everything if MARKS.search(everything) else "", self.messages)
 
     @cached_property

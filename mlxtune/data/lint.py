@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
+from mlxtune.data.messages import IDLE, KNOWN
 from mlxtune.data.records import Record
 
 SHORT_WORDS = 3  # an answer of fewer words is very short
@@ -14,7 +16,17 @@ LONG_CHARACTERS = 200  # from this length on an answer is expected to end like a
 # What a code means: severity (error, warning, note), what it is, and what to do about it.
 KINDS = {
     "bad": ("error", "rows that cannot be read", "mend or remove them"),
-    "dropped": ("error", "rows that teach nothing", "mend them, or raise data.max_tokens"),
+    "refused": (
+        "error",
+        "rows that the chat template refuses",
+        "change them so that it takes them, or choose another data.template",
+    ),
+    "too long": (
+        "error",
+        "rows of which data.max_tokens leaves nothing to learn",
+        "raise data.max_tokens, or split them",
+    ),
+    "dropped": ("error", "rows that teach nothing", "give them an answer to learn, or remove them"),
     "damaged": (
         "error",
         "rows of which the chat template drops something",
@@ -30,6 +42,26 @@ KINDS = {
         "warning",
         "rows cut at data.max_tokens: their end is not learned",
         "raise data.max_tokens or split them",
+    ),
+    "unread": (
+        "warning",
+        "rows with message keys that nothing reads",
+        "remove or rename them: `weight: 0` makes a turn context, `reasoning_content` holds its thinking",
+    ),
+    "special": (
+        "warning",
+        "rows whose messages hold tokens of the chat template",
+        "remove them: the template writes its own around each message",
+    ),
+    "rendered": (
+        "warning",
+        "text rows that are rendered already: their whole text is trained on, prompts too",
+        "give them as `messages` rows: of those the answers alone are trained on",
+    ),
+    "unused": (
+        "warning",
+        "of the data files or splits beside it are not used",
+        "name them as a split (train, valid or test), or remove them",
     ),
     "duplicate": ("warning", "rows equal to an earlier one", "set data.dedup=exact"),
     "near duplicate": ("note", "rows nearly equal to an earlier one", "set data.dedup=near"),
@@ -75,6 +107,8 @@ REFUSAL = re.compile(
     r"i['’]?m sorry, but)",
     re.IGNORECASE,
 )
+# A token that is markup, such as <|im_end|> or [INST]; thinking inside of an answer is text that templates look for.
+LIKE_MARKUP = re.compile(r"(?!</?think(?:ing)?>)[<\[｜].*[>\]｜]", re.DOTALL)
 PATTERNS = (("secret", SECRETS, ""), ("e-mail", EMAIL, "@"), ("encoding", ENCODING, ""), ("markup", MARKUP, "&"))
 TASKS = {
     "explain": r"explain|describe|why\b|how (?:do|does|did|can|is|are)|what (?:does|do) .* mean|tell me about",
@@ -124,6 +158,38 @@ def codes(record: Record) -> Iterator[str]:
         yield "cut off"
     if any(REFUSAL.match(text) for text in spoken):
         yield "refusal"
+
+
+class Markup:
+    """What a tokenizer's chat template makes of messages: the special tokens that it writes, and the keys it names."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.source = str(tokenizer.chat_template or "")
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self.start, self.end = str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")
+        written = {token for token in added if token in self.source}
+        written |= {self.start} if "bos_token" in self.source else set()
+        written |= {self.end} if "eos_token" in self.source else set()
+        found = sorted((token for token in written if LIKE_MARKUP.fullmatch(token)), key=len, reverse=True)
+        self._tokens = re.compile("|".join(map(re.escape, found)) or r"(?!)")
+
+    def codes(self, record: Record) -> Iterator[tuple[str, str]]:
+        """(code, what was found) of one row."""
+        if record.text is not None:
+            inner = record.text.strip().removeprefix(self.start).removesuffix(self.end)
+            if tokens := self._found(inner):
+                yield "rendered", tokens
+            return
+        messages = record.messages or []
+        said = [str(message.get(key) or "") for message in messages for key in ("content", "reasoning_content")]
+        if tokens := self._found("\n".join(said)):
+            yield "special", tokens
+        for key in sorted({key for message in messages for key in message} - KNOWN - IDLE):
+            if not re.search(rf"\b{re.escape(key)}\b", self.source):
+                yield "unread", key
+
+    def _found(self, text: str) -> str:
+        return ", ".join(sorted(set(self._tokens.findall(text))))
 
 
 def seems_cut_off(answer: str) -> bool:

@@ -12,8 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxtune.data.files import Bad, Placed, place, raw_rows
-from mlxtune.data.messages import ROLES, WEIGHTS, RowError, checked, from_json, listed, text_of, tools_of
+from mlxtune.data.files import Bad, Placed, kind_of, place, raw_rows
+from mlxtune.data.messages import (
+    ROLES,
+    RowError,
+    arguments_of,
+    checked,
+    from_json,
+    listed,
+    text_of,
+    tools_of,
+)
 from mlxtune.errors import UserError
 
 SHAREGPT_ROLES = {
@@ -25,6 +34,11 @@ SHAREGPT_ROLES = {
 USED = {  # columns that some format reads
     *("messages", "conversations", "instruction", "input", "output", "response", "instances", "prompt", "completion"),
     *("text", "tools", "functions", "system", "history"),
+}
+EMPTY = {  # what a file without rows lacks
+    ".jsonl": "Each line of a .jsonl file is one example.",
+    ".json": "A .json file holds a list of examples.",
+    **dict.fromkeys((".csv", ".tsv"), "Its first line names the columns; each line after it is one example."),
 }
 LISTED = 12  # bad rows, and reasons, that an error message names
 
@@ -89,7 +103,7 @@ def parse(
     if unseen and name and good:
         raise UserError(f"{source}: no row has the column {', '.join(sorted(unseen))} that data.columns names")
     if empty:
-        raise UserError(f"{source}: no rows", "Each line of a .jsonl file is one example.")
+        raise UserError(f"{source}: no rows", EMPTY.get(kind_of(Path(source)), ""))
 
 
 def require_good(bad: list[Bad], total: int) -> None:
@@ -119,12 +133,23 @@ def _detect(source: str, number: int, row: dict[str, Any], columns: Mapping[str,
     names = list(row)
     example = f"{{{names[0]}: prompt, {names[1]}: completion}}" if len(names) > 1 else "{NAME: text}"
     unused = ", ".join(name for name, meant in columns.items() if meant not in row)
+    hint = f"Rename columns with --set 'data.columns={example}'."
+    if inside := _rows_inside(row):
+        hint = f"The rows are inside `{inside}`: make that list the whole file (jq .{inside} OLD.json > NEW.json)."
     raise UserError(
         f"{source} {place(source, number)}: no known row format has the keys {', '.join(names) or '(none)'}"
         + (f" (data.columns names {unused}, which the row does not have)" if unused else ""),
-        f"Known: {'; '.join(' + '.join(keys) for keys, _ in FORMATS.values())}. "
-        f"Rename columns with --set 'data.columns={example}'.",
+        f"Known: {'; '.join(' + '.join(keys) for keys, _ in FORMATS.values())}. {hint}",
     )
+
+
+def _rows_inside(row: dict[str, Any]) -> str:
+    """The key that holds the rows of a whole file, as a list of objects of a known format; "" where none does."""
+    for key, value in row.items():
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, dict) and any(all(name in first for name in keys) for keys, _ in FORMATS.values()):
+            return key
+    return ""
 
 
 def _check_characters(value: Any) -> None:
@@ -164,7 +189,11 @@ def _conversations(row: dict[str, Any]) -> list[Parsed]:
 
 
 def _from_sharegpt(turns: list[Any]) -> list[dict[str, Any]]:
+    """OpenAI messages. What the assistant does without another speaking in between is one message: calls that follow
+    one another, and a text before them. Observations answer the calls before them, in order.
+    """
     messages: list[dict[str, Any]] = []
+    calling = any(isinstance(turn, dict) and turn.get("from") == "function_call" for turn in turns)
     waiting: list[str] = []  # ids of calls without an observation so far
     for index, turn in enumerate(turns, 1):
         speaker = turn.get("from") if isinstance(turn, dict) else None
@@ -172,24 +201,41 @@ def _from_sharegpt(turns: list[Any]) -> list[dict[str, Any]]:
             raise RowError(f"turn {index} is from {speaker!r}; allowed: {', '.join(SHAREGPT_ROLES)}")
         if not isinstance(turn.get("value"), str):
             raise RowError(f"turn {index} ({speaker}) must have text as its value")
-        message = {"role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
+        others = {key: value for key, value in turn.items() if key not in ("from", "value") and value is not None}
+        message = {**others, "role": SHAREGPT_ROLES[speaker], "content": turn["value"]}
         if speaker == "function_call":
             message |= {"content": "", "tool_calls": _sharegpt_calls(index, turn["value"])}
-            waiting = [call["id"] for call in message["tool_calls"]]
+            waiting += [call["id"] for call in message["tool_calls"]]
+            if messages and _one_turn(messages[-1], others):
+                messages[-1]["tool_calls"] = [*messages[-1].get("tool_calls", []), *message["tool_calls"]]
+                continue
         elif message["role"] == "tool":
+            if calling and not waiting:
+                raise RowError(f"turn {index} ({speaker}) answers no call: each function_call has one already")
             message["tool_call_id"] = waiting.pop(0) if waiting else f"call{index:05d}"
-        messages.append({**message, **{name: turn[name] for name in WEIGHTS if name in turn}})
+        elif message["role"] != "assistant":
+            waiting = []  # a call that was passed over gets no later observation
+        messages.append(message)
     return messages
+
+
+def _one_turn(before: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether calls belong to the message before them; others: what else their turn has, such as a weight."""
+    kept = {key: value for key, value in before.items() if key not in ("role", "content", "tool_calls")}
+    return before["role"] == "assistant" and kept == others
 
 
 def _sharegpt_calls(index: int, value: str) -> list[dict[str, Any]]:
     wrong = f"turn {index}: a function_call must be a JSON object with name and arguments"
     call = from_json(value, wrong)
     calls = call if isinstance(call, list) else [call]
-    if any(not isinstance(one, dict) or "name" not in one for one in calls):
+    if any(not isinstance(one, dict) or not isinstance(one.get("name"), str) for one in calls):
         raise RowError(wrong)
     return [  # an id has nine letters: Mistral wants them
-        {"id": f"call{index:03d}{at:02d}", "function": {"name": one["name"], "arguments": one.get("arguments", {})}}
+        {
+            "id": f"call{index:03d}{at:02d}",
+            "function": {"name": one["name"], "arguments": arguments_of(one, f"turn {index}")},
+        }
         for at, one in enumerate(calls)
     ]
 

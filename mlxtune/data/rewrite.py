@@ -12,11 +12,11 @@ from mlxtune_convert.files import new_file
 from mlxtune.data import records
 from mlxtune.data.chat import parsed_arguments
 from mlxtune.data.files import Bad
-from mlxtune.data.messages import WEIGHTS, RowError
+from mlxtune.data.messages import IDLE, THINKING, RowError
 from mlxtune.data.records import Record
 from mlxtune.errors import UserError
 
-HELD = {"role", "content", "name", "tool_calls", "tool_call_id", "instruction", "input", *WEIGHTS}
+APART = {"role", "content", "tool_calls", "tool_call_id", "instruction", "input"}  # said in another way in ShareGPT
 SPEAKERS = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 
 
@@ -28,22 +28,51 @@ def to_messages(record: Record) -> dict[str, Any]:
 
 
 def to_sharegpt(record: Record) -> dict[str, Any]:
-    """ShareGPT turns; a tool call is a turn from function_call. Raises RowError for what they cannot hold."""
-    turns = []
+    """ShareGPT turns; a tool call is a turn from function_call, after one from gpt where the message has text too.
+    Raises RowError for what they cannot hold.
+    """
+    _require_order(record.messages or [])
+    turns: list[dict[str, Any]] = []
+    before: dict[str, Any] = {}
     for index, message in enumerate(record.messages or [], 1):
-        lost = set(message) - HELD
+        lost = set(message) & set(THINKING)
         if lost:
             raise RowError(f"ShareGPT has no place for {', '.join(sorted(lost))} of message {index}")
+        others = _beside(message)
         speaker, value, calls = SPEAKERS[message["role"]], message["content"], message.get("tool_calls")
-        if value and calls:
-            raise RowError(f"ShareGPT has no place for text beside the tool calls of message {index}")
+        if calls and before.get("role") == "assistant" and others == _beside(before):
+            raise RowError(f"ShareGPT has no place for the tool calls of message {index} apart from the answer before")
+        if value or not calls:
+            turns.append({**others, "from": speaker, "value": value})
         if calls:
             functions = [call["function"] for call in calls]
             told = [{"name": one["name"], "arguments": parsed_arguments(one["arguments"])} for one in functions]
-            speaker, value = "function_call", json.dumps(told[0] if len(told) == 1 else told, ensure_ascii=False)
-        turns.append({"from": speaker, "value": value, **{name: message[name] for name in WEIGHTS if name in message}})
+            value = json.dumps(told[0] if len(told) == 1 else told, ensure_ascii=False)
+            turns.append({**others, "from": "function_call", "value": value})
+        before = message
     tools = {"tools": json.dumps(record.tools, ensure_ascii=False)} if record.tools else {}
     return {"conversations": turns, **tools}
+
+
+def _require_order(messages: list[dict[str, Any]]) -> None:
+    """Raise RowError unless each result answers the first call without one: nothing else links them in ShareGPT."""
+    calling = any(message.get("tool_calls") for message in messages)
+    waiting: list[Any] = []
+    for index, message in enumerate(messages, 1):
+        waiting += [call.get("id") for call in message.get("tool_calls") or []]
+        if message["role"] == "tool" and calling:
+            given = message.get("tool_call_id")
+            if not waiting or given not in (None, waiting.pop(0)):
+                raise RowError(
+                    f"ShareGPT has no place for message {index}: results there come in the order of the calls"
+                )
+        elif message["role"] in ("user", "system", "developer"):
+            waiting = []
+
+
+def _beside(message: dict[str, Any]) -> dict[str, Any]:
+    """What a message has beside what is said: its weight, its name, and what nothing reads."""
+    return {key: value for key, value in message.items() if key not in APART}
 
 
 def to_alpaca(record: Record) -> dict[str, Any]:
@@ -53,8 +82,8 @@ def to_alpaca(record: Record) -> dict[str, Any]:
     if [message["role"] for message in messages] != ["user", "assistant"] or record.tools:
         raise RowError("an Alpaca row holds one question and one answer, and no tools")
     question, answer = messages
-    if set(answer) - {"role", "content"}:
-        raise RowError(f"Alpaca has no place for {', '.join(sorted(set(answer) - {'role', 'content'}))} of the answer")
+    if lost := sorted(set(answer) - {"role", "content"} - IDLE):
+        raise RowError(f"Alpaca has no place for {', '.join(lost)} of the answer")
     asked = {"instruction": question.get("instruction", question["content"]), "input": question.get("input", "")}
     return {**({"system": system} if system else {}), **asked, "output": answer["content"]}
 

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlxtune.data import duplicates, records
-from mlxtune.data.files import SUFFIXES, Bad, kind_of
+from mlxtune.data import arrow, duplicates, records
+from mlxtune.data.files import SUFFIXES, Bad, Rows, kind_of
 from mlxtune.data.records import Record
 from mlxtune.data.template import use
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection, SourceSection
 
-SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "test": "test"}  # as named by others -> by us
+SPLITS = {  # as named by others -> by us
+    "train": "train",
+    **dict.fromkeys(("valid", "validation", "val", "dev", "eval"), "valid"),
+    "test": "test",
+}
+ABOUT = ("dataset_info", "dataset_infos", "dataset_dict", "state")  # .json files that `datasets` writes beside its data
+BATCH = 1024  # rows that are taken out of a hub dataset at once
 
 
 @dataclass(frozen=True)
 class Source:
     """One file's rows, or one split of a hub dataset. digest: of its bytes and the names of its columns; "" where they
-    are not at hand.
+    are not at hand. beside: of a folder's or dataset's train rows, the data files or splits there that nothing uses.
     """
 
     name: str
     read: Callable[[], Iterator[Record | Bad]]
     digest: Callable[[], str]
+    beside: tuple[str, ...] = ()
 
 
 def glance(section: DataSection, whole: bool = False) -> None:
@@ -62,10 +69,7 @@ def find(source: SourceSection, stream: bool = False) -> dict[str, list[Source]]
     """
     path, here = source.path, Path(source.path).expanduser()
     if here.is_dir():
-        found = {split: _split_files(here, split) for split in dict.fromkeys(SPLITS.values())}
-        if not found["train"]:
-            raise UserError(f"{here} has no train file", f"Expected train{'|'.join(SUFFIXES)}.")
-        return {split: [_of_file(file, source) for file in files] for split, files in found.items() if files}
+        return _of_folder(here, source)
     if here.is_file() or kind_of(here) or path.count("/") != 1 or path[0] in "./~":
         if not here.is_file():
             raise UserError(f"no data file or folder {path}")
@@ -81,15 +85,52 @@ def _of_file(file: Path, source: SourceSection) -> Source:
     return Source(str(file), lambda: records.read(file, source.columns), digest)
 
 
-def _split_files(folder: Path, split: str) -> list[Path]:
+def _of_folder(folder: Path, source: SourceSection) -> dict[str, list[Source]]:
+    files = _data_files(folder)
+    found = {split: _split_files(folder, files, split) for split in dict.fromkeys(SPLITS.values())}
+    if not found["train"]:
+        inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and _named(_data_files(path), "train")]
+        there = f" Its folder {inner[0].name} holds one: name {inner[0]}." if inner else ""
+        raise UserError(f"{folder} has no train file", f"Expected train{'|'.join(SUFFIXES)}.{there}")
+    used = {path for own in found.values() for path in own}
+    beside = tuple(path.name for path in files if path not in used)
+    out = {split: [_of_file(file, source) for file in own] for split, own in found.items() if own}
+    out["train"][0] = replace(out["train"][0], beside=beside)
+    return out
+
+
+def unused(found: dict[str, list[Source]]) -> tuple[str, ...]:
+    """The data files, or splits of a hub dataset, that stand beside what `find` found and that nothing reads."""
+    return found["train"][0].beside
+
+
+def unused_note(source: SourceSection, found: dict[str, list[Source]]) -> str:
+    """What to tell a person of them; "" when there are none."""
+    names = unused(found)
+    read = f"read are {', '.join(SPLITS)}"
+    return f"{source.path}: not used: {', '.join(names)} ({read})" if names else ""
+
+
+def _data_files(folder: Path) -> list[Path]:
+    files = (path for path in folder.iterdir() if path.is_file() and kind_of(path) and path.name[0] != ".")
+    return sorted(path for path in files if path.name.partition(".")[0] not in ABOUT)
+
+
+def _named(files: list[Path], name: str) -> list[Path]:
     """train.jsonl, or the shards of one split: train-00000-of-00002.parquet and its like."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and kind_of(path))
-    names = [name for name, ours in SPLITS.items() if ours == split]
-    whole = [path for path in files if path.name.partition(".")[0] in names]
-    shards = [path for path in files if path.name.startswith(tuple(f"{name}-" for name in names))]
-    if len(whole) > 1 or (whole and shards):
-        raise UserError(f"{folder} has both {whole[0].name} and {[*whole[1:], *shards][0].name}", "Keep one of them.")
-    return whole or shards
+    return [path for path in files if path.name.partition(".")[0] == name or path.name.startswith(f"{name}-")]
+
+
+def _split_files(folder: Path, files: list[Path], split: str) -> list[Path]:
+    """One whole file, or the shards of one name. Raises UserError when there are several candidates."""
+    candidates = [_named(files, name) for name, ours in SPLITS.items() if ours == split]
+    found = [own for own in candidates if own]
+    whole = [path for own in found for path in own if path.name.partition(".")[0] in SPLITS]
+    if len(found) > 1 or (whole and len(found[0]) > 1):
+        first = whole[0] if whole else found[0][0]
+        other = next(path for own in found for path in own if path != first and (whole or path not in found[0]))
+        raise UserError(f"{folder} has both {first.name} and {other.name}", "Keep one of them.")
+    return found[0] if found else []
 
 
 def _from_hub(source: SourceSection, stream: bool) -> dict[str, list[Source]]:
@@ -113,15 +154,34 @@ def _from_hub(source: SourceSection, stream: bool) -> dict[str, list[Source]]:
         name = f"{source.path}:{split}"
 
         def read() -> Iterator[Record | Bad]:
-            chosen = islice(rows, source.cap) if stream else rows
-            return records.parse(name, enumerate(chosen, 1), source.columns)
+            found = _hub_rows(name, rows, min(BATCH, source.cap or BATCH))
+            return records.parse(name, islice(found, source.cap) if stream else found, source.columns)
 
         return Source(name, read, lambda: "" if stream else f"{name}{rows._fingerprint}{source.columns}")
 
-    out = {SPLITS[split]: [split_of(split, rows)] for split, rows in loaded.items() if split in SPLITS}
-    if "train" not in out:
+    named: dict[str, list[str]] = {}  # split as we name it -> as the dataset does
+    for split in loaded:
+        named.setdefault(SPLITS.get(split, ""), []).append(split)
+    beside = tuple(named.pop("", []))
+    for own in named.values():
+        if len(own) > 1:
+            raise UserError(
+                f"{source.path} has both {own[0]} and {own[1]}: two splits for one use",
+                "Save the splits to use as files train and valid in a folder, and name that folder.",
+            )
+    if "train" not in named:
         raise UserError(f"{source.path} has no train split", f"It has: {', '.join(loaded)}.")
+    out = {ours: [split_of(own[0], loaded[own[0]])] for ours, own in named.items()}
+    out["train"][0] = replace(out["train"][0], beside=beside)
     return out
+
+
+def _hub_rows(name: str, rows: Any, at_once: int) -> Rows:
+    """The rows of one split, read as those of a Parquet file are."""
+    number = 0
+    for table in rows.with_format("arrow").iter(at_once):
+        yield from arrow.rows(name, table, number)
+        number += len(table)
 
 
 def rows_of(section: DataSection, seed: int, split: str | None) -> Iterator[Record | Bad]:
