@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import mlx.optimizers as optimizers
 
 from mlxtune import backend, config, session, tuning
 from mlxtune.config import Config
-from mlxtune.data.batches import DEFAULT_ROWS, Plan
+from mlxtune.data.batches import DEFAULT_ROWS, Batch, Plan
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora, prefix
@@ -43,7 +43,8 @@ OURS, THEIRS, CHECKPOINTED = "mlxtune", "mlx-lm", "mlx-lm-checkpointed"  # mlx-l
 
 @dataclass(frozen=True)
 class Measured:
-    """One child's figures. seconds: of the counted steps together; tokens: real ones, padding apart; processed: those
+    """One child's figures. rows: examples trained on, of which a row of the data may give several (unit: what to call
+    one); seconds: of the counted steps together; tokens: real ones, padding apart; processed: those
     that went through the trunk; peak_bytes: over the model's own; head_saved, prefix_saved: share of the plain way's
     arithmetic left out; utilisation: needed arithmetic per second over that of a large matrix product.
     """
@@ -63,6 +64,7 @@ class Measured:
     prefix_saved: float = 0.0
     utilisation: float = 0.0
     computed: str = ""
+    unit: str = "row"
 
     @property
     def seconds_per_row(self) -> float:
@@ -90,7 +92,7 @@ def compare(
     for number in range(pairs):
         for who in (OURS, other)[:: 1 if number % 2 == 0 else -1]:
             found.append(measure(settings, rows, who))
-            said(f"pair {number + 1}/{pairs}: {who} {found[-1].seconds_per_row:.3f} s per row")
+            said(f"pair {number + 1}/{pairs}: {who} {found[-1].seconds_per_row:.3f} s per {found[-1].unit}")
     ours, theirs = ([m.seconds_per_row for m in found if m.who == who] for who in (OURS, other))
     single = sorted(a / b for a, b in zip(ours, theirs, strict=True))
     peaks = [[m.peak_bytes for m in found if m.who == who] for who in (OURS, other)]
@@ -109,19 +111,22 @@ def _child(who: str, file: str, count: int) -> Measured:
     fast.refuse_idle(settings)
     data, settings = session.read_data(settings)
     plan = Plan(data.train, settings.train, settings.data.group_by_prefix)
-    rows: list[int] = []
-    steps = 0
-    while len(rows) < count and steps < plan.steps:
+    rows, steps = 0, 0
+    batches: list[Batch] = []
+    while rows < count and steps < plan.steps:
         steps += 1
-        rows += [row for batch in plan.step(steps) for row in batch.rows.tolist()]
+        rows += len(plan.rows_of_step(steps))
+        batches += plan.step(steps)
+    chosen = [index for batch in batches for index in batch.rows.tolist()]
     size = settings.train.batch_rows or DEFAULT_ROWS
     if settings.train.batch_tokens:
-        size = max(1, len(rows) // (steps * settings.train.accumulate))
-    if len(rows) < 2 * size:
-        raise UserError(f"{settings.data.path}: {len(rows)} usable rows are too few to measure with")
+        size = max(1, len(chosen) // len(batches))
+    if len(chosen) < 2 * size:
+        raise UserError(f"{settings.data.path}: {rows} usable rows are too few to measure with")
+    unit = "row" if plan.rows == len(plan.examples) else "example"
     if who == OURS:
-        return _ours(settings, data, steps)
-    return _theirs(who, settings, [plan.examples[row] for row in sorted(set(rows))], size)
+        return replace(_ours(settings, data, steps), unit=unit)
+    return replace(_theirs(who, settings, [plan.examples[index] for index in sorted(set(chosen))], size), unit=unit)
 
 
 def _ours(settings: Config, data: session.Data, steps: int) -> Measured:

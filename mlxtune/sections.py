@@ -147,9 +147,13 @@ class LoraSection(Section):
 class TrainSection(Section):
     steps: int | None = Field(None, ge=1, description="optimizer steps (instead of epochs)")
     epochs: float | None = Field(None, gt=0, description="passes over the data (default 1 when steps is not set)")
-    batch_rows: int | None = Field(None, ge=1, description="rows per micro-batch (default 4 unless batch_tokens)")
-    batch_tokens: int | None = Field(None, ge=16, description="padded tokens per micro-batch (instead of batch_rows)")
-    accumulate: int = Field(1, ge=1, description="micro-batches per optimizer step")
+    batch_rows: int | None = Field(
+        None, ge=1, description="rows per batch, and examples per micro-batch (default 4 unless batch_tokens)"
+    )
+    batch_tokens: int | None = Field(
+        None, ge=16, description="padded tokens per batch of at least one row, and per micro-batch (or batch_rows)"
+    )
+    accumulate: int = Field(1, ge=1, description="batches of rows per optimizer step")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="after warmup: flat, or down to 0")
     warmup_steps: int = Field(10, ge=0, description="optimizer steps of linear warmup")

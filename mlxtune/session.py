@@ -14,7 +14,7 @@ from mlxtune.config import Config
 from mlxtune.config import load as load_config
 from mlxtune.data import chat, mixture, sources
 from mlxtune.data.batches import Batch, in_order
-from mlxtune.data.mixture import Examples
+from mlxtune.data.rows import Examples
 from mlxtune.data.template import BUILT_IN
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError

@@ -157,8 +157,9 @@ def prepared(
     def samples() -> list[dict[str, str]]:
         sampling = generate.Sampling(max_tokens=SAMPLE_TOKENS)
         asked = ((prompt, [{"role": "user", "content": prompt}]) for prompt in config.train.sample_prompts)
+        variables = config.data.template_kwargs, config.data.date
         return [
-            {"prompt": prompt, "answer": generate.answer(loaded, messages, sampling, config.data.template_kwargs)}
+            {"prompt": prompt, "answer": generate.answer(loaded, messages, sampling, *variables)}
             for prompt, messages in asked
         ]
 
@@ -178,11 +179,13 @@ def prepared(
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
     notes += fit_notes + path_notes
-    if data.train.chat and not chat.template_of(loaded.tokenizer, config.data.template_kwargs).end_of_turn:
+    template = chat.template_of(loaded.tokenizer, config.data.template_kwargs)
+    if data.train.chat and not template.ends_answers(config.data.expand_turns == "none"):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
     if config.lora.start_from:
         notes.append(f"going on from {config.lora.start_from}: its kind, ranks, scales and targets are kept")
-    notes.append(f"{len(data.train)} training rows, {len(data.valid)} held out, {plan.steps} steps")
+    own, held = data.train, data.valid
+    notes.append(f"{own.rows} training rows{own.also}, {held.rows} held out{held.also}, {plan.steps} steps")
     where = f"{backend.kind()}, {dtype_name(loaded.dtype)}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {where}")
     notes.append(f"computed: {fast.describe(path)}")

@@ -6,25 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.data import mixture
+from mlxtune.data.rows import Examples
 from mlxtune.sections import DataSection
 
 ASKED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 
-def read(path: Path, tokenizer: Any, seed: int = 0, whole: bool = False, **options: Any) -> dict[str, mixture.Examples]:
+def read(path: Path, tokenizer: Any, seed: int = 0, whole: bool = False, **options: Any) -> dict[str, Examples]:
     """The examples of each split; nothing is cached unless asked."""
     section = DataSection(**{"path": str(path), "cache": "off", **options})
     return mixture.read(section, tokenizer, path.parent, seed, whole=whole)
 
 
-def all_of(path: Path, tokenizer: Any, **options: Any) -> mixture.Examples:
+def all_of(path: Path, tokenizer: Any, **options: Any) -> Examples:
     """The examples of one file, none held out."""
     return read(path, tokenizer, whole=True, **options)["train"]
 
 
-def shown(found: mixture.Examples, tokenizer: Any) -> list[str]:
+def shown(found: Examples, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(example.ids, skip_special_tokens=True) for example in found]
 
 
-def rows_of(found: mixture.Examples) -> list[int]:
+def rows_of(found: Examples) -> list[int]:
     return found.column("row").tolist()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 from collections import Counter
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,3 +141,157 @@ def test_rows_that_a_mixture_draws_more_than_once_keep_their_number_in_groups() 
     plan = Plan(examples, TrainSection(epochs=1, batch_rows=4), grouped=True)
     drawn = Counter(row for batch in plan._batches([0, 1, 2, 3, 4, 5] * 3) for row in batch)
     assert drawn == Counter(dict.fromkeys(range(6), 3))
+
+
+def questions_on_documents() -> list[Example]:
+    """Seven questions on each of six documents, and ten rows that stand alone."""
+    draw = np.random.default_rng(3)
+    documents = [[1, 2, *draw.integers(10, 99, 60).tolist()] for _ in range(6)]
+    asked = draw.permutation(42).tolist()
+    long = [([*documents[index % 6], 100 + index], 2 + index % 5) for index in asked]
+    rows = [Example([*start, *[7] * end], [0] * 63 + [1] * end) for start, end in long]
+    return rows + [Example([1, 2, 200 + index, *[9] * 50], [0] * 3 + [1] * 50) for index in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "alone", "grouped"),
+    [
+        ({"epochs": 2, "batch_rows": 8}, "fb6c7de8c3327a61", "eecc60ca7e9cf868"),
+        ({"epochs": 2, "batch_tokens": 512}, "43a675ee9f36d88e", "e26a066e82cf80fd"),
+        ({"epochs": 2, "batch_rows": 4, "accumulate": 3}, "9fd0bc7bb17a9c45", "9a73a48bbbc918a8"),
+        ({"epochs": 2, "batch_tokens": 150, "accumulate": 2, "seed": 5}, "edfabf2af01f9e56", "c127c7e91fb5f68d"),
+        ({"steps": 40}, "5c29fcd70e24f83f", "bd010f614b30703f"),
+    ],
+)
+def test_a_plan_of_rows_with_one_example_each_stays_what_it_was(settings: Any, alone: str, grouped: str) -> None:
+    """Digests of every batch's rows and shape as planned when a row was one example: runs of then can be resumed."""
+
+    def digest(plan: Plan) -> str:
+        steps = [plan.step(number) for number in range(1, plan.steps + 1)]
+        told = [[[*map(int, batch.ids.shape), batch.rows.tolist()] for batch in step] for step in steps]
+        return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
+
+    section = TrainSection(**settings)
+    assert digest(Plan(EXAMPLES, section)) == alone
+    assert digest(Plan(questions_on_documents(), section, grouped=True)) == grouped
+
+
+def test_a_small_plan_stays_what_it_was() -> None:
+    """Rows of 170, 129, 104, 57, 65, 12, 19, 8, 39 and 163 tokens, as planned when a row was one example."""
+    by_rows = Plan(EXAMPLES[:10], TrainSection(epochs=1, batch_rows=4))
+    by_tokens = Plan(EXAMPLES[:10], TrainSection(epochs=1, batch_tokens=300))
+    found = [[plan.step(step)[0].rows.tolist() for step in range(1, plan.steps + 1)] for plan in (by_rows, by_tokens)]
+    assert found[0] == [[4, 6, 7, 3], [5, 8, 2, 9], [0, 1]]
+    assert found[1] == [[2], [6, 7, 5, 4], [3], [9], [0], [8], [1]]
+
+
+class Rows(list[Example]):
+    """Examples of rows that give several. row_of: [N] the row of each."""
+
+    row_of: np.ndarray
+
+
+def conversations(counts: list[int], seed: int = 0) -> Rows:
+    """A row of each count of examples, each example the one before and a turn more, its last 3 tokens supervised."""
+    draw = np.random.default_rng(seed)
+    lengths = [np.cumsum(draw.integers(5, 60, count)).tolist() for count in counts]
+    found = Rows(Example([7] * length, [0] * (length - 3) + [1] * 3) for row in lengths for length in row)
+    found.row_of = np.repeat(np.arange(len(counts)), counts)
+    return found
+
+
+COUNTS = np.random.default_rng(4).integers(1, 6, 41).tolist()
+EXPANDED = conversations(COUNTS)
+BY_ROWS = [{"batch_rows": 4}, {"batch_rows": 1}, {"batch_rows": 3, "accumulate": 2}]
+BY_TOKENS = [{"batch_tokens": 400}, {"batch_tokens": 64, "accumulate": 3}, {"batch_tokens": 2000, "accumulate": 2}]
+
+
+@pytest.mark.parametrize("settings", [*BY_ROWS, *BY_TOKENS])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_all_examples_of_a_row_meet_in_one_step_once_per_epoch(settings: dict, grouped: bool) -> None:
+    plan = Plan(EXPANDED, TrainSection(epochs=2, **settings), grouped=grouped)
+    for first, last in ((1, plan._starts[1]), (plan._starts[1] + 1, plan.steps)):
+        steps = [Counter(rows_of(plan, number, number)) for number in range(first, last + 1)]
+        assert sum(steps, Counter()) == Counter(range(len(EXPANDED)))
+        for step in steps:
+            whole = {row for index in step for row in [EXPANDED.row_of[index]]}
+            assert set(step) == {index for index, row in enumerate(EXPANDED.row_of) if row in whole}
+        told = [sorted(plan.rows_of_step(number)) for number in range(first, last + 1)]
+        assert told == [sorted({int(EXPANDED.row_of[index]) for index in step}) for step in steps]
+
+
+@pytest.mark.parametrize("settings", BY_ROWS)
+def test_a_step_counts_rows_and_a_micro_batch_examples(settings: dict) -> None:
+    plan = Plan(EXPANDED, TrainSection(epochs=1, **settings))
+    most, per_step = settings["batch_rows"], settings["batch_rows"] * settings.get("accumulate", 1)
+    assert plan.steps == -(-41 // per_step)
+    steps = range(1, plan.steps + 1)
+    assert sorted(len(plan.rows_of_step(number)) for number in steps)[1:] == [per_step] * (plan.steps - 1)
+    assert max(len(batch.rows) for number in steps for batch in plan.step(number)) == most
+
+
+@pytest.mark.parametrize("settings", BY_TOKENS)
+def test_a_budget_of_tokens_holds_for_rows_of_many_examples(settings: dict) -> None:
+    """Several rows share a batch only within the budget, with all of their examples; so does every micro-batch, unless
+    it is one example.
+    """
+    plan = Plan(EXPANDED, TrainSection(epochs=1, **settings))
+    tokens = settings["batch_tokens"]
+    for step in plan._epochs[0]:
+        for rows in step:
+            parts = plan._micro_batches(rows)
+            padded = sum(min(w for w in plan.widths if w >= len(EXPANDED[i].ids)) for part in parts for i in part)
+            assert len(rows) == 1 or padded <= tokens
+            assert all(len(part) == 1 or len(part) * plan._width(part) <= tokens for part in parts)
+    if tokens == 2000:
+        assert plan.rows_per_batch > 3
+
+
+def test_as_many_rows_share_a_batch_as_fit_its_tokens() -> None:
+    """Rows of 10 + 20, 20 and 20 tokens, in this order, in batches of 50 padded tokens: the first two fill one."""
+    examples = Rows(Example([7] * length, [0] * (length - 1) + [1]) for length in (10, 20, 20, 20))
+    examples.row_of = np.array([0, 0, 1, 2])
+    plan = Plan(examples, TrainSection(epochs=1, batch_tokens=50))
+    assert plan.widths == [10, 20]
+    assert plan._batches([0, 1, 2]) == [[0, 1], [2]]
+    assert plan._batches([1, 2, 0]) == [[1, 2], [0]]
+
+
+def test_the_examples_of_a_batch_of_rows_are_padded_little() -> None:
+    """Examples of 10 to 300 tokens in a batch: as one batch they would be padded by some 90%."""
+    plan = Plan(conversations([1, 2, 3, 4, 5] * 40), TrainSection(epochs=1, batch_rows=8))
+    batches = [batch for step in range(1, plan.steps + 1) for batch in plan.step(step)]
+    assert sum(batch.ids.size for batch in batches) < 1.25 * sum(batch.tokens for batch in batches)
+    assert len({batch.ids.shape[1] for batch in batches}) <= MAX_BUCKETS
+    assert plan.shapes() == [(*batch.ids.shape, batch.targets) for batch in batches]
+
+
+def test_rows_of_several_examples_are_grouped_by_their_first() -> None:
+    """Two documents, six conversations of three turns on each: both turns after the first go where the first goes."""
+    counts = [3] * 12
+    examples = Rows()
+    for row in range(12):
+        start = [1, 2, *[50 + row % 2] * 60]
+        examples += [
+            Example([*start, *[100 + row] * (6 * turn)], [0] * (59 + 6 * turn) + [1] * 3) for turn in (1, 2, 3)
+        ]
+    examples.row_of = np.repeat(np.arange(12), counts)
+    plan = Plan(examples, TrainSection(epochs=1, batch_rows=3), grouped=True)
+    batches = [batch for step in range(1, plan.steps + 1) for batch in plan.step(step)]
+    assert Counter(row for batch in batches for row in batch.rows.tolist()) == Counter(range(36))
+    assert [sorted({row % 2 for row in plan.rows_of_step(step)}) for step in range(1, 5)].count([0]) == 2
+    assert all(len(set(batch.ids[:, 2].tolist())) == 1 for batch in batches)
+
+
+def test_a_million_rows_are_planned_in_seconds() -> None:
+    class Many:
+        lengths = np.random.default_rng(1).integers(5, 2000, 1_000_000)
+        row_of = np.repeat(np.arange(600_000), np.tile([1, 1, 3], 200_000))
+
+        def __len__(self) -> int:
+            return 1_000_000
+
+    began = time.process_time()
+    plan = Plan(Many(), TrainSection(epochs=1, batch_tokens=4096))  # type: ignore[arg-type]
+    assert time.process_time() - began < 30
+    assert sum(len(rows) for step in plan._epochs[0] for rows in step) == 600_000

@@ -26,6 +26,18 @@ def test_both_competitors_train_on_the_same_rows(mlx_model: Path, data: Path) ->
     assert theirs.peak_bytes > ours.peak_bytes > 0
 
 
+def test_rows_of_several_examples_are_chosen_by_rows_and_timed_by_examples(mlx_model: Path, tmp_path: Path) -> None:
+    """Rows of three turns each, four to a step: eight rows are two steps and 24 examples."""
+    said = [row["messages"] for row in tiny.conversations(36)]
+    rows = [{"messages": [*said[at], *said[at + 1], *said[at + 2]]} for at in range(0, 36, 3)]
+    path = tiny.write_jsonl(tmp_path / "train.jsonl", rows)
+    flags = ("--model", mlx_model, "--data", path, "--rows", "8", "--set", "train.batch_rows=4")
+    flags = (*flags, "--set", "data.expand_turns=all")
+    result = tiny.mlxtune("bench", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "24 examples in 2 steps" in result.stdout and "s per example" in result.stdout
+
+
 def test_the_command_prints_one_json_document(mlx_model: Path, data: Path) -> None:
     result = tiny.mlxtune("bench", "--model", mlx_model, "--data", data, "--rows", "8", "--json")
     assert result.returncode == 0, result.stderr

@@ -16,7 +16,7 @@ from rich.console import Console
 from training import scale_losses
 
 from mlxtune import config, errors, session, tuning
-from mlxtune.data.batches import Plan
+from mlxtune.data.batches import Plan, collate
 from mlxtune.model import lora
 from mlxtune.model.load import load
 from mlxtune.train import events, optim
@@ -153,18 +153,26 @@ def test_losses_equal_pytorch_and_peft(hf_model: Path, dense_model: Path, data: 
     np.testing.assert_allclose(ours, reference, atol=1e-4)
 
 
-def test_accumulated_micro_batches_weigh_every_token_the_same(dense_model: Path, data: Path) -> None:
-    """Two micro-batches with different token counts: the step's gradient is that of one batch of all rows."""
-    resolved, plan = plan_of(dense_model, data)
+@pytest.mark.parametrize("budget", [(), ("train.batch_rows=null", "train.batch_tokens=256")], ids=["rows", "tokens"])
+@pytest.mark.parametrize("turns", [1, 4])
+def test_accumulated_micro_batches_weigh_every_token_the_same(
+    turns: int, budget: tuple[str, ...], dense_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Micro-batches with different token counts: the step's gradient is that of one batch of all examples. With several
+    turns a row gives as many examples, and the step has more than two micro-batches.
+    """
+    if turns > 1:
+        said = [row["messages"] for row in tiny.conversations(30)]
+        rows = [{"messages": [m for turn in range(1 + row % turns) for m in said[row - turn]]} for row in range(30)]
+        data = tiny.write_jsonl(tmp_path / "train.jsonl", rows)
+    resolved, plan = plan_of(dense_model, data, "data.expand_turns=all", *budget)
     batches = plan.step(1)
     assert len({batch.targets for batch in batches}) > 1
+    if not budget:
+        assert (len(batches) > 2) == (turns > 1) and len(plan.rows_of_step(1)) == 6
     loaded = load(str(dense_model))
     dropout = lora.attach(loaded.model, lora.Spec.of(loaded.model, resolved.lora), 0)
-    one = [plan_of(dense_model, data, "train.batch_rows=6", "train.accumulate=1")[1]]
-    rows = [row for batch in batches for row in batch.rows.tolist()]
-    from mlxtune.data.batches import collate
-
-    whole = collate(one[0].examples, rows)
+    whole = collate(plan.examples, [index for batch in batches for index in batch.rows.tolist()])
     function = StepFunction(_job(loaded, plan, dropout, resolved), optim.build(resolved.train, {}))
     losses_of_parts, summed = function._accumulate(1, batches)
     loss_of_whole, gradient = function._accumulate(1, [whole])

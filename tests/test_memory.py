@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -123,6 +124,51 @@ def test_a_budget_of_tokens_is_halved_too() -> None:
     ]
     assert len(list(fit._smaller(TrainSection(batch_tokens=100), widest=60))) == 2  # a row is not cut in two
     assert [section.batch_rows for section in fit._smaller(TrainSection(batch_rows=6), 60)] == [6, 6, 3, 1]
+
+
+class Rows(list[Example]):
+    """Examples of rows that give several. row_of: [N] the row of each."""
+
+    row_of: np.ndarray
+
+
+def rows_of_turns(count: int, turns: int, tokens: int) -> Rows:
+    found = Rows(Example([7] * tokens, [0] * (tokens - 1) + [1]) for _ in range(count * turns))
+    found.row_of = np.repeat(np.arange(count), turns)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "least", "expected"),
+    [
+        # Rows of 6 x 60 tokens, which fill the budget alone before and after it is halved: still four in a step.
+        ({"batch_tokens": 256, "accumulate": 4}, 128, {"batch_tokens": 128, "accumulate": 4}),
+        # Two of them fit into 720 tokens, one into 360.
+        ({"batch_tokens": 720, "accumulate": 2}, 360, {"batch_tokens": 360, "accumulate": 4}),
+        ({"batch_rows": 4, "accumulate": 1}, 60, {"batch_rows": 1, "accumulate": 4}),
+    ],
+)
+def test_a_step_keeps_its_rows_where_micro_batches_are_made_smaller(
+    settings: dict[str, int], least: int, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Needed:
+        def __init__(self, *known: Any) -> None:
+            self.total = max(count * width for count, width, _ in known[-1].shapes())
+
+    monkeypatch.setattr(fit, "plan", Needed)
+    config = configuration.Config(train=TrainSection(epochs=1, **settings))
+    before = Plan(rows_of_turns(24, 6, 60), config.train)
+    fitted, after, _ = fit.fitted(None, config, {}, mx.float32, before, least)  # type: ignore[arg-type]
+    assert {key: getattr(fitted.train, key) for key in expected} == expected
+    assert {len(plan.rows_of_step(step)) for plan in (before, after) for step in (1, 2, 3)} == {4}
+    assert fitted.train == after.section
+
+
+def test_memory_too_small_for_one_example_of_a_row_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "plan", lambda *known: SimpleNamespace(total=99))
+    config = configuration.Config(train=TrainSection(epochs=1, batch_rows=4))
+    with pytest.raises(UserError, match="even with one example at a time and checkpointing"):
+        fit.fitted(None, config, {}, mx.float32, Plan(rows_of_turns(4, 3, 60), config.train), 59)  # type: ignore[arg-type]
 
 
 def test_the_proof_takes_fewer_tokens_where_the_plain_way_would_not_fit(mlx_model: Path, data: Path) -> None:

@@ -133,7 +133,7 @@ def test_processes_with_different_rows_are_refused(mlx_model: Path, data: Path, 
     """The second process reads other rows, as on a machine whose copy is old."""
     program = tmp_path / "there"
     program.write_text(
-        f"#!{sys.executable}\nimport os\nfrom mlxtune.cli import main\nfrom mlxtune.data.mixture import Examples\n"
+        f"#!{sys.executable}\nimport os\nfrom mlxtune.cli import main\nfrom mlxtune.data.rows import Examples\n"
         "if os.environ['MLX_RANK'] == '1':\n    Examples.digest = lambda self: 'others'\nmain()\n"
     )
     program.chmod(0o755)
@@ -179,14 +179,45 @@ class Group:
         return self._size
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
-@pytest.mark.parametrize("batches", [[4], [5], [4, 4], [1, 1, 1], [4, 4, 4, 2]])
-def test_every_row_of_a_step_is_dealt_to_exactly_one_process(size: int, batches: list[int]) -> None:
-    numbers = np.arange(sum(batches))
-    step = [
-        Batch(rows, np.zeros((len(rows), 7), np.int32), np.full(len(rows), 7), np.ones((len(rows), 7), np.uint8))
-        for rows in np.split(numbers, np.cumsum(batches)[:-1])
+def step_of(batches: list[int], widths: list[int]) -> list[Batch]:
+    """Micro-batches of so many examples, padded to these widths."""
+    return [
+        Batch(
+            rows,
+            np.zeros((len(rows), width), np.int32),
+            np.full(len(rows), width),
+            np.ones((len(rows), width), np.uint8),
+        )
+        for rows, width in zip(np.split(np.arange(sum(batches)), np.cumsum(batches)[:-1]), widths, strict=True)
     ]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("batches", [[4], [5], [4, 4], [1, 1, 1], [4, 4, 4, 2], [4, 4, 1, 4, 4, 4, 3]])
+def test_every_example_of_a_step_is_dealt_to_exactly_one_process(size: int, batches: list[int]) -> None:
+    numbers = np.arange(sum(batches))
+    step = step_of(batches, [7] * len(batches))
     dealt = [row for rank in range(size) for batch in Ranks(Group(rank, size)).share(step) for row in batch.rows]
     assert sorted(dealt) == numbers.tolist()
     assert [batch.rows.tolist() for batch in Ranks().share(step)] == [batch.rows.tolist() for batch in step]
+
+
+@pytest.mark.parametrize(
+    ("batches", "widths", "most"),
+    [
+        # The turns of a few rows, of growing lengths: 40 + 12 against 24 + 20 + 8. Dealt in turn it would be 68 and 36.
+        ([2, 2, 2, 2, 2], [4, 6, 10, 12, 20], 52),
+        ([1, 1, 1], [9, 9, 9], 18),
+        ([1, 1], [9, 9], 9),
+    ],
+)
+def test_two_processes_have_about_as_much_to_do(batches: list[int], widths: list[int], most: int) -> None:
+    """Padded tokens of the busier one."""
+    shares = [Ranks(Group(rank, 2)).share(step_of(batches, widths)) for rank in range(2)]
+    assert max(sum(batch.ids.size for batch in share) for share in shares) == most
+
+
+def test_single_examples_are_not_all_dealt_to_the_first_process() -> None:
+    """Two micro-batches of one example each, three processes."""
+    shares = [Ranks(Group(rank, 3)).share(step_of([1, 1], [9, 9])) for rank in range(3)]
+    assert [len(share) for share in shares] == [1, 1, 0]

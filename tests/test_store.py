@@ -24,8 +24,8 @@ def test_the_second_read_tokenizes_nothing(tokenizer: Any, tmp_path: Path, monke
     path, cache = texts_file(tmp_path), tmp_path / "cache"
     first = all_of(path, tokenizer, cache=str(cache))
     calls = []
-    real = examples.Renderer.rows
-    monkeypatch.setattr(examples.Renderer, "rows", lambda self, rows: calls.append(len(rows)) or real(self, rows))
+    real = examples.Renderer.stream
+    monkeypatch.setattr(examples.Renderer, "stream", lambda self, rows: calls.append(len(rows)) or real(self, rows))
     again = all_of(path, tokenizer, cache=str(cache))
     assert calls == []
     assert (shown(again, tokenizer), again.digest()) == (shown(first, tokenizer), first.digest())

@@ -16,7 +16,7 @@ import tiny
 
 from mlxtune.cli import use
 from mlxtune.data import chat
-from mlxtune.evaluate.generate import prompt_ids
+from mlxtune.evaluate.generate import Sampling, prompt_ids
 from mlxtune.model import lora
 from mlxtune.model.load import load
 
@@ -65,7 +65,7 @@ def test_the_system_prompt_and_the_runs_template_variables_are_used(
     assert tiny.mlxtune("train", "--model", model, "--data", data, "--out", out, *options).returncode == 0
     loaded = load(str(model))
     messages = [{"role": "user", "content": "Hi"}]
-    seen = loaded.tokenizer.decode(prompt_ids(loaded, messages, use._template_kwargs(out)))
+    seen = loaded.tokenizer.decode(prompt_ids(loaded, messages, *use.Talk(loaded, out, Sampling()).settings))
     assert seen == "calm<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     answers = {
         tiny.mlxtune("generate", "--model", model, "--prompt", "Hi", "--max-tokens", "60", *extra).stdout

@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from mlxtune_convert import chat_templates
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import write_json
 from mlxtune_convert.gguf_file import HINT, File
@@ -99,7 +100,7 @@ def check_supported(file: File) -> None:
 
 
 def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja; return every end-of-turn token id.
+    """Write tokenizer.json, tokenizer_config.json and the chat templates; return every end-of-turn token id.
 
     max_length: the model's context in tokens. Raises UserError for merges of what are no tokens.
     """
@@ -136,11 +137,11 @@ def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
         index = get(f"{key}_token_id")
         if index is not None:
             config[f"{name}_token"] = tokens[index]
-    template = file.get("tokenizer.chat_template")
-    if template:
+    templates = chat_templates.of_gguf(file)
+    if templates:
         # Both places: some readers know only one of them.
-        config["chat_template"] = template
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        config["chat_template"] = chat_templates.for_config(templates)
+        chat_templates.write(folder, templates)
     write_json(folder / "tokenizer_config.json", config)
     found = (get(f"{key}_token_id") for key in ("eos", "eot", "eom"))
     return sorted({index for index in found if index is not None})

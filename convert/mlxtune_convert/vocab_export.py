@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlxtune_convert import chat_templates
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import read_json
 from mlxtune_convert.gguf_file import Field
@@ -61,9 +62,7 @@ def fields(folder: Path, rows: int) -> dict[str, Field]:
     if isinstance(start, str) and start in ids:
         out["bos_token_id"] = ids[start]
     found = {f"tokenizer.ggml.{key}": Field.of(value) for key, value in out.items()}
-    template = folder / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.is_file() else settings.get("chat_template")
-    return found | ({"tokenizer.chat_template": Field.of(text)} if isinstance(text, str) else {})
+    return found | chat_templates.fields(chat_templates.of_folder(folder))
 
 
 def end_ids(folder: Path) -> list[int]:

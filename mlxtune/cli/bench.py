@@ -88,7 +88,8 @@ def bench(
 
 def _print(one: Measured) -> None:
     out = common.stdout()
-    out.print(f"{one.who} on {one.device}: {one.rows} rows in {one.steps} steps, {one.seconds_per_row:.3f} s per row")
+    done = f"{one.rows} {one.unit}s in {one.steps} steps"
+    out.print(f"{one.who} on {one.device}: {done}, {one.seconds_per_row:.3f} s per {one.unit}")
     out.print(
         f"  {one.steps / one.seconds:.3f} steps/s, {one.supervised / one.seconds:,.0f} supervised and "
         f"{one.processed / one.seconds:,.0f} processed tokens/s, padding {one.padding:.1%}"

@@ -12,6 +12,7 @@ import click
 from mlxtune.cli import common
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import Console
 
     from mlxtune.config import Config
@@ -26,7 +27,7 @@ def data() -> None:
 @data.command()
 @common.model_option()
 @click.option("--data", "path", required=True, metavar="PATH", help="Folder, file, or hub dataset id.")
-@common.split_option("Which split.  [default: train; a file: all rows]")
+@common.split_option("Which split.  [default: all rows of the train files]")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.  [default: 5, with --json all]")
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines with ids and mask.")
 @common.settings_option
@@ -43,13 +44,21 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     from itertools import islice
 
     from mlxtune import config
-    from mlxtune.data import sources
+    from mlxtune.cli import report
+    from mlxtune.data import mixture, sources
 
-    common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache")
+    cache = () if split else ("data.cache",)  # only what training would hold out needs all rows
+    common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.on_damage", *cache)
     resolved = config.load(None, settings, {"data.path": path})
     folder, renderer = _renderer(model, resolved)
     out, tokenizer = common.stdout(), renderer.tokenizer
-    found = sources.rows_of(resolved.data, resolved.train.seed, split)
+    with report.progress(common.console()) as progress:
+
+        def good(source: sources.Source) -> np.ndarray:
+            told = progress(source.name)
+            return mixture.hashes_of(source, renderer, folder, lambda name, count: told(count))
+
+        found = sources.rows_of(resolved.data, resolved.train.seed, split, good)
     rows = sources.with_template(found, tokenizer, folder, resolved.data.template)
     for record in islice(rows, limit or (None if as_json else 5)):
         for row in renderer.rows([record]):

@@ -59,6 +59,8 @@ def draw(out: Console, told: dict[str, Any]) -> None:
 def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
     from rich.text import Text
 
+    from mlxtune.data.told import Expansion, kind_lines
+
     lengths = facts["lengths"]
     out.print(Text(f"{name}: {facts['file']}", style="bold"))
     share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
@@ -66,6 +68,7 @@ def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
         "rows": f"{facts['rows']:,} ({_counts(facts['formats'])})",
         "outcome": _counts(facts["outcomes"]),
         "tokens": f"{facts['tokens']:,} per epoch, {share:.0%} of them trained on; {facts['steps_per_epoch']:,} steps",
+        "as asked": Expansion(**facts["conversations"]).line(),
         "roles": _counts(facts["roles"]),
         "answers per row": _counts(facts["answers_per_row"]),
         "system prompts": f"{facts['system_prompts']['distinct']:,} distinct, "
@@ -79,6 +82,8 @@ def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
     for label, value in lines.items():
         if value:
             out.print(Text(f"  {label:16}", style="dim") + Text(value))
+    for line in kind_lines(*({kind: told[key] for kind, told in facts["turns"].items()} for key in ("count", "rows"))):
+        out.print(Text(f"    {line}", style="yellow"))
     cut = f"{lengths['cut_share']:.1%} of the rows are longer than data.max_tokens {lengths['max_tokens']:,}"
     longest = f"; data.max_tokens={lengths['longest']} would cut none" if lengths["cut_share"] else ""
     out.print(Text("  length in tokens", style="dim") + Text(f" {cut}{longest}"))

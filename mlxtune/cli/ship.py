@@ -113,7 +113,8 @@ def _training_rows(adapter: Path) -> Sequence[Example]:
         common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
     if len(rows) < ENOUGH_ROWS:
-        common.note(f"only {len(rows)} training rows to choose codes by; {ENOUGH_ROWS} are better")
+        what = "rows" if rows.rows == len(rows) else "examples"
+        common.note(f"only {len(rows)} training {what} to choose codes by; {ENOUGH_ROWS} are better")
     return rows
 
 

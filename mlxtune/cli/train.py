@@ -110,7 +110,8 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     for split, examples in (("train", data.train), ("valid", data.valid)):
         for note in examples.notes(split, config.data.max_tokens):
             out.print(f"note: {note}")
-    out.print(f"rows: {len(data.train)} to train on, {len(data.valid)} held out")
+    train, valid = data.train, data.valid
+    out.print(f"rows: {train.rows} to train on{train.also}, {valid.rows} held out{valid.also}")
     out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")
     out.print(f"optimizer steps: {plan.steps}")
     for line in [*(memory.lines() if memory else ()), *notes]:

@@ -12,8 +12,10 @@ import click
 from mlxtune.cli import common
 
 if TYPE_CHECKING:
+    from mlxtune.data.answers import Plain, Reader, Said
     from mlxtune.evaluate.generate import Sampling
     from mlxtune.evaluate.loss import Score
+    from mlxtune.model.load import Loaded
 
 
 @click.command("eval")
@@ -95,8 +97,87 @@ def _sampling(options: dict[str, Any]) -> Sampling:
     return Sampling(**options)
 
 
-def _template_kwargs(adapter: Path | None) -> dict[str, Any]:
-    return dict(common.run_settings(adapter, None).data.template_kwargs)
+class Voice:
+    """Says an answer as it comes: the answer on standard output, the thought before it dim on standard error."""
+
+    def __init__(self, reader: Reader | Plain) -> None:
+        self.reader = reader
+        self.text = ""
+        self.thought = self.content = 0  # characters said
+
+    def hear(self, piece: str) -> None:
+        self.text += piece
+        self._say(self.reader.so_far(self.text))
+
+    def end(self, remark: str) -> None:
+        """Say what was held back, and end the line, with a remark that is no part of the answer."""
+        self._say(self.reader.said(self.text))
+        click.echo(remark, nl=False, err=True)
+        if self.thought and not self.content:
+            click.echo(err=True)
+        click.echo()
+
+    def _say(self, said: Said) -> None:
+        if not self.content and len(said.thought) > self.thought:
+            click.secho(said.thought[self.thought :], nl=False, err=True, dim=True)
+            self.thought = len(said.thought)
+        if said.content and not self.content and self.thought:
+            click.echo("\n", err=True)
+        click.echo(said.content[self.content :], nl=False)
+        self.content = max(self.content, len(said.content))
+
+
+class Talk:
+    """A conversation with a model, by the chat template, and the variables and day, that it was tuned with."""
+
+    def __init__(self, loaded: Loaded, adapter: Path | None, sampling: Sampling) -> None:
+        from mlxtune_convert.chat_templates import unread
+
+        for note in unread(loaded.path):
+            common.note(note)
+        data = common.run_settings(adapter, None).data
+        self.loaded, self.sampling = loaded, sampling
+        self.settings = dict(data.template_kwargs), data.date
+        self.system: str | None = None
+        self.history: list[dict[str, Any]] = []
+
+    def instruct(self, system: str | None) -> None:
+        """Begin anew with a system prompt. Raises UserError, and changes nothing, when the template refuses it."""
+        from mlxtune.evaluate.generate import prompt_ids
+
+        if system:
+            said = [{"role": "system", "content": system}, {"role": "user", "content": "?"}]
+            prompt_ids(self.loaded, said, *self.settings)
+        self.system, self.history = system, []
+
+    def ask(self, text: str) -> bool:
+        """Have a message answered; False when Ctrl-C ended the answer: what was said so far is kept.
+
+        Raises UserError when the template refuses the message, which is not kept then.
+        """
+        from mlxtune.evaluate.generate import prompt_ids, reader_for, stream
+
+        question = {"role": "user", "content": text}
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*head, *self.history, question]
+        ids = prompt_ids(self.loaded, messages, *self.settings)
+        voice = Voice(reader_for(self.loaded, messages, *self.settings))
+        stopped = False
+        try:
+            for piece in stream(self.loaded, ids, self.sampling):
+                voice.hear(piece)
+        except KeyboardInterrupt:
+            stopped = True
+        voice.end(" [stopped]" if stopped else "")
+        if voice.thought and not voice.content and not stopped:
+            limit = "" if voice.reader.ended(voice.text) else f" within --max-tokens {self.sampling.max_tokens}"
+            common.note(f"the model thought, and gave no answer{limit}")
+        message = voice.reader.message(voice.text)
+        if voice.reader.takes(message):
+            self.history += [question, message]
+        else:
+            common.note("the chat template does not take this answer back: question and answer are not kept")
+        return not stopped
 
 
 @click.command()
@@ -108,18 +189,23 @@ def _template_kwargs(adapter: Path | None) -> dict[str, Any]:
 def generate(model: str, adapter: Path | None, prompt: str, system: str | None, **options: Any) -> None:
     """Answer one prompt; standard output is the answer alone.
 
+    A model that thinks first does so on standard error: its thought is what its chat template, or <think>, marks as
+    one.
+
     \b
     mlxtune generate --model model --adapter run --prompt "Where is my order?"
     """
     sampling = _sampling(options)
-    from mlxtune.evaluate.generate import prompt_ids, stream
+    from mlxtune.errors import UserError
+    from mlxtune.evaluate.generate import Refused
 
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    loaded = common.load_model(model, adapter)
-    for piece in stream(loaded, prompt_ids(loaded, messages, _template_kwargs(adapter)), sampling):
-        click.echo(piece, nl=False)
-    click.echo()
+    talk = Talk(common.load_model(model, adapter), adapter, sampling)
+    talk.system = system
+    try:
+        if not talk.ask(prompt):
+            raise KeyboardInterrupt
+    except Refused as error:
+        raise UserError(error.message, "Leave out --system, or say it in --prompt." if error.system else "") from error
 
 
 HELP = "/system TEXT  set the system prompt    /reset  forget the conversation    /quit  leave"
@@ -133,43 +219,42 @@ HELP = "/system TEXT  set the system prompt    /reset  forget the conversation  
 def chat(model: str, adapter: Path | None, system: str | None, **options: Any) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the program; Ctrl-D leaves.
 
+    A model that thinks first does so in dim letters, on standard error. The conversation keeps thought and answer
+    apart, as the chat template wants them.
+
     \b
     mlxtune chat --model model --adapter run --temperature 0.7
     """
     sampling = _sampling(options)
-    from mlxtune.evaluate.generate import prompt_ids, stream
+    from mlxtune.errors import UserError
+    from mlxtune.evaluate.generate import Refused
 
     console = common.console()
     with console.status(f"loading {model}"):
-        loaded = common.load_model(model, adapter)
-    kwargs = _template_kwargs(adapter)
-    history: list[dict[str, Any]] = []
+        talk = Talk(common.load_model(model, adapter), adapter, sampling)
+    try:
+        talk.instruct(system)
+    except Refused as error:
+        raise UserError(error.message, "Leave out --system, or say it in a message." if error.system else "") from error
     console.print(HELP, style="dim")
     while (line := _read_line()) is not None:
         command, _, rest = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return
-        if command == "/reset":
-            history = []
-            console.print("the conversation is forgotten", style="dim")
-        elif command == "/system":
-            system = rest.strip() or None
-            history = []
-            console.print(f"system prompt: {system or 'none'}; the conversation is forgotten", style="dim")
-        elif command.startswith("/"):
-            console.print(HELP, style="dim")
-        elif line.strip():
-            head = [{"role": "system", "content": system}] if system else []
-            history.append({"role": "user", "content": line})
-            answer = ""
-            try:
-                for piece in stream(loaded, prompt_ids(loaded, head + history, kwargs), sampling):
-                    answer += piece
-                    click.echo(piece, nl=False)
-            except KeyboardInterrupt:
-                click.echo(" [stopped]", nl=False, err=True)
-            click.echo()
-            history.append({"role": "assistant", "content": answer})
+        try:
+            if command == "/reset":
+                talk.instruct(talk.system)
+                console.print("the conversation is forgotten", style="dim")
+            elif command == "/system":
+                talk.instruct(rest.strip() or None)
+                console.print(f"system prompt: {talk.system or 'none'}; the conversation is forgotten", style="dim")
+            elif command.startswith("/"):
+                console.print(HELP, style="dim")
+            elif line.strip():
+                talk.ask(line)
+        except UserError as error:
+            what = "it stays as it was" if command == "/system" else "this message is not kept"
+            click.echo(f"error: {error.message} ({what})", err=True)
 
 
 def _read_line() -> str | None:

@@ -146,11 +146,10 @@ class _Row(Conversation):
             rest, thought = found
         target = self.up_to_end(rest, first, last, own)
         trailing = rest[len(target) :] if thought is None else ""
-        if not self.template.end_of_turn and self.template.stops:
-            header = self.template.header_that_ends(bool(self.messages[last].get("tool_calls")))
-            if header:
-                target, trailing = target + header, ""
-                kinds.append("stop added")
+        header = self.template.header_that_ends(bool(self.messages[last].get("tool_calls")))
+        if header:
+            target, trailing = target + header, ""
+            kinds.append("stop added")
         damage = (*self.lost_context(first), *self.lost_own(first, last, own, target, thought is not None))
         if form.opened(prompt) and not self.thought_of(first) and "thought closed" not in kinds:
             kinds.append("thought closed")
@@ -248,6 +247,8 @@ class _Row(Conversation):
         surplus, rest = asked.tail[header:], shown.tail[header:]
         if surplus:  # the prompt ends otherwise than the whole text, which may print a header here
             rest = rest.removeprefix(self.template.request)
+        if surplus and as_marked and own.opening.endswith(surplus) and rest.startswith(surplus):
+            surplus, rest = "", rest[len(surplus) :]  # both open the thought, but for what stands before it
         shows_thought = self.marks[first][THINKING] in own.marks if as_marked else thought.strip() in rest
         if thought and shows_thought and form.closes(surplus):
             return None
@@ -306,7 +307,7 @@ class _Row(Conversation):
         """The turn as the whole row has it. Raises TemplateError when the template refuses that too."""
         located = turns.locate(self.template, self.messages, self.tools)
         spans = [(start, end) for index, start, end in located.spans if first <= index <= last]
-        if not spans:
+        if not spans or len(spans) > last - first + 1:  # several spans of one message have context between them
             raise self.uncertain(first)
         start, end = spans[0][0], spans[-1][1]
         damage = tuple(damage for damage in located.damage if damage.index <= last)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlxtune.data import turns
-from mlxtune.data.messages import WEIGHTS, unwrapped, with_arguments
+from mlxtune.data.messages import WEIGHTS, unwrapped, with_arguments, with_short_ids
 from mlxtune.data.template import THINKING_KEYS, Messages, Template
 from mlxtune.data.turns import Damage
 
@@ -62,9 +62,12 @@ def weight(message: dict[str, Any]) -> int:
 
 def repaired(template: Template, messages: Messages) -> Messages:
     """The messages as the template can print them, where that is certain: absent content becomes empty, text parts are
-    joined, and tool-call arguments take the form (object or JSON text) that the template prints as it should be.
+    joined, tool-call arguments take the form (object or JSON text) that the template prints as it should be, and ids of
+    calls the length that it demands.
     """
-    return [_repaired(template, message) for message in messages]
+    out = [_repaired(template, message) for message in messages]
+    calls = any(message.get("tool_calls") or message.get("tool_call_id") for message in out)
+    return with_short_ids(out) if calls and template.wants_short_ids else out
 
 
 def _repaired(template: Template, message: dict[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import json
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from mlxtune.data.examples import Renderer, Row
 from mlxtune.data.files import Bad
 from mlxtune.data.records import Record
 from mlxtune.data.store import CHUNK
+from mlxtune.data.told import Expansion, Kinds
 
 LISTED = 200  # rows that a finding names
+TRAINED = ("used", "shortened")  # outcomes of a row that gives examples
 FEW = 0.01  # a kind of task below this share of the rows counts as missing
 SEVERITIES = ("error", "warning", "note")
 
@@ -55,9 +57,10 @@ class Finding:
 
 @dataclass
 class Split:
-    """What one split holds. several: it has more than one file; counts: of formats, outcomes, roles, turns (answers per
-    row), tasks, scripts, systems (by hash; None: rows without one), lengths (examples by tokens); prefix: token ids
-    that every example begins with; names, hashes, questions, signatures: of each row that could be read.
+    """What one split holds. several: it has more than one file; used: rows that give examples; counts: of formats,
+    outcomes (of rows), roles, turns (answers per row), tasks, scripts, systems (by hash; None: rows without one),
+    lengths (examples by tokens); prefix: token ids that every example begins with; names, hashes, questions,
+    signatures: of each row that could be read; expansion, kinds: how turns are trained.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Split:
     several: bool = False
     counts: dict[str, Counter[Any]] = field(default_factory=lambda: defaultdict(Counter))
     rows: int = 0
+    used: int = 0
     examples: int = 0
     tokens: int = 0
     targets: int = 0
@@ -74,6 +78,8 @@ class Split:
     questions: array[int] = field(default_factory=lambda: array("Q"))
     signatures: list[np.ndarray] = field(default_factory=list)
     findings: dict[str, Finding] = field(default_factory=dict)
+    expansion: Expansion = field(default_factory=Expansion)
+    kinds: Kinds = field(default_factory=Kinds)
 
     def find_unused(self, names: Sequence[str]) -> None:
         """names: of data files or splits that stand beside this one and that nothing reads."""
@@ -110,8 +116,17 @@ def survey(out: Split, records: Iterator[Record | Bad], renderer: Renderer, prog
             for record in good:
                 for code, reason in markup.codes(record):
                     out.find(code, out.name_of(record), reason)
-        for row in uncut.rows(good):
-            _measure(out, row, limit)
+        for _, parts in groupby(uncut.stream(good), key=lambda row: id(row.record)):
+            made = list(parts)
+            lengths = [len(row.example.ids) for row in made if row.example is not None and row.turns]
+            out.expansion.add(
+                (replace(row, once=min(row.once, limit)) for row in made), sum(min(length, limit) for length in lengths)
+            )
+            out.kinds.add(made)
+            found = [_measure(out, row, limit) for row in made]
+            trained = [outcome for outcome in found if outcome in TRAINED]
+            out.counts["outcomes"][max(trained, key=TRAINED.index) if trained else found[0]] += 1
+            out.used += bool(trained)
         if good:
             out.signatures.append(np.array([duplicates.signature(duplicates.words_of(record)) for record in good]))
         out.rows += len(chunk)
@@ -126,7 +141,7 @@ def survey(out: Split, records: Iterator[Record | Bad], renderer: Renderer, prog
     systems = out.counts["systems"]
     if len(systems) > 1 and systems[None]:
         out.findings["system"] = Finding("system", out.name, systems[None])
-    if out.counts["turns"] and not renderer.template.end_of_turn:
+    if out.counts["turns"] and not renderer.template.ends_answers(renderer.section.expand_turns == "none"):
         out.findings["no end"] = Finding("no end", out.name, out.counts["turns"].total())
 
 
@@ -150,8 +165,8 @@ def _count(out: Split, record: Record) -> None:
         out.find(code, name)
 
 
-def _measure(out: Split, row: Row, limit: int) -> None:
-    """What becomes of the row."""
+def _measure(out: Split, row: Row, limit: int) -> str:
+    """What becomes of an example of a row: one of TRAINED, or why it is dropped."""
     name, dropped, example = out.name_of(row.record), row.dropped, row.example
     code = "refused" if dropped.startswith("the chat template") else "dropped"
     for damage in row.damage:
@@ -161,7 +176,6 @@ def _measure(out: Split, row: Row, limit: int) -> None:
         targets = int(((supervised > 0) & (supervised < limit)).sum())
         out.counts["lengths"][length] += 1
         if targets:
-            out.counts["outcomes"]["shortened" if length > limit else "used"] += 1
             out.examples += 1
             out.tokens += min(length, limit)
             out.targets += targets
@@ -173,8 +187,9 @@ def _measure(out: Split, row: Row, limit: int) -> None:
         else:
             dropped, code = f"no supervised token in the first {limit} tokens", "too long"
     if dropped:
-        out.counts["outcomes"][f"dropped: {dropped}"] += 1
         out.find(code, name, dropped)
+        return f"dropped: {dropped}"
+    return TRAINED[example is not None and len(example.ids) > limit]
 
 
 def leaks(train: Split, valid: Split) -> None:
@@ -203,7 +218,7 @@ def _facts(split: Split, config: Config) -> dict[str, Any]:
     if section.batch_tokens:
         steps = -(-split.tokens // (section.batch_tokens * section.accumulate))
     else:
-        steps = -(-split.examples // (batch * section.accumulate))
+        steps = -(-split.used // (batch * section.accumulate))
     prefix = len(split.prefix) if split.prefix is not None and split.examples > 1 else 0
     saved = prefix * split.examples * (batch - 1) / batch / split.tokens if split.tokens else 0.0
     tasks = counts["tasks"]
@@ -218,6 +233,10 @@ def _facts(split: Split, config: Config) -> dict[str, Any]:
         "examples": split.examples,
         "tokens": split.tokens,
         "supervised_tokens": split.targets,
+        "conversations": asdict(split.expansion) if split.expansion.rows else {},
+        "turns": {
+            kind: {"count": split.kinds.counts[kind], "rows": split.kinds.rows[kind]} for kind in split.kinds.counts
+        },
         "lengths": {
             "quantiles": quantiles,
             "longest": int(lengths.max(initial=0)),

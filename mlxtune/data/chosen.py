@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlxtune_convert import chat_templates
 from mlxtune_convert.files import read_json, write_json
 
 from mlxtune.config import Config
@@ -21,9 +22,9 @@ SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized":
 
 @dataclass(frozen=True)
 class Changes:
-    """tokens: special tokens -> their ids. What is empty is the model's own."""
+    """tokens: special tokens -> their ids. What is empty is the model's own; several templates have names."""
 
-    chat_template: str = ""
+    chat_template: str | dict[str, str] = ""
     eos_token: str = ""
     tokens: dict[str, int] = field(default_factory=dict)
 
@@ -41,9 +42,8 @@ class Changes:
         if not (folder / "tokenizer_config.json").is_file():
             return Changes()
         tokenizer = load_tokenizer(folder)
-        template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
         tokens = {token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        return Changes(template, tokenizer.eos_token or "", tokens)
+        return Changes(tokenizer.chat_template or "", tokenizer.eos_token or "", tokens)
 
     def save(self, adapter: Path) -> None:
         if self != Changes():
@@ -73,15 +73,17 @@ class Changes:
         new = {index: {"content": token, **SPECIAL} for token, index in self.tokens.items() if token not in known}
         whole["added_tokens"] += [{"id": index, **new[index]} for index in sorted(new)]  # their order numbers them
         file.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
-        said = {key: value for key, value in asdict(self).items() if value and key != "tokens"}
+        templates = chat_templates.by_name(self.chat_template) if self.chat_template else {}
+        said: dict[str, Any] = {"chat_template": chat_templates.for_config(templates)} if templates else {}
+        said |= {"eos_token": self.eos_token} if self.eos_token else {}
         for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the latter is older, and wins
             if (folder / name).is_file():
                 settings = read_json(folder / name, "the tokenizer's settings")
                 if "added_tokens_decoder" in settings:
                     settings["added_tokens_decoder"].update(new)
                 write_json(folder / name, {**settings, **said})
-        if self.chat_template:
-            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+        if templates:
+            chat_templates.write(folder, templates)
 
 
 def add(tokenizer: Any, tokens: Sequence[str], folder: Path) -> None:

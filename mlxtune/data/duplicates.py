@@ -80,8 +80,9 @@ def seeded(hashes: Any, seed: int) -> np.ndarray:
 
 
 def threshold(hashes: np.ndarray, fraction: float, seed: int) -> int | None:
-    """The seeded hash up to which rows are held out: a share `fraction` of the distinct rows, at least one. Equal rows
-    stay on one side. None when there are fewer than two distinct rows.
+    """The seeded hash up to which rows are held out: a share `fraction` of the distinct rows, at least one and not all.
+    Equal rows stay on one side. None when there are fewer than two distinct rows.
     """
     distinct = np.unique(seeded(hashes, seed))
-    return int(distinct[max(1, round(len(distinct) * fraction)) - 1]) if len(distinct) > 1 else None
+    count = min(max(1, round(len(distinct) * fraction)), len(distinct) - 1)
+    return int(distinct[count - 1]) if count else None

@@ -41,7 +41,7 @@ class Row:
     damage: tuple[Damage, ...] = ()  # what of the record the template does not print
     kinds: tuple[tuple[str, int], ...] = ()  # (what is to be told of a turn, its message): keys of asked.KINDS
     turns: int = 0  # assistant turns that are trained in this example
-    once: int = 0  # tokens of the record rendered once as a whole; of its first example alone, 0 for the others
+    once: int = 0  # tokens of the record rendered once, cut as examples are; 0 but for its first example
     untrue: int = 0  # turns of the example that data.expand_turns=none would train behind another prompt
 
     @property
@@ -245,7 +245,7 @@ class Renderer:
 
     def _finished_turns(self, sheet: _Sheet) -> Iterator[Row]:
         drafts = sorted(sheet.drafts, key=lambda draft: draft.turns[-1].index)
-        once, kinds = self._once(sheet.whole, drafts), sheet.kinds
+        once, kinds = min(self._once(sheet.whole, drafts), self.section.max_tokens), sheet.kinds
         messages = sheet.record.messages or [] if isinstance(sheet.record, Record) else []
         for draft in drafts:
             mask = np.zeros(len(draft.ids), np.uint8)

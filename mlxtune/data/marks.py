@@ -66,4 +66,6 @@ def thinking_parts(text: str) -> Iterator[tuple[str, int | None]]:
 
 def _replaced_call(call: dict[str, Any], mark: str) -> dict[str, Any]:
     given = call.get("function", call).get("arguments")
+    if isinstance(given, dict) and given:
+        return with_arguments(call, dict.fromkeys(given, mark))  # a template may ask for an argument by its name
     return with_arguments(call, mark if isinstance(given, str) else {mark: mark})

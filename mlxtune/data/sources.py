@@ -184,9 +184,14 @@ def _hub_rows(name: str, rows: Any, at_once: int) -> Rows:
         number += len(table)
 
 
-def rows_of(section: DataSection, seed: int, split: str | None) -> Iterator[Record | Bad]:
-    """The rows of one split, as they stand in the files. Where none is named, a single file counts whole and a folder's
-    train is taken. Raises UserError naming the splits there are.
+def rows_of(
+    section: DataSection, seed: int, split: str | None, good: Callable[[Source], np.ndarray]
+) -> Iterator[Record | Bad]:
+    """The rows of one split, as they stand in the files; of train files as a whole where none is named. Raises
+    UserError naming the splits there are.
+
+    good: the content hashes of a file's rows that give examples. Rows are held out among these, as for training; a row
+    that gives none is on the side where its hash puts it.
     """
     (source,) = section.mixture()
     found = find(source, section.hub == "stream")
@@ -195,13 +200,14 @@ def rows_of(section: DataSection, seed: int, split: str | None) -> Iterator[Reco
         return chain.from_iterable(one.read() for one in found[name])
 
     wanted = split or "train"
-    whole = split is None and Path(source.path).expanduser().is_file()
-    if wanted in found and (whole or wanted != "train" or "valid" in found):
+    if wanted in found and (split is None or wanted != "train" or "valid" in found):
         return rows(wanted)
     if wanted == "test":
         raise UserError(f"{source.path} has no test split", f"It has: {', '.join(dict.fromkeys([*found, 'valid']))}.")
-    # Held out by the hash of each row, as for training.
-    hashes = [duplicates.content_hash(row) for row in rows("train") if isinstance(row, Record)]
-    limit = duplicates.threshold(np.array(hashes, np.uint64), section.valid_fraction, seed)
-    held = iter((duplicates.seeded(hashes, seed) <= (-1 if limit is None else limit)).tolist())
-    return (row for row in rows("train") if isinstance(row, Bad) or next(held) == (wanted == "valid"))
+    limit = duplicates.threshold(np.concatenate([good(one) for one in found["train"]]), section.valid_fraction, seed)
+
+    def held_out(row: Record) -> bool:
+        own = duplicates.seeded([duplicates.content_hash(row)], seed)
+        return limit is not None and int(own[0]) <= limit
+
+    return (row for row in rows("train") if isinstance(row, Bad) or held_out(row) == (wanted == "valid"))

@@ -1,7 +1,8 @@
 """Tokenized rows on disk, memory-mapped: a million of them do not live in Python lists.
 
 A store is a folder with a few flat files that hold the examples of one data file, made once for each choice of data,
-tokenizer, template and options (and day, where the template prints the date), and kept in a cache folder.
+tokenizer, template and options (and day, where the template prints the date), and kept in a cache folder. The examples
+of a row lie one after the other; whatever is counted for people is counted in rows.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,32 @@ from mlxtune.data.chat import Example
 from mlxtune.data.examples import Renderer, Row
 from mlxtune.data.files import Bad
 from mlxtune.data.records import Record, require_good
+from mlxtune.data.told import Kinds
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection
 
-VERSION = 2  # of the files made from the same data: raised when rendering or their layout changes
+VERSION = 4  # of the files made from the same data: raised when rendering or their layout changes
 KEPT_SECONDS = 30 * 24 * 3600  # how long a store that is not used stays in the cache folder
 LISTED = 10_000  # dropped and damaged rows that are remembered one by one
-CHUNK = 512
+CHUNK = 512  # rows that are read together
 SHORTENED, DAMAGED, CHAT = 1, 2, 4  # flags of an example
 OPTIONS = ("max_tokens", "train_on", "expand_turns", "template", "template_kwargs", "order")
-# What is known of each example. targets: supervised tokens; key: the value of the column to go up by.
+# What is known of each example. row: its place in the file; group: the number of its row among those that gave examples
+# (one place of the file may hold several conversations); part: which turn of an expanded row; hash: of the row's
+# content; targets: supervised tokens; key: the value of the column to go up by; turns, once, untrue: as `examples.Row`.
 COLUMNS = np.dtype(
     [
         ("row", np.int64),
+        ("group", np.int64),
         ("part", np.int32),
         ("flags", np.uint8),
         ("hash", np.uint64),
         ("length", np.int64),
         ("targets", np.int64),
         ("key", np.float64),
+        ("turns", np.int32),
+        ("once", np.int64),
+        ("untrue", np.int32),
     ]
 )
 FILES: dict[str, tuple[Any, tuple[int, ...]]] = {  # of a store: the type and the shape of what each one holds
@@ -57,23 +65,20 @@ FILES: dict[str, tuple[Any, tuple[int, ...]]] = {  # of a store: the type and th
     "mask": (np.uint8, (-1,)),
     "columns": (COLUMNS, (-1,)),
     "signature": (np.uint32, (-1, duplicates.HASHES)),
-    "all_hashes": (np.uint64, (-1,)),
 }
 
 
 @dataclass(frozen=True)
 class Store:
     """The examples of one file. ids and mask: flat, all examples one after the other; columns: [N] of COLUMNS;
-    signature: [N, HASHES] or empty; all_hashes: of every row that could be read; starts: [N + 1] where each example
-    begins; facts: what else is to know (file, rows, dropped, damaged, lost: damaged so that nothing is left, digest,
-    highest token).
+    signature: [R, HASHES], of each row that gave examples, or empty; starts: [N + 1] where each example begins; facts:
+    what else is to know, as `_Facts` has it.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     columns: np.ndarray
     signature: np.ndarray
-    all_hashes: np.ndarray
     starts: np.ndarray
     facts: dict[str, Any]
 
@@ -153,60 +158,101 @@ def _prune(root: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass
+class _Facts:
+    """What is known of a file's rows, beside their examples. rows: all of them; counts: rows that gave no example, by
+    reason; dropped: the first of these, by reason; turns: reason -> [examples, rows] left out of rows that gave others;
+    damaged: [place, text] of the first damaged rows; lost: rows with a damaged turn of which nothing is left, and none
+    of which something is; kinds, kind_rows: what is to be told of turns, as `told.Kinds`; highest: token id; digest: of
+    all ids and masks.
+    """
+
+    file: str
+    rows: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    turns: dict[str, list[int]] = field(default_factory=dict)
+    damaged: list[tuple[str, str]] = field(default_factory=list)
+    lost: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    kind_rows: dict[str, list[int]] = field(default_factory=dict)
+    highest: int = 0
+    digest: str = ""
+
+    def add(self, parts: list[Row]) -> None:
+        """Count what is not used, or not as it stands, of one row. parts: all that was made of it."""
+        Kinds(self.kinds, self.kind_rows).add(parts)
+        record, reasons = parts[0].record, Counter(part.dropped for part in parts if part.dropped)
+        if reasons.total() == len(parts):
+            reason = "; ".join(reasons)
+            self.counts[reason] += 1
+            if self.counts.total() <= LISTED:
+                self.dropped.setdefault(reason, []).append(record.row)
+        else:
+            for reason, count in reasons.items():
+                known = self.turns.setdefault(reason, [0, 0])
+                self.turns[reason] = [known[0] + count, known[1] + 1]
+        damaged = [part for part in parts if part.damage]
+        if damaged:
+            self.lost += all(part.dropped for part in damaged)
+            if len(self.damaged) < LISTED:
+                texts = dict.fromkeys(damage.text for part in damaged for damage in part.damage)
+                self.damaged.append((record.place, "; ".join(texts)))
+
+
 def _build(
     folder: Path, source: str, records: Iterator[Record | Bad], renderer: Renderer, progress: Callable[[str, int], None]
 ) -> None:
     """Write a store's files."""
-    facts: dict[str, Any] = {"file": source, "rows": 0, "dropped": {}, "damaged": [], "lost": 0, "highest": 0}
-    dropped: Counter[str] = Counter()
+    facts = _Facts(source)
     bad: list[Bad] = []
     digest = hashlib.blake2b(digest_size=16)
+    groups = 0
     with ExitStack() as opened:
         files = {name: opened.enter_context((folder / f"{name}.bin").open("wb")) for name in FILES}
         while chunk := list(islice(records, CHUNK)):
             good = [record for record in chunk if isinstance(record, Record)]
             bad += [record for record in chunk if isinstance(record, Bad)]
-            facts["rows"] += len(chunk)
-            files["all_hashes"].write(
-                np.array([duplicates.content_hash(record) for record in good], np.uint64).tobytes()
-            )
-            rows = renderer.rows(good)
-            for row in rows:
-                if row.dropped:
-                    dropped[row.dropped] += 1
-                    if dropped.total() <= LISTED:
-                        facts["dropped"].setdefault(row.dropped, []).append(row.record.row)
-                    facts["lost"] += bool(row.damage)
-                if row.damage and len(facts["damaged"]) < LISTED:
-                    facts["damaged"].append([row.place, "; ".join(damage.text for damage in row.damage)])
-            made = _values([row for row in rows if not row.dropped], renderer.section)
-            for name, values in made.items():
-                files[name].write(values.tobytes())
-            digest.update(made["ids"].tobytes() + made["mask"].tobytes())
-            facts["highest"] = max(facts["highest"], int(made["ids"].max(initial=0)))
-            progress(source, facts["rows"])
-    require_good(bad, facts["rows"])
-    write_json(folder / "facts.json", {**facts, "counts": dict(dropped), "digest": digest.hexdigest()})
+            facts.rows += len(chunk)
+            for _, made in groupby(renderer.stream(good), key=lambda row: id(row.record)):
+                parts = list(made)
+                facts.add(parts)
+                used = [part for part in parts if not part.dropped]
+                if not used:
+                    continue
+                values = _values(used, groups, renderer.section)
+                groups += 1
+                for name, array in values.items():
+                    files[name].write(array.tobytes())
+                digest.update(values["ids"].tobytes() + values["mask"].tobytes())
+                facts.highest = max(facts.highest, int(values["ids"].max(initial=0)))
+            progress(source, facts.rows)
+    require_good(bad, facts.rows)
+    facts.digest = digest.hexdigest()
+    write_json(folder / "facts.json", vars(facts))
 
 
-def _values(rows: list[Row], section: DataSection) -> dict[str, np.ndarray]:
-    """What is kept of some examples, by file."""
+def _values(parts: list[Row], group: int, section: DataSection) -> dict[str, np.ndarray]:
+    """What is kept of one row's examples, by file. group: the number of the row."""
     ids, mask, columns, signatures = [], [], [], []
-    for row in rows:
-        record, example = row.record, row.example
-        assert isinstance(record, Record) and example is not None
+    record = parts[0].record
+    assert isinstance(record, Record)
+    content = duplicates.content_hash(record)
+    key = 0.0 if section.order in ("shuffled", "length") else _number(record, section.order)
+    if section.dedup == "near":
+        signatures.append(duplicates.signature(duplicates.words_of(record)))
+    for row in parts:
+        example = row.example
+        assert example is not None
         ids.append(np.asarray(example.ids, np.int32))
-        mask.append(example.mask)
+        mask.append(np.asarray(example.mask, np.uint8))
         flags = SHORTENED * row.shortened + DAMAGED * bool(row.damage) + CHAT * (record.text is None)
-        key = 0.0 if section.order in ("shuffled", "length") else _number(record, section.order)
         targets = int(example.mask[1:].sum())
-        known = (record.row, row.part, flags, duplicates.content_hash(record), len(example.ids), targets, key)
-        columns.append(known)
-        if section.dedup == "near":
-            signatures.append(duplicates.signature(duplicates.words_of(record)))
+        known = (record.row, group, row.part, flags, content, len(example.ids), targets, key)
+        columns.append((*known, row.turns, row.once, row.untrue))
     return {
-        "ids": np.concatenate([np.zeros(0, np.int32), *ids]),
-        "mask": np.concatenate([np.zeros(0, np.uint8), *mask]),
+        "ids": np.concatenate(ids),
+        "mask": np.concatenate(mask),
         "columns": np.array(columns, COLUMNS),
         "signature": np.array(signatures, np.uint32),
     }

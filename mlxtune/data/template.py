@@ -149,9 +149,12 @@ class Template:
         return bool(self.stops) and not self.end_of_turn
 
     def header_that_ends(self, calls: bool) -> str:
-        """What a model whose turns have no end token stops with: the beginning of the header that follows (GLM:
-        `<|user|>` behind a text, `<|observation|>` behind tool calls), up to and with its first special token.
+        """What a model stops with whose turns have no end token ("" where they have one): the beginning of the header
+        that follows, up to and with its first special token. For GLM, `<|user|>` behind a text and `<|observation|>`
+        behind tool calls.
         """
+        if not self.stops_at_headers:
+            return ""
         if calls not in self._header_ends:
             call = {
                 "type": "function",
@@ -191,6 +194,12 @@ class Template:
     def end_of_turn(self) -> str:
         """What the model must produce after its last answer: whitespace, and the end-of-turn token; or ""."""
         return self._ends[1]
+
+    def ends_answers(self, once: bool) -> bool:
+        """Whether the model learns where to stop. once: rows are rendered once (data.expand_turns=none), so that only
+        what the template prints is learned.
+        """
+        return bool(self.end_of_turn) or (not once and bool(self.header_that_ends(calls=False)))
 
     @cached_property
     def request(self) -> str:
@@ -237,6 +246,18 @@ class Template:
         if USER in as_object and NEXT in as_object:
             return "either" if as_object == as_text else "object"
         return "text" if f'"{USER}": "{NEXT}"' in as_text else "object"
+
+    @cached_property
+    def wants_short_ids(self) -> bool:
+        """Whether the ids of tool calls must be nine letters or digits (Mistral): OpenAI's own are refused."""
+
+        def printed(name: str) -> str:
+            call = {"type": "function", "id": name, "function": {"name": "f", "arguments": {USER: NEXT}}}
+            result = {"role": "tool", "tool_call_id": name, "name": "f", "content": ASSISTANT}
+            turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+            return self.attempt([{"role": "user", "content": "q"}, turn, result])
+
+        return bool(printed("call00001")) and not printed("call_0123456789abcdefghijkl")
 
     def _call_probe(self, arguments: Any) -> str:
         call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": arguments}}

@@ -6,6 +6,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from mlxtune_convert import chat_templates
+
 from mlxtune.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -22,13 +24,15 @@ def require_folder(path: Path) -> None:
 def load_tokenizer(folder: Path) -> Any:
     """The Hugging Face tokenizer of a folder, which may hold nothing else.
 
-    Raises UserError when there is none, or when it is a slow one (no character offsets, so no exact masks).
+    Its chat_template is a text, or a dict of them by name. Raises UserError when there is no tokenizer, or when it is a
+    slow one (no character offsets, so no exact masks), and for broken chat templates.
     """
     from transformers import AutoTokenizer
 
     require_folder(folder)
     if not any((folder / name).is_file() for name in FILES):
         raise UserError(f"{folder} has no tokenizer", "Expected tokenizer.json beside the model's weights.")
+    templates = chat_templates.of_folder(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises whatever its parts raise
@@ -36,4 +40,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: the tokenizer has no tokenizer.json, so tokens cannot be traced to their text")
+    if templates:  # the library does not find every one
+        only = templates.keys() == {chat_templates.DEFAULT}
+        tokenizer.chat_template = templates[chat_templates.DEFAULT] if only else templates
     return tokenizer

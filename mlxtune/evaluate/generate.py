@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
+from textwrap import shorten
 from typing import Any
 
 import mlx.core as mx
 
+from mlxtune.data.answers import Plain, Reader
+from mlxtune.data.chat import template_of
+from mlxtune.data.template import Messages, Template, TemplateError
+from mlxtune.errors import UserError
 from mlxtune.model.load import Loaded
+
+CUT = "\ufffd"  # what bytes that are no whole character yet are decoded to
 
 
 @dataclass(frozen=True)
@@ -24,23 +32,76 @@ class Sampling:
     seed: int = 0
 
 
-def prompt_ids(loaded: Loaded, messages: list[dict[str, Any]], template_kwargs: dict[str, Any]) -> list[int]:
-    """A conversation as the model sees it before it answers; plain text when it has no chat template."""
-    tokenizer = loaded.tokenizer
-    if tokenizer.chat_template is None:
-        ids = list(tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
+class Refused(UserError):
+    """The chat template refuses a conversation, or leaves a text out of it. system: it does so for a system prompt."""
+
+    def __init__(self, message: str, system: bool) -> None:
+        super().__init__(message)
+        self.system = system
+
+
+def template_for(loaded: Loaded, template_kwargs: dict[str, Any], day: str = "") -> Template | None:
+    """The model's chat template with the variables, and the day (ISO; "": today), that a run trained with; None when it
+    has none.
+    """
+    if loaded.tokenizer.chat_template is None:
+        return None
+    return template_of(loaded.tokenizer, template_kwargs, date.fromisoformat(day) if day else None)
+
+
+def prompt_ids(loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str = "") -> list[int]:
+    """A conversation as the model sees it before it answers; plain text when it has no chat template.
+
+    Raises Refused when the template does, and UserError for a token that the model does not know.
+    """
+    template = template_for(loaded, template_kwargs, day)
+    if template is None:
+        ids = list(loaded.tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
     else:
-        ids = list(
-            tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **template_kwargs
-            )
-        )
+        ids = list(loaded.tokenizer(prompt_text(template, messages), add_special_tokens=False)["input_ids"])
     loaded.check_ids([ids])
     return ids
 
 
+def prompt_text(template: Template, messages: Messages) -> str:
+    """The same as text. Raises Refused."""
+    system = any(message["role"] == "system" for message in messages)
+    try:
+        text = template.text(messages, prompt=True)
+    except TemplateError as error:
+        others = [message for message in messages if message["role"] != "system"]
+        system = system and bool(template.attempt(others, prompt=True))
+        what = "a system prompt" if system else "this conversation"
+        reason = shorten(str(error.__cause__ or error), 200, placeholder=" ...")
+        raise Refused(f"the chat template refuses {what}: {reason}", system) from error
+    marks = [chr(0xE000 + index) for index in range(len(messages))]
+    shown = template.attempt([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)], prompt=True)
+    lost = {m["role"] for m, mark in zip(messages, marks, strict=True) if shown and mark not in shown} - {"assistant"}
+    if lost:
+        system = lost == {"system"}
+        what = "a system prompt" if system else f"the text of a message of the {min(lost - {'system'})}"
+        raise Refused(f"the chat template leaves out {what}", system)
+    return text
+
+
 def stream(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[str]:
-    """Pieces of the answer as they come; ends at any end-of-turn id or after `max_tokens`."""
+    """Pieces of the answer as they come, special tokens included; the last one is the end token, unless the answer is
+    cut after `max_tokens`.
+    """
+    made: list[int] = []
+    start = known = 0  # the text of made[:known] was given; both are at the border of a character
+    for token in tokens(loaded, ids, sampling):
+        made.append(token)
+        text = decoded(loaded, made[start:])  # some tokenizers drop a space at the start: with tokens before it
+        if not text.endswith(CUT):
+            yield text[len(decoded(loaded, made[start:known])) :]
+            start, known = known, len(made)
+    if known < len(made):
+        yield decoded(loaded, made[start:])[len(decoded(loaded, made[start:known])) :]
+
+
+def tokens(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[int]:
+    """The answer's token ids, the one that ends it included."""
     from mlx_lm.generate import stream_generate
     from mlx_lm.sample_utils import make_logits_processors, make_sampler
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -55,10 +116,24 @@ def stream(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[str]:
         sampler=make_sampler(sampling.temperature, sampling.top_p if sampling.top_p < 1 else 0.0),
         logits_processors=make_logits_processors(repetition_penalty=penalty, repetition_context_size=64),
     ):
-        if piece.text:
-            yield piece.text
+        yield piece.token
 
 
-def answer(loaded: Loaded, messages: list[dict[str, Any]], sampling: Sampling, template_kwargs: dict[str, Any]) -> str:
-    """The whole answer."""
-    return "".join(stream(loaded, prompt_ids(loaded, messages, template_kwargs), sampling))
+def decoded(loaded: Loaded, ids: list[int]) -> str:
+    text: str = loaded.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def reader_for(loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str = "") -> Reader | Plain:
+    """What tells thought and answer apart in the model's answer to a conversation, whose prompt was made before."""
+    ends = frozenset(decoded(loaded, [index]) for index in loaded.eos_ids) - {""}  # ids without a token
+    template = template_for(loaded, template_kwargs, day)
+    return Plain(ends) if template is None else Reader(template, messages, ends=ends)
+
+
+def answer(
+    loaded: Loaded, messages: Messages, sampling: Sampling, template_kwargs: dict[str, Any], day: str = ""
+) -> str:
+    """The whole answer, its thought and special tokens included, without its end token."""
+    made = list(tokens(loaded, prompt_ids(loaded, messages, template_kwargs, day), sampling))
+    return decoded(loaded, made[:-1] if made[-1] in loaded.eos_ids else made)

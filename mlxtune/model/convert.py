@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlxtune_convert import gguf_file, gguf_lora, gguf_model
+from mlxtune_convert import chat_templates, gguf_file, gguf_lora, gguf_model
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
 from mlxtune_convert.files import new_folder, read_json, require_space, write_json
 from mlxtune_convert.peft import Adapter
@@ -37,7 +37,7 @@ MODES = {
 UNQUANTIZED_BITS = 16
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
+    *("vocab.json", "merges.txt", "generation_config.json"),
 )
 
 
@@ -195,18 +195,19 @@ def _save_weights(model: nn.Module, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:
-    """Copy tokenizer and generation settings; the chat template ends up both as a file and inside
+    """Copy tokenizer and generation settings; the chat templates end up both as files and inside
     tokenizer_config.json.
     """
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)
-    config_file, template_file = destination / "tokenizer_config.json", destination / "chat_template.jinja"
+    templates = chat_templates.of_folder(source)
+    config_file = destination / chat_templates.CONFIG
     config = read_json(config_file, "the tokenizer's settings") if config_file.is_file() else {}
-    if template_file.is_file() and not config.get("chat_template"):
-        write_json(config_file, {**config, "chat_template": template_file.read_text(encoding="utf-8")})
-    elif isinstance(config.get("chat_template"), str) and not template_file.is_file():
-        template_file.write_text(config["chat_template"], encoding="utf-8")
+    if templates:
+        chat_templates.write(destination, templates)
+        if not config.get("chat_template"):
+            write_json(config_file, {**config, "chat_template": chat_templates.for_config(templates)})
 
 
 def _measured(folder: Path, notes: list[str]) -> Converted:

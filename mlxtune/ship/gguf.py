@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlxtune_convert import ggml, gguf_config, gguf_file, gguf_lora, vocab_export
+from mlxtune_convert import chat_templates, ggml, gguf_config, gguf_file, gguf_lora, vocab_export
 from mlxtune_convert.files import new_artefact, require_space
 from mlxtune_convert.gguf_export import KEEP, TYPES, Choice, gguf_shape
 from mlxtune_convert.gguf_families import Family, by_model_type
@@ -142,7 +142,9 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
     plan = Plan.of(merged, kind, request.base or request.model, name.split("/")[-1])
     tokenizer, changes = tokenizer_of(request.base or request.model, request.adapter), Changes.read(request.adapter)
     if changes.chat_template:
-        plan.fields["tokenizer.chat_template"] = Field.of(changes.chat_template)
+        for key in [key for key in plan.fields if key.startswith(chat_templates.GGUF_KEY)]:
+            del plan.fields[key]
+        plan.fields.update(chat_templates.fields(chat_templates.by_name(changes.chat_template)))
     if changes.eos_token:
         plan.fields["tokenizer.ggml.eos_token_id"] = Field.of(tokenizer.eos_token_id)
     tokens, types = (plan.fields[f"tokenizer.ggml.{key}"].value for key in ("tokens", "token_type"))

@@ -73,8 +73,13 @@ def fitted(
         return config, rows, []
     needed = 0
     for number, section in enumerate(_smaller(config.train, rows.widths[-1])):
-        tried = config.model_copy(update={"train": section})
         batches = rows if number == 0 else Plan(rows.examples, section, config.data.group_by_prefix)
+        if section.batch_tokens != config.train.batch_tokens and batches.rows < len(rows.examples):
+            # A row of many examples may fill several budgets, and fills as many more of half the size.
+            wanted = rows.rows_per_batch * config.train.accumulate / batches.rows_per_batch
+            section = section.model_copy(update={"accumulate": max(1, round(wanted))})
+            batches = Plan(rows.examples, section, config.data.group_by_prefix)
+        tried = config.model_copy(update={"train": section})
         predicted = plan(model, tried, model_config, dtype, batches)
         if predicted is None:
             return config, rows, ["the memory of this kind of model is not predicted: train.memory_limit does nothing"]
@@ -87,8 +92,9 @@ def fitted(
             ]
             note = f"to fit {limit / 1e6:,.0f} MB of memory: {', '.join(changed)}"
             return tried, batches, [note] if changed else []
+    least = "row" if rows.rows == len(rows.examples) else "example"
     raise UserError(
-        f"training needs {needed / 1e6:,.0f} MB of memory even with one row at a time and checkpointing; "
+        f"training needs {needed / 1e6:,.0f} MB of memory even with one {least} at a time and checkpointing; "
         f"train.memory_limit allows {limit / 1e6:,.0f} MB",
         "Lower data.max_tokens, take a smaller or a 4-bit model, or set train.memory_limit: off.",
     )
@@ -112,7 +118,7 @@ def proof_tokens(
 
 def _smaller(section: TrainSection, widest: int) -> Iterator[TrainSection]:
     """The section as it is, then with checkpointing, then with ever smaller micro-batches and more of them, down to one
-    row of the widest.
+    example of the widest. A step keeps its number of rows.
     """
     yield section
     rows, tokens, accumulate = section.batch_rows or DEFAULT_ROWS, section.batch_tokens, section.accumulate

@@ -1,7 +1,8 @@
 """Several processes training one adapter, data-parallel, under `mlx.launch`: MLX's own distributed layer.
 
-Each optimizer step is that of one process: its rows are dealt to the ranks, and summed losses and gradients are added
-up. Rank 0 alone reads and writes the run folder; the others get what it read. Alone, everything here does nothing.
+Each optimizer step is that of one process: its examples are dealt to the ranks, and summed losses and gradients are
+added up. Rank 0 alone reads and writes the run folder; the others get what it read. Alone, everything here does
+nothing.
 """
 
 from __future__ import annotations
@@ -44,13 +45,25 @@ class Ranks:
         return self.group is None or self.group.rank() == 0
 
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
-        """This rank's part of a step: every n-th micro-batch; where there are too few, every n-th row of each."""
+        """This rank's part of a step: whole micro-batches, the largest first, each to the rank that has least to do;
+        where there are fewer than ranks, every n-th example of them.
+        """
         if self.group is None:
             return list(batches)
-        mine = slice(self.group.rank(), None, self.size)
+        rank, mine = self.group.rank(), []
         if len(batches) >= self.size:
-            return list(batches[mine])
-        return [part for batch in batches if len((part := batch.part(mine)).rows)]
+            tokens = [0] * self.size
+            for batch in sorted(batches, key=lambda batch: -batch.ids.size):
+                idle = tokens.index(min(tokens))
+                tokens[idle] += batch.ids.size
+                mine += [batch] if idle == rank else []
+            return mine
+        dealt = 0
+        for batch in batches:
+            part = batch.part(slice((rank - dealt) % self.size, None, self.size))
+            dealt += len(batch.rows)
+            mine += [part] if len(part.rows) else []
+        return mine
 
     def deal(self, things: Sequence[Any]) -> Sequence[Any]:
         """This rank's part of a list."""
