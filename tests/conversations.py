@@ -63,7 +63,8 @@ def thought_of(message: dict[str, Any]) -> str:
     """The thought, from its own key or from a content that holds the closing tag."""
     own = next((message[key] for key in THOUGHTS if str(message.get(key) or "").strip()), "")
     before, closing, _ = str(message.get("content") or "").rpartition("</think>")
-    return str(own) or (before.rpartition("<think>")[2] if closing else "")
+    inside = before.rpartition("<think>")[2] if closing else ""
+    return str(own) or (inside if inside.replace("</think>", "").strip() else "")
 
 
 # name: (messages, with tools)

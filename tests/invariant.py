@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from conversations import THOUGHTS, WORD, Messages, thought_of, words
+from targets import Run, runs_of
 
 from mlxtune.data import chat
 
@@ -33,25 +33,6 @@ class Options:
     kwargs: dict[str, Any] = field(default_factory=dict)
     train_on: str = "all"
     shared: bool = True  # whether turns share examples where they can, or none does
-
-
-@dataclass
-class Run:
-    """Neighbouring targets of one example: ids[start:end]."""
-
-    row: Any
-    start: int
-    end: int
-
-    @cached_property
-    def ids(self) -> list[int]:
-        return [int(token) for token in self.row.example.ids]
-
-
-def runs_of(row: Any) -> list[Run]:
-    mask = [0, *(int(flag) for flag in row.example.mask), 0]
-    edges = [at for at in range(1, len(mask)) if mask[at] != mask[at - 1]]
-    return [Run(row, start - 1, end - 1) for start, end in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def violations(
@@ -134,7 +115,7 @@ class _Proof:
             self.counts["turns unasked"] += 1
         elif self.joins(at) and (found[self.first(at)] or self.asked(self.first(at)) is None):
             self.counts["turns joined"] += 1  # proved with the turn that it is joined to
-        elif refused or self.lost(at) or ("joined, untrained", at) in self.kinds:
+        elif refused or self.lost(at) or any(("joined, untrained", one) in self.kinds for one in (at, at + 1)):
             self.counts["turns refused"] += 1
             if self.printed(at, asked):
                 self.counts["turns refused that the template asks for and prints"] += 1
@@ -225,6 +206,7 @@ class _Proof:
         if (
             len(group) == 1
             and not printed
+            and "content" not in kinds
             and any(text.find(word) > min(places, default=len(text)) for word in thought if word in text)
         ):
             self.say(f"turn {at} has its thought behind its text: {text!r}")
@@ -232,7 +214,8 @@ class _Proof:
     def shown(self, at: int, text: str) -> bool:
         """Whether a turn's targets hold its content, its thought and its calls to the letter."""
         message = self.messages[at]
-        if len(message.get("tool_calls") or []) > 1:
+        names = [call["function"]["name"] for call in message.get("tool_calls") or []]
+        if len(names) > 1 or any(name not in text for name in names):
             return False  # some templates print one alone
         parts = [str(message.get(key) or "").strip() for key in ("content", *THOUGHTS)]
         return all(part in text for part in parts)
@@ -241,7 +224,8 @@ class _Proof:
         """A turn whose canonical text does not begin with the asked prompt: prompt, and then the turn's own text."""
         message = self.messages[at]
         opened = next((tag for tag in OPENINGS if asked.rstrip().endswith(tag)), "")
-        thought = thought_of(message).strip()
+        keyed = OPENINGS.get(opened, "</think>") != "</think>"  # tags in the text are words to this template
+        thought = thought_of({**message, "content": ""} if keyed else message).strip()
         after = text
         if opened:
             closing = OPENINGS[opened]

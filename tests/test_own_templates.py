@@ -10,8 +10,8 @@ from typing import Any
 import published
 import pytest
 from conversations import answer, call, result, user
-from invariant import runs_of
 from random_conversations import rendered
+from targets import runs_of
 
 Pairs = list[tuple[str, str]]
 
