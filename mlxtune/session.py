@@ -15,7 +15,7 @@ from mlxtune.config import load as load_config
 from mlxtune.data import chat, mixture, sources
 from mlxtune.data.batches import Batch, in_order
 from mlxtune.data.rows import Examples
-from mlxtune.data.template import BUILT_IN
+from mlxtune.data.template_choice import BUILT_IN
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.evaluate.loss import Score, score

@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
+from mlxtune_convert.chat_templates import unread
 from mlxtune_convert.files import explained, new_file
 
 from mlxtune import backend, host
@@ -178,7 +179,7 @@ def prepared(
         ranks=ranks,
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
-    notes += fit_notes + path_notes
+    notes += unread(loaded.path) + fit_notes + path_notes
     template = chat.template_of(loaded.tokenizer, config.data.template_kwargs)
     if data.train.chat and not template.ends_answers(config.data.expand_turns == "none"):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")

@@ -18,7 +18,7 @@ FILES = sorted(
 )
 # Places that exist on one machine only; not a part of an address such as example.org/home/page.
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:tmp|root|work|home|opt|mnt|Users)/")
-LONGEST = 350
+LONGEST = 400
 
 
 def _passes(*command: str) -> None:

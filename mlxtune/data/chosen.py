@@ -12,7 +12,7 @@ from mlxtune_convert import chat_templates
 from mlxtune_convert.files import read_json, write_json
 
 from mlxtune.config import Config
-from mlxtune.data.template import missing
+from mlxtune.data.template_choice import missing
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 

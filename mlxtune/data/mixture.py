@@ -19,7 +19,7 @@ from mlxtune.data.records import Record
 from mlxtune.data.rows import Examples
 from mlxtune.data.sources import Source, find, unused_note, with_template
 from mlxtune.data.store import DAMAGED, Store
-from mlxtune.data.template import use
+from mlxtune.data.template_choice import use
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection, SourceSection
 

@@ -14,7 +14,7 @@ import numpy as np
 from mlxtune.data import arrow, duplicates, records
 from mlxtune.data.files import SUFFIXES, Bad, Rows, kind_of
 from mlxtune.data.records import Record
-from mlxtune.data.template import use
+from mlxtune.data.template_choice import use
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection, SourceSection
 

@@ -14,7 +14,7 @@ from mlxtune_convert.tensors import read_header
 from mlxtune import backend
 from mlxtune.config import Config
 from mlxtune.data.chosen import Changes, add
-from mlxtune.data.template import missing, use
+from mlxtune.data.template_choice import missing, use
 from mlxtune.model.layers import EMBEDDING, LINEAR, dense_copy, own_parameters
 from mlxtune.model.load import Loaded, model_dtype, open_model
 from mlxtune.model.spec import OWN_FILE, Spec, outside_blocks
@@ -43,7 +43,8 @@ def matrices(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
 def choose(tokenizer: Any, folder: Path, config: Config) -> Changes:
     """Give the tokenizer the template of a run; return what changed. folder: of the model.
 
-    Tokens are added only where every row of embedding and head trains; else UserError, as `template.use` raises it.
+    Tokens are added only where every row of embedding and head trains; else UserError, as `template_choice.use` raises
+    it.
     """
     known, start = tokenizer.get_vocab(), config.lora.start_from
     changes = Changes.read(Path(start) if start else None)
