@@ -242,14 +242,15 @@ class _Row(Conversation):
         message, form = self.messages[first], self.template.thought
         thought = self.thought_of(first)
         header = self.template.shared_start(asked.tail, own.opening if as_marked else shown.tail)
-        if not as_marked and not thought:  # a tag that the content begins with is not the one that the prompt opens
+        shows_thought = self.marks[first][THINKING] in own.marks if as_marked else thought.strip() in shown.tail
+        if not (thought and shows_thought) and not (as_marked and form.empty):
+            # A tag that the content begins with is not the one that the prompt opens.
             header = min(header, len(asked.tail) - len(form.opened(asked.tail)))
         surplus, rest = asked.tail[header:], shown.tail[header:]
         if surplus:  # the prompt ends otherwise than the whole text, which may print a header here
             rest = rest.removeprefix(self.template.request)
         if surplus and as_marked and own.opening.endswith(surplus) and rest.startswith(surplus):
             surplus, rest = "", rest[len(surplus) :]  # both open the thought, but for what stands before it
-        shows_thought = self.marks[first][THINKING] in own.marks if as_marked else thought.strip() in rest
         if thought and shows_thought and form.closes(surplus):
             return None
         opened = form.opened(surplus)

@@ -11,6 +11,7 @@ is prompt; the rest, up to and with the end-of-turn token, is what the model mus
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -133,8 +134,9 @@ class _Conversation:
     def pieces(self, marked: str) -> list[_Piece]:
         """The messages in the order in which the template prints them."""
         owner = {mark: (index, kind) for index, own in enumerate(self.marks) for kind, mark in enumerate(own)}
-        parts = MARKS.split(marked)
-        found = [owner[mark] for mark in MARKS.findall(marked)]
+        mine = re.compile(f"[{''.join(owner)}]")  # a real text may hold other private-use characters
+        parts = mine.split(marked)
+        found = [owner[mark] for mark in mine.findall(marked)]
         out: list[_Piece] = []
         place = 0
         for index, group in groupby(found, key=lambda item: item[0]):
