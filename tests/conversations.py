@@ -123,6 +123,10 @@ CONVERSATIONS: dict[str, tuple[Messages, bool]] = {
         ],
         True,
     ),
+    "a thought behind text beside a call": (
+        [user("USR0?"), answer("ANS1", "", call(1, x="ARG1")), result(1, "RES2"), answer("ANS3.", "THK3.")],
+        True,
+    ),
     "unicode": (
         [user("USR0 — Wie geht’s? 😀"), answer("ANS1 中文 é👩‍👩‍👧."), user("USR2 نص"), answer("ANS3 \u200bß\u2028€")],
         False,

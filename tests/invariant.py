@@ -155,7 +155,7 @@ class _Proof:
             self.apart(at, asked, canonical, text)
             if run.ids[run.start - 1] not in self.tokenizer.added_tokens_decoder:
                 follows = self.decode(run.ids[: run.end])[len(self.decode(run.ids[: run.start])) :]
-                if follows != text and " " + text.split("\n")[0] not in canonical + str(self.messages[at]):
+                if follows != text and " " + text[:3] not in canonical + str(self.messages[at]):
                     self.say(f"turn {at} has a blank before its targets that no text has: {follows!r}")
             self.tail(at, run, self.up_to_end(at, canonical)[1])
 
@@ -218,7 +218,9 @@ class _Proof:
         if len(names) > 1 or any(name not in text for name in names):
             return False  # some templates print one alone
         parts = [str(message.get(key) or "").strip() for key in ("content", *THOUGHTS)]
-        return all(part in text for part in parts)
+        return sum(map(len, parts)) <= len(text) and all(
+            text.count(part) >= parts.count(part) for part in parts if part
+        )
 
     def apart(self, at: int, asked: str, canonical: str, text: str) -> None:
         """A turn whose canonical text does not begin with the asked prompt: prompt, and then the turn's own text."""

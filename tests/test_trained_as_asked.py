@@ -30,15 +30,17 @@ def proved(
 NEEDLESS = "turns refused that the template asks for and prints"
 # Templates that want lists of parts, not texts: nothing of any conversation is printed.
 NO_TEXTS = ("idefics3", "llava_next", "smolvlm")
-# Turns that no example trains, of 53: their rows are refused, or the template drops them. The others train all turns.
+# Turns that no example trains, of 55: their rows are refused, or the template drops them. The others train all turns.
 REFUSED = {
-    **dict.fromkeys(("cohere", "cohere2", "gemma3"), 21),  # no tools, and roles must alternate
-    "gemma": 23,  # nor a system message
+    **dict.fromkeys(("cohere", "cohere2", "gemma3"), 23),  # no tools, and roles must alternate
+    "gemma": 25,  # nor a system message
     **dict.fromkeys(("llama3_1", "llama3_2"), 3),  # one call at a time
     **dict.fromkeys(("idefics3", "smolvlm"), 18),  # the rest is named as damaged: an empty answer is printed
-    "llava_next": 53,
+    "llava_next": 55,
 }
 SWITCHED = [name for name in published.names() if "enable_thinking" in published.source(name)]
+# Known and wrong: the prompt opens the thought, and so do the targets, where the turn before has text beside its call.
+OPENED_TWICE = ("diffusion_gemma", "gemma4_v5")
 BLANKS = ["gemma", "llama3", "llama3_1", "phi3", "qwen2_5", "qwen3", "qwen3_6", "deepseek_r1_distill", "glm4moe"]
 
 
@@ -48,7 +50,7 @@ def test_every_turn_is_trained_once_behind_the_prompt_that_asks_for_it(name: str
     wrong, counts = proved(name)
     assert wrong == []
     assert counts[NEEDLESS] == 0
-    assert counts["turns"] == 53
+    assert counts["turns"] == 55
     assert counts["turns refused"] == REFUSED.get(name, 0)
 
 
@@ -58,9 +60,13 @@ def test_so_it_is_where_thinking_tags_are_ordinary_text(name: str) -> None:
     assert (wrong, counts[NEEDLESS]) == ([], 0)
 
 
+@pytest.mark.parametrize("thinking", [True, False], ids=["on", "off"])
 @pytest.mark.parametrize("name", SWITCHED)
-def test_so_it_is_where_thinking_is_switched_off(name: str) -> None:
-    wrong, counts = proved(name, kwargs={"enable_thinking": False})
+def test_so_it_is_where_thinking_is_switched_on_or_off(name: str, thinking: bool) -> None:
+    wrong, counts = proved(name, kwargs={"enable_thinking": thinking})
+    if thinking and name in OPENED_TWICE:
+        assert [text.partition(":")[0] for text in wrong] == ["a thought behind text beside a call"]
+        wrong = []
     assert (wrong, counts[NEEDLESS]) == ([], 0)
 
 
@@ -83,3 +89,4 @@ def test_so_it_is_for_a_thousand_random_conversations() -> None:
     wrong = [(case.name, text) for case in (draw(rnd, names) for _ in range(1000)) for text in tried(case, counts)]
     assert wrong == []
     assert counts["turns trained"] > 2 * counts["turns"] // 3
+    assert counts[NEEDLESS] <= 10  # of some 3,000: a turn joined to one of no weight, calls that no mark fits
