@@ -155,7 +155,8 @@ class _Proof:
             self.apart(at, asked, canonical, text)
             if run.ids[run.start - 1] not in self.tokenizer.added_tokens_decoder:
                 follows = self.decode(run.ids[: run.end])[len(self.decode(run.ids[: run.start])) :]
-                if follows != text and " " + text[:3] not in canonical + str(self.messages[at]):
+                said = "".join(str(value) for value in self.messages[at].values())
+                if follows != text and " " + text[:3] not in canonical + said:
                     self.say(f"turn {at} has a blank before its targets that no text has: {follows!r}")
             self.tail(at, run, self.up_to_end(at, canonical)[1])
 
@@ -214,10 +215,15 @@ class _Proof:
     def shown(self, at: int, text: str) -> bool:
         """Whether a turn's targets hold its content, its thought and its calls to the letter."""
         message = self.messages[at]
-        names = [call["function"]["name"] for call in message.get("tool_calls") or []]
+        calls = [call["function"] for call in message.get("tool_calls") or []]
+        names = [call["name"] for call in calls]
+        if any(not WORD.search(str(call["arguments"])) for call in calls):
+            return False  # its name alone may stand there by chance
         if len(names) > 1 or any(name not in text for name in names):
             return False  # some templates print one alone
         parts = [str(message.get(key) or "").strip() for key in ("content", *THOUGHTS)]
+        if any(part and not WORD.search(part) for part in parts):
+            return False  # a "7" may stand there by chance
         return sum(map(len, parts)) <= len(text) and all(
             text.count(part) >= parts.count(part) for part in parts if part
         )
@@ -239,6 +245,8 @@ class _Proof:
             content = str(message.get("content") or "")
             if closing in content and self.plain(text).startswith(self.plain(content)):  # in the row's own spelling
                 after = text.rpartition(closing)[2]
+            elif content.count("<think>") > 1 and self.plain(before).endswith(self.plain(thought)):
+                pass  # two opening tags before one that closes: where the thought begins is anybody's guess
             elif self.plain(before) != self.plain(thought) and ("thinking", at) not in self.damage:
                 self.say(f"turn {at} has the thought {before!r}, not {thought!r}")
         printed, _ = self.up_to_end(at, canonical)

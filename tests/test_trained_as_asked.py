@@ -39,8 +39,6 @@ REFUSED = {
     "llava_next": 55,
 }
 SWITCHED = [name for name in published.names() if "enable_thinking" in published.source(name)]
-# Known and wrong: the prompt opens the thought, and so do the targets, where the turn before has text beside its call.
-OPENED_TWICE = ("diffusion_gemma", "gemma4_v5")
 BLANKS = ["gemma", "llama3", "llama3_1", "phi3", "qwen2_5", "qwen3", "qwen3_6", "deepseek_r1_distill", "glm4moe"]
 
 
@@ -64,9 +62,6 @@ def test_so_it_is_where_thinking_tags_are_ordinary_text(name: str) -> None:
 @pytest.mark.parametrize("name", SWITCHED)
 def test_so_it_is_where_thinking_is_switched_on_or_off(name: str, thinking: bool) -> None:
     wrong, counts = proved(name, kwargs={"enable_thinking": thinking})
-    if thinking and name in OPENED_TWICE:
-        assert [text.partition(":")[0] for text in wrong] == ["a thought behind text beside a call"]
-        wrong = []
     assert (wrong, counts[NEEDLESS]) == ([], 0)
 
 

@@ -132,8 +132,10 @@ class TurnPlaces(Conversation):
             if tail is None:
                 continue
             closing = tail.closing
-            if not tail.marks:  # nothing of the turn is printed: its end token may still be
-                closing = rest if self.template.special.search(rest) else ""
+            if not tail.marks:  # nothing of the turn is printed: its end token may still be, as the last one
+                ends = list(self.template.special.finditer(rest))
+                stops = [match for match in ends if match.group() in self.template.stops] or ends[:1]
+                closing = rest[stops[-1].start() :] if stops else ""
             end = up_to_end_token(self.template, closing, closing)
             behind = closing[end:]
             target = rest.removesuffix(behind)
