@@ -135,10 +135,14 @@ def test_shortened_and_dropped_turns_are_told_by_rows(tokenizer: Any, tmp_path: 
     whole = expanded(path, tokenizer)
     limit = int(whole.lengths[1]) - 4  # in the end of the long row's first turn
     notes = expanded(path, tokenizer, max_tokens=limit).notes("train", limit)
+    kept = int(whole.lengths[0]) + limit
     assert notes == [
+        f"train: 2 conversations, 2 turns, 2 examples: {kept} tokens, 1.00 times those of the rows rendered once; "
+        "data.expand_turns=none would train the same",
         f"train: 1 of 2 rows shortened to data.max_tokens {limit} (start kept)",
         "train: 1 of 4 rows dropped: no assistant turn (line 3)",
         f"train: 1 of 4 rows dropped: no supervised token in the first {limit} tokens (line 4)",
+        "train: in d.jsonl, 5 x a turn that data.max_tokens cuts off, whole or its end (rows 2, 4)",
         f"train: 2 turns of 1 of 4 rows dropped: no supervised token in the first {limit} tokens",
     ]
 

@@ -76,7 +76,7 @@ def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
         "asks to": _counts(facts["tasks"]),
         "hardly asks to": ", ".join(facts["tasks_missing"]),
         "scripts": _counts(facts["scripts"]),
-        "shared prefix": f"{facts['shared_prefix_tokens']:,} tokens begin every row; running them once saves "
+        "shared prefix": f"{facts['shared_prefix_tokens']:,} tokens begin every example; running them once saves "
         f"{facts['shared_prefix_saves']:.0%} of the tokens",
     }
     for label, value in lines.items():
@@ -84,7 +84,7 @@ def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
             out.print(Text(f"  {label:16}", style="dim") + Text(value))
     for line in kind_lines(*({kind: told[key] for kind, told in facts["turns"].items()} for key in ("count", "rows"))):
         out.print(Text(f"    {line}", style="yellow"))
-    cut = f"{lengths['cut_share']:.1%} of the rows are longer than data.max_tokens {lengths['max_tokens']:,}"
+    cut = f"{lengths['cut_share']:.1%} of the examples are longer than data.max_tokens {lengths['max_tokens']:,}"
     longest = f"; data.max_tokens={lengths['longest']} would cut none" if lengths["cut_share"] else ""
     out.print(Text("  length in tokens", style="dim") + Text(f" {cut}{longest}"))
     most = max((count for _, _, count in lengths["histogram"]), default=1)

@@ -54,9 +54,11 @@ def eval_command(
     if as_json:
         known = ("loss", "perplexity", "accuracy", "tokens")
         found = {name: {key: getattr(score, key) for key in known} for name, score in scores.items()}
-        click.echo(json.dumps({"split": label, "rows": len(examples), **found}))
+        click.echo(json.dumps({"split": label, "rows": examples.rows, "examples": len(examples), **found}))
     else:
-        common.stdout().print(score_table(scores, f"{len(examples)} rows, {scores['base'].tokens:,} tokens"))
+        common.stdout().print(
+            score_table(scores, f"{examples.rows} rows{examples.also}, {scores['base'].tokens:,} tokens")
+        )
 
 
 def score_table(scores: dict[str, Score], title: str) -> Any:

@@ -79,7 +79,7 @@ def asked_turns(
     groups = list(row.groups())
     for first, last in groups[-1:] if only_last else groups:
         wanted = [index for index in range(first, last + 1) if index in trained]
-        if (only_last and wanted) or len(wanted) == last - first + 1:
+        if len(wanted) == last - first + 1:
             out.append(row.turn(first, last))
         elif wanted:
             left.append(("joined, untrained", last))

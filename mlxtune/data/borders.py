@@ -37,6 +37,11 @@ class Tokens:
         found = at < len(self._special) and self.starts[self._special[at]] == start
         return int(self._special[at]) if found else None
 
+    def before_special(self, end: int) -> int:
+        """How many tokens stand before the last special token that ends within the first `end` characters."""
+        at = int(np.searchsorted(self.ends[self._special], end, side="right"))
+        return int(self._special[at - 1]) if at else 0
+
     def after(self, end: int) -> int:
         """The first token behind the characters up to `end`. A special token that ends there decides; a tokenizer may
         leave blanks out of the characters of the others.

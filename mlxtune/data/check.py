@@ -6,7 +6,7 @@ import json
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import groupby, islice, takewhile
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from mlxtune.config import Config
 from mlxtune.data import duplicates, lint
 from mlxtune.data.batches import DEFAULT_ROWS, common
-from mlxtune.data.examples import Renderer, Row
+from mlxtune.data.examples import NO_TARGET, Renderer, Row
 from mlxtune.data.files import Bad
 from mlxtune.data.records import Record
 from mlxtune.data.store import CHUNK
@@ -118,12 +118,10 @@ def survey(out: Split, records: Iterator[Record | Bad], renderer: Renderer, prog
                     out.find(code, out.name_of(record), reason)
         for _, parts in groupby(uncut.stream(good), key=lambda row: id(row.record)):
             made = list(parts)
-            lengths = [len(row.example.ids) for row in made if row.example is not None and row.turns]
-            out.expansion.add(
-                (replace(row, once=min(row.once, limit)) for row in made), sum(min(length, limit) for length in lengths)
-            )
-            out.kinds.add(made)
-            found = [_measure(out, row, limit) for row in made]
+            out.expansion.add(made, limit)
+            out.kinds.add(made, out.name_of(made[0].record), limit)
+            left = any(row.example is not None and row.example.mask[1:limit].any() for row in made)
+            found = [_measure(out, row, limit, left) for row in made]
             trained = [outcome for outcome in found if outcome in TRAINED]
             out.counts["outcomes"][max(trained, key=TRAINED.index) if trained else found[0]] += 1
             out.used += bool(trained)
@@ -165,8 +163,8 @@ def _count(out: Split, record: Record) -> None:
         out.find(code, name)
 
 
-def _measure(out: Split, row: Row, limit: int) -> str:
-    """What becomes of an example of a row: one of TRAINED, or why it is dropped."""
+def _measure(out: Split, row: Row, limit: int, left: bool) -> str:
+    """What becomes of an example: one of TRAINED, or why it is dropped. left: some example of its row is not."""
     name, dropped, example = out.name_of(row.record), row.dropped, row.example
     code = "refused" if dropped.startswith("the chat template") else "dropped"
     for damage in row.damage:
@@ -185,7 +183,7 @@ def _measure(out: Split, row: Row, limit: int) -> str:
             if length > limit:
                 out.find("shortened", name)
         else:
-            dropped, code = f"no supervised token in the first {limit} tokens", "too long"
+            dropped, code = NO_TARGET.format(limit), "shortened" if left else "too long"
     if dropped:
         out.find(code, name, dropped)
         return f"dropped: {dropped}"

@@ -17,8 +17,6 @@ from mlxtune.data.marks import CALLS, marks_for, replaced
 from mlxtune.data.rendering import prepared
 from mlxtune.data.template import MARKS, Messages, Template, TemplateError
 
-REMEMBERED = 20_000  # marked renderings that a template keeps: rows of the same shape have the same ones
-
 
 class Conversation:
     """Renders parts of a conversation; `count` says how many of its messages are printed.
@@ -61,26 +59,23 @@ class Conversation:
     @cached_property
     def _shapes(self) -> list[int]:
         """For each count of messages, a number that stands for the marked messages up to there and the tools."""
-        numbers = self.template.shapes
-        shape = numbers.setdefault((0, repr(self.tools) if self.tools else ""), len(numbers) + 1)
+        shape = self.template.remembered.shape(0, repr(self.tools) if self.tools else "")
         out = [shape]
         for message in self.marked:
-            shape = numbers.setdefault((shape, repr(message)), len(numbers) + 1)
+            shape = self.template.remembered.shape(shape, repr(message))
             out.append(shape)
         return out
 
     def marked_whole(self, count: int, prompt: bool = False) -> str:
         """As `whole` (prompt: `asked`), with a mark for every text; "" where the template refuses marks."""
-        shapes, known = self._shapes, self.template.marked
-        key = (shapes[count], prompt)
-        if key not in known:
-            if len(known) > REMEMBERED:
-                known.clear()
+
+        def render() -> str:
             try:
-                known[key] = self.template.printed(self._prepared_marked[:count], self.tools, prompt)
+                return self.template.printed(self._prepared_marked[:count], self.tools, prompt)
             except TemplateError:
-                known[key] = ""
-        return known[key]
+                return ""
+
+        return self.template.remembered.text(self._shapes[count], prompt, render)
 
     def marked_asked(self, count: int) -> str:
         return self.marked_whole(count, prompt=True)

@@ -23,9 +23,12 @@ from mlxtune.data.borders import AT_ONCE, Borders, Tokens
 from mlxtune.data.chat import Example
 from mlxtune.data.files import Bad, place
 from mlxtune.data.records import Record
-from mlxtune.data.template import Template, TemplateError
+from mlxtune.data.template import Template, TemplateError, common_prefix
 from mlxtune.data.turns import Damage
 from mlxtune.sections import DataSection
+
+LONG = 100_000  # characters of a record's examples from which on the longest is looked at first
+NO_TARGET = "no supervised token in the first {} tokens"
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ class Row:
     text: str = ""  # the rendered text that the example was made of
     damage: tuple[Damage, ...] = ()  # what of the record the template does not print
     kinds: tuple[tuple[str, int], ...] = ()  # (what is to be told of a turn, its message): keys of asked.KINDS
-    turns: int = 0  # assistant turns that are trained in this example
-    once: int = 0  # tokens of the record rendered once, cut as examples are; 0 but for its first example
+    starts: tuple[int, ...] = ()  # where the targets of each of its turns begin, in tokens
+    ends: tuple[tuple[int, int], ...] = ()  # (the message of a turn, the token after its targets)
+    turns: int = 0  # assistant turns that are trained in this example; of a dropped one, that it would have trained
+    once: int = 0  # tokens of the record rendered once, cut as examples are; the same for all of its examples
     untrue: int = 0  # turns of the example that data.expand_turns=none would train behind another prompt
 
     @property
@@ -79,6 +84,8 @@ class _Sheet:
     kinds: list[tuple[str, int]] = field(default_factory=list)  # of turns that are left out
     waiting: list[AskedTurn] = field(default_factory=list)  # turns that no example holds yet
     drafts: list[_Draft] = field(default_factory=list)
+    longest: Tokens | None = None  # the tokens of the example of the last turn
+    beyond: list[AskedTurn] = field(default_factory=list)  # turns whose prompts alone reach data.max_tokens
     conversation: bool = False  # made of asked turns
 
     @property
@@ -179,7 +186,7 @@ class Renderer:
         """
         sheets = [sheet for sheet in sheets if sheet.waiting]
         while sheets:
-            drafts = [(sheet, draft) for sheet in sheets for draft in self._drafts(sheet.waiting)]
+            drafts = [(sheet, draft) for sheet in sheets for draft in self._drafts(sheet)]
             found = self.borders.tokens([draft.text for _, draft in drafts])
             straddled = []
             for number, (_, draft) in enumerate(drafts):
@@ -199,38 +206,48 @@ class Renderer:
                 draft.places[last.index] = (len(prompt.ids), len(prompt.ids) + len(target))
                 draft.apart = True
                 found[number] = prompt
-            for sheet in sheets:
-                sheet.waiting = []
             for (sheet, draft), tokens in zip(drafts, found, strict=True):
-                sheet.waiting += self._place_earlier(draft, tokens)
+                self._place_earlier(draft, tokens)
+                settled = {turn.index for turn in draft.turns}
+                sheet.waiting = [turn for turn in sheet.waiting if turn.index not in settled]
                 sheet.drafts.append(draft)
+                sheet.longest = sheet.longest or tokens
             sheets = [sheet for sheet in sheets if sheet.waiting]
 
-    def _drafts(self, waiting: list[AskedTurn]) -> list[_Draft]:
-        """The fewest examples that hold some turns, as far as their texts tell."""
+    def _drafts(self, sheet: _Sheet) -> list[_Draft]:
+        """The fewest examples that hold the waiting turns, as far as their texts tell.
+
+        Of many and long ones that of the last turn alone comes first: it then tells which prompts are too long.
+        """
+        if sheet.longest is not None:
+            reached = {turn.index for turn in sheet.waiting if self._reaches_limit(turn.prompt, sheet.longest)}
+            sheet.beyond += [turn for turn in sheet.waiting if turn.index in reached]
+            sheet.waiting = [turn for turn in sheet.waiting if turn.index not in reached]
+        waiting = sorted(sheet.waiting, key=lambda turn: turn.index, reverse=True)
         drafts: list[_Draft] = []
-        for turn in sorted(waiting, key=lambda turn: turn.index, reverse=True):
+        for turn in waiting:
             shared = next((draft for draft in reversed(drafts) if draft.holds(turn)), None)
             if shared is None or self.section.expand_turns == "all":
                 drafts.append(_Draft([turn]))
             else:
                 shared.turns.insert(0, turn)
-        return drafts
+        long = sum(len(draft.text) for draft in drafts) > LONG
+        return drafts[:1] if sheet.longest is None and long else drafts
 
-    def _place_earlier(self, draft: _Draft, found: Tokens) -> list[AskedTurn]:
+    def _reaches_limit(self, prompt: str, longest: Tokens) -> bool:
+        """Whether a prompt surely has data.max_tokens tokens: a longer text that begins as it does has so many before a
+        special token, up to which both have the same.
+        """
+        return longest.before_special(common_prefix(prompt, longest.text)) >= self.section.max_tokens
+
+    def _place_earlier(self, draft: _Draft, found: Tokens) -> None:
         """Find the turns before a draft's last one among its tokens; those that cannot stay are taken out."""
-        if len(draft.turns) == 1:
-            return []
-        cuts = self.borders.cuts(found.text)
-        left = []
+        cuts = self.borders.cuts(found.text) if len(draft.turns) > 1 else []
         for turn in draft.turns[:-1]:
             at = self.borders.place(found, cuts, len(turn.prompt))
-            if at is None:
-                left.append(turn)
-            else:
+            if at is not None:
                 draft.places[turn.index] = (at, found.after(len(turn.text)))
         draft.turns = [turn for turn in draft.turns if turn.index in draft.places]
-        return left
 
     # Rows.
 
@@ -238,15 +255,22 @@ class Renderer:
         if sheet.dropped:
             yield Row(sheet.record, dropped=sheet.dropped, kinds=tuple(sheet.kinds))
         elif rendered is not None:
-            row = Row(sheet.record, text=sheet.whole, damage=sheet.damage, once=len(rendered.ids))
+            row = Row(sheet.record, text=sheet.whole, damage=sheet.damage)
             yield self._cut(row, rendered.ids, rendered.mask)
         else:
             yield from self._finished_turns(sheet)
 
     def _finished_turns(self, sheet: _Sheet) -> Iterator[Row]:
         drafts = sorted(sheet.drafts, key=lambda draft: draft.turns[-1].index)
+        limit = self.section.max_tokens
         once, kinds = min(self._once(sheet.whole, drafts), self.section.max_tokens), sheet.kinds
         messages = sheet.record.messages or [] if isinstance(sheet.record, Record) else []
+
+        def number(turn: AskedTurn) -> int:
+            """Which assistant turn of the record it is, counted from 1; 0 for a record's only example."""
+            several = len(drafts) + len(sheet.beyond) > 1
+            return sum(message["role"] == "assistant" for message in messages[: turn.index + 1]) if several else 0
+
         for draft in drafts:
             mask = np.zeros(len(draft.ids), np.uint8)
             for start, end in draft.places.values():
@@ -254,21 +278,25 @@ class Renderer:
             last = draft.turns[-1].index
             kinds = kinds + [(kind, turn.index) for turn in draft.turns for kind in turn.kinds]
             kinds += [("apart", last)] * draft.apart
-            longest = self.section.max_tokens
-            kinds += [("cut", index) for index, (_, end) in sorted(draft.places.items()) if end > longest]
-            number = sum(message["role"] == "assistant" for message in messages[: last + 1])
+            kinds += [("cut", index) for index, (_, end) in sorted(draft.places.items()) if end > limit]
+            kept = [turn for turn in draft.turns if draft.places[turn.index][0] < limit]
             row = Row(
                 sheet.record,
-                part=number if len(drafts) > 1 else 0,
+                part=number(draft.turns[-1]),
+                starts=tuple(start for start, _ in draft.places.values()),
+                ends=tuple((index, end) for index, (_, end) in sorted(draft.places.items())),
                 text=draft.text,
                 damage=tuple(dict.fromkeys(damage for turn in draft.turns for damage in turn.damage)),
                 kinds=tuple(kinds),
-                turns=len(draft.turns),
+                turns=len(kept or draft.turns),
                 once=once,
-                untrue=self._untrue(sheet.whole, draft),
+                untrue=self._untrue(sheet.whole, draft, kept),
             )
             yield self._cut(row, draft.ids, mask)
-            once, kinds = 0, []
+            kinds = []
+        for turn in sorted(sheet.beyond, key=lambda turn: turn.index):
+            told = tuple((kind, turn.index) for kind in (*turn.kinds, "cut"))
+            yield Row(sheet.record, dropped=NO_TARGET.format(limit), part=number(turn), kinds=told, turns=1)
 
     def _once(self, whole: str, drafts: list[_Draft]) -> int:
         """How many tokens the record has when it is rendered once."""
@@ -277,10 +305,11 @@ class Renderer:
             return len(last.ids) + len(self.borders.ids(whole[len(last.text) :]))
         return len(self.borders.ids(whole))
 
-    def _untrue(self, whole: str, draft: _Draft) -> int:
+    def _untrue(self, whole: str, draft: _Draft, turns: list[AskedTurn]) -> int:
+        """How many of some turns of an example stand otherwise in the whole text."""
         if whole.startswith(draft.text):
-            return int(draft.apart)
-        return sum(not whole.startswith(turn.text) for turn in draft.turns)
+            return int(draft.apart and draft.turns[-1] in turns)
+        return sum(not whole.startswith(turn.text) for turn in turns)
 
     def _cut(self, row: Row, ids: Any, mask: Any) -> Row:
         """The row with its example, cut at data.max_tokens."""
@@ -288,7 +317,7 @@ class Renderer:
         shortened = len(ids) > longest
         example = Example(ids[:longest], mask[:longest], row.damage)
         if not example.mask[1:].any():
-            why = f"no supervised token in the first {longest} tokens" if shortened else "no supervised token"
+            why = NO_TARGET.format(longest) if shortened else "no supervised token"
             if row.damage and not mask[1:].any():
                 why = "; ".join(damage.text for damage in row.damage)
             return replace(row, example=None, dropped=why)

@@ -194,7 +194,7 @@ def with_short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same messages, the ids of calls and results nine letters or digits long, as some templates demand.
 
     An id only links a call with its result, so any other that is used for both is as good. Ids that have that form
-    stay; calls without an id get one, and results without one take those of such calls, in order.
+    stay; calls without an id get one, and results without one take those of the calls before them, in order.
     """
     used = [call.get("id") for message in messages for call in message.get("tool_calls") or []]
     used += [message.get("tool_call_id") for message in messages]
@@ -211,17 +211,19 @@ def with_short_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 taken.add(made)
         return renamed[name]
 
-    out, waiting = [], []
+    out: list[dict[str, Any]] = []
+    waiting: list[str] = []
     for index, message in enumerate(messages):
         if message.get("tool_calls"):
-            calls = []
+            calls, waiting = [], []
             for at, call in enumerate(message["tool_calls"]):
-                nameless = call.get("id") is None
-                calls.append({**call, "id": short(f"message {index} call {at}" if nameless else str(call["id"]))})
-                waiting += [calls[-1]["id"]] if nameless else []
+                name = f"message {index} call {at}" if call.get("id") is None else str(call["id"])
+                calls.append({**call, "id": short(name)})
+                waiting.append(calls[-1]["id"])  # for a result
             message = {**message, "tool_calls": calls}
         if message.get("tool_call_id") is not None:
             message = {**message, "tool_call_id": short(str(message["tool_call_id"]))}
+            waiting = [name for name in waiting if name != message["tool_call_id"]]
         elif message["role"] == "tool" and waiting:
             message = {**message, "tool_call_id": waiting.pop(0)}
         out.append(message)

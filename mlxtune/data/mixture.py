@@ -95,15 +95,12 @@ def _stored(source: Source, renderer: Renderer, folder: Path, progress: Progress
 
 
 def _undamaged(examples: Examples) -> Examples:
-    """Without the examples that the template damages. Rows of which others are left lose only their damaged turns."""
-    damaged = examples.column("flags") & DAMAGED > 0
+    """Without the rows that the template damages, whole: which turns share an example is no reason to keep one."""
+    damaged = examples.column("flags")[examples.firsts] & DAMAGED > 0
     if not damaged.any():
         return examples
-    hit, kept = (np.unique(examples.row_of[chosen]) for chosen in (damaged, ~damaged))
-    gone = len(np.setdiff1d(hit, kept))
-    said = [f"{gone} rows"] * (gone > 0) + [f"turns of {len(hit) - gone} rows"] * (len(hit) > gone)
-    left_out = {**examples.left_out, "damaged by the chat template": " and ".join(said)}
-    return replace(examples.only(~damaged), left_out=left_out)
+    left_out = {**examples.left_out, "damaged by the chat template": f"{int(damaged.sum())} rows"}
+    return replace(examples.only_rows(~damaged), left_out=left_out)
 
 
 def _thinned(train: Examples, section: DataSection, mixture: list[SourceSection], seed: int) -> Examples:

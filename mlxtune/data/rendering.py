@@ -7,6 +7,7 @@ growing parts of the list. Where the installed transformers has other insides, `
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,3 +66,39 @@ def printer(tokenizer: Any, source: str, variables: dict[str, Any]) -> Print:
         )
 
     return fast
+
+
+class Remembered:
+    """What a template printed for conversations of marks: rows of the same shape have the same ones.
+
+    A shape is a number that stands for some marked messages (and tools), each made of the number of the messages before
+    and the last message. Numbers are never given twice, so either table can be emptied when it has grown.
+    """
+
+    SHAPES = 100_000  # messages that are told apart
+    CHARACTERS = 50_000_000  # of rendered texts
+
+    def __init__(self) -> None:
+        self._next = itertools.count(1)
+        self._shapes: dict[tuple[int, str], int] = {}
+        self._texts: dict[tuple[int, bool], str] = {}
+        self._characters = 0
+
+    def shape(self, before: int, message: str) -> int:
+        """The number of the messages of shape `before` with one more; before 0: of none."""
+        if (before, message) not in self._shapes:
+            if len(self._shapes) >= self.SHAPES:
+                self._shapes.clear()
+            self._shapes[before, message] = next(self._next)
+        return self._shapes[before, message]
+
+    def text(self, shape: int, prompt: bool, render: Callable[[], str]) -> str:
+        """What was printed for a shape, with what asks for a turn or without."""
+        if (shape, prompt) not in self._texts:
+            if self._characters > self.CHARACTERS:
+                self._texts.clear()
+                self._characters = 0
+            text = render()
+            self._texts[shape, prompt] = text
+            self._characters += len(text)
+        return self._texts[shape, prompt]

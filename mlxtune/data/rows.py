@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -152,7 +153,7 @@ class Examples(Sequence[Example]):
             examples=int(of_turns.sum()),
             turns=int(turns.sum()),
             tokens=int(self.lengths[of_turns].sum()),
-            once=int(self.column("once")[of_turns].sum()),
+            once=int(self.column("once")[self.firsts].sum()),  # of text rows it is 0
             untrue=int(self.column("untrue").sum()),
         )
 
@@ -172,7 +173,8 @@ class Examples(Sequence[Example]):
                 first, *others = facts["dropped"].get(reason) or [0]
                 listed = ", ".join([place(facts["file"], first), *map(str, others[:4])]) + ", ..." * (count > 5)
                 out.append(f"{split}: {count} of {facts['rows']} rows dropped: {reason} ({listed})")
-            out += [f"{split}: {line}" for line in kind_lines(facts["kinds"], facts["kind_rows"])]
-            for reason, (examples, rows) in facts["turns"].items():
-                out.append(f"{split}: {examples} turns of {rows} of {facts['rows']} rows dropped: {reason}")
+            name = Path(facts["file"]).name
+            out += [f"{split}: in {name}, {line}" for line in kind_lines(facts["kinds"], facts["kind_rows"])]
+            for reason, (turns, rows) in facts["turns"].items():
+                out.append(f"{split}: {turns} turns of {rows} of {facts['rows']} rows dropped: {reason}")
         return out + [f"{split}: {what} left out: {reason}" for reason, what in self.left_out.items()]

@@ -142,11 +142,16 @@ def cache_folder(section: DataSection) -> Path | None:
 
 
 def _key(content: str, renderer: Renderer) -> str:
+    from transformers import __version__ as release  # what prints the templates
+
     tokenizer, section = renderer.tokenizer, renderer.section
     known = [VERSION, content, tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token, str(tokenizer.chat_template)]
     known += [*(getattr(section, name) for name in OPTIONS), section.dedup == "near"]
-    if tokenizer.chat_template is not None and renderer.template.prints_date:
-        known.append(section.date or date.today().isoformat())
+    known.append(release)
+    if tokenizer.chat_template is not None:
+        known.append(sorted(renderer.template.named_ends))
+        if renderer.template.prints_date:
+            known.append(section.date or date.today().isoformat())
     return hashlib.blake2b(json.dumps(known, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
@@ -161,10 +166,9 @@ def _prune(root: Path) -> None:
 @dataclass
 class _Facts:
     """What is known of a file's rows, beside their examples. rows: all of them; counts: rows that gave no example, by
-    reason; dropped: the first of these, by reason; turns: reason -> [examples, rows] left out of rows that gave others;
-    damaged: [place, text] of the first damaged rows; lost: rows with a damaged turn of which nothing is left, and none
-    of which something is; kinds, kind_rows: what is to be told of turns, as `told.Kinds`; highest: token id; digest: of
-    all ids and masks.
+    reason; dropped: the first of these, by reason; turns: reason -> [turns, rows] left out of rows that gave others;
+    damaged: [place, text] of the first damaged rows; lost: damaged rows of which no example is left;
+    kinds, kind_rows: what is to be told of turns, as `told.Kinds`; highest: token id; digest: of all ids and masks.
     """
 
     file: str
@@ -181,9 +185,12 @@ class _Facts:
 
     def add(self, parts: list[Row]) -> None:
         """Count what is not used, or not as it stands, of one row. parts: all that was made of it."""
-        Kinds(self.kinds, self.kind_rows).add(parts)
-        record, reasons = parts[0].record, Counter(part.dropped for part in parts if part.dropped)
-        if reasons.total() == len(parts):
+        Kinds(self.kinds, self.kind_rows).add(parts, parts[0].record.row)
+        record, reasons = parts[0].record, Counter[str]()
+        for part in parts:
+            if part.dropped:
+                reasons[part.dropped] += max(1, part.turns)
+        if all(part.dropped for part in parts):
             reason = "; ".join(reasons)
             self.counts[reason] += 1
             if self.counts.total() <= LISTED:
@@ -194,7 +201,7 @@ class _Facts:
                 self.turns[reason] = [known[0] + count, known[1] + 1]
         damaged = [part for part in parts if part.damage]
         if damaged:
-            self.lost += all(part.dropped for part in damaged)
+            self.lost += all(part.dropped for part in parts)
             if len(self.damaged) < LISTED:
                 texts = dict.fromkeys(damage.text for part in damaged for damage in part.damage)
                 self.damaged.append((record.place, "; ".join(texts)))
@@ -220,7 +227,8 @@ def _build(
                 used = [part for part in parts if not part.dropped]
                 if not used:
                     continue
-                values = _values(used, groups, renderer.section)
+                damaged = any(part.damage for part in parts)  # of a dropped one too: rows stay or go as a whole
+                values = _values(used, groups, damaged, renderer.section)
                 groups += 1
                 for name, array in values.items():
                     files[name].write(array.tobytes())
@@ -232,8 +240,8 @@ def _build(
     write_json(folder / "facts.json", vars(facts))
 
 
-def _values(parts: list[Row], group: int, section: DataSection) -> dict[str, np.ndarray]:
-    """What is kept of one row's examples, by file. group: the number of the row."""
+def _values(parts: list[Row], group: int, damaged: bool, section: DataSection) -> dict[str, np.ndarray]:
+    """What is kept of one row's examples, by file. group: the number of the row; damaged: whether one of them is."""
     ids, mask, columns, signatures = [], [], [], []
     record = parts[0].record
     assert isinstance(record, Record)
@@ -246,7 +254,7 @@ def _values(parts: list[Row], group: int, section: DataSection) -> dict[str, np.
         assert example is not None
         ids.append(np.asarray(example.ids, np.int32))
         mask.append(np.asarray(example.mask, np.uint8))
-        flags = SHORTENED * row.shortened + DAMAGED * bool(row.damage) + CHAT * (record.text is None)
+        flags = SHORTENED * row.shortened + DAMAGED * damaged + CHAT * (record.text is None)
         targets = int(example.mask[1:].sum())
         known = (record.row, group, row.part, flags, content, len(example.ids), targets, key)
         columns.append((*known, row.turns, row.once, row.untrue))

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from mlxtune.data.rendering import Print, prepared, printer
+from mlxtune.data.rendering import Print, Remembered, prepared, printer
 
 MARKS = re.compile("[\ue000-\uf8ff\U000f0000-\U000ffffd]")
 USER, ASSISTANT, NEXT = "\ue000", "\ue001", "\ue002"  # the marks of probes
@@ -33,16 +33,14 @@ class Template:
     """Renders conversations with one tokenizer's template and fixed variables.
 
     day: what templates that print the date are given (None: today). starts: what was learnt about turn openings:
-    (role before, template text before the turn) -> its characters that belong to the prompt. shapes and marked: numbers
-    of marked conversations, and what was printed for them (`conversation.py`).
+    (role before, template text before the turn) -> its characters that belong to the prompt.
     """
 
     tokenizer: Any
     kwargs: dict[str, Any] = field(default_factory=dict)
     day: date | None = None
     starts: dict[tuple[str, str], int] = field(default_factory=dict)
-    shapes: dict[tuple[int, str], int] = field(default_factory=dict)
-    marked: dict[tuple[int, bool], str] = field(default_factory=dict)
+    remembered: Remembered = field(default_factory=Remembered)
     _printers: dict[bool, Print] = field(default_factory=dict)
     _header_ends: dict[bool, str] = field(default_factory=dict)
 

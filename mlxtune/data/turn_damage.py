@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mlxtune.data.conversation import Conversation
 from mlxtune.data.marks import CALLS, CONTENT, THINKING, thinking_parts
 from mlxtune.data.template import MARKS
 from mlxtune.data.turn_places import Tail, TurnPlaces
@@ -24,7 +23,7 @@ def of_context(row: TurnPlaces, first: int) -> Iterator[Damage]:
         if row.marks[index][CONTENT] not in shown and (marked or content not in row.asked(first)):
             kind = "system" if message["role"] in ("system", "developer") else "content"
             yield Damage(kind, index, f"the template drops the text of message {index + 1} ({message['role']})")
-    if row.tools and marked and marked == Conversation(row.template, row.messages).marked_asked(first):
+    if not row.prints_tools:
         yield Damage("tools", 0, "the template does not print the tools")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from mlxtune.data.conversation import Conversation
 from mlxtune.data.marks import THINKING, thinking_parts
@@ -37,6 +38,13 @@ class TurnPlaces(Conversation):
     """Finds turns in the renderings of a conversation. A turn is given by its first and its last message: answers in a
     row that the template joins are one turn.
     """
+
+    @cached_property
+    def prints_tools(self) -> bool:
+        """Whether the tools, if there are any, are printed."""
+        count = len(self.messages)
+        marked = self.marked_whole(count)
+        return not (self.tools and marked) or marked != Conversation(self.template, self.messages).marked_whole(count)
 
     def groups(self) -> Iterator[tuple[int, int]]:
         """(first, last) message of each assistant turn."""

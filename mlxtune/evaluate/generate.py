@@ -100,6 +100,20 @@ def stream(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[str]:
         yield decoded(loaded, made[start:])[len(decoded(loaded, made[start:known])) :]
 
 
+def end_ids(loaded: Loaded) -> set[int]:
+    """The tokens that end an answer: those that the model's files name, and those that its template trains turns to end
+    with, which a folder made by hand may not name.
+    """
+    ends = set(loaded.eos_ids)
+    if loaded.tokenizer.chat_template is not None:
+        template = template_of(loaded.tokenizer, {})
+        last = template.special.findall(template.end_of_turn)[-1:]
+        known = loaded.tokenizer.get_vocab()
+        for token in (*last, template.header_that_ends(calls=False), template.header_that_ends(calls=True)):
+            ends |= {known[token.strip()]} if token.strip() in known else set()
+    return ends
+
+
 def tokens(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[int]:
     """The answer's token ids, the one that ends it included."""
     from mlx_lm.generate import stream_generate
@@ -110,7 +124,7 @@ def tokens(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[int]:
     penalty = sampling.repetition_penalty if sampling.repetition_penalty != 1.0 else None
     for piece in stream_generate(
         loaded.model,
-        TokenizerWrapper(loaded.tokenizer, eos_token_ids=loaded.eos_ids),
+        TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_ids(loaded)),
         ids,
         max_tokens=sampling.max_tokens,
         sampler=make_sampler(sampling.temperature, sampling.top_p if sampling.top_p < 1 else 0.0),
@@ -126,7 +140,7 @@ def decoded(loaded: Loaded, ids: list[int]) -> str:
 
 def reader_for(loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str = "") -> Reader | Plain:
     """What tells thought and answer apart in the model's answer to a conversation, whose prompt was made before."""
-    ends = frozenset(decoded(loaded, [index]) for index in loaded.eos_ids) - {""}  # ids without a token
+    ends = frozenset(decoded(loaded, [index]) for index in end_ids(loaded)) - {""}  # ids without a token
     template = template_for(loaded, template_kwargs, day)
     return Plain(ends) if template is None else Reader(template, messages, ends=ends)
 
@@ -136,4 +150,4 @@ def answer(
 ) -> str:
     """The whole answer, its thought and special tokens included, without its end token."""
     made = list(tokens(loaded, prompt_ids(loaded, messages, template_kwargs, day), sampling))
-    return decoded(loaded, made[:-1] if made[-1] in loaded.eos_ids else made)
+    return decoded(loaded, made[:-1] if made[-1] in end_ids(loaded) else made)
