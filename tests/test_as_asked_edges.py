@@ -112,7 +112,8 @@ IDS = (
     "{% for m in messages %}{% for c in m.tool_calls or [] %}"
     "{% if c.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}{% endfor %}"
     "{% if m.role == 'tool' and m.tool_call_id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
-    "{{ '<|im_start|>' + m.role + '\n' }}{% for c in m.tool_calls or [] %}{{ c.id + ':' + c.function.name }}{% endfor %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.id + ':' + c.function.name }}{% endfor %}"
     "{{ (m.tool_call_id or '') + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -148,7 +149,8 @@ def test_a_row_with_a_damaged_turn_goes_whole_however_its_turns_share_examples(
 
 def test_arguments_take_the_form_that_prints_an_object(tokenizer: Any) -> None:
     """Text that is printed as it stands is no object to a template that prints objects in a form of its own."""
-    own = "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content }}{% for c in m.tool_calls or [] %}{{ ' call ' }}"
+    own = "{% for m in messages %}{{ '<|im_start|>' + m.role + m.content }}"
+    own += "{% for c in m.tool_calls or [] %}{{ ' call ' }}"
     own += "{% if c.function.arguments is mapping %}{% for k, v in c.function.arguments.items() %}{{ k + '=' + v }}"
     own += "{% endfor %}{% else %}{{ c.function.arguments }}{% endif %}{% endfor %}{{ '<|im_end|>' }}{% endfor %}"
     own += "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
