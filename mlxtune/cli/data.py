@@ -35,7 +35,9 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     """Print rows rendered by the model's chat template, coloured by what is trained on.
 
     Green (or between the marks where there is no colour) is what the model must produce; the rest is context.
-    DIR may hold a tokenizer alone.
+    DIR may hold a tokenizer alone. A row is printed as its examples: turns that do not share one have their own.
+    --split train and valid divide the rows of a train file as training does, before data.dedup, data.cap and
+    data.on_damage leave any out.
 
     \b
     mlxtune data show --model model --data train.jsonl --limit 3
