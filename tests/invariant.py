@@ -268,9 +268,12 @@ class _Proof:
         body = text.removesuffix(end)
         if self.plain(body) == self.plain(str(self.messages[at]["content"])):
             return  # the row has it as a server returns it
-        said = {"role": "assistant", "content": f"{opened}\n{body}"}
+        joined = [last for kind, last in self.kinds if kind == "joined" and last > at]
+        alike = [last for last in joined if {one["role"] for one in self.messages[at:last]} == {"assistant"}]
+        turn = self.messages[at : 1 + max(alike, default=at)]  # answers that the template joins are one turn
+        said = [{"role": "assistant", "content": f"{opened}\n{body}"}]
         before = self.messages[:at]
-        as_row, as_said = (self.render([*before, one, NEXT], prompt=True) for one in (self.messages[at], said))
+        as_row, as_said = (self.render([*before, *one, NEXT], prompt=True) for one in (turn, said))
         if as_row is None or self.plain(as_row) == self.plain(as_said or ""):
             return
         if ("not read back", at) not in self.kinds:
