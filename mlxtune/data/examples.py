@@ -187,25 +187,7 @@ class Renderer:
         sheets = [sheet for sheet in sheets if sheet.waiting]
         while sheets:
             drafts = [(sheet, draft) for sheet in sheets for draft in self._drafts(sheet)]
-            found = self.borders.tokens([draft.text for _, draft in drafts])
-            straddled = []
-            for number, (_, draft) in enumerate(drafts):
-                last = draft.turns[-1]
-                at = self.borders.place(found[number], self.borders.cuts(draft.text), len(last.prompt))
-                if at is None:
-                    straddled.append(number)
-                else:
-                    draft.ids = found[number].ids
-                    draft.places[last.index] = (at, found[number].after(len(last.text)))
-            alone = self.borders.tokens([drafts[number][1].turns[-1].prompt for number in straddled])
-            for number, prompt in zip(straddled, alone, strict=True):
-                draft = drafts[number][1]
-                last = draft.turns[-1]
-                target = self.borders.apart(last.target)
-                draft.ids = np.array([*prompt.ids, *target, *self.borders.ids(last.trailing)], np.int32)
-                draft.places[last.index] = (len(prompt.ids), len(prompt.ids) + len(target))
-                draft.apart = True
-                found[number] = prompt
+            found = self._place_last([draft for _, draft in drafts])
             for (sheet, draft), tokens in zip(drafts, found, strict=True):
                 self._place_earlier(draft, tokens)
                 settled = {turn.index for turn in draft.turns}
@@ -213,6 +195,31 @@ class Renderer:
                 sheet.drafts.append(draft)
                 sheet.longest = sheet.longest or tokens
             sheets = [sheet for sheet in sheets if sheet.waiting]
+
+    def _place_last(self, drafts: list[_Draft]) -> list[Tokens]:
+        """Tokenize some drafts and place the last turn of each; return the tokens that hold the turns before it. Where
+        one would straddle the end of the last prompt, prompt and target are tokenized apart.
+        """
+        found = self.borders.tokens([draft.text for draft in drafts])
+        straddled = []
+        for number, draft in enumerate(drafts):
+            last = draft.turns[-1]
+            at = self.borders.place(found[number], self.borders.cuts(draft.text), len(last.prompt))
+            if at is None:
+                straddled.append(number)
+            else:
+                draft.ids = found[number].ids
+                draft.places[last.index] = (at, found[number].after(len(last.text)))
+        prompts = self.borders.tokens([drafts[number].turns[-1].prompt for number in straddled])
+        for number, prompt in zip(straddled, prompts, strict=True):
+            draft = drafts[number]
+            last = draft.turns[-1]
+            target = self.borders.apart(last.target)
+            draft.ids = np.array([*prompt.ids, *target, *self.borders.ids(last.trailing)], np.int32)
+            draft.places[last.index] = (len(prompt.ids), len(prompt.ids) + len(target))
+            draft.apart = True
+            found[number] = prompt
+        return found
 
     def _drafts(self, sheet: _Sheet) -> list[_Draft]:
         """The fewest examples that hold the waiting turns, as far as their texts tell.
@@ -263,7 +270,7 @@ class Renderer:
     def _finished_turns(self, sheet: _Sheet) -> Iterator[Row]:
         drafts = sorted(sheet.drafts, key=lambda draft: draft.turns[-1].index)
         limit = self.section.max_tokens
-        once, kinds = min(self._once(sheet.whole, drafts), self.section.max_tokens), sheet.kinds
+        once, kinds = min(self._once(sheet.whole, drafts), limit), sheet.kinds
         messages = sheet.record.messages or [] if isinstance(sheet.record, Record) else []
 
         def number(turn: AskedTurn) -> int:
