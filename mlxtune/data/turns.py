@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any
 
+from mlxtune.data.conversation import Conversation
 from mlxtune.data.marks import CALLS, CONTENT, KEPT, THINKING, kind_of, marks_for, replaced, thinking_parts
 from mlxtune.data.template import (
     ASSISTANT,
@@ -81,21 +82,19 @@ def locate(template: Template, messages: Messages, tools: Any = None) -> Turns:
     return _Conversation(template, messages, tools).turns()
 
 
-class _Conversation:
-    """A conversation, its text, and the same messages with marks in place of their texts."""
+class _Conversation(Conversation):
+    """A conversation and its text, rendered once."""
 
     def __init__(self, template: Template, messages: Messages, tools: Any) -> None:
-        self.template, self.messages, self.tools = template, messages, tools
-        self.text = template.text(messages, tools)
-        self.marks = marks_for(self.text, messages)
-        self.marked = [replaced(message, own) for message, own in zip(messages, self.marks, strict=True)]
+        super().__init__(template, messages, tools)
+        self.text = self.whole(len(messages))
 
     def render(self, messages: Messages, prompt: bool = False) -> str:
         return self.template.attempt(messages, self.tools, prompt)
 
     def turns(self) -> Turns:
         out = Turns(self.text)
-        marked = self.render(self.marked)
+        marked = self.marked_whole(len(self.messages))
         pieces = self.pieces(marked)
         out.damage = list(self.lost(pieces)) if marked else []
         places = self.walk(pieces)
@@ -133,10 +132,9 @@ class _Conversation:
 
     def pieces(self, marked: str) -> list[_Piece]:
         """The messages in the order in which the template prints them."""
-        owner = {mark: (index, kind) for index, own in enumerate(self.marks) for kind, mark in enumerate(own)}
-        mine = re.compile(f"[{''.join(owner)}]")  # a real text may hold other private-use characters
+        mine = re.compile(f"[{''.join(self.owner)}]")  # a real text may hold other private-use characters
         parts = mine.split(marked)
-        found = [owner[mark] for mark in mine.findall(marked)]
+        found = [self.owner[mark] for mark in mine.findall(marked)]
         out: list[_Piece] = []
         place = 0
         for index, group in groupby(found, key=lambda item: item[0]):

@@ -108,7 +108,7 @@ def end_ids(loaded: Loaded) -> set[int]:
     if loaded.tokenizer.chat_template is not None:
         template = template_of(loaded.tokenizer, {})
         last = template.special.findall(template.end_of_turn)[-1:]
-        known = loaded.tokenizer.get_vocab()
+        known = loaded.tokenizer.get_added_vocab()  # special tokens; the whole vocabulary is a dict made anew each time
         for token in (*last, template.header_that_ends(calls=False), template.header_that_ends(calls=True)):
             ends |= {known[token.strip()]} if token.strip() in known else set()
     return ends
