@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from dataclasses import replace
 from statistics import fmean, pstdev
@@ -44,7 +45,15 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
         if job.ranks.first and not checkpoint.exists(job.run):
             checkpoint.remove(job.run)
 
-    with StopRequest(stopped_at_once) as stop:
+    def left_alone(waited: str) -> None:
+        others = f"process {job.ranks.number} of {job.ranks.size} waited {waited} for the others"
+        again = _again(job, checkpoint.resumable(job.run)) if job.ranks.first else "what was saved, the first one says"
+        events.emit("end", step=state.step, state="failed")
+        print(f"error: {others} in step {state.step + 1}: one hangs, sleeps or lost its network", file=sys.stderr)
+        print(f"  {again[0].upper()}{again[1:]}.", file=sys.stderr)
+
+    patience = job.ranks.patience.ends_the_run(60 * section.rank_minutes, left_alone)
+    with StopRequest(stopped_at_once) as stop, patience:
 
         def between() -> None:
             if stop.giving_up and job.ranks.size == 1:  # several ranks only stop together
@@ -123,7 +132,7 @@ def _evaluate(job: Job, events: Events, state: State, stop: StopRequest) -> Stat
         scored = job.evaluate(halt)
     except Halted:
         return state
-    samples = job.samples() if job.ranks.first else []
+    samples = job.samples()
     events.emit(
         "eval", step=state.step, loss=scored.loss, tokens=scored.tokens, **({"samples": samples} if samples else {})
     )
