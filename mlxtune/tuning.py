@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlxtune_convert.chat_templates import unread
 from mlxtune_convert.files import explained, new_file
 
@@ -196,11 +197,7 @@ def prepared(
     where = f"{backend.kind()}, {dtype_name(loaded.dtype)}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {where}")
     notes.append(f"computed: {fast.describe(path)}")
-    if backend.kind() != "cpu" and (unordered := lora.summed_in_any_order(loaded.model)):
-        notes.append(
-            f"a GPU adds up the gradients of {unordered} in an order of its own: "
-            "a run that is repeated or resumed may differ in its last bits"
-        )
+    notes += repeatable(loaded.model, backend.kind())
     tight = []
     if backend.kind() != "cuda":  # which has memory of its own
         predicted = fit.plan(loaded.model, config, loaded.config, loaded.dtype, plan)
@@ -211,6 +208,17 @@ def prepared(
         for warning in [*host.warnings(), *tight]:
             print(f"note: process {ranks.number}, on {platform.node()}: {warning}", file=sys.stderr, flush=True)
     return job, config, changes, notes
+
+
+def repeatable(model: nn.Module, kind: str) -> list[str]:
+    """A note where a run cannot be repeated bit for bit on a device of this kind (`backend.kind`)."""
+    unordered = lora.summed_in_any_order(model)
+    if kind == "cpu" or not unordered:
+        return []
+    return [
+        f"a GPU adds up the gradients of {unordered} in an order of its own: "
+        "a run that is repeated or resumed may differ in its last bits"
+    ]
 
 
 def _written(

@@ -148,7 +148,7 @@ def test_a_process_that_hangs_ends_the_run_in_one_line_and_the_last_step_is_save
     mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    settings = ("train.steps=5000", "train.rank_minutes=0.08", "train.save_every=0", "train.eval_every=0")
+    settings = ("train.steps=5000", "train.rank_minutes=0.05", "train.save_every=0", "train.eval_every=0")
     process = launched(2, *words(mlx_model, data, run, *settings))
     stopped = None
     try:
@@ -164,7 +164,7 @@ def test_a_process_that_hangs_ends_the_run_in_one_line_and_the_last_step_is_save
         while lock.is_locked(run):
             assert time.monotonic() - began < 60
             time.sleep(0.05)
-        assert time.monotonic() - began > 4.8
+        assert time.monotonic() - began > 3
     finally:
         if stopped:
             os.kill(stopped, signal.SIGCONT)
@@ -175,8 +175,10 @@ def test_a_process_that_hangs_ends_the_run_in_one_line_and_the_last_step_is_save
     late = re.search(
         r"error: process 1 of 2 waited (\d+) seconds for the others in step (\d+): one hangs, sleeps", said
     )
-    assert late and 4 < int(late[1]) < 30 and int(late[2]) == last + 1, said
-    assert found[-1]["kind"] == "end" and found[-1]["state"] != "finished"
+    assert late and 2 < int(late[1]) < 30 and int(late[2]) == last + 1, said
+    assert (found[-1]["kind"], found[-1]["state"]) == ("end", "failed")
+    assert json.loads((run / f"checkpoints/step-{last:07d}/state.json").read_text())["state"]["step"] == last
+    assert f"  Then: to go on: mlxtune train --resume --out {run}" in said
 
 
 class Exits:
@@ -275,11 +277,23 @@ def test_an_earlier_message_in_place_of_the_one_due_is_refused(monkeypatch: pyte
             exchange()
 
 
+def test_a_message_that_jaccl_cannot_send_is_a_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no RuntimeError there: std::invalid_argument."""
+    others = Others(monkeypatch)
+
+    def refuse(array: mx.array) -> mx.array:
+        raise ValueError("[jaccl] Send failed with error code 22")
+
+    others.change = refuse
+    with pytest.raises(Torn, match="Send failed with error code 22"):
+        others.ranks.highest(1)
+
+
 @pytest.mark.parametrize(
     "error",
     [
         RuntimeError("[ring] connection to a peer was lost"),
-        ValueError("[jaccl] Send failed with error code 22"),
+        RuntimeError("[jaccl] Recv failed with error code 22"),
         Torn("the sums are not the same on all of them"),
     ],
 )

@@ -159,9 +159,18 @@ class Ranks:
         letters[: len(said)] = np.frombuffer(said, np.uint8)
         return np.array(self._added(mx.array(letters))).tobytes().decode()
 
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Around everything that waits for the others."""
+        with self.patience.waiting():
+            try:
+                yield
+            except ValueError as error:  # JACCL's, of a message that it could not send
+                raise Torn(str(error)) from error
+
     def _added(self, array: mx.array) -> mx.array:
         """The sum over the ranks of an array."""
-        with self.patience.waiting():
+        with self._exchange():
             summed = mx.distributed.all_sum(array, group=self.group)
             mx.eval(summed)
         return summed
@@ -170,7 +179,7 @@ class Ranks:
         """[ranks, N]: the N numbers of every rank. Raises Torn when a message is not the one that was due."""
         due = next(self.messages) % NUMBERS
         sent = mx.concatenate([numbers, mx.array([due], numbers.dtype)])
-        with self.patience.waiting():
+        with self._exchange():
             found = np.array(mx.distributed.all_gather(sent[None], group=self.group))
         if (found[:, -1] != due).any():
             raise Torn("a message is not the one that was due")
@@ -190,7 +199,7 @@ class Ranks:
         """Turn MLX's error about a dead process, and sums that are none, into one clear line."""
         try:
             yield
-        except (RuntimeError, ValueError) as error:
+        except RuntimeError as error:
             lost = isinstance(error, Torn) or str(error).startswith(("[ring]", "[jaccl]"))
             if self.group is None or not lost:
                 raise
