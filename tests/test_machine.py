@@ -82,13 +82,13 @@ def test_a_system_without_low_power_mode_or_without_its_commands_has_none(
 
 # What ps prints: kilobytes and command lines.
 PROCESSES = """
- 2097152 /Applications/Ollama.app/Contents/Resources/ollama runner --model /opt/me/.ollama/models/blobs/sha256-1
+ 2097152 /Applications/Ollama.app/Contents/Resources/ollama runner --model /Volumes/me/.ollama/models/blobs/sha256-1
   524288 ollama serve
- 3145728 /opt/me/.lmstudio/extensions/backends/mlx-llm-mac/node worker.js
+ 3145728 /Volumes/me/.lmstudio/extensions/backends/mlx-llm-mac/node worker.js
  1048576 /Applications/LM Studio.app/Contents/MacOS/LM Studio
- 4194304 /opt/homebrew/bin/llama-server -m model.gguf
+ 4194304 /Volumes/brew/bin/llama-server -m model.gguf
   104857 /usr/local/bin/python3.12 -m mlx_lm.server --model small
- 8388608 /opt/me/.venv/bin/python3 /opt/me/.venv/bin/mlxtune train --model /opt/me/.lmstudio/models/ollama
+ 8388608 /Volumes/me/.venv/bin/python3 /Volumes/me/.venv/bin/mlxtune train --model /Volumes/me/.lmstudio/models/ollama
  9999999 vim ollama
 """
 HELD = {"LM Studio": 4 * GIB, "llama-server": 4 * GIB, "Ollama": 5 * GIB // 2}
