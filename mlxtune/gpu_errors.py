@@ -8,6 +8,7 @@ execution failed:". `std::bad_alloc` arrives in Python as MemoryError.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -43,17 +44,44 @@ TEXTS: tuple[tuple[Kind, str], ...] = (
     (Kind.LOST, r"victim of GPU error/recovery|CallbackErrorInnocentVictim"),
     (Kind.LOST, r"Caused GPU Address Fault Error|CallbackErrorPageFault"),
     (Kind.LOST, r"CallbackError(DeviceRemoved|AccessRevoked)"),
-    (Kind.OTHER, r"^\[METAL\] |^\[metal::|Failed to create Metal shared event"),
+    (Kind.OTHER, r"\[METAL\] |\[metal::|Failed to create Metal shared event"),
     # CUDA.
     (Kind.OUT_OF_MEMORY, CALL + ": out of memory"),
     (Kind.TIMEOUT, CALL + ": the launch timed out and was terminated"),
     (Kind.LOST, CALL + ": (an illegal memory access|unspecified launch failure)"),
     (Kind.NO_GPU, CALL + ": (no CUDA-capable device|CUDA driver version is insufficient)"),
     (Kind.OTHER, CALL),
+    # PyTorch, which runs exports to compare them.
+    (Kind.OUT_OF_MEMORY, r"DefaultCPUAllocator: (can't allocate|not enough) memory"),
 )
 
 # What a smaller computation can mend.
 FOR_WANT_OF_MEMORY = (Kind.OUT_OF_MEMORY, Kind.TOO_LARGE)
+# After which nothing more can be computed in this process.
+FINAL = (Kind.LOST, Kind.NO_GPU)
+
+# What makes a command need less memory, besides closing other programs.
+LESS = {
+    "bench": "add --set train.batch_rows=1 --set train.checkpoint_layers=all",
+    "chat": "take a model of fewer bits (mlxtune convert --bits 4), or begin a new conversation: /reset",
+    "eval": "take a model of fewer bits (mlxtune convert --bits 4), or shorten the rows: --set data.max_tokens=N",
+    "export": "leave the comparison out: --no-verify",
+    "fuse": "leave the comparison out: --no-verify",
+    "generate": "take a model of fewer bits (mlxtune convert --bits 4), or shorten --prompt and --max-tokens",
+    "train": "take a model of fewer bits (mlxtune convert --bits 4), or lower data.max_tokens",
+    "verify": "compare on shorter rows: --data PATH",
+}
+DISPLAY = "Let the display sleep meanwhile (pmset displaysleepnow)"
+# What to do about the other kinds, whatever the command.
+ADVICE = {
+    Kind.WATCHDOG: f"{DISPLAY}, and run it again.",
+    Kind.TIMEOUT: "Close what else uses the GPU, and run it again; shorter rows or prompts are shorter pieces of work.",
+    Kind.BUFFERS: "Run it again: a new process begins with none taken.",
+    Kind.LOST: "Run it again: a new process may use the GPU. If it fails again, restart the machine.",
+    Kind.NO_GPU: "On a Mac, run it as a user who is logged in, outside of sandboxes and virtual machines; with CUDA, "
+    "nvidia-smi says what is missing.",
+    Kind.OTHER: "Run it again. If it fails again, restart the machine; mlxtune doctor says what is installed.",
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +98,20 @@ class Failure:
     def of_memory(self) -> bool:
         """Whether a smaller computation may succeed."""
         return self.kind in FOR_WANT_OF_MEMORY
+
+    @property
+    def final(self) -> bool:
+        """Whether this process has no GPU any more."""
+        return self.kind in FINAL
+
+    def hint(self, command: str, words: Sequence[str] = ()) -> str:
+        """What to do about it. command: that failed, such as "export"; words: the options it was given."""
+        if not self.of_memory:
+            return ADVICE[self.kind]
+        less = LESS.get(command, "")
+        if less.endswith("--no-verify") and "--no-verify" in words:
+            less = ""
+        return "Close programs that hold memory" + (f"; {less}." if less else ", and run it again.")
 
 
 def recognise(error: BaseException) -> Failure | None:

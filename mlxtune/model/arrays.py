@@ -24,9 +24,14 @@ def named(tree: Any) -> dict[str, mx.array]:
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
-    """The same bits; bfloat16 as ml_dtypes' type, which numpy does not have itself."""
+    """The same bits; bfloat16 as ml_dtypes' type, which numpy does not have itself.
+
+    Raises what MLX raises. np.array alone would not: where computing the array fails, numpy takes that for "no buffer",
+    asks in another way, and gets whatever lies in the memory.
+    """
     if array.dtype == mx.bfloat16:
-        return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
+        return to_numpy(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
+    mx.eval(array)
     return np.array(array)
 
 
