@@ -171,8 +171,8 @@ class Talk:
         except KeyboardInterrupt:
             stopped = True
         except (RuntimeError, MemoryError):
-            if voice.text:  # the error is said on a line of its own
-                voice.end(" [failed]")
+            if voice.text:
+                voice.end("")  # the error is said on a line of its own
             raise
         voice.end(" [stopped]" if stopped else "")
         if voice.thought and not voice.content and not stopped:
