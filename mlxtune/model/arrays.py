@@ -32,9 +32,9 @@ def to_numpy(array: mx.array) -> np.ndarray:
     Raises what MLX raises. np.array alone would not: where computing the array fails, numpy takes that for "no buffer",
     asks in another way, and gets whatever lies in the memory.
     """
-    mx.eval(array)
+    computed = memoryview(array)  # type: ignore[arg-type]
     if array.dtype == mx.bfloat16:
-        letters = bytearray(memoryview(array))  # type: ignore[arg-type]
+        letters = bytearray(computed)
         return np.frombuffer(letters, np.uint16).reshape(array.shape).view(ml_dtypes.bfloat16)
     return np.array(array)
 
