@@ -16,6 +16,7 @@ import numpy as np
 
 from mlxtune.data.batches import Batch, collate, lengths_of
 from mlxtune.data.chat import Example
+from mlxtune.gpu_errors import Failure
 from mlxtune.model.arrays import named, scalar, to_numpy
 from mlxtune.train.gradients import Gradients
 from mlxtune.train.loss import Path
@@ -24,10 +25,13 @@ SAME = 1e-3  # relative, of loss and gradients: recomputing a block repeats the 
 
 
 class TooLarge(Exception):
-    """A part of a step did not fit the memory; nothing was updated. examples: of that part, the most of any process."""
+    """A part of a step did not fit the memory; nothing was updated. failure: what was said here or, of another process,
+    elsewhere; examples: of that part, the most of any process.
+    """
 
-    def __init__(self, reason: str, examples: int) -> None:
-        super().__init__(reason)
+    def __init__(self, failure: Failure, examples: int) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
         self.examples = examples
 
 

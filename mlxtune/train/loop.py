@@ -10,11 +10,15 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxtune import backend
 from mlxtune.errors import Interrupted, UserError
+from mlxtune.gpu_errors import recognise
 from mlxtune.model import lora
 from mlxtune.train import checkpoint, optim
 from mlxtune.train.checkpoint import Saved, State
+from mlxtune.train.division import Division, TooLarge, same
 from mlxtune.train.events import Events
+from mlxtune.train.failure import told, told_of_many
 from mlxtune.train.signals import StopRequest
 from mlxtune.train.step import Job, NonFinite, StepFunction
 from mlxtune.train.whole import LastWhole
@@ -30,7 +34,8 @@ class Halted(Exception):
 def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     """Train to the end of the plan and leave RUN/adapters.safetensors. Returns the last state.
 
-    Raises Interrupted after a signal (everything saved), UserError on a non-finite loss (the last good adapter kept).
+    Raises Interrupted after a signal (everything saved), UserError on a non-finite loss (the last good adapter kept) or
+    a failure of the device (everything saved).
     """
     optimizer = optim.build(job.section, job.model.trainable_parameters())
     state = _begin(job, optimizer, resumed)
@@ -38,9 +43,18 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     whole = LastWhole(job.run, job.identity, job.section.keep_last, job.spec.file, saved)
     try:
         return _trained(job, events, state, optimizer, whole)
-    except RuntimeError:  # of the device, or because another process ended: what was whole is kept
+    except (RuntimeError, MemoryError, TooLarge) as error:
+        # Of the device, or because another process ended: what was whole is kept.
         _save_whole(job, events, whole)
-        raise
+        failed = error.failure if isinstance(error, TooLarge) else recognise(error)
+        if failed is None:
+            raise
+        kept = whole.state
+        _keep(job, kept, whole)
+        events.emit("end", step=kept.step, state="interrupted", reason=str(failed))
+        if not job.ranks.first:
+            raise told_of_many(failed, job.ranks.size, job.run) from error
+        raise told(failed, kept.step, job.section, job.run, not _evaluates_next(job, kept)) from error
 
 
 def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: LastWhole) -> State:
@@ -67,9 +81,10 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
                 raise Halted
 
         step_function = StepFunction(job, optimizer, between)
+        step_function.divide(Division(state.halved, state.checkpointed))
         while True:
             last = state.step >= steps
-            if state.evaluated < state.step and (state.step == 0 or last or _due(section.eval_every, state.step)):
+            if _evaluates_next(job, state):
                 state = reached(_evaluate(job, events, state, stop, whole))
             patient = not section.patience or state.stale < section.patience
             ended = state.evaluated == state.step if last else not patient
@@ -88,6 +103,10 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
                     event = step_function(number)
             except Halted:
                 continue
+            except TooLarge as large:
+                state = reached(_divided(job, events, state, step_function, large))
+                _save_whole(job, events, whole)  # before anything is computed so: whoever resumes computes the same
+                continue
             except NonFinite as bad:
                 state = reached(replace(_refused(job, events, state, bad), step=number))
                 continue
@@ -100,6 +119,30 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
         events.emit("note", text=f"stopped after step {state.step} of {steps}: {since}")
     _keep(job, state, whole)
     events.emit("end", step=state.step, state="finished", best_loss=state.best_loss, best_step=state.best_step)
+    return state
+
+
+def _evaluates_next(job: Job, state: State) -> bool:
+    """Whether an evaluation comes before the next step."""
+    last = state.step >= job.plan.steps
+    return state.evaluated < state.step and (state.step == 0 or last or _due(job.section.eval_every, state.step))
+
+
+def _divided(job: Job, events: Events, state: State, step: StepFunction, large: TooLarge) -> State:
+    """The state with steps in smaller parts from here on. Raises `large` where they cannot be smaller."""
+    backend.recover()
+    division = step.division.smaller(large.examples, job.path)
+    if division is None:
+        raise large
+    if division.checkpointed and not step.division.checkpointed:
+        alike = same(job.model, job.path, division.path(job.path), job.plan.examples)
+        if not job.ranks.lowest(int(alike)):
+            events.emit("note", text="checkpointing every block does not give this model's gradients: it is not used")
+            raise large
+    step.divide(division)
+    state = replace(state, **vars(division))
+    text = f"step {state.step + 1}: {large.failure}; from here on {division} (train.on_oom: smaller)"
+    events.emit("note", step=state.step, text=text, **vars(division))
     return state
 
 

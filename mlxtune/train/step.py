@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlxtune.data.batches import Batch, Plan
-from mlxtune.gpu_errors import recognise
+from mlxtune.gpu_errors import Failure, Kind, recognise
 from mlxtune.model import lora
 from mlxtune.model.arrays import scalar
 from mlxtune.model.dropout import DropoutKeys
@@ -127,16 +127,15 @@ class StepFunction:
         """As `_accumulate`. Raises TooLarge, on every process, where the memory of one of them did not suffice."""
         if self.job.section.on_oom == "stop":
             return self._accumulate(number, batches)
-        losses, gradients, reason = list[float](), None, ""
+        losses, gradients, found = list[float](), None, None
         try:
             losses, gradients = self._accumulate(number, batches)
         except (RuntimeError, MemoryError) as error:
-            failure = recognise(error)
-            if failure is None or not failure.of_memory:
+            found = recognise(error)  # the error itself would hold on to all that was computed
+            if found is None or not found.of_memory:
                 raise
-            reason = str(failure)  # the error itself would hold on to all that was computed
-        if examples := self.job.ranks.highest(self._computing if reason else 0):
-            raise TooLarge(reason or "there is not enough memory for another of the processes", examples)
+        if examples := self.job.ranks.highest(self._computing if found else 0):
+            raise TooLarge(found or Failure(Kind.OUT_OF_MEMORY, "in another of the processes"), examples)
         return losses, gradients
 
     def _accumulate(self, number: int, batches: list[Batch]) -> tuple[list[float], Any]:
