@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 GIB = 1 << 30
-
+MAX_ERRORS = 16  # kept for one stream: MLX has some ten command buffers under way
 
 _blas = ""
 _prepared = False
@@ -87,6 +87,23 @@ def _limit_memory(mx: Any) -> None:
         mx.set_cache_limit(min(2 * GIB, recommended // 8))
     elif kind() == "cpu":
         mx.set_cache_limit(1 * GIB)
+
+
+def recover() -> None:
+    """After a failure of the GPU: wait for what is under way, let go of errors that are kept for the next one who
+    computes, and of the buffers that are kept for reuse.
+    """
+    import mlx.core as mx
+
+    generate = sys.modules.get("mlx_lm.generate")  # which has a stream of its own
+    for stream in (None, *([generate.generation_stream] if generate else [])):
+        for _ in range(MAX_ERRORS):
+            try:
+                mx.synchronize(stream)
+            except RuntimeError:
+                continue  # the first of them; those of work that was sent after it may follow
+            break
+    mx.clear_cache()
 
 
 def kind() -> str:

@@ -182,6 +182,9 @@ class TrainSection(Section):
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="a loss or gradient that is no number: stop, or leave the step out (at most 10 of a run)"
     )
+    on_oom: Literal["stop", "smaller"] = Field(
+        "stop", description="out of memory in a step: save and stop, or compute it, and those to come, in smaller parts"
+    )
     sample_prompts: list[str] = Field(
         default_factory=list, description="answered greedily at each evaluation; kept in events.jsonl"
     )

@@ -9,6 +9,7 @@ import click
 from mlxtune_convert.files import REFUSALS
 
 import mlxtune
+from mlxtune import gpu_errors
 from mlxtune.cli import bench, convert, data, demo, doctor, runs, ship, train, use
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.train import signals
@@ -80,6 +81,14 @@ def main(args: list[str] | None = None) -> NoReturn:
         if error.errno not in REFUSALS:
             raise
         _say(f"{error.filename or 'the file system'}: {REFUSALS[error.errno][0]}", "")
+        code = 2
+    except (RuntimeError, MemoryError) as error:
+        failure = gpu_errors.recognise(error)
+        if failure is None:
+            raise
+        words = sys.argv[1:] if args is None else args
+        command = next((word for word in words if not word.startswith("-")), "")
+        _say(str(failure), failure.hint(command, words))
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
 

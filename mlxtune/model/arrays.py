@@ -24,9 +24,18 @@ def named(tree: Any) -> dict[str, mx.array]:
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
-    """The same bits; bfloat16 as ml_dtypes' type, which numpy does not have itself."""
+    """The same bits; bfloat16 as ml_dtypes' type, which numpy does not have itself.
+
+    Of an evaluated array the bytes are read and nothing is computed, so that this can be done while another thread of
+    the process is inside a computation, or after the device gave up.
+
+    Raises what MLX raises. np.array alone would not: where computing the array fails, numpy takes that for "no buffer",
+    asks in another way, and gets whatever lies in the memory.
+    """
+    computed = memoryview(array)  # type: ignore[arg-type]
     if array.dtype == mx.bfloat16:
-        return np.array(array.view(mx.uint16)).view(ml_dtypes.bfloat16)
+        letters = bytearray(computed)
+        return np.frombuffer(letters, np.uint16).reshape(array.shape).view(ml_dtypes.bfloat16)
     return np.array(array)
 
 

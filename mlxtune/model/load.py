@@ -20,6 +20,7 @@ from mlxtune_convert.tensors import weight_files
 from mlxtune import backend
 from mlxtune.data.tokenizer import load_tokenizer, require_folder
 from mlxtune.errors import UserError
+from mlxtune.gpu_errors import recognise
 from mlxtune.model.arrays import named
 from mlxtune.model.hub import resolve
 from mlxtune.model.quantize import on_cpu
@@ -97,6 +98,8 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except OSError:
         raise
     except Exception as error:  # mlx-lm raises whatever its parts raise
+        if recognise(error):
+            raise
         raise UserError(
             f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
         ) from error

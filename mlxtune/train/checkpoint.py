@@ -25,7 +25,7 @@ from mlxtune_convert.files import new_folder, read_json, write_json
 from mlxtune.data import chosen
 from mlxtune.errors import UserError
 from mlxtune.model import lora
-from mlxtune.model.arrays import named, save_arrays
+from mlxtune.model.arrays import save_arrays
 from mlxtune.train import events, lock
 from mlxtune.train.identity import Identity
 
@@ -45,7 +45,8 @@ class State:
     """Where a run stands after `step`.
 
     evaluated: the last step that was evaluated; best_loss: the lowest validation loss so far (None: not evaluated), at
-    best_step; stale: evaluations since then; skipped: steps left out for numbers that were not finite.
+    best_step; stale: evaluations since then; skipped: steps left out for numbers that were not finite; halved,
+    checkpointed: how steps are divided for want of memory, as in `Division`.
     """
 
     step: int = 0
@@ -54,6 +55,8 @@ class State:
     best_step: int = 0
     stale: int = 0
     skipped: int = 0
+    halved: int = 0
+    checkpointed: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,16 +72,19 @@ def save(
     run: Path,
     state: State,
     identity: Identity,
-    model: nn.Module,
-    optimizer: Optimizer,
+    factors: dict[str, mx.array],
+    moments: dict[str, mx.array],
     keep_last: int,
     adapter_file: str = lora.ADAPTER_FILE,
 ) -> Path:
-    """Write the checkpoint of `state.step`, then remove all but the newest `keep_last`."""
+    """Write the checkpoint of `state.step`, then remove all but the newest `keep_last`.
+
+    factors: the adapter's arrays; moments: the optimizer's. Both evaluated: nothing is computed here.
+    """
     folder = run / FOLDER / f"step-{state.step:07d}"
     with new_folder(folder, force=True) as work:
-        lora.save_factors(model, work, adapter_file)
-        save_arrays(work / OPTIMIZER_FILE, named(optimizer.state))
+        save_arrays(work / adapter_file, factors)
+        save_arrays(work / OPTIMIZER_FILE, moments)
         digests = {name: _digest(work / name) for name in (adapter_file, OPTIMIZER_FILE)}
         write_json(work / STATE_FILE, {"state": asdict(state), "identity": asdict(identity), "sha256": digests})
     older = [other for other in _folders(run) if other < folder]

@@ -22,7 +22,7 @@ from mlxtune.data.batches import MIN_GROUP_TOKENS, Batch, collate, common, group
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import exponentials, prefix
-from mlxtune.model.arrays import named, scalar
+from mlxtune.model.arrays import named, scalar, to_numpy
 from mlxtune.model.head import Split
 from mlxtune.train.gradients import Gradients
 from mlxtune.train.loss import Path
@@ -209,7 +209,7 @@ def compare(model: nn.Module, path: Path, batch: Batch) -> Difference:
 def gradients(model: nn.Module, path: Path, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
     """(loss, gradients by name) on one batch."""
     value, tree = Gradients(model, path)(batch)
-    return scalar(value), {name: np.array(array.astype(mx.float32)) for name, array in named(tree).items()}
+    return scalar(value), {name: to_numpy(array.astype(mx.float32)) for name, array in named(tree).items()}
 
 
 def _relative(got: np.ndarray, wanted: np.ndarray) -> float:

@@ -10,13 +10,18 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxtune import backend
 from mlxtune.errors import Interrupted, UserError
+from mlxtune.gpu_errors import recognise
 from mlxtune.model import lora
 from mlxtune.train import checkpoint, optim
 from mlxtune.train.checkpoint import Saved, State
+from mlxtune.train.division import Division, TooLarge, same
 from mlxtune.train.events import Events
+from mlxtune.train.failure import told, told_of_many
 from mlxtune.train.signals import StopRequest
 from mlxtune.train.step import Job, NonFinite, StepFunction
+from mlxtune.train.whole import LastWhole
 
 MAX_SKIPPED = 10  # steps of a run with train.on_nonfinite: skip
 SPIKE_OF, SPIKE_AFTER, SPIKE_SIGMAS = 50, 20, 6.0  # a loss this far above the mean of so many recent ones is noted
@@ -29,21 +34,46 @@ class Halted(Exception):
 def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     """Train to the end of the plan and leave RUN/adapters.safetensors. Returns the last state.
 
-    Raises Interrupted after a signal (everything saved), UserError on a non-finite loss (the last good adapter kept).
+    Raises Interrupted after a signal (everything saved), UserError on a non-finite loss (the last good adapter kept) or
+    a failure of the device (everything saved).
     """
     optimizer = optim.build(job.section, job.model.trainable_parameters())
     state = _begin(job, optimizer, resumed)
-    begun = state.step
+    saved = resumed.state if resumed else None
+    whole = LastWhole(job.run, job.identity, job.section.keep_last, job.spec.file, saved)
+    try:
+        return _trained(job, events, state, optimizer, whole)
+    except (RuntimeError, MemoryError, TooLarge) as error:
+        # Of the device, or because another process ended: what was whole is kept.
+        _save_whole(job, events, whole)
+        failed = error.failure if isinstance(error, TooLarge) else recognise(error)
+        if failed is None:
+            raise
+        kept = whole.state
+        _keep(job, kept, whole)
+        events.emit("end", step=kept.step, state="interrupted", reason=str(failed))
+        if not job.ranks.first:
+            raise told_of_many(failed, job.ranks.size, job.run) from error
+        raise told(failed, kept.step, job.section, job.run, not _evaluates_next(job, kept)) from error
+
+
+def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: LastWhole) -> State:
+    """From `state` to the last one."""
     recent: deque[float] = deque(maxlen=SPIKE_OF)
     section, steps = job.section, job.plan.steps
 
+    def reached(now: State) -> State:
+        whole.keep(now, lora.factors(job.model), optimizer.state)
+        return now
+
     def stopped_at_once() -> None:
         again = _again(job, checkpoint.resumable(job.run))
-        events.emit("note", text=f"stopped inside step {state.step + 1}; {again}")
-        events.emit("end", step=state.step, state="interrupted")
+        events.emit("note", text=f"stopped inside step {whole.state.step + 1}; {again}")
+        events.emit("end", step=whole.state.step, state="interrupted")
         if job.ranks.first and not checkpoint.exists(job.run):
             checkpoint.remove(job.run)
 
+    state = reached(state)
     with StopRequest(stopped_at_once) as stop:
 
         def between() -> None:
@@ -51,21 +81,20 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
                 raise Halted
 
         step_function = StepFunction(job, optimizer, between)
+        step_function.divide(Division(state.halved, state.checkpointed))
         while True:
             last = state.step >= steps
-            if state.evaluated < state.step and (state.step == 0 or last or _due(section.eval_every, state.step)):
-                state = _evaluate(job, events, state, stop)
+            if _evaluates_next(job, state):
+                state = reached(_evaluate(job, events, state, stop, whole))
             patient = not section.patience or state.stale < section.patience
             ended = state.evaluated == state.step if last else not patient
             stopping = job.ranks.highest(stop.exit_code)
-            if state.step > begun and (
-                stopping or _due(section.save_every, state.step) or (ended and section.save_every)
-            ):
-                _save(job, events, state, optimizer)
+            if stopping or _due(section.save_every, state.step) or (ended and (section.save_every or whole.saved)):
+                _save_whole(job, events, whole)
             if ended:
                 break
             if stopping:
-                _keep(job, state)
+                _keep(job, state, whole)
                 events.emit("end", step=state.step, state="interrupted")
                 raise Interrupted(f"stopped after step {state.step}; {_again(job, state.step > 0)}", stopping)
             number = state.step + 1
@@ -74,18 +103,46 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
                     event = step_function(number)
             except Halted:
                 continue
-            except NonFinite as bad:
-                state = replace(_refused(job, events, state, bad), step=number)
+            except TooLarge as large:
+                state = reached(_divided(job, events, state, step_function, large))
+                _save_whole(job, events, whole)  # before anything is computed so: whoever resumes computes the same
                 continue
+            except NonFinite as bad:
+                state = reached(replace(_refused(job, events, state, bad), step=number))
+                continue
+            state = reached(replace(state, step=number))
             events.emit("train", **event)
-            state = replace(state, step=number)
             if spike := _spike(recent, event["loss"]):
                 events.emit("note", text=f"step {number}: the loss jumped to {spike}; {step_function.rows(number)}")
     if not patient:
         since = f"no better validation loss in {state.stale} evaluations (train.patience)"
         events.emit("note", text=f"stopped after step {state.step} of {steps}: {since}")
-    _keep(job, state)
+    _keep(job, state, whole)
     events.emit("end", step=state.step, state="finished", best_loss=state.best_loss, best_step=state.best_step)
+    return state
+
+
+def _evaluates_next(job: Job, state: State) -> bool:
+    """Whether an evaluation comes before the next step."""
+    last = state.step >= job.plan.steps
+    return state.evaluated < state.step and (state.step == 0 or last or _due(job.section.eval_every, state.step))
+
+
+def _divided(job: Job, events: Events, state: State, step: StepFunction, large: TooLarge) -> State:
+    """The state with steps in smaller parts from here on. Raises `large` where they cannot be smaller."""
+    backend.recover()
+    division = step.division.smaller(large.examples, job.path)
+    if division is None:
+        raise large
+    if division.checkpointed and not step.division.checkpointed:
+        alike = same(job.model, job.path, division.path(job.path), job.plan.examples)
+        if not job.ranks.lowest(int(alike)):
+            events.emit("note", text="checkpointing every block does not give this model's gradients: it is not used")
+            raise large
+    step.divide(division)
+    state = replace(state, **vars(division))
+    text = f"step {state.step + 1}: {large.failure}; from here on {division} (train.on_oom: smaller)"
+    events.emit("note", step=state.step, text=text, **vars(division))
     return state
 
 
@@ -110,7 +167,7 @@ def _due(every: int, step: int) -> bool:
     return bool(every) and step > 0 and step % every == 0
 
 
-def _evaluate(job: Job, events: Events, state: State, stop: StopRequest) -> State:
+def _evaluate(job: Job, events: Events, state: State, stop: StopRequest, whole: LastWhole) -> State:
     """Score the current adapter and keep it when it is the best so far. A signal leaves the state as it was: whoever
     resumes evaluates first.
     """
@@ -135,25 +192,25 @@ def _evaluate(job: Job, events: Events, state: State, stop: StopRequest) -> Stat
     elif state.best_loss is None or scored.loss < state.best_loss:
         state = replace(state, best_loss=scored.loss, best_step=state.step, stale=0)
         if job.ranks.first and job.section.keep == "best":
-            lora.save_factors(job.model, job.run, job.spec.file)
+            whole.save_adapter()
         elif job.ranks.first:
-            checkpoint.save_best(job.run, state, job.model, job.spec.file)
+            with whole.writing:
+                checkpoint.save_best(job.run, state, job.model, job.spec.file)
         return state
     return replace(state, stale=state.stale + 1)
 
 
-def _save(job: Job, events: Events, state: State, optimizer: Any) -> None:
-    if job.ranks.first:
-        folder = checkpoint.save(
-            job.run, state, job.identity, job.model, optimizer, job.section.keep_last, job.spec.file
-        )
-        events.emit("checkpoint", step=state.step, path=str(folder.relative_to(job.run)))
+def _save_whole(job: Job, events: Events, whole: LastWhole) -> None:
+    """A checkpoint of the last whole state, on the rank that writes; nothing is computed."""
+    folder = whole.save() if job.ranks.first else None
+    if folder is not None:
+        events.emit("checkpoint", step=whole.state.step, path=str(folder.relative_to(job.run)))
 
 
-def _keep(job: Job, state: State) -> None:
+def _keep(job: Job, state: State, whole: LastWhole) -> None:
     """Leave the last adapter in the run folder, unless the best one is already there, or nothing was trained."""
     if job.ranks.first and state.step and (job.section.keep == "last" or state.best_loss is None):
-        lora.save_factors(job.model, job.run, job.spec.file)
+        whole.save_adapter()
 
 
 def _refused(job: Job, events: Events, state: State, bad: NonFinite) -> State:

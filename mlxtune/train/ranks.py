@@ -21,7 +21,7 @@ from mlx.utils import tree_unflatten
 
 from mlxtune.data.batches import Batch
 from mlxtune.errors import UserError
-from mlxtune.model.arrays import named, scalar
+from mlxtune.model.arrays import named, scalar, to_numpy
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Ranks:
         high = [float(np.float32(number)) for number in numbers]
         low = [number - whole for number, whole in zip(numbers, high, strict=True)]
         parts = mx.distributed.all_gather(mx.array([[*high, *low]]), group=self.group)
-        found = np.array(parts, np.float64).sum(axis=0)
+        found = to_numpy(parts).astype(np.float64).sum(axis=0)
         return (found[: len(numbers)] + found[len(numbers) :]).tolist()
 
     def highest(self, number: int) -> int:
@@ -116,7 +116,7 @@ class Ranks:
         said = text.encode() if self.first else b""
         letters = np.zeros(self.highest(len(said)), np.uint8)
         letters[: len(said)] = np.frombuffer(said, np.uint8)
-        return np.array(mx.distributed.all_sum(mx.array(letters), group=self.group)).tobytes().decode()
+        return to_numpy(mx.distributed.all_sum(mx.array(letters), group=self.group)).tobytes().decode()
 
     @contextmanager
     def explained(self, run: Path) -> Iterator[None]:
@@ -136,7 +136,7 @@ class Ranks:
         for name, fact in facts.items():
             digest = np.frombuffer(hashlib.sha256(fact.encode()).digest()[:8], np.int32)
             if self.group is not None:
-                every = np.array(mx.distributed.all_gather(mx.array(digest)[None], group=self.group))
+                every = to_numpy(mx.distributed.all_gather(mx.array(digest)[None], group=self.group))
                 if (every != every[0]).any():
                     raise UserError(
                         f"the {self.size} processes do not have the same {name}",

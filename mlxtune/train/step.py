@@ -18,11 +18,13 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlxtune.data.batches import Batch, Plan
+from mlxtune.gpu_errors import Failure, Kind, recognise
 from mlxtune.model import lora
 from mlxtune.model.arrays import scalar
 from mlxtune.model.dropout import DropoutKeys
 from mlxtune.sections import TrainSection
 from mlxtune.train import optim
+from mlxtune.train.division import Division, TooLarge
 from mlxtune.train.gradients import Gradients
 from mlxtune.train.identity import Identity
 from mlxtune.train.loss import Path
@@ -78,14 +80,20 @@ class StepFunction:
         self.optimizer = optimizer
         self.between = between
         self.layers = len(lora.adapters(job.model))
-        self._gradients = Gradients(job.model, job.path)
+        self._computing = 0  # examples in the part under way
+        self.divide(Division())
+
+    def divide(self, division: Division) -> None:
+        """Compute steps in these parts from here on."""
+        self.division = division
+        self._gradients = Gradients(self.job.model, division.path(self.job.path))
 
     def __call__(self, number: int) -> dict[str, Any]:
-        """Raises NonFinite before anything is updated."""
+        """Raises NonFinite, or with `train.on_oom: smaller` TooLarge, before anything is updated."""
         began = time.perf_counter()
         batches = self.job.plan.step(number)
         targets = sum(batch.targets for batch in batches)
-        losses, gradients = self._accumulate(number, self.job.ranks.share(batches))
+        losses, gradients = self._summed(number, self.job.ranks.share(batches))
         gradients = tree_map(lambda g: g / targets, self.job.ranks.total(gradients))
         gradients, norm = optim.clip(gradients, self.job.section.clip_norm)
         mx.eval(gradients, norm)
@@ -115,20 +123,39 @@ class StepFunction:
             batches = bad or batches
         return ", ".join([self.job.place(row) for batch in batches for row in batch.rows][:16])
 
+    def _summed(self, number: int, batches: list[Batch]) -> tuple[list[float], Any]:
+        """As `_accumulate`. Raises TooLarge, on every process, where the memory of one of them did not suffice."""
+        if self.job.section.on_oom == "stop":
+            return self._accumulate(number, batches)
+        losses, gradients, found = list[float](), None, None
+        try:
+            losses, gradients = self._accumulate(number, batches)
+        except (RuntimeError, MemoryError) as error:
+            found = recognise(error)  # the error itself would hold on to all that was computed
+            if found is None or not found.of_memory:
+                raise
+        if examples := self.job.ranks.highest(self._computing if found else 0):
+            raise TooLarge(found or Failure(Kind.OUT_OF_MEMORY, "in another of the processes"), examples)
+        return losses, gradients
+
     def _accumulate(self, number: int, batches: list[Batch]) -> tuple[list[float], Any]:
         """(summed loss of each micro-batch, summed gradients) of a step."""
         losses: list[float] = []
         gradients: Any = tree_map(mx.zeros_like, self.job.model.trainable_parameters()) if not batches else None
         try:
             for batch in batches:
-                if losses:
-                    self.between()
-                lengths = (batch.lengths - 1).tolist()  # a row's last token predicts nothing
-                self.job.dropout.set(self.job.section.seed, number, batch.rows.tolist(), lengths, self.layers)
-                value, new = self._gradients(batch)
-                gradients = new if gradients is None else tree_map(mx.add, gradients, new)
-                mx.eval(value, gradients)
-                losses.append(scalar(value))
+                loss = 0.0
+                for part in self.division.parts(batch):
+                    if gradients is not None:
+                        self.between()
+                    self._computing = len(part.rows)
+                    lengths = (part.lengths - 1).tolist()  # a row's last token predicts nothing
+                    self.job.dropout.set(self.job.section.seed, number, part.rows.tolist(), lengths, self.layers)
+                    value, new = self._gradients(part)
+                    gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+                    mx.eval(value, gradients)
+                    loss += scalar(value)
+                losses.append(loss)
         finally:
             self.job.dropout.clear()
         return losses, gradients
