@@ -192,6 +192,12 @@ class TrainSection(Section):
         default_factory=list, description="where the numbers go as well: tensorboard, wandb, trackio"
     )
     keep_awake: Literal["auto", "off"] = Field("auto", description="auto: a Mac does not go to sleep while training")
+    rank_minutes: float = Field(
+        10.0,
+        gt=0,
+        description="of several processes, one that waits longer for the others ends the run; or, where that is more, "
+        "20 times what it took for its own part, or 3 times the longest wait before",
+    )
 
     _off = field_validator("memory_limit", "keep_awake", mode="before")(_yaml_off)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
@@ -10,6 +12,7 @@ from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlxtune_convert.chat_templates import unread
 from mlxtune_convert.files import explained, new_file
 
@@ -35,7 +38,7 @@ from mlxtune.train.display import Display
 from mlxtune.train.events import FILE as EVENTS_FILE
 from mlxtune.train.events import Events
 from mlxtune.train.identity import Identity
-from mlxtune.train.lock import locked
+from mlxtune.train.lock import UNLOCKED, locked
 from mlxtune.train.ranks import ALONE, Ranks
 from mlxtune.train.step import Job
 
@@ -79,11 +82,13 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
     fast.refuse_idle(config)
     with ExitStack() as stack:
         stack.enter_context(ranks.explained(out))
+        if config.train.keep_awake == "auto":  # on every machine: one that sleeps stops the others
+            stack.enter_context(host.kept_awake())
         notes: list[str] = []
         saved = None
         if resume and ranks.first:
             run_config(out)
-            stack.enter_context(locked(out))
+            notes += [] if stack.enter_context(locked(out)) else [UNLOCKED]
             saved = checkpoint.newest(out, notes.append)
         elif ranks.first:
             require_free(out)
@@ -101,7 +106,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
         stack.enter_context(explained(out))
         if not resume:
             out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(out))
+            notes += [] if stack.enter_context(locked(out)) else [UNLOCKED]
             if checkpoint.exists(out):  # since we looked, another run began and ended here
                 raise _taken(out)
         try:
@@ -160,12 +165,14 @@ def prepared(
 
     def samples() -> list[dict[str, str]]:
         sampling = generate.Sampling(max_tokens=SAMPLE_TOKENS)
-        asked = ((prompt, [{"role": "user", "content": prompt}]) for prompt in config.train.sample_prompts)
         variables = config.data.template_kwargs, config.data.date
-        return [
-            {"prompt": prompt, "answer": generate.answer(loaded, messages, sampling, *variables)}
-            for prompt, messages in asked
-        ]
+        out = []
+        for prompt in config.train.sample_prompts:
+            if ranks.first:
+                asked = [{"role": "user", "content": prompt}]
+                out.append({"prompt": prompt, "answer": generate.answer(loaded, asked, sampling, *variables)})
+            ranks.meet()
+        return out
 
     job = Job(
         model=loaded.model,
@@ -193,7 +200,28 @@ def prepared(
     where = f"{backend.kind()}, {dtype_name(loaded.dtype)}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {where}")
     notes.append(f"computed: {fast.describe(path)}")
+    notes += repeatable(loaded.model, backend.kind())
+    tight = []
+    if backend.kind() != "cuda":  # which has memory of its own
+        predicted = fit.plan(loaded.model, config, loaded.config, loaded.dtype, plan)
+        tight = host.crowded(predicted.total if predicted else 0, backend.memory_bytes())
+    if ranks.first:
+        notes += tight
+    else:
+        for warning in [*host.warnings(), *tight]:
+            print(f"note: process {ranks.number}, on {platform.node()}: {warning}", file=sys.stderr, flush=True)
     return job, config, changes, notes
+
+
+def repeatable(model: nn.Module, kind: str) -> list[str]:
+    """A note where a run cannot be repeated bit for bit on a device of this kind (`backend.kind`)."""
+    unordered = lora.summed_in_any_order(model)
+    if kind == "cpu" or not unordered:
+        return []
+    return [
+        f"a GPU adds up the gradients of {unordered} in an order of its own: "
+        "a run that is repeated or resumed may differ in its last bits"
+    ]
 
 
 def _written(
@@ -203,8 +231,6 @@ def _written(
     out, step = job.run, saved.state.step if saved else 0
     with new_file(out / CONFIG_FILE, force=True) as file:
         file.write(config.to_yaml())
-    if config.train.keep_awake == "auto":
-        stack.enter_context(host.kept_awake())
     events = stack.enter_context(closing(Events(out, display)))
     opened = loggers.opened(
         config.train.loggers, out, job.identity.config, step, lambda text: events.emit("note", text=text)

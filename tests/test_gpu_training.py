@@ -110,7 +110,7 @@ def test_whichever_computation_of_a_step_fails_the_step_before_it_is_whole(
 def test_a_failure_in_an_evaluation_leaves_it_to_the_resumed_run(
     undisturbed: Callable[..., Path], mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
-    """The evaluations after steps 0 and 4 are computed, that after step 8 is not; smaller parts of steps do not help."""
+    """The evaluations after steps 0 and 4 are computed, that after step 8 not; smaller parts of steps do not help."""
 
     def break_(patch: pytest.MonkeyPatch) -> None:
         real, calls = tuning.score, iter([0, 4, 8])

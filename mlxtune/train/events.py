@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from mlxtune_convert.files import flush_open
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -41,7 +42,7 @@ class Events:
             self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
             self._file.flush()
             if kind in ("checkpoint", "end"):
-                os.fsync(self._file.fileno())
+                flush_open(self._file.fileno())
         for listener in self._listeners:
             listener(event)
 

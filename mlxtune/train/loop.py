@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from dataclasses import replace
 from statistics import fmean, pstdev
@@ -73,8 +74,24 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
         if job.ranks.first and not checkpoint.exists(job.run):
             checkpoint.remove(job.run)
 
+    def left_alone(waited: str) -> None:
+        step, ranks = whole.state.step, job.ranks
+        others = f"process {ranks.number} of {ranks.size} waited {waited} for the others"
+        print(f"error: {others} in step {step + 1}: one hangs, sleeps or lost its network", file=sys.stderr)
+        try:
+            _save_whole(job, events, whole)
+        except (UserError, OSError) as refused:
+            print(f"  Step {step} could not be saved: {refused}", file=sys.stderr)
+        events.emit("end", step=step, state="failed")
+        if not ranks.first:
+            return
+        print(f"  Then: {_again(job, checkpoint.resumable(job.run))}", file=sys.stderr)
+        if not checkpoint.exists(job.run):
+            checkpoint.remove(job.run)
+
     state = reached(state)
-    with StopRequest(stopped_at_once) as stop:
+    patience = job.ranks.patience.ends_the_run(60 * section.rank_minutes, left_alone)
+    with StopRequest(stopped_at_once) as stop, patience:
 
         def between() -> None:
             if stop.giving_up and job.ranks.size == 1:  # several ranks only stop together
@@ -180,7 +197,7 @@ def _evaluate(job: Job, events: Events, state: State, stop: StopRequest, whole: 
         scored = job.evaluate(halt)
     except Halted:
         return state
-    samples = job.samples() if job.ranks.first else []
+    samples = job.samples()
     events.emit(
         "eval", step=state.step, loss=scored.loss, tokens=scored.tokens, **({"samples": samples} if samples else {})
     )
