@@ -163,16 +163,17 @@ def prepared(
         loss, *counts = ranks.sums(own.loss_sum, own.tokens, own.correct)
         return Score(loss, *(round(count) for count in counts))
 
-    def samples() -> list[dict[str, str]]:
+    def samples(between: Callable[[], None]) -> list[dict[str, str]]:
         sampling = generate.Sampling(max_tokens=SAMPLE_TOKENS)
         variables = config.data.template_kwargs, config.data.date
-        out = []
+        answers = []
         for prompt in config.train.sample_prompts:
+            between()
             if ranks.first:
-                asked = [{"role": "user", "content": prompt}]
-                out.append({"prompt": prompt, "answer": generate.answer(loaded, asked, sampling, *variables)})
+                said = generate.answer(loaded, [{"role": "user", "content": prompt}], sampling, *variables)
+                answers.append({"prompt": prompt, "answer": said})
             ranks.meet()
-        return out
+        return answers
 
     job = Job(
         model=loaded.model,
@@ -203,7 +204,7 @@ def prepared(
     notes += repeatable(loaded.model, backend.kind())
     tight = []
     if backend.kind() != "cuda":  # which has memory of its own
-        predicted = fit.plan(loaded.model, config, loaded.config, loaded.dtype, plan)
+        predicted = fit.plan(loaded.model, path, config, loaded.config, loaded.dtype, plan)
         tight = host.crowded(predicted.total if predicted else 0, backend.memory_bytes())
     if ranks.first:
         notes += tight
