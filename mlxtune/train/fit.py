@@ -64,8 +64,9 @@ def fitted(
     dtype: mx.Dtype,
     rows: Plan,
     limit: int | None,
+    narrower: str = "",
 ) -> tuple[Config, Plan, list[str]]:
-    """(configuration, its plan of batches, notes) that fit the limit, bytes.
+    """(configuration, its plan of batches, notes) that fit the limit, bytes. narrower: as `floats.narrower`.
 
     Raises UserError, naming the setting to change, when no batch is small enough.
     """
@@ -96,7 +97,8 @@ def fitted(
     raise UserError(
         f"training needs {needed / 1e6:,.0f} MB of memory even with one {least} at a time and checkpointing; "
         f"train.memory_limit allows {limit / 1e6:,.0f} MB",
-        "Lower data.max_tokens, take a smaller or a 4-bit model, or set train.memory_limit: off.",
+        f"Lower data.max_tokens, take a smaller or a 4-bit model, {f'set {narrower}, ' if narrower else ''}"
+        "or set train.memory_limit: off.",
     )
 
 
