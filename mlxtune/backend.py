@@ -121,16 +121,19 @@ def compiles() -> bool:
 
 
 def dtype_for(name: str, model_dtype: mx.Dtype, quantized: bool) -> mx.Dtype:
-    """The activation dtype of a run.
+    """The activation dtype of a model that runs or is trained.
 
-    name: `train.dtype`. On the CPU, half precision is some 40 times slower than float32, so `auto` is float32 there;
-    elsewhere it is the model's own. A 4-bit model cannot be moved between the two 16-bit types: its scales would be
-    rounded, and the base would no longer be the one the adapter is shipped with.
+    name: "own" to run it, `train.dtype` to train it. On the CPU, half precision is some 40 times slower than float32,
+    so `own` and `auto` are float32 there; elsewhere they are the model's own type, but `auto` is float32 for a float16
+    model: gradients may be larger than float16 holds, and float32 has every number of float16 exactly (bfloat16 would
+    round them). A 4-bit model cannot be moved between the two 16-bit types: its scales would be rounded, and the base
+    would no longer be the one the adapter is shipped with.
     """
     import mlx.core as mx
 
-    if name == "auto":
-        return mx.float32 if kind() == "cpu" else model_dtype
+    if name in ("own", "auto"):
+        for_gradients = name == "auto" and model_dtype == mx.float16
+        return mx.float32 if kind() == "cpu" or for_gradients else model_dtype
     wanted: mx.Dtype = getattr(mx, name)
     if quantized and wanted not in (mx.float32, model_dtype):
         own = str(model_dtype).removeprefix("mlx.core.")

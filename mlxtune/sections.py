@@ -164,7 +164,7 @@ class TrainSection(Section):
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: never")
     seed: int = Field(0, ge=0, lt=2**31, description="decides every random draw")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="activations; auto: float32 on the CPU, else the model's own type"
+        "auto", description="activations; auto: float32 on the CPU and for float16 models, else the model's own type"
     )
     checkpoint_layers: Literal["none", "all"] | int = Field(
         "none", description="blocks whose activations are computed again instead of kept: none, all, or every n-th"

@@ -24,7 +24,7 @@ from mlxtune.data.chosen import Changes
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.loss import Score, score
-from mlxtune.model import hub, lora, vocabulary
+from mlxtune.model import floats, hub, lora, vocabulary
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.dropout import add_noise
 from mlxtune.model.exponentials import as_powers_of_two
@@ -51,14 +51,17 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     """
     backend.prepare()
     model, model_config = open_model(hub.resolve(config.model.path))
-    dtype = backend.dtype_for(config.train.dtype, model_dtype(model), "quantization" in model_config)
+    own = model_dtype(model)
+    dtype = backend.dtype_for(config.train.dtype, own, "quantization" in model_config)
+    said = floats.notes(config.train.dtype, own, dtype, model_config)
     cast(model, dtype)
     lora.attach(model, lora.Spec.of(model, config.lora), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
     path = fast.hoped(model, data.train, config)
-    config, plan, notes = fit.fitted(model, path, config, model_config, dtype, plan, fit.limit_of(config.train))
+    limit, narrower = fit.limit_of(config.train), floats.narrower(own, dtype)
+    config, plan, notes = fit.fitted(model, path, config, model_config, dtype, plan, limit, narrower=narrower)
     path = replace(path, recompute=fast.every_nth(config.train))
-    return config, fit.plan(model, path, config, model_config, dtype, plan), notes
+    return config, fit.plan(model, path, config, model_config, dtype, plan), said + notes
 
 
 def default_out(model: str) -> Path:
@@ -153,8 +156,9 @@ def prepared(
     limit = fit.limit_of(config.train)
     if limit is not None and ranks.size > 1:  # all ranks take the same batches: those of the smallest machine, in MiB
         limit = ranks.lowest(limit >> 20) << 20
+    narrower = floats.narrower(loaded.own, loaded.dtype)
     mx.reset_peak_memory()  # from here on it is the run's: the proof is a part of it
-    chosen = choose(loaded.model, loaded.config, config, plan, loaded.dtype, limit, ranks)
+    chosen = choose(loaded.model, loaded.config, config, plan, loaded.dtype, limit, ranks, narrower)
     config, plan, path = chosen.config, chosen.rows, chosen.path
 
     def evaluate(between: Callable[[], None]) -> Score:
@@ -190,7 +194,8 @@ def prepared(
         ranks=ranks,
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
-    notes += unread(loaded.path) + chosen.notes
+    notes += unread(loaded.path) + floats.notes(config.train.dtype, loaded.own, loaded.dtype, loaded.config)
+    notes += chosen.notes
     template = chat.template_of(loaded.tokenizer, config.data.template_kwargs)
     if data.train.chat and not template.ends_answers(config.data.expand_turns == "none"):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")

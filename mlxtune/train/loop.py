@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlxtune import backend
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.gpu_errors import recognise
-from mlxtune.model import lora
+from mlxtune.model import floats, lora
 from mlxtune.train import checkpoint, optim
 from mlxtune.train.checkpoint import Saved, State
 from mlxtune.train.division import Division, TooLarge, same
@@ -296,7 +296,8 @@ def _refused(job: Job, events: Events, state: State, bad: NonFinite) -> State:
             lora.save_factors(job.model, job.run, job.spec.file)
     events.emit("end", step=state.step, state="failed")
     skipped = f" ({state.skipped} steps were skipped before it)" if state.skipped else ""
-    raise UserError(f"{where}{skipped}", f"{kept}Try a lower train.lr, or train.dtype=float32.")
+    helps = floats.remedy(job.identity.config["train.dtype"], trained=state.step > state.skipped)
+    raise UserError(f"{where}{skipped}", f"{kept}{helps}")
 
 
 def _spike(recent: deque[float], loss: float) -> str:

@@ -42,10 +42,15 @@ class Scored(Protocol):
 
 
 class NonFinite(Exception):
-    """The loss or gradient of a step is not finite; nothing was updated. rows: the places to look at."""
+    """The loss or gradient of a step is not finite; nothing was updated. rows: the places to look at;
+    dtype: of the activations.
+    """
 
-    def __init__(self, loss: float, rows: str) -> None:
-        super().__init__(f"the loss or gradient is not finite (loss {loss}); rows in the step: {rows}")
+    def __init__(self, loss: float, rows: str, dtype: str) -> None:
+        what = f"the gradient is not finite in {dtype} (the loss is, {loss:.4g})"
+        if not math.isfinite(loss):
+            what = f"the loss is not finite in {dtype} ({loss})"
+        super().__init__(f"{what}; rows in the step: {rows}")
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class StepFunction:
         mx.eval(gradients, norm)
         mean, norm_value = self.job.ranks.sums(sum(losses))[0] / targets, scalar(norm)
         if not (math.isfinite(mean) and math.isfinite(norm_value)):
-            raise NonFinite(mean, self.rows(number, losses))
+            raise NonFinite(mean, self.rows(number, losses), self.job.identity.config["train.dtype"])
         rate = optim.learning_rate(self.job.section, number, self.job.plan.steps)
         self.optimizer.learning_rate = rate
         self.optimizer.update(self.job.model, gradients)
