@@ -30,6 +30,7 @@ from mlxtune.config import Config
 from mlxtune.data.batches import DEFAULT_ROWS, Batch, Plan
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
+from mlxtune.gpu_errors import recognise
 from mlxtune.model import lora, prefix
 from mlxtune.model.arrays import dtype_name, named, scalar
 from mlxtune.model.layers import dense_shape
@@ -39,6 +40,7 @@ from mlxtune.train.loss import Path as Way
 from mlxtune.train.step import StepFunction
 
 OURS, THEIRS, CHECKPOINTED = "mlxtune", "mlx-lm", "mlx-lm-checkpointed"  # mlx-lm's default is not to checkpoint
+REFUSED = 2  # the exit status of a child that says what is wrong
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,15 @@ class Measured:
 
 
 def measure(settings: Config, rows: int, who: str) -> Measured:
-    """Run one competitor in a child process. Raises UserError with its last line when it fails."""
+    """Run one competitor in a child process. Raises UserError with what it says, or its last line, when it fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.yaml"
         file.write_text(session.anchored(settings).to_yaml(), encoding="utf-8")
         command = [sys.executable, "-m", "mlxtune.bench", who, str(file), str(rows)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == REFUSED:
+        error, hint = json.loads(done.stdout.strip().splitlines()[-1])
+        raise UserError(f"the measurement of {who} failed: {error}", hint)
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
         raise UserError(f"the measurement of {who} failed: {lines[-1] if lines else 'no reason given'}")
@@ -283,8 +288,21 @@ def _device(dtype: mx.Dtype) -> str:
     return f"{backend.kind()} ({backend.chip()}), {dtype_name(dtype)}, MLX {version('mlx')}"
 
 
-if __name__ == "__main__":
+def _main(who: str, file: str, rows: int) -> int:
+    """Print a child's figures, or for REFUSED [what is wrong, what to do], as one line of JSON."""
     try:
-        print(json.dumps(asdict(_child(sys.argv[1], sys.argv[2], int(sys.argv[3])))))
+        print(json.dumps(asdict(_child(who, file, rows))))
+        return 0
     except UserError as error:
-        sys.exit(error.message)
+        said = error.message, error.hint
+    except (RuntimeError, MemoryError) as error:
+        failure = recognise(error)
+        if failure is None:
+            raise
+        said = str(failure), failure.hint("bench")
+    print(json.dumps(said))
+    return REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

@@ -164,7 +164,7 @@ class TrainSection(Section):
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: never")
     seed: int = Field(0, ge=0, lt=2**31, description="decides every random draw")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="activations; auto: float32 on the CPU, else the model's own type"
+        "auto", description="activations; auto: float32 on the CPU and for float16 models, else the model's own type"
     )
     checkpoint_layers: Literal["none", "all"] | int = Field(
         "none", description="blocks whose activations are computed again instead of kept: none, all, or every n-th"
@@ -173,7 +173,8 @@ class TrainSection(Section):
         "auto", description="bytes that the predicted peak must fit; auto: 80% of the device's working set; off: any"
     )
     eval_every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0: only at the end")
-    save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: never")
+    save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: none for their number")
+    save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints at most; 0: none for the time")
     keep: Literal["best", "last"] = Field("best", description="which adapter RUN/adapters.safetensors holds at the end")
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay")
     patience: int = Field(
@@ -181,6 +182,9 @@ class TrainSection(Section):
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="a loss or gradient that is no number: stop, or leave the step out (at most 10 of a run)"
+    )
+    on_oom: Literal["stop", "smaller"] = Field(
+        "stop", description="out of memory in a step: save and stop, or compute it, and those to come, in smaller parts"
     )
     sample_prompts: list[str] = Field(
         default_factory=list, description="answered greedily at each evaluation; kept in events.jsonl"

@@ -24,7 +24,7 @@ from mlxtune.data.chosen import Changes
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.loss import Score, score
-from mlxtune.model import hub, lora, vocabulary
+from mlxtune.model import floats, hub, lora, vocabulary
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.dropout import add_noise
 from mlxtune.model.exponentials import as_powers_of_two
@@ -33,6 +33,7 @@ from mlxtune.model.memory import Memory
 from mlxtune.session import CONFIG_FILE, Data, anchored, read_data, run_config
 from mlxtune.train import checkpoint, fast, fit, loggers, loop
 from mlxtune.train.checkpoint import Saved, State
+from mlxtune.train.choice import choose
 from mlxtune.train.display import Display
 from mlxtune.train.events import FILE as EVENTS_FILE
 from mlxtune.train.events import Events
@@ -50,12 +51,17 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     """
     backend.prepare()
     model, model_config = open_model(hub.resolve(config.model.path))
-    dtype = backend.dtype_for(config.train.dtype, model_dtype(model), "quantization" in model_config)
+    own = model_dtype(model)
+    dtype = backend.dtype_for(config.train.dtype, own, "quantization" in model_config)
+    said = floats.notes(config.train.dtype, own, dtype, model_config)
     cast(model, dtype)
     lora.attach(model, lora.Spec.of(model, config.lora), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
-    config, plan, notes = fit.fitted(model, config, model_config, dtype, plan, fit.limit_of(config.train))
-    return config, fit.plan(model, config, model_config, dtype, plan), notes
+    path = fast.hoped(model, data.train, config)
+    limit, narrower = fit.limit_of(config.train), floats.narrower(own, dtype)
+    config, plan, notes = fit.fitted(model, path, config, model_config, dtype, plan, limit, narrower=narrower)
+    path = replace(path, recompute=fast.every_nth(config.train))
+    return config, fit.plan(model, path, config, model_config, dtype, plan), said + notes
 
 
 def default_out(model: str) -> Path:
@@ -150,9 +156,10 @@ def prepared(
     limit = fit.limit_of(config.train)
     if limit is not None and ranks.size > 1:  # all ranks take the same batches: those of the smallest machine, in MiB
         limit = ranks.lowest(limit >> 20) << 20
-    config, plan, fit_notes = fit.fitted(loaded.model, config, loaded.config, loaded.dtype, plan, limit)
-    tokens = fit.proof_tokens(loaded.model, loaded.config, loaded.dtype, limit, fast.MAX_TOKENS)
-    path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype, tokens)
+    narrower = floats.narrower(loaded.own, loaded.dtype)
+    mx.reset_peak_memory()  # from here on it is the run's: the proof is a part of it
+    chosen = choose(loaded.model, loaded.config, config, plan, loaded.dtype, limit, ranks, narrower)
+    config, plan, path = chosen.config, chosen.rows, chosen.path
 
     def evaluate(between: Callable[[], None]) -> Score:
         with as_powers_of_two(path.powers):
@@ -160,16 +167,17 @@ def prepared(
         loss, *counts = ranks.sums(own.loss_sum, own.tokens, own.correct)
         return Score(loss, *(round(count) for count in counts))
 
-    def samples() -> list[dict[str, str]]:
+    def samples(between: Callable[[], None]) -> list[dict[str, str]]:
         sampling = generate.Sampling(max_tokens=SAMPLE_TOKENS)
         variables = config.data.template_kwargs, config.data.date
-        out = []
+        answers = []
         for prompt in config.train.sample_prompts:
+            between()
             if ranks.first:
-                asked = [{"role": "user", "content": prompt}]
-                out.append({"prompt": prompt, "answer": generate.answer(loaded, asked, sampling, *variables)})
+                said = generate.answer(loaded, [{"role": "user", "content": prompt}], sampling, *variables)
+                answers.append({"prompt": prompt, "answer": said})
             ranks.meet()
-        return out
+        return answers
 
     job = Job(
         model=loaded.model,
@@ -186,7 +194,8 @@ def prepared(
         ranks=ranks,
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
-    notes += unread(loaded.path) + fit_notes + path_notes
+    notes += unread(loaded.path) + floats.notes(config.train.dtype, loaded.own, loaded.dtype, loaded.config)
+    notes += chosen.notes
     template = chat.template_of(loaded.tokenizer, config.data.template_kwargs)
     if data.train.chat and not template.ends_answers(config.data.expand_turns == "none"):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
@@ -200,7 +209,7 @@ def prepared(
     notes += repeatable(loaded.model, backend.kind())
     tight = []
     if backend.kind() != "cuda":  # which has memory of its own
-        predicted = fit.plan(loaded.model, config, loaded.config, loaded.dtype, plan)
+        predicted = fit.plan(loaded.model, path, config, loaded.config, loaded.dtype, plan)
         tight = host.crowded(predicted.total if predicted else 0, backend.memory_bytes())
     if ranks.first:
         notes += tight
@@ -240,7 +249,6 @@ def _written(
     for note in [*notes, *([f"resumed after step {step}"] if saved else [])]:
         events.emit("note", text=note)
     display.begin(job.plan.steps, config.train.eval_every)
-    mx.reset_peak_memory()
     return loop.run(job, events, saved)
 
 

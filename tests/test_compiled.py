@@ -57,7 +57,7 @@ def test_on_a_gpu_the_step_is_compiled_unless_batches_would_have_too_many_shapes
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(backend, "kind", lambda: "metal")
-    wanted = lambda *settings: fast._wanted(make("llama"), rows(17, [12, 9]), configuration.load(None, settings))[0]  # noqa: E731
+    wanted = lambda *settings: fast.wanted(make("llama"), rows(17, [12, 9]), configuration.load(None, settings))[0]  # noqa: E731
     assert wanted().compiled and not wanted().powers
     for setting in ("lora.dropout=0.1", "train.neftune_alpha=5", "data.group_by_prefix=true", "fast.head=off"):
         assert not wanted(setting).compiled, setting

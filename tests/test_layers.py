@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; rooms on one line know nothing of each other.
 LAYERS = (
     ("mlxtune_convert",),
-    ("mlxtune.errors", "mlxtune.host"),
+    ("mlxtune.errors", "mlxtune.gpu_errors", "mlxtune.host"),
     ("mlxtune.yaml_text", "mlxtune.mixing"),
     ("mlxtune.sections",),
     ("mlxtune.config", "mlxtune.backend"),
@@ -33,7 +33,7 @@ LAYERS = (
     ("mlxtune.session",),
     ("mlxtune.tuning", "mlxtune.runs"),
     ("mlxtune.demo",),
-    ("mlxtune.bench",),
+    ("mlxtune.bench", "mlxtune.selftest"),
     ("mlxtune.diagnosis",),
     ("mlxtune.cli",),
     ("mlxtune.__main__",),

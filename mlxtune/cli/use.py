@@ -155,7 +155,7 @@ class Talk:
     def ask(self, text: str) -> bool:
         """Have a message answered; False when Ctrl-C ended the answer: what was said so far is kept.
 
-        Raises UserError when the template refuses the message, which is not kept then.
+        Raises UserError when the template refuses the message, and whatever MLX raises; the message is not kept then.
         """
         from mlxtune.evaluate.generate import prompt_ids, reader_for, stream
 
@@ -170,6 +170,10 @@ class Talk:
                 voice.hear(piece)
         except KeyboardInterrupt:
             stopped = True
+        except (RuntimeError, MemoryError):
+            if voice.text:
+                voice.end("")  # the error is said on a line of its own
+            raise
         voice.end(" [stopped]" if stopped else "")
         if voice.thought and not voice.content and not stopped:
             limit = "" if voice.reader.ended(voice.text) else f" within --max-tokens {self.sampling.max_tokens}"
@@ -228,8 +232,10 @@ def chat(model: str, adapter: Path | None, system: str | None, **options: Any) -
     mlxtune chat --model model --adapter run --temperature 0.7
     """
     sampling = _sampling(options)
+    from mlxtune import backend
     from mlxtune.errors import UserError
     from mlxtune.evaluate.generate import Refused
+    from mlxtune.gpu_errors import recognise
 
     console = common.console()
     with console.status(f"loading {model}"):
@@ -257,6 +263,12 @@ def chat(model: str, adapter: Path | None, system: str | None, **options: Any) -
         except UserError as error:
             what = "it stays as it was" if command == "/system" else "this message is not kept"
             click.echo(f"error: {error.message} ({what})", err=True)
+        except (RuntimeError, MemoryError) as error:
+            failure = recognise(error)
+            if failure is None or failure.final:
+                raise
+            click.echo(f"error: {failure} (this message is not kept)\n  {failure.hint('chat')}", err=True)
+            backend.recover()
 
 
 def _read_line() -> str | None:

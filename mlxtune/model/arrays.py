@@ -28,9 +28,13 @@ def to_numpy(array: mx.array) -> np.ndarray:
 
     Of an evaluated array the bytes are read and nothing is computed, so that this can be done while another thread of
     the process is inside a computation, or after the device gave up.
+
+    Raises what MLX raises. np.array alone would not: where computing the array fails, numpy takes that for "no buffer",
+    asks in another way, and gets whatever lies in the memory.
     """
+    computed = memoryview(array)  # type: ignore[arg-type]
     if array.dtype == mx.bfloat16:
-        letters = bytearray(memoryview(array))  # type: ignore[arg-type]
+        letters = bytearray(computed)
         return np.frombuffer(letters, np.uint16).reshape(array.shape).view(ml_dtypes.bfloat16)
     return np.array(array)
 

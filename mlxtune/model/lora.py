@@ -20,6 +20,7 @@ from mlxtune_convert.files import read_json, write_json
 from mlxtune_convert.tensors import read_header
 
 from mlxtune.errors import UserError
+from mlxtune.gpu_errors import recognise
 from mlxtune.model.arrays import save_arrays
 from mlxtune.model.dropout import DropoutKeys, keys_for
 from mlxtune.model.layers import (
@@ -208,6 +209,8 @@ def load_factors(model: nn.Module, file: Path) -> None:
         tensors: dict[str, mx.array] = mx.load(str(file))  # type: ignore[assignment]
         mx.eval(tensors)
     except (RuntimeError, ValueError) as error:
+        if recognise(error):
+            raise
         raise UserError(f"{file}: not a safetensors file, or a torn one") from error
     expected = {name: array.shape for name, array in factors(model).items()}
     problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]

@@ -23,6 +23,7 @@ from mlxtune_convert.quant import pack
 
 from mlxtune.data.chat import Example
 from mlxtune.model import lora
+from mlxtune.model.arrays import to_numpy
 from mlxtune.model.layers import LINEAR, LoRALinear, dense_shape
 from mlxtune.model.load import load
 
@@ -52,7 +53,7 @@ class Calibration:
     """The trained model, run over training rows; layers are replaced by their quantized form as they get it."""
 
     def __init__(self, model: str, adapter: Path, examples: Sequence[Example]) -> None:
-        loaded = load(model, "auto")
+        loaded = load(model)
         self.model = loaded.model
         lora.load_adapter(self.model, adapter, loaded.config)
         step = max(1, len(examples) // MAX_ROWS)
@@ -83,7 +84,7 @@ class Calibration:
             # What no Hessian needs (the head, later blocks) is never computed.
             mx.eval([layer._sum for layer in watched.values()])
         self._put(layers)
-        return {path: np.array(layer._sum) for path, layer in watched.items()}
+        return {path: to_numpy(layer._sum) for path, layer in watched.items()}
 
     def replace(self, path: str, parts: Sequence[mx.array], bias: mx.array | None, group: int, bits: int) -> None:
         """From now on the model runs with this layer quantized, so that later ones learn to live with its error."""
@@ -159,12 +160,12 @@ def _grid(
     low, high = parts.min(-1), parts.max(-1)
     tries = [((high - low) * shrink / (2**bits - 1), low * shrink) for shrink in SHRINKS]
     _, scales, biases = mx.quantize(mx.array(weight), group, bits)
-    tries.append((np.array(scales), np.array(biases)))
+    tries.append((to_numpy(scales), to_numpy(biases)))
     best = np.full(low.shape, np.inf, np.float32)
     chosen = np.zeros((2, *low.shape), np.float32)
     for pair in [*tries, *([base] if base else [])]:
         # As they will be stored.
-        scale, bias = (np.array(mx.array(x).astype(dtype).astype(mx.float32))[..., None] for x in pair)
+        scale, bias = (to_numpy(mx.array(x).astype(dtype).astype(mx.float32))[..., None] for x in pair)
         off = _codes(parts, scale, bias, bits) * scale + bias - parts
         error = (off * off * importance.reshape(-1, group)).sum(-1)
         better = error < best

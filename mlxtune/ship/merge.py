@@ -193,7 +193,7 @@ class _Quantizer:
         for path, hessian in calibration.hessians(wanted):
             module, (size, width) = leaves[path], forms[path]
             inner = _inner(module)
-            weight = np.array(self.merged.weight(module))
+            weight = to_numpy(self.merged.weight(module))
             grid = None
             if isinstance(inner, QUANTIZED) and (inner.group_size, inner.bits, inner.mode) == (size, width, "affine"):
                 grid = (_float32(inner.scales), _float32(inner.biases))
@@ -232,7 +232,7 @@ class _Quantizer:
 
 
 def _float32(array: Any) -> np.ndarray:
-    return np.array(array.astype(mx.float32))
+    return to_numpy(array.astype(mx.float32))
 
 
 def _dense_columns(inner: nn.Module) -> int:

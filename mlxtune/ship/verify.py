@@ -25,6 +25,7 @@ from mlxtune.data.batches import Batch, collate
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora
+from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import Loaded, load
 from mlxtune.train.loss import place, supervised_rows
 
@@ -145,7 +146,7 @@ def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> 
 
 def mlx_runner(loaded: Loaded) -> Runner:
     def run(batch: Batch) -> np.ndarray:
-        return np.array(supervised_rows(loaded.model, None, place(batch, None)).astype(mx.float32))
+        return to_numpy(supervised_rows(loaded.model, None, place(batch, None)).astype(mx.float32))
 
     return run
 

@@ -44,7 +44,8 @@ class State:
     """Where a run stands after `step`.
 
     evaluated: the last step that was evaluated; best_loss: the lowest validation loss so far (None: not evaluated), at
-    best_step; stale: evaluations since then; skipped: steps left out for numbers that were not finite.
+    best_step; stale: evaluations since then; skipped: steps left out for numbers that were not finite; halved,
+    checkpointed: how steps are divided for want of memory, as in `Division`.
     """
 
     step: int = 0
@@ -53,6 +54,8 @@ class State:
     best_step: int = 0
     stale: int = 0
     skipped: int = 0
+    halved: int = 0
+    checkpointed: bool = False
 
 
 @dataclass(frozen=True)

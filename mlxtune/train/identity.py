@@ -20,8 +20,8 @@ from mlxtune.errors import UserError
 # What `--resume-anyway` lets change: how long, how often looked at, what is kept; never what a step computes.
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.patience", "train.eval_every", "train.sample_prompts", "train.save_every"),
-    *("train.keep_last", "train.on_nonfinite", "train.memory_limit", "train.loggers", "train.keep_awake"),
-    "train.rank_minutes",
+    *("train.save_minutes", "train.keep_last", "train.on_nonfinite", "train.on_oom", "train.memory_limit"),
+    *("train.loggers", "train.keep_awake", "train.rank_minutes"),
 )
 # Places: what lies there is compared instead.
 MAY_MOVE = ("model.path", "data.path", "data.cache", "lora.start_from")
@@ -43,8 +43,7 @@ class Identity:
     @classmethod
     def of(cls, config: Config, dtype: str, train: str, valid: str, model: Path) -> Identity:
         """dtype: of the activations, on this device."""
-        sections = json.loads(config.model_dump_json())
-        flat = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+        flat = _flat(config)
         flat["train.dtype"] = dtype
         for source in flat["data.sources"] or ():
             del source["path"]  # as in MAY_MOVE
@@ -54,8 +53,9 @@ class Identity:
         """Notes on what changed without harm. Raises UserError listing everything that must not change; or that may,
         unless `anyway`.
         """
-        keys = [key for key in {**self.config, **now.config} if self.config.get(key) != now.config.get(key)]
-        shown = {key: f"{key} {_short(self.config.get(key))} -> {_short(now.config.get(key))}" for key in keys}
+        began = {**_flat(Config()), **self.config}  # a key that was not there yet had no other effect than its default
+        keys = [key for key in {**began, **now.config} if began.get(key) != now.config.get(key)]
+        shown = {key: f"{key} {_short(began.get(key))} -> {_short(now.config.get(key))}" for key in keys}
         allowed = [key for key in keys if key in MAY_CHANGE]
         fixed = [shown[key] for key in keys if key not in (*MAY_CHANGE, *MAY_MOVE)]
         for part, what in (
@@ -94,6 +94,12 @@ def of_model(folder: Path) -> str:
                 opened.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
                 found.update(opened.read(SAMPLE_BYTES))
     return found.hexdigest()
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """section.key -> value."""
+    sections = json.loads(config.model_dump_json())
+    return {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
 
 
 def _short(value: Any) -> str:

@@ -6,17 +6,22 @@ import math
 import sys
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
 import mlx.core as mx
 
+from mlxtune import backend
 from mlxtune.errors import Interrupted, UserError
-from mlxtune.model import lora
+from mlxtune.gpu_errors import recognise
+from mlxtune.model import floats, lora
 from mlxtune.train import checkpoint, optim
 from mlxtune.train.checkpoint import Saved, State
+from mlxtune.train.division import Division, TooLarge, same
 from mlxtune.train.events import Events
-from mlxtune.train.signals import StopRequest
+from mlxtune.train.failure import told, told_of_many
+from mlxtune.train.signals import StopRequest, briefly
 from mlxtune.train.step import Job, NonFinite, StepFunction
 from mlxtune.train.whole import LastWhole
 
@@ -31,7 +36,8 @@ class Halted(Exception):
 def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     """Train to the end of the plan and leave RUN/adapters.safetensors. Returns the last state.
 
-    Raises Interrupted after a signal (everything saved), UserError on a non-finite loss (the last good adapter kept).
+    Raises Interrupted after a signal (everything saved), UserError on a non-finite loss (the last good adapter kept) or
+    a failure of the device (everything saved).
     """
     optimizer = optim.build(job.section, job.model.trainable_parameters())
     state = _begin(job, optimizer, resumed)
@@ -39,9 +45,18 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     whole = LastWhole(job.run, job.identity, job.section.keep_last, job.spec.file, saved)
     try:
         return _trained(job, events, state, optimizer, whole)
-    except RuntimeError:  # of the device, or because another process ended: what was whole is kept
+    except (RuntimeError, MemoryError, TooLarge) as error:
+        # Of the device, or because another process ended: what was whole is kept.
         _save_whole(job, events, whole)
-        raise
+        failed = error.failure if isinstance(error, TooLarge) else recognise(error)
+        if failed is None:
+            raise
+        kept = whole.state
+        _keep(job, kept, whole)
+        events.emit("end", step=kept.step, state="interrupted", reason=str(failed))
+        if not job.ranks.first:
+            raise told_of_many(failed, job.ranks.size, job.run) from error
+        raise told(failed, kept.step, job.section, job.run, not _evaluates_next(job, kept)) from error
 
 
 def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: LastWhole) -> State:
@@ -53,12 +68,15 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
         whole.keep(now, lora.factors(job.model), optimizer.state)
         return now
 
-    def stopped_at_once() -> None:
-        again = _again(job, checkpoint.resumable(job.run))
-        events.emit("note", text=f"stopped inside step {whole.state.step + 1}; {again}")
-        events.emit("end", step=whole.state.step, state="interrupted")
-        if job.ranks.first and not checkpoint.exists(job.run):
-            checkpoint.remove(job.run)
+    def heard(name: str) -> None:
+        events.emit("note", text=f"{name}: {_promise(stop, state, job.ranks.size == 1)}")
+
+    def leave() -> None:
+        _leave(job, events, whole, stop)
+
+    def between() -> None:
+        if stop.giving_up and job.ranks.size == 1:  # several ranks only stop together
+            raise Halted
 
     def left_alone(waited: str) -> None:
         step, ranks = whole.state.step, job.ranks
@@ -76,22 +94,20 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
             checkpoint.remove(job.run)
 
     state = reached(state)
-    patience = job.ranks.patience.ends_the_run(60 * section.rank_minutes, left_alone)
-    with StopRequest(stopped_at_once) as stop, patience:
-
-        def between() -> None:
-            if stop.giving_up and job.ranks.size == 1:  # several ranks only stop together
-                raise Halted
-
+    stop = StopRequest(heard, leave, alone=job.ranks.size == 1)
+    with stop, job.ranks.patience.ends_the_run(60 * section.rank_minutes, left_alone):
         step_function = StepFunction(job, optimizer, between)
+        step_function.divide(Division(state.halved, state.checkpointed))
         while True:
             last = state.step >= steps
-            if state.evaluated < state.step and (state.step == 0 or last or _due(section.eval_every, state.step)):
+            if _evaluates_next(job, state):
                 state = reached(_evaluate(job, events, state, stop, whole))
             patient = not section.patience or state.stale < section.patience
             ended = state.evaluated == state.step if last else not patient
             stopping = job.ranks.highest(stop.exit_code)
-            if stopping or _due(section.save_every, state.step) or (ended and (section.save_every or whole.saved)):
+            by_time = section.save_minutes and whole.unsaved_seconds >= 60 * section.save_minutes
+            due = _due(section.save_every, state.step) or by_time
+            if stopping or due or (ended and (section.save_every or whole.saved)):
                 _save_whole(job, events, whole)
             if ended:
                 break
@@ -101,9 +117,13 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
                 raise Interrupted(f"stopped after step {state.step}; {_again(job, state.step > 0)}", stopping)
             number = state.step + 1
             try:
-                with stop.in_step():
+                with stop.in_step(number):
                     event = step_function(number)
             except Halted:
+                continue
+            except TooLarge as large:
+                state = reached(_divided(job, events, state, step_function, large))
+                _save_whole(job, events, whole)  # before anything is computed so: whoever resumes computes the same
                 continue
             except NonFinite as bad:
                 state = reached(replace(_refused(job, events, state, bad), step=number))
@@ -117,6 +137,30 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
         events.emit("note", text=f"stopped after step {state.step} of {steps}: {since}")
     _keep(job, state, whole)
     events.emit("end", step=state.step, state="finished", best_loss=state.best_loss, best_step=state.best_step)
+    return state
+
+
+def _evaluates_next(job: Job, state: State) -> bool:
+    """Whether an evaluation comes before the next step."""
+    last = state.step >= job.plan.steps
+    return state.evaluated < state.step and (state.step == 0 or last or _due(job.section.eval_every, state.step))
+
+
+def _divided(job: Job, events: Events, state: State, step: StepFunction, large: TooLarge) -> State:
+    """The state with steps in smaller parts from here on. Raises `large` where they cannot be smaller."""
+    backend.recover()
+    division = step.division.smaller(large.examples, job.path)
+    if division is None:
+        raise large
+    if division.checkpointed and not step.division.checkpointed:
+        alike = same(job.model, job.path, division.path(job.path), job.plan.examples)
+        if not job.ranks.lowest(int(alike)):
+            events.emit("note", text="checkpointing every block does not give this model's gradients: it is not used")
+            raise large
+    step.divide(division)
+    state = replace(state, **vars(division))
+    text = f"step {state.step + 1}: {large.failure}; from here on {division} (train.on_oom: smaller)"
+    events.emit("note", step=state.step, text=text, **vars(division))
     return state
 
 
@@ -151,10 +195,11 @@ def _evaluate(job: Job, events: Events, state: State, stop: StopRequest, whole: 
             raise Halted
 
     try:
-        scored = job.evaluate(halt)
+        with stop.in_evaluation():
+            scored = job.evaluate(halt)
+            samples = job.samples(halt)
     except Halted:
         return state
-    samples = job.samples()
     events.emit(
         "eval", step=state.step, loss=scored.loss, tokens=scored.tokens, **({"samples": samples} if samples else {})
     )
@@ -174,11 +219,59 @@ def _evaluate(job: Job, events: Events, state: State, stop: StopRequest, whole: 
     return replace(state, stale=state.stale + 1)
 
 
+def _promise(stop: StopRequest, state: State, alone: bool) -> str:
+    """What the first signal does, and what another one would."""
+    if stop.step:
+        left = stop.remaining
+        length = "how long it takes is not known yet" if left is None else f"about {max(1, round(left))} s more"
+        again = f"loses step {stop.step}" if state.step else "saves nothing"
+        return f"finishing step {stop.step} ({length}), then saving; another signal stops at once and {again}"
+    if not state.step:
+        return "stopping; nothing was trained yet"
+    if stop.evaluating:
+        return f"{'leaving' if alone else 'finishing'} the evaluation, then saving; a resumed run begins with it"
+    return "saving, then stopping"
+
+
+def _leave(job: Job, events: Events, whole: LastWhole, stop: StopRequest) -> None:
+    """Save what is whole and say so, before the process ends. For another thread than the one that trains, which is
+    inside a computation and stays there.
+    """
+    if not job.ranks.first:
+        return
+    whole.writing.acquire()  # for good: the other thread must not begin to write now
+    state, inside = whole.state, stop.step
+    stopped = f"stopped after step {state.step}"
+    if inside:
+        stopped = f"stopped inside step {inside}, which {'lasts too long' if stop.overdue else 'is lost'}"
+    folder = None
+    try:
+        folder = whole.save()
+        _keep(job, state, whole)
+    except Exception as error:  # nobody else would hear of it
+        reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        stopped += f"; step {state.step} could not be saved ({reason})"
+
+    def say() -> None:
+        _tell(events, job, state, folder)
+        events.emit("note", text=f"{stopped}; {_again(job, checkpoint.resumable(job.run))}")
+        events.emit("end", step=state.step, state="interrupted")
+
+    briefly(say)
+    if not checkpoint.exists(job.run):
+        checkpoint.remove(job.run)
+
+
 def _save_whole(job: Job, events: Events, whole: LastWhole) -> None:
     """A checkpoint of the last whole state, on the rank that writes; nothing is computed."""
     folder = whole.save() if job.ranks.first else None
+    _tell(events, job, whole.state, folder)
+
+
+def _tell(events: Events, job: Job, state: State, folder: Path | None) -> None:
+    """Of a new checkpoint."""
     if folder is not None:
-        events.emit("checkpoint", step=whole.state.step, path=str(folder.relative_to(job.run)))
+        events.emit("checkpoint", step=state.step, path=str(folder.relative_to(job.run)))
 
 
 def _keep(job: Job, state: State, whole: LastWhole) -> None:
@@ -203,7 +296,8 @@ def _refused(job: Job, events: Events, state: State, bad: NonFinite) -> State:
             lora.save_factors(job.model, job.run, job.spec.file)
     events.emit("end", step=state.step, state="failed")
     skipped = f" ({state.skipped} steps were skipped before it)" if state.skipped else ""
-    raise UserError(f"{where}{skipped}", f"{kept}Try a lower train.lr, or train.dtype=float32.")
+    helps = floats.remedy(job.identity.config["train.dtype"], trained=state.step > state.skipped)
+    raise UserError(f"{where}{skipped}", f"{kept}{helps}")
 
 
 def _spike(recent: deque[float], loss: float) -> str:

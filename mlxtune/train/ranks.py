@@ -26,7 +26,7 @@ from mlx.utils import tree_unflatten
 
 from mlxtune.data.batches import Batch
 from mlxtune.errors import UserError
-from mlxtune.model.arrays import named
+from mlxtune.model.arrays import named, to_numpy
 from mlxtune.train.patience import Patience
 
 TOGETHER = 32 << 20  # bytes that are sent as one array, where tensors are smaller
@@ -164,7 +164,7 @@ class Ranks:
         said = text.encode() if self.first else b""
         letters = np.zeros(self.highest(len(said)), np.uint8)
         letters[: len(said)] = np.frombuffer(said, np.uint8)
-        return np.array(self._added(mx.array(letters))).tobytes().decode()
+        return to_numpy(self._added(mx.array(letters))).tobytes().decode()
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -187,7 +187,7 @@ class Ranks:
         due = next(self.messages) % NUMBERS
         sent = mx.concatenate([numbers, mx.array([due], numbers.dtype)])
         with self._exchange():
-            found = np.array(mx.distributed.all_gather(sent[None], group=self.group))
+            found = to_numpy(mx.distributed.all_gather(sent[None], group=self.group))
         if (found[:, -1] != due).any():
             raise Torn("a message is not the one that was due")
         return found[:, :-1]

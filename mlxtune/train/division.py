@@ -1,0 +1,88 @@
+"""Steps computed in smaller parts, for want of memory (`train.on_oom: smaller`).
+
+Micro-batches are cut below the plan of batches: the plan, and with it which rows meet in a step, stays as it was. A
+loss is a sum over tokens, so the parts of a step add up to the same one. A division is kept for the steps that follow
+and in every checkpoint: whoever resumes computes what the run would have computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxtune.data.batches import Batch, collate, lengths_of
+from mlxtune.data.chat import Example
+from mlxtune.gpu_errors import Failure
+from mlxtune.model.arrays import named, scalar, to_numpy
+from mlxtune.train.gradients import Gradients
+from mlxtune.train.loss import Path
+
+SAME = 1e-3  # relative, of loss and gradients: recomputing a block repeats the same operations
+
+
+class TooLarge(Exception):
+    """A part of a step did not fit the memory; nothing was updated. failure: what was said here or, of another process,
+    elsewhere; examples: of that part, the most of any process.
+    """
+
+    def __init__(self, failure: Failure, examples: int) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+        self.examples = examples
+
+
+@dataclass(frozen=True)
+class Division:
+    """halved: how often each micro-batch is cut in two, as far as it has two examples; checkpointed: every block keeps
+    its input only, whatever the run's configuration says.
+    """
+
+    halved: int = 0
+    checkpointed: bool = False
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """A micro-batch as it is computed, its examples in their order, padded as before."""
+        parts = [batch]
+        for _ in range(self.halved):
+            parts = [half for part in parts for half in _halves(part)]
+        return parts
+
+    def path(self, path: Path) -> Path:
+        """How the loss of a part is computed."""
+        return replace(path, recompute=1) if self.checkpointed else path
+
+    def smaller(self, examples: int, path: Path) -> Division | None:
+        """The next one, after a part of so many examples did not fit; None: there is none. path: of the run."""
+        if examples > 1:
+            return replace(self, halved=self.halved + 1)
+        if self.path(path).recompute != 1:
+            return replace(self, checkpointed=True)
+        return None
+
+    def __str__(self) -> str:
+        parts = f"each micro-batch in up to {2**self.halved} parts" if self.halved else "micro-batches as planned"
+        return f"{parts}, every block checkpointed" if self.checkpointed else parts
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    middle = (len(batch.rows) + 1) // 2
+    return [half for half in (batch.part(slice(middle)), batch.part(slice(middle, None))) if len(half.rows)]
+
+
+def same(model: nn.Module, path: Path, other: Path, examples: Sequence[Example]) -> bool:
+    """Whether two ways give the same loss and gradients for the shortest example, which needs least memory."""
+    batch = collate(examples, [int(np.argmin(lengths_of(examples)))])
+    loss, wanted = _computed(model, path, batch)
+    again, found = _computed(model, other, batch)
+    return abs(again - loss) <= SAME * abs(loss) and all(
+        np.linalg.norm(found[name] - gradient) <= SAME * np.linalg.norm(gradient) for name, gradient in wanted.items()
+    )
+
+
+def _computed(model: nn.Module, path: Path, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    loss, gradients = Gradients(model, path)(batch)
+    return scalar(loss), {name: to_numpy(array.astype(mx.float32)) for name, array in named(gradients).items()}

@@ -1,0 +1,78 @@
+"""A device that fails as Metal and CUDA do: MLX raises RuntimeError with their texts where something is computed."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlxtune.cli import main
+from mlxtune.data.batches import Batch
+from mlxtune.train import signals, step
+from mlxtune.train.gradients import Gradients
+from mlxtune.train.loss import Path as Way
+
+METAL = "[METAL] Command buffer execution failed: {}."
+OUT_OF_MEMORY = METAL.format("Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)")
+WATCHDOG = METAL.format("Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)")
+LOST = METAL.format(
+    "Ignored (for causing prior/excessive GPU errors) (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)"
+)
+BUFFERS = "[metal::malloc] Resource limit (499000) exceeded."
+
+
+class Evaluations:
+    """Counts what is computed; from the n-th on (`fail`), everything fails with a text."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.count, self.first, self.last, self.text = 0, 0, 0, ""
+        for name in ("eval", "async_eval"):
+            patch.setattr(mx, name, self._counted(getattr(mx, name)))
+
+    def fail(self, number: int, text: str, times: int = 1 << 30) -> None:
+        """The `number`-th from here on fails, and those after it, `times` of them."""
+        self.first, self.text = self.count + number, text
+        self.last = self.first + times - 1
+
+    def _counted(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluate(*arrays: Any) -> Any:
+            self.count += 1
+            if self.text and self.first <= self.count <= self.last:
+                raise RuntimeError(self.text)
+            return real(*arrays)
+
+        return evaluate
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command in this process."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(signals, "exit_on_sigterm", lambda: None)
+        main([*map(str, words)])
+    said = capsys.readouterr()
+    return subprocess.CompletedProcess(words, int(ended.value.code or 0), said.out, said.err)
+
+
+def fail_gradients(
+    patch: pytest.MonkeyPatch, number: int, text: str = OUT_OF_MEMORY, most: Callable[[Batch, Way], bool] | None = None
+) -> list[int]:
+    """The run's micro-batches fail from the `number`-th on, counted from 1; with `most`, those for which it is false.
+
+    Returns the list of their sizes, which grows with every one that is computed.
+    """
+    sizes: list[int] = []
+
+    class Failing(Gradients):
+        def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
+            if len(sizes) + 1 >= number and not (most and most(batch, self.path)):
+                raise RuntimeError(text)
+            sizes.append(len(batch.rows))
+            return super().__call__(batch)
+
+    patch.setattr(step, "Gradients", Failing)
+    return sizes
