@@ -79,12 +79,12 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
     leaves no folder.
     """
     ranks = Ranks.here()
-    # Rank 0's word counts: the others may be on machines that have no run folder.
-    config = Config.model_validate_json(ranks.tell(anchored(config).model_dump_json()))
-    loggers.require(config.train.loggers)
-    fast.refuse_idle(config)
     with ExitStack() as stack:
         stack.enter_context(ranks.explained(out))
+        # Rank 0's word counts: the others may be on machines that have no run folder.
+        config = Config.model_validate_json(ranks.tell(anchored(config).model_dump_json()))
+        loggers.require(config.train.loggers)
+        fast.refuse_idle(config)
         if config.train.keep_awake == "auto":  # on every machine: one that sleeps stops the others
             stack.enter_context(host.kept_awake())
         notes: list[str] = []

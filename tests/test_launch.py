@@ -243,10 +243,11 @@ TREE = {"a": mx.arange(7, dtype=mx.float32), "b": {"c": mx.ones((2, 3), mx.bfloa
 
 def test_sums_are_sums_whatever_the_types_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Others(monkeypatch).ranks
-    monkeypatch.setattr("mlxtune.train.ranks.TOGETHER", 8)  # several messages
-    found = ranks.total({**TREE, "e": mx.full((3, 1), 0.5)})
-    assert (found["a"] == 2 * TREE["a"]).all() and (found["b"]["c"] == 2).all() and found["b"]["d"].shape == ()
-    assert found["e"].shape == (3, 1) and (found["e"] == 1).all()
+    for together in (8, 30, 1 << 25):  # bytes: several messages, and one for each type
+        monkeypatch.setattr("mlxtune.train.ranks.TOGETHER", together)
+        found = ranks.total({**TREE, "e": mx.full((3, 1), 0.5)})
+        assert (found["a"] == 2 * TREE["a"]).all() and (found["b"]["c"] == 2).all() and found["b"]["d"].shape == ()
+        assert found["e"].shape == (3, 1) and (found["e"] == 1).all()
     assert ranks.sums(1e8 + 0.25, 2) == [2e8 + 0.5, 4]
     assert ranks.highest(7) == 7
 
@@ -316,3 +317,13 @@ def test_processes_that_do_not_find_each_other_are_told_where_to_look(monkeypatc
     with pytest.raises(UserError, match=r"do not find each other \(\[ring\] Couldn't connect") as raised:
         Ranks.here()
     assert "IP address" in raised.value.hint and "firewall" in raised.value.hint
+
+
+def test_one_of_several_that_finds_no_other_does_not_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the backend that was asked for is not there: MLX makes a group of one, without a word."""
+    monkeypatch.setattr(mx.distributed, "init", lambda: Group(0, 1))
+    monkeypatch.setenv("MLX_RANK", "0")  # a launch on one machine
+    assert Ranks.here().size == 1
+    monkeypatch.setenv("MLX_RANK", "1")
+    with pytest.raises(UserError, match="started as one of several, but MLX found no other"):
+        Ranks.here()

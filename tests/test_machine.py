@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlxtune_convert import chat_templates, files
 from training import tune
 
@@ -81,13 +82,13 @@ def test_a_system_without_low_power_mode_or_without_its_commands_has_none(
 
 # What ps prints: kilobytes and command lines.
 PROCESSES = """
- 2097152 /Applications/Ollama.app/Contents/Resources/ollama runner --model /Users/me/.ollama/models/blobs/sha256-1
+ 2097152 /Applications/Ollama.app/Contents/Resources/ollama runner --model /Volumes/me/.ollama/models/blobs/sha256-1
   524288 ollama serve
- 3145728 /Users/me/.lmstudio/extensions/backends/mlx-llm-mac/node worker.js
+ 3145728 /Volumes/me/.lmstudio/extensions/backends/mlx-llm-mac/node worker.js
  1048576 /Applications/LM Studio.app/Contents/MacOS/LM Studio
- 4194304 /opt/homebrew/bin/llama-server -m model.gguf
+ 4194304 /Volumes/brew/bin/llama-server -m model.gguf
   104857 /usr/local/bin/python3.12 -m mlx_lm.server --model small
- 8388608 /Users/me/.venv/bin/python3 /Users/me/.venv/bin/mlxtune train --model /Users/me/.lmstudio/models/ollama
+ 8388608 /Volumes/me/.venv/bin/python3 /Volumes/me/.venv/bin/mlxtune train --model /Volumes/me/.lmstudio/models/ollama
  9999999 vim ollama
 """
 HELD = {"LM Studio": 4 * GIB, "llama-server": 4 * GIB, "Ollama": 5 * GIB // 2}
@@ -266,3 +267,5 @@ def test_what_a_gpu_adds_up_in_its_own_order_is_told_there_and_only_there(mlx_mo
         (*said,) = tuning.repeatable(model, "metal")
         assert len(said) == bool(expected) and all("may differ in its last bits" in line for line in said)
         assert tuning.repeatable(model, "cpu") == []
+    model.experts = SwitchLinear(4, 4, 2)
+    assert lora.summed_in_any_order(model) == "trained embeddings and experts"

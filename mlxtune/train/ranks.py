@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ class Ranks:
 
     @classmethod
     def here(cls) -> Ranks:
-        """Raises UserError when the processes do not find each other."""
+        """Raises UserError when the processes do not find each other: without a word, each would train alone."""
         try:
             group = mx.distributed.init()
         except (RuntimeError, ValueError) as error:
@@ -58,6 +59,11 @@ class Ranks:
                 "The hostfile must name an IP address of every machine that the others reach, and each machine's "
                 "firewall must let Python in.",
             ) from error
+        if group.size() == 1 and os.environ.get("MLX_RANK", "0") != "0":
+            raise UserError(
+                "this process was started as one of several, but MLX found no other",
+                "Launch with --backend ring; jaccl needs RDMA over Thunderbolt between all machines.",
+            )
         return cls(group if group.size() > 1 else None)
 
     @property
@@ -105,13 +111,14 @@ class Ranks:
             return tree
         arrays = _ordered(tree)
         mx.eval(arrays)  # this process's own work, before it waits
-        summed = {}
+        summed, sent = {}, []
         for names in _together(arrays):
             flat = mx.concatenate([arrays[name].reshape(-1) for name in names])
             ends = np.cumsum([arrays[name].size for name in names])[:-1].tolist()
-            parts = mx.split(self._added(flat), ends)
+            sent.append(self._added(flat))
+            parts = mx.split(sent[-1], ends)
             summed.update({name: part.reshape(arrays[name].shape) for name, part in zip(names, parts, strict=True)})
-        self._seal(summed)
+        self._seal(sent)
         return tree_unflatten(list(summed.items()))
 
     def sums(self, *numbers: float) -> list[float]:
@@ -141,7 +148,7 @@ class Ranks:
         out = {}
         for name, array in _ordered(tree).items():
             out[name] = self._added(array if self.first else mx.zeros_like(array))
-        self._seal(out)
+        self._seal(list(out.values()))
         return tree_unflatten(list(out.items()))
 
     def meet(self) -> None:
@@ -185,10 +192,10 @@ class Ranks:
             raise Torn("a message is not the one that was due")
         return found[:, :-1]
 
-    def _seal(self, arrays: dict[str, mx.array]) -> None:
+    def _seal(self, arrays: list[mx.array]) -> None:
         """Raise Torn, on every rank, unless all have the same bits."""
         # Sums of integers: exact in any order, so equal on chips of different kinds.
-        bits = [array.reshape(-1).view(WORDS[array.dtype.size]) for array in arrays.values()]
+        bits = [array.reshape(-1).view(WORDS[array.dtype.size]) for array in arrays]
         sums = [part.astype(mx.uint32).sum() for part in bits]
         found = self._gathered(mx.stack(sums).sum()[None].view(mx.int32))
         if (found != found[0]).any():
@@ -205,7 +212,7 @@ class Ranks:
                 raise
             raise UserError(
                 f"the connection to another of the {self.size} processes is gone, and with it the run ({error})",
-                f"The last checkpoint is whole; to go on, with any number of processes: --resume --out {run}",
+                f"What was saved is whole: --resume --out {run} goes on from there, with any number of processes.",
             ) from error
 
     def require_same(self, **facts: str) -> None:
