@@ -119,8 +119,7 @@ class _Search:
         except UserError as error:
             if not self.refused:
                 raise
-            why = "; ".join(self.refused)
-            raise UserError(f"{error}; what needs less is {why}", error.hint) from error
+            raise UserError(f"{error.message}; what needs less was {self.refused[0]}", error.hint) from error
         recompute = fast.every_nth(config.train) if checkpoints else 0
         return Choice(replace(way, recompute=recompute), config, rows, notes)
 
