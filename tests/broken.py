@@ -52,7 +52,7 @@ def command(capsys: pytest.CaptureFixture[str], *words: str | Path) -> subproces
     """The command in this process."""
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(signals, "exit_on_sigterm", lambda: None)
+        patch.setattr(signals, "unwind_on_signals", lambda: None)
         main([*map(str, words)])
     said = capsys.readouterr()
     return subprocess.CompletedProcess(words, int(ended.value.code or 0), said.out, said.err)
