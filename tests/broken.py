@@ -59,9 +59,9 @@ def command(capsys: pytest.CaptureFixture[str], *words: str | Path) -> subproces
 
 
 def fail_gradients(
-    patch: pytest.MonkeyPatch, number: int, text: str = OUT_OF_MEMORY, most: Callable[[Batch, Way], bool] | None = None
+    patch: pytest.MonkeyPatch, number: int, text: str = OUT_OF_MEMORY, fits: Callable[[Batch, Way], bool] | None = None
 ) -> list[int]:
-    """The run's micro-batches fail from the `number`-th on, counted from 1; with `most`, those for which it is false.
+    """The run's micro-batches fail from the `number`-th on, counted from 1; with `fits`, those that do not.
 
     Returns the list of their sizes, which grows with every one that is computed.
     """
@@ -69,7 +69,7 @@ def fail_gradients(
 
     class Failing(Gradients):
         def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
-            if len(sizes) + 1 >= number and not (most and most(batch, self.path)):
+            if len(sizes) + 1 >= number and not (fits and fits(batch, self.path)):
                 raise RuntimeError(text)
             sizes.append(len(batch.rows))
             return super().__call__(batch)
