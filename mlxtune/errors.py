@@ -8,7 +8,7 @@ __all__ = ["Interrupted", "UserError"]
 class Interrupted(Exception):
     """A signal stopped the work after everything worth keeping was saved.
 
-    `exit_code` follows the shell: 130 for Ctrl-C, 143 for SIGTERM.
+    `exit_code` follows the shell: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:

@@ -173,7 +173,8 @@ class TrainSection(Section):
         "auto", description="bytes that the predicted peak must fit; auto: 80% of the device's working set; off: any"
     )
     eval_every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0: only at the end")
-    save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: never")
+    save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: none for their number")
+    save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints at most; 0: none for the time")
     keep: Literal["best", "last"] = Field("best", description="which adapter RUN/adapters.safetensors holds at the end")
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay")
     patience: int = Field(

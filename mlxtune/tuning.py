@@ -155,14 +155,15 @@ def prepared(
         loss, *counts = ranks.sums(own.loss_sum, own.tokens, own.correct)
         return Score(loss, *(round(count) for count in counts))
 
-    def samples() -> list[dict[str, str]]:
+    def samples(between: Callable[[], None]) -> list[dict[str, str]]:
         sampling = generate.Sampling(max_tokens=SAMPLE_TOKENS)
-        asked = ((prompt, [{"role": "user", "content": prompt}]) for prompt in config.train.sample_prompts)
         variables = config.data.template_kwargs, config.data.date
-        return [
-            {"prompt": prompt, "answer": generate.answer(loaded, messages, sampling, *variables)}
-            for prompt, messages in asked
-        ]
+        answers = []
+        for prompt in config.train.sample_prompts:
+            between()
+            said = generate.answer(loaded, [{"role": "user", "content": prompt}], sampling, *variables)
+            answers.append({"prompt": prompt, "answer": said})
+        return answers
 
     job = Job(
         model=loaded.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def command(capsys: pytest.CaptureFixture[str], *words: str | Path) -> subproces
     """The command in this process."""
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(signals, "exit_on_sigterm", lambda: None)
+        patch.setattr(signals, "unwind_on_signals", lambda: None)
+        patch.setattr(sys, "stderr", sys.stderr)  # main puts another in its place
         main([*map(str, words)])
     said = capsys.readouterr()
     return subprocess.CompletedProcess(words, int(ended.value.code or 0), said.out, said.err)

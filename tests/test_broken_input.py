@@ -281,7 +281,7 @@ def test_a_signal_ends_training_after_a_step_that_can_be_resumed(
     assert f"{out}: 150 steps" in resumed.stdout
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_during_a_conversion_leaves_nothing(
     number: signal.Signals, status: int, hf_model: Path, tmp_path: Path
 ) -> None:

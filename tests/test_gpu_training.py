@@ -137,7 +137,7 @@ def test_a_failure_while_sampling_is_one_of_its_evaluation(
     asked = "train.sample_prompts=[hi]"
     answers = iter(["0", "4"])
 
-    def answer(*_: Any) -> str:
+    def answer(*_: Any, **__: Any) -> str:
         found = next(answers, "")
         if not found:
             raise RuntimeError(BUFFERS)

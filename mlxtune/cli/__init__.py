@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import NoReturn, TextIO, cast
 
 import click
 from mlxtune_convert.files import REFUSALS
 
 import mlxtune
 from mlxtune import gpu_errors
-from mlxtune.cli import bench, convert, data, demo, doctor, runs, ship, train, use
+from mlxtune.cli import bench, common, convert, data, demo, doctor, runs, ship, train, use
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.train import signals
 
@@ -51,8 +51,9 @@ for _commands in SECTIONS.values():
 
 
 def main(args: list[str] | None = None) -> NoReturn:
-    """Run the command line. Exit: 0 done, 2 the user can fix it, 1 our bug, 130 and 143 stopped by a signal."""
-    signals.exit_on_sigterm()
+    """Run the command line. Exit: 0 done, 2 the user can fix it, 1 our bug, 129, 130 and 143 stopped by a signal."""
+    signals.unwind_on_signals()
+    sys.stderr = cast(TextIO, common.Surviving(sys.stderr))
     try:
         code = cli.main(args, prog_name="mlxtune", standalone_mode=False)
     except UserError as error:

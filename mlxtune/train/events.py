@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ FILE = "events.jsonl"
 
 
 class Events:
-    """Writes events to `folder`/events.jsonl and passes them on to the listeners. folder None: to nobody."""
+    """Writes events to `folder`/events.jsonl and passes them on to the listeners. folder None: to nobody. Several
+    threads may do so.
+    """
 
     def __init__(self, folder: Path | None, *listeners: Listener) -> None:
         self._listeners = listeners if folder is not None else ()
+        self._lock = threading.RLock()  # a listener may have something to say itself
+        self._ended = False
         self._file = None if folder is None else (folder / FILE).open("a", encoding="utf-8")
         if self._file and folder and _cut_off(folder / FILE):
             self._file.write("\n")
@@ -37,17 +42,21 @@ class Events:
         # JSON has no NaN and no infinity.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
         event = {"kind": kind, **finite}
-        if self._file:
-            self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
-            self._file.flush()
-            if kind in ("checkpoint", "end"):
-                os.fsync(self._file.fileno())
-        for listener in self._listeners:
-            listener(event)
+        with self._lock:
+            if self._file and not self._ended:  # `end` tells what became of the run, and is the last one
+                self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
+                self._file.flush()
+                if kind in ("checkpoint", "end"):
+                    os.fsync(self._file.fileno())
+                self._ended = kind == "end"
+            for listener in self._listeners:
+                listener(event)
 
     def close(self) -> None:
-        if self._file:
-            self._file.close()
+        with self._lock:
+            if self._file:
+                self._file.close()
+                self._file = None
 
 
 def _cut_off(file: Path) -> bool:

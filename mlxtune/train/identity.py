@@ -20,7 +20,8 @@ from mlxtune.errors import UserError
 # What `--resume-anyway` lets change: how long, how often looked at, what is kept; never what a step computes.
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.patience", "train.eval_every", "train.sample_prompts", "train.save_every"),
-    *("train.keep_last", "train.on_nonfinite", "train.on_oom", "train.memory_limit", "train.loggers"),
+    *("train.save_minutes", "train.keep_last", "train.on_nonfinite", "train.on_oom", "train.memory_limit"),
+    "train.loggers",
     "train.keep_awake",
 )
 # Places: what lies there is compared instead.

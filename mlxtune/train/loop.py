@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -19,7 +20,7 @@ from mlxtune.train.checkpoint import Saved, State
 from mlxtune.train.division import Division, TooLarge, same
 from mlxtune.train.events import Events
 from mlxtune.train.failure import told, told_of_many
-from mlxtune.train.signals import StopRequest
+from mlxtune.train.signals import StopRequest, briefly
 from mlxtune.train.step import Job, NonFinite, StepFunction
 from mlxtune.train.whole import LastWhole
 
@@ -66,20 +67,19 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
         whole.keep(now, lora.factors(job.model), optimizer.state)
         return now
 
-    def stopped_at_once() -> None:
-        again = _again(job, checkpoint.resumable(job.run))
-        events.emit("note", text=f"stopped inside step {whole.state.step + 1}; {again}")
-        events.emit("end", step=whole.state.step, state="interrupted")
-        if job.ranks.first and not checkpoint.exists(job.run):
-            checkpoint.remove(job.run)
+    def heard(name: str) -> None:
+        events.emit("note", text=f"{name}: {_promise(stop, state, job.ranks.size == 1)}")
+
+    def leave() -> None:
+        _leave(job, events, whole, stop)
+
+    def between() -> None:
+        if stop.giving_up and job.ranks.size == 1:  # several ranks only stop together
+            raise Halted
 
     state = reached(state)
-    with StopRequest(stopped_at_once) as stop:
-
-        def between() -> None:
-            if stop.giving_up and job.ranks.size == 1:  # several ranks only stop together
-                raise Halted
-
+    stop = StopRequest(heard, leave, alone=job.ranks.size == 1)
+    with stop:
         step_function = StepFunction(job, optimizer, between)
         step_function.divide(Division(state.halved, state.checkpointed))
         while True:
@@ -89,7 +89,9 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
             patient = not section.patience or state.stale < section.patience
             ended = state.evaluated == state.step if last else not patient
             stopping = job.ranks.highest(stop.exit_code)
-            if stopping or _due(section.save_every, state.step) or (ended and (section.save_every or whole.saved)):
+            by_time = section.save_minutes and whole.unsaved_seconds >= 60 * section.save_minutes
+            due = _due(section.save_every, state.step) or by_time
+            if stopping or due or (ended and (section.save_every or whole.saved)):
                 _save_whole(job, events, whole)
             if ended:
                 break
@@ -99,7 +101,7 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
                 raise Interrupted(f"stopped after step {state.step}; {_again(job, state.step > 0)}", stopping)
             number = state.step + 1
             try:
-                with stop.in_step():
+                with stop.in_step(number):
                     event = step_function(number)
             except Halted:
                 continue
@@ -177,10 +179,11 @@ def _evaluate(job: Job, events: Events, state: State, stop: StopRequest, whole: 
             raise Halted
 
     try:
-        scored = job.evaluate(halt)
+        with stop.in_evaluation():
+            scored = job.evaluate(halt)
+            samples = job.samples(halt) if job.ranks.first else []
     except Halted:
         return state
-    samples = job.samples() if job.ranks.first else []
     events.emit(
         "eval", step=state.step, loss=scored.loss, tokens=scored.tokens, **({"samples": samples} if samples else {})
     )
@@ -200,11 +203,59 @@ def _evaluate(job: Job, events: Events, state: State, stop: StopRequest, whole: 
     return replace(state, stale=state.stale + 1)
 
 
+def _promise(stop: StopRequest, state: State, alone: bool) -> str:
+    """What the first signal does, and what another one would."""
+    if stop.step:
+        left = stop.remaining
+        length = "how long it takes is not known yet" if left is None else f"about {max(1, round(left))} s more"
+        again = f"loses step {stop.step}" if state.step else "saves nothing"
+        return f"finishing step {stop.step} ({length}), then saving; another signal stops at once and {again}"
+    if not state.step:
+        return "stopping; nothing was trained yet"
+    if stop.evaluating:
+        return f"{'leaving' if alone else 'finishing'} the evaluation, then saving; a resumed run begins with it"
+    return "saving, then stopping"
+
+
+def _leave(job: Job, events: Events, whole: LastWhole, stop: StopRequest) -> None:
+    """Save what is whole and say so, before the process ends. For another thread than the one that trains, which is
+    inside a computation and stays there.
+    """
+    if not job.ranks.first:
+        return
+    whole.writing.acquire()  # for good: the other thread must not begin to write now
+    state, inside = whole.state, stop.step
+    stopped = f"stopped after step {state.step}"
+    if inside:
+        stopped = f"stopped inside step {inside}, which {'lasts too long' if stop.overdue else 'is lost'}"
+    folder = None
+    try:
+        folder = whole.save()
+        _keep(job, state, whole)
+    except Exception as error:  # nobody else would hear of it
+        reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        stopped += f"; step {state.step} could not be saved ({reason})"
+
+    def say() -> None:
+        _tell(events, job, state, folder)
+        events.emit("note", text=f"{stopped}; {_again(job, checkpoint.resumable(job.run))}")
+        events.emit("end", step=state.step, state="interrupted")
+
+    briefly(say)
+    if not checkpoint.exists(job.run):
+        checkpoint.remove(job.run)
+
+
 def _save_whole(job: Job, events: Events, whole: LastWhole) -> None:
     """A checkpoint of the last whole state, on the rank that writes; nothing is computed."""
     folder = whole.save() if job.ranks.first else None
+    _tell(events, job, whole.state, folder)
+
+
+def _tell(events: Events, job: Job, state: State, folder: Path | None) -> None:
+    """Of a new checkpoint."""
     if folder is not None:
-        events.emit("checkpoint", step=whole.state.step, path=str(folder.relative_to(job.run)))
+        events.emit("checkpoint", step=state.step, path=str(folder.relative_to(job.run)))
 
 
 def _keep(job: Job, state: State, whole: LastWhole) -> None:

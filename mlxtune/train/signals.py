@@ -1,12 +1,11 @@
-"""Ctrl-C and SIGTERM. In training the first finishes the step and saves; where the step lasts, it is given up between
-two micro-batches, and what was done before it is saved. The second signal, or ten seconds inside a step, stops at once.
-Elsewhere one is enough, and what is half done is cleaned up.
+"""Ctrl-C, SIGTERM and SIGHUP (the terminal was closed). In training the first one says what it does, finishes the step
+and stops; the second one, or a step that takes much longer than the one before, stops at once. Elsewhere one is enough,
+and what is half done is cleaned up.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import select
 import signal
@@ -17,43 +16,69 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
-GIVE_UP_SECONDS = 5.0  # after the first signal no further micro-batch is begun
-STEP_SECONDS = 10.0  # that a step may still take after the first signal
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP (sent when a terminal is closed)"}
+# After the first signal a step may take so many seconds more, or so many times what the one before took.
+STEP_SECONDS, STEP_TIMES = 10.0, 2.0
+GIVE_UP_SECONDS = 1.0  # in which a step that should stop may do so by itself, between two micro-batches
+SPEAK_SECONDS = 2.0
 CLOSED, OVERDUE = 0, 255  # no signals have these numbers
 
 
-def exit_on_sigterm() -> None:
-    """Make SIGTERM unwind the program, as Ctrl-C does, instead of ending it on the spot."""
+def unwind_on_signals() -> None:
+    """Make SIGTERM and SIGHUP unwind the program, as Ctrl-C does, instead of ending it on the spot."""
 
     def stop(number: int, _: FrameType | None) -> None:
+        if heeded(signal.SIGHUP):  # a closing terminal sends it twice: not into the cleaning up
+            signal.signal(signal.SIGHUP, lambda *_: None)
         sys.exit(EXIT_CODES[signal.Signals(number)])
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if heeded(number):
+                signal.signal(number, stop)
+
+
+def heeded(number: int) -> bool:
+    """Whether this signal is for us: `nohup` has a program ignore SIGHUP."""
+    return number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 
 
 class StopRequest:
-    """While entered, remembers a signal instead of dying of it. `exit_code` is 0 until one came.
+    """While entered, remembers a signal instead of dying of it. `exit_code` is 0 until one came; `giving_up` says that
+    the step under way should not be finished, `overdue` that it lasts too long.
 
     A thread of its own waits for signals: while the main thread computes, Python runs none of its handlers.
-    at_once: called before the process ends without having finished its step.
+    heard: called by that thread with the first signal's name; leave: called by it before the process ends inside a
+    step; alone: whether this process may give up a step without asking others.
     """
 
-    def __init__(self, at_once: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        heard: Callable[[str], None] = lambda name: None,
+        leave: Callable[[], None] = lambda: None,
+        alone: bool = True,
+    ) -> None:
         self.exit_code = 0
-        self._heard = math.inf
-        self._at_once = at_once
-        self._in_step = False
+        self.giving_up = self.overdue = False
+        self.step = 0  # the number of the one under way; 0: none is
+        self.evaluating = False
+        self._heard_at = 0.0
+        self._began = 0.0
+        self._took: float | None = None  # seconds of the last step that was finished
+        self._heard, self._leave, self._alone = heard, leave, alone
+        self._leaving = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._receive, self._send = os.pipe()
             os.set_blocking(self._send, False)
-            self._before = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES}
+            numbers = [number for number in EXIT_CODES if heeded(number)]
+            self._before = {number: signal.signal(number, lambda *_: None) for number in numbers}
             signal.set_wakeup_fd(self._send, warn_on_full_buffer=False)
-            threading.Thread(target=self._watch, daemon=True).start()
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -64,39 +89,88 @@ class StopRequest:
             signal.signal(number, handler)
         os.write(self._send, bytes([CLOSED]))
         self._before = {}
+        if self._leaving:  # it is saving, and ends the process then
+            self._thread.join()
 
     @contextlib.contextmanager
-    def in_step(self) -> Iterator[None]:
-        """Around what may only take STEP_SECONDS more once a signal came."""
-        self._in_step = True
+    def in_step(self, number: int) -> Iterator[None]:
+        """Around a step: what may only take so much longer once a signal came."""
+        self._began, self.step = time.monotonic(), number
         try:
             yield
         finally:
-            self._in_step = False
+            self.step = 0
+        self._took = time.monotonic() - self._began
+
+    @contextlib.contextmanager
+    def in_evaluation(self) -> Iterator[None]:
+        self.evaluating = True
+        try:
+            yield
+        finally:
+            self.evaluating = False
 
     @property
-    def giving_up(self) -> bool:
-        """Whether a step under way should not be finished."""
-        return time.monotonic() - self._heard > GIVE_UP_SECONDS
+    def remaining(self) -> float | None:
+        """Seconds that the step under way will take, if it is like the one before; None: it is the first."""
+        return None if self._took is None else max(0.0, self._took - (time.monotonic() - self._began))
 
     def _watch(self) -> None:
         number = self._next()
-        if number in EXIT_CODES:
-            self.exit_code, self._heard = EXIT_CODES[signal.Signals(number)], time.monotonic()
-            number = self._next(time.monotonic() + STEP_SECONDS)
+        if number != CLOSED:
+            first, self._heard_at = signal.Signals(number), time.monotonic()
+            briefly(lambda: self._heard(NAMES[first]))
+            self.exit_code = EXIT_CODES[first]  # only now: what is said comes before what is done
+            number = self._next(self._overdue)
+        if number != CLOSED:
+            number = self._given_up(number)
         if number == CLOSED:
             os.close(self._receive)
             os.close(self._send)
             return
-        self._at_once()
-        os._exit(self.exit_code)
+        self._leaving = True
+        try:
+            self._leave()
+        finally:
+            os._exit(self.exit_code)
 
-    def _next(self, deadline: float = math.inf) -> int:
-        """The next signal, CLOSED at the end, OVERDUE when a step lasts beyond the deadline."""
+    def _overdue(self) -> bool:
+        """Whether a step lasts too long. Of the first one nobody knows how long it takes: it is waited for."""
+        if not self.step or self._took is None:
+            return False
+        return time.monotonic() - self._heard_at > max(STEP_SECONDS, STEP_TIMES * self._took)
+
+    def _given_up(self, number: int) -> int:
+        """CLOSED where the main thread ends by itself in a moment."""
+        self.giving_up, self.overdue, began = True, number == OVERDUE, time.monotonic()
+
+        def lasts() -> bool:
+            # Where nobody asked for it again, what follows the step, such as saving, is waited for.
+            return time.monotonic() - began > GIVE_UP_SECONDS and (self.step > 0 or not self.overdue)
+
+        return self._next(lasts) if self._alone else number
+
+    def _next(self, overdue: Callable[[], bool] = lambda: False) -> int:
+        """The next signal that counts, CLOSED at the end, OVERDUE as soon as that is so."""
         while True:
-            if select.select([self._receive], [], [], None if deadline == math.inf else 0.1)[0]:
+            if select.select([self._receive], [], [], 0.1 if self.exit_code else None)[0]:
                 number = os.read(self._receive, 1)[0]
-                if number == CLOSED or number in EXIT_CODES:
+                # The shell and the system both send SIGHUP when a terminal closes: that is no second wish.
+                if number == CLOSED or (number in EXIT_CODES and not (number == signal.SIGHUP and self.exit_code)):
                     return number
-            elif self._in_step and time.monotonic() > deadline:
+            elif overdue():
                 return OVERDUE
+
+
+def briefly(call: Callable[[], None], seconds: float = SPEAK_SECONDS) -> None:
+    """Call it without waiting longer than this: a terminal that is halted, or a logger that waits for its server, must
+    not keep a run from stopping. Where nothing can be written any more, nothing is said.
+    """
+
+    def speak() -> None:
+        with contextlib.suppress(OSError):
+            call()
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    thread.join(seconds)

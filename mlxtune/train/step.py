@@ -51,8 +51,8 @@ class NonFinite(Exception):
 @dataclass(frozen=True)
 class Job:
     """Everything a run works with. path: how the loss is computed; evaluate: scores the current model, calling what it
-    is given now and then; samples: answers to train.sample_prompts; place: what to call a training row in messages;
-    spec: of the adapter.
+    is given now and then; samples: answers to train.sample_prompts, calling it too; place: what to call a training row
+    in messages; spec: of the adapter.
     """
 
     model: nn.Module
@@ -65,7 +65,7 @@ class Job:
     place: Callable[[int], str]
     identity: Identity
     spec: lora.Spec
-    samples: Callable[[], list[dict[str, str]]] = list
+    samples: Callable[[Callable[[], None]], list[dict[str, str]]] = lambda between: []
     ranks: Ranks = ALONE
 
 
