@@ -78,3 +78,12 @@ def fail_gradients(
 
     patch.setattr(step, "Gradients", Failing)
     return sizes
+
+
+def failing(text: str) -> Callable[..., Any]:
+    """A function that fails whatever it is given."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(text)
+
+    return fail

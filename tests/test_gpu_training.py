@@ -9,13 +9,15 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from broken import BUFFERS, LOST, OUT_OF_MEMORY, WATCHDOG, Evaluations, fail_gradients
-from training import NOISE, same_bits, tune
+import tiny
+from broken import BUFFERS, LOST, OUT_OF_MEMORY, WATCHDOG, Evaluations, command, fail_gradients, failing
+from training import NOISE, options, same_bits, tune
 
 from mlxtune import backend, runs, tuning
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
-from mlxtune.train import events, step
+from mlxtune.gpu_errors import Kind
+from mlxtune.train import events, proof, step
 
 # Step 7 of 10 begins with micro-batch 13; the run saves nothing of its own before its end.
 STEPS = ("train.steps=10", "train.save_every=100")
@@ -204,3 +206,29 @@ def test_a_compiled_step_that_fails_leaves_the_step_before_it_whole(
         tune(mlx_model, data, tmp_path / "run", *few)
     tune(mlx_model, data, tmp_path / "run", *few, resume=True)
     same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", [WATCHDOG, OUT_OF_MEMORY])
+def test_a_failure_in_the_proof_is_not_the_models_fault(
+    text: str, mlx_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No slower way is taken for it, nothing of the run is left."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof.Gradients, "__call__", failing(text))
+        result = command(capsys, *options(mlx_model, data, tmp_path / "run", *STEPS))
+    said = tiny.one_clear_line(result, text)
+    assert "not used" not in said
+    tiny.nothing_written(tmp_path / "run")
+
+
+def test_a_failure_in_a_run_is_one_line_of_the_command(
+    mlx_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        fail_gradients(patch, IN_STEP_7, LOST)
+        result = command(capsys, *options(mlx_model, data, tmp_path / "run", *STEPS))
+    tiny.one_clear_line(
+        result,
+        f"{Kind.LOST.value} ({LOST}); step 6, the last whole one, is saved",
+        f"To go on: mlxtune train --resume --out {tmp_path / 'run'}; if it fails again, restart the machine",
+    )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
@@ -17,7 +18,7 @@ from training import NOISE, losses, options, same_bits, tune
 
 from mlxtune.data.batches import Batch
 from mlxtune.errors import UserError
-from mlxtune.train import checkpoint, division, events
+from mlxtune.train import checkpoint, events, proof
 from mlxtune.train.division import Division
 from mlxtune.train.loss import Path as Way
 
@@ -102,14 +103,13 @@ def test_single_rows_that_do_not_fit_are_checkpointed_and_then_the_run_stops_and
 def test_checkpointing_that_does_not_reproduce_the_model_is_not_used(
     mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = division._computed
-    monkeypatch.setattr(
-        division,
-        "_computed",
-        lambda model, path, batch: (
-            lambda loss, gradients: (loss, {name: (1 + 2e-3 * path.recompute) * g for name, g in gradients.items()})
-        )(*real(model, path, batch)),
-    )
+    real = proof.gradients
+
+    def wrong(model: nn.Module, path: Way, batch: Batch) -> proof.Sums:
+        loss, gradients = real(model, path, batch)
+        return loss, {name: gradient * (1 + 2e-3 * path.recompute) for name, gradient in gradients.items()}
+
+    monkeypatch.setattr(proof, "gradients", wrong)
     fail_gradients(monkeypatch, IN_STEP_7, fits=one_row_checkpointed)
     with pytest.raises(UserError, match="step 6, the last whole one, is saved"):
         tune(mlx_model, data, tmp_path / "run", *SMALLER)
