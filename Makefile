@@ -26,7 +26,8 @@ setup: $(READY)
 clean:
 	rm -rf $(VENV)
 
-# Sets $$python ("uv" when only uv can bring one) or ends with one line on what is missing.
+# Sets $$python ("uv" when only uv can bring one) or ends with one line on what is missing. On macOS uv is asked for an
+# arm64 Python by name (in $$wanted): by itself it would take the x86_64 one that Rosetta runs.
 define choose_python
 	fail() { echo "mlxtune: $$1" >&2; exit 1; }; \
 	system=$$(uname -s); \
@@ -45,10 +46,11 @@ define choose_python
 	  if ! "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then novenv="$$candidate"; continue; fi; \
 	  python="$$candidate"; break; \
 	done; \
-	if [ -z "$$python$$rosetta" ] && command -v uv >/dev/null 2>&1; then python=uv; fi; \
+	if [ -z "$$python" ] && command -v uv >/dev/null 2>&1; then python=uv; fi; \
+	wanted='>=3.11,<3.15'; [ "$$system" != Darwin ] || wanted="cpython-$$wanted-macos-aarch64-none"; \
 	if [ -z "$$python" ]; then \
 	  [ -z "$$novenv" ] || fail "$$novenv cannot make virtual environments; install python3-venv (apt-get install $$novenv-venv)"; \
-	  [ -z "$$rosetta" ] || fail "$$rosetta is an x86_64 Python (Rosetta or an Intel Mac); MLX needs an arm64 Python"; \
+	  [ -z "$$rosetta" ] || fail "$$rosetta is an x86_64 Python (Rosetta or an Intel Mac); MLX needs an arm64 Python (or uv, which brings one)"; \
 	  [ -z "$$older" ] || fail "Python 3.11 to 3.14 is needed; found only $$older"; \
 	  fail "no Python found; install Python 3.11 to 3.14, or uv"; \
 	fi
@@ -77,7 +79,7 @@ $(READY): pyproject.toml
 	echo "making $(VENV) with $$python ($$extras)"; \
 	rm -rf $(VENV); \
 	if [ "$$python" = uv ]; then \
-	  uv venv --quiet --seed --python '>=3.11,<3.15' $(VENV) && uv pip install --quiet --python $(VENV)/bin/python -e ".[$$extras]"; \
+	  uv venv --quiet --seed --python "$$wanted" $(VENV) && uv pip install --quiet --python $(VENV)/bin/python -e ".[$$extras]"; \
 	else \
 	  "$$python" -m venv $(VENV) && $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$$extras]"; \
 	fi && touch $(READY)

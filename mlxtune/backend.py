@@ -11,6 +11,7 @@ import ctypes.util
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxtune.errors import UserError
@@ -115,22 +116,47 @@ def kind() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+@dataclass(frozen=True)
+class Policy:
+    """How a training step is computed on a kind of device.
+
+    compiled: graphs as compiled functions; queued: the parts of a step are handed to the device one after the other
+    and waited for once, else each is waited for (on the CPU nothing is gained by going ahead); tile: a matrix product
+    works on so many rows at a time, so that other numbers of them are computed for nothing.
+    """
+
+    compiled: bool
+    queued: bool
+    tile: int
+
+
+def policy() -> Policy:
+    """The policy for MLX's default device. MLX's own variable MLX_DISABLE_COMPILE is heeded."""
+    if kind() == "cpu":
+        return Policy(compiled=False, queued=False, tile=1)
+    # Tiles of Metal's quantized products have 32 rows, from M5 on 64 (mlx/backend/metal/quantized.cpp).
+    return Policy(compiled=not os.environ.get("MLX_DISABLE_COMPILE"), queued=True, tile=64)
+
+
 def compiles() -> bool:
-    """Whether MLX compiles graphs: on a GPU, unless its own variable forbids it."""
-    return kind() != "cpu" and not os.environ.get("MLX_DISABLE_COMPILE")
+    """Whether MLX compiles graphs here."""
+    return policy().compiled
 
 
 def dtype_for(name: str, model_dtype: mx.Dtype, quantized: bool) -> mx.Dtype:
-    """The activation dtype of a run.
+    """The activation dtype of a model that runs or is trained.
 
-    name: `train.dtype`. On the CPU, half precision is some 40 times slower than float32, so `auto` is float32 there;
-    elsewhere it is the model's own. A 4-bit model cannot be moved between the two 16-bit types: its scales would be
-    rounded, and the base would no longer be the one the adapter is shipped with.
+    name: "own" to run it, `train.dtype` to train it. On the CPU, half precision is some 40 times slower than float32,
+    so `own` and `auto` are float32 there; elsewhere they are the model's own type, but `auto` is float32 for a float16
+    model: gradients may be larger than float16 holds, and float32 has every number of float16 exactly (bfloat16 would
+    round them). A 4-bit model cannot be moved between the two 16-bit types: its scales would be rounded, and the base
+    would no longer be the one the adapter is shipped with.
     """
     import mlx.core as mx
 
-    if name == "auto":
-        return mx.float32 if kind() == "cpu" else model_dtype
+    if name in ("own", "auto"):
+        for_gradients = name == "auto" and model_dtype == mx.float16
+        return mx.float32 if kind() == "cpu" or for_gradients else model_dtype
     wanted: mx.Dtype = getattr(mx, name)
     if quantized and wanted not in (mx.float32, model_dtype):
         own = str(model_dtype).removeprefix("mlx.core.")

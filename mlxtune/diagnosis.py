@@ -33,9 +33,14 @@ def examine() -> tuple[dict[str, str], list[str]]:
         "device": device,
         "free disk": f"{free / backend.GIB:.1f} GiB",
         "power": "plugged in, or no battery" if battery is None else f"battery, {battery}%",
-        "sleep": "held off while training (caffeinate)" if shutil.which("caffeinate") else "not held off here",
+        "sleep": _sleep(),
+        "low power mode": {None: "not known here", True: "on (the GPU is slower)", False: "off"}[host.low_power()],
     }
+    held = host.holders()
+    facts["other models in memory"] = host.listed(held) or f"none found ({', '.join(host.HOLDERS)})"
     advice = []
+    if held and device != "cuda":
+        advice.append(f"other programs hold models in memory ({host.listed(held)}): unload them before training")
     working_set = mx.device_info().get("max_recommended_working_set_size")
     if working_set:
         facts["working set"] = f"{int(working_set) / backend.GIB:.1f} GiB"
@@ -57,6 +62,12 @@ def examine() -> tuple[dict[str, str], list[str]]:
     if facts["xllamacpp"] == "not installed":
         advice.append("with xllamacpp installed, GGUF exports are proven by llama.cpp: pip install xllamacpp")
     return facts, advice
+
+
+def _sleep() -> str:
+    if sys.platform == "darwin" and shutil.which("caffeinate"):
+        return "held off while training, as long as the lid is open (caffeinate)"
+    return "not held off here"
 
 
 def _system() -> str:

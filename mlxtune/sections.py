@@ -164,7 +164,7 @@ class TrainSection(Section):
     clip_norm: float = Field(1.0, ge=0, description="global gradient norm is clipped to this; 0: never")
     seed: int = Field(0, ge=0, lt=2**31, description="decides every random draw")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="activations; auto: float32 on the CPU, else the model's own type"
+        "auto", description="activations; auto: float32 on the CPU and for float16 models, else the model's own type"
     )
     checkpoint_layers: Literal["none", "all"] | int = Field(
         "none", description="blocks whose activations are computed again instead of kept: none, all, or every n-th"
@@ -193,6 +193,12 @@ class TrainSection(Section):
         default_factory=list, description="where the numbers go as well: tensorboard, wandb, trackio"
     )
     keep_awake: Literal["auto", "off"] = Field("auto", description="auto: a Mac does not go to sleep while training")
+    rank_minutes: float = Field(
+        10.0,
+        gt=0,
+        description="of several processes, one that waits longer for the others ends the run; or, where that is more, "
+        "20 times what it took for its own part, or 3 times the longest wait before",
+    )
 
     _off = field_validator("memory_limit", "keep_awake", mode="before")(_yaml_off)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
@@ -10,6 +12,7 @@ from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlxtune_convert.chat_templates import unread
 from mlxtune_convert.files import explained, new_file
 
@@ -21,7 +24,7 @@ from mlxtune.data.chosen import Changes
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.loss import Score, score
-from mlxtune.model import hub, lora, vocabulary
+from mlxtune.model import floats, hub, lora, vocabulary
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.dropout import add_noise
 from mlxtune.model.exponentials import as_powers_of_two
@@ -35,7 +38,7 @@ from mlxtune.train.display import Display
 from mlxtune.train.events import FILE as EVENTS_FILE
 from mlxtune.train.events import Events
 from mlxtune.train.identity import Identity
-from mlxtune.train.lock import locked
+from mlxtune.train.lock import UNLOCKED, locked
 from mlxtune.train.ranks import ALONE, Ranks
 from mlxtune.train.step import Job
 
@@ -48,14 +51,17 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     """
     backend.prepare()
     model, model_config = open_model(hub.resolve(config.model.path))
-    dtype = backend.dtype_for(config.train.dtype, model_dtype(model), "quantization" in model_config)
+    own = model_dtype(model)
+    dtype = backend.dtype_for(config.train.dtype, own, "quantization" in model_config)
+    said = floats.notes(config.train.dtype, own, dtype, model_config)
     cast(model, dtype)
     lora.attach(model, lora.Spec.of(model, config.lora), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
     path = fast.hoped(model, data.train, config)
-    config, plan, notes = fit.fitted(model, path, config, model_config, dtype, plan, fit.limit_of(config.train))
+    limit, narrower = fit.limit_of(config.train), floats.narrower(own, dtype)
+    config, plan, notes = fit.fitted(model, path, config, model_config, dtype, plan, limit, narrower=narrower)
     path = replace(path, recompute=fast.every_nth(config.train))
-    return config, fit.plan(model, path, config, model_config, dtype, plan), notes
+    return config, fit.plan(model, path, config, model_config, dtype, plan), said + notes
 
 
 def default_out(model: str) -> Path:
@@ -79,11 +85,13 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
     fast.refuse_idle(config)
     with ExitStack() as stack:
         stack.enter_context(ranks.explained(out))
+        if config.train.keep_awake == "auto":  # on every machine: one that sleeps stops the others
+            stack.enter_context(host.kept_awake())
         notes: list[str] = []
         saved = None
         if resume and ranks.first:
             run_config(out)
-            stack.enter_context(locked(out))
+            notes += [] if stack.enter_context(locked(out)) else [UNLOCKED]
             saved = checkpoint.newest(out, notes.append)
         elif ranks.first:
             require_free(out)
@@ -101,7 +109,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
         stack.enter_context(explained(out))
         if not resume:
             out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(out))
+            notes += [] if stack.enter_context(locked(out)) else [UNLOCKED]
             if checkpoint.exists(out):  # since we looked, another run began and ended here
                 raise _taken(out)
         try:
@@ -148,8 +156,9 @@ def prepared(
     limit = fit.limit_of(config.train)
     if limit is not None and ranks.size > 1:  # all ranks take the same batches: those of the smallest machine, in MiB
         limit = ranks.lowest(limit >> 20) << 20
+    narrower = floats.narrower(loaded.own, loaded.dtype)
     mx.reset_peak_memory()  # from here on it is the run's: the proof is a part of it
-    chosen = choose(loaded.model, loaded.config, config, plan, loaded.dtype, limit, ranks)
+    chosen = choose(loaded.model, loaded.config, config, plan, loaded.dtype, limit, ranks, narrower)
     config, plan, path = chosen.config, chosen.rows, chosen.path
 
     def evaluate(between: Callable[[], None]) -> Score:
@@ -164,8 +173,10 @@ def prepared(
         answers = []
         for prompt in config.train.sample_prompts:
             between()
-            said = generate.answer(loaded, [{"role": "user", "content": prompt}], sampling, *variables)
-            answers.append({"prompt": prompt, "answer": said})
+            if ranks.first:
+                said = generate.answer(loaded, [{"role": "user", "content": prompt}], sampling, *variables)
+                answers.append({"prompt": prompt, "answer": said})
+            ranks.meet()
         return answers
 
     job = Job(
@@ -183,7 +194,8 @@ def prepared(
         ranks=ranks,
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
-    notes += unread(loaded.path) + chosen.notes
+    notes += unread(loaded.path) + floats.notes(config.train.dtype, loaded.own, loaded.dtype, loaded.config)
+    notes += chosen.notes
     template = chat.template_of(loaded.tokenizer, config.data.template_kwargs)
     if data.train.chat and not template.ends_answers(config.data.expand_turns == "none"):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
@@ -194,7 +206,28 @@ def prepared(
     where = f"{backend.kind()}, {dtype_name(loaded.dtype)}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {where}")
     notes.append(f"computed: {fast.describe(path)}")
+    notes += repeatable(loaded.model, backend.kind())
+    tight = []
+    if backend.kind() != "cuda":  # which has memory of its own
+        predicted = fit.plan(loaded.model, path, config, loaded.config, loaded.dtype, plan)
+        tight = host.crowded(predicted.total if predicted else 0, backend.memory_bytes())
+    if ranks.first:
+        notes += tight
+    else:
+        for warning in [*host.warnings(), *tight]:
+            print(f"note: process {ranks.number}, on {platform.node()}: {warning}", file=sys.stderr, flush=True)
     return job, config, changes, notes
+
+
+def repeatable(model: nn.Module, kind: str) -> list[str]:
+    """A note where a run cannot be repeated bit for bit on a device of this kind (`backend.kind`)."""
+    unordered = lora.summed_in_any_order(model)
+    if kind == "cpu" or not unordered:
+        return []
+    return [
+        f"a GPU adds up the gradients of {unordered} in an order of its own: "
+        "a run that is repeated or resumed may differ in its last bits"
+    ]
 
 
 def _written(
@@ -204,8 +237,6 @@ def _written(
     out, step = job.run, saved.state.step if saved else 0
     with new_file(out / CONFIG_FILE, force=True) as file:
         file.write(config.to_yaml())
-    if config.train.keep_awake == "auto":
-        stack.enter_context(host.kept_awake())
     events = stack.enter_context(closing(Events(out, display)))
     opened = loggers.opened(
         config.train.loggers, out, job.identity.config, step, lambda text: events.emit("note", text=text)

@@ -33,7 +33,7 @@ LAYERS = (
     ("mlxtune.session",),
     ("mlxtune.tuning", "mlxtune.runs"),
     ("mlxtune.demo",),
-    ("mlxtune.bench",),
+    ("mlxtune.bench", "mlxtune.selftest"),
     ("mlxtune.diagnosis",),
     ("mlxtune.cli",),
     ("mlxtune.__main__",),

@@ -144,12 +144,15 @@ def test_a_python_without_venv_is_refused_with_the_package_to_install(machine: M
     assert machine.choice() == "python3.13 on Linux"
 
 
-def test_an_x86_python_on_macos_is_refused_even_beside_uv(machine: Machine) -> None:
+def test_an_x86_python_on_macos_is_refused_and_uv_is_asked_for_an_arm64_one(machine: Machine) -> None:
     machine.system("Darwin")
     machine.python("python3", "3.12", machine="x86_64")
     assert machine.refusal().startswith("python3 is an x86_64 Python (Rosetta")
-    machine.program("uv", "exit 0")  # it would find the same Python, or be of the same kind
-    assert "Rosetta" in machine.refusal()
+    machine.program("uv", 'for last; do :; done; [ "$1" = venv ] && mkdir -p "$last"; exit 0')
+    assert machine.choice() == "uv on Darwin"
+    assert machine.make("setup").returncode == 0
+    wanted = re.search(r"^uv venv .*--python (\S+) \.venv$", machine.calls(), re.MULTILINE)
+    assert wanted and wanted[1] == "cpython->=3.11,<3.15-macos-aarch64-none"
     machine.python("python3.13", "3.13", machine="arm64")
     assert machine.choice() == "python3.13 on Darwin"
 

@@ -133,6 +133,9 @@ def test_the_metadata_say_what_is_needed_and_leave_the_backend_to_the_extras(sit
         "ruff",
         "xllamacpp",
     }
+    bounds = {need.name: need.specifier for need in base}
+    assert all(not bounds[name].contains("0.33.0") and bounds[name].contains("0.32.9") for name in ("mlx", "mlx-lm"))
     for extra, backend in (("cpu", "cpu"), ("cuda", "cuda13")):
         chosen = [need for need in needs if need not in base and need.marker and need.marker.evaluate({"extra": extra})]
         assert [(need.name, need.extras) for need in chosen] == [("mlx", {backend})]
+        assert chosen[0].specifier == bounds["mlx"]

@@ -232,7 +232,7 @@ def test_whoever_has_only_the_export_gets_the_same_answers(models: dict[str, Pat
 
     model = adapted(models["llama"], tmp_path / "run")
     loaded = load(str(models["llama"]), "float32")
-    tuned = Loaded(model, loaded.tokenizer, loaded.config, loaded.path, loaded.dtype)
+    tuned = Loaded(model, loaded.tokenizer, loaded.config, loaded.path, loaded.dtype, loaded.own)
     export.to_hf(export.Request(models["llama"], tmp_path / "run", tmp_path / "hf"))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")

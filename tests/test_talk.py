@@ -43,7 +43,7 @@ SAID = {
 
 def loaded(tokenizer: Any) -> Loaded:
     """A tokenizer without a model; its words are put in its mouth."""
-    return Loaded(None, tokenizer, {"vocab_size": 100_000}, Path("model"), mx.float32)  # type: ignore[arg-type]
+    return Loaded(None, tokenizer, {"vocab_size": 100_000}, Path("model"), mx.float32, mx.float32)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.files import read_json
+from mlxtune_convert.files import matching, read_json
 from mlxtune_convert.gguf_file import Field, File
 
 DEFAULT = "default"
@@ -24,7 +24,7 @@ def of_folder(folder: Path) -> dict[str, str]:
     Two things it leaves out are read too: the default of tokenizer_config.json beside files that have none, and
     chat_template.json, which the processors of vision models wrote. Raises UserError for what is no template.
     """
-    found = {path.stem: _text(path) for path in sorted((folder / MORE).glob("*.jinja"))}
+    found = {path.stem: _text(path) for path in matching(folder / MORE, "*.jinja")}
     if (folder / MAIN).is_file():
         found[DEFAULT] = _text(folder / MAIN)
     for name in (CONFIG, OLD):
@@ -46,7 +46,7 @@ def unread(folder: Path) -> list[str]:
         if old.get(DEFAULT, read.get(DEFAULT)) != read.get(DEFAULT):
             first = MAIN if (folder / MAIN).is_file() else CONFIG
             notes.append(f"{folder / OLD} is not read: {first} has another chat template, which comes first")
-    others = sorted(path.name for path in folder.glob("*.jinja") if path.name != MAIN)
+    others = [path.name for path in matching(folder, "*.jinja") if path.name != MAIN]
     if others and DEFAULT not in read:
         notes.append(f"{folder} has no {MAIN}, and {', '.join(others)} is not read: rename it if it is the template")
     return notes

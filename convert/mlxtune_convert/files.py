@@ -14,6 +14,11 @@ from typing import IO, Any
 from mlxtune_convert.errors import UserError
 
 MIB = 1 << 20
+# What macOS itself leaves in a folder that a person sees as empty: view settings, a folder's own icon, and, on volumes
+# that cannot hold extended attributes, a file with these beside each file (._name).
+OF_MACOS, BESIDE = (".DS_Store", ".localized", "Icon\r"), "._"
+# How file systems say that they have no fsync (network volumes, exFAT's folders), not that it failed.
+NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
 # The file system's usual refusals: the reason, and what to do when it was a write that was refused.
 REFUSALS = {
@@ -26,6 +31,23 @@ REFUSALS = {
     errno.EISDIR: ("it is a folder", "Check the path."),
     errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one."),
 }
+
+
+def contents(folder: Path) -> list[Path]:
+    """What a folder holds, without what macOS itself leaves there."""
+    return [path for path in folder.iterdir() if path.name not in OF_MACOS and not path.name.startswith(BESIDE)]
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """The paths in a folder that a glob pattern matches, by name; not macOS's ._name beside one. None where there is no
+    such folder.
+    """
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith(BESIDE))
+
+
+def holds_something(path: Path) -> bool:
+    """Whether there is a file, or a folder with more in it than what macOS itself leaves there."""
+    return bool(contents(path)) if path.is_dir() else path.exists()
 
 
 def refuse_existing(path: Path, force: bool, sources: Sequence[Path] = ()) -> None:
@@ -42,9 +64,7 @@ def refuse_existing(path: Path, force: bool, sources: Sequence[Path] = ()) -> No
             raise UserError(f"{path} {what}", "Choose another folder.")
     if Path.cwd().is_relative_to(place):
         raise UserError(f"{path} is the folder you are in, or holds it", "Name a new folder.")
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if not force:
+    if holds_something(path) and not force:
         raise UserError(f"{path} already exists", "Choose another folder, or add --force to replace it.")
 
 
@@ -138,24 +158,35 @@ def new_artefact(destination: Path, main: str, force: bool = False, sources: Seq
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk, so that a power cut cannot take it back.
-
-    On macOS fsync leaves data in the drive's own cache; F_FULLFSYNC does not. File systems that know neither are left
-    alone. Windows cannot flush folders and needs no help with files.
+    """Wait until a file, or a folder's list of names, is on the disk, so that a power cut cannot take it back. Windows
+    cannot flush folders and needs no help with files.
     """
     if os.name == "nt":
         return
-    import fcntl
-
     handle = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            if hasattr(fcntl, "F_FULLFSYNC"):
-                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-                return
-        os.fsync(handle)
+        flush_open(handle)
     finally:
         os.close(handle)
+
+
+def flush_open(handle: int) -> None:
+    """As `flush`, of an open file.
+
+    On macOS fsync leaves data in the drive's own cache; F_FULLFSYNC does not. File systems that know neither are left
+    alone; an fsync that failed (a full disk, a broken one) raises OSError.
+    """
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            raise
 
 
 def _remove(path: Path) -> None:

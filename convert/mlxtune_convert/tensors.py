@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.files import read_json, write_json
+from mlxtune_convert.files import matching, read_json, write_json
 
 SHARD_BYTES = 2 << 30
 
@@ -55,7 +55,7 @@ def weight_files(folder: Path) -> list[Path]:
                 "Copy or download the folder again.",
             )
     if not files:
-        others = [path.name for path in folder.glob("*.bin")] + [path.name for path in folder.glob("*.pt*")]
+        others = [path.name for pattern in ("*.bin", "*.pt*") for path in matching(folder, pattern)]
         why = f" (only {others[0]}: pickled weights are never loaded)" if others else ""
         raise UserError(
             f"{folder} has no model*.safetensors{why}", "A model folder holds config.json and safetensors files."

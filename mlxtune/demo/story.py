@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from mlxtune_convert.files import refuse_existing
+from mlxtune_convert.files import holds_something, refuse_existing
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -49,7 +49,7 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
     """Run the whole story into `out`: model, run, fused, peft, hf and gguf folders. Raises UserError at the first
     thing that fails.
     """
-    taken = [out / name for name in FOLDERS if (out / name).exists()]
+    taken = [out / name for name in FOLDERS if holds_something(out / name)]
     if taken and not force:
         raise UserError(f"{taken[0]} already exists", "Choose another --out, or add --force to begin again.")
     for folder in taken:

@@ -28,13 +28,15 @@ from mlxtune.model.quantize import on_cpu
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer. `tokenizer` is Hugging Face's own; `dtype` that of the activations."""
+    """A model with its tokenizer. `tokenizer` is Hugging Face's own; `dtype` that of the activations, `own` that
+    of the weights as they are stored."""
 
     model: nn.Module
     tokenizer: Any
     config: dict[str, Any]
     path: Path
     dtype: mx.Dtype
+    own: mx.Dtype
 
     @property
     def eos_ids(self) -> list[int]:
@@ -54,12 +56,12 @@ class Loaded:
             )
 
 
-def load(source: str, dtype: str = "auto", as_mlx_lm: bool = False) -> Loaded:
+def load(source: str, dtype: str = "own", as_mlx_lm: bool = False) -> Loaded:
     """Load a model for running or training.
 
-    source: MLX folder, 16-bit Hugging Face folder, or hub id; dtype: as `train.dtype`; as_mlx_lm: with mlx-lm's own way
-    to multiply on the CPU, to be compared with. Raises UserError for
-    whatever is missing, torn or unknown.
+    source: MLX folder, 16-bit Hugging Face folder, or hub id; dtype: "own" to run it, `train.dtype` to train it;
+    as_mlx_lm: with mlx-lm's own way to multiply on the CPU, to be compared with. Raises UserError for whatever is
+    missing, torn or unknown.
     """
     backend.prepare()
     path = resolve(source)
@@ -73,7 +75,7 @@ def load(source: str, dtype: str = "auto", as_mlx_lm: bool = False) -> Loaded:
     if backend.kind() == "cpu" and not as_mlx_lm:
         on_cpu(model)
     mx.eval(model.parameters())
-    return Loaded(model, tokenizer, config, path, wanted)
+    return Loaded(model, tokenizer, config, path, wanted, own)
 
 
 def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:

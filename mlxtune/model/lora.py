@@ -93,6 +93,16 @@ def in_full(model: nn.Module) -> dict[str, Any]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Trained)}
 
 
+def summed_in_any_order(model: nn.Module) -> str:
+    """Of what a GPU adds up gradients in no fixed order, for a sentence; "" for nothing. MLX's scatter-add is atomic
+    there: of the rows of a trained embedding, one for each time a token occurs, and of the inputs that several experts
+    share.
+    """
+    trained = any(isinstance(layer, nn.Embedding) for layer in in_full(model).values())
+    experts = any(isinstance(module, SWITCH) for _, module in model.named_modules())
+    return " and ".join(["trained embeddings"] * trained + ["experts"] * experts)
+
+
 def factors(model: nn.Module) -> dict[str, mx.array]:
     """Everything that was trained, under mlx-lm's names."""
     out = {

@@ -21,7 +21,9 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlxtune.data.batches import Batch, common, first_target
 from mlxtune.data.chat import Example
 
-MIN_SUFFIX = 9  # the fused attention's gradient is reported to fail for 8 or fewer queries on Metal
+# Up to 8 queries MLX's attention on Metal has kernels of its own, for generation. A gradient takes none of them (in
+# MLX's source `is_training` turns them off), so nothing is known to fail below 9; staying above costs a few tokens.
+MIN_SUFFIX = 9
 GRAIN = 16  # a batch may share more than the run does: by multiples of this, so that shapes stay few
 MIN_SAVED = 0.04  # share of a batch's tokens; below, the second pass costs what it saves
 WORTH_SAYING = 8  # tokens: any chat template begins its rows with some

@@ -53,7 +53,7 @@ class Calibration:
     """The trained model, run over training rows; layers are replaced by their quantized form as they get it."""
 
     def __init__(self, model: str, adapter: Path, examples: Sequence[Example]) -> None:
-        loaded = load(model, "auto")
+        loaded = load(model)
         self.model = loaded.model
         lora.load_adapter(self.model, adapter, loaded.config)
         step = max(1, len(examples) // MAX_ROWS)

@@ -7,7 +7,6 @@ before is used.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import shutil
@@ -20,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
-from mlxtune_convert.files import new_folder, read_json, write_json
+from mlxtune_convert.files import contents, new_folder, read_json, write_json
 
 from mlxtune.data import chosen
 from mlxtune.errors import UserError
@@ -157,8 +156,7 @@ def free(run: Path) -> bool:
     """Whether a run may begin here: there is nothing, or one was killed here before it saved anything."""
     if not run.is_dir():
         return not run.exists()
-    names = {path.name for path in run.iterdir()}
-    return names <= {*OWN, ".DS_Store"} and not exists(run) and not lock.is_locked(run)
+    return {path.name for path in contents(run)} <= set(OWN) and not exists(run) and not lock.is_locked(run)
 
 
 def remove(run: Path) -> None:
@@ -169,8 +167,8 @@ def remove(run: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # it is not empty
-        run.rmdir()
+    if run.is_dir() and not contents(run):
+        shutil.rmtree(run, ignore_errors=True)
 
 
 def _folders(run: Path) -> list[Path]:

@@ -43,14 +43,15 @@ def choose(
     dtype: mx.Dtype,
     limit: int | None = None,
     ranks: Ranks = ALONE,
+    narrower: str = "",
 ) -> Choice:
     """The way for a model whose adapter is attached. dtype: of the run's activations; limit: bytes of memory, None:
-    any; ranks: all take the same way and the same batches.
+    any; ranks: all take the same way and the same batches; narrower: as `floats.narrower`.
 
     Raises UserError when not even the plain way fits the memory.
     """
     wanted, notes = fast.wanted(model, rows.examples, config)
-    search = _Search(model, model_config, config, rows, dtype, limit, wanted)
+    search = _Search(model, model_config, config, rows, dtype, limit, wanted, narrower)
     number = 0
     while True:
         number, found = search.first_from(number)
@@ -72,6 +73,7 @@ class _Search:
         dtype: mx.Dtype,
         limit: int | None,
         wanted: Path,
+        narrower: str,
     ) -> None:
         self.model = model
         self.model_config = model_config
@@ -79,6 +81,7 @@ class _Search:
         self.rows = rows
         self.dtype = dtype
         self.limit = limit
+        self.narrower = narrower
         self.ways = fast.in_order(wanted)
         self.refused: list[str] = []
         self._tried: set[Path] = set()
@@ -103,7 +106,15 @@ class _Search:
     def _fitted(self, way: Path, checkpoints: bool) -> Choice:
         try:
             config, rows, notes = fit.fitted(
-                self.model, way, self.config, self.model_config, self.dtype, self.rows, self.limit, checkpoints
+                self.model,
+                way,
+                self.config,
+                self.model_config,
+                self.dtype,
+                self.rows,
+                self.limit,
+                checkpoints,
+                self.narrower,
             )
         except UserError as error:
             if not self.refused:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from mlxtune_convert.files import flush_open
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -47,7 +48,7 @@ class Events:
                 self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
                 self._file.flush()
                 if kind in ("checkpoint", "end"):
-                    os.fsync(self._file.fileno())
+                    flush_open(self._file.fileno())
                 self._ended = kind == "end"
             for listener in self._listeners:
                 listener(event)

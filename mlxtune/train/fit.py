@@ -81,9 +81,11 @@ def fitted(
     rows: Plan,
     limit: int | None,
     checkpoints: bool = True,
+    narrower: str = "",
 ) -> tuple[Config, Plan, list[str]]:
     """(configuration, its plan of batches, notes) that fit the limit, bytes, when the run is computed as `path` says.
-    How many blocks are checkpointed is the configuration's; checkpoints: whether any may be.
+    How many blocks are checkpointed is the configuration's; checkpoints: whether any may be; narrower: as
+    `floats.narrower`.
 
     Raises UserError, naming the setting to change, when no batch is small enough.
     """
@@ -115,7 +117,8 @@ def fitted(
     raise UserError(
         f"training needs {needed / 1e6:,.0f} MB of memory even with one {least} at a time"
         f"{' and checkpointing' if checkpoints else ''}; train.memory_limit allows {limit / 1e6:,.0f} MB",
-        "Lower data.max_tokens, take a smaller or a 4-bit model, or set train.memory_limit: off.",
+        f"Lower data.max_tokens, take a smaller or a 4-bit model, {f'set {narrower}, ' if narrower else ''}"
+        "or set train.memory_limit: off.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -11,13 +12,23 @@ from pathlib import Path
 from mlxtune.errors import UserError
 
 FILE = ".lock"
+# How file systems say that they have no locks (network volumes, some that FUSE brings).
+NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
+UNLOCKED = (
+    "the volume of this run's folder has no locks: nothing stops a second process from training in it, and "
+    "`mlxtune runs` calls the run killed while it lasts"
+)
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold the run's lock inside. Raises UserError, naming the process, when another holds it."""
+def locked(run: Path) -> Iterator[bool]:
+    """Hold the run's lock inside. Yields False when the file system has no locks: then nothing is held.
+
+    Raises UserError, naming the process, when another holds it.
+    """
     with (run / FILE).open("a+", encoding="utf-8") as file:
-        if not _taken(file.fileno()):
+        taken = _taken(file.fileno())
+        if taken is False:
             file.seek(0)
             raise UserError(
                 f"{run}: process {file.read().strip() or '(unknown)'} is training here",
@@ -26,22 +37,28 @@ def locked(run: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield taken is True
 
 
 def is_locked(run: Path) -> bool:
-    """Whether a process is training in this folder."""
+    """Whether a process is training in this folder; False also where the file system has no locks."""
     try:
         with (run / FILE).open("r", encoding="utf-8") as file:
-            return not _taken(file.fileno())
+            return _taken(file.fileno()) is False
     except OSError:
         return False
 
 
-def _taken(handle: int) -> bool:
-    """Take the lock of an open file, which lasts until the file is closed; False when another process has it."""
+def _taken(handle: int) -> bool | None:
+    """Take the lock of an open file, which lasts until the file is closed; False when another process has it, None when
+    the file system has no locks.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import mlx.core as mx
 from mlxtune import backend
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.gpu_errors import recognise
-from mlxtune.model import lora
+from mlxtune.model import floats, lora
 from mlxtune.train import checkpoint, optim
 from mlxtune.train.checkpoint import Saved, State
 from mlxtune.train.division import Division, TooLarge, same
@@ -77,9 +78,24 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
         if stop.giving_up and job.ranks.size == 1:  # several ranks only stop together
             raise Halted
 
+    def left_alone(waited: str) -> None:
+        step, ranks = whole.state.step, job.ranks
+        others = f"process {ranks.number} of {ranks.size} waited {waited} for the others"
+        print(f"error: {others} in step {step + 1}: one hangs, sleeps or lost its network", file=sys.stderr)
+        try:
+            _save_whole(job, events, whole)
+        except (UserError, OSError) as refused:
+            print(f"  Step {step} could not be saved: {refused}", file=sys.stderr)
+        events.emit("end", step=step, state="failed")
+        if not ranks.first:
+            return
+        print(f"  Then: {_again(job, checkpoint.resumable(job.run))}", file=sys.stderr)
+        if not checkpoint.exists(job.run):
+            checkpoint.remove(job.run)
+
     state = reached(state)
     stop = StopRequest(heard, leave, alone=job.ranks.size == 1)
-    with stop:
+    with stop, job.ranks.patience.ends_the_run(60 * section.rank_minutes, left_alone):
         step_function = StepFunction(job, optimizer, between)
         step_function.divide(Division(state.halved, state.checkpointed))
         while True:
@@ -181,7 +197,7 @@ def _evaluate(job: Job, events: Events, state: State, stop: StopRequest, whole: 
     try:
         with stop.in_evaluation():
             scored = job.evaluate(halt)
-            samples = job.samples(halt) if job.ranks.first else []
+            samples = job.samples(halt)
     except Halted:
         return state
     events.emit(
@@ -280,7 +296,8 @@ def _refused(job: Job, events: Events, state: State, bad: NonFinite) -> State:
             lora.save_factors(job.model, job.run, job.spec.file)
     events.emit("end", step=state.step, state="failed")
     skipped = f" ({state.skipped} steps were skipped before it)" if state.skipped else ""
-    raise UserError(f"{where}{skipped}", f"{kept}Try a lower train.lr, or train.dtype=float32.")
+    helps = floats.remedy(job.identity.config["train.dtype"], trained=state.step > state.skipped)
+    raise UserError(f"{where}{skipped}", f"{kept}{helps}")
 
 
 def _spike(recent: deque[float], loss: float) -> str:

@@ -3,41 +3,71 @@
 Each optimizer step is that of one process: its examples are dealt to the ranks, and summed losses and gradients are
 added up. Rank 0 alone reads and writes the run folder; the others get what it read. Alone, everything here does
 nothing.
+
+What is added up is sealed: the ranks compare a checksum of it, and every small message carries its number. MLX's JACCL
+(RDMA over Thunderbolt) does not look at whether a message arrived: when a machine is gone, what lies in the buffer is
+taken for it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlxtune.data.batches import Batch
 from mlxtune.errors import UserError
-from mlxtune.model.arrays import named, scalar, to_numpy
+from mlxtune.model.arrays import named, to_numpy
+from mlxtune.train.patience import Patience
+
+TOGETHER = 32 << 20  # bytes that are sent as one array, where tensors are smaller
+WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint32}  # by bytes of a number
+NUMBERS = 1 << 20  # of messages before they begin again: float32 holds them exactly
+
+
+class Torn(RuntimeError):
+    """What this process received is not what the others sent."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The group of processes. group None: this process trains alone."""
+    """The group of processes. group None: this process trains alone. patience: of its waits for the others; messages:
+    counts those sent.
+    """
 
     group: Any = None
+    patience: Patience = field(default_factory=Patience)
+    messages: Iterator[int] = field(default_factory=itertools.count)
 
     @classmethod
     def here(cls) -> Ranks:
-        group = mx.distributed.init()
+        """Raises UserError when the processes do not find each other."""
+        try:
+            group = mx.distributed.init()
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the processes do not find each other ({error})",
+                "The hostfile must name an IP address of every machine that the others reach, and each machine's "
+                "firewall must let Python in.",
+            ) from error
         return cls(group if group.size() > 1 else None)
 
     @property
     def size(self) -> int:
         return 1 if self.group is None else int(self.group.size())
+
+    @property
+    def number(self) -> int:
+        """This process, counted from 1."""
+        return 1 if self.group is None else int(self.group.rank()) + 1
 
     @property
     def first(self) -> bool:
@@ -74,8 +104,15 @@ class Ranks:
         if self.group is None:
             return tree
         arrays = _ordered(tree)
-        means = nn.average_gradients(list(arrays.values()), self.group)
-        return tree_unflatten([(name, mean * self.size) for name, mean in zip(arrays, means, strict=True)])
+        mx.eval(arrays)  # this process's own work, before it waits
+        summed = {}
+        for names in _together(arrays):
+            flat = mx.concatenate([arrays[name].reshape(-1) for name in names])
+            ends = np.cumsum([arrays[name].size for name in names])[:-1].tolist()
+            parts = mx.split(self._added(flat), ends)
+            summed.update({name: part.reshape(arrays[name].shape) for name, part in zip(names, parts, strict=True)})
+        self._seal(summed)
+        return tree_unflatten(list(summed.items()))
 
     def sums(self, *numbers: float) -> list[float]:
         """The sums over the ranks of some numbers, in double precision as far as they are added here."""
@@ -84,15 +121,14 @@ class Ranks:
         # float32 pairs: MLX's ring adds no float64. The parts of a number are exact; only their few sums are rounded.
         high = [float(np.float32(number)) for number in numbers]
         low = [number - whole for number, whole in zip(numbers, high, strict=True)]
-        parts = mx.distributed.all_gather(mx.array([[*high, *low]]), group=self.group)
-        found = to_numpy(parts).astype(np.float64).sum(axis=0)
+        found = self._gathered(mx.array([*high, *low])).astype(np.float64).sum(axis=0)
         return (found[: len(numbers)] + found[len(numbers) :]).tolist()
 
     def highest(self, number: int) -> int:
         """The largest of the ranks' numbers: what one of them must stop for, all stop for."""
         if self.group is None:
             return number
-        return int(scalar(mx.distributed.all_gather(mx.array([number]), group=self.group).max()))
+        return int(self._gathered(mx.array([number])).max())
 
     def lowest(self, number: int) -> int:
         """The smallest of the ranks' numbers: what one of them has not, none may use."""
@@ -102,12 +138,17 @@ class Ranks:
         """Rank 0's tree of arrays, on every rank."""
         if self.group is None:
             return tree
-        out = []
+        out = {}
         for name, array in _ordered(tree).items():
-            mine = array if self.first else mx.zeros_like(array)
-            out.append((name, mx.distributed.all_sum(mine, group=self.group)))
-            mx.eval(out[-1][1])
-        return tree_unflatten(out)
+            out[name] = self._added(array if self.first else mx.zeros_like(array))
+        self._seal(out)
+        return tree_unflatten(list(out.items()))
+
+    def meet(self) -> None:
+        """Wait until every process is here: between two parts of what one of them does alone, so that the others wait
+        for a part only.
+        """
+        self.highest(0)
 
     def tell(self, text: str) -> str:
         """Rank 0's text, on every rank."""
@@ -116,18 +157,54 @@ class Ranks:
         said = text.encode() if self.first else b""
         letters = np.zeros(self.highest(len(said)), np.uint8)
         letters[: len(said)] = np.frombuffer(said, np.uint8)
-        return to_numpy(mx.distributed.all_sum(mx.array(letters), group=self.group)).tobytes().decode()
+        return to_numpy(self._added(mx.array(letters))).tobytes().decode()
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Around everything that waits for the others."""
+        with self.patience.waiting():
+            try:
+                yield
+            except ValueError as error:  # JACCL's, of a message that it could not send
+                raise Torn(str(error)) from error
+
+    def _added(self, array: mx.array) -> mx.array:
+        """The sum over the ranks of an array."""
+        with self._exchange():
+            summed = mx.distributed.all_sum(array, group=self.group)
+            mx.eval(summed)
+        return summed
+
+    def _gathered(self, numbers: mx.array) -> np.ndarray:
+        """[ranks, N]: the N numbers of every rank. Raises Torn when a message is not the one that was due."""
+        due = next(self.messages) % NUMBERS
+        sent = mx.concatenate([numbers, mx.array([due], numbers.dtype)])
+        with self._exchange():
+            found = to_numpy(mx.distributed.all_gather(sent[None], group=self.group))
+        if (found[:, -1] != due).any():
+            raise Torn("a message is not the one that was due")
+        return found[:, :-1]
+
+    def _seal(self, arrays: dict[str, mx.array]) -> None:
+        """Raise Torn, on every rank, unless all have the same bits."""
+        # Sums of integers: exact in any order, so equal on chips of different kinds.
+        bits = [array.reshape(-1).view(WORDS[array.dtype.size]) for array in arrays.values()]
+        sums = [part.astype(mx.uint32).sum() for part in bits]
+        found = self._gathered(mx.stack(sums).sum()[None].view(mx.int32))
+        if (found != found[0]).any():
+            raise Torn("the sums are not the same on all of them")
 
     @contextmanager
     def explained(self, run: Path) -> Iterator[None]:
-        """Turn MLX's error about a dead process into one clear line."""
+        """Turn MLX's error about a dead process, and sums that are none, into one clear line."""
         try:
             yield
         except RuntimeError as error:
-            if self.group is None or "peer" not in str(error):
+            lost = isinstance(error, Torn) or str(error).startswith(("[ring]", "[jaccl]"))
+            if self.group is None or not lost:
                 raise
             raise UserError(
-                f"another of the {self.size} processes ended, and with it the run ({error})",
+                f"the connection to another of the {self.size} processes is gone, and with it the run ({error})",
                 f"The last checkpoint is whole; to go on, with any number of processes: --resume --out {run}",
             ) from error
 
@@ -136,7 +213,7 @@ class Ranks:
         for name, fact in facts.items():
             digest = np.frombuffer(hashlib.sha256(fact.encode()).digest()[:8], np.int32)
             if self.group is not None:
-                every = to_numpy(mx.distributed.all_gather(mx.array(digest)[None], group=self.group))
+                every = self._gathered(mx.array(digest))
                 if (every != every[0]).any():
                     raise UserError(
                         f"the {self.size} processes do not have the same {name}",
@@ -147,6 +224,19 @@ class Ranks:
 def _ordered(tree: Any) -> dict[str, mx.array]:
     """Every rank sends in the order of the names; trees that were loaded have another one than trees that were made."""
     return dict(sorted(named(tree).items()))
+
+
+def _together(arrays: dict[str, mx.array]) -> Iterator[list[str]]:
+    """The names of arrays of one type that are sent as one, of TOGETHER bytes or little more."""
+    for dtype in sorted({str(array.dtype) for array in arrays.values()}):
+        names: list[str] = []
+        for name in (name for name, array in arrays.items() if str(array.dtype) == dtype):
+            names.append(name)
+            if sum(arrays[one].nbytes for one in names) >= TOGETHER:
+                yield names
+                names = []
+        if names:
+            yield names
 
 
 ALONE = Ranks()

@@ -20,7 +20,6 @@ from mlx.utils import tree_map
 from mlxtune.data.batches import Batch, Plan
 from mlxtune.gpu_errors import Failure, Kind, recognise
 from mlxtune.model import lora
-from mlxtune.model.arrays import scalar
 from mlxtune.model.dropout import DropoutKeys
 from mlxtune.sections import TrainSection
 from mlxtune.train import optim
@@ -29,6 +28,8 @@ from mlxtune.train.gradients import Gradients
 from mlxtune.train.identity import Identity
 from mlxtune.train.loss import Path
 from mlxtune.train.ranks import ALONE, Ranks
+
+COMPILED_FROM = 2  # a signature used once is computed as it comes: compiling would cost more than it saves
 
 
 class Scored(Protocol):
@@ -42,17 +43,22 @@ class Scored(Protocol):
 
 
 class NonFinite(Exception):
-    """The loss or gradient of a step is not finite; nothing was updated. rows: the places to look at."""
+    """The loss or gradient of a step is not finite; nothing was updated. rows: the places to look at;
+    dtype: of the activations.
+    """
 
-    def __init__(self, loss: float, rows: str) -> None:
-        super().__init__(f"the loss or gradient is not finite (loss {loss}); rows in the step: {rows}")
+    def __init__(self, loss: float, rows: str, dtype: str) -> None:
+        what = f"the gradient is not finite in {dtype} (the loss is, {loss:.4g})"
+        if not math.isfinite(loss):
+            what = f"the loss is not finite in {dtype} ({loss})"
+        super().__init__(f"{what}; rows in the step: {rows}")
 
 
 @dataclass(frozen=True)
 class Job:
     """Everything a run works with. path: how the loss is computed; evaluate: scores the current model, calling what it
-    is given now and then; samples: answers to train.sample_prompts, calling it too; place: what to call a training row
-    in messages; spec: of the adapter.
+    is given now and then; samples: answers to train.sample_prompts, calling it too, none on ranks but the first; place:
+    what to call a training row in messages; spec: of the adapter.
     """
 
     model: nn.Module
@@ -80,30 +86,37 @@ class StepFunction:
         self.optimizer = optimizer
         self.between = between
         self.layers = len(lora.adapters(job.model))
+        self._update = optim.Update(optimizer, job.section.clip_norm)
+        self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
         self._computing = 0  # examples in the part under way
         self.divide(Division())
 
     def divide(self, division: Division) -> None:
         """Compute steps in these parts from here on."""
         self.division = division
-        self._gradients = Gradients(self.job.model, division.path(self.job.path))
+        self._gradients = Gradients(self.job.model, division.path(self.job.path), COMPILED_FROM)
+        self._known = 0  # the last step whose parts' signatures are known
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Raises NonFinite, or with `train.on_oom: smaller` TooLarge, before anything is updated."""
         began = time.perf_counter()
+        self._recall(number)
         batches = self.job.plan.step(number)
         targets = sum(batch.targets for batch in batches)
         losses, gradients = self._summed(number, self.job.ranks.share(batches))
-        gradients = tree_map(lambda g: g / targets, self.job.ranks.total(gradients))
-        gradients, norm = optim.clip(gradients, self.job.section.clip_norm)
-        mx.eval(gradients, norm)
-        mean, norm_value = self.job.ranks.sums(sum(losses))[0] / targets, scalar(norm)
-        if not (math.isfinite(mean) and math.isfinite(norm_value)):
-            raise NonFinite(mean, self.rows(number, losses))
         rate = optim.learning_rate(self.job.section, number, self.job.plan.steps)
-        self.optimizer.learning_rate = rate
-        self.optimizer.update(self.job.model, gradients)
-        mx.eval(self.job.model.trainable_parameters(), self.optimizer.state)
+        gradients, before = self.job.ranks.total(gradients), self.job.model.trainable_parameters()
+        parameters, state, norm = self._update(gradients, before, targets, rate)
+        del gradients, before  # the update takes the gradients' memory
+        numbers = mx.stack([norm, *losses])
+        mx.eval(parameters, state, numbers)
+        read: Any = numbers.tolist()
+        norm_value, *values = read
+        mean = self.job.ranks.sums(sum(values))[0] / targets
+        if not (math.isfinite(mean) and math.isfinite(norm_value)):
+            raise NonFinite(mean, self.rows(number, values), self.job.identity.config["train.dtype"])
+        self.job.model.update(parameters)
+        self.optimizer.state = state
         return {
             "step": number,
             "loss": mean,
@@ -123,11 +136,11 @@ class StepFunction:
             batches = bad or batches
         return ", ".join([self.job.place(row) for batch in batches for row in batch.rows][:16])
 
-    def _summed(self, number: int, batches: list[Batch]) -> tuple[list[float], Any]:
+    def _summed(self, number: int, batches: list[Batch]) -> tuple[list[mx.array], Any]:
         """As `_accumulate`. Raises TooLarge, on every process, where the memory of one of them did not suffice."""
         if self.job.section.on_oom == "stop":
             return self._accumulate(number, batches)
-        losses, gradients, found = list[float](), None, None
+        losses, gradients, found = list[mx.array](), None, None
         try:
             losses, gradients = self._accumulate(number, batches)
         except (RuntimeError, MemoryError) as error:
@@ -138,13 +151,22 @@ class StepFunction:
             raise TooLarge(found or Failure(Kind.OUT_OF_MEMORY, "in another of the processes"), examples)
         return losses, gradients
 
-    def _accumulate(self, number: int, batches: list[Batch]) -> tuple[list[float], Any]:
-        """(summed loss of each micro-batch, summed gradients) of a step."""
-        losses: list[float] = []
+    def _recall(self, number: int) -> None:
+        """Know the parts of the steps before, where a run goes on or steps were divided: see Gradients.note."""
+        if self.job.path.compiled:
+            for before in range(self._known + 1, number):
+                for batch in self.job.ranks.share(self.job.plan.step(before)):
+                    for part in self.division.parts(batch):
+                        self._gradients.note(part)
+        self._known = max(self._known, number)
+
+    def _accumulate(self, number: int, batches: list[Batch]) -> tuple[list[mx.array], Any]:
+        """(summed loss of each micro-batch, summed gradients) of a step, computed: one wait for each part."""
+        losses: list[mx.array] = []
         gradients: Any = tree_map(mx.zeros_like, self.job.model.trainable_parameters()) if not batches else None
         try:
             for batch in batches:
-                loss = 0.0
+                parts: list[mx.array] = []
                 for part in self.division.parts(batch):
                     if gradients is not None:
                         self.between()
@@ -152,10 +174,11 @@ class StepFunction:
                     lengths = (part.lengths - 1).tolist()  # a row's last token predicts nothing
                     self.job.dropout.set(self.job.section.seed, number, part.rows.tolist(), lengths, self.layers)
                     value, new = self._gradients(part)
-                    gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+                    gradients = new if gradients is None else self._added(gradients, new)
+                    del new
                     mx.eval(value, gradients)
-                    loss += scalar(value)
-                losses.append(loss)
+                    parts.append(value)
+                losses.append(sum(parts[1:], parts[0]))
         finally:
             self.job.dropout.clear()
         return losses, gradients

@@ -1,0 +1,132 @@
+"""All checks, done in another process, in a folder that is gone afterwards.
+
+What a check meets on a GPU may end its process, or never end: that is a result too, and the checks after it are done by
+a new process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from mlxtune.selftest.outcome import FAILED, Result
+
+SECONDS = 120.0  # that one check may take
+PATIENCE = 5.0  # seconds for a process to end when it is told to
+PROCESSES = 4  # that may be lost; what is left then is not tried
+COMMAND = (sys.executable, "-m", "mlxtune.selftest")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def results(begun: Callable[[str], None]) -> Iterator[Result]:
+    """The result of every check, as soon as it is there. begun: is told a check's name when it begins."""
+    with tempfile.TemporaryDirectory(prefix="mlxtune-test-") as folder:
+        first = 0
+        for _ in range(PROCESSES):
+            after = yield from _from(first, Path(folder), begun)
+            if after is None:
+                return
+            first = after
+        yield Result("", "the rest", FAILED, said=f"not tried, for {PROCESSES} processes were lost")
+
+
+def _from(first: int, folder: Path, begun: Callable[[str], None]) -> Generator[Result, None, int | None]:
+    """The results from number `first` on, by one process. Returns the number to go on with, None when all are done."""
+    work, errors = folder / str(first), folder / f"{first}.txt"
+    work.mkdir()
+    number, group, name = first, "", "start"
+    with errors.open("wb") as stderr, _process(work, first, stderr) as (process, deadline):
+        for line in process.stdout or ():
+            told = _told(line)
+            if "begun" in told:
+                number, group, name = told["begun"], told["group"], told["name"]
+                deadline.restart()
+                begun(name)
+            elif "status" in told:
+                yield Result(**told)
+                name = ""
+        code = process.wait()
+    if code == 0:
+        return None
+    if name:  # begun and not done
+        reason = f"did not end within {SECONDS:.0f} s" if deadline.passed else _reason(code, errors)
+        yield Result(group, name, FAILED, said=reason, seconds=deadline.elapsed())
+    return number + 1
+
+
+class Deadline:
+    """Kills a process that does not begin another check in time."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self.passed = False
+        self.restart()
+
+    def restart(self) -> None:
+        self.stop()
+        self._began = time.monotonic()
+        self._timer = threading.Timer(SECONDS, self._kill)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def stop(self) -> None:
+        if hasattr(self, "_timer"):
+            self._timer.cancel()
+
+    def _kill(self) -> None:
+        self.passed = True
+        self._process.kill()
+
+
+@contextmanager
+def _process(work: Path, first: int, stderr: IO[bytes]) -> Iterator[tuple[subprocess.Popen[bytes], Deadline]]:
+    """The process that does the checks; it has ended when this is left, whatever leaves it."""
+    process = subprocess.Popen(
+        [*COMMAND, str(work), str(first)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env={**os.environ, **OFFLINE, "TMPDIR": str(work)},
+    )
+    deadline = Deadline(process)
+    try:
+        yield process, deadline
+    finally:
+        deadline.stop()
+        process.terminate()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def _told(line: bytes) -> dict[str, Any]:
+    """A line of the process as it was meant; libraries print too."""
+    try:
+        told = json.loads(line)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+def _reason(code: int, errors: Path) -> str:
+    """Why a process ended: the signal, and the last thing that it said."""
+    how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+    lines = [line for line in errors.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return f"the process ended ({how})" + (f": {lines[-1].strip()}" if lines else "")

@@ -1,0 +1,109 @@
+"""What a check is, what it found, and what several checks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+OK, FAILED, NOT_HERE, MEASURED = "ok", "FAILED", "not here", "measured"
+
+
+class NotHere(Exception):
+    """This device has no such thing, so there is nothing to check. Its text says why."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a check measured. value: the largest difference; limit: up to where it passes, None: a measurement that
+    nothing judges; unit: of value; said: where the value was found; wrong: why the check fails whatever the value is.
+    """
+
+    value: float
+    limit: float | None = None
+    unit: str = ""
+    said: str = ""
+    wrong: str = ""
+
+    @property
+    def status(self) -> str:
+        if self.wrong or not math.isfinite(self.value):
+            return FAILED
+        if self.limit is None:
+            return MEASURED
+        return OK if self.value <= self.limit else FAILED
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the report. status: ok, FAILED, not here, or measured (there is no limit); value, limit, unit: as in
+    Found, value None: there is none; said: where the value was found, or why the check failed; seconds: it took.
+    """
+
+    group: str
+    name: str
+    status: str
+    value: float | None = None
+    limit: float | None = None
+    unit: str = ""
+    said: str = ""
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON has no NaN and no infinity: such a value becomes null."""
+        finite = self.value is not None and math.isfinite(self.value)
+        return {**asdict(self), "value": self.value if finite else None}
+
+    def shown(self) -> str:
+        """The value for people."""
+        if self.value is None:
+            return ""
+        if self.unit in ("ms", "us"):
+            return f"{self.value:.1f} {self.unit}"
+        return f"{self.value:.0f}" if self.unit else f"{self.value:.1e}"
+
+    def allowed(self) -> str:
+        """The limit for people."""
+        if self.limit is None:
+            return ""
+        return f"<= {self.limit:.0f}" if self.unit else f"<= {self.limit:.0e}"
+
+
+class Workshop:
+    """A folder to work in, and what several checks need and is made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._made: dict[Hashable, Any] = {}
+        self._failed: dict[Hashable, Exception] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What make() returns, or raises: the same at every later call."""
+        if key in self._failed:
+            raise self._failed[key]
+        if key not in self._made:
+            try:
+                self._made[key] = make()
+            except Exception as error:
+                self._failed[key] = error
+                raise
+        return self._made[key]
+
+
+@dataclass(frozen=True)
+class Check:
+    """group: the heading it stands under; run: does it, and raises whatever goes wrong."""
+
+    group: str
+    name: str
+    run: Callable[[Workshop], Found]
+
+
+def advice(failed: list[Result]) -> str:
+    """What to do about checks that failed."""
+    report = "Please report it, with what `mlxtune doctor --test --json` prints."
+    if all(any(kind in result.name for kind in ("float16", "bfloat16")) for result in failed):
+        return f"{report} Until then --set train.dtype=float32 does without the types that fail."
+    return f"{report} Another version of MLX may compute right: pip install --upgrade mlx"

@@ -1,0 +1,52 @@
+"""One artefact of each kind out of a finished run, each with the proof that `mlxtune fuse` and `export` make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from mlxtune import session
+from mlxtune.data.chosen import tokenizer_of
+from mlxtune.model.convert import UNQUANTIZED_BITS
+from mlxtune.selftest import runs
+from mlxtune.selftest.outcome import Check, Found, Workshop
+from mlxtune.ship import export, gguf, verify
+from mlxtune.ship.export import ReadBack, Request
+from mlxtune.ship.verify import Report
+
+GROUP = "Exports, against the trained model"
+# float32: a type whose rounding does not hide a mistake.
+KINDS: dict[str, Callable[[Request], Report | ReadBack | None]] = {
+    "fuse": lambda request: export.to_mlx(request, UNQUANTIZED_BITS),
+    "hf": export.to_hf,
+    "peft": export.to_peft,
+    "gguf": lambda request: gguf.ship(request, "gguf", "f32", False).proof,
+    "gguf-lora": lambda request: gguf.ship(request, "gguf-lora", None, False).proof,
+}
+LIMIT = verify.LIMITS["float32"]["max_difference"]
+
+
+def checks() -> list[Check]:
+    return [Check(GROUP, kind if kind == "fuse" else f"export {kind}", partial(_shipped, kind)) for kind in KINDS]
+
+
+def _shipped(kind: str, shop: Workshop) -> Found:
+    request = shop.once("request", lambda: _request(shop))
+    dtype = "float32" if kind in ("fuse", "hf") else None
+    proof = KINDS[kind](replace(request, out=shop.folder / kind, dtype=dtype))
+    if isinstance(proof, ReadBack):
+        return Found(0, 0, "different", proof.line())
+    if proof is None:
+        return Found(float("nan"), said="no proof was made")
+    said = (
+        f"largest difference of a logit; tuning moved them by {proof.base_max_difference:.1f}; run by {proof.candidate}"
+    )
+    wrong = "" if proof.verdict == "passed" else proof.line()
+    return Found(proof.max_difference, LIMIT, said=said, wrong=wrong)
+
+
+def _request(shop: Workshop) -> Request:
+    made = runs.usual(shop)
+    examples = session.held_out(tokenizer_of(made.base, made.folder), made.base, session.run_config(made.folder))
+    return Request(made.base, made.folder, shop.folder, examples=examples)

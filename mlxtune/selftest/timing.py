@@ -1,0 +1,152 @@
+"""How long the parts of a training step take here, on a model of a size that shows them. Nothing judges these."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from mlxtune import backend, config, session, tuning
+from mlxtune.data.batches import Batch
+from mlxtune.selftest import model, runs
+from mlxtune.selftest.outcome import Check, Found, NotHere, Workshop
+from mlxtune.train import optim
+from mlxtune.train.gradients import Gradients
+from mlxtune.train.step import Job, StepFunction
+
+GROUP = "Time"
+TIMES, WARM = 7, 3  # counted calls, and calls before them: on a GPU one of these compiles
+QUICK = 200  # calls of what takes microseconds
+OPERATIONS = 100
+# (width, blocks, vocabulary): on a GPU large enough that it is not all waiting.
+SHAPES = {"cpu": (128, 2, 8192)}
+LARGE = (1024, 8, 32768)
+ROWS = {"cpu": 4}
+MANY_ROWS = 8
+
+
+def checks() -> list[Check]:
+    parts: dict[str, Callable[[Workshop], Found]] = {
+        "step: trunk, forward and backward": partial(_part, "trunk"),
+        "step: head and loss": partial(_part, "head"),
+        "step: optimizer, clipping": partial(_part, "optimizer"),
+        "compiling one shape of a batch": _compiling,
+        "one synchronisation": _synchronising,
+        "one operation more": _dispatching,
+    }
+    return [Check(GROUP, name, run) for name, run in parts.items()]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of one step's parts; first: of the calls before those that count; what: the model and the batch."""
+
+    trunk: float
+    head: float
+    optimizer: float
+    first: list[float]
+    what: str
+
+
+def _part(name: str, shop: Workshop) -> Found:
+    parts = shop.once("parts", lambda: _measured(shop))
+    return Found(1e3 * getattr(parts, name), unit="ms", said=parts.what if name == "trunk" else "")
+
+
+def _measured(shop: Workshop) -> Parts:
+    """The head is what a batch takes beyond the same batch with a single target in each row, the optimizer what a step
+    takes beyond its batch. The fastest of several calls, in turns: other programs disturb them all alike.
+    """
+    job, what = _job(shop)
+    (batch,) = job.plan.step(1)
+    gradients = Gradients(job.model, job.path)
+    step = StepFunction(job, optim.build(job.section, job.model.trainable_parameters()))
+    works = (
+        partial(_called, gradients, _one_target_each(batch)),
+        partial(_called, gradients, batch),
+        partial(step, 1),
+    )
+    first = [[_time(work) for work in works] for _ in range(WARM)]
+    trunk, whole, all_of_it = (
+        min(times) for times in zip(*([_time(w) for w in works] for _ in range(TIMES)), strict=True)
+    )
+    first_of_batch = [times[1] - whole for times in first]
+    return Parts(trunk, max(0.0, whole - trunk), max(0.0, all_of_it - whole), first_of_batch, what)
+
+
+def _called(gradients: Gradients, batch: Batch) -> None:
+    value, found = gradients(batch)
+    mx.eval(value, found)
+
+
+def _job(shop: Workshop) -> tuple[Job, str]:
+    width, blocks, vocabulary = SHAPES.get(backend.kind(), LARGE)
+    folder = shop.folder / "larger"
+    changes = {
+        "hidden_size": width,
+        "intermediate_size": 11 * width // 4,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 128,
+        "vocab_size": vocabulary,
+    }
+    model.save(folder / "hf", mx.bfloat16, **changes)
+    runs.convert_base(folder / "hf", folder / "model")
+    settings = (
+        "train.steps=1",
+        f"train.batch_rows={ROWS.get(backend.kind(), MANY_ROWS)}",
+        "data.cache=off",
+        "train.memory_limit=off",
+    )
+    flags = {"model.path": str(folder / "model"), "data.path": str(runs.data(shop))}
+    data, wanted = session.read_data(config.load(None, settings, flags))
+    job, *_ = tuning.prepared(wanted, data, shop.folder)
+    tokens = sum(batch.tokens for batch in job.plan.step(1))
+    where = job.identity.config["train.dtype"]
+    return job, f"{tokens} tokens through {blocks} blocks {width} wide, {vocabulary:,} words, {where}"
+
+
+def _one_target_each(batch: Batch) -> Batch:
+    mask = np.zeros_like(batch.mask)
+    mask[np.arange(len(mask)), 1 + batch.mask[:, 1:].argmax(axis=1)] = 1
+    return replace(batch, mask=mask)
+
+
+def _compiling(shop: Workshop) -> Found:
+    if not backend.compiles():
+        raise NotHere("nothing is compiled on the CPU" if backend.kind() == "cpu" else "MLX_DISABLE_COMPILE is set")
+    return Found(1e3 * max(shop.once("parts", lambda: _measured(shop)).first), unit="ms")
+
+
+def _synchronising(_: Workshop) -> Found:
+    """From asking for one small sum to its number."""
+    array = mx.array(1.0)
+    mx.eval(array)
+    times = [_time(lambda: (array + 1).item()) for _ in range(QUICK)]
+    return Found(1e6 * statistics.median(times), unit="us")
+
+
+def _dispatching(_: Workshop) -> Found:
+    """What one more in a row of small operations adds."""
+    array = mx.zeros((64,))
+    mx.eval(array)
+
+    def work(operations: int) -> None:
+        out = array
+        for _ in range(operations):
+            out = mx.sin(out)
+        mx.eval(out)
+
+    times = [_time(partial(work, 2 * OPERATIONS)) - _time(partial(work, OPERATIONS)) for _ in range(QUICK // 4)]
+    return Found(1e6 * statistics.median(times) / OPERATIONS, unit="us")
+
+
+def _time(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

@@ -1,0 +1,123 @@
+"""Every way to compute loss and gradients that a run may choose, against the plain way in float32 on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxtune import backend
+from mlxtune.data.batches import Batch
+from mlxtune.model import exponentials, prefix
+from mlxtune.model.arrays import dtype_name
+from mlxtune.model.head import Split
+from mlxtune.selftest.model import batch, on_the_cpu, with_adapter
+from mlxtune.selftest.outcome import Check, Found, NotHere, Workshop
+from mlxtune.train import fast, proof
+from mlxtune.train.loss import Path
+
+GROUP = "Loss and gradients, against the plain way in float32 on the CPU"
+PLAIN, HEAD, PREFIX, CHECKPOINTED, POWERS, COMPILED, TOGETHER = (
+    *("plain way", "head on targets only", "shared prefix once", "blocks checkpointed"),
+    *("powers of two", "compiled", "all of these combined"),
+)
+WAYS = (PLAIN, HEAD, PREFIX, CHECKPOINTED, POWERS, COMPILED, TOGETHER)
+# Of the loss and of the gradient that differs most, relative. A wrong mask or position shows as 0.1 and more; rounding
+# alone makes 2e-6, 5e-3 and 4e-2.
+LIMITS = {mx.float32: (1e-5, 1e-3), mx.float16: (1e-2, 2e-2), mx.bfloat16: (1e-2, 0.1)}
+# The types of the scales that are run in these types.
+BASES = {mx.float32: mx.bfloat16, mx.float16: mx.float16, mx.bfloat16: mx.bfloat16}
+
+
+def checks() -> list[Check]:
+    found = [
+        Check(GROUP, f"{way}, {dtype_name(dtype)}", partial(_check, "llama", dtype, (), way))
+        for dtype in LIMITS
+        for way in WAYS
+    ]
+    for name, kind, train_also in (
+        ("a trained head", "llama", ("head",)),
+        ("attention in windows", "gemma3_text", ()),
+        ("experts", "mixtral", ()),
+    ):
+        found.append(Check(GROUP, f"{name}, every way, float32", partial(_check, kind, mx.float32, train_also, "")))
+    return found
+
+
+def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, shop: Workshop) -> Found:
+    """way: one of WAYS, or "" for every one."""
+    base, rows = BASES[dtype], batch()
+    if way == PLAIN and dtype == mx.float32 and backend.kind() == "cpu":
+        raise NotHere("this device is that CPU")
+
+    def plain() -> Any:
+        with on_the_cpu():
+            return proof.gradients(with_adapter(kind, base, mx.float32, train_also), Path(), rows)
+
+    wanted = shop.once(("plain", kind, base, train_also), plain)
+    model = shop.once(("model", kind, dtype, train_also), lambda: with_adapter(kind, base, dtype, train_also))
+    paths = shop.once(("paths", kind, dtype, train_also), lambda: by_name(model, rows, dtype))
+    if way and not paths[way]:
+        raise NotHere(_why_not(way, dtype))
+    chosen = paths[way] if way else [path for group in paths.values() for path in group]
+    return judged({fast.describe(path): proof.gradients(model, path, rows) for path in chosen}, wanted, dtype)
+
+
+def judged(found: dict[str, Any], wanted: Any, dtype: mx.Dtype) -> Found:
+    """The worst of (loss, gradients) by the way they were computed."""
+    of_loss, of_gradient = LIMITS[dtype]
+    expected, gradients = wanted
+    worst, said, wrong = 0.0, "", ""
+    for name, (loss, got) in found.items():
+        for tensor, gradient in gradients.items():
+            off = float(np.linalg.norm(got[tensor] - gradient) / max(float(np.linalg.norm(gradient)), 1e-12))
+            if not off <= worst:  # also what is no number
+                worst, said = off, f"gradient of {tensor} ({name})"
+        off = abs(loss - expected) / abs(expected)
+        if not off <= of_loss:
+            wrong = f"the loss is off by {off:.1e}, at most {of_loss:.0e} is allowed ({name})"
+    return Found(worst, of_gradient, said=said, wrong=wrong)
+
+
+def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Path]]:
+    """The paths that a run on this device may take, under WAYS: each thing alone, then all combinations."""
+    ids = mx.array(rows.ids)
+    split = Split.of(model, ids)
+    if split is None:
+        raise RuntimeError("the head cannot be run apart from the trunk")
+    length = prefix.usable(rows, prefix.shared(rows))
+    plain = Path(head_trained=split.head_is_trained(model, split.hidden(ids)[0, -1:]))
+    head, shared = replace(plain, split=split), replace(plain, prefix=length)
+    alone = {
+        PLAIN: [plain],
+        HEAD: [head],
+        PREFIX: [shared],
+        CHECKPOINTED: [replace(plain, recompute=1), replace(plain, recompute=2)],
+        POWERS: [replace(head, powers=True)] if exponentials.worth_it() and dtype == mx.float32 else [],
+        COMPILED: [replace(head, compiled=True)] if backend.compiles() else [],
+    }
+    powers = [False, True] if alone[POWERS] else [False]
+    compiled = [False, True] if alone[COMPILED] else [False]
+    everything = product([None, split], [None, length], [0, 1], powers, compiled)
+    all_paths = [Path(a, plain.head_trained, b, c, d, e) for a, b, c, d, e in everything]
+    known = [path for group in alone.values() for path in group]
+    # As in a run: powers with a fast way, compiled with the head apart.
+    together = [
+        path
+        for path in all_paths
+        if path not in known
+        and (path.split is not None or not path.compiled)
+        and (path.split is not None or path.prefix is not None or not path.powers)
+    ]
+    return {**alone, TOGETHER: together}
+
+
+def _why_not(way: str, dtype: mx.Dtype) -> str:
+    if way == COMPILED:
+        return "steps are compiled on a GPU" if backend.kind() == "cpu" else "MLX_DISABLE_COMPILE is set"
+    return "only in float32" if exponentials.worth_it() else "only on Linux's CPU"
