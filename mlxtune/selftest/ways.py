@@ -18,7 +18,7 @@ from mlxtune.model.arrays import dtype_name
 from mlxtune.model.head import Split
 from mlxtune.selftest.model import batch, on_the_cpu, with_adapter
 from mlxtune.selftest.outcome import Check, Found, NotHere, Workshop
-from mlxtune.train import fast
+from mlxtune.train import fast, proof
 from mlxtune.train.loss import Path
 
 GROUP = "Loss and gradients, against the plain way in float32 on the CPU"
@@ -57,7 +57,7 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
 
     def plain() -> Any:
         with on_the_cpu():
-            return fast.gradients(with_adapter(kind, base, mx.float32, train_also), Path(), rows)
+            return proof.gradients(with_adapter(kind, base, mx.float32, train_also), Path(), rows)
 
     wanted = shop.once(("plain", kind, base, train_also), plain)
     model = shop.once(("model", kind, dtype, train_also), lambda: with_adapter(kind, base, dtype, train_also))
@@ -65,7 +65,7 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
     if way and not paths[way]:
         raise NotHere(_why_not(way, dtype))
     chosen = paths[way] if way else [path for group in paths.values() for path in group]
-    return judged({fast.describe(path): fast.gradients(model, path, rows) for path in chosen}, wanted, dtype)
+    return judged({fast.describe(path): proof.gradients(model, path, rows) for path in chosen}, wanted, dtype)
 
 
 def judged(found: dict[str, Any], wanted: Any, dtype: mx.Dtype) -> Found:

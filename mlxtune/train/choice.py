@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune import gpu_errors
+from mlxtune import backend, gpu_errors
 from mlxtune.config import Config
 from mlxtune.data.batches import Plan, lengths_of
 from mlxtune.errors import UserError
@@ -146,7 +146,7 @@ class _Search:
             failure = gpu_errors.recognise(error)
             if failure is None or not failure.of_memory:
                 raise
-        mx.clear_cache()
+        backend.recover()
         return self._proven(choice, replace(room, tokens=room.tokens // 2, checkpointed=True))
 
     def _proven(self, choice: Choice, room: Room) -> Verdict:
