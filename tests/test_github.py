@@ -1,0 +1,152 @@
+"""The workflow and the issue forms that GitHub reads are ones that it accepts, and ask for what exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOW = ROOT / ".github" / "workflows" / "test.yml"
+FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config")
+MAKEFILE = (ROOT / "Makefile").read_text()
+# Of a form's fields: what GitHub's syntax for form schemas names, and what each must have besides its type.
+FIELDS = {"textarea": "label", "input": "label", "dropdown": "label", "checkboxes": "label", "markdown": "value"}
+TOP = {"name", "description", "body", "title", "labels", "assignees", "projects", "type"}
+
+
+def linted(*files: Path) -> subprocess.CompletedProcess[str]:
+    """actionlint as `make check` calls it."""
+    (options,) = re.findall(r"^\t\$\(VENV\)/bin/actionlint (.*) \.github/workflows/\*\.yml$", MAKEFILE, re.MULTILINE)
+    command = [Path(sys.executable).with_name("actionlint"), *options.split(), *files]
+    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_linter_of_workflows_has_nothing_to_say() -> None:
+    files = sorted((ROOT / ".github" / "workflows").iterdir())
+    assert WORKFLOW in files and {file.suffix for file in files} == {".yml"}
+    done = linted(*files)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("runner.os == 'Linux'", "runner.system == 'Linux'"),
+        ("python-version: ${{ matrix.python }}", "python-version: ${{ matrix.pyhton }}"),
+        ("os: macos-14", "os: macos-4"),
+        ("cache: pip", "cached: pip"),
+        ("timeout-minutes:", "timeout-minute:"),
+        ("contents: read", "content: read"),
+        ("actions/checkout@v6", "actions/checkout"),
+    ],
+)
+def test_the_linter_of_workflows_finds_a_fault(right: str, wrong: str, tmp_path: Path) -> None:
+    text = WORKFLOW.read_text()
+    assert right in text
+    changed = tmp_path / "test.yml"
+    changed.write_text(text)
+    assert linted(changed).returncode == 0
+    changed.write_text(text.replace(right, wrong, 1))
+    done = linted(changed)
+    assert done.returncode == 1 and wrong.split(":")[0].split()[-1] in done.stdout, done.stdout + done.stderr
+
+
+def commands() -> Iterator[list[str]]:
+    """Every line of the workflow's steps, its output's way left out."""
+    for job in yaml.safe_load(WORKFLOW.read_text())["jobs"].values():
+        for step in job["steps"]:
+            for line in step.get("run", "").splitlines():
+                yield shlex.split(re.split(r" [|>]| 2>", line)[0])
+
+
+def test_the_workflow_makes_targets_that_exist_and_reads_only() -> None:
+    made = {words[1] for words in commands() if words[0] == "make"}
+    assert {"setup", "test", "demo"} <= made
+    assert made <= set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())  # type: ignore[index]
+    workflow = yaml.safe_load(WORKFLOW.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    systems = {row["os"].rpartition("-")[0] for row in workflow["jobs"]["test"]["strategy"]["matrix"]["include"]}
+    assert systems == {"macos", "ubuntu"}
+
+
+def test_the_demo_can_be_shortened() -> None:
+    for words in (line for line in commands() if line[:2] == ["make", "demo"]):
+        done = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "mlxtune demo --out demo --force --steps 8" in done.stdout
+    done = subprocess.run(["make", "demo", "-n"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "mlxtune demo --out demo --force" in done.stdout and "--steps" not in done.stdout
+
+
+def test_a_form_is_there_for_bugs_and_one_for_speed() -> None:
+    assert [path.stem for path in FORMS] == ["bug", "speed"]
+    config = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml").read_text())
+    assert set(config) <= {"blank_issues_enabled", "contact_links"} and config["blank_issues_enabled"] is True
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
+def test_github_takes_the_form(form: Path) -> None:
+    """By the rules of its pages "Syntax for issue forms" and "Common validation errors when creating issue forms"."""
+    check(yaml.safe_load(form.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("name: Something is wrong", "title: Something is wrong"),
+        ("description: A command fails, ", "description: 7 # "),
+        ("id: happened", "id: ran"),
+        ("label: What happened", "label: What was run"),
+        ("type: input", "type: text"),
+        ("required: true", "required: maybe"),
+        ("id: doctor-test", "id: doctor test"),
+    ],
+)
+def test_a_form_that_github_refuses_would_be_noticed(right: str, wrong: str) -> None:
+    text = FORMS[0].read_text()
+    assert right in text
+    with pytest.raises((AssertionError, KeyError)):
+        check(yaml.safe_load(text.replace(right, wrong, 1)))
+
+
+def check(form: dict[str, Any]) -> None:
+    """Raise AssertionError, or KeyError, for what GitHub would refuse."""
+    assert set(form) <= TOP
+    for key in ("name", "description"):
+        assert isinstance(form[key], str) and form[key].strip(), key
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert fields, "a form of markdown alone"
+    for field in form["body"]:
+        assert set(field) <= {"type", "id", "attributes", "validations"}
+        text = field["attributes"][FIELDS[field["type"]]]
+        assert isinstance(text, str) and text.strip()
+        assert set(field["attributes"]) <= {
+            "label",
+            "description",
+            "placeholder",
+            "value",
+            "render",
+            "options",
+            "multiple",
+        }
+        assert all(isinstance(value, bool) for value in field.get("validations", {}).values())
+        assert set(field.get("validations", {})) <= {"required"}
+        assert "options" not in field["attributes"] or field["type"] in ("dropdown", "checkboxes")
+        assert "render" not in field["attributes"] or field["type"] == "textarea"
+    for unique in ([field["id"] for field in fields], [field["attributes"]["label"] for field in fields]):
+        assert len(set(unique)) == len(unique)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+", field["id"]) for field in fields)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
+def test_each_form_asks_what_the_machine_has(form: Path) -> None:
+    fields = {field.get("id"): field for field in yaml.safe_load(form.read_text())["body"]}
+    assert fields["doctor"]["attributes"]["label"] == "mlxtune doctor --json"
+    assert fields["doctor"]["validations"]["required"]
