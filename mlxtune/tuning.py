@@ -148,6 +148,8 @@ def prepared(
     config, plan, fit_notes = fit.fitted(loaded.model, config, loaded.config, loaded.dtype, plan, limit)
     tokens = fit.proof_tokens(loaded.model, loaded.config, loaded.dtype, limit, fast.MAX_TOKENS)
     path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype, tokens)
+    predicted = fit.plan(loaded.model, config, loaded.config, loaded.dtype, plan)
+    as_predicted = predicted is not None and (path.split is not None or config.fast.head == "off")
 
     def evaluate(between: Callable[[], None]) -> Score:
         with as_powers_of_two(path.powers):
@@ -177,6 +179,7 @@ def prepared(
         spec=spec,
         samples=samples,
         ranks=ranks,
+        predicted=predicted.total if predicted is not None and as_predicted else None,
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
     notes += unread(loaded.path) + fit_notes + path_notes
