@@ -30,6 +30,7 @@ from mlxtune.model.memory import Memory
 from mlxtune.session import CONFIG_FILE, Data, anchored, read_data, run_config
 from mlxtune.train import checkpoint, fast, fit, loggers, loop
 from mlxtune.train.checkpoint import Saved, State
+from mlxtune.train.choice import choose
 from mlxtune.train.display import Display
 from mlxtune.train.events import FILE as EVENTS_FILE
 from mlxtune.train.events import Events
@@ -51,8 +52,10 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     cast(model, dtype)
     lora.attach(model, lora.Spec.of(model, config.lora), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
-    config, plan, notes = fit.fitted(model, config, model_config, dtype, plan, fit.limit_of(config.train))
-    return config, fit.plan(model, config, model_config, dtype, plan), notes
+    path = fast.hoped(model, data.train, config)
+    config, plan, notes = fit.fitted(model, path, config, model_config, dtype, plan, fit.limit_of(config.train))
+    path = replace(path, recompute=fast.every_nth(config.train))
+    return config, fit.plan(model, path, config, model_config, dtype, plan), notes
 
 
 def default_out(model: str) -> Path:
@@ -145,9 +148,9 @@ def prepared(
     limit = fit.limit_of(config.train)
     if limit is not None and ranks.size > 1:  # all ranks take the same batches: those of the smallest machine, in MiB
         limit = ranks.lowest(limit >> 20) << 20
-    config, plan, fit_notes = fit.fitted(loaded.model, config, loaded.config, loaded.dtype, plan, limit)
-    tokens = fit.proof_tokens(loaded.model, loaded.config, loaded.dtype, limit, fast.MAX_TOKENS)
-    path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype, tokens)
+    mx.reset_peak_memory()  # from here on it is the run's: the proof is a part of it
+    chosen = choose(loaded.model, loaded.config, config, plan, loaded.dtype, limit, ranks)
+    config, plan, path = chosen.config, chosen.rows, chosen.path
 
     def evaluate(between: Callable[[], None]) -> Score:
         with as_powers_of_two(path.powers):
@@ -179,7 +182,7 @@ def prepared(
         ranks=ranks,
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
-    notes += unread(loaded.path) + fit_notes + path_notes
+    notes += unread(loaded.path) + chosen.notes
     template = chat.template_of(loaded.tokenizer, config.data.template_kwargs)
     if data.train.chat and not template.ends_answers(config.data.expand_turns == "none"):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
@@ -214,7 +217,6 @@ def _written(
     for note in [*notes, *([f"resumed after step {step}"] if saved else [])]:
         events.emit("note", text=note)
     display.begin(job.plan.steps, config.train.eval_every)
-    mx.reset_peak_memory()
     return loop.run(job, events, saved)
 
 

@@ -9,13 +9,16 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from ways import BATCH, assert_close, make, rows, steps, ways
+from rounding import as_a_gpu
+from ways import BATCH, COMMON, assert_close, make, rows, steps, ways
 
 from mlxtune import backend
 from mlxtune import config as configuration
-from mlxtune.train import fast, gradients
+from mlxtune.model.head import Split
+from mlxtune.train import fast, gradients, proof
 from mlxtune.train.gradients import filled
 from mlxtune.train.loss import Path
+from mlxtune.train.proof import Room, Verdict
 
 NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
 
@@ -38,6 +41,15 @@ def test_every_way_computes_the_same_inside_one_compiled_function(kind: str, bit
 
 
 @NEEDS_COMPILER
+def test_a_compiled_way_is_proven_under_a_gpus_rounding(compilation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_a_gpu(monkeypatch, 3e-6)
+    monkeypatch.setitem(COMMON, "num_hidden_layers", 1)
+    model = make("llama")
+    path = Path(Split.of(model, mx.array(BATCH.ids)), compiled=True)
+    assert proof.of(model, path, BATCH, mx.float32, Room()) == Verdict()
+
+
+@NEEDS_COMPILER
 def test_twenty_compiled_steps_have_the_losses_of_the_plain_loop(
     compilation: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +69,7 @@ def test_on_a_gpu_the_step_is_compiled_unless_batches_would_have_too_many_shapes
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(backend, "kind", lambda: "metal")
-    wanted = lambda *settings: fast._wanted(make("llama"), rows(17, [12, 9]), configuration.load(None, settings))[0]  # noqa: E731
+    wanted = lambda *settings: fast.wanted(make("llama"), rows(17, [12, 9]), configuration.load(None, settings))[0]  # noqa: E731
     assert wanted().compiled and not wanted().powers
     for setting in ("lora.dropout=0.1", "train.neftune_alpha=5", "data.group_by_prefix=true", "fast.head=off"):
         assert not wanted(setting).compiled, setting

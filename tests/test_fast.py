@@ -16,14 +16,15 @@ import pytest
 from ways import BATCH, MIXTURES, SHAPES, assert_close, batch, make, rows, steps, ways
 
 from mlxtune import config as configuration
-from mlxtune.data.batches import collate
+from mlxtune.data.batches import Plan, collate
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import exponentials, lora, prefix
 from mlxtune.model.arrays import named
 from mlxtune.model.head import Split
 from mlxtune.sections import LoraSection
-from mlxtune.train import fast, loss
+from mlxtune.train import fast, loss, proof
+from mlxtune.train.choice import choose
 from mlxtune.train.loss import Path
 
 
@@ -83,10 +84,10 @@ def test_checkpointed_blocks_draw_the_same_dropout_again(kind: str) -> None:
     """Another mask in the second run would leave the loss right and the gradients 80% wrong."""
     model = make(kind, dropout=0.1)
     split = Split.of(model, mx.array(BATCH.ids))
-    whole = fast.gradients(model, Path(), BATCH)[0]
+    whole = proof.gradients(model, Path(), BATCH)[0]
     lengths = (BATCH.lengths - 1).tolist()
     model.dropout_keys.set(3, 1, BATCH.rows.tolist(), lengths, len(lora.adapters(model)))
-    assert fast.gradients(model, Path(), BATCH)[0] != pytest.approx(whole, rel=1e-4)
+    assert proof.gradients(model, Path(), BATCH)[0] != pytest.approx(whole, rel=1e-4)
     assert_close(model, Path(split, recompute=1), BATCH, 1e-5, 3e-5, kind)
 
 
@@ -100,9 +101,14 @@ def test_twenty_steps_have_the_losses_of_the_plain_loop(kind: str, bits: int, dr
     np.testing.assert_allclose(steps(kind, bits, dropout, None), plain, rtol=1e-5)
 
 
+def choose_for(model: nn.Module, examples: list[Example], config: configuration.Config) -> tuple[Path, list[str]]:
+    found = choose(model, {}, config, Plan(examples, config.train), mx.float32)
+    return found.path, found.notes
+
+
 def chosen(model: nn.Module, *settings: str, examples: list[Example] | None = None) -> tuple[Path, str]:
     resolved = configuration.load(None, settings)
-    path, notes = fast.choose(model, examples or rows(17, [12, 9, 4, 15]), resolved, mx.float32)
+    path, notes = choose_for(model, examples or rows(17, [12, 9, 4, 15]), resolved)
     assert path.powers == (exponentials.worth_it() and (path.split is not None or path.prefix is not None))
     return replace(path, powers=False), "\n".join(notes)
 
@@ -135,7 +141,7 @@ def test_a_wrong_head_gradient_is_found_even_though_the_loss_is_right(monkeypatc
 
 
 def test_a_grouped_run_whose_rows_share_nothing_is_proven_on_whole_rows() -> None:
-    batch, _ = fast.proof_batches(rows(0, [40, 30, 20, 10]), Path(prefix=0), grouped=True)
+    batch = proof.rows_for(rows(0, [40, 30, 20, 10]), Path(prefix=0), grouped=True)
     assert batch.lengths.tolist() == [40, 30]
 
 
@@ -156,14 +162,14 @@ def test_models_are_in_training_mode_in_a_step_and_as_before_after_it(monkeypatc
     kind = type(model.layers[0].mlp)
     real = kind.__call__
     monkeypatch.setattr(kind, "__call__", lambda self, x: (seen.append(self.training), real(self, x))[1])
-    fast.gradients(model, Path(), BATCH)
+    proof.gradients(model, Path(), BATCH)
     assert seen == [True, True] and not model.training and not model.layers[0].mlp.training
 
 
 def test_a_wrong_power_of_two_is_found_and_the_rest_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exponentials, "worth_it", lambda: True)
     monkeypatch.setattr(exponentials, "LOG2_E", 1.45)
-    path, notes = fast.choose(make("llama"), rows(17, [12, 9, 4, 15]), configuration.load(None, ()), mx.float32)
+    path, notes = choose_for(make("llama"), rows(17, [12, 9, 4, 15]), configuration.load(None, ()))
     assert (path.powers, path.prefix, path.split is not None) == (False, 17, True)
     assert "not used" in notes[0] and "exponentials as powers of two" in notes[0]
 

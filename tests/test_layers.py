@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; rooms on one line know nothing of each other.
 LAYERS = (
     ("mlxtune_convert",),
-    ("mlxtune.errors", "mlxtune.host"),
+    ("mlxtune.errors", "mlxtune.gpu_errors", "mlxtune.host"),
     ("mlxtune.yaml_text", "mlxtune.mixing"),
     ("mlxtune.sections",),
     ("mlxtune.config", "mlxtune.backend"),

@@ -21,10 +21,10 @@ from mlxtune.data.batches import Plan
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model import lora
-from mlxtune.model.load import load
 from mlxtune.model.quantize import on_cpu
-from mlxtune.sections import LoraSection
-from mlxtune.train import fast, fit, optim
+from mlxtune.train import fit, optim
+from mlxtune.train.choice import choose
+from mlxtune.train.loss import Path as Way
 from mlxtune.train.step import Job, StepFunction
 
 SIZES = {
@@ -81,8 +81,8 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
     keys = lora.attach(model, lora.Spec.of(model, resolved.lora), 0)
     mx.eval(model.parameters())
     plan = Plan(examples(), resolved.train)
-    predicted = fit.plan(model, resolved, sizes, mx.float32, plan)
-    path, _ = fast.choose(model, plan.examples, resolved, mx.float32)
+    path = choose(model, {}, resolved, plan, mx.float32).path
+    predicted = fit.plan(model, path, resolved, sizes, mx.float32, plan)
     assert (path.split is None) == (resolved.fast.head == "off")
     job = Job(model, path, keys, plan, resolved.train, None, None, str, None, None)  # type: ignore[arg-type]
     step = StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))
@@ -158,7 +158,7 @@ def test_a_step_keeps_its_rows_where_micro_batches_are_made_smaller(
     monkeypatch.setattr(fit, "plan", Needed)
     config = configuration.Config(train=TrainSection(epochs=1, **settings))
     before = Plan(rows_of_turns(24, 6, 60), config.train)
-    fitted, after, _ = fit.fitted(None, config, {}, mx.float32, before, least)  # type: ignore[arg-type]
+    fitted, after, _ = fit.fitted(None, Way(), config, {}, mx.float32, before, least)  # type: ignore[arg-type]
     assert {key: getattr(fitted.train, key) for key in expected} == expected
     assert {len(plan.rows_of_step(step)) for plan in (before, after) for step in (1, 2, 3)} == {4}
     assert fitted.train == after.section
@@ -168,19 +168,7 @@ def test_memory_too_small_for_one_example_of_a_row_is_said(monkeypatch: pytest.M
     monkeypatch.setattr(fit, "plan", lambda *known: SimpleNamespace(total=99))
     config = configuration.Config(train=TrainSection(epochs=1, batch_rows=4))
     with pytest.raises(UserError, match="even with one example at a time and checkpointing"):
-        fit.fitted(None, config, {}, mx.float32, Plan(rows_of_turns(4, 3, 60), config.train), 59)  # type: ignore[arg-type]
-
-
-def test_the_proof_takes_fewer_tokens_where_the_plain_way_would_not_fit(mlx_model: Path, data: Path) -> None:
-    loaded = load(str(mlx_model), "float32")
-    lora.attach(loaded.model, lora.Spec.of(loaded.model, LoraSection()), 0)
-
-    def tokens(limit: int | None) -> int:
-        return fit.proof_tokens(loaded.model, loaded.config, mx.float32, limit, 1024)
-
-    assert tokens(None) == tokens(10**10) == 1024
-    found = [tokens(limit * 10**6) for limit in (1, 8, 20)]
-    assert found == sorted(found) and found[0] == 64 and 64 < found[2] < 1024
+        fit.fitted(None, Way(), config, {}, mx.float32, Plan(rows_of_turns(4, 3, 60), config.train), 59)  # type: ignore[arg-type]
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(mlx_model: Path, data: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from mlxtune.model.arrays import named
 from mlxtune.model.head import Split
 from mlxtune.model.quantize import on_cpu
 from mlxtune.sections import LoraSection
-from mlxtune.train import fast, optim
+from mlxtune.train import optim, proof
 from mlxtune.train.loss import Path
 from mlxtune.train.step import Job, StepFunction
 
@@ -121,8 +121,8 @@ def ways(model: nn.Module, batch: Batch) -> dict[str, Path]:
 
 
 def assert_close(model: nn.Module, path: Path, batch: Batch, of_loss: float, of_gradient: float, label: str) -> None:
-    expected, wanted = fast.gradients(model, Path(), batch)
-    value, got = fast.gradients(model, path, batch)
+    expected, wanted = proof.gradients(model, Path(), batch)
+    value, got = proof.gradients(model, path, batch)
     assert value == pytest.approx(expected, rel=of_loss), label
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():

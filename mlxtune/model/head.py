@@ -16,9 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.model.arrays import named, scalar
+from mlxtune.model.precision import in_float32
 
 TRUNKS = ("model", "transformer", "backbone")
-TOLERANCE = 1e-5  # of the largest logit, in float32; the two paths run the same operations on the same rows
+TOLERANCE = 1e-5  # of the largest logit, in float32: the same operations on the same rows, perhaps in another order
 
 
 class _Stub:
@@ -74,18 +75,18 @@ class Split:
         if name is None:
             return None
         split = Split(holder, name)
-        try:
-            logits = split.logits(split.hidden(ids).reshape(ids.size, -1))
-        except (ValueError, TypeError, AttributeError):  # a head that needs more than hidden rows
-            return None
-        plain = model(ids)
-        if logits.size != plain.size:
-            return None
-        difference = scalar(mx.abs(logits.reshape(plain.shape) - plain).max())
-        largest = scalar(mx.abs(plain).max())
-        eps = TOLERANCE if plain.dtype == mx.float32 else 1e-2
+        with in_float32(model):
+            try:
+                logits = split.logits(split.hidden(ids).reshape(ids.size, -1))
+            except (ValueError, TypeError, AttributeError):  # a head that needs more than hidden rows
+                return None
+            plain = model(ids)
+            if logits.size != plain.size:
+                return None
+            difference = scalar(mx.abs(logits.reshape(plain.shape) - plain).max())
+            largest = scalar(mx.abs(plain).max())
         split.vocabulary = plain.shape[-1]
-        return split if difference <= eps * max(largest, 1.0) else None
+        return split if difference <= TOLERANCE * max(largest, 1.0) else None
 
     def hidden(self, ids: mx.array, cache: Any = None) -> mx.array:
         """[B, T] tokens -> [B, T, D] final hidden state. cache: of the model's layers, where a prefix is shared."""

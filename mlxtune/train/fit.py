@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -10,43 +11,57 @@ import mlx.nn as nn
 
 from mlxtune import backend
 from mlxtune.config import Config, TrainSection
-from mlxtune.data.batches import DEFAULT_ROWS, Plan
+from mlxtune.data.batches import DEFAULT_ROWS, Plan, lengths_of
 from mlxtune.errors import UserError
 from mlxtune.model import memory, prefix
+from mlxtune.model.arrays import named
+from mlxtune.model.precision import copies
 from mlxtune.train import loss
 from mlxtune.train.fast import every_nth
+from mlxtune.train.loss import Path
+from mlxtune.train.proof import FEWEST_TOKENS, MAX_TOKENS, Room
 
+PAST_WINDOW = 64  # tokens of the proof's rows beyond a sliding window, where the data has them
+PROOF_SHARE = 0.85  # of the run's predicted peak: a prediction may be off by 15%
 SHARE = 0.8  # of the device's working set: the rest is for the system, and for what the plan does not see
 
 
 def plan(
-    model: nn.Module, config: Config, model_config: Mapping[str, Any], dtype: mx.Dtype, rows: Plan
+    model: nn.Module, path: Path, config: Config, model_config: Mapping[str, Any], dtype: mx.Dtype, rows: Plan
 ) -> memory.Memory | None:
-    """The predicted peak of a run whose adapter is attached, with the fast ways that its configuration allows; None for
-    a model whose config.json does not describe blocks of attention and MLP.
+    """The predicted peak of a run whose adapter is attached, computed as `path` says; None for a model whose
+    config.json does not describe blocks of attention and MLP.
     """
     sizes = memory.sizes_of(model_config)
     if sizes is None:
         return None
     shapes = rows.shapes()
     count, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
-    shared = 0
-    if (
-        config.fast.prefix == "auto"
-        and not (config.lora.dropout or config.train.neftune_alpha)
-        and prefix.caches(model) is not None
-    ):
-        shared = prefix.of_run(rows.examples)
-        shared = shared if width <= prefix.longest_worth_it(shared, count) else 0
-    shape = memory.Shape(
+    targets = max(targets for _, _, targets in shapes)
+    return memory.predict(
+        model,
+        model_config,
+        _shape(path, count, width, targets),
+        _options(path, sizes, dtype, path.recompute, config.lora.dropout > 0),
+    )
+
+
+def _shape(path: Path, count: int, width: int, targets: int) -> memory.Shape:
+    """Of a micro-batch of `count` rows of `width` tokens."""
+    shared = path.prefix or 0
+    shared = shared if width <= prefix.longest_worth_it(shared, count) else 0
+    return memory.Shape(
         tokens=count * (width - 1 - shared) + shared,
         scores=count * (width - 1 - shared) * (width - 1) + shared**2,
-        targets=max(targets for _, _, targets in shapes),
+        targets=targets,
     )
-    chunk = loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"]) if config.fast.head == "auto" else 0
-    recompute = every_nth(config.train)
-    options = memory.Options(dtype.size, chunk, recompute, config.lora.dropout > 0, backend.kind() == "cpu")
-    return memory.predict(model, model_config, shape, options)
+
+
+def _options(
+    path: Path, sizes: Mapping[str, Any], dtype: mx.Dtype, recompute: int, dropout: bool = False
+) -> memory.Options:
+    chunk = 0 if path.split is None else loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"])
+    return memory.Options(dtype.size, chunk, recompute, dropout, backend.kind() == "cpu")
 
 
 def limit_of(section: TrainSection) -> int | None:
@@ -59,20 +74,23 @@ def limit_of(section: TrainSection) -> int | None:
 
 def fitted(
     model: nn.Module,
+    path: Path,
     config: Config,
     model_config: Mapping[str, Any],
     dtype: mx.Dtype,
     rows: Plan,
     limit: int | None,
+    checkpoints: bool = True,
 ) -> tuple[Config, Plan, list[str]]:
-    """(configuration, its plan of batches, notes) that fit the limit, bytes.
+    """(configuration, its plan of batches, notes) that fit the limit, bytes, when the run is computed as `path` says.
+    How many blocks are checkpointed is the configuration's; checkpoints: whether any may be.
 
     Raises UserError, naming the setting to change, when no batch is small enough.
     """
     if limit is None:
         return config, rows, []
     needed = 0
-    for number, section in enumerate(_smaller(config.train, rows.widths[-1])):
+    for number, section in enumerate(_smaller(config.train, rows.widths[-1], checkpoints)):
         batches = rows if number == 0 else Plan(rows.examples, section, config.data.group_by_prefix)
         if section.batch_tokens != config.train.batch_tokens and batches.rows < len(rows.examples):
             # A row of many examples may fill several budgets, and fills as many more of half the size.
@@ -80,7 +98,8 @@ def fitted(
             section = section.model_copy(update={"accumulate": max(1, round(wanted))})
             batches = Plan(rows.examples, section, config.data.group_by_prefix)
         tried = config.model_copy(update={"train": section})
-        predicted = plan(model, tried, model_config, dtype, batches)
+        way = replace(path, recompute=every_nth(section) if checkpoints else 0)
+        predicted = plan(model, way, tried, model_config, dtype, batches)
         if predicted is None:
             return config, rows, ["the memory of this kind of model is not predicted: train.memory_limit does nothing"]
         needed = predicted.total
@@ -94,36 +113,73 @@ def fitted(
             return tried, batches, [note] if changed else []
     least = "row" if rows.rows == len(rows.examples) else "example"
     raise UserError(
-        f"training needs {needed / 1e6:,.0f} MB of memory even with one {least} at a time and checkpointing; "
-        f"train.memory_limit allows {limit / 1e6:,.0f} MB",
+        f"training needs {needed / 1e6:,.0f} MB of memory even with one {least} at a time"
+        f"{' and checkpointing' if checkpoints else ''}; train.memory_limit allows {limit / 1e6:,.0f} MB",
         "Lower data.max_tokens, take a smaller or a 4-bit model, or set train.memory_limit: off.",
     )
 
 
-def proof_tokens(
-    model: nn.Module, model_config: Mapping[str, Any], dtype: mx.Dtype, limit: int | None, most: int
-) -> int:
-    """How many tokens of one row the plain way may compute within the limit, in halves of `most`, at least 64."""
-    if limit is None or memory.sizes_of(model_config) is None:
-        return most
-    options = memory.Options(dtype.size, 0, 0, False, backend.kind() == "cpu")
+def proof_room(
+    model: nn.Module,
+    path: Path,
+    config: Config,
+    model_config: Mapping[str, Any],
+    dtype: mx.Dtype,
+    rows: Plan,
+    limit: int | None,
+) -> Room:
+    """What a proof may take: no more than the run itself is predicted to, so that the proof is never its peak. First
+    blocks are computed again, then the rows are cut.
 
-    def needed(tokens: int) -> int:
-        return memory.predict(model, model_config, memory.Shape(tokens, tokens**2, tokens), options).total
+    Where not even the fewest tokens fit into that in float32, they may take what the limit allows, bytes; else the
+    proof is of the run's own type.
+    """
+    outside, blocks = copies(model)
+    longest = int(lengths_of(rows.examples).max())
+    most = min(longest, max(MAX_TOKENS, window_of(model_config) + PAST_WINDOW))
+    sizes = memory.sizes_of(model_config)
+    run = plan(model, path, config, model_config, dtype, rows)
+    if sizes is None or run is None:
+        weights = sum(array.nbytes for array in named(model.parameters()).values())
+        return Room(most, checkpointed=limit is not None and weights + outside + sum(blocks) > limit)
 
-    while most > 64 and needed(most) > limit:
-        most //= 2
-    return most
+    def needed(tokens: int, checkpointed: bool) -> int:
+        """Of the larger of the two: the plain way on one row, the fast one on both."""
+        again = int(checkpointed)
+        recompute = path.recompute or again
+        raised = outside + (max(blocks, default=0) if checkpointed and recompute == 1 else sum(blocks))
+        alone = memory.Shape(tokens, tokens**2, tokens), _options(Path(), sizes, mx.float32, again)
+        both = _shape(path, 2, tokens, 2 * tokens), _options(path, sizes, mx.float32, recompute)
+        return raised + max(memory.predict(model, model_config, *one).total for one in (alone, both))
+
+    tokens = most
+    while True:
+        for checkpointed in (False, True):
+            if needed(tokens, checkpointed) <= PROOF_SHARE * run.total:
+                return Room(tokens, checkpointed)
+        if tokens <= FEWEST_TOKENS:
+            break
+        tokens = max(FEWEST_TOKENS, tokens // 2)
+    fits = limit is None or needed(tokens, checkpointed=True) <= limit
+    return Room(tokens, checkpointed=True, raised=fits or dtype == mx.float32)
 
 
-def _smaller(section: TrainSection, widest: int) -> Iterator[TrainSection]:
-    """The section as it is, then with checkpointing, then with ever smaller micro-batches and more of them, down to one
-    example of the widest. A step keeps its number of rows.
+def window_of(model_config: Mapping[str, Any]) -> int:
+    """Tokens that a sliding window sees, by config.json; 0: it has none."""
+    sizes = {**model_config, **model_config.get("text_config", {})}
+    used = sizes.get("use_sliding_window") is not False
+    return int(sizes.get("sliding_window") or 0) if used else 0
+
+
+def _smaller(section: TrainSection, widest: int, checkpoints: bool = True) -> Iterator[TrainSection]:
+    """The section as it is, then with checkpointing if that may be, then with ever smaller micro-batches and more of
+    them, down to one example of the widest. A step keeps its number of rows.
     """
     yield section
     rows, tokens, accumulate = section.batch_rows or DEFAULT_ROWS, section.batch_tokens, section.accumulate
-    section = section.model_copy(update={"checkpoint_layers": "all"})
-    yield section
+    if checkpoints:
+        section = section.model_copy(update={"checkpoint_layers": "all"})
+        yield section
     while tokens >= 2 * widest if tokens else rows > 1:
         if tokens:
             tokens, accumulate = tokens // 2, accumulate * 2
