@@ -191,10 +191,13 @@ def test_what_computes_wrongly_when_it_is_compiled_is_seen(tmp_path: Path, monke
         mx.disable_compile()
 
 
-def test_steps_that_differ_from_the_cpus_are_seen(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_steps_that_differ_from_the_cpus_are_seen(right: Workshop, tmp_path: Path, monkeypatch: Patch) -> None:
+    runs._reference(right, mx.float32)
+    anew = Workshop(tmp_path)
+    anew._made = {key: made for key, made in right._made.items() if key[0] != "run" or key[2] == runs.PLAIN}  # type: ignore[index]
     with elsewhere(monkeypatch) as wrong:
         wrong(optim, "learning_rate", lambda rate: 1.001 * rate)
-        result = outcome("20 steps, float32, against the CPU", Workshop(tmp_path))
+        result = outcome("20 steps, float32, against the CPU", anew)
     assert result.status == FAILED and result.value is not None and 1e-4 < result.value < 1e-2
     assert result.said.startswith("step ")
 
@@ -346,7 +349,7 @@ def test_a_failure_is_shown_with_what_to_do_and_ends_with_2(
         Result("Kernels", "product, bfloat16", FAILED, math.nan, 8e-3, said="4 bits, groups of 32", seconds=1.0),
         Result("Time", "one step", "measured", 12.345, unit="ms"),
     ]
-    monkeypatch.setattr(examination, "results", lambda begun: iter(results))
+    monkeypatch.setattr(examination, "results", lambda begun: (result for result in results))
     with pytest.raises(UserError, match=r"1 of 3 checks failed: product, bfloat16") as raised:
         cli.cli.main(["doctor", "--test"], standalone_mode=False)
     assert "doctor --test --json" in raised.value.hint and "train.dtype=float32" in raised.value.hint
