@@ -11,6 +11,7 @@ import ctypes.util
 import os
 import platform
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxtune.errors import UserError
@@ -98,9 +99,31 @@ def kind() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
+@dataclass(frozen=True)
+class Policy:
+    """How a training step is computed on a kind of device.
+
+    compiled: graphs as compiled functions; queued: the parts of a step are handed to the device one after the other
+    and waited for once, else each is waited for (on the CPU nothing is gained by going ahead); tile: a matrix product
+    works on so many rows at a time, so that other numbers of them are computed for nothing.
+    """
+
+    compiled: bool
+    queued: bool
+    tile: int
+
+
+def policy() -> Policy:
+    """The policy for MLX's default device. MLX's own variable MLX_DISABLE_COMPILE is heeded."""
+    if kind() == "cpu":
+        return Policy(compiled=False, queued=False, tile=1)
+    # Tiles of Metal's quantized products have 32 rows, from M5 on 64 (mlx/backend/metal/quantized.cpp).
+    return Policy(compiled=not os.environ.get("MLX_DISABLE_COMPILE"), queued=True, tile=64)
+
+
 def compiles() -> bool:
-    """Whether MLX compiles graphs: on a GPU, unless its own variable forbids it."""
-    return kind() != "cpu" and not os.environ.get("MLX_DISABLE_COMPILE")
+    """Whether MLX compiles graphs here."""
+    return policy().compiled
 
 
 def dtype_for(name: str, model_dtype: mx.Dtype, quantized: bool) -> mx.Dtype:

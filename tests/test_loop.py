@@ -176,7 +176,7 @@ def test_accumulated_micro_batches_weigh_every_token_the_same(
     function = StepFunction(_job(loaded, plan, dropout, resolved), optim.build(resolved.train, {}))
     losses_of_parts, summed = function._accumulate(1, batches)
     loss_of_whole, gradient = function._accumulate(1, [whole])
-    assert sum(losses_of_parts) == pytest.approx(loss_of_whole[0], rel=1e-6)
+    assert sum(losses_of_parts).item() == pytest.approx(loss_of_whole[0].item(), rel=1e-6)
     for (name, a), (_, b) in zip(tree_flatten(summed), tree_flatten(gradient), strict=True):
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-5, err_msg=name)
 

@@ -3,19 +3,22 @@
 On Metal and CUDA the whole computation is compiled: MLX fuses its small kernels, and Python builds its graph once for
 every signature (shapes of ids and targets, length of the prefix). A compiled graph takes some 0.7 MB a block, and
 compiling it seven times as long as building it once. So signatures are few: batches have few widths, targets are filled
-up with some that weigh nothing, and the ones used last are kept. On the CPU, compiling would start a C++ compiler for
-every kernel.
+up with some that weigh nothing, what is used once is not compiled, and the ones used last are kept. On the CPU,
+compiling would start a C++ compiler for every kernel.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtune import backend
 from mlxtune.data.batches import Batch
+from mlxtune.model import prefix
 from mlxtune.model.arrays import named
 from mlxtune.model.exponentials import as_powers_of_two
 from mlxtune.model.recompute import recomputed
@@ -25,36 +28,64 @@ from mlxtune.train.loss import Path, Placed
 MIN_FILL = 16
 KEPT = 32  # compiled signatures
 
+Signature = tuple[int, int, int, int]
+
 
 class Gradients:
-    """Call it with a micro-batch, get (loss summed over its supervised tokens, gradients by the path), evaluated.
+    """Call it with a micro-batch, get (loss summed over its supervised tokens, gradients by the path), computed or, on
+    a GPU, handed to it.
 
-    What is random in the model must be set before; a compiled path must have nothing random.
+    What is random in the model must be set before; a compiled path must have nothing random. compiled_from: the first
+    use of a signature, counted from 1, that is compiled.
     """
 
-    def __init__(self, model: nn.Module, path: Path) -> None:
+    def __init__(self, model: nn.Module, path: Path, compiled_from: int = 1) -> None:
         self.model = model
         self.path = path
-        self._compiled: dict[Any, Any] = {}  # by signature, the one used last at the end
+        self.compiled_from = compiled_from
+        self.traced = 0  # signatures compiled so far, each time they were
+        self._uses: Counter[Signature] = Counter()
+        self._compiled: dict[Signature, Any] = {}  # the one used last at the end
 
     def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
         stages: list[mx.array] = []
-        if self.path.compiled:
+        if self.path.compiled and self.note(batch):
             placed = loss.place(batch, self.path.prefix, filled(batch.targets))
-            value, gradients, stages = self._function(placed)(self.model.trainable_parameters(), *vars(placed).values())
+            function = self._function(self._signature(batch))
+            value, gradients, stages = function(self.model.trainable_parameters(), *vars(placed).values())
         else:
             value, gradients = self._asked(lambda: loss.along(self.model, self.path, batch, stages), stages)
         finish(stages, value, gradients)
         return value, gradients
 
-    def _function(self, placed: Placed) -> Any:
-        """One function for each signature: a function that goes takes its compiled graph with it."""
-        signature = (placed.ids.shape, placed.targets.size, placed.prefix)
-        function = self._compiled.pop(signature, None) or mx.compile(self._traced)
-        self._compiled[signature] = function
+    def note(self, batch: Batch) -> bool:
+        """Count a use of the batch's signature; whether this one is compiled.
+
+        A compiled function's last bits may be others than those of the same operations one by one. So whoever goes on
+        with a run notes the batches before, and computes each with the function that an uninterrupted run has for it.
+        """
+        signature = self._signature(batch)
+        self._uses[signature] += 1
+        if self._uses[signature] < self.compiled_from:
+            return False
+        self._compiled[signature] = self._compiled.pop(signature, None)
         if len(self._compiled) > KEPT:
-            del self._compiled[next(iter(self._compiled))]
-        return function
+            oldest = next(iter(self._compiled))
+            del self._compiled[oldest], self._uses[oldest]  # used once more, it may well be for the last time
+        return True
+
+    def _signature(self, batch: Batch) -> Signature:
+        """What a compiled graph is made for: rows, width, targets, length of the prefix."""
+        rows, width = batch.ids.shape
+        length = 0 if self.path.prefix is None else prefix.usable(batch, self.path.prefix)
+        return rows, width, filled(batch.targets), length
+
+    def _function(self, signature: Signature) -> Any:
+        """One function for each signature: a function that goes takes its compiled graph with it."""
+        if self._compiled[signature] is None:
+            self._compiled[signature] = mx.compile(self._traced)
+            self.traced += 1
+        return self._compiled[signature]
 
     def _traced(self, parameters: Any, *placed: Any) -> tuple[mx.array, Any, list[mx.array]]:
         before, stages = self.model.trainable_parameters(), list[mx.array]()
@@ -86,16 +117,18 @@ def filled(count: int) -> int:
 
 
 def finish(stages: list[mx.array], value: mx.array, gradients: Any) -> None:
-    """Compute a loss and its gradients.
+    """Compute a loss and its gradients, or, on a GPU, hand them to it: the caller waits once.
 
-    MLX allocates ahead of what it computes. So the graph is computed in stages: first `stages`, in the order in which
-    the forward pass made them (checkpointed blocks, chunks of the head), then the gradients, last layer first.
+    MLX allocates ahead of what it computes, in an order of its own. So the graph goes in stages: first `stages`, in the
+    order in which the forward pass made them (checkpointed blocks, chunks of the head), then the gradients, last layer
+    first. Waiting for each would leave a GPU idle between them.
     """
+    take = mx.async_eval if backend.policy().queued else mx.eval
     while stages:
-        mx.eval(stages.pop(0))
+        take(stages.pop(0))
     for layer in sorted(by_layer := _by_layer(gradients), reverse=True):
-        mx.eval(by_layer[layer])
-    mx.eval(value, gradients)
+        take(by_layer[layer])
+    take(value, gradients)
 
 
 def _by_layer(gradients: Any) -> dict[int, list[mx.array]]:

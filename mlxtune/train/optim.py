@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
+from mlxtune import backend
 from mlxtune.model.arrays import named
 from mlxtune.sections import TrainSection
 
@@ -42,3 +45,37 @@ def clip(gradients: Any, limit: float) -> tuple[Any, mx.array]:
         return gradients, norm
     factor = mx.minimum(limit / (norm + 1e-6), 1.0)
     return tree_map(lambda g: g * factor, gradients), norm
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays as one compiled function, where the device gains by that."""
+    return mx.compile(function) if backend.policy().compiled else function
+
+
+class Update:
+    """What an optimizer step does with its summed gradients, one function of arrays: divided by the number of targets,
+    clipped, taken by AdamW. Tensor by tensor these are 40 small operations each, a thousand tensors in a model.
+
+    Nothing is changed in place: parameters and state of the step before stay whole until whoever called takes the new
+    ones. Number of targets and rate are arrays, so that the function is compiled once for the run.
+    """
+
+    def __init__(self, optimizer: optimizers.AdamW, clip_norm: float) -> None:
+        self.optimizer = optimizer
+        self.clip_norm = clip_norm
+        self._function = compiled(self._updated)
+
+    def __call__(self, gradients: Any, parameters: Any, targets: int, rate: float) -> tuple[Any, Any, mx.array]:
+        """(new parameters, new state of the optimizer, norm of the gradient before clipping), not computed yet."""
+        arrays = mx.array(float(targets)), mx.array(rate)
+        parameters, state, norm = self._function(gradients, parameters, self.optimizer.state, *arrays)
+        return parameters, state, norm
+
+    def _updated(
+        self, gradients: Any, parameters: Any, state: Any, targets: mx.array, rate: mx.array
+    ) -> tuple[Any, Any, mx.array]:
+        gradients = tree_map(lambda g: g / targets.astype(g.dtype), gradients)
+        gradients, norm = clip(gradients, self.clip_norm)
+        optimizer = copy.copy(self.optimizer)
+        optimizer.state = {**tree_map(lambda array: array, state), "learning_rate": rate}  # AdamW writes into its state
+        return optimizer.apply_gradients(gradients, parameters), optimizer.state, norm

@@ -19,7 +19,6 @@ from mlx.utils import tree_map
 
 from mlxtune.data.batches import Batch, Plan
 from mlxtune.model import lora
-from mlxtune.model.arrays import scalar
 from mlxtune.model.dropout import DropoutKeys
 from mlxtune.sections import TrainSection
 from mlxtune.train import optim
@@ -27,6 +26,8 @@ from mlxtune.train.gradients import Gradients
 from mlxtune.train.identity import Identity
 from mlxtune.train.loss import Path
 from mlxtune.train.ranks import ALONE, Ranks
+
+COMPILED_FROM = 2  # a signature used once is computed as it comes: compiling would cost more than it saves
 
 
 class Scored(Protocol):
@@ -78,24 +79,31 @@ class StepFunction:
         self.optimizer = optimizer
         self.between = between
         self.layers = len(lora.adapters(job.model))
-        self._gradients = Gradients(job.model, job.path)
+        self._gradients = Gradients(job.model, job.path, COMPILED_FROM)
+        self._update = optim.Update(optimizer, job.section.clip_norm)
+        self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
+        self._known = 0  # the last step whose micro-batches' signatures are known
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Raises NonFinite before anything is updated."""
         began = time.perf_counter()
+        self._recall(number)
         batches = self.job.plan.step(number)
         targets = sum(batch.targets for batch in batches)
         losses, gradients = self._accumulate(number, self.job.ranks.share(batches))
-        gradients = tree_map(lambda g: g / targets, self.job.ranks.total(gradients))
-        gradients, norm = optim.clip(gradients, self.job.section.clip_norm)
-        mx.eval(gradients, norm)
-        mean, norm_value = self.job.ranks.sums(sum(losses))[0] / targets, scalar(norm)
-        if not (math.isfinite(mean) and math.isfinite(norm_value)):
-            raise NonFinite(mean, self.rows(number, losses))
         rate = optim.learning_rate(self.job.section, number, self.job.plan.steps)
-        self.optimizer.learning_rate = rate
-        self.optimizer.update(self.job.model, gradients)
-        mx.eval(self.job.model.trainable_parameters(), self.optimizer.state)
+        gradients, before = self.job.ranks.total(gradients), self.job.model.trainable_parameters()
+        parameters, state, norm = self._update(gradients, before, targets, rate)
+        del gradients, before  # the update takes the gradients' memory
+        numbers = mx.stack([norm, *losses])
+        mx.eval(parameters, state, numbers)
+        read: Any = numbers.tolist()
+        norm_value, *values = read
+        mean = self.job.ranks.sums(sum(values))[0] / targets
+        if not (math.isfinite(mean) and math.isfinite(norm_value)):
+            raise NonFinite(mean, self.rows(number, values))
+        self.job.model.update(parameters)
+        self.optimizer.state = state
         return {
             "step": number,
             "loss": mean,
@@ -115,9 +123,17 @@ class StepFunction:
             batches = bad or batches
         return ", ".join([self.job.place(row) for batch in batches for row in batch.rows][:16])
 
-    def _accumulate(self, number: int, batches: list[Batch]) -> tuple[list[float], Any]:
-        """(summed loss of each micro-batch, summed gradients) of a step."""
-        losses: list[float] = []
+    def _recall(self, number: int) -> None:
+        """Know the micro-batches of the steps before, where a run goes on: see Gradients.note."""
+        if self.job.path.compiled:
+            for before in range(self._known + 1, number):
+                for batch in self.job.ranks.share(self.job.plan.step(before)):
+                    self._gradients.note(batch)
+        self._known = max(self._known, number)
+
+    def _accumulate(self, number: int, batches: list[Batch]) -> tuple[list[mx.array], Any]:
+        """(summed loss of each micro-batch, summed gradients) of a step, computed: one wait a micro-batch."""
+        losses: list[mx.array] = []
         gradients: Any = tree_map(mx.zeros_like, self.job.model.trainable_parameters()) if not batches else None
         try:
             for batch in batches:
@@ -126,9 +142,10 @@ class StepFunction:
                 lengths = (batch.lengths - 1).tolist()  # a row's last token predicts nothing
                 self.job.dropout.set(self.job.section.seed, number, batch.rows.tolist(), lengths, self.layers)
                 value, new = self._gradients(batch)
-                gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+                gradients = new if gradients is None else self._added(gradients, new)
+                del new
                 mx.eval(value, gradients)
-                losses.append(scalar(value))
+                losses.append(value)
         finally:
             self.job.dropout.clear()
         return losses, gradients
