@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
+
+from mlxtune.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / ".github" / "workflows" / "test.yml"
@@ -150,3 +153,18 @@ def test_each_form_asks_what_the_machine_has(form: Path) -> None:
     fields = {field.get("id"): field for field in yaml.safe_load(form.read_text())["body"]}
     assert fields["doctor"]["attributes"]["label"] == "mlxtune doctor --json"
     assert fields["doctor"]["validations"]["required"]
+
+
+def named() -> Iterator[list[str]]:
+    """Every `mlxtune` command line of the workflow's steps and of the forms' labels, from its verb on."""
+    yield from (words[1:] for words in commands() if words[0] == ".venv/bin/mlxtune")
+    for form in FORMS:
+        labels = (field["attributes"].get("label", "") for field in yaml.safe_load(form.read_text())["body"])
+        yield from (shlex.split(label)[1:] for label in labels if label.startswith("mlxtune "))
+
+
+def test_every_command_that_is_run_or_asked_for_exists() -> None:
+    lines = list(named())
+    assert ["doctor", "--test", "--json"] in lines and len(lines) >= 8
+    for verb, *words in lines:
+        cli.commands[verb].make_parser(click.Context(cli.commands[verb])).parse_args(words)  # raises for an unknown one
