@@ -9,6 +9,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +22,7 @@ from test_memory import SIZES, examples
 from training import scale_losses
 from ways import make, rows
 
-from mlxtune import backend, bench
+from mlxtune import backend, bench, session, tuning
 from mlxtune import config as configuration
 from mlxtune.data.batches import Plan
 from mlxtune.model import lora
@@ -54,9 +55,9 @@ def stepping(model: nn.Module, found: list[Any], *settings: str, **options: Any)
     config = configuration.load(None, chosen)
     compiled = backend.policy().compiled
     path = Way(Split.of(model, mx.array([found[0].ids[:8]])), recompute=1, compiled=compiled)
-    place = "row {}".format
+    place, identity = "row {}".format, SimpleNamespace(config={"train.dtype": "float32"})
     plan = Plan(found, config.train)
-    job = Job(model, path, model.dropout_keys, plan, config.train, Path(), None, place, None, None, **options)  # type: ignore[arg-type]
+    job = Job(model, path, model.dropout_keys, plan, config.train, Path(), None, place, identity, None, **options)  # type: ignore[arg-type]
     return StepFunction(job, optim.build(config.train, model.trainable_parameters()))
 
 
@@ -145,7 +146,8 @@ def test_queued_work_takes_no_more_memory_than_predicted(monkeypatch: pytest.Mon
     settings = ("train.batch_rows=4", "train.epochs=1", "train.checkpoint_layers=all", "fast.prefix=off")
     config = configuration.load(None, settings)
     plan = Plan(examples(), config.train)
-    predicted = fit.plan(model, config, {"model_type": "llama", **sizes}, mx.float32, plan)
+    path = Way(Split.of(model, mx.array([plan.examples[0].ids[:8]])), recompute=1)
+    predicted = fit.plan(model, path, config, {"model_type": "llama", **sizes}, mx.float32, plan)
     assert predicted is not None
     monkeypatch.setattr(backend, "policy", lambda: backend.Policy(compiled=False, queued=True, tile=1))
     limit = mx.set_memory_limit(1 << 40)
@@ -153,6 +155,14 @@ def test_queued_work_takes_no_more_memory_than_predicted(monkeypatch: pytest.Mon
     queued = peak_of(stepping(model, examples(), *settings, predicted=predicted.total))
     assert queued == pytest.approx(predicted.total, rel=0.15)
     assert mx.set_memory_limit(limit) == limit
+
+
+def test_a_run_holds_its_queue_to_what_is_predicted_for_it(mlx_model: Path, data: Path) -> None:
+    flags = {"model.path": str(mlx_model), "data.path": str(data)}
+    found, settings = session.read_data(configuration.load(None, ("train.batch_rows=2",), flags))
+    job, fitted, *_ = tuning.prepared(settings, found, Path())
+    _, predicted, _ = tuning.memory_plan(fitted, found)
+    assert predicted is not None and job.predicted == predicted.total > 0
 
 
 def test_a_prediction_that_was_far_too_low_holds_nothing_up(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +196,7 @@ def test_nothing_is_updated_by_a_step_that_is_not_finite_and_its_rows_are_named(
     step = small()
     step(1)
     model, state = (named(tree) for tree in (step.job.model.trainable_parameters(), step.optimizer.state))
-    with pytest.raises(NonFinite, match=r"is not finite \(loss nan\)") as refused:
+    with pytest.raises(NonFinite, match=r"is not finite in float32 \(nan\)") as refused:
         step(2)
     rows_of = [", ".join(f"row {row}" for row in batch.rows) for batch in step.job.plan.step(2)]
     assert str(refused.value).endswith(f"rows in the step: {rows_of[1]}")
