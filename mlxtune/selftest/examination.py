@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlxtune.selftest.outcome import FAILED, Result
+from mlxtune.train import signals
 
 SECONDS = 120.0  # that one check may take
 PATIENCE = 5.0  # seconds for a process to end when it is told to
@@ -130,11 +131,11 @@ def _folder() -> Iterator[Path]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Inside, a second Ctrl-C does not keep us from cleaning up."""
+    """Inside, a second signal does not keep us from cleaning up."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals.EXIT_CODES}
     try:
         yield
     finally:
