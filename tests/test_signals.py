@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import stopping
 from stopping import Stopping
+from test_ranks import finished, launched
 from training import SETTINGS, losses, tensors
 
 from mlxtune.train import events
@@ -72,7 +74,8 @@ def test_the_first_signal_says_what_it_does_and_waits_twice_as_long_as_the_last_
     assert f"stopped after step 4; to go on: mlxtune train --resume --out {run.out}" in run.said.read_text()
     assert said in run.said.read_text()
     assert run.checkpoints() == [4] and run.events()[-1] == {"kind": "end", "step": 4, "state": "interrupted"}
-    goes_on(begin, run.out, undisturbed)
+    if number == HUP:
+        goes_on(begin, run.out, undisturbed)
 
 
 @pytest.mark.parametrize(("sent", "code"), [((INT, INT), 130), ((TERM, TERM), 143), ((HUP, TERM), 129), ((INT,), 130)])
@@ -99,7 +102,8 @@ def test_a_second_signal_or_too_long_a_step_saves_the_last_whole_state_and_leave
     assert "Traceback" not in run.said.read_text()
     assert run.checkpoints() == [3] and run.events()[-1] == {"kind": "end", "step": 3, "state": "interrupted"}
     assert (run.out / "adapters.safetensors").is_file()
-    goes_on(begin, run.out, undisturbed)
+    if sent in ((INT, INT), (INT,)):
+        goes_on(begin, run.out, undisturbed)
 
 
 def test_the_first_step_is_waited_for_however_long_it_takes(
@@ -148,7 +152,7 @@ def test_under_nohup_a_closed_terminal_stops_nothing(
 
 @pytest.mark.parametrize("gone", ["terminal", "pipe"])
 def test_a_run_whose_words_nobody_can_read_any_more_is_saved_all_the_same(
-    gone: str, begin: Stopping, mlx_model: Path, data: Path, undisturbed: Path, tmp_path: Path
+    gone: str, begin: Stopping, mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
     """A terminal that was closed; and `2>&1 | tee`, which dies of the same Ctrl-C."""
     out = tmp_path / "run"
@@ -167,7 +171,6 @@ def test_a_run_whose_words_nobody_can_read_any_more_is_saved_all_the_same(
     if writer >= 0:
         os.close(writer)
     assert run.checkpoints() == [4] and run.events()[-1]["state"] == "interrupted"
-    goes_on(begin, out, undisturbed)
 
 
 def test_checkpoints_come_by_time_as_well_and_change_no_bit(
@@ -182,6 +185,49 @@ def test_checkpoints_come_by_time_as_well_and_change_no_bit(
     assert {4, 7, 8} <= set(saved) == set(run.checkpoints()), saved
     assert tensors(out / "adapters.safetensors") == tensors(undisturbed / "adapters.safetensors")
     assert losses(out) == losses(undisturbed)
+
+
+TWO = """#!{python}
+import os, time
+from pathlib import Path
+from mlxtune.cli import main
+from mlxtune.train import step
+real = step.StepFunction.__call__
+def call(self, number):
+    event = real(self, number)
+    if number == 4:
+        Path("{marks}", os.environ["MLX_RANK"]).write_text(str(os.getpid()))
+        time.sleep({lasts})
+    return event
+step.StepFunction.__call__ = call
+main()
+"""
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_of_two_processes_one_signal_to_either_stops_both_and_two_save_what_is_whole(
+    signals: int, mlx_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """The first one to the second process, which neither writes nor draws; the second one to both."""
+    run, marks, program = (tmp_path / name for name in ("run", "marks", "there"))
+    marks.mkdir()
+    program.write_text(TWO.format(python=sys.executable, marks=marks, lasts=2 if signals == 1 else FOREVER))
+    program.chmod(0o755)
+    process = launched(2, *words(mlx_model, data, run), program=program)
+    until = time.monotonic() + 120
+    while len(found := [mark.read_text() for mark in sorted(marks.iterdir())]) < 2 or not all(found):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+    for number in range(signals):
+        for pid in found[1:] if signals == 1 else found:
+            os.kill(int(pid), INT)
+        time.sleep(0.3 * (1 - number))
+    said = finished(process)
+    step = 4 if signals == 1 else 3
+    where = "after step 4" if signals == 1 else "inside step 4, which is lost"
+    assert f"stopped {where}; to go on: mlxtune train --resume --out {run}" in said, said
+    assert "Traceback" not in said
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == [f"step-{step:07d}"]
 
 
 def test_two_threads_tell_events_one_after_the_other_and_the_end_is_the_last_one(tmp_path: Path) -> None:
