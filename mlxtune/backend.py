@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import gc
 import os
 import platform
 import sys
@@ -114,6 +115,7 @@ def recover() -> None:
             except RuntimeError:
                 continue  # the first of them; those of work that was sent after it may follow
             break
+    gc.collect()  # graphs and the classes of checkpointed blocks refer to themselves, and hold arrays
     mx.clear_cache()
 
 

@@ -86,7 +86,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure of the device or its memory. text: the library's own, on one line."""
+    """A failure of the device or its memory. text: the library's own, on one line, without its full stop."""
 
     kind: Kind
     text: str
@@ -116,7 +116,7 @@ class Failure:
 
 def recognise(error: BaseException) -> Failure | None:
     """The device's failure that an error reports, or None for any other error, an ordinary bug among them."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, MemoryError):
         return Failure(Kind.OUT_OF_MEMORY, text)
     if not isinstance(error, RuntimeError):

@@ -14,9 +14,9 @@ from mlxtune.train.lock import is_locked
 
 @dataclass(frozen=True)
 class Run:
-    """state: running, finished, interrupted (by a signal), failed, killed (it ended without a word), or unreadable (its
-    events.jsonl is damaged); steps: of the whole plan, 0 unknown; best_loss: lowest validation loss; bytes: on the
-    disk.
+    """state: running, finished, interrupted (by a signal, or because its GPU failed), failed, killed (it ended without
+    a word), or unreadable (its events.jsonl is damaged); steps: of the whole plan, 0 unknown; best_loss: lowest
+    validation loss; bytes: on the disk.
     """
 
     path: Path

@@ -17,13 +17,13 @@ from mlxtune.train import signals, step
 from mlxtune.train.gradients import Gradients
 from mlxtune.train.loss import Path as Way
 
-METAL = "[METAL] Command buffer execution failed: {}."
+METAL = "[METAL] Command buffer execution failed: {}"  # MLX ends it with a full stop, which we leave out
 OUT_OF_MEMORY = METAL.format("Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)")
 WATCHDOG = METAL.format("Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)")
 LOST = METAL.format(
     "Ignored (for causing prior/excessive GPU errors) (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)"
 )
-BUFFERS = "[metal::malloc] Resource limit (499000) exceeded."
+BUFFERS = "[metal::malloc] Resource limit (499000) exceeded"
 
 
 class Evaluations:

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from broken import BUFFERS, LOST, OUT_OF_MEMORY, WATCHDOG, Evaluations, command, fail_gradients, failing
 
-from mlxtune import bench
+from mlxtune import backend, bench
 from mlxtune.cli import main
 from mlxtune.evaluate import generate
 from mlxtune.gpu_errors import ADVICE, Kind
@@ -147,8 +147,11 @@ def test_a_benchmarks_child_tells_its_parent(
     mlx_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The child is run in this process: every gradient fails there; the parent computes none."""
+    real = subprocess.run
 
-    def child(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def child(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if list(command[1:3]) != ["-m", "mlxtune.bench"]:
+            return real(command, **options)
         with contextlib.redirect_stdout(io.StringIO()) as out:
             code = bench._main(command[3], command[4], int(command[5]))
         return subprocess.CompletedProcess(command, code, out.getvalue(), "")
@@ -170,3 +173,20 @@ def test_an_array_that_cannot_be_computed_is_never_taken_from_memory(tmp_path: P
         os.truncate(file, 2000)
         with pytest.raises(RuntimeError, match="Unable to read"):
             to_numpy(array)
+
+
+def test_errors_that_the_device_kept_for_later_are_let_go_before_anything_is_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MLX raises the first error of a stream; work that was sent after it may have left others, raised one by one."""
+    kept = [OUT_OF_MEMORY, LOST, OUT_OF_MEMORY]
+    cleared: list[int] = []
+
+    def synchronize(stream: Any = None) -> None:
+        if kept:
+            raise RuntimeError(kept.pop())
+
+    monkeypatch.setattr(mx, "synchronize", synchronize)
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(len(kept)))
+    backend.recover()
+    assert kept == [] and cleared == [0]

@@ -39,7 +39,8 @@ def train(
     """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
 
     Flags beat the file, the file beats the defaults. RUN/adapters.safetensors ends up as the adapter with the lowest
-    validation loss. Ctrl-C finishes the step, saves, and can be resumed. On several machines: mlx.launch.
+    validation loss. Ctrl-C finishes the step, saves, and can be resumed, as can a run whose GPU failed. On several
+    machines: mlx.launch.
 
     \b
     mlxtune train -c quick --model model --data data
