@@ -168,7 +168,8 @@ def test_rows_of_a_proof_pass_a_window_wider_than_usual(monkeypatch: pytest.Monk
     config = configuration.load(None, SETTINGS)
     known = (model, Path(), config), (mx.float32, Plan(long_rows(), config.train), None)
     assert fit.proof_room(*known[0], sizes("gemma3_text wide"), *known[1]).tokens == 200
-    assert fit.proof_room(*known[0], sizes("llama"), *known[1]).tokens == 120
+    for never_passed in ({}, {"sliding_window": 5000}, {"sliding_window": 150, "use_sliding_window": False}):
+        assert fit.proof_room(*known[0], sizes("llama") | never_passed, *known[1]).tokens == 120
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,8 @@ class _Search:
             if failure is None or not failure.of_memory:
                 raise
         backend.recover()
-        return self._proven(choice, replace(room, tokens=room.tokens // 2, checkpointed=True))
+        fewer = max(proof.FEWEST_TOKENS // 2, room.tokens // 2)
+        return self._proven(choice, replace(room, tokens=fewer, checkpointed=True))
 
     def _proven(self, choice: Choice, room: Room) -> Verdict:
         grouped = self.config.data.group_by_prefix

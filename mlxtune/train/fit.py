@@ -139,7 +139,8 @@ def proof_room(
     """
     outside, blocks = copies(model)
     longest = int(lengths_of(rows.examples).max())
-    most = min(longest, max(MAX_TOKENS, window_of(model_config) + PAST_WINDOW))
+    window = window_of(model_config)
+    most = min(longest, MAX_TOKENS if window >= longest else max(MAX_TOKENS, window + PAST_WINDOW))
     sizes = memory.sizes_of(model_config)
     run = plan(model, path, config, model_config, dtype, rows)
     if sizes is None or run is None:
