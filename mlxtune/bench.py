@@ -1,9 +1,10 @@
 """Speed and memory of a training step on this machine, alone or against mlx-lm's own trainer.
 
 Every measurement is a child process that trains on the same rows and prints one JSON line; competitors take turns, so
-that a machine's moods fall on both. mlx-lm runs as its own command runs it (its batches, its padding, its loss), with
-our rank, targets, activation type, BLAS and compile setting. What warms up is not counted: one step, or where steps are
-compiled all of them.
+that a machine's moods fall on both. mlx-lm runs as its own command runs it (its batches, its padding, its loss, MLX's
+own limits of memory and cache, TF32 where MLX uses it), with our rank, targets, activation type, BLAS, compile setting
+and watchdog variable. What warms up is not counted: one step, or where steps are compiled all of them, as often as it
+takes until nothing is compiled any more; what the first time took is told apart.
 
 Legend: D width, V vocabulary.
 """
@@ -11,12 +12,14 @@ Legend: D width, V vocabulary.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +27,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
+import numpy as np
+from mlx.utils import tree_map
 
 from mlxtune import backend, config, session, tuning
 from mlxtune.config import Config
@@ -49,6 +54,11 @@ class Measured:
     one); seconds: of the counted steps together; tokens: real ones, padding apart; processed: those
     that went through the trunk; peak_bytes: over the model's own; head_saved, prefix_saved: share of the plain way's
     arithmetic left out; utilisation: needed arithmetic per second over that of a large matrix product.
+
+    update: share of the seconds that the optimizer's update takes when it is computed alone; waits: for the device, in
+    each micro-batch of a step, the update's among them; first_seconds: of the same steps the first time, kernels and
+    graphs being compiled, 0: nothing is compiled here; traced: graphs compiled until all steps were warm. limits: whose
+    limits of MLX's memory and cache held.
     """
 
     who: str
@@ -67,6 +77,11 @@ class Measured:
     utilisation: float = 0.0
     computed: str = ""
     unit: str = "row"
+    update: float = 0.0
+    waits: float = 0.0
+    first_seconds: float = 0.0
+    traced: int = 0
+    limits: str = OURS
 
     @property
     def seconds_per_row(self) -> float:
@@ -79,7 +94,8 @@ def measure(settings: Config, rows: int, who: str) -> Measured:
         file = Path(folder) / "bench.yaml"
         file.write_text(session.anchored(settings).to_yaml(), encoding="utf-8")
         command = [sys.executable, "-m", "mlxtune.bench", who, str(file), str(rows)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        theirs = {} if who == OURS else backend.as_without_mlxtune()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **theirs})
     if done.returncode == REFUSED:
         error, hint = json.loads(done.stdout.strip().splitlines()[-1])
         raise UserError(f"the measurement of {who} failed: {error}", hint)
@@ -148,9 +164,15 @@ def _ours(settings: Config, data: session.Data, steps: int) -> Measured:
     longest = max(range(1, steps + 1), key=lambda number: max(batch.ids.size for batch in plan.step(number)))
     mx.clear_cache()
     mx.reset_peak_memory()
-    for number in range(1, steps + 1) if backend.compiles() else [longest]:
-        step(number)
-    events = [step(number) for number in range(1, steps + 1)]
+    first = 0.0
+    if backend.compiles():
+        first = sum(step(number)["seconds"] for number in range(1, steps + 1))
+        for number in range(1, steps + 1):  # what came once is compiled now
+            step(number)
+    else:
+        step(longest)
+    with waits() as waited:
+        events = [step(number) for number in range(1, steps + 1)]
     peak = mx.get_peak_memory()
     seconds = sum(event["seconds"] for event in events)
     lengths = [0 if path.prefix is None else prefix.usable(batch, path.prefix) for batch in batches]
@@ -176,7 +198,66 @@ def _ours(settings: Config, data: session.Data, steps: int) -> Measured:
         prefix_saved=saved * trunk / plain,
         utilisation=4 * needed / seconds / _matmul_peak(dtype),
         computed=fast.describe(path),
+        update=steps * _update_seconds(step) / seconds,
+        waits=len(waited) / len(batches),
+        first_seconds=first,
+        traced=step.traced,
     )
+
+
+WAITING = ("item", "tolist", "__array__", "__bool__", "__float__", "__int__", "__index__")  # of mx.array
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """Inside, the list grows by the name of every call that waits for the device: evaluations, and what reads an array
+    into Python. numpy reads through a buffer, so np.array and np.asarray of an mx.array are watched themselves.
+    """
+    found: list[str] = []
+
+    def watched(name: str, call: Callable[..., Any], counts: Callable[..., bool]) -> Callable[..., Any]:
+        def watching(*args: Any, **kwargs: Any) -> Any:
+            found.extend([name] if counts(*args) else [])
+            return call(*args, **kwargs)
+
+        return watching
+
+    of_array = [(mx.array, name, lambda *args: True) for name in WAITING if hasattr(mx.array, name)]
+    of_numpy = [(np, name, lambda *args: isinstance(args[0], mx.array)) for name in ("array", "asarray")]
+    places = [(mx, "eval", lambda *args: True), (mx, "synchronize", lambda *args: True), *of_array, *of_numpy]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    for (owner, name, counts), (*_, call) in zip(places, before, strict=True):
+        setattr(owner, name, watched(name, call, counts))
+    try:
+        yield found
+    finally:
+        for owner, name, call in before:
+            setattr(owner, name, call)
+
+
+def _update_seconds(step: StepFunction) -> float:
+    """Of the optimizer's update alone, the median of five; nothing is changed by it."""
+    parameters = step.job.model.trainable_parameters()
+    gradients = tree_map(mx.ones_like, parameters)
+    mx.eval(gradients)
+    taken = []
+    for _ in range(6):
+        began = time.perf_counter()
+        mx.eval(step.update(gradients, parameters, 1, 1e-6))
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[1:])
+
+
+def _mlx_limits() -> tuple[int, int]:
+    """MLX's limits of memory and cache, in bytes."""
+    found = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)
+    _set_limits(found)
+    return found
+
+
+def _set_limits(limits: tuple[int, int]) -> None:
+    mx.set_memory_limit(limits[0])
+    mx.set_cache_limit(limits[1])
 
 
 def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> Measured:
@@ -186,7 +267,9 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
     from mlx_lm.tuner.datasets import CacheDataset
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
+    limits = _mlx_limits()  # which loading changes; how much is wired mlx-lm's trainer says itself
     loaded = load(settings.model.path, settings.train.dtype, as_mlx_lm=True)
+    _set_limits(limits)
     base = _bytes(loaded.model.parameters())
     spec = lora.Spec.of(loaded.model, settings.lora)
     loaded.model.freeze()
@@ -231,7 +314,8 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
         optimizer = optimizers.AdamW(settings.train.lr)
         dataset = CacheDataset(Rows())
         mx.reset_peak_memory()
-        trainer.train(loaded.model, optimizer, dataset, None, arguments, trainer.default_loss, warmed, Clock())
+        with waits() as waited:
+            trainer.train(loaded.model, optimizer, dataset, None, arguments, trainer.default_loss, warmed, Clock())
     offsets, lengths = (sum(int(scalar(batch[1][:, side].sum())) for batch in seen) for side in (0, 1))
     used = lengths - steps * rows  # as for ours: a row's last token predicts nothing
     padded = sum(batch[0].shape[0] * (batch[0].shape[1] - 1) for batch in seen)
@@ -247,6 +331,9 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
         peak_bytes=mx.get_peak_memory() - base,
         base_bytes=base,
         device=_device(loaded.dtype),
+        waits=waited.count("eval") / len(Clock.seconds),  # the others are its reports', and not timed
+        first_seconds=sum(Clock.seconds[:steps]) if backend.compiles() else 0.0,
+        limits=THEIRS,
     )
 
 

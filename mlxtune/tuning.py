@@ -160,6 +160,7 @@ def prepared(
     mx.reset_peak_memory()  # from here on it is the run's: the proof is a part of it
     chosen = choose(loaded.model, loaded.config, config, plan, loaded.dtype, limit, ranks, narrower)
     config, plan, path = chosen.config, chosen.rows, chosen.path
+    predicted = fit.plan(loaded.model, path, config, loaded.config, loaded.dtype, plan)
 
     def evaluate(between: Callable[[], None]) -> Score:
         with as_powers_of_two(path.powers):
@@ -192,6 +193,7 @@ def prepared(
         spec=spec,
         samples=samples,
         ranks=ranks,
+        predicted=predicted.total if predicted is not None else None,
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
     notes += unread(loaded.path) + floats.notes(config.train.dtype, loaded.own, loaded.dtype, loaded.config)
@@ -209,7 +211,6 @@ def prepared(
     notes += repeatable(loaded.model, backend.kind())
     tight = []
     if backend.kind() != "cuda":  # which has memory of its own
-        predicted = fit.plan(loaded.model, path, config, loaded.config, loaded.dtype, plan)
         tight = host.crowded(predicted.total if predicted else 0, backend.memory_bytes())
     if ranks.first:
         notes += tight

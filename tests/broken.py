@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,16 +53,17 @@ def command(capsys: pytest.CaptureFixture[str], *words: str | Path) -> subproces
     """The command in this process."""
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(signals, "exit_on_sigterm", lambda: None)
+        patch.setattr(signals, "unwind_on_signals", lambda: None)
+        patch.setattr(sys, "stderr", sys.stderr)  # main puts another in its place
         main([*map(str, words)])
     said = capsys.readouterr()
     return subprocess.CompletedProcess(words, int(ended.value.code or 0), said.out, said.err)
 
 
 def fail_gradients(
-    patch: pytest.MonkeyPatch, number: int, text: str = OUT_OF_MEMORY, most: Callable[[Batch, Way], bool] | None = None
+    patch: pytest.MonkeyPatch, number: int, text: str = OUT_OF_MEMORY, fits: Callable[[Batch, Way], bool] | None = None
 ) -> list[int]:
-    """The run's micro-batches fail from the `number`-th on, counted from 1; with `most`, those for which it is false.
+    """The run's micro-batches fail from the `number`-th on, counted from 1; with `fits`, those that do not.
 
     Returns the list of their sizes, which grows with every one that is computed.
     """
@@ -69,10 +71,19 @@ def fail_gradients(
 
     class Failing(Gradients):
         def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
-            if len(sizes) + 1 >= number and not (most and most(batch, self.path)):
+            if len(sizes) + 1 >= number and not (fits and fits(batch, self.path)):
                 raise RuntimeError(text)
             sizes.append(len(batch.rows))
             return super().__call__(batch)
 
     patch.setattr(step, "Gradients", Failing)
     return sizes
+
+
+def failing(text: str) -> Callable[..., Any]:
+    """A function that fails whatever it is given."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(text)
+
+    return fail

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import tiny
 
-from mlxtune import bench, config
+from mlxtune import backend, bench, config, session
+from mlxtune.errors import UserError
+from mlxtune.model import exponentials
 
 
 def test_both_competitors_train_on_the_same_rows(mlx_model: Path, data: Path) -> None:
@@ -24,6 +29,54 @@ def test_both_competitors_train_on_the_same_rows(mlx_model: Path, data: Path) ->
     assert ours.base_bytes == theirs.base_bytes
     assert 0 < ours.head_saved < 1 and ours.seconds > 0 and 0 < ours.utilisation < 1
     assert theirs.peak_bytes > ours.peak_bytes > 0
+    assert 0 < ours.update < 1 and theirs.update == 0
+    assert ours.waits > 3  # on the CPU every layer of gradients is waited for
+    assert theirs.waits == 1  # mlx-lm evaluates once a step
+    assert ours.first_seconds == theirs.first_seconds == ours.traced == 0  # nothing is compiled on the CPU
+    assert (ours.limits, theirs.limits) == ("mlxtune", "mlx-lm")
+
+
+def test_mlx_lm_trains_under_the_limits_that_mlx_has_of_itself(
+    mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a process without mlxtune: how much MLX may take and keep, and whether it multiplies in TF32."""
+    read = "sys.exit(f'{mx.set_memory_limit(1)} {mx.set_cache_limit(1)} {os.environ.get(\"MLX_ENABLE_TF32\", 1)}')"
+    code = f"import os, sys, mlx.core as mx; {read}"
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("MLX_")}
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=bare)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(backend, "_unset", {"MLX_ENABLE_TF32": "1"})  # this process may have got ours from another
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import mlx_lm.tuner.trainer as trainer\ndef train(*_):\n    {code}\ntrainer.train = train\n"
+    )
+    flags = {"model.path": str(mlx_model), "data.path": str(data)}
+    with pytest.raises(UserError) as told:
+        bench.measure(config.load(None, ("train.batch_rows=4",), flags), 8, bench.THEIRS)
+    assert told.value.message.split()[-3:] == alone.stderr.split() and alone.stderr.endswith(" 1\n")
+
+
+def test_what_mlxtune_set_for_itself_is_known_and_what_the_user_set_stays() -> None:
+    code = "from mlxtune import backend; import os; print(backend.as_without_mlxtune(), os.environ['MLX_ENABLE_TF32'])"
+    for given, told in (({}, "{'MLX_ENABLE_TF32': '1'} 0\n"), ({"MLX_ENABLE_TF32": "0"}, "{} 0\n")):
+        environment = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"} | given
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        assert done.stdout == told
+
+
+def test_steps_are_timed_when_all_is_compiled_and_the_first_time_is_told_apart(
+    mlx_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, in this process."""
+    monkeypatch.setattr(backend, "policy", lambda: backend.Policy(compiled=True, queued=True, tile=64))
+    monkeypatch.setattr(exponentials, "worth_it", lambda: False)  # which are of the CPU, and wait
+    flags = {"model.path": str(mlx_model), "data.path": str(data)}
+    settings = config.load(None, ("train.batch_rows=4", "lora.rank=4", "train.epochs=1"), flags)
+    found, _ = session.read_data(settings)
+    ours = bench._ours(settings, found, 3)
+    assert ours.waits <= 3 and ours.first_seconds > 0
+    assert "compiled" in ours.computed and 0 < ours.traced <= 3
+    theirs = bench._theirs(bench.THEIRS, settings, list(found.train)[:8], 4)
+    assert theirs.waits == 1 and theirs.first_seconds > 0
 
 
 def test_rows_of_several_examples_are_chosen_by_rows_and_timed_by_examples(mlx_model: Path, tmp_path: Path) -> None:

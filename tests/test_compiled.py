@@ -9,13 +9,16 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from ways import BATCH, assert_close, make, rows, steps, ways
+from rounding import as_a_gpu
+from ways import BATCH, COMMON, assert_close, make, rows, steps, ways
 
 from mlxtune import backend
 from mlxtune import config as configuration
-from mlxtune.train import fast, gradients
+from mlxtune.model.head import Split
+from mlxtune.train import fast, gradients, proof
 from mlxtune.train.gradients import filled
 from mlxtune.train.loss import Path
+from mlxtune.train.proof import Room, Verdict
 
 NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
 
@@ -35,6 +38,15 @@ def test_every_way_computes_the_same_inside_one_compiled_function(kind: str, bit
     for label, path in ways(model, BATCH).items():
         if path.split is not None and not path.powers:  # which are of the CPU alone, where nothing is compiled
             assert_close(model, replace(path, compiled=True), BATCH, 1e-6, 3e-5, label)
+
+
+@NEEDS_COMPILER
+def test_a_compiled_way_is_proven_under_a_gpus_rounding(compilation: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_a_gpu(monkeypatch, 3e-6)
+    monkeypatch.setitem(COMMON, "num_hidden_layers", 1)
+    model = make("llama")
+    path = Path(Split.of(model, mx.array(BATCH.ids)), compiled=True)
+    assert proof.of(model, path, BATCH, mx.float32, Room()) == Verdict()
 
 
 @NEEDS_COMPILER

@@ -96,7 +96,8 @@ def test_a_float16_model_is_trained_on_a_gpu_as_the_same_model_in_float32(half_m
 def test_such_a_run_says_so_has_the_losses_of_float32_and_its_memory_is_predicted_for_float32(
     half_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tune(half_model, rows, tmp_path / "cpu", *STEPS)
+    on_cpu = tune(half_model, rows, tmp_path / "cpu", *STEPS)
+    assert not any("float16" in event.get("text", "") for event in on_cpu)
     settings = config.load(
         None, ("train.batch_rows=2", *STEPS), {"model.path": str(half_model), "data.path": str(rows)}
     )

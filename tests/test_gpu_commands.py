@@ -13,12 +13,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 import tiny
-from broken import BUFFERS, LOST, OUT_OF_MEMORY, WATCHDOG, Evaluations, command, fail_gradients
+from broken import BUFFERS, LOST, OUT_OF_MEMORY, WATCHDOG, Evaluations, command, fail_gradients, failing
 
 from mlxtune import bench
 from mlxtune.cli import main
 from mlxtune.evaluate import generate
 from mlxtune.gpu_errors import ADVICE, Kind
+from mlxtune.model import convert as conversion
 from mlxtune.model.arrays import to_numpy
 
 # Files that a command leaves to its process's end to close.
@@ -96,11 +97,11 @@ def test_an_ordinary_bug_is_no_failure_of_the_device(
 def test_converting_and_verifying_end_in_one_line_too(
     device: Evaluations, hf_model: Path, mlx_model: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    device.fail(1, OUT_OF_MEMORY)
-    result = command(capsys, "convert", hf_model, tmp_path / "converted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "to_numpy", failing(OUT_OF_MEMORY))
+        result = command(capsys, "convert", hf_model, tmp_path / "converted")
     tiny.one_clear_line(result, "there is not enough memory", "Close programs that hold memory, and run it again.")
     tiny.nothing_written(tmp_path / "converted")
-    device.fail(0, "")
     words: Words = ["--model", mlx_model, "--adapter", run]
     assert command(capsys, "fuse", *words, "--out", tmp_path / "fused").returncode == 0
     kept = _files(tmp_path)

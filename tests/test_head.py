@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 from mlx.utils import tree_flatten
+from ways import make
 
 from mlxtune.data.batches import collate
 from mlxtune.data.chat import Example
@@ -75,6 +76,19 @@ def test_a_head_that_depends_on_more_than_the_hidden_state_is_not_split() -> Non
             return self.head(self.model(ids)) + ids[..., None].astype(mx.float32)
 
     assert Split.of(Peeks(), mx.array(IDS)) is None
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_a_split_of_a_16_bit_model_is_held_to_what_float32_shows(
+    dtype: mx.Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head that is half a percent off, less than the last digit of bfloat16."""
+    model = make("llama", dtype)
+    assert Split.of(model, mx.array(IDS)) is not None
+    assert model(mx.array(IDS)).dtype == dtype
+    real = Split.logits
+    monkeypatch.setattr(Split, "logits", lambda self, rows: real(self, rows) * 1.005)
+    assert Split.of(model, mx.array(IDS)) is None
 
 
 def test_supervised_loss_and_gradients_equal_the_plain_ones(model: nn.Module) -> None:

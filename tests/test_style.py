@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(
     path
-    for top in ("mlxtune", "convert", "configs", "tests", "Makefile", "README.md", "pyproject.toml")
+    for top in ("mlxtune", "convert", "configs", "tests", ".github", "Makefile", "README.md", "pyproject.toml")
     for path in ([ROOT / top] if (ROOT / top).is_file() else (ROOT / top).rglob("*"))
     if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
 )
@@ -40,7 +40,13 @@ def test_the_type_checker_has_nothing_to_say() -> None:
 
 def test_the_walk_finds_the_project() -> None:
     names = {path.relative_to(ROOT).as_posix() for path in FILES}
-    assert {"Makefile", "README.md", "mlxtune/config.py", "configs/qlora.yaml", "tests/tiny.py"} <= names
+    assert {
+        "Makefile",
+        "mlxtune/config.py",
+        "configs/qlora.yaml",
+        "tests/tiny.py",
+        ".github/workflows/test.yml",
+    } <= names
 
 
 @pytest.mark.parametrize("text", ["open('/tmp{}x')", '"/home{}me"', "cd /work{}main", "/Users{}me/model"])

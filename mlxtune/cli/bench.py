@@ -43,6 +43,11 @@ def bench(
 
     Without --model and --data: the demo's model and rows. Memory is the peak over the model's own.
 
+    mlx-lm runs as its users have it: its batches and padding, MLX's own limits of memory and cache, TF32 where MLX uses
+    it (float32 on newer GPUs; mlxtune switches it off). The same for both: rows, rank, targets, activation type, and
+    the macOS watchdog variable. On a GPU steps are timed when nothing is compiled any more; the first time through
+    the same rows, as a run begins, is told in a line of its own.
+
     \b
     mlxtune bench
     mlxtune bench --model model --data data --against mlx-lm --set train.checkpoint_layers=all
@@ -95,6 +100,11 @@ def _print(one: Measured) -> None:
         f"{one.processed / one.seconds:,.0f} processed tokens/s, padding {one.padding:.1%}"
     )
     out.print(f"  peak memory {one.peak_bytes / 1e6:,.0f} MB over the model's {one.base_bytes / 1e6:,.0f} MB")
+    if one.first_seconds:
+        what = f", {one.traced} graphs compiled" if one.traced else ""
+        out.print(f"  the first time {one.first_seconds / one.seconds:.2f} of these seconds{what}")
+    share = f"{one.update:.1%} of the time in the optimizer's update, " if one.update else ""
+    out.print(f"  {share}{one.waits:.1f} waits for the device a micro-batch")
     if one.computed:
         out.print(f"  {one.computed}")
         out.print(

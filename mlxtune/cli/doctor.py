@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -66,8 +67,11 @@ def _tested(out: Console | None) -> list[Result]:
 
     found: list[Result] = []
     progress = out if out is not None and out.is_terminal else common.console()
-    with progress.status("starting") as status:
-        for result in examination.results(lambda name: status.update(f"{name} ...")):
+    with (
+        progress.status("starting") as status,
+        closing(examination.results(lambda name: status.update(f"{name} ..."))) as results,
+    ):
+        for result in results:
             if out is not None:
                 if not found or found[-1].group != result.group:
                     out.print(f"\n{result.group}", style="bold")
@@ -87,7 +91,7 @@ def _print_result(out: Console, result: Result) -> None:
     numbers = f"{result.shown():>9} {result.allowed():>8} {result.seconds:5.1f} s"
     out.print(line.append(result.said if result.status == "not here" else numbers, style="default"))
     if result.status == "FAILED" and result.said:
-        out.print(Padding(Text(result.said), (0, 0, 0, 9)))
+        out.print(Padding(Text(result.said), (0, 0, 0, 9), expand=False))
 
 
 def _judge(out: Console, results: list[Result], quiet: bool) -> None:

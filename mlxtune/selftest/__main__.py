@@ -18,7 +18,7 @@ from mlxtune.train import signals
 
 
 def main(folder: Path, first: int) -> None:
-    signals.exit_on_sigterm()
+    signals.unwind_on_signals()
     backend.prepare()
     shop = Workshop(folder)
     for number, check in enumerate(checks.every()):

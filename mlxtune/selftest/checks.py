@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from mlxtune.errors import Interrupted
+from mlxtune.errors import Interrupted, UserError
 from mlxtune.selftest import kernels, runs, shipping, timing, ways
 from mlxtune.selftest.outcome import FAILED, NOT_HERE, Check, NotHere, Result, Workshop
 
@@ -24,8 +24,9 @@ def done(check: Check, shop: Workshop) -> Result:
         raise
     except Exception as error:  # a wrong machine may raise anything
         said = (str(error).splitlines() or [""])[0]
-        name = "" if type(error).__name__ == "UserError" else f"{type(error).__name__}: "
-        return Result(check.group, check.name, FAILED, said=f"{name}{said}", seconds=time.perf_counter() - began)
+        if not isinstance(error, UserError):
+            said = f"{type(error).__name__}: {said}"
+        return Result(check.group, check.name, FAILED, said=said, seconds=time.perf_counter() - began)
     said = found.wrong or found.said
     seconds = time.perf_counter() - began
     return Result(check.group, check.name, found.status, found.value, found.limit, found.unit, said, seconds)

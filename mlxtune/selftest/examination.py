@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,12 +29,12 @@ COMMAND = (sys.executable, "-m", "mlxtune.selftest")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def results(begun: Callable[[str], None]) -> Iterator[Result]:
+def results(begun: Callable[[str], None]) -> Generator[Result]:
     """The result of every check, as soon as it is there. begun: is told a check's name when it begins."""
-    with tempfile.TemporaryDirectory(prefix="mlxtune-test-") as folder:
+    with _folder() as folder:
         first = 0
         for _ in range(PROCESSES):
-            after = yield from _from(first, Path(folder), begun)
+            after = yield from _from(first, folder, begun)
             if after is None:
                 return
             first = after
@@ -105,15 +106,40 @@ def _process(work: Path, first: int, stderr: IO[bytes]) -> Iterator[tuple[subpro
     try:
         yield process, deadline
     finally:
-        deadline.stop()
-        process.terminate()
-        try:
-            process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stdout:
-            process.stdout.close()
+        with _undisturbed():
+            deadline.stop()
+            process.terminate()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout:
+                process.stdout.close()
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    folder = tempfile.mkdtemp(prefix="mlxtune-test-")
+    try:
+        yield Path(folder)
+    finally:
+        with _undisturbed():
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Inside, a second Ctrl-C does not keep us from cleaning up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _told(line: bytes) -> dict[str, Any]:

@@ -65,8 +65,8 @@ def _linear(dtype: mx.Dtype, shop: Workshop) -> Found:
                     x, back = _noise((rows, K), dtype, rows), _noise((rows, N), dtype, rows + 1)
                     (out,), (gradient,) = mx.vjp(partial(_product, codes, options), [x], [back])
                     where = f"{label}, {rows} rows"
-                    worst.add(f"{where}, forward", out, _wide(x) @ matrix.T)
-                    worst.add(f"{where}, backward", gradient, _wide(back) @ matrix)
+                    worst.add(f"{where}, forward", out, _times(_wide(x), matrix.T))
+                    worst.add(f"{where}, backward", gradient, _times(_wide(back), matrix))
     return worst.found()
 
 
@@ -112,7 +112,7 @@ def _by_expert(rows: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> np
     rows = rows.reshape(len(chosen), -1)
     out = np.empty((len(rows), matrices.shape[-1]))
     for expert, matrix in enumerate(matrices):
-        out[chosen == expert] = rows[chosen == expert] @ matrix
+        out[chosen == expert] = _times(rows[chosen == expert], matrix)
     return out
 
 
@@ -149,20 +149,20 @@ def _attended(q: Any, k: Any, v: Any, back: Any, scale: float, allowed: np.ndarr
     """softmax(scale q k') v over the allowed keys, then its gradients to q, k and v."""
     each = q.shape[1] // k.shape[1]
     k, v = (np.repeat(array, each, axis=1) for array in (k, v))
-    scores = np.where(allowed, scale * q @ k.swapaxes(-1, -2), -np.inf)
+    scores = np.where(allowed, scale * _times(q, k.swapaxes(-1, -2)), -np.inf)
     p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     p /= p.sum(axis=-1, keepdims=True)
-    out = p @ v
-    of_scores = scale * p * (back @ v.swapaxes(-1, -2) - (back * out).sum(axis=-1, keepdims=True))
+    out = _times(p, v)
+    of_scores = scale * p * (_times(back, v.swapaxes(-1, -2)) - (back * out).sum(axis=-1, keepdims=True))
 
     def of_group(array: np.ndarray) -> np.ndarray:
         rows, heads, *shape = array.shape
         return array.reshape(rows, heads // each, each, *shape).sum(axis=2)
 
     yield out
-    yield of_scores @ k
-    yield of_group(of_scores.swapaxes(-1, -2) @ q)
-    yield of_group(p.swapaxes(-1, -2) @ back)
+    yield _times(of_scores, k)
+    yield of_group(_times(of_scores.swapaxes(-1, -2), q))
+    yield of_group(_times(p.swapaxes(-1, -2), back))
 
 
 def _quantized(
@@ -191,6 +191,14 @@ def _noise(shape: tuple[int, ...], dtype: mx.Dtype, seed: int) -> mx.array:
 
 def _wide(array: mx.array) -> np.ndarray:
     return np.array(array.astype(mx.float32)).astype(np.float64)
+
+
+def _times(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The matrix product, by numpy itself: not by the BLAS that MLX may use, whose threads would wait for each other on
+    a busy machine.
+    """
+    product: np.ndarray = np.einsum("...ij,...jk->...ik", a, b)
+    return product
 
 
 class Worst:

@@ -30,7 +30,7 @@ from mlxtune.sections import LoraSection
 
 BITS, GROUP = 4, 32
 RANK = 4
-SHARED = 43  # tokens that the rows of `batch` begin with
+SHARED = 30  # tokens that the rows of `batch` begin with
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -109,7 +109,7 @@ def batch() -> Batch:
     draw = np.random.default_rng(0)
     start = draw.integers(3, 250, SHARED).tolist()
     rows = []
-    for index, length in enumerate((60, 47, 31)):
+    for index, length in enumerate((44, 32, 21)):
         own = [260 + index, *draw.integers(3, 250, length - 1).tolist()]  # rows differ from their own first token on
         rows.append(Example(start + own, [0] * (SHARED + 1) + [1] * (length - 1)))
     return collate(rows, range(len(rows)))

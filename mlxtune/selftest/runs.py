@@ -45,7 +45,7 @@ def checks() -> list[Check]:
 
 @dataclass(frozen=True)
 class Made:
-    """Where a finished run lies, and what is left of it once `mlxtune train` is over."""
+    """A finished run. base: the model that it was trained on; folder: what the run left."""
 
     base: Path
     folder: Path
@@ -128,10 +128,10 @@ def _computed(folder: Path) -> str:
 
 def _left_out(folder: Path) -> str:
     """What a run on this model should have used, and found wrong itself: it proves each way before it takes it."""
-    wanted = [Way(split=Split(nn.Module(), ""))]
+    wanted = [fast.describe(Way(split=Split(nn.Module(), ""))), "the shared prefix of "]
     if backend.compiles():
-        wanted.append(Way(compiled=True))
-    missing = [fast.describe(way) for way in wanted if fast.describe(way) not in _computed(folder)]
+        wanted.append(fast.describe(Way(compiled=True)))
+    missing = [what for what in wanted if what not in _computed(folder)]
     refused = next((note for note in _notes(folder) if note.startswith("not used")), "")
     return refused or (f"the run did not use: {', '.join(missing)}" if missing else "")
 

@@ -25,7 +25,7 @@ QUICK = 200  # calls of what takes microseconds
 OPERATIONS = 100
 # (width, blocks, vocabulary): on a GPU large enough that it is not all waiting.
 SHAPES = {"cpu": (128, 2, 8192)}
-LARGE = (1024, 8, 32768)
+LARGE = (512, 8, 16384)
 ROWS = {"cpu": 4}
 MANY_ROWS = 8
 

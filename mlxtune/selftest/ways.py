@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlxtune import backend
 from mlxtune.data.batches import Batch
@@ -18,8 +16,9 @@ from mlxtune.model.arrays import dtype_name
 from mlxtune.model.head import Split
 from mlxtune.selftest.model import batch, on_the_cpu, with_adapter
 from mlxtune.selftest.outcome import Check, Found, NotHere, Workshop
-from mlxtune.train import fast
+from mlxtune.train import fast, proof
 from mlxtune.train.loss import Path
+from mlxtune.train.proof import Sums
 
 GROUP = "Loss and gradients, against the plain way in float32 on the CPU"
 PLAIN, HEAD, PREFIX, CHECKPOINTED, POWERS, COMPILED, TOGETHER = (
@@ -55,9 +54,9 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
     if way == PLAIN and dtype == mx.float32 and backend.kind() == "cpu":
         raise NotHere("this device is that CPU")
 
-    def plain() -> Any:
+    def plain() -> Sums:
         with on_the_cpu():
-            return fast.gradients(with_adapter(kind, base, mx.float32, train_also), Path(), rows)
+            return proof.plainly(with_adapter(kind, base, mx.float32, train_also), rows)
 
     wanted = shop.once(("plain", kind, base, train_also), plain)
     model = shop.once(("model", kind, dtype, train_also), lambda: with_adapter(kind, base, dtype, train_also))
@@ -65,22 +64,19 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
     if way and not paths[way]:
         raise NotHere(_why_not(way, dtype))
     chosen = paths[way] if way else [path for group in paths.values() for path in group]
-    return judged({fast.describe(path): fast.gradients(model, path, rows) for path in chosen}, wanted, dtype)
+    return judged({fast.describe(path): proof.gradients(model, path, rows) for path in chosen}, wanted, dtype)
 
 
-def judged(found: dict[str, Any], wanted: Any, dtype: mx.Dtype) -> Found:
-    """The worst of (loss, gradients) by the way they were computed."""
+def judged(found: dict[str, Sums], wanted: Sums, dtype: mx.Dtype) -> Found:
+    """The worst of what was found, by the way it was computed."""
     of_loss, of_gradient = LIMITS[dtype]
-    expected, gradients = wanted
     worst, said, wrong = 0.0, "", ""
-    for name, (loss, got) in found.items():
-        for tensor, gradient in gradients.items():
-            off = float(np.linalg.norm(got[tensor] - gradient) / max(float(np.linalg.norm(gradient)), 1e-12))
-            if not off <= worst:  # also what is no number
-                worst, said = off, f"gradient of {tensor} ({name})"
-        off = abs(loss - expected) / abs(expected)
-        if not off <= of_loss:
-            wrong = f"the loss is off by {off:.1e}, at most {of_loss:.0e} is allowed ({name})"
+    for name, sums in found.items():
+        off = proof.difference(sums, wanted)
+        if off.gradient > worst:
+            worst, said = off.gradient, f"gradient of {off.name} ({name})"
+        if off.loss > of_loss:
+            wrong = f"the loss is off by {off.loss:.1e}, at most {of_loss:.0e} is allowed ({name})"
     return Found(worst, of_gradient, said=said, wrong=wrong)
 
 

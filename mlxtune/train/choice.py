@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune import gpu_errors
+from mlxtune import backend, gpu_errors
 from mlxtune.config import Config
 from mlxtune.data.batches import Plan, lengths_of
 from mlxtune.errors import UserError
@@ -119,8 +119,7 @@ class _Search:
         except UserError as error:
             if not self.refused:
                 raise
-            why = "; ".join(self.refused)
-            raise UserError(f"{error}; what needs less is {why}", error.hint) from error
+            raise UserError(f"{error.message}; what needs less was {self.refused[0]}", error.hint) from error
         recompute = fast.every_nth(config.train) if checkpoints else 0
         return Choice(replace(way, recompute=recompute), config, rows, notes)
 
@@ -147,7 +146,7 @@ class _Search:
             failure = gpu_errors.recognise(error)
             if failure is None or not failure.of_memory:
                 raise
-        mx.clear_cache()
+        backend.recover()
         return self._proven(choice, replace(room, tokens=room.tokens // 2, checkpointed=True))
 
     def _proven(self, choice: Choice, room: Room) -> Verdict:

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlxtune.data.batches import Batch, collate, lengths_of
 from mlxtune.data.chat import Example
 from mlxtune.gpu_errors import Failure
-from mlxtune.model.arrays import named, scalar, to_numpy
-from mlxtune.train.gradients import Gradients
+from mlxtune.train import proof
 from mlxtune.train.loss import Path
 
 SAME = 1e-3  # relative, of loss and gradients: recomputing a block repeats the same operations
@@ -76,13 +74,6 @@ def _halves(batch: Batch) -> list[Batch]:
 def same(model: nn.Module, path: Path, other: Path, examples: Sequence[Example]) -> bool:
     """Whether two ways give the same loss and gradients for the shortest example, which needs least memory."""
     batch = collate(examples, [int(np.argmin(lengths_of(examples)))])
-    loss, wanted = _computed(model, path, batch)
-    again, found = _computed(model, other, batch)
-    return abs(again - loss) <= SAME * abs(loss) and all(
-        np.linalg.norm(found[name] - gradient) <= SAME * np.linalg.norm(gradient) for name, gradient in wanted.items()
-    )
-
-
-def _computed(model: nn.Module, path: Path, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-    loss, gradients = Gradients(model, path)(batch)
-    return scalar(loss), {name: to_numpy(array.astype(mx.float32)) for name, array in named(gradients).items()}
+    with proof.nudged(model):
+        found, wanted = proof.gradients(model, other, batch), proof.gradients(model, path, batch)
+    return proof.difference(found, wanted).within(SAME, SAME)

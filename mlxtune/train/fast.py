@@ -18,6 +18,8 @@ from mlxtune.model.head import Split
 from mlxtune.model.precision import in_float32
 from mlxtune.train.loss import Path
 
+SPLIT_TOKENS = 32  # on which the head apart from the trunk must give the model's own logits
+
 
 def in_order(wanted: Path) -> list[tuple[Path, bool]]:
     """(way, whether its blocks may be checkpointed to fit the memory): what to try, the fastest first, the plain way
@@ -64,7 +66,7 @@ def wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tup
     notes = []
     split = None
     trained = False
-    ids = mx.array(np.asarray(examples[0].ids[:64])[None])
+    ids = mx.array(np.asarray(examples[0].ids[:SPLIT_TOKENS])[None])
     if config.fast.head == "auto":
         split = Split.of(model, ids)
         if split is None:

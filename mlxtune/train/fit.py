@@ -22,6 +22,7 @@ from mlxtune.train.loss import Path
 from mlxtune.train.proof import FEWEST_TOKENS, MAX_TOKENS, Room
 
 PAST_WINDOW = 64  # tokens of the proof's rows beyond a sliding window, where the data has them
+PROOF_SHARE = 0.85  # of the run's predicted peak: a prediction may be off by 15%
 SHARE = 0.8  # of the device's working set: the rest is for the system, and for what the plan does not see
 
 
@@ -157,7 +158,7 @@ def proof_room(
     tokens = most
     while True:
         for checkpointed in (False, True):
-            if needed(tokens, checkpointed) <= run.total:
+            if needed(tokens, checkpointed) <= PROOF_SHARE * run.total:
                 return Room(tokens, checkpointed)
         if tokens <= FEWEST_TOKENS:
             break

@@ -67,6 +67,7 @@ class Update:
 
     def __call__(self, gradients: Any, parameters: Any, targets: int, rate: float) -> tuple[Any, Any, mx.array]:
         """(new parameters, new state of the optimizer, norm of the gradient before clipping), not computed yet."""
+        self.optimizer.init(parameters)  # a restored state lacks what is empty, and would be compiled for apart
         arrays = mx.array(float(targets)), mx.array(rate)
         parameters, state, norm = self._function(gradients, parameters, self.optimizer.state, *arrays)
         return parameters, state, norm

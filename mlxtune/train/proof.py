@@ -35,9 +35,9 @@ from mlxtune.train.loss import Path
 
 NUDGE = 1e-3
 MAX_TOKENS = 1024  # of each of the proof's two rows; more only where a sliding window is wider
-FEWEST_TOKENS = 64
+FEWEST_TOKENS = 32  # their logits take less than a chunk of the head does
 PROBE_TOKENS = 16  # on which checkpointing proves itself
-PROOF_SHARE = 0.06  # of the memory, for the plain way's logits: about three float32 copies of them are alive
+LOGITS_SHARE = 0.06  # of the memory, for the plain way's logits: about three float32 copies of them are alive
 # (loss, gradient) differences allowed, relative. Other orders of summation reach 3e-7 and 2e-5 in float32; a wrong mask
 # shows as 0.1 and more in a gradient.
 ALLOWED = (1e-5, 1e-3)
@@ -155,9 +155,7 @@ def _finite(model: nn.Module, path: Path, batch: Batch, dtype: mx.Dtype, checkpo
     own = _not_finite(plainly_by_row(model, batch, checkpointed))
     if not own:
         return Verdict(f"its {bad} is not finite in {name}, the plain way's is")
-    return Verdict(
-        note=f"this model's {own} is not finite in {name}: training will hardly get far, train.dtype=float32 will"
-    )
+    return Verdict(note=f"this model's {own} is not finite in {name}, in float32 it is: set train.dtype=float32")
 
 
 def _checkpointing(model: nn.Module, batch: Batch, dtype: mx.Dtype) -> str:
@@ -273,7 +271,7 @@ def rows_for(examples: Sequence[Example], path: Path, grouped: bool, tokens: int
     tokens: of a row, at most.
     """
     if path.split is not None:
-        fit = int(PROOF_SHARE * backend.memory_bytes() / (24 * max(1, path.split.vocabulary)))
+        fit = int(LOGITS_SHARE * backend.memory_bytes() / (24 * max(1, path.split.vocabulary)))
         tokens = min(tokens, max(FEWEST_TOKENS, fit))
     order = np.argsort(-lengths_of(examples), kind="stable").tolist()
     shared = path.prefix

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from mlxtune import backend
 from mlxtune.data.batches import Batch, Plan
 from mlxtune.gpu_errors import Failure, Kind, recognise
 from mlxtune.model import lora
@@ -29,6 +30,8 @@ from mlxtune.train.identity import Identity
 from mlxtune.train.loss import Path
 from mlxtune.train.ranks import ALONE, Ranks
 
+AHEAD = 1.05  # of the predicted peak: what queued work may take
+WRONG = 1.3  # of it: a prediction that is further off does not hold for this model
 COMPILED_FROM = 2  # a signature used once is computed as it comes: compiling would cost more than it saves
 
 
@@ -58,7 +61,8 @@ class NonFinite(Exception):
 class Job:
     """Everything a run works with. path: how the loss is computed; evaluate: scores the current model, calling what it
     is given now and then; samples: answers to train.sample_prompts, calling it too, none on ranks but the first; place:
-    what to call a training row in messages; spec: of the adapter.
+    what to call a training row in messages; spec: of the adapter; predicted: bytes at the run's peak, None where nobody
+    can say.
     """
 
     model: nn.Module
@@ -73,6 +77,7 @@ class Job:
     spec: lora.Spec
     samples: Callable[[Callable[[], None]], list[dict[str, str]]] = lambda between: []
     ranks: Ranks = ALONE
+    predicted: int | None = None
 
 
 class StepFunction:
@@ -86,7 +91,7 @@ class StepFunction:
         self.optimizer = optimizer
         self.between = between
         self.layers = len(lora.adapters(job.model))
-        self._update = optim.Update(optimizer, job.section.clip_norm)
+        self.update = optim.Update(optimizer, job.section.clip_norm)
         self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
         self._computing = 0  # examples in the part under way
         self.divide(Division())
@@ -103,10 +108,11 @@ class StepFunction:
         self._recall(number)
         batches = self.job.plan.step(number)
         targets = sum(batch.targets for batch in batches)
-        losses, gradients = self._summed(number, self.job.ranks.share(batches))
+        with backend.memory_held_to(self._most()):
+            losses, gradients = self._summed(number, self.job.ranks.share(batches))
         rate = optim.learning_rate(self.job.section, number, self.job.plan.steps)
         gradients, before = self.job.ranks.total(gradients), self.job.model.trainable_parameters()
-        parameters, state, norm = self._update(gradients, before, targets, rate)
+        parameters, state, norm = self.update(gradients, before, targets, rate)
         del gradients, before  # the update takes the gradients' memory
         numbers = mx.stack([norm, *losses])
         mx.eval(parameters, state, numbers)
@@ -128,6 +134,11 @@ class StepFunction:
             "peak_bytes": mx.get_peak_memory(),
         }
 
+    @property
+    def traced(self) -> int:
+        """Graphs of micro-batches compiled so far."""
+        return self._gradients.traced
+
     def rows(self, number: int, losses: list[float] | None = None) -> str:
         """The places of a step's rows: of the micro-batches whose own loss is not finite, where there are any."""
         batches = self.job.plan.step(number)
@@ -135,6 +146,13 @@ class StepFunction:
             bad = [batch for batch, value in zip(batches, losses, strict=True) if not math.isfinite(value)]
             batches = bad or batches
         return ", ".join([self.job.place(row) for batch in batches for row in batch.rows][:16])
+
+    def _most(self) -> int | None:
+        """Bytes that queued work may take. None: nothing is queued, or nobody knows, and MLX would wait and wait."""
+        known = self.job.predicted
+        if known is None or not backend.policy().queued or mx.get_peak_memory() > WRONG * known:
+            return None
+        return int(AHEAD * known)
 
     def _summed(self, number: int, batches: list[Batch]) -> tuple[list[mx.array], Any]:
         """As `_accumulate`. Raises TooLarge, on every process, where the memory of one of them did not suffice."""

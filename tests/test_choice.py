@@ -1,0 +1,250 @@
+"""The way a run takes: the first proven one, its batches fitted to it; and what a proof may take of the memory."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path as Folder
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_map
+from training import tune
+from ways import COMMON, SHAPES, make, rows
+
+from mlxtune import config as configuration
+from mlxtune import gpu_errors
+from mlxtune.data.batches import Plan
+from mlxtune.data.chat import Example
+from mlxtune.errors import UserError
+from mlxtune.model.head import Split
+from mlxtune.train import fit, proof
+from mlxtune.train.choice import Choice, choose
+from mlxtune.train.loss import Path
+from mlxtune.train.proof import Room, Verdict
+from mlxtune.train.ranks import Ranks
+
+SETTINGS = ("train.epochs=1", "train.batch_rows=4")
+
+
+def sizes(kind: str) -> dict[str, Any]:
+    """config.json of a model of ways.make."""
+    return {"model_type": kind.split()[0], **COMMON, **SHAPES[kind]}
+
+
+def long_rows(tokens: int = 200, count: int = 8) -> list[Example]:
+    return rows(40, [tokens - 40 - index for index in range(count)])
+
+
+def chosen(model: nn.Module, kind: str, *settings: str, limit: int | None = None, **given: Any) -> Choice:
+    config = configuration.load(None, (*SETTINGS, *settings))
+    dtype = given.pop("dtype", mx.float32)
+    return choose(model, sizes(kind), config, Plan(long_rows(), config.train), dtype, limit, **given)
+
+
+def needed(model: nn.Module, kind: str, path: Path) -> int:
+    config = configuration.load(None, SETTINGS)
+    return fit.plan(model, path, config, sizes(kind), mx.float32, Plan(long_rows(), config.train)).total
+
+
+@pytest.fixture
+def without_split(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every way with the head apart is refused. Returns the ways that are proven, as they are."""
+    seen: list[Path] = []
+    real = proof.of
+
+    def of(model: nn.Module, path: Path, *rest: Any) -> Verdict:
+        seen.append(path)
+        return Verdict("it does not reproduce this model (planted)") if path.split else real(model, path, *rest)
+
+    monkeypatch.setattr(proof, "of", of)
+    return seen
+
+
+@pytest.fixture(autouse=True)
+def large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, changes in {
+        "llama vocabulary": {"vocab_size": 8192},
+        "qwen2 vocabulary": {"vocab_size": 8192, "num_hidden_layers": 4, "tie_word_embeddings": True},
+        "llama wide": {"num_hidden_layers": 8, "intermediate_size": 512},
+        "llama wide vocabulary": {"num_hidden_layers": 8, "intermediate_size": 512, "vocab_size": 4096},
+        "gemma3_text wide": {**SHAPES["gemma3_text"], "sliding_window": 150},
+    }.items():
+        monkeypatch.setitem(SHAPES, kind, changes)
+
+
+def test_a_slower_way_is_fitted_again_and_proven_as_it_will_run(without_split: list[Path]) -> None:
+    kind = "llama wide vocabulary"
+    model = make(kind)
+    split = Split(model, "model", 4096)
+    limit = (needed(model, kind, Path(split)) + needed(model, kind, Path())) // 2
+    assert needed(model, kind, Path(split, prefix=40)) < limit < needed(model, kind, Path())
+    found = chosen(model, kind, "fast.prefix=off", limit=limit)
+    assert found.path == without_split[-1] == Path(recompute=1)
+    assert [path.recompute for path in without_split[:-1]] == [0] * (len(without_split) - 1)
+    assert found.config.train.checkpoint_layers == "all" and found.rows.section == found.config.train
+    assert any("train.checkpoint_layers=all" in note for note in found.notes)
+    assert any("does not reproduce" in note for note in found.notes)
+    assert chosen(model, kind, "fast.prefix=off").path == Path()  # without a limit
+
+
+def test_a_slower_way_that_fits_nothing_is_refused_with_the_reason(without_split: list[Path]) -> None:
+    kind = "llama vocabulary"
+    model = make(kind)
+    least = configuration.load(None, ("train.epochs=1", "train.batch_rows=1"))
+    plan = Plan(long_rows(), least.train)
+    alone = fit.plan(model, Path(recompute=1), least, sizes(kind), mx.float32, plan).total
+    with pytest.raises(UserError, match=r"even with one row at a time and checkpointing; .* does not reproduce"):
+        chosen(model, kind, limit=alone - 1)
+
+
+def test_checkpointing_that_cannot_be_proven_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = proof.of
+    wrong = Verdict("it does not reproduce this model (planted)")
+    monkeypatch.setattr(proof, "of", lambda model, path, *rest: wrong if path.recompute else real(model, path, *rest))
+    found = chosen(make("llama"), "llama", "train.checkpoint_layers=all")
+    assert found.path.split is not None and found.path.recompute == 0
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, text: str, times: int) -> list[int]:
+    """The fast way raises so often. Returns the widths of the rows it is given."""
+    real, widths = proof.gradients, list[int]()
+
+    def gradients(model: nn.Module, path: Path, batch: Any) -> Any:
+        widths.append(batch.ids.shape[1])
+        if len(widths) <= times:
+            raise RuntimeError(text)
+        return real(model, path, batch)
+
+    monkeypatch.setattr(proof, "gradients", gradients)
+    return widths
+
+
+FAILED = "[METAL] Command buffer execution failed: "
+MEMORY = f"{FAILED}Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)"
+WATCHDOG = f"{FAILED}Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)"
+
+
+def test_an_error_of_the_gpu_is_not_the_models_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    widths = raising(monkeypatch, MEMORY, 1)
+    found = chosen(model, "llama")
+    assert found.path.split is not None and found.path.prefix is not None and not found.notes
+    assert widths == [200, 100]
+    for text, tries in ((MEMORY, 2), (WATCHDOG, 1)):
+        widths = raising(monkeypatch, text, 9)
+        with pytest.raises(RuntimeError, match="Command buffer") as caught:
+            chosen(model, "llama")
+        assert gpu_errors.recognise(caught.value) and len(widths) == tries
+
+
+def test_all_ranks_take_the_way_that_each_has_proven() -> None:
+    class Two(Ranks):
+        """The other rank comes to the third way."""
+
+        def highest(self, number: int) -> int:
+            return max(number, 3)
+
+        def lowest(self, number: int) -> int:
+            return min(number, 3)
+
+    found = chosen(make("llama"), "llama", ranks=Two())
+    assert found.path.split is not None and found.path.prefix is None
+
+
+def test_a_window_that_the_memory_does_not_let_the_proof_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = "gemma3_text wide"
+    model = make(kind)
+    assert chosen(model, kind).notes == []
+    monkeypatch.setattr(fit, "proof_room", lambda *_: Room(tokens=100))
+    notes = chosen(model, kind, "fast.prefix=off").notes
+    assert "the proof's rows end after 100 tokens, for memory: a window of 150 is not proven" in notes
+
+
+def test_rows_of_a_proof_pass_a_window_wider_than_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "MAX_TOKENS", 120)
+    model = make("gemma3_text wide")
+    config = configuration.load(None, SETTINGS)
+    known = (model, Path(), config), (mx.float32, Plan(long_rows(), config.train), None)
+    assert fit.proof_room(*known[0], sizes("gemma3_text wide"), *known[1]).tokens == 200
+    assert fit.proof_room(*known[0], sizes("llama"), *known[1]).tokens == 120
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "dtype", "settings"),
+    [
+        ("qwen2 vocabulary", 0, mx.float32, ("train.checkpoint_layers=all",)),
+        ("qwen2 vocabulary", 0, mx.float32, ()),
+        ("llama vocabulary", 0, mx.float32, ("train.checkpoint_layers=all", "train.batch_rows=1")),
+        ("llama wide", 0, mx.float32, ("train.batch_rows=2", "fast.head=off")),
+        ("llama wide", 0, mx.bfloat16, ("train.checkpoint_layers=all",)),
+        ("llama wide", 4, mx.bfloat16, ("train.checkpoint_layers=2",)),
+    ],
+    ids=str,
+)
+def test_the_proof_takes_no_more_memory_than_the_run_is_predicted_to(
+    kind: str, bits: int, dtype: mx.Dtype, settings: tuple[str, ...]
+) -> None:
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = make(kind, dtype, bits)
+    model.update(tree_map(lambda array: array.astype(mx.float32), model.trainable_parameters()))
+    mx.eval(model.parameters())
+    mx.reset_peak_memory()
+    found = chosen(model, kind, *settings, dtype=dtype)
+    peak = mx.get_peak_memory() - before
+    predicted = fit.plan(model, found.path, found.config, sizes(kind), dtype, found.rows)
+    assert found.path.prefix == 40 and not found.notes
+    assert peak <= predicted.total
+
+
+def test_a_proof_computes_blocks_again_before_its_rows_are_cut() -> None:
+    kind = "llama wide"
+    model = make(kind)
+    config = configuration.load(None, (*SETTINGS, "train.checkpoint_layers=all"))
+    split = Split(model, "model", 320)
+
+    def room(path: Path, count: int, dtype: mx.Dtype = mx.float32, limit: int | None = None) -> Room:
+        plan = Plan(long_rows(count=count), config.train)
+        return fit.proof_room(model, path, config, sizes(kind), dtype, plan, limit)
+
+    assert room(Path(split), 4) == Room(200, checkpointed=False)
+    assert room(Path(split, recompute=1), 4) == Room(200, checkpointed=True)
+    tight = room(Path(split, recompute=1), 1)
+    assert tight.checkpointed and tight.raised and proof.FEWEST_TOKENS <= tight.tokens < 200
+
+
+def test_a_proof_is_in_16_bits_only_where_float32_does_not_fit_the_limit() -> None:
+    kind = "llama wide"
+    model = make(kind, mx.bfloat16)
+    model.update(tree_map(lambda array: array.astype(mx.float32), model.trainable_parameters()))
+    config = configuration.load(None, (*SETTINGS, "train.batch_rows=1", "train.checkpoint_layers=all"))
+    plan = Plan(rows(0, [66]), config.train)
+    path = Path(Split(model, "model", 320), recompute=1)
+    predicted = fit.plan(model, path, config, sizes(kind), mx.bfloat16, plan).total
+    rooms = [
+        fit.proof_room(model, path, config, sizes(kind), mx.bfloat16, plan, limit)
+        for limit in (None, 10 * predicted, predicted)
+    ]
+    assert [room.raised for room in rooms] == [True, True, False]
+    assert all(room.checkpointed and room.tokens == proof.FEWEST_TOKENS for room in rooms)
+
+
+def test_a_run_in_16_bits_takes_the_fast_ways_and_its_peak_counts_the_proof(
+    hf_model: Folder, data: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, held = proof.of, 300 << 20
+
+    def of(*known: Any) -> Verdict:
+        mx.eval(mx.zeros(held // 4))
+        return real(*known)
+
+    monkeypatch.setattr(proof, "of", of)
+    few = ("train.steps=1", "train.dtype=bfloat16", "train.eval_every=0", "train.save_every=0")
+    found = tune(hf_model, data, tmp_path / "run", *few)
+    notes = [event["text"] for event in found if event["kind"] == "note"]
+    assert any(note.startswith("computed: the head on supervised tokens only, the shared prefix of") for note in notes)
+    assert not any("not used" in note or "not finite" in note for note in notes)
+    assert held < min(event["peak_bytes"] for event in found if event["kind"] == "train") < 2 * held
