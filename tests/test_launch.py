@@ -148,7 +148,7 @@ def test_a_process_that_hangs_ends_the_run_in_one_line_and_the_last_step_is_save
     mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    settings = ("train.steps=5000", "train.rank_minutes=0.05", "train.save_every=0", "train.eval_every=0")
+    settings = ("train.steps=2000", "train.rank_minutes=0.05", "train.save_every=0", "train.eval_every=0")
     process = launched(2, *words(mlx_model, data, run, *settings))
     stopped = None
     try:
