@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlxtune_convert.chat_templates import unread
 from mlxtune_convert.files import explained, new_file
 
@@ -22,7 +23,7 @@ from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.loss import Score, score
 from mlxtune.model import hub, lora, vocabulary
-from mlxtune.model.arrays import dtype_name
+from mlxtune.model.arrays import dtype_name, named
 from mlxtune.model.dropout import add_noise
 from mlxtune.model.exponentials import as_powers_of_two
 from mlxtune.model.load import Loaded, cast, load, model_dtype, open_model
@@ -52,7 +53,14 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     lora.attach(model, lora.Spec.of(model, config.lora), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
     config, plan, notes = fit.fitted(model, config, model_config, dtype, plan, fit.limit_of(config.train))
-    return config, fit.plan(model, config, model_config, dtype, plan), notes
+    found = fit.plan(model, config, model_config, dtype, plan)
+    return config, found if isinstance(found, Memory) else None, notes
+
+
+def stays(model: nn.Module) -> int:
+    """Bytes that every step uses: the weights, the adapter and two moments of it."""
+    trained = sum(array.nbytes for array in named(model.trainable_parameters()).values())
+    return sum(array.nbytes for array in named(model.parameters()).values()) + 2 * trained
 
 
 def default_out(model: str) -> Path:
@@ -147,6 +155,7 @@ def prepared(
         limit = ranks.lowest(limit >> 20) << 20
     config, plan, fit_notes = fit.fitted(loaded.model, config, loaded.config, loaded.dtype, plan, limit)
     tokens = fit.proof_tokens(loaded.model, loaded.config, loaded.dtype, limit, fast.MAX_TOKENS)
+    backend.wire(stays(loaded.model))
     path, path_notes = fast.choose(loaded.model, data.train, config, loaded.dtype, tokens)
 
     def evaluate(between: Callable[[], None]) -> Score:

@@ -13,6 +13,7 @@ from mlxtune.config import Config, TrainSection
 from mlxtune.data.batches import DEFAULT_ROWS, Plan
 from mlxtune.errors import UserError
 from mlxtune.model import memory, prefix
+from mlxtune.model.kernels import Device
 from mlxtune.train import loss
 from mlxtune.train.fast import every_nth
 
@@ -21,13 +22,11 @@ SHARE = 0.8  # of the device's working set: the rest is for the system, and for 
 
 def plan(
     model: nn.Module, config: Config, model_config: Mapping[str, Any], dtype: mx.Dtype, rows: Plan
-) -> memory.Memory | None:
-    """The predicted peak of a run whose adapter is attached, with the fast ways that its configuration allows; None for
-    a model whose config.json does not describe blocks of attention and MLP.
-    """
+) -> memory.Memory | memory.NotPredicted:
+    """The predicted peak of a run whose adapter is attached, with the fast ways that its configuration allows."""
     sizes = memory.sizes_of(model_config)
     if sizes is None:
-        return None
+        return memory.NotPredicted("its config.json does not say how wide it is")
     shapes = rows.shapes()
     count, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
     shared = 0
@@ -38,14 +37,21 @@ def plan(
     ):
         shared = prefix.of_run(rows.examples)
         shared = shared if width <= prefix.longest_worth_it(shared, count) else 0
-    shape = memory.Shape(
-        tokens=count * (width - 1 - shared) + shared,
-        scores=count * (width - 1 - shared) * (width - 1) + shared**2,
-        targets=max(targets for _, _, targets in shapes),
-    )
+    targets = max(targets for _, _, targets in shapes)
+    shape = memory.Shape(count, width - 1, shared, targets)
     chunk = loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"]) if config.fast.head == "auto" else 0
     recompute = every_nth(config.train)
-    options = memory.Options(dtype.size, chunk, recompute, config.lora.dropout > 0, backend.kind() == "cpu")
+    device = Device.here(fast=config.fast.head == "auto" or shared > 0)
+    options = memory.Options(
+        item=dtype.size,
+        chunk=chunk,
+        recompute=recompute,
+        dropout=config.lora.dropout,
+        device=device,
+        compiled=backend.compiles() and prefix.caches(model) is not None,
+        accumulated=config.train.accumulate > 1,
+        ram=backend.memory_bytes(),
+    )
     return memory.predict(model, model_config, shape, options)
 
 
@@ -81,8 +87,8 @@ def fitted(
             batches = Plan(rows.examples, section, config.data.group_by_prefix)
         tried = config.model_copy(update={"train": section})
         predicted = plan(model, tried, model_config, dtype, batches)
-        if predicted is None:
-            return config, rows, ["the memory of this kind of model is not predicted: train.memory_limit does nothing"]
+        if isinstance(predicted, memory.NotPredicted):
+            return config, rows, [predicted.note]
         needed = predicted.total
         if needed <= limit:
             changed = [
@@ -93,23 +99,42 @@ def fitted(
             note = f"to fit {limit / 1e6:,.0f} MB of memory: {', '.join(changed)}"
             return tried, batches, [note] if changed else []
     least = "row" if rows.rows == len(rows.examples) else "example"
+    fits = _longest_row(model, config, model_config, dtype, rows.widths[-1], limit)
+    shorter = f"Lower data.max_tokens to {fits}" if fits else "Lower data.max_tokens"
     raise UserError(
         f"training needs {needed / 1e6:,.0f} MB of memory even with one {least} at a time and checkpointing; "
         f"train.memory_limit allows {limit / 1e6:,.0f} MB",
-        "Lower data.max_tokens, take a smaller or a 4-bit model, or set train.memory_limit: off.",
+        f"{shorter}, take a smaller or a 4-bit model, or set train.memory_limit: off.",
     )
+
+
+def _longest_row(
+    model: nn.Module, config: Config, model_config: Mapping[str, Any], dtype: mx.Dtype, width: int, limit: int
+) -> int:
+    """Tokens of a row that fits alone, all of them targets, in halves of `width`; 0: not even 64."""
+    sizes = memory.sizes_of(model_config)
+    if sizes is None:
+        return 0
+    chunk = loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"]) if config.fast.head == "auto" else 0
+    options = memory.Options(dtype.size, chunk, 1, config.lora.dropout, Device.here())
+    while (width := width // 2) >= 64:
+        found = memory.predict(model, model_config, memory.Shape(1, width, 0, width), options)
+        if isinstance(found, memory.Memory) and found.total <= limit:
+            return width
+    return 0
 
 
 def proof_tokens(
     model: nn.Module, model_config: Mapping[str, Any], dtype: mx.Dtype, limit: int | None, most: int
 ) -> int:
     """How many tokens of one row the plain way may compute within the limit, in halves of `most`, at least 64."""
-    if limit is None or memory.sizes_of(model_config) is None:
+    if limit is None:
         return most
-    options = memory.Options(dtype.size, 0, 0, False, backend.kind() == "cpu")
+    options = memory.Options(dtype.size, 0, 0, 0.0, Device.here(fast=False))
 
     def needed(tokens: int) -> int:
-        return memory.predict(model, model_config, memory.Shape(tokens, tokens**2, tokens), options).total
+        found = memory.predict(model, model_config, memory.Shape(1, tokens, 0, tokens), options)
+        return 0 if isinstance(found, memory.NotPredicted) else found.total
 
     while most > 64 and needed(most) > limit:
         most //= 2
