@@ -91,10 +91,13 @@ def _load_openblas() -> str:
 
 
 def _limit_memory(mx: Any) -> None:
-    """Keep MLX inside the working set that macOS recommends, and its cache of free buffers small."""
+    """Keep MLX inside the working set that macOS recommends, and its cache of free buffers small.
+
+    Past the memory limit MLX waits for work that is still queued; before an allocation would pass 95% of the working
+    set it empties its cache. So neither has to be left room for in a plan.
+    """
     recommended = mx.device_info().get("max_recommended_working_set_size")
     if kind() == "metal" and recommended:
-        mx.set_wired_limit(recommended)
         mx.set_memory_limit(recommended)
         mx.set_cache_limit(min(2 * GIB, recommended // 8))
     elif kind() == "cpu":
@@ -117,6 +120,19 @@ def recover() -> None:
             break
     gc.collect()  # graphs and the classes of checkpointed blocks refer to themselves, and hold arrays
     mx.clear_cache()
+
+
+def wire(size: int) -> None:
+    """Keep `size` bytes, what is used all the time and stays, from being swapped out or compressed.
+
+    Not the whole working set: what changes would be wired and let go again and again, and other programs would have
+    nothing left (mlx issue 3186). Only Metal has it; macOS 14 ignores it.
+    """
+    import mlx.core as mx
+
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if kind() == "metal" and recommended:
+        mx.set_wired_limit(min(int(recommended), size))
 
 
 def kind() -> str:

@@ -25,7 +25,7 @@ from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.loss import Score, score
 from mlxtune.model import floats, hub, lora, vocabulary
-from mlxtune.model.arrays import dtype_name
+from mlxtune.model.arrays import dtype_name, named
 from mlxtune.model.dropout import add_noise
 from mlxtune.model.exponentials import as_powers_of_two
 from mlxtune.model.load import Loaded, cast, load, model_dtype, open_model
@@ -61,7 +61,14 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     limit, narrower = fit.limit_of(config.train), floats.narrower(own, dtype)
     config, plan, notes = fit.fitted(model, path, config, model_config, dtype, plan, limit, narrower=narrower)
     path = replace(path, recompute=fast.every_nth(config.train))
-    return config, fit.plan(model, path, config, model_config, dtype, plan), said + notes
+    found = fit.plan(model, path, config, model_config, dtype, plan)
+    return config, found if isinstance(found, Memory) else None, said + notes
+
+
+def stays(model: nn.Module) -> int:
+    """Bytes that every step uses: the weights, the adapter and two moments of it."""
+    trained = sum(array.nbytes for array in named(model.trainable_parameters()).values())
+    return sum(array.nbytes for array in named(model.parameters()).values()) + 2 * trained
 
 
 def default_out(model: str) -> Path:
@@ -157,10 +164,12 @@ def prepared(
     if limit is not None and ranks.size > 1:  # all ranks take the same batches: those of the smallest machine, in MiB
         limit = ranks.lowest(limit >> 20) << 20
     narrower = floats.narrower(loaded.own, loaded.dtype)
+    backend.wire(stays(loaded.model))
     mx.reset_peak_memory()  # from here on it is the run's: the proof is a part of it
     chosen = choose(loaded.model, loaded.config, config, plan, loaded.dtype, limit, ranks, narrower)
     config, plan, path = chosen.config, chosen.rows, chosen.path
-    predicted = fit.plan(loaded.model, path, config, loaded.config, loaded.dtype, plan)
+    found = fit.plan(loaded.model, path, config, loaded.config, loaded.dtype, plan)
+    predicted = found.total if isinstance(found, Memory) else None
 
     def evaluate(between: Callable[[], None]) -> Score:
         with as_powers_of_two(path.powers):
@@ -193,7 +202,7 @@ def prepared(
         spec=spec,
         samples=samples,
         ranks=ranks,
-        predicted=predicted.total if predicted is not None else None,
+        predicted=predicted,
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
     notes += unread(loaded.path) + floats.notes(config.train.dtype, loaded.own, loaded.dtype, loaded.config)
@@ -211,7 +220,7 @@ def prepared(
     notes += repeatable(loaded.model, backend.kind())
     tight = []
     if backend.kind() != "cuda":  # which has memory of its own
-        tight = host.crowded(predicted.total if predicted else 0, backend.memory_bytes())
+        tight = host.crowded(predicted or 0, backend.memory_bytes())
     if ranks.first:
         notes += tight
     else:

@@ -14,8 +14,9 @@ from ways import BATCH, COMMON, assert_close, make, rows, steps, ways
 
 from mlxtune import backend
 from mlxtune import config as configuration
+from mlxtune.model import memory
 from mlxtune.model.head import Split
-from mlxtune.train import fast, gradients, proof
+from mlxtune.train import fast, proof
 from mlxtune.train.gradients import filled
 from mlxtune.train.loss import Path
 from mlxtune.train.proof import Room, Verdict
@@ -55,7 +56,7 @@ def test_twenty_compiled_steps_have_the_losses_of_the_plain_loop(
 ) -> None:
     plain = steps("llama", 0, 0.0, Path())
     np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
-    monkeypatch.setattr(gradients, "KEPT", 1)  # thrown away and compiled again
+    monkeypatch.setattr(memory, "kept_signatures", lambda count, ram: 1)  # thrown away and compiled again
     np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+import peaks
 import pytest
 import tiny
+from peaks import examples
 
 from mlxtune import config as configuration
 from mlxtune import session, tuning
@@ -20,12 +19,8 @@ from mlxtune.config import TrainSection
 from mlxtune.data.batches import Plan
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
-from mlxtune.model import lora
-from mlxtune.model.quantize import on_cpu
-from mlxtune.train import fit, optim
-from mlxtune.train.choice import choose
+from mlxtune.train import fit
 from mlxtune.train.loss import Path as Way
-from mlxtune.train.step import Job, StepFunction
 
 SIZES = {
     "hidden_size": 128,
@@ -51,45 +46,16 @@ SETTINGS: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
     ("qwen3", {}, ("train.batch_rows=2", "fast.head=off", "fast.prefix=off"), 0),
     ("gemma3_text", {"hidden_activation": "gelu", "sliding_window_pattern": 2, "sliding_window": 64}, (), 0),
     ("llama", {}, ("lora.dropout=0.1", "train.batch_rows=4"), 4),
+    ("llama", {}, ("lora.layers=1", "train.batch_rows=4"), 0),
 ]
-
-
-def examples(count: int = 24) -> list[Example]:
-    draw = np.random.default_rng(0)
-    start = draw.integers(3, 4000, 40).tolist()
-    rows = []
-    for index in range(count):
-        own = [100 + index, *draw.integers(3, 4000, int(draw.integers(60, 200))).tolist()]
-        rows.append(Example(start + own, [0] * (40 + len(own) // 2) + [1] * (len(own) - len(own) // 2)))
-    return rows
 
 
 @pytest.mark.parametrize(("kind", "changes", "settings", "bits"), SETTINGS)
 def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
     kind: str, changes: dict[str, Any], settings: tuple[str, ...], bits: int
 ) -> None:
-    gc.collect()  # models of other tests
-    mx.clear_cache()
-    before = mx.get_active_memory()
     sizes = {"model_type": kind, **SIZES, **changes}
-    module = importlib.import_module(f"mlx_lm.models.{kind}")
-    model: nn.Module = module.Model(module.ModelArgs.from_dict(sizes))
-    if bits:
-        nn.quantize(model, 32, bits)
-        on_cpu(model)
-    resolved = configuration.load(None, ("train.epochs=1", *settings))
-    keys = lora.attach(model, lora.Spec.of(model, resolved.lora), 0)
-    mx.eval(model.parameters())
-    plan = Plan(examples(), resolved.train)
-    path = choose(model, {}, resolved, plan, mx.float32).path
-    predicted = fit.plan(model, path, resolved, sizes, mx.float32, plan)
-    assert (path.split is None) == (resolved.fast.head == "off")
-    job = Job(model, path, keys, plan, resolved.train, None, None, str, None, None)  # type: ignore[arg-type]
-    step = StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    step(max(range(1, plan.steps + 1), key=lambda number: plan.step(number)[0].ids.size))
-    measured = mx.get_peak_memory() - before
+    predicted, measured = peaks.of_step(sizes, settings, examples(), bits)
     assert predicted.total == pytest.approx(measured, rel=0.15)
 
 

@@ -25,11 +25,11 @@ from ways import make, rows
 from mlxtune import backend, bench, session, tuning
 from mlxtune import config as configuration
 from mlxtune.data.batches import Plan
-from mlxtune.model import lora
+from mlxtune.model import lora, memory
 from mlxtune.model.arrays import named
 from mlxtune.model.head import Split
 from mlxtune.sections import LoraSection
-from mlxtune.train import fit, gradients, loss, optim
+from mlxtune.train import fit, loss, optim
 from mlxtune.train.loss import Path as Way
 from mlxtune.train.step import AHEAD, WRONG, Job, NonFinite, StepFunction
 
@@ -267,7 +267,8 @@ def test_a_signature_is_compiled_at_its_second_use_and_a_resumed_run_compiles_wh
     as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that every step of a resumed run is computed by the function that computed it in the whole run."""
-    monkeypatch.setattr(gradients, "KEPT", 2)  # of three signatures in turn, each thrown away again and again
+    # of three signatures in turn, each thrown away again and again
+    monkeypatch.setattr(memory, "kept_signatures", lambda count, ram: 2)
     settings = ("train.epochs=4", "train.batch_rows=2")
 
     def decided(first: int) -> dict[int, int]:

@@ -77,38 +77,59 @@ def attention(
     The backward pass is FlashAttention's (Dao et al. 2022, arXiv:2205.14135, appendix B.2), with p kept unnormalised.
     Sinks and masks of numbers, which may need a gradient, are left to MLX.
     """
-    numbers = isinstance(mask, mx.array) and mask.dtype != mx.bool_
-    if sinks is not None or numbers or q.dtype != mx.float32:
+    if not is_for(q, mask, sinks):
         return mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
-    (rows, heads, queries, _), (_, groups, keys, _) = q.shape, k.shape
-    grouped, single = (rows, groups, heads // groups * queries, -1), (rows, heads, queries, -1)
-    bias = _bias(mask, queries, keys)
+    bias = bias_of(mask, q.shape[2], k.shape[2])
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array) -> Any:
-        scores = ((q * (scale * LOG2_E)).reshape(grouped) @ k.swapaxes(-1, -2)).reshape(single)
-        scores = scores if bias is None else scores + bias
-        p = mx.power(2.0, scores - scores.max(axis=-1, keepdims=True))
-        share = mx.reciprocal(p.sum(axis=-1, keepdims=True))
-        return (p.reshape(grouped) @ v).reshape(single) * share, p, share
+        return forward(q, k, v, scale, bias)
 
     @attend.vjp
     def attend_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        (q, k, v), (out, p, share) = primals, outputs
-        given = cotangents[0] * share
-        own = (given * out).sum(axis=-1, keepdims=True)
-        given = given.reshape(grouped)
-        of_scores = (p * ((given @ v.swapaxes(-1, -2)).reshape(single) - own)).reshape(grouped)
-        of_q = (of_scores @ k).reshape(single) * scale
-        of_k = (of_scores.swapaxes(-1, -2) @ q.reshape(grouped)) * scale
-        return of_q, of_k, p.reshape(grouped).swapaxes(-1, -2) @ given
+        return backward(primals, cotangents[0], outputs, scale)
 
     out: Any = attend(q, k, v)
     result: mx.array = out[0]
     return result
 
 
-def _bias(mask: Any, queries: int, keys: int) -> mx.array | None:
+def is_for(q: mx.array, mask: Any, sinks: Any) -> bool:
+    """Whether it is left to this attention."""
+    numbers = isinstance(mask, mx.array) and mask.dtype != mx.bool_
+    return sinks is None and not numbers and q.dtype == mx.float32
+
+
+def forward(q: mx.array, k: mx.array, v: mx.array, scale: float, bias: mx.array | None) -> tuple[mx.array, ...]:
+    """(attention, what `backward` needs of it besides). bias: added to the scores."""
+    grouped, single = _shapes(q, k)
+    scores = ((q * (scale * LOG2_E)).reshape(grouped) @ k.swapaxes(-1, -2)).reshape(single)
+    scores = scores if bias is None else scores + bias
+    p = mx.power(2.0, scores - scores.max(axis=-1, keepdims=True))
+    share = mx.reciprocal(p.sum(axis=-1, keepdims=True))
+    return (p.reshape(grouped) @ v).reshape(single) * share, p, share
+
+
+def backward(primals: Any, cotangent: mx.array, outputs: Any, scale: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Gradients of q, k, v."""
+    (q, k, v), (out, p, share) = primals, outputs
+    grouped, single = _shapes(q, k)
+    given = cotangent * share
+    own = (given * out).sum(axis=-1, keepdims=True)
+    given = given.reshape(grouped)
+    of_scores = (p * ((given @ v.swapaxes(-1, -2)).reshape(single) - own)).reshape(grouped)
+    of_q = (of_scores @ k).reshape(single) * scale
+    of_k = (of_scores.swapaxes(-1, -2) @ q.reshape(grouped)) * scale
+    return of_q, of_k, p.reshape(grouped).swapaxes(-1, -2) @ given
+
+
+def _shapes(q: mx.array, k: mx.array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of queries: those of one key head together [B, K, H / K * T, D], and each head's [B, H, T, D]."""
+    (rows, heads, queries, _), groups = q.shape, k.shape[1]
+    return (rows, groups, heads // groups * queries, -1), (rows, heads, queries, -1)
+
+
+def bias_of(mask: Any, queries: int, keys: int) -> mx.array | None:
     """What is added to the scores."""
     if mask is None:
         return None

@@ -118,9 +118,11 @@ class LoRASwitchLinear(nn.Module):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         z = self._dropout.apply(x, self._index)
         for factor in (self.lora_a, self.lora_b):
-            weight = factor.astype(x.dtype).swapaxes(-1, -2)
-            z = mx.gather_mm(z, weight, rhs_indices=indices, sorted_indices=sorted_indices)
+            z = self._product(z, factor.astype(x.dtype).swapaxes(-1, -2), indices, sorted_indices)
         return self.linear(x, indices, sorted_indices=sorted_indices) + self.scale * z
+
+    def _product(self, z: mx.array, weight: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        return mx.gather_mm(z, weight, rhs_indices=indices, sorted_indices=sorted_indices)
 
     def delta(self) -> mx.array:
         """The updates as matrices [E, out, in], float32."""

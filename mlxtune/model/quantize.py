@@ -105,6 +105,7 @@ _ON_CPU = {
     nn.QuantizedEmbedding: CpuQuantizedEmbedding,
     QuantizedSwitchLinear: CpuQuantizedSwitchLinear,
 }
+OWN_WAYS = {better: plain for plain, better in _ON_CPU.items()}  # to the layer that MLX or mlx-lm has
 
 
 def on_cpu(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,8 @@ from mlxtune.data.batches import DEFAULT_ROWS, Plan, lengths_of
 from mlxtune.errors import UserError
 from mlxtune.model import memory, prefix
 from mlxtune.model.arrays import named
-from mlxtune.model.precision import copies
+from mlxtune.model.kernels import Device
+from mlxtune.model.precision import copies, in_float32
 from mlxtune.train import loss
 from mlxtune.train.fast import every_nth
 from mlxtune.train.loss import Path
@@ -23,45 +25,47 @@ from mlxtune.train.proof import FEWEST_TOKENS, MAX_TOKENS, Room
 
 PAST_WINDOW = 64  # tokens of the proof's rows beyond a sliding window, where the data has them
 PROOF_SHARE = 0.85  # of the run's predicted peak: a prediction may be off by 15%
+FULL = mx.float32
 SHARE = 0.8  # of the device's working set: the rest is for the system, and for what the plan does not see
 
 
 def plan(
     model: nn.Module, path: Path, config: Config, model_config: Mapping[str, Any], dtype: mx.Dtype, rows: Plan
-) -> memory.Memory | None:
-    """The predicted peak of a run whose adapter is attached, computed as `path` says; None for a model whose
-    config.json does not describe blocks of attention and MLP.
-    """
+) -> memory.Memory | memory.NotPredicted:
+    """The predicted peak of a run whose adapter is attached, computed as `path` says."""
     sizes = memory.sizes_of(model_config)
     if sizes is None:
-        return None
+        return memory.NotPredicted("its config.json does not say how wide it is")
     shapes = rows.shapes()
     count, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
     targets = max(targets for _, _, targets in shapes)
-    return memory.predict(
-        model,
-        model_config,
-        _shape(path, count, width, targets),
-        _options(path, sizes, dtype, path.recompute, config.lora.dropout > 0),
+    options = replace(
+        _options(path, sizes, dtype),
+        dropout=config.lora.dropout,
+        accumulated=config.train.accumulate > 1,
+        ram=backend.memory_bytes(),
+        updates=True,
     )
+    return memory.predict(model, model_config, _shape(path, count, width, targets), options)
 
 
 def _shape(path: Path, count: int, width: int, targets: int) -> memory.Shape:
     """Of a micro-batch of `count` rows of `width` tokens."""
     shared = path.prefix or 0
     shared = shared if width <= prefix.longest_worth_it(shared, count) else 0
-    return memory.Shape(
-        tokens=count * (width - 1 - shared) + shared,
-        scores=count * (width - 1 - shared) * (width - 1) + shared**2,
-        targets=targets,
+    return memory.Shape(count, width - 1, shared, targets)
+
+
+def _options(path: Path, sizes: Mapping[str, Any], dtype: mx.Dtype) -> memory.Options:
+    return memory.Options(
+        item=dtype.size,
+        chunk=0 if path.split is None else loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"]),
+        recompute=path.recompute,
+        dropout=0.0,
+        device=Device.here(fast=path.powers),
+        compiled=path.compiled,
+        updates=False,
     )
-
-
-def _options(
-    path: Path, sizes: Mapping[str, Any], dtype: mx.Dtype, recompute: int, dropout: bool = False
-) -> memory.Options:
-    chunk = 0 if path.split is None else loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"])
-    return memory.Options(dtype.size, chunk, recompute, dropout, backend.kind() == "cpu")
 
 
 def limit_of(section: TrainSection) -> int | None:
@@ -102,8 +106,8 @@ def fitted(
         tried = config.model_copy(update={"train": section})
         way = replace(path, recompute=every_nth(section) if checkpoints else 0)
         predicted = plan(model, way, tried, model_config, dtype, batches)
-        if predicted is None:
-            return config, rows, ["the memory of this kind of model is not predicted: train.memory_limit does nothing"]
+        if isinstance(predicted, memory.NotPredicted):
+            return config, rows, [predicted.note]
         needed = predicted.total
         if needed <= limit:
             changed = [
@@ -114,12 +118,26 @@ def fitted(
             note = f"to fit {limit / 1e6:,.0f} MB of memory: {', '.join(changed)}"
             return tried, batches, [note] if changed else []
     least = "row" if rows.rows == len(rows.examples) else "example"
+    fits = _longest_row(model, replace(path, recompute=int(checkpoints)), model_config, dtype, rows.widths[-1], limit)
+    shorter = f"Lower data.max_tokens to {fits}" if fits else "Lower data.max_tokens"
     raise UserError(
         f"training needs {needed / 1e6:,.0f} MB of memory even with one {least} at a time"
         f"{' and checkpointing' if checkpoints else ''}; train.memory_limit allows {limit / 1e6:,.0f} MB",
-        f"Lower data.max_tokens, take a smaller or a 4-bit model, {f'set {narrower}, ' if narrower else ''}"
+        f"{shorter}, take a smaller or a 4-bit model, {f'set {narrower}, ' if narrower else ''}"
         "or set train.memory_limit: off.",
     )
+
+
+def _longest_row(
+    model: nn.Module, path: Path, model_config: Mapping[str, Any], dtype: mx.Dtype, width: int, limit: int
+) -> int:
+    """Tokens of a row that fits alone, all of them targets, in halves of `width`; 0: not even 64."""
+    sizes = memory.sizes_of(model_config)
+    while sizes is not None and (width := width // 2) >= FEWEST_TOKENS:
+        found = memory.predict(model, model_config, _shape(path, 1, width, width), _options(path, sizes, dtype))
+        if isinstance(found, memory.Memory) and found.total <= limit:
+            return width
+    return 0
 
 
 def proof_room(
@@ -143,18 +161,19 @@ def proof_room(
     most = min(longest, MAX_TOKENS if window >= longest else max(MAX_TOKENS, window + PAST_WINDOW))
     sizes = memory.sizes_of(model_config)
     run = plan(model, path, config, model_config, dtype, rows)
-    if sizes is None or run is None:
+    if sizes is None or isinstance(run, memory.NotPredicted):
         weights = sum(array.nbytes for array in named(model.parameters()).values())
         return Room(most, checkpointed=limit is not None and weights + outside + sum(blocks) > limit)
 
-    def needed(tokens: int, checkpointed: bool) -> int:
+    def needed(tokens: int, checkpointed: bool) -> float:
         """Of the larger of the two: the plain way on one row, the fast one on both."""
-        again = int(checkpointed)
-        recompute = path.recompute or again
-        raised = outside + (max(blocks, default=0) if checkpointed and recompute == 1 else sum(blocks))
-        alone = memory.Shape(tokens, tokens**2, tokens), _options(Path(), sizes, mx.float32, again)
-        both = _shape(path, 2, tokens, 2 * tokens), _options(path, sizes, mx.float32, recompute)
-        return raised + max(memory.predict(model, model_config, *one).total for one in (alone, both))
+        plain, fast = Path(recompute=int(checkpointed)), replace(path, recompute=path.recompute or int(checkpointed))
+        with in_float32(model):  # the copies of the blocks are then in their graphs
+            alone = memory.predict(model, model_config, _shape(plain, 1, tokens, tokens), _options(plain, sizes, FULL))
+            both = memory.predict(model, model_config, _shape(fast, 2, tokens, 2 * tokens), _options(fast, sizes, FULL))
+        if isinstance(alone, memory.NotPredicted) or isinstance(both, memory.NotPredicted):
+            return math.inf
+        return outside // 2 + max(alone.total, both.total)  # the numbers that were raised stay beside their copies
 
     tokens = most
     while True:

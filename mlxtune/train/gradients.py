@@ -1,10 +1,10 @@
 """Loss and gradients of a micro-batch, computed with as little memory as they need, compiled where that pays.
 
 On Metal and CUDA the whole computation is compiled: MLX fuses its small kernels, and Python builds its graph once for
-every signature (shapes of ids and targets, length of the prefix). A compiled graph takes some 0.7 MB a block, and
+every signature (shapes of ids and targets, length of the prefix). A compiled graph takes some 0.5 MB a block, and
 compiling it seven times as long as building it once. So signatures are few: batches have few widths, targets are filled
-up with some that weigh nothing, what is used once is not compiled, and the ones used last are kept. On the CPU,
-compiling would start a C++ compiler for every kernel.
+up with some that weigh nothing, what is used once is not compiled, and of the others the ones used last are kept, as
+many as `memory.kept_signatures` lets. On the CPU, compiling would start a C++ compiler for every kernel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from mlxtune import backend
 from mlxtune.data.batches import Batch
-from mlxtune.model import prefix
+from mlxtune.model import memory, prefix
 from mlxtune.model.arrays import named
 from mlxtune.model.exponentials import as_powers_of_two
 from mlxtune.model.recompute import recomputed
@@ -26,7 +26,6 @@ from mlxtune.train import loss
 from mlxtune.train.loss import Path, Placed
 
 MIN_FILL = 16
-KEPT = 32  # compiled signatures
 
 Signature = tuple[int, int, int, int]
 
@@ -43,6 +42,7 @@ class Gradients:
         self.model = model
         self.path = path
         self.compiled_from = compiled_from
+        self.kept = memory.kept_signatures(len(model.layers), backend.memory_bytes())
         self.traced = 0  # signatures compiled so far, each time they were
         self._uses: Counter[Signature] = Counter()
         self._compiled: dict[Signature, Any] = {}  # the one used last at the end
@@ -69,7 +69,7 @@ class Gradients:
         if self._uses[signature] < self.compiled_from:
             return False
         self._compiled[signature] = self._compiled.pop(signature, None)
-        if len(self._compiled) > KEPT:
+        if len(self._compiled) > self.kept:
             oldest = next(iter(self._compiled))
             del self._compiled[oldest], self._uses[oldest]  # used once more, it may well be for the last time
         return True

@@ -1,0 +1,67 @@
+"""The predicted and the measured peak of a training step, in one place."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxtune import config as configuration
+from mlxtune.data.batches import Plan
+from mlxtune.data.chat import Example
+from mlxtune.model import lora, memory
+from mlxtune.model.load import cast
+from mlxtune.model.quantize import on_cpu
+from mlxtune.train import fit, optim
+from mlxtune.train.choice import choose
+from mlxtune.train.step import Job, StepFunction
+
+
+def examples(count: int = 24, vocabulary: int = 4000, longest: int = 200) -> list[Example]:
+    """Rows of 100 to 40 + `longest` tokens, 40 of which they share."""
+    draw = np.random.default_rng(0)
+    start = draw.integers(3, vocabulary, 40).tolist()
+    rows = []
+    for index in range(count):
+        own = [100 + index, *draw.integers(3, vocabulary, int(draw.integers(60, longest))).tolist()]
+        rows.append(Example(start + own, [0] * (40 + len(own) // 2) + [1] * (len(own) - len(own) // 2)))
+    return rows
+
+
+def build(sizes: dict[str, Any]) -> nn.Module:
+    """mlx-lm's model of a config.json."""
+    module = importlib.import_module(f"mlx_lm.models.{sizes['model_type']}")
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(sizes))
+    return model
+
+
+def of_step(
+    sizes: dict[str, Any], settings: tuple[str, ...], rows: list[Example], bits: int = 0, dtype: mx.Dtype = mx.float32
+) -> tuple[memory.Memory, int]:
+    """(the plan of a run, bytes that its widest step took)."""
+    gc.collect()  # models of other tests
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    model = build(sizes)
+    cast(model, dtype)
+    if bits:
+        nn.quantize(model, 32, bits)
+        on_cpu(model)
+    resolved = configuration.load(None, ("train.epochs=1", *settings))
+    keys = lora.attach(model, lora.Spec.of(model, resolved.lora), 0)
+    mx.eval(model.parameters())
+    plan = Plan(rows, resolved.train)
+    path = choose(model, sizes, resolved, plan, dtype).path
+    predicted = fit.plan(model, path, resolved, sizes, dtype, plan)
+    assert isinstance(predicted, memory.Memory), predicted
+    assert (path.split is None) == (resolved.fast.head == "off")
+    job = Job(model, path, keys, plan, resolved.train, None, None, str, None, None)  # type: ignore[arg-type]
+    step = StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    step(max(range(1, plan.steps + 1), key=lambda number: plan.step(number)[0].ids.size))
+    return predicted, mx.get_peak_memory() - before
