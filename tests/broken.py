@@ -61,7 +61,11 @@ def command(capsys: pytest.CaptureFixture[str], *words: str | Path) -> subproces
 
 
 def fail_gradients(
-    patch: pytest.MonkeyPatch, number: int, text: str = OUT_OF_MEMORY, fits: Callable[[Batch, Way], bool] | None = None
+    patch: pytest.MonkeyPatch,
+    number: int,
+    text: str = OUT_OF_MEMORY,
+    fits: Callable[[Batch, Way], bool] | None = None,
+    kind: type[Exception] = RuntimeError,
 ) -> list[int]:
     """The run's micro-batches fail from the `number`-th on, counted from 1; with `fits`, those that do not.
 
@@ -72,7 +76,7 @@ def fail_gradients(
     class Failing(Gradients):
         def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
             if len(sizes) + 1 >= number and not (fits and fits(batch, self.path)):
-                raise RuntimeError(text)
+                raise kind(text)
             sizes.append(len(batch.rows))
             return super().__call__(batch)
 

@@ -175,8 +175,12 @@ def test_a_failure_right_after_resuming_keeps_the_checkpoint_it_began_from(
 ) -> None:
     run = tmp_path / "run"
     broken(mlx_model, data, run, lambda patch: fail_gradients(patch, IN_STEP_7))
-    said = broken(mlx_model, data, run, lambda patch: fail_gradients(patch, 1), resume=True)
-    assert "step 6, the last whole one, is saved" in said.message
+
+    def no_memory(patch: pytest.MonkeyPatch) -> None:
+        fail_gradients(patch, 1, "std::bad_alloc", kind=MemoryError)  # the machine's own
+
+    said = broken(mlx_model, data, run, no_memory, resume=True)
+    assert said.message == "there is not enough memory (std::bad_alloc); step 6, the last whole one, is saved"
     assert saved(run) == ["step-0000006"]
     resumed(mlx_model, data, run)
     same_bits(undisturbed(), run)
