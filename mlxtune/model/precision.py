@@ -72,27 +72,20 @@ def _raising(kind: type, names: list[str]) -> type:
     """`kind` with its parameters of those names, and what it is given, in float32."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given: list[mx.array] = []
-
-        def raised(leaf: Any) -> Any:
-            if not isinstance(leaf, mx.array) or not mx.issubdtype(leaf.dtype, mx.floating):
-                return leaf
-            given.append(leaf.astype(mx.float32) if leaf.dtype in HALF else leaf)
-            return given[-1]
-
-        args, kwargs = tree_map(raised, (args, kwargs))
+        args, kwargs = tree_map(_raised, (args, kwargs))
         own = named(self.parameters())
         before = {name: own[name] for name in names}
-        # Each copy waits for what the block is given: MLX would make those of many blocks ahead of their use.
-        waiting = mx.depends(list(before.values()), given[:1])
-        wide = (mx.stop_gradient(array.astype(mx.float32)) for array in waiting)
-        _set(self, dict(zip(names, wide, strict=True)))
+        _set(self, {name: _raised(array) for name, array in before.items()})
         try:
             return kind.__call__(self, *args, **kwargs)
         finally:
             _set(self, before)
 
     return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _raised(leaf: Any) -> Any:
+    return leaf.astype(mx.float32) if isinstance(leaf, mx.array) and leaf.dtype in HALF else leaf
 
 
 def _set(module: nn.Module, arrays: dict[str, mx.array]) -> None:
