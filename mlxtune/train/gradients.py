@@ -134,6 +134,6 @@ def finish(stages: list[mx.array], value: mx.array, gradients: Any) -> None:
 def _by_layer(gradients: Any) -> dict[int, list[mx.array]]:
     found: dict[int, list[mx.array]] = {}
     for name, array in named(gradients).items():
-        layer = re.search(r"layers\.(\d+)\.", name)
+        layer = re.search(r"\.(\d+)\.", name)  # model.layers.3.mlp..., transformer.h.3.mlp...
         found.setdefault(int(layer[1]) if layer else -1, []).append(array)
     return found
