@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm.utils
 import pytest
 import tiny
 from broken import BUFFERS, LOST, OUT_OF_MEMORY, WATCHDOG, Evaluations, command, fail_gradients, failing
@@ -190,3 +191,20 @@ def test_errors_that_the_device_kept_for_later_are_let_go_before_anything_is_com
     monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(len(kept)))
     backend.recover()
     assert kept == [] and cleared == [0]
+
+
+def test_a_failure_while_files_are_read_is_not_taken_for_damage_of_the_files(
+    mlx_model: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What mlx-lm raises for a model, and MLX for an adapter, else means that they are broken."""
+    real, fail = mx.load, failing(OUT_OF_MEMORY)
+
+    def load(file: str, *rest: Any, **options: Any) -> Any:
+        return (fail if Path(file).name == "adapters.safetensors" else real)(file, *rest, **options)
+
+    for place, name, broken in ((mlx_lm.utils, "load_model", fail), (mx, "load", load)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(place, name, broken)
+            result = command(capsys, "eval", "--model", mlx_model, "--adapter", run)
+        said = tiny.one_clear_line(result, f"there is not enough memory ({OUT_OF_MEMORY})")
+        assert "does not describe" not in said and "torn" not in said
