@@ -80,16 +80,22 @@ def wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tup
     length, reason = shared_prefix(model, examples, config)
     if reason:
         notes.append(f"no shared prefix: {reason}")
-    powers = exponentials.worth_it() and (split is not None or length is not None)
-    many_shapes = config.lora.dropout or config.train.neftune_alpha or config.data.group_by_prefix
-    compiled = backend.compiles() and split is not None and not many_shapes and prefix.caches(model) is not None
-    return Path(split, trained, length, every_nth(config.train), powers, compiled), notes
+    return _for_device(Path(split, trained, length, every_nth(config.train)), model, config), notes
 
 
 def hoped(model: nn.Module, examples: Sequence[Example], config: Config) -> Path:
     """The way that a run will take when nothing goes wrong, no weight being read."""
     split = Split(model, "") if config.fast.head == "auto" else None
-    return Path(split, prefix=shared_prefix(model, examples, config)[0], recompute=every_nth(config.train))
+    length, _ = shared_prefix(model, examples, config)
+    return _for_device(Path(split, prefix=length, recompute=every_nth(config.train)), model, config)
+
+
+def _for_device(path: Path, model: nn.Module, config: Config) -> Path:
+    """The way with what makes it fast on this device."""
+    powers = exponentials.worth_it() and (path.split is not None or path.prefix is not None)
+    many_shapes = config.lora.dropout or config.train.neftune_alpha or config.data.group_by_prefix
+    compiled = backend.compiles() and path.split is not None and not many_shapes and prefix.caches(model) is not None
+    return replace(path, powers=powers, compiled=compiled)
 
 
 def every_nth(section: TrainSection) -> int:
