@@ -100,8 +100,8 @@ def warnings(folder: Path | None = None, needed: int = LOW_DISK) -> list[str]:
 
 
 def crowded(needed: int, memory: int) -> list[str]:
-    """A warning when what the run needs does not fit beside what `holders` hold. needed: its predicted peak in bytes;
-    memory: all that the machine has.
+    """A warning when what the run needs does not fit beside what `holders` hold. needed: its predicted peak in bytes,
+    or what it needs at least; memory: all that the machine has.
     """
     held = holders()
     if not held or needed + sum(held.values()) + FOR_SYSTEM <= memory:

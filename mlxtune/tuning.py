@@ -28,7 +28,7 @@ from mlxtune.model import floats, hub, lora, vocabulary
 from mlxtune.model.arrays import dtype_name, named
 from mlxtune.model.dropout import add_noise
 from mlxtune.model.exponentials import as_powers_of_two
-from mlxtune.model.load import Loaded, cast, load, model_dtype, open_model
+from mlxtune.model.load import cast, load, model_dtype, open_model
 from mlxtune.model.memory import Memory
 from mlxtune.session import CONFIG_FILE, Data, anchored, read_data, run_config
 from mlxtune.train import checkpoint, fast, fit, loggers, loop
@@ -37,6 +37,7 @@ from mlxtune.train.choice import choose
 from mlxtune.train.display import Display
 from mlxtune.train.events import FILE as EVENTS_FILE
 from mlxtune.train.events import Events
+from mlxtune.train.events import read as read_events
 from mlxtune.train.identity import Identity
 from mlxtune.train.lock import UNLOCKED, locked
 from mlxtune.train.ranks import ALONE, Ranks
@@ -55,14 +56,16 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     dtype = backend.dtype_for(config.train.dtype, own, "quantization" in model_config)
     said = floats.notes(config.train.dtype, own, dtype, model_config)
     cast(model, dtype)
-    lora.attach(model, lora.Spec.of(model, config.lora), config.train.seed)
+    lora.attach(model, _spec(config, model), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
     path = fast.hoped(model, data.train, config)
     limit, narrower = fit.limit_of(config.train), floats.narrower(own, dtype)
     config, plan, notes = fit.fitted(model, path, config, model_config, dtype, plan, limit, narrower=narrower)
     path = replace(path, recompute=fast.every_nth(config.train))
     found = fit.plan(model, path, config, model_config, dtype, plan)
-    return config, found if isinstance(found, Memory) else None, said + notes
+    if isinstance(found, Memory):
+        return config, found, said + notes
+    return config, None, said + (notes or [found.note])
 
 
 def stays(model: nn.Module) -> int:
@@ -151,8 +154,7 @@ def prepared(
     loaded = load(config.model.path, config.train.dtype)
     changes = vocabulary.prepare(loaded, config)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
-    spec = lora.read_spec(out) if resume and ranks.first else _spec(config, loaded)
-    valid = ranks.deal(in_order(data.valid))
+    spec = lora.read_spec(out) if resume and ranks.first else _spec(config, loaded.model)
     dropout = lora.attach(loaded.model, spec, config.train.seed)
     if config.lora.start_from and not resume:
         lora.load_factors(loaded.model, Path(config.lora.start_from) / spec.file)
@@ -170,6 +172,7 @@ def prepared(
     config, plan, path = chosen.config, chosen.rows, chosen.path
     found = fit.plan(loaded.model, path, config, loaded.config, loaded.dtype, plan)
     predicted = found.total if isinstance(found, Memory) else None
+    valid = ranks.deal(in_order(data.valid, fit.evaluation_tokens(loaded.model, path, plan)))
 
     def evaluate(between: Callable[[], None]) -> Score:
         with as_powers_of_two(path.powers):
@@ -220,7 +223,7 @@ def prepared(
     notes += repeatable(loaded.model, backend.kind())
     tight = []
     if backend.kind() != "cuda":  # which has memory of its own
-        tight = host.crowded(predicted or 0, backend.memory_bytes())
+        tight = host.crowded(predicted or stays(loaded.model), backend.memory_bytes())
     if ranks.first:
         notes += tight
     else:
@@ -255,20 +258,30 @@ def _written(
     # What will be written: the checkpoints (the adapter, and two moments of it), one more while it is being written.
     adapter = sum(array.nbytes for array in lora.factors(job.model).values())
     notes += host.warnings(out, (config.train.keep_last + 2) * 3 * adapter + (1 << 30))
-    events.emit("begin", step=step, steps=job.plan.steps, model=config.model.path)
+    way, before = fast.describe(job.path), _way_before(out)
+    if saved and before not in ("", way):
+        notes.append(f"up to here the run was computed otherwise ({before}): the last bits may differ")
+    events.emit("begin", step=step, steps=job.plan.steps, model=config.model.path, computed=way)
     for note in [*notes, *([f"resumed after step {step}"] if saved else [])]:
         events.emit("note", text=note)
     display.begin(job.plan.steps, config.train.eval_every)
     return loop.run(job, events, saved)
 
 
-def _spec(config: Config, loaded: Loaded) -> lora.Spec:
+def _way_before(out: Path) -> str:
+    """How the run in `out` was computed so far, in words; "": nobody knows."""
+    if not (out / EVENTS_FILE).is_file():
+        return ""
+    return next((event["computed"] for event in reversed(read_events(out)) if "computed" in event), "")
+
+
+def _spec(config: Config, model: nn.Module) -> lora.Spec:
     """What trains: as the adapter to start from is, else as configured."""
     if not config.lora.start_from:
-        return lora.Spec.of(loaded.model, config.lora)
+        return lora.Spec.of(model, config.lora)
     start = Path(config.lora.start_from)
     spec = lora.read_spec(start)
     if lora.adapter_file(start) is None:
         raise UserError(f"{start} has no {spec.file}")
-    layers = len(loaded.model.layers)
+    layers = len(model.layers)
     return replace(spec, dropout=config.lora.dropout, num_layers=spec.num_layers if spec.num_layers > 0 else layers)

@@ -167,8 +167,12 @@ def test_a_run_holds_its_queue_to_what_is_predicted_for_it(mlx_model: Path, data
 
 def test_a_prediction_that_was_far_too_low_holds_nothing_up(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "get_peak_memory", lambda: 10_000)
-    assert small(predicted=10_000)._most() == AHEAD * 10_000
-    assert small(predicted=int(10_000 / WRONG) - 1)._most() is None
+    near, far = small(predicted=10_000), small(predicted=int(10_000 / WRONG) - 1)
+    for step in (near, far):
+        step._judge_prediction(before=10_000)  # an evaluation or a proof raised it, not the step
+        assert step._most() is not None
+        step._judge_prediction(before=9_999)
+    assert near._most() == AHEAD * 10_000 and far._most() is None
     assert small()._most() is None
 
 

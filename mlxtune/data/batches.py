@@ -23,6 +23,7 @@ from mlxtune.data.chat import Example
 from mlxtune.sections import TrainSection
 
 DEFAULT_ROWS = 4
+EVALUATION_TOKENS = 4096  # of a batch of an evaluation, padded, at most
 DEFAULT_EPOCHS = 1.0
 PAD = 0  # any id: causal attention keeps padding on the right out of every supervised position
 MAX_BUCKETS = 24
@@ -317,7 +318,7 @@ class Plan:
         return int(self._padded[examples].max())
 
 
-def in_order(examples: Sequence[Example], tokens: int = 4096) -> list[Batch]:
+def in_order(examples: Sequence[Example], tokens: int = EVALUATION_TOKENS) -> list[Batch]:
     """Every example once, shortest first, in batches of at most `tokens` padded tokens: for evaluation."""
     lengths = lengths_of(examples)
     order = np.argsort(lengths, kind="stable").tolist()

@@ -137,9 +137,9 @@ Adapter = LoRALinear | LoRASwitchLinear
 
 
 def dense_shape(linear: nn.Module) -> tuple[int, ...]:
-    """The shape of a linear layer's matrix before quantization: [out, in], or [E, out, in]."""
+    """The shape of a linear layer's or embedding's matrix before quantization: [out, in], or [E, out, in]."""
     *shape, columns = linear.weight.shape
-    if isinstance(linear, (nn.QuantizedLinear, QuantizedSwitchLinear)):
+    if isinstance(linear, (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)):
         columns = columns * 32 // linear.bits
     return (*shape, columns)
 

@@ -93,7 +93,7 @@ class NotPredicted:
 
     @property
     def note(self) -> str:
-        return f"the memory of this model is not predicted, train.memory_limit does nothing: {self.reason}"
+        return f"the memory of this model is not predicted: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,8 @@ def predict(model: nn.Module, config: Mapping[str, Any], shape: Shape, options: 
     # (activations, head chunk, dense copies, update) of every moment
     moments = [(0, 0, 0, 0)]
     held = options.item * tokens * width  # the embeddings, which the first block keeps
+    if options.device.powers:
+        held += 2 * FULL * shape.width**2  # causal masks, as many as `exponentials` keeps at hand
     again = set(range(0, len(calls), options.recompute)) if options.recompute else set()
     for place, costs in enumerate(calls):
         before = held
@@ -208,7 +210,8 @@ def _costs(model: nn.Module, shape: Shape, options: Options) -> tuple[list[list[
 def _reached(model: nn.Module) -> list[bool]:
     """For each block, whether a gradient is wanted for its input: something before it trains."""
     paths = tuple(named(model.trainable_parameters()))
-    reached = any(path.startswith(tuple(outside_blocks(model, EMBEDDING))) for path in paths)
+    embeddings = tuple(outside_blocks(model, EMBEDDING))
+    reached = any(path.startswith(embeddings) for path in paths)
     out = []
     for block in block_paths(model):
         out.append(reached)

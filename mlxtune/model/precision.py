@@ -81,7 +81,7 @@ def _raising(kind: type, names: list[str]) -> type:
         finally:
             _set(self, before)
 
-    return type(kind.__name__, (kind,), {"__call__": call})
+    return type(kind.__name__, (kind,), {"__call__": call, "raised_from": kind})
 
 
 def _raised(leaf: Any) -> Any:

@@ -1,9 +1,10 @@
 """What happened in a run, kept as JSON lines in RUN/events.jsonl and shown by whoever listens.
 
-Kinds: `begin` (also of a resumed run: `step` is where it goes on), `train` (one optimizer step), `eval`, `checkpoint`,
-`note` (something a person must know), `end`. Losses keep full precision; `peak_bytes` of a step is the most that MLX
-has held since the model was read, the proof of the fast ways included. The file is only ever appended to, one whole
-line at a time; steps that a crash took back and that were done again are in it twice, and `read` leaves out the first.
+Kinds: `begin` (also of a resumed run: `step` is where it goes on, `computed` the way in words), `train` (one optimizer
+step), `eval`, `checkpoint`, `note` (something a person must know), `end`. Losses keep full precision; `peak_bytes` of a
+step is the most that MLX has held since the model was read, the proof of the fast ways included. The file is only ever
+appended to, one whole line at a time; steps that a crash took back and that were done again are in it twice, and `read`
+leaves out the first.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlxtune import backend
 from mlxtune.config import Config, TrainSection
-from mlxtune.data.batches import DEFAULT_ROWS, Plan, lengths_of
+from mlxtune.data.batches import DEFAULT_ROWS, EVALUATION_TOKENS, Plan, lengths_of
 from mlxtune.errors import UserError
 from mlxtune.model import memory, prefix
 from mlxtune.model.arrays import named
@@ -107,7 +107,7 @@ def fitted(
         way = replace(path, recompute=every_nth(section) if checkpoints else 0)
         predicted = plan(model, way, tried, model_config, dtype, batches)
         if isinstance(predicted, memory.NotPredicted):
-            return config, rows, [predicted.note]
+            return config, rows, [f"{predicted.note}; train.memory_limit does nothing"]
         needed = predicted.total
         if needed <= limit:
             changed = [
@@ -168,23 +168,33 @@ def proof_room(
     def needed(tokens: int, checkpointed: bool) -> float:
         """Of the larger of the two: the plain way on one row, the fast one on both."""
         plain, fast = Path(recompute=int(checkpointed)), replace(path, recompute=path.recompute or int(checkpointed))
-        with in_float32(model):  # the copies of the blocks are then in their graphs
-            alone = memory.predict(model, model_config, _shape(plain, 1, tokens, tokens), _options(plain, sizes, FULL))
-            both = memory.predict(model, model_config, _shape(fast, 2, tokens, 2 * tokens), _options(fast, sizes, FULL))
+        alone = memory.predict(model, model_config, _shape(plain, 1, tokens, tokens), _options(plain, sizes, FULL))
+        both = memory.predict(model, model_config, _shape(fast, 2, tokens, 2 * tokens), _options(fast, sizes, FULL))
         if isinstance(alone, memory.NotPredicted) or isinstance(both, memory.NotPredicted):
             return math.inf
         return outside // 2 + max(alone.total, both.total)  # the numbers that were raised stay beside their copies
 
-    tokens = most
-    while True:
-        for checkpointed in (False, True):
-            if needed(tokens, checkpointed) <= PROOF_SHARE * run.total:
-                return Room(tokens, checkpointed)
-        if tokens <= FEWEST_TOKENS:
-            break
-        tokens = max(FEWEST_TOKENS, tokens // 2)
-    fits = limit is None or needed(tokens, checkpointed=True) <= limit
+    with in_float32(model):  # the copies of the blocks are then in their graphs
+        tokens = most
+        while True:
+            for checkpointed in (False, True):
+                if needed(tokens, checkpointed) <= PROOF_SHARE * run.total:
+                    return Room(tokens, checkpointed)
+            if tokens <= FEWEST_TOKENS:
+                break
+            tokens = max(FEWEST_TOKENS, tokens // 2)
+        fits = limit is None or needed(tokens, checkpointed=True) <= limit
     return Room(tokens, checkpointed=True, raised=fits or dtype == mx.float32)
+
+
+def evaluation_tokens(model: nn.Module, path: Path, rows: Plan) -> int:
+    """Padded tokens of a batch of an evaluation, so that it takes no more memory than a step.
+
+    It keeps nothing for a backward pass. A step keeps what all blocks need, or where each is computed again, one's.
+    """
+    largest = max(count * width for count, width, _ in rows.shapes())
+    times = 1 if path.recompute == 1 else max(1, len(model.layers) // 2)
+    return min(EVALUATION_TOKENS, times * largest)
 
 
 def window_of(model_config: Mapping[str, Any]) -> int:

@@ -94,6 +94,7 @@ class StepFunction:
         self.update = optim.Update(optimizer, job.section.clip_norm)
         self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
         self._computing = 0  # examples in the part under way
+        self._trusted = True  # the predicted peak: no step was far beyond it
         self.divide(Division())
 
     def divide(self, division: Division) -> None:
@@ -104,7 +105,7 @@ class StepFunction:
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Raises NonFinite, or with `train.on_oom: smaller` TooLarge, before anything is updated."""
-        began = time.perf_counter()
+        began, peak = time.perf_counter(), mx.get_peak_memory()
         self._recall(number)
         batches = self.job.plan.step(number)
         targets = sum(batch.targets for batch in batches)
@@ -117,6 +118,7 @@ class StepFunction:
         numbers = mx.stack([norm, *losses])
         mx.eval(parameters, state, numbers)
         read: Any = numbers.tolist()
+        self._judge_prediction(peak)
         norm_value, *values = read
         mean = self.job.ranks.sums(sum(values))[0] / targets
         if not (math.isfinite(mean) and math.isfinite(norm_value)):
@@ -150,9 +152,15 @@ class StepFunction:
     def _most(self) -> int | None:
         """Bytes that queued work may take. None: nothing is queued, or nobody knows, and MLX would wait and wait."""
         known = self.job.predicted
-        if known is None or not backend.policy().queued or mx.get_peak_memory() > WRONG * known:
+        if known is None or not self._trusted or not backend.policy().queued:
             return None
         return int(AHEAD * known)
+
+    def _judge_prediction(self, before: int) -> None:
+        """Trust it no longer where a step raised the peak far beyond it. before: the peak when the step began."""
+        known = self.job.predicted
+        if known is not None and mx.get_peak_memory() > max(before, WRONG * known):
+            self._trusted = False
 
     def _summed(self, number: int, batches: list[Batch]) -> tuple[list[mx.array], Any]:
         """As `_accumulate`. Raises TooLarge, on every process, where the memory of one of them did not suffice."""
