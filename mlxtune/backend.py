@@ -76,6 +76,23 @@ def blas() -> str:
     return _blas
 
 
+def multiplies() -> str:
+    """What multiplies float32 matrices on Linux's CPU, in words; "" elsewhere.
+
+    Products of other libraries, for other processors or in another number of threads add up in another order, so their
+    last bits differ. MLX binds to one when it loads: where it was loaded before mlxtune, that is its own.
+    """
+    if sys.platform != "linux" or kind() != "cpu":
+        return ""
+    if not _blas:
+        return "MLX's own BLAS"
+    library = ctypes.CDLL(_blas)
+    library.openblas_get_config.restype = library.openblas_get_corename.restype = ctypes.c_char_p
+    version = library.openblas_get_config().decode().split()[1]  # "OpenBLAS 0.3.21 NO_LAPACKE ..."
+    core, threads = library.openblas_get_corename().decode(), library.openblas_get_num_threads()
+    return f"OpenBLAS {version} for {core} in {threads} thread{'s' if threads > 1 else ''}"
+
+
 def _load_openblas() -> str:
     """Make OpenBLAS's symbols global before MLX binds them: its own reference BLAS is some 30 times slower."""
     if "mlx.core" in sys.modules:

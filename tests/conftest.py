@@ -115,7 +115,7 @@ def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def whole(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted, by the command: its bits are compared with those of other commands. (In this
-    process PyTorch may bring another BLAS.)"""
+    process MLX was loaded before mlxtune, so it multiplies with a BLAS of its own.)"""
     out = tmp_path_factory.mktemp("whole") / "run"
     done = tiny.mlxtune(*options(mlx_model, data, out))
     assert done.returncode == 0, done.stderr

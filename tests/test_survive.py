@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from mlxtune.train.display import Display
 # Trains in a child the run that each line names: starting Python and its libraries 26 times would take minutes.
 WORKER = """
 import os, sys
+from ctypes.util import find_library
 from pathlib import Path
 from rich.console import Console
 from mlxtune import config, tuning
@@ -227,7 +229,26 @@ def test_a_torn_checkpoint_is_skipped_with_a_line_and_the_one_before_it_used(
     result = tiny.mlxtune("train", "--resume", "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert "step-0000024 is incomplete" in result.stderr and "resumed after step 22" in result.stderr
+    assert "last bits may differ" not in result.stderr
     same_bits(whole, tmp_path / "run")
+
+
+# The command in a process that loaded MLX before mlxtune could choose what it multiplies with.
+MLX_FIRST = "import sys; import mlx.core; from mlxtune.cli import main; main(sys.argv[1:])"
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not find_library("openblas"), reason="needs OpenBLAS on Linux")
+def test_a_resume_says_when_another_library_multiplies(whole: Path, tmp_path: Path) -> None:
+    """Its sums have another order: the last bits may be others than those of the run that went on."""
+    shutil.copytree(whole, tmp_path / "run")
+    emptied(tmp_path / "run")
+    words = [sys.executable, "-c", MLX_FIRST, "train", "--resume", "--out", str(tmp_path / "run")]
+    wide = {**os.environ, "COLUMNS": "500"}
+    said = subprocess.run(words, capture_output=True, text=True, check=True, env=wide).stderr
+    began = (
+        r"the run began with OpenBLAS [\d.]+ for \w+ in \d+ threads?, this is MLX's own BLAS: the last bits may differ"
+    )
+    assert "resumed after step 22" in said and re.search(began, said), said
 
 
 def changed_model(model: Path) -> None:

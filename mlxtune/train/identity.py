@@ -31,7 +31,7 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 @dataclass(frozen=True)
 class Identity:
     """config: key -> value, as resolved; train, valid: digests of the examples; model: `of_model`; mlx: its version and
-    device.
+    device; blas: `backend.multiplies`, "" also in checkpoints of versions that did not note it.
     """
 
     config: dict[str, Any]
@@ -39,6 +39,7 @@ class Identity:
     valid: str
     model: str
     mlx: str
+    blas: str = ""
 
     @classmethod
     def of(cls, config: Config, dtype: str, train: str, valid: str, model: Path) -> Identity:
@@ -47,7 +48,8 @@ class Identity:
         flat["train.dtype"] = dtype
         for source in flat["data.sources"] or ():
             del source["path"]  # as in MAY_MOVE
-        return cls(flat, train, valid, of_model(model), f"{version('mlx')} on {backend.kind()}")
+        mlx = f"{version('mlx')} on {backend.kind()}"
+        return cls(flat, train, valid, of_model(model), mlx, backend.multiplies())
 
     def refuse_other(self, now: Identity, run: Path, anyway: bool) -> list[str]:
         """Notes on what changed without harm. Raises UserError listing everything that must not change; or that may,
@@ -78,6 +80,8 @@ class Identity:
         notes = [f"changed since the last checkpoint: {shown[key]}" for key in allowed]
         if self.mlx != now.mlx:
             notes.append(f"the run began with MLX {self.mlx}, this is {now.mlx}: the last bits may differ")
+        if self.blas and now.blas and self.blas != now.blas:
+            notes.append(f"the run began with {self.blas}, this is {now.blas}: the last bits may differ")
         return notes
 
 
