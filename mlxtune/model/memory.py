@@ -155,7 +155,7 @@ def predict(model: nn.Module, config: Mapping[str, Any], shape: Shape, options: 
     moments = [(0, 0, 0, 0)]
     held = options.item * tokens * width  # the embeddings, which the first block keeps
     if options.device.powers:
-        held += 2 * FULL * shape.width**2  # causal masks, as many as `exponentials` keeps at hand
+        held += FULL * shape.width**2  # the causal mask, which `exponentials` keeps at hand
     again = set(range(0, len(calls), options.recompute)) if options.recompute else set()
     for place, costs in enumerate(calls):
         before = held
