@@ -33,9 +33,10 @@ def examine() -> tuple[dict[str, str], list[str]]:
         "device": device,
         "free disk": f"{free / backend.GIB:.1f} GiB",
         "power": "plugged in, or no battery" if battery is None else f"battery, {battery}%",
-        "sleep": _sleep(),
-        "low power mode": {None: "not known here", True: "on (the GPU is slower)", False: "off"}[host.low_power()],
     }
+    if sys.platform == "darwin":  # elsewhere mlxtune neither holds off sleep nor asks for such a mode
+        low_power = {None: "not known here", True: "on (the GPU is slower)", False: "off"}
+        facts.update({"sleep": _sleep(), "low power mode": low_power[host.low_power()]})
     held = host.holders()
     facts["other models in memory"] = host.listed(held) or f"none found ({', '.join(host.HOLDERS)})"
     advice = []
@@ -65,7 +66,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
 
 
 def _sleep() -> str:
-    if sys.platform == "darwin" and shutil.which("caffeinate"):
+    if shutil.which("caffeinate"):
         return "held off while training, as long as the lid is open (caffeinate)"
     return "not held off here"
 

@@ -51,10 +51,14 @@ def doctor(test: bool, as_json: bool) -> None:
 def _print_facts(out: Console, facts: dict[str, str], advice: list[str]) -> None:
     from rich.table import Table
 
-    table = Table.grid(padding=(0, 2))
-    for name, value in facts.items():
-        table.add_row(name, str(value))
-    out.print(table)
+    if out.soft_wrap:  # another program reads it: a fact is one line, however long
+        for name, value in facts.items():
+            out.print(f"{name:<24}{value}")
+    else:
+        table = Table.grid(padding=(0, 2))
+        for name, value in facts.items():
+            table.add_row(name, value)
+        out.print(table)
     for line in advice:
         out.print(f"! {line}", style="yellow")
     if not advice:
@@ -91,7 +95,10 @@ def _print_result(out: Console, result: Result) -> None:
     numbers = f"{result.shown():>9} {result.allowed():>8} {result.seconds:5.1f} s"
     out.print(line.append(result.said if result.status == "not here" else numbers, style="default"))
     if result.status == "FAILED" and result.said:
-        out.print(Padding(Text(result.said), (0, 0, 0, 9), expand=False))
+        if out.soft_wrap:  # where nothing is wrapped, rich cuts what is padded
+            out.print(f"{'':9}{result.said}")
+        else:
+            out.print(Padding(Text(result.said), (0, 0, 0, 9), expand=False))
 
 
 def _judge(out: Console, results: list[Result], quiet: bool) -> None:
@@ -100,10 +107,10 @@ def _judge(out: Console, results: list[Result], quiet: bool) -> None:
     from mlxtune.selftest.outcome import FAILED, NOT_HERE, OK, advice
 
     failed = [result for result in results if result.status == FAILED]
+    counts = {status: sum(result.status == status for result in results) for status in (OK, NOT_HERE)}
     if failed:
         names = "; ".join(result.name for result in failed[:3]) + (" ..." if len(failed) > 3 else "")
-        raise UserError(f"{len(failed)} of {len(results)} checks failed: {names}", advice(failed))
-    counts = {status: sum(result.status == status for result in results) for status in (OK, NOT_HERE)}
+        raise UserError(f"{len(failed)} of {counts[OK] + len(failed)} checks failed: {names}", advice(failed))
     if not quiet:
         total = sum(result.seconds for result in results)
         out.print(

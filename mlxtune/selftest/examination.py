@@ -6,6 +6,7 @@ a new process.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mlxtune_convert.files import REFUSALS
+
+from mlxtune.errors import UserError
 from mlxtune.selftest.outcome import FAILED, Result
 from mlxtune.train import signals
 
@@ -31,7 +35,10 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFL
 
 
 def results(begun: Callable[[str], None]) -> Generator[Result]:
-    """The result of every check, as soon as it is there. begun: is told a check's name when it begins."""
+    """The result of every check, as soon as it is there. begun: is told a check's name when it begins.
+
+    Raises UserError when there is no folder to work in, or no room there.
+    """
     with _folder() as folder:
         first = 0
         for _ in range(PROCESSES):
@@ -43,27 +50,44 @@ def results(begun: Callable[[str], None]) -> Generator[Result]:
 
 
 def _from(first: int, folder: Path, begun: Callable[[str], None]) -> Generator[Result, None, int | None]:
-    """The results from number `first` on, by one process. Returns the number to go on with, None when all are done."""
+    """The results from number `first` on, by one process. Returns the number to go on with, None when none is left, or
+    when another process would not get any further.
+    """
     work, errors = folder / str(first), folder / f"{first}.txt"
     work.mkdir()
-    number, group, name = first, "", "start"
+    last: dict[str, Any] = {}  # what was told of the check that began last
+    running = False
     with errors.open("wb") as stderr, _process(work, first, stderr) as (process, deadline):
         for line in process.stdout or ():
             told = _told(line)
             if "begun" in told:
-                number, group, name = told["begun"], told["group"], told["name"]
+                last, running = told, True
                 deadline.restart()
-                begun(name)
+                begun(last["name"])
             elif "status" in told:
+                running = False
                 yield Result(**told)
-                name = ""
+            elif "refused" in told:
+                raise _no_room(told["refused"])
         code = process.wait()
-    if code == 0:
+    reason = f"did not end within {SECONDS:.0f} s" if deadline.passed else _reason(code, errors)
+    if not last:
+        yield Result("", "start", FAILED, said=f"{reason}; what is left was not tried", seconds=deadline.elapsed())
         return None
-    if name:  # begun and not done
-        reason = f"did not end within {SECONDS:.0f} s" if deadline.passed else _reason(code, errors)
-        yield Result(group, name, FAILED, said=reason, seconds=deadline.elapsed())
-    return number + 1
+    following = last["begun"] + 1
+    left = following < last["of"]
+    if running:
+        yield Result(last["group"], last["name"], FAILED, said=reason, seconds=deadline.elapsed())
+    elif left or code != 0:
+        yield Result(last["group"], f"after {last['name']}", FAILED, said=reason, seconds=deadline.elapsed())
+    return following if left else None
+
+
+def _no_room(number: int) -> UserError:
+    folder, reason = tempfile.gettempdir(), REFUSALS[number][0]
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"no room to test in {folder}: {reason}", "Free some space, or set TMPDIR to another folder.")
+    return UserError(f"cannot test in {folder}: {reason}", "Set TMPDIR to a folder you may write to.")
 
 
 class Deadline:
@@ -121,7 +145,10 @@ def _process(work: Path, first: int, stderr: IO[bytes]) -> Iterator[tuple[subpro
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    folder = tempfile.mkdtemp(prefix="mlxtune-test-")
+    try:
+        folder = tempfile.mkdtemp(prefix="mlxtune-test-")
+    except OSError as error:
+        raise UserError("there is no folder to test in", "Set TMPDIR to one you may write to.") from error
     try:
         yield Path(folder)
     finally:

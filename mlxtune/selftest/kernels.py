@@ -19,7 +19,7 @@ from mlxtune_convert.quant import Codes, dequantize
 from mlxtune import backend
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import MODES
-from mlxtune.selftest.model import on_the_cpu
+from mlxtune.selftest.model import computing_on_cpu
 from mlxtune.selftest.outcome import Check, Found, Workshop
 
 GROUP = "MLX's kernels, forward and backward, against float64"
@@ -118,7 +118,7 @@ def _by_expert(rows: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> np
 
 def _attention(dtype: mx.Dtype, shop: Workshop) -> Found:
     """Two query heads on one key head; causal, without a mask, and with a mask over a prefix."""
-    worst = Worst(ATTENTION * LAST_PLACE.get(dtype, FLOAT32 / ATTENTION))
+    worst = Worst(FLOAT32 if dtype == mx.float32 else ATTENTION * LAST_PLACE[dtype])
     before, queries = 21, 60
     keys = before + queries
     after = np.arange(keys)[None] <= np.arange(before, keys)[:, None]
@@ -176,7 +176,7 @@ def _quantized(
     for bits in (*BITS[mode], *more):
         for group in MODES[mode][1][: 1 if bits in more else None]:
             options: dict[str, Any] = {"group_size": group, "bits": bits, "mode": mode}
-            with on_the_cpu():
+            with computing_on_cpu():
                 codes = list(mx.quantize(mx.array(weight).astype(dtype), **options))
                 mx.eval(codes)
             flat = [to_numpy(part).reshape(-1, part.shape[-1]) for part in codes]

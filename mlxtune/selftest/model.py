@@ -28,7 +28,7 @@ from mlxtune.model.load import cast
 from mlxtune.model.quantize import on_cpu
 from mlxtune.sections import LoraSection
 
-BITS, GROUP = 4, 32
+BITS, GROUP_SIZE = 4, 32
 RANK = 4
 SHARED = 30  # tokens that the rows of `batch` begin with
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -87,10 +87,10 @@ def with_adapter(kind: str, base: mx.Dtype, dtype: mx.Dtype, train_also: tuple[s
     device: they are the same in any two calls.
     """
     here = backend.kind()
-    with on_the_cpu():
+    with computing_on_cpu():
         model, _ = built(kind)
         cast(model, base)
-        nn.quantize(model, GROUP, BITS)
+        nn.quantize(model, GROUP_SIZE, BITS)
         cast(model, dtype)
         lora.attach(model, lora.Spec.of(model, LoraSection(rank=RANK, train_also=list(train_also))))
         for index, layer in enumerate(lora.adapters(model).values()):
@@ -116,7 +116,7 @@ def batch() -> Batch:
 
 
 @contextmanager
-def on_the_cpu() -> Iterator[None]:
+def computing_on_cpu() -> Iterator[None]:
     """Inside, MLX computes on the CPU, nothing is compiled, and whatever asks for the device is told so."""
     mx.disable_compile()
     try:

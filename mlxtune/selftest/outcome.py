@@ -11,8 +11,20 @@ from typing import Any
 OK, FAILED, NOT_HERE, MEASURED = "ok", "FAILED", "not here", "measured"
 
 
+# The newest MLX that mlxtune knows: pyproject.toml has the same bound.
+MLX = "mlx<0.33"
+
+
 class NotHere(Exception):
     """This device has no such thing, so there is nothing to check. Its text says why."""
+
+
+class NoRoom(Exception):
+    """The folder to work in takes nothing more, so no check can tell anything. number: the system's, of its refusal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -106,4 +118,11 @@ def advice(failed: list[Result]) -> str:
     report = "Please report it, with what `mlxtune doctor --test --json` prints."
     if all(any(kind in result.name for kind in ("float16", "bfloat16")) for result in failed):
         return f"{report} Until then --set train.dtype=float32 does without the types that fail."
-    return f"{report} Another version of MLX may compute right: pip install --upgrade mlx"
+    if any(_beyond(result) for result in failed):
+        return f"{report} Another version of MLX may compute right: pip install --upgrade '{MLX}'"
+    return report
+
+
+def _beyond(result: Result) -> bool:
+    """Whether a number is over its limit, or none at all: what failed otherwise was not computed wrongly."""
+    return result.value is not None and result.limit is not None and not result.value <= result.limit

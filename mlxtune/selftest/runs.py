@@ -66,7 +66,7 @@ def base(shop: Workshop, dtype: mx.Dtype) -> Path:
 
 
 def convert_base(source: Path, out: Path) -> None:
-    convert.convert(str(source), out, convert.Target.of(model.BITS, model.GROUP, None))
+    convert.convert(str(source), out, convert.Target.of(model.BITS, model.GROUP_SIZE, None))
 
 
 def data(shop: Workshop) -> Path:
@@ -101,7 +101,7 @@ def _reference(shop: Workshop, dtype: mx.Dtype) -> Made:
     """The plain way in float32 on the CPU, on the base that is run in `dtype`."""
     shared = next(first for first in LIMITS if BASES[first] == BASES[dtype])
     base(shop, BASES[dtype])  # converted on this device
-    with model.on_the_cpu():
+    with model.computing_on_cpu():
         return run(shop, shared, *PLAIN)
 
 

@@ -23,11 +23,9 @@ GROUP = "Time"
 TIMES, WARM = 7, 3  # counted calls, and calls before them: on a GPU one of these compiles
 QUICK = 200  # calls of what takes microseconds
 OPERATIONS = 100
-# (width, blocks, vocabulary): on a GPU large enough that it is not all waiting.
-SHAPES = {"cpu": (128, 2, 8192)}
-LARGE = (512, 8, 16384)
-ROWS = {"cpu": 4}
-MANY_ROWS = 8
+# (width, blocks, vocabulary) and rows of a batch: on a GPU large enough that it is not all waiting.
+CPU_SHAPE, CPU_ROWS = (128, 2, 8192), 4
+GPU_SHAPE, GPU_ROWS = (512, 8, 16384), 8
 
 
 def checks() -> list[Check]:
@@ -85,7 +83,8 @@ def _called(gradients: Gradients, batch: Batch) -> None:
 
 
 def _job(shop: Workshop) -> tuple[Job, str]:
-    width, blocks, vocabulary = SHAPES.get(backend.kind(), LARGE)
+    width, blocks, vocabulary = CPU_SHAPE if backend.kind() == "cpu" else GPU_SHAPE
+    rows = CPU_ROWS if backend.kind() == "cpu" else GPU_ROWS
     folder = shop.folder / "larger"
     changes = {
         "hidden_size": width,
@@ -99,7 +98,7 @@ def _job(shop: Workshop) -> tuple[Job, str]:
     runs.convert_base(folder / "hf", folder / "model")
     settings = (
         "train.steps=1",
-        f"train.batch_rows={ROWS.get(backend.kind(), MANY_ROWS)}",
+        f"train.batch_rows={rows}",
         "data.cache=off",
         "train.memory_limit=off",
     )

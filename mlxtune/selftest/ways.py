@@ -14,17 +14,20 @@ from mlxtune.data.batches import Batch
 from mlxtune.model import exponentials, prefix
 from mlxtune.model.arrays import dtype_name
 from mlxtune.model.head import Split
-from mlxtune.selftest.model import batch, on_the_cpu, with_adapter
+from mlxtune.selftest.model import batch, computing_on_cpu, with_adapter
 from mlxtune.selftest.outcome import Check, Found, NotHere, Workshop
 from mlxtune.train import fast, proof
 from mlxtune.train.loss import Path
 from mlxtune.train.proof import Sums
 
 GROUP = "Loss and gradients, against the plain way in float32 on the CPU"
-PLAIN, HEAD, PREFIX, CHECKPOINTED, POWERS, COMPILED, TOGETHER = (
-    *("plain way", "head on targets only", "shared prefix once", "blocks checkpointed"),
-    *("powers of two", "compiled", "all of these combined"),
-)
+PLAIN = "plain way"
+HEAD = "head on targets only"
+PREFIX = "shared prefix once"
+CHECKPOINTED = "blocks checkpointed"
+POWERS = "powers of two"
+COMPILED = "compiled"
+TOGETHER = "all of these combined"
 WAYS = (PLAIN, HEAD, PREFIX, CHECKPOINTED, POWERS, COMPILED, TOGETHER)
 # Of the loss and of the gradient that differs most, relative. A wrong mask or position shows as 0.1 and more; rounding
 # alone makes 2e-6, 5e-3 and 4e-2.
@@ -55,7 +58,7 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
         raise NotHere("this device is that CPU")
 
     def plain() -> Sums:
-        with on_the_cpu():
+        with computing_on_cpu():
             return proof.plainly(with_adapter(kind, base, mx.float32, train_also), rows)
 
     wanted = shop.once(("plain", kind, base, train_also), plain)
@@ -99,8 +102,10 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Pa
     }
     powers = [False, True] if alone[POWERS] else [False]
     compiled = [False, True] if alone[COMPILED] else [False]
-    everything = product([None, split], [None, length], [0, 1], powers, compiled)
-    all_paths = [Path(a, plain.head_trained, b, c, d, e) for a, b, c, d, e in everything]
+    all_paths = [
+        replace(plain, split=apart, prefix=once, recompute=blocks, powers=of_two, compiled=as_one)
+        for apart, once, blocks, of_two, as_one in product([None, split], [None, length], [0, 1], powers, compiled)
+    ]
     known = [path for group in alone.values() for path in group]
     # As in a run: powers with a fast way, compiled with the head apart.
     together = [

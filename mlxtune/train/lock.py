@@ -41,20 +41,24 @@ def locked(run: Path) -> Iterator[bool]:
 
 
 def is_locked(run: Path) -> bool:
-    """Whether a process is training in this folder; False also where the file system has no locks."""
+    """Whether a process is training in this folder; False also where the file system has no locks.
+
+    Asks for a shared lock: two that look do not take each other for a run, and Linux's NFS gives an exclusive one only
+    to a file that is open for writing, which another's run may not be.
+    """
     try:
         with (run / FILE).open("r", encoding="utf-8") as file:
-            return _taken(file.fileno()) is False
+            return _taken(file.fileno(), fcntl.LOCK_SH) is False
     except OSError:
         return False
 
 
-def _taken(handle: int) -> bool | None:
+def _taken(handle: int, kind: int = fcntl.LOCK_EX) -> bool | None:
     """Take the lock of an open file, which lasts until the file is closed; False when another process has it, None when
     the file system has no locks.
     """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
