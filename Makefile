@@ -12,9 +12,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(VENV)/bin/mlxtune demo --out demo --force $(if $(STEPS),--steps $(STEPS))
 
-# Two at a time; the tests of one file share its models.
+# Two at a time, each with one thread for its matrix products; the tests of one file share its models.
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OPENBLAS_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: $(READY)
 	$(VENV)/bin/ruff check .
