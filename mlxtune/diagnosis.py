@@ -65,7 +65,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
 
 
 def _sleep() -> str:
-    if sys.platform == "darwin" and shutil.which("caffeinate"):
+    if host.can_keep_awake():
         return "held off while training, as long as the lid is open (caffeinate)"
     return "not held off here"
 
