@@ -143,7 +143,7 @@ def wire(size: int) -> None:
     """Keep `size` bytes, what is used all the time and stays, from being swapped out or compressed.
 
     Not the whole working set: what changes would be wired and let go again and again, and other programs would have
-    nothing left (mlx issue 3186). Only Metal has it; macOS 14 ignores it.
+    nothing left (mlx issue 3186). 0: nothing, as MLX begins. Only Metal has it; macOS 14 ignores it.
     """
     import mlx.core as mx
 

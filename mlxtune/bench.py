@@ -56,7 +56,8 @@ class Measured:
     arithmetic left out; utilisation: needed arithmetic per second over that of a large matrix product.
 
     update: share of the seconds that the optimizer's update takes when it is computed alone; waits: for the device, in
-    each micro-batch of a step, the update's among them; first_seconds: of the same steps the first time, kernels and
+    each micro-batch of a step, the update's among them; queued: the parts of a step are handed to the device without
+    waiting for each (`backend.Policy`); first_seconds: of the same steps the first time, kernels and
     graphs being compiled, 0: nothing is compiled here; traced: graphs compiled until all steps were warm. limits: whose
     limits of MLX's memory and cache held.
     """
@@ -79,6 +80,7 @@ class Measured:
     unit: str = "row"
     update: float = 0.0
     waits: float = 0.0
+    queued: bool = False
     first_seconds: float = 0.0
     traced: int = 0
     limits: str = OURS
@@ -200,6 +202,7 @@ def _ours(settings: Config, data: session.Data, steps: int) -> Measured:
         computed=fast.describe(path),
         update=steps * _update_seconds(step) / seconds,
         waits=len(waited) / len(batches),
+        queued=backend.policy().queued,
         first_seconds=first,
         traced=step.traced,
     )
@@ -332,6 +335,7 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
         base_bytes=base,
         device=_device(loaded.dtype),
         waits=waited.count("eval") / len(Clock.seconds),  # the others are its reports', and not timed
+        queued=backend.policy().queued,
         first_seconds=sum(Clock.seconds[:steps]) if backend.compiles() else 0.0,
         limits=THEIRS,
     )

@@ -66,7 +66,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
 
 
 def _sleep() -> str:
-    if shutil.which("caffeinate"):
+    if host.can_keep_awake():
         return "held off while training, as long as the lid is open (caffeinate)"
     return "not held off here"
 

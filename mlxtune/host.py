@@ -25,12 +25,17 @@ HELD = 1 << 29  # bytes; a program that holds less has no model loaded
 FOR_SYSTEM = 4 << 30  # bytes that macOS and what is open on it want
 
 
+def can_keep_awake() -> bool:
+    """Whether `kept_awake` does anything here."""
+    return sys.platform == "darwin" and shutil.which("caffeinate") is not None
+
+
 @contextlib.contextmanager
 def kept_awake() -> Iterator[bool]:
     """A Mac does not go to sleep inside, nor after this process dies; closing its lid still makes it. Yields whether
     that was possible.
     """
-    if sys.platform != "darwin" or not shutil.which("caffeinate"):
+    if not can_keep_awake():
         yield False
         return
     holder = subprocess.Popen(["caffeinate", "-i", "-w", str(os.getpid())])

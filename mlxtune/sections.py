@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import date as day
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -16,6 +16,10 @@ class Section(BaseModel):
     def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
         # Python counts True as 1; nobody who writes `lr: yes` means a rate of 1.
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            allowed = cls.model_fields[str(info.field_name)].annotation
+            if get_origin(allowed) is Literal:
+                *first, last = get_args(allowed)
+                raise ValueError(f"use {', '.join(first)} or {last}")
             raise ValueError("expected a value, not true or false (yes, no, on, off)")
         return value
 
@@ -173,8 +177,8 @@ class TrainSection(Section):
         "auto", description="bytes that the predicted peak must fit; auto: 80% of the device's working set; off: any"
     )
     eval_every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0: only at the end")
-    save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: none for their number")
-    save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints at most; 0: none for the time")
+    save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: none by count")
+    save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints at most; 0: none by time")
     keep: Literal["best", "last"] = Field("best", description="which adapter RUN/adapters.safetensors holds at the end")
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay")
     patience: int = Field(
@@ -196,8 +200,8 @@ class TrainSection(Section):
     rank_minutes: float = Field(
         10.0,
         gt=0,
-        description="of several processes, one that waits longer for the others ends the run; or, where that is more, "
-        "20 times what it took for its own part, or 3 times the longest wait before",
+        description="minutes that one of several processes waits for the others before it ends the run; "
+        "more where steps are long (20 times its own work, 3 times the longest wait so far)",
     )
 
     _off = field_validator("memory_limit", "keep_awake", mode="before")(_yaml_off)

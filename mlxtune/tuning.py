@@ -44,6 +44,8 @@ from mlxtune.train.ranks import ALONE, Ranks
 from mlxtune.train.step import Job
 
 SAMPLE_TOKENS = 128  # of an answer to train.sample_prompts
+# What a run does before its first step that may take most of a minute.
+READING, PROVING = "reading the model", "proving the fast ways on this model and rows"
 
 
 def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list[str]]:
@@ -106,7 +108,8 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
         elif ranks.first:
             require_free(out)
         data, config = read_data(config, display.reading)
-        job, config, changes, found = prepared(config, data, out, ranks, resume)
+        stack.callback(backend.wire, 0)  # as MLX begins: what `prepared` wires is wired for training alone
+        job, config, changes, found = prepared(config, data, out, ranks, resume, display.doing)
         if saved is not None:
             notes += saved.identity.refuse_other(job.identity, out, anyway)
         notes += found
@@ -146,11 +149,17 @@ def _taken(out: Path) -> UserError:
 
 
 def prepared(
-    config: Config, data: Data, out: Path, ranks: Ranks = ALONE, resume: bool = False
+    config: Config,
+    data: Data,
+    out: Path,
+    ranks: Ranks = ALONE,
+    resume: bool = False,
+    doing: Callable[[str], None] = lambda what: None,
 ) -> tuple[Job, Config, Changes, list[str]]:
     """(the job, the configuration made to fit, changes of the tokenizer, what a person must know): the model read, its
-    adapter attached.
+    adapter attached. doing: told what goes on where it may last.
     """
+    doing(READING)
     loaded = load(config.model.path, config.train.dtype)
     changes = vocabulary.prepare(loaded, config)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
@@ -168,7 +177,9 @@ def prepared(
     narrower = floats.narrower(loaded.own, loaded.dtype)
     backend.wire(stays(loaded.model))
     mx.reset_peak_memory()  # from here on it is the run's: the proof is a part of it
-    chosen = choose(loaded.model, loaded.config, config, plan, loaded.dtype, limit, ranks, narrower)
+    chosen = choose(
+        loaded.model, loaded.config, config, plan, loaded.dtype, limit, ranks, narrower, lambda: doing(PROVING)
+    )
     config, plan, path = chosen.config, chosen.rows, chosen.path
     found = fit.plan(loaded.model, path, config, loaded.config, loaded.dtype, plan)
     predicted = found.total if isinstance(found, Memory) else None

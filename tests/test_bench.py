@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 
 from mlxtune import backend, bench, config, session
+from mlxtune.cli.bench import _print as print_measured
 from mlxtune.errors import UserError
 from mlxtune.model import exponentials
 
@@ -31,6 +33,7 @@ def test_both_competitors_train_on_the_same_rows(mlx_model: Path, data: Path) ->
     assert theirs.peak_bytes > ours.peak_bytes > 0
     assert 0 < ours.update < 1 and theirs.update == 0
     assert ours.waits > 3  # on the CPU every layer of gradients is waited for
+    assert not ours.queued and not theirs.queued
     assert theirs.waits == 1  # mlx-lm evaluates once a step
     assert ours.first_seconds == theirs.first_seconds == ours.traced == 0  # nothing is compiled on the CPU
     assert (ours.limits, theirs.limits) == ("mlxtune", "mlx-lm")
@@ -73,7 +76,7 @@ def test_steps_are_timed_when_all_is_compiled_and_the_first_time_is_told_apart(
     settings = config.load(None, ("train.batch_rows=4", "lora.rank=4", "train.epochs=1"), flags)
     found, _ = session.read_data(settings)
     ours = bench._ours(settings, found, 3)
-    assert ours.waits <= 3 and ours.first_seconds > 0
+    assert ours.waits <= 3 and ours.first_seconds > 0 and ours.queued
     assert "compiled" in ours.computed and 0 < ours.traced <= 3
     theirs = bench._theirs(bench.THEIRS, settings, list(found.train)[:8], 4)
     assert theirs.waits == 1 and theirs.first_seconds > 0
@@ -97,6 +100,16 @@ def test_the_command_prints_one_json_document(mlx_model: Path, data: Path) -> No
     answer = json.loads(result.stdout)
     assert [one["who"] for one in answer["measured"]] == ["mlxtune"]
     assert answer["ratio"] is None
+
+
+@pytest.mark.parametrize("queued", [True, False])
+def test_waits_are_told_where_they_are_not_by_design(queued: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    one = bench.Measured(bench.OURS, 8, 2, 2.0, 9, 9, 9, 0.0, 10, 1, "gpu", update=0.05, waits=3.0, queued=queued)
+    print_measured(replace(one, first_seconds=2.68, traced=3))
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "the first time through these rows took 1.34 times as long (3 graphs compiled)" in lines
+    waits = ", a micro-batch waits for the device 3.0 times" if queued else ""
+    assert f"5.0% of the time in the optimizer's update{waits}" in lines
 
 
 def test_ratios_are_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:

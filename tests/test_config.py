@@ -69,6 +69,11 @@ def test_yes_and_no_are_not_numbers(key: str, text: str) -> None:
     assert "not true or false" in refused(None, f"{key}={text}").message
 
 
+def test_yes_for_a_key_that_takes_words_names_them() -> None:
+    assert refused(None, "train.on_oom=yes").message.endswith("train.on_oom: use stop or smaller")
+    assert refused(None, "data.on_damage=true").message.endswith("data.on_damage: use error, drop or keep")
+
+
 def test_off_is_a_word_for_the_key_that_knows_it_and_truth_is_left_to_chat_templates(write: Any) -> None:
     assert config.load(write("fast:\n  head: off\n")).fast.head == "off"
     assert config.load(None, ("fast.head=off",)).fast.head == "off"

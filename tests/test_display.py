@@ -91,3 +91,35 @@ def test_a_terminal_shows_a_bar_and_the_same_numbers() -> None:
     shown = out.getvalue()
     for text in ("training", "25%", "1/4", "1.2500 (was 3.5000)", "peak memory"):
         assert text in shown
+
+
+def test_what_goes_on_before_the_run_is_a_plain_line_each_where_there_is_no_terminal() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=20)) as display:
+        for what in ("reading the model", "proving the fast ways", "proving the fast ways"):
+            display.doing(what)
+    assert out.getvalue().splitlines() == ["reading the model", "proving the fast ways"]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_terminal_shows_what_goes_on_until_the_run_begins_or_fails(begins: bool) -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=120, force_terminal=True)) as display:
+        display.doing("reading the model")
+        display.doing("proving the fast ways")
+        display({"kind": "note", "text": "24 training rows"})
+        if begins:
+            display.begin(4, 0)
+            out.truncate(0)
+            display(step(1))
+            assert display._status is None and "proving" not in out.getvalue()
+    shown = out.getvalue()
+    assert shown.endswith("\x1b[?25h") or shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is back
+
+
+def test_other_processes_than_the_first_say_nothing() -> None:
+    out = io.StringIO()
+    for terminal in (True, False):
+        with Display(Console(file=out, quiet=True, force_terminal=terminal)) as display:
+            display.doing("reading the model")
+    assert out.getvalue() == ""

@@ -144,7 +144,7 @@ def test_a_risk_is_said_of_float16_only_with_what_others_report_of_the_family(gp
         used = backend.dtype_for(asked, own, True)
         assert floats.notes(asked, own, used, {"model_type": "qwen3_moe", "quantization": {}}) == []
     (said,) = floats.notes("bfloat16", HALF, BRAIN, {})
-    assert said.startswith("float16 weights, rounded to bfloat16")
+    assert said == "float16 weights, rounded to bfloat16 to train on; exports keep the float16 weights"
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float16", 11), ("bfloat16", 8)])

@@ -58,7 +58,7 @@ def test_a_workflow_that_does_not_is_noticed(right: str, wrong: str, tmp_path: P
     [
         ("runner.os == 'Linux'", "runner.system == 'Linux'"),
         ("python-version: ${{ matrix.python }}", "python-version: ${{ matrix.pyhton }}"),
-        ("os: macos-14", "os: macos-4"),
+        ("os: macos-15", "os: macos-5"),
         ("cache: pip", "cached: pip"),
         ("actions/checkout@v6", "actions/checkout"),
     ],

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from rich.console import Console
 from training import scale_losses
 
-from mlxtune import config, errors, session, tuning
+from mlxtune import backend, config, errors, session, tuning
 from mlxtune.data.batches import Plan, collate
 from mlxtune.model import lora
 from mlxtune.model.load import load
@@ -249,3 +249,19 @@ def test_the_schedule_warms_up_from_above_zero_and_ends_above_it(
 ) -> None:
     section = config.load(None, ("train.lr=1.0", f"train.schedule={schedule}", "train.warmup_steps=2")).train
     assert [optim.learning_rate(section, k, steps) for k in range(1, steps + 1)] == pytest.approx(expected)
+
+
+def test_what_comes_before_the_first_step_is_said_and_what_is_wired_is_let_go(
+    mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wired: list[int] = []
+    said: list[str] = []
+    monkeypatch.setattr(backend, "wire", wired.append)
+    monkeypatch.setattr(Display, "doing", lambda display, what: said.append(what))
+    tune(mlx_model, data, tmp_path / "run", "train.steps=1")
+    assert said == ["reading the model", "proving the fast ways on this model and rows"]
+    assert len(wired) == 2 and wired[0] > 0 and wired[1] == 0
+    said.clear()
+    tune(mlx_model, data, tmp_path / "plain", "train.steps=1", "fast.head=off", "fast.prefix=off")
+    assert said == ["reading the model"]  # there is nothing to prove
+    assert "computed: everything, no short cut" in [event.get("text") for event in events.read(tmp_path / "plain")]

@@ -137,6 +137,17 @@ def test_memory_too_small_for_one_example_of_a_row_is_said(monkeypatch: pytest.M
         fit.fitted(None, Way(), config, {}, mx.float32, Plan(rows_of_turns(4, 3, 60), config.train), 59)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("model", "smaller"), [({}, "smaller or a 4-bit"), ({"quantization": {}}, "smaller")])
+def test_a_4_bit_model_is_not_told_to_be_one(
+    model: dict[str, Any], smaller: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "plan", lambda *known: SimpleNamespace(total=99))
+    config = configuration.Config(train=TrainSection(epochs=1, batch_rows=4))
+    with pytest.raises(UserError) as told:
+        fit.fitted(None, Way(), config, model, mx.float32, Plan(rows_of_turns(4, 3, 60), config.train), 59)  # type: ignore[arg-type]
+    assert f"take a {smaller} model, or set train.memory_limit: off." in (told.value.hint or "")
+
+
 def test_a_run_that_cannot_fit_is_refused_before_it_begins(mlx_model: Path, data: Path, tmp_path: Path) -> None:
     settings = ("--set", "train.memory_limit=100000")
     said = tiny.refused(

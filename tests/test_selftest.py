@@ -202,7 +202,7 @@ def test_a_run_that_finds_a_way_wrong_itself_is_seen(right: Workshop, monkeypatc
     monkeypatch.setattr(runs, "_notes", lambda folder: [*real(folder), note])
     result = outcome("20 steps, float32, against the CPU", right)
     assert (result.status, result.said) == (FAILED, note)
-    monkeypatch.setattr(runs, "_notes", lambda folder: ["computed: everything computed"])
+    monkeypatch.setattr(runs, "_notes", lambda folder: ["computed: everything, no short cut"])
     assert "did not use: the head on supervised tokens only" in outcome(result.name, right).said
 
 

@@ -125,7 +125,7 @@ def test_a_second_signal_in_the_first_step_leaves_nothing(
     run.in_step(1)
     run.send(INT, INT)
     assert run.ended()[0] == 130
-    assert "stopped inside step 1, which is lost; no checkpoint was saved yet" in run.said.read_text()
+    assert f"stopped inside step 1, which is lost; nothing was saved, and {run.out} is removed" in run.said.read_text()
     assert not run.out.exists()
 
 

@@ -129,6 +129,22 @@ def test_ctrl_c_during_an_evaluation_leaves_it_to_the_resumed_run(
     same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_ctrl_c_before_the_first_step_says_that_nothing_is_left(
+    mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(*asked: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            time.sleep(0.01)
+            asked[-1]()  # raises when the signal has been heard
+
+    monkeypatch.setattr(tuning, "score", score)
+    with pytest.raises(errors.Interrupted) as stopped:
+        tune(mlx_model, data, tmp_path / "cut")
+    said = f"stopped before the first step; nothing was saved, and {tmp_path / 'cut'} is removed"
+    assert str(stopped.value) == said and not (tmp_path / "cut").exists()
+
+
 # A step that takes a minute.
 SLOW = """
 import sys, time

@@ -167,6 +167,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(mlx_model: Path, data: Pat
     assert not (tmp_path / "r").exists()
 
 
+def test_a_dry_run_marks_its_notes_as_a_run_does(hf_model: Path, data: Path) -> None:
+    settings = ("--set", "train.dtype=float16", "--set", "train.steps=1")
+    result = tiny.mlxtune("train", "--model", hf_model, "--data", data, "--dry-run", *settings)
+    assert result.returncode == 0, result.stderr
+    assert "\nnote: float16 ends at 65,504" in result.stdout
+
+
 def test_the_run_folder_holds_what_the_readme_says(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     files = {"adapters.safetensors", "adapter_config.json", "config.yaml", "events.jsonl", ".lock"}

@@ -101,10 +101,14 @@ def _print(one: Measured) -> None:
     )
     out.print(f"  peak memory {one.peak_bytes / 1e6:,.0f} MB over the model's {one.base_bytes / 1e6:,.0f} MB")
     if one.first_seconds:
-        what = f", {one.traced} graphs compiled" if one.traced else ""
-        out.print(f"  the first time {one.first_seconds / one.seconds:.2f} of these seconds{what}")
-    share = f"{one.update:.1%} of the time in the optimizer's update, " if one.update else ""
-    out.print(f"  {share}{one.waits:.1f} waits for the device a micro-batch")
+        what = f" ({one.traced} graphs compiled)" if one.traced else ""
+        times = one.first_seconds / one.seconds
+        out.print(f"  the first time through these rows took {times:.2f} times as long{what}")
+    said = [f"{one.update:.1%} of the time in the optimizer's update"] if one.update else []
+    if one.queued:  # else each part of a step is waited for by design
+        said.append(f"a micro-batch waits for the device {one.waits:.1f} times")
+    if said:
+        out.print(f"  {', '.join(said)}")
     if one.computed:
         out.print(f"  {one.computed}")
         out.print(

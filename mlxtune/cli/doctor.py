@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--test", is_flag=True, help="Also try what mlxtune computes on this device (a minute, offline).")
+@click.option(
+    "--test", is_flag=True, help="Also try what mlxtune computes on this device (in about a minute, offline)."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def doctor(test: bool, as_json: bool) -> None:
     """Say what this machine has, what mlxtune will use, and what is missing.

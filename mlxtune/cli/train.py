@@ -115,7 +115,9 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     out.print(f"rows: {train.rows} to train on{train.also}, {valid.rows} held out{valid.also}")
     out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")
     out.print(f"optimizer steps: {plan.steps}")
-    for line in [*(memory.lines() if memory else ()), *notes]:
+    for line in memory.lines() if memory else ():
         out.print(line)
+    for note in notes:
+        out.print(f"note: {note}")
     out.print()
     out.print(config.to_yaml().rstrip())

@@ -40,7 +40,8 @@ def notes(asked: str, own: mx.Dtype, used: mx.Dtype, config: Mapping[str, Any]) 
             "train.dtype=float32 has room for it"
         )
     if used not in (own, mx.float32):
-        said.append(f"{dtype_name(own)} weights, rounded to {dtype_name(used)} to train on; exports hold the former")
+        kept = dtype_name(own)
+        said.append(f"{kept} weights, rounded to {dtype_name(used)} to train on; exports keep the {kept} weights")
     if asked == "auto" and own == mx.float16 and backend.kind() != "cpu":
         what = "activations take" if "quantization" in config else "weights and activations take"
         said.append(

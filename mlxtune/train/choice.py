@@ -6,7 +6,7 @@ needs more, gets smaller batches or checkpointing, and those are part of what is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,14 +44,16 @@ def choose(
     limit: int | None = None,
     ranks: Ranks = ALONE,
     narrower: str = "",
+    proving: Callable[[], None] = lambda: None,
 ) -> Choice:
     """The way for a model whose adapter is attached. dtype: of the run's activations; limit: bytes of memory, None:
-    any; ranks: all take the same way and the same batches; narrower: as `floats.narrower`.
+    any; ranks: all take the same way and the same batches; narrower: as `floats.narrower`; proving: called before each
+    proof, which may last.
 
     Raises UserError when not even the plain way fits the memory.
     """
     wanted, notes = fast.wanted(model, rows.examples, config)
-    search = _Search(model, model_config, config, rows, dtype, limit, wanted, narrower)
+    search = _Search(model, model_config, config, rows, dtype, limit, wanted, narrower, proving)
     number = 0
     while True:
         number, found = search.first_from(number)
@@ -74,6 +76,7 @@ class _Search:
         limit: int | None,
         wanted: Path,
         narrower: str,
+        proving: Callable[[], None],
     ) -> None:
         self.model = model
         self.model_config = model_config
@@ -82,6 +85,7 @@ class _Search:
         self.dtype = dtype
         self.limit = limit
         self.narrower = narrower
+        self.proving = proving
         self.ways = fast.in_order(wanted)
         self.refused: list[str] = []
         self._tried: set[Path] = set()
@@ -124,6 +128,7 @@ class _Search:
         return Choice(replace(way, recompute=recompute), config, rows, notes)
 
     def _verdict(self, choice: Choice) -> Verdict:
+        self.proving()
         room = fit.proof_room(
             self.model, choice.path, choice.config, self.model_config, self.dtype, choice.rows, self.limit
         )

@@ -10,6 +10,7 @@ from types import TracebackType
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -96,6 +97,8 @@ class Display:
         self.console = console
         self.meter: Meter | None = None
         self._live: Live | None = None
+        self._status: Status | None = None
+        self._doing = ""
         self._progress = Progress(
             TextColumn("training"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f}%")
         )
@@ -109,6 +112,9 @@ class Display:
         self._stop()
 
     def _stop(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -121,7 +127,21 @@ class Display:
                 self.console.print(f"{source}: {rows:,} rows read", soft_wrap=True)
             self._last_line = now
 
+    def doing(self, what: str) -> None:
+        """What goes on before the first step and may last: on a terminal shown until the run begins, else a line."""
+        if what == self._doing:
+            return
+        self._doing = what
+        if not self.console.is_terminal:
+            self.console.print(what, soft_wrap=True)
+        elif self._status is None:
+            self._status = self.console.status(what)
+            self._status.start()
+        else:
+            self._status.update(what)
+
     def begin(self, steps: int, eval_every: int) -> None:
+        self._stop()
         self.meter = Meter(steps, eval_every)
         if self.console.is_terminal:
             self._task = self._progress.add_task("", total=steps)

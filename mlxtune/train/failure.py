@@ -48,7 +48,7 @@ def _again(failure: Failure, section: TrainSection, run: Path, in_step: bool) ->
     resume = f"mlxtune train --resume --out {run}"
     if failure.of_memory and in_step and section.on_oom == "stop":
         smaller = f"mlxtune train --resume-anyway --out {run} --set train.on_oom=smaller"
-        return f"To go on in smaller parts: {smaller}; with programs closed that hold memory, as before: {resume}"
+        return f"To go on in smaller parts: {smaller}; or close programs that hold memory and go on as before: {resume}"
     first = {
         Kind.WATCHDOG: f"{DISPLAY}, and go on",
         Kind.TIMEOUT: "Close what else uses the GPU, and go on",

@@ -58,7 +58,7 @@ def describe(path: Path) -> str:
         parts.append("exponentials as powers of two")
     if path.compiled:
         parts.append("compiled")
-    return ", ".join(parts) or "everything computed"
+    return ", ".join(parts) or "everything, no short cut"
 
 
 def wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[Path, list[str]]:

@@ -119,19 +119,19 @@ def fitted(
             return tried, batches, [note] if changed else []
     least = "row" if rows.rows == len(rows.examples) else "example"
     fits = _longest_row(model, replace(path, recompute=int(checkpoints)), model_config, dtype, rows.widths[-1], limit)
+    smaller = "a smaller model" if "quantization" in model_config else "a smaller or a 4-bit model"
     shorter = f"Lower data.max_tokens to {fits}" if fits else "Lower data.max_tokens"
     raise UserError(
         f"training needs {needed / 1e6:,.0f} MB of memory even with one {least} at a time"
         f"{' and checkpointing' if checkpoints else ''}; train.memory_limit allows {limit / 1e6:,.0f} MB",
-        f"{shorter}, take a smaller or a 4-bit model, {f'set {narrower}, ' if narrower else ''}"
-        "or set train.memory_limit: off.",
+        f"{shorter}, take {smaller}, {f'set {narrower}, ' if narrower else ''}or set train.memory_limit: off.",
     )
 
 
 def _longest_row(
     model: nn.Module, path: Path, model_config: Mapping[str, Any], dtype: mx.Dtype, width: int, limit: int
 ) -> int:
-    """Tokens of a row that fits alone, all of them targets, in halves of `width`; 0: not even 64."""
+    """Tokens of a row that fits alone, all of them targets, in halves of `width`; 0: not even FEWEST_TOKENS."""
     sizes = memory.sizes_of(model_config)
     while sizes is not None and (width := width // 2) >= FEWEST_TOKENS:
         found = memory.predict(model, model_config, _shape(path, 1, width, width), _options(path, sizes, dtype))

@@ -114,7 +114,7 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
             if stopping:
                 _keep(job, state, whole)
                 events.emit("end", step=state.step, state="interrupted")
-                raise Interrupted(f"stopped after step {state.step}; {_again(job, state.step > 0)}", stopping)
+                raise Interrupted(f"{_stopped(state)}; {_again(job, state.step > 0)}", stopping)
             number = state.step + 1
             try:
                 with stop.in_step(number):
@@ -177,8 +177,17 @@ def _begin(job: Job, optimizer: Any, resumed: Saved | None) -> State:
     return state
 
 
+def _stopped(state: State) -> str:
+    return f"stopped after step {state.step}" if state.step else "stopped before the first step"
+
+
 def _again(job: Job, kept: bool) -> str:
-    return f"to go on: mlxtune train --resume --out {job.run}" if kept else "no checkpoint was saved yet"
+    """How to go on; kept: there is a checkpoint. A run that saved nothing leaves no folder."""
+    if kept:
+        return f"to go on: mlxtune train --resume --out {job.run}"
+    if checkpoint.exists(job.run):  # an adapter alone
+        return "no checkpoint was saved"
+    return f"nothing was saved, and {job.run} is removed"
 
 
 def _due(every: int, step: int) -> bool:
@@ -241,7 +250,7 @@ def _leave(job: Job, events: Events, whole: LastWhole, stop: StopRequest) -> Non
         return
     whole.writing.acquire()  # for good: the other thread must not begin to write now
     state, inside = whole.state, stop.step
-    stopped = f"stopped after step {state.step}"
+    stopped = _stopped(state)
     if inside:
         stopped = f"stopped inside step {inside}, which {'lasts too long' if stop.overdue else 'is lost'}"
     folder = None
