@@ -231,7 +231,8 @@ def test_a_process_that_fails_says_why_and_the_first_one_saves_its_last_whole_st
 ) -> None:
     said = two(mlx_model, data, tmp_path, "run")
     assert "than the GPU takes ([metal::malloc]" in said and "the run of 2 processes ends" in said
-    assert "another of the 2 processes is gone, and with it the run" in said
+    # The first one sees that the other is gone, or is told to stop by the launcher, which saw it too.
+    assert "another of the 2 processes is gone, and with it the run" in said or "\nstopped" in said
     assert checkpoint.newest(tmp_path / "run", lambda _: None).state.step == 1
 
 

@@ -17,6 +17,7 @@ from test_ranks import finished, launched
 from training import SETTINGS, losses, tensors
 
 from mlxtune.train import events
+from mlxtune.train.signals import ignored
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 NEVER = ("train.steps=8", "train.save_every=0", "train.save_minutes=0", "train.eval_every=0", "lora.dropout=0.1")
@@ -252,3 +253,17 @@ def test_two_threads_tell_events_one_after_the_other_and_the_end_is_the_last_one
     told.emit("note", text="late")
     assert most == 1
     assert [event["kind"] for event in events.read(tmp_path)] == ["note"] * 60 + ["end"]
+
+
+def test_nothing_interrupts_the_saving_of_a_run_that_failed() -> None:
+    """The launcher of several processes sends SIGTERM to the others as soon as one of them failed."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with ignored():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -21,7 +21,7 @@ from mlxtune.train.checkpoint import Saved, State
 from mlxtune.train.division import Division, TooLarge, same
 from mlxtune.train.events import Events
 from mlxtune.train.failure import told, told_of_many
-from mlxtune.train.signals import StopRequest, briefly
+from mlxtune.train.signals import StopRequest, briefly, ignored
 from mlxtune.train.step import Job, NonFinite, StepFunction
 from mlxtune.train.whole import LastWhole
 
@@ -47,13 +47,14 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
         return _trained(job, events, state, optimizer, whole)
     except (RuntimeError, MemoryError, TooLarge) as error:
         # Of the device, or because another process ended: what was whole is kept.
-        _save_whole(job, events, whole)
-        failed = error.failure if isinstance(error, TooLarge) else recognise(error)
+        failed, kept = error.failure if isinstance(error, TooLarge) else recognise(error), whole.state
+        with ignored():
+            _save_whole(job, events, whole)
+            if failed is not None:
+                _keep(job, kept, whole)
+                events.emit("end", step=kept.step, state="interrupted", reason=str(failed))
         if failed is None:
             raise
-        kept = whole.state
-        _keep(job, kept, whole)
-        events.emit("end", step=kept.step, state="interrupted", reason=str(failed))
         if not job.ranks.first:
             raise told_of_many(failed, job.ranks.size, job.run) from error
         raise told(failed, kept.step, job.section, job.run, not _evaluates_next(job, kept)) from error

@@ -44,6 +44,22 @@ def heeded(number: int) -> bool:
     return number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
 
 
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Inside, no signal of EXIT_CODES interrupts: around saving what is left of a run that failed, after which the
+    process ends anyway. (`mlx.launch` sends SIGTERM to the other processes as soon as one of them failed.)
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in EXIT_CODES if heeded(number)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class StopRequest:
     """While entered, remembers a signal instead of dying of it. `exit_code` is 0 until one came; `giving_up` says that
     the step under way should not be finished, `overdue` that it lasts too long.
