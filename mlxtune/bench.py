@@ -41,7 +41,7 @@ from mlxtune.model.arrays import dtype_name, named, scalar
 from mlxtune.model.layers import dense_shape
 from mlxtune.model.load import load
 from mlxtune.train import fast, optim
-from mlxtune.train.loss import Path as Way
+from mlxtune.train.loss import Way
 from mlxtune.train.step import StepFunction
 
 OURS, THEIRS, CHECKPOINTED = "mlxtune", "mlx-lm", "mlx-lm-checkpointed"  # mlx-lm's default is not to checkpoint
@@ -159,7 +159,7 @@ def _ours(settings: Config, data: session.Data, steps: int) -> Measured:
             "train.memory_limit makes this machine's batches smaller than those to measure",
             "Set train.memory_limit=off, or train.batch_rows and train.checkpoint_layers as a run would have them.",
         )
-    plan, path, dtype = job.plan, job.path, getattr(mx, job.identity.config["train.dtype"])
+    plan, way, dtype = job.plan, job.way, getattr(mx, job.identity.config["train.dtype"])
     base = _bytes(job.model.parameters()) - _bytes(job.model.trainable_parameters())
     step = StepFunction(job, optim.build(job.section, job.model.trainable_parameters()))
     batches = [batch for number in range(1, steps + 1) for batch in plan.step(number)]
@@ -177,13 +177,13 @@ def _ours(settings: Config, data: session.Data, steps: int) -> Measured:
         events = [step(number) for number in range(1, steps + 1)]
     peak = mx.get_peak_memory()
     seconds = sum(event["seconds"] for event in events)
-    lengths = [0 if path.prefix is None else prefix.usable(batch, path.prefix) for batch in batches]
+    lengths = [0 if way.prefix is None else prefix.usable(batch, way.prefix) for batch in batches]
     saved = sum(length * (len(batch.rows) - 1) for length, batch in zip(lengths, batches, strict=True))
     padded = sum(batch.ids.size - len(batch.rows) for batch in batches)
-    trunk, head = _elements(job.model, path)
+    trunk, head = _elements(job.model, way)
     supervised = sum(batch.targets for batch in batches)
     plain = padded * (trunk + head)
-    needed = (padded - saved) * trunk + (supervised if path.split else padded) * head
+    needed = (padded - saved) * trunk + (supervised if way.split else padded) * head
     return Measured(
         OURS,
         rows=sum(len(batch.rows) for batch in batches),
@@ -196,10 +196,10 @@ def _ours(settings: Config, data: session.Data, steps: int) -> Measured:
         peak_bytes=peak - base,
         base_bytes=base,
         device=_device(dtype),
-        head_saved=(padded - supervised) * head / plain if path.split else 0.0,
+        head_saved=(padded - supervised) * head / plain if way.split else 0.0,
         prefix_saved=saved * trunk / plain,
         utilisation=4 * needed / seconds / _matmul_peak(dtype),
-        computed=fast.describe(path),
+        computed=fast.describe(way),
         update=steps * _update_seconds(step) / seconds,
         waits=len(waited) / len(batches),
         queued=backend.policy().queued,
@@ -345,7 +345,7 @@ def _bytes(parameters: Any) -> int:
     return sum(array.nbytes for array in named(parameters).values())
 
 
-def _elements(model: Any, path: Way) -> tuple[int, int]:
+def _elements(model: Any, way: Way) -> tuple[int, int]:
     """(matrix elements that a token meets in the blocks, V * D of the head where it is run apart).
 
     A token costs 4 operations per element: multiply and add, forward and back to the input. Attention's own products,
@@ -358,9 +358,9 @@ def _elements(model: Any, path: Way) -> tuple[int, int]:
             if isinstance(layer, lora.LINEAR + lora.SWITCH):
                 *_, outputs, inputs = dense_shape(layer)
                 trunk += outputs * inputs * (chosen if isinstance(layer, lora.SWITCH) else 1)
-    if path.split is None:
+    if way.split is None:
         return trunk, 0
-    return trunk, path.split.vocabulary * path.split.hidden(mx.array([[0]])).shape[-1]
+    return trunk, way.split.vocabulary * way.split.hidden(mx.array([[0]])).shape[-1]
 
 
 def _matmul_peak(dtype: mx.Dtype) -> float:

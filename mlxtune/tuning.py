@@ -38,6 +38,7 @@ from mlxtune.train.display import Display
 from mlxtune.train.events import FILE as EVENTS_FILE
 from mlxtune.train.events import Events
 from mlxtune.train.events import read as read_events
+from mlxtune.train.fit import Given
 from mlxtune.train.identity import Identity
 from mlxtune.train.lock import UNLOCKED, locked
 from mlxtune.train.ranks import ALONE, Ranks
@@ -60,14 +61,12 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     cast(model, dtype)
     lora.attach(model, _spec(config, model), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
-    path = fast.hoped(model, data.train, config)
-    limit, narrower = fit.limit_of(config.train), floats.narrower(own, dtype)
-    config, plan, notes = fit.fitted(model, path, config, model_config, dtype, plan, limit, narrower=narrower)
-    path = replace(path, recompute=fast.every_nth(config.train))
-    found = fit.plan(model, path, config, model_config, dtype, plan)
-    if isinstance(found, Memory):
-        return config, found, said + notes
-    return config, None, said + (notes or [found.note])
+    way = fast.hoped(model, data.train, config)
+    given = Given(model, model_config, dtype, fit.limit_of(config.train), floats.narrower(own, dtype))
+    found = fit.fitted(given, way, config, plan)
+    if isinstance(found.memory, Memory):
+        return found.config, found.memory, said + found.notes
+    return found.config, None, said + (found.notes or [found.memory.note])
 
 
 def stays(model: nn.Module) -> int:
@@ -174,20 +173,17 @@ def prepared(
     limit = fit.limit_of(config.train)
     if limit is not None and ranks.size > 1:  # all ranks take the same batches: those of the smallest machine, in MiB
         limit = ranks.lowest(limit >> 20) << 20
-    narrower = floats.narrower(loaded.own, loaded.dtype)
+    given = Given(loaded.model, loaded.config, loaded.dtype, limit, floats.narrower(loaded.own, loaded.dtype))
     backend.wire(stays(loaded.model))
     mx.reset_peak_memory()  # from here on it is the run's: the proof is a part of it
-    chosen = choose(
-        loaded.model, loaded.config, config, plan, loaded.dtype, limit, ranks, narrower, lambda: doing(PROVING)
-    )
-    config, plan, path = chosen.config, chosen.rows, chosen.path
-    found = fit.plan(loaded.model, path, config, loaded.config, loaded.dtype, plan)
-    predicted = found.total if isinstance(found, Memory) else None
-    valid = ranks.deal(in_order(data.valid, fit.evaluation_tokens(loaded.model, path, plan)))
+    chosen = choose(given, config, plan, ranks, lambda: doing(PROVING))
+    config, plan, way = chosen.config, chosen.rows, chosen.way
+    predicted = chosen.memory.total if isinstance(chosen.memory, Memory) else None
+    valid = ranks.deal(in_order(data.valid, fit.evaluation_tokens(loaded.model, way, plan)))
 
     def evaluate(between: Callable[[], None]) -> Score:
-        with as_powers_of_two(path.powers):
-            own = score(loaded.model, path.split, valid, path.prefix, between)
+        with as_powers_of_two(way.powers):
+            own = score(loaded.model, way.split, valid, way.prefix, between)
         loss, *counts = ranks.sums(own.loss_sum, own.tokens, own.correct)
         return Score(loss, *(round(count) for count in counts))
 
@@ -205,7 +201,7 @@ def prepared(
 
     job = Job(
         model=loaded.model,
-        path=path,
+        way=way,
         dropout=dropout,
         plan=plan,
         section=config.train,
@@ -230,7 +226,7 @@ def prepared(
     notes.append(f"{own.rows} training rows{own.also}, {held.rows} held out{held.also}, {plan.steps} steps")
     where = f"{backend.kind()}, {dtype_name(loaded.dtype)}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {where}")
-    notes.append(f"computed: {fast.describe(path)}")
+    notes.append(f"computed: {fast.describe(way)}")
     notes += repeatable(loaded.model, backend.kind())
     tight = []
     if backend.kind() != "cuda":  # which has memory of its own
@@ -269,7 +265,7 @@ def _written(
     # What will be written: the checkpoints (the adapter, and two moments of it), one more while it is being written.
     adapter = sum(array.nbytes for array in lora.factors(job.model).values())
     notes += host.warnings(out, (config.train.keep_last + 2) * 3 * adapter + (1 << 30))
-    way, before = fast.describe(job.path), _way_before(out)
+    way, before = fast.describe(job.way), _way_before(out)
     if saved and before not in ("", way):
         notes.append(f"up to here the run was computed otherwise ({before}): the last bits may differ")
     events.emit("begin", step=step, steps=job.plan.steps, model=config.model.path, computed=way)

@@ -15,7 +15,7 @@ from mlxtune.cli import main
 from mlxtune.data.batches import Batch
 from mlxtune.train import signals, step
 from mlxtune.train.gradients import Gradients
-from mlxtune.train.loss import Path as Way
+from mlxtune.train.loss import Way
 
 METAL = "[METAL] Command buffer execution failed: {}"  # MLX ends it with a full stop, which we leave out
 OUT_OF_MEMORY = METAL.format("Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)")
@@ -75,7 +75,7 @@ def fail_gradients(
 
     class Failing(Gradients):
         def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
-            if len(sizes) + 1 >= number and not (fits and fits(batch, self.path)):
+            if len(sizes) + 1 >= number and not (fits and fits(batch, self.way)):
                 raise kind(text)
             sizes.append(len(batch.rows))
             return super().__call__(batch)

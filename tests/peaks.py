@@ -16,8 +16,9 @@ from mlxtune.data.chat import Example
 from mlxtune.model import lora, memory
 from mlxtune.model.load import cast
 from mlxtune.model.quantize import on_cpu
-from mlxtune.train import fit, optim
+from mlxtune.train import optim
 from mlxtune.train.choice import choose
+from mlxtune.train.fit import Given
 from mlxtune.train.step import Job, StepFunction
 
 
@@ -55,11 +56,11 @@ def of_step(
     keys = lora.attach(model, lora.Spec.of(model, resolved.lora), 0)
     mx.eval(model.parameters())
     plan = Plan(rows, resolved.train)
-    path = choose(model, sizes, resolved, plan, dtype).path
-    predicted = fit.plan(model, path, resolved, sizes, dtype, plan)
+    chosen = choose(Given(model, sizes, dtype), resolved, plan)
+    way, predicted = chosen.way, chosen.memory
     assert isinstance(predicted, memory.Memory), predicted
-    assert (path.split is None) == (resolved.fast.head == "off")
-    job = Job(model, path, keys, plan, resolved.train, None, None, str, None, None)  # type: ignore[arg-type]
+    assert (way.split is None) == (resolved.fast.head == "off")
+    job = Job(model, way, keys, plan, resolved.train, None, None, str, None, None)  # type: ignore[arg-type]
     step = StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))
     mx.clear_cache()
     mx.reset_peak_memory()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path as Folder
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -20,8 +21,9 @@ from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.model.head import Split
 from mlxtune.train import fit, proof
-from mlxtune.train.choice import Choice, choose
-from mlxtune.train.loss import Path
+from mlxtune.train.choice import choose
+from mlxtune.train.fit import Fitted, Given
+from mlxtune.train.loss import Way
 from mlxtune.train.proof import Room, Verdict
 from mlxtune.train.ranks import Ranks
 
@@ -37,26 +39,26 @@ def long_rows(tokens: int = 200, count: int = 8) -> list[Example]:
     return rows(40, [tokens - 40 - index for index in range(count)])
 
 
-def chosen(model: nn.Module, kind: str, *settings: str, limit: int | None = None, **given: Any) -> Choice:
+def chosen(model: nn.Module, kind: str, *settings: str, limit: int | None = None, **others: Any) -> Fitted:
     config = configuration.load(None, (*SETTINGS, *settings))
-    dtype = given.pop("dtype", mx.float32)
-    return choose(model, sizes(kind), config, Plan(long_rows(), config.train), dtype, limit, **given)
+    given = Given(model, sizes(kind), others.pop("dtype", mx.float32), limit)
+    return choose(given, config, Plan(long_rows(), config.train), **others)
 
 
-def needed(model: nn.Module, kind: str, path: Path) -> int:
+def needed(model: nn.Module, kind: str, way: Way) -> int:
     config = configuration.load(None, SETTINGS)
-    return fit.plan(model, path, config, sizes(kind), mx.float32, Plan(long_rows(), config.train)).total
+    return fit.plan(Given(model, sizes(kind), mx.float32), way, config, Plan(long_rows(), config.train)).total
 
 
 @pytest.fixture
-def without_split(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def without_split(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
     """Every way with the head apart is refused. Returns the ways that are proven, as they are."""
-    seen: list[Path] = []
+    seen: list[Way] = []
     real = proof.of
 
-    def of(model: nn.Module, path: Path, *rest: Any) -> Verdict:
-        seen.append(path)
-        return Verdict("it does not reproduce this model (planted)") if path.split else real(model, path, *rest)
+    def of(model: nn.Module, way: Way, *rest: Any) -> Verdict:
+        seen.append(way)
+        return Verdict("it does not reproduce this model (planted)") if way.split else real(model, way, *rest)
 
     monkeypatch.setattr(proof, "of", of)
     return seen
@@ -74,27 +76,27 @@ def large_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(SHAPES, kind, changes)
 
 
-def test_a_slower_way_is_fitted_again_and_proven_as_it_will_run(without_split: list[Path]) -> None:
+def test_a_slower_way_is_fitted_again_and_proven_as_it_will_run(without_split: list[Way]) -> None:
     kind = "llama wide vocabulary"
     model = make(kind)
     split = Split(model, "model", 4096)
-    limit = (needed(model, kind, Path(split)) + needed(model, kind, Path())) // 2
-    assert needed(model, kind, Path(split, prefix=40)) < limit < needed(model, kind, Path())
+    limit = (needed(model, kind, Way(split)) + needed(model, kind, Way())) // 2
+    assert needed(model, kind, Way(split, prefix=40)) < limit < needed(model, kind, Way())
     found = chosen(model, kind, "fast.prefix=off", limit=limit)
-    assert found.path == without_split[-1] == Path(recompute=1)
-    assert [path.recompute for path in without_split[:-1]] == [0] * (len(without_split) - 1)
+    assert found.way == without_split[-1] == Way(recompute=1)
+    assert [way.recompute for way in without_split[:-1]] == [0] * (len(without_split) - 1)
     assert found.config.train.checkpoint_layers == "all" and found.rows.section == found.config.train
     assert any("train.checkpoint_layers=all" in note for note in found.notes)
     assert any("does not reproduce" in note for note in found.notes)
-    assert chosen(model, kind, "fast.prefix=off").path == Path()  # without a limit
+    assert chosen(model, kind, "fast.prefix=off").way == Way()  # without a limit
 
 
-def test_a_slower_way_that_fits_nothing_is_refused_with_the_reason(without_split: list[Path]) -> None:
+def test_a_slower_way_that_fits_nothing_is_refused_with_the_reason(without_split: list[Way]) -> None:
     kind = "llama vocabulary"
     model = make(kind)
     least = configuration.load(None, ("train.epochs=1", "train.batch_rows=1"))
     plan = Plan(long_rows(), least.train)
-    alone = fit.plan(model, Path(recompute=1), least, sizes(kind), mx.float32, plan).total
+    alone = fit.plan(Given(model, sizes(kind), mx.float32), Way(recompute=1), least, plan).total
     with pytest.raises(UserError, match=r"even with one row at a time and checkpointing; .* does not reproduce"):
         chosen(model, kind, limit=alone - 1)
 
@@ -102,20 +104,20 @@ def test_a_slower_way_that_fits_nothing_is_refused_with_the_reason(without_split
 def test_checkpointing_that_cannot_be_proven_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     real = proof.of
     wrong = Verdict("it does not reproduce this model (planted)")
-    monkeypatch.setattr(proof, "of", lambda model, path, *rest: wrong if path.recompute else real(model, path, *rest))
+    monkeypatch.setattr(proof, "of", lambda model, way, *rest: wrong if way.recompute else real(model, way, *rest))
     found = chosen(make("llama"), "llama", "train.checkpoint_layers=all")
-    assert found.path.split is not None and found.path.recompute == 0
+    assert found.way.split is not None and found.way.recompute == 0
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, text: str, times: int) -> list[int]:
     """The fast way raises so often. Returns the widths of the rows it is given."""
     real, widths = proof.gradients, list[int]()
 
-    def gradients(model: nn.Module, path: Path, batch: Any) -> Any:
+    def gradients(model: nn.Module, way: Way, batch: Any) -> Any:
         widths.append(batch.ids.shape[1])
         if len(widths) <= times:
             raise RuntimeError(text)
-        return real(model, path, batch)
+        return real(model, way, batch)
 
     monkeypatch.setattr(proof, "gradients", gradients)
     return widths
@@ -130,7 +132,7 @@ def test_an_error_of_the_gpu_is_not_the_models_fault(monkeypatch: pytest.MonkeyP
     model = make("llama")
     widths = raising(monkeypatch, MEMORY, 1)
     found = chosen(model, "llama")
-    assert found.path.split is not None and found.path.prefix is not None and not found.notes
+    assert found.way.split is not None and found.way.prefix is not None and not found.notes
     assert widths == [200, 100]
     for text, tries in ((MEMORY, 2), (WATCHDOG, 1)):
         widths = raising(monkeypatch, text, 9)
@@ -150,7 +152,7 @@ def test_all_ranks_take_the_way_that_each_has_proven() -> None:
             return min(number, 3)
 
     found = chosen(make("llama"), "llama", ranks=Two())
-    assert found.path.split is not None and found.path.prefix is None
+    assert found.way.split is not None and found.way.prefix is None
 
 
 def test_a_window_that_the_memory_does_not_let_the_proof_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,10 +168,15 @@ def test_rows_of_a_proof_pass_a_window_wider_than_usual(monkeypatch: pytest.Monk
     monkeypatch.setattr(fit, "MAX_TOKENS", 120)
     model = make("gemma3_text wide")
     config = configuration.load(None, SETTINGS)
-    known = (model, Path(), config), (mx.float32, Plan(long_rows(), config.train), None)
-    assert fit.proof_room(*known[0], sizes("gemma3_text wide"), *known[1]).tokens == 200
+    plan = Plan(long_rows(), config.train)
+
+    def tokens(model_config: dict[str, Any]) -> int:
+        given = Given(model, model_config, mx.float32)
+        return fit.proof_room(given, Fitted(Way(), config, plan, fit.plan(given, Way(), config, plan), [])).tokens
+
+    assert tokens(sizes("gemma3_text wide")) == 200
     for never_passed in ({}, {"sliding_window": 5000}, {"sliding_window": 150, "use_sliding_window": False}):
-        assert fit.proof_room(*known[0], sizes("llama") | never_passed, *known[1]).tokens == 120
+        assert tokens(sizes("llama") | never_passed) == 120
 
 
 @pytest.mark.parametrize(
@@ -196,9 +203,8 @@ def test_the_proof_takes_no_more_memory_than_the_run_is_predicted_to(
     mx.reset_peak_memory()
     found = chosen(model, kind, *settings, dtype=dtype)
     peak = mx.get_peak_memory() - before
-    predicted = fit.plan(model, found.path, found.config, sizes(kind), dtype, found.rows)
-    assert found.path.prefix == 40 and not found.notes
-    assert peak <= predicted.total
+    assert found.way.prefix == 40 and not found.notes
+    assert peak <= found.memory.total
 
 
 def test_a_proof_computes_blocks_again_before_its_rows_are_cut() -> None:
@@ -207,13 +213,14 @@ def test_a_proof_computes_blocks_again_before_its_rows_are_cut() -> None:
     config = configuration.load(None, (*SETTINGS, "train.checkpoint_layers=all"))
     split = Split(model, "model", 320)
 
-    def room(path: Path, count: int, dtype: mx.Dtype = mx.float32, limit: int | None = None) -> Room:
+    def room(way: Way, count: int, dtype: mx.Dtype = mx.float32, limit: int | None = None) -> Room:
         plan = Plan(long_rows(count=count), config.train)
-        return fit.proof_room(model, path, config, sizes(kind), dtype, plan, limit)
+        given = Given(model, sizes(kind), dtype, limit)
+        return fit.proof_room(given, Fitted(way, config, plan, fit.plan(given, way, config, plan), []))
 
-    assert room(Path(split), 4) == Room(200, checkpointed=False)
-    assert room(Path(split, recompute=1), 4) == Room(200, checkpointed=True)
-    tight = room(Path(split, recompute=1), 1)
+    assert room(Way(split), 4) == Room(200, checkpointed=False)
+    assert room(Way(split, recompute=1), 4) == Room(200, checkpointed=True)
+    tight = room(Way(split, recompute=1), 1)
     assert tight.checkpointed and tight.raised and proof.FEWEST_TOKENS <= tight.tokens < 200
 
 
@@ -223,18 +230,17 @@ def test_a_proof_is_in_16_bits_only_where_float32_does_not_fit_the_limit() -> No
     model.update(tree_map(lambda array: array.astype(mx.float32), model.trainable_parameters()))
     config = configuration.load(None, (*SETTINGS, "train.batch_rows=1", "train.checkpoint_layers=all"))
     plan = Plan(rows(0, [66]), config.train)
-    path = Path(Split(model, "model", 320), recompute=1)
-    predicted = fit.plan(model, path, config, sizes(kind), mx.bfloat16, plan).total
-    rooms = [
-        fit.proof_room(model, path, config, sizes(kind), mx.bfloat16, plan, limit)
-        for limit in (None, 10 * predicted, predicted)
-    ]
+    way = Way(Split(model, "model", 320), recompute=1)
+    given = Given(model, sizes(kind), mx.bfloat16)
+    run = Fitted(way, config, plan, fit.plan(given, way, config, plan), [])
+    limits = (None, 10 * run.memory.total, run.memory.total)
+    rooms = [fit.proof_room(replace(given, limit=limit), run) for limit in limits]
     assert [room.raised for room in rooms] == [True, True, False]
     assert all(room.checkpointed and room.tokens == proof.FEWEST_TOKENS for room in rooms)
 
 
 def test_a_run_in_16_bits_takes_the_fast_ways_and_its_peak_counts_the_proof(
-    hf_model: Folder, data: Folder, tmp_path: Folder, monkeypatch: pytest.MonkeyPatch
+    hf_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, held = proof.of, 300 << 20
 

@@ -18,7 +18,7 @@ from mlxtune.model import memory
 from mlxtune.model.head import Split
 from mlxtune.train import fast, proof
 from mlxtune.train.gradients import filled
-from mlxtune.train.loss import Path
+from mlxtune.train.loss import Way
 from mlxtune.train.proof import Room, Verdict
 
 NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
@@ -36,9 +36,9 @@ def compilation() -> Iterator[None]:
 @pytest.mark.parametrize(("kind", "bits"), [("llama tied", 4), ("gemma3_text", 0), ("mixtral", 0)])
 def test_every_way_computes_the_same_inside_one_compiled_function(kind: str, bits: int, compilation: None) -> None:
     model = make(kind, bits=bits)
-    for label, path in ways(model, BATCH).items():
-        if path.split is not None and not path.powers:  # which are of the CPU alone, where nothing is compiled
-            assert_close(model, replace(path, compiled=True), BATCH, 1e-6, 3e-5, label)
+    for label, way in ways(model, BATCH).items():
+        if way.split is not None and not way.powers:  # which are of the CPU alone, where nothing is compiled
+            assert_close(model, replace(way, compiled=True), BATCH, 1e-6, 3e-5, label)
 
 
 @NEEDS_COMPILER
@@ -46,15 +46,15 @@ def test_a_compiled_way_is_proven_under_a_gpus_rounding(compilation: None, monke
     as_a_gpu(monkeypatch, 3e-6)
     monkeypatch.setitem(COMMON, "num_hidden_layers", 1)
     model = make("llama")
-    path = Path(Split.of(model, mx.array(BATCH.ids)), compiled=True)
-    assert proof.of(model, path, BATCH, mx.float32, Room()) == Verdict()
+    way = Way(Split.of(model, mx.array(BATCH.ids)), compiled=True)
+    assert proof.of(model, way, BATCH, mx.float32, Room()) == Verdict()
 
 
 @NEEDS_COMPILER
 def test_twenty_compiled_steps_have_the_losses_of_the_plain_loop(
     compilation: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = steps("llama", 0, 0.0, Path())
+    plain = steps("llama", 0, 0.0, Way())
     np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
     monkeypatch.setattr(memory, "kept_signatures", lambda count, ram: 1)  # thrown away and compiled again
     np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)

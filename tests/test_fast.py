@@ -25,7 +25,8 @@ from mlxtune.model.head import Split
 from mlxtune.sections import LoraSection
 from mlxtune.train import fast, loss, proof
 from mlxtune.train.choice import choose
-from mlxtune.train.loss import Path
+from mlxtune.train.fit import Given
+from mlxtune.train.loss import Way
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +42,10 @@ def test_losses_and_gradients_are_those_of_the_plain_way(kind: str, precision: s
     if precision == "float64" and kind in MIXTURES:
         pytest.skip("MLX multiplies gathered experts in float32 only")
     model = make(kind, mx.float64 if precision == "float64" else mx.float32, 4 if precision == "4-bit" else 0)
-    for label, path in ways(model, BATCH).items():
-        if path.powers and precision == "float64":  # they are for float32 alone
+    for label, way in ways(model, BATCH).items():
+        if way.powers and precision == "float64":  # they are for float32 alone
             continue
-        assert_close(model, path, BATCH, *((1e-12, 1e-6) if precision == "float64" else (1e-5, 3e-5)), label)
+        assert_close(model, way, BATCH, *((1e-12, 1e-6) if precision == "float64" else (1e-5, 3e-5)), label)
 
 
 @pytest.mark.parametrize("lengths", [(12, 12), (12, 4), (3, 14), (2, 3), (20, 2)], ids=str)
@@ -57,7 +58,7 @@ def test_windows_shorter_and_longer_than_prefix_and_suffix(
     found = batch(common, [own, own, own])
     assert prefix.usable(found, common) == common
     for powers in (False, True):
-        assert_close(make(kind), Path(prefix=common, recompute=1, powers=powers), found, 1e-5, 3e-5, kind)
+        assert_close(make(kind), Way(prefix=common, recompute=1, powers=powers), found, 1e-5, 3e-5, kind)
 
 
 @pytest.mark.parametrize("trained", ["head LoRA", "head", "tied embedding"])
@@ -76,7 +77,7 @@ def test_a_trained_head_gets_its_gradients(trained: str) -> None:
     assert split.head_is_trained(model, hidden)
     if trained == "head LoRA":
         model.lm_head.lora_b = 0.05 * mx.random.normal((2, 320), key=mx.random.key(6))
-    assert_close(model, Path(split, True, 0, 1), BATCH, 1e-5, 3e-5, trained)
+    assert_close(model, Way(split, True, 0, 1), BATCH, 1e-5, 3e-5, trained)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
@@ -84,11 +85,11 @@ def test_checkpointed_blocks_draw_the_same_dropout_again(kind: str) -> None:
     """Another mask in the second run would leave the loss right and the gradients 80% wrong."""
     model = make(kind, dropout=0.1)
     split = Split.of(model, mx.array(BATCH.ids))
-    whole = proof.gradients(model, Path(), BATCH)[0]
+    whole = proof.gradients(model, Way(), BATCH)[0]
     lengths = (BATCH.lengths - 1).tolist()
     model.dropout_keys.set(3, 1, BATCH.rows.tolist(), lengths, len(lora.adapters(model)))
-    assert proof.gradients(model, Path(), BATCH)[0] != pytest.approx(whole, rel=1e-4)
-    assert_close(model, Path(split, recompute=1), BATCH, 1e-5, 3e-5, kind)
+    assert proof.gradients(model, Way(), BATCH)[0] != pytest.approx(whole, rel=1e-4)
+    assert_close(model, Way(split, recompute=1), BATCH, 1e-5, 3e-5, kind)
 
 
 @pytest.mark.parametrize(
@@ -96,28 +97,28 @@ def test_checkpointed_blocks_draw_the_same_dropout_again(kind: str) -> None:
     [("llama tied", 0, 0.0), ("qwen3", 4, 0.1), ("gemma3_text", 4, 0.0), ("granite", 0, 0.1), ("mixtral", 0, 0.0)],
 )
 def test_twenty_steps_have_the_losses_of_the_plain_loop(kind: str, bits: int, dropout: float) -> None:
-    plain = steps(kind, bits, dropout, Path())
+    plain = steps(kind, bits, dropout, Way())
     assert plain[-1] < 0.97 * plain[0]
     np.testing.assert_allclose(steps(kind, bits, dropout, None), plain, rtol=1e-5)
 
 
-def choose_for(model: nn.Module, examples: list[Example], config: configuration.Config) -> tuple[Path, list[str]]:
-    found = choose(model, {}, config, Plan(examples, config.train), mx.float32)
-    return found.path, found.notes
+def choose_for(model: nn.Module, examples: list[Example], config: configuration.Config) -> tuple[Way, list[str]]:
+    found = choose(Given(model, {}, mx.float32), config, Plan(examples, config.train))
+    return found.way, found.notes
 
 
-def chosen(model: nn.Module, *settings: str, examples: list[Example] | None = None) -> tuple[Path, str]:
+def chosen(model: nn.Module, *settings: str, examples: list[Example] | None = None) -> tuple[Way, str]:
     resolved = configuration.load(None, settings)
-    path, notes = choose_for(model, examples or rows(17, [12, 9, 4, 15]), resolved)
-    assert path.powers == (exponentials.worth_it() and (path.split is not None or path.prefix is not None))
-    return replace(path, powers=False), "\n".join(notes)
+    way, notes = choose_for(model, examples or rows(17, [12, 9, 4, 15]), resolved)
+    assert way.powers == (exponentials.worth_it() and (way.split is not None or way.prefix is not None))
+    return replace(way, powers=False), "\n".join(notes)
 
 
 def test_a_proof_leaves_every_bit_of_the_adapter_as_it_was() -> None:
     model = make("llama")
     before = {name: np.array(array) for name, array in named(model.trainable_parameters()).items()}
-    path, notes = chosen(model, "train.checkpoint_layers=2")
-    assert (path.split is not None, path.prefix, path.recompute, notes) == (True, 17, 2, "")
+    way, notes = chosen(model, "train.checkpoint_layers=2")
+    assert (way.split is not None, way.prefix, way.recompute, notes) == (True, 17, 2, "")
     for name, array in named(model.trainable_parameters()).items():
         assert np.array_equal(np.array(array), before[name])
 
@@ -125,9 +126,9 @@ def test_a_proof_leaves_every_bit_of_the_adapter_as_it_was() -> None:
 def test_a_fast_way_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted bug: windows forgotten in the masks over a prefix."""
     monkeypatch.setattr(prefix.PrefixCache, "make_mask", lambda *_, **__: "causal")
-    path, notes = chosen(make("gemma3_text"))
-    assert path.prefix is None
-    assert path.split is not None
+    way, notes = chosen(make("gemma3_text"))
+    assert way.prefix is None
+    assert way.split is not None
     assert "not used" in notes and "prefix of 17" in notes
     assert chosen(make("qwen2"))[0].prefix == 17  # which has no windows
 
@@ -135,13 +136,13 @@ def test_a_fast_way_that_computes_something_else_is_not_used(monkeypatch: pytest
 def test_a_wrong_head_gradient_is_found_even_though_the_loss_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     real = loss._frozen
     monkeypatch.setattr(loss, "_frozen", lambda *a: real(*a) + 0.01 * (a[1].sum() - mx.stop_gradient(a[1].sum())))
-    path, notes = chosen(make("llama"), "fast.prefix=off")
-    assert path == Path()
+    way, notes = chosen(make("llama"), "fast.prefix=off")
+    assert way == Way()
     assert "the head on supervised tokens only" in notes
 
 
 def test_a_grouped_run_whose_rows_share_nothing_is_proven_on_whole_rows() -> None:
-    batch = proof.rows_for(rows(0, [40, 30, 20, 10]), Path(prefix=0), grouped=True)
+    batch = proof.rows_for(rows(0, [40, 30, 20, 10]), Way(prefix=0), grouped=True)
     assert batch.lengths.tolist() == [40, 30]
 
 
@@ -150,8 +151,8 @@ def test_a_fast_way_that_a_model_fails_with_is_not_used(monkeypatch: pytest.Monk
         raise AttributeError("no keys_and_values\nin this cache")
 
     monkeypatch.setattr(prefix.PrefixCache, "update_and_fetch", fails)
-    path, notes = chosen(make("llama"))
-    assert path.prefix is None and path.split is not None
+    way, notes = chosen(make("llama"))
+    assert way.prefix is None and way.split is not None
     assert "fails with it" in notes and "(AttributeError: no keys_and_values)" in notes
 
 
@@ -162,33 +163,33 @@ def test_models_are_in_training_mode_in_a_step_and_as_before_after_it(monkeypatc
     kind = type(model.layers[0].mlp)
     real = kind.__call__
     monkeypatch.setattr(kind, "__call__", lambda self, x: (seen.append(self.training), real(self, x))[1])
-    proof.gradients(model, Path(), BATCH)
+    proof.gradients(model, Way(), BATCH)
     assert seen == [True, True] and not model.training and not model.layers[0].mlp.training
 
 
 def test_a_wrong_power_of_two_is_found_and_the_rest_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exponentials, "worth_it", lambda: True)
     monkeypatch.setattr(exponentials, "LOG2_E", 1.45)
-    path, notes = choose_for(make("llama"), rows(17, [12, 9, 4, 15]), configuration.load(None, ()))
-    assert (path.powers, path.prefix, path.split is not None) == (False, 17, True)
+    way, notes = choose_for(make("llama"), rows(17, [12, 9, 4, 15]), configuration.load(None, ()))
+    assert (way.powers, way.prefix, way.split is not None) == (False, 17, True)
     assert "not used" in notes[0] and "exponentials as powers of two" in notes[0]
 
 
 def test_the_prefix_is_off_where_it_cannot_be_exact_and_a_line_says_so() -> None:
-    path, notes = chosen(make("llama", dropout=0.1), "lora.dropout=0.1")
-    assert path.prefix is None and "lora.dropout" in notes
+    way, notes = chosen(make("llama", dropout=0.1), "lora.dropout=0.1")
+    assert way.prefix is None and "lora.dropout" in notes
     module = importlib.import_module("mlx_lm.models.mamba")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4}
     sizes |= {"vocab_size": 320, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4}
     recurrent = module.Model(module.ModelArgs.from_dict({"model_type": "mamba", **sizes}))
     lora.attach(recurrent, lora.Spec.of(recurrent, LoraSection(rank=2)), 0)
-    path, notes = chosen(recurrent)
-    assert path.prefix is None and "keep more than keys and values" in notes
+    way, notes = chosen(recurrent)
+    assert way.prefix is None and "keep more than keys and values" in notes
 
 
 def test_options_switch_the_fast_ways_off() -> None:
-    assert chosen(make("llama"), "fast.head=off", "fast.prefix=off") == (Path(), "")
-    assert chosen(make("llama"), "fast.head=off")[0] == Path(prefix=17)
+    assert chosen(make("llama"), "fast.head=off", "fast.prefix=off") == (Way(), "")
+    assert chosen(make("llama"), "fast.head=off")[0] == Way(prefix=17)
     assert chosen(make("llama"), examples=rows(0, [12, 9, 7]))[0].prefix is None
 
 

@@ -21,7 +21,7 @@ from mlxtune.model import lora
 from mlxtune.model.load import load
 from mlxtune.train import events, optim
 from mlxtune.train.display import Display
-from mlxtune.train.loss import Path as Way
+from mlxtune.train.loss import Way
 from mlxtune.train.step import Job, StepFunction
 
 SETTINGS = (

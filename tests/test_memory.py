@@ -20,7 +20,8 @@ from mlxtune.data.batches import Plan
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
 from mlxtune.train import fit
-from mlxtune.train.loss import Path as Way
+from mlxtune.train.fit import Given
+from mlxtune.train.loss import Way
 
 SIZES = {
     "hidden_size": 128,
@@ -124,7 +125,8 @@ def test_a_step_keeps_its_rows_where_micro_batches_are_made_smaller(
     monkeypatch.setattr(fit, "plan", Needed)
     config = configuration.Config(train=TrainSection(epochs=1, **settings))
     before = Plan(rows_of_turns(24, 6, 60), config.train)
-    fitted, after, _ = fit.fitted(None, Way(), config, {}, mx.float32, before, least)  # type: ignore[arg-type]
+    found = fit.fitted(Given(None, {}, mx.float32, least), Way(), config, before)  # type: ignore[arg-type]
+    fitted, after = found.config, found.rows
     assert {key: getattr(fitted.train, key) for key in expected} == expected
     assert {len(plan.rows_of_step(step)) for plan in (before, after) for step in (1, 2, 3)} == {4}
     assert fitted.train == after.section
@@ -134,7 +136,7 @@ def test_memory_too_small_for_one_example_of_a_row_is_said(monkeypatch: pytest.M
     monkeypatch.setattr(fit, "plan", lambda *known: SimpleNamespace(total=99))
     config = configuration.Config(train=TrainSection(epochs=1, batch_rows=4))
     with pytest.raises(UserError, match="even with one example at a time and checkpointing"):
-        fit.fitted(None, Way(), config, {}, mx.float32, Plan(rows_of_turns(4, 3, 60), config.train), 59)  # type: ignore[arg-type]
+        fit.fitted(Given(None, {}, mx.float32, 59), Way(), config, Plan(rows_of_turns(4, 3, 60), config.train))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("model", "smaller"), [({}, "smaller or a 4-bit"), ({"quantization": {}}, "smaller")])
@@ -144,7 +146,7 @@ def test_a_4_bit_model_is_not_told_to_be_one(
     monkeypatch.setattr(fit, "plan", lambda *known: SimpleNamespace(total=99))
     config = configuration.Config(train=TrainSection(epochs=1, batch_rows=4))
     with pytest.raises(UserError) as told:
-        fit.fitted(None, Way(), config, model, mx.float32, Plan(rows_of_turns(4, 3, 60), config.train), 59)  # type: ignore[arg-type]
+        fit.fitted(Given(None, model, mx.float32, 59), Way(), config, Plan(rows_of_turns(4, 3, 60), config.train))  # type: ignore[arg-type]
     assert f"take a {smaller} model, or set train.memory_limit: off." in (told.value.hint or "")
 
 

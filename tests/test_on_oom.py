@@ -20,7 +20,7 @@ from mlxtune.data.batches import Batch
 from mlxtune.errors import UserError
 from mlxtune.train import checkpoint, events, proof
 from mlxtune.train.division import Division
-from mlxtune.train.loss import Path as Way
+from mlxtune.train.loss import Way
 
 STOP = ("train.steps=8", "train.batch_rows=4", "train.accumulate=2", "train.save_every=100")
 SMALLER = (*STOP, "train.on_oom=smaller")
@@ -28,12 +28,12 @@ IN_STEP_7 = 13  # of two micro-batches a step
 Fits = Callable[[Batch, Way], bool]
 
 
-def one_row(batch: Batch, path: Way) -> bool:
+def one_row(batch: Batch, way: Way) -> bool:
     return len(batch.rows) == 1
 
 
-def one_row_checkpointed(batch: Batch, path: Way) -> bool:
-    return len(batch.rows) == 1 and path.recompute == 1
+def one_row_checkpointed(batch: Batch, way: Way) -> bool:
+    return len(batch.rows) == 1 and way.recompute == 1
 
 
 def divisions(run: Path) -> list[tuple[int, int, bool]]:
@@ -86,7 +86,7 @@ def test_single_rows_that_do_not_fit_are_checkpointed_and_then_the_run_stops_and
     assert divisions(tmp_path / "checkpointed") == [(0, 1, False), (0, 2, False), (0, 2, True)]
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as said:
-        fail_gradients(patch, IN_STEP_7, fits=lambda batch, path: False)
+        fail_gradients(patch, IN_STEP_7, fits=lambda batch, way: False)
         tune(mlx_model, data, run, *SMALLER)
     assert "step 6, the last whole one, is saved" in said.value.message
     assert said.value.hint == f"Close programs that hold memory, and go on: mlxtune train --resume --out {run}"
@@ -105,9 +105,9 @@ def test_checkpointing_that_does_not_reproduce_the_model_is_not_used(
 ) -> None:
     real = proof.gradients
 
-    def wrong(model: nn.Module, path: Way, batch: Batch) -> proof.Sums:
-        loss, gradients = real(model, path, batch)
-        return loss, {name: gradient * (1 + 2e-3 * path.recompute) for name, gradient in gradients.items()}
+    def wrong(model: nn.Module, way: Way, batch: Batch) -> proof.Sums:
+        loss, gradients = real(model, way, batch)
+        return loss, {name: gradient * (1 + 2e-3 * way.recompute) for name, gradient in gradients.items()}
 
     monkeypatch.setattr(proof, "gradients", wrong)
     fail_gradients(monkeypatch, IN_STEP_7, fits=one_row_checkpointed)

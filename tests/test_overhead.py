@@ -30,7 +30,7 @@ from mlxtune.model.arrays import named
 from mlxtune.model.head import Split
 from mlxtune.sections import LoraSection
 from mlxtune.train import fit, loss, optim
-from mlxtune.train.loss import Path as Way
+from mlxtune.train.loss import Way
 from mlxtune.train.step import AHEAD, WRONG, Job, NonFinite, StepFunction
 
 ON_A_GPU = backend.Policy(compiled=True, queued=True, tile=64)
@@ -54,10 +54,10 @@ def stepping(model: nn.Module, found: list[Any], *settings: str, **options: Any)
     chosen = ("train.batch_rows=2", "train.accumulate=2", "train.lr=3e-3", "data.path=x", *settings)
     config = configuration.load(None, chosen)
     compiled = backend.policy().compiled
-    path = Way(Split.of(model, mx.array([found[0].ids[:8]])), recompute=1, compiled=compiled)
+    way = Way(Split.of(model, mx.array([found[0].ids[:8]])), recompute=1, compiled=compiled)
     place, identity = "row {}".format, SimpleNamespace(config={"train.dtype": "float32"})
     plan = Plan(found, config.train)
-    job = Job(model, path, model.dropout_keys, plan, config.train, Path(), None, place, identity, None, **options)  # type: ignore[arg-type]
+    job = Job(model, way, model.dropout_keys, plan, config.train, Path(), None, place, identity, None, **options)  # type: ignore[arg-type]
     return StepFunction(job, optim.build(config.train, model.trainable_parameters()))
 
 
@@ -146,8 +146,8 @@ def test_queued_work_takes_no_more_memory_than_predicted(monkeypatch: pytest.Mon
     settings = ("train.batch_rows=4", "train.epochs=1", "train.checkpoint_layers=all", "fast.prefix=off")
     config = configuration.load(None, settings)
     plan = Plan(examples(), config.train)
-    path = Way(Split.of(model, mx.array([plan.examples[0].ids[:8]])), recompute=1)
-    predicted = fit.plan(model, path, config, {"model_type": "llama", **sizes}, mx.float32, plan)
+    way = Way(Split.of(model, mx.array([plan.examples[0].ids[:8]])), recompute=1)
+    predicted = fit.plan(fit.Given(model, {"model_type": "llama", **sizes}, mx.float32), way, config, plan)
     assert predicted is not None
     monkeypatch.setattr(backend, "policy", lambda: backend.Policy(compiled=False, queued=True, tile=1))
     limit = mx.set_memory_limit(1 << 40)

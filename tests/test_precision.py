@@ -16,7 +16,7 @@ from mlxtune.model.arrays import named
 from mlxtune.model.layers import trained
 from mlxtune.model.precision import copies, in_float32
 from mlxtune.train import proof
-from mlxtune.train.loss import Path
+from mlxtune.train.loss import Way
 
 
 def base_in(dtype: mx.Dtype, kind: str, bits: int = 0) -> nn.Module:
@@ -36,11 +36,11 @@ def test_the_model_computes_as_if_it_had_been_cast(kind: str, dtype: mx.Dtype, b
     model = base_in(dtype, kind, bits)
     with in_float32(model):
         assert model(mx.array(BATCH.ids)).dtype == mx.float32
-        value, gradients = proof.gradients(model, Path(recompute=recompute), BATCH)
+        value, gradients = proof.gradients(model, Way(recompute=recompute), BATCH)
     model.update(
         tree_map(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters())
     )
-    expected, wanted = proof.gradients(model, Path(recompute=recompute), BATCH)
+    expected, wanted = proof.gradients(model, Way(recompute=recompute), BATCH)
     assert value == expected
     for name, gradient in wanted.items():
         np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)

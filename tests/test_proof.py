@@ -17,7 +17,7 @@ from mlxtune.model import prefix, recompute
 from mlxtune.model.head import Split
 from mlxtune.model.prefix import PrefixCache
 from mlxtune.train import loss, proof
-from mlxtune.train.loss import Path
+from mlxtune.train.loss import Way
 from mlxtune.train.proof import Room, Verdict
 
 OTHER_ORDER = 3e-6  # relative size of what another order of a float32 sum changes, at its worst
@@ -47,14 +47,14 @@ def in_16_bits(kind: str, dtype: mx.Dtype, bits: int = 0) -> nn.Module:
     return model
 
 
-def ways(model: nn.Module) -> dict[str, Path]:
+def ways(model: nn.Module) -> dict[str, Way]:
     split = Split.of(model, mx.array(ROWS.ids))
     assert split is not None
     return {
-        "head": Path(split),
-        "prefix": Path(split, prefix=0),
-        "prefix alone": Path(prefix=0),
-        "checkpointed": Path(split, prefix=0, recompute=1),
+        "head": Way(split),
+        "prefix": Way(split, prefix=0),
+        "prefix alone": Way(prefix=0),
+        "checkpointed": Way(split, prefix=0, recompute=1),
     }
 
 
@@ -76,8 +76,8 @@ def test_right_ways_are_proven_whatever_order_a_gpu_sums_in(
 ) -> None:
     as_a_gpu(monkeypatch, relative)
     model = in_16_bits(kind, dtype, bits)
-    for label, path in ways(model).items():
-        assert proof.of(model, path, ROWS, dtype, Room()) == Verdict(), label
+    for label, way in ways(model).items():
+        assert proof.of(model, way, ROWS, dtype, Room()) == Verdict(), label
 
 
 def test_28_blocks_do_not_amplify_rounding_beyond_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,17 +171,17 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
 
 
 @pytest.mark.parametrize("room", [Room(), Room(checkpointed=True), Room(raised=False)], ids=["", "again", "16 bits"])
-@pytest.mark.parametrize(("bug", "kind", "way"), BUGS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(("bug", "kind", "name"), BUGS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_wrong_way_is_refused(
-    bug: Callable[[pytest.MonkeyPatch], None], kind: str, way: str, room: Room, monkeypatch: pytest.MonkeyPatch
+    bug: Callable[[pytest.MonkeyPatch], None], kind: str, name: str, room: Room, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     as_a_gpu(monkeypatch, OTHER_ORDER)
     model = in_16_bits(kind, mx.bfloat16)
-    path = ways(model)[way]
-    assert proof.of(model, path, ROWS, mx.bfloat16, room) == Verdict()
+    way = ways(model)[name]
+    assert proof.of(model, way, ROWS, mx.bfloat16, room) == Verdict()
     bug(monkeypatch)
     try:
-        verdict = proof.of(model, path, ROWS, mx.bfloat16, room)
+        verdict = proof.of(model, way, ROWS, mx.bfloat16, room)
     except ValueError as error:  # no gradient at all
         verdict = Verdict(str(error))
     assert "does not reproduce this model" in verdict.wrong and "off by" in verdict.wrong
@@ -208,8 +208,8 @@ def test_blocks_that_hand_on_more_than_they_return_are_not_computed_again(monkey
         return y + handed[0] if self is second else y
 
     monkeypatch.setattr(kind, "__call__", call)
-    assert proof.of(model, Path(prefix=0), ROWS, mx.float32, Room()).wrong == ""
-    wrong = proof.of(model, Path(recompute=1), ROWS, mx.float32, Room(checkpointed=True)).wrong
+    assert proof.of(model, Way(prefix=0), ROWS, mx.float32, Room()).wrong == ""
+    wrong = proof.of(model, Way(recompute=1), ROWS, mx.float32, Room(checkpointed=True)).wrong
     assert "its blocks computed again" in wrong and "gradient of model.layers.0.mlp" in wrong
 
 
@@ -223,7 +223,7 @@ def test_numbers_that_are_not_finite_in_float16_are_named_as_that() -> None:
     verdict = proof.of(model, ways(model)["head"], ROWS, mx.float16, Room(raised=False))
     assert verdict.hopeless and "this model's own loss is not finite in float16" in verdict.wrong
     model.model.norm.weight = model.model.norm.weight * mx.inf
-    verdict = proof.of(model, Path(prefix=0), ROWS, mx.float32, Room())
+    verdict = proof.of(model, Way(prefix=0), ROWS, mx.float32, Room())
     assert verdict.hopeless and "this model's own loss is not finite" in verdict.wrong
 
 

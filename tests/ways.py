@@ -22,7 +22,7 @@ from mlxtune.model.head import Split
 from mlxtune.model.quantize import on_cpu
 from mlxtune.sections import LoraSection
 from mlxtune.train import optim, proof
-from mlxtune.train.loss import Path
+from mlxtune.train.loss import Way
 from mlxtune.train.step import Job, StepFunction
 
 COMMON = {
@@ -107,22 +107,22 @@ def batch(shared: int, suffixes: list[int]) -> Batch:
 BATCH = batch(17, [12, 9, 4])
 
 
-def ways(model: nn.Module, batch: Batch) -> dict[str, Path]:
+def ways(model: nn.Module, batch: Batch) -> dict[str, Way]:
     split = Split.of(model, mx.array(batch.ids))
     assert split is not None
     assert prefix.usable(batch, 0) == 16  # of 17 shared tokens, in steps of GRAIN
     found = {}
     for head, shared, every in product([True, False], [0, None], [0, 1, 2]):
-        path = Path(split if head else None, prefix=shared, recompute=every)
-        found[f"head {head}, prefix {shared}, recompute {every}"] = path
+        way = Way(split if head else None, prefix=shared, recompute=every)
+        found[f"head {head}, prefix {shared}, recompute {every}"] = way
         if head and shared == 0:
-            found[f"recompute {every}, powers of two"] = replace(path, powers=True)
+            found[f"recompute {every}, powers of two"] = replace(way, powers=True)
     return found
 
 
-def assert_close(model: nn.Module, path: Path, batch: Batch, of_loss: float, of_gradient: float, label: str) -> None:
-    expected, wanted = proof.gradients(model, Path(), batch)
-    value, got = proof.gradients(model, path, batch)
+def assert_close(model: nn.Module, way: Way, batch: Batch, of_loss: float, of_gradient: float, label: str) -> None:
+    expected, wanted = proof.gradients(model, Way(), batch)
+    value, got = proof.gradients(model, way, batch)
     assert value == pytest.approx(expected, rel=of_loss), label
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
@@ -131,17 +131,17 @@ def assert_close(model: nn.Module, path: Path, batch: Batch, of_loss: float, of_
         assert np.linalg.norm(got[name] - gradient) <= of_gradient * norm, (label, name)
 
 
-def steps(kind: str, bits: int, dropout: float, path: Path | None, compiled: bool = False) -> list[float]:
-    """Twenty optimizer steps of two micro-batches; path None: the fastest one. Returns the losses."""
+def steps(kind: str, bits: int, dropout: float, way: Way | None, compiled: bool = False) -> list[float]:
+    """Twenty optimizer steps of two micro-batches; way None: the fastest one. Returns the losses."""
     model = make(kind, bits=bits, dropout=dropout)
     settings = ("train.steps=20", "train.lr=3e-3", "train.batch_rows=3", "train.accumulate=2", "data.path=x")
     section = configuration.load(None, settings).train
     examples = rows(17, [12, 9, 4, 15, 7, 11, 5, 8])
-    if path is None:
+    if way is None:
         shared = None if dropout else prefix.of_run(examples)
-        path = Path(Split.of(model, mx.array([examples[0].ids])), prefix=shared, recompute=1)
-        path = replace(path, powers=not compiled, compiled=compiled)
+        way = Way(Split.of(model, mx.array([examples[0].ids])), prefix=shared, recompute=1)
+        way = replace(way, powers=not compiled, compiled=compiled)
     plan = Plan(examples, section)
-    job = Job(model, path, model.dropout_keys, plan, section, None, None, str, None, None)  # type: ignore[arg-type]
+    job = Job(model, way, model.dropout_keys, plan, section, None, None, str, None, None)  # type: ignore[arg-type]
     step = StepFunction(job, optim.build(section, model.trainable_parameters()))
     return [step(number)["loss"] for number in range(1, 21)]

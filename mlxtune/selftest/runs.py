@@ -22,7 +22,7 @@ from mlxtune.selftest.outcome import Check, Found, Workshop
 from mlxtune.selftest.ways import BASES
 from mlxtune.train import checkpoint, events, fast
 from mlxtune.train.display import Display
-from mlxtune.train.loss import Path as Way
+from mlxtune.train.loss import Way
 
 GROUP = "Training"
 STEPS, SAVED = 20, 10

@@ -62,7 +62,7 @@ def _measured(shop: Workshop) -> Parts:
     """
     job, what = _job(shop)
     (batch,) = job.plan.step(1)
-    gradients = Gradients(job.model, job.path)
+    gradients = Gradients(job.model, job.way)
     step = StepFunction(job, optim.build(job.section, job.model.trainable_parameters()))
     works = (
         partial(_called, gradients, _one_target_each(batch)),

@@ -17,7 +17,7 @@ from mlxtune.model.head import Split
 from mlxtune.selftest.model import batch, computing_on_cpu, with_adapter
 from mlxtune.selftest.outcome import Check, Found, NotHere, Workshop
 from mlxtune.train import fast, proof
-from mlxtune.train.loss import Path
+from mlxtune.train.loss import Way
 from mlxtune.train.proof import Sums
 
 GROUP = "Loss and gradients, against the plain way in float32 on the CPU"
@@ -63,11 +63,11 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
 
     wanted = shop.once(("plain", kind, base, train_also), plain)
     model = shop.once(("model", kind, dtype, train_also), lambda: with_adapter(kind, base, dtype, train_also))
-    paths = shop.once(("paths", kind, dtype, train_also), lambda: by_name(model, rows, dtype))
-    if way and not paths[way]:
+    ways = shop.once(("ways", kind, dtype, train_also), lambda: by_name(model, rows, dtype))
+    if way and not ways[way]:
         raise NotHere(_why_not(way, dtype))
-    chosen = paths[way] if way else [path for group in paths.values() for path in group]
-    return judged({fast.describe(path): proof.gradients(model, path, rows) for path in chosen}, wanted, dtype)
+    chosen = ways[way] if way else [each for group in ways.values() for each in group]
+    return judged({fast.describe(each): proof.gradients(model, each, rows) for each in chosen}, wanted, dtype)
 
 
 def judged(found: dict[str, Sums], wanted: Sums, dtype: mx.Dtype) -> Found:
@@ -83,14 +83,14 @@ def judged(found: dict[str, Sums], wanted: Sums, dtype: mx.Dtype) -> Found:
     return Found(worst, of_gradient, said=said, wrong=wrong)
 
 
-def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Path]]:
-    """The paths that a run on this device may take, under WAYS: each thing alone, then all combinations."""
+def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Way]]:
+    """The ways that a run on this device may take, under WAYS: each thing alone, then all combinations."""
     ids = mx.array(rows.ids)
     split = Split.of(model, ids)
     if split is None:
         raise RuntimeError("the head cannot be run apart from the trunk")
     length = prefix.usable(rows, prefix.shared(rows))
-    plain = Path(head_trained=split.head_is_trained(model, split.hidden(ids)[0, -1:]))
+    plain = Way(head_trained=split.head_is_trained(model, split.hidden(ids)[0, -1:]))
     head, shared = replace(plain, split=split), replace(plain, prefix=length)
     alone = {
         PLAIN: [plain],
@@ -102,18 +102,18 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Pa
     }
     powers = [False, True] if alone[POWERS] else [False]
     compiled = [False, True] if alone[COMPILED] else [False]
-    all_paths = [
+    all_ways = [
         replace(plain, split=apart, prefix=once, recompute=blocks, powers=of_two, compiled=as_one)
         for apart, once, blocks, of_two, as_one in product([None, split], [None, length], [0, 1], powers, compiled)
     ]
-    known = [path for group in alone.values() for path in group]
+    known = [way for group in alone.values() for way in group]
     # As in a run: powers with a fast way, compiled with the head apart.
     together = [
-        path
-        for path in all_paths
-        if path not in known
-        and (path.split is not None or not path.compiled)
-        and (path.split is not None or path.prefix is not None or not path.powers)
+        way
+        for way in all_ways
+        if way not in known
+        and (way.split is not None or not way.compiled)
+        and (way.split is not None or way.prefix is not None or not way.powers)
     ]
     return {**alone, TOGETHER: together}
 

@@ -6,54 +6,36 @@ needs more, gets smaller batches or checkpointing, and those are part of what is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlxtune import backend, gpu_errors
 from mlxtune.config import Config
 from mlxtune.data.batches import Plan, lengths_of
 from mlxtune.errors import UserError
 from mlxtune.train import fast, fit, proof
-from mlxtune.train.loss import Path
+from mlxtune.train.fit import Fitted, Given
+from mlxtune.train.loss import Way
 from mlxtune.train.proof import Room, Verdict
 from mlxtune.train.ranks import ALONE, Ranks
 
 
-@dataclass(frozen=True)
-class Choice:
-    """path: how the loss is computed; config, rows: the configuration and its plan of batches, made to fit; notes: what
-    a person must know.
-    """
-
-    path: Path
-    config: Config
-    rows: Plan
-    notes: list[str]
-
-
 def choose(
-    model: nn.Module,
-    model_config: Mapping[str, Any],
+    given: Given,
     config: Config,
     rows: Plan,
-    dtype: mx.Dtype,
-    limit: int | None = None,
     ranks: Ranks = ALONE,
-    narrower: str = "",
     proving: Callable[[], None] = lambda: None,
-) -> Choice:
-    """The way for a model whose adapter is attached. dtype: of the run's activations; limit: bytes of memory, None:
-    any; ranks: all take the same way and the same batches; narrower: as `floats.narrower`; proving: called before each
-    proof, which may last.
+) -> Fitted:
+    """The way to run a configuration with these batches, and both made to fit. ranks: all take the same way and the
+    same batches; proving: called before each proof, which may last.
 
     Raises UserError when not even the plain way fits the memory.
     """
-    wanted, notes = fast.wanted(model, rows.examples, config)
-    search = _Search(model, model_config, config, rows, dtype, limit, wanted, narrower, proving)
+    wanted, notes = fast.wanted(given.model, rows.examples, config)
+    search = _Search(given, config, rows, fast.in_order(wanted), proving)
     number = 0
     while True:
         number, found = search.first_from(number)
@@ -63,77 +45,48 @@ def choose(
         number = slowest
 
 
+@dataclass
 class _Search:
-    """Goes through the ways to compute a run. refused: why the ways before were not taken."""
+    """Goes through the ways to compute a run, the fastest first."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        model_config: Mapping[str, Any],
-        config: Config,
-        rows: Plan,
-        dtype: mx.Dtype,
-        limit: int | None,
-        wanted: Path,
-        narrower: str,
-        proving: Callable[[], None],
-    ) -> None:
-        self.model = model
-        self.model_config = model_config
-        self.config = config
-        self.rows = rows
-        self.dtype = dtype
-        self.limit = limit
-        self.narrower = narrower
-        self.proving = proving
-        self.ways = fast.in_order(wanted)
-        self.refused: list[str] = []
-        self._tried: set[Path] = set()
+    given: Given
+    config: Config  # as the user wants it; each way is fitted from here
+    rows: Plan  # the batches of `config`
+    ways: list[tuple[Way, bool]]  # as `fast.in_order` gives them
+    proving: Callable[[], None]  # called before each proof
+    refused: list[str] = field(default_factory=list)  # why the ways before were not taken
+    tried: set[Way] = field(default_factory=set)  # ways that were proven or refused
 
-    def first_from(self, number: int) -> tuple[int, Choice]:
+    def first_from(self, number: int) -> tuple[int, Fitted]:
         """(number, choice) of the first way from `number` on that is proven; the last one is the plain way."""
         while True:
             way, checkpoints = self.ways[number]
-            choice = self._fitted(way, checkpoints)
-            if choice.path == Path():
-                return number, choice
-            if choice.path not in self._tried:
-                self._tried.add(choice.path)
-                verdict = self._verdict(choice)
+            run = self._fitted(way, checkpoints)
+            if run.way == Way():
+                return number, run
+            if run.way not in self.tried:
+                self.tried.add(run.way)
+                verdict = self._verdict(run)
                 if not verdict.wrong:
-                    return number, replace(choice, notes=[*choice.notes, *([verdict.note] if verdict.note else [])])
-                self.refused.append(f"not used, for {verdict.wrong}: {fast.describe(choice.path)}")
+                    return number, replace(run, notes=[*run.notes, *([verdict.note] if verdict.note else [])])
+                self.refused.append(f"not used, for {verdict.wrong}: {fast.describe(run.way)}")
                 if verdict.hopeless:
                     number = len(self.ways) - 2
             number += 1
 
-    def _fitted(self, way: Path, checkpoints: bool) -> Choice:
+    def _fitted(self, way: Way, checkpoints: bool) -> Fitted:
         try:
-            config, rows, notes = fit.fitted(
-                self.model,
-                way,
-                self.config,
-                self.model_config,
-                self.dtype,
-                self.rows,
-                self.limit,
-                checkpoints,
-                self.narrower,
-            )
+            return fit.fitted(self.given, way, self.config, self.rows, checkpoints)
         except UserError as error:
             if not self.refused:
                 raise
             raise UserError(f"{error.message}; what needs less was {self.refused[0]}", error.hint) from error
-        recompute = fast.every_nth(config.train) if checkpoints else 0
-        return Choice(replace(way, recompute=recompute), config, rows, notes)
 
-    def _verdict(self, choice: Choice) -> Verdict:
+    def _verdict(self, run: Fitted) -> Verdict:
         self.proving()
-        room = fit.proof_room(
-            self.model, choice.path, choice.config, self.model_config, self.dtype, choice.rows, self.limit
-        )
+        room = fit.proof_room(self.given, run)
         try:
-            verdict = self._proof(choice, room)
+            verdict = self._proof(run, room)
         except Exception as error:  # whatever a model's own code raises
             if gpu_errors.recognise(error):  # which is not the model's
                 raise
@@ -143,23 +96,23 @@ class _Search:
             mx.clear_cache()  # the run has other shapes
         return verdict
 
-    def _proof(self, choice: Choice, room: Room) -> Verdict:
+    def _proof(self, run: Fitted, room: Room) -> Verdict:
         """With half the rows' tokens once more where the memory did not suffice: others use it too."""
         try:
-            return self._proven(choice, room)
+            return self._proven(run, room)
         except (RuntimeError, MemoryError) as error:
             failure = gpu_errors.recognise(error)
             if failure is None or not failure.of_memory:
                 raise
         backend.recover()
         fewer = max(proof.FEWEST_TOKENS // 2, room.tokens // 2)
-        return self._proven(choice, replace(room, tokens=fewer, checkpointed=True))
+        return self._proven(run, replace(room, tokens=fewer, checkpointed=True))
 
-    def _proven(self, choice: Choice, room: Room) -> Verdict:
+    def _proven(self, run: Fitted, room: Room) -> Verdict:
         grouped = self.config.data.group_by_prefix
-        batch = proof.rows_for(self.rows.examples, choice.path, grouped, room.tokens)
-        verdict = proof.of(self.model, choice.path, batch, self.dtype, room)
-        window, width = fit.window_of(self.model_config), batch.ids.shape[1]
+        batch = proof.rows_for(self.rows.examples, run.way, grouped, room.tokens)
+        verdict = proof.of(self.given.model, run.way, batch, self.given.dtype, room)
+        window, width = fit.window_of(self.given.model_config), batch.ids.shape[1]
         if not verdict.wrong and width <= window < lengths_of(self.rows.examples).max():
             unseen = f"the proof's rows end after {width} tokens, for memory: a window of {window} is not proven"
             return replace(verdict, note="; ".join(filter(None, [verdict.note, unseen])))

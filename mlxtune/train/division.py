@@ -17,7 +17,7 @@ from mlxtune.data.batches import Batch, collate, lengths_of
 from mlxtune.data.chat import Example
 from mlxtune.gpu_errors import Failure
 from mlxtune.train import proof
-from mlxtune.train.loss import Path
+from mlxtune.train.loss import Way
 
 SAME = 1e-3  # relative, of loss and gradients: recomputing a block repeats the same operations
 
@@ -49,15 +49,15 @@ class Division:
             parts = [half for part in parts for half in _halves(part)]
         return parts
 
-    def path(self, path: Path) -> Path:
+    def way(self, way: Way) -> Way:
         """How the loss of a part is computed."""
-        return replace(path, recompute=1) if self.checkpointed else path
+        return replace(way, recompute=1) if self.checkpointed else way
 
-    def smaller(self, examples: int, path: Path) -> Division | None:
-        """The next one, after a part of so many examples did not fit; None: there is none. path: of the run."""
+    def smaller(self, examples: int, way: Way) -> Division | None:
+        """The next one, after a part of so many examples did not fit; None: there is none. way: of the run."""
         if examples > 1:
             return replace(self, halved=self.halved + 1)
-        if self.path(path).recompute != 1:
+        if self.way(way).recompute != 1:
             return replace(self, checkpointed=True)
         return None
 
@@ -71,9 +71,9 @@ def _halves(batch: Batch) -> list[Batch]:
     return [half for half in (batch.part(slice(middle)), batch.part(slice(middle, None))) if len(half.rows)]
 
 
-def same(model: nn.Module, path: Path, other: Path, examples: Sequence[Example]) -> bool:
+def same(model: nn.Module, way: Way, other: Way, examples: Sequence[Example]) -> bool:
     """Whether two ways give the same loss and gradients for the shortest example, which needs least memory."""
     batch = collate(examples, [int(np.argmin(lengths_of(examples)))])
     with proof.nudged(model):
-        found, wanted = proof.gradients(model, other, batch), proof.gradients(model, path, batch)
+        found, wanted = proof.gradients(model, other, batch), proof.gradients(model, way, batch)
     return proof.difference(found, wanted).within(SAME, SAME)

@@ -16,19 +16,19 @@ from mlxtune.errors import UserError
 from mlxtune.model import exponentials, prefix
 from mlxtune.model.head import Split
 from mlxtune.model.precision import in_float32
-from mlxtune.train.loss import Path
+from mlxtune.train.loss import Way
 
 SPLIT_TOKENS = 32  # on which the head apart from the trunk must give the model's own logits
 
 
-def in_order(wanted: Path) -> list[tuple[Path, bool]]:
+def in_order(wanted: Way) -> list[tuple[Way, bool]]:
     """(way, whether its blocks may be checkpointed to fit the memory): what to try, the fastest first, the plain way
     last. Always as many.
     """
     slower = replace(wanted, powers=False, compiled=False)
     alone = replace(slower, prefix=None)
-    checkpointed = [wanted, replace(wanted, prefix=None), slower, alone, Path()]
-    return [*((way, True) for way in checkpointed), (alone, False), (Path(), False)]
+    checkpointed = [wanted, replace(wanted, prefix=None), slower, alone, Way()]
+    return [*((way, True) for way in checkpointed), (alone, False), (Way(), False)]
 
 
 def refuse_idle(config: Config) -> None:
@@ -45,23 +45,23 @@ def refuse_idle(config: Config) -> None:
         )
 
 
-def describe(path: Path) -> str:
+def describe(way: Way) -> str:
     """For people: what a way leaves out."""
-    parts = ["the head on supervised tokens only"] if path.split is not None else []
-    if path.prefix is not None:
-        parts.append(f"the shared prefix of {path.prefix} tokens once" if path.prefix else "what a batch shares once")
-    if path.recompute:
+    parts = ["the head on supervised tokens only"] if way.split is not None else []
+    if way.prefix is not None:
+        parts.append(f"the shared prefix of {way.prefix} tokens once" if way.prefix else "what a batch shares once")
+    if way.recompute:
         parts.append(
-            "every block checkpointed" if path.recompute == 1 else f"one in {path.recompute} blocks checkpointed"
+            "every block checkpointed" if way.recompute == 1 else f"one in {way.recompute} blocks checkpointed"
         )
-    if path.powers:
+    if way.powers:
         parts.append("exponentials as powers of two")
-    if path.compiled:
+    if way.compiled:
         parts.append("compiled")
     return ", ".join(parts) or "everything, no short cut"
 
 
-def wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[Path, list[str]]:
+def wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[Way, list[str]]:
     """(the fastest way that the configuration and the model allow, what a person must know about it)."""
     notes = []
     split = None
@@ -80,22 +80,22 @@ def wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tup
     length, reason = shared_prefix(model, examples, config)
     if reason:
         notes.append(f"no shared prefix: {reason}")
-    return _for_device(Path(split, trained, length, every_nth(config.train)), model, config), notes
+    return _for_device(Way(split, trained, length, every_nth(config.train)), model, config), notes
 
 
-def hoped(model: nn.Module, examples: Sequence[Example], config: Config) -> Path:
+def hoped(model: nn.Module, examples: Sequence[Example], config: Config) -> Way:
     """The way that a run will take when nothing goes wrong, no weight being read."""
     split = Split(model, "") if config.fast.head == "auto" else None
     length, _ = shared_prefix(model, examples, config)
-    return _for_device(Path(split, prefix=length, recompute=every_nth(config.train)), model, config)
+    return _for_device(Way(split, prefix=length, recompute=every_nth(config.train)), model, config)
 
 
-def _for_device(path: Path, model: nn.Module, config: Config) -> Path:
+def _for_device(way: Way, model: nn.Module, config: Config) -> Way:
     """The way with what makes it fast on this device."""
-    powers = exponentials.worth_it() and (path.split is not None or path.prefix is not None)
+    powers = exponentials.worth_it() and (way.split is not None or way.prefix is not None)
     many_shapes = config.lora.dropout or config.train.neftune_alpha or config.data.group_by_prefix
-    compiled = backend.compiles() and path.split is not None and not many_shapes and prefix.caches(model) is not None
-    return replace(path, powers=powers, compiled=compiled)
+    compiled = backend.compiles() and way.split is not None and not many_shapes and prefix.caches(model) is not None
+    return replace(way, powers=powers, compiled=compiled)
 
 
 def every_nth(section: TrainSection) -> int:

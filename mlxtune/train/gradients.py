@@ -23,7 +23,7 @@ from mlxtune.model.arrays import named
 from mlxtune.model.exponentials import as_powers_of_two
 from mlxtune.model.recompute import recomputed
 from mlxtune.train import loss
-from mlxtune.train.loss import Path, Placed
+from mlxtune.train.loss import Placed, Way
 
 MIN_FILL = 16
 
@@ -34,13 +34,13 @@ class Gradients:
     """Call it with a micro-batch, get (loss summed over its supervised tokens, gradients by the path), computed or, on
     a GPU, handed to it.
 
-    What is random in the model must be set before; a compiled path must have nothing random. compiled_from: the first
+    What is random in the model must be set before; a compiled way must have nothing random. compiled_from: the first
     use of a signature, counted from 1, that is compiled.
     """
 
-    def __init__(self, model: nn.Module, path: Path, compiled_from: int = 1) -> None:
+    def __init__(self, model: nn.Module, way: Way, compiled_from: int = 1) -> None:
         self.model = model
-        self.path = path
+        self.way = way
         self.compiled_from = compiled_from
         self.kept = memory.kept_signatures(len(model.layers), backend.memory_bytes())
         self.traced = 0  # signatures compiled so far, each time they were
@@ -49,12 +49,12 @@ class Gradients:
 
     def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
         stages: list[mx.array] = []
-        if self.path.compiled and self.note(batch):
-            placed = loss.place(batch, self.path.prefix, filled(batch.targets))
+        if self.way.compiled and self.note(batch):
+            placed = loss.place(batch, self.way.prefix, filled(batch.targets))
             function = self._function(self._signature(batch))
             value, gradients, stages = function(self.model.trainable_parameters(), *vars(placed).values())
         else:
-            value, gradients = self._asked(lambda: loss.along(self.model, self.path, batch, stages), stages)
+            value, gradients = self._asked(lambda: loss.along(self.model, self.way, batch, stages), stages)
         finish(stages, value, gradients)
         return value, gradients
 
@@ -77,7 +77,7 @@ class Gradients:
     def _signature(self, batch: Batch) -> Signature:
         """What a compiled graph is made for: rows, width, targets, length of the prefix."""
         rows, width = batch.ids.shape
-        length = 0 if self.path.prefix is None else prefix.usable(batch, self.path.prefix)
+        length = 0 if self.way.prefix is None else prefix.usable(batch, self.way.prefix)
         return rows, width, filled(batch.targets), length
 
     def _function(self, signature: Signature) -> Any:
@@ -92,7 +92,7 @@ class Gradients:
         self.model.update(parameters)
         try:
             wanted = Placed(*placed)
-            value, gradients = self._asked(lambda: loss.of_placed(self.model, self.path, wanted, stages), stages)
+            value, gradients = self._asked(lambda: loss.of_placed(self.model, self.way, wanted, stages), stages)
         finally:
             self.model.update(before)  # while a function is compiled its parameters are stand-ins
         return value, gradients, stages
@@ -101,7 +101,7 @@ class Gradients:
         training = self.model.training
         self.model.train()  # mlx-lm's recurrent layers have kernels for generating that know no gradient
         try:
-            with recomputed(self.model, self.path.recompute, stages), as_powers_of_two(self.path.powers):
+            with recomputed(self.model, self.way.recompute, stages), as_powers_of_two(self.way.powers):
                 value, gradients = nn.value_and_grad(self.model, summed)()
         finally:
             self.model.train(training)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections import deque
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -21,7 +19,8 @@ from mlxtune.train.checkpoint import Saved, State
 from mlxtune.train.division import Division, TooLarge, same
 from mlxtune.train.events import Events
 from mlxtune.train.failure import told, told_of_many
-from mlxtune.train.signals import StopRequest, briefly, ignored
+from mlxtune.train.leaving import Leaving, promise
+from mlxtune.train.signals import StopRequest, ignored
 from mlxtune.train.step import Job, NonFinite, StepFunction
 from mlxtune.train.whole import LastWhole
 
@@ -43,16 +42,14 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     state = _begin(job, optimizer, resumed)
     saved = resumed.state if resumed else None
     whole = LastWhole(job.run, job.identity, job.section.keep_last, job.spec.file, saved)
+    leaving = Leaving(job, events, whole)
     try:
-        return _trained(job, events, state, optimizer, whole)
+        return _trained(job, events, state, optimizer, leaving)
     except (RuntimeError, MemoryError, TooLarge) as error:
         # Of the device, or because another process ended: what was whole is kept.
         failed, kept = error.failure if isinstance(error, TooLarge) else recognise(error), whole.state
         with ignored():
-            _save_whole(job, events, whole)
-            if failed is not None:
-                _keep(job, kept, whole)
-                events.emit("end", step=kept.step, state="interrupted", reason=str(failed))
+            leaving.failed(failed)
         if failed is None:
             raise
         if not job.ranks.first:
@@ -60,8 +57,9 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
         raise told(failed, kept.step, job.section, job.run, not _evaluates_next(job, kept)) from error
 
 
-def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: LastWhole) -> State:
+def _trained(job: Job, events: Events, state: State, optimizer: Any, leaving: Leaving) -> State:
     """From `state` to the last one."""
+    whole = leaving.whole
     recent: deque[float] = deque(maxlen=SPIKE_OF)
     section, steps = job.section, job.plan.steps
 
@@ -70,33 +68,15 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
         return now
 
     def heard(name: str) -> None:
-        events.emit("note", text=f"{name}: {_promise(stop, state, job.ranks.size == 1)}")
-
-    def leave() -> None:
-        _leave(job, events, whole, stop)
+        events.emit("note", text=f"{name}: {promise(stop, state, job.ranks.size == 1)}")
 
     def between() -> None:
         if stop.giving_up and job.ranks.size == 1:  # several ranks only stop together
             raise Halted
 
-    def left_alone(waited: str) -> None:
-        step, ranks = whole.state.step, job.ranks
-        others = f"process {ranks.number} of {ranks.size} waited {waited} for the others"
-        print(f"error: {others} in step {step + 1}: one hangs, sleeps or lost its network", file=sys.stderr)
-        try:
-            _save_whole(job, events, whole)
-        except (UserError, OSError) as refused:
-            print(f"  Step {step} could not be saved: {refused}", file=sys.stderr)
-        events.emit("end", step=step, state="failed")
-        if not ranks.first:
-            return
-        print(f"  Then: {_again(job, checkpoint.resumable(job.run))}", file=sys.stderr)
-        if not checkpoint.exists(job.run):
-            checkpoint.remove(job.run)
-
     state = reached(state)
-    stop = StopRequest(heard, leave, alone=job.ranks.size == 1)
-    with stop, job.ranks.patience.ends_the_run(60 * section.rank_minutes, left_alone):
+    stop = StopRequest(heard, lambda: leaving.inside_a_step(stop), alone=job.ranks.size == 1)
+    with stop, job.ranks.patience.ends_the_run(60 * section.rank_minutes, leaving.left_alone):
         step_function = StepFunction(job, optimizer, between)
         step_function.divide(Division(state.halved, state.checkpointed))
         while True:
@@ -109,13 +89,11 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
             by_time = section.save_minutes and whole.unsaved_seconds >= 60 * section.save_minutes
             due = _due(section.save_every, state.step) or by_time
             if stopping or due or (ended and (section.save_every or whole.saved)):
-                _save_whole(job, events, whole)
+                leaving.save()
             if ended:
                 break
             if stopping:
-                _keep(job, state, whole)
-                events.emit("end", step=state.step, state="interrupted")
-                raise Interrupted(f"{_stopped(state)}; {_again(job, state.step > 0)}", stopping)
+                raise Interrupted(leaving.interrupted(), stopping)
             number = state.step + 1
             try:
                 with stop.in_step(number):
@@ -124,7 +102,7 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
                 continue
             except TooLarge as large:
                 state = reached(_divided(job, events, state, step_function, large))
-                _save_whole(job, events, whole)  # before anything is computed so: whoever resumes computes the same
+                leaving.save()  # before anything is computed so: whoever resumes computes the same
                 continue
             except NonFinite as bad:
                 state = reached(replace(_refused(job, events, state, bad), step=number))
@@ -136,7 +114,7 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, whole: Last
     if not patient:
         since = f"no better validation loss in {state.stale} evaluations (train.patience)"
         events.emit("note", text=f"stopped after step {state.step} of {steps}: {since}")
-    _keep(job, state, whole)
+    leaving.keep_adapter()
     events.emit("end", step=state.step, state="finished", best_loss=state.best_loss, best_step=state.best_step)
     return state
 
@@ -150,11 +128,11 @@ def _evaluates_next(job: Job, state: State) -> bool:
 def _divided(job: Job, events: Events, state: State, step: StepFunction, large: TooLarge) -> State:
     """The state with steps in smaller parts from here on. Raises `large` where they cannot be smaller."""
     backend.recover()
-    division = step.division.smaller(large.examples, job.path)
+    division = step.division.smaller(large.examples, job.way)
     if division is None:
         raise large
     if division.checkpointed and not step.division.checkpointed:
-        alike = same(job.model, job.path, division.path(job.path), job.plan.examples)
+        alike = same(job.model, job.way, division.way(job.way), job.plan.examples)
         if not job.ranks.lowest(int(alike)):
             events.emit("note", text="checkpointing every block does not give this model's gradients: it is not used")
             raise large
@@ -176,19 +154,6 @@ def _begin(job: Job, optimizer: Any, resumed: Saved | None) -> State:
     optimizer.state = job.ranks.from_first(optimizer.state)
     mx.eval(job.model.trainable_parameters(), optimizer.state)
     return state
-
-
-def _stopped(state: State) -> str:
-    return f"stopped after step {state.step}" if state.step else "stopped before the first step"
-
-
-def _again(job: Job, kept: bool) -> str:
-    """How to go on; kept: there is a checkpoint. A run that saved nothing leaves no folder."""
-    if kept:
-        return f"to go on: mlxtune train --resume --out {job.run}"
-    if checkpoint.exists(job.run):  # an adapter alone
-        return "no checkpoint was saved"
-    return f"nothing was saved, and {job.run} is removed"
 
 
 def _due(every: int, step: int) -> bool:
@@ -227,67 +192,6 @@ def _evaluate(job: Job, events: Events, state: State, stop: StopRequest, whole: 
                 checkpoint.save_best(job.run, state, job.model, job.spec.file)
         return state
     return replace(state, stale=state.stale + 1)
-
-
-def _promise(stop: StopRequest, state: State, alone: bool) -> str:
-    """What the first signal does, and what another one would."""
-    if stop.step:
-        left = stop.remaining
-        length = "how long it takes is not known yet" if left is None else f"about {max(1, round(left))} s more"
-        again = f"loses step {stop.step}" if state.step else "saves nothing"
-        return f"finishing step {stop.step} ({length}), then saving; another signal stops at once and {again}"
-    if not state.step:
-        return "stopping; nothing was trained yet"
-    if stop.evaluating:
-        return f"{'leaving' if alone else 'finishing'} the evaluation, then saving; a resumed run begins with it"
-    return "saving, then stopping"
-
-
-def _leave(job: Job, events: Events, whole: LastWhole, stop: StopRequest) -> None:
-    """Save what is whole and say so, before the process ends. For another thread than the one that trains, which is
-    inside a computation and stays there.
-    """
-    if not job.ranks.first:
-        return
-    whole.writing.acquire()  # for good: the other thread must not begin to write now
-    state, inside = whole.state, stop.step
-    stopped = _stopped(state)
-    if inside:
-        stopped = f"stopped inside step {inside}, which {'lasts too long' if stop.overdue else 'is lost'}"
-    folder = None
-    try:
-        folder = whole.save()
-        _keep(job, state, whole)
-    except Exception as error:  # nobody else would hear of it
-        reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        stopped += f"; step {state.step} could not be saved ({reason})"
-
-    def say() -> None:
-        _tell(events, job, state, folder)
-        events.emit("note", text=f"{stopped}; {_again(job, checkpoint.resumable(job.run))}")
-        events.emit("end", step=state.step, state="interrupted")
-
-    briefly(say)
-    if not checkpoint.exists(job.run):
-        checkpoint.remove(job.run)
-
-
-def _save_whole(job: Job, events: Events, whole: LastWhole) -> None:
-    """A checkpoint of the last whole state, on the rank that writes; nothing is computed."""
-    folder = whole.save() if job.ranks.first else None
-    _tell(events, job, whole.state, folder)
-
-
-def _tell(events: Events, job: Job, state: State, folder: Path | None) -> None:
-    """Of a new checkpoint."""
-    if folder is not None:
-        events.emit("checkpoint", step=state.step, path=str(folder.relative_to(job.run)))
-
-
-def _keep(job: Job, state: State, whole: LastWhole) -> None:
-    """Leave the last adapter in the run folder, unless the best one is already there, or nothing was trained."""
-    if job.ranks.first and state.step and (job.section.keep == "last" or state.best_loss is None):
-        whole.save_adapter()
 
 
 def _refused(job: Job, events: Events, state: State, bad: NonFinite) -> State:

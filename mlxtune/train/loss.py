@@ -29,7 +29,7 @@ MIN_CHUNK_ROWS = 64  # fewer make a thin matrix product, whatever the vocabulary
 
 
 @dataclass(frozen=True)
-class Path:
+class Way:
     """How the loss is computed. The default is the plain way.
 
     split: run the head on supervised positions only; head_trained: something trainable is reachable from the head;
@@ -80,25 +80,25 @@ def place(batch: Batch, shared: int | None, count: int = 0) -> Placed:
     return Placed(mx.array(batch.ids[:, :-1]), mx.array(positions), mx.array(targets), weights, length)
 
 
-def along(model: nn.Module, path: Path, batch: Batch, stages: list[Any] | None = None) -> mx.array:
-    """The same sum as `plain`, computed as `path` says. Scalar, float32.
+def along(model: nn.Module, way: Way, batch: Batch, stages: list[Any] | None = None) -> mx.array:
+    """The same sum as `plain`, computed as `way` says. Scalar, float32.
 
     stages: gets the arrays to compute one after the other before the rest.
     """
-    if path.split is None and path.prefix is None:
+    if way.split is None and way.prefix is None:
         return plain(model, batch)
-    return of_placed(model, path, place(batch, path.prefix), [] if stages is None else stages)
+    return of_placed(model, way, place(batch, way.prefix), [] if stages is None else stages)
 
 
-def of_placed(model: nn.Module, path: Path, placed: Placed, stages: list[Any]) -> mx.array:
+def of_placed(model: nn.Module, way: Way, placed: Placed, stages: list[Any]) -> mx.array:
     """As `along`."""
-    rows = supervised_rows(model, path.split, placed)
-    if path.split is None:
+    rows = supervised_rows(model, way.split, placed)
+    if way.split is None:
         assert placed.weights is None
         return nn.losses.cross_entropy(_wide(rows), placed.targets, reduction="sum")
-    if path.head_trained:
-        return _checkpointed(model, path.split, rows, placed)
-    return _frozen(path.split, rows, placed, stages)
+    if way.head_trained:
+        return _checkpointed(model, way.split, rows, placed)
+    return _frozen(way.split, rows, placed, stages)
 
 
 def supervised_rows(model: nn.Module, split: Split | None, placed: Placed) -> mx.array:

@@ -31,7 +31,7 @@ from mlxtune.model.arrays import dtype_name, named, scalar, to_numpy
 from mlxtune.model.precision import blocks_of, in_float32
 from mlxtune.train import loss
 from mlxtune.train.gradients import Gradients, finish
-from mlxtune.train.loss import Path
+from mlxtune.train.loss import Way
 
 NUDGE = 1e-3
 MAX_TOKENS = 1024  # of each of the proof's two rows; more only where a sliding window is wider
@@ -87,20 +87,20 @@ class Verdict:
     note: str = ""
 
 
-def of(model: nn.Module, path: Path, batch: Batch, dtype: mx.Dtype, room: Room) -> Verdict:
+def of(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, room: Room) -> Verdict:
     """What comparing a way with the plain one says. dtype: of the run's activations. Raises whatever the model does."""
     if room.checkpointed:
-        path = replace(path, recompute=path.recompute or 1)
+        way = replace(way, recompute=way.recompute or 1)
     with nudged(model):
         if room.checkpointed and (wrong := _checkpointing(model, batch, dtype)):
             return Verdict(wrong)
         if not room.raised:
-            return _together(model, path, batch, dtype, room.checkpointed)
+            return _together(model, way, batch, dtype, room.checkpointed)
         with in_float32(model):
-            verdict = _one_by_one(model, path, batch, room.checkpointed)
+            verdict = _one_by_one(model, way, batch, room.checkpointed)
         if verdict.wrong or dtype == mx.float32:
             return verdict
-        return _finite(model, path, batch, dtype, room.checkpointed)
+        return _finite(model, way, batch, dtype, room.checkpointed)
 
 
 @contextmanager
@@ -118,22 +118,22 @@ def nudged(model: nn.Module) -> Iterator[None]:
         model.update(tree_unflatten(list(before.items())))
 
 
-def _one_by_one(model: nn.Module, path: Path, batch: Batch, checkpointed: bool) -> Verdict:
+def _one_by_one(model: nn.Module, way: Way, batch: Batch, checkpointed: bool) -> Verdict:
     """The plain way takes most memory: row by row. Its sums then have another order, which float32 forgives."""
     wanted = plainly_by_row(model, batch, checkpointed)
     if bad := _not_finite(wanted):
         return Verdict(f"nothing can be compared, for this model's own {bad} is not finite", hopeless=True)
-    found = difference(gradients(model, path, batch), wanted)
+    found = difference(gradients(model, way, batch), wanted)
     return Verdict("" if found.within(*ALLOWED) else f"it does not reproduce this model ({found})")
 
 
-def _together(model: nn.Module, path: Path, batch: Batch, dtype: mx.Dtype, checkpointed: bool) -> Verdict:
+def _together(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, checkpointed: bool) -> Verdict:
     """In the run's own type: both ways on the same rows."""
     name = dtype_name(dtype)
     wanted = plainly(model, batch, checkpointed)
     if bad := _not_finite(wanted):
         return Verdict(f"nothing can be compared, for this model's own {bad} is not finite in {name}", hopeless=True)
-    found = difference(gradients(model, path, batch), wanted)
+    found = difference(gradients(model, way, batch), wanted)
     if found.within(*ALLOWED_IN_16_BITS):
         return Verdict()
     floor = difference(plainly_by_row(model, batch, checkpointed), wanted)
@@ -146,9 +146,9 @@ def _together(model: nn.Module, path: Path, batch: Batch, dtype: mx.Dtype, check
     return Verdict("" if found.within(*allowed) else f"it does not reproduce this model in {name} ({found})")
 
 
-def _finite(model: nn.Module, path: Path, batch: Batch, dtype: mx.Dtype, checkpointed: bool) -> Verdict:
+def _finite(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, checkpointed: bool) -> Verdict:
     """In the run's own type the numbers of a proven way must be finite, as far as the plain way's are."""
-    bad = _not_finite(gradients(model, path, batch))
+    bad = _not_finite(gradients(model, way, batch))
     if not bad:
         return Verdict()
     name = dtype_name(dtype)
@@ -168,9 +168,9 @@ def _checkpointing(model: nn.Module, batch: Batch, dtype: mx.Dtype) -> str:
     return f"only with its blocks computed again does it fit the memory, and this model's cannot be ({found})"
 
 
-def gradients(model: nn.Module, path: Path, batch: Batch) -> Sums:
+def gradients(model: nn.Module, way: Way, batch: Batch) -> Sums:
     """The sums of one batch as a run computes them."""
-    value, tree = Gradients(model, path)(batch)
+    value, tree = Gradients(model, way)(batch)
     return _read(value, tree)
 
 
@@ -264,17 +264,17 @@ def _not_finite(sums: Sums) -> str:
     return next((f"gradient of {name}" for name, array in sums[1].items() if not np.isfinite(array).all()), "")
 
 
-def rows_for(examples: Sequence[Example], path: Path, grouped: bool, tokens: int = MAX_TOKENS) -> Batch:
+def rows_for(examples: Sequence[Example], way: Way, grouped: bool, tokens: int = MAX_TOKENS) -> Batch:
     """Two real rows: the longest ones, so that sliding windows are passed where the data passes them, as far as the
     plain way's logits fit the memory. Where rows are grouped, those that share the most.
 
     tokens: of a row, at most.
     """
-    if path.split is not None:
-        fit = int(LOGITS_SHARE * backend.memory_bytes() / (24 * max(1, path.split.vocabulary)))
+    if way.split is not None:
+        fit = int(LOGITS_SHARE * backend.memory_bytes() / (24 * max(1, way.split.vocabulary)))
         tokens = min(tokens, max(FEWEST_TOKENS, fit))
     order = np.argsort(-lengths_of(examples), kind="stable").tolist()
-    shared = path.prefix
+    shared = way.prefix
     if grouped:
         pairs = [group[:2] for group in groups(examples, MIN_GROUP_TOKENS)]
         together = {tuple(pair): common(examples[pair[0]].ids, examples[pair[1]].ids) for pair in pairs}

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path as Folder
+from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -27,7 +27,7 @@ from mlxtune.train import optim
 from mlxtune.train.division import Division, TooLarge
 from mlxtune.train.gradients import Gradients
 from mlxtune.train.identity import Identity
-from mlxtune.train.loss import Path
+from mlxtune.train.loss import Way
 from mlxtune.train.ranks import ALONE, Ranks
 
 AHEAD = 1.05  # of the predicted peak: what queued work may take
@@ -59,18 +59,18 @@ class NonFinite(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run works with. path: how the loss is computed; evaluate: scores the current model, calling what it
+    """Everything a run works with. way: how the loss is computed; evaluate: scores the current model, calling what it
     is given now and then; samples: answers to train.sample_prompts, calling it too, none on ranks but the first; place:
     what to call a training row in messages; spec: of the adapter; predicted: bytes at the run's peak, None where nobody
     can say.
     """
 
     model: nn.Module
-    path: Path
+    way: Way
     dropout: DropoutKeys
     plan: Plan
     section: TrainSection
-    run: Folder
+    run: Path
     evaluate: Callable[[Callable[[], None]], Scored]
     place: Callable[[int], str]
     identity: Identity
@@ -100,7 +100,7 @@ class StepFunction:
     def divide(self, division: Division) -> None:
         """Compute steps in these parts from here on."""
         self.division = division
-        self._gradients = Gradients(self.job.model, division.path(self.job.path), COMPILED_FROM)
+        self._gradients = Gradients(self.job.model, division.way(self.job.way), COMPILED_FROM)
         self._known = 0  # the last step whose parts' signatures are known
 
     def __call__(self, number: int) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class StepFunction:
 
     def _recall(self, number: int) -> None:
         """Know the parts of the steps before, where a run goes on or steps were divided: see Gradients.note."""
-        if self.job.path.compiled:
+        if self.job.way.compiled:
             for before in range(self._known + 1, number):
                 for batch in self.job.ranks.share(self.job.plan.step(before)):
                     for part in self.division.parts(batch):
