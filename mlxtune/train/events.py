@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ class Events:
         self._listeners = listeners if folder is not None else ()
         self._lock = threading.RLock()  # a listener may have something to say itself
         self._ended = False
-        self._file = None if folder is None else (folder / FILE).open("a", encoding="utf-8")
+        self._file = None if folder is None else open(folder / FILE, "a", encoding="utf-8", opener=_unlinked)
         if self._file and folder and _cut_off(folder / FILE):
             self._file.write("\n")
 
@@ -60,6 +61,11 @@ class Events:
             if self._file:
                 self._file.close()
                 self._file = None
+
+
+def _unlinked(path: str, flags: int) -> int:
+    """Open a file, and not what a link leads to. Raises OSError for a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _cut_off(file: Path) -> bool:
