@@ -35,7 +35,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 STEP = re.compile(r"step-\d{7,}")
-LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+")  # by a process that was killed while it wrote
+LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+(-[0-9a-f]+)?")  # by a process that was killed while it wrote
 # All that a run writes before it saved anything.
 OWN = (lock.FILE, CONFIG_FILE, events.FILE, lora.CONFIG_FILE, chosen.FILE, FOLDER, "tensorboard", "wandb")
 
@@ -82,7 +82,7 @@ def save(
     factors: the adapter's arrays; moments: the optimizer's. Both evaluated: nothing is computed here.
     """
     folder = run / FOLDER / f"step-{state.step:07d}"
-    with new_folder(folder, force=True) as work:
+    with new_folder(folder, own=True) as work:
         save_arrays(work / adapter_file, factors)
         save_arrays(work / OPTIMIZER_FILE, moments)
         digests = {name: _digest(work / name) for name in (adapter_file, OPTIMIZER_FILE)}
@@ -95,7 +95,7 @@ def save(
 
 def save_best(run: Path, state: State, model: nn.Module, adapter_file: str) -> None:
     """Keep the adapter that scored best so far beside the checkpoints."""
-    with new_folder(run / FOLDER / BEST, force=True) as work:
+    with new_folder(run / FOLDER / BEST, own=True) as work:
         lora.save_factors(model, work, adapter_file)
         shutil.copy(run / lora.CONFIG_FILE, work)
         write_json(work / STATE_FILE, {"state": asdict(state)})
@@ -184,7 +184,7 @@ def free(run: Path) -> bool:
 
 
 def remove(run: Path) -> None:
-    """Take away what a run wrote that saved nothing; what others put there stays. Only where a run began: see `free`."""
+    """Take away what a run wrote that saved nothing; what others put there stays. Only where a run began."""
     if not lock.is_marked(run):
         return
     for name in OWN:

@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlxtune_convert.files import flush_open
 
@@ -34,7 +34,7 @@ class Events:
         self._listeners = listeners if folder is not None else ()
         self._lock = threading.RLock()  # a listener may have something to say itself
         self._ended = False
-        self._file = None if folder is None else open(folder / FILE, "a", encoding="utf-8", opener=_unlinked)
+        self._file = None if folder is None else _opened(folder / FILE)
         if self._file and folder and _cut_off(folder / FILE):
             self._file.write("\n")
 
@@ -63,9 +63,10 @@ class Events:
                 self._file = None
 
 
-def _unlinked(path: str, flags: int) -> int:
-    """Open a file, and not what a link leads to. Raises OSError for a link."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+def _opened(file: Path) -> IO[str]:
+    """A file to append to, and not what a link leads to. Raises OSError for a link."""
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return os.fdopen(handle, "a", encoding="utf-8")
 
 
 def _cut_off(file: Path) -> bool:
