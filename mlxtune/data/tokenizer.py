@@ -34,8 +34,13 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder} has no tokenizer", "Expected tokenizer.json beside the model's weights.")
     templates = chat_templates.of_folder(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises whatever its parts raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder}: the tokenizer needs code of its own (auto_map), and code from others is never run",
+                "Take a version of this model whose tokenizer transformers knows.",
+            ) from error
         reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
     if not tokenizer.is_fast:
