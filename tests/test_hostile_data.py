@@ -5,17 +5,21 @@ from __future__ import annotations
 import gzip
 import json
 import resource
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 
-from mlxtune.data import files, lint, records
+from mlxtune.data import files, lint, records, rendering
 from mlxtune.data.files import Bad, raw_rows
 from mlxtune.data.records import Record
+from mlxtune.data.template import Template, TemplateError
 from mlxtune.errors import UserError
 from mlxtune.yaml_text import parse_yaml
 
@@ -133,3 +137,32 @@ def test_a_configuration_nested_without_end_is_refused_in_one_line(tmp_path: Pat
 def test_memory_is_measured_in_the_unit_of_this_system() -> None:
     """The test above would pass with a wrong one."""
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) > 20 << 20
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["main thread", "another thread"])
+def test_a_template_without_end_is_refused_after_a_while(
+    elsewhere: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    asked = [{"role": "user", "content": "a"}]
+    tokenizer.chat_template = tiny.CHATML if elsewhere else ENDLESS
+    before = signal.getsignal(signal.SIGALRM)
+    if elsewhere:  # signals cannot be used there; an honest template is none the worse
+        with ThreadPoolExecutor(1) as pool:
+            assert "user" in pool.submit(Template(tokenizer).text, asked).result()
+    else:
+        with pytest.raises(UserError, match=r"cannot be used: it did not come to an end within 0\.3 s"):
+            Template(tokenizer).text(asked)
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_template_that_makes_too_much_of_a_conversation_is_refused(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendering, "LONGEST", 10_000)
+    tokenizer.chat_template = "{{ 'a' * 10001 }}"
+    with pytest.raises(TemplateError, match="makes 10,001 characters"):
+        Template(tokenizer).text([{"role": "user", "content": "a"}])
