@@ -139,7 +139,7 @@ def test_memory_is_measured_in_the_unit_of_this_system() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) > 20 << 20
 
 
-ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+ENDLESS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["main thread", "another thread"])

@@ -56,10 +56,8 @@ class Template:
             with in_time(rendering.SECONDS):
                 text = self._printer(bool(tools))(messages, tools, prompt)
         except Endless as error:
-            raise UserError(
-                f"the chat template cannot be used: {error}",
-                "Take the template of the model's original: data.template.",
-            ) from error
+            hint = "Take another one, the model's original, say: data.template."
+            raise UserError(f"the chat template cannot be used: {error}", hint) from error
         except Exception as error:  # a template is a stranger's program, and may raise anything
             raise TemplateError(f"the chat template refuses this conversation: {error}") from error
         if len(text) > rendering.LONGEST:
