@@ -56,6 +56,21 @@ def matching(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith(BESIDE))
 
 
+def refuse_links_out(folder: Path) -> None:
+    """Raise UserError for a link that leads out of a model's or an adapter's folder: what it leads to would be copied,
+    exported and pushed with it. The hub's cache is made of links: its snapshots lead to its own `blobs`.
+    """
+    inside = folder.resolve()
+    for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        target = path.resolve()
+        of_the_hub = target.parent.name == "blobs" and inside.is_relative_to(target.parent.parent)
+        if not target.is_relative_to(inside) and not of_the_hub:
+            raise UserError(
+                f"{path} is a link that leads out of the folder",
+                "Put the file itself there, if it belongs to the model.",
+            )
+
+
 def holds_something(path: Path) -> bool:
     """Whether there is a file, or a folder with more in it than what macOS itself leaves there."""
     return bool(contents(path)) if path.is_dir() else path.exists()

@@ -7,6 +7,7 @@ from textwrap import shorten
 from typing import Any
 
 from mlxtune_convert import chat_templates
+from mlxtune_convert.files import refuse_links_out
 
 from mlxtune.errors import UserError
 
@@ -19,6 +20,7 @@ def require_folder(path: Path) -> None:
         raise UserError(f"{path} is a file; a model is a folder", f"Convert it first: mlxtune convert {path} FOLDER")
     if not path.is_dir():
         raise UserError(f"no model folder {path}")
+    refuse_links_out(path)
 
 
 def load_tokenizer(folder: Path) -> Any:
