@@ -120,6 +120,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
             return loop.run(job, Events(None), saved)
         stack.enter_context(explained(out))
         if not resume:
+            require_free(out)  # reading took a while
             out.mkdir(parents=True, exist_ok=True)
             notes += [] if stack.enter_context(locked(out)) else [UNLOCKED]
             if checkpoint.exists(out):  # since we looked, another run began and ended here

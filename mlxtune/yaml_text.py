@@ -12,7 +12,17 @@ from mlxtune.errors import UserError
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-5` as text and `2025-01-31` as a date; people who write them mean a number and text."""
+    """YAML 1.1 reads `1e-5` as text and `2025-01-31` as a date; people who write them mean a number and text.
+
+    Aliases are refused: no configuration needs them, and a few lines of nested ones stand for gigabytes.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            problem = f"the alias *{event.anchor}; write the value out"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
 
 
 class Dumper(yaml.SafeDumper):
@@ -35,6 +45,8 @@ def parse_yaml(text: str, source: str) -> Any:
     """Parse YAML; `source` names the file or flag in the error."""
     try:
         return yaml.load(text, Loader)
+    except RecursionError as error:
+        raise UserError(f"{source}: not valid YAML (nested too deeply)") from error
     except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source} line {mark.line + 1}" if mark else source

@@ -206,7 +206,8 @@ class _Handler(BaseHTTPRequestHandler):
                 sibling["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 134}
             listing.append(entry)
             siblings.append(sibling)
-        about = {"id": name, "modelId": name, "sha": repo.commit, "private": False, "tags": [], "siblings": siblings}
+        about = {"id": name, "modelId": name, "sha": repo.commit, "tags": [], "siblings": siblings}
+        about["private"] = repo.private
         return self._send(200, json.dumps(listing if tree else about).encode(), {"Content-Type": "application/json"})
 
     def _file(self, name: str, file: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import zoo
-from fake_hub import FakeHub
+from fake_hub import FakeHub, Repo
 from mlxtune_convert import layouts
 from safetensors.numpy import load_file
 
@@ -143,6 +143,32 @@ def test_a_push_makes_a_private_repository_with_the_same_files(
     assert repo.files == {path.name: path.read_bytes() for path in out.iterdir()}
     posts = [request for request in hub.requests if (request.host, request.method) == ("site", "POST")]
     assert {request.authorization for request in posts} == {"Bearer hf_mine"}
+
+
+@pytest.mark.parametrize(("private", "option"), [(False, ()), (True, ("--public",))], ids=["public", "private"])
+def test_a_repository_that_others_see_than_was_asked_for_is_refused_before_any_work(
+    private: bool, option: tuple[str, ...], hub: FakeHub, mlx_model: Path, run: Path, tmp_path: Path
+) -> None:
+    """The hub ignores `private` for a repository that is there, and says nothing."""
+    hub.repos["me/tiny-tuned"] = Repo({"README.md": b"mine"}, private=private)
+    options = ("--adapter", run, "--to", "peft", "--out", tmp_path / "peft", "--no-verify", "--push", "me/tiny-tuned")
+    expected = (f"this repository is {'private' if private else 'public'}", "--public")
+    words = ("export", "--model", mlx_model, *options, *option)
+    tiny.refused(tmp_path / "peft", *words, expected=expected, **_user(hub, tmp_path / "home"))
+    assert hub.repos["me/tiny-tuned"].files == {"README.md": b"mine"}
+
+
+def test_a_public_push_says_so_and_lists_what_it_uploads(
+    hub: FakeHub, mlx_model: Path, run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "peft"
+    options = ("--adapter", run, "--to", "peft", "--out", out, "--no-verify", "--push", "me/tiny-tuned", "--public")
+    result = tiny.done("export", "--model", mlx_model, *options, **_user(hub, tmp_path / "home"))
+    assert "me/tiny-tuned: public" in result.stdout and not hub.repos["me/tiny-tuned"].private
+    for file in out.iterdir():
+        assert f"uploading {file.name}, {file.stat().st_size:,} bytes" in result.stderr
+    idle = tiny.mlxtune("export", "--model", mlx_model, *options[:-3], "--force", "--public")
+    tiny.one_clear_line(idle, "--public has no effect without --push")
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_a_process_that_hangs_ends_the_run_in_one_line_and_the_last_step_is_save
             assert time.monotonic() < deadline
             time.sleep(0.05)
         found = subprocess.run(["pgrep", "-f", f"mlxtune train .*{run}"], capture_output=True, text=True, check=True)
-        first = int((run / lock.FILE).read_text())
+        first = int((run / lock.FILE).read_text().split()[-1])
         (stopped,) = {int(line) for line in found.stdout.split()} - {process.pid, first}
         os.kill(stopped, signal.SIGSTOP)
         began = time.monotonic()

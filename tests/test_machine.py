@@ -183,9 +183,13 @@ def test_a_folder_with_nothing_but_what_macos_leaves_is_empty(name: str, tmp_pat
 
 
 def test_a_run_that_saved_nothing_takes_its_folder_with_it_though_finder_was_there(tmp_path: Path) -> None:
-    checkpoint.remove(leave(tmp_path / "run", *FINDER, lock.FILE, events.FILE))
+    with lock.locked(leave(tmp_path / "run", *FINDER, events.FILE)):
+        pass
+    checkpoint.remove(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    checkpoint.remove(leave(tmp_path / "run", *FINDER, lock.FILE, "mine.txt"))
+    with lock.locked(leave(tmp_path / "run", *FINDER, "mine.txt")):
+        pass
+    checkpoint.remove(tmp_path / "run")
     assert (tmp_path / "run/mine.txt").exists() and not (tmp_path / "run" / lock.FILE).exists()
 
 

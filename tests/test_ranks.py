@@ -107,7 +107,7 @@ def test_a_run_whose_second_process_died_is_resumed_by_one_process(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     found = subprocess.run(["pgrep", "-f", f"mlxtune train .*{run}"], capture_output=True, text=True, check=True)
-    first = int((run / lock.FILE).read_text())
+    first = int((run / lock.FILE).read_text().split()[-1])
     (second,) = {int(line) for line in found.stdout.split()} - {process.pid, first}
     os.kill(second, signal.SIGKILL)
     finished(process, 60)

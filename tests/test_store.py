@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import masks
+import numpy as np
 import pytest
 import tiny
 from reading import ASKED, all_of, read, rows_of, shown
@@ -123,3 +125,99 @@ def test_the_store_keeps_what_the_renderer_made(tokenizer: Any, tmp_path: Path) 
     assert found.highest == max(max(example.ids) for example in found)
     assert found.lengths.tolist() == [len(example.ids) for example in found]
     assert store.cache_folder(section) == tmp_path / "cache"
+
+
+def changed_ids(folder: Path) -> None:
+    """Other tokens of the model: nothing but the digest can tell."""
+    ids = np.fromfile(folder / "ids.bin", np.int32)
+    ids[:] = 77
+    ids.tofile(folder / "ids.bin")
+
+
+def ids_of_no_model(folder: Path) -> None:
+    """facts.json still calls a small number the highest: an embedding would be read far outside of its matrix."""
+    np.full(len(np.fromfile(folder / "ids.bin", np.int32)), 2_000_000_000, np.int32).tofile(folder / "ids.bin")
+
+
+def highest_of_facts(folder: Path) -> None:
+    facts = json.loads((folder / "facts.json").read_text())
+    (folder / "facts.json").write_text(json.dumps(facts | {"highest": 3}))
+
+
+def cut(name: str, by: int) -> tiny.Change:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-by])
+
+
+def lengths_below_zero(folder: Path) -> None:
+    columns = np.fromfile(folder / "columns.bin", store.COLUMNS)
+    columns["length"][:2] += [-1000, 1000]
+    columns.tofile(folder / "columns.bin")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed_ids,
+        ids_of_no_model,
+        highest_of_facts,
+        lengths_below_zero,
+        cut("ids.bin", 1),
+        cut("ids.bin", 8),
+        cut("mask.bin", 1),
+        cut("columns.bin", 5),
+        cut("columns.bin", store.COLUMNS.itemsize),
+        cut("facts.json", 9),
+        lambda folder: (folder / "facts.json").write_text("[" * 100_000),
+        lambda folder: (folder / "facts.json").write_text("{}"),
+        tiny.remove("mask.bin"),
+    ],
+)
+def test_a_store_that_does_not_hold_what_was_written_is_made_again(
+    change: tiny.Change, tokenizer: Any, tmp_path: Path
+) -> None:
+    path, cache = texts_file(tmp_path), tmp_path / "cache"
+    first = all_of(path, tokenizer, cache=str(cache))
+    wanted = shown(first, tokenizer)
+    (folder,) = cache.iterdir()
+    change(folder)
+    again = all_of(path, tokenizer, cache=str(cache))
+    assert shown(again, tokenizer) == wanted and again.highest < 320
+    assert store._is_whole(store._open(folder))
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_cache_that_others_may_write_to_is_not_used(mode: int, tokenizer: Any, tmp_path: Path) -> None:
+    path, cache = texts_file(tmp_path), tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(mode)
+    assert len(all_of(path, tokenizer, cache=str(cache))) == 6
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_is_made_for_its_owner_alone(tokenizer: Any, tmp_path: Path) -> None:
+    all_of(texts_file(tmp_path), tokenizer, cache=str(tmp_path / "cache"))
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
+def test_only_stores_of_ours_are_removed_from_a_cache_when_they_are_old(tokenizer: Any, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    all_of(texts_file(tmp_path), tokenizer, cache=str(cache))
+    (old,) = cache.iterdir()
+    others = {
+        "thesis": ("facts.json", "chapter1.doc"),
+        "0" * 32: ("facts.json", "notes.txt"),
+        "1" * 32: ("facts.json",),
+        "2" * 31: ("facts.json", "ids.bin", "mask.bin", "columns.bin", "signature.bin"),
+    }
+    for name, inside in others.items():
+        (cache / name).mkdir()
+        for file in inside:
+            (cache / name / file).write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (cache / ("3" * 32)).symlink_to(tmp_path / "elsewhere")
+    for folder in cache.iterdir():
+        os.utime(folder, (0, 0))
+    all_of(texts_file(tmp_path, 7), tokenizer, cache=str(cache))
+    assert not old.exists()
+    left = {path.name for path in cache.iterdir()}
+    assert {*others, "3" * 32} < left and len(left) == len(others) + 2

@@ -6,8 +6,10 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +19,15 @@ MIB = 1 << 20
 # What macOS itself leaves in a folder that a person sees as empty: view settings, a folder's own icon, and, on volumes
 # that cannot hold extended attributes, a file with these beside each file (._name).
 OF_MACOS, BESIDE = (".DS_Store", ".localized", "Icon\r"), "._"
+# One of these is in every model, adapter and export; the others may be beside it. What else a folder holds is not ours,
+# and --force replaces no folder of it.
+MADE = ("config.json", "adapter_config.json", "*.safetensors", "*.gguf")
+BESIDE_MADE = (
+    *("*.safetensors.index.json", "*_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template.json"),
+    *("additional_chat_templates", "mlxtune_*.json", "verification.json", "README.md", "LICENSE*", "NOTICE*"),
+    *("Modelfile", "*.Modelfile"),
+)
 # How file systems say that they have no fsync (network volumes, exFAT's folders), not that it failed.
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
 
@@ -45,6 +56,21 @@ def matching(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith(BESIDE))
 
 
+def refuse_links_out(folder: Path) -> None:
+    """Raise UserError for a link that leads out of a model's or an adapter's folder: what it leads to would be copied,
+    exported and pushed with it. The hub's cache is made of links: its snapshots lead to its own `blobs`.
+    """
+    inside = folder.resolve()
+    for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
+        target = path.resolve()
+        of_the_hub = target.parent.name == "blobs" and inside.is_relative_to(target.parent.parent)
+        if not target.is_relative_to(inside) and not of_the_hub:
+            raise UserError(
+                f"{path} is a link that leads out of the folder",
+                "Put the file itself there, if it belongs to the model.",
+            )
+
+
 def holds_something(path: Path) -> bool:
     """Whether there is a file, or a folder with more in it than what macOS itself leaves there."""
     return bool(contents(path)) if path.is_dir() else path.exists()
@@ -53,7 +79,8 @@ def holds_something(path: Path) -> bool:
 def refuse_existing(path: Path, force: bool, sources: Sequence[Path] = ()) -> None:
     """Raise UserError when `path` holds something and `force` was not given.
 
-    Replacing it is refused even then when one of `sources`, or the folder the user is in, would go with it.
+    Replacing it is refused even then when one of `sources`, or the folder the user is in, would go with it, and when a
+    folder holds what no command of ours writes.
     """
     if not path.exists():
         return
@@ -65,7 +92,31 @@ def refuse_existing(path: Path, force: bool, sources: Sequence[Path] = ()) -> No
     if Path.cwd().is_relative_to(place):
         raise UserError(f"{path} is the folder you are in, or holds it", "Name a new folder.")
     if holds_something(path) and not force:
-        raise UserError(f"{path} already exists", "Choose another folder, or add --force to replace it.")
+        other = not_ours(path)
+        hint = "" if other else ", or add --force to replace it"
+        raise UserError(f"{path} already exists", f"Choose another {'folder' if path.is_dir() else 'name'}{hint}.")
+    if other := not_ours(path):
+        raise UserError(
+            f"{path} holds {other}, which mlxtune did not write: --force replaces models, adapters and exports alone",
+            "Choose another folder.",
+        )
+
+
+def not_ours(path: Path) -> str:
+    """The name of something in a folder that no model, adapter or export of ours holds; "" where there is none, and for
+    a file.
+    """
+    if not path.is_dir() or path.is_mount():
+        return "a whole volume" if path.is_mount() else ""
+    there = contents(path)
+    for entry in sorted(there):
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        known = any(fnmatchcase(entry.name, name) for name in (*MADE, *BESIDE_MADE))
+        if not known or (is_folder and entry.name != "additional_chat_templates"):
+            return entry.name
+    if there and not any(fnmatchcase(entry.name, name) for entry in there for name in MADE):
+        return there[0].name
+    return ""
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -82,20 +133,24 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(destination: Path, force: bool = False, sources: Sequence[Path] = ()) -> Iterator[Path]:
+def new_folder(
+    destination: Path, force: bool = False, sources: Sequence[Path] = (), own: bool = False
+) -> Iterator[Path]:
     """Yield a temporary folder beside `destination`; rename it into place only if the body succeeds.
 
     An exception (Ctrl-C included) leaves `destination` as it was and nothing beside it. With `force`, what was there is
-    removed only after the new folder is complete. sources: what the body reads; none of it is ever replaced. Raises
-    UserError for an existing destination, a full disk or a folder that cannot be written.
+    removed only after the new folder is complete. sources: what the body reads; none of it is ever replaced; own: it
+    has a name that only we give, inside a folder of ours, and is replaced whatever it holds. Raises UserError for an
+    existing destination, a full disk or a folder that cannot be written.
     """
-    refuse_existing(destination, force, sources)
-    work = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
-    replaced = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+    if not own:
+        refuse_existing(destination, force, sources)
+    if destination.is_file():
+        raise UserError(f"{destination} is a file", "Name a folder: one will be made.")
+    work, replaced = _beside(destination, "partial"), _beside(destination, "old")
     try:
         with explained(destination):
             destination.parent.mkdir(parents=True, exist_ok=True)
-            _remove(work)
             work.mkdir()
             yield work
             for written in sorted(work.rglob("*")):
@@ -122,11 +177,12 @@ def new_file(destination: Path, force: bool = False, sources: Sequence[Path] = (
     Raises UserError as `new_folder` does.
     """
     refuse_existing(destination, force, sources)
-    work = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    work = _beside(destination, "partial")
     try:
         with explained(destination):
             destination.parent.mkdir(parents=True, exist_ok=True)
-            with work.open("w", encoding="utf-8") as file:
+            handle = os.open(work, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
                 yield file
             flush(work)
             os.replace(work, destination)
@@ -147,7 +203,7 @@ def new_artefact(destination: Path, main: str, force: bool = False, sources: Seq
     refuse_existing(destination, force, sources)
     if destination.is_dir():
         raise UserError(f"{destination} is a folder", "Name a new file, or a folder without the ending.")
-    folder = destination.with_name(f".{destination.name}.parts-{os.getpid()}")
+    folder = _beside(destination, "parts")
     try:
         with explained(destination), new_folder(folder) as work:
             yield work
@@ -155,6 +211,11 @@ def new_artefact(destination: Path, main: str, force: bool = False, sources: Seq
                 os.replace(file, destination if file.name == main else destination.with_suffix(f".{file.name}"))
     finally:
         _remove(folder)
+
+
+def _beside(path: Path, what: str) -> Path:
+    """A name beside a path that nobody can foresee: in a folder that others write to, a link could wait under it."""
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def flush(path: Path) -> None:
@@ -219,6 +280,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
+        raise UserError(f"{path}: JSON that cannot be read ({error})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

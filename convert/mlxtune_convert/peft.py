@@ -20,7 +20,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.files import read_json, write_json
+from mlxtune_convert.files import read_json, refuse_links_out, write_json
 from mlxtune_convert.tensors import read_header, save_checked
 
 CONFIG_FILE = "adapter_config.json"
@@ -158,6 +158,7 @@ def read_adapter(folder: Path) -> Adapter:
     biases, an initialisation that changed the base, LoRA on embeddings.
     """
     config = read_json(folder / CONFIG_FILE, "a PEFT adapter: adapter_config.json and adapter_model.safetensors")
+    refuse_links_out(folder)
     _refuse_unknown(folder / CONFIG_FILE, config)
     file = folder / WEIGHTS_FILE
     if not file.is_file():

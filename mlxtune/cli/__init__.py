@@ -11,6 +11,7 @@ from mlxtune_convert.files import REFUSALS
 import mlxtune
 from mlxtune import gpu_errors
 from mlxtune.cli import bench, common, convert, data, demo, doctor, runs, ship, train, use
+from mlxtune.cli.shown import shown_name
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.train import signals
 
@@ -66,7 +67,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         _say(error.format_message(), "")
         code = 2
     except Interrupted as error:
-        click.echo(error.message, err=True)
+        click.echo(shown_name(error.message), err=True)
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("stopped", err=True)
@@ -96,6 +97,6 @@ def main(args: list[str] | None = None) -> NoReturn:
 
 def _say(message: str, hint: str) -> None:
     # Text of a library's error may be part of the message; it must not break the line.
-    click.echo(f"error: {' '.join(message.splitlines())}", err=True)
+    click.echo(f"error: {shown_name(' '.join(message.splitlines()))}", err=True)
     if hint:
-        click.echo(f"  {hint}", err=True)
+        click.echo(f"  {shown_name(hint)}", err=True)

@@ -70,9 +70,9 @@ class Surviving:
 
 def console(quiet: bool = False) -> Console:
     """Standard error: progress, notes, and what is not the command's result."""
-    from rich.console import Console
+    from mlxtune.cli.console import console as safe
 
-    return Console(stderr=True, highlight=False, emoji=False, markup=False, quiet=quiet)
+    return safe(stderr=True, quiet=quiet)
 
 
 def note(text: str) -> None:
@@ -81,10 +81,10 @@ def note(text: str) -> None:
 
 
 def stdout() -> Console:
-    from rich.console import Console
+    from mlxtune.cli.console import console as safe
 
     # Results are read by other programs too: no wrapping where nobody looks.
-    return Console(highlight=False, emoji=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    return safe(soft_wrap=not sys.stdout.isatty())
 
 
 def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ...] = ()) -> Config:

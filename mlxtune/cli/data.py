@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxtune.cli import common
+from mlxtune.cli.shown import shown, shown_json, shown_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,7 +65,7 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     for record in islice(rows, limit or (None if as_json else 5)):
         for row in renderer.rows([record]):
             if as_json:
-                click.echo(json.dumps(_as_json(tokenizer, row), ensure_ascii=False))
+                click.echo(shown_json(_as_json(tokenizer, row)))
             else:
                 _print(out, tokenizer, row)
 
@@ -108,20 +108,20 @@ def _print(out: Console, tokenizer: Any, row: Row) -> None:
     from mlxtune.data.asked import KINDS
 
     if row.example is None:
-        out.print(Text(f"{row.place}: dropped ({row.dropped})", style="bold red"))
+        out.print(Text(f"{row.place}: dropped ({shown_name(row.dropped)})", style="bold red"))
         return
     ids, mask = row.example.ids, row.example.mask
     ending = ", shortened" if row.shortened else ""
     out.print(Text(f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}", style="bold"))
     for damage in row.damage:
-        out.print(Text(f"damage: {damage.text}", style="bold red"))
+        out.print(Text(f"damage: {shown_name(damage.text)}", style="bold red"))
     for kind, message in row.kinds:
         out.print(Text(f"message {message + 1}: {KINDS[kind]}", style="yellow"))
     body = Text()
     for supervised, run in groupby(range(len(ids)), key=mask.__getitem__):
-        text = tokenizer.decode([ids[index] for index in run], clean_up_tokenization_spaces=False)
-        shown = text if out.is_terminal or not supervised else f"⟦{text}⟧"
-        body.append(shown, style="green" if supervised else "dim")
+        text = shown(tokenizer.decode([ids[index] for index in run], clean_up_tokenization_spaces=False))
+        marked = text if out.is_terminal or not supervised else f"⟦{text}⟧"
+        body.append(marked, style="green" if supervised else "dim")
     out.print(body)
     out.print()
 
@@ -178,7 +178,7 @@ def check(
                 checks.leaks(train, other)
     told = checks.report(splits, config)
     if as_json:
-        click.echo(json.dumps(told, ensure_ascii=False))
+        click.echo(shown_json(told))
     else:
         report.draw(common.stdout(), told)
     errors = [finding for finding in told["findings"] if finding["severity"] == "error"]
@@ -225,5 +225,5 @@ def convert(
     rows = chain.from_iterable(one.read() for one in found[split])
     written, left = rewrite(rows, target, out, force, drop, [Path(source)])
     for row in left:
-        common.console().print(f"left out: {row.place}: {row.reason}", style="yellow", soft_wrap=True)
+        common.console().print(f"left out: {row.place}: {shown_name(row.reason)}", style="yellow", soft_wrap=True)
     common.stdout().print(f"{out}: {written:,} rows" + (f", {len(left):,} left out" if left else ""))

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mlxtune.cli.shown import shown_name
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -20,7 +22,7 @@ def progress(console: Console) -> Iterator[Callable[[str], Callable[[int], None]
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:,.0f} rows"),
         TimeElapsedColumn(),
@@ -30,7 +32,7 @@ def progress(console: Console) -> Iterator[Callable[[str], Callable[[int], None]
     ) as bars:
 
         def begin(name: str) -> Callable[[int], None]:
-            task = bars.add_task(name, total=None)
+            task = bars.add_task(shown_name(name), total=None)
             return lambda rows: bars.update(task, completed=rows)
 
         yield begin
@@ -45,14 +47,14 @@ def draw(out: Console, told: dict[str, Any]) -> None:
         out.print(Text("No findings.", style="green"))
     for finding in told["findings"]:
         more = ", ..." if finding["count"] > NAMED and finding["rows"] else ""
-        rows = ", ".join(map(str, finding["rows"][:NAMED])) + more
+        rows = ", ".join(map(shown_name, finding["rows"][:NAMED])) + more
         line = Text(f"{finding['severity']}: ", style=COLOURS[finding["severity"]])
         what = finding["what"].replace("rows", "row", 1) if finding["count"] == 1 else finding["what"]
         line.append(f"{finding['split']}: {finding['count']:,} {what}", style="default")
         kind = "" if finding["code"] == "unused" else "rows "  # of files
         out.print(line + Text(f" ({kind}{rows})" if rows else "", style="dim"))
         for reason, count in list(finding.get("reasons", {}).items())[:NAMED]:
-            out.print(Text(f"    {count:,} x {reason}", style="dim"))
+            out.print(Text(f"    {count:,} x {shown_name(reason)}", style="dim"))
         out.print(Text(f"    -> {finding['fix']}", style="green"))
 
 
@@ -62,7 +64,7 @@ def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
     from mlxtune.data.told import Expansion, kind_lines
 
     lengths = facts["lengths"]
-    out.print(Text(f"{name}: {facts['file']}", style="bold"))
+    out.print(Text(f"{name}: {shown_name(facts['file'])}", style="bold"))
     share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
     lines = {
         "rows": f"{facts['rows']:,} ({_counts(facts['formats'])})",
@@ -81,7 +83,7 @@ def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
     }
     for label, value in lines.items():
         if value:
-            out.print(Text(f"  {label:16}", style="dim") + Text(value))
+            out.print(Text(f"  {label:16}", style="dim") + Text(shown_name(value)))
     for line in kind_lines(*({kind: told[key] for kind, told in facts["turns"].items()} for key in ("count", "rows"))):
         out.print(Text(f"    {line}", style="yellow"))
     cut = f"{lengths['cut_share']:.1%} of the examples are longer than data.max_tokens {lengths['max_tokens']:,}"

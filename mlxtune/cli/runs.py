@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mlxtune.cli import common
+from mlxtune.cli.shown import shown_name
 
 
 @click.command()
@@ -40,5 +41,6 @@ def runs(folder: Path, as_json: bool) -> None:
     for run in found:
         best = f"{run.best_loss:.4f}" if run.best_loss is not None else "-"
         steps = f"{run.step}/{run.steps or '?'}"
-        table.add_row(run.path.name, run.model, run.state, steps, best, f"{run.bytes / 1e6:,.1f} MB")
+        names = (shown_name(name) for name in (run.path.name, run.model, run.state))
+        table.add_row(*names, steps, best, f"{run.bytes / 1e6:,.1f} MB")
     common.stdout().print(table)

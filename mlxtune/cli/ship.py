@@ -136,8 +136,8 @@ def _held_out(path: Path, adapter: Path | None, data: str | None, skip: bool = F
 
 # Which options mean something for which target.
 TARGETS = {
-    "peft": ("base_name", "push"),
-    "hf": ("base", "dtype", "base_name", "push"),
+    "peft": ("base_name", "push", "public"),
+    "hf": ("base", "dtype", "base_name", "push", "public"),
     "gguf": ("base", "type", "base_name", "ollama"),
     "gguf-lora": ("base_name", "ollama"),
 }
@@ -173,8 +173,9 @@ TARGETS = {
     help="The original model on the hub.  [default: where it was converted from]",
 )
 @click.option("--push", metavar="USER/REPO", help="Upload the export to the hub, into a private repository.")
+@click.option("--public", is_flag=True, help="With --push: into a repository that everyone sees.")
 @request_options
-def export(target: str, kind: str | None, ollama: bool, push: str | None, **shared: Any) -> None:
+def export(target: str, kind: str | None, ollama: bool, push: str | None, public: bool, **shared: Any) -> None:
     """Ship to CUDA users (PEFT, Hugging Face) and to llama.cpp, Ollama and LM Studio (GGUF).
 
     The export is loaded by transformers, PEFT or llama.cpp (when installed, else read back) and compared with the
@@ -188,7 +189,7 @@ def export(target: str, kind: str | None, ollama: bool, push: str | None, **shar
     """
     from mlxtune.errors import UserError
 
-    given = {"type": kind, "ollama": ollama, "push": push, **shared}
+    given = {"type": kind, "ollama": ollama, "push": push, "public": public, **shared}
     special = dict.fromkeys(name for names in TARGETS.values() for name in names)
     useless = [name for name in special if given[name] and name not in TARGETS[target]]
     if useless:
@@ -201,7 +202,9 @@ def export(target: str, kind: str | None, ollama: bool, push: str | None, **shar
     from mlxtune.ship import export as shipping
 
     if push:
-        card.check_repo(push)
+        card.check_repo(push, public)
+    elif public:
+        raise UserError("--public has no effect without --push: nothing is uploaded")
     request = _request(**shared)
     out = request.out
     console = common.console()
@@ -213,8 +216,10 @@ def export(target: str, kind: str | None, ollama: bool, push: str | None, **shar
     result = common.stdout()
     result.print(f"{out}: {target}" + ("" if report is None else f", {report.line()}"))
     if push:
+        for file in sorted(path for path in out.rglob("*") if path.is_file()):
+            console.print(f"uploading {file.relative_to(out)}, {file.stat().st_size:,} bytes", soft_wrap=True)
         with console.status(f"uploading to {push}"):
-            result.print(f"{card.push(out, push)}: private")
+            result.print(card.push(out, push, public))
     if target == "peft" and not shipping.names_base(out):
         common.note("the adapter names no base model (unknown here); --base-name OWNER/NAME writes it")
 
@@ -256,8 +261,10 @@ def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_
 def _export_gguf(request: Request, target: str, kind: str | None, ollama: bool) -> None:
     from rich.progress import Progress
 
-    from mlxtune.ship import gguf
+    from mlxtune.ship import gguf, modelfile
 
+    if ollama:
+        modelfile.check_name(request.out.name)
     with Progress(console=common.console(), transient=True) as bar:
         task = bar.add_task(f"writing {request.out.name}", total=None)
         exported = gguf.ship(

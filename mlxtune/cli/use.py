@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxtune.cli import common
+from mlxtune.cli.shown import shown, shown_name
 
 if TYPE_CHECKING:
     from mlxtune.data.answers import Plain, Reader, Said
@@ -102,8 +104,10 @@ def _sampling(options: dict[str, Any]) -> Sampling:
 class Voice:
     """Says an answer as it comes: the answer on standard output, the thought before it dim on standard error."""
 
-    def __init__(self, reader: Reader | Plain) -> None:
+    def __init__(self, reader: Reader | Plain, raw: bool = False) -> None:
+        """raw: control characters that the model says are not made visible."""
         self.reader = reader
+        self.spelled: Callable[[str], str] = str if raw else shown
         self.text = ""
         self.thought = self.content = 0  # characters said
 
@@ -121,24 +125,24 @@ class Voice:
 
     def _say(self, said: Said) -> None:
         if not self.content and len(said.thought) > self.thought:
-            click.secho(said.thought[self.thought :], nl=False, err=True, dim=True)
+            click.secho(shown(said.thought[self.thought :]), nl=False, err=True, dim=True)
             self.thought = len(said.thought)
         if said.content and not self.content and self.thought:
             click.echo("\n", err=True)
-        click.echo(said.content[self.content :], nl=False)
+        click.echo(self.spelled(said.content[self.content :]), nl=False)
         self.content = max(self.content, len(said.content))
 
 
 class Talk:
     """A conversation with a model, by the chat template, and the variables and day, that it was tuned with."""
 
-    def __init__(self, loaded: Loaded, adapter: Path | None, sampling: Sampling) -> None:
+    def __init__(self, loaded: Loaded, adapter: Path | None, sampling: Sampling, raw: bool = False) -> None:
         from mlxtune_convert.chat_templates import unread
 
         for note in unread(loaded.path):
             common.note(note)
         data = common.run_settings(adapter, None).data
-        self.loaded, self.sampling = loaded, sampling
+        self.loaded, self.sampling, self.raw = loaded, sampling, raw
         self.settings = dict(data.template_kwargs), data.date
         self.system: str | None = None
         self.history: list[dict[str, Any]] = []
@@ -163,7 +167,7 @@ class Talk:
         head = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*head, *self.history, question]
         ids = prompt_ids(self.loaded, messages, *self.settings)
-        voice = Voice(reader_for(self.loaded, messages, *self.settings))
+        voice = Voice(reader_for(self.loaded, messages, *self.settings), self.raw)
         stopped = False
         try:
             for piece in stream(self.loaded, ids, self.sampling):
@@ -191,12 +195,13 @@ class Talk:
 @common.adapter_option
 @click.option("--prompt", required=True, metavar="TEXT", help="The user's message.")
 @click.option("--system", metavar="TEXT", help="A system prompt.")
+@click.option("--raw", is_flag=True, help="Into a file or pipe: control characters as the model says them.")
 @sampling_options
-def generate(model: str, adapter: Path | None, prompt: str, system: str | None, **options: Any) -> None:
+def generate(model: str, adapter: Path | None, prompt: str, system: str | None, raw: bool, **options: Any) -> None:
     """Answer one prompt; standard output is the answer alone.
 
     A model that thinks first does so on standard error: its thought is what its chat template, or <think>, marks as
-    one.
+    one. Control characters, which a terminal would obey, are shown by their numbers: \\x1b.
 
     \b
     mlxtune generate --model model --adapter run --prompt "Where is my order?"
@@ -205,7 +210,9 @@ def generate(model: str, adapter: Path | None, prompt: str, system: str | None, 
     from mlxtune.errors import UserError
     from mlxtune.evaluate.generate import Refused
 
-    talk = Talk(common.load_model(model, adapter), adapter, sampling)
+    if raw and sys.stdout.isatty():
+        raise UserError("--raw would let the model command this terminal", "Send the answer into a file: > answer.txt")
+    talk = Talk(common.load_model(model, adapter), adapter, sampling, raw)
     talk.system = system
     try:
         if not talk.ask(prompt):
@@ -262,7 +269,7 @@ def chat(model: str, adapter: Path | None, system: str | None, **options: Any) -
                 talk.ask(line)
         except UserError as error:
             what = "it stays as it was" if command == "/system" else "this message is not kept"
-            click.echo(f"error: {error.message} ({what})", err=True)
+            click.echo(f"error: {shown_name(error.message)} ({what})", err=True)
         except (RuntimeError, MemoryError) as error:
             failure = recognise(error)
             if failure is None or failure.final:

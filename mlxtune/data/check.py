@@ -7,7 +7,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby, islice, takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ from mlxtune.data import duplicates, lint
 from mlxtune.data.batches import DEFAULT_ROWS, common
 from mlxtune.data.examples import NO_TARGET, Renderer, Row
 from mlxtune.data.files import Bad
-from mlxtune.data.records import Record
-from mlxtune.data.store import CHUNK
+from mlxtune.data.records import Record, chunks
 from mlxtune.data.told import Expansion, Kinds
 
 LISTED = 200  # rows that a finding names
@@ -102,7 +101,7 @@ def survey(out: Split, records: Iterator[Record | Bad], renderer: Renderer, prog
     """Read one split whole. Rows are measured before they are cut: max_tokens only decides what counts as shortened."""
     limit = renderer.section.max_tokens
     uncut = Renderer(renderer.tokenizer, renderer.section.model_copy(update={"max_tokens": 1 << 31}))
-    while chunk := list(islice(records, CHUNK)):
+    for chunk in chunks(records):
         good = []
         for item in chunk:
             if isinstance(item, Bad):

@@ -11,7 +11,6 @@ import csv
 import gzip
 import io
 import json
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +28,9 @@ MARKED = {  # byte order marks, the longer ones first
     codecs.BOM_UTF16_BE: "utf-16",
 }
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}  # of the fields of a .csv, as its header tells
+LONGEST = 256 << 20  # bytes of a line or characters of a field: more than any text, less than a small machine's memory
+PARQUET_ROWS = 32  # that are in memory at a time: a file of a few hundred bytes may name one long text a thousand times
+LARGEST_JSON = 1 << 30  # bytes of a .json file, which is read as a whole; compressed ones are counted unpacked
 LOOKED_AT = 1 << 24  # bytes of a .jsonl file that are looked at to say what else it is
 
 
@@ -113,6 +115,9 @@ def _undecoded(error: UnicodeDecodeError) -> str:
 def _json_lines(path: Path, file: IO[bytes], encoding: str) -> Rows:
     first = True
     for number, line in enumerate(_lines(file, encoding), 1):
+        if line is None:
+            yield Bad(str(path), number, f"longer than {LONGEST >> 20} MiB")
+            continue
         if not line.strip():
             continue
         try:
@@ -133,15 +138,26 @@ def _json_lines(path: Path, file: IO[bytes], encoding: str) -> Rows:
         first = False
 
 
-def _lines(file: IO[bytes], encoding: str) -> Iterator[bytes | str]:
+def _lines(file: IO[bytes], encoding: str) -> Iterator[bytes | str | None]:
     """Lines end at a line feed alone: JSON strings may hold U+2028 and its like. UTF-8 is not decoded yet, so that a
-    line that is broken does not take the others with it.
+    line that is broken does not take the others with it. None stands for a line longer than LONGEST.
     """
     if encoding == "utf-8-sig":
-        yield from file
+        yield from _of_bounded_length(file, b"\n")
     else:
         with io.TextIOWrapper(file, encoding, newline="\n") as text:
-            yield from text
+            yield from _of_bounded_length(text, "\n")
+
+
+def _of_bounded_length(file: Any, line_feed: Any) -> Iterator[Any]:
+    """The lines of a file; None for one that is longer than LONGEST, of which no more is kept in memory."""
+    while line := file.readline(LONGEST):
+        if len(line) < LONGEST or line.endswith(line_feed):
+            yield line
+            continue
+        while (rest := file.readline(LONGEST)) and not rest.endswith(line_feed):
+            pass
+        yield None
 
 
 def _refuse_json(path: Path, encoding: str) -> None:
@@ -172,7 +188,13 @@ def _refuse_json(path: Path, encoding: str) -> None:
 
 
 def _json(path: Path, file: IO[bytes], encoding: str) -> Rows:
-    text = file.read().decode(encoding)
+    whole = file.read(LARGEST_JSON + 1)
+    if len(whole) > LARGEST_JSON:
+        raise UserError(
+            f"{path}: larger than {LARGEST_JSON >> 30} GiB, and a .json file is read as a whole",
+            "Write it as JSON Lines, one object per line, in a .jsonl file: these may be of any size.",
+        )
+    text = whole.decode(encoding)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -187,7 +209,7 @@ def _json(path: Path, file: IO[bytes], encoding: str) -> Rows:
 
 
 def _csv(path: Path, file: IO[bytes], encoding: str) -> Rows:
-    csv.field_size_limit(sys.maxsize)  # a long document is no error
+    csv.field_size_limit(LONGEST)
     with io.TextIOWrapper(file, encoding=encoding, newline="") as text:
         separator = "\t" if kind_of(path) == ".tsv" else _separator(text)
         reader = csv.DictReader(text, strict=True, delimiter=separator)
@@ -227,7 +249,7 @@ def _parquet(path: Path, file: IO[bytes]) -> Rows:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=PARQUET_ROWS):
             yield from arrow.rows(str(path), batch, number)
             number += len(batch)
     except (pyarrow.ArrowException, OSError) as error:

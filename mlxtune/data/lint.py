@@ -97,7 +97,9 @@ SECRETS = re.compile(
     r"|\bhf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
     r"|(?i:\b(?:password|passwd|api_key|secret_key)\b\s*[=:]\s*['\"][^'\"\s]{8,}['\"])"
 )
-EMAIL = re.compile(r"[\w.+-]+@(?!example\.)[\w-]+\.(?!example\b)[A-Za-z]{2,}")
+# Each part has a longest length, and begins where no part can have begun before: else a long text without a match is
+# searched once more from each of its letters.
+EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?!example\.)[\w-]{1,63}\.(?!example\b)[A-Za-z]{2,24}")
 # UTF-8 read as Latin-1 or Windows-1252; the replacement character; control characters that no text has.
 ENCODING = re.compile(r"\ufffd|Ã[\x80-\xbf©¨¼¶¤±³¡ª«­®¯²]|â€[™œ\x9d“”˜¦]|Â[\xa0»«°·]|[\x00-\x08\x0b\x0e-\x1f]")
 MARKUP = re.compile(r"&(?:amp|lt|gt|quot|nbsp|#\d+);")

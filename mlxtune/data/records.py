@@ -56,6 +56,29 @@ class Record(Placed):
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
+CHUNK_ROWS, CHUNK_LETTERS = 512, 16 << 20  # that are worked on together, and in memory meanwhile
+
+
+def chunks(records: Iterable[Record | Bad]) -> Iterator[list[Record | Bad]]:
+    """The rows in lists: up to CHUNK_ROWS of them, fewer where their texts are long."""
+    chunk: list[Record | Bad] = []
+    letters = 0
+    for record in records:
+        chunk.append(record)
+        if isinstance(record, Record):
+            letters += _letters(record)
+        if len(chunk) == CHUNK_ROWS or letters >= CHUNK_LETTERS:
+            yield chunk
+            chunk, letters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _letters(record: Record) -> int:
+    contents = [message.get("content") for message in record.messages or []]
+    return sum(len(text) for text in (record.text, *contents) if isinstance(text, str))
+
+
 Parsed = tuple[list[dict[str, Any]] | None, list[dict[str, Any]] | None, str | None]  # messages, tools, text
 
 

@@ -8,7 +8,10 @@ growing parts of the list. Where the installed transformers has other insides, `
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 try:
@@ -22,6 +25,33 @@ try:
     )
 except (ImportError, AttributeError):  # another release of transformers
     _compile = None
+
+SECONDS = 30.0  # that one conversation may take: a template is a stranger's program, and may go on for ever
+LONGEST = 256 << 20  # characters that a template may make of one conversation
+
+
+class Endless(Exception):
+    """The template did not come to an end in time."""
+
+
+@contextmanager
+def in_time(seconds: float) -> Iterator[None]:
+    """Inside, Python code that lasts longer is ended by Endless. Only in the main thread, which alone hears signals."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def too_long(*_: Any) -> None:
+        raise Endless(f"it did not come to an end within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
 
 Print = Callable[
     [list[dict[str, Any]], Any, bool], str

@@ -11,7 +11,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
 import weakref
@@ -20,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import date
-from itertools import groupby, islice
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from mlxtune.data import duplicates
 from mlxtune.data.chat import Example
 from mlxtune.data.examples import Renderer, Row
 from mlxtune.data.files import Bad
-from mlxtune.data.records import Record, require_good
+from mlxtune.data.records import Record, chunks, require_good
 from mlxtune.data.told import Kinds
 from mlxtune.errors import UserError
 from mlxtune.sections import DataSection
@@ -39,7 +41,8 @@ from mlxtune.sections import DataSection
 VERSION = 4  # of the files made from the same data: raised when rendering or their layout changes
 KEPT_SECONDS = 30 * 24 * 3600  # how long a store that is not used stays in the cache folder
 LISTED = 10_000  # dropped and damaged rows that are remembered one by one
-CHUNK = 512  # rows that are read together
+FACTS_FILE = "facts.json"
+NAME = re.compile("[0-9a-f]{32}")  # of a store in the cache folder
 SHORTENED, DAMAGED, CHAT = 1, 2, 4  # flags of an example
 OPTIONS = ("max_tokens", "train_on", "expand_turns", "template", "template_kwargs", "order")
 # What is known of each example. row: its place in the file; group: the number of its row among those that gave examples
@@ -114,22 +117,55 @@ def of(
         weakref.finalize(made, shutil.rmtree, folder, True)
         return made
     folder = root / _key(content, renderer)
-    if not (folder / "facts.json").is_file():
-        with new_folder(folder, force=True) as work:
+    found = _kept(folder)
+    if found is None:
+        with new_folder(folder, own=True) as work:
             _build(work, source, records(), renderer, progress)
         _prune(root)
+        found = _open(folder)
     os.utime(folder)
-    made = _open(folder)
-    made.facts["file"] = source  # the same bytes may have had another name
-    return made
+    found.facts["file"] = source  # the same bytes may have had another name
+    return found
 
 
 def _writable(folder: Path) -> bool:
+    """Whether stores may be kept here: the folder is there, or could be made, and nobody else can change it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
     except OSError:
         return False
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return False
     return os.access(folder, os.W_OK)
+
+
+def _kept(folder: Path) -> Store | None:
+    """The store in a folder of the cache; None where there is none, or it does not hold what was written."""
+    if folder.is_symlink() or not (folder / FACTS_FILE).is_file():
+        return None
+    try:
+        found = _open(folder)
+        return found if _is_whole(found) else None
+    except (UserError, OSError, ValueError, KeyError, TypeError):  # torn, or written by something else
+        return None
+
+
+def _is_whole(store: Store) -> bool:
+    """Whether the ids and masks are those whose digest was taken when they were written. They are read by number
+    later, and a wrong one would be read from anywhere in memory.
+    """
+    lengths, groups = store.columns["length"], store.columns["group"]
+    total = int(store.starts[-1])
+    if (lengths < 0).any() or len(store.ids) != total or len(store.mask) != total:
+        return False
+    digest = hashlib.blake2b(digest_size=16)
+    first_of_group = np.flatnonzero(np.diff(groups, prepend=-1))
+    borders = store.starts[np.append(first_of_group, len(groups))]
+    for begin, end in pairwise(borders.tolist()):  # as they were written: the ids of a row, then its mask
+        digest.update(store.ids[begin:end].tobytes() + store.mask[begin:end].tobytes())
+    highest = int(store.ids.max(initial=0))
+    return digest.hexdigest() == store.facts["digest"] and highest == store.facts["highest"]
 
 
 def cache_folder(section: DataSection) -> Path | None:
@@ -156,10 +192,13 @@ def _key(content: str, renderer: Renderer) -> str:
 
 
 def _prune(root: Path) -> None:
-    """Remove the stores that nobody used for a while."""
+    """Remove the stores that nobody used for a while, and nothing else that lies there."""
+    held = {FACTS_FILE, *(f"{name}.bin" for name in FILES)}
     for folder in root.iterdir():
-        facts = folder / "facts.json"
-        if facts.is_file() and time.time() - folder.stat().st_mtime > KEPT_SECONDS:
+        if folder.is_symlink() or not NAME.fullmatch(folder.name) or not folder.is_dir():
+            continue
+        unused = time.time() - folder.stat().st_mtime > KEPT_SECONDS
+        if unused and {path.name for path in folder.iterdir()} == held:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -217,7 +256,7 @@ def _build(
     groups = 0
     with ExitStack() as opened:
         files = {name: opened.enter_context((folder / f"{name}.bin").open("wb")) for name in FILES}
-        while chunk := list(islice(records, CHUNK)):
+        for chunk in chunks(records):
             good = [record for record in chunk if isinstance(record, Record)]
             bad += [record for record in chunk if isinstance(record, Bad)]
             facts.rows += len(chunk)
@@ -237,7 +276,7 @@ def _build(
             progress(source, facts.rows)
     require_good(bad, facts.rows)
     facts.digest = digest.hexdigest()
-    write_json(folder / "facts.json", vars(facts))
+    write_json(folder / FACTS_FILE, vars(facts))
 
 
 def _values(parts: list[Row], group: int, damaged: bool, section: DataSection) -> dict[str, np.ndarray]:
@@ -286,4 +325,4 @@ def _open(folder: Path) -> Store:
         flat = np.memmap(file, kind, "r") if file.stat().st_size else np.zeros(0, kind)
         found[name] = flat.reshape(shape)
     starts = np.concatenate([[0], np.cumsum(found["columns"]["length"])])
-    return Store(**found, starts=starts, facts=read_json(folder / "facts.json", "tokenized rows"))
+    return Store(**found, starts=starts, facts=read_json(folder / FACTS_FILE, "tokenized rows"))

@@ -14,7 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from mlxtune.data.rendering import Print, Remembered, prepared, printer
+from mlxtune.data import rendering
+from mlxtune.data.rendering import Endless, Print, Remembered, in_time, prepared, printer
+from mlxtune.errors import UserError
 
 MARKS = re.compile("[\ue000-\uf8ff\U000f0000-\U000ffffd]")
 USER, ASSISTANT, NEXT = "\ue000", "\ue001", "\ue002"  # the marks of probes
@@ -51,9 +53,16 @@ class Template:
     def printed(self, messages: Messages, tools: Any = None, prompt: bool = False) -> str:
         """The same, of messages that went through `rendering.prepared`: a part of them can be printed as well."""
         try:
-            return self._printer(bool(tools))(messages, tools, prompt)
+            with in_time(rendering.SECONDS):
+                text = self._printer(bool(tools))(messages, tools, prompt)
+        except Endless as error:
+            hint = "Take another one, the model's original, say: data.template."
+            raise UserError(f"the chat template cannot be used: {error}", hint) from error
         except Exception as error:  # a template is a stranger's program, and may raise anything
             raise TemplateError(f"the chat template refuses this conversation: {error}") from error
+        if len(text) > rendering.LONGEST:
+            raise TemplateError(f"the chat template makes {len(text):,} characters of this conversation")
+        return text
 
     def _printer(self, tools: bool) -> Print:
         """Chat templates may come as several: one of them is for conversations with tools."""

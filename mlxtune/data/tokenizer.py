@@ -7,6 +7,7 @@ from textwrap import shorten
 from typing import Any
 
 from mlxtune_convert import chat_templates
+from mlxtune_convert.files import refuse_links_out
 
 from mlxtune.errors import UserError
 
@@ -19,6 +20,7 @@ def require_folder(path: Path) -> None:
         raise UserError(f"{path} is a file; a model is a folder", f"Convert it first: mlxtune convert {path} FOLDER")
     if not path.is_dir():
         raise UserError(f"no model folder {path}")
+    refuse_links_out(path)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -34,8 +36,13 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder} has no tokenizer", "Expected tokenizer.json beside the model's weights.")
     templates = chat_templates.of_folder(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises whatever its parts raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder}: the tokenizer needs code of its own (auto_map), and code from others is never run",
+                "Take a version of this model whose tokenizer transformers knows.",
+            ) from error
         reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
     if not tokenizer.is_fast:

@@ -26,6 +26,7 @@ from mlxtune.model import convert, lora
 from mlxtune.model.load import Loaded, load
 from mlxtune.ship import export, gguf
 from mlxtune.train.display import Display, duration
+from mlxtune.train.lock import is_marked
 
 STEPS = 48
 FOLDERS = ("model", "run", "fused", "peft", "hf", "gguf")  # what the demo makes, and all that --force removes
@@ -53,7 +54,8 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
     if taken and not force:
         raise UserError(f"{taken[0]} already exists", "Choose another --out, or add --force to begin again.")
     for folder in taken:
-        refuse_existing(folder, force, [Path(source)] if source else [])
+        if not is_marked(folder):  # a run
+            refuse_existing(folder, force, [Path(source)] if source else [])
     for folder in taken:
         shutil.rmtree(folder)
     began = time.perf_counter()

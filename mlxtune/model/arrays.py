@@ -46,6 +46,7 @@ def save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
     """
     partial = file.with_name(f".{file.stem}.partial.safetensors")
     try:
+        partial.unlink(missing_ok=True)  # a link, say
         save_checked(partial, {name: to_numpy(array) for name, array in arrays.items()}, {"format": "mlx"})
         flush(partial)
         partial.replace(file)

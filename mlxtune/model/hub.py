@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxtune_convert.files import MIB, explained, require_space
+from mlxtune_convert.files import MIB, explained, refuse_links_out, require_space
 
 from mlxtune.errors import UserError
 
@@ -34,6 +34,8 @@ def resolve(source: str) -> Path:
     """
     path = Path(source).expanduser()
     if path.exists():
+        if path.is_dir():
+            refuse_links_out(path)
         return path
     if not HUB_ID.fullmatch(source) or source.startswith((".", "~")) or path.suffix in (".gguf", ".safetensors"):
         raise UserError(f"no file or folder {source}", "A hub id looks like owner/name.")

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlxtune_convert.files import read_json, write_json
+from mlxtune_convert.files import read_json, refuse_links_out, write_json
 from mlxtune_convert.tensors import read_header
 
 from mlxtune.errors import UserError
@@ -135,6 +135,7 @@ def read_spec(folder: Path) -> Spec:
     """The adapter that a run folder (or any mlx-lm adapter folder) holds. Raises UserError when it holds none."""
     if not folder.is_dir():
         raise UserError(f"no adapter folder {folder}")
+    refuse_links_out(folder)
     config = read_json(folder / CONFIG_FILE, "an adapter folder: adapters.safetensors and adapter_config.json")
     if "peft_type" in config:
         raise UserError(f"{folder} is a PEFT adapter", f"Convert it first: mlxtune convert {folder} ADAPTER")

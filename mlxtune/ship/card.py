@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ def write_generation_config(work: Path, config: dict[str, Any]) -> None:
 
 def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None, note: str = "") -> None:
     """README.md as the hub shows it. kind: "transformers" or "peft"; base: hub id or ""; note: for its users."""
+    base = base if REPO.fullmatch(base) else ""  # a name that a stranger's file gave may be any text
     head = ["---", f"library_name: {kind}", "tags: [mlxtune, lora]", f"license: {licence or 'unknown'}"]
     head += [f"base_model: {base}"] if base else []
     what = "merged and exported" if kind == "transformers" else "as a PEFT adapter, exported"
@@ -50,8 +52,15 @@ def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None, 
             "training": f"{lengths}, learning rate {run.train.lr:g} ({run.train.schedule}), seed {run.train.seed}",
             "loss on": f"{run.data.train_on} assistant turns, rows of up to {run.data.max_tokens} tokens",
         }
-        body += ["", "| recipe | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items() if text)]
+        lines = [f"| {name} | {_cell(text)} |" for name, text in rows.items() if text]
+        body += ["", "| recipe | |", "|---|---|", *lines]
     (work / "README.md").write_text("\n".join([*head, *body, ""]), encoding="utf-8")
+
+
+def _cell(text: str) -> str:
+    """A text inside of a table: no column, no line and no HTML of its own."""
+    text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", " ", text).split())
+    return html.escape(text, quote=False).replace("\\", "\\\\").replace("|", "\\|").replace("`", "\\`")
 
 
 def licence_of(folder: Path) -> str:
@@ -62,9 +71,10 @@ def licence_of(folder: Path) -> str:
     return found[1] if found else ""
 
 
-def check_repo(repo: str) -> None:
-    """Raise UserError before any work when an upload could not begin."""
-    from huggingface_hub import constants, get_token
+def check_repo(repo: str, public: bool) -> None:
+    """Raise UserError before any work when an upload could not begin, or would be seen by more people than asked."""
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
     if not REPO.fullmatch(repo):
         raise UserError(f"--push {repo}: a repository on the hub looks like USER/NAME")
@@ -72,12 +82,33 @@ def check_repo(repo: str) -> None:
         raise UserError("--push needs the hub, and HF_HUB_OFFLINE is set", "Unset it, or leave --push out.")
     if not get_token():
         raise UserError("--push needs a login", "Log in first: hf auth login (or set HF_TOKEN).")
+    try:
+        _require_asked_for(repo, bool(HfApi().repo_info(repo).private), public)
+    except RepositoryNotFoundError:
+        return  # it will be made
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        raise UserError(
+            f"--push {repo}: the hub cannot be asked who sees it ({' '.join(str(error).split())[:200]})",
+            "Try again later, or leave --push out.",
+        ) from error
 
 
-def push(folder: Path, repo: str) -> str:
-    """Upload a folder to a private repository of the hub, made if there is none; return its address.
+def _require_asked_for(repo: str, private: bool, public: bool) -> None:
+    if not private and not public:
+        raise UserError(
+            f"--push {repo}: this repository is public, everyone would see the export",
+            "Choose another one, make it private on the hub, or add --public.",
+        )
+    if private and public:
+        raise UserError(f"--push {repo}: this repository is private", "Leave --public out, or make it public first.")
 
-    Raises UserError when the hub refuses or cannot be reached; the folder stays.
+
+def push(folder: Path, repo: str, public: bool) -> str:
+    """Upload a folder to a repository of the hub, made if there is none; return its address and who sees it, as the hub
+    says.
+
+    Raises UserError when the hub refuses or cannot be reached, or would show it to more people than asked; the folder
+    stays.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -86,7 +117,10 @@ def push(folder: Path, repo: str) -> str:
     disable_progress_bars()
     api = HfApi()
     try:
-        address = api.create_repo(repo, private=True, exist_ok=True, repo_type="model")
+        # Of a repository that is there already the hub ignores `private`, and says nothing.
+        address = api.create_repo(repo, private=not public, exist_ok=True, repo_type="model")
+        private = bool(api.repo_info(repo).private)
+        _require_asked_for(repo, private, public)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from mlxtune")
     except (HfHubHTTPError, HTTPError, OSError) as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
@@ -95,4 +129,4 @@ def push(folder: Path, repo: str) -> str:
             f"the export is in {folder}, but the hub did not take it as {repo}: {' '.join(why.split())[:200]}",
             "Log in with a token that may write: hf auth login; then run the command again with --force.",
         ) from error
-    return str(address)
+    return f"{address}: {'private' if private else 'public'}"

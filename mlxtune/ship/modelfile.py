@@ -6,6 +6,7 @@ model's template really writes around each message, and kept only if it writes t
 
 from __future__ import annotations
 
+import re
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,12 @@ from typing import Any, NamedTuple
 from mlxtune_convert.vocab_export import end_ids
 
 from mlxtune.data.chosen import tokenizer_of
+from mlxtune.errors import UserError
 from mlxtune.ship.export import Request
 
 FILE = "Modelfile"
+QUOTE = '"""'  # around a text of several lines; Ollama knows no way to write it inside of one
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SYSTEM, USER, ANSWER, SECOND = "\ue000s\ue000", "\ue000u\ue000", "\ue000a\ue000", "\ue000v\ue000"
 
 
@@ -92,11 +96,30 @@ def turns(tokenizer: Any) -> Turns | None:
     return found
 
 
+def _quotable(text: str) -> bool:
+    """Whether Ollama reads a text between two QUOTEs as it is: nothing of it ends the quotation, which would make the
+    rest instructions. A quote sign at an end would be taken for a part of QUOTE.
+    """
+    return QUOTE not in text and not text.startswith('"') and not text.endswith('"') and not CONTROL.search(text)
+
+
+def check_name(name: str) -> None:
+    """Raise UserError for a file name that cannot stand in a Modelfile."""
+    if "\n" in name or CONTROL.search(name) or name != name.strip():
+        raise UserError(
+            f"--ollama: {name!r} cannot stand in a Modelfile (line breaks, control characters or spaces at an end)",
+            "Choose another name for --out.",
+        )
+
+
 def write(request: Request, work: Path, model: str, adapter: bool) -> list[str]:
-    """Write the Modelfile; return lines a person must read. model: the GGUF's name in `work`."""
+    """Write the Modelfile; return lines a person must read. model: the GGUF's name in `work`. Raises UserError for a
+    name that cannot stand in it.
+    """
     source = request.base or request.model
     tokenizer = tokenizer_of(source, request.adapter)
     name = request.out.name if request.out.suffix == Path(model).suffix else model
+    check_name(name)
     notes = []
     lines = [f"FROM ./{name}"]
     if adapter:
@@ -107,11 +130,20 @@ def write(request: Request, work: Path, model: str, adapter: bool) -> list[str]:
     around = turns(tokenizer) if tokenizer.chat_template else None
     if around is None:
         notes.append("this chat template is not fixed text around messages: Ollama will look for a template itself")
+    elif not (_quotable(around.go()) and _quotable(around.default)):
+        notes.append(
+            f"the chat template holds {QUOTE} or control characters, which a Modelfile cannot: TEMPLATE and SYSTEM "
+            "are left out, and Ollama will look for a template itself"
+        )
     else:
-        lines.append(f'TEMPLATE """{around.go()}"""')
+        lines.append(f"TEMPLATE {QUOTE}{around.go()}{QUOTE}")
         if around.default:
-            lines.append(f'SYSTEM """{around.default}"""')
+            lines.append(f"SYSTEM {QUOTE}{around.default}{QUOTE}")
     ends = dict.fromkeys(i for i in (tokenizer.eos_token_id, *end_ids(source)) if i is not None)
-    lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(list(ends))]
+    for token in tokenizer.convert_ids_to_tokens(list(ends)):
+        if '"' in token or "\n" in token or CONTROL.search(token):
+            notes.append(f"the end token {token!r} cannot be written into a Modelfile: Ollama may not stop at it")
+        else:
+            lines.append(f'PARAMETER stop "{token}"')
     (work / FILE).write_text("\n".join([*lines, ""]), encoding="utf-8")
     return notes

@@ -252,8 +252,10 @@ def transformers_runner(folder: Path) -> Runner:
     from transformers import AutoConfig
 
     _quiet()
-    kind = _model_class(AutoConfig.from_pretrained(str(folder)))
-    model, info = kind.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
+    kind = _model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
+    model, info = kind.from_pretrained(
+        str(folder), dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
         raise UserError(

@@ -8,6 +8,7 @@ before is used.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -34,7 +35,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 STEP = re.compile(r"step-\d{7,}")
-LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+")  # by a process that was killed while it wrote
+LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+(-[0-9a-f]+)?")  # by a process that was killed while it wrote
 # All that a run writes before it saved anything.
 OWN = (lock.FILE, CONFIG_FILE, events.FILE, lora.CONFIG_FILE, chosen.FILE, FOLDER, "tensorboard", "wandb")
 
@@ -81,7 +82,7 @@ def save(
     factors: the adapter's arrays; moments: the optimizer's. Both evaluated: nothing is computed here.
     """
     folder = run / FOLDER / f"step-{state.step:07d}"
-    with new_folder(folder, force=True) as work:
+    with new_folder(folder, own=True) as work:
         save_arrays(work / adapter_file, factors)
         save_arrays(work / OPTIMIZER_FILE, moments)
         digests = {name: _digest(work / name) for name in (adapter_file, OPTIMIZER_FILE)}
@@ -94,7 +95,7 @@ def save(
 
 def save_best(run: Path, state: State, model: nn.Module, adapter_file: str) -> None:
     """Keep the adapter that scored best so far beside the checkpoints."""
-    with new_folder(run / FOLDER / BEST, force=True) as work:
+    with new_folder(run / FOLDER / BEST, own=True) as work:
         lora.save_factors(model, work, adapter_file)
         shutil.copy(run / lora.CONFIG_FILE, work)
         write_json(work / STATE_FILE, {"state": asdict(state)})
@@ -104,6 +105,7 @@ def newest(run: Path, skipped: Callable[[str], None]) -> Saved:
     """The newest whole checkpoint; `skipped` hears of torn ones, which are removed together with what a killed process
     left half written. Raises UserError when there is none.
     """
+    refuse_links(run)
     for left in (run / FOLDER).glob(".*"):
         if LEFT.fullmatch(left.name):
             shutil.rmtree(left)
@@ -142,6 +144,24 @@ def restore(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
     optimizer.state = tree_unflatten(list(tensors.items()))
 
 
+def refuse_links(run: Path) -> None:
+    """Raise UserError where a file or folder of a run is a link: what it leads to is another's, and would be written to
+    or removed.
+    """
+    for name in (*OWN, lora.ADAPTER_FILE):
+        if (run / name).is_symlink():
+            raise UserError(f"{run / name} is a link", "A run's files are its own: choose another --out, or remove it.")
+    if (run / FOLDER).is_dir():
+        for path in (run / FOLDER).iterdir():
+            if path.is_symlink() and _is_of_ours(path.name):
+                raise UserError(f"{path} is a link", "Checkpoints are never linked: remove it.")
+
+
+def _is_of_ours(name: str) -> bool:
+    """Whether a checkpoint is called so."""
+    return name == BEST or bool(STEP.fullmatch(name) or LEFT.fullmatch(name))
+
+
 def exists(run: Path) -> bool:
     """Whether a run holds anything worth keeping: an adapter or a checkpoint."""
     return lora.adapter_file(run) is not None or resumable(run)
@@ -153,22 +173,41 @@ def resumable(run: Path) -> bool:
 
 
 def free(run: Path) -> bool:
-    """Whether a run may begin here: there is nothing, or one was killed here before it saved anything."""
-    if not run.is_dir():
-        return not run.exists()
-    return {path.name for path in contents(run)} <= set(OWN) and not exists(run) and not lock.is_locked(run)
+    """Whether a run may begin here: there is nothing, or one of ours was killed here before it saved anything."""
+    if run.is_symlink() or not run.is_dir():
+        return not os.path.lexists(run)
+    there = contents(run)
+    if not there:
+        return True
+    known = all(path.name in OWN and not path.is_symlink() for path in there)
+    return known and lock.is_marked(run) and not exists(run) and not lock.is_locked(run)
 
 
 def remove(run: Path) -> None:
-    """Take away what a run wrote that saved nothing; what others put there stays."""
+    """Take away what a run wrote that saved nothing; what others put there stays. Only where a run began."""
+    if not lock.is_marked(run):
+        return
     for name in OWN:
         path = run / name
-        if path.is_dir():
+        if name == FOLDER:
+            _remove_own(path)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
     if run.is_dir() and not contents(run):
         shutil.rmtree(run, ignore_errors=True)
+
+
+def _remove_own(folder: Path) -> None:
+    """Remove a folder of checkpoints, but for what others put into it."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if _is_of_ours(path.name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    if not contents(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folders(run: Path) -> list[Path]:

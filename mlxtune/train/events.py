@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlxtune_convert.files import flush_open
 
@@ -33,7 +34,7 @@ class Events:
         self._listeners = listeners if folder is not None else ()
         self._lock = threading.RLock()  # a listener may have something to say itself
         self._ended = False
-        self._file = None if folder is None else (folder / FILE).open("a", encoding="utf-8")
+        self._file = None if folder is None else _opened(folder / FILE)
         if self._file and folder and _cut_off(folder / FILE):
             self._file.write("\n")
 
@@ -60,6 +61,12 @@ class Events:
             if self._file:
                 self._file.close()
                 self._file = None
+
+
+def _opened(file: Path) -> IO[str]:
+    """A file to append to, and not what a link leads to. Raises OSError for a link."""
+    handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    return os.fdopen(handle, "a", encoding="utf-8")
 
 
 def _cut_off(file: Path) -> bool:

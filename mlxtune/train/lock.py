@@ -1,4 +1,8 @@
-"""One process per run folder. The operating system lets go of the lock when its holder dies, however it dies."""
+"""One process per run folder. The operating system lets go of the lock when its holder dies, however it dies.
+
+The lock's file, "mlxtune 4711" for process 4711, is also the mark of a run folder: what a run that saved nothing left
+behind is ours to remove, and what merely has the same names is not.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,20 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from mlxtune.errors import UserError
 
 FILE = ".lock"
+MARK = "mlxtune"
+HOLDER = re.compile(rf"(?:{MARK} )?(\d+)\n?")  # the number alone: of versions before
 # How file systems say that they have no locks (network volumes, some that FUSE brings).
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
+LONGEST = 64  # characters that are read of it
 UNLOCKED = (
     "the volume of this run's folder has no locks: nothing stops a second process from training in it, and "
     "`mlxtune runs` calls the run killed while it lasts"
@@ -24,18 +34,26 @@ UNLOCKED = (
 def locked(run: Path) -> Iterator[bool]:
     """Hold the run's lock inside. Yields False when the file system has no locks: then nothing is held.
 
-    Raises UserError, naming the process, when another holds it.
+    Raises UserError, naming the process, when another holds it, and for a file of that name that is not ours.
     """
-    with (run / FILE).open("a+", encoding="utf-8") as file:
+    try:
+        file = _opened(run / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    except _NotAFile as error:
+        raise UserError(f"{run / FILE} is {error}", "A run's files are its own: choose another --out.") from error
+    with file:
         taken = _taken(file.fileno())
+        file.seek(0)
+        known = file.read(LONGEST)
+        holder = HOLDER.fullmatch(known)
         if taken is False:
-            file.seek(0)
             raise UserError(
-                f"{run}: process {file.read().strip() or '(unknown)'} is training here",
+                f"{run}: process {holder[1] if holder else '(unknown)'} is training here",
                 "Wait for it, stop it, or choose another --out.",
             )
+        if known and not holder:
+            raise UserError(f"{run / FILE} is not mlxtune's", "Choose another --out.")
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(f"{MARK} {os.getpid()}\n")
         file.flush()
         yield taken is True
 
@@ -47,10 +65,37 @@ def is_locked(run: Path) -> bool:
     to a file that is open for writing, which another's run may not be.
     """
     try:
-        with (run / FILE).open("r", encoding="utf-8") as file:
+        with _opened(run / FILE, os.O_RDONLY) as file:
             return _taken(file.fileno(), fcntl.LOCK_SH) is False
-    except OSError:
+    except (OSError, _NotAFile):
         return False
+
+
+def is_marked(run: Path) -> bool:
+    """Whether a run of ours began in this folder."""
+    try:
+        with _opened(run / FILE, os.O_RDONLY) as file:
+            return file.read(LONGEST).startswith(f"{MARK} ")
+    except (OSError, UnicodeDecodeError, _NotAFile):
+        return False
+
+
+class _NotAFile(Exception):
+    """Says what is there instead."""
+
+
+def _opened(path: Path, flags: int) -> IO[str]:
+    """A file, opened without following a link and without waiting for whoever writes into a pipe."""
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _NotAFile("a link") from error
+        raise
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _NotAFile("no ordinary file")
+    return os.fdopen(handle, "a+" if flags & os.O_APPEND else "r", encoding="utf-8", errors="replace")
 
 
 def _taken(handle: int, kind: int = fcntl.LOCK_EX) -> bool | None:

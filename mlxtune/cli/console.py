@@ -1,0 +1,31 @@
+"""Where the commands print: rich's console, that obeys no text of other people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from mlxtune.cli.shown import shown
+
+if TYPE_CHECKING:
+    from rich.style import StyleType
+
+
+class SafeConsole(Console):
+    """A rich console that obeys its own styles, and nothing in the texts that it prints."""
+
+    def print(self, *objects: Any, style: StyleType | None = None, **how: Any) -> None:
+        # rich itself would leave a carriage return and its like out of a text without a word.
+        super().print(*(shown(item) if isinstance(item, str) else item for item in objects), style=style, **how)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(shown(segment.text), segment.style)
+
+
+def console(**settings: Any) -> SafeConsole:
+    """A console without rich's markup: a row may hold [bold]."""
+    return SafeConsole(highlight=False, emoji=False, markup=False, **settings)

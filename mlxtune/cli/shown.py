@@ -1,0 +1,37 @@
+"""Text of other people on a terminal: rows, names, errors, notes, and what a model says.
+
+A terminal obeys control sequences: ESC ] 52 sets the clipboard, ESC [ 2 J clears the screen, a carriage return writes
+over the line, and bidirectional marks show one text and mean another. Each such character is shown by its number,
+"\\x1b", so that the eye sees what is there; letters of every script stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+CONTROL = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{BIDI}]")  # all but the line feed and the tab
+LINE_BREAKS = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029{BIDI}]")
+
+
+def shown(text: str) -> str:
+    """A text in which nothing commands the terminal. Line feeds and tabs stay."""
+    return CONTROL.sub(_by_number, text)
+
+
+def shown_name(text: object) -> str:
+    """The same for what must stay on its line: a name, a place, a reason."""
+    return LINE_BREAKS.sub(_by_number, str(text))
+
+
+def shown_json(value: Any) -> str:
+    """One line of JSON, its letters readable, that means the same value and commands no terminal."""
+    text = json.dumps(value, ensure_ascii=False)
+    return LINE_BREAKS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _by_number(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
