@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 from test_peft import IDS, exported, hf, logits, same_files
+from test_variants import adapted
 
 from mlxtune.errors import UserError
 from mlxtune.model import convert as conversion
@@ -275,3 +277,82 @@ def test_one_matrix_for_both_becomes_two_where_the_model_has_two(models: dict[st
     assert set(made_of.spec.trained) == {"model.embed_tokens", "lm_head"}
     saved = load_file(tmp_path / "two" / lora.OWN_FILE)
     assert saved["lm_head.weight"].tobytes() == saved["model.embed_tokens.weight"].tobytes()
+
+
+QUIET: dict[str, tuple[str, dict[str, Any]]] = {
+    "several ranks": ("llama", {"ranks": {"down_proj": 2}, "train_also": ["norms"]}),
+    "a tied embedding": ("tied", {"targets": ["q_proj"], "train_also": ["embeddings"]}),
+    "gpt2's": ("gpt2", {"targets": ["c_attn"], "train_also": ["embeddings"]}),
+    "a wrapper": ("gemma3", {}),
+}
+
+
+@pytest.mark.parametrize("kind", QUIET)
+def test_peft_loads_what_is_exported_without_a_word(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """No missing or unexpected key, no pattern that matches nothing, no matrix untied; and it is what was trained."""
+    from peft import PeftModel
+
+    model, section = QUIET[kind]
+    wanted = np.array(adapted(models[model], tmp_path / "run", **section)(mx.array(IDS)))
+    out = exported(models[model], tmp_path / "run", tmp_path / "peft")
+    base = hf(models[model])
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        theirs = PeftModel.from_pretrained(base, str(out)).eval()
+    assert [
+        str(one.message) for one in heard if "/peft/" in one.filename and "deprecated" not in str(one.message)
+    ] == []
+    np.testing.assert_allclose(logits(theirs), wanted, atol=1e-4)
+    if "embedding" in str(section):
+        theirs.set_adapter("default")
+        matrices = [theirs.get_input_embeddings(), theirs.get_output_embeddings()]
+        assert len({layer.modules_to_save["default"].weight.data_ptr() for layer in matrices}) == 1
+
+
+def test_layers_of_a_vision_tower_are_left_out_and_said(models: dict[str, Path], tmp_path: Path) -> None:
+    """The logits of a text are PEFT's; an adapter of the tower alone is refused."""
+    case = Case("gemma3", {"target_modules": "all-linear"})
+    wanted = made(models, case, tmp_path / "peft")
+    result = peft.import_adapter(tmp_path / "peft", tmp_path / "ours", str(models["gemma3"]), False)
+    assert any("outside of the language model are left out (model.vision_tower" in note for note in result.notes)
+    np.testing.assert_allclose(ours(models["gemma3"], tmp_path / "ours"), wanted, atol=1e-4)
+
+
+def test_added_tokens_come_with_their_tokenizer_or_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    """Embedding and head saved by themselves after resizing; the hint followed; LoRA on both as well."""
+    from transformers import AutoTokenizer
+
+    for number, targets in enumerate((["q_proj"], ["q_proj", *BOTH])):
+        folder, out = tmp_path / f"peft{number}", tmp_path / f"ours{number}"
+        wanted = made(models, Case("llama", {"target_modules": targets}, rows=330), folder)
+        with pytest.raises(UserError, match="the model needs") as refused:
+            peft.import_adapter(folder, out, str(models["llama"]), False)
+        assert "10 tokens were added" in str(refused.value.hint) and "tokenizer.json" in str(refused.value.hint)
+        tokenizer = AutoTokenizer.from_pretrained(models["llama"])
+        tokenizer.add_tokens(["<|call|>"], special_tokens=True)
+        tokenizer.save_pretrained(folder)
+        peft.import_adapter(folder, out, str(models["llama"]), False)
+        np.testing.assert_allclose(ours(models["llama"], out), wanted, atol=1e-5 + 1e-6 * np.abs(wanted).max())
+    made(models, Case("llama", rows=300, embeddings=True), tmp_path / "cut")
+    with pytest.raises(UserError, match="lm_head.weight is .300, 64., the model needs .320, 64.") as refused:
+        peft.import_adapter(tmp_path / "cut", tmp_path / "none", str(models["llama"]), False)
+    assert "resize_token_embeddings(300)" in str(refused.value.hint)
+
+
+def test_without_a_model_the_folder_it_names_says_what_its_layers_are_called(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """GPT-2's layers have other names in MLX; where the base is not at hand, that is said in use."""
+    wanted = made(models, Case("gpt2", {"target_modules": ["c_attn"]}), tmp_path / "peft")
+    result = peft.import_adapter(tmp_path / "peft", tmp_path / "ours", None, False)
+    assert str(models["gpt2"]) in result.notes[0]
+    np.testing.assert_allclose(ours(models["gpt2"], tmp_path / "ours"), wanted, atol=1e-4)
+    elsewhere = changed(tmp_path / "peft", tmp_path / "hub", base_model_name_or_path="openai-community/gpt2")
+    peft.import_adapter(elsewhere, tmp_path / "alone", None, False)
+    with pytest.raises(UserError, match="does not fit this model") as refused:
+        ours(models["gpt2"], tmp_path / "alone")
+    assert "convert it again with --base MODEL" in str(refused.value.hint)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    broken = changed(tmp_path / "peft", tmp_path / "odd", base_model_name_or_path=str(tmp_path / "broken"))
+    assert "is not checked" in peft.import_adapter(broken, tmp_path / "unchecked", None, False).notes[0]
