@@ -153,6 +153,11 @@ class Layout:
                 out[self.peft_target(path)] = path
         return out
 
+    @property
+    def alternate(self) -> bool:
+        """Whether rows of gate and up alternate in HF's experts."""
+        return any(rule.do == "interleaved" for rule in self.rules)
+
     def file_name(self, path: str) -> str:
         """The module of an MLX layer in HF's files, `{e}` for each of its experts; "" where it is another there."""
         found = self._rule(f"{path}.weight")

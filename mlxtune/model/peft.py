@@ -49,7 +49,8 @@ def from_model(model: nn.Module, spec: Spec, config: dict[str, Any], base: str) 
     if embedding is not None and tied:  # PEFT before 0.18 gives each use of a tied matrix its own copy
         trained["lm_head.weight"] = embedding
     turned = any(rule.axes == (1, 0) for rule in layout.rules)
-    return peft.Adapter(updates, trained, spec.dropout, spec.variant == "rslora", base, tied=tied, transposed=turned)
+    rslora, alternate = spec.variant == "rslora", layout.alternate
+    return peft.Adapter(updates, trained, spec.dropout, rslora, base, tied=tied, transposed=turned, alternate=alternate)
 
 
 def is_adapter(path: Path) -> bool:
