@@ -338,6 +338,10 @@ def test_added_tokens_come_with_their_tokenizer_or_are_refused(models: dict[str,
         tokenizer.save_pretrained(folder)
         peft.import_adapter(folder, out, str(models["llama"]), False)
         np.testing.assert_allclose(ours(models["llama"], out), wanted, atol=1e-5 + 1e-6 * np.abs(wanted).max())
+    tokenizer.add_tokens(["plain word"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="no special ones: plain word"):
+        peft.import_adapter(folder, tmp_path / "none", str(models["llama"]), False)
     made(models, Case("llama", rows=300, embeddings=True), tmp_path / "cut")
     with pytest.raises(UserError, match="the model needs") as refused:
         peft.import_adapter(tmp_path / "cut", tmp_path / "none", str(models["llama"]), False)

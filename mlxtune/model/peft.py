@@ -17,6 +17,7 @@ from mlxtune_convert.peft_tensors import is_embedding
 from mlxtune_convert.tensors import save_checked
 
 from mlxtune.data.chosen import Changes
+from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
@@ -57,7 +58,12 @@ def is_adapter(path: Path) -> bool:
     """Whether a folder holds a PEFT adapter, and no model beside it."""
     if any(path.glob("model*.safetensors")) or any(path.glob("adapters.safetensors")):
         return False
-    return any((path / name).is_file() for name in (peft.WEIGHTS_FILE, "adapter_model.bin")) or _says_peft(path)
+    return has_weights(path) or _says_peft(path)
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a folder holds the tensors of a PEFT adapter, whatever else is there."""
+    return any((path / name).is_file() for name in (peft.WEIGHTS_FILE, "adapter_model.bin"))
 
 
 def _says_peft(path: Path) -> bool:
@@ -96,6 +102,7 @@ def import_adapter(folder: Path, destination: Path, model: str | None, force: bo
     base = Base.of(resolve(model)) if model is not None else _named_base(folder, notes)
     adapter = peft.read_adapter(folder, None if base is None else base.matrix)
     if base is not None:
+        _refuse_plain_tokens(base, folder)
         adapter = base.completed(adapter, notes)
     ours, said = to_mlx(adapter, None if base is None else base.names, folder)
     notes += said
@@ -105,6 +112,23 @@ def import_adapter(folder: Path, destination: Path, model: str | None, force: bo
         if base is not None:
             _must_fit(base, work, spec, folder)
     return Imported(len(ours.updates) + len(spec.trained), spec, tuple(notes))
+
+
+def _refuse_plain_tokens(base: Base, folder: Path) -> None:
+    """Raise UserError where the tokenizer beside an adapter has tokens that the model's has not and that are not
+    special: they split words otherwise, and of added tokens only special ones are kept beside an adapter.
+    """
+    if not (folder / "tokenizer_config.json").is_file() or not (base.path / "tokenizer_config.json").is_file():
+        return
+    known = load_tokenizer(base.path).get_vocab()
+    added = load_tokenizer(folder).added_tokens_decoder.values()
+    new = [token.content for token in added if not token.special and token.content not in known]
+    if new:
+        raise UserError(
+            f"{folder}: its tokenizer has added tokens that are no special ones: {', '.join(new[:4])}",
+            "Merge it with PEFT (merge_and_unload, then save_pretrained), save the tokenizer there as well, and convert "
+            "the merged model.",
+        )
 
 
 def _must_fit(base: Base, work: Path, spec: Spec, folder: Path) -> None:

@@ -22,9 +22,12 @@ from mlxtune.model.spec import outside_blocks
 
 
 class Base:
-    """An MLX model as adapters from PEFT see it. config: as mlx-lm reads it; original: as it was before conversion."""
+    """An MLX model as adapters from PEFT see it. path: its folder; config: as mlx-lm reads it; original: as it was
+    before conversion.
+    """
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], original: dict[str, Any]) -> None:
+    def __init__(self, path: Path, model: nn.Module, config: dict[str, Any], original: dict[str, Any]) -> None:
+        self.path = path
         self.model = model
         self.config = config
         self._modules = dict(model.named_modules())
@@ -43,7 +46,7 @@ class Base:
                 f"{path}: an adapter from PEFT would not be the same function here: {why}",
                 "Train one on this model instead.",
             )
-        return Base(model, config, original)
+        return Base(path, model, config, original)
 
     def matrix(self, module: str) -> np.ndarray | None:
         """The matrix of a layer by PEFT's name, dense and in float32; of a tied head the embedding's."""
