@@ -126,8 +126,8 @@ def _refuse_plain_tokens(base: Base, folder: Path) -> None:
     if new:
         raise UserError(
             f"{folder}: its tokenizer has added tokens that are no special ones: {', '.join(new[:4])}",
-            "Merge it with PEFT (merge_and_unload, then save_pretrained), save the tokenizer there as well, and convert "
-            "the merged model.",
+            "Merge it with PEFT (merge_and_unload, then save_pretrained), save the tokenizer there as well, and "
+            "convert the merged model.",
         )
 
 
