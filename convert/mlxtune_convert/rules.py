@@ -31,6 +31,11 @@ class Rule:
     axes: tuple[int, ...] = ()
     plus: float = 0.0
 
+    @property
+    def changes(self) -> bool:
+        """Whether a low-rank update of the one is none of the other: more than names and the axes of a matrix."""
+        return self.do not in ("move", "stack") or bool(self.plus) or len(self.axes) > 2
+
     def split(self, array: Array, xp: Any) -> list[Array]:
         """HF's tensor -> MLX's, for the rules that may come before mlx-lm: move, halves, interleaved."""
         array = xp.transpose(array, self.axes) if self.axes else array
@@ -136,7 +141,7 @@ class Layout:
         if found is None:
             return path
         rule, _, values = found
-        if rule.do != "move" or rule.plus or len(rule.axes) > (0 if whole else 2):
+        if rule.do == "stack" or rule.changes or (whole and rule.axes):
             raise UserError(f"{path} is another matrix in transformers", "`--to hf` exports the merged model.")
         return _fill(rule.hf, values).removesuffix(".weight")
 
@@ -147,3 +152,23 @@ class Layout:
             with contextlib.suppress(UserError):
                 out[self.peft_target(path)] = path
         return out
+
+    @property
+    def alternate(self) -> bool:
+        """Whether rows of gate and up alternate in HF's experts."""
+        return any(rule.do == "interleaved" for rule in self.rules)
+
+    def file_name(self, path: str) -> str:
+        """The module of an MLX layer in HF's files, `{e}` for each of its experts; "" where it is another there."""
+        found = self._rule(f"{path}.weight")
+        if found is None:
+            return path
+        rule, _, values = found
+        marks = iter(values)
+        name = re.sub(r"\{([ns])\}", lambda _: next(marks), rule.hf).removesuffix(".weight")
+        return "" if rule.changes else name
+
+    def is_another(self, module: str) -> bool:
+        """Whether a module of HF's files has other numbers in MLX."""
+        name = f"{module}.weight"
+        return any(rule.changes and _pattern(rule.hf).fullmatch(name) for rule in self.rules)

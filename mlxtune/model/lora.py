@@ -7,7 +7,7 @@ mlx-lm refuses it instead of running half an adapter.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlxtune_convert.files import read_json, refuse_links_out, write_json
+from mlxtune_convert.peft_tensors import is_head
 from mlxtune_convert.tensors import read_header
 
 from mlxtune.errors import UserError
@@ -41,6 +42,16 @@ from mlxtune.model.vocabulary import fit
 CONFIG_FILE = "adapter_config.json"
 OWN_TYPE = "mlxtune"
 FACTORS = ("lora_a", "lora_b", "m")
+# PEFT's own merge_and_unload puts the update of one into the other where they are one matrix.
+UNTIE = (
+    "Train it with ensure_weight_tying, or make a base with two: load the original model in transformers as m, then "
+    "`m.lm_head.weight = torch.nn.Parameter(m.lm_head.weight.clone()); m.config.tie_word_embeddings = False; "
+    "m.save_pretrained('untied')`; convert that folder (with the tokenizer in it) and name it: --base."
+)
+OTHER_MODEL = (
+    "Use the model that the adapter was trained on. If it came from PEFT, convert it again with --base MODEL: what "
+    "layers are called depends on the model's family."
+)
 
 __all__ = ["ADAPTER_FILE", "Adapter", "LoRALinear", "Spec"]
 
@@ -55,11 +66,10 @@ def attach(model: nn.Module, spec: Spec, seed: int = 0) -> DropoutKeys:
     modules = dict(model.named_modules())
     chosen = spec.modules or dict.fromkeys(places(model, spec), (spec.rank, spec.scale))
     unknown = [path for path in (*chosen, *spec.trained) if path not in modules]
-    if unknown or not (chosen or spec.trained):
-        raise UserError(
-            f"the adapter fits no layer of this model{f': it has no {unknown[0]}' if unknown else ''}",
-            "It was trained on another architecture.",
-        )
+    if unknown:
+        raise UserError(f"the adapter does not fit this model, which has no {unknown[0]}", OTHER_MODEL)
+    if not (chosen or spec.trained):
+        raise UserError("the adapter has no layer that this model has", OTHER_MODEL)
     wrapped: list[tuple[str, nn.Module]] = []
     for index, (path, (rank, scale)) in enumerate(chosen.items()):
         kind: Any = LoRASwitchLinear if isinstance(modules[path], SWITCH) else LoRALinear
@@ -119,6 +129,7 @@ def save_config(folder: Path, spec: Spec) -> None:
     if spec.file == OWN_FILE:
         chosen = {path: {"rank": rank, "scale": scale} for path, (rank, scale) in spec.modules.items()}
         own = {"dropout": spec.dropout, "modules": chosen, "trained": list(spec.trained), "own_head": spec.own_head}
+        own |= {"tied": True} if spec.tied else {}
         uniform = {} if chosen else _uniform(spec)
         write_json(folder / CONFIG_FILE, {"fine_tune_type": OWN_TYPE, **own, **uniform, **common})
         return
@@ -158,6 +169,7 @@ def read_spec(folder: Path) -> Spec:
             tuple(config.get("trained", ())),
             bool(config.get("own_head", False)),
             str(config.get("base_model", "")),
+            bool(config.get("tied", False)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG_FILE}: not an MLX adapter's configuration ({error})") from error
@@ -190,16 +202,29 @@ def load_adapter(model: nn.Module, folder: Path, config: dict[str, Any] | None =
         raise UserError(f"{folder}: the adapter covers {spec.num_layers} blocks, the model has {layers}")
     if spec.num_layers <= 0 and not spec.modules:  # mlx-lm's way to say all
         spec = replace(spec, num_layers=layers)
-    if spec.own_head and not outside_blocks(model, LINEAR):
-        raise UserError(
-            f"{folder}: its embedding was trained beside the old head; this model has one matrix for both",
-            "In PEFT, save it with ensure_weight_tying, or with lm_head in modules_to_save.",
-        )
+    check_head(model, spec, folder)
     if config is not None:
         fit(model, folder, config)
     attach(model, spec)
     load_factors(model, file)
     return spec
+
+
+def check_head(model: nn.Module, spec: Spec, folder: Path) -> None:
+    """Raise UserError for an adapter that needs embedding and head apart where the model has one matrix, and the
+    reverse. folder: the adapter's.
+    """
+    if outside_blocks(model, LINEAR):
+        if spec.tied:
+            raise UserError(
+                f"{folder}: its embedding is its head as well; this model has a matrix for each", OTHER_MODEL
+            )
+        return
+    what = "its embedding was trained beside the old head" if spec.own_head else ""
+    if any(is_head(path) for path in (*spec.keys, *spec.modules, *spec.trained)):
+        what = "its head was trained apart from the embedding"
+    if what:
+        raise UserError(f"{folder}: {what}; this model has one matrix for both", UNTIE)
 
 
 def load_factors(model: nn.Module, file: Path) -> None:
@@ -223,12 +248,27 @@ def load_factors(model: nn.Module, file: Path) -> None:
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(
-            f"{file} does not fit this model: {min(problems)}{more}", "Use the model that the adapter was trained on."
-        )
+        raise UserError(f"{file} does not fit this model: {min(problems)}{more}", _why_not(expected, tensors))
     # Copies: MLX reads files lazily, and the file may be replaced while we hold it.
     model.load_weights([(name, mx.array(array.astype(mx.float32))) for name, array in tensors.items()], strict=False)
     mx.eval(factors(model))
+
+
+def _why_not(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, mx.array]) -> str:
+    """What to do about tensors that do not fit."""
+    for name, shape in expected.items():
+        rows = tensors[name].shape[0] if name in tensors else 0
+        if name.endswith(".weight") and rows and tensors[name].shape == (rows, *shape[1:]) and rows != shape[0]:
+            if rows < shape[0]:
+                return (
+                    f"Its vocabulary was cut to {rows} tokens: do the same to the original model "
+                    f"(resize_token_embeddings({rows})), and convert that."
+                )
+            return (
+                f"{rows - shape[0]} tokens were added to it. Put the tokenizer that was saved with it (tokenizer.json, "
+                "tokenizer_config.json) into its folder and convert it again."
+            )
+    return OTHER_MODEL
 
 
 def save_factors(model: nn.Module, folder: Path, file: str = ADAPTER_FILE) -> None:

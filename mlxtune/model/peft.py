@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 from mlxtune_convert import layouts, peft
-from mlxtune_convert.files import new_folder
+from mlxtune_convert.files import contents, new_folder, read_json
+from mlxtune_convert.peft_config import Settings
+from mlxtune_convert.peft_names import to_mlx
+from mlxtune_convert.peft_tensors import is_embedding
 from mlxtune_convert.tensors import save_checked
 
 from mlxtune.data.chosen import Changes
+from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.hub import resolve
 from mlxtune.model.layers import LINEAR, own_parameters
-from mlxtune.model.load import open_model, source_of
-from mlxtune.model.spec import Spec
+from mlxtune.model.peft_base import Base
+from mlxtune.model.spec import Spec, outside_blocks
 
 LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
 
@@ -42,50 +45,114 @@ def from_model(model: nn.Module, spec: Spec, config: dict[str, Any], base: str) 
         if parameter not in ("", "weight"):
             raise UserError(f"PEFT cannot save whole experts ({path})", "`--to hf` exports the merged model.")
         trained.update({f"{module}.{name}": to_numpy(value) for name, value in own_parameters(layer).items()})
-    embedding = next((array for name, array in trained.items() if "embed_tokens" in name), None)
-    tied = embedding is not None and not lora.outside_blocks(model, LINEAR)
+    embedding = next((array for name, array in trained.items() if is_embedding(name)), None)
+    tied = embedding is not None and not outside_blocks(model, LINEAR)
     if embedding is not None and tied:  # PEFT before 0.18 gives each use of a tied matrix its own copy
         trained["lm_head.weight"] = embedding
     turned = any(rule.axes == (1, 0) for rule in layout.rules)
-    return peft.Adapter(updates, trained, spec.dropout, spec.variant == "rslora", base, tied=tied, transposed=turned)
+    rslora, alternate = spec.variant == "rslora", layout.alternate
+    return peft.Adapter(updates, trained, spec.dropout, rslora, base, tied=tied, transposed=turned, alternate=alternate)
 
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds a PEFT adapter, and no model beside it."""
-    adapter = (path / peft.WEIGHTS_FILE).is_file() or (path / "adapter_model.bin").is_file()
-    return adapter and not any(path.glob("model*.safetensors"))
+    if any(path.glob("model*.safetensors")) or any(path.glob("adapters.safetensors")):
+        return False
+    return has_weights(path) or _says_peft(path)
 
 
-def import_adapter(folder: Path, destination: Path, model: str | None, force: bool) -> tuple[int, Spec]:
-    """Write a PEFT adapter as an MLX adapter folder; return how many layers it has, and what it is.
+def has_weights(path: Path) -> bool:
+    """Whether a folder holds the tensors of a PEFT adapter, whatever else is there."""
+    return any((path / name).is_file() for name in (peft.WEIGHTS_FILE, "adapter_model.bin"))
 
-    model: the MLX model it is for, where the two have other names for its layers. Raises UserError naming the key, the
-    tensor or the layer that cannot be carried over.
-    """
-    adapter = peft.read_adapter(folder)
-    base = config = names = None
-    if model is not None:
-        path = resolve(model)
-        base, config = open_model(path)
-        layout = layouts.by_model_type(source_of(path)["config"])
-        names = layout.peft_targets(p for p, module in base.named_modules() if own_parameters(module))
-        names = {"lm_head": "lm_head", **names}  # also where it is tied, and no layer of its own
-    elif any(":" in target for target in adapter.updates):
+
+def _says_peft(path: Path) -> bool:
+    file = path / peft.CONFIG_FILE
+    return file.is_file() and "peft_type" in read_json(file, "a PEFT adapter")
+
+
+def refuse_several(path: Path) -> None:
+    """Raise UserError for a folder of adapters, such as PEFT's for several or a trainer's checkpoints."""
+    if (path / "config.json").is_file() or not path.is_dir():
+        return
+    inside = [folder.name for folder in contents(path) if folder.is_dir() and is_adapter(folder)]
+    if inside:
         raise UserError(
-            f"{folder} adapts experts, whose names depend on the model's family", "Name the model: --base DIR"
+            f"{path} holds PEFT adapters in its folders: {', '.join(inside[:4])}{', ...' if inside[4:] else ''}",
+            f"Name one: mlxtune convert {path / inside[-1]} ADAPTER",
         )
-    updates = {_ours(target, names, folder): update for target, update in adapter.updates.items()}
-    trained = {}
-    for name, array in adapter.trained.items():
-        module, _, parameter = name.rpartition(".")
-        trained[f"{_ours(module, names, folder)}.{parameter}"] = array
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made. layers: how many are adapted or trained; spec: what it is; notes: what there is to say."""
+
+    layers: int
+    spec: Spec
+    notes: tuple[str, ...] = ()
+
+
+def import_adapter(folder: Path, destination: Path, model: str | None, force: bool) -> Imported:
+    """Write a PEFT adapter as an MLX adapter folder.
+
+    model: the MLX model it is for; where none is named, the folder that adapter_config.json names, if there is one
+    here. Raises UserError naming the key, the tensor or the layer that cannot be carried over.
+    """
+    notes: list[str] = []
+    base = Base.of(resolve(model)) if model is not None else _named_base(folder, notes)
+    adapter = peft.read_adapter(folder, None if base is None else base.matrix)
+    if base is not None:
+        _refuse_plain_tokens(base, folder)
+        adapter = base.completed(adapter, notes)
+    ours, said = to_mlx(adapter, None if base is None else base.names, folder)
+    notes += said
     with new_folder(destination, force, [folder]) as work:
-        ours = replace(adapter, updates=updates, trained=trained)
-        spec = save(work, ours, None if base is None else len(base.layers))
+        spec = save(work, ours, None if base is None else len(base.model.layers))
         Changes.of_files(folder).save(work)
         if base is not None:
-            lora.load_adapter(base, work, config)  # it must fit
-    return len(updates) + len(spec.trained), spec
+            _must_fit(base, work, spec, folder)
+    return Imported(len(ours.updates) + len(spec.trained), spec, tuple(notes))
+
+
+def _refuse_plain_tokens(base: Base, folder: Path) -> None:
+    """Raise UserError where the tokenizer beside an adapter has tokens that the model's has not and that are not
+    special: they split words otherwise, and of added tokens only special ones are kept beside an adapter.
+    """
+    if not (folder / "tokenizer_config.json").is_file() or not (base.path / "tokenizer_config.json").is_file():
+        return
+    known = load_tokenizer(base.path).get_vocab()
+    added = load_tokenizer(folder).added_tokens_decoder.values()
+    new = [token.content for token in added if not token.special and token.content not in known]
+    if new:
+        raise UserError(
+            f"{folder}: its tokenizer has added tokens that are no special ones: {', '.join(new[:4])}",
+            "Merge it with PEFT (merge_and_unload, then save_pretrained), save the tokenizer there as well, and "
+            "convert the merged model.",
+        )
+
+
+def _must_fit(base: Base, work: Path, spec: Spec, folder: Path) -> None:
+    """Load an adapter that was just written as it will be used. folder: where it comes from."""
+    lora.check_head(base.model, spec, folder)
+    try:
+        lora.load_adapter(base.model, work, base.config)
+    except UserError as error:
+        hint = "Name the model that it was trained on." if error.hint == lora.OTHER_MODEL else error.hint
+        raise UserError(error.message, hint) from error
+
+
+def _named_base(folder: Path, notes: list[str]) -> Base | None:
+    """The base that an adapter names, where that is a folder here: what its family calls the layers is known then."""
+    name = Settings.read(folder).base
+    if not name or not (Path(name) / "config.json").is_file():
+        return None
+    try:
+        base = Base.of(Path(name))
+    except UserError as error:
+        notes.append(f"its base {name} cannot be read ({error.message}): that the adapter fits is not checked.")
+        return None
+    notes.append(f"the names of its layers are those of {name}, which it was trained on.")
+    return base
 
 
 def save(work: Path, adapter: peft.Adapter, layers: int | None) -> Spec:
@@ -99,15 +166,6 @@ def save(work: Path, adapter: peft.Adapter, layers: int | None) -> Spec:
     save_checked(work / spec.file, tensors, {"format": "mlx"})
     lora.save_config(work, spec)
     return spec
-
-
-def _ours(target: str, names: Mapping[str, str] | None, folder: Path) -> str:
-    if names is None:
-        return target
-    found = names.get(target) or names.get(f"{target}:weight")
-    if found is None:
-        raise UserError(f"{folder}: the model has no layer {target}", "Name the model that the adapter was trained on.")
-    return found
 
 
 def _spec(adapter: peft.Adapter, layers: int | None) -> Spec:
@@ -137,4 +195,5 @@ def _spec(adapter: peft.Adapter, layers: int | None) -> Spec:
         tuple(dict.fromkeys(name.rpartition(".")[0] for name in adapter.trained)),
         adapter.own_head,
         adapter.base,
+        adapter.tied,
     )

@@ -26,7 +26,8 @@ class Spec:
     one; scale: of the update, alpha / rank, or alpha / sqrt(rank) in rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
     modules: where rank or scale are not the same everywhere, each adapted path in the model with its own (rank, scale);
     it replaces keys and num_layers. trained: paths of the layers trained in full; own_head: the head is not to follow a
-    trained embedding. base: the original model on the hub, where an imported adapter names one.
+    trained embedding; tied: it is to be the trained embedding itself. base: the original model on the hub, where an
+    imported adapter names one.
     """
 
     rank: int
@@ -39,6 +40,7 @@ class Spec:
     trained: tuple[str, ...] = ()
     own_head: bool = False
     base: str = ""
+    tied: bool = False
 
     @property
     def file(self) -> str:
