@@ -1,4 +1,5 @@
-"""The proof: how close an artefact's logits are to the trained model's, on held-out rows.
+"""The proof: how close an artefact's logits are to the trained model's, on held-out rows (where nothing was trained, on
+a text that comes with the tool).
 
 Reference: the trained model (base + adapter) in float32, through MLX. The candidate is run by whoever will use it:
 transformers or PEFT when they are installed, else MLX on the files just written. Legend: N positions, V vocabulary.
@@ -27,6 +28,7 @@ from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import Loaded, load
+from mlxtune.ship.sample import Sample
 from mlxtune.train.loss import place, supervised_rows
 
 MAX_ROWS = 16
@@ -47,23 +49,34 @@ AT_LEAST = ("top1", "gain_kept")  # the others are at most
 REPORT_FILE = "verification.json"
 MARGIN = 10.0  # the tune must move the logits this many times further than the measured error, or nothing is proven
 
+# What a report calls its two sides and its text.
+TRAINED = "trained model (base + adapter), float32, MLX"
+UNTUNED = "the model, float32, MLX"
+HELD_OUT = "held-out rows"
+SHIPPED = "a text that comes with mlxtune"
+
 Runner = Callable[[Batch], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Logits of the trained model and of its base, [N, V] float32 each, at the supervised positions of `batches`."""
+    """Logits of the trained model and of its base, [N, V] float32 each, at the supervised positions of `batches`.
+    name: TRAINED or, without an adapter, UNTUNED; text: HELD_OUT or SHIPPED.
+    """
 
     batches: list[Batch]
     targets: np.ndarray
     trained: np.ndarray
     base: np.ndarray
+    name: str = TRAINED
+    text: str = HELD_OUT
 
 
 @dataclass(frozen=True)
 class Report:
     """A measured statement. base_*: trained against base, the size of what was learned; share: projection of the
-    candidate's change of logits on the trained one's; gain_kept: share of the loss improvement that survived."""
+    candidate's change of logits on the trained one's; gain_kept: share of the loss improvement that survived; text:
+    what it was measured on."""
 
     reference: str
     candidate: str
@@ -81,6 +94,7 @@ class Report:
     share: float
     gain_kept: float | None
     verdict: str = "measured"
+    text: str = HELD_OUT
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no NaN and no infinity: such numbers become null."""
@@ -95,10 +109,10 @@ class Report:
         return f"{self.share:.1%} of the adapter's effect survived{gain} ({self.positions} held-out tokens)"
 
     def line(self) -> str:
+        moved = "" if self.reference == UNTUNED else f" (tuning moved them by {self.base_max_difference:.1e})"
         return (
-            f"{self.verdict}: max logit difference {self.max_difference:.1e} "
-            f"(tuning moved them by {self.base_max_difference:.1e}), KL {self.mean_kl:.1e}, top-1 {self.top1:.1%}, "
-            f"on {self.positions} held-out tokens, run by {self.candidate}"
+            f"{self.verdict}: max logit difference {self.max_difference:.1e}{moved}, KL {self.mean_kl:.1e}, "
+            f"top-1 {self.top1:.1%}, on {self.positions} tokens of {self.text}, run by {self.candidate}"
         )
 
 
@@ -106,7 +120,8 @@ def write_report(folder: Path, facts: dict[str, Any]) -> None:
     """Put a proof beside the artefact, as JSON and as a table."""
     write_json(folder / REPORT_FILE, facts)
     rows = [f"| {key.replace('_', ' ')} | {_shown(value)} |" for key, value in facts.items()]
-    lines = [f"# Verification: {facts['verdict']}", "", "| measured on held-out rows | |", "|---|---|", *rows, ""]
+    measured = f"measured on {facts['text']}" if "text" in facts else ""
+    lines = [f"# Verification: {facts['verdict']}", "", f"| {measured} | |", "|---|---|", *rows, ""]
     (folder / REPORT_FILE).with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -125,7 +140,7 @@ def require_memory(parameters: int) -> None:
 
 
 def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> Reference:
-    """Run the trained model and its base, in float32, on up to MAX_POSITIONS held-out tokens."""
+    """Run the trained model and its base, in float32, on up to MAX_POSITIONS tokens of the examples."""
     loaded = load(model, "float32")
     if adapter is not None:
         lora.load_adapter(loaded.model, adapter, loaded.config)
@@ -141,7 +156,8 @@ def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> 
     if adapter is not None:
         with lora.switched_off(loaded.model):
             base = _gather(run, batches)
-    return Reference(batches, targets, trained, base)
+    text = SHIPPED if isinstance(examples, Sample) else HELD_OUT
+    return Reference(batches, targets, trained, base, UNTUNED if adapter is None else TRAINED, text)
 
 
 def mlx_runner(loaded: Loaded) -> Runner:
@@ -182,7 +198,7 @@ def measure(ref: Reference, run: Runner, candidate: str, storage: str) -> Report
         "gain_kept": (losses[2] - losses[0]) / gain if gain > 1e-6 else None,
     }
     verdict = _verdict(numbers, LIMITS.get(storage, {}), effect > 0)
-    return Report("trained model (base + adapter), float32, MLX", candidate, **numbers, verdict=verdict)
+    return Report(ref.name, candidate, **numbers, verdict=verdict, text=ref.text)
 
 
 def _verdict(numbers: dict[str, Any], limits: dict[str, float], tuned: bool) -> str:
