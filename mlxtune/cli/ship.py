@@ -265,13 +265,13 @@ def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_
     path = hub.resolve(model)
     examples = _held_out(path, adapter, data, or_else="") or ()
     with common.console().status("comparing with the trained model"):
-        report = shipping.check(export, path, adapter, examples)
+        report, differs = shipping.check(export, path, adapter, examples)
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:
         common.stdout().print(f"{export}: {report.line()}")
     if report.verdict in ("failed", "lossy"):
-        raise UserError(f"{export} is not the model that was trained ({report.verdict})", "Its report is beside it.")
+        raise UserError(f"{export} is not the model that was trained ({report.verdict})", differs)
 
 
 def _export_gguf(request: Request, target: str, kind: str | None, ollama: bool) -> None:

@@ -7,6 +7,7 @@ transformers or PEFT when they are installed, else MLX on the files just written
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import warnings
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlxtune_convert import peft
 from mlxtune_convert.files import write_json
@@ -139,11 +141,17 @@ def require_memory(parameters: int) -> None:
         )
 
 
-def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> Reference:
-    """Run the trained model and its base, in float32, on up to MAX_POSITIONS tokens of the examples."""
+def trained_model(model: str, adapter: Path | None) -> Loaded:
+    """The model that exports are compared with: in float32, with the adapter on it."""
     loaded = load(model, "float32")
     if adapter is not None:
         lora.load_adapter(loaded.model, adapter, loaded.config)
+    return loaded
+
+
+def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> Reference:
+    """Run the trained model and its base, in float32, on up to MAX_POSITIONS tokens of the examples."""
+    loaded = trained_model(model, adapter)
     batches, count = [], 0
     for row in range(min(len(examples), MAX_ROWS)):
         if count < MAX_POSITIONS:
@@ -160,11 +168,18 @@ def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> 
     return Reference(batches, targets, trained, base, UNTUNED if adapter is None else TRAINED, text)
 
 
-def mlx_runner(loaded: Loaded) -> Runner:
-    def run(batch: Batch) -> np.ndarray:
-        return to_numpy(supervised_rows(loaded.model, None, place(batch, None)).astype(mx.float32))
+@dataclass(frozen=True)
+class MlxRunner:
+    """Logits at a batch's supervised positions, by mlx-lm's model."""
 
-    return run
+    model: nn.Module
+
+    def __call__(self, batch: Batch) -> np.ndarray:
+        return to_numpy(supervised_rows(self.model, None, place(batch, None)).astype(mx.float32))
+
+
+def mlx_runner(loaded: Loaded) -> MlxRunner:
+    return MlxRunner(loaded.model)
 
 
 def _gather(run: Runner, batches: list[Batch]) -> np.ndarray:
@@ -242,6 +257,10 @@ def has_peft() -> bool:
     return has_transformers() and importlib.util.find_spec("peft") is not None
 
 
+def transformers_version() -> str:
+    return importlib.metadata.version("transformers")
+
+
 def _quiet() -> None:
     """The other library's progress bars and its notes on its own future would only confuse here."""
     from transformers.utils import logging
@@ -262,7 +281,7 @@ def _model_class(config: Any) -> Any:
     )
 
 
-def transformers_runner(folder: Path) -> Runner:
+def transformers_runner(folder: Path) -> TorchRunner:
     """Load an exported folder with transformers, in float32. Raises UserError for missing or unexpected tensors."""
     import torch
     from transformers import AutoConfig
@@ -272,13 +291,16 @@ def transformers_runner(folder: Path) -> Runner:
     model, info = kind.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
+        names = "; ".join(f"{key.partition('_')[0]}: {', '.join(map(str, found[:3]))}" for key, found in wrong.items())
         raise UserError(
-            f"the export does not load whole in transformers: {wrong}", "This is a bug in mlxtune; please report it."
+            f"{folder} does not load whole in transformers {transformers_version()} ({names})",
+            "Either it is not as it was written, or this version names the family's tensors otherwise than mlxtune "
+            "does (a bug, then: please report it). --no-verify exports without running it.",
         )
-    return _torch_runner(model)
+    return TorchRunner(model.eval())
 
 
-def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> Runner:
+def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> TorchRunner:
     """The exported adapter on the dense float32 form of the base it was trained on, through transformers and PEFT.
 
     base: tensors under Hugging Face's names, handed over in memory; nothing is written.
@@ -296,23 +318,29 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
     # What MLX never had (a vision tower) is not what the adapter is on.
     if info["unexpected_keys"] or info["mismatched_keys"]:
         wrong = [*info["unexpected_keys"], *info["mismatched_keys"]]
-        raise UserError(f"the base does not fit transformers' model: {wrong[:3]}")
+        names = ", ".join(map(str, wrong[:3]))
+        raise UserError(
+            f"the base does not fit the model of transformers {transformers_version()} ({names})",
+            "This version names the family's tensors otherwise than mlxtune does, which is a bug: please report it.",
+        )
     name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     saved = read_header(folder / peft.WEIGHTS_FILE).get(f"{peft.PREFIX}{name}.weight")
     if saved and saved["shape"][0] > len(model.get_input_embeddings().weight):  # tokens were added
         model.resize_token_embeddings(saved["shape"][0], mean_resizing=False)
-    return _torch_runner(PeftModel.from_pretrained(model, str(folder)))
+    return TorchRunner(PeftModel.from_pretrained(model, str(folder)).eval())
 
 
-def _torch_runner(model: Any) -> Runner:
-    import torch
+@dataclass(frozen=True)
+class TorchRunner:
+    """The same by a model of transformers, or PEFT's around one."""
 
-    model.eval()
+    model: Any
 
-    def run(batch: Batch) -> np.ndarray:
+    def __call__(self, batch: Batch) -> np.ndarray:
+        import torch
+
         positions, _ = batch.supervised()
         with torch.no_grad():
-            logits = model(torch.from_numpy(batch.ids[:, :-1].astype(np.int64))).logits
-        return logits.reshape(-1, logits.shape[-1])[torch.from_numpy(positions.astype(np.int64))].float().numpy()
-
-    return run
+            logits = self.model(torch.from_numpy(batch.ids[:, :-1].astype(np.int64))).logits
+        rows: np.ndarray = logits.reshape(-1, logits.shape[-1])[torch.from_numpy(positions.astype(np.int64))]
+        return rows.float().numpy()  # type: ignore[attr-defined]
