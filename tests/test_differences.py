@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+import torch
 from mlxtune_convert import gguf_config
 from safetensors.numpy import load_file, save_file
 
@@ -20,6 +22,8 @@ from mlxtune.data.chat import Example, tokenized_all
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.model import lora
+from mlxtune.model.arrays import to_numpy
+from mlxtune.model.load import load
 from mlxtune.ship import differences, export, gguf, states, verify
 from mlxtune.ship.export import Request
 from mlxtune.ship.verify import TorchRunner
@@ -310,6 +314,21 @@ def test_llama_cpp_that_computes_another_model_is_told_from_a_type_that_rounds(
     said = raised.value.hint
     assert "The file holds the weights bit for bit: llama.cpp computes another model from them" in said
     assert "its logits differ, from token 2 on (the rotary embedding, or the scale of the scores)" in said
+
+
+def test_looking_changes_nothing_and_sees_the_same_in_both_programs(windowed: Path) -> None:
+    """Gemma 3 calls one module twice: once for its windowed blocks, once for the others."""
+    ids = np.arange(3, 43)
+    model, theirs = load(str(windowed), "float32").model, verify.transformers_runner(windowed).model
+    seen, also = states.of_mlx(model, ids), states.of_torch(theirs, ids, 2)
+    with torch.no_grad():
+        plain = theirs(torch.from_numpy(ids[None])).logits[0].numpy()
+    assert (also[states.LOGITS] == plain).all()
+    assert (seen[states.LOGITS] == to_numpy(model(mx.array(ids[None]))[0])).all()
+    assert states.parting(seen, also, 1e-5) is None
+    parts = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp", "post_feedforward_layernorm")
+    expected = {f"blocks.{number}.{part}" for number in range(2) for part in parts}
+    assert expected | {"embeddings", "blocks.0", "blocks.1", "beside.norm", "logits"} <= seen.keys() & also.keys()
 
 
 def test_what_goes_wrong_while_looking_does_not_hide_that_the_proof_failed() -> None:
