@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import warm
 from training import options
 
 from mlxtune import backend
@@ -23,6 +24,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+        warm.end()
 
 
 @pytest.fixture(scope="session", autouse=True)
