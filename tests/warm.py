@@ -16,35 +16,36 @@ import threading
 from pathlib import Path
 from typing import Any
 
-# What a command's surroundings may have otherwise than the server's: neither is read while anything is imported.
-LATER = ("PYTEST_CURRENT_TEST", "COLUMNS")
-_server: tuple[subprocess.Popen[str], dict[str, str]] | None = None
+# Variables that may be others than the server's: those that nothing reads while it is imported, and those that
+# libraries set in the process that imports them.
+FREE = ("PYTEST_CURRENT_TEST", "COLUMNS", "TORCHINDUCTOR_CACHE_DIR", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
+_server: subprocess.Popen[str] | None = None
+_begun_in: dict[str, str] = {}  # the environment that the server has
+
+
+def begin_in(environment: dict[str, str]) -> None:
+    """Say in which environment the server of this process is to begin, when it is first needed."""
+    _begun_in.update(environment)
 
 
 def fits(environment: dict[str, str]) -> bool:
     """Whether a command in this environment is the same when it is forked: libraries read most variables only when they
     are imported. (On macOS a process that has touched Metal's frameworks cannot be forked.)
     """
-    return sys.platform == "linux" and _fixed(environment) == _fixed(_running()[1])
+    return sys.platform == "linux" and _fixed(environment) == _fixed(_begun_in)
 
 
 def _fixed(environment: dict[str, str]) -> dict[str, str]:
-    return {key: value for key, value in environment.items() if key not in LATER}
-
-
-def _running() -> tuple[subprocess.Popen[str], dict[str, str]]:
-    """The server of this process, and its environment."""
-    global _server
-    if _server is None:
-        environment = dict(os.environ)
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        _server = subprocess.Popen([sys.executable, __file__], env=environment, **pipes), environment
-    return _server
+    return {key: value for key, value in environment.items() if key not in FREE}
 
 
 def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """The command in a process forked by the server, without input."""
-    server, _ = _running()
+    global _server
+    if _server is None:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        _server = subprocess.Popen([sys.executable, __file__], env=_begun_in, **pipes)
+    server = _server
     assert server.stdin and server.stdout
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -61,8 +62,8 @@ def end() -> None:
     """Let the server of this process end."""
     global _server
     if _server is not None:
-        process, _server = _server[0], None
-        process.communicate()  # closes what it reads
+        _server.communicate()  # closes what it reads
+        _server = None
 
 
 def _serve() -> None:
