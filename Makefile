@@ -12,9 +12,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(VENV)/bin/mlxtune demo --out demo --force $(if $(STEPS),--steps $(STEPS))
 
-# Two at a time, each with one thread for its matrix products; the tests of one file share its models.
+# Two at a time, each with one thread for its matrix products; the tests of one file share its models, and the longest
+# files begin first (tests/conftest.py).
 test: $(READY)
-	OPENBLAS_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	OPENBLAS_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY)
 	$(VENV)/bin/ruff check .

@@ -9,11 +9,25 @@ from typing import Any
 
 import pytest
 import tiny
+import warm
 from training import options
 
 from mlxtune import backend
 
 HOME_CACHE = os.environ.get("XDG_CACHE_HOME")  # the user's own, None where it is the usual place
+# The files that take longest. Begun first, they do not stand alone at the end, while the other process has no more to
+# do; those that start several processes apart from each other, for these wait for one another.
+LONG = (
+    *("ranks", "gguf_ship", "broken_input", "launch", "ship", "on_oom", "selftest", "signals", "hub", "survive"),
+    *("peft", "families", "use", "bench", "new_tokens", "loss_as_asked", "golden", "fuse", "floats", "compiled"),
+    *("gguf_import", "convert", "readme", "differences"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, the others as they come."""
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,7 +36,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
+        warm.begin_in(dict(os.environ))
         yield folder
+        warm.end()
 
 
 @pytest.fixture(scope="session", autouse=True)

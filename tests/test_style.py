@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import LONG
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(
@@ -68,3 +69,8 @@ def test_every_python_file_is_short_enough_to_read() -> None:
         if path.suffix == ".py"
     }
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_the_files_that_begin_first_are_there() -> None:
+    assert len(set(LONG)) == len(LONG) > 10
+    assert [name for name in LONG if not (ROOT / "tests" / f"test_{name}.py").is_file()] == []

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 
 from mlxtune_convert import ggml, quant
 from mlxtune_convert.errors import UserError
@@ -20,6 +20,7 @@ from mlxtune_convert.gguf_file import FLOATS, File
 from mlxtune_convert.quant import Codes
 
 KEEP = "keep"
+HALF_LARGEST = 65504.0  # of float16
 FLOAT_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 BLOCK_TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")
 # llama-quantize's mixtures: the type of most matrices, and what others of a block get, in all layers or in some.
@@ -105,12 +106,11 @@ class Choice:
             with np.errstate(over="ignore"):
                 rows = weight.astype(FLOATS[kind])
             if kind == "F16" and not np.isfinite(rows).all() and np.isfinite(weight).all():
-                raise UserError(f"{name} holds numbers above 65504, float16's largest", "Choose --type bf16 or f32.")
+                raise UserError(
+                    f"{name} holds numbers above {HALF_LARGEST:.0f}, float16's largest", "Choose --type bf16 or f32."
+                )
             return kind, rows
-        weight = weight.reshape(-1, shape[-1])
-        if kind.endswith("_K"):
-            return kind, ggml.quantize(weight, kind)
-        return kind, quantize(weight, GGMLQuantizationType[kind])
+        return kind, _in_blocks(name, weight.reshape(-1, shape[-1]), kind)
 
     def _kind(self, name: str, stem: str) -> str:
         """The type for one matrix of a quantized export."""
@@ -133,6 +133,15 @@ class Choice:
         }
         kind, layers = others.get(role, (base, "all"))
         return kind if where[layers] else base
+
+
+def _in_blocks(name: str, weight: np.ndarray, kind: str) -> np.ndarray:
+    """[rows, columns] float32 as blocks. Raises UserError where their float16 scales cannot hold the numbers."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = ggml.quantize(weight, kind) if kind.endswith("_K") else quantize(weight, GGMLQuantizationType[kind])
+        if np.abs(weight).max() > HALF_LARGEST and not np.isfinite(dequantize(rows, GGMLQuantizationType[kind])).all():
+            raise UserError(f"{name} holds numbers too large for {kind}'s scales", "Choose --type bf16 or f32.")
+    return rows
 
 
 def _dense(value: Codes | np.ndarray) -> np.ndarray:

@@ -95,7 +95,7 @@ def _require_all_tensors(file: File, family: Family) -> None:
         parts = file.get("split.count", 1)
         raise UserError(
             f"{file.path}: {len(missing)} tensors are missing, first {missing[0]}",
-            f"It is one of {parts} parts: merge them with llama-gguf-split." if parts != 1 else "Download it again.",
+            f"It is one of {parts} parts: merge them with llama-gguf-split." if parts != 1 else HINT,
         )
 
 

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 ENOUGH_ROWS = 32  # for codes that are not fitted to a few rows
 
-data_option = click.option("--data", metavar="PATH", help="Held-out rows to compare on.  [default: the run's own]")
+data_option = click.option(
+    "--data",
+    metavar="PATH",
+    help="Held-out rows to compare on.  [default: the run's own; without --adapter: a text that comes with mlxtune]",
+)
 
 
 def out_option(metavar: str, text: str) -> Callable[..., Any]:
@@ -118,19 +122,35 @@ def _training_rows(adapter: Path) -> Sequence[Example]:
     return rows
 
 
-def _held_out(path: Path, adapter: Path | None, data: str | None, skip: bool = False) -> Sequence[Example] | None:
-    """Rows for a proof: --data's, else the run's own validation rows; None for no proof."""
+def _held_out(
+    path: Path,
+    adapter: Path | None,
+    data: str | None,
+    skip: bool = False,
+    or_else: str = "or leave it out: --no-verify",
+) -> Sequence[Example] | None:
+    """Rows for a proof: --data's, else the run's own validation rows, or the text that comes with mlxtune where there
+    is no adapter; None for no proof. or_else: what the command has beside --data.
+    """
     from mlxtune import session
     from mlxtune.data.chosen import tokenizer_of
     from mlxtune.errors import UserError
+    from mlxtune.ship import sample
+    from mlxtune.ship.verify import MAX_POSITIONS, SHIPPED
 
     if skip and data:
         raise UserError("--data has no effect with --no-verify: nothing is compared", "Leave out one of the two.")
     if skip:
         return None
+    if adapter is None and data is None:
+        common.note(f"no adapter, so no rows were held out: the proof is on {SHIPPED} (--data PATH: on your own)")
+        return sample.read(tokenizer_of(path, None), MAX_POSITIONS)
     config = common.run_settings(adapter, data)
     if not config.data.path and not config.data.sources:
-        raise UserError("the proof needs held-out rows", "Name some: --data PATH; or leave it out: --no-verify.")
+        raise UserError(
+            f"the proof needs held-out rows, and {adapter} is no run that names its own",
+            "; ".join(filter(None, ("Name some: --data PATH", or_else))) + ".",
+        )
     return session.held_out(tokenizer_of(path, adapter), path, config, own=data is None)
 
 
@@ -179,13 +199,14 @@ def export(target: str, kind: str | None, ollama: bool, push: str | None, public
     """Ship to CUDA users (PEFT, Hugging Face) and to llama.cpp, Ollama and LM Studio (GGUF).
 
     The export is loaded by transformers, PEFT or llama.cpp (when installed, else read back) and compared with the
-    trained model on held-out rows before it is given its name.
+    trained model on held-out rows (without --adapter: on a text that comes with mlxtune) before it is given its name.
 
     \b
     mlxtune export --model model --adapter run --to peft --out adapter --base-name OWNER/NAME
     mlxtune export --model model --adapter run --to hf --out merged --dtype bfloat16
     mlxtune export --model model --adapter run --to gguf --out tuned.gguf --type q4_k_m --ollama
     mlxtune export --model model --adapter run --to gguf-lora --out adapter.gguf
+    mlxtune export --model model --to gguf --out base.gguf
     """
     from mlxtune.errors import UserError
 
@@ -247,15 +268,15 @@ def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_
 
     backend.prepare()
     path = hub.resolve(model)
-    examples = _held_out(path, adapter, data) or ()
+    examples = _held_out(path, adapter, data, or_else="") or ()
     with common.console().status("comparing with the trained model"):
-        report = shipping.check(export, path, adapter, examples)
+        report, differs = shipping.check(export, path, adapter, examples)
     if as_json:
         click.echo(json.dumps(report.to_json()))
     else:
         common.stdout().print(f"{export}: {report.line()}")
     if report.verdict in ("failed", "lossy"):
-        raise UserError(f"{export} is not the model that was trained ({report.verdict})", "Its report is beside it.")
+        raise UserError(f"{export} is not the model that was trained ({report.verdict})", differs)
 
 
 def _export_gguf(request: Request, target: str, kind: str | None, ollama: bool) -> None:

@@ -5,8 +5,9 @@ An export is built under a temporary name, compared with the trained model, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
 from mlxtune.model.load import load, model_dtype, open_model, source_of
 from mlxtune.model.peft import from_model
 from mlxtune.model.vocabulary import resize, vocabulary
-from mlxtune.ship import card, verify
+from mlxtune.ship import card, differences, verify
+from mlxtune.ship.differences import Trained, Wanted
 from mlxtune.ship.gptq import Calibration
 from mlxtune.ship.merge import CALIBRATED_BELOW, Merged, check_base, fuse, open_merged
-from mlxtune.ship.verify import Reference, Report, Runner
+from mlxtune.ship.verify import Reference, Report, Runner, TorchRunner
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,35 @@ def to_mlx(request: Request, bits: int, group: int | None = None) -> Report | No
         if request.examples is None:
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        return judged(work, ref, verify.mlx_runner(load(str(work), "float32")), "MLX, float32", storage, request)
+        run = verify.mlx_runner(load(str(work), "float32"))
+
+        def why() -> str:
+            wanted = _fused(request) if bits == UNQUANTIZED_BITS else None
+            return differences.of_folder(work, wanted, _trained(request, ref), run, storage)
+
+        return judged(work, ref, run, "MLX, float32", storage, request, why)
+
+
+def _trained(request: Request, ref: Reference) -> Trained:
+    return Trained(str(request.model), request.adapter, ref)
+
+
+def _fused(request: Request) -> Wanted:
+    """What a dense MLX folder should hold."""
+    return Wanted(
+        lambda dtype: _arrays(_merged_in(request, dtype)),
+        lambda: _merged_in(request, mx.float32).tensors(),
+        unquantized(merged_of(request).config),
+        "A base in bfloat16 or float32 holds them (--base), and so does `mlxtune export --to hf --dtype float32`.",
+    )
+
+
+def _arrays(merged: Merged) -> Iterator[tuple[str, np.ndarray]]:
+    return ((name, to_numpy(array)) for name, array in merged.tensors())
+
+
+def _merged_in(request: Request, dtype: mx.Dtype) -> Merged:
+    return replace(merged_of(request), dtype=dtype)
 
 
 def to_hf(request: Request) -> Report | None:
@@ -122,7 +152,24 @@ def to_hf(request: Request) -> Report | None:
         if request.examples is None:
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        return judged(work, ref, *_hf_runner(work), storage, request)
+        run, name = _hf_runner(work)
+
+        def why() -> str:
+            return differences.of_folder(work, _as_hf(request), _trained(request, ref), run, storage)
+
+        return judged(work, ref, run, name, storage, request, why)
+
+
+def _as_hf(request: Request) -> Wanted:
+    """What a Hugging Face folder should hold."""
+    config = source_of(request.base or request.model)["config"]
+    layout = layouts.by_model_type(config)
+    return Wanted(
+        lambda dtype: layout.to_hf(_arrays(_merged_in(request, dtype)), np),
+        lambda: _merged_in(request, mx.float32).tensors(),
+        unquantized(config),
+        f"--dtype {'bfloat16 or ' if request.dtype != 'bfloat16' else ''}float32 holds them.",
+    )
 
 
 def _hf_runner(folder: Path) -> tuple[Runner, str]:
@@ -179,10 +226,11 @@ def to_peft(request: Request) -> Report | ReadBack | None:
             return save_proof(work, ReadBack(count))
         run = _peft_runner(request.model, work)
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        return judged(work, ref, run, "PEFT on the dense base, float32", "float32", request)
+        why = partial(differences.of_peft, _trained(request, ref), run, lambda: peft.check_adapter(work, adapter))
+        return judged(work, ref, run, "PEFT on the dense base, float32", "float32", request, why)
 
 
-def _peft_runner(model: Path, folder: Path) -> Runner:
+def _peft_runner(model: Path, folder: Path) -> TorchRunner:
     config = source_of(model)["config"]
     base = open_merged(model, None, mx.float32)
     verify.require_memory(base.count())
@@ -190,33 +238,64 @@ def _peft_runner(model: Path, folder: Path) -> Runner:
     return verify.peft_runner(dict(state), unquantized(config), folder)
 
 
-def check(export: Path, model: Path, adapter: Path | None, examples: Sequence[Example]) -> Report:
-    """Compare an artefact that is already there with the trained model, and write the report into it.
+def check(export: Path, model: Path, adapter: Path | None, examples: Sequence[Example]) -> tuple[Report, str]:
+    """Compare an artefact that is already there with the trained model, and write the report into it. Returns it with
+    what differs, "" when nothing does.
 
     Raises UserError for a folder that is no export, or whose runtime is not installed.
     """
     if not export.is_dir():
         raise UserError(f"no folder {export}", "Name what fuse or export wrote.")
+    request = Request(model, adapter, export, examples=examples)
+    run, name, storage, why = _opened(export, request)
+    ref = verify.reference(str(model), adapter, examples)
+    report = verify.measure(ref, run, name, storage)
+    with explained(export):
+        report.write(export)
+    if report.verdict == "lossy":
+        return report, "Codes of more bits lose less (fuse --bits 8 or 16), and the adapter beside its base nothing."
+    return report, differences.told(lambda: why(ref)) if report.verdict == "failed" else ""
+
+
+def _opened(export: Path, request: Request) -> tuple[Runner, str, str, Callable[[Reference], str]]:
+    """An artefact's run, what runs it, its type, and what finds out why it is not the trained model."""
     if (export / peft.WEIGHTS_FILE).is_file():
         if not verify.has_peft():
             raise UserError("PEFT adapters are run by PEFT, which is not installed", "pip install torch peft")
-        run, name, storage = _peft_runner(model, export), "PEFT on the dense base, float32", "float32"
-    elif (export / "config.json").is_file():
-        opened, config = open_model(export)
-        verify.require_memory(Merged(opened, config, mx.float32).count())
-        quantization = config.get("quantization")
-        storage = f"{quantization['bits']} bits" if quantization else dtype_name(model_dtype(opened))
-        run, name = (
-            _hf_runner(export)
-            if source_of(export)["kind"] == "hf" and not (export / SOURCE_FILE).is_file()
-            else (verify.mlx_runner(load(str(export), "float32")), "MLX, float32")
-        )
-    else:
+        torch = _peft_runner(request.model, export)
+
+        def of_adapter(ref: Reference) -> str:
+            check = partial(_check_adapter, export, request)
+            return differences.of_peft(_trained(request, ref), torch, check)
+
+        return torch, "PEFT on the dense base, float32", "float32", of_adapter
+    if not (export / "config.json").is_file():
         raise UserError(f"{export} is neither a model folder nor a PEFT adapter", "Name what fuse or export wrote.")
-    report = verify.measure(verify.reference(str(model), adapter, examples), run, name, storage)
-    with explained(export):
-        report.write(export)
-    return report
+    opened, config = open_model(export)
+    verify.require_memory(Merged(opened, config, mx.float32).count())
+    quantization = config.get("quantization")
+    storage = f"{quantization['bits']} bits" if quantization else dtype_name(model_dtype(opened))
+    if source_of(export)["kind"] == "hf" and not (export / SOURCE_FILE).is_file():
+        run, name = _hf_runner(export)
+        holds = _as_hf
+    else:
+        run, name = verify.mlx_runner(load(str(export), "float32")), "MLX, float32"
+        holds = _fused
+
+    def of_folder(ref: Reference) -> str:
+        wanted = None if quantization else holds(replace(request, dtype=storage))
+        return differences.of_folder(export, wanted, _trained(request, ref), run, storage)
+
+    return run, name, storage, of_folder
+
+
+def _check_adapter(folder: Path, request: Request) -> None:
+    """Raise UserError where a PEFT adapter's tensors are not those of the run."""
+    if request.adapter is None:
+        raise UserError("there is no run to compare them with: --adapter RUN")
+    tuned = open_merged(request.model, request.adapter)
+    source = source_of(request.model)
+    peft.check_adapter(folder, from_model(tuned.model, lora.read_spec(request.adapter), source["config"], ""))
 
 
 def save_proof(work: Path, proof: ReadBack) -> ReadBack:
@@ -242,8 +321,10 @@ def merged_of(request: Request) -> Merged:
     return open_merged(request.base or request.model, request.adapter, dtype)
 
 
-def judged(work: Path, ref: Reference, run: Runner, name: str, storage: str, request: Request) -> Report:
-    """Measure, write the report beside the export, and refuse a failed one.
+def judged(
+    work: Path, ref: Reference, run: Runner, name: str, storage: str, request: Request, why: Callable[[], str]
+) -> Report:
+    """Measure, write the report beside the export, and refuse a failed one with what `why` finds out.
 
     On another base than the trained one (`--base`), the difference is that of the bases, so it is measured and not
     judged.
@@ -252,7 +333,7 @@ def judged(work: Path, ref: Reference, run: Runner, name: str, storage: str, req
     if report.verdict == "failed":
         raise UserError(
             f"the export is not the model that was trained, so it was not kept ({report.line()})",
-            "Its type may be too small for its numbers. --no-verify keeps it all the same.",
+            f"{differences.told(why)} --no-verify keeps it all the same.",
         )
     report.write(work)
     return report

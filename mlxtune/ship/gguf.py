@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import source_of
 from mlxtune.model.quantize import QUANTIZED
-from mlxtune.ship import llama_cpp, modelfile, verify
+from mlxtune.ship import differences, llama_cpp, modelfile, verify
 from mlxtune.ship.export import ReadBack, Request, base_name, judged, merged_of, save_proof
 from mlxtune.ship.merge import Merged, open_merged
 from mlxtune.ship.verify import Report
@@ -96,10 +97,13 @@ def to_lora(request: Request, work: Path) -> Exported:
     what = f"gguf-lora of {len(updates)} modules"
     if request.examples is None:
         return Exported(what, None, [])
-    if not llama_cpp.installed():
+
+    def back() -> int:
         tensors = gguf_lora.adapter_tensors(family, tuned.config, updates)
-        count = gguf_file.read_back(path, ((name, "F32", array) for name, array in tensors.items()))
-        return Exported(what, save_proof(work, ReadBack(count, missing=ggml.PACKAGE)), [])
+        return gguf_file.read_back(path, ((name, "F32", array) for name, array in tensors.items()))
+
+    if not llama_cpp.installed():
+        return Exported(what, save_proof(work, ReadBack(back(), missing=ggml.PACKAGE)), [])
     base = open_merged(request.model, None, mx.float32)
     verify.require_memory(base.count())
     ref = verify.reference(str(request.model), request.adapter, request.examples)
@@ -107,7 +111,9 @@ def to_lora(request: Request, work: Path) -> Exported:
         whole = Path(folder) / "base.gguf"
         Plan.of(base, "f32", request.model, "base").write(base, whole)
         with llama_cpp.runner(whole, path) as run:
-            proof = judged(work, ref, run, "llama.cpp on the float32 base", _storage("f32", family), request)
+            trained = differences.Trained(str(request.model), request.adapter, ref)
+            why = partial(differences.of_gguf, "f32", back, trained, run)
+            proof = judged(work, ref, run, "llama.cpp on the float32 base", _storage("f32", family), request, why)
     return Exported(what, proof, [])
 
 
@@ -162,16 +168,21 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
         )
     if request.examples is None:
         return Exported(f"gguf {kind}", None, notes)
+
+    def back() -> int:
+        return gguf_file.read_back(work / MODEL_FILE, plan.tensors(replace(merged_of(request), dtype=mx.float32)))
+
     if not llama_cpp.installed():
-        again = plan.tensors(replace(merged_of(request), dtype=mx.float32))
-        count = gguf_file.read_back(work / MODEL_FILE, again)
-        return Exported(f"gguf {kind}", save_proof(work, ReadBack(count, missing=ggml.PACKAGE)), notes)
+        return Exported(f"gguf {kind}", save_proof(work, ReadBack(back(), missing=ggml.PACKAGE)), notes)
     verify.require_memory(merged_of(request).count())
     ref = verify.reference(str(request.model), request.adapter, request.examples)
     storage = _storage(kind, plan.family)
     with llama_cpp.runner(work / MODEL_FILE) as run:
         notes += compare_tokens(run, tokenizer, request.examples)
-        return Exported(f"gguf {kind}", judged(work, ref, run, f"llama.cpp, {kind}", storage, request), notes)
+        trained = differences.Trained(str(request.model), request.adapter, ref)
+        why = partial(differences.of_gguf, kind, back, trained, run)
+        proof = judged(work, ref, run, f"llama.cpp, {kind}", storage, request, why)
+        return Exported(f"gguf {kind}", proof, notes)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""The proof: how close an artefact's logits are to the trained model's, on held-out rows.
+"""The proof: how close an artefact's logits are to the trained model's, on held-out rows (where nothing was trained, on
+a text that comes with the tool).
 
 Reference: the trained model (base + adapter) in float32, through MLX. The candidate is run by whoever will use it:
 transformers or PEFT when they are installed, else MLX on the files just written. Legend: N positions, V vocabulary.
@@ -6,6 +7,7 @@ transformers or PEFT when they are installed, else MLX on the files just written
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import math
 import warnings
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlxtune_convert import peft
 from mlxtune_convert.files import write_json
@@ -27,6 +30,7 @@ from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import Loaded, load
+from mlxtune.ship.sample import Sample
 from mlxtune.train.loss import place, supervised_rows
 
 MAX_ROWS = 16
@@ -47,23 +51,34 @@ AT_LEAST = ("top1", "gain_kept")  # the others are at most
 REPORT_FILE = "verification.json"
 MARGIN = 10.0  # the tune must move the logits this many times further than the measured error, or nothing is proven
 
+# What a report calls its two sides and its text.
+TRAINED = "trained model (base + adapter), float32, MLX"
+UNTUNED = "the model, float32, MLX"
+HELD_OUT = "held-out rows"
+SHIPPED = "a text that comes with mlxtune"
+
 Runner = Callable[[Batch], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Logits of the trained model and of its base, [N, V] float32 each, at the supervised positions of `batches`."""
+    """Logits of the trained model and of its base, [N, V] float32 each, at the supervised positions of `batches`.
+    name: TRAINED or, without an adapter, UNTUNED; text: HELD_OUT or SHIPPED.
+    """
 
     batches: list[Batch]
     targets: np.ndarray
     trained: np.ndarray
     base: np.ndarray
+    name: str = TRAINED
+    text: str = HELD_OUT
 
 
 @dataclass(frozen=True)
 class Report:
     """A measured statement. base_*: trained against base, the size of what was learned; share: projection of the
-    candidate's change of logits on the trained one's; gain_kept: share of the loss improvement that survived."""
+    candidate's change of logits on the trained one's; gain_kept: share of the loss improvement that survived; text:
+    what it was measured on."""
 
     reference: str
     candidate: str
@@ -81,6 +96,7 @@ class Report:
     share: float
     gain_kept: float | None
     verdict: str = "measured"
+    text: str = HELD_OUT
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no NaN and no infinity: such numbers become null."""
@@ -95,10 +111,10 @@ class Report:
         return f"{self.share:.1%} of the adapter's effect survived{gain} ({self.positions} held-out tokens)"
 
     def line(self) -> str:
+        moved = "" if self.reference == UNTUNED else f" (tuning moved them by {self.base_max_difference:.1e})"
         return (
-            f"{self.verdict}: max logit difference {self.max_difference:.1e} "
-            f"(tuning moved them by {self.base_max_difference:.1e}), KL {self.mean_kl:.1e}, top-1 {self.top1:.1%}, "
-            f"on {self.positions} held-out tokens, run by {self.candidate}"
+            f"{self.verdict}: max logit difference {self.max_difference:.1e}{moved}, KL {self.mean_kl:.1e}, "
+            f"top-1 {self.top1:.1%}, on {self.positions} tokens of {self.text}, run by {self.candidate}"
         )
 
 
@@ -106,7 +122,8 @@ def write_report(folder: Path, facts: dict[str, Any]) -> None:
     """Put a proof beside the artefact, as JSON and as a table."""
     write_json(folder / REPORT_FILE, facts)
     rows = [f"| {key.replace('_', ' ')} | {_shown(value)} |" for key, value in facts.items()]
-    lines = [f"# Verification: {facts['verdict']}", "", "| measured on held-out rows | |", "|---|---|", *rows, ""]
+    measured = f"measured on {facts['text']}" if "text" in facts else ""
+    lines = [f"# Verification: {facts['verdict']}", "", f"| {measured} | |", "|---|---|", *rows, ""]
     (folder / REPORT_FILE).with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -124,11 +141,17 @@ def require_memory(parameters: int) -> None:
         )
 
 
-def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> Reference:
-    """Run the trained model and its base, in float32, on up to MAX_POSITIONS held-out tokens."""
+def trained_model(model: str, adapter: Path | None) -> Loaded:
+    """The model that exports are compared with: in float32, with the adapter on it."""
     loaded = load(model, "float32")
     if adapter is not None:
         lora.load_adapter(loaded.model, adapter, loaded.config)
+    return loaded
+
+
+def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> Reference:
+    """Run the trained model and its base, in float32, on up to MAX_POSITIONS tokens of the examples."""
+    loaded = trained_model(model, adapter)
     batches, count = [], 0
     for row in range(min(len(examples), MAX_ROWS)):
         if count < MAX_POSITIONS:
@@ -141,14 +164,22 @@ def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> 
     if adapter is not None:
         with lora.switched_off(loaded.model):
             base = _gather(run, batches)
-    return Reference(batches, targets, trained, base)
+    text = SHIPPED if isinstance(examples, Sample) else HELD_OUT
+    return Reference(batches, targets, trained, base, UNTUNED if adapter is None else TRAINED, text)
 
 
-def mlx_runner(loaded: Loaded) -> Runner:
-    def run(batch: Batch) -> np.ndarray:
-        return to_numpy(supervised_rows(loaded.model, None, place(batch, None)).astype(mx.float32))
+@dataclass(frozen=True)
+class MlxRunner:
+    """Logits at a batch's supervised positions, by mlx-lm's model."""
 
-    return run
+    model: nn.Module
+
+    def __call__(self, batch: Batch) -> np.ndarray:
+        return to_numpy(supervised_rows(self.model, None, place(batch, None)).astype(mx.float32))
+
+
+def mlx_runner(loaded: Loaded) -> MlxRunner:
+    return MlxRunner(loaded.model)
 
 
 def _gather(run: Runner, batches: list[Batch]) -> np.ndarray:
@@ -182,7 +213,7 @@ def measure(ref: Reference, run: Runner, candidate: str, storage: str) -> Report
         "gain_kept": (losses[2] - losses[0]) / gain if gain > 1e-6 else None,
     }
     verdict = _verdict(numbers, LIMITS.get(storage, {}), effect > 0)
-    return Report("trained model (base + adapter), float32, MLX", candidate, **numbers, verdict=verdict)
+    return Report(ref.name, candidate, **numbers, verdict=verdict, text=ref.text)
 
 
 def _verdict(numbers: dict[str, Any], limits: dict[str, float], tuned: bool) -> str:
@@ -226,6 +257,10 @@ def has_peft() -> bool:
     return has_transformers() and importlib.util.find_spec("peft") is not None
 
 
+def transformers_version() -> str:
+    return importlib.metadata.version("transformers")
+
+
 def _quiet() -> None:
     """The other library's progress bars and its notes on its own future would only confuse here."""
     from transformers.utils import logging
@@ -246,7 +281,7 @@ def _model_class(config: Any) -> Any:
     )
 
 
-def transformers_runner(folder: Path) -> Runner:
+def transformers_runner(folder: Path) -> TorchRunner:
     """Load an exported folder with transformers, in float32. Raises UserError for missing or unexpected tensors."""
     import torch
     from transformers import AutoConfig
@@ -258,13 +293,16 @@ def transformers_runner(folder: Path) -> Runner:
     )
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
+        names = "; ".join(f"{key.partition('_')[0]}: {', '.join(map(str, found[:3]))}" for key, found in wrong.items())
         raise UserError(
-            f"the export does not load whole in transformers: {wrong}", "This is a bug in mlxtune; please report it."
+            f"{folder} does not load whole in transformers {transformers_version()} ({names})",
+            "Either it is not as it was written, or this version names the family's tensors otherwise than mlxtune "
+            "does (a bug, then: please report it). --no-verify exports without running it.",
         )
-    return _torch_runner(model)
+    return TorchRunner(model.eval())
 
 
-def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> Runner:
+def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> TorchRunner:
     """The exported adapter on the dense float32 form of the base it was trained on, through transformers and PEFT.
 
     base: tensors under Hugging Face's names, handed over in memory; nothing is written.
@@ -282,23 +320,29 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
     # What MLX never had (a vision tower) is not what the adapter is on.
     if info["unexpected_keys"] or info["mismatched_keys"]:
         wrong = [*info["unexpected_keys"], *info["mismatched_keys"]]
-        raise UserError(f"the base does not fit transformers' model: {wrong[:3]}")
+        names = ", ".join(map(str, wrong[:3]))
+        raise UserError(
+            f"the base does not fit the model of transformers {transformers_version()} ({names})",
+            "This version names the family's tensors otherwise than mlxtune does, which is a bug: please report it.",
+        )
     name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     saved = read_header(folder / peft.WEIGHTS_FILE).get(f"{peft.PREFIX}{name}.weight")
     if saved and saved["shape"][0] > len(model.get_input_embeddings().weight):  # tokens were added
         model.resize_token_embeddings(saved["shape"][0], mean_resizing=False)
-    return _torch_runner(PeftModel.from_pretrained(model, str(folder)))
+    return TorchRunner(PeftModel.from_pretrained(model, str(folder)).eval())
 
 
-def _torch_runner(model: Any) -> Runner:
-    import torch
+@dataclass(frozen=True)
+class TorchRunner:
+    """The same by a model of transformers, or PEFT's around one."""
 
-    model.eval()
+    model: Any
 
-    def run(batch: Batch) -> np.ndarray:
+    def __call__(self, batch: Batch) -> np.ndarray:
+        import torch
+
         positions, _ = batch.supervised()
         with torch.no_grad():
-            logits = model(torch.from_numpy(batch.ids[:, :-1].astype(np.int64))).logits
-        return logits.reshape(-1, logits.shape[-1])[torch.from_numpy(positions.astype(np.int64))].float().numpy()
-
-    return run
+            logits = self.model(torch.from_numpy(batch.ids[:, :-1].astype(np.int64))).logits
+        rows: np.ndarray = logits.reshape(-1, logits.shape[-1])[torch.from_numpy(positions.astype(np.int64))]
+        return rows.float().numpy()  # type: ignore[attr-defined]

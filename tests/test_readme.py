@@ -1,0 +1,208 @@
+"""Every command line of README.md and of --help does what it says, on a tiny model in a folder with the names that the
+lines use: README's in their order, then those of --help.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import commands
+import pytest
+import tiny
+from test_layers import COMMANDS
+
+from mlxtune.cli import main
+from mlxtune.train import loggers, signals
+
+TESTS = Path(__file__).resolve().parent
+FIRST = ("model", "run")
+MACHINES = "test_launch.py::test_the_lines_of_the_readme_run_two_machines_that_stay_awake_and_tell_of_their_battery"
+# Lines by their beginning that other tests run, since they take long or need what those bring along.
+ELSEWHERE = {
+    "pip install .": "test_packaging.py::test_the_installed_command_runs",
+    "pip install mlxtune-": "test_packaging.py::test_the_installed_command_runs",
+    "mlxtune demo": "test_use.py::test_the_demo_tells_the_whole_story_on_any_model",
+    "mlxtune doctor --test": "test_selftest.py::test_the_command_passes_offline_and_leaves_nothing_behind",
+    "mlxtune bench": "test_bench.py::test_the_command_prints_one_json_document",
+    "mlx.distributed_config": MACHINES,
+    "mlx.launch": MACHINES,
+}
+# Lines that no test runs.
+NOT_HERE = {
+    "git clone": "its address is the reader's",
+    "cd mlxtune": "as that of the clone",
+    "make demo": "a virtual environment of its own and a model from the package index",
+    "llama-server": "llama.cpp's program; its library runs the same two files in test_gguf_ship.py",
+    "ollama": "Ollama is no Python package",
+    "cp merged.gguf": "LM Studio's folder in the user's home",
+    "mlx_lm.server": "ends when it is stopped; mlx_lm.generate reads the same two folders in test_lora.py",
+}
+# What a line names before anything has made it, by what is there under another name.
+SAME_AS = {
+    "OWNER/NAME": "Qwen/Qwen2.5-0.5B-Instruct",
+    "hf-folder": "Qwen/Qwen2.5-0.5B-Instruct",
+    "peft-adapter": "adapter",
+    "owner/peft-adapter": "peft-adapter",
+    "model.Q4_1.gguf": "base.gguf",
+    "adapter.gguf": "tuned.gguf",
+    "experiments": "runs",
+}
+# Words that stand for something, or ask for a hub: what stands in their place, nothing for an empty list.
+INSTEAD: dict[str, Callable[[], list[str]]] = {
+    "runs/...": lambda: [str(max(Path("runs").iterdir()))],
+    "--push": list,  # into a hub of the tests: test_families.py
+    "USER/REPO": list,
+}
+
+
+def lines() -> list[str]:
+    return list(dict.fromkeys([*commands.in_readme(), *commands.in_help()]))
+
+
+def runs_here(line: str) -> bool:
+    return not line.startswith((*ELSEWHERE, *NOT_HERE))
+
+
+HERE = [line for line in lines() if runs_here(line)]
+
+
+@dataclass
+class Ended:
+    """How a line ended; made: what stood at its destination afterwards, None where it names none."""
+
+    status: int
+    out: str
+    err: str
+    made: bool | None
+
+
+def destination(words: list[str]) -> str | None:
+    """What a command is to write, by its words."""
+    if "--out" in words:
+        return words[words.index("--out") + 1]
+    if "convert" in words:
+        return words[words.index("convert") + 2]
+    return None
+
+
+def run(line: str) -> Ended:
+    """The command of a line in this process, in the current folder. What an earlier one made at its destination goes;
+    but the first model and the first run are what later lines use, those that make them again being alternatives.
+    """
+    words = [word for given in shlex.split(line)[1:] for word in INSTEAD.get(given, lambda given=given: [given])()]
+    for name in (word.removeprefix("./") for word in words):
+        source = Path(SAME_AS.get(name, name))
+        if source.exists() and not Path(name).exists():
+            Path(name).parent.mkdir(exist_ok=True)
+            shutil.copytree(source, name) if source.is_dir() else shutil.copy(source, name)
+    out = destination(words)
+    kept = None
+    if out in FIRST and Path(out).exists() and not any(word.startswith("--resume") for word in words):
+        kept = Path(out).rename(f"first-{out}")
+    elif out and out not in FIRST:
+        for old in (Path(out), Path(out).with_suffix(".Modelfile")):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    said, told = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(SystemExit) as ended,
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(told),
+    ):
+        patch.setattr(signals, "unwind_on_signals", lambda: None)
+        patch.setattr(sys, "stdin", io.StringIO("Where is my order?\n"))
+        main(words)
+    made = Path(out).exists() if out else None
+    if kept and out:
+        shutil.rmtree(out, ignore_errors=True)
+        kept.rename(out)
+    return Ended(int(ended.value.code or 0), said.getvalue(), told.getvalue(), made)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """What became of each line. The sources are there under the names that the lines use; nothing else is."""
+    folder = tmp_path_factory.mktemp("readme")
+    # Tied: the first choices of such a model are clear, so that 16 bits do not turn one of these few.
+    tiny.make_model(folder / "Qwen/Qwen2.5-0.5B-Instruct", "qwen2", tie_word_embeddings=True)
+    rows = tiny.conversations(16)
+    for split, own in (("train", rows[:10]), ("valid", rows[10:13]), ("test", rows[13:])):
+        tiny.write_jsonl(folder / "data" / f"{split}.jsonl", own)
+    alpaca = [{"instruction": f"Say {index}.", "input": "", "output": f"{index} it is."} for index in range(6)]
+    (folder / "alpaca.json").write_text(json.dumps(alpaca))
+    (folder / "gsm8k.csv").write_text("question,answer\nHow much is 1 and 1?,It is 2.\nAnd 2 and 3?,It is 5.\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
+        patch.setattr(loggers, "require", lambda names: None)
+        return {line: run(line) for line in HERE}
+
+
+class Writer:
+    """Stands for tensorboardX's, which need not be installed."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    add_scalar = close = __init__
+
+
+@pytest.mark.parametrize("line", HERE)
+def test_a_line_ends_well_and_has_made_what_it_names(line: str, ended: dict[str, Ended]) -> None:
+    found = ended[line]
+    assert (found.status, "error: " in found.err, found.made in (True, None)) == (0, False, True), found.err
+
+
+def test_a_base_without_an_adapter_is_proven_on_the_text_that_comes_with_mlxtune(ended: dict[str, Ended]) -> None:
+    found = ended["mlxtune export --model model --to gguf --out base.gguf"]
+    said = " ".join(found.err.split())
+    assert "no adapter, so no rows were held out: the proof is on a text that comes with mlxtune" in said
+    assert re.search(r"passed: max logit difference \S+, KL \S+, top-1 \S+, on 256 tokens of a text that", found.out)
+
+
+def test_what_is_not_run_here_is_named_once_each_and_no_command_of_mlxtune_is_run_nowhere() -> None:
+    names = [*ELSEWHERE, *NOT_HERE]
+    for line in lines():
+        matching = [name for name in names if line.startswith(name)]
+        assert len(matching) == (0 if line in HERE else 1), (line, matching)
+    for name in names:
+        assert any(line.startswith(name) for line in lines()), name
+    assert all(line.startswith("mlxtune ") for line in HERE)
+    assert not any(name.startswith("mlxtune") for name in NOT_HERE)
+    for place in ELSEWHERE.values():
+        file, _, test = place.partition("::")
+        assert f"def {test}(" in (TESTS / file).read_text(encoding="utf-8"), place
+
+
+@pytest.mark.parametrize("line", [line for line in lines() if line.startswith("mlxtune ") and line not in HERE])
+def test_a_line_that_other_tests_run_has_words_that_its_command_takes(line: str) -> None:
+    words = shlex.split(line.partition(">")[0])[1:]
+    COMMANDS[(words[0],)].make_context(words[0], words[1:])
+
+
+def test_the_options_that_readmes_sentences_give_a_command_are_its_own() -> None:
+    assert len(commands.spans()) > 5
+    for span in commands.spans():
+        words = shlex.split(span)[1:]
+        path = next(path for path in (tuple(words[:2]), tuple(words[:1])) if path in COMMANDS)
+        known = {name for parameter in COMMANDS[path].params for name in parameter.opts}
+        assert {word for word in words if word.startswith("-")} <= known, span
+
+
+def test_the_lines_are_all_found() -> None:
+    """By a count of what begins as one, anywhere in README's blocks."""
+    text = commands.README.read_text(encoding="utf-8")
+    assert len(re.findall(r"^mlxtune ", text, re.MULTILINE)) == sum(
+        line.startswith("mlxtune ") for line in commands.in_readme()
+    )
+    assert {path[0] for path in COMMANDS if path} <= {line.split()[1] for line in commands.in_help()}
