@@ -147,3 +147,21 @@ class Layout:
             with contextlib.suppress(UserError):
                 out[self.peft_target(path)] = path
         return out
+
+    def mlx_path(self, target: str) -> str:
+        """The inverse of `peft_target` where the model's own paths are not at hand, from the tables alone.
+
+        Raises UserError when no layer of this family has that name.
+        """
+        module, names = target.partition(":")[0], (target, f"{target}:weight")
+        found = []
+        for ours, theirs in self.modules:
+            match = next(filter(None, map(_pattern(theirs).fullmatch, names)), None)
+            found += [_fill(ours, match.groups())] if match else []
+        for rule in self.rules:
+            match = _pattern(rule.hf).fullmatch(f"{module}.weight") if rule.do == "move" else None
+            found += [_fill(rule.mlx[0], match.groups()).removesuffix(".weight")] if match else []
+        for path in (*found, module):
+            if target in self.peft_targets([path]) or f"{target}:weight" in self.peft_targets([path]):
+                return path
+        raise UserError(f"the model has no layer {target}", "Name the model that the adapter was trained on.")

@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn, TextIO, cast
 
 import click
+from mlxtune_convert.cli import say_error
 from mlxtune_convert.files import REFUSALS
 
 import mlxtune
@@ -57,13 +58,13 @@ def main(args: list[str] | None = None) -> NoReturn:
     try:
         code = cli.main(args, prog_name="mlxtune", standalone_mode=False)
     except UserError as error:
-        _say(error.message, error.hint)
+        say_error(error.message, error.hint)
         code = 2
     except click.UsageError as error:
-        _say(error.format_message(), f"See: {error.ctx.command_path} --help" if error.ctx else "")
+        say_error(error.format_message(), f"See: {error.ctx.command_path} --help" if error.ctx else "")
         code = 2
     except click.ClickException as error:
-        _say(error.format_message(), "")
+        say_error(error.format_message(), "")
         code = 2
     except Interrupted as error:
         click.echo(error.message, err=True)
@@ -81,7 +82,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        _say(f"{error.filename or 'the file system'}: {REFUSALS[error.errno][0]}", "")
+        say_error(f"{error.filename or 'the file system'}: {REFUSALS[error.errno][0]}", "")
         code = 2
     except (RuntimeError, MemoryError) as error:
         failure = gpu_errors.recognise(error)
@@ -89,13 +90,6 @@ def main(args: list[str] | None = None) -> NoReturn:
             raise
         words = sys.argv[1:] if args is None else args
         command = next((word for word in words if not word.startswith("-")), "")
-        _say(str(failure), failure.hint(command, words))
+        say_error(str(failure), failure.hint(command, words))
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _say(message: str, hint: str) -> None:
-    # Text of a library's error may be part of the message; it must not break the line.
-    click.echo(f"error: {' '.join(message.splitlines())}", err=True)
-    if hint:
-        click.echo(f"  {hint}", err=True)

@@ -5,45 +5,21 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import mlx.nn as nn
+from mlxtune_convert import adapters
+from mlxtune_convert.adapters import ADAPTER_FILE, OWN_FILE
 
 from mlxtune.errors import UserError
 from mlxtune.model.layers import EMBEDDING, LINEAR, SWITCH, own_parameters
 from mlxtune.sections import LoraSection
 
-ADAPTER_FILE = "adapters.safetensors"
-OWN_FILE = "mlxtune_adapters.safetensors"
+__all__ = ["ADAPTER_FILE", "OWN_FILE", "Spec"]
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What an adapter is: enough to build it again on the same base.
-
-    keys: module paths inside a block (or in the model, outside its blocks); num_layers: how many blocks from the last
-    one; scale: of the update, alpha / rank, or alpha / sqrt(rank) in rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
-    modules: where rank or scale are not the same everywhere, each adapted path in the model with its own (rank, scale);
-    it replaces keys and num_layers. trained: paths of the layers trained in full; own_head: the head is not to follow a
-    trained embedding. base: the original model on the hub, where an imported adapter names one.
-    """
-
-    rank: int
-    scale: float
-    dropout: float
-    keys: tuple[str, ...]
-    num_layers: int
-    variant: str = "lora"
-    modules: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    trained: tuple[str, ...] = ()
-    own_head: bool = False
-    base: str = ""
-
-    @property
-    def file(self) -> str:
-        """mlx-lm's name where its layout holds the whole adapter, else our own."""
-        return OWN_FILE if self.modules or self.trained else ADAPTER_FILE
+class Spec(adapters.Spec):
+    """As adapter folders hold it, and resolved against a model."""
 
     @staticmethod
     def of(model: nn.Module, section: LoraSection) -> Spec:

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlxtune_convert.hf_folder import resize, vocabulary
 from mlxtune_convert.tensors import read_header
 
 from mlxtune import backend
@@ -19,19 +20,7 @@ from mlxtune.model.layers import EMBEDDING, LINEAR, dense_copy, own_parameters
 from mlxtune.model.load import Loaded, model_dtype, open_model
 from mlxtune.model.spec import OWN_FILE, Spec, outside_blocks
 
-
-def vocabulary(config: Mapping[str, Any]) -> int | None:
-    """How many tokens a config.json says that its model knows, those without a token in the tokenizer included."""
-    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-
-
-def resize(config: dict[str, Any], rows: int | None) -> None:
-    """Write a new size of the vocabulary into a config.json, where it differs from the old."""
-    if rows is None or rows == vocabulary(config):
-        return
-    for part in (config, config.get("text_config", {})):
-        if "vocab_size" in part:
-            part["vocab_size"] = rows
+__all__ = ["choose", "fit", "grow", "matrices", "prepare", "resize", "vocabulary"]
 
 
 def matrices(model: nn.Module, config: Mapping[str, Any]) -> list[str]:

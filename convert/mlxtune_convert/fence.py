@@ -1,0 +1,194 @@
+"""What `mlxtune-convert` does: adapters and models across the fence between MLX and PyTorch, and the proof of it.
+
+Nothing here needs MLX, PyTorch or a model that runs. A result is read back before it gets its name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from mlxtune_convert import adapters, chosen, companions, crossing, gguf_file, gguf_lora, hf_folder, peft
+from mlxtune_convert.checks import Comparison, compare, tensors_of
+from mlxtune_convert.crossing import Base
+from mlxtune_convert.errors import UserError
+from mlxtune_convert.files import new_folder, require_space
+from mlxtune_convert.mlx_folder import MlxFolder, base_of, source_of
+
+DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+
+
+@dataclass
+class Result:
+    """said: what was done, in words; notes: what a person must know beside it."""
+
+    said: str
+    notes: list[str] = field(default_factory=list)
+
+
+def to_peft(source: Path, destination: Path, base_path: Path, base_name: str = "", force: bool = False) -> Result:
+    """An MLX adapter folder, or a GGUF adapter file, as a PEFT adapter folder.
+
+    base_path: the model it was trained on, its original, or the config.json of one; base_name: the original on the hub.
+    Raises UserError for what PEFT cannot express, or when the adapter is not for this base.
+    """
+    base = base_of(base_path)
+    adapter = read_ours(source, base)
+    name = base_name or name_of(base_path) or adapter.base
+    theirs = _peft_of(adapter, base, name)
+    result = Result("")
+    with new_folder(destination, force, [source, base_path]) as work:
+        peft.write_adapter(work, theirs)
+        _write_tokenizer(source, base_path, work)
+        count = peft.check_adapter(work, theirs)
+    if not name:
+        result.notes.append("the adapter names no base model (unknown here); --base-name OWNER/NAME writes it")
+    rows = max((len(array) for key, array in theirs.trained.items() if key.startswith(f"{crossing.HEAD}.")), default=0)
+    known = hf_folder.vocabulary(base.config) or 0
+    if rows > known:
+        result.notes.append(f"before PEFT loads it, the base needs rows: `base.resize_token_embeddings({rows})`")
+    result.said = f"a PEFT adapter of {_layers(theirs)} layers; {count} tensors read back"
+    return result
+
+
+def read_ours(source: Path, base: Base) -> peft.Adapter:
+    """An MLX adapter folder or a GGUF adapter under MLX's names. Raises UserError when it is not for this base."""
+    if source.suffix == ".gguf":
+        file = gguf_file.read(source)
+        if not gguf_lora.is_adapter(file):
+            raise UserError(f"{source} holds no adapter", "Models in GGUF are converted by mlxtune convert.")
+        updates, _ = gguf_lora.read_adapter(file, base.config)
+        adapter = peft.Adapter(updates)
+    else:
+        adapter, _ = adapters.read_adapter(source)
+    crossing.check_fit(adapter, base, source)
+    return adapter
+
+
+def _peft_of(adapter: peft.Adapter, base: Base, name: str) -> peft.Adapter:
+    layout = base.layout
+    own_head = None if base.modules is None else crossing.has_head(layout, base.modules)
+    return crossing.to_peft(adapter, layout, name, own_head)
+
+
+def name_of(base: Path) -> str:
+    """The original model of a folder on the hub, or "" when unknown. A repository of MLX-quantized weights is none."""
+    source = source_of(base) if base.is_dir() else {"kind": "", "name": ""}
+    return str(source.get("name", "")) if source["kind"] == "hf" else ""
+
+
+def _write_tokenizer(source: Path, base: Path, work: Path) -> None:
+    """Give the folder the tokenizer that the adapter was trained with, where that is not the base's own."""
+    changes = chosen.Changes.read(source if source.is_dir() else None)
+    if changes.empty:
+        return
+    folder = base if base.is_dir() else base.parent
+    if not (folder / chosen.TOKENIZER).is_file():
+        raise UserError(
+            f"{source} was trained with a chat template or tokens of its own, and {folder} has no {chosen.TOKENIZER} "
+            "to write them into",
+            "Give the model's folder with its tokenizer: --base DIR.",
+        )
+    companions.copy(folder, work)
+    changes.write(work)
+
+
+def to_mlx(source: Path, destination: Path, base_path: Path | None, force: bool = False) -> Result:
+    """A PEFT adapter folder as an MLX adapter folder.
+
+    base_path: the MLX model it is for, its original, or the config.json of one; None: its layers have the same names in
+    MLX. Raises UserError naming the key, the tensor or the layer that cannot be carried over.
+    """
+    theirs = peft.read_adapter(source)
+    base = None if base_path is None else base_of(base_path)
+    ours = crossing.from_peft(theirs, None if base is None else _names(theirs, base), source)
+    notes = []
+    if base is not None:
+        crossing.check_fit(ours, base, source)
+    if base is None:
+        notes.append("names and shapes were not compared with a model (--base DIR does)")
+    elif base.modules is None:
+        notes.append("shapes were not compared: the base's weights are not at hand in MLX's form")
+    with new_folder(destination, force, [source, *([base_path] if base_path else [])]) as work:
+        spec = adapters.save_adapter(work, ours, None if base is None else base.blocks)
+        chosen.Changes.of_files(source).save(work)
+        read, _ = adapters.read_adapter(work)
+        compared = _compared(read, tensors_of(ours))
+        compared.require(source)
+    trained_on = f", trained on {spec.base}" if spec.base else ""
+    return Result(
+        f"an MLX adapter of {_layers(ours)} layers ({spec.variant}{trained_on}); {compared.equal} tensors read back",
+        notes,
+    )
+
+
+def _names(adapter: peft.Adapter, base: Base) -> dict[str, str]:
+    if base.modules is None:
+        return crossing.names_by_table(adapter, base.layout)
+    return crossing.names_of(base.layout, base.modules)
+
+
+def _layers(adapter: peft.Adapter) -> int:
+    """Layers that are adapted or trained in full; a tied head is no layer of its own."""
+    whole = {name.rpartition(".")[0] for name in adapter.trained} - ({crossing.HEAD} if adapter.tied else set())
+    return len(adapter.updates) + len(whole)
+
+
+def to_hf(
+    source: Path, destination: Path, base_path: Path | None = None, dtype: str | None = None, force: bool = False
+) -> Result:
+    """An MLX model folder, quantized or not, as a Hugging Face folder.
+
+    base_path: the original, for the parts that MLX does not have (vision towers, further heads); dtype: None, the
+    model's own. Raises UserError for a family that is not covered, or when such parts are needed and not there.
+    """
+    folder = MlxFolder.open(source)
+    folder.require_mlx()
+    base = folder.base
+    layout, wanted = base.layout, folder.dtype if dtype is None else DTYPES[dtype]
+    origin = base_path or source
+    if base_path is not None and not layout.dropped:
+        raise UserError("--base has no effect here: MLX has every part of this family's models", "Leave it out.")
+    dropped = hf_folder.dropped_tensors(layout, origin)
+    with new_folder(destination, force, [source, origin]) as work:
+        require_space(work, folder.parameters * wanted.itemsize)
+        rows = hf_folder.vocabulary(folder.config)
+        hf_folder.write(work, layout, folder.dense(wanted), dropped, base.config, rows, wanted.name)
+        companions.copy(origin, work)
+    size = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
+    return Result(f"a Hugging Face model in {wanted.name}, {size / (1 << 20):,.0f} MiB")
+
+
+def check(export: Path, source: Path, base_path: Path | None = None, adapter: Path | None = None) -> Result:
+    """Compare an export, a PEFT adapter or a Hugging Face folder, with what it was made of, tensor by tensor.
+
+    source: the MLX adapter (or GGUF adapter) of a PEFT adapter, the MLX model of a Hugging Face folder; base_path: as
+    in `to_peft`; adapter: what was merged into a Hugging Face folder. Raises UserError when a tensor is another one.
+    """
+    if (export / peft.WEIGHTS_FILE).is_file():
+        if adapter is not None:
+            raise UserError("--adapter has no effect here: nothing is merged in a PEFT adapter", "Leave it out.")
+        if base_path is None:
+            raise UserError("how PEFT names the layers depends on the model's family", "Name the model: --base DIR.")
+        base = base_of(base_path)
+        expected = tensors_of(_peft_of(read_ours(source, base), base, ""))
+        return Result(_compared(peft.read_adapter(export), expected).require(source))
+    if base_path is not None:
+        raise UserError("--base has no effect here: it names the model of an adapter", "Leave it out.")
+    folder = MlxFolder.open(source)
+    folder.require_mlx()
+    layout = folder.base.layout
+    change = None if adapter is None else read_ours(adapter, folder.base)
+    theirs = MlxFolder.open(export)
+    tensors = layout.to_hf(folder.dense(theirs.dtype, change), np)
+    found = {name: partial(theirs.read, name) for name in theirs.tensors}
+    return Result(compare(found, tensors, layout.is_dropped, change is not None).require(source))
+
+
+def _compared(adapter: peft.Adapter, expected: dict[str, np.ndarray]) -> Comparison:
+    found = {name: partial(np.asarray, array) for name, array in tensors_of(adapter).items()}
+    return compare(found, expected.items())
