@@ -3,6 +3,7 @@ PyTorch nor mlxtune. No network: the libraries are links to those of the environ
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import numpy
 import safetensors
 import tiny
 import yaml
+from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (numpy, safetensors, ml_dtypes, gguf, click, yaml)  # gguf needs yaml
@@ -78,3 +80,18 @@ def refused(python: Path, out: Path, *arguments: str | Path, expected: tuple[str
     """The script must refuse in one clear line and leave no trace of `out`."""
     tiny.one_clear_line(command(python, *arguments), *expected)
     tiny.nothing_written(out)
+
+
+def same(one: Path, other: Path) -> None:
+    """Two folders hold the same tensors and configurations."""
+    files = [path.name for path in one.iterdir() if path.suffix in (".safetensors", ".json")]
+    assert any(name.endswith(".safetensors") for name in files)
+    for name in files:
+        if name.endswith(".json"):
+            assert json.loads((one / name).read_text()) == json.loads((other / name).read_text()), name
+            continue
+        left, right = load_file(one / name), load_file(other / name)
+        assert left.keys() == right.keys(), name
+        for key, array in left.items():
+            assert (array.dtype, array.shape) == (right[key].dtype, right[key].shape), key
+            assert array.tobytes() == right[key].tobytes(), key

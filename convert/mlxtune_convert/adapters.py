@@ -63,7 +63,8 @@ class Spec:
             raise UserError(f"no adapter folder {folder}")
         config = read_json(folder / CONFIG_FILE, "an adapter folder: adapters.safetensors and adapter_config.json")
         if "peft_type" in config:
-            raise UserError(f"{folder} is a PEFT adapter", f"Convert it first: mlxtune convert {folder} ADAPTER")
+            first = f"Convert it first: mlxtune convert {folder} ADAPTER (or mlxtune-convert to-mlx)"
+            raise UserError(f"{folder} is a PEFT adapter", first)
         kind = config.get("fine_tune_type", "lora")
         if kind not in ("lora", "dora", OWN_TYPE):
             raise UserError(
@@ -131,7 +132,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, Spec]:
     read_header(file)
     factors: dict[str, dict[str, np.ndarray]] = {}  # path -> lora_a, lora_b, m
     trained: dict[str, np.ndarray] = {}
-    for name, array in load_file(file).items():
+    for name, array in sorted(load_file(file).items()):
         path, _, part = name.rpartition(".")
         if path in spec.trained:
             trained[name] = array.astype(np.float32)

@@ -17,7 +17,7 @@ from mlxtune_convert import layouts
 from mlxtune_convert.adapters import LAYER
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.peft import Adapter
-from mlxtune_convert.rules import Layout
+from mlxtune_convert.rules import MERGED, Layout
 
 HEAD = "lm_head"  # PEFT's name of it in every family
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "embeddings")  # last names of the token embedding
@@ -69,7 +69,7 @@ def to_peft(adapter: Adapter, layout: Layout, base: str, own_head: bool | None) 
         path, _, own = name.rpartition(".")
         module, _, parameter = layout.peft_target(path, whole=True).partition(":")
         if parameter not in ("", "weight"):
-            raise UserError(f"PEFT cannot save whole experts ({path})", "`--to hf` exports the merged model.")
+            raise UserError(f"PEFT cannot save whole experts ({path})", MERGED)
         trained[f"{module}.{own}"] = array
     embedding = next((array for name, array in trained.items() if name.split(".")[-2] in EMBEDDINGS), None)
     if embedding is not None and own_head is None:

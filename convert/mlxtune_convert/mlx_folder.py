@@ -177,12 +177,12 @@ class MlxFolder:
         for start in range(0, len(out), CHUNK_ROWS):
             here = slice(start, start + CHUNK_ROWS)
             biases = flat["biases"][here] if "biases" in flat else None
-            part = dequantize(Codes(flat["weight"][here], flat["scales"][here], biases, bits, group, mode))
-            out[here] = _rounded(part if factor is None else part * factor[here], dtype)
+            codes = Codes(flat["weight"][here], flat["scales"][here], biases, bits, group, mode)
+            out[here] = _rounded(dequantize(codes, None if factor is None else factor[here]), dtype)
         return out.reshape(*rows, -1)
 
     def _factor(self, path: str, parts: dict[str, np.ndarray], rows: list[int]) -> np.ndarray | None:
-        """[rows, 1] what the scale of a whole tensor (nvfp4) multiplies its rows by; None without one."""
+        """[rows, 1] what the scale of a whole tensor (nvfp4) multiplies the scales of its rows by; None without one."""
         if "global_scale" not in parts:
             return None
         scale = parts["global_scale"].astype(np.float32).reshape(-1, 1) / NVFP4_RANGE

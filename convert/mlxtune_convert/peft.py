@@ -95,7 +95,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     if dora and parameters:
         raise UserError(
             f"PEFT has no DoRA for experts, routers and their like ({parameters[0]})",
-            "`--to hf` exports the merged model.",
+            "`mlxtune export --to hf` exports the merged model.",
         )
     save_checked(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     rank, alpha = (Counter(found.values() or [8]).most_common(1)[0][0] for found in (ranks, alphas))

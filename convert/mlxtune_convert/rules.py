@@ -15,6 +15,7 @@ from typing import Any
 
 from mlxtune_convert.errors import UserError
 
+MERGED = "`mlxtune export --to hf` exports the merged model."
 Array = Any  # numpy's or MLX's: both have the methods used here
 
 
@@ -127,7 +128,7 @@ class Layout:
         Raises UserError when transformers has no such layer, or another one.
         """
         if path.endswith(self.not_in_peft):
-            raise UserError(f"PEFT cannot adapt {path} in this family", "`--to hf` exports the merged model.")
+            raise UserError(f"PEFT cannot adapt {path} in this family", MERGED)
         for ours, theirs in self.modules:
             match = _pattern(ours).fullmatch(path)
             if match:
@@ -137,7 +138,7 @@ class Layout:
             return path
         rule, _, values = found
         if rule.do != "move" or rule.plus or len(rule.axes) > (0 if whole else 2):
-            raise UserError(f"{path} is another matrix in transformers", "`--to hf` exports the merged model.")
+            raise UserError(f"{path} is another matrix in transformers", MERGED)
         return _fill(rule.hf, values).removesuffix(".weight")
 
     def peft_targets(self, paths: Iterable[str]) -> dict[str, str]:
