@@ -17,8 +17,8 @@ from mlxtune_convert import adapters, fence, gguf_families, gguf_lora, layouts
 from mlxtune_convert.chosen import Changes
 from mlxtune_convert.cli import cli
 from mlxtune_convert.configs import normalise
-from mlxtune_convert.crossing import Base
 from mlxtune_convert.errors import UserError
+from mlxtune_convert.peft_base import Base
 from safetensors.numpy import load_file, save_file
 from test_peft import IDS, hf, logits
 from test_variants import KINDS, adapted
@@ -302,7 +302,7 @@ def test_a_name_is_found_again_from_the_tables_alone(family: str) -> None:
     config = normalise(original)
     kind, arguments = _get_classes(config)
     model = kind(arguments.from_dict(config))
-    base = Base(original)
+    base = Base(original, None)
     assert base.blocks == len(model.layers)
     paths = [path for path, module in model.named_modules() if isinstance(module, LINEAR + SWITCH)]
     layout = layouts.LAYOUTS[family]

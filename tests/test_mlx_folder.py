@@ -56,7 +56,7 @@ def test_every_mode_and_width_is_the_matrix_that_mlx_makes_of_the_codes(shape: t
     folder = folder_of(tmp_path / "model", tensors, {"group_size": 64, "bits": 4, **table})
     assert folder.dtype == ml_dtypes.bfloat16 and folder.parameters == len(FORMS) * weight.size
     for path, array in wanted.items():
-        assert folder.modules[path] == shape
+        assert folder.shapes[path] == shape
         assert folder.matrix(path, np.dtype(np.float32)).tobytes() == array.tobytes(), path
     half = dict(folder.dense(np.dtype(np.float16)))
     assert {name.removesuffix(".weight") for name in half} == wanted.keys()

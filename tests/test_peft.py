@@ -155,7 +155,7 @@ def test_what_is_not_understood_is_refused_by_its_name(
 
 
 @pytest.mark.parametrize(
-    "name", ["base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.model.norm.weight"]
+    "name", ["base_model.model.model.layers.0.mlp.up_proj.lora_C", "base_model.model.model.norm.weight"]
 )
 def test_a_tensor_that_is_not_understood_is_refused_by_its_name(
     name: str, models: dict[str, Path], tmp_path: Path

@@ -48,10 +48,12 @@ class Case:
     alike: bool = True
 
 
+TIED = {"tie_word_embeddings": True}
 CASES = {
     "llama, 4 bits": Case("llama", 4, ("lora.targets=all-linear",)),
     "experts": Case("qwen3_moe", 16, ("lora.targets=[q_proj, down_proj, mlp.gate]",)),
     "experts, gate and up": Case("qwen3_moe", 16, ("lora.targets=all-linear",), alike=False),
+    "tied embedding": Case("llama", 16, ("lora.targets=[q_proj]", "lora.train_also=[embeddings, norms]"), TIED),
 }
 
 

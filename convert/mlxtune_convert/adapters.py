@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import read_json, write_json
 from mlxtune_convert.peft import Adapter, Update
+from mlxtune_convert.peft_tensors import is_head
 from mlxtune_convert.tensors import read_header, save_checked
 
 CONFIG_FILE = "adapter_config.json"
@@ -26,6 +27,16 @@ ADAPTER_FILE = "adapters.safetensors"
 OWN_FILE = "mlxtune_adapters.safetensors"
 OWN_TYPE = "mlxtune"
 FACTORS = ("lora_a", "lora_b", "m")
+# PEFT's own merge_and_unload puts the update of one into the other where they are one matrix.
+UNTIE = (
+    "Train it with ensure_weight_tying, or make a base with two: load the original model in transformers as m, then "
+    "`m.lm_head.weight = torch.nn.Parameter(m.lm_head.weight.clone()); m.config.tie_word_embeddings = False; "
+    "m.save_pretrained('untied')`; convert that folder (with the tokenizer in it) and name it: --base."
+)
+OTHER_MODEL = (
+    "Use the model that the adapter was trained on. If it came from PEFT, convert it again with --base MODEL: what "
+    "layers are called depends on the model's family."
+)
 LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
 
 
@@ -37,7 +48,8 @@ class Spec:
     one; scale: of the update, alpha / rank, or alpha / sqrt(rank) in rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
     modules: where rank or scale are not the same everywhere, each adapted path in the model with its own (rank, scale);
     it replaces keys and num_layers. trained: paths of the layers trained in full; own_head: the head is not to follow a
-    trained embedding. base: the original model on the hub, where an imported adapter names one.
+    trained embedding; tied: it is to be the trained embedding itself. base: the original model on the hub, where an
+    imported adapter names one.
     """
 
     rank: int
@@ -50,6 +62,7 @@ class Spec:
     trained: tuple[str, ...] = ()
     own_head: bool = False
     base: str = ""
+    tied: bool = False
 
     @property
     def file(self) -> str:
@@ -86,6 +99,7 @@ class Spec:
                 tuple(config.get("trained", ())),
                 bool(config.get("own_head", False)),
                 str(config.get("base_model", "")),
+                bool(config.get("tied", False)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{folder / CONFIG_FILE}: not an MLX adapter's configuration ({error})") from error
@@ -96,11 +110,28 @@ class Spec:
         if self.file == OWN_FILE:
             chosen = {path: {"rank": rank, "scale": scale} for path, (rank, scale) in self.modules.items()}
             own = {"dropout": self.dropout, "modules": chosen, "trained": list(self.trained), "own_head": self.own_head}
+            own |= {"tied": True} if self.tied else {}
             uniform = {} if chosen else self._uniform()
             write_json(folder / CONFIG_FILE, {"fine_tune_type": OWN_TYPE, **own, **uniform, **common})
             return
         kind = "dora" if self.variant == "dora" else "lora"
         write_json(folder / CONFIG_FILE, {"fine_tune_type": kind, **self._uniform(), **common})
+
+    def check_head(self, own_head: bool, folder: Path) -> None:
+        """Raise UserError for an adapter that needs embedding and head apart where the model has one matrix, and the
+        reverse. own_head: whether the model has a head beside the embedding; folder: the adapter's.
+        """
+        if own_head:
+            if self.tied:
+                raise UserError(
+                    f"{folder}: its embedding is its head as well; this model has a matrix for each", OTHER_MODEL
+                )
+            return
+        what = "its embedding was trained beside the old head" if self.own_head else ""
+        if any(is_head(path) for path in (*self.keys, *self.modules, *self.trained)):
+            what = "its head was trained apart from the embedding"
+        if what:
+            raise UserError(f"{folder}: {what}; this model has one matrix for both", UNTIE)
 
     def _uniform(self) -> dict[str, Any]:
         parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
@@ -150,7 +181,8 @@ def read_adapter(folder: Path) -> tuple[Adapter, Spec]:
         raise UserError(
             f"{file}: it adapts {len(blocks)} blocks, {CONFIG_FILE} says {spec.num_layers}", "Copy it again."
         )
-    return Adapter(updates, trained, spec.dropout, spec.variant == "rslora", spec.base, spec.own_head), spec
+    kind = spec.variant == "rslora"
+    return Adapter(updates, trained, spec.dropout, kind, spec.base, own_head=spec.own_head, tied=spec.tied), spec
 
 
 def _update(spec: Spec, path: str, parts: dict[str, np.ndarray], file: Path) -> Update:
@@ -210,4 +242,5 @@ def _spec(adapter: Adapter, layers: int | None) -> Spec:
         tuple(dict.fromkeys(name.rpartition(".")[0] for name in adapter.trained)),
         adapter.own_head,
         adapter.base,
+        adapter.tied,
     )

@@ -12,12 +12,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mlxtune_convert import adapters, chosen, companions, crossing, gguf_file, gguf_lora, hf_folder, peft
+from mlxtune_convert import adapters, chosen, companions, crossing, gguf_file, gguf_lora, hf_folder, peft, peft_base
 from mlxtune_convert.checks import Comparison, compare, tensors_of
-from mlxtune_convert.crossing import Base
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import new_folder, require_space
 from mlxtune_convert.mlx_folder import MlxFolder, base_of, source_of
+from mlxtune_convert.peft_base import Base
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
@@ -48,7 +48,7 @@ def to_peft(source: Path, destination: Path, base_path: Path, base_name: str = "
     if not name:
         result.notes.append("the adapter names no base model (unknown here); --base-name OWNER/NAME writes it")
     rows = max((len(array) for key, array in theirs.trained.items() if key.startswith(f"{crossing.HEAD}.")), default=0)
-    known = hf_folder.vocabulary(base.config) or 0
+    known = hf_folder.vocabulary(base.original) or 0
     if rows > known:
         result.notes.append(f"before PEFT loads it, the base needs rows: `base.resize_token_embeddings({rows})`")
     result.said = f"a PEFT adapter of {_layers(theirs)} layers; {count} tensors read back"
@@ -61,18 +61,18 @@ def read_ours(source: Path, base: Base) -> peft.Adapter:
         file = gguf_file.read(source)
         if not gguf_lora.is_adapter(file):
             raise UserError(f"{source} holds no adapter", "Models in GGUF are converted by mlxtune convert.")
-        updates, _ = gguf_lora.read_adapter(file, base.config)
+        updates, _ = gguf_lora.read_adapter(file, base.original)
         adapter = peft.Adapter(updates)
     else:
-        adapter, _ = adapters.read_adapter(source)
+        adapter, spec = adapters.read_adapter(source)
+        if base.own_head is not None:
+            spec.check_head(base.own_head, source)
     crossing.check_fit(adapter, base, source)
     return adapter
 
 
 def _peft_of(adapter: peft.Adapter, base: Base, name: str) -> peft.Adapter:
-    layout = base.layout
-    own_head = None if base.modules is None else crossing.has_head(layout, base.modules)
-    return crossing.to_peft(adapter, layout, name, own_head)
+    return crossing.to_peft(adapter, base.layout, name, base.own_head)
 
 
 def name_of(base: Path) -> str:
@@ -103,18 +103,19 @@ def to_mlx(source: Path, destination: Path, base_path: Path | None, force: bool 
     base_path: the MLX model it is for, its original, or the config.json of one; None: its layers have the same names in
     MLX. Raises UserError naming the key, the tensor or the layer that cannot be carried over.
     """
-    theirs = peft.read_adapter(source)
-    base = None if base_path is None else base_of(base_path)
-    ours = crossing.from_peft(theirs, None if base is None else _names(theirs, base), source)
-    notes = []
-    if base is not None:
-        crossing.check_fit(ours, base, source)
+    notes: list[str] = []
+    base = peft_base.named(source, notes, _same_function) if base_path is None else _same_function(base_path)
+    ours = peft_base.read(source, base, notes)
     if base is None:
         notes.append("names and shapes were not compared with a model (--base DIR does)")
-    elif base.modules is None:
+    elif base.layers is None:
         notes.append("shapes were not compared: the base's weights are not at hand in MLX's form")
+    if base is not None:
+        crossing.check_fit(ours, base, source)
     with new_folder(destination, force, [source, *([base_path] if base_path else [])]) as work:
         spec = adapters.save_adapter(work, ours, None if base is None else base.blocks)
+        if base is not None and base.own_head is not None:
+            spec.check_head(base.own_head, source)
         chosen.Changes.of_files(source).save(work)
         read, _ = adapters.read_adapter(work)
         compared = _compared(read, tensors_of(ours))
@@ -126,10 +127,10 @@ def to_mlx(source: Path, destination: Path, base_path: Path | None, force: bool 
     )
 
 
-def _names(adapter: peft.Adapter, base: Base) -> dict[str, str]:
-    if base.modules is None:
-        return crossing.names_by_table(adapter, base.layout)
-    return crossing.names_of(base.layout, base.modules)
+def _same_function(path: Path) -> Base:
+    base = base_of(path)
+    base.require_same_function(path)
+    return base
 
 
 def _layers(adapter: peft.Adapter) -> int:
@@ -157,7 +158,7 @@ def to_hf(
     with new_folder(destination, force, [source, origin]) as work:
         require_space(work, folder.parameters * wanted.itemsize)
         rows = hf_folder.vocabulary(folder.config)
-        hf_folder.write(work, layout, folder.dense(wanted), dropped, base.config, rows, wanted.name)
+        hf_folder.write(work, layout, folder.dense(wanted), dropped, base.original, rows, wanted.name)
         companions.copy(origin, work)
     size = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
     return Result(f"a Hugging Face model in {wanted.name}, {size / (1 << 20):,.0f} MiB")

@@ -16,10 +16,11 @@ from safetensors import safe_open
 
 from mlxtune_convert.checks import merged
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE
-from mlxtune_convert.crossing import Base
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import matching, read_json
 from mlxtune_convert.peft import Adapter
+from mlxtune_convert.peft_base import Base
+from mlxtune_convert.peft_tensors import is_head
 from mlxtune_convert.quant import Codes, dequantize
 from mlxtune_convert.tensors import weight_files
 
@@ -73,8 +74,8 @@ class MlxFolder:
             raise UserError(f"{self.path} is no MLX model folder", "Name what mlxtune convert or mlx_lm.convert made.")
 
     @cached_property
-    def modules(self) -> dict[str, tuple[int, ...]]:
-        """Path of every layer -> the shape of its matrix when dense, (); where it has none."""
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Path of every layer -> the shape of its matrix when dense; () where it has none."""
         found: dict[str, tuple[int, ...]] = {}
         for name, stored in self.tensors.items():
             path, _, part = name.rpartition(".")
@@ -88,7 +89,12 @@ class MlxFolder:
 
     @property
     def base(self) -> Base:
-        return Base(source_of(self.path)["config"], self.modules)
+        return Base(source_of(self.path)["config"], self)
+
+    @property
+    def own_head(self) -> bool:
+        """Whether there is a head beside the embedding."""
+        return any(is_head(path) for path in self.shapes)
 
     @cached_property
     def dtype(self) -> np.dtype:
@@ -104,7 +110,7 @@ class MlxFolder:
     @property
     def parameters(self) -> int:
         """Numbers in the model when dense."""
-        quantized = sum(math.prod(self.modules[path]) for path in self.modules if self.is_quantized(path))
+        quantized = sum(math.prod(self.shapes[path]) for path in self.shapes if self.is_quantized(path))
         return quantized + sum(math.prod(self.tensors[name].shape) for name in self.tensors if not self._codes(name))
 
     def is_quantized(self, path: str) -> bool:
@@ -163,7 +169,7 @@ class MlxFolder:
             array: np.ndarray = opened.get_tensor(name)
         return array
 
-    def matrix(self, path: str, dtype: np.dtype) -> np.ndarray:
+    def matrix(self, path: str, dtype: np.dtype = FLOAT32) -> np.ndarray:
         """The weight of a layer; that of a quantized one is computed in float32 and rounded to `dtype`."""
         if not self.is_quantized(path):
             return _rounded(self.read(f"{path}.weight"), dtype)
@@ -214,9 +220,9 @@ def base_of(path: Path) -> Base:
     Raises UserError when it is neither. A Hugging Face folder's weights are not looked at: they have other names.
     """
     if path.is_file():
-        return Base(read_json(path, "the base model's config.json"))
+        return Base(read_json(path, "the base model's config.json"), None)
     config = source_of(path)["config"]
     if not matching(path, "model*.safetensors"):
-        return Base(config)
+        return Base(config, None)
     folder = MlxFolder.open(path)
-    return folder.base if folder.is_mlx else Base(config)
+    return folder.base if folder.is_mlx else Base(config, None)

@@ -9,33 +9,22 @@ expert varying fastest; gate and up are the two halves of one update of rank 2r.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.files import read_json, write_json
-from mlxtune_convert.tensors import read_header, save_checked
+from mlxtune_convert.files import write_json
+from mlxtune_convert.peft_config import CONFIG_FILE, MERGE, Settings
+from mlxtune_convert.peft_names import NAME_BASE
+from mlxtune_convert.peft_tensors import PREFIX, UNGATHERED, WEIGHTS_FILE, Tensors, is_embedding, is_head
+from mlxtune_convert.tensors import save_checked
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-# Keys that change nothing we do: who made it, which layers it chose (the tensors say so), how training began or runs.
-READ = {
-    *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "alpha_pattern", "rank_pattern"),
-    *("modules_to_save", "target_modules", "target_parameters", "base_model_name_or_path", "ensure_weight_tying"),
-    *("task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "exclude_modules", "layers_pattern"),
-    *("layers_to_transform", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config", "eva_config"),
-    *("init_lora_weights", "bias"),
-}
-# Initialisations that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, CorDA) train beside a changed one.
-KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+Matrix = Callable[[str], np.ndarray | None]  # the matrix of a base's layer by PEFT's name, None: it has none
 
 
 @dataclass(frozen=True)
@@ -64,9 +53,10 @@ class Adapter:
     rslora: bool = False
     base: str = ""
     own_head: bool = False  # the embedding is trained and a tied head would not follow it
-    tied: bool = False  # the embedding is trained and is the head as well
+    tied: bool = False  # the embedding is trained and is the head as well, or was when it was read
     transposed: bool = False  # transformers keeps the linear layers as Conv1D (GPT-2)
     some_blocks: bool = False  # it was made for some blocks of its base, not for all
+    copies: dict[str, np.ndarray] = field(default_factory=dict)  # matrices below adapted layers, where it has them
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
@@ -98,7 +88,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
             "`mlxtune export --to hf` exports the merged model.",
         )
     save_checked(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
-    rank, alpha = (Counter(found.values() or [8]).most_common(1)[0][0] for found in (ranks, alphas))
+    rank, alpha = (_usual(found.values()) for found in (ranks, alphas))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -121,6 +111,12 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         "ensure_weight_tying": adapter.tied,
     }
     write_json(folder / CONFIG_FILE, config)
+
+
+def _usual(found: Collection[float]) -> float:
+    """The most common number, the largest of several: whatever the order of the layers."""
+    counts = Counter(found or [8])
+    return max(counts, key=lambda number: (counts[number], number))
 
 
 def _joined(updates: dict[str, Update]) -> dict[str, Update]:
@@ -151,88 +147,169 @@ def _alpha(scale: float, divisor: float) -> float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """A PEFT adapter folder.
+def read_adapter(folder: Path, matrix: Matrix | None = None) -> Adapter:
+    """A PEFT adapter folder, under the names in its file.
 
-    Raises UserError naming the key of whatever would be understood wrongly or not at all: another kind of adapter,
-    biases, an initialisation that changed the base, LoRA on embeddings.
+    LoRA on an embedding and trained token rows become the whole matrix [vocabulary, width] that they make; `matrix`
+    gives it as it is in the base, where the file has no copy. Raises UserError naming the key or tensor of whatever
+    would be understood wrongly or not at all, and for an adapter without numbers.
     """
-    config = read_json(folder / CONFIG_FILE, "a PEFT adapter: adapter_config.json and adapter_model.safetensors")
-    _refuse_unknown(folder / CONFIG_FILE, config)
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(f"{folder} has no {WEIGHTS_FILE}", "Pickled adapters (.bin) are never loaded: save it again.")
-    read_header(file)
-    factors: dict[str, dict[str, np.ndarray]] = {}  # module -> A, B, magnitude_vector
-    trained: dict[str, np.ndarray] = {}
-    for name, array in load_file(file).items():
-        name = name.removeprefix(PREFIX)
-        match = re.fullmatch(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?", name)
-        module = f".{name.rpartition('.')[0]}."
-        if match:
-            factors.setdefault(match[1], {})[match[2]] = array.astype(np.float32)
-        elif name.endswith((".base_layer.weight", ".base_layer.bias")):
-            continue  # PEFT's copy of the frozen head or embedding that it adapts
-        elif any(f".{part}." in module for part in config.get("modules_to_save") or ()):
-            trained[name] = array.astype(np.float32)
-        else:
-            raise UserError(f"{file}: the tensor {name} is not understood", "LoRA on linear layers can be read.")
+    settings = Settings.read(folder)
+    tensors = Tensors.read(folder, settings)
     updates: dict[str, Update] = {}
-    for module, parts in factors.items():
-        if not {"A", "B"} <= parts.keys():
-            raise UserError(f"{file}: {module} lacks lora_A or lora_B", "It is incomplete: copy or download it again.")
-        updates |= _updates(config, module, parts, factors.keys(), file)
-    head = trained.get("lm_head.weight")
-    own = any("embed" in name for name in trained) and head is None and not config.get("ensure_weight_tying")
-    if head is not None and any(_same(array, head) for name, array in trained.items() if name != "lm_head.weight"):
-        del trained["lm_head.weight"]  # written for a tied model: one matrix under both names
+    trained = dict(tensors.whole)
+    for module, parts in tensors.factors.items():
+        if "embedding_A" in parts or "embedding_B" in parts:
+            trained[f"{module}.weight"] = _embedding(settings, tensors, module, matrix)
+        else:
+            updates |= _updates(settings, tensors, module)
+    chosen = settings.values.get("trainable_token_indices")
+    if chosen and not tensors.rows:
+        raise UserError(
+            f"{tensors.file} has no rows for trainable_token_indices {chosen!r}", "Save it again with PEFT."
+        )
+    for module in tensors.rows:
+        trained[f"{module}.weight"] = _with_rows(settings, tensors, module, matrix)
+    if not (updates or trained):
+        raise UserError(f"{tensors.file} adapts no layer", "Save it again with PEFT.")
+    return _tied(settings, tensors, updates, trained)
+
+
+def _embedding(settings: Settings, tensors: Tensors, module: str, matrix: Matrix | None) -> np.ndarray:
+    """W + scale * (B A)^T of an embedding; embedding_A is [r, vocabulary], embedding_B [width, r]."""
+    a, b = _pair(tensors, module, "embedding_")
+    if "magnitude_vector" in tensors.factors[module]:
+        raise UserError(f"{tensors.file}: DoRA on the embedding {module} is not understood", MERGE)
+    _check_rank(tensors, module, len(a), settings.rank(module))
+    update = np.float32(settings.scale(module)) * (a.T @ b.T)
+    below = _below(tensors, module, matrix)
+    if below.shape != update.shape:
+        raise UserError(
+            f"{tensors.file}: the factors of {module} are for {update.shape}, the base's matrix is {below.shape}",
+            "Name the model that it was trained on, with the same tokens added.",
+        )
+    return below + update
+
+
+def _with_rows(settings: Settings, tensors: Tensors, module: str, matrix: Matrix | None) -> np.ndarray:
+    """An embedding or head whose chosen rows are the trained ones; PEFT calls these values a delta, they are whole."""
+    rows, values = settings.token_rows(module), tensors.rows[module]
+    whole = np.array(_below(tensors, module, matrix))
+    if len(rows) != len(values) or max(rows) >= len(whole) or values.shape[1:] != whole.shape[1:]:
+        raise UserError(
+            f"{tensors.file}: trainable_token_indices names {len(rows)} tokens up to {max(rows, default=0)}, the file "
+            f"has {len(values)} rows for {module}, which has {len(whole)}",
+            "Name the model that it was trained on, with the same tokens added.",
+        )
+    whole[rows] = values
+    return whole
+
+
+def _below(tensors: Tensors, module: str, matrix: Matrix | None) -> np.ndarray:
+    """The matrix that an embedding's adapter changes: of the adapter's own file, which PEFT loads, or of the base."""
+    found = tensors.copies.get(module)
+    if found is None:
+        found = tensors.whole.get(f"{module}.weight")
+    if found is None and matrix is not None:
+        found = matrix(module)
+    if found is None:
+        raise UserError(
+            f"{tensors.file} changes a part of the embedding {module}, which MLX trains whole: the rest is needed",
+            NAME_BASE,
+        )
+    return found
+
+
+def _tied(settings: Settings, tensors: Tensors, updates: dict[str, Update], trained: dict[str, np.ndarray]) -> Adapter:
+    """The adapter, one matrix where embedding and head are the same. PEFT writes tied ones under both names."""
+    embedding = next((name for name in trained if is_embedding(name)), "")
+    module = embedding.removesuffix(".weight")
+    head = next((name for name in trained if is_head(name.rpartition(".")[0])), "")
+    lora_head = next((name for name in updates if is_head(name)), "")
+    factors = tensors.factors.get(module, {})
+    if lora_head and "embedding_A" in factors:
+        update = updates[lora_head]
+        if _same(update.b, factors["embedding_A"]) and _same(update.a, factors["embedding_B"]):
+            del updates[lora_head]
+            trained[f"{lora_head}.weight"] = trained[embedding]
+            head = f"{lora_head}.weight"
+    tied = bool(embedding and head) and _same(trained[embedding], trained[head])
+    if settings.ties and embedding and head and not tied:
+        raise UserError(
+            f"{tensors.file}: {embedding} and {head} differ, and ensure_weight_tying says that they are one matrix",
+            "Save it again with PEFT.",
+        )
+    if tied:
+        del trained[head]
+    # To a tied head PEFT gives rows of tokens by itself, and other changes where it is told to and the name is this.
+    follows = module in tensors.rows or (settings.ties and module.rpartition(".")[2] == "embed_tokens")
     return Adapter(
         updates,
         trained,
-        float(config.get("lora_dropout") or 0.0),
-        bool(config.get("use_rslora")),
-        str(config.get("base_model_name_or_path") or ""),
-        own,
-        some_blocks=config.get("layers_to_transform") is not None,
+        settings.dropout,
+        settings.rslora,
+        settings.base,
+        own_head=bool(embedding) and not head and not follows,
+        tied=tied,
+        some_blocks=settings.some_blocks,
+        copies={module: copy for module, copy in tensors.copies.items() if module in updates},
     )
+
+
+def with_head(adapter: Adapter) -> Adapter:
+    """The same for a model whose head is a matrix of its own."""
+    if not adapter.tied:
+        return adapter
+    embedding = next(array for name, array in adapter.trained.items() if is_embedding(name))
+    return replace(adapter, trained={**adapter.trained, "lm_head.weight": embedding}, tied=False)
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
     return one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
-def _refuse_unknown(where: Path, config: dict[str, Any]) -> None:
-    changed_base = (
-        "It trained beside a changed base: merge it with PEFT, or convert it to plain LoRA there "
-        "(path_initial_model_for_weight_conversion)."
-    )
-    checks = [
-        ("peft_type", config.get("peft_type") == "LORA", "LORA adapters can be read."),
-        ("bias", config.get("bias", "none") == "none", "Only 'none': biases stay the base's."),
-        ("init_lora_weights", config.get("init_lora_weights") in KEEPS_BASE, changed_base),
-    ]
-    for key, value in config.items():
-        checks.append((key, key in READ or value in (None, False, "", [], {}), "Merge it with PEFT first."))
-    for key, fine, hint in checks:
-        if not fine:
-            raise UserError(f"{where}: {key} {config.get(key)!r} is not understood", hint)
+def _pair(tensors: Tensors, module: str, kind: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """The factors A and B of a module, both matrices."""
+    parts = tensors.factors[module]
+    a, b = parts.get(f"{kind}A"), parts.get(f"{kind}B")
+    if a is None or b is None:
+        raise UserError(f"{tensors.file}: {module} lacks lora_{kind}A or lora_{kind}B", "Copy or download it again.")
+    if a.ndim == b.ndim == 1:
+        raise UserError(f"{tensors.file}: the factors of {module} have one axis", UNGATHERED)
+    if a.ndim != 2 or b.ndim != 2:
+        raise UserError(
+            f"{tensors.file}: {module} is no linear layer: its factors are {a.shape} and {b.shape}",
+            "LoRA on convolutions cannot be read. " + MERGE,
+        )
+    if a.shape[0] != b.shape[1]:
+        raise UserError(
+            f"{tensors.file}: the factors of {module} do not fit each other: {a.shape} and {b.shape}",
+            "Copy or download it again.",
+        )
+    return a, b
 
 
-def _updates(
-    config: dict[str, Any], module: str, parts: dict[str, np.ndarray], modules: Collection[str], file: Path
-) -> dict[str, Update]:
-    """The update of one PEFT module: one, or two for the experts' gate_up_proj. modules: all that are adapted."""
-    a, b, m = parts["A"], parts["B"], parts.get("magnitude_vector")
-    parameter = _parameter(config, module, modules)
+def _check_rank(tensors: Tensors, module: str, found: int, said: int) -> None:
+    if found != said:
+        raise UserError(
+            f"{tensors.file}: {module} has rank {found}, adapter_config.json says {said}",
+            "Copy or download both files again: they belong together.",
+        )
+
+
+def _updates(settings: Settings, tensors: Tensors, module: str) -> dict[str, Update]:
+    """The update of one PEFT module: one, or two for the experts' gate_up_proj."""
+    a, b = _pair(tensors, module)
+    m = tensors.factors[module].get("magnitude_vector")
+    parameter = _parameter(settings, module, tensors.factors.keys())
     module = module.removesuffix(".base_layer")
     name = f"{module}.{parameter}" if parameter else module
     target = f"{module}:{parameter}" if parameter else module
-    rank = int(_pattern(config.get("rank_pattern"), name, config["r"]))
-    alpha = float(_pattern(config.get("alpha_pattern"), name, config["lora_alpha"]))
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if parameter in ("", "weight"):
-        if a.shape[0] != rank:
-            raise UserError(f"{file}: {module} has rank {a.shape[0]}, adapter_config.json says {rank}")
+    rank, scale = settings.rank(name), settings.scale(name)
+    whole = parameter in ("", "weight")
+    if whole or a.shape[0] % rank:
+        _check_rank(tensors, module, a.shape[0], rank)
+    if whole:
         m = None if m is None else m.reshape(-1)
         return {target: Update(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), scale, m)}
     experts = a.shape[0] // rank
@@ -250,28 +327,20 @@ def _updates(
     }
 
 
-def _parameter(config: dict[str, Any], module: str, modules: Collection[str]) -> str:
-    """Which parameter of `module` PEFT adapts, or "" when it is a linear layer."""
-    wanted = config.get("target_parameters") or []
+def _parameter(settings: Settings, module: str, modules: Collection[str]) -> str:
+    """Which parameter of `module` PEFT adapts, or "" when it is a linear layer. modules: all that are adapted."""
     plain = module.removesuffix(".base_layer")
-    found = {p.rpartition(".")[2] for p in wanted if f"{plain}.{p.rpartition('.')[2]}".endswith(p)}
+    found = {p.rpartition(".")[2] for p in settings.parameters if f"{plain}.{p.rpartition('.')[2]}".endswith(p)}
     if len(found) < 2:
         return next(iter(found), "")
     if f"{plain}.base_layer" not in modules:
-        raise UserError(f"{module}: which of its parameters is adapted cannot be told", "Merge it with PEFT first.")
+        raise UserError(f"{module}: which of its parameters is adapted cannot be told", MERGE)
     return "gate_up_proj" if module.endswith(".base_layer") else "down_proj"
-
-
-def _pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of a module's path."""
-    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def check_adapter(folder: Path, adapter: Adapter) -> int:
     """Read the folder back; return how many tensors are the given ones bit for bit. Raises UserError otherwise."""
-    found, expected = _arrays(read_adapter(folder)), _arrays(adapter)
-    if adapter.tied:  # a second name of the embedding, left out in reading
-        expected.pop("lm_head.weight", None)
+    found, expected = _arrays(with_head(read_adapter(folder))), _arrays(adapter)
     for name in sorted(found.keys() | expected.keys()):
         if name not in found or name not in expected or not _same(found[name], expected[name]):
             raise UserError(f"{name}: the file does not hold what was trained", "Check the disk.")

@@ -32,6 +32,11 @@ class Rule:
     axes: tuple[int, ...] = ()
     plus: float = 0.0
 
+    @property
+    def changes(self) -> bool:
+        """Whether a low-rank update of the one is none of the other: more than names and the axes of a matrix."""
+        return self.do not in ("move", "stack") or bool(self.plus) or len(self.axes) > 2
+
     def split(self, array: Array, xp: Any) -> list[Array]:
         """HF's tensor -> MLX's, for the rules that may come before mlx-lm: move, halves, interleaved."""
         array = xp.transpose(array, self.axes) if self.axes else array
@@ -137,7 +142,7 @@ class Layout:
         if found is None:
             return path
         rule, _, values = found
-        if rule.do != "move" or rule.plus or len(rule.axes) > (0 if whole else 2):
+        if rule.do == "stack" or rule.changes or (whole and rule.axes):
             raise UserError(f"{path} is another matrix in transformers", MERGED)
         return _fill(rule.hf, values).removesuffix(".weight")
 
@@ -149,10 +154,9 @@ class Layout:
                 out[self.peft_target(path)] = path
         return out
 
-    def mlx_path(self, target: str) -> str:
-        """The inverse of `peft_target` where the model's own paths are not at hand, from the tables alone.
-
-        Raises UserError when no layer of this family has that name.
+    def mlx_path(self, target: str) -> str | None:
+        """The inverse of `peft_target` from the tables alone, where the model's own paths are not at hand. None means
+        that the family has no such layer.
         """
         module, names = target.partition(":")[0], (target, f"{target}:weight")
         found = []
@@ -162,7 +166,19 @@ class Layout:
         for rule in self.rules:
             match = _pattern(rule.hf).fullmatch(f"{module}.weight") if rule.do == "move" else None
             found += [_fill(rule.mlx[0], match.groups()).removesuffix(".weight")] if match else []
-        for path in (*found, module):
-            if target in self.peft_targets([path]) or f"{target}:weight" in self.peft_targets([path]):
-                return path
-        raise UserError(f"the model has no layer {target}", "Name the model that the adapter was trained on.")
+        return next((path for path in (*found, module) if self.peft_targets([path]).keys() & set(names)), None)
+
+    def file_name(self, path: str) -> str:
+        """The module of an MLX layer in HF's files, `{e}` for each of its experts; "" where it is another there."""
+        found = self._rule(f"{path}.weight")
+        if found is None:
+            return path
+        rule, _, values = found
+        marks = iter(values)
+        name = re.sub(r"\{([ns])\}", lambda _: next(marks), rule.hf).removesuffix(".weight")
+        return "" if rule.changes else name
+
+    def is_another(self, module: str) -> bool:
+        """Whether a module of HF's files has other numbers in MLX."""
+        name = f"{module}.weight"
+        return any(rule.changes and _pattern(rule.hf).fullmatch(name) for rule in self.rules)

@@ -67,11 +67,14 @@ def convert(
     if peft.is_adapter(folder):
         if bits or group_size or mode or dtype:
             raise UserError(f"{src} is a PEFT adapter: --bits, --group-size, --mode and --dtype have no effect")
-        count, spec = peft.import_adapter(folder, dst, str(base) if base else None, force)
-        trained_on = f", trained on {spec.base}" if spec.base else ""
-        common.stdout().print(f"{dst}: an adapter of {count} layers ({spec.variant}{trained_on})")
+        made = peft.import_adapter(folder, dst, str(base) if base else None, force)
+        for note in made.notes:
+            common.note(note)
+        trained_on = f", trained on {made.spec.base}" if made.spec.base else ""
+        common.stdout().print(f"{dst}: an adapter of {made.layers} layers ({made.spec.variant}{trained_on})")
         return
 
+    peft.refuse_several(folder)
     with console.status(f"converting {src}"):
         done = conversion.convert(src, dst, target, dtype, force, base)
     for note in done.notes:

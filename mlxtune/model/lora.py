@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlxtune_convert.adapters import CONFIG_FILE, FACTORS, adapter_file
+from mlxtune_convert.adapters import CONFIG_FILE, FACTORS, OTHER_MODEL, UNTIE, adapter_file
 
 from mlxtune.errors import UserError
 from mlxtune.gpu_errors import recognise
@@ -31,10 +31,23 @@ from mlxtune.model.layers import (
     trained,
 )
 from mlxtune.model.load import model_dtype
-from mlxtune.model.spec import ADAPTER_FILE, Spec, outside_blocks, places
+from mlxtune.model.spec import ADAPTER_FILE, OWN_FILE, Spec, heads, places
 from mlxtune.model.vocabulary import fit
 
-__all__ = ["ADAPTER_FILE", "CONFIG_FILE", "FACTORS", "Adapter", "LoRALinear", "Spec", "adapter_file"]
+__all__ = [
+    "ADAPTER_FILE",
+    "CONFIG_FILE",
+    "FACTORS",
+    "LINEAR",
+    "OTHER_MODEL",
+    "OWN_FILE",
+    "SWITCH",
+    "UNTIE",
+    "Adapter",
+    "LoRALinear",
+    "Spec",
+    "adapter_file",
+]
 
 
 def attach(model: nn.Module, spec: Spec, seed: int = 0) -> DropoutKeys:
@@ -47,11 +60,10 @@ def attach(model: nn.Module, spec: Spec, seed: int = 0) -> DropoutKeys:
     modules = dict(model.named_modules())
     chosen = spec.modules or dict.fromkeys(places(model, spec), (spec.rank, spec.scale))
     unknown = [path for path in (*chosen, *spec.trained) if path not in modules]
-    if unknown or not (chosen or spec.trained):
-        raise UserError(
-            f"the adapter fits no layer of this model{f': it has no {unknown[0]}' if unknown else ''}",
-            "It was trained on another architecture.",
-        )
+    if unknown:
+        raise UserError(f"the adapter does not fit this model, which has no {unknown[0]}", OTHER_MODEL)
+    if not (chosen or spec.trained):
+        raise UserError("the adapter has no layer that this model has", OTHER_MODEL)
     wrapped: list[tuple[str, nn.Module]] = []
     for index, (path, (rank, scale)) in enumerate(chosen.items()):
         kind: Any = LoRASwitchLinear if isinstance(modules[path], SWITCH) else LoRALinear
@@ -130,11 +142,7 @@ def load_adapter(model: nn.Module, folder: Path, config: dict[str, Any] | None =
         raise UserError(f"{folder}: the adapter covers {spec.num_layers} blocks, the model has {layers}")
     if spec.num_layers <= 0 and not spec.modules:  # mlx-lm's way to say all
         spec = replace(spec, num_layers=layers)
-    if spec.own_head and not outside_blocks(model, LINEAR):
-        raise UserError(
-            f"{folder}: its embedding was trained beside the old head; this model has one matrix for both",
-            "In PEFT, save it with ensure_weight_tying, or with lm_head in modules_to_save.",
-        )
+    spec.check_head(bool(heads(model)), folder)
     if config is not None:
         fit(model, folder, config)
     attach(model, spec)
@@ -163,12 +171,27 @@ def load_factors(model: nn.Module, file: Path) -> None:
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(
-            f"{file} does not fit this model: {min(problems)}{more}", "Use the model that the adapter was trained on."
-        )
+        raise UserError(f"{file} does not fit this model: {min(problems)}{more}", _why_not(expected, tensors))
     # Copies: MLX reads files lazily, and the file may be replaced while we hold it.
     model.load_weights([(name, mx.array(array.astype(mx.float32))) for name, array in tensors.items()], strict=False)
     mx.eval(factors(model))
+
+
+def _why_not(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, mx.array]) -> str:
+    """What to do about tensors that do not fit."""
+    for name, shape in expected.items():
+        rows = tensors[name].shape[0] if name in tensors else 0
+        if name.endswith(".weight") and rows and tensors[name].shape == (rows, *shape[1:]) and rows != shape[0]:
+            if rows < shape[0]:
+                return (
+                    f"Its vocabulary was cut to {rows} tokens: do the same to the original model "
+                    f"(resize_token_embeddings({rows})), and convert that."
+                )
+            return (
+                f"{rows - shape[0]} tokens were added to it. Put the tokenizer that was saved with it (tokenizer.json, "
+                "tokenizer_config.json) into its folder and convert it again."
+            )
+    return OTHER_MODEL
 
 
 def save_factors(model: nn.Module, folder: Path, file: str = ADAPTER_FILE) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlxtune_convert import adapters, crossing, layouts, peft
+from mlxtune_convert import adapters, crossing, layouts, peft, peft_base
 from mlxtune_convert.adapters import save_adapter
-from mlxtune_convert.files import new_folder
+from mlxtune_convert.files import contents, new_folder, read_json
 
 from mlxtune.data.chosen import Changes
+from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.hub import resolve
 from mlxtune.model.layers import own_parameters
-from mlxtune.model.load import open_model, source_of
-from mlxtune.model.spec import Spec
+from mlxtune.model.peft_base import Base
+from mlxtune.model.spec import Spec, heads
 
 
 def from_model(model: nn.Module, spec: Spec, config: dict[str, Any], base: str) -> peft.Adapter:
@@ -37,37 +39,64 @@ def from_model(model: nn.Module, spec: Spec, config: dict[str, Any], base: str) 
         for name, value in own_parameters(layer).items()
     }
     ours = peft.Adapter(updates, trained, spec.dropout, spec.variant == "rslora")
-    return crossing.to_peft(ours, layout, base, crossing.has_head(layout, _paths(model)))
-
-
-def _paths(model: nn.Module) -> list[str]:
-    """Of every layer that holds parameters itself."""
-    return [path for path, module in model.named_modules() if own_parameters(module)]
+    return crossing.to_peft(ours, layout, base, bool(heads(model)))
 
 
 def is_adapter(path: Path) -> bool:
     """Whether a folder holds a PEFT adapter, and no model beside it."""
-    adapter = (path / peft.WEIGHTS_FILE).is_file() or (path / "adapter_model.bin").is_file()
-    return adapter and not any(path.glob("model*.safetensors"))
+    if any(path.glob("model*.safetensors")) or any(path.glob("adapters.safetensors")):
+        return False
+    return any((path / name).is_file() for name in (peft.WEIGHTS_FILE, "adapter_model.bin")) or _says_peft(path)
 
 
-def import_adapter(folder: Path, destination: Path, model: str | None, force: bool) -> tuple[int, adapters.Spec]:
-    """Write a PEFT adapter as an MLX adapter folder; return how many layers it has, and what it is.
+def _says_peft(path: Path) -> bool:
+    file = path / peft.CONFIG_FILE
+    return file.is_file() and "peft_type" in read_json(file, "a PEFT adapter")
 
-    model: the MLX model it is for, where the two have other names for its layers. Raises UserError naming the key, the
-    tensor or the layer that cannot be carried over.
+
+def refuse_several(path: Path) -> None:
+    """Raise UserError for a folder of adapters, such as PEFT's for several or a trainer's checkpoints."""
+    if (path / "config.json").is_file() or not path.is_dir():
+        return
+    inside = [folder.name for folder in contents(path) if folder.is_dir() and is_adapter(folder)]
+    if inside:
+        raise UserError(
+            f"{path} holds PEFT adapters in its folders: {', '.join(inside[:4])}{', ...' if inside[4:] else ''}",
+            f"Name one: mlxtune convert {path / inside[-1]} ADAPTER",
+        )
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made. layers: how many are adapted or trained; spec: what it is; notes: what there is to say."""
+
+    layers: int
+    spec: adapters.Spec
+    notes: tuple[str, ...] = ()
+
+
+def import_adapter(folder: Path, destination: Path, model: str | None, force: bool) -> Imported:
+    """Write a PEFT adapter as an MLX adapter folder.
+
+    model: the MLX model it is for; where none is named, the folder that adapter_config.json names, if there is one
+    here. Raises UserError naming the key, the tensor or the layer that cannot be carried over.
     """
-    adapter = peft.read_adapter(folder)
-    base = config = names = None
-    if model is not None:
-        path = resolve(model)
-        base, config = open_model(path)
-        layout = layouts.by_model_type(source_of(path)["config"])
-        names = crossing.names_of(layout, _paths(base))
-    ours = crossing.from_peft(adapter, names, folder)
+    notes: list[str] = []
+    base = Base.of(resolve(model)) if model is not None else peft_base.named(folder, notes, Base.of)
+    ours = peft_base.read(folder, base, notes)
     with new_folder(destination, force, [folder]) as work:
-        spec = save_adapter(work, ours, None if base is None else len(base.layers))
+        spec = save_adapter(work, ours, None if base is None else len(base.model.layers))
         Changes.of_files(folder).save(work)
         if base is not None:
-            lora.load_adapter(base, work, config)  # it must fit
-    return len(ours.updates) + len(spec.trained), spec
+            _must_fit(base, work, spec, folder)
+    return Imported(len(ours.updates) + len(spec.trained), spec, tuple(notes))
+
+
+def _must_fit(base: Base, work: Path, spec: adapters.Spec, folder: Path) -> None:
+    """Load an adapter that was just written as it will be used. folder: where it comes from."""
+    spec.check_head(bool(base.own_head), folder)
+    try:
+        lora.load_adapter(base.model, work, base.config)
+    except UserError as error:
+        hint = "Name the model that it was trained on." if error.hint == lora.OTHER_MODEL else error.hint
+        raise UserError(error.message, hint) from error

@@ -73,6 +73,15 @@ def outside_blocks(model: nn.Module, kinds: tuple[type, ...]) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, kinds) and not path.startswith(blocks)]
 
 
+def heads(model: nn.Module) -> list[str]:
+    """Paths of the heads that are a matrix of their own: the linear layers outside the blocks with a row for each token
+    (Gemma 4 has another one there).
+    """
+    modules = dict(model.named_modules())
+    rows = {len(modules[path].weight) for path in outside_blocks(model, EMBEDDING)}
+    return [path for path in outside_blocks(model, LINEAR) if len(modules[path].weight) in rows]
+
+
 def places(model: nn.Module, spec: Spec) -> dict[str, str]:
     """Path in the model -> key, for every layer that keys and num_layers choose."""
     keys, modules = set(spec.keys), dict(model.named_modules())
@@ -92,7 +101,7 @@ def trained_paths(model: nn.Module, names: list[str], adapted: set[str]) -> tupl
     groups = {
         "norms": [path for path, module in leaves.items() if "Norm" in type(module).__name__],
         "embeddings": outside_blocks(model, EMBEDDING),
-        "head": outside_blocks(model, LINEAR),
+        "head": heads(model),
     }
     chosen: set[str] = set()
     for name in names:

@@ -18,7 +18,7 @@ from mlxtune.data.chosen import Changes, add
 from mlxtune.data.template_choice import missing, use
 from mlxtune.model.layers import EMBEDDING, LINEAR, dense_copy, own_parameters
 from mlxtune.model.load import Loaded, model_dtype, open_model
-from mlxtune.model.spec import OWN_FILE, Spec, outside_blocks
+from mlxtune.model.spec import OWN_FILE, Spec, heads, outside_blocks
 
 __all__ = ["choose", "fit", "grow", "matrices", "prepare", "resize", "vocabulary"]
 
@@ -49,7 +49,7 @@ def choose(tokenizer: Any, folder: Path, config: Config) -> Changes:
             rows = matrices(model, settings)
             if rows and set(rows) <= set(Spec.of(model, config.lora).trained):
                 add(tokenizer, lacking, folder)
-            head = ", head" if outside_blocks(model, LINEAR) else ""
+            head = ", head" if heads(model) else ""
             hint = f"Train them: lora.train_also=[embeddings{head}]; data.template=alpaca needs no new tokens."
         use(tokenizer, folder, choice, hint)
     elif changes == Changes():

@@ -1,0 +1,50 @@
+"""The model that an adapter from PEFT is for, opened in MLX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+from mlxtune_convert import peft_base
+
+from mlxtune.model.arrays import to_numpy
+from mlxtune.model.layers import dense_shape, own_parameters
+from mlxtune.model.load import open_model, source_of
+from mlxtune.model.quantize import dense_weight
+from mlxtune.model.spec import heads
+
+
+class Layers:
+    """The layers of a model (`peft_base.Layers`). Of those that hold no matrix the shape is ()."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {path: module for path, module in model.named_modules() if own_parameters(module)}
+        self.shapes = {
+            path: dense_shape(module) if "weight" in module else () for path, module in self._modules.items()
+        }
+        self.own_head = bool(heads(model))
+
+    def is_quantized(self, path: str) -> bool:
+        return "scales" in self._modules[path]
+
+    def matrix(self, path: str) -> np.ndarray:
+        return to_numpy(dense_weight(self._modules[path]))
+
+
+class Base(peft_base.Base):
+    """model: with no adapter on it; config: as mlx-lm reads it; original: as it was before conversion."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any], original: dict[str, Any]) -> None:
+        super().__init__(original, Layers(model))
+        self.model = model
+        self.config = config
+
+    @staticmethod
+    def of(path: Path) -> Base:
+        """Raises UserError for a folder that is no model, or one that mlx-lm computes otherwise than transformers."""
+        model, config = open_model(path)
+        base = Base(model, config, source_of(path)["config"])
+        base.require_same_function(path)
+        return base
