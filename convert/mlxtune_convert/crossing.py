@@ -45,7 +45,16 @@ def to_peft(adapter: Adapter, layout: Layout, base: str, own_head: bool | None) 
     if embedding is not None and tied:  # PEFT before 0.18 gives each use of a tied matrix its own copy
         trained[f"{HEAD}.weight"] = embedding
     turned = any(rule.axes == (1, 0) for rule in layout.rules)
-    return replace(adapter, updates=updates, trained=trained, base=base, own_head=False, tied=tied, transposed=turned)
+    return replace(
+        adapter,
+        updates=updates,
+        trained=trained,
+        base=base,
+        own_head=False,
+        tied=tied,
+        transposed=turned,
+        alternate=layout.alternate,
+    )
 
 
 def check_fit(adapter: Adapter, base: Base, folder: Path) -> None:

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from mlxtune_convert import adapters, chosen, companions, crossing, gguf_file, gguf_lora, hf_folder, peft, peft_base
-from mlxtune_convert.checks import Comparison, compare, tensors_of
+from mlxtune_convert.checks import Comparison, compare
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import new_folder, require_space
 from mlxtune_convert.mlx_folder import MlxFolder, base_of, source_of
@@ -118,7 +118,7 @@ def to_mlx(source: Path, destination: Path, base_path: Path | None, force: bool 
             spec.check_head(base.own_head, source)
         chosen.Changes.of_files(source).save(work)
         read, _ = adapters.read_adapter(work)
-        compared = _compared(read, tensors_of(ours))
+        compared = _compared(read, ours)
         compared.require(source)
     trained_on = f", trained on {spec.base}" if spec.base else ""
     return Result(
@@ -176,8 +176,8 @@ def check(export: Path, source: Path, base_path: Path | None = None, adapter: Pa
         if base_path is None:
             raise UserError("how PEFT names the layers depends on the model's family", "Name the model: --base DIR.")
         base = base_of(base_path)
-        expected = tensors_of(_peft_of(read_ours(source, base), base, ""))
-        return Result(_compared(peft.read_adapter(export), expected).require(source))
+        expected = _peft_of(read_ours(source, base), base, "")
+        return Result(_compared(peft.read_back(export, expected), expected).require(source))
     if base_path is not None:
         raise UserError("--base has no effect here: it names the model of an adapter", "Leave it out.")
     folder = MlxFolder.open(source)
@@ -190,6 +190,6 @@ def check(export: Path, source: Path, base_path: Path | None = None, adapter: Pa
     return Result(compare(found, tensors, layout.is_dropped, change is not None).require(source))
 
 
-def _compared(adapter: peft.Adapter, expected: dict[str, np.ndarray]) -> Comparison:
-    found = {name: partial(np.asarray, array) for name, array in tensors_of(adapter).items()}
-    return compare(found, expected.items())
+def _compared(adapter: peft.Adapter, expected: peft.Adapter) -> Comparison:
+    found = {name: partial(np.asarray, array) for name, array in peft.arrays(adapter).items()}
+    return compare(found, peft.arrays(expected).items())

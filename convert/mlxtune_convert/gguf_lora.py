@@ -118,6 +118,8 @@ def _stems(file: File) -> list[str]:
             raise UserError(f"{file.path}: {stem[:80]} has no pair of float factors", "The file is damaged.")
         if not len(a.shape) == len(b.shape) >= 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
             raise UserError(f"{file.path}: the factors of {stem[:80]} do not fit: {a.shape} and {b.shape}")
+    if not file.tensors:
+        raise UserError(f"{file.path}: it adapts no layer: it has no tensors", "Copy or download it again.")
     if not stems or len(stems) * 2 != len(file.tensors):
         raise UserError(f"{file.path}: tensors that are no LoRA factors", "MLX adapters hold factors alone.")
     return stems

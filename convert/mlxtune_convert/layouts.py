@@ -86,7 +86,11 @@ def _gpt_oss() -> Layout:
         _turned(f"{e}down_proj", f"{e}down_proj.weight"),
         Rule(f"{e}down_proj_bias", (f"{e}down_proj.bias",)),
     )
-    return Layout(rules, ((f"{LAYER}mlp.router", f"{LAYER}mlp.router:weight"),), early=rules)
+    experts = (
+        *((f"{e}{half}_proj", f"{LAYER}mlp.experts:gate_up_proj#{half}") for half in ("gate", "up")),
+        (f"{e}down_proj", f"{LAYER}mlp.experts:down_proj"),
+    )
+    return Layout(rules, ((f"{LAYER}mlp.router", f"{LAYER}mlp.router:weight"), *experts), early=rules)
 
 
 def _deepseek_v3() -> Layout:

@@ -20,6 +20,7 @@ import numpy as np
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import write_json
 from mlxtune_convert.peft_config import CONFIG_FILE, MERGE, Settings
+from mlxtune_convert.peft_experts import alternated, joined, split
 from mlxtune_convert.peft_names import NAME_BASE
 from mlxtune_convert.peft_tensors import PREFIX, UNGATHERED, WEIGHTS_FILE, Tensors, is_embedding, is_head
 from mlxtune_convert.tensors import save_checked
@@ -55,6 +56,7 @@ class Adapter:
     own_head: bool = False  # the embedding is trained and a tied head would not follow it
     tied: bool = False  # the embedding is trained and is the head as well, or was when it was read
     transposed: bool = False  # transformers keeps the linear layers as Conv1D (GPT-2)
+    alternate: bool = False  # rows of gate and up alternate in transformers' experts
     some_blocks: bool = False  # it was made for some blocks of its base, not for all
     copies: dict[str, np.ndarray] = field(default_factory=dict)  # matrices below adapted layers, where it has them
 
@@ -65,7 +67,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     parameters = []
-    updates = _joined(adapter.updates)
+    updates = joined(adapter.updates, adapter.alternate)
     for target, update in updates.items():
         module, _, parameter = target.partition(":")
         name = target.replace(":", ".")
@@ -117,26 +119,6 @@ def _usual(found: Collection[float]) -> float:
     """The most common number, the largest of several: whatever the order of the layers."""
     counts = Counter(found or [8])
     return max(counts, key=lambda number: (counts[number], number))
-
-
-def _joined(updates: dict[str, Update]) -> dict[str, Update]:
-    """The same with gate and up of the experts as one update: of one A where they have the same, else of twice the
-    rank, each with its half of B."""
-    out = {target: update for target, update in updates.items() if "#" not in target}
-    for target in dict.fromkeys(name.rpartition("#")[0] for name in updates if "#" in name):
-        gate, up = (updates.get(f"{target}#{half}") for half in ("gate", "up"))
-        if gate is None or up is None or gate.scale != up.scale:
-            raise UserError(
-                f"{target}: PEFT adapts gate and up of the experts together, with one scale",
-                "Train both or neither; `mlxtune fuse` merges this adapter.",
-            )
-        a, b = gate.a, np.concatenate([gate.b, up.b], 1)
-        if gate.a.tobytes() != up.a.tobytes():
-            rows = gate.b.shape[1]
-            a, b = np.concatenate([gate.a, up.a], 1), np.zeros((len(b), 2 * rows, gate.rank + up.rank), b.dtype)
-            b[:, :rows, : gate.rank], b[:, rows:, gate.rank :] = gate.b, up.b
-        out[target] = Update(a, b, gate.scale)
-    return out
 
 
 def _alpha(scale: float, divisor: float) -> float:
@@ -316,21 +298,14 @@ def _updates(settings: Settings, tensors: Tensors, module: str) -> dict[str, Upd
     a, b = a.reshape(experts, rank, -1), b.reshape(b.shape[0], rank, experts).transpose(2, 0, 1)
     if parameter != "gate_up_proj":
         return {target: Update(a, np.ascontiguousarray(b), scale)}
-    out, r = b.shape[1] // 2, rank // 2
-    gate, up = b[:, :out], b[:, out:]
-    halves = {"gate": (a, gate), "up": (a, up)}
-    if rank % 2 == 0 and not gate[..., r:].any() and not up[..., :r].any():  # our own block form
-        halves = {"gate": (a[:, :r], gate[..., :r]), "up": (a[:, r:], up[..., r:])}
-    return {
-        f"{target}#{half}": Update(np.ascontiguousarray(one), np.ascontiguousarray(two), scale)
-        for half, (one, two) in halves.items()
-    }
+    return split(target, Update(a, b, scale), alternate=False)
 
 
 def _parameter(settings: Settings, module: str, modules: Collection[str]) -> str:
     """Which parameter of `module` PEFT adapts, or "" when it is a linear layer. modules: all that are adapted."""
     plain = module.removesuffix(".base_layer")
-    found = {p.rpartition(".")[2] for p in settings.parameters if f"{plain}.{p.rpartition('.')[2]}".endswith(p)}
+    names = ((wanted, wanted.rpartition(".")[2]) for wanted in settings.parameters)
+    found = {last for wanted, last in names if f".{plain}.{last}".endswith(f".{wanted}")}
     if len(found) < 2:
         return next(iter(found), "")
     if f"{plain}.base_layer" not in modules:
@@ -340,14 +315,21 @@ def _parameter(settings: Settings, module: str, modules: Collection[str]) -> str
 
 def check_adapter(folder: Path, adapter: Adapter) -> int:
     """Read the folder back; return how many tensors are the given ones bit for bit. Raises UserError otherwise."""
-    found, expected = _arrays(with_head(read_adapter(folder))), _arrays(adapter)
+    found, expected = arrays(read_back(folder, adapter)), arrays(adapter)
     for name in sorted(found.keys() | expected.keys()):
         if name not in found or name not in expected or not _same(found[name], expected[name]):
             raise UserError(f"{name}: the file does not hold what was trained", "Check the disk.")
     return len([name for name in found if not name.endswith(".scale")])
 
 
-def _arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+def read_back(folder: Path, adapter: Adapter) -> Adapter:
+    """A folder that should hold `adapter`, in the form that this has."""
+    read = with_head(read_adapter(folder))
+    return replace(read, updates=alternated(read.updates)) if adapter.alternate else read
+
+
+def arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+    """Every array of an adapter by name, each scale as one without axes."""
     out = dict(adapter.trained)
     for path, update in adapter.updates.items():
         parts = {"a": update.a, "b": update.b, "m": update.m, "scale": np.array(update.scale)}

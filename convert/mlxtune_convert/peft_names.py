@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlxtune_convert.errors import UserError
+from mlxtune_convert.peft_experts import alternated
 from mlxtune_convert.rules import Layout
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Names:
 
     def __init__(self, layout: Layout, shapes: Mapping[str, Sequence[int]]) -> None:
         self._layout = layout
+        self.alternate = layout.alternate  # rows of gate and up in the experts
         self._shapes = shapes
         self._paths: dict[str, str] = {"lm_head": "lm_head"}  # also where it is tied, and no layer of its own
         self._paths |= layout.peft_targets(shapes)
@@ -110,6 +112,8 @@ def to_mlx(adapter: Adapter, names: Names | None, folder: object) -> tuple[Adapt
         notes.append(
             f"{len(towers)} layers outside of the language model are left out ({towers[0]}, ...): MLX runs it alone."
         )
+    if names is not None and names.alternate:
+        adapter = replace(adapter, updates=alternated(adapter.updates))
     updates: dict[str, Update] = {}
     experts: dict[str, dict[int, Update]] = {}
     for target, update in adapter.updates.items():

@@ -168,6 +168,11 @@ class Layout:
             found += [_fill(rule.mlx[0], match.groups()).removesuffix(".weight")] if match else []
         return next((path for path in (*found, module) if self.peft_targets([path]).keys() & set(names)), None)
 
+    @property
+    def alternate(self) -> bool:
+        """Whether rows of gate and up alternate in HF's experts."""
+        return any(rule.do == "interleaved" for rule in self.rules)
+
     def file_name(self, path: str) -> str:
         """The module of an MLX layer in HF's files, `{e}` for each of its experts; "" where it is another there."""
         found = self._rule(f"{path}.weight")
