@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,20 +41,20 @@ def folder_of(root: Path, tensors: dict[str, np.ndarray], quantization: dict[str
 @pytest.mark.parametrize("shape", [(6, 256), (3, 4, 256)], ids=str)
 def test_every_mode_and_width_is_the_matrix_that_mlx_makes_of_the_codes(shape: tuple[int, ...], tmp_path: Path) -> None:
     """Linear layers and stacked experts, scales in bfloat16: float32 bit for bit, and its rounding to 16 bits. Each
-    form is an entry of its own in config.json, as mixed recipes write them."""
+    form is an entry of its own in config.json, as mixed recipes write them: where it names no mode, it is affine."""
     weight = mx.random.normal(shape, key=mx.random.key(3)).astype(mx.bfloat16)
     tensors, table, wanted = {}, {}, {}
     for mode, bits, group in FORMS:
         path = f"{mode}.{bits}.{group}"
         parts = mx.quantize(weight, group, bits, mode)
-        table[path] = {"group_size": group, "bits": bits, "mode": mode}
+        table[path] = {"group_size": group, "bits": bits, **({} if mode == "affine" else {"mode": mode})}
         tensors |= {
             f"{path}.{part}": to_numpy(a) for part, a in zip(("weight", "scales", "biases"), parts, strict=False)
         }
         scales = [part.astype(mx.float32) if mode == "affine" else part for part in parts[1:]]
         whole = mx.dequantize(parts[0], *scales, group_size=group, bits=bits, mode=mode, dtype=mx.float32)
         wanted[path] = np.array(whole)
-    folder = folder_of(tmp_path / "model", tensors, {"group_size": 64, "bits": 4, **table})
+    folder = folder_of(tmp_path / "model", tensors, {"group_size": 16, "bits": 4, "mode": "nvfp4", **table})
     assert folder.dtype == ml_dtypes.bfloat16 and folder.parameters == len(FORMS) * weight.size
     for path, array in wanted.items():
         assert folder.shapes[path] == shape
@@ -187,3 +188,50 @@ def test_shards_are_read_as_one_model_and_a_folder_of_another_kind_is_refused(ml
     assert len(left) == 21
     with pytest.raises(UserError, match="no MLX model folder"):
         fence.to_hf(tmp_path / "ours", tmp_path / "again")
+
+
+ABSURD = (None, True, 3, -1, 1e300, "x", "", [], [1], {}, {"a": 1}, [[]], 10**30, 0, "4", [None])
+
+
+def mutated(draw: random.Random, value: Any, outer: bool = True) -> Any:
+    """A JSON value with one part of it lost or absurd."""
+    if not isinstance(value, dict) or not value or not (outer or draw.random() < 0.6):
+        return draw.choice(ABSURD)
+    key = draw.choice(list(value))
+    if draw.random() < 0.2:
+        return {name: part for name, part in value.items() if name != key}
+    return {**value, key: mutated(draw, value[key], False)}
+
+
+def test_absurd_configurations_are_refused_or_carried_and_leave_nothing_half(tmp_path: Path) -> None:
+    """One key of one file lost or of another type, 40 times: never an exception of another kind."""
+    hf, whole = tmp_path / "hf", tmp_path / "whole"
+    convert(str(tiny.make_model(hf, "qwen3_moe")), whole / "model", Target.of(4, 32, None))
+    adapted(whole / "model", whole / "run", targets="all-linear")
+    fence.to_peft(whole / "run", whole / "peft", whole / "model")
+    fence.to_hf(whole / "model", whole / "hf")
+    files = ("model/config.json", "model/mlxtune_source.json", "run/adapter_config.json", "peft/adapter_config.json")
+    ends = {"done": 0, "refused": 0}
+    for seed in range(40):
+        draw = random.Random(seed)
+        at, out = tmp_path / "at", tmp_path / "out"
+        shutil.copytree(whole, at)
+        file = at / draw.choice((*files, "hf/config.json"))
+        file.write_text(json.dumps(mutated(draw, json.loads(file.read_text()))))
+        base = draw.choice([at / "model", at / "model" / "config.json"])
+        for step in (
+            lambda at=at, out=out, base=base: fence.to_peft(at / "run", out, base),
+            lambda at=at, out=out, base=base: fence.to_mlx(at / "peft", out, base),
+            lambda at=at, out=out: fence.to_hf(at / "model", out),
+            lambda at=at, base=base: fence.check(at / "peft", at / "run", base),
+            lambda at=at: fence.check(at / "hf", at / "model"),
+        ):
+            try:
+                step()
+                ends["done"] += 1
+                shutil.rmtree(out, ignore_errors=True)
+            except UserError:
+                ends["refused"] += 1
+                tiny.nothing_written(out)
+        shutil.rmtree(at)
+    assert ends["done"] > 50 and ends["refused"] > 15, ends

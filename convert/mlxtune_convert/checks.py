@@ -79,7 +79,7 @@ def compare(
 
 def _difference(one: np.ndarray, other: np.ndarray) -> float:
     """The largest; infinite where only one of two numbers is finite."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         apart = np.abs(one.astype(np.float32) - other.astype(np.float32))
     return float(np.nan_to_num(apart, nan=np.inf, posinf=np.inf).max(initial=0.0))
 

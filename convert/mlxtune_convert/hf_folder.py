@@ -68,13 +68,15 @@ def _tensor(file: Path, name: str) -> np.ndarray:
 
 def vocabulary(config: Mapping[str, Any]) -> int | None:
     """How many tokens a config.json says that its model knows, those without a token in the tokenizer included."""
-    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    text = config.get("text_config")
+    found = config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None)
+    return found if isinstance(found, int) else None
 
 
 def resize(config: dict[str, Any], rows: int | None) -> None:
     """Write a new size of the vocabulary into a config.json, where it differs from the old."""
     if rows is None or rows == vocabulary(config):
         return
-    for part in (config, config.get("text_config", {})):
-        if "vocab_size" in part:
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and "vocab_size" in part:
             part["vocab_size"] = rows

@@ -207,8 +207,14 @@ def source_of(path: Path) -> dict[str, Any]:
     """Where a converted model came from: {"kind", "name", "config"}; its own config when it was not converted by
     mlxtune.
     """
-    if (path / SOURCE_FILE).is_file():
-        return read_json(path / SOURCE_FILE, "written by mlxtune convert")
+    file = path / SOURCE_FILE
+    if file.is_file():
+        source = read_json(file, "written by mlxtune convert")
+        kinds = {"kind": str, "name": str, "config": dict}
+        wrong = [key for key, kind in kinds.items() if not isinstance(source.get(key), kind)]
+        if wrong:
+            raise UserError(f"{file}: its {wrong[0]} is {source.get(wrong[0])!r:.80}", "Convert the model again.")
+        return source
     config = read_json(path / "config.json", "a model folder")
     kind = "mlx" if any(key in config for key in QUANTIZATION_KEYS) else "hf"
     return {"kind": kind, "name": "", "config": config}

@@ -57,9 +57,10 @@ class Base:
     @property
     def blocks(self) -> int | None:
         """How many blocks there are, where the configuration says so."""
-        parts = (self.original, self.original.get("text_config") or {})
-        found = [part[name] for part in parts for name in BLOCKS if isinstance(part.get(name), int)]
-        return found[0] if found else None
+        text = self.original.get("text_config")
+        parts = (self.original, text) if isinstance(text, dict) else (self.original,)
+        found = (part[name] for part in parts for name in BLOCKS if isinstance(part.get(name), int))
+        return next(found, None)
 
     @property
     def own_head(self) -> bool | None:
