@@ -169,11 +169,12 @@ def test_the_towers_of_a_wrapper_come_from_its_original(tmp_path: Path) -> None:
 
 
 def test_shards_are_read_as_one_model_and_a_folder_of_another_kind_is_refused(mlx_model: Path, tmp_path: Path) -> None:
-    """Codes in one file, their scales in another."""
+    """Codes in one file, their scales in another; without what mlxtune writes beside them, as mlx-lm leaves a folder."""
     sharded = tmp_path / "sharded"
     shutil.copytree(mlx_model, sharded)
     tensors = load_file(sharded / "model.safetensors")
     (sharded / "model.safetensors").unlink()
+    (sharded / "mlxtune_source.json").unlink()
     parts = [{n: a for n, a in tensors.items() if n.endswith(".scales") is kind} for kind in (False, True)]
     table = {}
     for number, part in enumerate(parts, 1):
@@ -182,6 +183,9 @@ def test_shards_are_read_as_one_model_and_a_folder_of_another_kind_is_refused(ml
         table |= dict.fromkeys(part, file)
     (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
     fence.to_hf(sharded, tmp_path / "ours")
+    assert (
+        not {"quantization", "quantization_config"} & json.loads((tmp_path / "ours" / "config.json").read_text()).keys()
+    )
     fence.to_hf(mlx_model, tmp_path / "whole")
     left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "whole"))
     assert {name: a.tobytes() for name, a in left.items()} == {name: a.tobytes() for name, a in right.items()}
