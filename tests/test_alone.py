@@ -302,7 +302,7 @@ def test_a_name_is_found_again_from_the_tables_alone(family: str) -> None:
     config = normalise(original)
     kind, arguments = _get_classes(config)
     model = kind(arguments.from_dict(config))
-    base = Base(original, None)
+    base = Base(Path(), original, None)
     assert base.blocks == len(model.layers)
     paths = [path for path, module in model.named_modules() if isinstance(module, LINEAR + SWITCH)]
     layout = layouts.LAYOUTS[family]

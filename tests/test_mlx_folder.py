@@ -169,7 +169,7 @@ def test_the_towers_of_a_wrapper_come_from_its_original(tmp_path: Path) -> None:
 
 
 def test_shards_are_read_as_one_model_and_a_folder_of_another_kind_is_refused(mlx_model: Path, tmp_path: Path) -> None:
-    """Codes in one file, their scales in another; without what mlxtune writes beside them, as mlx-lm leaves a folder."""
+    """Codes in one file, their scales in another; and without mlxtune's own file, as mlx-lm leaves a folder."""
     sharded = tmp_path / "sharded"
     shutil.copytree(mlx_model, sharded)
     tensors = load_file(sharded / "model.safetensors")

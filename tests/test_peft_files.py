@@ -113,6 +113,7 @@ READ = {
     "LoRA on the head, with a copy": Case("llama", {"target_modules": ["q_proj", "lm_head"]}),
     "gpt2's tied embedding": Case("gpt2", {"target_modules": ["c_attn"], "modules_to_save": ["wte", "lm_head"], **TIE}),
     "gpt2's token rows": Case("gpt2", {"target_modules": ["c_attn"], "trainable_token_indices": [SEEN, 6]}),
+    "gpt2 in DoRA": Case("gpt2", {"target_modules": ["c_attn", "c_fc"], "use_dora": True}),
     "gpt_neox": Case("gpt_neox", {"target_modules": ["query_key_value", "dense"]}),
     "qwen3_5_text": Case("qwen3_5_text", {"target_modules": ["q_proj", "in_proj_qkv", "up_proj"]}),
     "experts": Case("qwen3_moe", {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}),
@@ -268,6 +269,32 @@ def test_a_base_untied_as_the_refusal_says_takes_the_adapter(
     np.testing.assert_allclose(got, wanted, atol=1e-5 + 1e-6 * np.abs(wanted).max())
 
 
+def test_an_adapter_beside_a_changed_base_is_refused_until_saved_as_the_refusal_says(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """PiSSA takes the largest singular values out of the base and trains them."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    theirs = get_peft_model(hf(models["llama"]), settings).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "before")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, tensor in theirs.named_parameters():
+            if "lora_" in name:
+                tensor.add_(0.3 * torch.randn_like(tensor))
+    theirs.save_pretrained(tmp_path / "peft")
+    with pytest.raises(UserError, match="init_lora_weights 'pissa'") as refused:
+        peft.import_adapter(tmp_path / "peft", tmp_path / "ours", str(models["llama"]), False)
+    assert "path_initial_model_for_weight_conversion" in str(refused.value.hint)
+    wanted = logits(theirs)
+    theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "before"))
+    peft.import_adapter(tmp_path / "plain", tmp_path / "ours", str(models["llama"]), False)
+    np.testing.assert_allclose(ours(models["llama"], tmp_path / "ours"), wanted, atol=1e-4)
+
+
 def test_one_matrix_for_both_becomes_two_where_the_model_has_two(models: dict[str, Path], tmp_path: Path) -> None:
     """With the model; without it the adapter is kept as one, and a model with two refuses it."""
     wanted = made(models, Case("tied", {"modules_to_save": BOTH, **TIE}), tmp_path / "peft")
@@ -338,6 +365,10 @@ def test_added_tokens_come_with_their_tokenizer_or_are_refused(models: dict[str,
         tokenizer.save_pretrained(folder)
         peft.import_adapter(folder, out, str(models["llama"]), False)
         np.testing.assert_allclose(ours(models["llama"], out), wanted, atol=1e-5 + 1e-6 * np.abs(wanted).max())
+    tokenizer.add_tokens(["plain word"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="no special ones: plain word"):
+        peft.import_adapter(folder, tmp_path / "none", str(models["llama"]), False)
     made(models, Case("llama", rows=300, embeddings=True), tmp_path / "cut")
     with pytest.raises(UserError, match="the model needs") as refused:
         peft.import_adapter(tmp_path / "cut", tmp_path / "none", str(models["llama"]), False)

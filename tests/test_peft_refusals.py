@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,13 @@ def test_folders_without_the_tensors_say_where_they_may_be(tmp_path: Path) -> No
         peft.refuse_several(several)
     assert f"convert {several}" in str(refused.value.hint)
     tiny.refused(tmp_path / "ours", "convert", several, tmp_path / "ours", expected=("checkpoint-10",))
+
+
+def test_an_adapter_beside_a_model_is_left_out_and_said(hf_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(hf_model, tmp_path / "both")
+    save_file(PLAIN, tmp_path / "both" / WEIGHTS)
+    said = tiny.done("convert", tmp_path / "both", tmp_path / "mlx", "--bits", "16").stderr
+    assert "the adapter beside the model is left out" in said
 
 
 def test_an_adapter_for_something_else_says_that_the_names_may_differ(hf_model: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlxtune_convert import chat_templates
+from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import read_json, write_json
 
 FILE = "mlxtune_tokenizer.json"
@@ -35,19 +36,14 @@ class Changes:
     @classmethod
     def of_files(cls, folder: Path) -> Self:
         """What the tokenizer.json beside a PEFT adapter and its settings say; nothing where there is none."""
-        if not (folder / TOKENIZER).is_file() or not (folder / SETTINGS[0]).is_file():
+        if not _is_tokenizer(folder):
             return cls()
-        settings: dict[str, Any] = {}
-        for name in SETTINGS:
-            settings |= read_json(folder / name, "the tokenizer's settings") if (folder / name).is_file() else {}
-        added = list(read_json(folder / TOKENIZER, "the tokenizer").get("added_tokens") or ())
-        added += [{"id": int(index), **token} for index, token in settings.get("added_tokens_decoder", {}).items()]
-        end = settings.get("eos_token") or ""
+        end = _settings(folder).get("eos_token") or ""
         templates = chat_templates.of_folder(folder)
         return cls(
             templates.get(chat_templates.DEFAULT, "") if templates.keys() <= {chat_templates.DEFAULT} else templates,
-            end if isinstance(end, str) else str(end.get("content", "")),
-            {token["content"]: token["id"] for token in added if token.get("special")},
+            str(end.get("content", "") if isinstance(end, dict) else end),
+            {token: index for token, (index, special) in _added(folder).items() if special},
         )
 
     @property
@@ -79,3 +75,43 @@ class Changes:
                 write_json(folder / name, {**settings, **said})
         if templates:
             chat_templates.write(folder, templates)
+
+
+def plain_tokens(folder: Path, base: Path) -> list[str]:
+    """Added tokens of the tokenizer in `folder` that are no special ones and that the one in `base` does not have; none
+    where one of the folders has no tokenizer.json.
+    """
+    if not (_is_tokenizer(folder) and _is_tokenizer(base)):
+        return []
+    vocabulary = (read_json(base / TOKENIZER, "the tokenizer").get("model") or {}).get("vocab") or {}
+    # Unigram models list [token, score].
+    known = set(vocabulary) if isinstance(vocabulary, dict) else {str(entry[0]) for entry in vocabulary}
+    known |= _added(base).keys()
+    return [token for token, (_, special) in _added(folder).items() if not special and token not in known]
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    return (folder / TOKENIZER).is_file() and (folder / SETTINGS[0]).is_file()
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Of all settings files; the last one wins."""
+    found: dict[str, Any] = {}
+    for name in SETTINGS:
+        found |= read_json(folder / name, "the tokenizer's settings") if (folder / name).is_file() else {}
+    return found
+
+
+def _added(folder: Path) -> dict[str, tuple[int, bool]]:
+    """The added tokens of a tokenizer.json and of the settings beside it: text -> (id, whether it is a special one).
+
+    Raises UserError for what are none.
+    """
+    added = read_json(folder / TOKENIZER, "the tokenizer").get("added_tokens") or []
+    decoder = _settings(folder).get("added_tokens_decoder") or {}
+    try:
+        tokens = [*added, *({"id": index, **token} for index, token in decoder.items())]
+        return {str(token["content"]): (int(token["id"]), bool(token.get("special"))) for token in tokens}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        wrong = f"{folder}: the added tokens of its tokenizer are not understood ({type(error).__name__}: {error})"
+        raise UserError(wrong, "Save the tokenizer again.") from error

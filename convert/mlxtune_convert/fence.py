@@ -129,7 +129,7 @@ def to_mlx(source: Path, destination: Path, base_path: Path | None, force: bool 
 
 def _same_function(path: Path) -> Base:
     base = base_of(path)
-    base.require_same_function(path)
+    base.require_same_function()
     return base
 
 

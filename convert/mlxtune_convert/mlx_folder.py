@@ -89,7 +89,7 @@ class MlxFolder:
 
     @property
     def base(self) -> Base:
-        return Base(source_of(self.path)["config"], self)
+        return Base(self.path, source_of(self.path)["config"], self)
 
     @property
     def own_head(self) -> bool:
@@ -226,9 +226,9 @@ def base_of(path: Path) -> Base:
     Raises UserError when it is neither. A Hugging Face folder's weights are not looked at: they have other names.
     """
     if path.is_file():
-        return Base(read_json(path, "the base model's config.json"), None)
+        return Base(path.parent, read_json(path, "the base model's config.json"), None)
     config = source_of(path)["config"]
     if not matching(path, "model*.safetensors"):
-        return Base(config, None)
+        return Base(path, config, None)
     folder = MlxFolder.open(path)
-    return folder.base if folder.is_mlx else Base(config, None)
+    return folder.base if folder.is_mlx else Base(path, config, None)

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from mlxtune_convert import layouts, peft
+from mlxtune_convert import chosen, layouts, peft
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.peft_config import Settings
 from mlxtune_convert.peft_names import NAME_BASE, Names, Place, to_mlx
@@ -39,10 +39,11 @@ class Layers(Protocol):
 
 
 class Base:
-    """An MLX model as adapters see it. original: its config.json before conversion; layers: None where its weights are
-    not at hand in MLX's form."""
+    """An MLX model as adapters see it. path: its folder; original: its config.json before conversion; layers: None
+    where its weights are not at hand in MLX's form."""
 
-    def __init__(self, original: dict[str, Any], layers: Layers | None) -> None:
+    def __init__(self, path: Path, original: dict[str, Any], layers: Layers | None) -> None:
+        self.path = path
         self.original = original
         self.layers = layers
         self._kind = str(original.get("model_type"))
@@ -67,12 +68,16 @@ class Base:
         """Whether the model has a head beside the embedding; None: not known."""
         return None if self.layers is None else self.layers.own_head
 
-    def require_same_function(self, path: Path) -> None:
-        """Raise UserError for a model that mlx-lm computes otherwise than transformers. path: for the message."""
+    def plain_tokens(self, folder: Path) -> list[str]:
+        """Tokens that the tokenizer beside an adapter has, this model's has not, and that are no special ones."""
+        return chosen.plain_tokens(folder, self.path)
+
+    def require_same_function(self) -> None:
+        """Raise UserError for a model that mlx-lm computes otherwise than transformers."""
         why = layouts.differs(self.original)
         if why:
             raise UserError(
-                f"{path}: an adapter from PEFT would not be the same function here: {why}",
+                f"{self.path}: an adapter from PEFT would not be the same function here: {why}",
                 "Train one on this model instead.",
             )
 
@@ -151,6 +156,13 @@ def read(folder: Path, base: Base | None, notes: list[str]) -> peft.Adapter:
     """
     adapter = peft.read_adapter(folder, None if base is None else base.matrix)
     if base is not None:
+        new = base.plain_tokens(folder)  # they split words otherwise, and are not kept beside an adapter
+        if new:
+            raise UserError(
+                f"{folder}: its tokenizer has added tokens that are no special ones: {', '.join(new[:4])}",
+                "Merge it with PEFT (merge_and_unload, then save_pretrained), save the tokenizer there as well, and "
+                "convert the merged model.",
+            )
         adapter = base.completed(adapter, notes)
     ours, said = to_mlx(adapter, None if base is None else base.names, folder)
     notes += said

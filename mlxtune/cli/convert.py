@@ -75,6 +75,8 @@ def convert(
         return
 
     peft.refuse_several(folder)
+    if peft.has_weights(folder):
+        common.note("the adapter beside the model is left out: in a folder of its own it can be converted.")
     with console.status(f"converting {src}"):
         done = conversion.convert(src, dst, target, dtype, force, base)
     for note in done.notes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,11 +25,8 @@ class Changes(chosen.Changes):
     @classmethod
     def of_files(cls, folder: Path) -> Self:
         """What the tokenizer beside a PEFT adapter says; nothing where there is none."""
-        if (folder / TOKENIZER).is_file() or not (folder / "tokenizer_config.json").is_file():
-            return super().of_files(folder)
-        with tempfile.TemporaryDirectory() as made:
-            load_tokenizer(folder).save_pretrained(made)
-            return super().of_files(Path(made))
+        with as_json(folder) as made:
+            return super().of_files(made)
 
     def apply(self, tokenizer: Any, folder: Path) -> None:
         """Change a tokenizer so. folder: where it is from. Raises UserError when a token gets another id there."""
@@ -47,6 +45,17 @@ class Changes(chosen.Changes):
         if not self.empty and not (folder / TOKENIZER).is_file():  # made of tokenizer.model each time
             load_tokenizer(folder).backend_tokenizer.save(str(folder / TOKENIZER))
         super().write(folder)
+
+
+@contextlib.contextmanager
+def as_json(folder: Path) -> Iterator[Path]:
+    """The folder of a tokenizer, or a temporary one with the tokenizer.json that transformers makes of its files."""
+    if (folder / TOKENIZER).is_file() or not (folder / "tokenizer_config.json").is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as made:
+        load_tokenizer(folder).save_pretrained(made)
+        yield Path(made)
 
 
 def add(tokenizer: Any, tokens: Sequence[str], folder: Path) -> None:

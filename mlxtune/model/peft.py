@@ -46,7 +46,12 @@ def is_adapter(path: Path) -> bool:
     """Whether a folder holds a PEFT adapter, and no model beside it."""
     if any(path.glob("model*.safetensors")) or any(path.glob("adapters.safetensors")):
         return False
-    return any((path / name).is_file() for name in (peft.WEIGHTS_FILE, "adapter_model.bin")) or _says_peft(path)
+    return has_weights(path) or _says_peft(path)
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a folder holds the tensors of a PEFT adapter, whatever else is there."""
+    return any((path / name).is_file() for name in (peft.WEIGHTS_FILE, "adapter_model.bin"))
 
 
 def _says_peft(path: Path) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 
 import mlx.nn as nn
 import numpy as np
-from mlxtune_convert import peft_base
+from mlxtune_convert import chosen, peft_base
 
+from mlxtune.data.chosen import as_json
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.layers import dense_shape, own_parameters
 from mlxtune.model.load import open_model, source_of
@@ -36,8 +37,8 @@ class Layers:
 class Base(peft_base.Base):
     """model: with no adapter on it; config: as mlx-lm reads it; original: as it was before conversion."""
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], original: dict[str, Any]) -> None:
-        super().__init__(original, Layers(model))
+    def __init__(self, path: Path, model: nn.Module, config: dict[str, Any], original: dict[str, Any]) -> None:
+        super().__init__(path, original, Layers(model))
         self.model = model
         self.config = config
 
@@ -45,6 +46,10 @@ class Base(peft_base.Base):
     def of(path: Path) -> Base:
         """Raises UserError for a folder that is no model, or one that mlx-lm computes otherwise than transformers."""
         model, config = open_model(path)
-        base = Base(model, config, source_of(path)["config"])
-        base.require_same_function(path)
+        base = Base(path, model, config, source_of(path)["config"])
+        base.require_same_function()
         return base
+
+    def plain_tokens(self, folder: Path) -> list[str]:
+        with as_json(folder) as theirs, as_json(self.path) as ours:
+            return chosen.plain_tokens(theirs, ours)
