@@ -1,7 +1,9 @@
 """mlxtune: convert, tune and ship language models on Apple silicon."""
 
+from mlxtune_convert import __version__
+
 from mlxtune.backend import before_mlx
 
-__version__ = "0.1.0"
+__all__ = ["__version__"]
 
 before_mlx()

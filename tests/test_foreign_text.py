@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import tiny
+from mlxtune_convert.shown import shown, shown_json, shown_name
 
 from mlxtune.cli import use
 from mlxtune.cli.console import console
-from mlxtune.cli.shown import shown, shown_json, shown_name
 from mlxtune.data.answers import Plain
 
 CLIPBOARD, TITLE, CLEARED = "\x1b]52;c;ZXZpbA==\x1b\\", "\x1b]0;evil\x07", "\x1b[2J\x1b[H"

@@ -114,10 +114,11 @@ def test_a_module_imports_only_its_own_room_and_lower_ones(module: str) -> None:
             assert RANKS[room(other)] < RANKS[own], f"{module} imports {other}, which is above or beside it"
 
 
-def test_importing_the_package_reads_only_the_backend() -> None:
+def test_importing_the_package_reads_only_the_backend_and_the_version() -> None:
     assert {
         name for name in IMPORTS["mlxtune"] if name.partition(".")[0] in ("mlxtune", "mlxtune_convert", *HEAVY)
-    } == {"mlxtune.backend"}
+    } == {"mlxtune.backend", "mlxtune_convert"}
+    assert not IMPORTS["mlxtune_convert"] - {"__future__"}
 
 
 def test_the_file_formats_import_no_framework_and_nothing_of_mlxtune() -> None:

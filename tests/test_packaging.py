@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import subprocess
 import sys
 import sysconfig
 import zipfile
 from pathlib import Path
 
+import alone
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -18,43 +18,38 @@ import mlxtune
 from mlxtune import config
 
 ROOT = Path(__file__).resolve().parent.parent
+# Those below us. A folder on this path is not searched for .pth files, so the checkout is not found through it.
+LIBRARIES = os.pathsep.join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def _run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip()
+    return alone.done(sys.executable, *command, cwd=cwd, **environment)
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dist")
-    _run("-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
-    (built,) = folder.iterdir()
-    return built
+    return alone.wheel(ROOT, tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of mlxtune-convert."""
+    return alone.wheel(ROOT / "convert", tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
 def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel installed, as pip does it."""
     folder = tmp_path_factory.mktemp("install") / "site"
-    quiet = ("--quiet", "--disable-pip-version-check", "--root-user-action=ignore")
-    _run("-m", "pip", "install", *quiet, "--no-deps", "--no-index", "--target", folder, wheel, cwd=folder.parent)
+    pip = ("-m", "pip", "install", *alone.QUIET, "--no-deps", "--no-index", "--target", folder)
+    _run(*pip, wheel, cwd=folder.parent)
     return folder
 
 
 def _installed(site: Path, *command: str | Path) -> str:
     """Run with the installed wheel and the libraries below it. -S leaves the checkout out: no .pth file is read."""
-    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    return _run("-S", *command, cwd=site.parent, PYTHONPATH=os.pathsep.join([str(site), *libraries]))
+    return _run("-S", *command, cwd=site.parent, PYTHONPATH=os.pathsep.join([str(site), LIBRARIES]))
 
 
 def test_the_wheel_holds_every_file_of_both_packages_the_recipes_and_the_demo_data_and_nothing_else(
@@ -62,13 +57,51 @@ def test_the_wheel_holds_every_file_of_both_packages_the_recipes_and_the_demo_da
 ) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mlxtune").rglob("*") if path.is_file()}
-    formats = ROOT / "convert"
-    expected |= {path.relative_to(formats).as_posix() for path in formats.rglob("*") if path.is_file()}
+    expected |= _formats()
     expected |= {f"mlxtune/configs/{path.relative_to(ROOT / 'configs').as_posix()}" for path in RECIPES}
     expected = {name for name in expected if "__pycache__" not in name}
     assert {"mlxtune/demo/data/train.jsonl", "mlxtune/demo/data/valid.jsonl", "mlxtune_convert/peft.py"} <= expected
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def _formats() -> set[str]:
+    """The files of the file formats' package."""
+    folder = ROOT / "convert"
+    found = {path for path in (folder / "mlxtune_convert").rglob("*") if path.is_file()}
+    return {path.relative_to(folder).as_posix() for path in found if "__pycache__" not in path.parts}
+
+
+def test_the_small_wheel_holds_the_file_formats_alone_byte_for_byte_as_the_other_does(small: Path, wheel: Path) -> None:
+    """So whichever of the two is installed last, the same code runs."""
+    ours, theirs = zipfile.ZipFile(small), zipfile.ZipFile(wheel)
+    names = {name for name in ours.namelist() if ".dist-info/" not in name}
+    assert names == _formats()
+    assert {name for name in names if ours.read(name) != theirs.read(name)} == set()
+    assert (ROOT / "convert" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in ours.namelist())
+    assert small.stat().st_size < wheel.stat().st_size / 2
+
+
+def test_both_wheels_have_one_version_and_the_small_one_asks_for_a_part_of_what_the_other_does(
+    small: Path, wheel: Path, tmp_path: Path
+) -> None:
+    python = alone.installed(tmp_path / "both", wheel, small)
+    (site,) = tmp_path.glob("both/lib/*/site-packages")
+    found = {one.metadata["Name"]: one for one in importlib.metadata.distributions(path=[str(site)])}
+    assert {name: one.version for name, one in found.items()} == dict.fromkeys(
+        ("mlxtune", "mlxtune-convert"), mlxtune.__version__
+    )
+    assert found["mlxtune"].metadata["Requires-Python"] == found["mlxtune-convert"].metadata["Requires-Python"]
+    needs, small_needs = (
+        {need.name.replace("_", "-"): need.specifier for need in map(Requirement, found[name].requires or [])}
+        for name in ("mlxtune", "mlxtune-convert")
+    )
+    assert set(small_needs) == {"numpy", "safetensors", "ml-dtypes", "gguf", "click"}
+    assert small_needs == {name: needs[name] for name in small_needs}
+    for script in ("mlxtune", "mlxtune-convert"):
+        said = alone.done(python.with_name(script), "--version", cwd=tmp_path, PYTHONPATH=LIBRARIES)
+        assert said == f"{script}, version {mlxtune.__version__}"
 
 
 def test_an_install_imports_both_packages_from_the_wheel_and_has_no_package_named_convert(site: Path) -> None:
@@ -86,6 +119,8 @@ def test_an_install_imports_both_packages_from_the_wheel_and_has_no_package_name
 def test_the_installed_command_runs(site: Path) -> None:
     assert _installed(site, site / "bin" / "mlxtune", "--version") == f"mlxtune, version {mlxtune.__version__}"
     assert _installed(site, "-m", "mlxtune", "--version") == f"mlxtune, version {mlxtune.__version__}"
+    for command in ([site / "bin" / "mlxtune-convert"], ["-m", "mlxtune_convert"]):
+        assert _installed(site, *command, "--version") == f"mlxtune-convert, version {mlxtune.__version__}"
 
 
 def test_the_checkout_and_the_wheel_find_the_same_recipes(site: Path) -> None:
@@ -117,7 +152,10 @@ def test_the_metadata_say_what_is_needed_and_leave_the_backend_to_the_extras(sit
     assert set(found.metadata.get_all("Provides-Extra") or []) == {
         *("cpu", "cuda", "dev", "llama-cpp", "tensorboard", "trackio", "wandb")
     }
-    assert [(script.name, script.value) for script in found.entry_points] == [("mlxtune", "mlxtune.cli:main")]
+    assert {script.name: script.value for script in found.entry_points} == {
+        "mlxtune": "mlxtune.cli:main",
+        "mlxtune-convert": "mlxtune_convert.cli:main",
+    }
     needs = [Requirement(line) for line in found.requires or []]
     base = [need for need in needs if not need.marker or "extra" not in str(need.marker)]
     names = {need.name for need in base}

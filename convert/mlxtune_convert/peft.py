@@ -87,10 +87,10 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     if dora and parameters:
         raise UserError(
             f"PEFT has no DoRA for experts, routers and their like ({parameters[0]})",
-            "`--to hf` exports the merged model.",
+            "`mlxtune export --to hf` exports the merged model.",
         )
     save_checked(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
-    rank, alpha = (Counter(found.values() or [8]).most_common(1)[0][0] for found in (ranks, alphas))
+    rank, alpha = (_usual(found.values()) for found in (ranks, alphas))
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -113,6 +113,12 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         "ensure_weight_tying": adapter.tied,
     }
     write_json(folder / CONFIG_FILE, config)
+
+
+def _usual(found: Collection[float]) -> float:
+    """The most common number, the largest of several: whatever the order of the layers."""
+    counts = Counter(found or [8])
+    return max(counts, key=lambda number: (counts[number], number))
 
 
 def _alpha(scale: float, divisor: float) -> float:
@@ -309,17 +315,21 @@ def _parameter(settings: Settings, module: str, modules: Collection[str]) -> str
 
 def check_adapter(folder: Path, adapter: Adapter) -> int:
     """Read the folder back; return how many tensors are the given ones bit for bit. Raises UserError otherwise."""
-    read = with_head(read_adapter(folder))
-    if adapter.alternate:
-        read = replace(read, updates=alternated(read.updates))
-    found, expected = _arrays(read), _arrays(adapter)
+    found, expected = arrays(read_back(folder, adapter)), arrays(adapter)
     for name in sorted(found.keys() | expected.keys()):
         if name not in found or name not in expected or not _same(found[name], expected[name]):
             raise UserError(f"{name}: the file does not hold what was trained", "Check the disk.")
     return len([name for name in found if not name.endswith(".scale")])
 
 
-def _arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+def read_back(folder: Path, adapter: Adapter) -> Adapter:
+    """A folder that should hold `adapter`, in the form that this has."""
+    read = with_head(read_adapter(folder))
+    return replace(read, updates=alternated(read.updates)) if adapter.alternate else read
+
+
+def arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+    """Every array of an adapter by name, each scale as one without axes."""
     out = dict(adapter.trained)
     for path, update in adapter.updates.items():
         parts = {"a": update.a, "b": update.b, "m": update.m, "scale": np.array(update.scale)}

@@ -91,14 +91,18 @@ def unpack(weight: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(stream, axis=-1, bitorder="little")[..., 0]
 
 
-def dequantize(codes: Codes) -> np.ndarray:
-    """[rows, columns] float32: bit for bit what mx.dequantize gives with its scales cast to float32."""
+def dequantize(codes: Codes, factor: np.ndarray | None = None) -> np.ndarray:
+    """[rows, columns] float32: bit for bit what mx.dequantize gives with its scales cast to float32.
+
+    factor: [rows, 1] float32, which multiplies the scales (nvfp4's scale of a whole tensor).
+    """
     grouped = unpack(codes.weight, codes.bits).reshape(len(codes.weight), -1, codes.group)
     if codes.biases is not None:
         scales, biases = (part.astype(np.float32)[..., None] for part in (codes.scales, codes.biases))
         return (grouped * scales + biases).reshape(len(grouped), -1)
     kind = ml_dtypes.float8_e4m3fn if codes.mode == "nvfp4" else ml_dtypes.float8_e8m0fnu
     scales = codes.scales.view(kind).astype(np.float32)
+    scales = scales if factor is None else scales * factor
     values = grouped.view(ml_dtypes.float8_e4m3fn).astype(np.float32) if codes.bits == 8 else FP4[grouped]
     return (values * scales[..., None]).reshape(len(grouped), -1)
 

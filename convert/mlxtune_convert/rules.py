@@ -15,6 +15,7 @@ from typing import Any
 
 from mlxtune_convert.errors import UserError
 
+MERGED = "`mlxtune export --to hf` exports the merged model."
 Array = Any  # numpy's or MLX's: both have the methods used here
 
 
@@ -132,7 +133,7 @@ class Layout:
         Raises UserError when transformers has no such layer, or another one.
         """
         if path.endswith(self.not_in_peft):
-            raise UserError(f"PEFT cannot adapt {path} in this family", "`--to hf` exports the merged model.")
+            raise UserError(f"PEFT cannot adapt {path} in this family", MERGED)
         for ours, theirs in self.modules:
             match = _pattern(ours).fullmatch(path)
             if match:
@@ -142,7 +143,7 @@ class Layout:
             return path
         rule, _, values = found
         if rule.do == "stack" or rule.changes or (whole and rule.axes):
-            raise UserError(f"{path} is another matrix in transformers", "`--to hf` exports the merged model.")
+            raise UserError(f"{path} is another matrix in transformers", MERGED)
         return _fill(rule.hf, values).removesuffix(".weight")
 
     def peft_targets(self, paths: Iterable[str]) -> dict[str, str]:
@@ -152,6 +153,20 @@ class Layout:
             with contextlib.suppress(UserError):
                 out[self.peft_target(path)] = path
         return out
+
+    def mlx_path(self, target: str) -> str | None:
+        """The inverse of `peft_target` from the tables alone, where the model's own paths are not at hand. None means
+        that the family has no such layer.
+        """
+        module, names = target.partition(":")[0], (target, f"{target}:weight")
+        found = []
+        for ours, theirs in self.modules:
+            match = next(filter(None, map(_pattern(theirs).fullmatch, names)), None)
+            found += [_fill(ours, match.groups())] if match else []
+        for rule in self.rules:
+            match = _pattern(rule.hf).fullmatch(f"{module}.weight") if rule.do == "move" else None
+            found += [_fill(rule.mlx[0], match.groups()).removesuffix(".weight")] if match else []
+        return next((path for path in (*found, module) if self.peft_targets([path]).keys() & set(names)), None)
 
     @property
     def alternate(self) -> bool:

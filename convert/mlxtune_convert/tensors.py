@@ -12,6 +12,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - gives numpy the bfloat16 that safetensors' own reader asks it for
 import numpy as np
 from safetensors import SafetensorError, safe_open
 

@@ -6,12 +6,13 @@ import sys
 from typing import NoReturn, TextIO, cast
 
 import click
+from mlxtune_convert.cli import say_error
 from mlxtune_convert.files import REFUSALS
+from mlxtune_convert.shown import shown_name
 
 import mlxtune
 from mlxtune import gpu_errors
 from mlxtune.cli import bench, common, convert, data, demo, doctor, runs, ship, train, use
-from mlxtune.cli.shown import shown_name
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.train import signals
 
@@ -58,13 +59,13 @@ def main(args: list[str] | None = None) -> NoReturn:
     try:
         code = cli.main(args, prog_name="mlxtune", standalone_mode=False)
     except UserError as error:
-        _say(error.message, error.hint)
+        say_error(error.message, error.hint)
         code = 2
     except click.UsageError as error:
-        _say(error.format_message(), f"See: {error.ctx.command_path} --help" if error.ctx else "")
+        say_error(error.format_message(), f"See: {error.ctx.command_path} --help" if error.ctx else "")
         code = 2
     except click.ClickException as error:
-        _say(error.format_message(), "")
+        say_error(error.format_message(), "")
         code = 2
     except Interrupted as error:
         click.echo(shown_name(error.message), err=True)
@@ -82,7 +83,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        _say(f"{error.filename or 'the file system'}: {REFUSALS[error.errno][0]}", "")
+        say_error(f"{error.filename or 'the file system'}: {REFUSALS[error.errno][0]}", "")
         code = 2
     except (RuntimeError, MemoryError) as error:
         failure = gpu_errors.recognise(error)
@@ -90,13 +91,6 @@ def main(args: list[str] | None = None) -> NoReturn:
             raise
         words = sys.argv[1:] if args is None else args
         command = next((word for word in words if not word.startswith("-")), "")
-        _say(str(failure), failure.hint(command, words))
+        say_error(str(failure), failure.hint(command, words))
         code = 2
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _say(message: str, hint: str) -> None:
-    # Text of a library's error may be part of the message; it must not break the line.
-    click.echo(f"error: {shown_name(' '.join(message.splitlines()))}", err=True)
-    if hint:
-        click.echo(f"  {shown_name(hint)}", err=True)

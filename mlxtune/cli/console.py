@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from mlxtune_convert.shown import shown
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
-
-from mlxtune.cli.shown import shown
 
 if TYPE_CHECKING:
     from rich.style import StyleType

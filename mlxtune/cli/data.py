@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.shown import shown, shown_json, shown_name
 
 from mlxtune.cli import common
-from mlxtune.cli.shown import shown, shown_json, shown_name
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from mlxtune.cli.shown import shown_name
+from mlxtune_convert.shown import shown_name
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+from mlxtune_convert.shown import shown_name
 
 from mlxtune.cli import common
-from mlxtune.cli.shown import shown_name
 
 
 @click.command()

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 from mlxtune_convert import chat_templates, gguf_file, gguf_lora, gguf_model
+from mlxtune_convert.adapters import save_adapter
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
 from mlxtune_convert.files import new_folder, read_json, require_space, write_json
 from mlxtune_convert.peft import Adapter
@@ -21,7 +22,6 @@ from mlxtune_convert.tensors import ShardWriter, weight_files
 from mlxtune import backend
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
-from mlxtune.model import peft
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.model.hub import resolve
 from mlxtune.model.load import cast, model_dtype, open_model, source_of
@@ -109,7 +109,7 @@ def convert(
             with new_folder(destination, force, [path]) as work:
                 config = read_json(base / "config.json", "the base model") if base else None
                 updates, layers = gguf_lora.read_adapter(file, config)
-                spec = peft.save(work, Adapter(updates), layers)
+                spec = save_adapter(work, Adapter(updates), layers)
                 return Converted((work / spec.file).stat().st_size, 32.0, [])
     if base is not None:
         raise UserError("--base has no effect here", "It names the model that a GGUF adapter belongs to.")

@@ -11,9 +11,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
-from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, normalise
+from mlxtune_convert.configs import normalise
 from mlxtune_convert.files import read_json
 from mlxtune_convert.layouts import LAYOUTS
+from mlxtune_convert.mlx_folder import source_of
 from mlxtune_convert.rules import Layout
 from mlxtune_convert.tensors import weight_files
 
@@ -24,6 +25,8 @@ from mlxtune.gpu_errors import recognise
 from mlxtune.model.arrays import named
 from mlxtune.model.hub import resolve
 from mlxtune.model.quantize import on_cpu
+
+__all__ = ["Loaded", "cast", "load", "model_dtype", "open_model", "source_of"]
 
 
 @dataclass(frozen=True)
@@ -142,14 +145,3 @@ def model_dtype(model: nn.Module) -> mx.Dtype:
         if mx.issubdtype(array.dtype, mx.floating):
             sizes[array.dtype] = sizes.get(array.dtype, 0) + array.size
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def source_of(path: Path) -> dict[str, Any]:
-    """Where a converted model came from: {"kind", "name", "config"}; its own config when it was not converted by
-    mlxtune.
-    """
-    if (path / SOURCE_FILE).is_file():
-        return read_json(path / SOURCE_FILE, "written by mlxtune convert")
-    config = read_json(path / "config.json", "a model folder")
-    kind = "mlx" if any(key in config for key in QUANTIZATION_KEYS) else "hf"
-    return {"kind": kind, "name": "", "config": config}

@@ -1,12 +1,9 @@
-"""Adapters on a model (LoRA, Hu et al. 2021, arXiv:2106.09685): attached, saved, loaded; names and files as in mlx-lm.
-
-What mlx-lm's layout cannot hold (several ranks, layers trained in full) is saved under another file name, so that
-mlx-lm refuses it instead of running half an adapter.
+"""Adapters on a model (LoRA, Hu et al. 2021, arXiv:2106.09685): attached, saved, loaded; names and files as in mlx-lm
+(`mlxtune_convert.adapters`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,9 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlxtune_convert.files import read_json, refuse_links_out, write_json
-from mlxtune_convert.peft_tensors import is_head
-from mlxtune_convert.tensors import read_header
+from mlxtune_convert.adapters import CONFIG_FILE, FACTORS, OTHER_MODEL, UNTIE, adapter_file
 
 from mlxtune.errors import UserError
 from mlxtune.gpu_errors import recognise
@@ -36,24 +31,23 @@ from mlxtune.model.layers import (
     trained,
 )
 from mlxtune.model.load import model_dtype
-from mlxtune.model.spec import ADAPTER_FILE, OWN_FILE, Spec, outside_blocks, places
+from mlxtune.model.spec import ADAPTER_FILE, OWN_FILE, Spec, heads, places
 from mlxtune.model.vocabulary import fit
 
-CONFIG_FILE = "adapter_config.json"
-OWN_TYPE = "mlxtune"
-FACTORS = ("lora_a", "lora_b", "m")
-# PEFT's own merge_and_unload puts the update of one into the other where they are one matrix.
-UNTIE = (
-    "Train it with ensure_weight_tying, or make a base with two: load the original model in transformers as m, then "
-    "`m.lm_head.weight = torch.nn.Parameter(m.lm_head.weight.clone()); m.config.tie_word_embeddings = False; "
-    "m.save_pretrained('untied')`; convert that folder (with the tokenizer in it) and name it: --base."
-)
-OTHER_MODEL = (
-    "Use the model that the adapter was trained on. If it came from PEFT, convert it again with --base MODEL: what "
-    "layers are called depends on the model's family."
-)
-
-__all__ = ["ADAPTER_FILE", "Adapter", "LoRALinear", "Spec"]
+__all__ = [
+    "ADAPTER_FILE",
+    "CONFIG_FILE",
+    "FACTORS",
+    "LINEAR",
+    "OTHER_MODEL",
+    "OWN_FILE",
+    "SWITCH",
+    "UNTIE",
+    "Adapter",
+    "LoRALinear",
+    "Spec",
+    "adapter_file",
+]
 
 
 def attach(model: nn.Module, spec: Spec, seed: int = 0) -> DropoutKeys:
@@ -125,66 +119,12 @@ def factors(model: nn.Module) -> dict[str, mx.array]:
 
 def save_config(folder: Path, spec: Spec) -> None:
     """adapter_config.json, as mlx-lm reads it where it can hold the adapter."""
-    common = {"variant": spec.variant, **({"base_model": spec.base} if spec.base else {})}
-    if spec.file == OWN_FILE:
-        chosen = {path: {"rank": rank, "scale": scale} for path, (rank, scale) in spec.modules.items()}
-        own = {"dropout": spec.dropout, "modules": chosen, "trained": list(spec.trained), "own_head": spec.own_head}
-        own |= {"tied": True} if spec.tied else {}
-        uniform = {} if chosen else _uniform(spec)
-        write_json(folder / CONFIG_FILE, {"fine_tune_type": OWN_TYPE, **own, **uniform, **common})
-        return
-    kind = "dora" if spec.variant == "dora" else "lora"
-    write_json(folder / CONFIG_FILE, {"fine_tune_type": kind, **_uniform(spec), **common})
-
-
-def _uniform(spec: Spec) -> dict[str, Any]:
-    parameters = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": list(spec.keys)}
-    return {"num_layers": spec.num_layers, "lora_parameters": parameters}
+    spec.save(folder)
 
 
 def read_spec(folder: Path) -> Spec:
     """The adapter that a run folder (or any mlx-lm adapter folder) holds. Raises UserError when it holds none."""
-    if not folder.is_dir():
-        raise UserError(f"no adapter folder {folder}")
-    refuse_links_out(folder)
-    config = read_json(folder / CONFIG_FILE, "an adapter folder: adapters.safetensors and adapter_config.json")
-    if "peft_type" in config:
-        raise UserError(f"{folder} is a PEFT adapter", f"Convert it first: mlxtune convert {folder} ADAPTER")
-    kind = config.get("fine_tune_type", "lora")
-    if kind not in ("lora", "dora", OWN_TYPE):
-        raise UserError(f"{folder}: adapters of type {kind!r} cannot be used yet", "Only LoRA and DoRA adapters can.")
-    try:
-        variant = str(config.get("variant", kind))
-        parameters = config.get("lora_parameters", {}) if kind == OWN_TYPE else config["lora_parameters"]
-        modules = {path: (int(m["rank"]), float(m["scale"])) for path, m in config.get("modules", {}).items()}
-        rank, scale = next(iter(modules.values()), (parameters.get("rank", 0), parameters.get("scale", 0.0)))
-        return Spec(
-            int(rank),
-            float(scale),
-            float(parameters.get("dropout", config.get("dropout", 0.0))),
-            tuple(parameters.get("keys") or _keys_in(folder)),
-            int(config.get("num_layers", 0) if kind == OWN_TYPE else config["num_layers"]),
-            variant,
-            modules,
-            tuple(config.get("trained", ())),
-            bool(config.get("own_head", False)),
-            str(config.get("base_model", "")),
-            bool(config.get("tied", False)),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG_FILE}: not an MLX adapter's configuration ({error})") from error
-
-
-def adapter_file(folder: Path) -> Path | None:
-    """The tensors of an adapter folder, or None."""
-    return next((folder / name for name in (OWN_FILE, ADAPTER_FILE) if (folder / name).is_file()), None)
-
-
-def _keys_in(folder: Path) -> list[str]:
-    """Module paths inside a block, from the tensors' names: mlx-lm leaves them out when it adapts every layer."""
-    names = read_header(folder / ADAPTER_FILE) if (folder / ADAPTER_FILE).is_file() else {}
-    matches = (re.search(r"layers\.\d+\.(.+)\.lora_a$", name) for name in names)
-    return sorted({match[1] for match in matches if match})
+    return Spec.read(folder)
 
 
 def load_adapter(model: nn.Module, folder: Path, config: dict[str, Any] | None = None) -> Spec:
@@ -202,29 +142,12 @@ def load_adapter(model: nn.Module, folder: Path, config: dict[str, Any] | None =
         raise UserError(f"{folder}: the adapter covers {spec.num_layers} blocks, the model has {layers}")
     if spec.num_layers <= 0 and not spec.modules:  # mlx-lm's way to say all
         spec = replace(spec, num_layers=layers)
-    check_head(model, spec, folder)
+    spec.check_head(bool(heads(model)), folder)
     if config is not None:
         fit(model, folder, config)
     attach(model, spec)
     load_factors(model, file)
     return spec
-
-
-def check_head(model: nn.Module, spec: Spec, folder: Path) -> None:
-    """Raise UserError for an adapter that needs embedding and head apart where the model has one matrix, and the
-    reverse. folder: the adapter's.
-    """
-    if outside_blocks(model, LINEAR):
-        if spec.tied:
-            raise UserError(
-                f"{folder}: its embedding is its head as well; this model has a matrix for each", OTHER_MODEL
-            )
-        return
-    what = "its embedding was trained beside the old head" if spec.own_head else ""
-    if any(is_head(path) for path in (*spec.keys, *spec.modules, *spec.trained)):
-        what = "its head was trained apart from the embedding"
-    if what:
-        raise UserError(f"{folder}: {what}; this model has one matrix for both", UNTIE)
 
 
 def load_factors(model: nn.Module, file: Path) -> None:

@@ -5,47 +5,21 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import mlx.nn as nn
+from mlxtune_convert import adapters
+from mlxtune_convert.adapters import ADAPTER_FILE, OWN_FILE
 
 from mlxtune.errors import UserError
 from mlxtune.model.layers import EMBEDDING, LINEAR, SWITCH, own_parameters
 from mlxtune.sections import LoraSection
 
-ADAPTER_FILE = "adapters.safetensors"
-OWN_FILE = "mlxtune_adapters.safetensors"
+__all__ = ["ADAPTER_FILE", "OWN_FILE", "Spec"]
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What an adapter is: enough to build it again on the same base.
-
-    keys: module paths inside a block (or in the model, outside its blocks); num_layers: how many blocks from the last
-    one; scale: of the update, alpha / rank, or alpha / sqrt(rank) in rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
-    modules: where rank or scale are not the same everywhere, each adapted path in the model with its own (rank, scale);
-    it replaces keys and num_layers. trained: paths of the layers trained in full; own_head: the head is not to follow a
-    trained embedding; tied: it is to be the trained embedding itself. base: the original model on the hub, where an
-    imported adapter names one.
-    """
-
-    rank: int
-    scale: float
-    dropout: float
-    keys: tuple[str, ...]
-    num_layers: int
-    variant: str = "lora"
-    modules: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    trained: tuple[str, ...] = ()
-    own_head: bool = False
-    base: str = ""
-    tied: bool = False
-
-    @property
-    def file(self) -> str:
-        """mlx-lm's name where its layout holds the whole adapter, else our own."""
-        return OWN_FILE if self.modules or self.trained else ADAPTER_FILE
+class Spec(adapters.Spec):
+    """As adapter folders hold it, and resolved against a model."""
 
     @staticmethod
     def of(model: nn.Module, section: LoraSection) -> Spec:
@@ -99,6 +73,15 @@ def outside_blocks(model: nn.Module, kinds: tuple[type, ...]) -> list[str]:
     return [path for path, module in model.named_modules() if isinstance(module, kinds) and not path.startswith(blocks)]
 
 
+def heads(model: nn.Module) -> list[str]:
+    """Paths of the heads that are a matrix of their own: the linear layers outside the blocks with a row for each token
+    (Gemma 4 has another one there).
+    """
+    modules = dict(model.named_modules())
+    rows = {len(modules[path].weight) for path in outside_blocks(model, EMBEDDING)}
+    return [path for path in outside_blocks(model, LINEAR) if len(modules[path].weight) in rows]
+
+
 def places(model: nn.Module, spec: Spec) -> dict[str, str]:
     """Path in the model -> key, for every layer that keys and num_layers choose."""
     keys, modules = set(spec.keys), dict(model.named_modules())
@@ -118,7 +101,7 @@ def trained_paths(model: nn.Module, names: list[str], adapted: set[str]) -> tupl
     groups = {
         "norms": [path for path, module in leaves.items() if "Norm" in type(module).__name__],
         "embeddings": outside_blocks(model, EMBEDDING),
-        "head": outside_blocks(model, LINEAR),
+        "head": heads(model),
     }
     chosen: set[str] = set()
     for name in names:

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlxtune_convert.hf_folder import resize, vocabulary
 from mlxtune_convert.tensors import read_header
 
 from mlxtune import backend
@@ -17,21 +18,9 @@ from mlxtune.data.chosen import Changes, add
 from mlxtune.data.template_choice import missing, use
 from mlxtune.model.layers import EMBEDDING, LINEAR, dense_copy, own_parameters
 from mlxtune.model.load import Loaded, model_dtype, open_model
-from mlxtune.model.spec import OWN_FILE, Spec, outside_blocks
+from mlxtune.model.spec import OWN_FILE, Spec, heads, outside_blocks
 
-
-def vocabulary(config: Mapping[str, Any]) -> int | None:
-    """How many tokens a config.json says that its model knows, those without a token in the tokenizer included."""
-    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-
-
-def resize(config: dict[str, Any], rows: int | None) -> None:
-    """Write a new size of the vocabulary into a config.json, where it differs from the old."""
-    if rows is None or rows == vocabulary(config):
-        return
-    for part in (config, config.get("text_config", {})):
-        if "vocab_size" in part:
-            part["vocab_size"] = rows
+__all__ = ["choose", "fit", "grow", "matrices", "prepare", "resize", "vocabulary"]
 
 
 def matrices(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
@@ -60,7 +49,7 @@ def choose(tokenizer: Any, folder: Path, config: Config) -> Changes:
             rows = matrices(model, settings)
             if rows and set(rows) <= set(Spec.of(model, config.lora).trained):
                 add(tokenizer, lacking, folder)
-            head = ", head" if outside_blocks(model, LINEAR) else ""
+            head = ", head" if heads(model) else ""
             hint = f"Train them: lora.train_also=[embeddings{head}]; data.template=alpaca needs no new tokens."
         use(tokenizer, folder, choice, hint)
     elif changes == Changes():

@@ -13,11 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlxtune_convert import layouts, peft
+from mlxtune_convert import hf_folder, layouts, peft
 from mlxtune_convert.configs import SOURCE_FILE, unquantized
-from mlxtune_convert.files import explained, new_folder, read_json, require_space, write_json
-from mlxtune_convert.tensors import ShardWriter, read_header, weight_files
-from safetensors import safe_open
+from mlxtune_convert.files import explained, new_folder, read_json, require_space
 
 from mlxtune.data.chat import Example
 from mlxtune.data.chosen import Changes
@@ -27,7 +25,7 @@ from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
 from mlxtune.model.load import load, model_dtype, open_model, source_of
 from mlxtune.model.peft import from_model
-from mlxtune.model.vocabulary import resize, vocabulary
+from mlxtune.model.vocabulary import vocabulary
 from mlxtune.ship import card, differences, verify
 from mlxtune.ship.differences import Trained, Wanted
 from mlxtune.ship.gptq import Calibration
@@ -127,7 +125,7 @@ def to_hf(request: Request) -> Report | None:
     folder = request.base or request.model
     source = source_of(folder)
     layout = layouts.by_model_type(source["config"])
-    dropped = _dropped(layout, folder)
+    dropped = hf_folder.dropped_tensors(layout, folder)
     merged = merged_of(request)
     storage = dtype_name(merged.dtype)
     parameters = merged.count()
@@ -135,16 +133,9 @@ def to_hf(request: Request) -> Report | None:
         verify.require_memory(parameters)
     with new_folder(request.out, request.force, request.sources) as work:
         require_space(work, parameters * merged.dtype.size)
-        writer = ShardWriter(work, {"format": "pt"})
-        for name, array in layout.to_hf(((name, to_numpy(array)) for name, array in merged.tensors()), np):
-            writer.add(name, array)
-        for name, array in dropped:
-            writer.add(name, array)
-        writer.close()
-        config = unquantized(source["config"])
-        config.pop("torch_dtype", None)
-        resize(config, vocabulary(merged.config))
-        write_json(work / "config.json", {**config, "dtype": storage})
+        tensors = ((name, to_numpy(array)) for name, array in merged.tensors())
+        rows = vocabulary(merged.config)
+        config = hf_folder.write(work, layout, tensors, dropped, source["config"], rows, storage)
         copy_tokenizer(folder, work)
         Changes.read(request.adapter).write(work)
         card.write_generation_config(work, config)
@@ -176,26 +167,6 @@ def _hf_runner(folder: Path) -> tuple[Runner, str]:
     if verify.has_transformers():
         return verify.transformers_runner(folder), "transformers, float32"
     return verify.mlx_runner(load(str(folder), "float32")), "MLX, float32 (transformers is not installed)"
-
-
-def _dropped(layout: layouts.Layout, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors that the original has and MLX does not, as the original has them.
-
-    Raises UserError before any work when the family has such tensors and `folder` does not hold them.
-    """
-    files = {name: file for file in weight_files(folder) for name in read_header(file) if layout.is_dropped(name)}
-    if layout.dropped and layout.needs_dropped and not files:
-        raise UserError(
-            f"{folder} lacks tensors that transformers needs and MLX does not ({', '.join(layout.dropped)})",
-            "Give the original model: --base HF_DIR.",
-        )
-    return ((name, _tensor(file, name)) for name, file in sorted(files.items()))
-
-
-def _tensor(file: Path, name: str) -> np.ndarray:
-    with safe_open(file, "numpy") as opened:
-        array: np.ndarray = opened.get_tensor(name)
-    return array
 
 
 def to_peft(request: Request) -> Report | ReadBack | None:

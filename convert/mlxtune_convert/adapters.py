@@ -1,0 +1,247 @@
+"""MLX adapter folders: mlx-lm's layout, and our own where that cannot hold the adapter.
+
+What mlx-lm's layout cannot hold (several ranks, layers trained in full) is saved under another file name, so that
+mlx-lm refuses it instead of running half an adapter. Both are safetensors files of `<path>.lora_a` and `<path>.lora_b`
+(and `<path>.m` in DoRA), by the layer's path in MLX, beside an adapter_config.json.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from mlxtune_convert.errors import UserError
+from mlxtune_convert.files import read_json, refuse_links_out, write_json
+from mlxtune_convert.peft import Adapter, Update
+from mlxtune_convert.peft_tensors import is_head
+from mlxtune_convert.tensors import read_header, save_checked
+
+CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapters.safetensors"
+OWN_FILE = "mlxtune_adapters.safetensors"
+OWN_TYPE = "mlxtune"
+FACTORS = ("lora_a", "lora_b", "m")
+# PEFT's own merge_and_unload puts the update of one into the other where they are one matrix.
+UNTIE = (
+    "Train it with ensure_weight_tying, or make a base with two: load the original model in transformers as m, then "
+    "`m.lm_head.weight = torch.nn.Parameter(m.lm_head.weight.clone()); m.config.tie_word_embeddings = False; "
+    "m.save_pretrained('untied')`; convert that folder (with the tokenizer in it) and name it: --base."
+)
+OTHER_MODEL = (
+    "Use the model that the adapter was trained on. If it came from PEFT, convert it again with --base MODEL: what "
+    "layers are called depends on the model's family."
+)
+LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What an adapter is: enough to build it again on the same base.
+
+    keys: module paths inside a block (or in the model, outside its blocks); num_layers: how many blocks from the last
+    one; scale: of the update, alpha / rank, or alpha / sqrt(rank) in rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
+    modules: where rank or scale are not the same everywhere, each adapted path in the model with its own (rank, scale);
+    it replaces keys and num_layers. trained: paths of the layers trained in full; own_head: the head is not to follow a
+    trained embedding; tied: it is to be the trained embedding itself. base: the original model on the hub, where an
+    imported adapter names one.
+    """
+
+    rank: int
+    scale: float
+    dropout: float
+    keys: tuple[str, ...]
+    num_layers: int
+    variant: str = "lora"
+    modules: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
+    own_head: bool = False
+    base: str = ""
+    tied: bool = False
+
+    @property
+    def file(self) -> str:
+        """mlx-lm's name where its layout holds the whole adapter, else our own."""
+        return OWN_FILE if self.modules or self.trained else ADAPTER_FILE
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """The adapter that a run folder (or any mlx-lm adapter folder) holds. Raises UserError when it holds none."""
+        if not folder.is_dir():
+            raise UserError(f"no adapter folder {folder}")
+        refuse_links_out(folder)
+        config = read_json(folder / CONFIG_FILE, "an adapter folder: adapters.safetensors and adapter_config.json")
+        if "peft_type" in config:
+            first = f"Convert it first: mlxtune convert {folder} ADAPTER (or mlxtune-convert to-mlx)"
+            raise UserError(f"{folder} is a PEFT adapter", first)
+        kind = config.get("fine_tune_type", "lora")
+        if kind not in ("lora", "dora", OWN_TYPE):
+            raise UserError(
+                f"{folder}: adapters of type {kind!r} cannot be used yet", "Only LoRA and DoRA adapters can."
+            )
+        try:
+            variant = str(config.get("variant", kind))
+            parameters = config.get("lora_parameters", {}) if kind == OWN_TYPE else config["lora_parameters"]
+            modules = {path: (int(m["rank"]), float(m["scale"])) for path, m in config.get("modules", {}).items()}
+            rank, scale = next(iter(modules.values()), (parameters.get("rank", 0), parameters.get("scale", 0.0)))
+            return cls(
+                int(rank),
+                float(scale),
+                float(parameters.get("dropout", config.get("dropout", 0.0))),
+                tuple(parameters.get("keys") or _keys_in(folder)),
+                int(config.get("num_layers", 0) if kind == OWN_TYPE else config["num_layers"]),
+                variant,
+                modules,
+                tuple(config.get("trained", ())),
+                bool(config.get("own_head", False)),
+                str(config.get("base_model", "")),
+                bool(config.get("tied", False)),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{folder / CONFIG_FILE}: not an MLX adapter's configuration ({error})") from error
+
+    def save(self, folder: Path) -> None:
+        """adapter_config.json, as mlx-lm reads it where it can hold the adapter."""
+        common = {"variant": self.variant, **({"base_model": self.base} if self.base else {})}
+        if self.file == OWN_FILE:
+            chosen = {path: {"rank": rank, "scale": scale} for path, (rank, scale) in self.modules.items()}
+            own = {"dropout": self.dropout, "modules": chosen, "trained": list(self.trained), "own_head": self.own_head}
+            own |= {"tied": True} if self.tied else {}
+            uniform = {} if chosen else self._uniform()
+            write_json(folder / CONFIG_FILE, {"fine_tune_type": OWN_TYPE, **own, **uniform, **common})
+            return
+        kind = "dora" if self.variant == "dora" else "lora"
+        write_json(folder / CONFIG_FILE, {"fine_tune_type": kind, **self._uniform(), **common})
+
+    def check_head(self, own_head: bool, folder: Path) -> None:
+        """Raise UserError for an adapter that needs embedding and head apart where the model has one matrix, and the
+        reverse. own_head: whether the model has a head beside the embedding; folder: the adapter's.
+        """
+        if own_head:
+            if self.tied:
+                raise UserError(
+                    f"{folder}: its embedding is its head as well; this model has a matrix for each", OTHER_MODEL
+                )
+            return
+        what = "its embedding was trained beside the old head" if self.own_head else ""
+        if any(is_head(path) for path in (*self.keys, *self.modules, *self.trained)):
+            what = "its head was trained apart from the embedding"
+        if what:
+            raise UserError(f"{folder}: {what}; this model has one matrix for both", UNTIE)
+
+    def _uniform(self) -> dict[str, Any]:
+        parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
+        return {"num_layers": self.num_layers, "lora_parameters": parameters}
+
+
+def adapter_file(folder: Path) -> Path | None:
+    """The tensors of an adapter folder, or None."""
+    return next((folder / name for name in (OWN_FILE, ADAPTER_FILE) if (folder / name).is_file()), None)
+
+
+def _keys_in(folder: Path) -> list[str]:
+    """Module paths inside a block, from the tensors' names: mlx-lm leaves them out when it adapts every layer."""
+    names = read_header(folder / ADAPTER_FILE) if (folder / ADAPTER_FILE).is_file() else {}
+    matches = (re.search(r"layers\.\d+\.(.+)\.lora_a$", name) for name in names)
+    return sorted({match[1] for match in matches if match})
+
+
+def read_adapter(folder: Path) -> tuple[Adapter, Spec]:
+    """An MLX adapter folder without its model: updates and layers trained in full by their paths in MLX, float32.
+
+    Raises UserError for tensors that are no pair of factors, of another rank than the configuration says, or that it
+    does not name.
+    """
+    spec = Spec.read(folder)
+    file = folder / spec.file
+    if not file.is_file():
+        raise UserError(f"{folder} has no {spec.file}", "The run saved no adapter: train it, or resume it.")
+    read_header(file)
+    factors: dict[str, dict[str, np.ndarray]] = {}  # path -> lora_a, lora_b, m
+    trained: dict[str, np.ndarray] = {}
+    for name, array in sorted(load_file(file).items()):
+        path, _, part = name.rpartition(".")
+        if path in spec.trained:
+            trained[name] = array.astype(np.float32)
+        elif part in FACTORS:
+            factors.setdefault(path, {})[part] = array.astype(np.float32)
+        else:
+            raise UserError(f"{file}: {CONFIG_FILE} does not say what the tensor {name} is", "Copy the folder again.")
+    missing = set(spec.trained) - {name.rpartition(".")[0] for name in trained}
+    missing |= spec.modules.keys() - factors.keys()
+    if missing or not (factors or trained):
+        raise UserError(f"{file}: the adapter of {min(missing, default='any layer')} is missing", "Copy it again.")
+    updates = {path: _update(spec, path, parts, file) for path, parts in factors.items()}
+    blocks = {match[2] for match in map(LAYER.fullmatch, updates) if match}
+    if not spec.modules and 0 < spec.num_layers < len(blocks):  # fewer: not every block has such a layer
+        raise UserError(
+            f"{file}: it adapts {len(blocks)} blocks, {CONFIG_FILE} says {spec.num_layers}", "Copy it again."
+        )
+    kind = spec.variant == "rslora"
+    return Adapter(updates, trained, spec.dropout, kind, spec.base, own_head=spec.own_head, tied=spec.tied), spec
+
+
+def _update(spec: Spec, path: str, parts: dict[str, np.ndarray], file: Path) -> Update:
+    """The update of one layer, its shapes and rank checked."""
+    if spec.modules and path not in spec.modules:
+        raise UserError(f"{file}: {CONFIG_FILE} does not name {path}", "Copy the folder again.")
+    rank, scale = spec.modules.get(path, (spec.rank, spec.scale))
+    wanted = {"lora_a", "lora_b"} | ({"m"} if spec.variant == "dora" else set())
+    if parts.keys() != wanted:
+        raise UserError(f"{file}: {path} has {', '.join(sorted(parts))}, not {', '.join(sorted(wanted))}")
+    a, b = parts["lora_a"], parts["lora_b"]
+    if not 2 <= a.ndim == b.ndim <= 3 or a.shape[:-2] != b.shape[:-2]:
+        raise UserError(f"{file}: the factors of {path} do not fit each other: {a.shape} and {b.shape}")
+    ranks = (a.shape[-1], b.shape[0]) if a.ndim == 2 else (a.shape[1], b.shape[2])
+    if ranks != (rank, rank):
+        raise UserError(f"{file}: {path} has rank {ranks[0]}, {CONFIG_FILE} says {rank}")
+    return Update(a, b, scale, parts.get("m"))
+
+
+def save_adapter(work: Path, adapter: Adapter, layers: int | None) -> Spec:
+    """Write an adapter under MLX's names as an MLX adapter folder. layers: blocks of the base, None: not known."""
+    spec = _spec(adapter, layers)
+    tensors = dict(adapter.trained)
+    for path, update in adapter.updates.items():
+        tensors.update({f"{path}.lora_a": update.a, f"{path}.lora_b": update.b})
+        if update.m is not None:
+            tensors[f"{path}.m"] = update.m
+    save_checked(work / spec.file, tensors, {"format": "mlx"})
+    spec.save(work)
+    return spec
+
+
+def _spec(adapter: Adapter, layers: int | None) -> Spec:
+    """mlx-lm's layout where the last blocks (all, where their number is not known) are adapted alike, else each layer
+    by its path."""
+    modules = {path: (update.rank, update.scale) for path, update in adapter.updates.items()}
+    blocks: dict[int, set[str]] = {}
+    for match in filter(None, map(LAYER.fullmatch, modules)):
+        blocks.setdefault(int(match[2]), set()).add(match[3])
+    keys = set().union(*blocks.values())
+    outside = {path for path in modules if not LAYER.fullmatch(path)}
+    first = 0 if layers is None else min(blocks, default=0)
+    last_ones = bool(blocks) and set(blocks) == set(range(first, layers or len(blocks)))
+    if layers is None and adapter.some_blocks:
+        last_ones = False  # or the first ones: nothing says how many blocks come after them
+    alike = last_ones and all(block == keys for block in blocks.values()) and len(set(modules.values())) == 1
+    dora = any(update.m is not None for update in adapter.updates.values())
+    rank, scale = next(iter(modules.values()), (0, 0.0))
+    return Spec(
+        rank,
+        scale,
+        adapter.dropout,
+        tuple(sorted(keys | outside)) if alike else (),
+        len(blocks) if alike else 0,
+        "dora" if dora else "rslora" if adapter.rslora else "lora",
+        {} if alike else modules,
+        tuple(dict.fromkeys(name.rpartition(".")[0] for name in adapter.trained)),
+        adapter.own_head,
+        adapter.base,
+        adapter.tied,
+    )
