@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, normalise
 from mlxtune_convert.files import read_json
+from mlxtune_convert.foreign.method import of_folder
 from mlxtune_convert.layouts import LAYOUTS
 from mlxtune_convert.rules import Layout
 from mlxtune_convert.tensors import weight_files
@@ -85,6 +86,9 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
     weight_files(path)
     original = load_config(path)
+    foreign = of_folder(path, original)
+    if foreign is not None:
+        raise foreign.not_here()
     config = normalise(original)
     try:
         model, config = load_model(
@@ -106,6 +110,14 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
         ) from error
     return model, config
+
+
+def require_known(path: Path, config: dict[str, Any]) -> None:
+    """Raise UserError when mlx-lm has no model of this type."""
+    try:
+        _classes(normalise(config), config)
+    except ValueError as error:
+        raise UserError(f"{path}: mlx-lm has no model of type {config.get('model_type')!r}") from error
 
 
 def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, type]:
