@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = re.compile(r"model.*\.safetensors")
 ADAPTER = "adapter_model.safetensors"
-PATTERNS = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt", ADAPTER]
+PATTERNS = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "README.md", ADAPTER]
 
 
 def resolve(source: str) -> Path:

@@ -75,9 +75,9 @@ def open_foreign(foreign: Foreign, keep: bool, dtype: str | None = None) -> Open
     twice = [part.name for part in found.parts if part.name in names]
     if twice:
         raise weights.wrong(twice[0], "is there twice, quantized and not")
-    left = [name for name in names if not OF_ACTIVATIONS.search(name)] if found.parts else names
+    left = [name for name in names if not OF_ACTIVATIONS.search(name)]
     for name in left:
-        if found.parts and (OF_QUANTIZATION.search(name) or weights.kind(name) in FLOAT8):
+        if OF_QUANTIZATION.search(name) or weights.kind(name) in FLOAT8:
             raise weights.wrong(name, f"belongs to a quantized weight that is not there ({found.title})")
     kind = TYPES[TYPE_NAMES[dtype]] if dtype else _dtype(foreign.config, weights, left)
     kept = keep and dtype is None and bool(found.parts) and all(part.codes for part in found.parts)
@@ -110,6 +110,24 @@ def write(opened: Opened, folder: Path) -> None:
     Raises UserError for a tensor whose numbers are not finite.
     """
     writer = ShardWriter(folder, {"format": "mlx" if opened.kept else "pt"})
+    try:
+        table = _write_tensors(opened, writer)
+        writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+    config = unquantized(opened.foreign.config)
+    if table:
+        entries = list(table.values())
+        common = max(entries, key=entries.count)
+        exceptions = {name: entry for name, entry in table.items() if entry != common}
+        config["quantization"] = config["quantization_config"] = {**common, **exceptions}
+    _copy_rest(opened.foreign.folder, folder)
+    write_json(folder / "config.json", config)
+
+
+def _write_tensors(opened: Opened, writer: ShardWriter) -> dict[str, dict[str, Any]]:
+    """Returns the form of each module whose codes are kept, as config.json says it."""
     for name in opened.plain:
         writer.add(name, opened.weights.array(name))
     table: dict[str, dict[str, Any]] = {}
@@ -124,15 +142,7 @@ def write(opened: Opened, folder: Path) -> None:
             if array is not None:
                 _require_finite(opened, part.name, array)
                 writer.add(f"{module}.{suffix}", array)
-    writer.close()
-    config = unquantized(opened.foreign.config)
-    if table:
-        entries = list(table.values())
-        common = max(entries, key=entries.count)
-        exceptions = {name: entry for name, entry in table.items() if entry != common}
-        config["quantization"] = config["quantization_config"] = {**common, **exceptions}
-    _copy_rest(opened.foreign.folder, folder)
-    write_json(folder / "config.json", config)
+    return table
 
 
 def _dense(opened: Opened, part: Part) -> np.ndarray:

@@ -39,9 +39,7 @@ def scale_name(weights: Weights, name: str) -> str:
     names = (f"{name}_scale_inv", f"{name}_scale", f"{module_of(name)}.scale")
     found = next((scale for scale in names if scale in weights), None)
     if found is None:
-        raise weights.wrong(
-            name, f"is {weights.kind(name)}, and its scale is missing (looked for {names[0]}, {names[1]})"
-        )
+        raise weights.wrong(name, f"is {weights.kind(name)}, and its scale is missing (such as {names[0]})")
     return found
 
 
