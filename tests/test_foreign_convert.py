@@ -123,6 +123,19 @@ def test_without_options_it_becomes_four_bits(name: str, made: Callable[[str], F
     assert np.abs(ours(tmp_path / "mlx") - ours(tmp_path / "direct")).max() < 1e-5
 
 
+@pytest.mark.parametrize(("kind", "changes"), [("mistral3", WRAPPER), ("gemma2", {}), ("gpt_bigcode", {})])
+def test_kept_codes_find_their_way_into_every_family(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Of float32 models: scales and biases are exact, so the model is that of the formula. A wrapper's names change on
+    the way."""
+    folder = tiny.make_model(tmp_path / "src", kind, **changes)
+    plain = foreign.quantized(folder, foreign.gptq(4, 32), GPTQ)
+    done = convert(str(folder), tmp_path / "mlx", Target.of(None, None, None))
+    assert done.notes[0].startswith("GPTQ (4 bits, groups of 32): its codes are kept; ")
+    quantization = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
+    assert (quantization["bits"], quantization["group_size"]) == (4, 32)
+    assert np.abs(ours(tmp_path / "mlx") - theirs(plain)).max() < 1e-4
+
+
 def test_sixteen_bits_are_the_type_of_the_config_rounded_once(made: Callable[[str], Folders], tmp_path: Path) -> None:
     source, plain = made("llama nf4")
     convert(str(source), tmp_path / "mlx", Target.of(16, None, None))
@@ -172,7 +185,8 @@ def test_mxfp4_of_gpt_oss_keeps_its_codes(tmp_path: Path) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
-    convert(str(folder), tmp_path / "mlx", Target.of(None, None, None))
+    done = convert(str(folder), tmp_path / "mlx", Target.of(None, None, None))
+    assert done.notes[0].startswith("MXFP4: its codes are kept")
     assert no_trace_of_it(tmp_path / "mlx")["quantization"]["mode"] == "mxfp4"
     kept = mx.load(str(tmp_path / "mlx" / "model.safetensors"))["model.layers.0.mlp.experts.down_proj.weight"]
     assert mx.array_equal(kept, codes["model.layers.0.mlp.experts.down_proj"]).item()

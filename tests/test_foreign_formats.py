@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,48 @@ def test_a_zero_point_of_zero_comes_back_from_the_first_gptq_format(tmp_path: Pa
     later = {**named, "a.qzeros": foreign.stream(zeros, 4)}
     (second,) = opened(foreign.written(tmp_path / "v2", later, {**GPTQ, "checkpoint_format": "gptq_v2"})).found.parts
     np.testing.assert_array_equal(first.dense(np.dtype(np.float32)), second.dense(np.dtype(np.float32)))
+
+
+def test_scales_may_lie_in_another_shard(tmp_path: Path) -> None:
+    tensors, means = foreign.fp8_rows(WEIGHT)
+    folder = foreign.written(tmp_path / "m", {"a.weight": tensors["weight"]}, FP8)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    foreign.save_file({"a.weight_scale": tensors["weight_scale"]}, folder / "model-00002-of-00002.safetensors")
+    files = {"a.weight": "model-00001-of-00002.safetensors", "a.weight_scale": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (tmp_path / "out").mkdir()
+    write(opened(folder), tmp_path / "out")
+    out = foreign.load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_array_equal(out["a.weight"].numpy(), means)
+
+
+def test_no_more_than_a_few_matrices_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32. Joining a shard's header and data takes a buffer of its own, the same for any model."""
+    monkeypatch.setattr("mlxtune_convert.tensors.shutil.copyfileobj", lambda *_: None)
+    weight = np.random.default_rng(0).normal(0, 0.05, (256, 256)).astype(np.float32)
+    tensors, _ = foreign.fp8_blocks(128, 128)(weight)
+    named = {f"{n}.{part}": tensor.clone() for n in range(32) for part, tensor in tensors.items()}
+    model = opened(foreign.written(tmp_path / "m", named, {**FP8, "weight_block_size": [128, 128]}))
+    (tmp_path / "out").mkdir()
+    tracemalloc.start()
+    write(model, tmp_path / "out")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(model.found.parts) == 32
+    assert peak < 8 * weight.nbytes
+
+
+def test_what_is_no_weight_is_copied_and_what_declares_the_quantization_is_not(tmp_path: Path) -> None:
+    folder = foreign.written(tmp_path / "m", {f"a.{k}": t for k, t in foreign.fp8_rows(WEIGHT)[0].items()}, FP8)
+    kept = ("preprocessor_config.json", "chat_template.jinja", "additional_chat_templates/tools.jinja", "modeling.py")
+    left = ("quantize_config.json", "hf_quant_config.json", "pytorch_model.bin", "consolidated.safetensors")
+    (folder / "additional_chat_templates").mkdir()
+    for name in (*kept, *left):
+        (folder / name).write_text("{}")
+    (tmp_path / "out").mkdir()
+    write(opened(folder), tmp_path / "out")
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == {*kept, "config.json", "model.safetensors"}
 
 
 def test_a_hybrid_keeps_what_is_not_quantized_in_its_own_type(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from mlxtune_convert.foreign.original import original
 from safetensors.torch import load_file, save_file
 from test_foreign_formats import AWQ, BNB, FORMS, FP8, GPTQ, INT4, MODELOPT, WEIGHT, opened
 
+from mlxtune.model.convert import Target, convert
 from mlxtune.model.load import load, open_model
 from mlxtune.ship.merge import open_merged
 
@@ -259,6 +260,17 @@ def test_numbers_too_large_for_the_type_are_an_error_and_another_type_is_named(t
     with pytest.raises(UserError, match="too large for float16") as caught:
         write(opened(folder, dtype="float16"), tmp_path / "out")
     assert "--dtype bfloat16" in caught.value.hint
+
+
+def test_a_type_that_mlx_lm_does_not_know_is_refused_before_hours_of_work(tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path / "src")
+    foreign.quantized(folder, foreign.fp8_rows, FP8)
+    for change, said in (({"model_type": "gpt9"}, "no model of type 'gpt9'"), ({"model_type": None}, "type None")):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=said):
+            convert(str(folder), tmp_path / "mlx", Target.of(None, None, None))
+        tiny.nothing_written(tmp_path / "mlx")
 
 
 MUTATIONS: list[Callable[[torch.Tensor, random.Random], torch.Tensor]] = [

@@ -16,7 +16,7 @@ from mlxtune_convert import chat_templates, gguf_file, gguf_lora, gguf_model
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
 from mlxtune_convert.files import new_folder, read_json, require_space, write_json
 from mlxtune_convert.foreign.folder import Opened, open_foreign, write
-from mlxtune_convert.foreign.method import of_folder
+from mlxtune_convert.foreign.method import of_folder, of_mxfp4
 from mlxtune_convert.peft import Adapter
 from mlxtune_convert.tensors import ShardWriter, weight_files
 
@@ -192,6 +192,8 @@ def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str |
     quantized = any(config.get(key) for key in QUANTIZATION_KEYS)
     if not quantized:
         config = unquantized(config)  # an empty entry means nothing
+    if quantized and not target.asked and of_mxfp4(original):
+        notes.append("MXFP4: its codes are kept; what it left unquantized stays so (--bits 4 quantizes all anew)")
     if quantized and target.asked:
         notes.append(
             "the source was already quantized: its weights are dequantized"

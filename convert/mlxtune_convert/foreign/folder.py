@@ -58,7 +58,9 @@ class Opened:
         if not self.found.parts:
             return f"config.json names {self.foreign.name}, but no tensor is quantized: read as it is"
         if self.kept:
-            return f"{title}: its codes are kept, and so are the layers it left in 16 bits; --bits 4 quantizes all anew"
+            left = [name for name in self.plain if len(self.weights.shape(name)) > 1 and name.endswith(".weight")]
+            rest = f"; {len(left)} matrices that it left unquantized stay so (--bits 4 quantizes all anew)"
+            return f"{title}: its codes are kept{rest if left else ''}"
         return f"{title}: dequantized" + ("" if bits == 16 else ", then quantized as asked")
 
 

@@ -96,9 +96,15 @@ def of_folder(folder: Path, config: dict[str, Any]) -> Foreign | None:
         return None
     declared = _declared(folder, config)
     found = Foreign(folder, _method(declared), declared, config) if declared else _shown(folder, config)
-    if found is not None and found.method == "mxfp4" and config.get("model_type") == "gpt_oss":
-        return None  # mlx-lm keeps its codes
-    return found
+    return None if of_mxfp4(config) else found
+
+
+def of_mxfp4(config: dict[str, Any]) -> bool:
+    """Whether it is gpt-oss as published, whose codes mlx-lm reads as they are."""
+    settings = config.get("quantization_config")
+    return (
+        config.get("model_type") == "gpt_oss" and isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
+    )
 
 
 def is_mlx(config: dict[str, Any]) -> bool:
