@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from huggingface_hub import HfApi, ModelInfo, constants
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.foreign.folder import write
 from mlxtune_convert.foreign.method import of_folder
@@ -22,6 +23,7 @@ from mlxtune_convert.foreign.original import original
 from safetensors.torch import load_file, save_file
 from test_foreign_formats import AWQ, BNB, FORMS, FP8, GPTQ, INT4, MODELOPT, WEIGHT, opened
 
+from mlxtune.model import hub
 from mlxtune.model.convert import Target, convert
 from mlxtune.model.load import load, open_model
 from mlxtune.ship.merge import open_merged
@@ -117,6 +119,29 @@ def test_the_command_names_method_and_original_in_one_line(tmp_path: Path) -> No
     (folder / "README.md").write_text("---\nbase_model: acme/whole\n---\n")
     expected = ("is quantized with HQQ, which cannot be read", "Take the unquantized original: acme/whole.")
     tiny.refused(tmp_path / "mlx", "convert", folder, tmp_path / "mlx", expected=expected)
+
+
+@pytest.mark.parametrize(
+    ("card", "hint"),
+    [
+        ({"base_model": "acme/whole"}, "Take the unquantized original: acme/whole."),
+        ({"base_model": ["acme/one-fp8", "acme/one"]}, "Take the unquantized original: acme/one."),
+        (None, "Take the unquantized original, with 16-bit weights."),
+    ],
+)
+def test_on_the_hub_it_is_refused_before_the_weights_are_fetched(
+    card: Any, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}
+    info = ModelInfo(id="acme/tiny-hqq", config=config, cardData=card, siblings=[], tags=[])
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(constants, "is_offline_mode", lambda: False)
+    with pytest.raises(UserError, match="acme/tiny-hqq is quantized with HQQ, which cannot be read") as caught:
+        hub.resolve("acme/tiny-hqq")
+    assert caught.value.hint == hint
+    info.config = {"quantization_config": {"quant_method": "awq"}}
+    with pytest.raises(UserError, match=r"has no model\*.safetensors"):  # read: the next thing that is wrong
+        hub.resolve("acme/tiny-hqq")
 
 
 @pytest.fixture(scope="module")

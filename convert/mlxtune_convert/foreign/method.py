@@ -69,7 +69,7 @@ class Foreign:
     @property
     def name(self) -> str:
         """For people."""
-        return NAMES.get(self.method, self.method[:40] or "a method that no file names")
+        return _name(self.method) or "a method that no file names"
 
     def read(self) -> Found:
         """Its quantized tensors. Raises UserError where they cannot be read, with what to take instead."""
@@ -97,6 +97,16 @@ def of_folder(folder: Path, config: dict[str, Any]) -> Foreign | None:
     declared = _declared(folder, config)
     found = Foreign(folder, _method(declared), declared, config) if declared else _shown(folder, config)
     return None if of_mxfp4(config) else found
+
+
+def unread(settings: dict[str, Any]) -> str:
+    """The name of a method that cannot be read; "" for one that can, or where none is declared."""
+    method = _method(settings)
+    return "" if method in READERS else _name(method)
+
+
+def _name(method: str) -> str:
+    return NAMES.get(method, method[:40])
 
 
 def of_mxfp4(config: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlxtune_convert.files import read_json
@@ -14,7 +15,11 @@ QUANTIZED = re.compile(r"(?i)(awq|gptq|gguf|bnb|hqq|exl\d|fp8|fp4|nf4|int\d|\dbi
 
 def advice(folder: Path) -> str:
     """What to take instead of a folder that cannot be read."""
-    name = original(folder)
+    return instead(original(folder))
+
+
+def instead(name: str) -> str:
+    """name: the original's on the hub, or ""."""
     return f"Take the unquantized original{f': {name}' if name else ', with 16-bit weights'}."
 
 
@@ -23,7 +28,11 @@ def original(folder: Path) -> str:
     neither names one that is not quantized itself.
     """
     loaded_from = read_json(folder / "config.json", "a model folder").get("_name_or_path")
-    known = [*_base_models(folder / "README.md"), loaded_from]
+    return unquantized_name([*_base_models(folder / "README.md"), loaded_from])
+
+
+def unquantized_name(known: Sequence[object]) -> str:
+    """The first hub name that does not say that it is quantized, or ""."""
     return next((n for n in known if isinstance(n, str) and HUB_ID.fullmatch(n) and not QUANTIZED.search(n)), "")
 
 
