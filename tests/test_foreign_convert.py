@@ -164,6 +164,19 @@ def test_a_model_that_only_the_config_calls_quantized_is_read_as_it_is(tmp_path:
     np.testing.assert_array_equal(ours(tmp_path / "mlx"), ours(tiny.make_model(tmp_path / "same")))
 
 
+def test_what_mlx_quantized_once_loses_an_older_declaration(mlx_model: Path, tmp_path: Path) -> None:
+    """Folders made by others keep the source's quant_method beside MLX's own entry."""
+    folder = shutil.copytree(mlx_model, tmp_path / "src")
+    config = json.loads((folder / "config.json").read_text())
+    declared = {"quantization_config": FP8, "text_config": {"quantization_config": FP8}}
+    (folder / "config.json").write_text(json.dumps({**config, **declared}))
+    (folder / "mlxtune_source.json").unlink()
+    convert(str(folder), tmp_path / "mlx", Target.of(None, None, None))
+    config = no_trace_of_it(tmp_path / "mlx")
+    assert config["quantization_config"] == config["quantization"]
+    np.testing.assert_array_equal(ours(tmp_path / "mlx"), ours(mlx_model))
+
+
 @pytest.mark.parametrize("empty", [None, {}])
 def test_an_empty_entry_in_the_config_means_not_quantized(empty: Any, tmp_path: Path) -> None:
     folder = tiny.make_model(tmp_path / "src")

@@ -237,6 +237,19 @@ def test_what_is_no_weight_is_copied_and_what_declares_the_quantization_is_not(t
     assert files == {*kept, "config.json", "model.safetensors"}
 
 
+@pytest.mark.parametrize(
+    ("config", "bias", "kept"),
+    [({}, 0.0, False), ({}, 0.5, True), ({"attention_bias": True}, 0.0, True), ({"model_type": "qwen2"}, 0.0, True)],
+)
+def test_biases_of_zeros_are_left_out_where_the_family_has_none(
+    config: dict[str, Any], bias: float, kept: bool, tmp_path: Path
+) -> None:
+    """AutoGPTQ wrote one for each matrix; mlx-lm's llama refuses what it does not know."""
+    named = {f"a.{part}": tensor for part, tensor in foreign.gptq(4, 32)(WEIGHT)[0].items()}
+    folder = foreign.written(tmp_path / "m", {**named, "a.bias": torch.full((96,), bias)}, GPTQ, **config)
+    assert ("a.bias" in opened(folder).plain) is kept
+
+
 def test_a_hybrid_keeps_what_is_not_quantized_in_its_own_type(tmp_path: Path) -> None:
     tensors, means = foreign.fp8_rows(WEIGHT)
     named = {f"language_model.up_proj.{part}": tensor for part, tensor in tensors.items()}

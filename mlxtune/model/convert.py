@@ -189,9 +189,9 @@ def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str |
     model, config = open_model(path)
     load_tokenizer(path)  # nothing is written without one
     notes = []
-    quantized = any(config.get(key) for key in QUANTIZATION_KEYS)
-    if not quantized:
-        config = unquantized(config)  # an empty entry means nothing
+    quantized = bool(config.get("quantization"))
+    own = dict.fromkeys(QUANTIZATION_KEYS, config["quantization"]) if quantized else {}
+    config = unquantized(config) | own  # nothing that another maker's tool declared, and no empty entries
     if quantized and not target.asked and of_mxfp4(original):
         notes.append("MXFP4: its codes are kept; what it left unquantized stays so (--bits 4 quantizes all anew)")
     if quantized and target.asked:

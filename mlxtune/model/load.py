@@ -168,5 +168,5 @@ def source_of(path: Path) -> dict[str, Any]:
     if (path / SOURCE_FILE).is_file():
         return read_json(path / SOURCE_FILE, "written by mlxtune convert")
     config = read_json(path / "config.json", "a model folder")
-    kind = "mlx" if any(key in config for key in QUANTIZATION_KEYS) else "hf"
+    kind = "mlx" if any(config.get(key) for key in QUANTIZATION_KEYS) else "hf"
     return {"kind": kind, "name": "", "config": config}

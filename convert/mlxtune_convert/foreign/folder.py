@@ -31,6 +31,7 @@ OF_QUANTIZATION = re.compile(
     r"|_proj_(blocks|scales)|\.(qweight|qzeros|scales|g_idx)|\.(nested_)?(absmax|quant_map)|\.quant_state\..*)$"
 )
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+WITHOUT_BIASES = ("llama", "mistral", "mixtral")  # unless their configs say otherwise
 TYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -81,9 +82,19 @@ def open_foreign(foreign: Foreign, keep: bool, dtype: str | None = None) -> Open
     for name in left:
         if OF_QUANTIZATION.search(name) or weights.kind(name) in FLOAT8:
             raise weights.wrong(name, f"belongs to a quantized weight that is not there ({found.title})")
+    needless = _needless_biases(foreign.config, weights, found.parts)
+    left = [name for name in left if name not in needless]
     kind = TYPES[TYPE_NAMES[dtype]] if dtype else _dtype(foreign.config, weights, left)
     kept = keep and dtype is None and bool(found.parts) and all(part.codes for part in found.parts)
     return Opened(foreign, weights, found, kept and _same_names(foreign.config), kind, left)
+
+
+def _needless_biases(config: dict[str, Any], weights: Weights, parts: list[Part]) -> set[str]:
+    """Biases of zeros that AutoGPTQ wrote for each matrix of families without biases, whose models do not take them."""
+    if config.get("model_type") not in WITHOUT_BIASES or config.get("attention_bias") or config.get("mlp_bias"):
+        return set()
+    names = (f"{part.name.removesuffix('.weight')}.bias" for part in parts)
+    return {name for name in names if name in weights and not weights.array(name).any()}
 
 
 def _same_names(config: dict[str, Any]) -> bool:
