@@ -205,6 +205,16 @@ def test_mxfp4_of_gpt_oss_keeps_its_codes(tmp_path: Path) -> None:
     assert mx.array_equal(kept, codes["model.layers.0.mlp.experts.down_proj"]).item()
 
 
+def test_gpt_oss_that_only_the_config_calls_mxfp4_becomes_four_bits(tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path / "src", "gpt_oss", dtype="bfloat16", intermediate_size=64)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    done = convert(str(folder), tmp_path / "mlx", Target.of(None, None, None))
+    assert "no tensor is quantized" in done.notes[0]
+    assert no_trace_of_it(tmp_path / "mlx")["quantization"]["mode"] == "affine"
+    assert done.bits_per_weight < 5
+
+
 def test_a_full_disk_is_noticed_before_anything_is_written(
     made: Callable[[str], Folders], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -287,7 +287,10 @@ def test_numbers_too_large_for_the_type_are_an_error_and_another_type_is_named(t
     assert "--dtype bfloat16" in caught.value.hint
 
 
-def test_a_type_that_mlx_lm_does_not_know_is_refused_before_hours_of_work(tmp_path: Path) -> None:
+def test_a_type_that_mlx_lm_does_not_know_is_refused_before_hours_of_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxtune.model.convert.write", lambda *_: pytest.fail("dequantized first"))
     folder = tiny.make_model(tmp_path / "src")
     foreign.quantized(folder, foreign.fp8_rows, FP8)
     for change, said in (({"model_type": "gpt9"}, "no model of type 'gpt9'"), ({"model_type": None}, "type None")):

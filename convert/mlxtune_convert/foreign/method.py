@@ -96,7 +96,7 @@ def of_folder(folder: Path, config: dict[str, Any]) -> Foreign | None:
         return None
     declared = _declared(folder, config)
     found = Foreign(folder, _method(declared), declared, config) if declared else _shown(folder, config)
-    return None if of_mxfp4(config) else found
+    return None if of_mxfp4(config) and Weights(folder).ending("_blocks") else found
 
 
 def unread(settings: dict[str, Any]) -> str:
@@ -110,7 +110,7 @@ def _name(method: str) -> str:
 
 
 def of_mxfp4(config: dict[str, Any]) -> bool:
-    """Whether it is gpt-oss as published, whose codes mlx-lm reads as they are."""
+    """Whether it is declared as gpt-oss is published, with codes that mlx-lm reads as they are."""
     settings = config.get("quantization_config")
     return (
         config.get("model_type") == "gpt_oss" and isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
