@@ -74,5 +74,11 @@ def _lift_rope(out: dict[str, Any], rope: dict[str, Any]) -> None:
 
 
 def unquantized(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy without MLX's quantization entries, which make transformers refuse the folder."""
-    return {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    """A copy without anyone's quantization entries, at any depth: they make transformers refuse the folder, or read
+    plain weights as quantized ones.
+    """
+    return {
+        key: unquantized(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in (*QUANTIZATION_KEYS, "compression_config")
+    }

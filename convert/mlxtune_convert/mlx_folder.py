@@ -216,7 +216,7 @@ def source_of(path: Path) -> dict[str, Any]:
             raise UserError(f"{file}: its {wrong[0]} is {source.get(wrong[0])!r:.80}", "Convert the model again.")
         return source
     config = read_json(path / "config.json", "a model folder")
-    kind = "mlx" if any(key in config for key in QUANTIZATION_KEYS) else "hf"
+    kind = "mlx" if any(config.get(key) for key in QUANTIZATION_KEYS) else "hf"
     return {"kind": kind, "name": "", "config": config}
 
 

@@ -118,6 +118,10 @@ class ShardWriter:
         self._entries = {}
         self._file = self._data.open("wb")
 
+    def abandon(self) -> None:
+        """Close what is open, after an error: the folder is thrown away."""
+        self._file.close()
+
     def close(self) -> None:
         """Write the last shard, give all their final names, and write the index when there are several."""
         self._flush()

@@ -46,7 +46,8 @@ def convert(
     """Make an MLX model folder from a hub id, an HF or MLX folder, or a GGUF file; an adapter from a PEFT or GGUF one.
 
     A source that is already quantized (GGUF, MLX) keeps its codes bit for bit, unless --bits, --group-size or --mode
-    ask for others.
+    ask for others. What others' tools quantized (fp8, compressed-tensors, bitsandbytes, GPTQ, AWQ, ModelOpt) keeps its
+    4-bit codes where MLX has the same; else it is dequantized, then quantized as asked.
 
     \b
     mlxtune convert Qwen/Qwen2.5-0.5B-Instruct qwen-4bit

@@ -16,6 +16,8 @@ from mlxtune_convert import chat_templates, gguf_file, gguf_lora, gguf_model
 from mlxtune_convert.adapters import save_adapter
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
 from mlxtune_convert.files import new_folder, read_json, require_space, write_json
+from mlxtune_convert.foreign.folder import Opened, open_foreign, write
+from mlxtune_convert.foreign.method import of_folder, of_mxfp4
 from mlxtune_convert.peft import Adapter
 from mlxtune_convert.tensors import ShardWriter, weight_files
 
@@ -24,7 +26,7 @@ from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.model.hub import resolve
-from mlxtune.model.load import cast, model_dtype, open_model, source_of
+from mlxtune.model.load import cast, model_dtype, open_model, require_known, source_of
 from mlxtune.model.quantize import QUANTIZED
 
 # The bits and group sizes of each mode, the default first.
@@ -113,12 +115,18 @@ def convert(
                 return Converted((work / spec.file).stat().st_size, 32.0, [])
     if base is not None:
         raise UserError("--base has no effect here", "It names the model that a GGUF adapter belongs to.")
+    if path.is_dir():
+        foreign = _foreign(path, target, dtype)
+        if foreign is not None:
+            require_space(destination, foreign.converted_bytes + _result_bytes(foreign, target))
+            with new_folder(destination, force, [path]) as work:
+                return _from_foreign(foreign, _hub_id(source), work, target, dtype)
     opened = gguf_model.open_gguf(path) if path.is_file() else None
     if opened is not None:
         require_space(destination, opened.converted_bytes)
     with new_folder(destination, force, [path]) as work:
         if opened is None:
-            return _from_folder(path, "" if Path(source).expanduser().exists() else source, work, target, dtype)
+            return _from_folder(path, _hub_id(source), work, target, dtype)
         if opened.quantized and not target.asked and dtype is None:
             gguf_model.convert(opened, work)
             return _measured(work, opened.notes())
@@ -132,6 +140,46 @@ def convert(
         return out
 
 
+def _hub_id(source: str) -> str:
+    """What the user named, where that is no path."""
+    return "" if Path(source).expanduser().exists() else source
+
+
+def _foreign(path: Path, target: Target, dtype: str | None) -> Opened | None:
+    """A folder that another maker's tool quantized, understood; None for any other. Raises UserError where it cannot be
+    read, or is of a type that mlx-lm does not know.
+    """
+    config = read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
+    foreign = of_folder(path, config)
+    if foreign is None:
+        return None
+    opened = open_foreign(foreign, keep=not target.asked, dtype=dtype)
+    require_known(path, unquantized(config))  # before hours of work, not after
+    load_tokenizer(path)
+    return opened
+
+
+def _result_bytes(opened: Opened, target: Target) -> int:
+    """Bytes that what is made of the floats will take."""
+    if opened.kept or target.bits == UNQUANTIZED_BITS:
+        return opened.converted_bytes
+    return int(opened.converted_bytes * _share(target))
+
+
+def _from_foreign(opened: Opened, name: str, work: Path, target: Target, dtype: str | None) -> Converted:
+    """The floats in a folder of their own, then what any folder becomes. name: hub id, or ""."""
+    plain, source = work / "plain", opened.foreign.folder
+    plain.mkdir()
+    write(opened, plain)
+    try:
+        out = _from_folder(plain, name, work, target, dtype)
+    except UserError as error:
+        raise UserError(error.message.replace(str(plain), str(source)), error.hint) from error
+    shutil.rmtree(plain)
+    out.notes.insert(0, opened.note(target.bits))
+    return out
+
+
 def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str | None) -> Converted:
     """name: hub id, or "". Quantizing is mlx-lm's own, the family's exceptions (routers and such) included."""
     from mlx_lm.utils import dequantize_model, quantize_model
@@ -141,7 +189,11 @@ def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str |
     model, config = open_model(path)
     load_tokenizer(path)  # nothing is written without one
     notes = []
-    quantized = any(key in config for key in QUANTIZATION_KEYS)
+    quantized = bool(config.get("quantization"))
+    own = dict.fromkeys(QUANTIZATION_KEYS, config["quantization"]) if quantized else {}
+    config = unquantized(config) | own  # nothing that another maker's tool declared, and no empty entries
+    if quantized and not target.asked and of_mxfp4(original):
+        notes.append("MXFP4: its codes are kept; what it left unquantized stays so (--bits 4 quantizes all anew)")
     if quantized and target.asked:
         notes.append(
             "the source was already quantized: its weights are dequantized"
@@ -177,11 +229,16 @@ def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str |
 def _estimate(path: Path, config: dict[str, Any], target: Target) -> int:
     """Bytes the result will take, from the source's: within some ten percent, on the high side."""
     size = sum(file.stat().st_size for file in weight_files(path))
-    if any(key in config for key in QUANTIZATION_KEYS):
+    if any(config.get(key) for key in QUANTIZATION_KEYS):
         return size if not target.asked else size * 4
     if target.bits == UNQUANTIZED_BITS:
         return size
-    return int(size * (target.bits + 32 / target.group_size) / 16 * 1.1)
+    return int(size * _share(target))
+
+
+def _share(target: Target) -> float:
+    """A quantized model's bytes in those of its 16-bit floats, on the high side."""
+    return (target.bits + 32 / target.group_size) / 16 * 1.1
 
 
 def _save_weights(model: nn.Module, folder: Path) -> None:

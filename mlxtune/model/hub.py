@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxtune_convert.files import MIB, explained, refuse_links_out, require_space
+from mlxtune_convert.foreign.method import unread
+from mlxtune_convert.foreign.original import instead, unquantized_name
 
 from mlxtune.errors import UserError
 
@@ -54,6 +56,7 @@ def _download(name: str) -> Path:
             if not offline:
                 # Without a timeout of its own this request waits for ever.
                 info = HfApi().model_info(name, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+                _refuse_unread(name, info)
                 _fetch_weights(name, info)
             if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
                 disable_progress_bars()  # what is left are small files
@@ -66,6 +69,19 @@ def _download(name: str) -> Path:
         if folder is None:
             raise _explained(name, error, status, offline) from error
         return folder
+
+
+def _refuse_unread(name: str, info: ModelInfo) -> None:
+    """Raise UserError where the hub says that a model is quantized as nobody here reads it: before its weights come."""
+    settings = (info.config or {}).get("quantization_config")
+    method = unread(settings) if isinstance(settings, dict) else ""
+    if not method:
+        return
+    bases = info.card_data.base_model if info.card_data is not None else None
+    raise UserError(
+        f"{name} is quantized with {method}, which cannot be read",
+        instead(unquantized_name([bases] if isinstance(bases, str) else bases or [])),
+    )
 
 
 def _fetch_weights(name: str, info: ModelInfo) -> None:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlxtune_convert.configs import normalise
 from mlxtune_convert.files import read_json
+from mlxtune_convert.foreign.method import of_folder
 from mlxtune_convert.layouts import LAYOUTS
 from mlxtune_convert.mlx_folder import source_of
 from mlxtune_convert.rules import Layout
@@ -88,14 +89,16 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
     weight_files(path)
     original = load_config(path)
+    foreign = of_folder(path, original)
+    if foreign is not None:
+        raise foreign.not_here()
+    require_known(path, original)
     config = normalise(original)
     try:
         model, config = load_model(
             path, lazy=True, model_config=config, get_model_classes=lambda config: _classes(config, original)
         )
     except ValueError as error:
-        if "not supported" in str(error):
-            raise UserError(f"{path}: mlx-lm has no model of type {config.get('model_type')!r}") from error
         raise UserError(
             f"{path}: the weights do not fit config.json ({shorten(str(error), 300, placeholder=' ...')})",
             "Copy or download the folder again.",
@@ -105,10 +108,24 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except Exception as error:  # mlx-lm raises whatever its parts raise
         if recognise(error):
             raise
-        raise UserError(
-            f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
-        ) from error
+        raise _undescribed(path, error) from error
     return model, config
+
+
+def require_known(path: Path, config: dict[str, Any]) -> None:
+    """Raise UserError when mlx-lm has no model of the type that a config.json names, or it names none."""
+    try:
+        _classes(normalise(config), config)
+    except ValueError as error:
+        raise UserError(f"{path}: mlx-lm has no model of type {config.get('model_type')!r}") from error
+    except Exception as error:  # whatever a broken config leads to
+        raise _undescribed(path, error) from error
+
+
+def _undescribed(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
+    )
 
 
 def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, type]:
