@@ -180,9 +180,6 @@ LAYOUTS: dict[str, Layout] = {
 def differs(config: dict[str, Any]) -> str:
     """Why mlx-lm's model of this configuration is not the one in transformers, or "". Found by comparing logits."""
     kind = config.get("model_type")
-    rope = config.get("rope_parameters") or config
-    if kind == "glm" and rope.get("partial_rotary_factor", 0.5) != 1:
-        return "mlx-lm rotates all of a head, transformers a part (partial_rotary_factor)"
     if kind == "jamba" and config.get("num_experts", 1) > 1:
         return "mlx-lm normalises the router over the chosen experts, transformers over all"
     if kind == "ernie4_5_moe":

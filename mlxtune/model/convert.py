@@ -21,7 +21,7 @@ from mlxtune_convert.tensors import ShardWriter, weight_files
 from mlxtune import backend
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
-from mlxtune.model import peft
+from mlxtune.model import corrected, peft
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.model.hub import resolve
 from mlxtune.model.load import cast, model_dtype, open_model, source_of
@@ -140,7 +140,7 @@ def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str |
     require_space(work, _estimate(path, original, target))
     model, config = open_model(path)
     load_tokenizer(path)  # nothing is written without one
-    notes = []
+    notes = corrected.notes(model, config)
     quantized = any(key in config for key in QUANTIZATION_KEYS)
     if quantized and target.asked:
         notes.append(

@@ -22,8 +22,10 @@ from mlxtune.data.tokenizer import load_tokenizer, require_folder
 from mlxtune.errors import UserError
 from mlxtune.gpu_errors import recognise
 from mlxtune.model.arrays import named
+from mlxtune.model.corrected import correct, readable
 from mlxtune.model.hub import resolve
 from mlxtune.model.quantize import on_cpu
+from mlxtune.model.reference import completed
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
     weight_files(path)
     original = load_config(path)
-    config = normalise(original)
+    config = normalise(completed(original))
     try:
         model, config = load_model(
             path, lazy=True, model_config=config, get_model_classes=lambda config: _classes(config, original)
@@ -105,14 +107,26 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(
             f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
         ) from error
+    correct(model, config)
     return model, config
 
 
-def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, type]:
+@dataclass(frozen=True)
+class _Readable:
+    """mlx-lm's class of a model's arguments, made from what that class can read of a configuration."""
+
+    arguments: Any
+
+    def from_dict(self, config: dict[str, Any]) -> Any:
+        return self.arguments.from_dict(readable(config))
+
+
+def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, Any]:
     """mlx-lm's classes; where it cannot read the names that transformers saves, our table puts them right first."""
     from mlx_lm.utils import _get_classes
 
     model, arguments = _get_classes(config)
+    arguments = _Readable(arguments)
     layout = LAYOUTS.get(str(original.get("model_type")), Layout())
     if not layout.early:
         return model, arguments
