@@ -42,7 +42,8 @@ def _spelled(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(local, dict) and "rope_theta" in local:
             out.setdefault("rope_local_base_freq", local["rope_theta"])
         # Fields that some mlx-lm models insist on, in the spelling of older checkpoints.
-        out.setdefault("rope_scaling", None)
+        if out.get("model_type") not in READ_SETS:
+            out.setdefault("rope_scaling", None)
         for new, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
             if new in out:
                 out.setdefault(old, out[new])
