@@ -29,14 +29,15 @@ from mlxtune.model.load import load
 SAME = 1e-4  # largest difference of logits around 1
 ROWS = (conformance.IDS, np.random.default_rng(1).integers(3, 250, (1, 300)))
 # Of no effect on logits, or sizes that every model must agree on to hold its weights.
-LEFT_OUT = (
+_LEFT_OUT = (
     "architectures bos_token_id dtype eos_token_id initializer_range model_type pad_token_id transformers_version "
     "use_cache vocab_size rope_parameters output_router_logits router_aux_loss_coef pretraining_tp tie_word_embeddings "
     "residual_in_fp32 rescale_prenorm_residual time_step_min time_step_max time_step_floor time_step_init_scheme "
     "use_mamba_kernels mamba_chunk_size chunk_size num_hidden_layers n_layer hidden_size n_embd num_attention_heads "
     "n_head max_position_embeddings n_positions scale_attention_softmax_in_fp32 attention_softmax_in_fp32 n_ctx "
     "output_attentions _name_or_path is_decoder add_cross_attention mtp_num_hidden_layers"
-).split()
+)
+LEFT_OUT = frozenset(_LEFT_OUT.split())
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 OTHERS: dict[str, tuple[Any, ...]] = {  # what a key may be changed to, where a rule for its type would not do
     "sliding_window": (8, None),

@@ -69,7 +69,7 @@ def of_family(family: str, setting: dict[str, Any]) -> dict[str, Any]:
         values |= {"short_factor": [1 + 0.02 * i for i in range(pairs)], "short_mscale": 1.1}
         values |= {"long_factor": [1 + 4.0 * i for i in range(pairs)], "long_mscale": 1.3}
     if sets:
-        return {"rope_parameters": {**{name: BASE for name in sets}, "full_attention": values}}
+        return {"rope_parameters": {**dict.fromkeys(sets, BASE), "full_attention": values}}
     kept = ("partial_rotary_factor", "llama_4_scaling_beta", "original_max_position_embeddings")
     changes: dict[str, Any] = HEADS.get(family, {}) | {
         "rope_parameters": {**{key: own[key] for key in kept if own.get(key) is not None}, **values}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from mlxtune_convert import unheeded
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.rules import Layout, Rule
 
@@ -188,7 +189,7 @@ def differs(config: dict[str, Any]) -> str:
         return "mlx-lm leaves key_multiplier out, and attention_in_multiplier where it makes the values"
     if kind == "mamba2" and config.get("n_groups", 1) > 1:
         return "transformers repeats the groups of B and C in another order"
-    return ""
+    return unheeded.why(config)
 
 
 def by_model_type(config: dict[str, Any]) -> Layout:

@@ -1,4 +1,4 @@
-"""mlx-lm's model of a configuration made transformers' where it rotates otherwise or leaves a window out.
+"""mlx-lm's model of a configuration made transformers' where it has another rotation, activation or no window.
 
 mlx-lm's classes ignore rotary settings that their family can have (a scaling, a factor of YaRN, a short row under
 longrope), or refuse them. Each layer's own rotary module is tried on a few positions; what turns them as transformers'
@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlxtune_convert.layouts import differs
 
-from mlxtune.model import windows
+from mlxtune.model import activations, windows
 from mlxtune.model.arrays import scalar
 from mlxtune.model.reference import described
 from mlxtune.model.rotary import Rotary, Rotation, rotation
@@ -46,15 +46,18 @@ _NEAR_ENOUGH, _FAR_ENOUGH = 1e-4, 5e-3
 
 
 def correct(model: nn.Module, config: dict[str, Any]) -> None:
-    """Give the layers of a model transformers' rotation and window. config: its config.json, or what we made of it."""
+    """Give a model's layers transformers' rotation, window and activation. config: its config.json, ours or theirs."""
     known = described(config)
     text = known.get_text_config() if known is not None else None
     if text is None:
         return
+    activation = activations.wanted(text)
     for layer, block in enumerate(model.layers):
         size = windows.window(text, layer)
         if size is not None and windows.ATTENTION in block:
             windows.add(block[windows.ATTENTION], size)
+        if activation is not None:
+            activations.put(block, activation)
     if text.model_type not in COMPARED:
         return
     for layer, parent, name in rotary_modules(model):
@@ -87,7 +90,12 @@ def notes(model: nn.Module, config: dict[str, Any]) -> list[str]:
         )
     elif scaled and text is not None and text.model_type not in COMPARED:
         out.append(f"{scaled} rotary embeddings of {text.model_type} are not compared with transformers' here")
-    if any(windows.has(module) for module in model.modules()):
+    if text is not None and any(activations.has(module) for module in model.modules()):
+        out.append(
+            f"mlx-lm has another activation than {activations.name_of(text)} built in: mlxtune computes transformers', "
+            "but to mlx_lm and the apps built on it this folder is another model"
+        )
+    if text is not None and any(windows.has(module) for module in model.modules()):
         out.append(
             f"mlx-lm lets this model see all of a row, transformers {text.sliding_window} tokens: mlxtune computes "
             "transformers', but to mlx_lm and the apps built on it longer rows are another model's"

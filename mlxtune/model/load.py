@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
+from mlxtune_convert import unheeded
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, normalise
 from mlxtune_convert.files import read_json
 from mlxtune_convert.layouts import LAYOUTS
@@ -95,6 +96,8 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except ValueError as error:
         if "not supported" in str(error):
             raise UserError(f"{path}: mlx-lm has no model of type {config.get('model_type')!r}") from error
+        if why := unheeded.why(config):
+            raise UserError(f"{path}: mlx-lm has no such model of type {config.get('model_type')}: {why}") from error
         raise UserError(
             f"{path}: the weights do not fit config.json ({shorten(str(error), 300, placeholder=' ...')})",
             "Copy or download the folder again.",
@@ -107,6 +110,8 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(
             f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
         ) from error
+    if why := unheeded.unable(config):
+        raise UserError(f"{path}: mlx-lm has no such model of type {config.get('model_type')}: {why}")
     correct(model, config)
     return model, config
 

@@ -30,11 +30,12 @@ def window(config: Any, layer: int) -> int | None:
 
 
 def add(attention: nn.Module, size: int) -> None:
-    """Let an attention layer, called as layer(x, mask, cache), see `size` positions at most."""
+    """Let an attention layer, called as layer(x, ..., mask, cache), see `size` positions at most."""
     kind: Any = type(attention)
 
-    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
-        out: mx.array = kind.__call__(self, x, narrowed(x, mask, cache, size), cache)
+    def call(self: Any, x: mx.array, *others: Any) -> mx.array:
+        *others_first, mask, cache = others
+        out: mx.array = kind.__call__(self, x, *others_first, narrowed(x, mask, cache, size), cache)
         return out
 
     attention.__class__ = type(f"Windowed{kind.__name__}", (kind,), {"__call__": call, "window": size})
