@@ -59,6 +59,8 @@ def _spelled(config: dict[str, Any]) -> dict[str, Any]:
         out.setdefault("head_dim", out["hidden_size"] // out["num_attention_heads"])
         if "sliding_attention" in kinds:  # its own spelling: LLLG
             out["sliding_window_pattern"] = "".join("LG"[kind == "full_attention"] for kind in kinds)
+    if out.get("model_type") == "mamba2" and "expand" in out and "hidden_size" in out:
+        out.setdefault("intermediate_size", int(out["expand"] * out["hidden_size"]))
     if isinstance(out.get("time_step_limit"), list):  # JSON has no infinity; transformers writes an object
         out["time_step_limit"] = [float("inf") if isinstance(x, dict) else x for x in out["time_step_limit"]]
     # transformers' attribute_map: two names of one number, of which some mlx-lm models read only one.

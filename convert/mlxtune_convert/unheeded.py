@@ -55,6 +55,7 @@ _MIXED = {  # families that mlx-lm runs only with layers of both kinds
     **dict.fromkeys(("cohere2", "exaone4", "gemma3_text", "gpt_oss", "olmo3"), ("sliding_attention", "full_attention")),
     **dict.fromkeys(("lfm2", "lfm2_moe"), ("conv", "full_attention")),
 }
+_TOO_MANY = "more experts are chosen than the kept groups hold: mlx-lm takes others than transformers"
 _EVERY_NTH = ("cohere2", "gemma3_text")  # of whose layers every n-th sees all, in mlx-lm
 
 
@@ -126,9 +127,6 @@ def _of_experts(config: dict[str, Any]) -> str:
     groups, kept = config.get("n_group"), config.get("topk_group")
     if chosen == 1 and config.get("norm_topk_prob", True):
         return "mlx-lm does not normalise the weight of a single expert, transformers does"
-    if all(isinstance(number, int) and number for number in (chosen, experts, groups, kept)):
-        if chosen > experts // groups * kept:  # type: ignore[operator]
-            return (
-                f"more experts are chosen ({chosen}) than the kept groups hold: mlx-lm takes others than transformers"
-            )
-    return ""
+    if not (isinstance(chosen, int) and isinstance(experts, int) and isinstance(kept, int) and isinstance(groups, int)):
+        return ""
+    return _TOO_MANY if chosen > experts // max(groups, 1) * kept else ""

@@ -17,7 +17,7 @@ from mlxtune_convert.layouts import differs
 
 from mlxtune.model import activations, windows
 from mlxtune.model.arrays import scalar
-from mlxtune.model.reference import described
+from mlxtune.model.reference import described, refusal
 from mlxtune.model.rotary import Rotary, Rotation, rotation
 
 # Families whose rotary modules were compared with transformers' in every setting (tests/test_rotary.py).
@@ -80,6 +80,8 @@ def notes(model: nn.Module, config: dict[str, Any]) -> list[str]:
     out = []
     if why := differs(config):
         out.append(f"this is not the model that transformers computes, and exports of it are refused: {why}")
+    if why := refusal(config):
+        out.append(f"transformers refuses this config.json, so nothing is compared with it: {why}")
     known = described(config)
     text = known.get_text_config() if known is not None else None
     scaled = " and ".join(_scalings(text))

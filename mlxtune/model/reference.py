@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import fields
+from textwrap import shorten
 from typing import Any
 
 from mlxtune_convert.configs import unquantized
@@ -31,16 +31,25 @@ def described(config: dict[str, Any]) -> Any | None:
     """transformers' configuration object of a config.json, or of what we made of one; None where transformers has no
     such type, or refuses the file.
     """
+    return _read(config)[0]
+
+
+def refusal(config: dict[str, Any]) -> str:
+    """Why transformers, which knows this type of model, refuses its config.json, or ""."""
+    return _read(config)[1]
+
+
+def _read(config: dict[str, Any]) -> tuple[Any, str]:
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
-        return None
+        return None, ""
     with _quiet():
         try:
-            return CONFIG_MAPPING[kind].from_dict(deepcopy(_without_copies(unquantized(config))))
-        except Exception:  # whatever its checks raise; the file may still mean something to mlx-lm
-            return None
+            return CONFIG_MAPPING[kind].from_dict(_numbers(_without_copies(unquantized(config)))), ""
+        except Exception as error:  # whatever its checks raise; the file may still mean something to mlx-lm
+            return None, shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +74,14 @@ def _filled(config: dict[str, Any], known: Any) -> dict[str, Any]:
     if out.get("head_dim") is None and isinstance(heads, int) and heads and isinstance(known.hidden_size, int):
         out["head_dim"] = known.hidden_size // heads  # what every model there falls back on
     return out
+
+
+def _numbers(value: Any) -> Any:
+    """A copy with infinity where transformers wrote an object for it, which JSON has no number for."""
+    if isinstance(value, dict):
+        tag = value.get("__float__")
+        return float(tag) if isinstance(tag, str) else {key: _numbers(inner) for key, inner in value.items()}
+    return [_numbers(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _without_copies(config: dict[str, Any]) -> dict[str, Any]:
