@@ -109,6 +109,7 @@ COMPUTED = [
     ("gemma2", WINDOW),
     ("ministral3", WINDOW),
     ("phi3", WINDOW),
+    ("phimoe", WINDOW),
     ("qwen3_moe", QWEN),
     ("qwen2", QWEN),
     ("llama", {"hidden_act": "relu"}),

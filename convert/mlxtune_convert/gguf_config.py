@@ -201,7 +201,13 @@ def _read_scaling(family: Family, file: File, config: dict[str, Any]) -> dict[st
             raise UserError(f"{file.path}: {name} does not fit the rotary width {width}")
     if all(f"{name}.weight" in file.tensors for name in ROPE_TENSORS[1:]):
         sides = {f"{s}_factor": file.rows(f"rope_factors_{s}.weight").astype(float).tolist() for s in ("long", "short")}
-        return {"rope_type": "longrope", "type": "longrope", **sides}
+        factor = file.get(f"{family.gguf}.rope.scaling.attn_factor")
+        return {
+            "rope_type": "longrope",
+            "type": "longrope",
+            **sides,
+            **({"attention_factor": factor} if factor else {}),
+        }
     if "rope_freqs.weight" in file.tensors:
         table = file.rows("rope_freqs.weight").ravel()
         for factor, low, high, original in _LLAMA3:
@@ -214,6 +220,9 @@ def _read_scaling(family: Family, file: File, config: dict[str, Any]) -> dict[st
     if kind not in ("linear", "yarn"):
         raise UserError(f"{file.path}: rope scaling of type {str(kind)[:40]!r} cannot be converted from GGUF", HINT)
     found = {name: file.get(f"{family.gguf}.rope.scaling.{key}") for key, name in SCALING.items()}
+    factor = file.get(f"{family.gguf}.rope.scaling.attn_factor")
+    if kind == "yarn" and factor not in (None, 1.0):
+        found["attention_factor"] = factor * (0.1 * math.log(max(found["factor"], 1.0)) + 1)
     return {"rope_type": kind, "type": kind, **{name: value for name, value in found.items() if value is not None}}
 
 

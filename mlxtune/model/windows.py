@@ -6,6 +6,7 @@ attention whatever the configuration says; it windows the others itself.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import mlx.core as mx
@@ -30,12 +31,16 @@ def window(config: Any, layer: int) -> int | None:
 
 
 def add(attention: nn.Module, size: int) -> None:
-    """Let an attention layer, called as layer(x, ..., mask, cache), see `size` positions at most."""
+    """Let an attention layer, called with x, mask and cache, see `size` positions at most."""
     kind: Any = type(attention)
+    form = signature(kind.__call__)
 
-    def call(self: Any, x: mx.array, *others: Any) -> mx.array:
-        *others_first, mask, cache = others
-        out: mx.array = kind.__call__(self, x, *others_first, narrowed(x, mask, cache, size), cache)
+    def call(self: Any, *given: Any, **named: Any) -> mx.array:
+        bound = form.bind(self, *given, **named)
+        bound.apply_defaults()
+        of = bound.arguments
+        of["mask"] = narrowed(of["x"], of["mask"], of["cache"], size)
+        out: mx.array = kind.__call__(*bound.args, **bound.kwargs)
         return out
 
     attention.__class__ = type(f"Windowed{kind.__name__}", (kind,), {"__call__": call, "window": size})

@@ -160,6 +160,7 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
             f"{len(inexact)} tensors have no exact GGUF form; the largest relative error is {error:.1e} "
             f"({tensor} as {stored})"
         )
+    notes += _of_context(plan.fields)
     if request.examples is None:
         return Exported(f"gguf {kind}", None, notes)
     if not llama_cpp.installed():
@@ -172,6 +173,18 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
     with llama_cpp.runner(work / MODEL_FILE) as run:
         notes += compare_tokens(run, tokenizer, request.examples)
         return Exported(f"gguf {kind}", judged(work, ref, run, f"llama.cpp, {kind}", storage, request), notes)
+
+
+def _of_context(fields: dict[str, Field]) -> list[str]:
+    """A line where llama.cpp chooses how to rotate by its context: it has two lists of factors then."""
+    original = next((field.value for key, field in fields.items() if key.endswith("rope.scaling.attn_factor")), None)
+    known = next((field.value for key, field in fields.items() if key.endswith("original_context_length")), None)
+    if original is None or known is None or any(key.endswith("rope.scaling.type") for key in fields):
+        return []
+    return [
+        f"llama.cpp rotates by the context that it is given, not by the length of a text: run this model with "
+        f"-c {known} or less for texts as short as that"
+    ]
 
 
 @dataclass(frozen=True)
