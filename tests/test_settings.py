@@ -14,8 +14,10 @@ import pytest
 import sweep
 import tiny
 import zoo
+from mlx.utils import tree_flatten
 from mlxtune_convert import layouts, unheeded
 from mlxtune_convert.configs import normalise
+from safetensors.numpy import load_file, save_file
 from test_rotary import SIZES
 
 from mlxtune.errors import UserError
@@ -99,6 +101,32 @@ def test_a_head_is_not_lost_where_no_key_says_that_it_is_tied(family: str, tmp_p
     (folder / "config.json").write_text(json.dumps(config))
     convert(str(folder), tmp_path / "mlx", Target.of(16, None, None))
     ours = conformance.mlx_logits(load(str(tmp_path / "mlx"), "float32").model)
+    assert conformance.apart(ours, conformance.logits(conformance.reference(folder))) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "mistral3"])
+def test_a_head_of_its_own_is_kept_though_the_configuration_calls_it_tied(family: str, tmp_path: Path) -> None:
+    """As transformers does it, which looks into the files; and a copy of the embedding is no head of its own."""
+    folder = tiny.make_model(tmp_path / "model", family, tie_word_embeddings=False)
+    config = json.loads((folder / "config.json").read_text())
+    parts = [config, *([config["text_config"]] if "text_config" in config else [])]
+    for part in parts:
+        part["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    convert(str(folder), tmp_path / "mlx", Target.of(16, None, None))
+    wanted = conformance.logits(conformance.reference(folder))
+    assert conformance.apart(conformance.mlx_logits(load(str(tmp_path / "mlx"), "float32").model), wanted) < 1e-5
+    weights = load_file(folder / "model.safetensors")
+    head = next(name for name in weights if name.endswith("lm_head.weight"))
+    weights[head] = next(value for name, value in weights.items() if name.endswith("embed_tokens.weight")).copy()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert all(not name.endswith("lm_head.weight") for name in dict(tree_flatten(open_model(folder)[0].parameters())))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_whole_configuration_says_whether_its_text_part_is_tied(tied: bool, tmp_path: Path) -> None:
+    folder = tiny.make_model(tmp_path / "model", "mistral3", tie_word_embeddings=tied)
+    ours = conformance.mlx_logits(load(str(folder), "float32").model)
     assert conformance.apart(ours, conformance.logits(conformance.reference(folder))) < 1e-5
 
 

@@ -39,6 +39,9 @@ _COMPUTED: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("olmoe", "clip_qkv", (None,)),
     ("phimoe", "num_experts_per_tok", (2,)),
     ("gpt_oss", "swiglu_alpha", (1.702,)),
+    ("gpt2", "scale_attn_weights", (True,)),
+    ("gpt2", "scale_attn_by_inverse_layer_idx", (False,)),
+    ("llama4_text", "rms_norm_eps", (1e-5, 1e-6)),  # of queries and keys: 1e-6, which 1e-5 cannot be told from
     ("mamba mamba2", "layer_norm_epsilon", (1e-5,)),
     ("falcon_h1 gpt_oss jamba llama4_text mamba mamba2 qwen3_5_text qwen3_next", "hidden_act", ("silu", "swish")),
     ("gemma4_text", "hidden_activation", ("gelu_pytorch_tanh",)),
@@ -102,6 +105,9 @@ def _of_values(config: dict[str, Any]) -> str:
 
 
 def _of_order(config: dict[str, Any]) -> str:
+    turned = config.get("no_rope_layers")
+    if config.get("model_type") == "llama4_text" and isinstance(turned, list) and turned != _all_but_every_4th(turned):
+        return "mlx-lm rotates in all but every 4th layer, the configuration (no_rope_layers) in others"
     layers = config.get("layer_types")
     if config.get("model_type") not in _EVERY_NTH or not isinstance(layers, list) or "full_attention" not in layers:
         return ""
@@ -110,6 +116,10 @@ def _of_order(config: dict[str, Any]) -> str:
     if layers == regular:
         return ""
     return f"mlx-lm lets every {nth}th layer see all of a row, the configuration has another order"
+
+
+def _all_but_every_4th(layers: list[Any]) -> list[int]:
+    return [int((number + 1) % 4 != 0) for number in range(len(layers))]
 
 
 def _of_heads(config: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from mlxtune.model.corrected import correct, readable
 from mlxtune.model.hub import resolve
 from mlxtune.model.quantize import on_cpu
 from mlxtune.model.reference import completed
+from mlxtune.model.tying import by_files
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
     weight_files(path)
     original = load_config(path)
-    config = normalise(completed(original))
+    config = normalise(by_files(completed(original), path))
     try:
         model, config = load_model(
             path, lazy=True, model_config=config, get_model_classes=lambda config: _classes(config, original)

@@ -66,7 +66,8 @@ def _filled(config: dict[str, Any], known: Any) -> dict[str, Any]:
     values = known.to_dict()
     for key in ["tie_word_embeddings", *(key for key in values if key not in common)]:
         if key == "text_config":
-            out[key] = _filled(config.get(key) or {}, known.text_config)
+            whole = {"tie_word_embeddings": bool(values.get("tie_word_embeddings"))}  # it decides for its parts
+            out[key] = {**_filled(config.get(key) or {}, known.text_config), **whole}
         elif out.get(key) is None and key in values and not key.endswith("_config"):
             out[key] = values[key]  # None as well: mlx-lm may take a number where the key is missing
     out.setdefault("model_type", known.model_type)
