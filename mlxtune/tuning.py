@@ -24,7 +24,7 @@ from mlxtune.data.chosen import Changes
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.loss import Score, score
-from mlxtune.model import floats, hub, lora, vocabulary
+from mlxtune.model import corrected, floats, hub, lora, vocabulary
 from mlxtune.model.arrays import dtype_name, named
 from mlxtune.model.dropout import add_noise
 from mlxtune.model.exponentials import as_powers_of_two
@@ -57,7 +57,7 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     model, model_config = open_model(hub.resolve(config.model.path))
     own = model_dtype(model)
     dtype = backend.dtype_for(config.train.dtype, own, "quantization" in model_config)
-    said = floats.notes(config.train.dtype, own, dtype, model_config)
+    said = floats.notes(config.train.dtype, own, dtype, model_config) + corrected.notes(model, model_config)
     cast(model, dtype)
     lora.attach(model, _spec(config, model), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
@@ -217,7 +217,7 @@ def prepared(
     )
     notes = data.train.notes("train", config.data.max_tokens) + data.valid.notes("valid", config.data.max_tokens)
     notes += unread(loaded.path) + floats.notes(config.train.dtype, loaded.own, loaded.dtype, loaded.config)
-    notes += chosen.notes
+    notes += corrected.notes(loaded.model, loaded.config) + chosen.notes
     template = chat.template_of(loaded.tokenizer, config.data.template_kwargs)
     if data.train.chat and not template.ends_answers(config.data.expand_turns == "none"):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")

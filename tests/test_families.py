@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 from mlxtune.model.load import load
 
 ROOT = Path(__file__).resolve().parent.parent
-REFUSED = ("glm", "ernie4_5_moe", "jamba", "falcon_h1")
-SAMPLE = ("llama", "phi3", "gemma3_text", "cohere2", "exaone4", "gpt_bigcode", "gemma4_text")
+REFUSED = ("ernie4_5_moe", "jamba", "falcon_h1")
+SAMPLE = ("llama", "phi3", "gemma3_text", "cohere2", "exaone4", "gpt_bigcode", "gemma4_text", "glm")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),  # they do match
     pytest.mark.filterwarnings("ignore:.*target_parameters.*:UserWarning"),

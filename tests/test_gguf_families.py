@@ -39,6 +39,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 512,
         "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 512},
     },
+    "phi3 longrope of another scale": {
+        "max_position_embeddings": 1024,
+        "original_max_position_embeddings": 512,
+        "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 512, "attention_factor": 1.3},
+    },
+    "qwen3_moe yarn of another scale": {
+        "rope_parameters": {**YARN, "original_max_position_embeddings": 64, "attention_factor": 1.5}
+    },
+    "gemma2 linear rope": {"sliding_window": 16, "rope_parameters": LINEAR},
     "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
     "smollm3": {"num_hidden_layers": 4},
     "olmo3": WINDOWS,

@@ -107,11 +107,25 @@ def _rope_scaling(config: dict[str, Any]) -> dict[str, Any]:
     if kind in ("linear", "yarn"):
         known = {**scaling, key: original or None}
         found = {f"rope.scaling.{key}": known[name] for key, name in SCALING.items() if known.get(name) is not None}
+        if kind == "yarn":
+            found |= _yarn_factor(scaling)
         return {"rope.scaling.type": kind, **found}
     if kind == "longrope" and original:
-        factor = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original else 1.0
+        longer = scaling.get("factor") or context / original
+        factor = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
+        if scaling.get("attention_factor") is not None:
+            factor = float(scaling["attention_factor"])
         return {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": factor}
     raise UserError(f"rope scaling of type {kind!r} cannot be written to GGUF", "`--to hf` exports the model.")
+
+
+def _yarn_factor(scaling: dict[str, Any]) -> dict[str, float]:
+    """What llama.cpp multiplies its own factor by, 0.1 ln(factor) + 1, where transformers has another."""
+    growth = 0.1 * math.log(max(scaling["factor"], 1.0))
+    wanted, over, under = (scaling.get(key) for key in ("attention_factor", "mscale", "mscale_all_dim"))
+    if wanted is None:
+        wanted = (growth * over + 1) / (growth * under + 1) if over and under else growth + 1
+    return {} if wanted == growth + 1 else {"rope.scaling.attn_factor": wanted / (growth + 1)}
 
 
 def rope_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -187,7 +201,13 @@ def _read_scaling(family: Family, file: File, config: dict[str, Any]) -> dict[st
             raise UserError(f"{file.path}: {name} does not fit the rotary width {width}")
     if all(f"{name}.weight" in file.tensors for name in ROPE_TENSORS[1:]):
         sides = {f"{s}_factor": file.rows(f"rope_factors_{s}.weight").astype(float).tolist() for s in ("long", "short")}
-        return {"rope_type": "longrope", "type": "longrope", **sides}
+        factor = file.get(f"{family.gguf}.rope.scaling.attn_factor")
+        return {
+            "rope_type": "longrope",
+            "type": "longrope",
+            **sides,
+            **({"attention_factor": factor} if factor else {}),
+        }
     if "rope_freqs.weight" in file.tensors:
         table = file.rows("rope_freqs.weight").ravel()
         for factor, low, high, original in _LLAMA3:
@@ -200,6 +220,9 @@ def _read_scaling(family: Family, file: File, config: dict[str, Any]) -> dict[st
     if kind not in ("linear", "yarn"):
         raise UserError(f"{file.path}: rope scaling of type {str(kind)[:40]!r} cannot be converted from GGUF", HINT)
     found = {name: file.get(f"{family.gguf}.rope.scaling.{key}") for key, name in SCALING.items()}
+    factor = file.get(f"{family.gguf}.rope.scaling.attn_factor")
+    if kind == "yarn" and factor not in (None, 1.0):
+        found["attention_factor"] = factor * (0.1 * math.log(max(found["factor"], 1.0)) + 1)
     return {"rope_type": kind, "type": kind, **{name: value for name, value in found.items() if value is not None}}
 
 

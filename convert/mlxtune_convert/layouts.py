@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from mlxtune_convert import unheeded
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.rules import Layout, Rule
 
@@ -184,9 +185,6 @@ LAYOUTS: dict[str, Layout] = {
 def differs(config: dict[str, Any]) -> str:
     """Why mlx-lm's model of this configuration is not the one in transformers, or "". Found by comparing logits."""
     kind = config.get("model_type")
-    rope = config.get("rope_parameters") or config
-    if kind == "glm" and rope.get("partial_rotary_factor", 0.5) != 1:
-        return "mlx-lm rotates all of a head, transformers a part (partial_rotary_factor)"
     if kind == "jamba" and config.get("num_experts", 1) > 1:
         return "mlx-lm normalises the router over the chosen experts, transformers over all"
     if kind == "ernie4_5_moe":
@@ -195,7 +193,7 @@ def differs(config: dict[str, Any]) -> str:
         return "mlx-lm leaves key_multiplier out, and attention_in_multiplier where it makes the values"
     if kind == "mamba2" and config.get("n_groups", 1) > 1:
         return "transformers repeats the groups of B and C in another order"
-    return ""
+    return unheeded.why(config)
 
 
 def by_model_type(config: dict[str, Any]) -> Layout:

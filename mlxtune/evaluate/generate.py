@@ -14,6 +14,7 @@ from mlxtune.data.answers import Plain, Reader
 from mlxtune.data.chat import template_of
 from mlxtune.data.template import Messages, Template, TemplateError
 from mlxtune.errors import UserError
+from mlxtune.model.extent import longest_alike
 from mlxtune.model.load import Loaded
 
 CUT = "\ufffd"  # what bytes that are no whole character yet are decoded to
@@ -122,6 +123,8 @@ def tokens(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[int]:
 
     mx.random.seed(sampling.seed)
     penalty = sampling.repetition_penalty if sampling.repetition_penalty != 1.0 else None
+    limit = longest_alike(loaded.model)
+    whole = limit is not None and len(ids) > limit  # in parts, the first would be rotated as a short row
     for piece in stream_generate(
         loaded.model,
         TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_ids(loaded)),
@@ -129,6 +132,7 @@ def tokens(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[int]:
         max_tokens=sampling.max_tokens,
         sampler=make_sampler(sampling.temperature, sampling.top_p if sampling.top_p < 1 else 0.0),
         logits_processors=make_logits_processors(repetition_penalty=penalty, repetition_context_size=64),
+        **({"prefill_step_size": len(ids)} if whole else {}),
     ):
         yield piece.token
 

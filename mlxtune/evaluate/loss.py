@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.data.batches import Batch
+from mlxtune.model import extent
 from mlxtune.model.arrays import scalar
 from mlxtune.model.head import Split
 from mlxtune.train.loss import chunks, place, supervised_rows
@@ -48,9 +49,10 @@ def score(
     shared: as in `place`; between: called before each batch, and may raise to break off.
     """
     loss_sum, tokens, correct = 0.0, 0, 0
-    for batch in batches:
+    limit = extent.longest_alike(model)
+    for alike in (part for batch in batches for part in extent.parts(batch, limit)):
         between()
-        placed = place(batch, shared)
+        placed = place(alike, shared)
         rows, targets = supervised_rows(model, split, placed), placed.targets
         mx.eval(rows)  # else every chunk below would hold the whole trunk's graph
         for chunk in chunks(rows, rows.shape[-1] if split is None else split.vocabulary):

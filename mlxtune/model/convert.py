@@ -24,6 +24,7 @@ from mlxtune_convert.tensors import ShardWriter, weight_files
 from mlxtune import backend
 from mlxtune.data.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
+from mlxtune.model import corrected
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.model.hub import resolve
 from mlxtune.model.load import cast, model_dtype, open_model, require_known, source_of
@@ -188,7 +189,7 @@ def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str |
     require_space(work, _estimate(path, original, target))
     model, config = open_model(path)
     load_tokenizer(path)  # nothing is written without one
-    notes = []
+    notes = corrected.notes(model, config)
     quantized = bool(config.get("quantization"))
     own = dict.fromkeys(QUANTIZATION_KEYS, config["quantization"]) if quantized else {}
     config = unquantized(config) | own  # nothing that another maker's tool declared, and no empty entries

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
+from mlxtune_convert import unheeded
 from mlxtune_convert.configs import normalise
 from mlxtune_convert.files import read_json
 from mlxtune_convert.foreign.method import of_folder
@@ -24,8 +25,11 @@ from mlxtune.data.tokenizer import load_tokenizer, require_folder
 from mlxtune.errors import UserError
 from mlxtune.gpu_errors import recognise
 from mlxtune.model.arrays import named
+from mlxtune.model.corrected import correct, readable
 from mlxtune.model.hub import resolve
 from mlxtune.model.quantize import on_cpu
+from mlxtune.model.reference import completed
+from mlxtune.model.tying import by_files
 
 __all__ = ["Loaded", "cast", "load", "model_dtype", "open_model", "source_of"]
 
@@ -93,12 +97,14 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if foreign is not None:
         raise foreign.not_here()
     require_known(path, original)
-    config = normalise(original)
+    config = normalise(by_files(completed(original), path))
     try:
         model, config = load_model(
             path, lazy=True, model_config=config, get_model_classes=lambda config: _classes(config, original)
         )
     except ValueError as error:
+        if why := unheeded.why(config):
+            raise UserError(f"{path}: mlx-lm has no such model of type {config.get('model_type')}: {why}") from error
         raise UserError(
             f"{path}: the weights do not fit config.json ({shorten(str(error), 300, placeholder=' ...')})",
             "Copy or download the folder again.",
@@ -109,6 +115,9 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         if recognise(error):
             raise
         raise _undescribed(path, error) from error
+    if why := unheeded.unable(config):
+        raise UserError(f"{path}: mlx-lm has no such model of type {config.get('model_type')}: {why}")
+    correct(model, config)
     return model, config
 
 
@@ -128,11 +137,22 @@ def _undescribed(path: Path, error: Exception) -> UserError:
     )
 
 
-def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, type]:
+@dataclass(frozen=True)
+class _Readable:
+    """mlx-lm's class of a model's arguments, made from what that class can read of a configuration."""
+
+    arguments: Any
+
+    def from_dict(self, config: dict[str, Any]) -> Any:
+        return self.arguments.from_dict(readable(config))
+
+
+def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, Any]:
     """mlx-lm's classes; where it cannot read the names that transformers saves, our table puts them right first."""
     from mlx_lm.utils import _get_classes
 
     model, arguments = _get_classes(config)
+    arguments = _Readable(arguments)
     layout = LAYOUTS.get(str(original.get("model_type")), Layout())
     if not layout.early:
         return model, arguments

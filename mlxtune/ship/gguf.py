@@ -166,6 +166,7 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
             f"{len(inexact)} tensors have no exact GGUF form; the largest relative error is {error:.1e} "
             f"({tensor} as {stored})"
         )
+    notes += _of_context(plan.fields)
     if request.examples is None:
         return Exported(f"gguf {kind}", None, notes)
 
@@ -183,6 +184,18 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
         why = partial(differences.of_gguf, kind, back, trained, run)
         proof = judged(work, ref, run, f"llama.cpp, {kind}", storage, request, why)
         return Exported(f"gguf {kind}", proof, notes)
+
+
+def _of_context(fields: dict[str, Field]) -> list[str]:
+    """A line where llama.cpp chooses how to rotate by its context: it has two lists of factors then."""
+    original = next((field.value for key, field in fields.items() if key.endswith("rope.scaling.attn_factor")), None)
+    known = next((field.value for key, field in fields.items() if key.endswith("original_context_length")), None)
+    if original is None or known is None or any(key.endswith("rope.scaling.type") for key in fields):
+        return []
+    return [
+        f"llama.cpp rotates by the context that it is given, not by the length of a text: run this model with "
+        f"-c {known} or less for texts as short as that"
+    ]
 
 
 @dataclass(frozen=True)

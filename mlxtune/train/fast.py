@@ -11,9 +11,10 @@ import numpy as np
 
 from mlxtune import backend
 from mlxtune.config import Config, TrainSection
+from mlxtune.data.batches import lengths_of
 from mlxtune.data.chat import Example
 from mlxtune.errors import UserError
-from mlxtune.model import exponentials, prefix
+from mlxtune.model import exponentials, extent, prefix
 from mlxtune.model.head import Split
 from mlxtune.model.precision import in_float32
 from mlxtune.train.loss import Way
@@ -117,4 +118,10 @@ def shared_prefix(model: nn.Module, examples: Sequence[Example], config: Config)
         return None, f"{length} tokens begin every row, but with {noise} each row must see noise of its own"
     if prefix.caches(model) is None:
         return None, f"{length} tokens begin every row, but some of this model's layers keep more than keys and values"
+    limit = extent.longest_alike(model)
+    if limit is not None and lengths_of(examples).max() > limit - prefix.MIN_SUFFIX:
+        return (
+            None,
+            f"{length} tokens begin every row, but rows of more than {limit} tokens are rotated otherwise",
+        )
     return length, ""

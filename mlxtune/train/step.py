@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 from mlxtune import backend
 from mlxtune.data.batches import Batch, Plan
 from mlxtune.gpu_errors import Failure, Kind, recognise
-from mlxtune.model import lora
+from mlxtune.model import extent, lora
 from mlxtune.model.dropout import DropoutKeys
 from mlxtune.sections import TrainSection
 from mlxtune.train import optim
@@ -93,6 +93,7 @@ class StepFunction:
         self.layers = len(lora.adapters(job.model))
         self.update = optim.Update(optimizer, job.section.clip_norm)
         self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
+        self._longest_alike = extent.longest_alike(job.model)
         self._computing = 0  # examples in the part under way
         self._trusted = True  # the predicted peak: no step was far beyond it
         self.divide(Division())
@@ -182,9 +183,14 @@ class StepFunction:
         if self.job.way.compiled:
             for before in range(self._known + 1, number):
                 for batch in self.job.ranks.share(self.job.plan.step(before)):
-                    for part in self.division.parts(batch):
+                    for part in self._parts(batch):
                         self._gradients.note(part)
         self._known = max(self._known, number)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """A micro-batch as it is computed."""
+        alike = extent.parts(batch, self._longest_alike)
+        return [part for rows in alike for part in self.division.parts(rows)]
 
     def _accumulate(self, number: int, batches: list[Batch]) -> tuple[list[mx.array], Any]:
         """(summed loss of each micro-batch, summed gradients) of a step, computed: one wait for each part."""
@@ -193,7 +199,7 @@ class StepFunction:
         try:
             for batch in batches:
                 parts: list[mx.array] = []
-                for part in self.division.parts(batch):
+                for part in self._parts(batch):
                     if gradients is not None:
                         self.between()
                     self._computing = len(part.rows)
