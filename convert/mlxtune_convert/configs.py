@@ -9,8 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlxtune_convert.spellings import spelled
+
 COPIES = {"gpt2": {"n_ctx": "n_positions"}, "lfm2": {"block_dim": "hidden_size"}}  # older names of one number
-TEXT_ALONE = {"qwen3_5_text": "qwen3_5", "llama4_text": "llama4"}
+TEXT_ALONE = {
+    "qwen3_5_text": "qwen3_5",
+    "qwen3_5_moe_text": "qwen3_5_moe",
+    "llama4_text": "llama4",
+    "gemma3n_text": "gemma3n",
+}
 SOURCE_FILE = "mlxtune_source.json"
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
@@ -27,7 +34,7 @@ def normalise(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spelled(config: dict[str, Any]) -> dict[str, Any]:
-    out = dict(config)
+    out = spelled(config)
     text = out.get("text_config")
     if isinstance(text, dict):
         out["text_config"] = _spelled(text)

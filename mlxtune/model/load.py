@@ -114,15 +114,20 @@ def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, ty
 
     model, arguments = _get_classes(config)
     layout = LAYOUTS.get(str(original.get("model_type")), Layout())
-    if not layout.early:
+    if not layout.early and not layout.tower:
         return model, arguments
 
     class Renamed(model):  # type: ignore[misc, valid-type]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            early = dict(layout.for_mlx_lm(weights.items(), mx))
+            early = dict(layout.for_mlx_lm(weights.items(), mx, _width(config)))
             return super().sanitize(early) if hasattr(model, "sanitize") else early
 
     return Renamed, arguments
+
+
+def _width(config: dict[str, Any]) -> int:
+    """The hidden size of a model's text part; 0 where it is not said."""
+    return int((config.get("text_config") or config).get("hidden_size") or 0)
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:

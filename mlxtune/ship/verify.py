@@ -247,6 +247,11 @@ def _model_class(config: Any) -> Any:
 
 
 def transformers_runner(folder: Path) -> Runner:
+    """An exported folder, run by transformers in float32. Raises UserError for missing or unexpected tensors."""
+    return _torch_runner(transformers_model(folder))
+
+
+def transformers_model(folder: Path) -> Any:
     """Load an exported folder with transformers, in float32. Raises UserError for missing or unexpected tensors."""
     import torch
     from transformers import AutoConfig
@@ -259,7 +264,7 @@ def transformers_runner(folder: Path) -> Runner:
         raise UserError(
             f"the export does not load whole in transformers: {wrong}", "This is a bug in mlxtune; please report it."
         )
-    return _torch_runner(model)
+    return model
 
 
 def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> Runner:
@@ -288,10 +293,16 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
     return _torch_runner(PeftModel.from_pretrained(model, str(folder)))
 
 
+def text_part(model: Any) -> Any:
+    """What answers on text alone: the model itself, but for Llama 4, whose wrapper wants an image (transformers 5)."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return whole.language_model if whole.config.model_type == "llama4" else model
+
+
 def _torch_runner(model: Any) -> Runner:
     import torch
 
-    model.eval()
+    model = text_part(model.eval())
 
     def run(batch: Batch) -> np.ndarray:
         positions, _ = batch.supervised()
