@@ -184,9 +184,12 @@ def table(rows: list[Row]) -> str:
     head = """# Families
 
 Measured by `python tests/conformance.py > tests/families.md` on tiny random models of each family, in float32,
-against transformers and PEFT. Differences are the largest of any logit: after loading, after two LoRA steps run by
-PEFT (and of the loss), and of the merged Hugging Face export. "bits": our table gives the original tensors back
-bit for bit. Layers that PEFT cannot adapt (experts kept in another form there) train here and leave through `--to hf`.
+against transformers and PEFT. Each is what `mlxtune convert` made of the folder that transformers saved. Vision models
+are compared on text, with transformers' own multimodal class. Differences are the largest of any logit: after
+converting, after two LoRA steps run by PEFT (and of the loss), and of the merged Hugging Face export. "bits": our table
+gives the original tensors back bit for bit ("in memory": in a form of the files other than transformers', which it
+loads as the same tensors). Layers that PEFT cannot adapt (experts kept in another form there) train here and leave
+through `--to hf`.
 
 | family | HF -> MLX | inverse | loss after LoRA | PEFT out | PEFT back | HF out | not in PEFT |
 |---|---|---|---|---|---|---|---|
@@ -194,17 +197,20 @@ bit for bit. Layers that PEFT cannot adapt (experts kept in another form there) 
     lines, refused = [], []
     for row in rows:
         if row.refused:
-            refused.append(f"| {row.family} | {row.logits:.0e} | {row.refused} |")
+            refused.append(f"| {row.family} | {'' if np.isnan(row.logits) else f'{row.logits:.0e}'} | {row.refused} |")
             continue
         numbers = f"{row.logits:.0e} | {row.inverse} | {row.step:.0e} | {row.peft:.0e} | {'bits' if row.back else 'NO'}"
         lines.append(f"| {row.family} | {numbers} | {row.hf:.0e} | {row.not_in_peft or ''} |")
-    tail = """
-Refused by name, because mlx-lm's model is not the one in transformers (`mlxtune fuse` keeps what was trained):
+    tail = f"""
+{len(rows) - len(refused)} families leave. {len(refused)} are refused by name, because mlx-lm's model is not the one in
+transformers, or cannot be compared with it (`mlxtune fuse` keeps what was trained); without a number, transformers'
+form of the family cannot be loaded at all:
 
 | family | HF -> MLX | why |
 |---|---|---|
 """
-    return head + "\n".join(lines) + "\n" + tail + "\n".join(refused)
+    untried = [f"| {name} |  | {why} |" for name, why in layouts.NOT_EXPORTED.items() if name not in zoo.SHAPES]
+    return head + "\n".join(lines) + "\n" + tail + "\n".join([*refused, *untried])
 
 
 def main() -> None:

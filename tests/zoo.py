@@ -64,10 +64,10 @@ _LLAMA4 = _of(
     _HEADS,
 )
 _GEMMA3N = _of(
-    "altup_num_inputs=2 laurel_rank=8 num_kv_shared_layers=0 intermediate_size=[128,128] "
-    "activation_sparsity_pattern=[0.0,0.5]",
+    "altup_num_inputs=2 laurel_rank=8 num_hidden_layers=4 num_kv_shared_layers=2 intermediate_size=[128,128,128,128] "
+    "activation_sparsity_pattern=[0.0,0.5,0.0,0.5] sliding_window=16 "
+    'layer_types=["sliding_attention","full_attention","sliding_attention","full_attention"]',
     _PER_LAYER,
-    _WINDOWED,
     _TIED,
 )
 _TOWER = _of(

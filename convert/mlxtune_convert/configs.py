@@ -18,6 +18,11 @@ TEXT_ALONE = {
     "llama4_text": "llama4",
     "gemma3n_text": "gemma3n",
 }
+READ_SETS = (
+    "gemma4",
+    "gemma4_text",
+    "gemma4_unified_text",
+)  # mlx-lm reads their rope_parameters, a set for each type of layer
 SOURCE_FILE = "mlxtune_source.json"
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
@@ -44,14 +49,17 @@ def _spelled(config: dict[str, Any]) -> dict[str, Any]:
         full = rope.get("full_attention", rope)
         local = rope.get("sliding_attention")
         if isinstance(full, dict):
-            _lift_rope(out, full)
+            _lift_rope(out, full, copied=out.get("model_type") not in READ_SETS)
         if isinstance(local, dict) and "rope_theta" in local:
             out.setdefault("rope_local_base_freq", local["rope_theta"])
         # Fields that some mlx-lm models insist on, in the spelling of older checkpoints.
-        out.setdefault("rope_scaling", None)
+        if out.get("model_type") not in READ_SETS:  # transformers would take it for all layers of these
+            out.setdefault("rope_scaling", None)
         for new, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
             if new in out:
                 out.setdefault(old, out[new])
+    if out.get("model_type") in READ_SETS:
+        _lift_layers(out)
     for key, value in COPIES.get(str(out.get("model_type")), {}).items():
         if value in out:
             out.setdefault(key, out[value])
@@ -71,13 +79,26 @@ def _spelled(config: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _lift_rope(out: dict[str, Any], rope: dict[str, Any]) -> None:
+def _lift_rope(out: dict[str, Any], rope: dict[str, Any], copied: bool) -> None:
+    """Settings of one set at the top level. copied: its scaling too, for mlx-lm's models that know only the older key.
+
+    The copy is whole: transformers takes it for the set of all layers, and refuses one without a key that its type
+    needs.
+    """
     for key in ("rope_theta", "partial_rotary_factor"):
         if rope.get(key) is not None and out.get(key) is None:
             out[key] = rope[key]
-    if rope.get("rope_type", "default") != "default" and out.get("rope_scaling") is None:
-        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        out["rope_scaling"] = {"type": rope["rope_type"], **scaling}  # some mlx-lm models know only the older key
+    if copied and rope.get("rope_type", "default") != "default" and out.get("rope_scaling") is None:
+        out["rope_scaling"] = {"type": rope["rope_type"], **rope}
+
+
+def _lift_layers(out: dict[str, Any]) -> None:
+    """What transformers says of each layer that differs, which mlx-lm reads once for all layers of full attention."""
+    layers = out.get("per_layer_config")
+    for layer in layers.values() if isinstance(layers, dict) else ():
+        for ours, theirs in (("global_head_dim", "head_dim"), ("num_global_key_value_heads", "num_key_value_heads")):
+            if isinstance(layer, dict) and theirs in layer:
+                out.setdefault(ours, layer[theirs])
 
 
 def unquantized(config: dict[str, Any]) -> dict[str, Any]:

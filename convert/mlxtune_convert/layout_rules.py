@@ -222,7 +222,7 @@ def nemotron_h() -> Layout:
         for theirs, ours in (("up_proj", "fc1"), ("down_proj", "fc2"))
     )
     modules = ((f"{mixer}gate", "model.layers.{n}.mixer.gate:weight"), ("backbone.{s}", "model.{s}"))
-    return Layout((*stacked, conv("conv1d")), modules, ("mtp.",), not_in_peft=(".fc1", ".fc2"))
+    return Layout((*stacked, conv("conv1d")), modules, ("mtp.",), not_in_peft=(".fc1", ".fc2", ".out_proj"))
 
 
 def laguna() -> Layout:
@@ -230,8 +230,9 @@ def laguna() -> Layout:
         Rule(f"{LAYER}mlp.gate.weight", (f"{LAYER}mlp.gate.proj.weight",)),
         Rule(f"{LAYER}mlp.experts.e_score_correction_bias", (f"{LAYER}mlp.gate.e_score_correction_bias",)),
     )
-    shared = ((f"{LAYER}mlp.shared_expert.{{s}}", f"{LAYER}mlp.shared_experts.{{s}}:weight"),)
-    return moe(router=("mlp.gate.proj", "mlp.gate"), rules=router, modules=shared)
+    # PEFT renames keys as transformers does when it loads, and garbles what is already named as in memory.
+    garbled = tuple(f".shared_expert.{name}" for name in PARTS)
+    return replace(moe(router=("mlp.gate.proj", "mlp.gate"), rules=router), not_in_peft=garbled)
 
 
 def nanochat() -> Layout:
@@ -294,6 +295,7 @@ GPT_NEOX = Layout(
     ),
     (("model.embed_out", "lm_head"),),
 )
+APERTUS = Layout(tuple(Rule(f"{{s}}.alpha_{sign}", (f"{{s}}.alpha_{sign}",), "number") for sign in "pn"))
 CONV = Layout((conv("conv1d"),))
 QWEN3_5 = Layout(
     (*shifted(MOVED), turned("model.{s}.conv1d.weight", f"{MOVED}model.{{s}}.conv1d.weight"), *PREFIXED),

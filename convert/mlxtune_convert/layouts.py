@@ -16,12 +16,14 @@ from mlxtune_convert.rules import Layout
 IDENTITY = (
     "llama mistral ministral3 qwen2 qwen3 phi phi3 gemma gemma2 gemma3_text granite cohere cohere2 olmo2 "
     "olmo3 smollm3 starcoder2 stablelm helium seed_oss ernie4_5 glm glm4 gpt_bigcode exaone4 nemotron hunyuan_v1_dense "
-    "apertus internlm3 iquestcoder"
+    "internlm3 iquestcoder"
 )
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(IDENTITY.split(), Layout()),
     **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "mellum"), make.moe()),
-    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), replace(make.CONV, not_in_peft=(".out_proj",))),
+    **dict.fromkeys(("mamba", "mamba2"), replace(make.CONV, not_in_peft=(".out_proj",))),
+    "falcon_mamba": replace(make.CONV, not_in_peft=(".out_proj", ".dt_proj")),
+    "apertus": make.APERTUS,
     "mixtral": make.mixtral("mlp.gate"),
     "phimoe": make.mixtral("mlp.router"),
     "granitemoe": make.granitemoe(),

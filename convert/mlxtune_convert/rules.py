@@ -22,7 +22,8 @@ Array = Any  # numpy's or MLX's: both have the methods used here
 class Rule:
     """One correspondence: a tensor in HF, its parts in MLX. `do`: move (rename, with `axes` transposed and `plus` added
     in MLX), stack (experts {e} into one), halves or interleaved (transposed by `axes`, then in two along the rows),
-    kv_b (DeepSeek's). width_axis: on the way in, `axes` are those of tensors that are not as wide as the model there.
+    kv_b (DeepSeek's), number (a vector of length 1 in HF). width_axis: on the way in, `axes` are those of tensors that
+    are not as wide as the model there.
     """
 
     hf: str
@@ -53,6 +54,8 @@ class Rule:
             array = xp.stack(arrays, axis=2).reshape(len(array), -1, *array.shape[2:])
         elif self.do == "kv_b":
             array = xp.concatenate([xp.swapaxes(array, 1, 2), arrays[1]], axis=1).reshape(-1, arrays[1].shape[-1])
+        elif self.do == "number":
+            array = array.reshape(1)
         elif self.plus:
             array = array - self.plus
         # Every permutation of axes in the tables is its own inverse.

@@ -39,8 +39,6 @@ def spelled(config: dict[str, Any]) -> dict[str, Any]:
     if kind == "granitemoehybrid" and out.get("num_local_experts") == 0:
         # A dense model has the shared layer alone; mlx-lm reads its width from another key.
         out["intermediate_size"] = out.get("shared_intermediate_size", out.get("intermediate_size"))
-    if kind in ("gemma4_text", "gemma4_unified_text"):
-        _layers_apart(out)
     if kind in ("minimax_m2", "solar_open"):
         _rotary_part(out)
     text = out.get("text_config")
@@ -58,14 +56,3 @@ def _rotary_part(out: dict[str, Any]) -> None:
         out.setdefault("partial_rotary_factor", part)
     elif isinstance(out.get("head_dim"), int):
         out.setdefault("rotary_dim", int(out["head_dim"] * part))
-
-
-def _layers_apart(out: dict[str, Any]) -> None:
-    """What Gemma 4's layers without a window have of their own: transformers keeps it per layer."""
-    kinds, own = out.get("layer_types") or [], out.get("per_layer_config") or {}
-    if "full_attention" not in kinds or not isinstance(own, dict):
-        return
-    whole = own.get(str(kinds.index("full_attention"))) or {}
-    for ours, theirs in (("global_head_dim", "head_dim"), ("num_global_key_value_heads", "num_key_value_heads")):
-        if theirs in whole:
-            out.setdefault(ours, whole[theirs])

@@ -24,6 +24,7 @@ from mlxtune.gpu_errors import recognise
 from mlxtune.model.arrays import named
 from mlxtune.model.hub import resolve
 from mlxtune.model.quantize import on_cpu
+from mlxtune.model.shared_keys import handed_on, with_unused
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(
             f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
         ) from error
+    handed_on(model)
     return model, config
 
 
@@ -120,7 +122,8 @@ def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, ty
     class Renamed(model):  # type: ignore[misc, valid-type]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
             early = dict(layout.for_mlx_lm(weights.items(), mx, _width(config)))
-            return super().sanitize(early) if hasattr(model, "sanitize") else early
+            clean = super().sanitize(early) if hasattr(model, "sanitize") else early
+            return with_unused(self, clean)
 
     return Renamed, arguments
 

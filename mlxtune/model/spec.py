@@ -12,10 +12,12 @@ import mlx.nn as nn
 
 from mlxtune.errors import UserError
 from mlxtune.model.layers import EMBEDDING, LINEAR, SWITCH, own_parameters
+from mlxtune.model.shared_keys import UNUSED, shares
 from mlxtune.sections import LoraSection
 
 ADAPTER_FILE = "adapters.safetensors"
 OWN_FILE = "mlxtune_adapters.safetensors"
+READ_BY_BLOCK = (".prediction_coefs", ".correction_coefs")  # of Gemma 3n's AltUp, a few numbers each
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,10 @@ def _matching(option: str, name: str, available: list[str]) -> list[str]:
 
 
 def linear_paths(block: nn.Module) -> list[str]:
-    return [path for path, module in block.named_modules() if isinstance(module, LINEAR + SWITCH)]
+    """The layers of a block that can be adapted: not those whose matrices the block itself reads, nor unused ones."""
+    paths = [path for path, module in block.named_modules() if isinstance(module, LINEAR + SWITCH)]
+    idle = READ_BY_BLOCK + (UNUSED if shares(block) else ())
+    return [path for path in paths if not path.endswith(idle)]
 
 
 def block_paths(model: nn.Module) -> list[str]:

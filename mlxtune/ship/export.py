@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import mlx.core as mx
@@ -126,9 +127,13 @@ def to_hf(request: Request) -> Report | None:
 
 
 def _hf_runner(folder: Path) -> tuple[Runner, str]:
+    why = "transformers is not installed"
     if verify.has_transformers():
-        return verify.transformers_runner(folder), "transformers, float32"
-    return verify.mlx_runner(load(str(folder), "float32")), "MLX, float32 (transformers is not installed)"
+        try:
+            return verify.transformers_runner(folder), "transformers, float32"
+        except ImportError as error:  # a tower in another library, as Gemma 3n's in timm
+            why = f"transformers needs more for it: {shorten(str(error), 100, placeholder=' ...')}"
+    return verify.mlx_runner(load(str(folder), "float32")), f"MLX, float32 ({why})"
 
 
 def _dropped(layout: layouts.Layout, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
