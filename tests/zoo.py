@@ -76,7 +76,7 @@ _TOWER = _of(
 )
 _PIXTRAL = _of('model_type="pixtral" head_dim=16', _VISION)
 _QWEN_IDS = _of("image_token_id=300 video_token_id=301 vision_start_token_id=302 vision_end_token_id=303")
-_MROPE = _of('rope_type="default" rope_theta=10000.0 mrope_section=[4,2,2]')
+_MROPE = _of('rope_type="default" rope_theta=10000.0 mrope_section=[3,3,2]')
 _MROPE_WHOLE = _of("mrope_interleaved=true", _MROPE)
 _MROPE_PART = _of("mrope_section=[2,1,1] partial_rotary_factor=0.5", _MROPE_WHOLE)
 

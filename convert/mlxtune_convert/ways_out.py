@@ -22,8 +22,9 @@ def described(original: dict[str, Any], config: dict[str, Any]) -> str:
 
 def _no_gguf(config: dict[str, Any]) -> str:
     """Why llama.cpp cannot have a model of this configuration, or ""."""
+    text = gguf_config.text_of(config)
     try:
-        gguf_config.metadata(gguf_families.by_model_type(str(config.get("model_type"))), config)
+        gguf_config.metadata(gguf_families.by_model_type(str(text.get("model_type"))), text)
     except UserError as error:
         return error.message.partition(" (covered: ")[0]
     return ""
