@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 import tiny
 import zoo
-from mlxtune_convert import layouts
+from mlxtune_convert import gguf_config, gguf_families, layouts
 from mlxtune_convert import peft as files
 from safetensors.numpy import load_file
 
@@ -44,6 +45,7 @@ class Row:
     back: bool = False
     hf: float = float("nan")
     not_in_peft: int = 0  # linear layers that PEFT cannot adapt
+    gguf: str = ""  # llama.cpp's architecture
     refused: str = ""
 
 
@@ -63,6 +65,8 @@ def measure(family: str, root: Path) -> Row:
         row.refused = layouts.NOT_EXPORTED.get(family) or error.message.partition(": ")[2]
         return row
     row.inverse = inverse(original, folder, layout)
+    with contextlib.suppress(UserError):
+        row.gguf = gguf_families.by_model_type(gguf_config.text_of(loaded.config)["model_type"]).gguf
     model = loaded.model
     paths = {path for block in model.layers for path in linear_paths(block)} | set(outside_blocks(model, (nn.Linear,)))
     covered = sorted(
@@ -189,10 +193,10 @@ are compared on text, with transformers' own multimodal class. Differences are t
 converting, after two LoRA steps run by PEFT (and of the loss), and of the merged Hugging Face export. "bits": our table
 gives the original tensors back bit for bit ("in memory": in a form of the files other than transformers', which it
 loads as the same tensors). Layers that PEFT cannot adapt (experts kept in another form there) train here and leave
-through `--to hf`.
+through `--to hf`. GGUF: llama.cpp's architecture, whose logits tests/test_gguf_families.py compares with transformers'.
 
-| family | HF -> MLX | inverse | loss after LoRA | PEFT out | PEFT back | HF out | not in PEFT |
-|---|---|---|---|---|---|---|---|
+| family | HF -> MLX | inverse | loss after LoRA | PEFT out | PEFT back | HF out | not in PEFT | GGUF |
+|---|---|---|---|---|---|---|---|---|
 """
     lines, refused = [], []
     for row in rows:
@@ -200,7 +204,7 @@ through `--to hf`.
             refused.append(f"| {row.family} | {'' if np.isnan(row.logits) else f'{row.logits:.0e}'} | {row.refused} |")
             continue
         numbers = f"{row.logits:.0e} | {row.inverse} | {row.step:.0e} | {row.peft:.0e} | {'bits' if row.back else 'NO'}"
-        lines.append(f"| {row.family} | {numbers} | {row.hf:.0e} | {row.not_in_peft or ''} |")
+        lines.append(f"| {row.family} | {numbers} | {row.hf:.0e} | {row.not_in_peft or ''} | {row.gguf} |")
     tail = f"""
 {len(rows) - len(refused)} families leave. {len(refused)} are refused by name, because mlx-lm's model is not the one in
 transformers, or cannot be compared with it (`mlxtune fuse` keeps what was trained); without a number, transformers'

@@ -15,6 +15,8 @@ import tiny
 import zoo
 from fake_hub import FakeHub
 from mlxtune_convert import layouts
+from mlxtune_convert.configs import normalise
+from mlxtune_convert.ways_out import described
 from safetensors.numpy import load_file
 
 from mlxtune.model import convert
@@ -87,6 +89,34 @@ def test_an_unknown_family_is_refused_before_any_work(hf_model: Path, run: Path,
     for target in ("hf", "peft"):
         expected = ("afm7", "covered: ", "mlxtune fuse")
         tiny.refused(tmp_path / "out", "export", *options, "--to", target, expected=expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", "exports of llama: hf, peft, gguf, gguf-lora"),
+        (
+            "qwen3_vl",
+            "exports of qwen3_vl: hf (with --base ORIGINAL, which has the tensors beside the text), peft, gguf",
+        ),
+        ("granitemoehybrid", "exports of granitemoehybrid: hf, peft; no gguf (models of type granitemoehybrid cannot"),
+        ("gemma3_text", "; no gguf (llama.cpp's gemma3 architecture cannot express sliding_window_pattern 2"),
+        ("jamba", "cannot be exported: mlx-lm normalises the router"),
+        ("dbrx", "what is trained leaves by `mlxtune fuse` alone"),
+    ],
+)
+def test_what_can_leave_is_said_of_a_configuration(family: str, expected: str, tmp_path: Path) -> None:
+    original = _config(tiny.make_model(tmp_path, family))
+    assert expected in described(original, normalise(original))
+
+
+def test_train_says_at_its_start_and_in_its_plan_which_exports_there_are(tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "model", "jamba")
+    tiny.write_jsonl(tmp_path / "data" / "train.jsonl", tiny.conversations(8))
+    options = ("--model", model, "--data", tmp_path / "data", "--out", tmp_path / "run", "--set", "train.steps=1")
+    said = "note: models of type jamba cannot be exported"
+    assert said in tiny.done("train", *options, "--dry-run").stdout
+    assert said in tiny.done("train", *options).stderr
 
 
 def test_the_documented_matrix_names_every_family() -> None:

@@ -77,7 +77,7 @@ NOT_EXPORTED = {
     "kimi_linear": "mlx-lm reads the first configurations of the family, not those of transformers",
     "longcat_flash": "mlx-lm reads the first configurations of the family, not those of transformers",
     "mimo_v2_flash": "mlx-lm reads the first configurations of the family, not those of transformers",
-    "minicpm3": "mlx-lm reads its longrope alone, and with another factor on the scores than transformers",
+    "minicpm3": "mlx-lm reads longrope alone, and gives other logits there than transformers",
     "minimax": "mlx-lm's is MiniMax-M2, transformers' MiniMax-Text-01",
     "minimax_m3_vl": "nobody compared mlx-lm's model with the one in transformers yet",
     "ministral": "mlx-lm has no such model",

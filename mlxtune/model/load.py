@@ -106,6 +106,9 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(
             f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
         ) from error
+    for _, module in model.named_modules():
+        if not hasattr(module, "_no_grad"):  # some of mlx-lm's classes leave out the start that gives it to them
+            module._no_grad = set()
     handed_on(model)
     return model, config
 

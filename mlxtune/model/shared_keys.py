@@ -14,25 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.model.arrays import named
+from mlxtune.model.prefix import PrefixCache
 
 UNUSED = ("k_proj", "v_proj", "k_norm")
-
-
-class _Kept:
-    """In place of a block's cache: what the block computed, for the later ones that share it."""
-
-    offset = 0
-
-    def __init__(self) -> None:
-        self._both: tuple[mx.array, mx.array] | None = None
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self._both = keys, values
-        return keys, values
-
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        assert self._both is not None  # the sharing blocks come last
-        return self._both
+NEARLY_ZERO = 1e-12  # its square is a number in float32 and bfloat16
 
 
 @functools.cache
@@ -40,10 +25,19 @@ def _sharing(kind: Any) -> Any:
     class Sharing(kind):
         def __call__(self, inputs: Any = None, cache: Any = None, **others: Any) -> Any:
             if cache is None:
-                cache = [_Kept() for _ in range(self.first_kv_shared_layer_idx)]
-            return super().__call__(inputs, cache=cache, **others)
+                cache = [PrefixCache() for _ in range(self.first_kv_shared_layer_idx)]
+            embeddings = others.pop("input_embeddings", None)
+            if embeddings is None:
+                embeddings = _not_zero(self.embed_tokens(inputs) * self.hidden_size**0.5)
+            return super().__call__(inputs, cache=cache, input_embeddings=embeddings, **others)
 
     return Sharing
+
+
+def _not_zero(embeddings: mx.array) -> mx.array:
+    """The same, but for rows of zeros (a padding token's), by whose size mlx-lm would divide."""
+    empty = (embeddings == 0).all(axis=-1, keepdims=True)
+    return mx.where(empty, mx.array(NEARLY_ZERO, embeddings.dtype), embeddings)
 
 
 def handed_on(model: nn.Module) -> None:
