@@ -141,7 +141,8 @@ def test_an_adapter_on_a_written_family_does_in_llama_cpp_what_it_does_here(name
     ours = np.array(model(mx.array(IDS)[None]))[0]
     with llama_cpp.runner(tmp_path / "base.gguf", tmp_path / "adapter.gguf") as run:
         theirs = run.logits(IDS)
-    assert np.abs(ours - theirs).max() < np.abs(ours - before).max() / 100
+    # Far below what one adapted layer does; a GELU of Gemma's is looked up in a table.
+    assert np.abs(ours - theirs).max() < np.abs(ours - before).max() / (100 if name == "gemma4" else 20_000)
 
 
 @pytest.mark.parametrize("width", [16, 32])
