@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlxtune_convert.chat_templates import unread
 from mlxtune_convert.files import explained, new_file
+from mlxtune_convert.ways_out import described
 
 from mlxtune import backend, host
 from mlxtune.config import Config
@@ -28,7 +29,7 @@ from mlxtune.model import corrected, floats, hub, lora, vocabulary
 from mlxtune.model.arrays import dtype_name, named
 from mlxtune.model.dropout import add_noise
 from mlxtune.model.exponentials import as_powers_of_two
-from mlxtune.model.load import cast, load, model_dtype, open_model
+from mlxtune.model.load import cast, load, model_dtype, open_model, source_of
 from mlxtune.model.memory import Memory
 from mlxtune.session import CONFIG_FILE, Data, anchored, read_data, run_config
 from mlxtune.train import checkpoint, fast, fit, loggers, loop
@@ -54,10 +55,12 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     model is of a kind that cannot be predicted.
     """
     backend.prepare()
-    model, model_config = open_model(hub.resolve(config.model.path))
+    folder = hub.resolve(config.model.path)
+    model, model_config = open_model(folder)
     own = model_dtype(model)
     dtype = backend.dtype_for(config.train.dtype, own, "quantization" in model_config)
     said = floats.notes(config.train.dtype, own, dtype, model_config) + corrected.notes(model, model_config)
+    said.append(described(source_of(folder)["config"], model_config))
     cast(model, dtype)
     lora.attach(model, _spec(config, model), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
@@ -227,6 +230,7 @@ def prepared(
     notes.append(f"{own.rows} training rows{own.also}, {held.rows} held out{held.also}, {plan.steps} steps")
     where = f"{backend.kind()}, {dtype_name(loaded.dtype)}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
     notes.append(f"training {lora.describe(spec, loaded.model)} on {where}")
+    notes.append(described(source_of(loaded.path)["config"], loaded.config))
     notes.append(f"computed: {fast.describe(way)}")
     notes += repeatable(loaded.model, backend.kind())
     tight = []

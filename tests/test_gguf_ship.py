@@ -209,13 +209,13 @@ def test_a_mixture_gives_more_bits_where_llama_quantize_does() -> None:
     value = np.zeros((8, 256), dtype=np.float32)
     more = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31}
     for layer in range(32):
-        kind, _ = choice.store(f"blk.{layer}.ffn_down.weight", value, 0, value.shape)
+        kind, _ = choice.store(f"blk.{layer}.ffn_down.weight", value, None, value.shape)
         assert kind == ("Q6_K" if layer in more else "Q4_K")
-        assert choice.store(f"blk.{layer}.attn_q.weight", value, 0, value.shape)[0] == "Q4_K"
-    assert choice.store("output.weight", value, 0, value.shape)[0] == "Q6_K"
-    assert choice.store("token_embd.weight", value, 0, value.shape)[0] == "Q4_K"
-    assert choice.store("blk.0.attn_q.weight", value[:, :96], 0, (8, 96))[0] == "Q5_0"
-    assert choice.store("blk.0.attn_norm.weight", value[0], 0, (256,))[0] == "F32"
+        assert choice.store(f"blk.{layer}.attn_q.weight", value, None, value.shape)[0] == "Q4_K"
+    assert choice.store("output.weight", value, None, value.shape)[0] == "Q6_K"
+    assert choice.store("token_embd.weight", value, None, value.shape)[0] == "Q4_K"
+    assert choice.store("blk.0.attn_q.weight", value[:, :96], None, (8, 96))[0] == "Q5_0"
+    assert choice.store("blk.0.attn_norm.weight", value[0], None, (256,))[0] == "F32"
     assert choice.file_type == 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
 
 

@@ -55,7 +55,9 @@ def make_plain_tokenizer(folder: Path) -> None:
 
 
 def make_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: str = "float32", **changes: Any) -> Path:
-    """A two-layer model with random weights, saved by transformers as any Hugging Face model is."""
+    """A two-layer model with random weights, saved by transformers as any Hugging Face model is. kind: of zoo.SHAPES;
+    what follows its first word tells several models of one type apart.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -75,7 +77,7 @@ def make_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: str = "f
         **changes,
     }
     auto = AutoModelForImageTextToText if "vision_config" in shape else AutoModelForCausalLM
-    model = auto.from_config(AutoConfig.for_model(kind, **shape), dtype=getattr(torch, dtype))
+    model = auto.from_config(AutoConfig.for_model(kind.split()[0], **shape), dtype=getattr(torch, dtype))
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             # Trained norms are not all ones and biases not all zeros; a test must be able to see them.

@@ -9,9 +9,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlxtune_convert.spellings import spelled
+
 COPIES = {"gpt2": {"n_ctx": "n_positions"}, "lfm2": {"block_dim": "hidden_size"}}  # older names of one number
-TEXT_ALONE = {"qwen3_5_text": "qwen3_5", "llama4_text": "llama4"}
-READ_SETS = ("gemma4", "gemma4_text")  # mlx-lm reads their rope_parameters, a set for each type of layer
+TEXT_ALONE = {
+    "qwen3_5_text": "qwen3_5",
+    "qwen3_5_moe_text": "qwen3_5_moe",
+    "llama4_text": "llama4",
+    "gemma3n_text": "gemma3n",
+}
+READ_SETS = (
+    "gemma4",
+    "gemma4_text",
+    "gemma4_unified_text",
+)  # mlx-lm reads their rope_parameters, a set for each type of layer
 SOURCE_FILE = "mlxtune_source.json"
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
@@ -28,7 +39,7 @@ def normalise(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spelled(config: dict[str, Any]) -> dict[str, Any]:
-    out = dict(config)
+    out = spelled(config)
     text = out.get("text_config")
     if isinstance(text, dict):
         out["text_config"] = _spelled(text)
@@ -42,7 +53,7 @@ def _spelled(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(local, dict) and "rope_theta" in local:
             out.setdefault("rope_local_base_freq", local["rope_theta"])
         # Fields that some mlx-lm models insist on, in the spelling of older checkpoints.
-        if out.get("model_type") not in READ_SETS:
+        if out.get("model_type") not in READ_SETS:  # transformers would take it for all layers of these
             out.setdefault("rope_scaling", None)
         for new, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
             if new in out:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.gguf_families import FLOAT_KEYS, Family
+from mlxtune_convert.gguf_family import FLOAT_KEYS, Family
 from mlxtune_convert.gguf_file import F32, HINT, Field, File
 
 ROPE_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
@@ -21,6 +21,14 @@ SCALING = {  # GGUF key -> config.json key, of linear and YaRN scaling
 }
 # Llama 3's published sets: factor, low and high frequency factor, original context.
 _LLAMA3 = tuple(product((8.0, 32.0, 16.0, 4.0, 2.0), (1.0,), (4.0, 1.0), (8192, 4096, 2048, 16384, 131072)))
+
+
+def text_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model's text: a vision model has it inside its own."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    return {**config, "model_type": f"{config.get('model_type')}_text", **text}
 
 
 def head_dim(config: dict[str, Any]) -> int:
@@ -49,6 +57,8 @@ def metadata(family: Family, config: dict[str, Any]) -> dict[str, Field]:
     if family.model_type == "olmo3":
         values["attention.sliding_window_pattern"] = _layer_types(config, 4)
     values |= _rope_scaling(config)
+    values |= family.more(config) if family.more else {}
+    values = {key: value for key, value in values.items() if value is not None}
     typed = {key: float(value) if key.endswith(FLOAT_KEYS) else value for key, value in values.items()}
     return {f"{family.gguf}.{key}": Field.of(value) for key, value in typed.items()}
 
@@ -131,6 +141,11 @@ def _yarn_factor(scaling: dict[str, Any]) -> dict[str, float]:
 def rope_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
     """Rotary factors that GGUF keeps as tensors, [rotary dim / 2] float32 each."""
     kind, scaling = _scaling(config)
+    whole = (config.get("rope_parameters") or {}).get("full_attention") or {}
+    if whole.get("rope_type") == "proportional":  # Gemma 4: the pairs beyond a part of the head do not turn
+        pairs = int(config.get("global_head_dim") or head_dim(config)) // 2
+        turning = int(pairs * float(whole.get("partial_rotary_factor", 1.0)))
+        return {"rope_freqs.weight": np.array([1.0] * turning + [1e30] * (pairs - turning), dtype=np.float32)}
     if kind == "llama3":
         shape = (scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"])
         table = _llama3(rotary_dim(config), config["rope_theta"], *shape, scaling["original_max_position_embeddings"])

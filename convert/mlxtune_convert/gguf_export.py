@@ -6,7 +6,7 @@ its like) follow llama-quantize's recipe: more bits where errors cost most.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from gguf.quants import dequantize, quantize
 
 from mlxtune_convert import ggml, quant
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.gguf_families import interleave
 from mlxtune_convert.gguf_file import FLOATS, File
 from mlxtune_convert.quant import Codes
 
@@ -32,6 +31,7 @@ MIXTURES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "q4_k_s": ("Q4_K", {"attn_v": ("Q5_K", "four"), "ffn_down": ("Q5_K", "eighth")}),
 }
 TYPES = (KEEP, *FLOAT_TYPES, *BLOCK_TYPES, *MIXTURES)
+FLOAT32 = ("ffn_gate_inp", "ssm_conv1d", "conv", "per_layer_model_proj")  # matrices that llama.cpp wants so
 # What llama-quantize takes for rows that are no multiple of 256.
 _NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
@@ -64,17 +64,19 @@ class Choice:
         names = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
         return int(LlamaFileType[names.get(name, f"MOSTLY_{name}")])
 
-    def store(self, name: str, value: Codes | np.ndarray, heads: int, shape: tuple[int, ...]) -> tuple[str, np.ndarray]:
-        """(GGUF type, rows) of one tensor. value: codes of a quantized matrix, else float32; heads: see
-        `Family.heads`.
+    def store(
+        self, name: str, value: Codes | np.ndarray, order: np.ndarray | None, shape: tuple[int, ...]
+    ) -> tuple[str, np.ndarray]:
+        """(GGUF type, rows) of one tensor. value: codes of a quantized matrix, else float32; order: see
+        `Family.row_order`.
         """
         stem = name.split(".")[-2]
-        if not name.endswith(".weight") or len(shape) < 2 or stem.startswith("ffn_gate_inp"):
+        if not name.endswith(".weight") or len(shape) < 2 or stem.startswith(FLOAT32):
             kind, rows = "F32", _dense(value).astype(np.float32)
         else:
             kind, rows = self._kept(name, value) if self.type == KEEP else self._typed(name, stem, value, shape)
         self.kinds[kind] = self.kinds.get(kind, 0) + int(np.prod(shape))
-        return kind, interleave(rows.reshape(shape[0], -1), heads) if heads else rows
+        return kind, rows if order is None else rows.reshape(shape[0], -1)[order]
 
     def _kept(self, name: str, value: Codes | np.ndarray) -> tuple[str, np.ndarray]:
         """Codes as they are; floats as the file had them, else in the smallest type that holds them."""
@@ -149,5 +151,26 @@ def _dense(value: Codes | np.ndarray) -> np.ndarray:
 
 
 def gguf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A tensor's shape in GGUF: MLX's own, except the shared expert's gate, which is a vector there."""
-    return shape[-1:] if ".ffn_gate_inp_shexp." in name else shape
+    """A tensor's shape in GGUF: MLX's own, but the shared expert's gate is a vector, a convolution [C, K] there, and
+    one number a vector."""
+    if ".ffn_gate_inp_shexp." in name:
+        return shape[-1:]
+    if "conv" in name.split(".")[-2]:
+        return shape[:2] if len(shape) == 3 else shape
+    return shape or (1,)
+
+
+def columns_moved(value: Codes | np.ndarray, order: np.ndarray | None) -> Codes | np.ndarray:
+    """A matrix with its columns in another order. Codes stay codes where their groups stay whole."""
+    if order is None:
+        return value
+    if isinstance(value, Codes):
+        groups = order.reshape(-1, value.group) if len(order) % value.group == 0 else None
+        if groups is not None and (groups == groups[:, :1] + np.arange(value.group)).all():
+            first = groups[:, 0] // value.group
+            rows = len(value.weight)
+            weight = value.weight.reshape(rows, len(first), -1)[:, first].reshape(rows, -1)
+            biases = None if value.biases is None else value.biases[:, first]
+            return replace(value, weight=weight, scales=value.scales[:, first], biases=biases)
+        value = quant.dequantize(value)
+    return value[..., order]

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.gguf_families import FAMILIES, Family, interleave, uninterleave
+from mlxtune_convert.gguf_families import FAMILIES
+from mlxtune_convert.gguf_family import Family, uninterleave
 from mlxtune_convert.gguf_file import FLOATS, Field, File, Writer
 from mlxtune_convert.peft import Update
 
@@ -65,7 +66,9 @@ def adapter_tensors(family: Family, config: dict[str, Any], updates: dict[str, U
         name = family.gguf_name(f"{path}.weight")
         rest = np.float32(update.scale * update.rank / alpha)
         a, b = (update.a, update.b) if update.a.ndim == 3 else (update.a.T, update.b.T)
-        b = interleave(b if rest == 1 else b * rest, family.heads(name, config))
+        b = b if rest == 1 else b * rest
+        rows, columns = family.row_order(name, config, len(b)), family.column_order(name, config)
+        a, b = a if columns is None else a[..., columns], b if rows is None else b[rows]
         for letter, array in (("a", a), ("b", b)):
             out[f"{name}.lora_{letter}"] = np.ascontiguousarray(array, dtype=np.float32)
     return out
@@ -129,7 +132,7 @@ def _family(file: File, stems: list[str]) -> Family:
     """The family of the file's architecture that has all of these tensors."""
     name = file.get("general.architecture")
     error = UserError(f"{file.path}: adapters for {str(name)[:40]} are not known")
-    for family in (family for family in FAMILIES if family.gguf == name):
+    for family in (family for family in FAMILIES if family.gguf == name and not family.written_only):
         try:
             for stem in stems:
                 family.mlx_name(stem)

@@ -18,7 +18,8 @@ from mlxtune_convert.configs import SOURCE_FILE
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import write_json
 from mlxtune_convert.gguf_config import ROPE_TENSORS
-from mlxtune_convert.gguf_families import Family, of_file, uninterleave
+from mlxtune_convert.gguf_families import of_file
+from mlxtune_convert.gguf_family import Family, uninterleave
 from mlxtune_convert.gguf_file import FLOATS, HINT, File
 from mlxtune_convert.quant import MAPPED, Codes, from_blocks
 from mlxtune_convert.tensors import ShardWriter

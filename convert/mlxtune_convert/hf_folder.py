@@ -52,9 +52,9 @@ def dropped_tensors(layout: Layout, folder: Path) -> Iterator[tuple[str, np.ndar
     Raises UserError before any work when the family has such tensors and `folder` does not hold them.
     """
     files = {name: file for file in weight_files(folder) for name in read_header(file) if layout.is_dropped(name)}
-    if layout.dropped and layout.needs_dropped and not files:
+    if layout.tower and not any(layout.tower in name for name in files):
         raise UserError(
-            f"{folder} lacks tensors that transformers needs and MLX does not ({', '.join(layout.dropped)})",
+            f"{folder} lacks tensors that transformers needs and MLX does not ({layout.tower}*)",
             "Give the original model: --base HF_DIR.",
         )
     return ((name, _tensor(file, name)) for name, file in sorted(files.items()))

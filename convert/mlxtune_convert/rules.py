@@ -22,8 +22,9 @@ Array = Any  # numpy's or MLX's: both have the methods used here
 @dataclass(frozen=True)
 class Rule:
     """One correspondence: a tensor in HF, its parts in MLX. `do`: move (rename, with `axes` transposed and `plus` added
-    in MLX), stack (experts {e} into one), halves or interleaved (transposed by `axes`, then in two along axis 1), kv_b
-    (DeepSeek's).
+    in MLX), stack (experts {e} into one), halves or interleaved (transposed by `axes`, then in two along the rows),
+    kv_b (DeepSeek's), number (a vector of length 1 in HF). width_axis: on the way in, `axes` are those of tensors that
+    are not as wide as the model there.
     """
 
     hf: str
@@ -31,17 +32,21 @@ class Rule:
     do: str = "move"
     axes: tuple[int, ...] = ()
     plus: float = 0.0
+    width_axis: int = 0
 
     @property
     def changes(self) -> bool:
         """Whether a low-rank update of the one is none of the other: more than names and the axes of a matrix."""
         return self.do not in ("move", "stack") or bool(self.plus) or len(self.axes) > 2
 
-    def split(self, array: Array, xp: Any) -> list[Array]:
-        """HF's tensor -> MLX's, for the rules that may come before mlx-lm: move, halves, interleaved."""
-        array = xp.transpose(array, self.axes) if self.axes else array
+    def split(self, array: Array, xp: Any, width: int = 0) -> list[Array]:
+        """HF's tensor -> MLX's, for the rules that may come before mlx-lm: move, halves, interleaved. width: the
+        model's hidden size, for `width_axis`.
+        """
+        if self.axes and not (self.width_axis and array.shape[self.width_axis] == width):
+            array = xp.transpose(array, self.axes)
         if self.do == "halves":
-            return list(xp.split(array, 2, axis=1))
+            return list(xp.split(array, 2, axis=-2))
         return [array[:, 0::2], array[:, 1::2]] if self.do == "interleaved" else [array]
 
     def join(self, arrays: list[Array], xp: Any) -> list[Array]:
@@ -50,11 +55,13 @@ class Rule:
         if self.do == "stack":
             return list(array)
         if self.do == "halves":
-            array = xp.concatenate(arrays, axis=1)
+            array = xp.concatenate(arrays, axis=-2)
         elif self.do == "interleaved":
             array = xp.stack(arrays, axis=2).reshape(len(array), -1, *array.shape[2:])
         elif self.do == "kv_b":
             array = xp.concatenate([xp.swapaxes(array, 1, 2), arrays[1]], axis=1).reshape(-1, arrays[1].shape[-1])
+        elif self.do == "number":
+            array = array.reshape(1)
         elif self.plus:
             array = array - self.plus
         # Every permutation of axes in the tables is its own inverse.
@@ -63,7 +70,10 @@ class Rule:
 
 @cache
 def _pattern(name: str) -> re.Pattern[str]:
-    return re.compile(re.escape(name).replace(r"\{n\}", r"(\d+)").replace(r"\{s\}", "(.+)"))
+    escaped = re.escape(name)
+    for mark, pattern in ((r"\{n\}", r"(\d+)"), (r"\{e\}", r"(?P<expert>\d+)"), (r"\{s\}", "(.+)")):
+        escaped = escaped.replace(mark, pattern)
+    return re.compile(escaped)
 
 
 def _fill(name: str, values: tuple[str, ...], expert: int = 0) -> str:
@@ -81,20 +91,29 @@ class Layout:
     modules: tuple[tuple[str, str], ...] = ()
     dropped: tuple[str, ...] = ()
     early: tuple[Rule, ...] = ()
-    needs_dropped: bool = False  # transformers would draw the missing tensors at random
+    tower: str = ""  # part of the names of dropped tensors that an export must have: transformers would draw them
     not_in_peft: tuple[str, ...] = ()  # last names of layers that PEFT refuses (fused kernels go around them)
 
-    def for_mlx_lm(self, tensors: Iterable[tuple[str, Array]], xp: Any) -> Iterator[tuple[str, Array]]:
-        """HF tensors as mlx-lm can read them. xp: numpy or mlx.core, whichever the arrays are of."""
+    def for_mlx_lm(self, tensors: Iterable[tuple[str, Array]], xp: Any, width: int = 0) -> Iterator[tuple[str, Array]]:
+        """HF tensors as mlx-lm can read them, without those of towers. xp: numpy or mlx.core, whichever the arrays are
+        of; width: the model's hidden size.
+        """
+        experts: dict[str, dict[int, Array]] = {}
         for name, array in tensors:
-            for rule in self.early:
-                match = _pattern(rule.hf).fullmatch(name)
-                if match:
-                    parts = zip(rule.mlx, rule.split(array, xp), strict=True)
-                    yield from ((_fill(to, match.groups()), part) for to, part in parts)
-                    break
-            else:
+            if self.tower and self.is_dropped(name):
+                continue
+            rule = next((rule for rule in self.early if _pattern(rule.hf).fullmatch(name)), None)
+            match = _pattern(rule.hf).fullmatch(name) if rule else None
+            if rule is None or match is None:
                 yield name, array
+                continue
+            if rule.do == "stack":
+                experts.setdefault(_fill(rule.mlx[0], match.groups()), {})[int(match["expert"])] = array
+                continue
+            parts = zip(rule.mlx, rule.split(array, xp, width), strict=True)
+            yield from ((_fill(to, match.groups()), part) for to, part in parts)
+        for name, single in experts.items():
+            yield name, xp.stack([single[expert] for expert in range(len(single))])
 
     def to_hf(self, tensors: Iterable[tuple[str, Array]], xp: Any) -> Iterator[tuple[str, Array]]:
         """MLX tensors -> HF's. Raises UserError when a tensor has lost its partner."""

@@ -29,6 +29,7 @@ from mlxtune.model.corrected import correct, readable
 from mlxtune.model.hub import resolve
 from mlxtune.model.quantize import on_cpu
 from mlxtune.model.reference import completed
+from mlxtune.model.shared_keys import handed_on, with_unused
 from mlxtune.model.tying import by_files
 
 __all__ = ["Loaded", "cast", "load", "model_dtype", "open_model", "source_of"]
@@ -117,7 +118,11 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise _undescribed(path, error) from error
     if why := unheeded.unable(config):
         raise UserError(f"{path}: mlx-lm has no such model of type {config.get('model_type')}: {why}")
+    for _, module in model.named_modules():
+        if not hasattr(module, "_no_grad"):  # some of mlx-lm's classes leave out the start that gives it to them
+            module._no_grad = set()
     correct(model, config)
+    handed_on(model)
     return model, config
 
 
@@ -154,15 +159,21 @@ def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, An
     model, arguments = _get_classes(config)
     arguments = _Readable(arguments)
     layout = LAYOUTS.get(str(original.get("model_type")), Layout())
-    if not layout.early:
+    if not layout.early and not layout.tower:
         return model, arguments
 
     class Renamed(model):  # type: ignore[misc, valid-type]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            early = dict(layout.for_mlx_lm(weights.items(), mx))
-            return super().sanitize(early) if hasattr(model, "sanitize") else early
+            early = dict(layout.for_mlx_lm(weights.items(), mx, _width(config)))
+            clean = super().sanitize(early) if hasattr(model, "sanitize") else early
+            return with_unused(self, clean)
 
     return Renamed, arguments
+
+
+def _width(config: dict[str, Any]) -> int:
+    """The hidden size of a model's text part; 0 where it is not said."""
+    return int((config.get("text_config") or config).get("hidden_size") or 0)
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:

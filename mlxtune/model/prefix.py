@@ -40,14 +40,22 @@ class PrefixCache:
         self.state = state or []  # [keys, values] of the prefix, [1, heads, P, width] each; empty in the first pass
         self.offset = offset
         self.recorded: list[mx.array] = []
+        self._fetched: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if not self.state:
             self.recorded = [keys, values]
-            return keys, values
+            self._fetched = keys, values
+            return self._fetched
         rows = keys.shape[0]
         before = [mx.broadcast_to(array, (rows, *array.shape[1:])) for array in self.state]
-        return mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
+        self._fetched = mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
+        return self._fetched
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What the last layer that has its own fetched, for those that share it (Gemma 3n)."""
+        assert self._fetched is not None
+        return self._fetched
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """N queries at positions offset .. offset + N - 1 over offset + N keys; "causal" is aligned bottom right."""

@@ -13,9 +13,11 @@ from mlxtune_convert.adapters import ADAPTER_FILE, OWN_FILE
 
 from mlxtune.errors import UserError
 from mlxtune.model.layers import EMBEDDING, LINEAR, SWITCH, own_parameters
+from mlxtune.model.shared_keys import UNUSED, shares
 from mlxtune.sections import LoraSection
 
 __all__ = ["ADAPTER_FILE", "OWN_FILE", "Spec"]
+READ_BY_BLOCK = (".prediction_coefs", ".correction_coefs")  # of Gemma 3n's AltUp, a few numbers each
 
 
 class Spec(adapters.Spec):
@@ -58,7 +60,10 @@ def _matching(option: str, name: str, available: list[str]) -> list[str]:
 
 
 def linear_paths(block: nn.Module) -> list[str]:
-    return [path for path, module in block.named_modules() if isinstance(module, LINEAR + SWITCH)]
+    """The layers of a block that can be adapted: not those whose matrices the block itself reads, nor unused ones."""
+    paths = [path for path, module in block.named_modules() if isinstance(module, LINEAR + SWITCH)]
+    idle = READ_BY_BLOCK + (UNUSED if shares(block) else ())
+    return [path for path in paths if not path.endswith(idle)]
 
 
 def block_paths(model: nn.Module) -> list[str]:

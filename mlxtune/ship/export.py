@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import mlx.core as mx
@@ -164,9 +165,13 @@ def _as_hf(request: Request) -> Wanted:
 
 
 def _hf_runner(folder: Path) -> tuple[Runner, str]:
+    why = "transformers is not installed"
     if verify.has_transformers():
-        return verify.transformers_runner(folder), "transformers, float32"
-    return verify.mlx_runner(load(str(folder), "float32")), "MLX, float32 (transformers is not installed)"
+        try:
+            return verify.transformers_runner(folder), "transformers, float32"
+        except ImportError as error:  # a tower in another library, as Gemma 3n's in timm
+            why = f"transformers needs more for it: {shorten(str(error), 100, placeholder=' ...')}"
+    return verify.mlx_runner(load(str(folder), "float32")), f"MLX, float32 ({why})"
 
 
 def to_peft(request: Request) -> Report | ReadBack | None:

@@ -15,8 +15,9 @@ import mlx.core as mx
 import numpy as np
 from mlxtune_convert import chat_templates, ggml, gguf_config, gguf_file, gguf_lora, vocab_export
 from mlxtune_convert.files import new_artefact, require_space
-from mlxtune_convert.gguf_export import KEEP, TYPES, Choice, gguf_shape
-from mlxtune_convert.gguf_families import Family, by_model_type
+from mlxtune_convert.gguf_export import KEEP, TYPES, Choice, columns_moved, gguf_shape
+from mlxtune_convert.gguf_families import by_model_type
+from mlxtune_convert.gguf_family import Family
 from mlxtune_convert.gguf_file import Field, File, Writer
 from mlxtune_convert.gguf_model import HEADER_FILE
 from mlxtune_convert.peft import Update
@@ -84,7 +85,8 @@ def to_lora(request: Request, work: Path) -> Exported:
     if request.adapter is None:
         raise UserError("--to gguf-lora exports an adapter", "Name the run: --adapter RUN")
     tuned = open_merged(request.model, request.adapter)
-    family = by_model_type(tuned.config["model_type"])
+    config = gguf_config.text_of(tuned.config)
+    family = by_model_type(config["model_type"])
     if lora.in_full(tuned.model) or any("m" in layer for layer in lora.adapters(tuned.model).values()):
         raise UserError(
             "a GGUF adapter holds LoRA and rsLoRA only: neither DoRA nor layers trained in full (lora.train_also)",
@@ -93,13 +95,13 @@ def to_lora(request: Request, work: Path) -> Exported:
     layers = lora.adapters(tuned.model).items()
     updates = {path: Update(to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale) for path, layer in layers}
     path = work / MODEL_FILE
-    gguf_lora.write_adapter(path, family, tuned.config, updates, base_name(request, source_of(request.model)))
+    gguf_lora.write_adapter(path, family, config, updates, base_name(request, source_of(request.model)))
     what = f"gguf-lora of {len(updates)} modules"
     if request.examples is None:
         return Exported(what, None, [])
 
     def back() -> int:
-        tensors = gguf_lora.adapter_tensors(family, tuned.config, updates)
+        tensors = gguf_lora.adapter_tensors(family, config, updates)
         return gguf_file.read_back(path, ((name, "F32", array) for name, array in tensors.items()))
 
     if not llama_cpp.installed():
@@ -212,7 +214,7 @@ class Plan:
     @staticmethod
     def of(merged: Merged, kind: str, source: Path, name: str) -> Plan:
         """source: the folder of tokenizer and header. Raises UserError for what llama.cpp cannot express."""
-        config = merged.config
+        config = gguf_config.text_of(merged.config)
         family = by_model_type(config["model_type"])
         names = {family.gguf_name(mlx): shape for mlx, shape in merged.shapes().items()}
         shapes = {name: gguf_shape(name, shape) for name, shape in names.items()}
@@ -238,9 +240,10 @@ class Plan:
         for mlx, value in values(merged):
             name = self.family.gguf_name(mlx)
             if isinstance(value, np.ndarray):
-                value = value + np.float32(self.family.offset(name))
-            heads = self.family.heads(name, self.config)
-            yield name, *self.choice.store(name, value, heads, self.shapes[name])
+                value = self.family.written(name, value).reshape(self.shapes[name])
+            value = columns_moved(value, self.family.column_order(name, self.config))
+            order = self.family.row_order(name, self.config, self.shapes[name][0])
+            yield name, *self.choice.store(name, value, order, self.shapes[name])
 
     def write(self, merged: Merged, path: Path, progress: Progress | None = None) -> None:
         total = sum(math.prod(shape) for shape in self.shapes.values())

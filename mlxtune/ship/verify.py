@@ -282,6 +282,11 @@ def _model_class(config: Any) -> Any:
 
 
 def transformers_runner(folder: Path) -> TorchRunner:
+    """An exported folder, run by transformers in float32. Raises UserError for missing or unexpected tensors."""
+    return TorchRunner(transformers_model(folder).eval())
+
+
+def transformers_model(folder: Path) -> Any:
     """Load an exported folder with transformers, in float32. Raises UserError for missing or unexpected tensors."""
     import torch
     from transformers import AutoConfig
@@ -299,7 +304,7 @@ def transformers_runner(folder: Path) -> TorchRunner:
             "Either it is not as it was written, or this version names the family's tensors otherwise than mlxtune "
             "does (a bug, then: please report it). --no-verify exports without running it.",
         )
-    return TorchRunner(model.eval())
+    return model
 
 
 def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> TorchRunner:
@@ -332,6 +337,12 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
     return TorchRunner(PeftModel.from_pretrained(model, str(folder)).eval())
 
 
+def text_part(model: Any) -> Any:
+    """What answers on text alone: the model itself, but for Llama 4, whose wrapper wants an image (transformers 5)."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return whole.language_model if whole.config.model_type == "llama4" else model
+
+
 @dataclass(frozen=True)
 class TorchRunner:
     """The same by a model of transformers, or PEFT's around one."""
@@ -343,6 +354,6 @@ class TorchRunner:
 
         positions, _ = batch.supervised()
         with torch.no_grad():
-            logits = self.model(torch.from_numpy(batch.ids[:, :-1].astype(np.int64))).logits
+            logits = text_part(self.model)(torch.from_numpy(batch.ids[:, :-1].astype(np.int64))).logits
         rows: np.ndarray = logits.reshape(-1, logits.shape[-1])[torch.from_numpy(positions.astype(np.int64))]
         return rows.float().numpy()  # type: ignore[attr-defined]
