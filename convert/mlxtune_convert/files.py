@@ -215,10 +215,16 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}", f"Expected {what}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder", f"Expected {what}.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from error
+    except RecursionError:
+        raise UserError(f"{path}: its lists and objects lie too deep in one another to be read") from None
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise UserError(f"{path}: a number in it is too long to be read") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

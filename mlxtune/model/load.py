@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import io
+import re
+import tempfile
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -21,9 +26,14 @@ from mlxtune import backend
 from mlxtune.data.tokenizer import load_tokenizer, require_folder
 from mlxtune.errors import UserError
 from mlxtune.gpu_errors import recognise
+from mlxtune.model import config_check
 from mlxtune.model.arrays import named
 from mlxtune.model.hub import resolve
 from mlxtune.model.quantize import on_cpu
+
+GENERATION_FILE = "generation_config.json"
+WHOLE = "a model folder: config.json, safetensors weights and a tokenizer"
+MODEL_TYPE = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,12 @@ class Loaded:
             )
 
 
-def load(source: str, dtype: str = "own", as_mlx_lm: bool = False) -> Loaded:
+def load(source: str, dtype: str = "own", as_mlx_lm: bool = False, read: bool = True) -> Loaded:
     """Load a model for running or training.
 
     source: MLX folder, 16-bit Hugging Face folder, or hub id; dtype: "own" to run it, `train.dtype` to train it;
-    as_mlx_lm: with mlx-lm's own way to multiply on the CPU, to be compared with. Raises UserError for whatever is
+    as_mlx_lm: with mlx-lm's own way to multiply on the CPU, to be compared with; read: its weights now, not when they
+    are first used. Raises UserError for whatever is
     missing, torn or unknown.
     """
     backend.prepare()
@@ -74,45 +85,94 @@ def load(source: str, dtype: str = "own", as_mlx_lm: bool = False) -> Loaded:
         cast(model, wanted)
     if backend.kind() == "cpu" and not as_mlx_lm:
         on_cpu(model)
-    mx.eval(model.parameters())
+    if read:
+        mx.eval(model.parameters())
     return Loaded(model, tokenizer, config, path, wanted, own)
 
 
 def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The mlx-lm model of a folder, its weights not yet read, and its normalised config.json."""
+    """The mlx-lm model of a folder, its weights not yet read, and its normalised config.json.
+
+    Raises UserError for a configuration that is none or has absurd values, a type that mlx-lm does not know, and
+    weights that do not fit.
+    """
     from mlx_lm.utils import load_config, load_model
 
-    read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
-    weight_files(path)
-    original = load_config(path)
-    config = normalise(original)
+    config_check.check(path, read_json(path / "config.json", WHOLE), "config.json")
+    files = weight_files(path)
+    if (path / GENERATION_FILE).is_file():
+        read_json(path / GENERATION_FILE, "generation settings")
+    with _refusals(path):
+        original = load_config(path)
+        config = normalise(original)
+    classes = _classes(path, config, original)
+    config_check.check_arguments(path, config, classes[1], files)
+    with _refusals(path), _alone(path, files) as view:
+        model, config = load_model(view, lazy=True, model_config=config, get_model_classes=lambda config: classes)
+    for _, module in model.named_modules():
+        if not hasattr(module, "_no_grad"):  # some of mlx-lm's classes leave out the start that gives it to them
+            module._no_grad = set()
+    return model, config
+    raise AssertionError("unreachable: the block above returns or raises")
+
+
+@contextlib.contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Turn what mlx-lm's own code raises over a folder's configuration and weights into one line."""
     try:
-        model, config = load_model(
-            path, lazy=True, model_config=config, get_model_classes=lambda config: _classes(config, original)
-        )
-    except ValueError as error:
-        if "not supported" in str(error):
-            raise UserError(f"{path}: mlx-lm has no model of type {config.get('model_type')!r}") from error
-        raise UserError(
-            f"{path}: the weights do not fit config.json ({shorten(str(error), 300, placeholder=' ...')})",
-            "Copy or download the folder again.",
-        ) from error
-    except OSError:
+        yield
+    except (UserError, OSError, MemoryError, KeyboardInterrupt):
         raise
-    except Exception as error:  # mlx-lm raises whatever its parts raise
+    except (Exception, SystemExit) as error:  # a family's module raises whatever its parts raise
         if recognise(error):
             raise
+        if _over_weights(error):
+            raise UserError(
+                f"{path}: the weights do not fit config.json ({_said(error)})",
+                "They are of different models, or one of them is damaged: copy or download the folder again.",
+            ) from error
+        raise UserError(f"{path}/config.json does not describe a model that mlx-lm knows ({_said(error)})") from error
+
+
+def _over_weights(error: BaseException) -> bool:
+    """Whether an error came up while weights were put into a model that was already built."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return nn.Module.load_weights.__code__ in codes or any(code.co_name == "sanitize" for code in codes)
+
+
+def _said(error: BaseException) -> str:
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return shorten(text, 300, placeholder=" ...")
+
+
+@contextlib.contextmanager
+def _alone(path: Path, files: Sequence[Path]) -> Iterator[Path]:
+    """A folder of links to a model's own files and no others: mlx-lm reads every model*.safetensors that it finds.
+
+    Weights that are read later are read from files that were opened here, so the folder may go before that.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlxtune-") as name:
+        view = Path(name)
+        for settings in ("config.json", GENERATION_FILE, "hf_quant_config.json"):
+            if (path / settings).is_file():
+                (view / settings).symlink_to((path / settings).absolute())
+        for number, file in enumerate(files):
+            (view / f"model-{number:05d}.safetensors").symlink_to(file.absolute())
+        yield view
+
+
+def _classes(path: Path, config: dict[str, Any], original: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes; where it cannot read the names that transformers saves, our table puts them right first.
+
+    Raises UserError for a type that mlx-lm has no module for, or whose module cannot be used here.
+    """
+    program = original.get("model_file")
+    if program is not None:
         raise UserError(
-            f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
-        ) from error
-    return model, config
-
-
-def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, type]:
-    """mlx-lm's classes; where it cannot read the names that transformers saves, our table puts them right first."""
-    from mlx_lm.utils import _get_classes
-
-    model, arguments = _get_classes(config)
+            f"{path}/config.json wants the model's own program {str(program)[:80]!r} (model_file)",
+            "Programs that come with a model are never run.",
+        )
+    model, arguments = _family(path, config)
     layout = LAYOUTS.get(str(original.get("model_type")), Layout())
     if not layout.early:
         return model, arguments
@@ -123,6 +183,26 @@ def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, ty
             return super().sanitize(early) if hasattr(model, "sanitize") else early
 
     return Renamed, arguments
+
+
+def _family(path: Path, config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes of a configuration's type. What its module prints or does when it is imported stays here."""
+    from mlx_lm.utils import _get_classes
+
+    kind, printed = config.get("model_type"), io.StringIO()
+    unknown = UserError(f"{path}: mlx-lm has no model of type {str(kind)[:80]!r}")
+    if not isinstance(kind, str) or not MODEL_TYPE.fullmatch(kind):
+        raise unknown
+    try:
+        with contextlib.redirect_stdout(printed):
+            return _get_classes(config)
+    except (Exception, SystemExit) as error:
+        cause = error.__cause__ or error
+        absent = isinstance(cause, ModuleNotFoundError) and str(cause.name).startswith("mlx_lm.models")
+        if absent or isinstance(cause, AttributeError):  # no such module, or one that holds no model
+            raise unknown from error
+        why = " ".join(printed.getvalue().split()) or f"{type(cause).__name__}: {cause}"
+        raise UserError(f"{path}: mlx-lm's module for models of type {kind} does not work here ({why})") from error
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:

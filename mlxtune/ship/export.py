@@ -6,13 +6,13 @@ An export is built under a temporary name, compared with the trained model, and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlxtune_convert import layouts, peft
+from mlxtune_convert import companions, layouts, mtp, peft
 from mlxtune_convert.configs import SOURCE_FILE, unquantized
 from mlxtune_convert.files import explained, new_folder, read_json, require_space, write_json
 from mlxtune_convert.tensors import ShardWriter, read_header, weight_files
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from mlxtune.data.chat import Example
 from mlxtune.data.chosen import Changes
 from mlxtune.errors import UserError
-from mlxtune.model import lora
+from mlxtune.model import again, lora
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
 from mlxtune.model.load import load, model_dtype, open_model, source_of
@@ -37,7 +37,8 @@ from mlxtune.ship.verify import Reference, Report, Runner
 class Request:
     """What to export. model: the folder that was trained on; base: the original 16-bit model, or None to use `model`;
     dtype: of a Hugging Face export, or None for the base's own; base_name: hub id that a PEFT adapter names;
-    examples: held-out rows for the proof, or None to go without it; calibration: training rows to choose codes by."""
+    examples: held-out rows for the proof, or None to go without it; calibration: training rows to choose codes by;
+    notes: what a person must know of the result, added while it is made."""
 
     model: Path
     adapter: Path | None
@@ -48,6 +49,12 @@ class Request:
     examples: Sequence[Example] | None = None
     calibration: Sequence[Example] = ()
     force: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def code(self) -> bool:
+        """Whether the .py files that belong to the model may be copied: `convert` was asked to."""
+        return bool(source_of(self.model).get("code"))
 
     @property
     def sources(self) -> list[Path]:
@@ -81,10 +88,12 @@ def to_mlx(request: Request, bits: int, group: int | None = None) -> Report | No
         calibration = None
         if bits < CALIBRATED_BELOW and request.calibration:
             calibration = Calibration(str(request.model), request.adapter, request.calibration)
-        fuse(merged, request.base or request.model, work, bits, group, calibration)
+        base = request.base or request.model
+        request.notes.extend(fuse(merged, base, work, bits, group, calibration, request.code))
         Changes.read(request.adapter).write(work)
         card.write_generation_config(work, merged.config)
         if request.examples is None:
+            again.check(work)
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
         return judged(work, ref, verify.mlx_runner(load(str(work), "float32")), "MLX, float32", storage, request)
@@ -97,7 +106,7 @@ def to_hf(request: Request) -> Report | None:
     folder = request.base or request.model
     source = source_of(folder)
     layout = layouts.by_model_type(source["config"])
-    dropped = _dropped(layout, folder)
+    dropped = _dropped(layout, folder, source["config"])
     merged = merged_of(request)
     storage = dtype_name(merged.dtype)
     parameters = merged.count()
@@ -108,14 +117,20 @@ def to_hf(request: Request) -> Report | None:
         writer = ShardWriter(work, {"format": "pt"})
         for name, array in layout.to_hf(((name, to_numpy(array)) for name, array in merged.tensors()), np):
             writer.add(name, array)
+        carried = []
         for name, array in dropped:
             writer.add(name, array)
+            carried.append(name)
         writer.close()
         config = unquantized(source["config"])
-        config.pop("torch_dtype", None)
+        if not request.code:
+            config = companions.without_code(config)
+        for key in ("torch_dtype", "transformers_weights"):
+            config.pop(key, None)
+        config = mtp.counted(config, mtp.count(carried, config))
         resize(config, vocabulary(merged.config))
         write_json(work / "config.json", {**config, "dtype": storage})
-        copy_tokenizer(folder, work)
+        request.notes.extend(copy_tokenizer(folder, work, request.code))
         Changes.read(request.adapter).write(work)
         card.write_generation_config(work, config)
         card.write(work, "transformers", base_name(request, source), card.licence_of(folder), request.adapter)
@@ -131,12 +146,13 @@ def _hf_runner(folder: Path) -> tuple[Runner, str]:
     return verify.mlx_runner(load(str(folder), "float32")), "MLX, float32 (transformers is not installed)"
 
 
-def _dropped(layout: layouts.Layout, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors that the original has and MLX does not, as the original has them.
+def _dropped(layout: layouts.Layout, folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that the original has and MLX does not, as the original has them. config: the original's.
 
     Raises UserError before any work when the family has such tensors and `folder` does not hold them.
     """
-    files = {name: file for file in weight_files(folder) for name in read_header(file) if layout.is_dropped(name)}
+    named = ((name, file) for file in weight_files(folder) for name in read_header(file))
+    files = {name: file for name, file in named if layout.is_dropped(name) or mtp.belongs(name, config)}
     if layout.dropped and layout.needs_dropped and not files:
         raise UserError(
             f"{folder} lacks tensors that transformers needs and MLX does not ({', '.join(layout.dropped)})",
@@ -164,7 +180,7 @@ def to_peft(request: Request) -> Report | ReadBack | None:
     with new_folder(request.out, request.force, request.sources) as work:
         peft.write_adapter(work, adapter)
         if changes != Changes():
-            copy_tokenizer(request.model, work)
+            request.notes.extend(copy_tokenizer(request.model, work, request.code))
             changes.write(work)
             note = "Its tokenizer is here; answers end at `generate(..., eos_token_id=tokenizer.eos_token_id)`."
         if rows != vocabulary(source["config"]):

@@ -252,7 +252,8 @@ def transformers_runner(folder: Path) -> Runner:
     from transformers import AutoConfig
 
     _quiet()
-    kind = _model_class(AutoConfig.from_pretrained(str(folder)))
+    # Without trust_remote_code=False the library would ask the user whether to run code that lies in the folder.
+    kind = _model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
     model, info = kind.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
