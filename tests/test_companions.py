@@ -88,9 +88,9 @@ def test_processors_go_along_in_convert_and_every_export(vision: Path, tmp_path:
 def adapter_of(model: Path, out: Path) -> Path:
     """An adapter as a run leaves it, which changes nothing."""
     from mlxtune.model import lora
+    from mlxtune.model.arrays import save_arrays
     from mlxtune.model.spec import ADAPTER_FILE, Spec
     from mlxtune.sections import LoraSection
-    from mlxtune.model.arrays import save_arrays
 
     loaded = load(str(model))
     spec = Spec.of(loaded.model, LoraSection(rank=2))
@@ -137,7 +137,9 @@ def test_code_is_copied_where_that_was_asked_for_and_never_run(with_code: Path, 
     result = tiny.done("convert", with_code, tmp_path / "mlx", "--bits", "16", "--trust-remote-code")
     assert "code" not in result.stderr
     adapter = adapter_of(tmp_path / "mlx", tmp_path / "run")
-    tiny.done("export", "--model", tmp_path / "mlx", "--adapter", adapter, "--to", "hf", "--out", tmp_path / "hf", *DATA)
+    tiny.done(
+        "export", "--model", tmp_path / "mlx", "--adapter", adapter, "--to", "hf", "--out", tmp_path / "hf", *DATA
+    )
     export.to_mlx(export.Request(tmp_path / "mlx", adapter, tmp_path / "fused"), 16)
     for folder in (tmp_path / "mlx", tmp_path / "hf", tmp_path / "fused"):
         assert companions.code_of(folder) == list(SETTINGS)

@@ -130,7 +130,9 @@ def test_a_tensor_in_both_shards_is_taken_where_they_agree_and_refused_where_not
 
 def test_a_tensor_that_only_the_index_knows_is_refused(sharded: Path) -> None:
     edit_index(sharded, {"model.layers.9.x.weight": SHARDS[0]})
-    with pytest.raises(UserError, match=r"names 1 tensors that its files do not hold, first model.layers.9.x.weight of"):
+    with pytest.raises(
+        UserError, match=r"names 1 tensors that its files do not hold, first model.layers.9.x.weight of"
+    ):
         open_model(sharded)
 
 
@@ -150,5 +152,5 @@ def test_one_file_of_another_name_is_read_and_noted_and_several_are_refused(hf_m
     assert [file.name for file in weights.files] == ["model.fp16.safetensors"]
     assert "model.fp16.safetensors is read" in weights.notes[0]
     shutil.copyfile(weights.files[0], tmp_path / "m" / "model 2.safetensors")
-    with pytest.raises(UserError, match="which of 2 files are the model is not said: model 2.safetensors, model.fp16"):
+    with pytest.raises(UserError, match=r"which of 2 files are the model is not said: model 2\.safetensors, mod"):
         open_model(tmp_path / "m")

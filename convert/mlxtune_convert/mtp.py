@@ -29,6 +29,21 @@ def count(names: Iterable[str], config: dict[str, Any]) -> int:
     )
 
 
+def behind(names: Iterable[str], config: dict[str, Any]) -> set[int]:
+    """The numbers of the blocks behind the last one that predict further tokens: config.json counts them, or they have
+    the projection that joins the last block's output with the next token (`eh_proj`).
+    """
+    numbers: dict[int, bool] = {}
+    for name in names:
+        place = _place(name, config) if BLOCK.match(name) else None
+        if place is not None:
+            numbers[place] = numbers.get(place, False) or ".eh_proj." in name
+    text = config.get("text_config")
+    said = [part.get(key) for part in (config, text) if isinstance(part, dict) for key in COUNTS]
+    known = max((count for count in said if isinstance(count, int)), default=0)
+    return {number for place, number in enumerate(sorted(numbers)) if place < known or numbers[number]}
+
+
 def counted(config: dict[str, Any], blocks: int) -> dict[str, Any]:
     """A copy of config.json that says so many; keys that it does not have are not added."""
     out = {key: blocks if key in COUNTS and value else value for key, value in config.items()}
@@ -38,12 +53,17 @@ def counted(config: dict[str, Any], blocks: int) -> dict[str, Any]:
     return {**out, "text_config": counted(text, blocks)} if isinstance(text, dict) else out
 
 
+def number(name: str) -> int | None:
+    """The number of the text model's block that a tensor is of, by its name in Hugging Face's files."""
+    block = BLOCK.match(name)
+    return int(block[1]) if block is not None else None
+
+
 def _place(name: str, config: dict[str, Any]) -> int | None:
     """The number of the block that a tensor is of; -1 for what several share; None for any other tensor."""
     named = NAMED.search(name)
     if named is not None:
         return int(named[1]) if named[1] else -1
-    block = BLOCK.match(name)
-    text = config.get("text_config")
+    block, text = number(name), config.get("text_config")
     layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
-    return int(block[1]) if block is not None and isinstance(layers, int) and int(block[1]) >= layers else None
+    return block if block is not None and isinstance(layers, int) and block >= layers else None

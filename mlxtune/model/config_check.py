@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlxtune_convert import mtp
 from mlxtune_convert.tensors import read_header
 
 from mlxtune.errors import UserError
@@ -28,7 +29,7 @@ SIZES = (
     *("max_position_embeddings", "n_embd", "n_head", "n_heads", "n_layer", "n_layers", "n_positions", "num_layers"),
     *("d_model", "model_dim", "num_transformer_layers"),
 )
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_transformer_layers")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers")  # one for each block with weights
 OBJECTS = ("rope_parameters", "rope_scaling", "vision_config", "quantization", "quantization_config")
 COUNTED = re.compile(r"(^|_)(layers?|loops?|iters|loop_num)$")
 MANY_EXPERTS = re.compile(r"experts|expert_num")
@@ -196,12 +197,13 @@ def _check_products(part: dict[str, Any], where: str) -> None:
 
 def _check_blocks(part: dict[str, Any], key: str, where: str, files: Sequence[Path]) -> None:
     """Raise UserError when config.json counts other blocks than the weight files hold."""
-    names = (name for file in files for name in read_header(file))
+    names = [name for file in files for name in read_header(file)]
     held = {int(found[1]) for name in names if (found := BLOCK.match(name))}
-    if not held:
+    held -= mtp.behind(names, part)
+    if not held or "block_configs" in part:  # searched architectures have blocks without weights
         return
     said, kinds = part[key], part.get("layer_types")
-    if isinstance(said, int | float) and said > max(held) + 1:
+    if said != max(held) + 1:
         raise UserError(
             f"{where}{key} is {said}, the weight files hold {max(held) + 1} blocks",
             "Copy or download the folder again: config.json and weights are of different models.",

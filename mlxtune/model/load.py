@@ -16,11 +16,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
+from mlxtune_convert import mtp
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, normalise
 from mlxtune_convert.files import read_json
 from mlxtune_convert.layouts import LAYOUTS
 from mlxtune_convert.rules import Layout
-from mlxtune_convert.tensors import weight_files
+from mlxtune_convert.tensors import read_header, weight_files
 
 from mlxtune import backend
 from mlxtune.data.tokenizer import load_tokenizer, require_folder
@@ -105,7 +106,8 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     with _refusals(path):
         original = load_config(path)
         config = normalise(original)
-    classes = _classes(path, config, original)
+    names = [name for file in files for name in read_header(file)]
+    classes = _classes(path, config, original, mtp.behind(names, config))
     config_check.check_arguments(path, config, classes[1], files)
     with _refusals(path), _alone(path, files) as view:
         model, config = load_model(view, lazy=True, model_config=config, get_model_classes=lambda config: classes)
@@ -161,10 +163,11 @@ def _alone(path: Path, files: Sequence[Path]) -> Iterator[Path]:
         yield view
 
 
-def _classes(path: Path, config: dict[str, Any], original: dict[str, Any]) -> tuple[type, type]:
+def _classes(path: Path, config: dict[str, Any], original: dict[str, Any], behind: set[int]) -> tuple[type, type]:
     """mlx-lm's classes; where it cannot read the names that transformers saves, our table puts them right first.
 
-    Raises UserError for a type that mlx-lm has no module for, or whose module cannot be used here.
+    behind: numbers of blocks that predict further tokens, which mlx-lm has no place for. Raises UserError for a type
+    that mlx-lm has no module for, or whose module cannot be used here.
     """
     program = original.get("model_file")
     if program is not None:
@@ -174,12 +177,13 @@ def _classes(path: Path, config: dict[str, Any], original: dict[str, Any]) -> tu
         )
     model, arguments = _family(path, config)
     layout = LAYOUTS.get(str(original.get("model_type")), Layout())
-    if not layout.early:
+    if not layout.early and not behind:
         return model, arguments
 
     class Renamed(model):  # type: ignore[misc, valid-type]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            early = dict(layout.for_mlx_lm(weights.items(), mx))
+            kept = ((name, array) for name, array in weights.items() if mtp.number(name) not in behind)
+            early = dict(layout.for_mlx_lm(kept, mx))
             return super().sanitize(early) if hasattr(model, "sanitize") else early
 
     return Renamed, arguments

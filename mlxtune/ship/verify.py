@@ -256,7 +256,7 @@ def transformers_runner(folder: Path) -> Runner:
     kind = _model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
     model, info = kind.from_pretrained(str(folder), dtype=torch.float32, output_loading_info=True)
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-    # transformers leaves out blocks that predict further tokens, but knows them only at the numbers of some checkpoints.
+    # transformers leaves out blocks that predict further tokens, but knows them by the numbers of some checkpoints.
     settings = read_json(folder / "config.json", "a model folder")
     unknown = [name for name in wrong.pop("unexpected_keys", []) if not mtp.belongs(name, settings)]
     wrong |= {"unexpected_keys": unknown} if unknown else {}
