@@ -9,6 +9,7 @@ a model. The conversions run in a process of their own, with limits on time and 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -195,13 +196,14 @@ def run(listed: list[Case], models: Path) -> Iterator[Ended]:
                 text=True,
                 env={**os.environ, "COLUMNS": "300", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"},
             )
-            assert worker.stdout is not None and worker.stderr is not None
-            for line in worker.stdout:
-                status, said, fault = json.loads(line)
-                yield Ended(waiting.pop(0), status, said, fault)
-            worker.wait()
+            with worker:
+                assert worker.stdout is not None and worker.stderr is not None
+                for line in worker.stdout:
+                    status, said, fault = json.loads(line)
+                    yield Ended(waiting.pop(0), status, said, fault)
+                printed = worker.stderr.read()
             if waiting:
-                yield Ended(waiting.pop(0), worker.returncode, worker.stderr.read()[-500:], "the process died")
+                yield Ended(waiting.pop(0), worker.returncode, printed[-500:], "the process died")
 
 
 def work(models: Path) -> None:
@@ -248,6 +250,7 @@ def _convert(case: Case, model: Path, folder: Path, main: Callable[[list[str]], 
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(printed):
             sys.stderr = printed
             signal.alarm(SECONDS)
+            faulthandler.dump_traceback_later(STUCK, exit=True, file=own)
             size = ["--group-size", "32"] if case.bits == "4" else []
             main(["convert", str(source), str(out), "--bits", case.bits, *size])
     except SystemExit as stop:
@@ -258,6 +261,7 @@ def _convert(case: Case, model: Path, folder: Path, main: Callable[[list[str]], 
         fault = traceback.format_exc()
     finally:
         signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
         sys.stderr = own
     return status, printed.getvalue(), fault or _fault(status, printed.getvalue(), out)
 

@@ -63,6 +63,9 @@ def open_gguf(path: Path) -> Gguf:
     known.
     """
     file = gguf_file.read(path)
+    parts = file.get("split.count", 1)
+    if parts != 1:
+        raise UserError(f"{path} is one of {str(parts)[:20]} parts of a model", "Merge them with llama-gguf-split.")
     if file.get("general.type", "model") != "model":
         raise UserError(f"{path} holds no model but {str(file.get('general.type'))[:40]!r}")
     family = of_file(file)
@@ -92,11 +95,7 @@ def _require_all_tensors(file: File, family: Family) -> None:
     names += [f"blk.{layer}.{stem}.weight" for layer in range(layers) for stem in family.names]
     missing = [name for name in names if name not in file.tensors]
     if missing:
-        parts = file.get("split.count", 1)
-        raise UserError(
-            f"{file.path}: {len(missing)} tensors are missing, first {missing[0]}",
-            f"It is one of {parts} parts: merge them with llama-gguf-split." if parts != 1 else "Download it again.",
-        )
+        raise UserError(f"{file.path}: {len(missing)} tensors are missing, first {missing[0]}", "Download it again.")
 
 
 def mlx_tensors(gguf: Gguf) -> Iterator[tuple[str, np.ndarray | Codes]]:

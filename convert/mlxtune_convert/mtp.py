@@ -14,6 +14,7 @@ from typing import Any
 COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers", "mtp_num_layers")
 SWITCH = "use_mtp"
 BLOCK = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
+JOINING = (".eh_proj.", ".enorm.", ".hnorm.")
 NAMED = re.compile(r"(?:^|\.)mtp[^.]*(?:\.layers)?\.(?:(\d+)\.)?")
 
 
@@ -30,18 +31,11 @@ def count(names: Iterable[str], config: dict[str, Any]) -> int:
 
 
 def behind(names: Iterable[str], config: dict[str, Any]) -> set[int]:
-    """The numbers of the blocks behind the last one that predict further tokens: config.json counts them, or they have
-    the projection that joins the last block's output with the next token (`eh_proj`).
+    """The numbers of the blocks behind the last one that predict further tokens. They are known by what joins the last
+    block's output with the next token; a block without that is an ordinary one that config.json does not count.
     """
-    numbers: dict[int, bool] = {}
-    for name in names:
-        place = _place(name, config) if BLOCK.match(name) else None
-        if place is not None:
-            numbers[place] = numbers.get(place, False) or ".eh_proj." in name
-    text = config.get("text_config")
-    said = [part.get(key) for part in (config, text) if isinstance(part, dict) for key in COUNTS]
-    known = max((count for count in said if isinstance(count, int)), default=0)
-    return {number for place, number in enumerate(sorted(numbers)) if place < known or numbers[number]}
+    found = ((name, _place(name, config)) for name in names if BLOCK.match(name))
+    return {place for name, place in found if place is not None and any(part in name for part in JOINING)}
 
 
 def counted(config: dict[str, Any], blocks: int) -> dict[str, Any]:

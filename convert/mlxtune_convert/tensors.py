@@ -126,6 +126,8 @@ def _without_index(folder: Path, notes: list[str]) -> list[Path]:
     if not files:
         others = [path.name for pattern in ("*.bin", "*.pt*") for path in matching(folder, pattern)]
         why = f" (only {others[0]}: pickled weights are never loaded)" if others else ""
+        if matching(folder, "consolidated*.safetensors"):
+            why = " (only consolidated.safetensors, which has the names of Mistral's own programs)"
         raise UserError(
             f"{folder} has no model*.safetensors{why}", "A model folder holds config.json and safetensors files."
         )

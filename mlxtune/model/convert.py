@@ -129,7 +129,10 @@ def convert(
         lossless = work / "lossless"
         lossless.mkdir()
         gguf_model.convert(opened, lossless)
-        out = _from_folder(lossless, "", work, target, dtype)
+        try:
+            out = _from_folder(lossless, "", work, target, dtype)
+        except UserError as error:  # a person knows the file, not the folder that was made of it
+            raise UserError(error.message.replace(str(lossless), str(path)), error.hint) from error
         shutil.rmtree(lossless)
         if opened.notes():
             out.notes.append("the GGUF was already quantized: quantizing it again is lossy")
