@@ -65,7 +65,9 @@ def check(folder: Path, source: Path | None = None) -> None:
     if source is None:
         return
     before = logits(load(str(source), read=False))
-    allowed = ROUNDINGS * float(mx.finfo(loaded.dtype).eps) * float(np.abs(before[np.isfinite(before)]).max())
+    allowed = (
+        ROUNDINGS * float(mx.finfo(loaded.dtype).eps) * float(np.abs(before[np.isfinite(before)]).max(initial=0.0))
+    )
     apart = np.abs(np.where(made == before, 0.0, made - before)).max()
     if not apart <= allowed:
         raise UserError(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune_convert import mtp
-from mlxtune_convert.tensors import read_header
 
 from mlxtune.errors import UserError
 
@@ -74,11 +73,11 @@ def check(path: Path, config: dict[str, Any], name: str) -> None:
     _check_quantization(config.get("quantization"), where)
 
 
-def check_arguments(path: Path, config: dict[str, Any], arguments: type, files: Sequence[Path]) -> None:
+def check_arguments(path: Path, config: dict[str, Any], arguments: type, names: Sequence[str]) -> None:
     """Raise UserError for a value that the family's arguments have another type for, and for blocks that the weight
     files do not hold.
 
-    config: normalised; arguments: mlx-lm's class for it; files: the model's weights.
+    config: normalised; arguments: mlx-lm's class for it; names: of the tensors.
     """
     where = f"{path / 'config.json'}: "
     try:
@@ -99,7 +98,7 @@ def check_arguments(path: Path, config: dict[str, Any], arguments: type, files: 
     for part, inside in ((config, ""), (inner if isinstance(inner, dict) else {}, "text_config.")):
         counts = [key for key in LAYERS if key in part and (key in hints or inside)]
         for key in counts[:1]:
-            _check_blocks(part, key, f"{where}{inside}", files)
+            _check_blocks(part, key, f"{where}{inside}", names)
 
 
 def _require_shallow(config: dict[str, Any], where: str) -> None:
@@ -195,9 +194,8 @@ def _check_products(part: dict[str, Any], where: str) -> None:
         )
 
 
-def _check_blocks(part: dict[str, Any], key: str, where: str, files: Sequence[Path]) -> None:
+def _check_blocks(part: dict[str, Any], key: str, where: str, names: Sequence[str]) -> None:
     """Raise UserError when config.json counts other blocks than the weight files hold."""
-    names = [name for file in files for name in read_header(file)]
     held = {int(found[1]) for name in names if (found := BLOCK.match(name))}
     held -= mtp.behind(names, part)
     if not held or "block_configs" in part:  # searched architectures have blocks without weights

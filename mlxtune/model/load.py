@@ -21,7 +21,7 @@ from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, normalise
 from mlxtune_convert.files import read_json
 from mlxtune_convert.layouts import LAYOUTS
 from mlxtune_convert.rules import Layout
-from mlxtune_convert.tensors import read_header, weight_files
+from mlxtune_convert.tensors import weights_of
 
 from mlxtune import backend
 from mlxtune.data.tokenizer import load_tokenizer, require_folder
@@ -100,16 +100,15 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     from mlx_lm.utils import load_config, load_model
 
     config_check.check(path, read_json(path / "config.json", WHOLE), "config.json")
-    files = weight_files(path)
+    weights = weights_of(path)
     if (path / GENERATION_FILE).is_file():
         read_json(path / GENERATION_FILE, "generation settings")
     with _refusals(path):
         original = load_config(path)
         config = normalise(original)
-    names = [name for file in files for name in read_header(file)]
-    classes = _classes(path, config, original, mtp.behind(names, config))
-    config_check.check_arguments(path, config, classes[1], files)
-    with _refusals(path), _alone(path, files) as view:
+    classes = _classes(path, config, original, mtp.behind(weights.names, config))
+    config_check.check_arguments(path, config, classes[1], weights.names)
+    with _refusals(path), _alone(path, weights.files) as view:
         model, config = load_model(view, lazy=True, model_config=config, get_model_classes=lambda config: classes)
     for _, module in model.named_modules():
         if not hasattr(module, "_no_grad"):  # some of mlx-lm's classes leave out the start that gives it to them
