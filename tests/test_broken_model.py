@@ -50,7 +50,7 @@ MODELS: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "a config.json with an impossible number": (
         edit_config(num_attention_heads=0),
-        ("config.json does not describe a model that mlx-lm knows",),
+        ("config.json: num_attention_heads is 0, allowed is a whole number from 1",),
     ),
     "an unknown model_type": (edit_config(model_type="gpt9"), ("mlx-lm has no model of type 'gpt9'",)),
     "no weights": (remove("model.safetensors"), ("has no model*.safetensors", "A model folder holds config.json and")),

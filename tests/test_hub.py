@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import tiny
 from fake_hub import FakeHub, Request
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 NAME = "acme/tiny"
 WEIGHTS = "model.safetensors"
@@ -125,6 +125,36 @@ def test_only_what_a_model_needs_is_downloaded_and_the_weights_only_once(first: 
     stored = [request.method for request in first.requests if request.host == "storage" and WEIGHTS in request.path]
     assert stored == ["GET"]
     assert not first.user.parts()
+
+
+def test_of_the_weights_only_the_files_of_the_index_are_downloaded(
+    hub: FakeHub, user: User, hf_model: Path, tmp_path: Path
+) -> None:
+    """Strays and other programs' formats stay where they are; the cache, which lacks them, is whole without a hub.
+    The model's own code comes only where it is asked for."""
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    tensors = load_file(hf_model / WEIGHTS)
+    folder = tmp_path / "sharded"
+    shutil.copytree(hf_model, folder)
+    (folder / WEIGHTS).unlink()
+    table = {name: shards[place % 2] for place, name in enumerate(tensors)}
+    for shard in shards:
+        save_file({n: array for n, array in tensors.items() if table[n] == shard}, folder / shard, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "own.Own"}}))
+    repo = hub.add(NAME, folder, own__py=b"import this")
+    needed = set(repo.files) - {"own.py"}
+    for stray in ("model-4bit.safetensors", "model-00003-of-00003.safetensors", "consolidated.safetensors"):
+        repo.files[stray] = b"other weights"
+    succeeded(user.convert(), user, hf_model)
+    assert {request.path.rsplit("/", 1)[1] for request in hub.requests if "/resolve/" in request.path} == needed
+    result = tiny.mlxtune("convert", NAME, tmp_path / "code", "--trust-remote-code", **user.environment)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "code" / "own.py").read_bytes() == b"import this"
+    hub.stop()
+    shutil.rmtree(user.out)
+    succeeded(user.convert(HF_HUB_OFFLINE="1"), user, hf_model)
 
 
 def test_the_token_is_sent_to_the_hub_and_not_to_its_storage(first: First) -> None:

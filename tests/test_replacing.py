@@ -93,5 +93,5 @@ def test_json_that_python_cannot_read_is_refused_in_one_line(tmp_path: Path) -> 
     path = tmp_path / "config.json"
     for text in ("[" * 200_000, '{"a": ' * 100_000, f'{{"a": {"9" * 10_000}}}'):
         path.write_text(text)
-        with pytest.raises(UserError, match=r"config\.json: JSON that cannot be read|not valid JSON"):
+        with pytest.raises(UserError, match=r"config\.json: (its lists|a number)|not valid JSON"):
             files.read_json(path, "a model")

@@ -154,7 +154,7 @@ def to_hf(
     origin = base_path or source
     if base_path is not None and not layout.dropped:
         raise UserError("--base has no effect here: MLX has every part of this family's models", "Leave it out.")
-    dropped = hf_folder.dropped_tensors(layout, origin)
+    dropped = hf_folder.dropped_tensors(layout, origin, base.original)
     with new_folder(destination, force, [source, origin]) as work:
         require_space(work, folder.parameters * wanted.itemsize)
         rows = hf_folder.vocabulary(folder.config)

@@ -23,10 +23,9 @@ OF_MACOS, BESIDE = (".DS_Store", ".localized", "Icon\r"), "._"
 # and --force replaces no folder of it.
 MADE = ("config.json", "adapter_config.json", "*.safetensors", "*.gguf")
 BESIDE_MADE = (
-    *("*.safetensors.index.json", "*_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template.json"),
-    *("additional_chat_templates", "mlxtune_*.json", "verification.json", "README.md", "LICENSE*", "NOTICE*"),
-    *("Modelfile", "*.Modelfile"),
+    *("*.safetensors.index.json", "*_config.json", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
+    *("chat_template.json", "additional_chat_templates", "mlxtune_*.json", "verification.json", "README.md"),
+    *("LICENSE*", "NOTICE*", "Modelfile", "*.Modelfile"),
 )
 # How file systems say that they have no fsync (network volumes, exFAT's folders), not that it failed.
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
@@ -108,10 +107,15 @@ def not_ours(path: Path) -> str:
     """
     if not path.is_dir() or path.is_mount():
         return "a whole volume" if path.is_mount() else ""
+    from mlxtune_convert import companions  # it needs this module
+
     there = contents(path)
+    names = [*MADE, *BESIDE_MADE, *companions.VOCABULARIES]
+    with contextlib.suppress(UserError):  # settings that are none
+        names += [companions.CODE] if companions.code_of(path) else []  # copied because it was asked for
     for entry in sorted(there):
         is_folder = entry.is_dir() and not entry.is_symlink()
-        known = any(fnmatchcase(entry.name, name) for name in (*MADE, *BESIDE_MADE))
+        known = any(fnmatchcase(entry.name, name) for name in names)
         if not known or (is_folder and entry.name != "additional_chat_templates"):
             return entry.name
     if there and not any(fnmatchcase(entry.name, name) for entry in there for name in MADE):
@@ -276,12 +280,16 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}", f"Expected {what}.") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder", f"Expected {what}.") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
-        raise UserError(f"{path}: JSON that cannot be read ({error})") from error
+    except RecursionError:
+        raise UserError(f"{path}: its lists and objects lie too deep in one another to be read") from None
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise UserError(f"{path}: a number in it is too long to be read") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value

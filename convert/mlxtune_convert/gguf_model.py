@@ -64,6 +64,9 @@ def open_gguf(path: Path) -> Gguf:
     known.
     """
     file = gguf_file.read(path)
+    parts = file.get("split.count", 1)
+    if parts != 1:
+        raise UserError(f"{path} is one of {str(parts)[:20]} parts of a model", "Merge them with llama-gguf-split.")
     if file.get("general.type", "model") != "model":
         raise UserError(f"{path} holds no model but {str(file.get('general.type'))[:40]!r}")
     family = of_file(file)

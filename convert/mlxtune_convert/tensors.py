@@ -7,8 +7,10 @@ the tensors' bytes (https://huggingface.co/docs/safetensors).
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,19 @@ from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import matching, read_json, write_json
 
 SHARD_BYTES = 2 << 30
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NUMBERED = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """files: those that hold a model's weights, each whole; names: of the tensors in them; notes: what a person must
+    know of the others.
+    """
+
+    files: list[Path]
+    names: list[str]
+    notes: list[str]
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -35,35 +50,147 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, each checked to be whole.
+    """The weight files of a model folder, each checked to be whole. Raises UserError as `weights_of` does."""
+    return weights_of(folder).files
 
-    Raises UserError naming a missing or torn shard.
+
+def weights_of(folder: Path) -> Weights:
+    """The files that hold a model's weights, as transformers chooses them; none is ever mixed with what lies beside it.
+
+    First what config.json names as transformers_weights, then model.safetensors, then the files of the index. Without
+    any of these: the one model*.safetensors, or a complete set of numbered ones. Raises UserError naming a missing or
+    torn file, what is wrong with the index, or a tensor that two files hold with other numbers.
     """
-    index = folder / "model.safetensors.index.json"
-    files = sorted(folder.glob("model*.safetensors"))
-    if index.is_file():
-        table = read_json(index, "the list of shards").get("weight_map")
-        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-            raise UserError(f"{index}: weight_map must give the file of each tensor", "Copy or download it again.")
-        named = sorted(set(table.values()))
-        for name in named:
-            if name != Path(name).name:
-                raise UserError(f"{index} names a file outside the folder: {name[:80]}", "Copy or download it again.")
-        missing = [name for name in named if not (folder / name).is_file()]
-        if missing:
-            raise UserError(
-                f"{folder}: {len(missing)} of {len(named)} weight files are missing, first {missing[0]}",
-                "Copy or download the folder again.",
-            )
+    usual = (folder / name for name in (SINGLE, INDEX) if (folder / name).is_file())
+    chosen = _asked_for(folder) or next(usual, None)
+    notes: list[str] = []
+    if chosen is None:
+        files = _without_index(folder, notes)
+    elif chosen.suffix == ".json":
+        files = _of_index(chosen)
+    else:
+        files = [chosen]
+    headers = {file: read_header(file) for file in files}
+    if chosen is not None and chosen.suffix == ".json":
+        _compare(chosen, headers, notes)
+    _refuse_two_of_one(headers)
+    stray = [path.name for path in matching(folder, "model*.safetensors") if path not in files]
+    if stray and chosen is not None:
+        more = f" and {len(stray) - 1} more" if len(stray) > 1 else ""
+        why = "is the model" if chosen.suffix != ".json" else "names the model's files"
+        notes.append(f"{stray[0]}{more} in {folder} is not read: {chosen.name} {why}")
+    return Weights(files, [name for header in headers.values() for name in header], notes)
+
+
+def _asked_for(folder: Path) -> Path | None:
+    """The file that config.json names as the one with the weights, or None."""
+    config = read_json(folder / "config.json", "a model folder") if (folder / "config.json").is_file() else {}
+    name = config.get("transformers_weights")
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise UserError(
+            f"{folder / 'config.json'}: transformers_weights is {str(name)[:80]!r}",
+            "It must be the name of a .safetensors file, or of an index of them, in the folder.",
+        )
+    if name != Path(name).name:
+        raise UserError(f"{folder / 'config.json'} names a weight file outside the folder: {name[:80]}")
+    if not (folder / name).is_file():
+        raise UserError(f"{folder} has no {name}, which config.json names", "Copy or download the folder again.")
+    return folder / name
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor -> file name, from an index. Raises UserError for what is none, or names a file outside the folder."""
+    table = read_json(index, "the list of shards").get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise UserError(f"{index}: weight_map must give the file of each tensor", "Copy or download it again.")
+    for name in sorted(set(table.values())):
+        if name != Path(name).name:
+            raise UserError(f"{index} names a file outside the folder: {name[:80]}", "Copy or download it again.")
+        if not name.endswith(".safetensors"):
+            raise UserError(f"{index} names {name[:80]!r}, which is no safetensors file", "Copy or download it again.")
+    return table
+
+
+def _of_index(index: Path) -> list[Path]:
+    folder, named = index.parent, sorted(set(read_index(index).values()))
+    missing = [name for name in named if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(named)} weight files are missing, first {missing[0][:80]}",
+            "Copy or download the folder again.",
+        )
+    return [folder / name for name in named]
+
+
+def _without_index(folder: Path, notes: list[str]) -> list[Path]:
+    """The weights of a folder that has neither model.safetensors nor an index."""
+    files = matching(folder, "model*.safetensors")
     if not files:
         others = [path.name for pattern in ("*.bin", "*.pt*") for path in matching(folder, pattern)]
         why = f" (only {others[0]}: pickled weights are never loaded)" if others else ""
+        if matching(folder, "consolidated*.safetensors"):
+            why = " (only consolidated.safetensors, which has the names of Mistral's own programs)"
         raise UserError(
             f"{folder} has no model*.safetensors{why}", "A model folder holds config.json and safetensors files."
         )
-    for file in files:
-        read_header(file)
+    numbered = [found for path in files if (found := NUMBERED.fullmatch(path.name))]
+    counts = {int(found[2]) for found in numbered}
+    if len(files) == 1 and not numbered:
+        notes.append(f"{folder} has no {SINGLE}: {files[0].name} is read")
+    elif len(numbered) < len(files) or len(counts) != 1:
+        raise UserError(
+            f"{folder}: which of {len(files)} files are the model is not said: {', '.join(p.name for p in files[:4])}",
+            f"Leave those of one model in the folder: {SINGLE}, or the shards with their {INDEX}.",
+        )
+    elif len(files) != counts.pop():
+        raise UserError(
+            f"{folder} has {len(files)} of {int(numbered[0][2])} weight files, first {files[0].name}",
+            "Copy or download the folder again.",
+        )
     return files
+
+
+def _compare(index: Path, headers: dict[Path, dict[str, Any]], notes: list[str]) -> None:
+    """Hold the index against its files. Raises UserError for a tensor that none of them has; notes one that it does
+    not name, which is read all the same (as transformers does).
+    """
+    named = read_index(index)
+    held = {name for header in headers.values() for name in header}
+    lacking = [name for name in named if name not in held]
+    if lacking:
+        raise UserError(
+            f"{index} names {len(lacking)} tensors that its files do not hold, first {lacking[0][:80]} of "
+            f"{named[lacking[0]]}",
+            "The index and the files are of different models, or damaged: copy or download the folder again.",
+        )
+    more = sorted(held - named.keys())
+    if more:
+        notes.append(f"{index.name} does not name {len(more)} tensors of its files, first {more[0]}: they are read")
+
+
+def _refuse_two_of_one(headers: dict[Path, dict[str, Any]]) -> None:
+    """Raise UserError when two files hold one tensor with other numbers: which is the model's, nobody can know."""
+    first: dict[str, Path] = {}
+    for file, header in headers.items():
+        for name in header:
+            other = first.setdefault(name, file)
+            if other != file and _stored(other, name) != _stored(file, name):
+                raise UserError(
+                    f"{other} and {file.name} both hold {name[:80]}, with other numbers",
+                    "One is of another model: copy or download the folder again.",
+                )
+
+
+def _stored(path: Path, name: str) -> bytes:
+    """The line of a tensor in its file's header, without the place, and its bytes."""
+    with path.open("rb") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        entry = json.loads(file.read(size))[name]
+        begin, end = entry["data_offsets"]
+        file.seek(8 + size + begin)
+        return json.dumps([entry["dtype"], entry["shape"]]).encode() + file.read(end - begin)
 
 
 def _entry(array: np.ndarray, at: int) -> dict[str, Any]:
@@ -130,12 +257,12 @@ class ShardWriter:
         count = len(self._shards)
         weight_map: dict[str, str] = {}
         for number, (path, names) in enumerate(self._shards, 1):
-            final = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            final = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             path.rename(self.folder / final)
             weight_map.update(dict.fromkeys(names, final))
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(self.folder / "model.safetensors.index.json", index)
+            write_json(self.folder / INDEX, index)
 
 
 def save_checked(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

@@ -12,12 +12,13 @@ from mlxtune_convert.gguf_file import Field
 from mlxtune_convert.vocab import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, SPECIAL, UNKNOWN, UNUSED, USER_DEFINED
 
 
-def fields(folder: Path, rows: int) -> dict[str, Field]:
-    """The tokenizer of a model folder as GGUF metadata. rows: of the embedding; ids without a token are named unused.
+def fields(folder: Path, rows: int, whole: dict[str, Any] | None = None) -> dict[str, Field]:
+    """The tokenizer of a model folder as GGUF metadata. rows: of the embedding; ids without a token are named unused;
+    whole: its tokenizer.json, where the folder has none (SentencePiece's tokenizer.model alone).
 
     Raises UserError for a tokenizer that llama.cpp cannot reproduce.
     """
-    whole = read_json(folder / "tokenizer.json", "the model's tokenizer")
+    whole = whole or read_json(folder / "tokenizer.json", "the model's tokenizer")
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file, "the tokenizer's settings") if settings_file.is_file() else {}
     model = whole.get("model") or {}

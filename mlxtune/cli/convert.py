@@ -32,6 +32,12 @@ from mlxtune.cli import common
     metavar="DIR",
     help="The MLX model that an adapter (PEFT, GGUF) belongs to, where its files do not say enough.",
 )
+@click.option(
+    "--trust-remote-code",
+    "code",
+    is_flag=True,
+    help="Copy the model's own .py files too (auto_map), for programs that run them; mlxtune never does.",
+)
 @common.force_option
 def convert(
     src: str,
@@ -41,13 +47,15 @@ def convert(
     mode: str | None,
     dtype: str | None,
     base: Path | None,
+    code: bool,
     force: bool,
 ) -> None:
     """Make an MLX model folder from a hub id, an HF or MLX folder, or a GGUF file; an adapter from a PEFT or GGUF one.
 
     A source that is already quantized (GGUF, MLX) keeps its codes bit for bit, unless --bits, --group-size or --mode
     ask for others. What others' tools quantized (fp8, compressed-tensors, bitsandbytes, GPTQ, AWQ, ModelOpt) keeps its
-    4-bit codes where MLX has the same; else it is dequantized, then quantized as asked.
+    4-bit codes where MLX has the same; else it is dequantized, then quantized as asked. What was written is opened
+    again and a few tokens run through it before it gets its name.
 
     \b
     mlxtune convert Qwen/Qwen2.5-0.5B-Instruct qwen-4bit
@@ -64,10 +72,12 @@ def convert(
     target = conversion.Target.of(int(bits) if bits else None, group_size, mode)
     console = common.console()
     with console.status(f"looking for {src}"):
-        folder = hub.resolve(src)
+        folder = hub.resolve(src, code)
     if peft.is_adapter(folder):
-        if bits or group_size or mode or dtype:
-            raise UserError(f"{src} is a PEFT adapter: --bits, --group-size, --mode and --dtype have no effect")
+        if bits or group_size or mode or dtype or code:
+            raise UserError(
+                f"{src} is a PEFT adapter: --bits, --group-size, --mode, --dtype and --trust-remote-code have no effect"
+            )
         made = peft.import_adapter(folder, dst, str(base) if base else None, force)
         for note in made.notes:
             common.note(note)
@@ -79,7 +89,7 @@ def convert(
     if peft.has_weights(folder):
         common.note("the adapter beside the model is left out: in a folder of its own it can be converted.")
     with console.status(f"converting {src}"):
-        done = conversion.convert(src, dst, target, dtype, force, base)
+        done = conversion.convert(src, dst, target, dtype, force, base, code)
     for note in done.notes:
         common.note(note)
     common.stdout().print(f"{dst}: {done.total_bytes / (1 << 20):,.0f} MiB, {done.bits_per_weight:.2f} bits per weight")

@@ -93,6 +93,8 @@ def fuse(bits: str, group_size: str | None, **shared: Any) -> None:
         report = export.to_mlx(request, int(bits), int(group_size) if group_size else None)
     result = common.stdout()
     result.print(f"{request.out}: {bits} bits")
+    for note in request.notes:
+        common.note(note)
     if report is None:
         return
     result.print(report.survival())
@@ -236,6 +238,8 @@ def export(target: str, kind: str | None, ollama: bool, push: str | None, public
         report = shipping.to_peft(request) if target == "peft" else shipping.to_hf(request)
     result = common.stdout()
     result.print(f"{out}: {target}" + ("" if report is None else f", {report.line()}"))
+    for note in request.notes:
+        common.note(note)
     if push:
         for file in sorted(path for path in out.rglob("*") if path.is_file()):
             console.print(f"uploading {file.relative_to(out)}, {file.stat().st_size:,} bytes", soft_wrap=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from mlxtune_convert import chat_templates
-from mlxtune_convert.files import refuse_links_out
+from mlxtune_convert.files import read_json, refuse_links_out
 
 from mlxtune.errors import UserError
 
@@ -36,6 +37,7 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder} has no tokenizer", "Expected tokenizer.json beside the model's weights.")
     templates = chat_templates.of_folder(folder)
     try:
+        # Without the last, the library would ask the user whether to run code that came with the model.
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises whatever its parts raise
         if "trust_remote_code" in str(error):
@@ -44,6 +46,8 @@ def load_tokenizer(folder: Path) -> Any:
                 "Take a version of this model whose tokenizer transformers knows.",
             ) from error
         reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+        if str(error) == _config_error(folder):  # the library looks into it first
+            raise UserError(f"{folder / 'config.json'} is none that transformers can read ({reason})") from error
         raise UserError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: the tokenizer has no tokenizer.json, so tokens cannot be traced to their text")
@@ -51,3 +55,24 @@ def load_tokenizer(folder: Path) -> Any:
         only = templates.keys() == {chat_templates.DEFAULT}
         tokenizer.chat_template = templates[chat_templates.DEFAULT] if only else templates
     return tokenizer
+
+
+def _config_error(folder: Path) -> str | None:
+    """What transformers says of config.json; None where it can read it, or there is none."""
+    from transformers import AutoConfig
+
+    try:
+        if (folder / "config.json").is_file():
+            AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever its parts raise
+        return str(error)
+    return None
+
+
+def tokenizer_json(folder: Path) -> dict[str, Any]:
+    """tokenizer.json of a folder; made of its tokenizer.model where it has that alone."""
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        return read_json(file, "the model's tokenizer")
+    whole: dict[str, Any] = json.loads(load_tokenizer(folder).backend_tokenizer.to_str())
+    return whole

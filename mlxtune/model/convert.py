@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,19 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlxtune_convert import chat_templates, gguf_file, gguf_lora, gguf_model
+from mlxtune_convert import companions, gguf_file, gguf_lora, gguf_model
 from mlxtune_convert.adapters import save_adapter
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
 from mlxtune_convert.files import new_folder, read_json, require_space, write_json
 from mlxtune_convert.foreign.folder import Opened, open_foreign, write
 from mlxtune_convert.foreign.method import of_folder, of_mxfp4
 from mlxtune_convert.peft import Adapter
-from mlxtune_convert.tensors import ShardWriter, weight_files
+from mlxtune_convert.tensors import ShardWriter, weights_of
 
 from mlxtune import backend
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.tokenizer import load_tokenizer, tokenizer_json
 from mlxtune.errors import UserError
-from mlxtune.model import corrected
+from mlxtune.model import again, corrected
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.model.hub import resolve
 from mlxtune.model.load import cast, model_dtype, open_model, require_known, source_of
@@ -38,10 +39,8 @@ MODES = {
     "nvfp4": ((4,), (16,)),
 }
 UNQUANTIZED_BITS = 16
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "generation_config.json"),
-)
+TOKENIZER_FILE = "tokenizer.json"
+CODE_LEFT_OUT = "the model names code of its own (auto_map), which is left out with the keys that name it"
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,18 @@ def convert(
     dtype: str | None = None,
     force: bool = False,
     base: Path | None = None,
+    code: bool = False,
 ) -> Converted:
-    """Convert any source into `destination`, which appears only when it is complete.
+    """Convert any source into `destination`, which appears only when it is complete and a few tokens ran through it.
 
-    base: the model that a GGUF adapter belongs to.
+    base: the model that a GGUF adapter belongs to; code: copy the model's own .py files, which are never run here.
     dtype: type of what is not quantized (None: the source's). Raises UserError for anything wrong with the
     source, the options or the disk.
     """
     backend.prepare()
-    path = resolve(source)
+    path = resolve(source, code)
+    if code and (path.is_file() or not companions.code_of(path)):
+        raise UserError(f"--trust-remote-code has no effect: {source} names no code of its own", "Leave it out.")
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path}: a model file must be a .gguf", "A Hugging Face model is given as its folder.")
@@ -121,20 +123,24 @@ def convert(
         if foreign is not None:
             require_space(destination, foreign.converted_bytes + _result_bytes(foreign, target))
             with new_folder(destination, force, [path]) as work:
-                return _from_foreign(foreign, _hub_id(source), work, target, dtype)
+                return _from_foreign(foreign, _hub_id(source), work, target, dtype, code)
     opened = gguf_model.open_gguf(path) if path.is_file() else None
     if opened is not None:
         require_space(destination, opened.converted_bytes)
     with new_folder(destination, force, [path]) as work:
         if opened is None:
-            return _from_folder(path, _hub_id(source), work, target, dtype)
+            return _from_folder(path, _hub_id(source), work, target, dtype, code)
         if opened.quantized and not target.asked and dtype is None:
             gguf_model.convert(opened, work)
+            again.check(work)
             return _measured(work, opened.notes())
         lossless = work / "lossless"
         lossless.mkdir()
         gguf_model.convert(opened, lossless)
-        out = _from_folder(lossless, "", work, target, dtype)
+        try:
+            out = _from_folder(lossless, "", work, target, dtype)
+        except UserError as error:  # a person knows the file, not the folder that was made of it
+            raise UserError(error.message.replace(str(lossless), str(path)), error.hint) from error
         shutil.rmtree(lossless)
         if opened.notes():
             out.notes.append("the GGUF was already quantized: quantizing it again is lossy")
@@ -167,13 +173,15 @@ def _result_bytes(opened: Opened, target: Target) -> int:
     return int(opened.converted_bytes * _share(target))
 
 
-def _from_foreign(opened: Opened, name: str, work: Path, target: Target, dtype: str | None) -> Converted:
-    """The floats in a folder of their own, then what any folder becomes. name: hub id, or ""."""
+def _from_foreign(
+    opened: Opened, name: str, work: Path, target: Target, dtype: str | None, code: bool = False
+) -> Converted:
+    """The floats in a folder of their own, then what any folder becomes. name: hub id, or ""; code: as `convert`."""
     plain, source = work / "plain", opened.foreign.folder
     plain.mkdir()
     write(opened, plain)
     try:
-        out = _from_folder(plain, name, work, target, dtype)
+        out = _from_folder(plain, name, work, target, dtype, code)
     except UserError as error:
         raise UserError(error.message.replace(str(plain), str(source)), error.hint) from error
     shutil.rmtree(plain)
@@ -181,15 +189,18 @@ def _from_foreign(opened: Opened, name: str, work: Path, target: Target, dtype: 
     return out
 
 
-def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str | None) -> Converted:
-    """name: hub id, or "". Quantizing is mlx-lm's own, the family's exceptions (routers and such) included."""
+def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str | None, code: bool = False) -> Converted:
+    """name: hub id, or ""; code: with the model's own .py files. Quantizing is mlx-lm's own, the family's exceptions
+    (routers and such) included.
+    """
     from mlx_lm.utils import dequantize_model, quantize_model
 
     original = read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
-    require_space(work, _estimate(path, original, target))
+    weights = weights_of(path)
+    require_space(work, _estimate(weights.files, original, target))
     model, config = open_model(path)
     load_tokenizer(path)  # nothing is written without one
-    notes = corrected.notes(model, config)
+    notes = [*weights.notes, *corrected.notes(model, config)]
     quantized = bool(config.get("quantization"))
     own = dict.fromkeys(QUANTIZATION_KEYS, config["quantization"]) if quantized else {}
     config = unquantized(config) | own  # nothing that another maker's tool declared, and no empty entries
@@ -218,18 +229,21 @@ def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str |
                 f"{len(left)} layers stay unquantized (first: {left[0]}): width no multiple of {target.group_size}"
             )
     _save_weights(model, work)
-    write_json(work / "config.json", config)
-    copy_tokenizer(path, work)
     origin = source_of(path)
     if not (path / SOURCE_FILE).is_file():
         origin |= {"name": name, "config": unquantized(original)}
-    write_json(work / SOURCE_FILE, origin)
+    write_config(work, config, origin, code)
+    copy_tokenizer(path, work, code)
+    if companions.code_of(path) and not code:
+        notes.append(f"{CODE_LEFT_OUT}; --trust-remote-code copies it")
+    same = target.bits == UNQUANTIZED_BITS and dtype is None and not any(key in original for key in QUANTIZATION_KEYS)
+    again.check(work, path if same else None)
     return _measured(work, notes)
 
 
-def _estimate(path: Path, config: dict[str, Any], target: Target) -> int:
+def _estimate(files: list[Path], config: dict[str, Any], target: Target) -> int:
     """Bytes the result will take, from the source's: within some ten percent, on the high side."""
-    size = sum(file.stat().st_size for file in weight_files(path))
+    size = sum(file.stat().st_size for file in files)
     if any(config.get(key) for key in QUANTIZATION_KEYS):
         return size if not target.asked else size * 4
     if target.bits == UNQUANTIZED_BITS:
@@ -252,20 +266,26 @@ def _save_weights(model: nn.Module, folder: Path) -> None:
     writer.close()
 
 
-def copy_tokenizer(source: Path, destination: Path) -> None:
-    """Copy tokenizer and generation settings; the chat templates end up both as files and inside
-    tokenizer_config.json.
+def write_config(folder: Path, config: dict[str, Any], origin: dict[str, Any], code: bool) -> None:
+    """Write config.json, and beside it where the model came from. code: keep the keys that name .py files."""
+    if not code:
+        config = companions.without_code(config)
+        origin = {**origin, "config": companions.without_code(origin["config"])}
+    # This names a weight file of the source; ours have the usual names.
+    write_json(folder / "config.json", {key: value for key, value in config.items() if key != "transformers_weights"})
+    write_json(folder / SOURCE_FILE, {**origin, "code": code})
+
+
+def copy_tokenizer(source: Path, destination: Path, code: bool = False) -> list[str]:
+    """Copy what belongs to a model beside config.json and weights (`companions.copy`); return what a person must know.
+
+    The copy has a tokenizer.json also where the source has SentencePiece's tokenizer.model alone.
     """
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, destination / name)
-    templates = chat_templates.of_folder(source)
-    config_file = destination / chat_templates.CONFIG
-    config = read_json(config_file, "the tokenizer's settings") if config_file.is_file() else {}
-    if templates:
-        chat_templates.write(destination, templates)
-        if not config.get("chat_template"):
-            write_json(config_file, {**config, "chat_template": chat_templates.for_config(templates)})
+    left_out = companions.copy(source, destination, code)
+    if not (destination / TOKENIZER_FILE).is_file() and (destination / "tokenizer.model").is_file():
+        text = json.dumps(tokenizer_json(source), ensure_ascii=False)
+        (destination / TOKENIZER_FILE).write_text(text, encoding="utf-8")
+    return [CODE_LEFT_OUT] if left_out else []
 
 
 def _measured(folder: Path, notes: list[str]) -> Converted:

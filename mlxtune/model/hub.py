@@ -10,12 +10,15 @@ import functools
 import hashlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxtune_convert.files import MIB, explained, refuse_links_out, require_space
+from mlxtune_convert.companions import CODE, VOCABULARIES
+from mlxtune_convert.files import MIB, explained, read_json, refuse_links_out, require_space
 from mlxtune_convert.foreign.method import unread
 from mlxtune_convert.foreign.original import instead, unquantized_name
+from mlxtune_convert.tensors import INDEX, SINGLE, read_index
 
 from mlxtune.errors import UserError
 
@@ -25,11 +28,13 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = re.compile(r"model.*\.safetensors")
 ADAPTER = "adapter_model.safetensors"
-PATTERNS = ["*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "*.txt", ADAPTER]
+# What is fetched beside the weights; of the weights, only the files that are the model.
+PATTERNS = list(dict.fromkeys(["*.json", "*.jinja", "*.txt", *VOCABULARIES]))
 
 
-def resolve(source: str) -> Path:
-    """A local folder or file as it is, a hub id as the folder of its download.
+def resolve(source: str, code: bool = False) -> Path:
+    """A local folder or file as it is, a hub id as the folder of its download. code: with the .py files in it, which
+    nothing here runs.
 
     Raises UserError: nothing there, unknown on the hub, gated, no network and not in the cache, no safetensors, a cut
     or damaged download, a full disk.
@@ -41,31 +46,34 @@ def resolve(source: str) -> Path:
         return path
     if not HUB_ID.fullmatch(source) or source.startswith((".", "~")) or path.suffix in (".gguf", ".safetensors"):
         raise UserError(f"no file or folder {source}", "A hub id looks like owner/name.")
-    return _download(source)
+    return _download(source, code)
 
 
 @functools.cache
-def _download(name: str) -> Path:
+def _download(name: str, code: bool) -> Path:
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
     from huggingface_hub.utils import disable_progress_bars
 
     offline = constants.is_offline_mode()
+    patterns = PATTERNS + [CODE] * code
     try:
+        if offline:
+            raise OSError("the hub is not asked")
         with explained(Path(constants.HF_HUB_CACHE)):
-            if not offline:
-                # Without a timeout of its own this request waits for ever.
-                info = HfApi().model_info(name, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-                _refuse_unread(name, info)
-                _fetch_weights(name, info)
+            # Without a timeout of its own this request waits for ever.
+            info = HfApi().model_info(name, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            _refuse_unread(name, info)
+            weights = _weights(name, info)
+            _fetch_weights(name, info, weights)
             if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
                 disable_progress_bars()  # what is left are small files
-            return Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=offline))
+            return Path(snapshot_download(name, allow_patterns=[*patterns, *(file.rfilename for file in weights)]))
     except HFValidationError as error:
         raise UserError(f"no file or folder {name}, and no model on the hub can have that name") from error
     except (HTTPError, OSError) as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-        folder = None if 0 < status < 500 else _cached(name)  # without a network the cached copy serves
+        folder = None if 0 < status < 500 else _cached(name, patterns)  # without a network the cached copy serves
         if folder is None:
             raise _explained(name, error, status, offline) from error
         return folder
@@ -84,11 +92,8 @@ def _refuse_unread(name: str, info: ModelInfo) -> None:
     )
 
 
-def _fetch_weights(name: str, info: ModelInfo) -> None:
-    """Put the weights into the hub's cache, where snapshot_download finds them. Refuse what cannot be used or kept."""
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.utils import WeakFileLock
-
+def _weights(name: str, info: ModelInfo) -> list[RepoSibling]:
+    """The weight files of a repository, as `tensors.weights_of` chooses them in a folder. Refuses one without any."""
     files = info.siblings or []
     weights = [file for file in files if WEIGHTS.fullmatch(file.rfilename)]
     weights = weights or [file for file in files if file.rfilename == ADAPTER]
@@ -96,6 +101,38 @@ def _fetch_weights(name: str, info: ModelInfo) -> None:
         pickled = [file.rfilename for file in files if file.rfilename.endswith((".bin", ".pt", ".pth"))]
         why = f": only pickled weights ({pickled[0]}), which are never loaded" if pickled else ""
         raise UserError(f"{name} has no model*.safetensors{why}", "Choose a repository with safetensors weights.")
+    chosen = _chosen({file.rfilename for file in files}, lambda file: _small(name, file, info.sha))
+    if chosen is None:
+        return weights
+    missing = sorted(chosen - {file.rfilename for file in files})
+    if missing:
+        raise UserError(f"{name} lacks {len(missing)} of its {len(chosen)} weight files, first {missing[0]}")
+    return [file for file in files if file.rfilename in chosen]
+
+
+def _chosen(names: set[str], read: Callable[[str], Path]) -> set[str] | None:
+    """The files that are a model's weights; None where they go by their names alone. names: of all its files; read:
+    the path of one of them.
+    """
+    asked = read_json(read("config.json"), "a model").get("transformers_weights") if "config.json" in names else None
+    chosen = asked if isinstance(asked, str) else next((name for name in (SINGLE, INDEX) if name in names), None)
+    if chosen is None or not chosen.endswith(".json"):
+        return None if chosen is None else {chosen}
+    return set(read_index(read(chosen)).values())
+
+
+def _small(name: str, file: str, revision: str | None) -> Path:
+    """One small file of a repository, downloaded."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, file, revision=revision))
+
+
+def _fetch_weights(name: str, info: ModelInfo, weights: list[RepoSibling]) -> None:
+    """Put the weights into the hub's cache, where snapshot_download finds them. Refuse what cannot be kept."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import WeakFileLock
+
     cache = Path(constants.HF_HUB_CACHE)
     folder = f"models--{name.replace('/', '--')}"  # the cache's documented layout, like blobs/ and .locks/
     blobs, locks = cache / folder / "blobs", cache / ".locks" / folder
@@ -156,16 +193,18 @@ def _fetch(name: str, url: str, file: RepoSibling, blob: Path) -> None:
     os.replace(part, blob)
 
 
-def _cached(name: str) -> Path | None:
+def _cached(name: str, patterns: list[str]) -> Path | None:
     """The copy in the hub's cache, when it is a whole model."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=PATTERNS, local_files_only=True))
+        folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+        names = {path.name for path in folder.iterdir()}
+        weights = _chosen(names, lambda file: folder / file) or {file for file in names if WEIGHTS.fullmatch(file)}
     except Exception:  # whatever is wrong with the cache, there is no copy
         return None
-    whole = (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
-    return folder if whole or (folder / ADAPTER).is_file() else None
+    whole = "config.json" in names and bool(weights) and weights <= names
+    return folder if whole or ADAPTER in names else None
 
 
 def _explained(name: str, error: Exception, status: int, offline: bool) -> UserError:

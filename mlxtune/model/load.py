@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import io
+import re
+import tempfile
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -11,19 +16,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
-from mlxtune_convert import unheeded
+from mlxtune_convert import mtp, unheeded
 from mlxtune_convert.configs import normalise
 from mlxtune_convert.files import read_json
 from mlxtune_convert.foreign.method import of_folder
 from mlxtune_convert.layouts import LAYOUTS
 from mlxtune_convert.mlx_folder import source_of
 from mlxtune_convert.rules import Layout
-from mlxtune_convert.tensors import weight_files
+from mlxtune_convert.tensors import weights_of
 
 from mlxtune import backend
 from mlxtune.data.tokenizer import load_tokenizer, require_folder
 from mlxtune.errors import UserError
 from mlxtune.gpu_errors import recognise
+from mlxtune.model import config_check
 from mlxtune.model.arrays import named
 from mlxtune.model.corrected import correct, readable
 from mlxtune.model.hub import resolve
@@ -33,6 +39,10 @@ from mlxtune.model.shared_keys import handed_on, with_unused
 from mlxtune.model.tying import by_files
 
 __all__ = ["Loaded", "cast", "load", "model_dtype", "open_model", "source_of"]
+
+GENERATION_FILE = "generation_config.json"
+WHOLE = "a model folder: config.json, safetensors weights and a tokenizer"
+MODEL_TYPE = re.compile(r"[\w-]+")
 
 
 @dataclass(frozen=True)
@@ -65,11 +75,12 @@ class Loaded:
             )
 
 
-def load(source: str, dtype: str = "own", as_mlx_lm: bool = False) -> Loaded:
+def load(source: str, dtype: str = "own", as_mlx_lm: bool = False, read: bool = True) -> Loaded:
     """Load a model for running or training.
 
     source: MLX folder, 16-bit Hugging Face folder, or hub id; dtype: "own" to run it, `train.dtype` to train it;
-    as_mlx_lm: with mlx-lm's own way to multiply on the CPU, to be compared with. Raises UserError for whatever is
+    as_mlx_lm: with mlx-lm's own way to multiply on the CPU, to be compared with; read: its weights now, not when they
+    are first used. Raises UserError for whatever is
     missing, torn or unknown.
     """
     backend.prepare()
@@ -83,39 +94,39 @@ def load(source: str, dtype: str = "own", as_mlx_lm: bool = False) -> Loaded:
         cast(model, wanted)
     if backend.kind() == "cpu" and not as_mlx_lm:
         on_cpu(model)
-    mx.eval(model.parameters())
+    if read:
+        mx.eval(model.parameters())
     return Loaded(model, tokenizer, config, path, wanted, own)
 
 
 def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The mlx-lm model of a folder, its weights not yet read, and its normalised config.json."""
+    """The mlx-lm model of a folder, its weights not yet read, and its normalised config.json.
+
+    Raises UserError for a configuration that is none or has absurd values, a type that mlx-lm does not know, and
+    weights that do not fit.
+    """
     from mlx_lm.utils import load_config, load_model
 
-    read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
-    weight_files(path)
-    original = load_config(path)
+    config_check.check(path, read_json(path / "config.json", WHOLE), "config.json")
+    weights = weights_of(path)
+    if (path / GENERATION_FILE).is_file():
+        read_json(path / GENERATION_FILE, "generation settings")
+    with _refusals(path):
+        original = load_config(path)
     foreign = of_folder(path, original)
     if foreign is not None:
         raise foreign.not_here()
-    require_known(path, original)
-    config = normalise(by_files(completed(original), path))
-    try:
+    with _refusals(path):
+        config = normalise(by_files(completed(original), path))
+    classes = _classes(path, config, original, mtp.behind(weights.names, config))
+    config_check.check_arguments(path, config, classes[1], weights.names)
+    with _refusals(path, config), _alone(path, weights.files) as view:
         model, config = load_model(
-            path, lazy=True, model_config=config, get_model_classes=lambda config: _classes(config, original)
+            view,
+            lazy=True,
+            model_config=config,
+            get_model_classes=lambda config: (classes[0], _Readable(classes[1])),
         )
-    except ValueError as error:
-        if why := unheeded.why(config):
-            raise UserError(f"{path}: mlx-lm has no such model of type {config.get('model_type')}: {why}") from error
-        raise UserError(
-            f"{path}: the weights do not fit config.json ({shorten(str(error), 300, placeholder=' ...')})",
-            "Copy or download the folder again.",
-        ) from error
-    except OSError:
-        raise
-    except Exception as error:  # mlx-lm raises whatever its parts raise
-        if recognise(error):
-            raise
-        raise _undescribed(path, error) from error
     if why := unheeded.unable(config):
         raise UserError(f"{path}: mlx-lm has no such model of type {config.get('model_type')}: {why}")
     for _, module in model.named_modules():
@@ -128,18 +139,59 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def require_known(path: Path, config: dict[str, Any]) -> None:
     """Raise UserError when mlx-lm has no model of the type that a config.json names, or it names none."""
+    with _refusals(path):
+        known = normalise(config)
+    _family(path, known)
+
+
+@contextlib.contextmanager
+def _refusals(path: Path, config: dict[str, Any] | None = None) -> Iterator[None]:
+    """Turn what mlx-lm's own code raises over a folder's configuration and weights into one line. config: as it was
+    handed to mlx-lm, which does not heed all of it.
+    """
     try:
-        _classes(normalise(config), config)
-    except ValueError as error:
-        raise UserError(f"{path}: mlx-lm has no model of type {config.get('model_type')!r}") from error
-    except Exception as error:  # whatever a broken config leads to
-        raise _undescribed(path, error) from error
+        yield
+    except (UserError, OSError, MemoryError, KeyboardInterrupt):
+        raise
+    except (Exception, SystemExit) as error:  # a family's module raises whatever its parts raise
+        if recognise(error):
+            raise
+        why = unheeded.why(config) if config is not None and isinstance(error, ValueError) else ""
+        if config is not None and why:
+            raise UserError(f"{path}: mlx-lm has no such model of type {config.get('model_type')}: {why}") from error
+        if _over_weights(error):
+            raise UserError(
+                f"{path}: the weights do not fit config.json ({_said(error)})",
+                "They are of different models, or one of them is damaged: copy or download the folder again.",
+            ) from error
+        raise UserError(f"{path}/config.json does not describe a model that mlx-lm knows ({_said(error)})") from error
 
 
-def _undescribed(path: Path, error: Exception) -> UserError:
-    return UserError(
-        f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
-    )
+def _over_weights(error: BaseException) -> bool:
+    """Whether an error came up while weights were put into a model that was already built."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return nn.Module.load_weights.__code__ in codes or any(code.co_name == "sanitize" for code in codes)
+
+
+def _said(error: BaseException) -> str:
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return shorten(text, 300, placeholder=" ...")
+
+
+@contextlib.contextmanager
+def _alone(path: Path, files: Sequence[Path]) -> Iterator[Path]:
+    """A folder of links to a model's own files and no others: mlx-lm reads every model*.safetensors that it finds.
+
+    Weights that are read later are read from files that were opened here, so the folder may go before that.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlxtune-") as name:
+        view = Path(name)
+        for settings in ("config.json", GENERATION_FILE, "hf_quant_config.json"):
+            if (path / settings).is_file():
+                (view / settings).symlink_to((path / settings).absolute())
+        for number, file in enumerate(files):
+            (view / f"model-{number:05d}.safetensors").symlink_to(file.absolute())
+        yield view
 
 
 @dataclass(frozen=True)
@@ -152,19 +204,27 @@ class _Readable:
         return self.arguments.from_dict(readable(config))
 
 
-def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, Any]:
-    """mlx-lm's classes; where it cannot read the names that transformers saves, our table puts them right first."""
-    from mlx_lm.utils import _get_classes
+def _classes(path: Path, config: dict[str, Any], original: dict[str, Any], behind: set[int]) -> tuple[type, type]:
+    """mlx-lm's classes; where it cannot read the names that transformers saves, our table puts them right first.
 
-    model, arguments = _get_classes(config)
-    arguments = _Readable(arguments)
+    behind: numbers of blocks that predict further tokens, which mlx-lm has no place for. Raises UserError for a type
+    that mlx-lm has no module for, or whose module cannot be used here.
+    """
+    program = original.get("model_file")
+    if program is not None:
+        raise UserError(
+            f"{path}/config.json wants the model's own program {str(program)[:80]!r} (model_file)",
+            "Programs that come with a model are never run.",
+        )
+    model, arguments = _family(path, config)
     layout = LAYOUTS.get(str(original.get("model_type")), Layout())
-    if not layout.early and not layout.tower:
+    if not layout.early and not layout.tower and not behind:
         return model, arguments
 
     class Renamed(model):  # type: ignore[misc, valid-type]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            early = dict(layout.for_mlx_lm(weights.items(), mx, _width(config)))
+            kept = ((name, array) for name, array in weights.items() if mtp.number(name) not in behind)
+            early = dict(layout.for_mlx_lm(kept, mx, _width(config)))
             clean = super().sanitize(early) if hasattr(model, "sanitize") else early
             return with_unused(self, clean)
 
@@ -174,6 +234,26 @@ def _classes(config: dict[str, Any], original: dict[str, Any]) -> tuple[type, An
 def _width(config: dict[str, Any]) -> int:
     """The hidden size of a model's text part; 0 where it is not said."""
     return int((config.get("text_config") or config).get("hidden_size") or 0)
+
+
+def _family(path: Path, config: dict[str, Any]) -> tuple[type, type]:
+    """mlx-lm's classes of a configuration's type. What its module prints or does when it is imported stays here."""
+    from mlx_lm.utils import _get_classes
+
+    kind, printed = config.get("model_type"), io.StringIO()
+    unknown = UserError(f"{path}: mlx-lm has no model of type {str(kind)[:80]!r}")
+    if not isinstance(kind, str) or not MODEL_TYPE.fullmatch(kind):
+        raise unknown
+    try:
+        with contextlib.redirect_stdout(printed):
+            return _get_classes(config)
+    except (Exception, SystemExit) as error:
+        cause = error.__cause__ or error
+        absent = isinstance(cause, ModuleNotFoundError) and str(cause.name).startswith("mlx_lm.models")
+        if absent or isinstance(cause, AttributeError):  # no such module, or one that holds no model
+            raise unknown from error
+        why = " ".join(printed.getvalue().split()) or f"{type(cause).__name__}: {cause}"
+        raise UserError(f"{path}: mlx-lm's module for models of type {kind} does not work here ({why})") from error
 
 
 def cast(model: nn.Module, dtype: mx.Dtype) -> None:

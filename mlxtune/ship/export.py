@@ -6,7 +6,7 @@ An export is built under a temporary name, compared with the trained model, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -21,7 +21,7 @@ from mlxtune_convert.files import explained, new_folder, read_json, require_spac
 from mlxtune.data.chat import Example
 from mlxtune.data.chosen import Changes
 from mlxtune.errors import UserError
-from mlxtune.model import lora
+from mlxtune.model import again, lora
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
 from mlxtune.model.load import load, model_dtype, open_model, source_of
@@ -38,7 +38,8 @@ from mlxtune.ship.verify import Reference, Report, Runner, TorchRunner
 class Request:
     """What to export. model: the folder that was trained on; base: the original 16-bit model, or None to use `model`;
     dtype: of a Hugging Face export, or None for the base's own; base_name: hub id that a PEFT adapter names;
-    examples: held-out rows for the proof, or None to go without it; calibration: training rows to choose codes by."""
+    examples: held-out rows for the proof, or None to go without it; calibration: training rows to choose codes by;
+    notes: what a person must know of the result, added while it is made."""
 
     model: Path
     adapter: Path | None
@@ -49,6 +50,12 @@ class Request:
     examples: Sequence[Example] | None = None
     calibration: Sequence[Example] = ()
     force: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def code(self) -> bool:
+        """Whether the .py files that belong to the model may be copied: `convert` was asked to."""
+        return bool(source_of(self.model).get("code"))
 
     @property
     def sources(self) -> list[Path]:
@@ -82,10 +89,12 @@ def to_mlx(request: Request, bits: int, group: int | None = None) -> Report | No
         calibration = None
         if bits < CALIBRATED_BELOW and request.calibration:
             calibration = Calibration(str(request.model), request.adapter, request.calibration)
-        fuse(merged, request.base or request.model, work, bits, group, calibration)
+        base = request.base or request.model
+        request.notes.extend(fuse(merged, base, work, bits, group, calibration, request.code))
         Changes.read(request.adapter).write(work)
         card.write_generation_config(work, merged.config)
         if request.examples is None:
+            again.check(work)
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
         run = verify.mlx_runner(load(str(work), "float32"))
@@ -126,7 +135,7 @@ def to_hf(request: Request) -> Report | None:
     folder = request.base or request.model
     source = source_of(folder)
     layout = layouts.by_model_type(source["config"])
-    dropped = hf_folder.dropped_tensors(layout, folder)
+    dropped = hf_folder.dropped_tensors(layout, folder, source["config"])
     merged = merged_of(request)
     storage = dtype_name(merged.dtype)
     parameters = merged.count()
@@ -136,8 +145,8 @@ def to_hf(request: Request) -> Report | None:
         require_space(work, parameters * merged.dtype.size)
         tensors = ((name, to_numpy(array)) for name, array in merged.tensors())
         rows = vocabulary(merged.config)
-        config = hf_folder.write(work, layout, tensors, dropped, source["config"], rows, storage)
-        copy_tokenizer(folder, work)
+        config = hf_folder.write(work, layout, tensors, dropped, source["config"], rows, storage, request.code)
+        request.notes.extend(copy_tokenizer(folder, work, request.code))
         Changes.read(request.adapter).write(work)
         card.write_generation_config(work, config)
         card.write(work, "transformers", base_name(request, source), card.licence_of(folder), request.adapter)
@@ -187,7 +196,7 @@ def to_peft(request: Request) -> Report | ReadBack | None:
     with new_folder(request.out, request.force, request.sources) as work:
         peft.write_adapter(work, adapter)
         if changes != Changes():
-            copy_tokenizer(request.model, work)
+            request.notes.extend(copy_tokenizer(request.model, work, request.code))
             changes.write(work)
             note = "Its tokenizer is here; answers end at `generate(..., eos_token_id=tokenizer.eos_token_id)`."
         if rows != vocabulary(source["config"]):

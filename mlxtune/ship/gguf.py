@@ -26,6 +26,7 @@ from mlxtune_convert.vocab import CONTROL
 
 from mlxtune.data.chat import Example
 from mlxtune.data.chosen import Changes, tokenizer_of
+from mlxtune.data.tokenizer import tokenizer_json
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
@@ -229,7 +230,7 @@ class Plan:
             "general.file_type": Field.of(0),
             "general.quantization_version": Field.of(2),
             **gguf_config.metadata(family, config),
-            **vocab_export.fields(source, shapes["token_embd.weight"][0]),
+            **vocab_export.fields(source, shapes["token_embd.weight"][0], tokenizer_json(source)),
         }
         return Plan(family, choice, config, overlaid(original, fields) if original else fields, shapes, original)
 

@@ -15,14 +15,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlxtune_convert.configs import SOURCE_FILE, unquantized
-from mlxtune_convert.files import require_space, write_json
+from mlxtune_convert.configs import unquantized
+from mlxtune_convert.files import require_space
 from mlxtune_convert.tensors import ShardWriter
 
 from mlxtune.errors import UserError
 from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
-from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
+from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer, write_config
 from mlxtune.model.layers import SWITCH, Adapter, own_parameters
 from mlxtune.model.load import model_dtype, open_model, source_of
 from mlxtune.model.quantize import QUANTIZED, dense_weight
@@ -127,12 +127,21 @@ def open_merged(base: Path, adapter: Path | None, dtype: mx.Dtype | None = None)
     return Merged(model, config, dtype or own)
 
 
-def fuse(merged: Merged, base: Path, work: Path, bits: int, group: int | None, calibration: Calibration | None) -> None:
-    """Write a merged MLX folder into `work`.
+def fuse(
+    merged: Merged,
+    base: Path,
+    work: Path,
+    bits: int,
+    group: int | None,
+    calibration: Calibration | None,
+    code: bool = False,
+) -> list[str]:
+    """Write a merged MLX folder into `work`; return what a person must know.
 
     bits 16: dense; 4 or 8: layers that the adapter changed are quantized again to that many bits in groups of `group`
     (None: the base's), layers it did not change keep the base's codes. base: where tokenizer and source come from;
-    calibration: the trained model and rows to choose codes by, or None to round to the nearest.
+    calibration: the trained model and rows to choose codes by, or None to round to the nearest; code: with the .py
+    files that belong to the model.
     """
     needed = merged.count() * merged.dtype.size
     require_space(work, needed if bits == UNQUANTIZED_BITS else needed * (bits + 2) // 16)
@@ -147,11 +156,10 @@ def fuse(merged: Merged, base: Path, work: Path, bits: int, group: int | None, c
             quantizer.calibrated(calibration)
         config["quantization"] = config["quantization_config"] = quantizer.finish()
     writer.close()
-    write_json(work / "config.json", config)
-    copy_tokenizer(base, work)
     source = source_of(base)
     resize(source["config"], vocabulary(config))
-    write_json(work / SOURCE_FILE, source)
+    write_config(work, config, source, code)
+    return copy_tokenizer(base, work, code)
 
 
 class _Quantizer:

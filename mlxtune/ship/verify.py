@@ -19,8 +19,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlxtune_convert import peft
-from mlxtune_convert.files import write_json
+from mlxtune_convert import mtp, peft
+from mlxtune_convert.files import read_json, write_json
 from mlxtune_convert.tensors import read_header
 
 from mlxtune import backend
@@ -292,11 +292,16 @@ def transformers_model(folder: Path) -> Any:
     from transformers import AutoConfig
 
     _quiet()
+    # Without trust_remote_code=False the library would ask the user whether to run code that lies in the folder.
     kind = _model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
     model, info = kind.from_pretrained(
         str(folder), dtype=torch.float32, output_loading_info=True, trust_remote_code=False
     )
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    # transformers leaves out blocks that predict further tokens, but knows them by the numbers of some checkpoints.
+    settings = read_json(folder / "config.json", "a model folder")
+    unknown = [name for name in wrong.pop("unexpected_keys", []) if not mtp.belongs(name, settings)]
+    wrong |= {"unexpected_keys": unknown} if unknown else {}
     if wrong:
         names = "; ".join(f"{key.partition('_')[0]}: {', '.join(map(str, found[:3]))}" for key, found in wrong.items())
         raise UserError(
