@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,17 @@ def test_no_more_than_a_few_matrices_are_in_memory(tmp_path: Path, monkeypatch: 
     tracemalloc.stop()
     assert len(model.found.parts) == 32
     assert peak < 8 * weight.nbytes
+
+
+def test_a_model_of_many_matrices_needs_no_more_open_files_than_shards(tmp_path: Path) -> None:
+    """macOS lets a process open 256."""
+    tensors, _ = foreign.gptq(4, 32)(WEIGHT)
+    named = {f"{n}.{part}": tensor.clone() for n in range(100) for part, tensor in tensors.items()}
+    folder = foreign.written(tmp_path / "m", named, GPTQ)
+    before = len(os.listdir("/dev/fd"))
+    model = opened(folder)
+    assert len(model.found.parts) == 100
+    assert len(os.listdir("/dev/fd")) < before + 10
 
 
 def test_what_is_no_weight_is_copied_and_what_declares_the_quantization_is_not(tmp_path: Path) -> None:

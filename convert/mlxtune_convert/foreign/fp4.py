@@ -61,12 +61,10 @@ def microscaled(weights: Weights, module: str, packed: str, scale: str) -> tuple
     return Part(f"{module}.weight", (rows, columns), (packed, scale), matrix, codes), "MXFP4"
 
 
-def two_scales(
-    weights: Weights, packed: str, scale: str, overall: str, divides: bool, group: int = 16
-) -> tuple[Part, str]:
+def two_scales(weights: Weights, packed: str, scale: str, overall: str, divides: bool) -> tuple[Part, str]:
     """An NVFP4 matrix. overall: the tensor's one scale; divides: it is a divisor. Raises UserError for shapes that do
     not fit."""
-    rows, columns = _shape(weights, packed, scale, group)
+    rows, columns = _shape(weights, packed, scale, 16)
     if weights.needed(overall, packed).size != 1:
         raise weights.wrong(overall, f"is {weights.described(overall)}: one number is right")
 
@@ -76,7 +74,7 @@ def two_scales(
             raise weights.wrong(overall, "is 0")
         factors = weights.scales(scale, packed)
         factors = factors / one if divides else factors * one
-        return values(weights.array(packed)) * np.repeat(factors, group, axis=1)
+        return values(weights.array(packed)) * np.repeat(factors, 16, axis=1)
 
     name = f"{module_of(packed.removesuffix('_packed'))}.weight"
     return Part(name, (rows, columns), (packed, scale, overall), matrix), "NVFP4"

@@ -56,8 +56,11 @@ def _gptq_part(weights: Weights, module: str, settings: dict[str, Any], later: b
         found = unpacked(stored, bits, outputs).T
         return found if later or bits != 3 else (found + 1) & 7
 
+    def scales() -> np.ndarray:
+        return weights.scales(scale, module).T
+
     uses = (weight, zero, scale, *([order] if order in weights else []))
-    return _part(weights, module, uses, bits, (outputs, inputs), codes, zero_points, scale, indices, group)
+    return grouped(module, uses, bits, (outputs, inputs), codes, zero_points, scales, indices, group)
 
 
 def awq(weights: Weights, settings: dict[str, Any]) -> Found:
@@ -92,29 +95,11 @@ def _awq_part(weights: Weights, module: str, settings: dict[str, Any]) -> tuple[
     def zero_points() -> np.ndarray:
         return columns(zeros)
 
-    uses = (weight, zero, scale)
-    return _part(weights, module, uses, 4, (outputs, inputs), codes, zero_points, scale, indices, group)
-
-
-def _part(
-    weights: Weights,
-    module: str,
-    uses: tuple[str, ...],
-    bits: int,
-    shape: tuple[int, int],
-    codes: Callable[[], np.ndarray],
-    zero_points: Callable[[], np.ndarray],
-    scale: str,
-    indices: np.ndarray | None,
-    group: int,
-) -> tuple[Part, str]:
-    """A matrix from its codes, [out, in], and its zero points, [out, groups]. indices: the group of each input where
-    the groups do not follow each other."""
-
     def scales() -> np.ndarray:
         return weights.scales(scale, module).T
 
-    return grouped(module, uses, bits, shape, codes, zero_points, scales, indices, group)
+    uses = (weight, zero, scale)
+    return grouped(module, uses, 4, (outputs, inputs), codes, zero_points, scales, indices, group)
 
 
 def grouped(

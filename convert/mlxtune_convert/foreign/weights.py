@@ -43,12 +43,13 @@ HINT = "The folder is damaged, or of a format that is not known: download it aga
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is: its file, type (safetensors' name), shape, and the first byte of its data in the file."""
+    """Where a tensor is: its file, type (safetensors' name), shape, and where its bytes begin and end in the file."""
 
     file: Path
     kind: str
     shape: tuple[int, ...]
     start: int
+    end: int
 
 
 class Weights:
@@ -58,11 +59,12 @@ class Weights:
         """Raises UserError as `weight_files` does."""
         self.folder = folder
         self.places: dict[str, Place] = {}
+        self._files: dict[Path, np.ndarray] = {}
         for file in weight_files(folder):
             header, begin = _header(file)
             for name, entry in header.items():
-                shape, first = tuple(entry["shape"]), entry["data_offsets"][0]
-                self.places[name] = Place(file, entry["dtype"], shape, begin + first)
+                first, last = entry["data_offsets"]
+                self.places[name] = Place(file, entry["dtype"], tuple(entry["shape"]), begin + first, begin + last)
 
     def __contains__(self, name: str) -> bool:
         return name in self.places
@@ -87,10 +89,10 @@ class Weights:
         kind = TYPES.get(place.kind)
         if kind is None:
             raise UserError(f"{self.folder}: {name} has the type {place.kind}, which is not known", HINT)
-        if 0 in place.shape:
-            return np.empty(place.shape, kind)
-        shape = place.shape or (1,)
-        return np.memmap(place.file, kind, "r", place.start, shape).view(np.ndarray).reshape(place.shape)
+        if place.file not in self._files:  # one mapping per file: each holds a file descriptor
+            self._files[place.file] = np.memmap(place.file, np.uint8, "r").view(np.ndarray)
+        data = self._files[place.file][place.start : place.end]
+        return data.view(kind).reshape(place.shape)
 
     def needed(self, name: str, owner: str) -> np.ndarray:
         """A tensor that `owner` cannot be understood without. Raises UserError where it is missing."""
