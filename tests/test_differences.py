@@ -292,6 +292,20 @@ def test_a_merge_that_is_none_is_our_bug(
     assert differences.BUG in said
 
 
+def test_codes_that_lose_the_tune_are_told_from_torn_ones(
+    mlx_model: Path, run: Path, held_out: Sequence[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "fused"
+    export.to_mlx(Request(mlx_model, run, folder), 4)
+    monkeypatch.setitem(verify.LIMITS, "4 bits", {"gain_kept": 9.0})
+    report, said = export.check(folder, mlx_model, run, held_out)
+    assert report.verdict == "lossy" and "fuse --bits 8 or 16" in said
+    scaled("model.layers.1.mlp.up_proj.scales", np.inf)(folder)
+    assert why(folder, mlx_model, run, held_out).startswith(
+        "1 tensor holds numbers that are infinite or none, first model.layers.1.mlp.up_proj.scales."
+    )
+
+
 def test_llama_cpp_that_computes_another_model_is_told_from_a_type_that_rounds(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

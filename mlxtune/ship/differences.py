@@ -31,6 +31,7 @@ LEAST = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 # Of a tensor's largest value: sums in another order, and the last bit of what they are stored in.
 ROUNDING = {"float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 LARGEST = {"float16": 65504.0}
+MOST_TOKENS = 512  # of the row that is looked at: what all parts of a 7B model give on it is some 2 GB on each side
 BUG = "This is a bug in mlxtune; please report it with this line."
 # Keys of config.json that say nothing of what is computed, or follow what was trained.
 IDLE = (
@@ -65,8 +66,8 @@ class Trained:
     def row(self) -> np.ndarray:
         """The longest row that was compared, [T]: a window or a rule for long rows shows there."""
         batch = max(self.ref.batches, key=lambda batch: int(batch.lengths[0]))
-        ids: np.ndarray = batch.ids[0, : int(batch.lengths[0])]
-        return ids[:-1]
+        ids: np.ndarray = batch.ids[0, : int(batch.lengths[0]) - 1]
+        return ids[:MOST_TOKENS]
 
     def states(self) -> states.States:
         return states.of_mlx(verify.trained_model(self.model, self.adapter).model, self.row)
