@@ -155,13 +155,18 @@ def test_asking_for_code_that_a_model_does_not_name_is_an_error(hf_model: Path, 
     tiny.refused(out, "convert", hf_model, out, "--trust-remote-code", expected=("has no effect", "names no code"))
 
 
-def test_a_tokenizer_that_is_code_alone_is_refused_without_a_question(hf_model: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_code_alone_is_refused_without_a_question(
+    hf_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers asks on the terminal whether to run it, where it is not told."""
     shutil.copytree(hf_model, tmp_path / "m")
     (tmp_path / "m" / "tokenizer.json").unlink()
     settings = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
     (tmp_path / "m" / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "m" / "tokenization_own.py").write_text(f"open({str(tmp_path / MARKER)!r}, 'w')\n")
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "n")
     with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
         load_tokenizer(tmp_path / "m")
+    assert not asked
     assert not (tmp_path / MARKER).exists()
