@@ -1,6 +1,6 @@
 """What `mlxtune-convert` does: adapters and models across the fence between MLX and PyTorch, and the proof of it.
 
-Nothing here needs MLX, PyTorch or a model that runs. A result is read back before it gets its name.
+Nothing here needs MLX, PyTorch or a model that runs. An adapter is read back before it gets its name.
 """
 
 from __future__ import annotations
@@ -67,8 +67,13 @@ def read_ours(source: Path, base: Base) -> peft.Adapter:
         adapter, spec = adapters.read_adapter(source)
         if base.own_head is not None:
             spec.check_head(base.own_head, source)
-    crossing.check_fit(adapter, base, source)
+    crossing.check_fit(adapter, base, source, bool(_changes(source).tokens))
     return adapter
+
+
+def _changes(source: Path) -> chosen.Changes:
+    """What an MLX adapter changes in its model's tokenizer; nothing for a file."""
+    return chosen.Changes.read(source if source.is_dir() else None)
 
 
 def _peft_of(adapter: peft.Adapter, base: Base, name: str) -> peft.Adapter:
@@ -83,7 +88,7 @@ def name_of(base: Path) -> str:
 
 def _write_tokenizer(source: Path, base: Path, work: Path) -> None:
     """Give the folder the tokenizer that the adapter was trained with, where that is not the base's own."""
-    changes = chosen.Changes.read(source if source.is_dir() else None)
+    changes = _changes(source)
     if changes.empty:
         return
     folder = base if base.is_dir() else base.parent
@@ -110,13 +115,14 @@ def to_mlx(source: Path, destination: Path, base_path: Path | None, force: bool 
         notes.append("names and shapes were not compared with a model (--base DIR does)")
     elif base.layers is None:
         notes.append("shapes were not compared: the base's weights are not at hand in MLX's form")
+    changes = chosen.Changes.of_files(source)
     if base is not None:
-        crossing.check_fit(ours, base, source)
+        crossing.check_fit(ours, base, source, bool(changes.tokens))
     with new_folder(destination, force, [source, *([base_path] if base_path else [])]) as work:
         spec = adapters.save_adapter(work, ours, None if base is None else base.blocks)
         if base is not None and base.own_head is not None:
             spec.check_head(base.own_head, source)
-        chosen.Changes.of_files(source).save(work)
+        changes.save(work)
         read, _ = adapters.read_adapter(work)
         compared = _compared(read, ours)
         compared.require(source)
