@@ -18,9 +18,9 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 # The vocabularies of transformers' tokenizer classes, and of the hub's own ones.
 VOCABULARIES = (
-    *("tokenizer.json", "*.model", "*.tiktoken", "*.spm", "bpe.codes", "tekken.json", "vocab.bpe", "encoder.json"),
+    *("tokenizer.json", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "tekken.json", "vocab.bpe", "encoder.json"),
     *("vocab*.json", "vocab*.txt", "merges.txt", "dict.txt", "target_vocab.json", "entity_vocab.json", "emoji.json"),
-    *("normalizer.json", "word_shape.json", "word_pronunciation.json", "byte_maps.json"),
+    *("bpe.codes", "normalizer.json", "word_shape.json", "word_pronunciation.json", "byte_maps.json"),
 )
 CODE = "*.py"
 # Keys by which a configuration names classes in .py files beside it.
@@ -41,8 +41,8 @@ def copy(source: Path, destination: Path, code: bool = False) -> bool:
         for path in matching(source, CODE):
             shutil.copyfile(path, destination / path.name)
         return False
-    changed = [_without_code(destination / name) for name in (SETTINGS[0], *PROCESSORS)]
-    return any(changed)
+    left_out = [name for name in (SETTINGS[0], *PROCESSORS) if _without_code(destination / name)]
+    return bool(left_out)
 
 
 def code_of(folder: Path) -> list[str]:

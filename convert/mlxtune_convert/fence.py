@@ -12,7 +12,18 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mlxtune_convert import adapters, chosen, companions, crossing, gguf_file, gguf_lora, hf_folder, peft, peft_base
+from mlxtune_convert import (
+    adapters,
+    chosen,
+    companions,
+    crossing,
+    gguf_file,
+    gguf_lora,
+    hf_folder,
+    mtp,
+    peft,
+    peft_base,
+)
 from mlxtune_convert.checks import Comparison, compare
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import new_folder, require_space
@@ -158,9 +169,9 @@ def to_hf(
     base = folder.base
     layout, wanted = base.layout, folder.dtype if dtype is None else DTYPES[dtype]
     origin = base_path or source
-    if base_path is not None and not layout.dropped:
-        raise UserError("--base has no effect here: MLX has every part of this family's models", "Leave it out.")
-    dropped = hf_folder.dropped_tensors(layout, origin)
+    dropped = hf_folder.dropped_tensors(layout, origin, base.original)
+    if base_path is not None and not hf_folder.dropped_files(layout, base_path, base.original):
+        raise UserError(f"--base has no effect here: MLX has every part of {base_path}", "Leave it out.")
     with new_folder(destination, force, [source, origin]) as work:
         require_space(work, folder.parameters * wanted.itemsize)
         rows = hf_folder.vocabulary(folder.config)
@@ -193,7 +204,11 @@ def check(export: Path, source: Path, base_path: Path | None = None, adapter: Pa
     theirs = MlxFolder.open(export)
     tensors = layout.to_hf(folder.dense(theirs.dtype, change), np)
     found = {name: partial(theirs.read, name) for name in theirs.tensors}
-    return Result(compare(found, tensors, layout.is_dropped, change is not None).require(source))
+
+    def left_out(name: str) -> bool:
+        return layout.is_dropped(name) or mtp.belongs(name, folder.base.original)
+
+    return Result(compare(found, tensors, left_out, change is not None).require(source))
 
 
 def _compared(adapter: peft.Adapter, expected: peft.Adapter) -> Comparison:

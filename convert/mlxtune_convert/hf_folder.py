@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from mlxtune_convert import companions, mtp
 from mlxtune_convert.configs import unquantized
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import write_json
@@ -26,38 +27,52 @@ def write(
     config: dict[str, Any],
     rows: int | None,
     dtype: str,
+    code: bool = False,
 ) -> dict[str, Any]:
     """Write weights and config.json; return the latter.
 
     tensors: of the dense model under MLX's names; dropped: those that MLX does not have, under Hugging Face's; config:
-    of the original model; rows: how many tokens the model knows now; dtype: of the tensors, such as bfloat16.
+    of the original model; rows: how many tokens the model knows now; dtype: of the tensors, such as bfloat16; code:
+    keep the keys that name .py files of the model's own.
     """
     writer = ShardWriter(work, {"format": "pt"})
     for name, array in layout.to_hf(tensors, np):
         writer.add(name, array)
+    carried = []
     for name, array in dropped:
         writer.add(name, array)
+        carried.append(name)
     writer.close()
     config = unquantized(config)
-    config.pop("torch_dtype", None)
+    if not code:
+        config = companions.without_code(config)
+    for key in ("torch_dtype", "transformers_weights"):
+        config.pop(key, None)
+    config = mtp.counted(config, mtp.count(carried, config))
     resize(config, rows)
     config["dtype"] = dtype
     write_json(work / "config.json", config)
     return config
 
 
-def dropped_tensors(layout: Layout, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors that the original has and MLX does not, as the original has them.
+def dropped_tensors(layout: Layout, folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that the original has and MLX does not, as the original has them. config: the original's.
 
     Raises UserError before any work when the family has such tensors and `folder` does not hold them.
     """
-    files = {name: file for file in weight_files(folder) for name in read_header(file) if layout.is_dropped(name)}
+    files = dropped_files(layout, folder, config)
     if layout.dropped and layout.needs_dropped and not files:
         raise UserError(
             f"{folder} lacks tensors that transformers needs and MLX does not ({', '.join(layout.dropped)})",
             "Give the original model: --base HF_DIR.",
         )
     return ((name, _tensor(file, name)) for name, file in sorted(files.items()))
+
+
+def dropped_files(layout: Layout, folder: Path, config: dict[str, Any]) -> dict[str, Path]:
+    """The same by name, each with its file."""
+    named = ((name, file) for file in weight_files(folder) for name in read_header(file))
+    return {name: file for name, file in named if layout.is_dropped(name) or mtp.belongs(name, config)}
 
 
 def _tensor(file: Path, name: str) -> np.ndarray:

@@ -95,7 +95,7 @@ def to_hf(request: Request) -> Report | None:
     folder = request.base or request.model
     source = source_of(folder)
     layout = layouts.by_model_type(source["config"])
-    dropped = hf_folder.dropped_tensors(layout, folder)
+    dropped = hf_folder.dropped_tensors(layout, folder, source["config"])
     merged = merged_of(request)
     storage = dtype_name(merged.dtype)
     parameters = merged.count()
