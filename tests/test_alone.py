@@ -246,6 +246,28 @@ def test_what_cannot_be_carried_is_refused_in_one_line_and_nothing_is_left(
     assert alone.command(python, "to-mlx", tmp_path / "peft", tmp_path / "run", "--force").returncode == 0
 
 
+def test_rows_for_other_tokens_are_refused_with_what_helps_unless_the_tokenizer_is_there(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A trained embedding of fewer rows, of more, and of more with the tokenizer that has their tokens."""
+    model, run, peft_folder = models["tied"], tmp_path / "run", tmp_path / "peft"
+    adapted(model, run, targets=["q_proj"], train_also=["embeddings"])
+    fence.to_peft(run, peft_folder, model)
+    whole = load_file(peft_folder / "adapter_model.safetensors")
+    for rows, said in ((300, "resize_token_embeddings(300)"), (330, "10 tokens were added")):
+        other = {name: np.resize(array, (rows, 64)) if len(array) == 320 else array for name, array in whole.items()}
+        save_file(other, peft_folder / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=rf"is \({rows}, 64\), the model needs \(320, 64\)") as refused:
+            fence.to_mlx(peft_folder, tmp_path / "back", model)
+        assert said in refused.value.hint
+    tiny.make_tokenizer(peft_folder)
+    fence.to_mlx(peft_folder, tmp_path / "back", model)
+    with pytest.raises(UserError, match=r"is not there|has no layer"):
+        fence.to_mlx(peft_folder, tmp_path / "none", models["gpt2"])
+    notes = fence.to_peft(tmp_path / "back", tmp_path / "again", model).notes
+    assert any("resize_token_embeddings(330)" in note for note in notes)
+
+
 def test_a_damaged_adapter_folder_is_refused_by_what_is_wrong_with_it(models: dict[str, Path], tmp_path: Path) -> None:
     """A tensor that nothing names, a lost partner, another rank, more blocks than the configuration says."""
     run = tmp_path / "run"

@@ -139,6 +139,19 @@ class Spec:
         return {"num_layers": self.num_layers, "lora_parameters": parameters}
 
 
+def other_rows(rows: int, known: int) -> str:
+    """What to do where a trained embedding or head has other rows than its model, which knows so many tokens."""
+    if rows < known:
+        return (
+            f"Its vocabulary was cut to {rows} tokens: do the same to the original model "
+            f"(resize_token_embeddings({rows})), and convert that."
+        )
+    return (
+        f"{rows - known} tokens were added to it. Put the tokenizer that was saved with it (tokenizer.json, "
+        "tokenizer_config.json) into its folder and convert it again."
+    )
+
+
 def adapter_file(folder: Path) -> Path | None:
     """The tensors of an adapter folder, or None."""
     return next((folder / name for name in (OWN_FILE, ADAPTER_FILE) if (folder / name).is_file()), None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlxtune_convert.adapters import LAYER
+from mlxtune_convert.adapters import LAYER, other_rows
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.peft import Adapter
 from mlxtune_convert.peft_base import Base
@@ -57,10 +57,10 @@ def to_peft(adapter: Adapter, layout: Layout, base: str, own_head: bool | None) 
     )
 
 
-def check_fit(adapter: Adapter, base: Base, folder: Path) -> None:
+def check_fit(adapter: Adapter, base: Base, folder: Path, grown: bool) -> None:
     """Raise UserError when an adapter under MLX's names is not for this model: a layer, a shape or a block too many.
 
-    Shapes are known only where the model's weights are at hand.
+    Shapes are known only where the model's weights are at hand. grown: tokens were added with it, which have rows.
     """
     other = "Name the model that the adapter was trained on."
     layers = base.layers
@@ -78,7 +78,15 @@ def check_fit(adapter: Adapter, base: Base, folder: Path) -> None:
         if layers.shapes.get(path) != shape:
             found = f"is {layers.shapes[path]}" if path in layers.shapes else "is not there"
             raise UserError(f"{folder}: it adapts a matrix {path} of {shape}; in the model that {found}", other)
-    for name in adapter.trained:
-        path = name.rpartition(".")[0]
+    for name, array in adapter.trained.items():
+        path, _, part = name.rpartition(".")
         if path not in layers.shapes:
             raise UserError(f"{folder}: it holds {path}, which the model does not have", other)
+        shape = layers.shapes[path]
+        if part != "weight" or not shape or array.shape == shape:
+            continue
+        if array.shape[1:] != shape[1:]:
+            raise UserError(f"{folder}: {name} is {array.shape}, the model needs {shape}", other)
+        if not (grown and len(array) > shape[0]):
+            hint = other_rows(len(array), shape[0])
+            raise UserError(f"{folder}: {name} is {array.shape}, the model needs {shape}", hint)

@@ -1,6 +1,6 @@
 """What `mlxtune-convert` does: adapters and models across the fence between MLX and PyTorch, and the proof of it.
 
-Nothing here needs MLX, PyTorch or a model that runs. A result is read back before it gets its name.
+Nothing here needs MLX, PyTorch or a model that runs. An adapter is read back before it gets its name.
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mlxtune_convert import adapters, chosen, companions, crossing, gguf_file, gguf_lora, hf_folder, peft, peft_base
+from mlxtune_convert import (
+    adapters,
+    chosen,
+    companions,
+    crossing,
+    gguf_file,
+    gguf_lora,
+    hf_folder,
+    mtp,
+    peft,
+    peft_base,
+)
 from mlxtune_convert.checks import Comparison, compare
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import new_folder, require_space
@@ -67,8 +78,13 @@ def read_ours(source: Path, base: Base) -> peft.Adapter:
         adapter, spec = adapters.read_adapter(source)
         if base.own_head is not None:
             spec.check_head(base.own_head, source)
-    crossing.check_fit(adapter, base, source)
+    crossing.check_fit(adapter, base, source, bool(_changes(source).tokens))
     return adapter
+
+
+def _changes(source: Path) -> chosen.Changes:
+    """What an MLX adapter changes in its model's tokenizer; nothing for a file."""
+    return chosen.Changes.read(source if source.is_dir() else None)
 
 
 def _peft_of(adapter: peft.Adapter, base: Base, name: str) -> peft.Adapter:
@@ -83,7 +99,7 @@ def name_of(base: Path) -> str:
 
 def _write_tokenizer(source: Path, base: Path, work: Path) -> None:
     """Give the folder the tokenizer that the adapter was trained with, where that is not the base's own."""
-    changes = chosen.Changes.read(source if source.is_dir() else None)
+    changes = _changes(source)
     if changes.empty:
         return
     folder = base if base.is_dir() else base.parent
@@ -110,13 +126,14 @@ def to_mlx(source: Path, destination: Path, base_path: Path | None, force: bool 
         notes.append("names and shapes were not compared with a model (--base DIR does)")
     elif base.layers is None:
         notes.append("shapes were not compared: the base's weights are not at hand in MLX's form")
+    changes = chosen.Changes.of_files(source)
     if base is not None:
-        crossing.check_fit(ours, base, source)
+        crossing.check_fit(ours, base, source, bool(changes.tokens))
     with new_folder(destination, force, [source, *([base_path] if base_path else [])]) as work:
         spec = adapters.save_adapter(work, ours, None if base is None else base.blocks)
         if base is not None and base.own_head is not None:
             spec.check_head(base.own_head, source)
-        chosen.Changes.of_files(source).save(work)
+        changes.save(work)
         read, _ = adapters.read_adapter(work)
         compared = _compared(read, ours)
         compared.require(source)
@@ -152,9 +169,9 @@ def to_hf(
     base = folder.base
     layout, wanted = base.layout, folder.dtype if dtype is None else DTYPES[dtype]
     origin = base_path or source
-    if base_path is not None and not layout.dropped:
-        raise UserError("--base has no effect here: MLX has every part of this family's models", "Leave it out.")
     dropped = hf_folder.dropped_tensors(layout, origin, base.original)
+    if base_path is not None and not hf_folder.dropped_files(layout, base_path, base.original):
+        raise UserError(f"--base has no effect here: MLX has every part of {base_path}", "Leave it out.")
     with new_folder(destination, force, [source, origin]) as work:
         require_space(work, folder.parameters * wanted.itemsize)
         rows = hf_folder.vocabulary(folder.config)
@@ -187,7 +204,11 @@ def check(export: Path, source: Path, base_path: Path | None = None, adapter: Pa
     theirs = MlxFolder.open(export)
     tensors = layout.to_hf(folder.dense(theirs.dtype, change), np)
     found = {name: partial(theirs.read, name) for name in theirs.tensors}
-    return Result(compare(found, tensors, layout.is_dropped, change is not None).require(source))
+
+    def left_out(name: str) -> bool:
+        return layout.is_dropped(name) or mtp.belongs(name, folder.base.original)
+
+    return Result(compare(found, tensors, left_out, change is not None).require(source))
 
 
 def _compared(adapter: peft.Adapter, expected: peft.Adapter) -> Comparison:

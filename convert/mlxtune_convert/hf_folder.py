@@ -61,14 +61,19 @@ def dropped_tensors(layout: Layout, folder: Path, config: dict[str, Any]) -> Ite
 
     Raises UserError before any work when the family has such tensors and `folder` does not hold them.
     """
-    named = ((name, file) for file in weight_files(folder) for name in read_header(file))
-    files = {name: file for name, file in named if layout.is_dropped(name) or mtp.belongs(name, config)}
+    files = dropped_files(layout, folder, config)
     if layout.tower and not any(layout.tower in name for name in files):
         raise UserError(
             f"{folder} lacks tensors that transformers needs and MLX does not ({layout.tower}*)",
             "Give the original model: --base HF_DIR.",
         )
     return ((name, _tensor(file, name)) for name, file in sorted(files.items()))
+
+
+def dropped_files(layout: Layout, folder: Path, config: dict[str, Any]) -> dict[str, Path]:
+    """The same by name, each with its file."""
+    named = ((name, file) for file in weight_files(folder) for name in read_header(file))
+    return {name: file for name, file in named if layout.is_dropped(name) or mtp.belongs(name, config)}
 
 
 def _tensor(file: Path, name: str) -> np.ndarray:

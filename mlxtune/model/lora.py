@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlxtune_convert.adapters import CONFIG_FILE, FACTORS, OTHER_MODEL, UNTIE, adapter_file
+from mlxtune_convert.adapters import CONFIG_FILE, FACTORS, OTHER_MODEL, UNTIE, adapter_file, other_rows
 
 from mlxtune.errors import UserError
 from mlxtune.gpu_errors import recognise
@@ -182,15 +182,7 @@ def _why_not(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, mx.arr
     for name, shape in expected.items():
         rows = tensors[name].shape[0] if name in tensors else 0
         if name.endswith(".weight") and rows and tensors[name].shape == (rows, *shape[1:]) and rows != shape[0]:
-            if rows < shape[0]:
-                return (
-                    f"Its vocabulary was cut to {rows} tokens: do the same to the original model "
-                    f"(resize_token_embeddings({rows})), and convert that."
-                )
-            return (
-                f"{rows - shape[0]} tokens were added to it. Put the tokenizer that was saved with it (tokenizer.json, "
-                "tokenizer_config.json) into its folder and convert it again."
-            )
+            return other_rows(rows, shape[0])
     return OTHER_MODEL
 
 
