@@ -19,7 +19,10 @@ from mlxtune_convert import layouts, unheeded
 from mlxtune_convert.configs import normalise
 from safetensors.numpy import load_file, save_file
 from test_rotary import SIZES
+from training import tune
 
+from mlxtune import config as configuration
+from mlxtune import session, tuning
 from mlxtune.errors import UserError
 from mlxtune.model import corrected
 from mlxtune.model.convert import Target, convert
@@ -228,16 +231,18 @@ def test_the_table_of_settings_names_families_and_settings_that_there_are() -> N
             assert hasattr(known, key), (family, key)
 
 
-def test_a_note_of_a_corrected_model_is_printed_by_convert_and_at_the_start_of_training(
+def test_a_note_of_a_corrected_model_is_said_by_convert_and_at_the_start_of_training(
     data: Path, tmp_path: Path
 ) -> None:
+    """By a run, and by the plan that --dry-run prints."""
+    note = "mlx-lm lets this model see all of a row, transformers 8 tokens"
     folder = tiny.make_model(tmp_path / "model", "mistral", **WINDOW)
-    said = tiny.done("convert", folder, tmp_path / "mlx", "--bits", "16").stderr
-    assert "note: mlx-lm lets this model see all of a row, transformers 8 tokens" in said
-    options = ("--model", tmp_path / "mlx", "--data", data, "--out", tmp_path / "run", "--set", "train.steps=1")
-    for more in (("--dry-run",), ()):
-        result = tiny.done("train", *options, *more)
-        assert "note: mlx-lm lets this model see all of a row" in result.stdout + result.stderr
+    assert note in "".join(convert(str(folder), tmp_path / "mlx", Target.of(16, None, None)).notes)
+    events = tune(tmp_path / "mlx", data, tmp_path / "run", "train.steps=1", "train.accumulate=1")
+    assert [event for event in events if event["kind"] == "note" and note in event["text"]]
+    settings = {"model.path": str(tmp_path / "mlx"), "data.path": str(data)}
+    read, resolved = session.read_data(configuration.load(None, (), settings))
+    assert note in "".join(tuning.memory_plan(resolved, read)[2])
 
 
 def test_the_sweep_tells_silence_from_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
