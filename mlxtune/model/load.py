@@ -89,11 +89,16 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
     weight_files(path)
     original = load_config(path)
+    if not isinstance(original.get("model_type"), str):
+        raise UserError(f"{path}/config.json names no type of model (model_type)")
     config = normalise(by_files(completed(original), path))
     try:
         model, config = load_model(
             path, lazy=True, model_config=config, get_model_classes=lambda config: _classes(config, original)
         )
+        if why := unheeded.unable(config):
+            raise UserError(f"{path}: mlx-lm has no such model of type {config.get('model_type')}: {why}")
+        correct(model, config)
     except ValueError as error:
         if "not supported" in str(error):
             raise UserError(f"{path}: mlx-lm has no model of type {config.get('model_type')!r}") from error
@@ -103,7 +108,7 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             f"{path}: the weights do not fit config.json ({shorten(str(error), 300, placeholder=' ...')})",
             "Copy or download the folder again.",
         ) from error
-    except OSError:
+    except (OSError, UserError):
         raise
     except Exception as error:  # mlx-lm raises whatever its parts raise
         if recognise(error):
@@ -111,9 +116,6 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise UserError(
             f"{path}/config.json does not describe a model that mlx-lm knows ({type(error).__name__}: {error})"
         ) from error
-    if why := unheeded.unable(config):
-        raise UserError(f"{path}: mlx-lm has no such model of type {config.get('model_type')}: {why}")
-    correct(model, config)
     return model, config
 
 
