@@ -3,6 +3,10 @@
 A tiny random model of each family is made with one setting of its config.json changed, opened here, and its logits
 are compared with transformers' own. Each case ends in one of three ways: the same logits; refused, or named by a note;
 or another model in silence, of which there must be none.
+
+Last run over the 52 families of tests/zoo.py, mlx-lm 0.32.2 and transformers 5.24: 755 cases, of which transformers
+itself cannot have 65; 539 the same, 60 refused, 91 named, 0 silent. Rotary settings are varied by tests/test_rotary.py:
+45 families, 428 settings.
 """
 
 from __future__ import annotations

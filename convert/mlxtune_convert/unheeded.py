@@ -27,7 +27,9 @@ _COMPUTED: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
         "tie_word_embeddings",
         (False,),
     ),
-    ("cohere cohere2 gemma gemma2", "tie_word_embeddings", (True,)),
+    ("gpt_neox llama4_text", "tie_word_embeddings", (False,)),
+    ("gpt_neox", "attention_bias", (True,)),
+    ("cohere cohere2 gemma gemma2 gpt2 lfm2 lfm2_moe", "tie_word_embeddings", (True,)),
     ("gemma3_text", "final_logit_softcapping", (None,)),
     ("gemma3_text", "attn_logit_softcapping", (None,)),
     ("gemma3_text gemma4_text", "use_bidirectional_attention", (False, None, "vision")),
@@ -124,7 +126,9 @@ def _all_but_every_4th(layers: list[Any]) -> list[int]:
 
 def _of_heads(config: dict[str, Any]) -> str:
     width, heads, hidden = (config.get(key) for key in ("head_dim", "num_attention_heads", "hidden_size"))
-    if config.get("model_type") in ("cohere2", "mixtral") and width and width * (heads or 0) != hidden:
+    if config.get("model_type") not in ("cohere2", "mixtral"):
+        return ""
+    if isinstance(width, int) and isinstance(heads, int) and width * heads != hidden:
         return f"mlx-lm's heads are hidden_size / num_attention_heads wide, the configuration says {width}"
     return ""
 

@@ -113,6 +113,8 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         read_json(path / GENERATION_FILE, "generation settings")
     with _refusals(path):
         original = load_config(path)
+    if not isinstance(original.get("model_type"), str):
+        raise UserError(f"{path}/config.json names no type of model (model_type)")
     foreign = of_folder(path, original)
     if foreign is not None:
         raise foreign.not_here()
@@ -132,8 +134,9 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     for _, module in model.named_modules():
         if not hasattr(module, "_no_grad"):  # some of mlx-lm's classes leave out the start that gives it to them
             module._no_grad = set()
-    correct(model, config)
-    handed_on(model)
+    with _refusals(path, config):
+        correct(model, config)
+        handed_on(model)
     return model, config
 
 

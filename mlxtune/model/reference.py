@@ -43,7 +43,7 @@ def _read(config: dict[str, Any]) -> tuple[Any, str]:
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return None, ""
     with _quiet():
         try:
