@@ -20,6 +20,7 @@ from typing import Any
 import commands
 import pytest
 import tiny
+from mlxtune_convert.cli import main as convert_main
 from test_layers import COMMANDS
 
 from mlxtune.cli import main
@@ -45,7 +46,8 @@ NOT_HERE = {
     "make demo": "a virtual environment of its own and a model from the package index",
     "llama-server": "llama.cpp's program; its library runs the same two files in test_gguf_ship.py",
     "ollama": "Ollama is no Python package",
-    "cp merged.gguf": "LM Studio's folder in the user's home",
+    "mkdir -p ~/.lmstudio": "LM Studio's folder in the user's home",
+    "cp merged.gguf": "as that folder",
     "mlx_lm.server": "ends when it is stopped; mlx_lm.generate reads the same two folders in test_lora.py",
 }
 # What a line names before anything has made it, by what is there under another name.
@@ -57,6 +59,7 @@ SAME_AS = {
     "model.Q4_1.gguf": "base.gguf",
     "adapter.gguf": "tuned.gguf",
     "experiments": "runs",
+    "mlx-adapter": "run",
 }
 # Words that stand for something, or ask for a hub: what stands in their place, nothing for an empty list.
 INSTEAD: dict[str, Callable[[], list[str]]] = {
@@ -91,8 +94,9 @@ def destination(words: list[str]) -> str | None:
     """What a command is to write, by its words."""
     if "--out" in words:
         return words[words.index("--out") + 1]
-    if "convert" in words:
-        return words[words.index("convert") + 2]
+    for verb in ("convert", "to-peft", "to-mlx", "to-hf"):
+        if verb in words:
+            return words[words.index(verb) + 2]
     return None
 
 
@@ -122,7 +126,7 @@ def run(line: str) -> Ended:
     ):
         patch.setattr(signals, "unwind_on_signals", lambda: None)
         patch.setattr(sys, "stdin", io.StringIO("Where is my order?\n"))
-        main(words)
+        (convert_main if line.startswith("mlxtune-convert") else main)(words)
     made = Path(out).exists() if out else None
     if kept and out:
         shutil.rmtree(out, ignore_errors=True)
@@ -177,7 +181,7 @@ def test_what_is_not_run_here_is_named_once_each_and_no_command_of_mlxtune_is_ru
         assert len(matching) == (0 if line in HERE else 1), (line, matching)
     for name in names:
         assert any(line.startswith(name) for line in lines()), name
-    assert all(line.startswith("mlxtune ") for line in HERE)
+    assert all(line.startswith(("mlxtune ", "mlxtune-convert ")) for line in HERE)
     assert not any(name.startswith("mlxtune") for name in NOT_HERE)
     for place in ELSEWHERE.values():
         file, _, test = place.partition("::")
