@@ -327,7 +327,7 @@ def test_a_name_is_found_again_from_the_tables_alone(family: str) -> None:
     base = Base(Path(), original, None)
     assert base.blocks == len(model.layers)
     paths = [path for path, module in model.named_modules() if isinstance(module, LINEAR + SWITCH)]
-    layout = layouts.LAYOUTS[family]
+    layout = layouts.of(original)
     targets = layout.peft_targets(paths)
     assert len(targets) > len(paths) / 3
     assert {target: layout.mlx_path(target) for target in targets} == targets

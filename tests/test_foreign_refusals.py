@@ -203,7 +203,7 @@ def test_the_method_is_found_wherever_it_is_declared_or_shown(
 def test_a_declaration_that_is_no_object_is_one_clear_line(tmp_path: Path) -> None:
     folder = folder_of("fp8 rows", tmp_path / "m")
     declare(folder, "fp8")
-    with pytest.raises(UserError, match=r"config.json: quantization_config must be an object, found str"):
+    with pytest.raises(UserError, match=r"config.json: quantization_config is 'fp8', allowed is an object"):
         open_model(folder)
 
 
@@ -293,7 +293,10 @@ def test_a_type_that_mlx_lm_does_not_know_is_refused_before_hours_of_work(
     monkeypatch.setattr("mlxtune.model.convert.write", lambda *_: pytest.fail("dequantized first"))
     folder = tiny.make_model(tmp_path / "src")
     foreign.quantized(folder, foreign.fp8_rows, FP8)
-    for change, said in (({"model_type": "gpt9"}, "no model of type 'gpt9'"), ({"model_type": None}, "type None")):
+    for change, said in (
+        ({"model_type": "gpt9"}, "no model of type 'gpt9'"),
+        ({"model_type": None}, "names no type of model"),
+    ):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=said):

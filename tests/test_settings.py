@@ -29,9 +29,13 @@ from mlxtune.model.convert import Target, convert
 from mlxtune.model.load import load, open_model
 from mlxtune.model.reference import completed, described
 
-# Llama 4's text part goes to mlx-lm whole, as a dict.
+# Types of which mlx-lm reads other configurations than transformers writes.
+UNREAD = ("dbrx", "kimi_linear", "longcat_flash", "mimo_v2_flash", "minimax", "ministral", "solar_open")
+WHOLE = ("llama4_text", "gemma3n_text", "qwen3_5_moe_text")  # go to mlx-lm as a text part that it keeps as a dict
 FAMILIES = sorted(
-    family for family in zoo.SHAPES if "vision_config" not in zoo.SHAPES[family] and family != "llama4_text"
+    family
+    for family in zoo.SHAPES
+    if "vision_config" not in zoo.SHAPES[family] and family not in (*UNREAD, *WHOLE) and " " not in family
 )
 # Of mlx-lm's arguments that have another meaning than the setting of the same name in transformers.
 OTHER_MEANING = {

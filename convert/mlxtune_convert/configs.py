@@ -18,11 +18,9 @@ TEXT_ALONE = {
     "llama4_text": "llama4",
     "gemma3n_text": "gemma3n",
 }
-READ_SETS = (
-    "gemma4",
-    "gemma4_text",
-    "gemma4_unified_text",
-)  # mlx-lm reads their rope_parameters, a set for each type of layer
+READ_SETS = ("gemma4", "gemma4_text", "gemma4_unified_text")  # mlx-lm reads a set of theirs for each type of layer
+# Configurations of these types must hold no rope_scaling: transformers would take it, even null, for all layers.
+WITHOUT_SCALING = (*READ_SETS, "laguna", "mellum")
 SOURCE_FILE = "mlxtune_source.json"
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
@@ -53,7 +51,7 @@ def _spelled(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(local, dict) and "rope_theta" in local:
             out.setdefault("rope_local_base_freq", local["rope_theta"])
         # Fields that some mlx-lm models insist on, in the spelling of older checkpoints.
-        if out.get("model_type") not in READ_SETS:  # transformers would take it for all layers of these
+        if out.get("model_type") not in WITHOUT_SCALING:
             out.setdefault("rope_scaling", None)
         for new, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
             if new in out:
@@ -68,8 +66,10 @@ def _spelled(config: dict[str, Any]) -> dict[str, Any]:
         out.setdefault("sliding_window_pattern", kinds.index("full_attention") + 1)
     if out.get("model_type") == "exaone4":
         out.setdefault("head_dim", out["hidden_size"] // out["num_attention_heads"])
-        if "sliding_attention" in kinds:  # its own spelling: LLLG
-            out["sliding_window_pattern"] = "".join("LG"[kind == "full_attention"] for kind in kinds)
+        # Its own spelling: LLLG, and no number where no layer has a window.
+        windows = "sliding_attention" in kinds
+        pattern = "".join("LG"[kind == "full_attention"] for kind in kinds)
+        out["sliding_window_pattern"] = pattern if windows else None
     if out.get("model_type") == "mamba2" and "expand" in out and "hidden_size" in out:
         out.setdefault("intermediate_size", int(out["expand"] * out["hidden_size"]))
     if isinstance(out.get("time_step_limit"), list):  # JSON has no infinity; transformers writes an object

@@ -208,7 +208,10 @@ def gemma4() -> Layout:
     return Layout(rules, (*halves, (f"{to}down_proj", f"{LAYER}experts:down_proj")))
 
 
-def granitemoehybrid() -> Layout:
+def granitemoehybrid(with_experts: bool = False) -> Layout:
+    """with_experts: of a model whose shared layer stays what it is in MLX; the layer of the dense ones is another."""
+    if with_experts:
+        return granitemoe(conv("conv1d"))
     shared, mlp = f"{LAYER}shared_mlp.", f"{LAYER}mlp."  # the dense models' only feed-forward layer
     dense = (
         Rule(f"{shared}input_linear.weight", (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"), "halves"),

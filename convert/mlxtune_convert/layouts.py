@@ -103,6 +103,16 @@ def differs(config: dict[str, Any]) -> str:
     return unheeded.why(config)
 
 
+def of(config: dict[str, Any]) -> Layout:
+    """The entry of the table for a configuration, whether or not an export can be. Raises KeyError where there is
+    none.
+    """
+    kind = str(config.get("model_type"))
+    if kind == "granitemoehybrid" and config.get("num_local_experts"):
+        return make.granitemoehybrid(with_experts=True)
+    return LAYOUTS[kind]
+
+
 def by_model_type(config: dict[str, Any]) -> Layout:
     """The layout of a config.json. Raises UserError naming why an export cannot be, and what works instead."""
     kind = str(config.get("model_type"))
@@ -122,5 +132,5 @@ def by_model_type(config: dict[str, Any]) -> Layout:
             f"models of type {kind} cannot be exported yet (covered: {', '.join(sorted(LAYOUTS))})",
             "`mlxtune fuse` makes a merged MLX model of any type.",
         )
-    layout = LAYOUTS[kind]
+    layout = of(config)
     return replace(layout, dropped=tuple(part.format_map(config) for part in layout.dropped))

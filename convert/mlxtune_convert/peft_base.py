@@ -18,6 +18,7 @@ from mlxtune_convert.rules import Layout
 
 B = TypeVar("B", bound="Base")
 BLOCKS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # config.json's names of their number
+KINDS = ("layers_block_type", "layer_types")  # a name for each block
 BEFORE = ("base_model.", "language_model.", "model.language_model.", "text_model.", "transformer.", "gpt_neox.")
 
 
@@ -59,9 +60,10 @@ class Base:
     def blocks(self) -> int | None:
         """How many blocks there are, where the configuration says so."""
         text = self.original.get("text_config")
-        parts = (self.original, text) if isinstance(text, dict) else (self.original,)
-        found = (part[name] for part in parts for name in BLOCKS if isinstance(part.get(name), int))
-        return next(found, None)
+        parts = (text, self.original) if isinstance(text, dict) else (self.original,)
+        found = [part[name] for part in parts for name in BLOCKS if isinstance(part.get(name), int)]
+        found += [len(part[name]) for part in parts for name in KINDS if isinstance(part.get(name), list)]
+        return next(iter(found), None)
 
     @property
     def own_head(self) -> bool | None:

@@ -56,8 +56,9 @@ _ACTIVATED = (
 )
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 ACTIVATION_KEYS = ("hidden_activation", "hidden_act", "activation_function")  # the first that is there
-_MIXED = {  # families that mlx-lm runs only with layers of both kinds
-    **dict.fromkeys(("cohere2", "exaone4", "gemma3_text", "gpt_oss", "olmo3"), ("sliding_attention", "full_attention")),
+_MIXED = {  # families that mlx-lm runs only with layers of these kinds
+    **dict.fromkeys(("cohere2", "gemma3_text", "gpt_oss", "olmo3"), ("sliding_attention", "full_attention")),
+    "exaone4": ("full_attention",),
     **dict.fromkeys(("lfm2", "lfm2_moe"), ("conv", "full_attention")),
 }
 _TOO_MANY = "more experts are chosen than the kept groups hold: mlx-lm takes others than transformers"

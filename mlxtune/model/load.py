@@ -113,8 +113,7 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         read_json(path / GENERATION_FILE, "generation settings")
     with _refusals(path):
         original = load_config(path)
-    if not isinstance(original.get("model_type"), str):
-        raise UserError(f"{path}/config.json names no type of model (model_type)")
+    _require_type(path, original)
     foreign = of_folder(path, original)
     if foreign is not None:
         raise foreign.not_here()
@@ -142,9 +141,15 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def require_known(path: Path, config: dict[str, Any]) -> None:
     """Raise UserError when mlx-lm has no model of the type that a config.json names, or it names none."""
+    _require_type(path, config)
     with _refusals(path):
         known = normalise(config)
     _family(path, known)
+
+
+def _require_type(path: Path, config: dict[str, Any]) -> None:
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path}/config.json names no type of model (model_type)")
 
 
 @contextlib.contextmanager
