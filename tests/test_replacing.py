@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
-from mlxtune_convert import files
+from mlxtune_convert import fence, files
 
 from mlxtune.errors import UserError
+from mlxtune.ship import verify
 
 MODEL = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "README.md", "verification.json")
@@ -95,3 +98,46 @@ def test_json_that_python_cannot_read_is_refused_in_one_line(tmp_path: Path) -> 
         path.write_text(text)
         with pytest.raises(UserError, match=r"config\.json: (its lists|a number)|not valid JSON"):
             files.read_json(path, "a model")
+
+
+def test_what_a_proof_leaves_beside_an_export_is_replaced_with_it(tmp_path: Path) -> None:
+    """In a folder of its own, and beside a GGUF file."""
+    for number in (1, 2):
+        with files.new_folder(tmp_path / "out", force=number == 2) as work:
+            (work / "config.json").write_text(f"{number}")
+            verify.write_report(work, {"verdict": "passed", "number": number})
+        with files.new_artefact(tmp_path / "gguf" / "tuned.gguf", "model.gguf", force=number == 2) as work:
+            (work / "model.gguf").write_text(f"{number}")
+            verify.write_report(work, {"verdict": "passed", "number": number})
+    assert (tmp_path / "out" / "config.json").read_text() == "2" == (tmp_path / "gguf" / "tuned.gguf").read_text()
+    assert files.not_ours(tmp_path / "out") == files.not_ours(tmp_path / "gguf") == ""
+    assert len(files_of(tmp_path / "out")) > 1 and len(files_of(tmp_path / "gguf")) > 1
+
+
+def test_what_lies_beside_a_gguf_file_is_replaced_by_force_alone(tmp_path: Path) -> None:
+    folder(tmp_path, "tuned.Modelfile", "tuned.notes.txt")
+    with (
+        pytest.raises(UserError, match=r"tuned\.Modelfile already exists"),
+        files.new_artefact(tmp_path / "tuned.gguf", "model.gguf") as work,
+    ):
+        for name in ("model.gguf", "Modelfile"):
+            (work / name).write_text("new")
+    assert files_of(tmp_path) == {"tuned.Modelfile": "mine", "tuned.notes.txt": "mine"}
+
+
+def test_an_adapter_never_replaces_the_model_that_it_is_for(mlx_model: Path, run: Path, tmp_path: Path) -> None:
+    """Named on the command line, or by the adapter itself."""
+    model = tmp_path / "model"
+    shutil.copytree(mlx_model, model)
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    tiny.done("export", "--model", model, "--adapter", run, "--to", "peft", "--out", tmp_path / "peft", "--no-verify")
+    options = ("convert", tmp_path / "peft", model, "--force")
+    tiny.one_clear_line(tiny.mlxtune(*options, "--base", model), f"{model} is the source itself")
+    settings = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    named = {**settings, "base_model_name_or_path": str(model)}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(named))
+    tiny.one_clear_line(tiny.mlxtune(*options), f"{model} is the source itself")
+    for base in (model, None):
+        with pytest.raises(UserError, match="is the source itself"):
+            fence.to_mlx(tmp_path / "peft", model, base, force=True)
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before

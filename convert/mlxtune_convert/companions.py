@@ -41,8 +41,9 @@ def copy(source: Path, destination: Path, code: bool = False) -> bool:
         for path in matching(source, CODE):
             shutil.copyfile(path, destination / path.name)
         return False
-    left_out = [name for name in (SETTINGS[0], *PROCESSORS) if _without_code(destination / name)]
-    return bool(left_out)
+    for name in (SETTINGS[0], *PROCESSORS):
+        _without_code(destination / name)
+    return bool(code_of(source))
 
 
 def code_of(folder: Path) -> list[str]:

@@ -129,7 +129,7 @@ def to_mlx(source: Path, destination: Path, base_path: Path | None, force: bool 
     changes = chosen.Changes.of_files(source)
     if base is not None:
         crossing.check_fit(ours, base, source, bool(changes.tokens))
-    with new_folder(destination, force, [source, *([base_path] if base_path else [])]) as work:
+    with new_folder(destination, force, [source, *([base.path] if base is not None else [])]) as work:
         spec = adapters.save_adapter(work, ours, None if base is None else base.blocks)
         if base is not None and base.own_head is not None:
             spec.check_head(base.own_head, source)
@@ -176,9 +176,12 @@ def to_hf(
         require_space(work, folder.parameters * wanted.itemsize)
         rows = hf_folder.vocabulary(folder.config)
         hf_folder.write(work, layout, folder.dense(wanted), dropped, base.original, rows, wanted.name)
-        companions.copy(origin, work)
+        left_out = companions.copy(origin, work)
+        if base_path is not None:  # what the model here has is its own: another template, added tokens
+            companions.copy(source, work)
     size = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
-    return Result(f"a Hugging Face model in {wanted.name}, {size / (1 << 20):,.0f} MiB")
+    notes = ["it names code of its own, which was left out: mlxtune convert --trust-remote-code copies it"] * left_out
+    return Result(f"a Hugging Face model in {wanted.name}, {size / (1 << 20):,.0f} MiB", notes)
 
 
 def check(export: Path, source: Path, base_path: Path | None = None, adapter: Path | None = None) -> Result:

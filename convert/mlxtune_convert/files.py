@@ -24,8 +24,8 @@ OF_MACOS, BESIDE = (".DS_Store", ".localized", "Icon\r"), "._"
 MADE = ("config.json", "adapter_config.json", "*.safetensors", "*.gguf")
 BESIDE_MADE = (
     *("*.safetensors.index.json", "*_config.json", "special_tokens_map.json", "added_tokens.json", "*.jinja"),
-    *("chat_template.json", "additional_chat_templates", "mlxtune_*.json", "verification.json", "README.md"),
-    *("LICENSE*", "NOTICE*", "Modelfile", "*.Modelfile"),
+    *("chat_template.json", "additional_chat_templates", "mlxtune_*.json", "README.md"),
+    *("LICENSE*", "NOTICE*", "Modelfile", "*.Modelfile", "verification.*", "*.verification.*"),
 )
 # How file systems say that they have no fsync (network volumes, exFAT's folders), not that it failed.
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)
@@ -211,8 +211,14 @@ def new_artefact(destination: Path, main: str, force: bool = False, sources: Seq
     try:
         with explained(destination), new_folder(folder) as work:
             yield work
-            for file in sorted(work.iterdir(), key=lambda file: file.name == main):
-                os.replace(file, destination if file.name == main else destination.with_suffix(f".{file.name}"))
+            places = {
+                file: destination if file.name == main else destination.with_suffix(f".{file.name}")
+                for file in sorted(work.iterdir(), key=lambda file: file.name == main)
+            }
+            for place in places.values():
+                refuse_existing(place, force)
+            for file, place in places.items():
+                os.replace(file, place)
     finally:
         _remove(folder)
 

@@ -104,13 +104,11 @@ def differs(config: dict[str, Any]) -> str:
 
 
 def of(config: dict[str, Any]) -> Layout:
-    """The entry of the table for a configuration, whether or not an export can be. Raises KeyError where there is
-    none.
-    """
+    """The entry of the table for a configuration, whether or not an export can be; an empty one where there is none."""
     kind = str(config.get("model_type"))
     if kind == "granitemoehybrid" and config.get("num_local_experts"):
         return make.granitemoehybrid(with_experts=True)
-    return LAYOUTS[kind]
+    return LAYOUTS.get(kind, Layout())
 
 
 def by_model_type(config: dict[str, Any]) -> Layout:
@@ -133,4 +131,7 @@ def by_model_type(config: dict[str, Any]) -> Layout:
             "`mlxtune fuse` makes a merged MLX model of any type.",
         )
     layout = of(config)
-    return replace(layout, dropped=tuple(part.format_map(config) for part in layout.dropped))
+    try:
+        return replace(layout, dropped=tuple(part.format_map(config) for part in layout.dropped))
+    except KeyError as error:
+        raise UserError(f"config.json of a model of type {kind} lacks {error}", "Name a whole one.") from error

@@ -48,7 +48,7 @@ class Base:
         self.original = original
         self.layers = layers
         self._kind = str(original.get("model_type"))
-        layout = layouts.LAYOUTS.get(self._kind, Layout())
+        layout = layouts.of(original)
         self.names = ByTable(layout) if layers is None else Names(layout, layers.shapes)
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from mlxtune_convert.files import holds_something, refuse_existing
+from mlxtune_convert.files import contents, holds_something, refuse_existing
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,8 +25,9 @@ from mlxtune.evaluate.loss import Score
 from mlxtune.model import convert, lora
 from mlxtune.model.load import Loaded, load
 from mlxtune.ship import export, gguf
+from mlxtune.train import checkpoint
 from mlxtune.train.display import Display, duration
-from mlxtune.train.lock import is_marked
+from mlxtune.train.lock import is_locked, is_marked
 
 STEPS = 48
 FOLDERS = ("model", "run", "fused", "peft", "hf", "gguf")  # what the demo makes, and all that --force removes
@@ -54,7 +55,9 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
     if taken and not force:
         raise UserError(f"{taken[0]} already exists", "Choose another --out, or add --force to begin again.")
     for folder in taken:
-        if not is_marked(folder):  # a run
+        if is_marked(folder):
+            _refuse_run(folder, source)
+        else:
             refuse_existing(folder, force, [Path(source)] if source else [])
     for folder in taken:
         shutil.rmtree(folder)
@@ -103,6 +106,17 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
             console.print(f"{folder / name}: {made.proof.line() if made.proof else ''}", soft_wrap=True)
     console.print(Text(f"\nDone in {duration(time.perf_counter() - began)}. ", style="bold green"), end="")
     console.print(closing(model, run), soft_wrap=True)
+
+
+def _refuse_run(run: Path, source: str | None) -> None:
+    """Raise UserError for a run that is not merely an earlier demo's."""
+    if is_locked(run):
+        raise UserError(f"a process is training in {run}", "Wait for it, or choose another --out.")
+    if source and Path(source).resolve().is_relative_to(run.resolve()):
+        raise UserError(f"{run} holds the source {source}", "Choose another --out.")
+    other = sorted({path.name for path in contents(run)} - {*checkpoint.OWN, lora.ADAPTER_FILE, lora.OWN_FILE})
+    if other:
+        raise UserError(f"{run} holds {other[0]}, which mlxtune did not write", "Choose another --out.")
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def convert(
                 raise UserError(
                     f"{path} is an adapter: its factors are kept as they are", "Leave out --bits and --dtype."
                 )
-            with new_folder(destination, force, [path]) as work:
+            with new_folder(destination, force, [path, *([base] if base is not None else [])]) as work:
                 config = read_json(base / "config.json", "the base model") if base else None
                 updates, layers = gguf_lora.read_adapter(file, config)
                 spec = save_adapter(work, Adapter(updates), layers)
@@ -233,9 +233,8 @@ def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str |
     if not (path / SOURCE_FILE).is_file():
         origin |= {"name": name, "config": unquantized(original)}
     write_config(work, config, origin, code)
-    copy_tokenizer(path, work, code)
-    if companions.code_of(path) and not code:
-        notes.append(f"{CODE_LEFT_OUT}; --trust-remote-code copies it")
+    left_out = copy_tokenizer(path, work, code)
+    notes += [f"{note}; --trust-remote-code copies it" for note in left_out]
     same = target.bits == UNQUANTIZED_BITS and dtype is None and not any(key in original for key in QUANTIZATION_KEYS)
     again.check(work, path if same else None)
     return _measured(work, notes)

@@ -95,13 +95,13 @@ def _refuse_unread(name: str, info: ModelInfo) -> None:
 def _weights(name: str, info: ModelInfo) -> list[RepoSibling]:
     """The weight files of a repository, as `tensors.weights_of` chooses them in a folder. Refuses one without any."""
     files = info.siblings or []
+    chosen = _chosen({file.rfilename for file in files}, lambda file: _small(name, file, info.sha))
     weights = [file for file in files if WEIGHTS.fullmatch(file.rfilename)]
     weights = weights or [file for file in files if file.rfilename == ADAPTER]
-    if not weights:
+    if not weights and chosen is None:
         pickled = [file.rfilename for file in files if file.rfilename.endswith((".bin", ".pt", ".pth"))]
         why = f": only pickled weights ({pickled[0]}), which are never loaded" if pickled else ""
         raise UserError(f"{name} has no model*.safetensors{why}", "Choose a repository with safetensors weights.")
-    chosen = _chosen({file.rfilename for file in files}, lambda file: _small(name, file, info.sha))
     if chosen is None:
         return weights
     missing = sorted(chosen - {file.rfilename for file in files})

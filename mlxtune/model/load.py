@@ -16,13 +16,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
-from mlxtune_convert import mtp, unheeded
+from mlxtune_convert import layouts, mtp, unheeded
 from mlxtune_convert.configs import normalise
 from mlxtune_convert.files import read_json
 from mlxtune_convert.foreign.method import of_folder
-from mlxtune_convert.layouts import LAYOUTS
 from mlxtune_convert.mlx_folder import source_of
-from mlxtune_convert.rules import Layout
 from mlxtune_convert.tensors import weights_of
 
 from mlxtune import backend
@@ -225,7 +223,7 @@ def _classes(path: Path, config: dict[str, Any], original: dict[str, Any], behin
             "Programs that come with a model are never run.",
         )
     model, arguments = _family(path, config)
-    layout = LAYOUTS.get(str(original.get("model_type")), Layout())
+    layout = layouts.of(original)
     if not layout.early and not layout.tower and not behind:
         return model, arguments
 

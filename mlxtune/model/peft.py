@@ -89,7 +89,7 @@ def import_adapter(folder: Path, destination: Path, model: str | None, force: bo
     notes: list[str] = []
     base = Base.of(resolve(model)) if model is not None else peft_base.named(folder, notes, Base.of)
     ours = peft_base.read(folder, base, notes)
-    with new_folder(destination, force, [folder]) as work:
+    with new_folder(destination, force, [folder, *([base.path] if base is not None else [])]) as work:
         spec = save_adapter(work, ours, None if base is None else len(base.model.layers))
         Changes.of_files(folder).save(work)
         if base is not None:

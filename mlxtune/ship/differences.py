@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlxtune_convert import mtp
 from mlxtune_convert.files import read_json
 from mlxtune_convert.tensors import weight_files
 
@@ -37,7 +38,7 @@ BUG = "This is a bug in mlxtune; please report it with this line."
 IDLE = (
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache"),
     *("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "quantization", "quantization_config"),
-    *("num_nextn_predict_layers", "mtp_num_hidden_layers", "transformers_weights"),
+    *(*mtp.COUNTS, mtp.SWITCH, "transformers_weights"),
 )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlxtune_convert import chat_templates, ggml, gguf_config, gguf_file, gguf_lora, vocab_export
+from mlxtune_convert import chat_templates, ggml, gguf_config, gguf_file, gguf_lora, layouts, vocab_export
 from mlxtune_convert.files import new_artefact, require_space
 from mlxtune_convert.gguf_export import KEEP, TYPES, Choice, columns_moved, gguf_shape
 from mlxtune_convert.gguf_families import by_model_type
@@ -36,6 +36,7 @@ from mlxtune.ship import differences, llama_cpp, modelfile, verify
 from mlxtune.ship.export import ReadBack, Request, base_name, judged, merged_of, save_proof
 from mlxtune.ship.merge import Merged, open_merged
 from mlxtune.ship.verify import Report
+from mlxtune.train.fit import window_of
 
 MODEL_FILE = "model.gguf"
 Progress = Callable[[int, int], None]  # weights done, weights in all
@@ -68,6 +69,12 @@ def ship(request: Request, target: str, kind: str | None, ollama: bool, progress
         raise UserError(
             f"--type {kind} is not known",
             (f"Did you mean {near[0]}? " if near else "") + f"There are: {', '.join(TYPES)}.",
+        )
+    why = layouts.differs(source_of(request.base or request.model)["config"])
+    if why:  # llama.cpp computes as transformers does
+        raise UserError(
+            f"this model cannot be exported as GGUF: {why}",
+            "`mlxtune fuse` makes a merged MLX model, which is what was trained.",
         )
     with new_artefact(request.out, MODEL_FILE, request.force, request.sources) as work:
         if target == "gguf-lora":
@@ -169,7 +176,7 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
             f"{len(inexact)} tensors have no exact GGUF form; the largest relative error is {error:.1e} "
             f"({tensor} as {stored})"
         )
-    notes += _of_context(plan.fields)
+    notes += _of_context(plan.fields) + _of_windows(plan)
     if request.examples is None:
         return Exported(f"gguf {kind}", None, notes)
 
@@ -187,6 +194,15 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
         why = partial(differences.of_gguf, kind, back, trained, run)
         proof = judged(work, ref, run, f"llama.cpp, {kind}", storage, request, why)
         return Exported(f"gguf {kind}", proof, notes)
+
+
+def _of_windows(plan: Plan) -> list[str]:
+    """A line where layers have a window here, and llama.cpp's architecture has none."""
+    window = window_of(plan.config)
+    kinds = plan.config.get("layer_types") or ["sliding_attention"]
+    if not window or "sliding_attention" not in kinds or any("sliding_window" in key for key in plan.fields):
+        return []
+    return [f"llama.cpp lets every layer see all of a text: beyond {window} tokens it computes another model"]
 
 
 def _of_context(fields: dict[str, Field]) -> list[str]:

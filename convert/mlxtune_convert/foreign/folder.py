@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from mlxtune_convert import layouts
 from mlxtune_convert.configs import unquantized
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import write_json
 from mlxtune_convert.foreign.method import BESIDE, Foreign
 from mlxtune_convert.foreign.parts import Found, Part
 from mlxtune_convert.foreign.weights import FLOAT8, OF_ACTIVATIONS, TYPES, Weights
-from mlxtune_convert.layouts import LAYOUTS
 from mlxtune_convert.rules import Layout
 from mlxtune_convert.tensors import ShardWriter
 
@@ -99,8 +99,8 @@ def _needless_biases(config: dict[str, Any], weights: Weights, parts: list[Part]
 
 def _same_names(config: dict[str, Any]) -> bool:
     """Whether mlx-lm takes every matrix of this family as it is: then it takes codes and scales so too."""
-    layout = LAYOUTS.get(str(config.get("model_type")))
-    return layout is not None and layout.rules == Layout().rules and not layout.early
+    layout = layouts.of(config)
+    return config.get("model_type") in layouts.LAYOUTS and layout.rules == Layout().rules and not layout.early
 
 
 def _dtype(config: dict[str, Any], weights: Weights, names: list[str]) -> np.dtype:
@@ -130,6 +130,7 @@ def write(opened: Opened, folder: Path) -> None:
         writer.abandon()
         raise
     config = unquantized(opened.foreign.config)
+    config.pop("transformers_weights", None)  # the files have other names now
     if table:
         entries = list(table.values())
         common = max(entries, key=entries.count)
