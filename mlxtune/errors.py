@@ -2,7 +2,9 @@
 
 from mlxtune_convert.errors import UserError
 
-__all__ = ["Interrupted", "UserError"]
+__all__ = ["STOPPED", "Interrupted", "UserError"]
+
+STOPPED = (129, 130, 143)  # exit statuses of a process that a signal stops: no program of anybody's ends so by itself
 
 
 class Interrupted(Exception):

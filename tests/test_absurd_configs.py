@@ -87,10 +87,11 @@ def test_an_absurd_value_is_named_with_its_key_and_what_is_allowed(
 
 def test_a_key_that_a_family_needs_is_named(models: tuple[Path, dict[tuple[str, str], Any]]) -> None:
     folder, originals = models
-    file, own = folder / "mamba2" / "config.json", originals["mamba2", "config.json"]
-    try:
-        file.write_text(json.dumps({key: value for key, value in own.items() if key != "conv_kernel"}))
-        with pytest.raises(UserError, match="lacks conv_kernel, which mlx-lm needs for models of type mamba2"):
-            open_model(folder / "mamba2")
+    file, own = folder / "llama" / "config.json", originals["llama", "config.json"]
+    try:  # of a type that transformers has no defaults for
+        other = {key: value for key, value in own.items() if key != "rms_norm_eps"} | {"model_type": "internlm2"}
+        file.write_text(json.dumps(other))
+        with pytest.raises(UserError, match="lacks rms_norm_eps, which mlx-lm needs for models of type internlm2"):
+            open_model(folder / "llama")
     finally:
         file.write_text(json.dumps(own))

@@ -53,15 +53,15 @@ def test_an_existing_folder_is_replaced_only_with_force_and_only_by_something_wh
 ) -> None:
     out, torn = tmp_path / "out", tmp_path / "torn"
     out.mkdir()
-    (out / "notes.txt").write_text("mine")
+    (out / "config.json").write_text("mine")
     tiny.one_clear_line(tiny.mlxtune("convert", hf_model, out), f"{out} already exists", "add --force to replace it")
     shutil.copytree(hf_model, torn)
     lose_a_tensor(torn)
     tiny.one_clear_line(tiny.mlxtune("convert", torn, out, "--force"), "the weights do not fit")
-    assert contents(out) == {"notes.txt": b"mine"}
+    assert contents(out) == {"config.json": b"mine"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "torn"]
     tiny.done("convert", hf_model, out, "--force")
-    assert "notes.txt" not in contents(out)
+    assert contents(out)["config.json"] != b"mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "torn"]
 
 

@@ -166,7 +166,7 @@ def test_a_tokenizer_that_is_code_alone_is_refused_without_a_question(
     (tmp_path / "m" / "tokenization_own.py").write_text(f"open({str(tmp_path / MARKER)!r}, 'w')\n")
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "n")
-    with pytest.raises(UserError, match="the tokenizer cannot be loaded"):
+    with pytest.raises(UserError, match="the tokenizer needs code of its own"):
         load_tokenizer(tmp_path / "m")
     assert not asked
     assert not (tmp_path / MARKER).exists()

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlxtune_convert import gguf_file, gguf_lora, gguf_model
+from mlxtune_convert.adapters import save_adapter
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.gguf_families import by_model_type
 from mlxtune_convert.gguf_file import Field, Writer
@@ -22,8 +23,6 @@ from mlxtune_convert.peft import Adapter, Update
 from mlxtune_convert.quant import BLOCKS
 from mlxtune_convert.tensors import read_header, weight_files
 from safetensors.numpy import save_file
-
-from mlxtune.model import peft
 
 KEYS = {
     "context_length": 64,
@@ -82,7 +81,7 @@ def adapter_bytes(path: Path) -> bytes:
 def use_gguf(path: Path, folder: Path) -> None:
     file = gguf_file.read(path)
     if gguf_lora.is_adapter(file):
-        peft.save(folder, Adapter(gguf_lora.read_adapter(file, None)[0]), None)
+        save_adapter(folder, Adapter(gguf_lora.read_adapter(file, None)[0]), None)
     else:
         gguf_model.convert(gguf_model.open_gguf(path), folder)
 

@@ -25,7 +25,7 @@ from mlxtune_convert.tensors import weights_of
 
 from mlxtune import backend
 from mlxtune.data.tokenizer import load_tokenizer, require_folder
-from mlxtune.errors import UserError
+from mlxtune.errors import STOPPED, UserError
 from mlxtune.gpu_errors import recognise
 from mlxtune.model import config_check
 from mlxtune.model.arrays import named
@@ -160,7 +160,7 @@ def _refusals(path: Path, config: dict[str, Any] | None = None) -> Iterator[None
     except (UserError, OSError, MemoryError, KeyboardInterrupt):
         raise
     except (Exception, SystemExit) as error:  # a family's module raises whatever its parts raise
-        if recognise(error):
+        if recognise(error) or _is_a_signal(error):
             raise
         why = unheeded.why(config) if config is not None and isinstance(error, ValueError) else ""
         if config is not None and why:
@@ -171,6 +171,11 @@ def _refusals(path: Path, config: dict[str, Any] | None = None) -> Iterator[None
                 "They are of different models, or one of them is damaged: copy or download the folder again.",
             ) from error
         raise UserError(f"{path}/config.json does not describe a model that mlx-lm knows ({_said(error)})") from error
+
+
+def _is_a_signal(error: BaseException) -> bool:
+    """Whether the user stops the command, and not a family's module itself."""
+    return isinstance(error, SystemExit) and error.code in STOPPED
 
 
 def _over_weights(error: BaseException) -> bool:
@@ -254,6 +259,8 @@ def _family(path: Path, config: dict[str, Any]) -> tuple[type, type]:
         with contextlib.redirect_stdout(printed):
             return _get_classes(config)
     except (Exception, SystemExit) as error:
+        if _is_a_signal(error):
+            raise
         cause = error.__cause__ or error
         absent = isinstance(cause, ModuleNotFoundError) and str(cause.name).startswith("mlx_lm.models")
         if absent or isinstance(cause, AttributeError):  # no such module, or one that holds no model

@@ -47,7 +47,10 @@ def _read(config: dict[str, Any]) -> tuple[Any, str]:
         return None, ""
     with _quiet():
         try:
-            return CONFIG_MAPPING[kind].from_dict(_numbers(_without_copies(unquantized(config)))), ""
+            found = CONFIG_MAPPING[kind].from_dict(_numbers(_without_copies(unquantized(config))))
+            if isinstance(getattr(found, "text_config", None), dict):  # a stray entry: the type has no text part
+                del found.text_config
+            return found, ""
         except Exception as error:  # whatever its checks raise; the file may still mean something to mlx-lm
             return None, shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
 
