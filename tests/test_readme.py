@@ -115,7 +115,8 @@ def run(line: str) -> Ended:
     if out in FIRST and Path(out).exists() and not any(word.startswith("--resume") for word in words):
         kept = Path(out).rename(f"first-{out}")
     elif out and out not in FIRST:
-        for old in (Path(out), Path(out).with_suffix(".Modelfile")):
+        beside = Path().glob(f"{Path(out).stem}.*") if out.endswith(".gguf") else ()
+        for old in (Path(out), *beside):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     said, told = io.StringIO(), io.StringIO()
     with (

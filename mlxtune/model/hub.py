@@ -95,7 +95,8 @@ def _refuse_unread(name: str, info: ModelInfo) -> None:
 def _weights(name: str, info: ModelInfo) -> list[RepoSibling]:
     """The weight files of a repository, as `tensors.weights_of` chooses them in a folder. Refuses one without any."""
     files = info.siblings or []
-    chosen = _chosen({file.rfilename for file in files}, lambda file: _small(name, file, info.sha))
+    stored = any(file.rfilename.endswith(".safetensors") for file in files)
+    chosen = _chosen({file.rfilename for file in files}, lambda file: _small(name, file, info.sha)) if stored else None
     weights = [file for file in files if WEIGHTS.fullmatch(file.rfilename)]
     weights = weights or [file for file in files if file.rfilename == ADAPTER]
     if not weights and chosen is None:
