@@ -13,7 +13,7 @@ import click
 import mlxtune_convert
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import REFUSALS
-from mlxtune_convert.shown import shown_name
+from mlxtune_convert.shown import shown, shown_name
 
 if TYPE_CHECKING:
     from mlxtune_convert.fence import Result
@@ -139,8 +139,8 @@ def check(export: Path, origin: Path, base: Path | None, adapter: Path | None) -
 
 def _say(path: Path, result: Result) -> None:
     for note in result.notes:
-        click.echo(f"note: {note}", err=True)
-    click.echo(f"{path}: {result.said}")
+        click.echo(f"note: {shown_name(note)}", err=True)
+    click.echo(f"{shown_name(path)}: {shown(result.said)}")
 
 
 def say_error(message: str, hint: str) -> None:
@@ -151,24 +151,34 @@ def say_error(message: str, hint: str) -> None:
         click.echo(f"  {shown_name(hint)}", err=True)
 
 
+def status_of(error: BaseException) -> int | None:
+    """Say what ended a command, and return its exit status: 2 the user can fix it, 130 stopped by Ctrl-C. None for any
+    other error, of which nothing is said.
+    """
+    if isinstance(error, UserError):
+        say_error(error.message, error.hint)
+    elif isinstance(error, click.UsageError):
+        say_error(error.format_message(), f"See: {error.ctx.command_path} --help" if error.ctx else "")
+    elif isinstance(error, click.ClickException):
+        say_error(error.format_message(), "")
+    elif isinstance(error, click.Abort | KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        return 130
+    elif isinstance(error, OSError) and error.errno in REFUSALS:
+        say_error(f"{error.filename or 'the file system'}: {REFUSALS[error.errno][0]}", "")
+    else:
+        return None
+    return 2
+
+
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line. Exit: 0 done, 2 the user can fix it, 1 our bug, 130 and 143 stopped by a signal."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that nothing half-written is left
     code: Any = 0
     try:
         code = cli.main(args, prog_name="mlxtune-convert", standalone_mode=False)
-    except UserError as error:
-        say_error(error.message, error.hint)
-        code = 2
-    except click.UsageError as error:
-        say_error(error.format_message(), f"See: {error.ctx.command_path} --help" if error.ctx else "")
-        code = 2
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped", err=True)
-        code = 130
-    except OSError as error:
-        if error.errno not in REFUSALS:
+    except (Exception, KeyboardInterrupt) as error:
+        code = status_of(error)
+        if code is None:
             raise
-        say_error(f"{error.filename or 'the file system'}: {REFUSALS[error.errno][0]}", "")
-        code = 2
     sys.exit(code if isinstance(code, int) else 0)

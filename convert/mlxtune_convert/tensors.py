@@ -28,13 +28,18 @@ NUMBERED = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 
 @dataclass(frozen=True)
 class Weights:
-    """files: those that hold a model's weights, each whole; names: of the tensors in them; notes: what a person must
+    """files: those that hold a model's weights, each whole; places: the file of each tensor; notes: what a person must
     know of the others.
     """
 
     files: list[Path]
-    names: list[str]
+    places: dict[str, Path]
     notes: list[str]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self.places)
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -79,7 +84,7 @@ def weights_of(folder: Path) -> Weights:
         more = f" and {len(stray) - 1} more" if len(stray) > 1 else ""
         why = "is the model" if chosen.suffix != ".json" else "names the model's files"
         notes.append(f"{stray[0]}{more} in {folder} is not read: {chosen.name} {why}")
-    return Weights(files, [name for header in headers.values() for name in header], notes)
+    return Weights(files, {name: file for file, header in headers.items() for name in header}, notes)
 
 
 def _asked_for(folder: Path) -> Path | None:

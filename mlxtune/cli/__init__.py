@@ -6,14 +6,13 @@ import sys
 from typing import NoReturn, TextIO, cast
 
 import click
-from mlxtune_convert.cli import say_error
-from mlxtune_convert.files import REFUSALS
+from mlxtune_convert.cli import say_error, status_of
 from mlxtune_convert.shown import shown_name
 
 import mlxtune
 from mlxtune import gpu_errors
 from mlxtune.cli import bench, common, convert, data, demo, doctor, runs, ship, train, use
-from mlxtune.errors import Interrupted, UserError
+from mlxtune.errors import Interrupted
 from mlxtune.train import signals
 
 SECTIONS: dict[str, list[click.Command]] = {
@@ -58,21 +57,6 @@ def main(args: list[str] | None = None) -> NoReturn:
     sys.stderr = cast(TextIO, common.Surviving(sys.stderr))
     try:
         code = cli.main(args, prog_name="mlxtune", standalone_mode=False)
-    except UserError as error:
-        say_error(error.message, error.hint)
-        code = 2
-    except click.UsageError as error:
-        say_error(error.format_message(), f"See: {error.ctx.command_path} --help" if error.ctx else "")
-        code = 2
-    except click.ClickException as error:
-        say_error(error.format_message(), "")
-        code = 2
-    except Interrupted as error:
-        click.echo(shown_name(error.message), err=True)
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped", err=True)
-        code = 130
     except SystemExit as stop:
         if stop.code in signals.EXIT_CODES.values():
             click.echo("stopped", err=True)
@@ -80,17 +64,22 @@ def main(args: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
-    except OSError as error:
-        if error.errno not in REFUSALS:
+    except (Exception, KeyboardInterrupt) as error:
+        code = _status_of(error, sys.argv[1:] if args is None else args)
+        if code is None:
             raise
-        say_error(f"{error.filename or 'the file system'}: {REFUSALS[error.errno][0]}", "")
-        code = 2
-    except (RuntimeError, MemoryError) as error:
-        failure = gpu_errors.recognise(error)
-        if failure is None:
-            raise
-        words = sys.argv[1:] if args is None else args
-        command = next((word for word in words if not word.startswith("-")), "")
-        say_error(str(failure), failure.hint(command, words))
-        code = 2
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _status_of(error: BaseException, words: list[str]) -> int | None:
+    """As `status_of`, and what only these commands meet. words: of the command line."""
+    if isinstance(error, Interrupted):
+        click.echo(shown_name(error.message), err=True)
+        return error.exit_code
+    status = status_of(error)
+    failure = gpu_errors.recognise(error) if status is None else None
+    if failure is None:
+        return status
+    command = next((word for word in words if not word.startswith("-")), "")
+    say_error(str(failure), failure.hint(command, words))
+    return 2

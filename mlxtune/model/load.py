@@ -111,12 +111,11 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         read_json(path / GENERATION_FILE, "generation settings")
     with _refusals(path):
         original = load_config(path)
-    _require_type(path, original)
     foreign = of_folder(path, original)
     if foreign is not None:
         raise foreign.not_here()
     with _refusals(path):
-        config = normalise(by_files(completed(original), path))
+        config = normalise(by_files(completed(original), weights.places))
     classes = _classes(path, config, original, mtp.behind(weights.names, config))
     config_check.check_arguments(path, config, classes[1], weights.names)
     with _refusals(path, config), _alone(path, weights.files) as view:
@@ -139,15 +138,11 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def require_known(path: Path, config: dict[str, Any]) -> None:
     """Raise UserError when mlx-lm has no model of the type that a config.json names, or it names none."""
-    _require_type(path, config)
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"{path}/config.json names no type of model (model_type)")
     with _refusals(path):
         known = normalise(config)
     _family(path, known)
-
-
-def _require_type(path: Path, config: dict[str, Any]) -> None:
-    if not isinstance(config.get("model_type"), str):
-        raise UserError(f"{path}/config.json names no type of model (model_type)")
 
 
 @contextlib.contextmanager

@@ -6,21 +6,23 @@ drop the head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlxtune_convert.configs import QUANTIZATION_KEYS
-from mlxtune_convert.tensors import read_header, weight_files
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"  # how their names end
 
 
-def by_files(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A copy of a completed config.json that calls embedding and head one matrix only where they are."""
+def by_files(config: dict[str, Any], places: Mapping[str, Path]) -> dict[str, Any]:
+    """A copy of a completed config.json that calls embedding and head one matrix only where they are. places: the file
+    of each tensor.
+    """
     text = config.get("text_config")
     tied = config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))
-    if not tied or any(key in config for key in QUANTIZATION_KEYS) or not _has_own_head(folder):
+    if not tied or any(key in config for key in QUANTIZATION_KEYS) or not _has_own_head(places):
         return config
     out = {**config, "tie_word_embeddings": False}
     if isinstance(text, dict):
@@ -28,8 +30,7 @@ def by_files(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     return out
 
 
-def _has_own_head(folder: Path) -> bool:
-    places = {name: file for file in weight_files(folder) for name in read_header(file)}
+def _has_own_head(places: Mapping[str, Path]) -> bool:
     head = next((name for name in places if name.endswith(HEAD)), None)
     embedding = next((name for name in places if name.endswith(EMBEDDING)), None)
     if head is None or embedding is None:
