@@ -2,7 +2,7 @@
 
 from mlxtune_convert import __version__
 
-from mlxtune.backend import before_mlx
+from mlxtune.machine.backend import before_mlx
 
 __all__ = ["__version__"]
 

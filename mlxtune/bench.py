@@ -30,36 +30,37 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_map
 
-from mlxtune import backend, config, session, tuning
-from mlxtune.config import Config
-from mlxtune.data.batches import DEFAULT_ROWS, Batch, Plan
-from mlxtune.data.chat import Example
+from mlxtune.adapter import lora
+from mlxtune.adapter.layers import dense_shape
+from mlxtune.compute import fast_ways, prefix
+from mlxtune.compute.loss import Way
+from mlxtune.config import resolve
+from mlxtune.config.resolve import Config
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.batches import DEFAULT_ROWS, Batch, Plan
 from mlxtune.errors import UserError
-from mlxtune.gpu_errors import recognise
-from mlxtune.model import lora, prefix
+from mlxtune.machine import backend
+from mlxtune.machine.gpu_errors import recognise
 from mlxtune.model.arrays import dtype_name, named, scalar
-from mlxtune.model.layers import dense_shape
 from mlxtune.model.load import load
-from mlxtune.train import fast, optim
-from mlxtune.train.loss import Way
+from mlxtune.train import optim, session, tuning
 from mlxtune.train.step import StepFunction
 
 OURS, THEIRS, CHECKPOINTED = "mlxtune", "mlx-lm", "mlx-lm-checkpointed"  # mlx-lm's default is not to checkpoint
-REFUSED = 2  # the exit status of a child that says what is wrong
+REFUSED = 2  # a child's exit status that says what is wrong
 
 
 @dataclass(frozen=True)
 class Measured:
     """One child's figures. rows: examples trained on, of which a row of the data may give several (unit: what to call
-    one); seconds: of the counted steps together; tokens: real ones, padding apart; processed: those
-    that went through the trunk; peak_bytes: over the model's own; head_saved, prefix_saved: share of the plain way's
-    arithmetic left out; utilisation: needed arithmetic per second over that of a large matrix product.
-
+    one); seconds: of the counted steps; tokens: real ones, padding apart; processed: those through the trunk;
+    peak_bytes: over the model's own; head_saved, prefix_saved: share of the plain way's arithmetic left out;
+    utilisation: needed arithmetic per second over that of a large matrix product.
     update: share of the seconds that the optimizer's update takes when it is computed alone; waits: for the device, in
     each micro-batch of a step, the update's among them; queued: the parts of a step are handed to the device without
-    waiting for each (`backend.Policy`); first_seconds: of the same steps the first time, kernels and
-    graphs being compiled, 0: nothing is compiled here; traced: graphs compiled until all steps were warm. limits: whose
-    limits of MLX's memory and cache held.
+    waiting for each (`backend.Policy`); first_seconds: of the same steps the first time, kernels and graphs being
+    compiled, 0: nothing is compiled here; traced: graphs compiled until all steps were warm. limits: whose limits of
+    MLX's memory and cache held.
     """
 
     who: str
@@ -130,8 +131,8 @@ def compare(
 
 def _child(who: str, file: str, count: int) -> Measured:
     """The rows are those of the first steps of our plan for the whole data: batched as in a real run."""
-    settings = config.load(file)
-    fast.refuse_idle(settings)
+    settings = resolve.load(file)
+    fast_ways.refuse_idle(settings)
     data, settings = session.read_data(settings)
     plan = Plan(data.train, settings.train, settings.data.group_by_prefix)
     rows, steps = 0, 0
@@ -199,7 +200,7 @@ def _ours(settings: Config, data: session.Data, steps: int) -> Measured:
         head_saved=(padded - supervised) * head / plain if way.split else 0.0,
         prefix_saved=saved * trunk / plain,
         utilisation=4 * needed / seconds / _matmul_peak(dtype),
-        computed=fast.describe(way),
+        computed=fast_ways.describe(way),
         update=steps * _update_seconds(step) / seconds,
         waits=len(waited) / len(batches),
         queued=backend.policy().queued,

@@ -12,10 +12,10 @@ import mlx.core as mx
 import pytest
 
 from mlxtune.cli import main
-from mlxtune.data.batches import Batch
+from mlxtune.compute.gradients import Gradients
+from mlxtune.compute.loss import Way
+from mlxtune.data.dataset.batches import Batch
 from mlxtune.train import signals, step
-from mlxtune.train.gradients import Gradients
-from mlxtune.train.loss import Way
 
 METAL = "[METAL] Command buffer execution failed: {}"  # MLX ends it with a full stop, which we leave out
 OUT_OF_MEMORY = METAL.format("Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)")

@@ -16,17 +16,19 @@ import mlx.nn as nn
 import numpy as np
 import tiny
 import zoo
-from mlxtune_convert import gguf_config, gguf_families, layouts
-from mlxtune_convert import peft as files
+from mlxtune_convert.gguf import architectures, metadata
+from mlxtune_convert.hf import families
+from mlxtune_convert.peft import adapter_folder as files
 from safetensors.numpy import load_file
 
-from mlxtune import backend
+from mlxtune.adapter import lora, peft
+from mlxtune.adapter.plan import linear_paths, outside_blocks
+from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError
-from mlxtune.model import convert, lora, peft
+from mlxtune.machine import backend
+from mlxtune.model import convert
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import load
-from mlxtune.model.spec import linear_paths, outside_blocks
-from mlxtune.sections import LoraSection
 from mlxtune.ship import export, verify
 from mlxtune.ship.merge import open_merged
 
@@ -60,13 +62,13 @@ def measure(family: str, root: Path) -> Row:
         theirs = reference(original)
         untrained = logits(theirs)
         row.logits = apart(mlx_logits(loaded.model), untrained)
-        layout = layouts.by_model_type(config)
+        layout = families.by_model_type(config)
     except UserError as error:
-        row.refused = layouts.NOT_EXPORTED.get(family) or error.message.partition(": ")[2]
+        row.refused = families.NOT_EXPORTED.get(family) or error.message.partition(": ")[2]
         return row
     row.inverse = inverse(original, folder, layout)
     with contextlib.suppress(UserError):
-        row.gguf = gguf_families.by_model_type(gguf_config.text_of(loaded.config)["model_type"]).gguf
+        row.gguf = architectures.by_model_type(metadata.text_of(loaded.config)["model_type"]).gguf
     model = loaded.model
     paths = {path for block in model.layers for path in linear_paths(block)} | set(outside_blocks(model, (nn.Linear,)))
     covered = sorted(
@@ -213,7 +215,7 @@ form of the family cannot be loaded at all:
 | family | HF -> MLX | why |
 |---|---|---|
 """
-    untried = [f"| {name} |  | {why} |" for name, why in layouts.NOT_EXPORTED.items() if name not in zoo.SHAPES]
+    untried = [f"| {name} |  | {why} |" for name, why in families.NOT_EXPORTED.items() if name not in zoo.SHAPES]
     return head + "\n".join(lines) + "\n" + tail + "\n".join([*refused, *untried])
 
 

@@ -12,7 +12,7 @@ import tiny
 import warm
 from training import options
 
-from mlxtune import backend
+from mlxtune.machine import backend
 
 HOME_CACHE = os.environ.get("XDG_CACHE_HOME")  # the user's own, None where it is the usual place
 # The files that take longest. Begun first, they do not stand alone at the end, while the other process has no more to
@@ -58,7 +58,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tokenizer(tokenizer_folder: Path) -> Any:
     """The tiny tokenizer, fresh: a test may change its template."""
-    from mlxtune.data.tokenizer import load_tokenizer
+    from mlxtune.data.template.tokenizer import load_tokenizer
 
     return load_tokenizer(tokenizer_folder)
 
@@ -98,8 +98,8 @@ def run(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="session")
 def held_out(mlx_model: Path, run: Path) -> Any:
     """The validation rows of that run, as examples."""
-    from mlxtune import session
-    from mlxtune.data.tokenizer import load_tokenizer
+    from mlxtune.data.template.tokenizer import load_tokenizer
+    from mlxtune.train import session
 
     return session.held_out(load_tokenizer(mlx_model), mlx_model, session.run_config(run))
 

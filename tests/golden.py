@@ -57,9 +57,9 @@ def curve(run: Run, folder: Path, out: str = "") -> list[float]:
     import tiny
     from rich.console import Console
 
-    from mlxtune import config, tuning
+    from mlxtune.config import resolve
     from mlxtune.model import convert
-    from mlxtune.train import events
+    from mlxtune.train import events, tuning
     from mlxtune.train.display import Display
 
     if not (folder / "hf").exists():
@@ -70,17 +70,17 @@ def curve(run: Run, folder: Path, out: str = "") -> list[float]:
         target = convert.Target.of(run.bits, 32 if run.bits < 16 else None, None)
         convert.convert(str(folder / "hf"), model, target, run.dtype)
     flags = {"model.path": str(model), "data.path": str(folder / "data"), "train.dtype": run.dtype}
-    resolved = config.load(run.recipe, (*SETTINGS, "train.steps=20", "train.epochs=null"), flags)
+    resolved = resolve.load(run.recipe, (*SETTINGS, "train.steps=20", "train.epochs=null"), flags)
     with Display(Console(quiet=True)) as display:
         tuning.tune(resolved, folder / (out or run.name), display)
     return [event["loss"] for event in events.read(folder / (out or run.name)) if event["kind"] == "train"]
 
 
 def summed_otherwise(draws: Any) -> Any:
-    """A stand-in for `mlxtune.model.quantize._multiply`: the product with its seeded jitter, then rounded."""
+    """A stand-in for `mlxtune.model.dense._multiply`: the product with its seeded jitter, then rounded."""
     import mlx.core as mx
 
-    from mlxtune.model.quantize import dense_weight
+    from mlxtune.model.dense import dense_weight
 
     def rounded(product: mx.array, dtype: mx.Dtype) -> mx.array:
         noise = mx.random.normal(product.shape, key=mx.random.key(next(draws)))
@@ -103,15 +103,15 @@ def summed_otherwise(draws: Any) -> Any:
 
 def spread(run: Run, folder: Path) -> float:
     """The largest relative difference of a loss from the undisturbed run's, over all draws."""
-    from mlxtune.model import quantize
+    from mlxtune.model import dense
 
-    plain, real, worst = curve(run, folder), quantize._multiply, 0.0
+    plain, real, worst = curve(run, folder), dense._multiply, 0.0
     for draw in range(DRAWS):
-        quantize._multiply = summed_otherwise(count(draw << 20))
+        dense._multiply = summed_otherwise(count(draw << 20))
         try:
             moved = curve(run, folder, f"{run.name} {draw}")
         finally:
-            quantize._multiply = real
+            dense._multiply = real
         worst = max(worst, *(abs(a / b - 1) for a, b in zip(moved, plain, strict=True)))
     return worst
 

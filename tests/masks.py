@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlxtune.data import chat
+from mlxtune.data.chat import masking
 
 TEMPLATES = Path(__file__).parent / "templates"
 Messages = list[dict[str, Any]]
@@ -99,8 +99,8 @@ def source(name: str) -> str:
 
 def supervised(tokenizer: Any, messages: Messages, tools: Any = None, **kwargs: Any) -> list[str]:
     """The runs of supervised text; also asserts that ids are the tokenizer's own for the repaired messages."""
-    example = chat.render(tokenizer, messages, tools, **kwargs)
-    repaired = chat.repaired(chat.template_of(tokenizer, kwargs), messages)
+    example = masking.render(tokenizer, messages, tools, **kwargs)
+    repaired = masking.repaired(masking.template_of(tokenizer, kwargs), messages)
     own = tokenizer.apply_chat_template(repaired, tools=tools, tokenize=True, return_dict=False, **kwargs)
     assert list(example.ids) == list(own)
     return runs(tokenizer, example)

@@ -10,15 +10,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune import config as configuration
-from mlxtune.data.batches import Plan
-from mlxtune.data.chat import Example
-from mlxtune.model import lora, memory
+from mlxtune.adapter import lora
+from mlxtune.compute.fit_memory import Given
+from mlxtune.compute.memory import prediction
+from mlxtune.config import resolve as configuration
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.batches import Plan
+from mlxtune.model.dense import on_cpu
 from mlxtune.model.load import cast
-from mlxtune.model.quantize import on_cpu
 from mlxtune.train import optim
 from mlxtune.train.choice import choose
-from mlxtune.train.fit import Given
 from mlxtune.train.step import Job, StepFunction
 
 
@@ -42,7 +43,7 @@ def build(sizes: dict[str, Any]) -> nn.Module:
 
 def of_step(
     sizes: dict[str, Any], settings: tuple[str, ...], rows: list[Example], bits: int = 0, dtype: mx.Dtype = mx.float32
-) -> tuple[memory.Memory, int]:
+) -> tuple[prediction.Memory, int]:
     """(the plan of a run, bytes that its widest step took)."""
     gc.collect()  # models of other tests
     mx.clear_cache()
@@ -58,7 +59,7 @@ def of_step(
     plan = Plan(rows, resolved.train)
     chosen = choose(Given(model, sizes, dtype), resolved, plan)
     way, predicted = chosen.way, chosen.memory
-    assert isinstance(predicted, memory.Memory), predicted
+    assert isinstance(predicted, prediction.Memory), predicted
     assert (way.split is None) == (resolved.fast.head == "off")
     job = Job(model, way, keys, plan, resolved.train, None, None, str, None, None)  # type: ignore[arg-type]
     step = StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))

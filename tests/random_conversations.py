@@ -21,9 +21,9 @@ import published
 from conversations import TOOL, call, result
 from invariant import Options, violations
 
-from mlxtune.data.examples import Renderer, Row
-from mlxtune.data.records import Record
-from mlxtune.sections import DataSection
+from mlxtune.config.schema import DataSection
+from mlxtune.data.chat.renderer import Renderer, Row
+from mlxtune.data.rows.formats import Record
 
 Messages = list[dict[str, Any]]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlxtune.data import mixture
-from mlxtune.data.rows import Examples
-from mlxtune.sections import DataSection
+from mlxtune.config.schema import DataSection
+from mlxtune.data.dataset import mixture
+from mlxtune.data.dataset.examples import Examples
 
 ASKED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 

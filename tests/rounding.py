@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlxtune.model import quantize
-from mlxtune.model.quantize import dense_weight
+from mlxtune.model import dense
+from mlxtune.model.dense import dense_weight
 
 _gather_mm = mx.gather_mm
 
@@ -45,5 +45,5 @@ def as_a_gpu(patch: pytest.MonkeyPatch, relative: float) -> None:
 
     patch.setattr(nn.Linear, "__call__", linear)
     patch.setattr(nn.Embedding, "as_linear", product)
-    patch.setattr(quantize, "_multiply", product)
+    patch.setattr(dense, "_multiply", product)
     patch.setattr(mx, "gather_mm", gather)

@@ -24,10 +24,10 @@ import mlx.core as mx
 import numpy as np
 import tiny
 import zoo
-from mlxtune_convert import layouts
+from mlxtune_convert.hf import families
 
-from mlxtune import backend
 from mlxtune.errors import UserError
+from mlxtune.machine import backend
 from mlxtune.model.load import load
 
 SAME = 1e-4  # largest difference of logits around 1
@@ -118,7 +118,7 @@ def outcome(folder: Path, family: str, changes: dict[str, Any]) -> tuple[str, st
         return "SILENT", f"a traceback: {type(error).__name__}: {error}"
     if apart < SAME:
         return "same", ""
-    return ("named" if layouts.differs(loaded.config) else "SILENT"), f"{apart:.0e}"
+    return ("named" if families.differs(loaded.config) else "SILENT"), f"{apart:.0e}"
 
 
 def _logits(model: Any, ids: np.ndarray) -> np.ndarray:

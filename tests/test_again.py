@@ -11,18 +11,19 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from mlxtune_convert import gguf_file
-from mlxtune_convert.gguf_file import Writer
+from mlxtune_convert.gguf import container
+from mlxtune_convert.gguf.container import Writer
 from safetensors.numpy import load_file, save_file
 from test_companions import DENSE, adapter_of
 from test_gguf_fuzz import model_bytes
 
+from mlxtune.adapter import lora
+from mlxtune.adapter.plan import ADAPTER_FILE, Spec
+from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError
-from mlxtune.model import again, convert, lora
+from mlxtune.model import convert, reopened
 from mlxtune.model.arrays import named
 from mlxtune.model.load import load, open_model
-from mlxtune.model.spec import ADAPTER_FILE, Spec
-from mlxtune.sections import LoraSection
 from mlxtune.ship import export
 
 
@@ -47,7 +48,7 @@ def test_weights_that_give_no_numbers_are_not_converted(
 
 def test_a_gguf_whose_weights_give_no_numbers_is_not_converted(tmp_path: Path) -> None:
     model_bytes(tmp_path / "whole.gguf")
-    file = gguf_file.read(tmp_path / "whole.gguf")
+    file = container.read(tmp_path / "whole.gguf")
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     for name, spoil in (("ok", False), ("bad", True)):
         with Writer(tmp_path / f"{name}.gguf", file.fields, shapes) as writer:
@@ -103,7 +104,7 @@ def test_opening_again_takes_less_memory_than_the_model(tmp_path: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    again.check(folder)
+    reopened.check(folder)
     assert mx.get_peak_memory() - before < 0.4 * total
     mx.reset_peak_memory()
     load(str(folder))

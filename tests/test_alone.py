@@ -13,19 +13,21 @@ import tiny
 import zoo
 from alone import same
 from click.testing import CliRunner
-from mlxtune_convert import adapters, fence, gguf_families, gguf_lora, layouts
-from mlxtune_convert.chosen import Changes
+from mlxtune_convert import adapters, fence
 from mlxtune_convert.cli import cli
-from mlxtune_convert.configs import normalise
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.peft_base import Base
+from mlxtune_convert.gguf import adapter_file, architectures
+from mlxtune_convert.hf import families
+from mlxtune_convert.hf.configs import normalise
+from mlxtune_convert.peft.base_model import Base
+from mlxtune_convert.tokenizer_changes import Changes
 from safetensors.numpy import load_file, save_file
 from test_peft import IDS, hf, logits
 from test_variants import KINDS, adapted
 
-from mlxtune.model import lora, peft
+from mlxtune.adapter import lora, peft
+from mlxtune.adapter.layers import LINEAR, SWITCH
 from mlxtune.model.convert import Target, convert
-from mlxtune.model.layers import LINEAR, SWITCH
 from mlxtune.model.load import load
 from mlxtune.ship import export
 
@@ -171,7 +173,7 @@ def test_a_gguf_adapter_becomes_the_same_peft_adapter_as_its_mlx_original(
     config = fence.source_of(folder)["config"]
     adapter, _ = adapters.read_adapter(tmp_path / "run")
     file = tmp_path / "adapter.gguf"
-    gguf_lora.write_adapter(file, gguf_families.by_model_type("llama"), config, adapter.updates, "")
+    adapter_file.write_adapter(file, architectures.by_model_type("llama"), config, adapter.updates, "")
     fence.to_peft(file, tmp_path / "ours", folder)
     fence.to_peft(tmp_path / "run", tmp_path / "theirs", folder)
     same(tmp_path / "ours", tmp_path / "theirs")
@@ -313,7 +315,7 @@ def test_the_tokenizer_beside_an_adapter_is_read_as_transformers_reads_it(tmp_pa
         assert found.tokens == special and len(special) == 3
 
 
-@pytest.mark.parametrize("family", sorted(set(zoo.SHAPES) & set(layouts.LAYOUTS)))
+@pytest.mark.parametrize("family", sorted(set(zoo.SHAPES) & set(families.LAYOUTS)))
 def test_a_name_is_found_again_from_the_tables_alone(family: str) -> None:
     """Of every linear layer of every family, without the model's weights; and how many blocks it has."""
     from mlx_lm.utils import _get_classes
@@ -327,7 +329,7 @@ def test_a_name_is_found_again_from_the_tables_alone(family: str) -> None:
     base = Base(Path(), original, None)
     assert base.blocks == len(model.layers)
     paths = [path for path, module in model.named_modules() if isinstance(module, LINEAR + SWITCH)]
-    layout = layouts.of(original)
+    layout = families.of(original)
     targets = layout.peft_targets(paths)
     assert len(targets) > len(paths) / 3
     assert {target: layout.mlx_path(target) for target in targets} == targets

@@ -8,8 +8,8 @@ import masks
 import pytest
 import talk
 
-from mlxtune.data.answers import Reader, parse
-from mlxtune.data.template import Template
+from mlxtune.data.template.answers import Reader, parse
+from mlxtune.data.template.template import Template
 
 ASK = [{"role": "user", "content": "Why?"}]
 NEXT = {"role": "user", "content": "And then?"}

@@ -12,9 +12,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mlxtune.data import records, sources
-from mlxtune.data.records import Bad, Record
-from mlxtune.sections import SourceSection
+from mlxtune.config.schema import SourceSection
+from mlxtune.data.dataset import sources
+from mlxtune.data.rows import formats
+from mlxtune.data.rows.formats import Bad, Record
 
 
 def called(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +90,7 @@ KINDS = ("structs", "json type", "json type alone", "loaded", "json texts", "one
 
 @pytest.mark.parametrize("kind", [*KINDS, "maps"])
 def test_a_parquet_file_gives_the_rows_that_were_written(kind: str, tmp_path: Path) -> None:
-    assert plain(records.read(written(kind, tmp_path / "d.parquet"))) == ROWS
+    assert plain(formats.read(written(kind, tmp_path / "d.parquet"))) == ROWS
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -114,9 +115,9 @@ def test_a_null_inside_of_json_stays_while_one_that_arrow_filled_in_goes(tmp_pat
     path = tmp_path / "d.parquet"
     columns = {key: datasets.List(datasets.Json()) for key in given}
     datasets.Dataset.from_list([given], features=datasets.Features(columns)).to_parquet(path)
-    assert plain(records.read(path)) == [given]
+    assert plain(formats.read(path)) == [given]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([given, ROWS[1]]), path)
-    first, _ = plain(records.read(path))
+    first, _ = plain(formats.read(path))
     assert first["messages"][1]["tool_calls"][0]["function"]["arguments"] == {}
 
 
@@ -124,7 +125,7 @@ def test_broken_json_in_a_column_of_that_type_is_a_bad_row(tmp_path: Path) -> No
     storage = pyarrow.array(['[{"role": "user"', json.dumps(ROWS[0]["messages"])], pyarrow.string())
     column = pyarrow.ExtensionArray.from_storage(pyarrow.json_(), storage)
     pyarrow.parquet.write_table(pyarrow.table({"messages": column}), tmp_path / "d.parquet")
-    bad, good = records.read(tmp_path / "d.parquet")
+    bad, good = formats.read(tmp_path / "d.parquet")
     assert isinstance(bad, Bad) and "holds JSON that cannot be read" in bad.reason and bad.row == 1
     assert isinstance(good, Record) and good.messages == ROWS[0]["messages"]
 
@@ -142,16 +143,16 @@ def test_json_text_inside_of_a_tool_is_read(parameters: Any, tmp_path: Path) -> 
     row = called("bus", {"stop": "harbour"})
     row["tools"][0]["function"]["parameters"] = parameters
     (tmp_path / "d.jsonl").write_text(json.dumps(row))
-    assert plain(records.read(tmp_path / "d.jsonl")) == [ROWS[0]]
+    assert plain(formats.read(tmp_path / "d.jsonl")) == [ROWS[0]]
 
 
 def test_a_schema_that_is_text_but_no_json_is_refused_and_plain_words_in_one_stay(tmp_path: Path) -> None:
     row = called("bus", {"stop": "harbour"})
     row["tools"][0]["function"]["parameters"] = "{stop: string"
     (tmp_path / "d.jsonl").write_text(json.dumps(row))
-    (bad,) = records.read(tmp_path / "d.jsonl")
+    (bad,) = formats.read(tmp_path / "d.jsonl")
     assert isinstance(bad, Bad) and "tools: the parameters of bus must be an object, or JSON text of one" in bad.reason
     row["tools"][0]["function"]["parameters"] = words = {"type": "object", "properties": {"stop": "string"}}
     (tmp_path / "d.jsonl").write_text(json.dumps(row))
-    (good,) = plain(records.read(tmp_path / "d.jsonl"))
+    (good,) = plain(formats.read(tmp_path / "d.jsonl"))
     assert good["tools"][0]["function"]["parameters"] == words

@@ -15,11 +15,11 @@ from random_conversations import rendered
 from reading import all_of
 from targets import runs_of
 
-from mlxtune.data import chat
-from mlxtune.data.examples import Renderer
-from mlxtune.data.records import Record
-from mlxtune.data.rendering import Remembered
-from mlxtune.sections import DataSection
+from mlxtune.config.schema import DataSection
+from mlxtune.data.chat import masking
+from mlxtune.data.chat.renderer import Renderer
+from mlxtune.data.rows.formats import Record
+from mlxtune.data.template.rendering import Remembered
 
 
 def said(rows: list[Any], tokenizer: Any) -> list[str]:
@@ -62,7 +62,7 @@ def test_turns_beyond_the_limit_are_named_and_the_others_trained_as_before() -> 
 
 
 def test_a_long_row_tokenizes_no_prompt_that_is_surely_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlxtune.data import borders
+    from mlxtune.data.chat import borders
 
     tokenizer = published.tokenizer("qwen3")
     messages = [message for at in range(60) for message in (user(f"Question {at}? " * 9), answer(f"Answer {at}. " * 9))]
@@ -91,7 +91,7 @@ def test_another_end_token_in_the_generation_config_is_not_answered_from_the_cac
     def targets() -> str:
         done = tiny.done("data", "show", "--model", folder, "--data", path, "--json")
         row = json.loads(done.stdout)
-        from mlxtune.data.tokenizer import load_tokenizer
+        from mlxtune.data.template.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(folder)
         (example,) = all_of(path, tokenizer, cache=str(cache))
@@ -101,7 +101,7 @@ def test_another_end_token_in_the_generation_config_is_not_answered_from_the_cac
         return stored
 
     assert targets() == "A<|im_end|>"
-    from mlxtune.data.tokenizer import load_tokenizer
+    from mlxtune.data.template.tokenizer import load_tokenizer
 
     both = load_tokenizer(folder).convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": both}))
@@ -126,7 +126,7 @@ def test_a_template_that_demands_short_call_ids_gets_them_and_results_keep_their
     for named in ({"tool_call_id": "call_0123456789abcdef"}, {}):
         tool = {"role": "tool", "content": "five", **named}
         messages = [user("Q"), answer("", "", linked), tool, answer("It is 5.")]
-        repaired = chat.repaired(chat.template_of(tokenizer, {}), messages)
+        repaired = masking.repaired(masking.template_of(tokenizer, {}), messages)
         short = repaired[1]["tool_calls"][0]["id"]
         assert len(short) == 9
         assert repaired[2]["tool_call_id"] == short

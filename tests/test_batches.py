@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxtune.data.batches import MAX_BUCKETS, Plan, collate, fill, in_order, widths
-from mlxtune.data.chat import Example
-from mlxtune.sections import TrainSection
+from mlxtune.config.schema import TrainSection
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.batches import MAX_BUCKETS, Plan, collate, fill, in_order, widths
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, 103).tolist()
 EXAMPLES = [Example(list(range(1, length + 1)), [0] * (length - 3) + [1] * 3) for length in LENGTHS]

@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 import tiny
 
-from mlxtune import backend, bench, config, session
+from mlxtune import bench
 from mlxtune.cli.bench import _print as print_measured
+from mlxtune.config import resolve
 from mlxtune.errors import UserError
-from mlxtune.model import exponentials
+from mlxtune.machine import backend
+from mlxtune.model import linux_cpu
+from mlxtune.train import session
 
 
 def test_both_competitors_train_on_the_same_rows(mlx_model: Path, data: Path) -> None:
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
-    settings = config.load(None, ("train.batch_rows=4", "lora.rank=4", "train.epochs=1"), flags)
+    settings = resolve.load(None, ("train.batch_rows=4", "lora.rank=4", "train.epochs=1"), flags)
     ours, theirs = (bench.measure(settings, 8, who) for who in (bench.OURS, bench.THEIRS))
     assert ours.rows == theirs.rows == 8
     assert ours.steps == theirs.steps == 2
@@ -54,12 +57,13 @@ def test_mlx_lm_trains_under_the_limits_that_mlx_has_of_itself(
     )
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
     with pytest.raises(UserError) as told:
-        bench.measure(config.load(None, ("train.batch_rows=4",), flags), 8, bench.THEIRS)
+        bench.measure(resolve.load(None, ("train.batch_rows=4",), flags), 8, bench.THEIRS)
     assert told.value.message.split()[-3:] == alone.stderr.split() and alone.stderr.endswith(" 1\n")
 
 
 def test_what_mlxtune_set_for_itself_is_known_and_what_the_user_set_stays() -> None:
-    code = "from mlxtune import backend; import os; print(backend.as_without_mlxtune(), os.environ['MLX_ENABLE_TF32'])"
+    code = "import os; from mlxtune.machine.backend import as_without_mlxtune as told; "
+    code += "print(told(), os.environ['MLX_ENABLE_TF32'])"
     for given, told in (({}, "{'MLX_ENABLE_TF32': '1'} 0\n"), ({"MLX_ENABLE_TF32": "0"}, "{} 0\n")):
         environment = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"} | given
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
@@ -71,9 +75,9 @@ def test_steps_are_timed_when_all_is_compiled_and_the_first_time_is_told_apart(
 ) -> None:
     """As on a GPU, in this process."""
     monkeypatch.setattr(backend, "policy", lambda: backend.Policy(compiled=True, queued=True, tile=64))
-    monkeypatch.setattr(exponentials, "worth_it", lambda: False)  # which are of the CPU, and wait
+    monkeypatch.setattr(linux_cpu, "worth_it", lambda: False)  # which are of the CPU, and wait
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
-    settings = config.load(None, ("train.batch_rows=4", "lora.rank=4", "train.epochs=1"), flags)
+    settings = resolve.load(None, ("train.batch_rows=4", "lora.rank=4", "train.epochs=1"), flags)
     found, _ = session.read_data(settings)
     ours = bench._ours(settings, found, 3)
     assert ours.waits <= 3 and ours.first_seconds > 0 and ours.queued
@@ -117,13 +121,13 @@ def test_ratios_are_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     times = {bench.OURS: [1.0, 2.0, 3.0, 4.0, 5.0], bench.THEIRS: [5.0, 7.0, 6.0, 8.0, 6.0]}
     order: list[str] = []
 
-    def measured(settings: config.Config, rows: int, who: str) -> bench.Measured:
+    def measured(settings: resolve.Config, rows: int, who: str) -> bench.Measured:
         order.append(who)
         seconds = times[who][order.count(who) - 1] * rows
         return bench.Measured(who, rows, 1, seconds, 1, 1, 1, 0.0, 10 if who == bench.OURS else 40, 1, "cpu")
 
     monkeypatch.setattr(bench, "measure", measured)
-    found, ratio = bench.compare(config.Config(), 4, 5, lambda line: None)
+    found, ratio = bench.compare(resolve.Config(), 4, 5, lambda line: None)
     assert len(found) == 10 and order[:4] == ["mlxtune", "mlx-lm", "mlx-lm", "mlxtune"]
     assert ratio == pytest.approx({"time": 0.5, "time_lowest": 0.2, "time_highest": 5 / 6, "peak": 0.25, "pairs": 5})
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlxtune_convert import gguf_file
-from mlxtune_convert.gguf_file import Writer
+from mlxtune_convert.gguf import container
+from mlxtune_convert.gguf.container import Writer
 from safetensors.numpy import load_file, save_file
 from test_gguf_fuzz import model_bytes
 from tiny import Change, lose_a_tensor, refused, remove
@@ -97,7 +97,7 @@ def test_a_tokenizer_that_knows_more_tokens_than_the_model_is_refused(
 
 def without_tensors(path: Path) -> None:
     model_bytes(path)
-    with Writer(path, gguf_file.read(path).fields, {}):
+    with Writer(path, container.read(path).fields, {}):
         pass
 
 

@@ -8,8 +8,8 @@ import pytest
 from masks import byte_tokenizer, supervised, turns, with_template
 from tokenizers import processors
 
-from mlxtune.data import chat
-from mlxtune.data.template import TemplateError
+from mlxtune.data.chat import masking
+from mlxtune.data.template.template import TemplateError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -117,7 +117,7 @@ def test_a_template_that_keeps_whitespace_supervises_it(name: str) -> None:
 def test_a_token_that_straddles_the_border_belongs_to_the_answer() -> None:
     """With a merge of two newlines, the header's newline and the answer's first one are one token."""
     tokenizer = make(CHATML, merges=(("Ċ", "Ċ"),))
-    example = chat.render(tokenizer, turns("q", "\nok"))
+    example = masking.render(tokenizer, turns("q", "\nok"))
     first = list(example.mask).index(1)
     assert tokenizer.decode([example.ids[first]]) == "\n\n"
     assert tokenizer.decode(example.ids[first + 1 :], clean_up_tokenization_spaces=False) == "ok<|im_end|>\n"
@@ -157,14 +157,14 @@ def test_consecutive_assistant_turns_are_both_supervised() -> None:
 
 def test_a_refusing_template_says_why() -> None:
     with pytest.raises(TemplateError, match="no system"):
-        chat.render(make(GEMMA), [{"role": "system", "content": "s"}, *turns("q", "a")])
+        masking.render(make(GEMMA), [{"role": "system", "content": "s"}, *turns("q", "a")])
 
 
 def test_a_template_that_takes_no_other_texts_than_these_is_refused_by_name() -> None:
     """Where each text stands is shown by marks in its place; a template that refuses them shows nothing."""
     refusing = "{% if messages | length > 3 and messages[0]['content'] != 'Hi' %}{{ raise_exception('no') }}{% endif %}"
     with pytest.raises(TemplateError, match="message 2 so that its place is not certain"):
-        chat.render(make(refusing + CHATML), turns("Hi", "one", "q", "two"))
+        masking.render(make(refusing + CHATML), turns("Hi", "one", "q", "two"))
 
 
 def test_template_variables_reach_the_template() -> None:
@@ -179,6 +179,6 @@ def test_private_use_characters_in_the_data_are_no_stand_ins() -> None:
 
 def test_plain_text_is_supervised_whole_and_ends() -> None:
     tokenizer = make(CHATML)
-    (example,) = chat.tokenized_all(tokenizer, ["abc"], [None])
+    (example,) = masking.tokenized_all(tokenizer, ["abc"], [None])
     assert tokenizer.decode(example.ids) == "abc</s>"
     assert list(example.mask) == [1, 1, 1, 1]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 
-from mlxtune.data import records, rewrite
+from mlxtune.data.rows import formats, writers
 from mlxtune.errors import UserError
 
 
@@ -108,10 +108,10 @@ CALLING = {
 )
 def test_a_row_survives_the_way_to_another_format_and_back(row: dict[str, Any], target: str, tmp_path: Path) -> None:
     given = tiny.write_jsonl(tmp_path / "d.jsonl", [{**row, "id": 9}])
-    written, left = rewrite.rewrite(records.read(given), target, tmp_path / "out.jsonl")
+    written, left = writers.rewrite(formats.read(given), target, tmp_path / "out.jsonl")
     assert (written, left) == (1, [])
-    (before,), (after,) = (list(records.read(path)) for path in (given, tmp_path / "out.jsonl"))
-    assert isinstance(before, records.Record) and isinstance(after, records.Record)
+    (before,), (after,) = (list(formats.read(path)) for path in (given, tmp_path / "out.jsonl"))
+    assert isinstance(before, formats.Record) and isinstance(after, formats.Record)
     called = [call["id"] for message in after.messages or [] for call in message.get("tool_calls", [])]
     text = json.dumps(after.messages).replace(called[0], "call00100") if called else json.dumps(after.messages)
     assert json.loads(text) == before.messages
@@ -120,10 +120,10 @@ def test_a_row_survives_the_way_to_another_format_and_back(row: dict[str, Any], 
 
 def test_rows_that_a_format_cannot_hold_are_refused_or_left_out(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    read: Callable[[], Any] = lambda: records.read(tiny.write_jsonl(tmp_path / "d.jsonl", [GOOD[0], CALLING]))  # noqa: E731
+    read: Callable[[], Any] = lambda: formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", [GOOD[0], CALLING]))  # noqa: E731
     with pytest.raises(UserError, match="line 2: an Alpaca row holds one question and one answer, and no tools"):
-        rewrite.rewrite(read(), "alpaca", out)
+        writers.rewrite(read(), "alpaca", out)
     assert not out.exists()
-    written, left = rewrite.rewrite(read(), "alpaca", out, drop=True)
+    written, left = writers.rewrite(read(), "alpaca", out, drop=True)
     assert (written, [row.place for row in left]) == (1, ["line 2"])
     assert [json.loads(line)["instruction"] for line in out.read_text().splitlines()] == ["Explain number 0."]

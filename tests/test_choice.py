@@ -14,17 +14,17 @@ from mlx.utils import tree_map
 from training import tune
 from ways import COMMON, SHAPES, make, rows
 
-from mlxtune import config as configuration
-from mlxtune import gpu_errors
-from mlxtune.data.batches import Plan
-from mlxtune.data.chat import Example
+from mlxtune.compute import fit_memory, proof
+from mlxtune.compute.fit_memory import Fitted, Given
+from mlxtune.compute.head import Split
+from mlxtune.compute.loss import Way
+from mlxtune.compute.proof import Room, Verdict
+from mlxtune.config import resolve as configuration
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.batches import Plan
 from mlxtune.errors import UserError
-from mlxtune.model.head import Split
-from mlxtune.train import fit, proof
+from mlxtune.machine import gpu_errors
 from mlxtune.train.choice import choose
-from mlxtune.train.fit import Fitted, Given
-from mlxtune.train.loss import Way
-from mlxtune.train.proof import Room, Verdict
 from mlxtune.train.ranks import Ranks
 
 SETTINGS = ("train.epochs=1", "train.batch_rows=4")
@@ -47,7 +47,7 @@ def chosen(model: nn.Module, kind: str, *settings: str, limit: int | None = None
 
 def needed(model: nn.Module, kind: str, way: Way) -> int:
     config = configuration.load(None, SETTINGS)
-    return fit.plan(Given(model, sizes(kind), mx.float32), way, config, Plan(long_rows(), config.train)).total
+    return fit_memory.plan(Given(model, sizes(kind), mx.float32), way, config, Plan(long_rows(), config.train)).total
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_slower_way_that_fits_nothing_is_refused_with_the_reason(without_split
     model = make(kind)
     least = configuration.load(None, ("train.epochs=1", "train.batch_rows=1"))
     plan = Plan(long_rows(), least.train)
-    alone = fit.plan(Given(model, sizes(kind), mx.float32), Way(recompute=1), least, plan).total
+    alone = fit_memory.plan(Given(model, sizes(kind), mx.float32), Way(recompute=1), least, plan).total
     with pytest.raises(UserError, match=r"even with one row at a time and checkpointing; .* does not reproduce"):
         chosen(model, kind, limit=alone - 1)
 
@@ -159,20 +159,22 @@ def test_a_window_that_the_memory_does_not_let_the_proof_pass_is_named(monkeypat
     kind = "gemma3_text wide"
     model = make(kind)
     assert chosen(model, kind).notes == []
-    monkeypatch.setattr(fit, "proof_room", lambda *_: Room(tokens=100))
+    monkeypatch.setattr(fit_memory, "proof_room", lambda *_: Room(tokens=100))
     notes = chosen(model, kind, "fast.prefix=off").notes
     assert "the proof's rows end after 100 tokens, for memory: a window of 150 is not proven" in notes
 
 
 def test_rows_of_a_proof_pass_a_window_wider_than_usual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "MAX_TOKENS", 120)
+    monkeypatch.setattr(fit_memory, "MAX_TOKENS", 120)
     model = make("gemma3_text wide")
     config = configuration.load(None, SETTINGS)
     plan = Plan(long_rows(), config.train)
 
     def tokens(model_config: dict[str, Any]) -> int:
         given = Given(model, model_config, mx.float32)
-        return fit.proof_room(given, Fitted(Way(), config, plan, fit.plan(given, Way(), config, plan), [])).tokens
+        return fit_memory.proof_room(
+            given, Fitted(Way(), config, plan, fit_memory.plan(given, Way(), config, plan), [])
+        ).tokens
 
     assert tokens(sizes("gemma3_text wide")) == 200
     for never_passed in ({}, {"sliding_window": 5000}, {"sliding_window": 150, "use_sliding_window": False}):
@@ -216,7 +218,7 @@ def test_a_proof_computes_blocks_again_before_its_rows_are_cut() -> None:
     def room(way: Way, count: int, dtype: mx.Dtype = mx.float32, limit: int | None = None) -> Room:
         plan = Plan(long_rows(count=count), config.train)
         given = Given(model, sizes(kind), dtype, limit)
-        return fit.proof_room(given, Fitted(way, config, plan, fit.plan(given, way, config, plan), []))
+        return fit_memory.proof_room(given, Fitted(way, config, plan, fit_memory.plan(given, way, config, plan), []))
 
     assert room(Way(split), 4) == Room(200, checkpointed=False)
     assert room(Way(split, recompute=1), 4) == Room(200, checkpointed=True)
@@ -232,9 +234,9 @@ def test_a_proof_is_in_16_bits_only_where_float32_does_not_fit_the_limit() -> No
     plan = Plan(rows(0, [66]), config.train)
     way = Way(Split(model, "model", 320), recompute=1)
     given = Given(model, sizes(kind), mx.bfloat16)
-    run = Fitted(way, config, plan, fit.plan(given, way, config, plan), [])
+    run = Fitted(way, config, plan, fit_memory.plan(given, way, config, plan), [])
     limits = (None, 10 * run.memory.total, run.memory.total)
-    rooms = [fit.proof_room(replace(given, limit=limit), run) for limit in limits]
+    rooms = [fit_memory.proof_room(replace(given, limit=limit), run) for limit in limits]
     assert [room.raised for room in rooms] == [True, True, False]
     assert all(room.checkpointed and room.tokens == proof.FEWEST_TOKENS for room in rooms)
 

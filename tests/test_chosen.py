@@ -11,7 +11,7 @@ import tiny
 from click.testing import CliRunner
 
 from mlxtune.cli import cli
-from mlxtune.data.chosen import Changes
+from mlxtune.data.template.tokenizer_changes import Changes
 
 NEW = {"<|im_end|>": 257, "<|im_start|>": 258}  # after an end token and the bytes
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import tiny
 import transformers
-from mlxtune_convert import companions
+from mlxtune_convert.hf import companions
 
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.model import convert
 from mlxtune.model.load import load
@@ -87,10 +87,10 @@ def test_processors_go_along_in_convert_and_every_export(vision: Path, tmp_path:
 
 def adapter_of(model: Path, out: Path) -> Path:
     """An adapter as a run leaves it, which changes nothing."""
-    from mlxtune.model import lora
+    from mlxtune.adapter import lora
+    from mlxtune.adapter.plan import ADAPTER_FILE, Spec
+    from mlxtune.config.schema import LoraSection
     from mlxtune.model.arrays import save_arrays
-    from mlxtune.model.spec import ADAPTER_FILE, Spec
-    from mlxtune.sections import LoraSection
 
     loaded = load(str(model))
     spec = Spec.of(loaded.model, LoraSection(rank=2))

@@ -12,14 +12,14 @@ import pytest
 from rounding import as_a_gpu
 from ways import BATCH, COMMON, assert_close, make, rows, steps, ways
 
-from mlxtune import backend
-from mlxtune import config as configuration
-from mlxtune.model import memory
-from mlxtune.model.head import Split
-from mlxtune.train import fast, proof
-from mlxtune.train.gradients import filled
-from mlxtune.train.loss import Way
-from mlxtune.train.proof import Room, Verdict
+from mlxtune.compute import fast_ways, proof
+from mlxtune.compute.gradients import filled
+from mlxtune.compute.head import Split
+from mlxtune.compute.loss import Way
+from mlxtune.compute.memory import prediction
+from mlxtune.compute.proof import Room, Verdict
+from mlxtune.config import resolve as configuration
+from mlxtune.machine import backend
 
 NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
 
@@ -56,7 +56,7 @@ def test_twenty_compiled_steps_have_the_losses_of_the_plain_loop(
 ) -> None:
     plain = steps("llama", 0, 0.0, Way())
     np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
-    monkeypatch.setattr(memory, "kept_signatures", lambda count, ram: 1)  # thrown away and compiled again
+    monkeypatch.setattr(prediction, "kept_signatures", lambda count, ram: 1)  # thrown away and compiled again
     np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
 
 
@@ -70,7 +70,7 @@ def test_on_a_gpu_the_step_is_compiled_unless_batches_would_have_too_many_shapes
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(backend, "kind", lambda: "metal")
-    wanted = lambda *settings: fast.wanted(make("llama"), rows(17, [12, 9]), configuration.load(None, settings))[0]  # noqa: E731
+    wanted = lambda *settings: fast_ways.wanted(make("llama"), rows(17, [12, 9]), configuration.load(None, settings))[0]  # noqa: E731
     assert wanted().compiled and not wanted().powers
     for setting in ("lora.dropout=0.1", "train.neftune_alpha=5", "data.group_by_prefix=true", "fast.head=off"):
         assert not wanted(setting).compiled, setting

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny import mlxtune, one_clear_line
 
-from mlxtune import config
+from mlxtune.config import resolve
 from mlxtune.errors import UserError
 
 
@@ -24,41 +24,41 @@ def write(tmp_path: Path) -> Any:
 
 def refused(file: Path | None, *settings: str, **flags: Any) -> UserError:
     with pytest.raises(UserError) as caught:
-        config.load(file, settings, {key.replace("__", "."): value for key, value in flags.items()})
+        resolve.load(file, settings, {key.replace("__", "."): value for key, value in flags.items()})
     assert "\n" not in caught.value.message and "\n" not in caught.value.hint
     return caught.value
 
 
 def test_flags_beat_settings_beat_the_file_beats_the_defaults(write: Any) -> None:
     file = write("train: {lr: 1, seed: 1, clip_norm: 1, accumulate: 2}\n")
-    resolved = config.load(file, ("train.lr=2", "train.seed=2"), {"train.lr": 3}).train
+    resolved = resolve.load(file, ("train.lr=2", "train.seed=2"), {"train.lr": 3}).train
     assert (resolved.lr, resolved.seed, resolved.accumulate) == (3, 2, 2)
-    assert resolved.weight_decay == config.Config().train.weight_decay
+    assert resolved.weight_decay == resolve.Config().train.weight_decay
 
 
 def test_a_flag_that_was_not_given_changes_nothing(write: Any) -> None:
-    resolved = config.load(write("model: {path: here}\n"), (), {"model.path": None, "data.path": "there"})
+    resolved = resolve.load(write("model: {path: here}\n"), (), {"model.path": None, "data.path": "there"})
     assert (resolved.model.path, resolved.data.path) == ("here", "there")
 
 
 def test_the_last_of_two_equal_settings_counts() -> None:
-    assert config.load(None, ("train.lr=1", "train.lr=2")).train.lr == 2
+    assert resolve.load(None, ("train.lr=1", "train.lr=2")).train.lr == 2
 
 
 @pytest.mark.parametrize("text", ["1e-5", "1E-5", ".5", "5", "5.", "+1e-5", "1e3", "1.5e3", ".5e3", ".5e-3", "2e+2"])
 def test_every_way_to_write_a_number_is_a_number(text: str, write: Any) -> None:
-    assert config.load(write(f"train:\n  lr: {text}\n")).train.lr == float(text)
-    assert config.load(None, (f"train.lr={text}",)).train.lr == float(text)
-    assert config.parse_yaml(f"-{text.lstrip('+')}", "") == -float(text)
+    assert resolve.load(write(f"train:\n  lr: {text}\n")).train.lr == float(text)
+    assert resolve.load(None, (f"train.lr={text}",)).train.lr == float(text)
+    assert resolve.parse_yaml(f"-{text.lstrip('+')}", "") == -float(text)
 
 
 @pytest.mark.parametrize("text", ["e5", ".", "1e", ".e5", "1.2.3", "5e5x", "2025-01-31", "q_proj"])
 def test_text_that_is_no_number_stays_text(text: str) -> None:
-    assert config.parse_yaml(f"key: {text}", "") == {"key": text}
+    assert resolve.parse_yaml(f"key: {text}", "") == {"key": text}
 
 
 def test_a_whole_number_in_scientific_notation_is_a_step_count() -> None:
-    assert config.load(None, ("train.steps=1e3",)).train.steps == 1000
+    assert resolve.load(None, ("train.steps=1e3",)).train.steps == 1000
     error = refused(None, "train.steps=1.5")
     assert error.message.startswith("--set train.steps=1.5: train.steps: should be a valid integer")
 
@@ -75,10 +75,10 @@ def test_yes_for_a_key_that_takes_words_names_them() -> None:
 
 
 def test_off_is_a_word_for_the_key_that_knows_it_and_truth_is_left_to_chat_templates(write: Any) -> None:
-    assert config.load(write("fast:\n  head: off\n")).fast.head == "off"
-    assert config.load(None, ("fast.head=off",)).fast.head == "off"
+    assert resolve.load(write("fast:\n  head: off\n")).fast.head == "off"
+    assert resolve.load(None, ("fast.head=off",)).fast.head == "off"
     assert refused(None, "fast.head=on").message.endswith("fast.head: should be 'auto' or 'off', got 'on'")
-    loaded = config.load(None, ("data.template_kwargs.enable_thinking=off", "data.template_kwargs.depth=2"))
+    loaded = resolve.load(None, ("data.template_kwargs.enable_thinking=off", "data.template_kwargs.depth=2"))
     assert loaded.data.template_kwargs == {"enable_thinking": False, "depth": 2}
 
 
@@ -122,7 +122,7 @@ def test_a_key_set_twice_is_refused_with_both_lines(write: Any) -> None:
 
 @pytest.mark.parametrize("text", ["", "# nothing yet\n", "train:\n", "train:\n  # lr: 1\nlora:\n", "train: {}\n"])
 def test_an_empty_file_or_section_means_the_defaults(text: str, write: Any) -> None:
-    assert config.load(write(text)) == config.Config()
+    assert resolve.load(write(text)) == resolve.Config()
 
 
 @pytest.mark.parametrize("value", ["5", "[]", "fast"])
@@ -175,10 +175,10 @@ def test_two_keys_that_exclude_each_other_are_refused(first: str, second: str, w
 
 def test_of_two_keys_that_exclude_each_other_the_command_line_replaces_the_files(write: Any) -> None:
     file = write("train: {epochs: 2, batch_rows: 4}\n")
-    resolved = config.load(file, ("train.steps=10", "train.batch_tokens=512")).train
+    resolved = resolve.load(file, ("train.steps=10", "train.batch_tokens=512")).train
     assert (resolved.steps, resolved.epochs) == (10, None)
     assert (resolved.batch_rows, resolved.batch_tokens) == (None, 512)
-    untouched = config.load(file, ("train.steps=null",)).train
+    untouched = resolve.load(file, ("train.steps=null",)).train
     assert (untouched.steps, untouched.epochs) == (None, 2)
 
 
@@ -210,7 +210,7 @@ def test_further_problems_are_counted_by_key() -> None:
 
 
 def test_the_resolved_configuration_loads_back_equal(write: Any) -> None:
-    assert config.load(write(config.Config().to_yaml())) == config.Config()
+    assert resolve.load(write(resolve.Config().to_yaml())) == resolve.Config()
     odd = {
         "a": "1e5",
         "b": ".5",
@@ -224,21 +224,21 @@ def test_the_resolved_configuration_loads_back_equal(write: Any) -> None:
     kwargs = {**odd, "list": [1, "2", None, True], "deep": {"10": "~"}}
     settings = ("train.lr=1e-5", "train.epochs=.5", "lora.targets=[q_proj, v_proj]", "lora.layers=3", "fast.head=off")
     flags = {"model.path": "1e5", "data.path": "012", "data.template_kwargs": kwargs}
-    resolved = config.load("qlora", settings, flags)
-    again = config.load(write(resolved.to_yaml()))
+    resolved = resolve.load("qlora", settings, flags)
+    again = resolve.load(write(resolved.to_yaml()))
     assert again == resolved
     assert again.data.template_kwargs == kwargs
     assert again.to_yaml() == resolved.to_yaml()
 
 
 def test_the_resolved_configuration_writes_every_key(write: Any) -> None:
-    tree = config.parse_yaml(config.Config().to_yaml(), "")
+    tree = resolve.parse_yaml(resolve.Config().to_yaml(), "")
     written = [*tree, *(f"{section}.{key}" for section, keys in tree.items() for key in keys)]
-    assert sorted(written) == sorted(config.KEYS)
+    assert sorted(written) == sorted(resolve.KEYS)
 
 
 def test_every_key_says_what_it_means() -> None:
-    described = {key: text for key, text in config.KEYS.items() if "." in key}
+    described = {key: text for key, text in resolve.KEYS.items() if "." in key}
     assert len(described) > 20
     for key, text in described.items():
         assert text.startswith(f"{key}: ") and len(text) > len(key) + 10, key
@@ -246,12 +246,12 @@ def test_every_key_says_what_it_means() -> None:
 
 
 def test_a_recipe_is_found_by_name_and_a_file_of_any_name_by_its_path(write: Any) -> None:
-    assert config.load("quick").train.steps == 60
-    assert config.find_config(str(write(""))) == write("")
+    assert resolve.load("quick").train.steps == 60
+    assert resolve.find_config(str(write(""))) == write("")
     for name in ("qick", "", "../quick", "~nobody-here/x", "x" * 400):
         with pytest.raises(UserError) as caught:
-            config.find_config(name)
-        assert caught.value.hint == f"Shipped recipes: {', '.join(config.recipe_names())}."
+            resolve.find_config(name)
+        assert caught.value.hint == f"Shipped recipes: {', '.join(resolve.recipe_names())}."
 
 
 def test_the_command_line_refuses_in_one_line_before_it_looks_at_the_model(write: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from mlx.utils import tree_flatten
-from mlxtune_convert.configs import normalise
+from mlxtune_convert.hf.configs import normalise
 
 from mlxtune.model.load import load, open_model
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from mlxtune_convert import gguf_config
+from mlxtune_convert.gguf import metadata as gguf_config
 from safetensors.numpy import load_file, save_file
 
-from mlxtune.data.chat import Example, tokenized_all
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.adapter import lora
+from mlxtune.data.chat.masking import Example, tokenized_all
+from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
-from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import load
 from mlxtune.ship import differences, export, gguf, states, verify

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import pytest
 from mlxtune_convert import files
 
-from mlxtune import cli, diagnosis
+from mlxtune import cli
 from mlxtune.errors import UserError
+from mlxtune.machine import diagnosis
 from mlxtune.selftest import checks, examination
 from mlxtune.selftest.outcome import FAILED, MLX, Check, Found, NoRoom, Result, Workshop
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 from reading import ASKED, all_of, read, shown
 
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 
 

@@ -13,15 +13,15 @@ import pytest
 import tiny
 from training import tune
 
-from mlxtune import config as configuration
-from mlxtune import session
-from mlxtune.data.batches import collate
-from mlxtune.data.chat import Example
+from mlxtune.compute import fast_ways
+from mlxtune.config import resolve as configuration
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.batches import collate
 from mlxtune.evaluate import generate
-from mlxtune.evaluate.loss import score
-from mlxtune.model import extent
+from mlxtune.evaluate.score import score
+from mlxtune.model.corrections import extent
 from mlxtune.model.load import load
-from mlxtune.train import fast
+from mlxtune.train import session
 
 LIMIT = 64
 PAIRS = range(8)
@@ -130,8 +130,8 @@ def test_no_prefix_is_shared_where_a_row_is_longer_than_the_limit(tmp_path: Path
     same = [7] * 20
     short = [Example(same + [index] * 20, [0] * 25 + [1] * 15) for index in (8, 9)]
     long = [*short, Example(same + [10] * 60, [0] * 25 + [1] * 55)]
-    assert fast.shared_prefix(model, short, config) == (20, "")
-    length, why = fast.shared_prefix(model, long, config)
+    assert fast_ways.shared_prefix(model, short, config) == (20, "")
+    length, why = fast_ways.shared_prefix(model, long, config)
     assert length is None and f"rows of more than {LIMIT} tokens are rotated otherwise" in why
 
 

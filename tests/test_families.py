@@ -14,8 +14,8 @@ import pytest
 import tiny
 import zoo
 from fake_hub import FakeHub, Repo
-from mlxtune_convert import layouts
-from mlxtune_convert.configs import normalise
+from mlxtune_convert.hf import families
+from mlxtune_convert.hf.configs import normalise
 from mlxtune_convert.ways_out import described
 from safetensors.numpy import load_file
 
@@ -70,7 +70,7 @@ def test_an_export_that_cannot_be_is_refused_with_its_reason(tmp_path: Path) -> 
 def test_what_transformers_saves_of_a_refused_family_is_refused_or_measured(family: str, tmp_path: Path) -> None:
     """None of them can be trained and then turn out to have no way out for an unknown reason."""
     row = conformance.measure(family, tmp_path)
-    assert row.refused in {*layouts.NOT_EXPORTED.values(), layouts.differs(_config(tmp_path / family))}
+    assert row.refused in {*families.NOT_EXPORTED.values(), families.differs(_config(tmp_path / family))}
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -124,9 +124,9 @@ def test_the_documented_matrix_names_every_family() -> None:
         line.split("|")[1].strip() for line in (ROOT / "tests" / "families.md").read_text().splitlines() if "|" in line
     ]
     measured = {row for row in rows if row not in ("family", "---")}
-    assert measured == set(zoo.SHAPES) | set(layouts.NOT_EXPORTED)
-    assert set(layouts.LAYOUTS) - {"gemma3n"} <= measured  # Gemma 3n's tower is in another library
-    assert not set(layouts.LAYOUTS) & set(layouts.NOT_EXPORTED)
+    assert measured == set(zoo.SHAPES) | set(families.NOT_EXPORTED)
+    assert set(families.LAYOUTS) - {"gemma3n"} <= measured  # Gemma 3n's tower is in another library
+    assert not set(families.LAYOUTS) & set(families.NOT_EXPORTED)
 
 
 @pytest.mark.parametrize(

@@ -15,18 +15,19 @@ import numpy as np
 import pytest
 from ways import BATCH, MIXTURES, SHAPES, assert_close, batch, make, rows, steps, ways
 
-from mlxtune import config as configuration
-from mlxtune.data.batches import Plan, collate
-from mlxtune.data.chat import Example
+from mlxtune.adapter import lora
+from mlxtune.compute import fast_ways, loss, prefix, proof
+from mlxtune.compute.fit_memory import Given
+from mlxtune.compute.head import Split
+from mlxtune.compute.loss import Way
+from mlxtune.config import resolve as configuration
+from mlxtune.config.schema import LoraSection
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.batches import Plan, collate
 from mlxtune.errors import UserError
-from mlxtune.model import exponentials, lora, prefix
+from mlxtune.model import linux_cpu
 from mlxtune.model.arrays import named
-from mlxtune.model.head import Split
-from mlxtune.sections import LoraSection
-from mlxtune.train import fast, loss, proof
 from mlxtune.train.choice import choose
-from mlxtune.train.fit import Given
-from mlxtune.train.loss import Way
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +111,7 @@ def choose_for(model: nn.Module, examples: list[Example], config: configuration.
 def chosen(model: nn.Module, *settings: str, examples: list[Example] | None = None) -> tuple[Way, str]:
     resolved = configuration.load(None, settings)
     way, notes = choose_for(model, examples or rows(17, [12, 9, 4, 15]), resolved)
-    assert way.powers == (exponentials.worth_it() and (way.split is not None or way.prefix is not None))
+    assert way.powers == (linux_cpu.worth_it() and (way.split is not None or way.prefix is not None))
     return replace(way, powers=False), "\n".join(notes)
 
 
@@ -168,8 +169,8 @@ def test_models_are_in_training_mode_in_a_step_and_as_before_after_it(monkeypatc
 
 
 def test_a_wrong_power_of_two_is_found_and_the_rest_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exponentials, "worth_it", lambda: True)
-    monkeypatch.setattr(exponentials, "LOG2_E", 1.45)
+    monkeypatch.setattr(linux_cpu, "worth_it", lambda: True)
+    monkeypatch.setattr(linux_cpu, "LOG2_E", 1.45)
     way, notes = choose_for(make("llama"), rows(17, [12, 9, 4, 15]), configuration.load(None, ()))
     assert (way.powers, way.prefix, way.split is not None) == (False, 17, True)
     assert "not used" in notes[0] and "exponentials as powers of two" in notes[0]
@@ -206,4 +207,4 @@ def test_rows_supervised_from_the_start_share_nothing() -> None:
 @pytest.mark.parametrize("setting", ["lora.dropout=0.1", "fast.prefix=off"])
 def test_grouping_rows_for_a_prefix_that_is_off_is_refused(setting: str) -> None:
     with pytest.raises(UserError, match=r"data\.group_by_prefix has no effect"):
-        fast.refuse_idle(configuration.load(None, ("data.group_by_prefix=true", setting)))
+        fast_ways.refuse_idle(configuration.load(None, ("data.group_by_prefix=true", setting)))

@@ -17,7 +17,8 @@ import pytest
 import tiny
 from training import options, scale_losses, tune
 
-from mlxtune import errors, host
+from mlxtune import errors
+from mlxtune.machine import surroundings
 from mlxtune.train import loggers
 
 
@@ -139,16 +140,16 @@ def test_machines_that_may_stop_in_the_middle_are_warned_of(tmp_path: Path, monk
     """Linux's battery files, as the kernel documents them (Documentation/ABI/testing/sysfs-class-power)."""
     supply = tmp_path / "BAT0"
     supply.mkdir()
-    monkeypatch.setattr(host, "POWER", tmp_path)
+    monkeypatch.setattr(surroundings, "POWER", tmp_path)
     monkeypatch.setattr(sys, "platform", "linux")
     for status, percent, expected in (("Discharging", 15, 15), ("Discharging", 80, 80), ("Charging", 15, None)):
         (supply / "status").write_text(f"{status}\n")
         (supply / "capacity").write_text(f"{percent}\n")
-        assert host.battery() == expected
-        said = host.warnings(tmp_path, needed=0)
+        assert surroundings.battery() == expected
+        said = surroundings.warnings(tmp_path, needed=0)
         assert bool(said) == (expected is not None)
         assert any("low" in line for line in said) == (expected == 15)
-    assert "GiB of disk are free" in host.warnings(tmp_path, needed=1 << 60)[-1]
+    assert "GiB of disk are free" in surroundings.warnings(tmp_path, needed=1 << 60)[-1]
 
 
 def test_a_mac_is_kept_awake_until_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +159,7 @@ def test_a_mac_is_kept_awake_until_the_run_ends(tmp_path: Path, monkeypatch: pyt
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(sys, "platform", "darwin")
-    with host.kept_awake() as awake:
+    with surroundings.kept_awake() as awake:
         assert awake
         while not (tmp_path / "called").exists() or not (tmp_path / "called").read_text():
             time.sleep(0.01)

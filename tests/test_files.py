@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxtune.data.files import Bad, raw_rows
+from mlxtune.data.rows.readers import Bad, raw_rows
 from mlxtune.errors import UserError
 
 ROWS = [{"prompt": "Où?", "completion": "Là \u2028 bas 🚲"}, {"prompt": "Ja", "completion": "Nein"}]

@@ -12,13 +12,15 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from training import losses, options, scale_losses, tune
 
-from mlxtune import backend, config, session, tuning
+from mlxtune.compute import floats
+from mlxtune.config import resolve
 from mlxtune.errors import UserError
-from mlxtune.model import convert, floats
+from mlxtune.machine import backend
+from mlxtune.model import convert
 from mlxtune.model.arrays import named
+from mlxtune.model.dense import dense_weight
 from mlxtune.model.load import load
-from mlxtune.model.quantize import dense_weight
-from mlxtune.train import checkpoint, events
+from mlxtune.train import checkpoint, events, session, tuning
 
 HALF, BRAIN, FULL = mx.float16, mx.bfloat16, mx.float32
 SYSTEM = "You answer questions about numbers, each with a number of its own, and nothing else."
@@ -98,7 +100,7 @@ def test_such_a_run_says_so_has_the_losses_of_float32_and_its_memory_is_predicte
 ) -> None:
     on_cpu = tune(half_model, rows, tmp_path / "cpu", *STEPS)
     assert not any("float16" in event.get("text", "") for event in on_cpu)
-    settings = config.load(
+    settings = resolve.load(
         None, ("train.batch_rows=2", *STEPS), {"model.path": str(half_model), "data.path": str(rows)}
     )
     data, settings = session.read_data(settings)
@@ -121,7 +123,7 @@ def test_a_model_that_is_not_quantized_takes_its_weights_twice_too_and_a_refusal
 ) -> None:
     model = converted(hf_model, tmp_path / "model", 16, "float16")
     flags = {"model.path": str(model), "data.path": str(rows)}
-    data, settings = session.read_data(config.load(None, ("train.batch_rows=2", *STEPS), flags))
+    data, settings = session.read_data(resolve.load(None, ("train.batch_rows=2", *STEPS), flags))
     _, wide, notes = tuning.memory_plan(settings, data)
     assert "weights and activations take twice the memory" in notes[0]
     section = settings.train.model_copy(update={"dtype": "float16"})

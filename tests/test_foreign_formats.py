@@ -14,7 +14,7 @@ import pytest
 import torch
 from mlxtune_convert.foreign.folder import Opened, open_foreign, write
 from mlxtune_convert.foreign.method import of_folder
-from mlxtune_convert.quant import Codes, dequantize
+from mlxtune_convert.gguf.quant_blocks import Codes, dequantize
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "checkpoint_format": "gptq"}

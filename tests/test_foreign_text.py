@@ -17,7 +17,7 @@ from mlxtune_convert.shown import shown, shown_json, shown_name
 
 from mlxtune.cli import use
 from mlxtune.cli.console import console
-from mlxtune.data.answers import Plain
+from mlxtune.data.template.answers import Plain
 
 CLIPBOARD, TITLE, CLEARED = "\x1b]52;c;ZXZpbA==\x1b\\", "\x1b]0;evil\x07", "\x1b[2J\x1b[H"
 ONE_BYTE, TURNED, OVER = "\x9b2J\x9d0;evil\x9c", "\u202egnp.exe\u2066", "safe\rEVIL"

@@ -13,11 +13,11 @@ import tiny
 from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
-from mlxtune import session
 from mlxtune.cli import cli
 from mlxtune.errors import UserError
 from mlxtune.model.load import open_model
 from mlxtune.ship import export, gptq
+from mlxtune.train import session
 
 
 def layer(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,12 +10,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from mlxtune_convert import layouts
+from mlxtune_convert.hf import families
 from safetensors.numpy import load_file, save_file
 
-from mlxtune.model import convert, prefix
+from mlxtune.adapter.plan import linear_paths
+from mlxtune.compute import prefix
+from mlxtune.model import convert
 from mlxtune.model.load import load, open_model
-from mlxtune.model.spec import linear_paths
 from mlxtune.ship import export
 
 
@@ -73,4 +74,4 @@ def test_a_wrapper_leaves_with_the_towers_of_its_original(text: Path, tmp_path: 
     assert {name.split(".")[-2] for name in unused} == {"k_proj", "v_proj", "k_norm"}  # transformers passes over them
     assert back.keys() - unused == tensors.keys()
     assert all(back[name].tobytes() == tensors[name].tobytes() for name in tensors)
-    assert layouts.by_model_type({"model_type": "gemma3n"}).tower == "embed_vision."
+    assert families.by_model_type({"model_type": "gemma3n"}).tower == "embed_vision."

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import tiny
 import zoo
-from mlxtune_convert import gguf_config, gguf_export, gguf_families, gguf_model, quant
+from mlxtune_convert.gguf import architectures, metadata, model_read, quant_blocks, tensor_types
 
+from mlxtune.adapter import lora
+from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError
-from mlxtune.model import lora
 from mlxtune.model.load import load, open_model
-from mlxtune.sections import LoraSection
 from mlxtune.ship import export, gguf, llama_cpp, verify
 from mlxtune.ship.merge import open_merged
 
@@ -124,11 +124,11 @@ def test_llama_cpp_and_our_import_have_the_originals_logits(name: str, tmp_path:
     assert np.abs(theirs - expected).max() < limit * max(1, np.abs(expected).max())
     if plan.family.written_only:
         with pytest.raises(UserError, match="cannot be converted yet"):
-            gguf_model.open_gguf(tmp_path / "model.gguf")
+            model_read.open_gguf(tmp_path / "model.gguf")
         return
     (tmp_path / "mlx").mkdir()
-    opened = gguf_model.open_gguf(tmp_path / "model.gguf")
-    gguf_model.convert(opened, tmp_path / "mlx")
+    opened = model_read.open_gguf(tmp_path / "model.gguf")
+    model_read.convert(opened, tmp_path / "mlx")
     direct, ours = (mlx_logits(path) for path in (folder, tmp_path / "mlx"))
     assert np.abs(ours - direct).max() < 2e-6 * max(1, np.abs(direct).max())
 
@@ -158,17 +158,17 @@ def test_an_adapter_on_a_written_family_does_in_llama_cpp_what_it_does_here(name
 def test_the_columns_of_codes_move_with_their_groups_or_become_numbers(width: int) -> None:
     """width: of the heads that change places; groups are of 32."""
     weight, scales, biases = mx.quantize(mx.random.normal((8, 128)), 32, 4)
-    codes = quant.Codes(np.array(weight), np.array(scales), np.array(biases), 4)
+    codes = quant_blocks.Codes(np.array(weight), np.array(scales), np.array(biases), 4)
     order = np.arange(128).reshape(2, 64 // width, width).swapaxes(0, 1).reshape(-1)
-    moved = gguf_export.columns_moved(codes, order)
-    assert isinstance(moved, quant.Codes) == (width == 32)
-    dense = quant.dequantize(moved) if isinstance(moved, quant.Codes) else moved
-    np.testing.assert_array_equal(dense, quant.dequantize(codes)[:, order])
+    moved = tensor_types.columns_moved(codes, order)
+    assert isinstance(moved, quant_blocks.Codes) == (width == 32)
+    dense = quant_blocks.dequantize(moved) if isinstance(moved, quant_blocks.Codes) else moved
+    np.testing.assert_array_equal(dense, quant_blocks.dequantize(codes)[:, order])
 
 
 def test_a_pattern_of_layers_that_llama_cpp_cannot_have_is_refused() -> None:
     config = {**zoo.SHAPES["qwen3_5_text"], "hidden_size": 64, "num_attention_heads": 4, "full_attention_interval": 2}
-    family = gguf_families.by_model_type("qwen3_5_text")
-    assert gguf_config.metadata(family, config)["qwen35.full_attention_interval"].value == 2
+    family = architectures.by_model_type("qwen3_5_text")
+    assert metadata.metadata(family, config)["qwen35.full_attention_interval"].value == 2
     with pytest.raises(UserError, match="in every 2th layer alone"):
-        gguf_config.metadata(family, {**config, "layer_types": ["full_attention", "linear_attention"]})
+        metadata.metadata(family, {**config, "layer_types": ["full_attention", "linear_attention"]})

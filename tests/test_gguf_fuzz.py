@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mlxtune_convert import gguf_file, gguf_lora, gguf_model
 from mlxtune_convert.adapters import save_adapter
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.gguf_families import by_model_type
-from mlxtune_convert.gguf_file import Field, Writer
-from mlxtune_convert.peft import Adapter, Update
-from mlxtune_convert.quant import BLOCKS
+from mlxtune_convert.gguf import adapter_file, container, model_read
+from mlxtune_convert.gguf.architectures import by_model_type
+from mlxtune_convert.gguf.container import Field, Writer
+from mlxtune_convert.gguf.quant_blocks import BLOCKS
+from mlxtune_convert.peft.adapter_folder import Adapter, Update
 from mlxtune_convert.tensors import read_header, weight_files
 from safetensors.numpy import save_file
 
@@ -62,7 +62,7 @@ def model_bytes(path: Path) -> bytes:
     with Writer(path, fields, shapes) as writer:
         for (name, shape), kind in zip(shapes.items(), ["F16", "F32", *BLOCKS, *["F16"] * 9], strict=False):
             wide = len(shape) == 2 and kind in BLOCKS
-            size = gguf_file.stored_bytes(kind, shape) if wide else 0
+            size = container.stored_bytes(kind, shape) if wide else 0
             array = np.zeros(size, np.uint8) if wide else np.ones(shape, np.float32)
             writer.add(name, kind if wide else "F32", array)
     return path.read_bytes()
@@ -74,16 +74,16 @@ def adapter_bytes(path: Path) -> bytes:
     names = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qv"]
     updates = {name: Update(factors[0], factors[1].T, 2.0) for name in names}
     config = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    gguf_lora.write_adapter(path, by_model_type("llama"), config, updates, "acme/base")
+    adapter_file.write_adapter(path, by_model_type("llama"), config, updates, "acme/base")
     return path.read_bytes()
 
 
 def use_gguf(path: Path, folder: Path) -> None:
-    file = gguf_file.read(path)
-    if gguf_lora.is_adapter(file):
-        save_adapter(folder, Adapter(gguf_lora.read_adapter(file, None)[0]), None)
+    file = container.read(path)
+    if adapter_file.is_adapter(file):
+        save_adapter(folder, Adapter(adapter_file.read_adapter(file, None)[0]), None)
     else:
-        gguf_model.convert(gguf_model.open_gguf(path), folder)
+        model_read.convert(model_read.open_gguf(path), folder)
 
 
 HUGE = [0, 1, 2, 0x7F, 0xFF, 1 << 16, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
@@ -144,7 +144,7 @@ def test_the_untouched_files_are_accepted(make: Callable[[Path], bytes], tmp_pat
 def test_no_damage_to_a_gguf_file_gets_through(make: Callable[[Path], bytes], tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     data = make(path)
-    header = gguf_file.read(path).header_bytes
+    header = container.read(path).header_bytes
     outcomes = {True: 0, False: 0}
 
     @EXAMPLES
@@ -184,13 +184,13 @@ def test_each_kind_of_damage_is_named(change: Callable[[bytes], bytes], expected
 def test_overlapping_and_misaligned_tensors_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     model_bytes(path)
-    file = gguf_file.read(path)
+    file = container.read(path)
     tensors = list(file.tensors.values())
     for offset in (tensors[0].offset, tensors[1].offset + 4):
-        tensors[1] = gguf_file.Tensor(tensors[1].name, tensors[1].kind, tensors[1].shape, offset)
-        path.write_bytes(gguf_file.header(file.fields, tensors, file.header_bytes) + bytes(1 << 16))
+        tensors[1] = container.Tensor(tensors[1].name, tensors[1].kind, tensors[1].shape, offset)
+        path.write_bytes(container.header(file.fields, tensors, file.header_bytes) + bytes(1 << 16))
         with pytest.raises(UserError, match="overlaps another, or is not aligned"):
-            gguf_file.read(path)
+            container.read(path)
 
 
 def test_no_damage_to_a_safetensors_file_gets_through(tmp_path: Path) -> None:

@@ -12,14 +12,14 @@ import pytest
 import tiny
 from gguf.quants import dequantize, quantize
 from mlx.utils import tree_flatten
-from mlxtune_convert import ggml, gguf_file
-from mlxtune_convert.gguf_file import Field, Writer
+from mlxtune_convert.gguf import container, ggml
+from mlxtune_convert.gguf.container import Field, Writer
 from test_gguf_families import exported
 
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.model import convert
+from mlxtune.model.dense import dense_weight
 from mlxtune.model.load import open_model
-from mlxtune.model.quantize import dense_weight
 from mlxtune.ship import llama_cpp
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -135,7 +135,7 @@ def write_gguf(path: Path, kind: str, **metadata: str) -> Path:
     hf = tiny.make_model(path.with_suffix(".hf"), hidden_size=256, num_attention_heads=4, intermediate_size=256)
     plain = path.with_suffix(".f32.gguf")
     exported(hf, plain)
-    file = gguf_file.read(plain)
+    file = container.read(plain)
     fields = file.fields | {f"tokenizer.ggml.{key}": Field.of(value) for key, value in metadata.items()}
     with Writer(path, fields, {name: tensor.shape for name, tensor in file.tensors.items()}) as writer:
         for name, tensor in file.tensors.items():

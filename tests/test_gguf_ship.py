@@ -14,16 +14,17 @@ import pytest
 import tiny
 from click.testing import CliRunner
 from gguf.quants import dequantize, quantize
-from mlxtune_convert import ggml, gguf_file, gguf_lora
-from mlxtune_convert.gguf_export import Choice
-from mlxtune_convert.gguf_families import by_model_type
-from mlxtune_convert.peft import Update
+from mlxtune_convert.gguf import adapter_file, container, ggml
+from mlxtune_convert.gguf.architectures import by_model_type
+from mlxtune_convert.gguf.tensor_types import Choice
+from mlxtune_convert.peft.adapter_folder import Update
 from test_variants import adapted
 
+from mlxtune.adapter import lora
 from mlxtune.cli import cli
-from mlxtune.data.chat import Example
-from mlxtune.data.tokenizer import load_tokenizer
-from mlxtune.model import convert, lora
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.template.tokenizer import load_tokenizer
+from mlxtune.model import convert
 from mlxtune.model.load import load, open_model
 from mlxtune.ship import gguf, llama_cpp, modelfile
 from mlxtune.ship.export import Request
@@ -125,7 +126,7 @@ def test_floats_are_kept_in_the_type_that_holds_them_there_and_back(dtype: str, 
     gguf.ship(Request(model, None, tmp_path / "one.gguf"), "gguf", "keep", False)
     convert.convert(str(tmp_path / "one.gguf"), tmp_path / "mlx", convert.Target.of(16, None, None))
     gguf.ship(Request(tmp_path / "mlx", None, tmp_path / "two.gguf"), "gguf", "keep", False)
-    one, two = (gguf_file.read(tmp_path / name) for name in ("one.gguf", "two.gguf"))
+    one, two = (container.read(tmp_path / name) for name in ("one.gguf", "two.gguf"))
     assert one.tensors["blk.0.ffn_up.weight"].kind == kind
     assert {name: tensor.kind for name, tensor in one.tensors.items()} == {n: t.kind for n, t in two.tensors.items()}
     assert all(one.rows(name).tobytes() == two.rows(name).tobytes() for name in one.tensors)
@@ -164,8 +165,8 @@ def test_ranks_and_scales_that_differ_are_folded(tmp_path: Path) -> None:
         for path, (i, r, o, scale) in shapes.items()
     }
     family, file = by_model_type("qwen2"), tmp_path / "lora.gguf"
-    gguf_lora.write_adapter(file, family, config, updates, "acme/base")
-    opened = gguf_file.read(file)
+    adapter_file.write_adapter(file, family, config, updates, "acme/base")
+    opened = container.read(file)
     alpha = opened.get("adapter.lora.alpha")
     assert alpha == 8.0
     done = convert.convert(str(file), tmp_path / "back", convert.Target.of(None, None, None))
@@ -186,7 +187,7 @@ def test_ranks_and_scales_that_differ_are_folded(tmp_path: Path) -> None:
 def test_an_embedding_adapter_is_refused_because_llama_cpp_aborts(tmp_path: Path) -> None:
     updates = {"model.embed_tokens": Update(np.zeros((4, 2)), np.zeros((2, 4)), 1.0)}
     with pytest.raises(gguf.UserError, match="embedding"):
-        gguf_lora.write_adapter(tmp_path / "a.gguf", by_model_type("llama"), {}, updates, "")
+        adapter_file.write_adapter(tmp_path / "a.gguf", by_model_type("llama"), {}, updates, "")
     assert not (tmp_path / "a.gguf").exists()
 
 
@@ -238,7 +239,7 @@ def test_without_llama_cpp_k_quants_are_refused_and_the_rest_is_read_back(
         file.seek(-100, 2)
         file.write(b"\xff")
     with pytest.raises(gguf.UserError, match="does not hold what was written"):
-        gguf_file.read_back(tmp_path / "m.gguf", planned.tensors(open_merged(mlx_model, run, mx.float32)))
+        container.read_back(tmp_path / "m.gguf", planned.tensors(open_merged(mlx_model, run, mx.float32)))
     ggml.library.cache_clear()
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import tiny
-from mlxtune_convert import gguf_model, vocab, vocab_export
 from mlxtune_convert.errors import UserError
+from mlxtune_convert.gguf import model_read, tokenizer_read, tokenizer_write
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mlxtune.ship import gguf, llama_cpp
@@ -31,7 +31,7 @@ TEXTS = [*HARD, *README.splitlines(), README]
 
 def byte_level(pre: str) -> dict[str, Any]:
     """A tokenizer with the rules of `pre`, trained on the README."""
-    rules = vocab.PRE_TOKENIZERS[pre]
+    rules = tokenizer_read.PRE_TOKENIZERS[pre]
     tokenizer = Tokenizer(models.BPE(ignore_merges=rules.ignore_merges))
     steps: list[Any] = [
         pre_tokenizers.Digits(individual_digits=True)
@@ -83,7 +83,11 @@ def sentencepiece(prefix: bool, scrambled: bool = False) -> dict[str, Any]:
 
 
 KINDS = {
-    **{pre: (lambda pre=pre: byte_level(pre)) for pre in vocab.PRE_TOKENIZERS if pre not in ("starcoder", "command-r")},
+    **{
+        pre: (lambda pre=pre: byte_level(pre))
+        for pre in tokenizer_read.PRE_TOKENIZERS
+        if pre not in ("starcoder", "command-r")
+    },
     "llama": lambda: sentencepiece(True),
     "gemma": lambda: sentencepiece(False),
     "mistral": lambda: sentencepiece(True, scrambled=True),
@@ -102,9 +106,9 @@ def test_llama_cpp_and_the_rebuilt_tokenizer_split_as_the_original(kind: str, tm
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     gguf.ship(Request(folder, None, tmp_path / "m.gguf"), "gguf", "f32", False)
     original = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    opened = gguf_model.open_gguf(tmp_path / "m.gguf")
+    opened = model_read.open_gguf(tmp_path / "m.gguf")
     (tmp_path / "back").mkdir()
-    gguf_model.convert(opened, tmp_path / "back")
+    model_read.convert(opened, tmp_path / "back")
     rebuilt = Tokenizer.from_file(str(tmp_path / "back" / "tokenizer.json"))
     # llama.cpp approximates letter case outside ASCII for these two.
     texts = [text for text in TEXTS if text.isascii() or kind not in ("tekken", "gpt-4o")]
@@ -119,7 +123,7 @@ def test_llama_cpp_and_the_rebuilt_tokenizer_split_as_the_original(kind: str, tm
     assert opened.file.get("tokenizer.ggml.eot_token_id") == 0
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == {"eos_token_id": [0, 2]}
     assert (tmp_path / "back" / "chat_template.jinja").read_text() == tiny.CHATML
-    again = vocab_export.fields(tmp_path / "back", size + 5)
+    again = tokenizer_write.fields(tmp_path / "back", size + 5)
     mine = {key: field for key, field in opened.file.fields.items() if key.startswith("tokenizer.")}
     assert {key: field.value for key, field in again.items() if key in mine} == {k: f.value for k, f in mine.items()}
 
@@ -135,13 +139,13 @@ def test_llama_cpp_and_the_rebuilt_tokenizer_split_as_the_original(kind: str, tm
 def test_rules_that_llama_cpp_does_not_have_are_refused(change: dict[str, Any], expected: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({**byte_level("qwen2"), **change}))
     with pytest.raises(UserError, match=expected):
-        vocab_export.fields(tmp_path, 1000)
+        tokenizer_write.fields(tmp_path, 1000)
 
 
 def test_more_tokens_than_embeddings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level("gpt-2")))
     with pytest.raises(UserError, match="the model 300"):
-        vocab_export.fields(tmp_path, 300)
+        tokenizer_write.fields(tmp_path, 300)
 
 
 def test_a_start_token_is_said(tmp_path: Path) -> None:
@@ -154,4 +158,4 @@ def test_a_start_token_is_said(tmp_path: Path) -> None:
                 single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
             )
         tokenizer.save(str(tmp_path / "tokenizer.json"))
-        assert vocab_export.fields(tmp_path, 1000)["tokenizer.ggml.add_bos_token"].value is starts
+        assert tokenizer_write.fields(tmp_path, 1000)["tokenizer.ggml.add_bos_token"].value is starts

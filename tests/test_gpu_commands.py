@@ -16,10 +16,11 @@ import pytest
 import tiny
 from broken import BUFFERS, LOST, OUT_OF_MEMORY, WATCHDOG, Evaluations, command, fail_gradients, failing
 
-from mlxtune import backend, bench
+from mlxtune import bench
 from mlxtune.cli import main
 from mlxtune.evaluate import generate
-from mlxtune.gpu_errors import ADVICE, Kind
+from mlxtune.machine import backend
+from mlxtune.machine.gpu_errors import ADVICE, Kind
 from mlxtune.model import convert as conversion
 from mlxtune.model.arrays import to_numpy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlxtune.gpu_errors import Kind, recognise
+from mlxtune.machine.gpu_errors import Kind, recognise
 
 # As MLX 0.32 composes them (backend/metal/device.cpp, allocator.cpp, backend/cuda/utils.cpp), with what Metal and CUDA
 # put in: as published in ml-explore/mlx, jundot/omlx, exo-explore/exo, WhirlyGlobe, flutter, tinygrad.

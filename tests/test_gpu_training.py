@@ -13,11 +13,12 @@ import tiny
 from broken import BUFFERS, LOST, OUT_OF_MEMORY, WATCHDOG, Evaluations, command, fail_gradients, failing
 from training import NOISE, options, same_bits, tune
 
-from mlxtune import backend, runs, tuning
+from mlxtune.compute import proof
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
-from mlxtune.gpu_errors import Kind
-from mlxtune.train import events, proof, step
+from mlxtune.machine import backend
+from mlxtune.machine.gpu_errors import Kind
+from mlxtune.train import events, runs, step, tuning
 
 # Step 7 of 10 begins with micro-batch 13; the run saves nothing of its own before its end.
 STEPS = ("train.steps=10", "train.save_every=100")

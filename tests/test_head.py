@@ -11,15 +11,15 @@ from mlx.utils import tree_flatten
 from rounding import as_a_gpu
 from ways import make
 
-from mlxtune.data.batches import collate
-from mlxtune.data.chat import Example
-from mlxtune.evaluate.loss import score
-from mlxtune.model import lora
-from mlxtune.model.head import Split
+from mlxtune.adapter import lora
+from mlxtune.compute import loss
+from mlxtune.compute.head import Split
+from mlxtune.compute.loss import Way
+from mlxtune.config.schema import LoraSection
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.batches import collate
+from mlxtune.evaluate.score import score
 from mlxtune.model.load import load
-from mlxtune.sections import LoraSection
-from mlxtune.train import loss
-from mlxtune.train.loss import Way
 
 IDS = np.random.default_rng(0).integers(3, 250, (3, 14))
 

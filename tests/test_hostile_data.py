@@ -16,18 +16,20 @@ from typing import Any
 import pytest
 import tiny
 
-from mlxtune.data import files, lint, records, rendering
-from mlxtune.data.files import Bad, raw_rows
-from mlxtune.data.records import Record
-from mlxtune.data.template import Template, TemplateError
+from mlxtune.config.yaml_text import parse_yaml
+from mlxtune.data.rows import formats, readers
+from mlxtune.data.rows.formats import Record
+from mlxtune.data.rows.readers import Bad, raw_rows
+from mlxtune.data.survey import lint
+from mlxtune.data.template import rendering
+from mlxtune.data.template.template import Template, TemplateError
 from mlxtune.errors import UserError
-from mlxtune.yaml_text import parse_yaml
 
 
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "LONGEST", 1 << 20)
-    monkeypatch.setattr(files, "LARGEST_JSON", 1 << 20)
+    monkeypatch.setattr(readers, "LONGEST", 1 << 20)
+    monkeypatch.setattr(readers, "LARGEST_JSON", 1 << 20)
 
 
 LONG = json.dumps({"text": "a" * (1 << 20)})
@@ -68,11 +70,11 @@ def test_a_json_file_and_a_csv_field_that_are_too_large_are_refused_with_what_to
 
 
 def test_rows_of_long_texts_are_worked_on_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "CHUNK_LETTERS", 100)
+    monkeypatch.setattr(formats, "CHUNK_LETTERS", 100)
     short, long = Record("f", 1, "text", text="a"), Record("f", 1, "text", text="a" * 60)
     talk = Record("f", 1, "messages", messages=[{"role": "user", "content": "a" * 60}, {"role": "assistant"}])
-    assert [len(chunk) for chunk in records.chunks([short] * 1025)] == [100] * 10 + [25]
-    assert [len(chunk) for chunk in records.chunks([long, talk, talk, long, Bad("f", 5, "broken")])] == [2, 2, 1]
+    assert [len(chunk) for chunk in formats.chunks([short] * 1025)] == [100] * 10 + [25]
+    assert [len(chunk) for chunk in formats.chunks([long, talk, talk, long, Bad("f", 5, "broken")])] == [2, 2, 1]
 
 
 def test_a_parquet_file_that_names_one_text_a_thousand_times_stays_small(tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_a_parquet_file_that_names_one_text_a_thousand_times_stays_small(tmp_pat
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
     assert path.stat().st_size < 1 << 20
     script = (
-        "import resource, sys, pathlib; from mlxtune.data.files import raw_rows\n"
+        "import resource, sys, pathlib; from mlxtune.data.rows.readers import raw_rows\n"
         "count = sum(1 for _ in raw_rows(pathlib.Path(sys.argv[1])))\n"
         # On Linux a process begins with the peak of the one that it was forked from.
         "status = pathlib.Path('/proc/self/status')\n"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import tiny
-from mlxtune_convert import peft
 from mlxtune_convert.files import refuse_links_out
+from mlxtune_convert.peft import adapter_folder
 
+from mlxtune.adapter import lora
 from mlxtune.errors import UserError
-from mlxtune.model import lora
 
 OUT = "is a link that leads out of the folder"
 
@@ -64,7 +64,7 @@ def test_no_command_reads_a_model_through_such_a_link(
 
 
 def test_an_adapter_with_a_link_out_is_refused(run: Path, secret: Path, tmp_path: Path) -> None:
-    for reader in (lora.read_spec, peft.read_adapter):
+    for reader in (lora.read_spec, adapter_folder.read_adapter):
         adapter = tmp_path / reader.__module__
         shutil.copytree(run, adapter)
         (adapter / "mlxtune_tokenizer.json").unlink(missing_ok=True)

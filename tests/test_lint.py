@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import tiny
 
-from mlxtune.data import check, lint, records
-from mlxtune.data.examples import Renderer
-from mlxtune.sections import DataSection
+from mlxtune.config.schema import DataSection
+from mlxtune.data.chat.renderer import Renderer
+from mlxtune.data.rows import formats
+from mlxtune.data.survey import lint, survey
 
 
-def found(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, **options: Any) -> dict[str, check.Finding]:
-    out = check.Split("train", "d.jsonl")
-    read = records.read(tiny.write_jsonl(folder / "d.jsonl", rows))
-    check.survey(out, read, Renderer(tokenizer, DataSection(path="d.jsonl", **options)), lambda count: None)
+def found(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, **options: Any) -> dict[str, survey.Finding]:
+    out = survey.Split("train", "d.jsonl")
+    read = formats.read(tiny.write_jsonl(folder / "d.jsonl", rows))
+    survey.survey(out, read, Renderer(tokenizer, DataSection(path="d.jsonl", **options)), lambda count: None)
     return out.findings
 
 

@@ -15,13 +15,15 @@ from mlx.utils import tree_flatten, tree_unflatten
 from rich.console import Console
 from training import scale_losses
 
-from mlxtune import backend, config, errors, session, tuning
-from mlxtune.data.batches import Plan, collate
-from mlxtune.model import lora
+from mlxtune import errors
+from mlxtune.adapter import lora
+from mlxtune.compute.loss import Way
+from mlxtune.config import resolve
+from mlxtune.data.dataset.batches import Plan, collate
+from mlxtune.machine import backend
 from mlxtune.model.load import load
-from mlxtune.train import events, optim
+from mlxtune.train import events, optim, session, tuning
 from mlxtune.train.display import Display
-from mlxtune.train.loss import Way
 from mlxtune.train.step import Job, StepFunction
 
 SETTINGS = (
@@ -43,7 +45,7 @@ SETTINGS = (
 
 def tune(model: Path, data: Path, out: Path, *settings: str, resume: bool = False) -> list[dict]:
     """Train through the session; return the run's events."""
-    resolved = config.load(None, (*SETTINGS, *settings), {"model.path": str(model), "data.path": str(data)})
+    resolved = resolve.load(None, (*SETTINGS, *settings), {"model.path": str(model), "data.path": str(data)})
     with Display(Console(quiet=True)) as display:
         tuning.tune(resolved, out, display, resume)
     return events.read(out)
@@ -53,8 +55,8 @@ def losses(found: list[dict]) -> list[float]:
     return [event["loss"] for event in found if event["kind"] == "train"]
 
 
-def plan_of(model: Path, data: Path, *settings: str) -> tuple[config.Config, Plan]:
-    resolved = config.load(None, (*SETTINGS, *settings), {"model.path": str(model), "data.path": str(data)})
+def plan_of(model: Path, data: Path, *settings: str) -> tuple[resolve.Config, Plan]:
+    resolved = resolve.load(None, (*SETTINGS, *settings), {"model.path": str(model), "data.path": str(data)})
     return resolved, Plan(session.read_data(resolved)[0].train, resolved.train)
 
 
@@ -247,7 +249,7 @@ def test_a_non_finite_loss_stops_the_run_names_the_rows_and_keeps_the_last_good_
 def test_the_schedule_warms_up_from_above_zero_and_ends_above_it(
     schedule: str, steps: int, expected: list[float]
 ) -> None:
-    section = config.load(None, ("train.lr=1.0", f"train.schedule={schedule}", "train.warmup_steps=2")).train
+    section = resolve.load(None, ("train.lr=1.0", f"train.schedule={schedule}", "train.warmup_steps=2")).train
     assert [optim.learning_rate(section, k, steps) for k in range(1, steps + 1)] == pytest.approx(expected)
 
 

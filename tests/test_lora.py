@@ -13,11 +13,11 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
+from mlxtune.adapter import lora
+from mlxtune.adapter.dropout import DropoutKeys
+from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError
-from mlxtune.model import lora
-from mlxtune.model.dropout import DropoutKeys
 from mlxtune.model.load import load
-from mlxtune.sections import LoraSection
 
 
 def with_random_b(model: mx.array) -> None:

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from conversations import answer, call, result, user
 
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.template.tokenizer import load_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "d", "parameters": {"type": "object"}}}]
 ROWS: list[dict[str, Any]] = [

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import tiny
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlxtune_convert import chat_templates, files
+from mlxtune_convert import files
+from mlxtune_convert.hf import chat_templates
 from training import tune
 
-from mlxtune import backend, diagnosis, host, tuning
+from mlxtune.adapter import lora
 from mlxtune.errors import UserError
-from mlxtune.model import load, lora
-from mlxtune.train import checkpoint, events, lock
+from mlxtune.machine import backend, diagnosis, surroundings
+from mlxtune.model import load
+from mlxtune.train import checkpoint, events, lock, tuning
 
 GIB = 1 << 30
 
@@ -39,7 +41,7 @@ def mac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "tools"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    for module in (host, diagnosis):
+    for module in (surroundings, diagnosis):
         monkeypatch.setattr(module, "sys", SimpleNamespace(platform="darwin"))
     for name in ("caffeinate", "pmset", "ps", "sysctl"):
         tool(folder, name, "")
@@ -66,18 +68,18 @@ PRO = AIR.replace("lowpowermode ", "powermode    ")
 )
 def test_low_power_mode_is_read_and_warned_of(settings: str, low: bool | None, mac: Path, tmp_path: Path) -> None:
     tool(mac, "pmset", settings)
-    assert host.low_power() is low
-    assert any("Low Power Mode is on" in line for line in host.warnings(tmp_path, 0)) == (low is True)
+    assert surroundings.low_power() is low
+    assert any("Low Power Mode is on" in line for line in surroundings.warnings(tmp_path, 0)) == (low is True)
     assert "pmset -g\n" in (mac / "calls").read_text()
 
 
 def test_a_system_without_low_power_mode_or_without_its_commands_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert host.low_power() is None  # Linux
-    monkeypatch.setattr(host, "sys", SimpleNamespace(platform="darwin"))
+    assert surroundings.low_power() is None  # Linux
+    monkeypatch.setattr(surroundings, "sys", SimpleNamespace(platform="darwin"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert (host.low_power(), host.battery(), host.holders()) == (None, None, {})
+    assert (surroundings.low_power(), surroundings.battery(), surroundings.holders()) == (None, None, {})
 
 
 # What ps prints: kilobytes and command lines.
@@ -96,8 +98,8 @@ HELD = {"LM Studio": 4 * GIB, "llama-server": 4 * GIB, "Ollama": 5 * GIB // 2}
 
 def test_programs_that_hold_a_model_are_found_by_their_command_and_told_with_their_size(mac: Path) -> None:
     tool(mac, "ps", PROCESSES)
-    assert host.holders() == HELD  # mlx_lm.server is too small to hold one
-    assert host.listed(HELD) == "LM Studio 4.0 GiB, llama-server 4.0 GiB, Ollama 2.5 GiB"
+    assert surroundings.holders() == HELD  # mlx_lm.server is too small to hold one
+    assert surroundings.listed(HELD) == "LM Studio 4.0 GiB, llama-server 4.0 GiB, Ollama 2.5 GiB"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,7 @@ def test_programs_that_hold_a_model_are_found_by_their_command_and_told_with_the
 )
 def test_mlx_lm_s_server_is_found_however_it_is_started(command: str, mac: Path) -> None:
     tool(mac, "ps", f"1048576 {command}\n")
-    assert host.holders() == {"mlx_lm.server": GIB}
+    assert surroundings.holders() == {"mlx_lm.server": GIB}
 
 
 def test_the_system_s_own_ps_is_understood(tmp_path: Path) -> None:
@@ -114,18 +116,18 @@ def test_the_system_s_own_ps_is_understood(tmp_path: Path) -> None:
     code = f"held = bytearray({600 << 20})\nprint('up', flush=True)\ninput()"
     with tiny.popen(tmp_path / "ollama", "-c", code) as process:
         assert process.stdout and process.stdout.readline() == "up\n"
-        assert host.holders()["Ollama"] >= 600 << 20
+        assert surroundings.holders()["Ollama"] >= 600 << 20
         process.kill()
 
 
 def test_other_programs_are_warned_of_only_where_the_run_does_not_fit_beside_them(mac: Path) -> None:
     held = sum(HELD.values())
     tool(mac, "ps", PROCESSES)
-    assert host.crowded(3 * GIB, held + 7 * GIB) == []
-    (said,) = host.crowded(3 * GIB, held + 7 * GIB - 1)
+    assert surroundings.crowded(3 * GIB, held + 7 * GIB) == []
+    (said,) = surroundings.crowded(3 * GIB, held + 7 * GIB - 1)
     assert "LM Studio 4.0 GiB" in said and "beside the 3.0 GiB of this run" in said
     tool(mac, "ps", "")
-    assert host.crowded(100 * GIB, GIB) == []  # the memory limit of the run says that
+    assert surroundings.crowded(100 * GIB, GIB) == []  # the memory limit of the run says that
 
 
 def test_doctor_tells_of_the_lid_low_power_mode_and_other_models(mac: Path) -> None:
@@ -148,7 +150,7 @@ def test_doctor_s_json_has_the_new_facts(tmp_path: Path) -> None:
     tool(tmp_path / "tools", "ps", PROCESSES)
     done = tiny.done("doctor", "--json", PATH=f"{tmp_path / 'tools'}:{os.environ['PATH']}")
     found = json.loads(done.stdout)
-    assert found["facts"]["other models in memory"] == host.listed(HELD)
+    assert found["facts"]["other models in memory"] == surroundings.listed(HELD)
     assert "power" in found["facts"]
     of_macs = {"sleep", "low power mode"}  # elsewhere they would say nothing
     assert found["facts"].keys() & of_macs == (of_macs if sys.platform == "darwin" else set())

@@ -12,12 +12,14 @@ import zoo
 from mlx.utils import tree_flatten
 from mlx_lm.models.gated_delta import gated_delta_ops
 
-from mlxtune import backend, tuning
-from mlxtune.model import blocks, lora, memory
-from mlxtune.model.graph import Ledger, traced
-from mlxtune.model.kernels import Device, tiled
-from mlxtune.model.strides import strides_as
-from mlxtune.sections import LoraSection
+from mlxtune.adapter import lora
+from mlxtune.compute.memory import blocks, prediction
+from mlxtune.compute.memory.graph import Ledger, traced
+from mlxtune.compute.memory.kernels import Device, tiled
+from mlxtune.compute.memory.strides import strides_as
+from mlxtune.config.schema import LoraSection
+from mlxtune.machine import backend
+from mlxtune.train import tuning
 
 SIZES = {
     "vocab_size": 320,
@@ -82,7 +84,7 @@ def test_blocks_below_the_first_adapter_keep_nothing() -> None:
     def kept(**section: Any) -> list[bool]:
         model = peaks.build(sizes)
         lora.attach(model, lora.Spec.of(model, LoraSection(**section)), 0)
-        reached = memory._reached(model)
+        reached = prediction._reached(model)
         costs, _ = blocks.costs(model, 1, 32, 0, reached, CPU)
         return [cost.kept > cost.given for (cost,) in costs]
 
@@ -167,9 +169,9 @@ def test_a_gated_delta_model_is_predicted_as_published() -> None:
     lora.attach(model, lora.Spec.of(model, LoraSection(rank=8, layers=4)), 0)
     found = {}
     for width in (512, 1024):
-        shape = memory.Shape(1, width - 1, 0, width // 2)
-        predicted = memory.predict(model, QWEN35_4B, shape, memory.Options(2, 64, 1, 0.0, METAL))
-        assert isinstance(predicted, memory.Memory) and predicted.by_token
+        shape = prediction.Shape(1, width - 1, 0, width // 2)
+        predicted = prediction.predict(model, QWEN35_4B, shape, prediction.Options(2, 64, 1, 0.0, METAL))
+        assert isinstance(predicted, prediction.Memory) and predicted.by_token
         found[width] = predicted.total / 1e9
     assert 7.3 < found[512] < 16.4
     assert found[1024] > 21
@@ -230,8 +232,10 @@ def test_a_model_that_cannot_be_followed_is_said_and_not_refused(monkeypatch: py
 
     monkeypatch.setattr(blocks, "traced", fails)
     monkeypatch.setattr(blocks, "_known", {})
-    found = memory.predict(model, sizes_of("llama"), memory.Shape(1, 32, 0, 8), memory.Options(4, 64, 0, 0.0, CPU))
-    assert isinstance(found, memory.NotPredicted)
+    found = prediction.predict(
+        model, sizes_of("llama"), prediction.Shape(1, 32, 0, 8), prediction.Options(4, 64, 0, 0.0, CPU)
+    )
+    assert isinstance(found, prediction.NotPredicted)
     assert "not predicted" in found.note and "primitive New" in found.note
 
 
@@ -241,7 +245,9 @@ def test_the_model_is_itself_again_after_a_prediction() -> None:
     kinds, attention = [type(module) for _, module in model.named_modules()], mx.fast.scaled_dot_product_attention
     ids = mx.array([[3, 4, 5]])
     before = model(ids)
-    memory.predict(model, sizes_of("mixtral"), memory.Shape(1, 32, 0, 8), memory.Options(4, 64, 1, 0.0, METAL))
+    prediction.predict(
+        model, sizes_of("mixtral"), prediction.Shape(1, 32, 0, 8), prediction.Options(4, 64, 1, 0.0, METAL)
+    )
     assert [type(module) for _, module in model.named_modules()] == kinds
     assert mx.fast.scaled_dot_product_attention is attention
     assert mx.array_equal(model(ids), before)
@@ -258,7 +264,7 @@ def test_the_optimizer_update_is_the_peak_where_the_adapter_is_large() -> None:
 
 @pytest.mark.parametrize(("blocks_", "gib", "expected"), [(36, 16, 9), (36, 128, 58), (80, 16, 4), (80, 8, 4)])
 def test_compiled_signatures_are_kept_by_their_bytes(blocks_: int, gib: int, expected: int) -> None:
-    assert memory.kept_signatures(blocks_, gib << 30) == expected
+    assert prediction.kept_signatures(blocks_, gib << 30) == expected
 
 
 def test_a_reshape_copies_what_does_not_lie_in_order() -> None:

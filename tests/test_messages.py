@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import tiny
 
-from mlxtune.data import chat, records, rewrite
-from mlxtune.data.messages import with_short_ids
-from mlxtune.data.records import Bad, Record
+from mlxtune.data.chat import masking
+from mlxtune.data.rows import formats, writers
+from mlxtune.data.rows.formats import Bad, Record
+from mlxtune.data.rows.messages import parsed_arguments, with_short_ids
 
 SWITCHES = ("weight", "train", "training", "loss", "loss_mask", "trainable")
 
 
 def read(row: dict[str, Any], folder: Path) -> Record | Bad:
-    (found,) = records.read(tiny.write_jsonl(folder / "d.jsonl", [row]))
+    (found,) = formats.read(tiny.write_jsonl(folder / "d.jsonl", [row]))
     return found
 
 
@@ -60,7 +61,7 @@ def test_arguments_that_are_an_object_in_the_end_stay_as_they_were_given(given: 
     call = messages(calling({"name": "look", "arguments": given}), tmp_path)[1]["tool_calls"][0]
     assert call["function"] == {"name": "look", "arguments": given}
     expected = {} if isinstance(given, str) and not given.strip() else {"x": 1} if given else {}
-    assert chat.parsed_arguments(given) == ({"x": None} if given == {"x": None} else expected)
+    assert parsed_arguments(given) == ({"x": None} if given == {"x": None} else expected)
 
 
 @pytest.mark.parametrize("function", [{"name": "look"}, {"name": "look", "arguments": None}])
@@ -121,8 +122,8 @@ def test_each_switch_of_a_message_decides_whether_it_is_trained_on(
         {"messages": [*said, {"role": "user", "content": "R"}, {"role": "assistant", "content": "B"}]}, tmp_path
     )
     for found in (sharegpt, openai):
-        assert [chat.weight(message) for message in found] == [1, expected, 1, 1]
-        made = chat.render(tokenizer, found)
+        assert [masking.weight(message) for message in found] == [1, expected, 1, 1]
+        made = masking.render(tokenizer, found)
         trained = tokenizer.decode([at for at, mask in zip(made.ids, made.mask, strict=True) if mask])
         assert trained == ("A<|im_end|>" if expected else "") + "B<|im_end|>"
 
@@ -232,8 +233,8 @@ def test_calls_results_and_switches_survive_the_way_to_sharegpt_and_back(tmp_pat
         ]
     }
     given, out = tiny.write_jsonl(tmp_path / "d.jsonl", [row]), tmp_path / "out.jsonl"
-    assert rewrite.rewrite(records.read(given), "sharegpt", out) == (1, [])
-    (back,) = records.read(out)
+    assert writers.rewrite(formats.read(given), "sharegpt", out) == (1, [])
+    (back,) = formats.read(out)
     assert isinstance(back, Record) and back.messages is not None
     assert with_short_ids(back.messages) == back.messages
     assert links(back.messages) == {"1": "one", "2": "two"}
@@ -246,8 +247,8 @@ def test_results_out_of_order_are_not_written_as_sharegpt(order: tuple[int, ...]
     calls = [{"id": f"c{at}", "function": {"name": "f", "arguments": {}}} for at in range(2)]
     results = [{"role": "tool", "content": "x", "tool_call_id": f"c{at}"} for at in order]
     row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": calls}, *results]}
-    written, left = rewrite.rewrite(
-        records.read(tiny.write_jsonl(tmp_path / "d.jsonl", [row, {"messages": [{"role": "user", "content": "Q"}]}])),
+    written, left = writers.rewrite(
+        formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", [row, {"messages": [{"role": "user", "content": "Q"}]}])),
         "sharegpt",
         tmp_path / "out.jsonl",
         drop=True,

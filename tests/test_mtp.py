@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from mlxtune_convert import mtp
+from mlxtune_convert.hf import mtp
 from safetensors.numpy import load_file, save_file
 from test_companions import DENSE, adapter_of
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from mlxtune.model.dropout import DropoutKeys, add_noise
+from mlxtune.adapter.dropout import DropoutKeys, add_noise
 
 
 class Model(nn.Module):

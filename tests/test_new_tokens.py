@@ -14,14 +14,15 @@ import tiny
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from mlxtune import config, session, tuning
+from mlxtune.adapter import lora, vocabulary
 from mlxtune.cli import cli, common
-from mlxtune.data.chosen import Changes, tokenizer_of
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.config import resolve
+from mlxtune.data.template.tokenizer import load_tokenizer
+from mlxtune.data.template.tokenizer_changes import Changes, tokenizer_of
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.evaluate.generate import Sampling, answer
-from mlxtune.model import lora, vocabulary
 from mlxtune.model.load import load
+from mlxtune.train import session, tuning
 from mlxtune.train.display import Display
 
 PLAIN = 257  # tokens of the plain tokenizer: an end token and the bytes
@@ -53,8 +54,8 @@ def settings(name: str) -> list[str]:
     return [*common, "data.template=chatml", f"lora.train_also=[{also}]"]
 
 
-def run_config(models: dict[str, Path], name: str, data: Path, *more: str) -> config.Config:
-    return config.load(None, (*settings(name), *more), {"model.path": str(models[name]), "data.path": str(data)})
+def run_config(models: dict[str, Path], name: str, data: Path, *more: str) -> resolve.Config:
+    return resolve.load(None, (*settings(name), *more), {"model.path": str(models[name]), "data.path": str(data)})
 
 
 def quiet() -> Display:

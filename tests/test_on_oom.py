@@ -16,11 +16,12 @@ from broken import OUT_OF_MEMORY, WATCHDOG, fail_gradients
 from test_ranks import finished, launched
 from training import NOISE, losses, options, same_bits, tune
 
-from mlxtune.data.batches import Batch
+from mlxtune.compute import proof
+from mlxtune.compute.division import Division
+from mlxtune.compute.loss import Way
+from mlxtune.data.dataset.batches import Batch
 from mlxtune.errors import UserError
-from mlxtune.train import checkpoint, events, proof
-from mlxtune.train.division import Division
-from mlxtune.train.loss import Way
+from mlxtune.train import checkpoint, events
 
 STOP = ("train.steps=8", "train.batch_rows=4", "train.accumulate=2", "train.save_every=100")
 SMALLER = (*STOP, "train.on_oom=smaller")

@@ -22,15 +22,18 @@ from test_memory import SIZES, examples
 from training import scale_losses
 from ways import make, rows
 
-from mlxtune import backend, bench, session, tuning
-from mlxtune import config as configuration
-from mlxtune.data.batches import Plan
-from mlxtune.model import lora, memory
+from mlxtune import bench
+from mlxtune.adapter import lora
+from mlxtune.compute import fit_memory, loss
+from mlxtune.compute.head import Split
+from mlxtune.compute.loss import Way
+from mlxtune.compute.memory import prediction
+from mlxtune.config import resolve as configuration
+from mlxtune.config.schema import LoraSection
+from mlxtune.data.dataset.batches import Plan
+from mlxtune.machine import backend
 from mlxtune.model.arrays import named
-from mlxtune.model.head import Split
-from mlxtune.sections import LoraSection
-from mlxtune.train import fit, loss, optim
-from mlxtune.train.loss import Way
+from mlxtune.train import optim, session, tuning
 from mlxtune.train.step import AHEAD, WRONG, Job, NonFinite, StepFunction
 
 ON_A_GPU = backend.Policy(compiled=True, queued=True, tile=64)
@@ -147,7 +150,9 @@ def test_queued_work_takes_no_more_memory_than_predicted(monkeypatch: pytest.Mon
     config = configuration.load(None, settings)
     plan = Plan(examples(), config.train)
     way = Way(Split.of(model, mx.array([plan.examples[0].ids[:8]])), recompute=1)
-    predicted = fit.plan(fit.Given(model, {"model_type": "llama", **sizes}, mx.float32), way, config, plan)
+    predicted = fit_memory.plan(
+        fit_memory.Given(model, {"model_type": "llama", **sizes}, mx.float32), way, config, plan
+    )
     assert predicted is not None
     monkeypatch.setattr(backend, "policy", lambda: backend.Policy(compiled=False, queued=True, tile=1))
     limit = mx.set_memory_limit(1 << 40)
@@ -272,7 +277,7 @@ def test_a_signature_is_compiled_at_its_second_use_and_a_resumed_run_compiles_wh
 ) -> None:
     """So that every step of a resumed run is computed by the function that computed it in the whole run."""
     # of three signatures in turn, each thrown away again and again
-    monkeypatch.setattr(memory, "kept_signatures", lambda count, ram: 2)
+    monkeypatch.setattr(prediction, "kept_signatures", lambda count, ram: 2)
     settings = ("train.epochs=4", "train.batch_rows=2")
 
     def decided(first: int) -> dict[int, int]:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import mlxtune
-from mlxtune import config
+from mlxtune.config import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 # Those below us. A folder on this path is not searched for .pth files, so the checkout is not found through it.
@@ -60,7 +60,11 @@ def test_the_wheel_holds_every_file_of_both_packages_the_recipes_and_the_demo_da
     expected |= _formats()
     expected |= {f"mlxtune/configs/{path.relative_to(ROOT / 'configs').as_posix()}" for path in RECIPES}
     expected = {name for name in expected if "__pycache__" not in name}
-    assert {"mlxtune/demo/data/train.jsonl", "mlxtune/demo/data/valid.jsonl", "mlxtune_convert/peft.py"} <= expected
+    assert {
+        "mlxtune/demo/data/train.jsonl",
+        "mlxtune/demo/data/valid.jsonl",
+        "mlxtune_convert/peft/adapter_folder.py",
+    } <= expected
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
@@ -126,17 +130,17 @@ def test_the_installed_command_runs(site: Path) -> None:
 def test_the_checkout_and_the_wheel_find_the_same_recipes(site: Path) -> None:
     names = [path.stem for path in RECIPES]
     assert {"quick", "qlora", "lora"} <= set(names)
-    assert config.recipe_folder() == ROOT / "configs"
-    assert config.recipe_names() == names
-    script = "from mlxtune import config\nprint(config.recipe_folder(), *config.recipe_names(), sep='\\n')"
+    assert resolve.recipe_folder() == ROOT / "configs"
+    assert resolve.recipe_names() == names
+    script = "from mlxtune.config import resolve\nprint(resolve.recipe_folder(), *resolve.recipe_names(), sep='\\n')"
     assert _installed(site, "-c", script).splitlines() == [str(site / "mlxtune" / "configs"), *names]
-    load = "import sys\nfrom mlxtune import config\nfor name in sys.argv[1:]:\n    print(config.load(name).to_yaml())"
-    assert _installed(site, "-c", load, *names) == "\n".join(config.load(name).to_yaml() for name in names).strip()
+    load = "import sys\nfrom mlxtune.config.resolve import load\nfor name in sys.argv[1:]:\n    print(load(name).to_yaml())"
+    assert _installed(site, "-c", load, *names) == "\n".join(resolve.load(name).to_yaml() for name in names).strip()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_its_comment_shows_how_to_use_it(recipe: Path) -> None:
-    config.load(recipe)  # refuses unknown keys
+    resolve.load(recipe)  # refuses unknown keys
     assert f"mlxtune train -c {recipe.stem} " in recipe.read_text(encoding="utf-8")
 
 

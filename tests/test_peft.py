@@ -10,12 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from mlxtune_convert import peft as files
+from mlxtune_convert.peft import adapter_folder as files
 from safetensors.numpy import load_file, save_file
 from test_variants import KINDS, adapted
 
+from mlxtune.adapter import lora, peft
 from mlxtune.errors import UserError
-from mlxtune.model import lora, peft
 from mlxtune.model.load import load, open_model, source_of
 
 pytestmark = [

@@ -19,9 +19,9 @@ from safetensors.numpy import load_file, save_file
 from test_peft import IDS, exported, hf, logits, same_files
 from test_variants import adapted
 
+from mlxtune.adapter import lora, peft
 from mlxtune.errors import UserError
 from mlxtune.model import convert as conversion
-from mlxtune.model import lora, peft
 from mlxtune.model.load import load
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")

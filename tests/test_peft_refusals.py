@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from mlxtune_convert import peft as files
+from mlxtune_convert.peft import adapter_folder as files
 from safetensors.numpy import save_file
 
+from mlxtune.adapter import peft
 from mlxtune.errors import UserError
-from mlxtune.model import peft
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -12,11 +12,11 @@ import pytest
 from mlx.utils import tree_map
 from ways import BATCH, SHAPES, make
 
+from mlxtune.adapter.layers import trained
+from mlxtune.compute import proof
+from mlxtune.compute.loss import Way
+from mlxtune.compute.precision import copies, in_float32
 from mlxtune.model.arrays import named
-from mlxtune.model.layers import trained
-from mlxtune.model.precision import copies, in_float32
-from mlxtune.train import proof
-from mlxtune.train.loss import Way
 
 
 def base_in(dtype: mx.Dtype, kind: str, bits: int = 0) -> nn.Module:

@@ -13,12 +13,11 @@ from mlx_lm.models.base import create_causal_mask
 from rounding import as_a_gpu
 from ways import BATCH, SHAPES, batch, make
 
-from mlxtune.model import prefix, recompute
-from mlxtune.model.head import Split
-from mlxtune.model.prefix import PrefixCache
-from mlxtune.train import loss, proof
-from mlxtune.train.loss import Way
-from mlxtune.train.proof import Room, Verdict
+from mlxtune.compute import checkpointing, loss, prefix, proof
+from mlxtune.compute.head import Split
+from mlxtune.compute.loss import Way
+from mlxtune.compute.prefix import PrefixCache
+from mlxtune.compute.proof import Room, Verdict
 
 OTHER_ORDER = 3e-6  # relative size of what another order of a float32 sum changes, at its worst
 ROWS = batch(17, [30, 27])
@@ -128,7 +127,7 @@ def counts_positions_from_one_too_many(patch: pytest.MonkeyPatch) -> None:
             return real(PrefixCache(offset=self.__dict__["at"]), *args, **kwargs)
 
     patch.setattr(prefix, "PrefixCache", Moved)
-    patch.setattr(recompute, "PrefixCache", Moved)
+    patch.setattr(checkpointing, "PrefixCache", Moved)
 
 
 def forgets_windows(patch: pytest.MonkeyPatch) -> None:
@@ -153,7 +152,7 @@ def loses_the_gradient_of_parameters(patch: pytest.MonkeyPatch) -> None:
     def closed_over(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: mx.checkpoint(function)(*args)
 
-    patch.setattr(recompute, "checkpointed", closed_over)
+    patch.setattr(checkpointing, "checkpointed", closed_over)
 
 
 BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [

@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
-from mlxtune_convert import quant
-from mlxtune_convert.quant import Codes
+from mlxtune_convert.gguf import quant_blocks
+from mlxtune_convert.gguf.quant_blocks import Codes
 
 from mlxtune.model.arrays import to_numpy
 
@@ -41,12 +41,12 @@ def test_every_scheme_is_carried_exactly_or_says_how_inexactly(
     bits: int, group: int, mode: str, dtype: mx.Dtype
 ) -> None:
     codes, dense = quantized(bits, group, mode, dtype)
-    np.testing.assert_array_equal(quant.dequantize(codes), dense)
-    np.testing.assert_array_equal(quant.pack(quant.unpack(codes.weight, bits), bits), codes.weight)
-    carried = quant.carry(codes)
+    np.testing.assert_array_equal(quant_blocks.dequantize(codes), dense)
+    np.testing.assert_array_equal(quant_blocks.pack(quant_blocks.unpack(codes.weight, bits), bits), codes.weight)
+    carried = quant_blocks.carry(codes)
     if mode == "mxfp8" or (mode == "affine" and bits == 8):
         assert carried is None  # no type has 8-bit codes with a minimum
-        kind, half, error = quant.half_floats(dense)
+        kind, half, error = quant_blocks.half_floats(dense)
         assert error == (0.0 if mode == "mxfp8" else pytest.approx(error)) and error < 3e-4
         assert np.abs(half.astype(np.float32) - dense).max() <= 5e-4 * np.abs(dense).max()
         return
@@ -69,25 +69,25 @@ def test_six_bit_codes_keep_their_grid_as_eight_bit_ones() -> None:
     dense = np.delete(weight(), 3, axis=0)
     arrays = [to_numpy(part) for part in mx.quantize(mx.array(dense).astype(mx.float16), 64, 6)]
     codes = Codes(arrays[0], arrays[1], arrays[2], 6, 64)
-    carried = quant.carry(codes)
+    carried = quant_blocks.carry(codes)
     assert carried is not None and carried[0] == "Q8_0"
     again = dequantize(
-        quantize(quant.dequantize(codes), gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
+        quantize(quant_blocks.dequantize(codes), gguf.GGMLQuantizationType.Q8_0), gguf.GGMLQuantizationType.Q8_0
     )
-    assert 0 < carried[2] < quant.relative_error(again, quant.dequantize(codes)) / 5
+    assert 0 < carried[2] < quant_blocks.relative_error(again, quant_blocks.dequantize(codes)) / 5
 
 
-@pytest.mark.parametrize("kind", quant.MAPPED)
+@pytest.mark.parametrize("kind", quant_blocks.MAPPED)
 def test_blocks_come_back_byte_for_byte(kind: str) -> None:
     """GGUF -> MLX -> GGUF, with the type found again; in MLX the very values that the gguf package gives."""
     if kind == "NVFP4":
         codes, _ = quantized(4, 16, "nvfp4", mx.float32)
-        data = quant.to_blocks(codes, kind)
+        data = quant_blocks.to_blocks(codes, kind)
     else:
         data = quantize(weight(), gguf.GGMLQuantizationType[kind])
-    codes = quant.from_blocks(data, kind)
-    np.testing.assert_array_equal(quant.dequantize(codes), dequantize(data, gguf.GGMLQuantizationType[kind]))
-    carried = quant.carry(codes)
+    codes = quant_blocks.from_blocks(data, kind)
+    np.testing.assert_array_equal(quant_blocks.dequantize(codes), dequantize(data, gguf.GGMLQuantizationType[kind]))
+    carried = quant_blocks.carry(codes)
     assert carried is not None
     assert (carried[0], carried[2]) == (kind, 0.0)
     assert carried[1].tobytes() == data.tobytes()
@@ -101,6 +101,6 @@ def test_scales_outside_float16_are_measured_not_hidden() -> None:
             (part.astype(np.float32) * factor).astype(ml_dtypes.bfloat16) for part in (codes.scales, codes.biases)
         )
         scaled = Codes(codes.weight, scales, biases, 4, 64)
-        assert (quant.carry(scaled) is not None) == carried_at_all
-        kind, _, error = quant.half_floats(quant.dequantize(scaled))
+        assert (quant_blocks.carry(scaled) is not None) == carried_at_all
+        kind, _, error = quant_blocks.half_floats(quant_blocks.dequantize(scaled))
         assert error < 2e-3 and kind == ("F16" if factor == 1.0 else "BF16")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlxtune.model.quantize import CpuQuantizedLinear, dense_weight, on_cpu
+from mlxtune.model.dense import CpuQuantizedLinear, dense_weight, on_cpu
 
 MODES = [("affine", 32, 4), ("affine", 64, 8), ("affine", 64, 3), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
 

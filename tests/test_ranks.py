@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mlxtune import config as configuration
-from mlxtune import session, tuning
-from mlxtune.data.batches import Batch
-from mlxtune.train import events, lock
+from mlxtune.config import resolve as configuration
+from mlxtune.data.dataset.batches import Batch
+from mlxtune.train import events, lock, session, tuning
 from mlxtune.train.ranks import Ranks
 
 SETTINGS = (

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from reading import ASKED, all_of, read, shown
 
-from mlxtune.data import records
+from mlxtune.data.rows import formats
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,13 @@ from mlxtune.data import records
     ],
 )
 def test_every_row_format_becomes_the_same_conversation(row: dict, expected: list, tmp_path: Path) -> None:
-    (record,) = records.read(tiny.write_jsonl(tmp_path / "d.jsonl", [row]))
+    (record,) = formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", [row]))
     assert record.messages == expected
     assert record.text is None
 
 
 def test_plain_text_stays_text(tmp_path: Path) -> None:
-    (record,) = records.read(tiny.write_jsonl(tmp_path / "d.jsonl", [{"text": "once upon a time"}]))
+    (record,) = formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", [{"text": "once upon a time"}]))
     assert (record.text, record.messages) == ("once upon a time", None)
 
 
@@ -67,7 +67,7 @@ def test_every_file_type_gives_the_same_rows(suffix: str, tmp_path: Path) -> Non
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    found = list(records.read(path))
+    found = list(formats.read(path))
     assert [(r.messages[0]["content"], r.messages[1]["content"]) for r in found if r.messages] == [
         (row["prompt"], row["completion"]) for row in rows
     ]
@@ -76,7 +76,7 @@ def test_every_file_type_gives_the_same_rows(suffix: str, tmp_path: Path) -> Non
 def test_rows_carry_their_line_blank_lines_counted(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": "b"}\n')
-    assert [record.row for record in records.read(path)] == [1, 3]
+    assert [record.row for record in formats.read(path)] == [1, 3]
 
 
 def test_long_rows_keep_their_start_and_are_counted(tokenizer: Any, tmp_path: Path) -> None:

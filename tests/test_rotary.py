@@ -14,9 +14,9 @@ import pytest
 import tiny
 import zoo
 
-from mlxtune.model import corrected, rotary
+from mlxtune.model.corrections import corrected, rotary
+from mlxtune.model.corrections.reference import described
 from mlxtune.model.load import load
-from mlxtune.model.reference import described
 
 BASE = {"rope_theta": 12345.0, "rope_type": "default"}
 KNOWN = {"original_max_position_embeddings": 128}
@@ -184,10 +184,10 @@ def test_a_model_with_the_setting_computes_transformers_logits(family: str, sett
 )
 def test_a_normalised_config_means_the_same_to_transformers(family: str, setting: str) -> None:
     """What convert writes is read again by transformers, for the tokenizer and whoever loads the folder there."""
-    from mlxtune_convert.configs import normalise
+    from mlxtune_convert.hf.configs import normalise
     from transformers import AutoConfig
 
-    from mlxtune.model.reference import completed
+    from mlxtune.model.corrections.reference import completed
 
     config = AutoConfig.for_model(family, **{**SIZES, **zoo.SHAPES[family], **of_family(family, SETTINGS[setting])})
     original = json.loads(config.to_json_string(use_diff=False))

@@ -17,11 +17,11 @@ from alone import same
 from click.testing import CliRunner
 from training import losses, tune
 
-from mlxtune import session
 from mlxtune.cli import cli
-from mlxtune.data.batches import collate
+from mlxtune.data.dataset.batches import collate
 from mlxtune.model.convert import Target, convert
 from mlxtune.ship import export
+from mlxtune.train import session
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),  # they do match

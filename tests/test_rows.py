@@ -12,11 +12,12 @@ import pytest
 import tiny
 from reading import ASKED, all_of, read, rows_of, shown
 
-from mlxtune.data import duplicates, mixture, records
-from mlxtune.data.rows import Examples
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.config.schema import DataSection
+from mlxtune.data.dataset import duplicates, mixture
+from mlxtune.data.dataset.examples import Examples
+from mlxtune.data.rows import formats
+from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
-from mlxtune.sections import DataSection
 
 
 def conversation(name: str, turns: int) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def test_rows_are_told_apart_however_few_are_tokenized_together(
 ) -> None:
     path = tiny.write_jsonl(tmp_path / "d.jsonl", [conversation("a", 2)] * 3 + [conversation("b", 2)] * 2)
     for size in (1, 2, 128):
-        monkeypatch.setattr(records, "CHUNK_ROWS", size)
+        monkeypatch.setattr(formats, "CHUNK_ROWS", size)
         assert expanded(path, tokenizer).row_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 

@@ -12,8 +12,8 @@ import pytest
 import tiny
 from training import options, tune
 
-from mlxtune import errors, session, tuning
-from mlxtune.train import checkpoint, events, lock
+from mlxtune import errors
+from mlxtune.train import checkpoint, events, lock, session, tuning
 
 
 def test_what_others_put_into_a_run_folder_neither_stops_it_nor_goes_away(

@@ -18,15 +18,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-from mlxtune_convert import gguf_lora
-from mlxtune_convert.rules import Layout
+from mlxtune_convert.gguf import adapter_file
+from mlxtune_convert.hf.rules import Layout
 
-from mlxtune import backend, cli
+from mlxtune import cli
+from mlxtune.adapter import lora
+from mlxtune.compute import checkpointing, loss, prefix
 from mlxtune.errors import Interrupted, UserError
-from mlxtune.model import exponentials, lora, prefix, recompute
+from mlxtune.machine import backend
+from mlxtune.model import linux_cpu
 from mlxtune.selftest import checks, examination, kernels, model, runs, shipping, ways
 from mlxtune.selftest.outcome import FAILED, Check, Found, Result, Workshop, advice
-from mlxtune.train import checkpoint, loss, optim
+from mlxtune.train import checkpoint, optim
 
 Patch = pytest.MonkeyPatch
 
@@ -121,11 +124,11 @@ def windows_forgotten(patch: Patch) -> None:
 
 
 def parameters_closed_over(patch: Patch) -> None:
-    patch.setattr(recompute, "checkpointed", lambda module, function: mx.checkpoint(function))
+    patch.setattr(checkpointing, "checkpointed", lambda module, function: mx.checkpoint(function))
 
 
 def wrong_base(patch: Patch) -> None:
-    patch.setattr(exponentials, "LOG2_E", 1.45)
+    patch.setattr(linux_cpu, "LOG2_E", 1.45)
 
 
 def offset_lost_in_the_second_run(patch: Patch) -> None:
@@ -243,8 +246,8 @@ def factors_swapped(patch: Patch) -> None:
 
 
 def updates_swapped(patch: Patch) -> None:
-    real = gguf_lora.write_adapter
-    patch.setattr(gguf_lora, "write_adapter", lambda p, f, c, updates, b: real(p, f, c, swapped(updates), b))
+    real = adapter_file.write_adapter
+    patch.setattr(adapter_file, "write_adapter", lambda p, f, c, updates, b: real(p, f, c, swapped(updates), b))
 
 
 EXPORTS = {

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import tiny
-from mlxtune_convert import gguf_file
+from mlxtune_convert.gguf import container
 from test_companions import DENSE
 
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.model import convert
 from mlxtune.ship import gguf, llama_cpp
 from mlxtune.ship.export import Request
@@ -69,7 +69,7 @@ def test_convert_makes_a_tokenizer_json_that_splits_as_sentencepiece_does(
 
 def test_a_folder_without_tokenizer_json_is_exported_to_gguf(pieces: Any, alone: Path, tmp_path: Path) -> None:
     gguf.ship(Request(alone, None, tmp_path / "m.gguf"), "gguf", "f32", ollama=False)
-    fields = gguf_file.read(tmp_path / "m.gguf")
+    fields = container.read(tmp_path / "m.gguf")
     assert fields.get("tokenizer.ggml.model") == "llama"
     assert fields.get("tokenizer.ggml.tokens")[: len(pieces)] == [pieces.id_to_piece(i) for i in range(len(pieces))]
     assert not (alone / "tokenizer.json").exists()

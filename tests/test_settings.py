@@ -15,19 +15,20 @@ import sweep
 import tiny
 import zoo
 from mlx.utils import tree_flatten
-from mlxtune_convert import layouts, unheeded
-from mlxtune_convert.configs import normalise
+from mlxtune_convert.hf import families as layouts
+from mlxtune_convert.hf import unheeded
+from mlxtune_convert.hf.configs import normalise
 from safetensors.numpy import load_file, save_file
 from test_rotary import SIZES
 from training import tune
 
-from mlxtune import config as configuration
-from mlxtune import session, tuning
+from mlxtune.config import resolve as configuration
 from mlxtune.errors import UserError
-from mlxtune.model import corrected
 from mlxtune.model.convert import Target, convert
+from mlxtune.model.corrections import corrected
+from mlxtune.model.corrections.reference import completed, described
 from mlxtune.model.load import load, open_model
-from mlxtune.model.reference import completed, described
+from mlxtune.train import session, tuning
 
 # Types of which mlx-lm reads other configurations than transformers writes.
 UNREAD = ("dbrx", "kimi_linear", "longcat_flash", "mimo_v2_flash", "minimax", "ministral", "solar_open")

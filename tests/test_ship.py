@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import tiny
 
-from mlxtune.data.chat import Example
+from mlxtune.adapter import lora
+from mlxtune.data.chat.masking import Example
 from mlxtune.errors import UserError
-from mlxtune.model import lora
 from mlxtune.model.load import load
 from mlxtune.ship import export, verify
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from reading import ASKED, all_of, read, shown
 
-from mlxtune.data import records
+from mlxtune.data.rows import formats
 from mlxtune.errors import UserError
 
 
@@ -75,8 +75,8 @@ def test_two_train_files_in_one_folder_are_refused(tokenizer: Any, tmp_path: Pat
 
 
 def one(row: dict[str, Any], tmp_path: Path, **columns: str) -> Any:
-    (record,) = records.read(tiny.write_jsonl(tmp_path / "d.jsonl", [row]), columns)
-    assert not isinstance(record, records.Bad), record
+    (record,) = formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", [row]), columns)
+    assert not isinstance(record, formats.Bad), record
     return record
 
 
@@ -110,8 +110,8 @@ def test_a_row_that_does_not_fit_its_format_says_what_is_wrong(
     row: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     path = tiny.write_jsonl(tmp_path / "d.jsonl", [row])
-    (bad,) = records.read(path, {"question": "prompt", "asked": "prompt"})
-    assert isinstance(bad, records.Bad)
+    (bad,) = formats.read(path, {"question": "prompt", "asked": "prompt"})
+    assert isinstance(bad, formats.Bad)
     assert reason in bad.reason
     assert bad.place == "line 1"
 
@@ -157,7 +157,7 @@ def test_openai_messages_under_conversations_keep_calls_and_reasoning(tmp_path: 
 def test_self_instruct_rows_give_one_conversation_per_instance(tmp_path: Path) -> None:
     instances = [{"input": "", "output": "A"}, {"input": "I", "output": "B"}]
     path = tiny.write_jsonl(tmp_path / "d.jsonl", [{"instruction": "Q", "instances": instances}])
-    asked = [[message["content"] for message in record.messages] for record in records.read(path)]
+    asked = [[message["content"] for message in record.messages] for record in formats.read(path)]
     assert asked == [["Q", "A"], ["Q\n\nI", "B"]]
 
 

@@ -10,9 +10,9 @@ import datasets
 import pytest
 import tiny
 
-from mlxtune.data import sources
+from mlxtune.config.schema import SourceSection
+from mlxtune.data.dataset import sources
 from mlxtune.errors import UserError
-from mlxtune.sections import SourceSection
 
 VALID = ("valid", "validation", "val", "dev", "eval")
 

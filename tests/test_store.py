@@ -13,9 +13,11 @@ import pytest
 import tiny
 from reading import ASKED, all_of, read, rows_of, shown
 
-from mlxtune.data import examples, records, store
+from mlxtune.config.schema import DataSection
+from mlxtune.data.chat import renderer
+from mlxtune.data.dataset import row_cache
+from mlxtune.data.rows import formats
 from mlxtune.errors import UserError
-from mlxtune.sections import DataSection
 
 
 def texts_file(folder: Path, count: int = 6) -> Path:
@@ -26,8 +28,8 @@ def test_the_second_read_tokenizes_nothing(tokenizer: Any, tmp_path: Path, monke
     path, cache = texts_file(tmp_path), tmp_path / "cache"
     first = all_of(path, tokenizer, cache=str(cache))
     calls = []
-    real = examples.Renderer.stream
-    monkeypatch.setattr(examples.Renderer, "stream", lambda self, rows: calls.append(len(rows)) or real(self, rows))
+    real = renderer.Renderer.stream
+    monkeypatch.setattr(renderer.Renderer, "stream", lambda self, rows: calls.append(len(rows)) or real(self, rows))
     again = all_of(path, tokenizer, cache=str(cache))
     assert calls == []
     assert (shown(again, tokenizer), again.digest()) == (shown(first, tokenizer), first.digest())
@@ -117,14 +119,14 @@ def test_the_store_keeps_what_the_renderer_made(tokenizer: Any, tmp_path: Path) 
     rows = [*tiny.conversations(5), {"messages": ASKED[:1]}]
     path = tiny.write_jsonl(tmp_path / "d.jsonl", rows)
     section = DataSection(path=str(path), cache=str(tmp_path / "cache"))
-    made = [row.example for row in examples.Renderer(tokenizer, section).rows(list(records.read(path)))]
+    made = [row.example for row in renderer.Renderer(tokenizer, section).rows(list(formats.read(path)))]
     found = all_of(path, tokenizer, cache=section.cache)
     for own, kept in zip([example for example in made if example], found, strict=True):
         assert list(own.ids) == kept.ids.tolist()
         assert list(own.mask) == kept.mask.tolist()
     assert found.highest == max(max(example.ids) for example in found)
     assert found.lengths.tolist() == [len(example.ids) for example in found]
-    assert store.cache_folder(section) == tmp_path / "cache"
+    assert row_cache.cache_folder(section) == tmp_path / "cache"
 
 
 def changed_ids(folder: Path) -> None:
@@ -149,7 +151,7 @@ def cut(name: str, by: int) -> tiny.Change:
 
 
 def lengths_below_zero(folder: Path) -> None:
-    columns = np.fromfile(folder / "columns.bin", store.COLUMNS)
+    columns = np.fromfile(folder / "columns.bin", row_cache.COLUMNS)
     columns["length"][:2] += [-1000, 1000]
     columns.tofile(folder / "columns.bin")
 
@@ -165,7 +167,7 @@ def lengths_below_zero(folder: Path) -> None:
         cut("ids.bin", 8),
         cut("mask.bin", 1),
         cut("columns.bin", 5),
-        cut("columns.bin", store.COLUMNS.itemsize),
+        cut("columns.bin", row_cache.COLUMNS.itemsize),
         cut("facts.json", 9),
         lambda folder: (folder / "facts.json").write_text("[" * 100_000),
         lambda folder: (folder / "facts.json").write_text("{}"),
@@ -182,7 +184,7 @@ def test_a_store_that_does_not_hold_what_was_written_is_made_again(
     change(folder)
     again = all_of(path, tokenizer, cache=str(cache))
     assert shown(again, tokenizer) == wanted and again.highest < 320
-    assert store._is_whole(store._open(folder))
+    assert row_cache._is_whole(row_cache._open(folder))
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])

@@ -43,7 +43,7 @@ def test_the_walk_finds_the_project() -> None:
     names = {path.relative_to(ROOT).as_posix() for path in FILES}
     assert {
         "Makefile",
-        "mlxtune/config.py",
+        "mlxtune/config/resolve.py",
         "configs/qlora.yaml",
         "tests/tiny.py",
         ".github/workflows/test.yml",

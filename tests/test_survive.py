@@ -21,8 +21,9 @@ import tiny
 from rich.console import Console
 from training import NOISE, SETTINGS, losses, options, same_bits, scale_losses, tune
 
-from mlxtune import config, errors, session, tuning
-from mlxtune.train import checkpoint, events, signals
+from mlxtune import errors
+from mlxtune.config import resolve
+from mlxtune.train import checkpoint, events, session, signals, tuning
 from mlxtune.train.display import Display
 
 # Trains in a child the run that each line names: starting Python and its libraries 26 times would take minutes.
@@ -54,7 +55,7 @@ def test_a_run_killed_25_times_ends_with_the_bits_of_one_that_was_not(
     sources = f"data.sources=[{{path: {data}, weight: 2}}, {{path: {data / 'valid.jsonl'}, weight: 1}}]"
     settings = (*SETTINGS[1:], "train.epochs=6", "train.save_every=1", sources, *NOISE)
     file, whole, run = (tmp_path / name for name in ("killed.yaml", "whole", "killed"))
-    file.write_text(config.load(None, settings, {"model.path": str(mlx_model)}).to_yaml())
+    file.write_text(resolve.load(None, settings, {"model.path": str(mlx_model)}).to_yaml())
     draw, in_writing, codes = random.Random(0), 0, []
     fixed = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # bits depend on the BLAS and its threads
     with subprocess.Popen(
@@ -110,7 +111,7 @@ def test_ctrl_c_finishes_the_step_and_the_resumed_run_has_the_same_bits(
     assert f"after step {steps}; to go on: mlxtune train --resume --out {tmp_path / 'cut'}" in str(stopped.value)
     assert json.loads((tmp_path / "cut/events.jsonl").read_text().splitlines()[-1])["state"] == "interrupted"
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
-    assert session.run_config(tmp_path / "cut").data.path == config.load(None, (), flags).data.path
+    assert session.run_config(tmp_path / "cut").data.path == resolve.load(None, (), flags).data.path
     tune(mlx_model, data, tmp_path / "cut", *NOISE[:2], resume=True)
     same_bits(tmp_path / "whole", tmp_path / "cut")
 
@@ -285,7 +286,7 @@ def test_a_resume_under_other_settings_data_or_weights_is_refused_with_the_diffe
 
     def resume(*settings: str, anyway: bool = False) -> None:
         with Display(Console(quiet=True)) as display:
-            tuning.tune(config.load(run / session.CONFIG_FILE, settings), run, display, True, anyway)
+            tuning.tune(resolve.load(run / session.CONFIG_FILE, settings), run, display, True, anyway)
 
     for setting, said in {
         "train.lr=1e-3": "train.lr 0.005 -> 0.001",

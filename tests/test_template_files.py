@@ -9,12 +9,13 @@ from typing import Any
 import masks
 import pytest
 import tiny
-from mlxtune_convert import chat_templates, gguf_file, vocab_export
+from mlxtune_convert.gguf import container, tokenizer_write
+from mlxtune_convert.hf import chat_templates
 from transformers import AutoTokenizer
 
-from mlxtune.data import chat
-from mlxtune.data.chosen import Changes
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.chat import masking
+from mlxtune.data.template.tokenizer import load_tokenizer
+from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
 from mlxtune.model.convert import copy_tokenizer
 
@@ -71,7 +72,7 @@ def test_a_template_is_found_in_every_place(
         for tools, start in ((None, "user: Hi"), (TOOL, "1 tools. user: Hi")):
             ids = tokenizer.apply_chat_template(ASK, tools=tools, tokenize=True, return_dict=False)
             assert tokenizer.decode(ids).startswith(start)
-            assert list(chat.render(tokenizer, ASK, tools).ids) == list(ids)
+            assert list(masking.render(tokenizer, ASK, tools).ids) == list(ids)
 
 
 @pytest.mark.parametrize(("config", "files", "found", "known"), PLACES)
@@ -96,11 +97,11 @@ def test_a_gguf_names_every_template(tmp_path: Path) -> None:
     folder = folder_with(tmp_path / "model", NAMED)
     # A pre-tokenizer's rules are another matter: Llama 2's kind has none.
     masks.with_template(masks.piece_tokenizer(["<unk>", "<s>", "</s>"]), BOTH, "</s>").save_pretrained(folder)
-    fields = vocab_export.fields(folder, 1000)
+    fields = tokenizer_write.fields(folder, 1000)
     assert fields[Keys.Tokenizer.CHAT_TEMPLATE].value == PLAIN
     assert fields[Keys.Tokenizer.CHAT_TEMPLATE_N.format(name="tool_use")].value == TOOLS
     assert fields[Keys.Tokenizer.CHAT_TEMPLATES].value == ["tool_use"]
-    assert chat_templates.of_gguf(gguf_file.File(tmp_path, fields, {}, 0)) == BOTH
+    assert chat_templates.of_gguf(container.File(tmp_path, fields, {}, 0)) == BOTH
 
 
 def test_the_template_of_a_run_replaces_every_one_of_the_model(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from masks import FAMILIES, Messages, byte_tokenizer, family, piece_tokenizer, runs, supervised, turns, with_template
 
-from mlxtune.data import chat
-from mlxtune.data.turns import locate
+from mlxtune.data.chat import masking
+from mlxtune.data.chat.turns import locate
 
 FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
 TOOLS = [{"type": "function", "function": FUNCTION}]
@@ -286,7 +286,7 @@ def test_content_after_the_tools_results_belongs_to_the_turn_that_called() -> No
 
 
 def damage(tokenizer: Any, messages: Messages, tools: Any = None) -> list[tuple[str, int]]:
-    return sorted({(found.kind, found.index) for found in chat.render(tokenizer, messages, tools).damage})
+    return sorted({(found.kind, found.index) for found in masking.render(tokenizer, messages, tools).damage})
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -330,11 +330,11 @@ def test_the_printed_day_is_pinned_by_the_date() -> None:
     from datetime import date
 
     tokenizer = family("harmony")
-    template = chat.template_of(tokenizer, {}, date(2024, 2, 29))
-    today = chat.template_of(tokenizer, {}, None)
+    template = masking.template_of(tokenizer, {}, date(2024, 2, 29))
+    today = masking.template_of(tokenizer, {}, None)
     found = locate(template, CHAT)
     assert found.text.replace("2024-02-29", date.today().isoformat()) == today.text(CHAT) != found.text
-    (example,) = chat.tokenized_all(tokenizer, [found.text], [[span[1:] for span in found.spans]])
+    (example,) = masking.tokenized_all(tokenizer, [found.text], [[span[1:] for span in found.spans]])
     assert runs(tokenizer, example) == SAID["harmony"][0]
 
 

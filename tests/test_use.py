@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import tiny
 
+from mlxtune.adapter import lora
 from mlxtune.cli import use
-from mlxtune.data import chat
+from mlxtune.data.chat import masking
 from mlxtune.evaluate.generate import Sampling, prompt_ids
-from mlxtune.model import lora
 from mlxtune.model.load import load
 
 
@@ -124,7 +124,7 @@ def test_eval_scores_base_and_tuned_on_the_runs_own_rows(mlx_model: Path, run: P
     lora.load_adapter(loaded.model, run)
     sums, count = {"base": 0.0, "tuned": 0.0}, 0
     for line in (data / "valid.jsonl").read_text().splitlines():
-        example = chat.render(loaded.tokenizer, json.loads(line)["messages"])
+        example = masking.render(loaded.tokenizer, json.loads(line)["messages"])
         mask = np.array(example.mask[1:]) == 1
         count += mask.sum()
         for name in sums:

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import tiny
 
-from mlxtune import config, session, tuning
+from mlxtune.adapter import lora
+from mlxtune.config import resolve
+from mlxtune.config.schema import LoraSection
 from mlxtune.errors import Interrupted, UserError
-from mlxtune.model import lora
 from mlxtune.model.load import load
-from mlxtune.sections import LoraSection
 from mlxtune.ship.merge import open_merged
+from mlxtune.train import session, tuning
 from mlxtune.train.display import Display
 
 IDS = mx.array(np.random.default_rng(3).integers(3, 250, (1, 40)))
@@ -119,10 +120,10 @@ def test_a_name_that_means_nothing_is_refused(section: dict, expected: str, mlx_
     assert expected in str(refused.value)
 
 
-def _config(model: Path, data: Path, *settings: str, steps: int = 6) -> config.Config:
+def _config(model: Path, data: Path, *settings: str, steps: int = 6) -> resolve.Config:
     flags = {"model.path": str(model), "data.path": str(data)}
     common = (f"train.steps={steps}", "train.lr=5e-3", "train.save_every=3", "lora.rank=3", "lora.alpha=6")
-    return config.load(None, (*common, *settings), flags)
+    return resolve.load(None, (*common, *settings), flags)
 
 
 def _quiet() -> Display:

@@ -15,12 +15,13 @@ import pytest
 from mlx.utils import tree_map
 from mlxtune_convert.files import read_json
 
-from mlxtune import backend, config
+from mlxtune.config import resolve
+from mlxtune.machine import backend
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.train import checkpoint, optim
 from mlxtune.train.checkpoint import State
 from mlxtune.train.identity import Identity
-from mlxtune.train.whole import LastWhole
+from mlxtune.train.last_whole import LastWhole
 
 MANY = 1 << 18
 NOBODY = Identity({}, "", "", "", "")
@@ -84,7 +85,7 @@ def test_a_compiled_update_leaves_what_is_held_as_it_was(tmp_path: Path) -> None
     """
     assert peak_of_an_update(held=True) >= 2 * peak_of_an_update(held=False)
     parameters = arrays()[0]
-    optimizer = optim.build(config.load(None, ()).train, parameters)
+    optimizer = optim.build(resolve.load(None, ()).train, parameters)
     whole = LastWhole(tmp_path, NOBODY, 2)
     before = bits(parameters, optimizer.state)
     whole.keep(State(7), parameters, optimizer.state)

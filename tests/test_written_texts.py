@@ -10,7 +10,7 @@ import pytest
 import tiny
 import yaml
 
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.ship import card, modelfile
 from mlxtune.ship.export import Request

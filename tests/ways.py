@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map, tree_unflatten
 
-from mlxtune import config as configuration
-from mlxtune.data.batches import Batch, Plan, collate
-from mlxtune.data.chat import Example
-from mlxtune.model import lora, prefix
+from mlxtune.adapter import lora
+from mlxtune.compute import prefix, proof
+from mlxtune.compute.head import Split
+from mlxtune.compute.loss import Way
+from mlxtune.config import resolve as configuration
+from mlxtune.config.schema import LoraSection
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.batches import Batch, Plan, collate
 from mlxtune.model.arrays import named
-from mlxtune.model.head import Split
-from mlxtune.model.quantize import on_cpu
-from mlxtune.sections import LoraSection
-from mlxtune.train import optim, proof
-from mlxtune.train.loss import Way
+from mlxtune.model.dense import on_cpu
+from mlxtune.train import optim
 from mlxtune.train.step import Job, StepFunction
 
 COMMON = {

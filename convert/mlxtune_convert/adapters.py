@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import read_json, refuse_links_out, write_json
-from mlxtune_convert.peft import Adapter, Update
-from mlxtune_convert.peft_tensors import is_head
+from mlxtune_convert.peft.adapter_folder import Adapter, Update
+from mlxtune_convert.peft.tensors import is_head
 from mlxtune_convert.tensors import read_header, save_checked
 
 CONFIG_FILE = "adapter_config.json"

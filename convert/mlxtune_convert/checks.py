@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.peft import Update
+from mlxtune_convert.peft.adapter_folder import Update
 
 SUMS = 1e-6  # relative to a matrix's largest number: how far apart two orders of summing in float32 may be
 

@@ -12,23 +12,15 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mlxtune_convert import (
-    adapters,
-    chosen,
-    companions,
-    crossing,
-    gguf_file,
-    gguf_lora,
-    hf_folder,
-    mtp,
-    peft,
-    peft_base,
-)
+from mlxtune_convert import adapters, tokenizer_changes
 from mlxtune_convert.checks import Comparison, compare
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import new_folder, require_space
+from mlxtune_convert.gguf import adapter_file, container
+from mlxtune_convert.hf import companions, model_folder, mtp
 from mlxtune_convert.mlx_folder import MlxFolder, base_of, source_of
-from mlxtune_convert.peft_base import Base
+from mlxtune_convert.peft import adapter_folder, base_model, crossing
+from mlxtune_convert.peft.base_model import Base
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
@@ -53,27 +45,27 @@ def to_peft(source: Path, destination: Path, base_path: Path, base_name: str = "
     theirs = _peft_of(adapter, base, name)
     result = Result("")
     with new_folder(destination, force, [source, base_path]) as work:
-        peft.write_adapter(work, theirs)
+        adapter_folder.write_adapter(work, theirs)
         _write_tokenizer(source, base_path, work)
-        count = peft.check_adapter(work, theirs)
+        count = adapter_folder.check_adapter(work, theirs)
     if not name:
         result.notes.append("the adapter names no base model (unknown here); --base-name OWNER/NAME writes it")
     rows = max((len(array) for key, array in theirs.trained.items() if key.startswith(f"{crossing.HEAD}.")), default=0)
-    known = hf_folder.vocabulary(base.original) or 0
+    known = model_folder.vocabulary(base.original) or 0
     if rows > known:
         result.notes.append(f"before PEFT loads it, the base needs rows: `base.resize_token_embeddings({rows})`")
     result.said = f"a PEFT adapter of {_layers(theirs)} layers; {count} tensors read back"
     return result
 
 
-def read_ours(source: Path, base: Base) -> peft.Adapter:
+def read_ours(source: Path, base: Base) -> adapter_folder.Adapter:
     """An MLX adapter folder or a GGUF adapter under MLX's names. Raises UserError when it is not for this base."""
     if source.suffix == ".gguf":
-        file = gguf_file.read(source)
-        if not gguf_lora.is_adapter(file):
+        file = container.read(source)
+        if not adapter_file.is_adapter(file):
             raise UserError(f"{source} holds no adapter", "Models in GGUF are converted by mlxtune convert.")
-        updates, _ = gguf_lora.read_adapter(file, base.original)
-        adapter = peft.Adapter(updates)
+        updates, _ = adapter_file.read_adapter(file, base.original)
+        adapter = adapter_folder.Adapter(updates)
     else:
         adapter, spec = adapters.read_adapter(source)
         if base.own_head is not None:
@@ -82,12 +74,12 @@ def read_ours(source: Path, base: Base) -> peft.Adapter:
     return adapter
 
 
-def _changes(source: Path) -> chosen.Changes:
+def _changes(source: Path) -> tokenizer_changes.Changes:
     """What an MLX adapter changes in its model's tokenizer; nothing for a file."""
-    return chosen.Changes.read(source if source.is_dir() else None)
+    return tokenizer_changes.Changes.read(source if source.is_dir() else None)
 
 
-def _peft_of(adapter: peft.Adapter, base: Base, name: str) -> peft.Adapter:
+def _peft_of(adapter: adapter_folder.Adapter, base: Base, name: str) -> adapter_folder.Adapter:
     return crossing.to_peft(adapter, base.layout, name, base.own_head)
 
 
@@ -103,10 +95,10 @@ def _write_tokenizer(source: Path, base: Path, work: Path) -> None:
     if changes.empty:
         return
     folder = base if base.is_dir() else base.parent
-    if not (folder / chosen.TOKENIZER).is_file():
+    if not (folder / tokenizer_changes.TOKENIZER).is_file():
         raise UserError(
-            f"{source} was trained with a chat template or tokens of its own, and {folder} has no {chosen.TOKENIZER} "
-            "to write them into",
+            f"{source} was trained with a chat template or tokens of its own, and {folder} has no "
+            f"{tokenizer_changes.TOKENIZER} to write them into",
             "Give the model's folder with its tokenizer: --base DIR.",
         )
     companions.copy(folder, work)
@@ -120,13 +112,13 @@ def to_mlx(source: Path, destination: Path, base_path: Path | None, force: bool 
     MLX. Raises UserError naming the key, the tensor or the layer that cannot be carried over.
     """
     notes: list[str] = []
-    base = peft_base.named(source, notes, _same_function) if base_path is None else _same_function(base_path)
-    ours = peft_base.read(source, base, notes)
+    base = base_model.named(source, notes, _same_function) if base_path is None else _same_function(base_path)
+    ours = base_model.read(source, base, notes)
     if base is None:
         notes.append("names and shapes were not compared with a model (--base DIR does)")
     elif base.layers is None:
         notes.append("shapes were not compared: the base's weights are not at hand in MLX's form")
-    changes = chosen.Changes.of_files(source)
+    changes = tokenizer_changes.Changes.of_files(source)
     if base is not None:
         crossing.check_fit(ours, base, source, bool(changes.tokens))
     with new_folder(destination, force, [source, *([base.path] if base is not None else [])]) as work:
@@ -150,7 +142,7 @@ def _same_function(path: Path) -> Base:
     return base
 
 
-def _layers(adapter: peft.Adapter) -> int:
+def _layers(adapter: adapter_folder.Adapter) -> int:
     """Layers that are adapted or trained in full; a tied head is no layer of its own."""
     whole = {name.rpartition(".")[0] for name in adapter.trained} - ({crossing.HEAD} if adapter.tied else set())
     return len(adapter.updates) + len(whole)
@@ -169,13 +161,13 @@ def to_hf(
     base = folder.base
     layout, wanted = base.layout, folder.dtype if dtype is None else DTYPES[dtype]
     origin = base_path or source
-    dropped = hf_folder.dropped_tensors(layout, origin, base.original)
-    if base_path is not None and not hf_folder.dropped_files(layout, base_path, base.original):
+    dropped = model_folder.dropped_tensors(layout, origin, base.original)
+    if base_path is not None and not model_folder.dropped_files(layout, base_path, base.original):
         raise UserError(f"--base has no effect here: MLX has every part of {base_path}", "Leave it out.")
     with new_folder(destination, force, [source, origin]) as work:
         require_space(work, folder.parameters * wanted.itemsize)
-        rows = hf_folder.vocabulary(folder.config)
-        hf_folder.write(work, layout, folder.dense(wanted), dropped, base.original, rows, wanted.name)
+        rows = model_folder.vocabulary(folder.config)
+        model_folder.write(work, layout, folder.dense(wanted), dropped, base.original, rows, wanted.name)
         left_out = companions.copy(origin, work)
         if base_path is not None:  # what the model here has is its own: another template, added tokens
             companions.copy(source, work)
@@ -190,14 +182,14 @@ def check(export: Path, source: Path, base_path: Path | None = None, adapter: Pa
     source: the MLX adapter (or GGUF adapter) of a PEFT adapter, the MLX model of a Hugging Face folder; base_path: as
     in `to_peft`; adapter: what was merged into a Hugging Face folder. Raises UserError when a tensor is another one.
     """
-    if (export / peft.WEIGHTS_FILE).is_file():
+    if (export / adapter_folder.WEIGHTS_FILE).is_file():
         if adapter is not None:
             raise UserError("--adapter has no effect here: nothing is merged in a PEFT adapter", "Leave it out.")
         if base_path is None:
             raise UserError("how PEFT names the layers depends on the model's family", "Name the model: --base DIR.")
         base = base_of(base_path)
         expected = _peft_of(read_ours(source, base), base, "")
-        return Result(_compared(peft.read_back(export, expected), expected).require(source))
+        return Result(_compared(adapter_folder.read_back(export, expected), expected).require(source))
     if base_path is not None:
         raise UserError("--base has no effect here: it names the model of an adapter", "Leave it out.")
     folder = MlxFolder.open(source)
@@ -214,6 +206,6 @@ def check(export: Path, source: Path, base_path: Path | None = None, adapter: Pa
     return Result(compare(found, tensors, left_out, change is not None).require(source))
 
 
-def _compared(adapter: peft.Adapter, expected: peft.Adapter) -> Comparison:
-    found = {name: partial(np.asarray, array) for name, array in peft.arrays(adapter).items()}
-    return compare(found, peft.arrays(expected).items())
+def _compared(adapter: adapter_folder.Adapter, expected: adapter_folder.Adapter) -> Comparison:
+    found = {name: partial(np.asarray, array) for name, array in adapter_folder.arrays(adapter).items()}
+    return compare(found, adapter_folder.arrays(expected).items())

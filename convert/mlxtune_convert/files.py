@@ -107,7 +107,7 @@ def not_ours(path: Path) -> str:
     """
     if not path.is_dir() or path.is_mount():
         return "a whole volume" if path.is_mount() else ""
-    from mlxtune_convert import companions  # it needs this module
+    from mlxtune_convert.hf import companions  # it needs this module
 
     there = contents(path)
     names = [*MADE, *BESIDE_MADE, *companions.VOCABULARIES]

@@ -15,13 +15,13 @@ import numpy as np
 from safetensors import safe_open
 
 from mlxtune_convert.checks import merged
-from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import matching, read_json
-from mlxtune_convert.peft import Adapter
-from mlxtune_convert.peft_base import Base
-from mlxtune_convert.peft_tensors import is_head
-from mlxtune_convert.quant import Codes, dequantize
+from mlxtune_convert.gguf.quant_blocks import Codes, dequantize
+from mlxtune_convert.hf.configs import QUANTIZATION_KEYS, SOURCE_FILE
+from mlxtune_convert.peft.adapter_folder import Adapter
+from mlxtune_convert.peft.base_model import Base
+from mlxtune_convert.peft.tensors import is_head
 from mlxtune_convert.tensors import weight_files
 
 FLOAT32 = np.dtype(np.float32)

@@ -10,9 +10,9 @@ from mlxtune_convert.cli import say_error, status_of
 from mlxtune_convert.shown import shown_name
 
 import mlxtune
-from mlxtune import gpu_errors
 from mlxtune.cli import bench, common, convert, data, demo, doctor, runs, ship, train, use
 from mlxtune.errors import Interrupted
+from mlxtune.machine import gpu_errors
 from mlxtune.train import signals
 
 SECTIONS: dict[str, list[click.Command]] = {

@@ -52,7 +52,7 @@ def bench(
     mlxtune bench
     mlxtune bench --model model --data data --against mlx-lm --set train.checkpoint_layers=all
     """
-    from mlxtune import config as configuration
+    from mlxtune.config import resolve as configuration
     from mlxtune.errors import UserError
 
     if pairs is not None and against is None:

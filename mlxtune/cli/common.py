@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mlxtune.config import Config
+    from mlxtune.config.resolve import Config
     from mlxtune.model.load import Loaded
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -89,16 +89,18 @@ def stdout() -> Console:
 
 def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ...] = ()) -> Config:
     """The configuration a run was made with (defaults without one), its data replaced by --data."""
-    from mlxtune import config, session
+    from mlxtune.config import resolve
+    from mlxtune.train import session
 
     file = adapter / session.CONFIG_FILE if adapter is not None else None
-    return config.load(file if file and file.is_file() else None, settings, {"data.path": data})
+    return resolve.load(file if file and file.is_file() else None, settings, {"data.path": data})
 
 
 def load_model(model: str, adapter: Path | None) -> Loaded:
     """The model, with the adapter on it and the chat template that it was tuned with."""
-    from mlxtune.data.chosen import Changes
-    from mlxtune.model import load, lora
+    from mlxtune.adapter import lora
+    from mlxtune.data.template.tokenizer_changes import Changes
+    from mlxtune.model import load
 
     if adapter is not None:
         lora.read_spec(adapter)  # a wrong folder is said before the model is read

@@ -65,9 +65,10 @@ def convert(
     mlxtune convert ./peft-adapter adapter
     mlxtune convert owner/peft-adapter adapter --base model
     """
+    from mlxtune.adapter import peft
     from mlxtune.errors import UserError
     from mlxtune.model import convert as conversion
-    from mlxtune.model import hub, peft
+    from mlxtune.model import hub
 
     target = conversion.Target.of(int(bits) if bits else None, group_size, mode)
     console = common.console()

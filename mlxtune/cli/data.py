@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
 
-    from mlxtune.config import Config
-    from mlxtune.data.examples import Renderer, Row
+    from mlxtune.config.resolve import Config
+    from mlxtune.data.chat.renderer import Renderer, Row
 
 
 @click.group()
@@ -45,16 +45,16 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     """
     from itertools import islice
 
-    from mlxtune import config
-    from mlxtune.cli import report
-    from mlxtune.data import mixture, sources
+    from mlxtune.cli import survey_table
+    from mlxtune.config import resolve as config
+    from mlxtune.data.dataset import mixture, sources
 
     cache = () if split else ("data.cache",)  # only what training would hold out needs all rows
     common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.on_damage", *cache)
     resolved = config.load(None, settings, {"data.path": path})
     folder, renderer = _renderer(model, resolved)
     out, tokenizer = common.stdout(), renderer.tokenizer
-    with report.progress(common.console()) as progress:
+    with survey_table.progress(common.console()) as progress:
 
         def good(source: sources.Source) -> np.ndarray:
             told = progress(source.name)
@@ -72,9 +72,9 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
 
 def _renderer(model: str, config: Config) -> tuple[Path, Renderer]:
     """The tokenizer's folder, and what makes its examples; the data is known to be there."""
-    from mlxtune.data import sources
-    from mlxtune.data.chosen import for_rows
-    from mlxtune.data.examples import Renderer
+    from mlxtune.data.chat.renderer import Renderer
+    from mlxtune.data.dataset import sources
+    from mlxtune.data.template.tokenizer_changes import for_rows
     from mlxtune.model import hub
 
     sources.glance(config.data)
@@ -105,7 +105,7 @@ def _print(out: Console, tokenizer: Any, row: Row) -> None:
     import numpy as np
     from rich.text import Text
 
-    from mlxtune.data.asked import KINDS
+    from mlxtune.data.chat.asked import KINDS
 
     if row.example is None:
         out.print(Text(f"{row.place}: dropped ({shown_name(row.dropped)})", style="bold red"))
@@ -149,10 +149,10 @@ def check(
     """
     from itertools import chain
 
-    from mlxtune import config as configuration
-    from mlxtune.cli import report
-    from mlxtune.data import check as checks
-    from mlxtune.data import sources
+    from mlxtune.cli import survey_table
+    from mlxtune.config import resolve as configuration
+    from mlxtune.data.dataset import sources
+    from mlxtune.data.survey import survey as checks
     from mlxtune.errors import UserError
 
     common.refuse_idle(
@@ -161,7 +161,7 @@ def check(
     config = configuration.load(file, settings, {"data.path": path})
     folder, renderer = _renderer(model, config)
     splits: dict[str, checks.Split] = {}
-    with report.progress(common.console()) as progress:
+    with survey_table.progress(common.console()) as progress:
         for number, source in enumerate(config.data.mixture(), 1):
             found = sources.find(source, config.data.hub == "stream")
             for split, files in found.items():
@@ -180,7 +180,7 @@ def check(
     if as_json:
         click.echo(shown_json(told))
     else:
-        report.draw(common.stdout(), told)
+        survey_table.draw(common.stdout(), told)
     errors = [finding for finding in told["findings"] if finding["severity"] == "error"]
     if strict and errors:
         listed = ", ".join(f"{finding['count']} {finding['what']} ({finding['split']})" for finding in errors)
@@ -209,9 +209,9 @@ def convert(
     """
     from itertools import chain
 
-    from mlxtune import config
-    from mlxtune.data import sources
-    from mlxtune.data.rewrite import rewrite
+    from mlxtune.config import resolve as config
+    from mlxtune.data.dataset import sources
+    from mlxtune.data.rows.writers import rewrite
     from mlxtune.errors import UserError
 
     common.refuse_idle(settings, "", but=("data.columns",))

@@ -33,7 +33,7 @@ def doctor(test: bool, as_json: bool) -> None:
     mlxtune doctor --test
     mlxtune doctor --test --json > report.json
     """
-    from mlxtune import diagnosis
+    from mlxtune.machine import diagnosis
 
     facts, advice = diagnosis.examine()
     document: dict[str, Any] = {"facts": facts, "advice": advice}

@@ -24,8 +24,8 @@ def runs(folder: Path, as_json: bool) -> None:
     """
     from rich.table import Table
 
-    from mlxtune import runs as listing
     from mlxtune.errors import UserError
+    from mlxtune.train import runs as listing
 
     if not folder.is_dir():
         raise UserError(f"no folder {folder}", "Name the folder that holds the runs: mlxtune runs FOLDER")

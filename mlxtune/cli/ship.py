@@ -13,7 +13,7 @@ from mlxtune.cli import common
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from mlxtune.data.chat import Example
+    from mlxtune.data.chat.masking import Example
     from mlxtune.ship.export import Request
 
 ENOUGH_ROWS = 32  # for codes that are not fitted to a few rows
@@ -48,7 +48,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _request(model: str, adapter: Path | None, data: str | None, no_verify: bool, **others: Any) -> Request:
     """What to ship, with the rows for its proof. others: fields of the request."""
-    from mlxtune import backend
+    from mlxtune.machine import backend
     from mlxtune.model import hub
     from mlxtune.model.load import source_of
     from mlxtune.ship.export import Request
@@ -110,8 +110,8 @@ def fuse(bits: str, group_size: str | None, **shared: Any) -> None:
 
 def _training_rows(adapter: Path) -> Sequence[Example]:
     """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said."""
-    from mlxtune import session
     from mlxtune.errors import UserError
+    from mlxtune.train import session
 
     try:
         rows = session.read_data(session.run_config(adapter))[0].train
@@ -134,11 +134,11 @@ def _held_out(
     """Rows for a proof: --data's, else the run's own validation rows, or the text that comes with mlxtune where there
     is no adapter; None for no proof. or_else: what the command has beside --data.
     """
-    from mlxtune import session
-    from mlxtune.data.chosen import tokenizer_of
+    from mlxtune.data.template.tokenizer_changes import tokenizer_of
     from mlxtune.errors import UserError
     from mlxtune.ship import sample
     from mlxtune.ship.verify import MAX_POSITIONS, SHIPPED
+    from mlxtune.train import session
 
     if skip and data:
         raise UserError("--data has no effect with --no-verify: nothing is compared", "Leave out one of the two.")
@@ -265,8 +265,8 @@ def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_
     mlxtune verify merged --model model --adapter run
     mlxtune verify adapter --model model --adapter run --data data/valid.jsonl
     """
-    from mlxtune import backend
     from mlxtune.errors import UserError
+    from mlxtune.machine import backend
     from mlxtune.model import hub
     from mlxtune.ship import export as shipping
 

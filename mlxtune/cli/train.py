@@ -10,7 +10,7 @@ import click
 from mlxtune.cli import common
 
 if TYPE_CHECKING:
-    from mlxtune.config import Config
+    from mlxtune.config.resolve import Config
 
 
 @click.command()
@@ -48,7 +48,7 @@ def train(
     mlxtune train --resume --out run
     mlxtune train --resume-anyway --out run --set train.epochs=3
     """
-    from mlxtune import config as configuration
+    from mlxtune.config import resolve as configuration
     from mlxtune.errors import UserError
 
     resume = resume or resume_anyway
@@ -65,7 +65,9 @@ def train(
     if dry_run:
         _print_plan(config, out)
         return
-    from mlxtune import tuning  # only now: it loads MLX and transformers, and a typing error above is said at once
+    from mlxtune.train import (
+        tuning,  # only now: it loads MLX and transformers, and a typing error above is said at once
+    )
     from mlxtune.train.display import Display
     from mlxtune.train.ranks import Ranks
 
@@ -83,8 +85,8 @@ def train(
 
 def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict[str, str | None]) -> Config:
     """As `session.run_config`, on the first of several processes."""
-    from mlxtune import config as configuration
-    from mlxtune import session
+    from mlxtune.config import resolve as configuration
+    from mlxtune.train import session
     from mlxtune.train.ranks import Ranks
 
     if not Ranks.here().first:  # it is told by the first, which may be the only machine that has the run
@@ -94,14 +96,14 @@ def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict
 
 def _print_plan(config: Config, folder: Path | None) -> None:
     """What would be done, without reading a weight."""
-    from mlxtune import session, tuning
-    from mlxtune.data.batches import Plan
-    from mlxtune.train import fast, loggers
+    from mlxtune.compute import fast_ways
+    from mlxtune.data.dataset.batches import Plan
+    from mlxtune.train import loggers, session, tuning
 
     if folder is not None:
         tuning.require_free(folder)
     loggers.require(config.train.loggers)
-    fast.refuse_idle(config)
+    fast_ways.refuse_idle(config)
     data, config = session.read_data(config)
     config, memory, notes = tuning.memory_plan(config, data)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)

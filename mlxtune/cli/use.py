@@ -14,9 +14,9 @@ from mlxtune_convert.shown import shown, shown_name
 from mlxtune.cli import common
 
 if TYPE_CHECKING:
-    from mlxtune.data.answers import Plain, Reader, Said
+    from mlxtune.data.template.answers import Plain, Reader, Said
     from mlxtune.evaluate.generate import Sampling
-    from mlxtune.evaluate.loss import Score
+    from mlxtune.evaluate.score import Score
     from mlxtune.model.load import Loaded
 
 
@@ -38,8 +38,8 @@ def eval_command(
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
     """
-    from mlxtune import session
-    from mlxtune.model.lora import switched_off
+    from mlxtune.adapter.lora import switched_off
+    from mlxtune.train import session
 
     config = common.run_settings(adapter, data, settings)
     loaded = common.load_model(model, adapter)
@@ -137,7 +137,7 @@ class Talk:
     """A conversation with a model, by the chat template, and the variables and day, that it was tuned with."""
 
     def __init__(self, loaded: Loaded, adapter: Path | None, sampling: Sampling, raw: bool = False) -> None:
-        from mlxtune_convert.chat_templates import unread
+        from mlxtune_convert.hf.chat_templates import unread
 
         for note in unread(loaded.path):
             common.note(note)
@@ -239,10 +239,10 @@ def chat(model: str, adapter: Path | None, system: str | None, **options: Any) -
     mlxtune chat --model model --adapter run --temperature 0.7
     """
     sampling = _sampling(options)
-    from mlxtune import backend
     from mlxtune.errors import UserError
     from mlxtune.evaluate.generate import Refused
-    from mlxtune.gpu_errors import recognise
+    from mlxtune.machine import backend
+    from mlxtune.machine.gpu_errors import recognise
 
     console = common.console()
     with console.status(f"loading {model}"):

@@ -16,16 +16,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlxtune import config, session, tuning
-from mlxtune.data import records
+from mlxtune.adapter import lora
+from mlxtune.config import resolve
+from mlxtune.data.rows import formats
 from mlxtune.demo import model as embedded
 from mlxtune.errors import UserError
 from mlxtune.evaluate.generate import Sampling, answer
-from mlxtune.evaluate.loss import Score
-from mlxtune.model import convert, lora
+from mlxtune.evaluate.score import Score
+from mlxtune.model import convert
 from mlxtune.model.load import Loaded, load
 from mlxtune.ship import export, gguf
-from mlxtune.train import checkpoint
+from mlxtune.train import checkpoint, session, tuning
 from mlxtune.train.display import Display, duration
 from mlxtune.train.lock import is_locked, is_marked
 
@@ -71,7 +72,7 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
             f"{model}: {converted.total_bytes / (1 << 20):,.0f} MiB, {converted.bits_per_weight:.2f} bits per weight"
         )
     flags = {"model.path": str(model), "data.path": str(data_folder()), "train.steps": steps or STEPS}
-    settings = config.load("quick", (*SETTINGS, f"train.eval_every={max(1, (steps or STEPS) // 2)}"), flags)
+    settings = resolve.load("quick", (*SETTINGS, f"train.eval_every={max(1, (steps or STEPS) // 2)}"), flags)
     with chapter(console, "2. Before: how the model does on rows it never sees in training"):
         before, answers_before = measure(load(str(model)), settings)
         console.print(f"validation loss {before.loss:.4f}, token accuracy {before.accuracy:.1%}")
@@ -127,10 +128,10 @@ def chapter(console: Console, title: str) -> Iterator[None]:
     console.print(Text(f"({duration(time.perf_counter() - began)})", style="dim"))
 
 
-def measure(loaded: Loaded, settings: config.Config) -> tuple[Score, list[tuple[str, str]]]:
+def measure(loaded: Loaded, settings: resolve.Config) -> tuple[Score, list[tuple[str, str]]]:
     """(validation score, (question, answer) pairs) of a model."""
     score = session.evaluate(loaded, settings, session.held_out(loaded.tokenizer, loaded.path, settings))
-    rows = [row for row in records.read(data_folder() / "valid.jsonl") if isinstance(row, records.Record)]
+    rows = [row for row in formats.read(data_folder() / "valid.jsonl") if isinstance(row, formats.Record)]
     answers = []
     for index in SHOWN_ROWS:
         conversation = (rows[index].messages or [])[:2]  # system prompt and first question

@@ -10,11 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.data.answers import Plain, Reader
-from mlxtune.data.chat import template_of
-from mlxtune.data.template import Messages, Template, TemplateError
+from mlxtune.data.chat.masking import template_of
+from mlxtune.data.template.answers import Plain, Reader
+from mlxtune.data.template.template import Messages, Template, TemplateError
 from mlxtune.errors import UserError
-from mlxtune.model.extent import longest_alike
+from mlxtune.model.corrections.extent import longest_alike
 from mlxtune.model.load import Loaded
 
 CUT = "\ufffd"  # what bytes that are no whole character yet are decoded to

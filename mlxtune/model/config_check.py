@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxtune_convert import mtp
+from mlxtune_convert.hf import mtp
 
 from mlxtune.errors import UserError
 

@@ -13,23 +13,25 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlxtune_convert import companions, gguf_file, gguf_lora, gguf_model
 from mlxtune_convert.adapters import save_adapter
-from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
 from mlxtune_convert.files import new_folder, read_json, require_space, write_json
 from mlxtune_convert.foreign.folder import Opened, open_foreign, write
 from mlxtune_convert.foreign.method import of_folder, of_mxfp4
-from mlxtune_convert.peft import Adapter
+from mlxtune_convert.gguf import adapter_file, container, model_read
+from mlxtune_convert.hf import companions
+from mlxtune_convert.hf.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
+from mlxtune_convert.peft.adapter_folder import Adapter
 from mlxtune_convert.tensors import ShardWriter, weights_of
 
-from mlxtune import backend
-from mlxtune.data.tokenizer import load_tokenizer, tokenizer_json
+from mlxtune.data.template.tokenizer import load_tokenizer, tokenizer_json
 from mlxtune.errors import UserError
-from mlxtune.model import again, corrected
+from mlxtune.machine import backend
+from mlxtune.model import reopened
 from mlxtune.model.arrays import named, to_numpy
+from mlxtune.model.corrections import corrected
+from mlxtune.model.dense import QUANTIZED
 from mlxtune.model.hub import resolve
 from mlxtune.model.load import cast, model_dtype, open_model, require_known, source_of
-from mlxtune.model.quantize import QUANTIZED
 
 # The bits and group sizes of each mode, the default first.
 MODES = {
@@ -105,15 +107,15 @@ def convert(
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path}: a model file must be a .gguf", "A Hugging Face model is given as its folder.")
-        file = gguf_file.read(path)
-        if gguf_lora.is_adapter(file):
+        file = container.read(path)
+        if adapter_file.is_adapter(file):
             if target.asked or dtype is not None:
                 raise UserError(
                     f"{path} is an adapter: its factors are kept as they are", "Leave out --bits and --dtype."
                 )
             with new_folder(destination, force, [path, *([base] if base is not None else [])]) as work:
                 config = read_json(base / "config.json", "the base model") if base else None
-                updates, layers = gguf_lora.read_adapter(file, config)
+                updates, layers = adapter_file.read_adapter(file, config)
                 spec = save_adapter(work, Adapter(updates), layers)
                 return Converted((work / spec.file).stat().st_size, 32.0, [])
     if base is not None:
@@ -124,19 +126,19 @@ def convert(
             require_space(destination, foreign.converted_bytes + _result_bytes(foreign, target))
             with new_folder(destination, force, [path]) as work:
                 return _from_foreign(foreign, _hub_id(source), work, target, dtype, code)
-    opened = gguf_model.open_gguf(path) if path.is_file() else None
+    opened = model_read.open_gguf(path) if path.is_file() else None
     if opened is not None:
         require_space(destination, opened.converted_bytes)
     with new_folder(destination, force, [path]) as work:
         if opened is None:
             return _from_folder(path, _hub_id(source), work, target, dtype, code)
         if opened.quantized and not target.asked and dtype is None:
-            gguf_model.convert(opened, work)
-            again.check(work)
+            model_read.convert(opened, work)
+            reopened.check(work)
             return _measured(work, opened.notes())
         lossless = work / "lossless"
         lossless.mkdir()
-        gguf_model.convert(opened, lossless)
+        model_read.convert(opened, lossless)
         try:
             out = _from_folder(lossless, "", work, target, dtype)
         except UserError as error:  # a person knows the file, not the folder that was made of it
@@ -236,7 +238,7 @@ def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str |
     left_out = copy_tokenizer(path, work, code)
     notes += [f"{note}; --trust-remote-code copies it" for note in left_out]
     same = target.bits == UNQUANTIZED_BITS and dtype is None and not any(key in original for key in QUANTIZATION_KEYS)
-    again.check(work, path if same else None)
+    reopened.check(work, path if same else None)
     return _measured(work, notes)
 
 

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxtune_convert.companions import CODE, VOCABULARIES
 from mlxtune_convert.files import MIB, explained, read_json, refuse_links_out, require_space
 from mlxtune_convert.foreign.method import unread
 from mlxtune_convert.foreign.original import instead, unquantized_name
+from mlxtune_convert.hf.companions import CODE, VOCABULARIES
 from mlxtune_convert.tensors import INDEX, SINGLE, read_index
 
 from mlxtune.errors import UserError

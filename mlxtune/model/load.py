@@ -16,25 +16,25 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
-from mlxtune_convert import layouts, mtp, unheeded
-from mlxtune_convert.configs import normalise
 from mlxtune_convert.files import read_json
 from mlxtune_convert.foreign.method import of_folder
+from mlxtune_convert.hf import families, mtp, unheeded
+from mlxtune_convert.hf.configs import normalise
 from mlxtune_convert.mlx_folder import source_of
 from mlxtune_convert.tensors import weights_of
 
-from mlxtune import backend
-from mlxtune.data.tokenizer import load_tokenizer, require_folder
+from mlxtune.data.template.tokenizer import load_tokenizer, require_folder
 from mlxtune.errors import STOPPED, UserError
-from mlxtune.gpu_errors import recognise
+from mlxtune.machine import backend
+from mlxtune.machine.gpu_errors import recognise
 from mlxtune.model import config_check
 from mlxtune.model.arrays import named
-from mlxtune.model.corrected import correct, readable
+from mlxtune.model.corrections.corrected import correct, readable
+from mlxtune.model.corrections.reference import completed
+from mlxtune.model.corrections.shared_keys import handed_on, with_unused
+from mlxtune.model.corrections.tying import by_files
+from mlxtune.model.dense import on_cpu
 from mlxtune.model.hub import resolve
-from mlxtune.model.quantize import on_cpu
-from mlxtune.model.reference import completed
-from mlxtune.model.shared_keys import handed_on, with_unused
-from mlxtune.model.tying import by_files
 
 __all__ = ["Loaded", "cast", "load", "model_dtype", "open_model", "source_of"]
 
@@ -223,7 +223,7 @@ def _classes(path: Path, config: dict[str, Any], original: dict[str, Any], behin
             "Programs that come with a model are never run.",
         )
     model, arguments = _family(path, config)
-    layout = layouts.of(original)
+    layout = families.of(original)
     if not layout.early and not layout.tower and not behind:
         return model, arguments
 

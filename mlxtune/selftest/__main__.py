@@ -11,8 +11,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from mlxtune import backend
 from mlxtune.errors import Interrupted
+from mlxtune.machine import backend
 from mlxtune.selftest import checks
 from mlxtune.selftest.outcome import NoRoom, Workshop
 from mlxtune.train import signals

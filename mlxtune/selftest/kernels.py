@@ -14,9 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlxtune_convert.quant import Codes, dequantize
+from mlxtune_convert.gguf.quant_blocks import Codes, dequantize
 
-from mlxtune import backend
+from mlxtune.machine import backend
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import MODES
 from mlxtune.selftest.model import computing_on_cpu

@@ -19,14 +19,14 @@ from mlx.utils import tree_map, tree_unflatten
 from mlxtune_convert.files import write_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mlxtune import backend
-from mlxtune.data.batches import Batch, collate
-from mlxtune.data.chat import Example
-from mlxtune.model import lora
+from mlxtune.adapter import lora
+from mlxtune.config.schema import LoraSection
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.batches import Batch, collate
+from mlxtune.machine import backend
 from mlxtune.model.arrays import named, save_arrays
+from mlxtune.model.dense import on_cpu
 from mlxtune.model.load import cast
-from mlxtune.model.quantize import on_cpu
-from mlxtune.sections import LoraSection
 
 BITS, GROUP_SIZE = 4, 32
 RANK = 4

@@ -13,16 +13,19 @@ import mlx.nn as nn
 import numpy as np
 from rich.console import Console
 
-from mlxtune import backend, config, tuning
-from mlxtune.model import convert, lora
+from mlxtune.adapter import lora
+from mlxtune.compute import fast_ways
+from mlxtune.compute.head import Split
+from mlxtune.compute.loss import Way
+from mlxtune.config import resolve as config
+from mlxtune.machine import backend
+from mlxtune.model import convert
 from mlxtune.model.arrays import dtype_name, to_numpy
-from mlxtune.model.head import Split
 from mlxtune.selftest import model
 from mlxtune.selftest.outcome import Check, Found, Workshop
 from mlxtune.selftest.ways import BASES
-from mlxtune.train import checkpoint, events, fast
+from mlxtune.train import checkpoint, events, tuning
 from mlxtune.train.display import Display
-from mlxtune.train.loss import Way
 
 GROUP = "Training"
 STEPS, SAVED = 20, 10
@@ -128,9 +131,9 @@ def _computed(folder: Path) -> str:
 
 def _left_out(folder: Path) -> str:
     """What a run on this model should have used, and found wrong itself: it proves each way before it takes it."""
-    wanted = [fast.describe(Way(split=Split(nn.Module(), ""))), "the shared prefix of "]
+    wanted = [fast_ways.describe(Way(split=Split(nn.Module(), ""))), "the shared prefix of "]
     if backend.compiles():
-        wanted.append(fast.describe(Way(compiled=True)))
+        wanted.append(fast_ways.describe(Way(compiled=True)))
     missing = [what for what in wanted if what not in _computed(folder)]
     refused = next((note for note in _notes(folder) if note.startswith("not used")), "")
     return refused or (f"the run did not use: {', '.join(missing)}" if missing else "")

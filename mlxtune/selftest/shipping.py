@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from mlxtune import session
-from mlxtune.data.chosen import tokenizer_of
+from mlxtune.data.template.tokenizer_changes import tokenizer_of
 from mlxtune.model.convert import UNQUANTIZED_BITS
 from mlxtune.selftest import runs
 from mlxtune.selftest.outcome import Check, Found, Workshop
 from mlxtune.ship import export, gguf, verify
 from mlxtune.ship.export import ReadBack, Request
 from mlxtune.ship.verify import Report
+from mlxtune.train import session
 
 GROUP = "Exports, against the trained model"
 # float32: a type whose rounding does not hide a mistake.

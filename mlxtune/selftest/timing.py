@@ -11,12 +11,13 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
-from mlxtune import backend, config, session, tuning
-from mlxtune.data.batches import Batch
+from mlxtune.compute.gradients import Gradients
+from mlxtune.config import resolve
+from mlxtune.data.dataset.batches import Batch
+from mlxtune.machine import backend
 from mlxtune.selftest import model, runs
 from mlxtune.selftest.outcome import Check, Found, NotHere, Workshop
-from mlxtune.train import optim
-from mlxtune.train.gradients import Gradients
+from mlxtune.train import optim, session, tuning
 from mlxtune.train.step import Job, StepFunction
 
 GROUP = "Time"
@@ -103,7 +104,7 @@ def _job(shop: Workshop) -> tuple[Job, str]:
         "train.memory_limit=off",
     )
     flags = {"model.path": str(folder / "model"), "data.path": str(runs.data(shop))}
-    data, wanted = session.read_data(config.load(None, settings, flags))
+    data, wanted = session.read_data(resolve.load(None, settings, flags))
     job, *_ = tuning.prepared(wanted, data, shop.folder)
     tokens = sum(batch.tokens for batch in job.plan.step(1))
     where = job.identity.config["train.dtype"]

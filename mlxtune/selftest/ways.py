@@ -9,16 +9,16 @@ from itertools import product
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune import backend
-from mlxtune.data.batches import Batch
-from mlxtune.model import exponentials, prefix
+from mlxtune.compute import fast_ways, prefix, proof
+from mlxtune.compute.head import Split
+from mlxtune.compute.loss import Way
+from mlxtune.compute.proof import Sums
+from mlxtune.data.dataset.batches import Batch
+from mlxtune.machine import backend
+from mlxtune.model import linux_cpu
 from mlxtune.model.arrays import dtype_name
-from mlxtune.model.head import Split
 from mlxtune.selftest.model import batch, computing_on_cpu, with_adapter
 from mlxtune.selftest.outcome import Check, Found, NotHere, Workshop
-from mlxtune.train import fast, proof
-from mlxtune.train.loss import Way
-from mlxtune.train.proof import Sums
 
 GROUP = "Loss and gradients, against the plain way in float32 on the CPU"
 PLAIN = "plain way"
@@ -67,7 +67,7 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
     if way and not ways[way]:
         raise NotHere(_why_not(way, dtype))
     chosen = ways[way] if way else [each for group in ways.values() for each in group]
-    return judged({fast.describe(each): proof.gradients(model, each, rows) for each in chosen}, wanted, dtype)
+    return judged({fast_ways.describe(each): proof.gradients(model, each, rows) for each in chosen}, wanted, dtype)
 
 
 def judged(found: dict[str, Sums], wanted: Sums, dtype: mx.Dtype) -> Found:
@@ -97,7 +97,7 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
         HEAD: [head],
         PREFIX: [shared],
         CHECKPOINTED: [replace(plain, recompute=1), replace(plain, recompute=2)],
-        POWERS: [replace(head, powers=True)] if exponentials.worth_it() and dtype == mx.float32 else [],
+        POWERS: [replace(head, powers=True)] if linux_cpu.worth_it() and dtype == mx.float32 else [],
         COMPILED: [replace(head, compiled=True)] if backend.compiles() else [],
     }
     powers = [False, True] if alone[POWERS] else [False]
@@ -121,4 +121,4 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
 def _why_not(way: str, dtype: mx.Dtype) -> str:
     if way == COMPILED:
         return "steps are compiled on a GPU" if backend.kind() == "cpu" else "MLX_DISABLE_COMPILE is set"
-    return "only in float32" if exponentials.worth_it() else "only on Linux's CPU"
+    return "only in float32" if linux_cpu.worth_it() else "only on Linux's CPU"

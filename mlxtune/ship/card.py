@@ -9,9 +9,9 @@ from typing import Any
 
 from mlxtune_convert.files import read_json, write_json
 
-from mlxtune.config import load
-from mlxtune.data.chat import template_of
-from mlxtune.data.tokenizer import load_tokenizer
+from mlxtune.config.resolve import load
+from mlxtune.data.chat.masking import template_of
+from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")

@@ -15,12 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlxtune_convert import mtp
 from mlxtune_convert.files import read_json
+from mlxtune_convert.hf import mtp
 from mlxtune_convert.tensors import weight_files
 
+from mlxtune.adapter import lora
 from mlxtune.errors import UserError
-from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import load
 from mlxtune.ship import llama_cpp, states, verify

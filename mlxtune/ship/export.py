@@ -14,19 +14,21 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlxtune_convert import hf_folder, layouts, peft
-from mlxtune_convert.configs import SOURCE_FILE, unquantized
 from mlxtune_convert.files import explained, new_folder, read_json, require_space
+from mlxtune_convert.hf import families, model_folder
+from mlxtune_convert.hf.configs import SOURCE_FILE, unquantized
+from mlxtune_convert.peft import adapter_folder
 
-from mlxtune.data.chat import Example
-from mlxtune.data.chosen import Changes
+from mlxtune.adapter import lora
+from mlxtune.adapter.peft import from_model
+from mlxtune.adapter.vocabulary import vocabulary
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
-from mlxtune.model import again, lora
+from mlxtune.model import reopened
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
 from mlxtune.model.load import load, model_dtype, open_model, source_of
-from mlxtune.model.peft import from_model
-from mlxtune.model.vocabulary import vocabulary
 from mlxtune.ship import card, differences, verify
 from mlxtune.ship.differences import Trained, Wanted
 from mlxtune.ship.gptq import Calibration
@@ -94,7 +96,7 @@ def to_mlx(request: Request, bits: int, group: int | None = None) -> Report | No
         Changes.read(request.adapter).write(work)
         card.write_generation_config(work, merged.config)
         if request.examples is None:
-            again.check(work)
+            reopened.check(work)
             return None
         ref = verify.reference(str(request.model), request.adapter, request.examples)
         run = verify.mlx_runner(load(str(work), "float32"))
@@ -134,8 +136,8 @@ def to_hf(request: Request) -> Report | None:
     """
     folder = request.base or request.model
     source = source_of(folder)
-    layout = layouts.by_model_type(source["config"])
-    dropped = hf_folder.dropped_tensors(layout, folder, source["config"])
+    layout = families.by_model_type(source["config"])
+    dropped = model_folder.dropped_tensors(layout, folder, source["config"])
     merged = merged_of(request)
     storage = dtype_name(merged.dtype)
     parameters = merged.count()
@@ -145,7 +147,7 @@ def to_hf(request: Request) -> Report | None:
         require_space(work, parameters * merged.dtype.size)
         tensors = ((name, to_numpy(array)) for name, array in merged.tensors())
         rows = vocabulary(merged.config)
-        config = hf_folder.write(work, layout, tensors, dropped, source["config"], rows, storage, request.code)
+        config = model_folder.write(work, layout, tensors, dropped, source["config"], rows, storage, request.code)
         request.notes.extend(copy_tokenizer(folder, work, request.code))
         Changes.read(request.adapter).write(work)
         card.write_generation_config(work, config)
@@ -164,7 +166,7 @@ def to_hf(request: Request) -> Report | None:
 def _as_hf(request: Request) -> Wanted:
     """What a Hugging Face folder should hold."""
     config = source_of(request.base or request.model)["config"]
-    layout = layouts.by_model_type(config)
+    layout = families.by_model_type(config)
     return Wanted(
         lambda dtype: layout.to_hf(_arrays(_merged_in(request, dtype)), np),
         lambda: _merged_in(request, mx.float32).tensors(),
@@ -188,13 +190,13 @@ def to_peft(request: Request) -> Report | ReadBack | None:
     if request.adapter is None:
         raise UserError("--to peft exports an adapter", "Name the run: --adapter RUN")
     source = source_of(request.model)
-    layouts.by_model_type(source["config"])  # refuses before any work
+    families.by_model_type(source["config"])  # refuses before any work
     tuned = open_merged(request.model, request.adapter)
     spec = lora.read_spec(request.adapter)
     adapter = from_model(tuned.model, spec, source["config"], base_name(request, source) or spec.base)
     changes, rows, note = Changes.read(request.adapter), vocabulary(tuned.config), ""
     with new_folder(request.out, request.force, request.sources) as work:
-        peft.write_adapter(work, adapter)
+        adapter_folder.write_adapter(work, adapter)
         if changes != Changes():
             request.notes.extend(copy_tokenizer(request.model, work, request.code))
             changes.write(work)
@@ -204,14 +206,16 @@ def to_peft(request: Request) -> Report | ReadBack | None:
                 f" Before PEFT loads it, the base needs rows for new tokens: `base.resize_token_embeddings({rows})`."
             )
         card.write(work, "peft", adapter.base, card.licence_of(request.model), request.adapter, note)
-        count = peft.check_adapter(work, adapter)
+        count = adapter_folder.check_adapter(work, adapter)
         if request.examples is None:
             return None
         if not verify.has_peft():
             return save_proof(work, ReadBack(count))
         run = _peft_runner(request.model, work)
         ref = verify.reference(str(request.model), request.adapter, request.examples)
-        why = partial(differences.of_peft, _trained(request, ref), run, lambda: peft.check_adapter(work, adapter))
+        why = partial(
+            differences.of_peft, _trained(request, ref), run, lambda: adapter_folder.check_adapter(work, adapter)
+        )
         return judged(work, ref, run, "PEFT on the dense base, float32", "float32", request, why)
 
 
@@ -219,7 +223,7 @@ def _peft_runner(model: Path, folder: Path) -> TorchRunner:
     config = source_of(model)["config"]
     base = open_merged(model, None, mx.float32)
     verify.require_memory(base.count())
-    state = layouts.by_model_type(config).to_hf(((name, to_numpy(array)) for name, array in base.tensors()), np)
+    state = families.by_model_type(config).to_hf(((name, to_numpy(array)) for name, array in base.tensors()), np)
     return verify.peft_runner(dict(state), unquantized(config), folder)
 
 
@@ -244,7 +248,7 @@ def check(export: Path, model: Path, adapter: Path | None, examples: Sequence[Ex
 
 def _opened(export: Path, request: Request) -> tuple[Runner, str, str, Callable[[Reference], str]]:
     """An artefact's run, what runs it, its type, and what finds out why it is not the trained model."""
-    if (export / peft.WEIGHTS_FILE).is_file():
+    if (export / adapter_folder.WEIGHTS_FILE).is_file():
         if not verify.has_peft():
             raise UserError("PEFT adapters are run by PEFT, which is not installed", "pip install torch peft")
         torch = _peft_runner(request.model, export)
@@ -280,7 +284,7 @@ def _check_adapter(folder: Path, request: Request) -> None:
         raise UserError("there is no run to compare them with: --adapter RUN")
     tuned = open_merged(request.model, request.adapter)
     source = source_of(request.model)
-    peft.check_adapter(folder, from_model(tuned.model, lora.read_spec(request.adapter), source["config"], ""))
+    adapter_folder.check_adapter(folder, from_model(tuned.model, lora.read_spec(request.adapter), source["config"], ""))
 
 
 def save_proof(work: Path, proof: ReadBack) -> ReadBack:
@@ -295,7 +299,7 @@ def base_name(request: Request, source: dict[str, Any]) -> str:
 
 def names_base(adapter: Path) -> bool:
     """Whether a PEFT adapter says which model it is for."""
-    return bool(read_json(adapter / peft.CONFIG_FILE, "a PEFT adapter").get("base_model_name_or_path"))
+    return bool(read_json(adapter / adapter_folder.CONFIG_FILE, "a PEFT adapter").get("base_model_name_or_path"))
 
 
 def merged_of(request: Request) -> Merged:

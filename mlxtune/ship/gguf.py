@@ -13,30 +13,31 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlxtune_convert import chat_templates, ggml, gguf_config, gguf_file, gguf_lora, layouts, vocab_export
 from mlxtune_convert.files import new_artefact, require_space
-from mlxtune_convert.gguf_export import KEEP, TYPES, Choice, columns_moved, gguf_shape
-from mlxtune_convert.gguf_families import by_model_type
-from mlxtune_convert.gguf_family import Family
-from mlxtune_convert.gguf_file import Field, File, Writer
-from mlxtune_convert.gguf_model import HEADER_FILE
-from mlxtune_convert.peft import Update
-from mlxtune_convert.quant import Codes
-from mlxtune_convert.vocab import CONTROL
+from mlxtune_convert.gguf import adapter_file, container, ggml, metadata, tokenizer_write
+from mlxtune_convert.gguf.architectures import by_model_type
+from mlxtune_convert.gguf.container import Field, File, Writer
+from mlxtune_convert.gguf.family import Family
+from mlxtune_convert.gguf.model_read import HEADER_FILE
+from mlxtune_convert.gguf.quant_blocks import Codes
+from mlxtune_convert.gguf.tensor_types import KEEP, TYPES, Choice, columns_moved, gguf_shape
+from mlxtune_convert.gguf.tokenizer_read import CONTROL
+from mlxtune_convert.hf import chat_templates, families
+from mlxtune_convert.peft.adapter_folder import Update
 
-from mlxtune.data.chat import Example
-from mlxtune.data.chosen import Changes, tokenizer_of
-from mlxtune.data.tokenizer import tokenizer_json
+from mlxtune.adapter import lora
+from mlxtune.compute.fit_memory import window_of
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.template.tokenizer import tokenizer_json
+from mlxtune.data.template.tokenizer_changes import Changes, tokenizer_of
 from mlxtune.errors import UserError
-from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
+from mlxtune.model.dense import QUANTIZED
 from mlxtune.model.load import source_of
-from mlxtune.model.quantize import QUANTIZED
 from mlxtune.ship import differences, llama_cpp, modelfile, verify
 from mlxtune.ship.export import ReadBack, Request, base_name, judged, merged_of, save_proof
 from mlxtune.ship.merge import Merged, open_merged
 from mlxtune.ship.verify import Report
-from mlxtune.train.fit import window_of
 
 MODEL_FILE = "model.gguf"
 Progress = Callable[[int, int], None]  # weights done, weights in all
@@ -70,7 +71,7 @@ def ship(request: Request, target: str, kind: str | None, ollama: bool, progress
             f"--type {kind} is not known",
             (f"Did you mean {near[0]}? " if near else "") + f"There are: {', '.join(TYPES)}.",
         )
-    why = layouts.differs(source_of(request.base or request.model)["config"])
+    why = families.differs(source_of(request.base or request.model)["config"])
     if why:  # llama.cpp computes as transformers does
         raise UserError(
             f"this model cannot be exported as GGUF: {why}",
@@ -93,7 +94,7 @@ def to_lora(request: Request, work: Path) -> Exported:
     if request.adapter is None:
         raise UserError("--to gguf-lora exports an adapter", "Name the run: --adapter RUN")
     tuned = open_merged(request.model, request.adapter)
-    config = gguf_config.text_of(tuned.config)
+    config = metadata.text_of(tuned.config)
     family = by_model_type(config["model_type"])
     if lora.in_full(tuned.model) or any("m" in layer for layer in lora.adapters(tuned.model).values()):
         raise UserError(
@@ -103,14 +104,14 @@ def to_lora(request: Request, work: Path) -> Exported:
     layers = lora.adapters(tuned.model).items()
     updates = {path: Update(to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale) for path, layer in layers}
     path = work / MODEL_FILE
-    gguf_lora.write_adapter(path, family, config, updates, base_name(request, source_of(request.model)))
+    adapter_file.write_adapter(path, family, config, updates, base_name(request, source_of(request.model)))
     what = f"gguf-lora of {len(updates)} modules"
     if request.examples is None:
         return Exported(what, None, [])
 
     def back() -> int:
-        tensors = gguf_lora.adapter_tensors(family, config, updates)
-        return gguf_file.read_back(path, ((name, "F32", array) for name, array in tensors.items()))
+        tensors = adapter_file.adapter_tensors(family, config, updates)
+        return container.read_back(path, ((name, "F32", array) for name, array in tensors.items()))
 
     if not llama_cpp.installed():
         return Exported(what, save_proof(work, ReadBack(back(), missing=ggml.PACKAGE)), [])
@@ -181,7 +182,7 @@ def to_gguf(request: Request, kind: str, work: Path, progress: Progress | None =
         return Exported(f"gguf {kind}", None, notes)
 
     def back() -> int:
-        return gguf_file.read_back(work / MODEL_FILE, plan.tensors(replace(merged_of(request), dtype=mx.float32)))
+        return container.read_back(work / MODEL_FILE, plan.tensors(replace(merged_of(request), dtype=mx.float32)))
 
     if not llama_cpp.installed():
         return Exported(f"gguf {kind}", save_proof(work, ReadBack(back(), missing=ggml.PACKAGE)), notes)
@@ -231,13 +232,13 @@ class Plan:
     @staticmethod
     def of(merged: Merged, kind: str, source: Path, name: str) -> Plan:
         """source: the folder of tokenizer and header. Raises UserError for what llama.cpp cannot express."""
-        config = gguf_config.text_of(merged.config)
+        config = metadata.text_of(merged.config)
         family = by_model_type(config["model_type"])
         names = {family.gguf_name(mlx): shape for mlx, shape in merged.shapes().items()}
         shapes = {name: gguf_shape(name, shape) for name, shape in names.items()}
-        shapes |= {name: table.shape for name, table in gguf_config.rope_tensors(config).items()}
+        shapes |= {name: table.shape for name, table in metadata.rope_tensors(config).items()}
         header = source / HEADER_FILE
-        original = gguf_file.read(header, header_only=True) if header.is_file() else None
+        original = container.read(header, header_only=True) if header.is_file() else None
         choice = Choice.of(kind, config, "output.weight" not in shapes, original)
         fields = {
             "general.architecture": Field.of(family.gguf),
@@ -245,14 +246,14 @@ class Plan:
             "general.name": Field.of(name),
             "general.file_type": Field.of(0),
             "general.quantization_version": Field.of(2),
-            **gguf_config.metadata(family, config),
-            **vocab_export.fields(source, shapes["token_embd.weight"][0], tokenizer_json(source)),
+            **metadata.metadata(family, config),
+            **tokenizer_write.fields(source, shapes["token_embd.weight"][0], tokenizer_json(source)),
         }
         return Plan(family, choice, config, overlaid(original, fields) if original else fields, shapes, original)
 
     def tensors(self, merged: Merged) -> Iterator[tuple[str, str, np.ndarray]]:
         """(name, type, rows) of every tensor as the file holds it."""
-        for name, table in gguf_config.rope_tensors(self.config).items():
+        for name, table in metadata.rope_tensors(self.config).items():
             yield name, "F32", table
         for mlx, value in values(merged):
             name = self.family.gguf_name(mlx)

@@ -19,12 +19,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlxtune_convert.quant import pack
+from mlxtune_convert.gguf.quant_blocks import pack
 
-from mlxtune.data.chat import Example
-from mlxtune.model import lora
+from mlxtune.adapter import lora
+from mlxtune.adapter.layers import LINEAR, LoRALinear, dense_shape
+from mlxtune.data.chat.masking import Example
 from mlxtune.model.arrays import to_numpy
-from mlxtune.model.layers import LINEAR, LoRALinear, dense_shape
 from mlxtune.model.load import load
 
 MAX_ROWS = 64  # calibration rows

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from mlxtune_convert import ggml
+from mlxtune_convert.gguf import ggml
 
-from mlxtune.data.batches import Batch
+from mlxtune.data.dataset.batches import Batch
 from mlxtune.errors import UserError
 
 FAILED = 3

@@ -15,18 +15,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlxtune_convert.configs import unquantized
 from mlxtune_convert.files import require_space
+from mlxtune_convert.hf.configs import unquantized
 from mlxtune_convert.tensors import ShardWriter
 
+from mlxtune.adapter import lora
+from mlxtune.adapter.layers import SWITCH, Adapter, own_parameters
+from mlxtune.adapter.vocabulary import resize, vocabulary
 from mlxtune.errors import UserError
-from mlxtune.model import lora
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer, write_config
-from mlxtune.model.layers import SWITCH, Adapter, own_parameters
+from mlxtune.model.dense import QUANTIZED, dense_weight
 from mlxtune.model.load import model_dtype, open_model, source_of
-from mlxtune.model.quantize import QUANTIZED, dense_weight
-from mlxtune.model.vocabulary import resize, vocabulary
 from mlxtune.ship import gptq
 from mlxtune.ship.gptq import Calibration
 

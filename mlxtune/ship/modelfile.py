@@ -11,9 +11,9 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlxtune_convert.vocab_export import end_ids
+from mlxtune_convert.gguf.tokenizer_write import end_ids
 
-from mlxtune.data.chosen import tokenizer_of
+from mlxtune.data.template.tokenizer_changes import tokenizer_of
 from mlxtune.errors import UserError
 from mlxtune.ship.export import Request
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-from mlxtune.data.chat import Example, tokenized_all
+from mlxtune.data.chat.masking import Example, tokenized_all
 
 FILE = "sample.txt"
 

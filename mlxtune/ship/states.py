@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxtune.adapter.plan import block_paths
 from mlxtune.model.arrays import to_numpy
-from mlxtune.model.spec import block_paths
 
 EMBEDDINGS, LOGITS, BLOCKS, BESIDE = "embeddings", "logits", "blocks.", "beside."
 JUMP = 10.0  # a difference is a new one where it is so many times the largest before it

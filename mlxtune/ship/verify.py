@@ -19,19 +19,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlxtune_convert import mtp, peft
 from mlxtune_convert.files import read_json, write_json
+from mlxtune_convert.hf import mtp
+from mlxtune_convert.peft import adapter_folder
 from mlxtune_convert.tensors import read_header
 
-from mlxtune import backend
-from mlxtune.data.batches import Batch, collate
-from mlxtune.data.chat import Example
+from mlxtune.adapter import lora
+from mlxtune.compute.loss import place, supervised_rows
+from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.batches import Batch, collate
 from mlxtune.errors import UserError
-from mlxtune.model import lora
+from mlxtune.machine import backend
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import Loaded, load
 from mlxtune.ship.sample import Sample
-from mlxtune.train.loss import place, supervised_rows
 
 MAX_ROWS = 16
 MAX_POSITIONS = 256
@@ -336,7 +337,7 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
             "This version names the family's tensors otherwise than mlxtune does, which is a bug: please report it.",
         )
     name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    saved = read_header(folder / peft.WEIGHTS_FILE).get(f"{peft.PREFIX}{name}.weight")
+    saved = read_header(folder / adapter_folder.WEIGHTS_FILE).get(f"{adapter_folder.PREFIX}{name}.weight")
     if saved and saved["shape"][0] > len(model.get_input_embeddings().weight):  # tokens were added
         model.resize_token_embeddings(saved["shape"][0], mean_resizing=False)
     return TorchRunner(PeftModel.from_pretrained(model, str(folder)).eval())

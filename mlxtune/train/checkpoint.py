@@ -22,9 +22,9 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 from mlxtune_convert.files import contents, new_folder, read_json, write_json
 
-from mlxtune.data import chosen
+from mlxtune.adapter import lora
+from mlxtune.data.template import tokenizer_changes
 from mlxtune.errors import UserError
-from mlxtune.model import lora
 from mlxtune.model.arrays import save_arrays
 from mlxtune.train import events, lock
 from mlxtune.train.identity import Identity
@@ -37,7 +37,7 @@ CONFIG_FILE = "config.yaml"
 STEP = re.compile(r"step-\d{7,}")
 LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+(-[0-9a-f]+)?")  # by a process that was killed while it wrote
 # All that a run writes before it saved anything.
-OWN = (lock.FILE, CONFIG_FILE, events.FILE, lora.CONFIG_FILE, chosen.FILE, FOLDER, "tensorboard", "wandb")
+OWN = (lock.FILE, CONFIG_FILE, events.FILE, lora.CONFIG_FILE, tokenizer_changes.FILE, FOLDER, "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)

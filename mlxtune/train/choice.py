@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from mlxtune import backend, gpu_errors
-from mlxtune.config import Config
-from mlxtune.data.batches import Plan, lengths_of
+from mlxtune.compute import fast_ways, fit_memory, proof
+from mlxtune.compute.fit_memory import Fitted, Given
+from mlxtune.compute.loss import Way
+from mlxtune.compute.proof import Room, Verdict
+from mlxtune.config.resolve import Config
+from mlxtune.data.dataset.batches import Plan, lengths_of
 from mlxtune.errors import UserError
-from mlxtune.train import fast, fit, proof
-from mlxtune.train.fit import Fitted, Given
-from mlxtune.train.loss import Way
-from mlxtune.train.proof import Room, Verdict
+from mlxtune.machine import backend, gpu_errors
 from mlxtune.train.ranks import ALONE, Ranks
 
 
@@ -34,8 +34,8 @@ def choose(
 
     Raises UserError when not even the plain way fits the memory.
     """
-    wanted, notes = fast.wanted(given.model, rows.examples, config)
-    search = _Search(given, config, rows, fast.in_order(wanted), proving)
+    wanted, notes = fast_ways.wanted(given.model, rows.examples, config)
+    search = _Search(given, config, rows, fast_ways.in_order(wanted), proving)
     number = 0
     while True:
         number, found = search.first_from(number)
@@ -69,14 +69,14 @@ class _Search:
                 verdict = self._verdict(run)
                 if not verdict.wrong:
                     return number, replace(run, notes=[*run.notes, *([verdict.note] if verdict.note else [])])
-                self.refused.append(f"not used, for {verdict.wrong}: {fast.describe(run.way)}")
+                self.refused.append(f"not used, for {verdict.wrong}: {fast_ways.describe(run.way)}")
                 if verdict.hopeless:
                     number = len(self.ways) - 2
             number += 1
 
     def _fitted(self, way: Way, checkpoints: bool) -> Fitted:
         try:
-            return fit.fitted(self.given, way, self.config, self.rows, checkpoints)
+            return fit_memory.fitted(self.given, way, self.config, self.rows, checkpoints)
         except UserError as error:
             if not self.refused:
                 raise
@@ -84,7 +84,7 @@ class _Search:
 
     def _verdict(self, run: Fitted) -> Verdict:
         self.proving()
-        room = fit.proof_room(self.given, run)
+        room = fit_memory.proof_room(self.given, run)
         try:
             verdict = self._proof(run, room)
         except Exception as error:  # whatever a model's own code raises
@@ -112,7 +112,7 @@ class _Search:
         grouped = self.config.data.group_by_prefix
         batch = proof.rows_for(self.rows.examples, run.way, grouped, room.tokens)
         verdict = proof.of(self.given.model, run.way, batch, self.given.dtype, room)
-        window, width = fit.window_of(self.given.model_config), batch.ids.shape[1]
+        window, width = fit_memory.window_of(self.given.model_config), batch.ids.shape[1]
         if not verdict.wrong and width <= window < lengths_of(self.rows.examples).max():
             unseen = f"the proof's rows end after {width} tokens, for memory: a window of {window} is not proven"
             return replace(verdict, note="; ".join(filter(None, [verdict.note, unseen])))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlxtune.data.batches import DEFAULT_ROWS
+from mlxtune.config.schema import TrainSection
+from mlxtune.data.dataset.batches import DEFAULT_ROWS
 from mlxtune.errors import UserError
-from mlxtune.gpu_errors import ADVICE, DISPLAY, Failure, Kind
-from mlxtune.sections import TrainSection
+from mlxtune.machine.gpu_errors import ADVICE, DISPLAY, Failure, Kind
 
 CLOSE = "Close programs that hold memory"
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from mlxtune_convert.tensors import read_header, weight_files
 
-from mlxtune import backend
-from mlxtune.config import Config
+from mlxtune.config.resolve import Config
 from mlxtune.errors import UserError
+from mlxtune.machine import backend
 
 # What `--resume-anyway` lets change: how long, how often looked at, what is kept; never what a step computes.
 MAY_CHANGE = (

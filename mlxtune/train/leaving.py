@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxtune.errors import UserError
-from mlxtune.gpu_errors import Failure
+from mlxtune.machine.gpu_errors import Failure
 from mlxtune.train import checkpoint
 from mlxtune.train.checkpoint import State
 from mlxtune.train.events import Events
+from mlxtune.train.last_whole import LastWhole
 from mlxtune.train.signals import StopRequest, briefly
 from mlxtune.train.step import Job
-from mlxtune.train.whole import LastWhole
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxtune import backend
+from mlxtune.adapter import lora
+from mlxtune.compute import floats
+from mlxtune.compute.division import Division, TooLarge, same
 from mlxtune.errors import Interrupted, UserError
-from mlxtune.gpu_errors import recognise
-from mlxtune.model import floats, lora
+from mlxtune.machine import backend
+from mlxtune.machine.gpu_errors import recognise
 from mlxtune.train import checkpoint, optim
 from mlxtune.train.checkpoint import Saved, State
-from mlxtune.train.division import Division, TooLarge, same
 from mlxtune.train.events import Events
 from mlxtune.train.failure import told, told_of_many
+from mlxtune.train.last_whole import LastWhole
 from mlxtune.train.leaving import Leaving, promise
 from mlxtune.train.signals import StopRequest, ignored
 from mlxtune.train.step import Job, NonFinite, StepFunction
-from mlxtune.train.whole import LastWhole
 
 MAX_SKIPPED = 10  # steps of a run with train.on_nonfinite: skip
 SPIKE_OF, SPIKE_AFTER, SPIKE_SIGMAS = 50, 20, 6.0  # a loss this far above the mean of so many recent ones is noted

@@ -11,9 +11,9 @@ import mlx.core as mx
 import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
-from mlxtune import backend
+from mlxtune.config.schema import TrainSection
+from mlxtune.machine import backend
 from mlxtune.model.arrays import named
-from mlxtune.sections import TrainSection
 
 
 def learning_rate(section: TrainSection, step: int, steps: int) -> float:

@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlxtune.data.batches import Batch
+from mlxtune.data.dataset.batches import Batch
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.train.patience import Patience

@@ -17,17 +17,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlxtune import backend
-from mlxtune.data.batches import Batch, Plan
-from mlxtune.gpu_errors import Failure, Kind, recognise
-from mlxtune.model import extent, lora
-from mlxtune.model.dropout import DropoutKeys
-from mlxtune.sections import TrainSection
+from mlxtune.adapter import lora
+from mlxtune.adapter.dropout import DropoutKeys
+from mlxtune.compute.division import Division, TooLarge
+from mlxtune.compute.gradients import Gradients
+from mlxtune.compute.loss import Way
+from mlxtune.config.schema import TrainSection
+from mlxtune.data.dataset.batches import Batch, Plan
+from mlxtune.machine import backend
+from mlxtune.machine.gpu_errors import Failure, Kind, recognise
+from mlxtune.model.corrections import extent
 from mlxtune.train import optim
-from mlxtune.train.division import Division, TooLarge
-from mlxtune.train.gradients import Gradients
 from mlxtune.train.identity import Identity
-from mlxtune.train.loss import Way
 from mlxtune.train.ranks import ALONE, Ranks
 
 AHEAD = 1.05  # of the predicted peak: what queued work may take

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from mlxtune_convert import layouts
-from mlxtune_convert.configs import unquantized
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import write_json
 from mlxtune_convert.foreign.method import BESIDE, Foreign
 from mlxtune_convert.foreign.parts import Found, Part
 from mlxtune_convert.foreign.weights import FLOAT8, OF_ACTIVATIONS, TYPES, Weights
-from mlxtune_convert.rules import Layout
+from mlxtune_convert.hf import families
+from mlxtune_convert.hf.configs import unquantized
+from mlxtune_convert.hf.rules import Layout
 from mlxtune_convert.tensors import ShardWriter
 
 # Names that only quantization gives: one that no part uses has lost its partner.
@@ -99,8 +99,8 @@ def _needless_biases(config: dict[str, Any], weights: Weights, parts: list[Part]
 
 def _same_names(config: dict[str, Any]) -> bool:
     """Whether mlx-lm takes every matrix of this family as it is: then it takes codes and scales so too."""
-    layout = layouts.of(config)
-    return config.get("model_type") in layouts.LAYOUTS and layout.rules == Layout().rules and not layout.early
+    layout = families.of(config)
+    return config.get("model_type") in families.LAYOUTS and layout.rules == Layout().rules and not layout.early
 
 
 def _dtype(config: dict[str, Any], weights: Weights, names: list[str]) -> np.dtype:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxtune_convert.foreign.parts import Found, Part
 from mlxtune_convert.foreign.weights import Weights, module_of
-from mlxtune_convert.quant import FP4, Codes
+from mlxtune_convert.gguf.quant_blocks import FP4, Codes
 
 
 def values(packed: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxtune_convert.foreign.parts import Found, Part, counted
 from mlxtune_convert.foreign.weights import Weights, unpacked
-from mlxtune_convert.quant import Codes, pack
+from mlxtune_convert.gguf.quant_blocks import Codes, pack
 
 GPTQ_BITS = (2, 3, 4, 8)
 AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where column i of eight is in AWQ's word

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlxtune_convert.quant import Codes
+from mlxtune_convert.gguf.quant_blocks import Codes
 
 
 @dataclass(frozen=True)

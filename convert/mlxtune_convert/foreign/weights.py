@@ -15,7 +15,7 @@ import numpy as np
 
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.foreign.original import advice
-from mlxtune_convert.quant import unpack
+from mlxtune_convert.gguf.quant_blocks import unpack
 from mlxtune_convert.tensors import weight_files
 
 TYPES: dict[str, np.dtype] = {

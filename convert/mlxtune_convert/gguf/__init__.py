@@ -1,0 +1,1 @@
+"""GGUF files: llama.cpp's models and adapters, read and written."""

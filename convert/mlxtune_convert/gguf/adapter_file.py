@@ -1,0 +1,142 @@
+"""LoRA factors <-> a GGUF adapter file, bit for bit.
+
+llama.cpp adds B (A x) * alpha / rank to <tensor>.weight from <tensor>.weight.lora_a [r, in] and .lora_b [out, r], the
+rank being that of each tensor; expert tensors have one more dimension in front. MLX keeps the transposes (experts: the
+same layout). The rows of B move with the rows of the base, so q and k are interleaved where the base's are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxtune_convert.errors import UserError
+from mlxtune_convert.gguf.architectures import FAMILIES
+from mlxtune_convert.gguf.container import FLOATS, Field, File, Writer
+from mlxtune_convert.gguf.family import Family, uninterleave
+from mlxtune_convert.peft.adapter_folder import Update
+
+# GGUF key -> config.json key. llama.cpp reads them from the base; the way back to MLX needs them here.
+BASE_KEYS = {
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "block_count": "num_hidden_layers",
+}
+MAX_BLOCKS = 1024  # or heads: a larger number is damage
+
+
+def write_adapter(
+    path: Path, family: Family, config: dict[str, Any], updates: dict[str, Update], base_name: str
+) -> None:
+    """Write one GGUF adapter, float32. config: of the base; updates: by module path in MLX.
+
+    Ranks and scales may differ: what does not follow from the one alpha is folded into B. Raises UserError for what
+    llama.cpp cannot apply.
+    """
+    if any(name.startswith("model.embed_tokens") for name in updates):
+        raise UserError(
+            "an adapter on the embedding cannot be used by llama.cpp (it aborts where the embedding is also the head)",
+            "Merge it: --to gguf.",
+        )
+    tensors = adapter_tensors(family, config, updates)
+    fields: dict[str, Any] = {"general.architecture": family.gguf, "general.type": "adapter"}
+    if base_name:
+        fields |= {"general.base_model.count": 1, "general.base_model.0.name": base_name}
+    fields |= {"adapter.type": "lora", "adapter.lora.alpha": _alpha(updates)}
+    fields |= {f"{family.gguf}.{key}": int(config[name]) for key, name in BASE_KEYS.items() if config.get(name)}
+    shapes = {name: array.shape for name, array in tensors.items()}
+    with Writer(path, {key: Field.of(value) for key, value in fields.items()}, shapes) as writer:
+        for name, array in tensors.items():
+            writer.add(name, "F32", array)
+
+
+def _alpha(updates: dict[str, Update]) -> float:
+    """scale * rank of most modules."""
+    found = [update.scale * update.rank for update in updates.values()]
+    return float(max(found, key=found.count))
+
+
+def adapter_tensors(family: Family, config: dict[str, Any], updates: dict[str, Update]) -> dict[str, np.ndarray]:
+    """The tensors of an adapter file under GGUF's names, float32."""
+    alpha = _alpha(updates)
+    out = {}
+    for path, update in updates.items():
+        name = family.gguf_name(f"{path}.weight")
+        rest = np.float32(update.scale * update.rank / alpha)
+        a, b = (update.a, update.b) if update.a.ndim == 3 else (update.a.T, update.b.T)
+        b = b if rest == 1 else b * rest
+        rows, columns = family.row_order(name, config, len(b)), family.column_order(name, config)
+        a, b = a if columns is None else a[..., columns], b if rows is None else b[rows]
+        for letter, array in (("a", a), ("b", b)):
+            out[f"{name}.lora_{letter}"] = np.ascontiguousarray(array, dtype=np.float32)
+    return out
+
+
+def is_adapter(file: File) -> bool:
+    return file.get("general.type") == "adapter"
+
+
+def read_adapter(file: File, base: dict[str, Any] | None) -> tuple[dict[str, Update], int]:
+    """The updates of a GGUF adapter by module path in MLX, and how many blocks its base has. base: config.json of the
+    base, where the file itself does not say how many heads and blocks that has.
+
+    Raises UserError for another kind of adapter, for what is damaged, and when the base must be named.
+    """
+    if file.get("adapter.type") != "lora":
+        raise UserError(f"{file.path}: an adapter of type {str(file.get('adapter.type'))[:40]!r}, not lora")
+    alpha = file.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, float) or not np.isfinite(alpha) or "adapter.alora.invocation_tokens" in file.fields:
+        raise UserError(f"{file.path}: adapter.lora.alpha is {str(alpha)[:40]}, or the adapter is an activated one")
+    stems = _stems(file)
+    family = _family(file, stems)
+    config = {name: (base or {}).get(name, file.get(f"{family.gguf}.{key}")) for key, name in BASE_KEYS.items()}
+    if not all(isinstance(value, int) and 0 < value <= MAX_BLOCKS for value in config.values()):
+        raise UserError(
+            f"{file.path} does not say how many heads and blocks its base has", "Name the base: --base MODEL_FOLDER."
+        )
+    layers = config["num_hidden_layers"]
+    updates = {}
+    for stem in stems:
+        heads = family.heads(stem, config)
+        a, b = (file.rows(f"{stem}.lora_{letter}").astype(np.float32) for letter in "ab")
+        if heads and b.shape[0] % (2 * heads):
+            raise UserError(f"{file.path}: {stem} has {b.shape[0]} rows for {heads} heads", "Name its own base.")
+        if not stem.startswith("blk.") or int(stem.split(".")[1]) >= layers:
+            raise UserError(f"{file.path}: it adapts more than the base's {layers} blocks", "Name its own base.")
+        scale = alpha / a.shape[-2] if alpha else 1.0
+        b = uninterleave(b, heads)
+        a, b = (a, b) if a.ndim == 3 else (a.T, b.T)
+        updates[family.mlx_name(stem).removesuffix(".weight")] = Update(a, b, scale)
+    return updates, layers
+
+
+def _stems(file: File) -> list[str]:
+    """The names of the adapted tensors. Raises UserError unless the file holds fitting pairs of float factors alone."""
+    stems = [name.removesuffix(".lora_a") for name in file.tensors if name.endswith(".weight.lora_a")]
+    for stem in stems:
+        a, b = (file.tensors.get(f"{stem}.lora_{letter}") for letter in "ab")
+        if a is None or b is None or a.kind not in FLOATS or b.kind not in FLOATS:
+            raise UserError(f"{file.path}: {stem[:80]} has no pair of float factors", "The file is damaged.")
+        if not len(a.shape) == len(b.shape) >= 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
+            raise UserError(f"{file.path}: the factors of {stem[:80]} do not fit: {a.shape} and {b.shape}")
+    if not file.tensors:
+        raise UserError(f"{file.path}: it adapts no layer: it has no tensors", "Copy or download it again.")
+    if not stems or len(stems) * 2 != len(file.tensors):
+        raise UserError(f"{file.path}: tensors that are no LoRA factors", "MLX adapters hold factors alone.")
+    return stems
+
+
+def _family(file: File, stems: list[str]) -> Family:
+    """The family of the file's architecture that has all of these tensors."""
+    name = file.get("general.architecture")
+    error = UserError(f"{file.path}: adapters for {str(name)[:40]} are not known")
+    for family in (family for family in FAMILIES if family.gguf == name and not family.written_only):
+        try:
+            for stem in stems:
+                family.mlx_name(stem)
+            return family
+        except UserError as caught:
+            error = caught
+    raise error

@@ -1,0 +1,1 @@
+"""Hugging Face model folders: names of tensors, settings, and the files beside the weights."""

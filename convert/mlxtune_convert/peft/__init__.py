@@ -1,0 +1,1 @@
+"""PEFT adapter folders: their settings, names and tensors."""

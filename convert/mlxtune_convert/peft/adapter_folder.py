@@ -1,0 +1,337 @@
+"""PEFT adapter folders <-> low-rank updates in MLX's layout, bit for bit.
+
+PEFT computes x A^T B^T * scaling with A [r, in] and B [out, r]; MLX computes x a b * scale with a [in, r], b [r, out].
+So A = a^T, B = b^T, and scaling = lora_alpha / r, or lora_alpha / sqrt(r) in rsLoRA: transposes, no arithmetic. Experts
+are one parameter each of gate_up_proj and down_proj (`target_parameters`): A is [E * r, in], B [out, r * E] with the
+expert varying fastest; gate and up are the two halves of one update of rank 2r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxtune_convert.errors import UserError
+from mlxtune_convert.files import write_json
+from mlxtune_convert.peft.experts import alternated, joined, split
+from mlxtune_convert.peft.names import NAME_BASE
+from mlxtune_convert.peft.settings import CONFIG_FILE, MERGE, Settings
+from mlxtune_convert.peft.tensors import PREFIX, UNGATHERED, WEIGHTS_FILE, Tensors, is_embedding, is_head
+from mlxtune_convert.tensors import save_checked
+
+Matrix = Callable[[str], np.ndarray | None]  # the matrix of a base's layer by PEFT's name, None: it has none
+
+
+@dataclass(frozen=True)
+class Update:
+    """One adapted layer: a [in, r], b [r, out], m [out] in DoRA. Experts: a [E, r, in], b [E, out, r]."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+    m: np.ndarray | None = None
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[-1] if self.a.ndim == 2 else self.a.shape[-2])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter under PEFT's names. updates: by module path in the transformers model, with `:down_proj`,
+    `:gate_up_proj#gate` and such for experts, and `:weight` for a parameter that is no linear layer; trained: whole
+    tensors by name."""
+
+    updates: dict[str, Update]
+    trained: dict[str, np.ndarray] = field(default_factory=dict)
+    dropout: float = 0.0
+    rslora: bool = False
+    base: str = ""
+    own_head: bool = False  # the embedding is trained and a tied head would not follow it
+    tied: bool = False  # the embedding is trained and is the head as well, or was when it was read
+    transposed: bool = False  # transformers keeps the linear layers as Conv1D (GPT-2)
+    alternate: bool = False  # rows of gate and up alternate in transformers' experts
+    some_blocks: bool = False  # it was made for some blocks of its base, not for all
+    copies: dict[str, np.ndarray] = field(default_factory=dict)  # matrices below adapted layers, where it has them
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    """Write adapter_model.safetensors and adapter_config.json."""
+    tensors = {PREFIX + name: array for name, array in adapter.trained.items()}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    parameters = []
+    updates = joined(adapter.updates, adapter.alternate)
+    for target, update in updates.items():
+        module, _, parameter = target.partition(":")
+        name = target.replace(":", ".")
+        parameters += [name] if parameter else []
+        ranks[name] = update.rank
+        alphas[name] = _alpha(update.scale, math.sqrt(update.rank) if adapter.rslora else update.rank)
+        # PEFT wraps the experts once per parameter: gate_up_proj ends up inside.
+        inner = ".base_layer" if parameter == "gate_up_proj" and f"{module}:down_proj" in updates else ""
+        a, b = update.a.T, update.b.T
+        if update.a.ndim == 3:
+            a, b = update.a.reshape(-1, a.shape[0]), update.b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+        for letter, array in (("A", a), ("B", b)):
+            tensors[f"{PREFIX}{module}{inner}.lora_{letter}.weight"] = np.ascontiguousarray(array)
+        if update.m is not None:
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = update.m
+    dora = any(update.m is not None for update in updates.values())
+    if dora and parameters:
+        raise UserError(
+            f"PEFT has no DoRA for experts, routers and their like ({parameters[0]})",
+            "`mlxtune export --to hf` exports the merged model.",
+        )
+    save_checked(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
+    rank, alpha = (_usual(found.values()) for found in (ranks, alphas))
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base or None,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+        # PEFT refuses dropout on parameters; it matters to training alone.
+        "lora_dropout": 0.0 if parameters else adapter.dropout,
+        "bias": "none",
+        "fan_in_fan_out": adapter.transposed,
+        "use_rslora": adapter.rslora,
+        "use_dora": dora,
+        "inference_mode": True,
+        # Full paths: exactly these modules, whatever else in the model has the same last name.
+        "target_modules": sorted(ranks.keys() - set(parameters)),
+        "target_parameters": sorted(parameters) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.trained}) or None,
+        "ensure_weight_tying": adapter.tied,
+    }
+    write_json(folder / CONFIG_FILE, config)
+
+
+def _usual(found: Collection[float]) -> float:
+    """The most common number, the largest of several: whatever the order of the layers."""
+    counts = Counter(found or [8])
+    return max(counts, key=lambda number: (counts[number], number))
+
+
+def _alpha(scale: float, divisor: float) -> float:
+    """The lora_alpha that PEFT divides back into exactly `scale`, a whole number where one does."""
+    near = scale * divisor
+    tries = (float(round(near)), round(near, 6), near, np.nextafter(near, 0.0), np.nextafter(near, np.inf))
+    alpha = next((float(value) for value in tries if value / divisor == scale), near)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def read_adapter(folder: Path, matrix: Matrix | None = None) -> Adapter:
+    """A PEFT adapter folder, under the names in its file.
+
+    LoRA on an embedding and trained token rows become the whole matrix [vocabulary, width] that they make; `matrix`
+    gives it as it is in the base, where the file has no copy. Raises UserError naming the key or tensor of whatever
+    would be understood wrongly or not at all, and for an adapter without numbers.
+    """
+    settings = Settings.read(folder)
+    tensors = Tensors.read(folder, settings)
+    updates: dict[str, Update] = {}
+    trained = dict(tensors.whole)
+    for module, parts in tensors.factors.items():
+        if "embedding_A" in parts or "embedding_B" in parts:
+            trained[f"{module}.weight"] = _embedding(settings, tensors, module, matrix)
+        else:
+            updates |= _updates(settings, tensors, module)
+    chosen = settings.values.get("trainable_token_indices")
+    if chosen and not tensors.rows:
+        raise UserError(
+            f"{tensors.file} has no rows for trainable_token_indices {chosen!r}", "Save it again with PEFT."
+        )
+    for module in tensors.rows:
+        trained[f"{module}.weight"] = _with_rows(settings, tensors, module, matrix)
+    if not (updates or trained):
+        raise UserError(f"{tensors.file} adapts no layer", "Save it again with PEFT.")
+    return _tied(settings, tensors, updates, trained)
+
+
+def _embedding(settings: Settings, tensors: Tensors, module: str, matrix: Matrix | None) -> np.ndarray:
+    """W + scale * (B A)^T of an embedding; embedding_A is [r, vocabulary], embedding_B [width, r]."""
+    a, b = _pair(tensors, module, "embedding_")
+    if "magnitude_vector" in tensors.factors[module]:
+        raise UserError(f"{tensors.file}: DoRA on the embedding {module} is not understood", MERGE)
+    _check_rank(tensors, module, len(a), settings.rank(module))
+    update = np.float32(settings.scale(module)) * (a.T @ b.T)
+    below = _below(tensors, module, matrix)
+    if below.shape != update.shape:
+        raise UserError(
+            f"{tensors.file}: the factors of {module} are for {update.shape}, the base's matrix is {below.shape}",
+            "Name the model that it was trained on, with the same tokens added.",
+        )
+    return below + update
+
+
+def _with_rows(settings: Settings, tensors: Tensors, module: str, matrix: Matrix | None) -> np.ndarray:
+    """An embedding or head whose chosen rows are the trained ones; PEFT calls these values a delta, they are whole."""
+    rows, values = settings.token_rows(module), tensors.rows[module]
+    whole = np.array(_below(tensors, module, matrix))
+    if len(rows) != len(values) or max(rows) >= len(whole) or values.shape[1:] != whole.shape[1:]:
+        raise UserError(
+            f"{tensors.file}: trainable_token_indices names {len(rows)} tokens up to {max(rows, default=0)}, the file "
+            f"has {len(values)} rows for {module}, which has {len(whole)}",
+            "Name the model that it was trained on, with the same tokens added.",
+        )
+    whole[rows] = values
+    return whole
+
+
+def _below(tensors: Tensors, module: str, matrix: Matrix | None) -> np.ndarray:
+    """The matrix that an embedding's adapter changes: of the adapter's own file, which PEFT loads, or of the base."""
+    found = tensors.copies.get(module)
+    if found is None:
+        found = tensors.whole.get(f"{module}.weight")
+    if found is None and matrix is not None:
+        found = matrix(module)
+    if found is None:
+        raise UserError(
+            f"{tensors.file} changes a part of the embedding {module}, which MLX trains whole: the rest is needed",
+            NAME_BASE,
+        )
+    return found
+
+
+def _tied(settings: Settings, tensors: Tensors, updates: dict[str, Update], trained: dict[str, np.ndarray]) -> Adapter:
+    """The adapter, one matrix where embedding and head are the same. PEFT writes tied ones under both names."""
+    embedding = next((name for name in trained if is_embedding(name)), "")
+    module = embedding.removesuffix(".weight")
+    head = next((name for name in trained if is_head(name.rpartition(".")[0])), "")
+    lora_head = next((name for name in updates if is_head(name)), "")
+    factors = tensors.factors.get(module, {})
+    if lora_head and "embedding_A" in factors:
+        update = updates[lora_head]
+        if _same(update.b, factors["embedding_A"]) and _same(update.a, factors["embedding_B"]):
+            del updates[lora_head]
+            trained[f"{lora_head}.weight"] = trained[embedding]
+            head = f"{lora_head}.weight"
+    tied = bool(embedding and head) and _same(trained[embedding], trained[head])
+    if settings.ties and embedding and head and not tied:
+        raise UserError(
+            f"{tensors.file}: {embedding} and {head} differ, and ensure_weight_tying says that they are one matrix",
+            "Save it again with PEFT.",
+        )
+    if tied:
+        del trained[head]
+    # To a tied head PEFT gives rows of tokens by itself, and other changes where it is told to and the name is this.
+    follows = module in tensors.rows or (settings.ties and module.rpartition(".")[2] == "embed_tokens")
+    return Adapter(
+        updates,
+        trained,
+        settings.dropout,
+        settings.rslora,
+        settings.base,
+        own_head=bool(embedding) and not head and not follows,
+        tied=tied,
+        some_blocks=settings.some_blocks,
+        copies={module: copy for module, copy in tensors.copies.items() if module in updates},
+    )
+
+
+def with_head(adapter: Adapter) -> Adapter:
+    """The same for a model whose head is a matrix of its own."""
+    if not adapter.tied:
+        return adapter
+    embedding = next(array for name, array in adapter.trained.items() if is_embedding(name))
+    return replace(adapter, trained={**adapter.trained, "lm_head.weight": embedding}, tied=False)
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def _pair(tensors: Tensors, module: str, kind: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """The factors A and B of a module, both matrices."""
+    parts = tensors.factors[module]
+    a, b = parts.get(f"{kind}A"), parts.get(f"{kind}B")
+    if a is None or b is None:
+        raise UserError(f"{tensors.file}: {module} lacks lora_{kind}A or lora_{kind}B", "Copy or download it again.")
+    if a.ndim == b.ndim == 1:
+        raise UserError(f"{tensors.file}: the factors of {module} have one axis", UNGATHERED)
+    if a.ndim != 2 or b.ndim != 2:
+        raise UserError(
+            f"{tensors.file}: {module} is no linear layer: its factors are {a.shape} and {b.shape}",
+            "LoRA on convolutions cannot be read. " + MERGE,
+        )
+    if a.shape[0] != b.shape[1]:
+        raise UserError(
+            f"{tensors.file}: the factors of {module} do not fit each other: {a.shape} and {b.shape}",
+            "Copy or download it again.",
+        )
+    return a, b
+
+
+def _check_rank(tensors: Tensors, module: str, found: int, said: int) -> None:
+    if found != said:
+        raise UserError(
+            f"{tensors.file}: {module} has rank {found}, adapter_config.json says {said}",
+            "Copy or download both files again: they belong together.",
+        )
+
+
+def _updates(settings: Settings, tensors: Tensors, module: str) -> dict[str, Update]:
+    """The update of one PEFT module: one, or two for the experts' gate_up_proj."""
+    a, b = _pair(tensors, module)
+    m = tensors.factors[module].get("magnitude_vector")
+    parameter = _parameter(settings, module, tensors.factors.keys())
+    module = module.removesuffix(".base_layer")
+    name = f"{module}.{parameter}" if parameter else module
+    target = f"{module}:{parameter}" if parameter else module
+    rank, scale = settings.rank(name), settings.scale(name)
+    whole = parameter in ("", "weight")
+    if whole or a.shape[0] % rank:
+        _check_rank(tensors, module, a.shape[0], rank)
+    if whole:
+        m = None if m is None else m.reshape(-1)
+        return {target: Update(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), scale, m)}
+    experts = a.shape[0] // rank
+    a, b = a.reshape(experts, rank, -1), b.reshape(b.shape[0], rank, experts).transpose(2, 0, 1)
+    if parameter != "gate_up_proj":
+        return {target: Update(a, np.ascontiguousarray(b), scale)}
+    return split(target, Update(a, b, scale), alternate=False)
+
+
+def _parameter(settings: Settings, module: str, modules: Collection[str]) -> str:
+    """Which parameter of `module` PEFT adapts, or "" when it is a linear layer. modules: all that are adapted."""
+    plain = module.removesuffix(".base_layer")
+    names = ((wanted, wanted.rpartition(".")[2]) for wanted in settings.parameters)
+    found = {last for wanted, last in names if f".{plain}.{last}".endswith(f".{wanted}")}
+    if len(found) < 2:
+        return next(iter(found), "")
+    if f"{plain}.base_layer" not in modules:
+        raise UserError(f"{module}: which of its parameters is adapted cannot be told", MERGE)
+    return "gate_up_proj" if module.endswith(".base_layer") else "down_proj"
+
+
+def check_adapter(folder: Path, adapter: Adapter) -> int:
+    """Read the folder back; return how many tensors are the given ones bit for bit. Raises UserError otherwise."""
+    found, expected = arrays(read_back(folder, adapter)), arrays(adapter)
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found or name not in expected or not _same(found[name], expected[name]):
+            raise UserError(f"{name}: the file does not hold what was trained", "Check the disk.")
+    return len([name for name in found if not name.endswith(".scale")])
+
+
+def read_back(folder: Path, adapter: Adapter) -> Adapter:
+    """A folder that should hold `adapter`, in the form that this has."""
+    read = with_head(read_adapter(folder))
+    return replace(read, updates=alternated(read.updates)) if adapter.alternate else read
+
+
+def arrays(adapter: Adapter) -> dict[str, np.ndarray]:
+    """Every array of an adapter by name, each scale as one without axes."""
+    out = dict(adapter.trained)
+    for path, update in adapter.updates.items():
+        parts = {"a": update.a, "b": update.b, "m": update.m, "scale": np.array(update.scale)}
+        out |= {f"{path}.{name}": array for name, array in parts.items() if array is not None}
+    return out

@@ -1,0 +1,1 @@
+"""What trains: the layers of an adapter, attached to a model, saved and loaded."""

@@ -1,0 +1,109 @@
+"""PEFT adapters and ours: the same updates under other names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlxtune_convert import adapters
+from mlxtune_convert.adapters import save_adapter
+from mlxtune_convert.files import contents, new_folder, read_json
+from mlxtune_convert.hf import families
+from mlxtune_convert.peft import adapter_folder, base_model, crossing
+
+from mlxtune.adapter import lora
+from mlxtune.adapter.layers import own_parameters
+from mlxtune.adapter.peft_base import Base
+from mlxtune.adapter.plan import Spec, heads
+from mlxtune.data.template.tokenizer_changes import Changes
+from mlxtune.errors import UserError
+from mlxtune.model.arrays import to_numpy
+from mlxtune.model.hub import resolve
+
+
+def from_model(model: nn.Module, spec: Spec, config: dict[str, Any], base: str) -> adapter_folder.Adapter:
+    """The adapter on a model as PEFT names it. config: of the original model; base: its name on the hub, or "".
+
+    Raises UserError for what PEFT cannot express, saying what can.
+    """
+    layout = families.by_model_type(config)
+    updates = {
+        path: adapter_folder.Update(
+            to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale, to_numpy(layer.m) if "m" in layer else None
+        )
+        for path, layer in lora.adapters(model).items()
+    }
+    trained = {
+        f"{path}.{name}": to_numpy(value)
+        for path, layer in lora.in_full(model).items()
+        for name, value in own_parameters(layer).items()
+    }
+    ours = adapter_folder.Adapter(updates, trained, spec.dropout, spec.variant == "rslora")
+    return crossing.to_peft(ours, layout, base, bool(heads(model)))
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds a PEFT adapter, and no model beside it."""
+    if any(path.glob("model*.safetensors")) or any(path.glob("adapters.safetensors")):
+        return False
+    return has_weights(path) or _says_peft(path)
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a folder holds the tensors of a PEFT adapter, whatever else is there."""
+    return any((path / name).is_file() for name in (adapter_folder.WEIGHTS_FILE, "adapter_model.bin"))
+
+
+def _says_peft(path: Path) -> bool:
+    file = path / adapter_folder.CONFIG_FILE
+    return file.is_file() and "peft_type" in read_json(file, "a PEFT adapter")
+
+
+def refuse_several(path: Path) -> None:
+    """Raise UserError for a folder of adapters, such as PEFT's for several or a trainer's checkpoints."""
+    if (path / "config.json").is_file() or not path.is_dir():
+        return
+    inside = [folder.name for folder in contents(path) if folder.is_dir() and is_adapter(folder)]
+    if inside:
+        raise UserError(
+            f"{path} holds PEFT adapters in its folders: {', '.join(inside[:4])}{', ...' if inside[4:] else ''}",
+            f"Name one: mlxtune convert {path / inside[-1]} ADAPTER",
+        )
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made. layers: how many are adapted or trained; spec: what it is; notes: what there is to say."""
+
+    layers: int
+    spec: adapters.Spec
+    notes: tuple[str, ...] = ()
+
+
+def import_adapter(folder: Path, destination: Path, model: str | None, force: bool) -> Imported:
+    """Write a PEFT adapter as an MLX adapter folder.
+
+    model: the MLX model it is for; where none is named, the folder that adapter_config.json names, if there is one
+    here. Raises UserError naming the key, the tensor or the layer that cannot be carried over.
+    """
+    notes: list[str] = []
+    base = Base.of(resolve(model)) if model is not None else base_model.named(folder, notes, Base.of)
+    ours = base_model.read(folder, base, notes)
+    with new_folder(destination, force, [folder, *([base.path] if base is not None else [])]) as work:
+        spec = save_adapter(work, ours, None if base is None else len(base.model.layers))
+        Changes.of_files(folder).save(work)
+        if base is not None:
+            _must_fit(base, work, spec, folder)
+    return Imported(len(ours.updates) + len(spec.trained), spec, tuple(notes))
+
+
+def _must_fit(base: Base, work: Path, spec: adapters.Spec, folder: Path) -> None:
+    """Load an adapter that was just written as it will be used. folder: where it comes from."""
+    spec.check_head(bool(base.own_head), folder)
+    try:
+        lora.load_adapter(base.model, work, base.config)
+    except UserError as error:
+        hint = "Name the model that it was trained on." if error.hint == lora.OTHER_MODEL else error.hint
+        raise UserError(error.message, hint) from error

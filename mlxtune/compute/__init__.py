@@ -1,0 +1,1 @@
+"""One micro-batch: its loss and gradients, computed with as little work and memory as they need."""

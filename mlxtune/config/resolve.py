@@ -1,0 +1,170 @@
+"""The configuration of a run: every default, unit and meaning, stated once.
+
+A run is described by five sections (`model`, `data`, `lora`, `train`, `fast`). Values come, strongest first, from
+command-line flags, then `--set section.key=value`, then a YAML file, then the defaults below. Of two keys that exclude
+each other (steps, epochs), the one on the command line replaces the one in the file. An unknown key is an error that
+names its nearest neighbour; a key whose value could have no effect is one too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mlxtune.config.schema import DataSection, FastSection, LoraSection, ModelSection, Section, TrainSection
+from mlxtune.config.yaml_text import Dumper, key_lines, parse_yaml
+from mlxtune.errors import UserError
+
+EITHER = (("train.steps", "train.epochs"), ("train.batch_rows", "train.batch_tokens"), ("data.path", "data.sources"))
+
+
+class Config(Section):
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    fast: FastSection = FastSection()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every key written out, as the run folder keeps it."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+# What every dotted key means; sections have no text.
+KEYS = dict.fromkeys(Config.model_fields, "") | {
+    f"{section}.{name}": f"{section}.{name}: {field.description}."
+    for section, part in Config.model_fields.items()
+    for name, field in type(part.default).model_fields.items()
+}
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes are: inside the wheel, else in the checkout."""
+    packaged = Path(str(resources.files("mlxtune"))) / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).resolve().parents[2] / "configs"
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in recipe_folder().glob("*.yaml"))
+
+
+def find_config(name: str) -> Path:
+    """A path to a YAML file, or the name of a shipped recipe."""
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        return Path(path)
+    if name in recipe_names():
+        return recipe_folder() / f"{name}.yaml"
+    raise UserError(
+        f"no configuration file {name!r}, and no recipe of that name",
+        f"Shipped recipes: {', '.join(recipe_names())}.",
+    )
+
+
+def load(
+    file: str | Path | None = None, settings: tuple[str, ...] = (), flags: Mapping[str, Any] | None = None
+) -> Config:
+    """Resolve a configuration.
+
+    file: YAML path or recipe name; settings: `section.key=value` strings; flags: dotted keys to values, the
+    strongest of all. Raises UserError naming file, line and key of whatever is wrong.
+    """
+    tree, lines = _read(find_config(str(file))) if file is not None else ({}, {})
+    given: dict[str, Any] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        key = key.strip()
+        if "=" not in setting or not all(key.partition(".")):
+            raise UserError(f"--set {setting}: expected section.key=value", "Example: --set train.lr=1e-4")
+        given[key] = parse_yaml(value, f"--set {key}")
+        lines[key] = f"--set {setting}"
+        lines.setdefault(key.partition(".")[0], f"--set {setting}")
+    for key, value in (flags or {}).items():
+        if value is not None:
+            given[key] = value
+            lines.pop(key, None)
+    for key, value in given.items():
+        _put(tree, key, value)
+    named = {key for key, value in given.items() if value is not None}
+    for one, other in (*EITHER, *(pair[::-1] for pair in EITHER)):
+        if one in named and other not in named:
+            _put(tree, other, None)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(*_explain(error, lines)) from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's sections, and where each of its keys stands."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    tree = parse_yaml(text, str(path))
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(f"{path}: expected sections such as `train:`, found {type(tree).__name__}")
+    lines: dict[str, str] = {}
+    for key, line in key_lines(text):
+        where = f"{path} line {line}"
+        if key in lines:
+            raise UserError(f"{where}: {key} is already set in {lines[key]}", "Keep one of the two.")
+        lines[key] = where
+    # A section whose keys are all commented out means the defaults.
+    return {key: {} if value is None else value for key, value in (tree or {}).items()}, lines
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise UserError(f"{key}: {parent} is not a section")
+    tree[last] = value
+
+
+def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str]:
+    """One line on the first problem, with where it stands and what is allowed."""
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        # pydantic adds the branch of a union to the location; our own keys are the first two parts.
+        problems.setdefault(".".join(str(part) for part in problem["loc"][:2]), []).append(problem)
+    key, same = next(iter(problems.items()))
+    where = f"{lines[key]}: " if key in lines else ""
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    first, messages = same[0], dict.fromkeys(problem["msg"] for problem in same)
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        nearest = nearest_key(key)
+        hint = f"Did you mean {nearest}?" if nearest else f"Sections: {', '.join(Config.model_fields)}."
+        return f"{where}unknown key {key}{more}", hint
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+    elif first["type"] == "model_type":
+        message = f"expected a section with its keys indented below it, got {first['input']!r}"
+    else:
+        allowed = " or ".join(text.removeprefix("Input should be ") for text in messages)
+        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        message = f"should be {allowed}{got}"
+    return f"{where}{key}: {message}{more}", KEYS.get(key, "")
+
+
+def nearest_key(key: str) -> str:
+    """The known key most like an unknown one, or an empty string.
+
+    First the same name in another section, then a description with its words (learning_rate), then the spelling.
+    """
+    name = key.rpartition(".")[2]
+    moved = [other for other in KEYS if other.endswith(f".{name}")]
+    meant = [other for other, text in KEYS.items() if "_" in name and name.replace("_", " ") in text]
+    return next(iter(moved or meant or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)), "")

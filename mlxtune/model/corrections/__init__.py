@@ -1,0 +1,1 @@
+"""mlx-lm's model of a family made to compute what transformers computes."""

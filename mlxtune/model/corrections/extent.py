@@ -1,0 +1,48 @@
+"""Rows of a model that rotates by how long a row is (longrope, dynamic scaling), each computed as it would be alone.
+
+Such a model turns every position of a row otherwise once the row is longer than some limit. In a batch the padding
+counts, and the longest row decides for all; run after a prefix, the prefix is turned as the short row that it is. So
+rows within the limit keep together and are padded no further than it, longer ones are computed one by one, and no
+prefix is shared where there are any.
+"""
+
+from __future__ import annotations
+
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
+
+from mlxtune.data.dataset.batches import Batch
+from mlxtune.model.corrections.corrected import rotary_modules
+from mlxtune.model.corrections.rotary import Rotary
+
+
+def longest_alike(model: nn.Module) -> int | None:
+    """The longest row, in tokens that the model sees, whose rotation does not depend on its length; None: any."""
+    limits = []
+    for _, parent, name in rotary_modules(model):
+        module = getattr(parent, name)
+        if isinstance(module, Rotary) and module.rotation.limit is not None:
+            limits.append(module.rotation.limit)
+        elif isinstance(module, DynamicNTKScalingRoPE):
+            limits.append(module.max_position_embeddings)
+    return min(limits, default=None)
+
+
+def parts(batch: Batch, limit: int | None) -> list[Batch]:
+    """A batch in parts that hold rows of one kind. limit: as `longest_alike` says it.
+
+    A row's last token is seen by nobody, so that a row may have one token more than the limit.
+    """
+    if limit is None or batch.ids.shape[1] <= limit + 1:
+        return [batch]
+    within = np.flatnonzero(batch.lengths <= limit + 1)
+    sets = [within] if len(within) else []
+    sets += [np.array([row]) for row in np.flatnonzero(batch.lengths > limit + 1)]
+    return [_narrowed(batch, rows, limit + 1 if rows is within else 0) for rows in sets]
+
+
+def _narrowed(batch: Batch, rows: np.ndarray, most: int) -> Batch:
+    """Some rows of a batch, padded to `most` tokens or, for 0, to the longest of them."""
+    width = most or int(batch.lengths[rows].max())
+    return Batch(batch.rows[rows], batch.ids[rows, :width], batch.lengths[rows], batch.mask[rows, :width])

@@ -1,0 +1,46 @@
+"""What a block hands on to a later pass over the same beginning: its keys and values, still in the graph.
+
+Legend: B rows, N queries, P prefix tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+
+
+class PrefixCache:
+    """One layer's keys and values: recorded in the prefix pass, put before the suffixes' own in the second pass.
+
+    Not a cache that grows: `offset` is set from outside between the passes. It has no length and no truth value,
+    because mlx-lm asks `if cache`. Windowed layers keep all prefix keys too; their masks choose.
+    """
+
+    def __init__(self, state: list[mx.array] | None = None, offset: int = 0) -> None:
+        self.state = state or []  # [keys, values] of the prefix, [1, heads, P, width] each; empty in the first pass
+        self.offset = offset
+        self.recorded: list[mx.array] = []
+        self._fetched: tuple[mx.array, mx.array] | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if not self.state:
+            self.recorded = [keys, values]
+            self._fetched = keys, values
+            return self._fetched
+        rows = keys.shape[0]
+        before = [mx.broadcast_to(array, (rows, *array.shape[1:])) for array in self.state]
+        self._fetched = mx.concatenate([before[0], keys], axis=2), mx.concatenate([before[1], values], axis=2)
+        return self._fetched
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What the last layer that has its own fetched, for those that share it (Gemma 3n)."""
+        assert self._fetched is not None
+        return self._fetched
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        """N queries at positions offset .. offset + N - 1 over offset + N keys; "causal" is aligned bottom right."""
+        if return_array or (window_size is not None and self.offset + N > window_size):
+            return create_causal_mask(N, self.offset, window_size=window_size)
+        return "causal"
