@@ -134,8 +134,9 @@ def test_the_checkout_and_the_wheel_find_the_same_recipes(site: Path) -> None:
     assert resolve.recipe_names() == names
     script = "from mlxtune.config import resolve\nprint(resolve.recipe_folder(), *resolve.recipe_names(), sep='\\n')"
     assert _installed(site, "-c", script).splitlines() == [str(site / "mlxtune" / "configs"), *names]
-    load = "import sys\nfrom mlxtune.config.resolve import load\nfor name in sys.argv[1:]:\n    print(load(name).to_yaml())"
-    assert _installed(site, "-c", load, *names) == "\n".join(resolve.load(name).to_yaml() for name in names).strip()
+    show = "import sys\nfrom mlxtune.config.resolve import load\nfor name in sys.argv[1:]:\n    "
+    show += "print(load(name).to_yaml())"
+    assert _installed(site, "-c", show, *names) == "\n".join(resolve.load(name).to_yaml() for name in names).strip()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
