@@ -21,7 +21,6 @@ from mlxtune.data.files import Bad, raw_rows
 from mlxtune.data.records import Record
 from mlxtune.data.template import Template, TemplateError
 from mlxtune.errors import UserError
-from mlxtune.yaml_text import parse_yaml
 
 
 @pytest.fixture
@@ -119,22 +118,6 @@ def test_an_address_is_looked_for_in_a_megabyte_without_looking_twice(text: str)
 def test_addresses_are_found_as_before(text: str, found: str | None) -> None:
     match = lint.EMAIL.search(text)
     assert (match and match[0]) == found
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["a: &x [1]\nb: *x\n", "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "&a [*a]\n", "a: &a {b: *a}\n"],
-)
-def test_an_alias_in_a_configuration_is_refused_with_its_line(text: str, tmp_path: Path) -> None:
-    line = next(number for number, one in enumerate(text.splitlines(), 1) if "*" in one)
-    with pytest.raises(UserError, match=rf"^c\.yaml line {line}: not valid YAML \(the alias \*\w; write the value out"):
-        parse_yaml(text, "c.yaml")
-    assert parse_yaml("a: '*x'\nb: 1 * 2\n", "c.yaml") == {"a": "*x", "b": "1 * 2"}
-
-
-def test_a_configuration_nested_without_end_is_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("[" * 20_000)
-    tiny.one_clear_line(tiny.mlxtune("train", "-c", tmp_path / "c.yaml", "--dry-run"), "nested too deeply")
 
 
 def test_memory_is_measured_in_the_unit_of_this_system() -> None:
