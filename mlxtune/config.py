@@ -8,7 +8,6 @@ names its nearest neighbour; a key whose value could have no effect is one too.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from importlib import resources
@@ -17,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mlxtune.errors import UserError
+from mlxtune.errors import UserError, nearest
 from mlxtune.sections import DataSection, FastSection, LoraSection, ModelSection, Section, TrainSection
 from mlxtune.yaml_text import LARGEST, Document, parse_yaml, write_yaml
 
@@ -160,8 +159,8 @@ def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     first, messages = same[0], dict.fromkeys(problem["msg"] for problem in same)
     if first["type"] in ("extra_forbidden", "invalid_key"):
-        nearest = nearest_key(key)
-        hint = f"Did you mean {nearest}?" if nearest else f"Sections: {', '.join(Config.model_fields)}."
+        near = nearest_key(key)
+        hint = f"Did you mean {near}?" if near else f"Sections: {', '.join(Config.model_fields)}."
         return f"{where}unknown key {key}{more}", hint
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
@@ -182,4 +181,4 @@ def nearest_key(key: str) -> str:
     name = key.rpartition(".")[2]
     moved = [other for other in KEYS if other.endswith(f".{name}")]
     meant = [other for other, text in KEYS.items() if "_" in name and name.replace("_", " ") in text]
-    return next(iter(moved or meant or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)), "")
+    return next(iter(moved or meant), "") or nearest(key, KEYS, 0.5)

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mlxtune_convert.sizes import size
+
 import mlxtune
 from mlxtune import backend, host
 
@@ -29,9 +31,9 @@ def examine() -> tuple[dict[str, str], list[str]]:
         "python": f"{platform.python_version()} ({platform.machine()})",
         "system": _system(),
         "chip": backend.chip(),
-        "memory": f"{backend.memory_bytes() / backend.GIB:.1f} GiB",
+        "memory": size(backend.memory_bytes()),
         "device": device,
-        "free disk": f"{free / backend.GIB:.1f} GiB",
+        "free disk": size(free),
         "power": "plugged in, or no battery" if battery is None else f"battery, {battery}%",
     }
     if sys.platform == "darwin":  # elsewhere mlxtune neither holds off sleep nor asks for such a mode
@@ -44,7 +46,7 @@ def examine() -> tuple[dict[str, str], list[str]]:
         advice.append(f"other programs hold models in memory ({host.listed(held)}): unload them before training")
     working_set = mx.device_info().get("max_recommended_working_set_size")
     if working_set:
-        facts["working set"] = f"{int(working_set) / backend.GIB:.1f} GiB"
+        facts["working set"] = size(int(working_set))
     if device == "cpu":
         facts["BLAS"] = blas or "MLX's own (slow)"
         if sys.platform == "linux" and not blas:

@@ -41,8 +41,8 @@ def test_a_line_longer_than_any_text_is_a_bad_row_and_the_next_one_is_read(encod
     first, long, third, last = raw_rows(path)
     assert first == (1, {"text": "b"}) and third == (3, {"text": "b"})
     assert [(bad.row, bad.reason) for bad in (long, last) if isinstance(bad, Bad)] == [
-        (2, "longer than 1 MiB"),
-        (4, "longer than 1 MiB"),
+        (2, "longer than 1.05 MB"),
+        (4, "longer than 1.05 MB"),
     ]
 
 

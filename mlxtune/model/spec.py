@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from dataclasses import replace
@@ -11,7 +10,7 @@ import mlx.nn as nn
 from mlxtune_convert import adapters
 from mlxtune_convert.adapters import ADAPTER_FILE, OWN_FILE
 
-from mlxtune.errors import UserError
+from mlxtune.errors import UserError, did_you_mean
 from mlxtune.model.layers import EMBEDDING, LINEAR, SWITCH, own_parameters
 from mlxtune.model.shared_keys import UNUSED, shares
 from mlxtune.sections import LoraSection
@@ -51,10 +50,9 @@ def _matching(option: str, name: str, available: list[str]) -> list[str]:
     matched = [path for path in available if path == name or path.endswith("." + name)]
     if not matched:
         names = sorted({path.rsplit(".", 1)[-1] for path in available})
-        near = difflib.get_close_matches(name, names, n=1)
         raise UserError(
             f"{option}: no linear layer is called {name!r}",
-            (f"Did you mean {near[0]}? " if near else "") + f"This model has: {', '.join(names)}.",
+            did_you_mean(name, names, "This model has"),
         )
     return matched
 

@@ -36,7 +36,7 @@ def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None, 
     from huggingface_hub import ModelCardData
 
     base = base if REPO.fullmatch(base) else ""  # a name that a stranger's file gave may be any text
-    facts = {"library_name": kind, "tags": ["mlxtune", "lora"], "license": licence or "unknown"}
+    facts: dict[str, Any] = {"library_name": kind, "tags": ["mlxtune", "lora"], "license": licence or "unknown"}
     if base:
         facts["base_model"] = base
     head = ["---", ModelCardData(**facts).to_yaml(original_order=list(facts))]
@@ -80,7 +80,7 @@ def licence_of(folder: Path) -> str:
     if not REGEX_YAML_BLOCK.search(text):  # the library would print a warning
         return ""
     try:
-        licence = ModelCard(text, ignore_metadata_errors=True).data.license
+        licence = ModelCard(text, ignore_metadata_errors=True).data.get("license")
     except Exception:  # the YAML, its nesting, keys that are no names: whatever the library trips over
         return ""
     return licence if isinstance(licence, str) and LICENCE.fullmatch(licence) else ""
