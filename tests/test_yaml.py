@@ -120,3 +120,6 @@ def test_a_file_without_end_is_refused_before_it_is_parsed(tmp_path: Path) -> No
     message = rf"c\.yaml: too large for a configuration \(more than {LARGEST:,} characters\)"
     with pytest.raises(UserError, match=message):
         resolve.load(tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(f"# {'ö' * LARGEST}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        resolve.load(tmp_path / "c.yaml")

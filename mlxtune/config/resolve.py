@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mlxtune.config.schema import DataSection, FastSection, LoraSection, ModelSection, Section, TrainSection
-from mlxtune.config.yaml_text import LARGEST, Document, parse_yaml, write_yaml
+from mlxtune.config.yaml_text import LARGEST, Document, parse_yaml, too_large, write_yaml
 from mlxtune.errors import UserError, nearest
 
 EITHER = (("train.steps", "train.epochs"), ("train.batch_rows", "train.batch_tokens"), ("data.path", "data.sources"))
@@ -106,7 +106,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's sections, and where each of its keys stands."""
     try:
         with path.open("rb") as file:
-            text = file.read(4 * LARGEST + 1).decode("utf-8")  # a letter has up to four bytes
+            raw = file.read(4 * LARGEST + 1)  # a letter has up to four bytes
+        if len(raw) > 4 * LARGEST:
+            raise too_large(str(path))
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
     except OSError as error:

@@ -141,7 +141,7 @@ def parse_yaml(text: str, source: str, key: str = "") -> Document:
     Raises UserError, which names the line where there is one.
     """
     if len(text) > LARGEST:
-        raise UserError(f"{source}: too large for a configuration (more than {LARGEST:,} characters)")
+        raise too_large(source)
     yaml = YAML(typ="safe", pure=True)
     yaml.Resolver, yaml.Composer = _Reading, _Composer
     yaml.max_depth = DEEPEST
@@ -159,6 +159,10 @@ def parse_yaml(text: str, source: str, key: str = "") -> Document:
         where = f"{source} line {mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}: not valid YAML ({problem})") from error
+
+
+def too_large(source: str) -> UserError:
+    return UserError(f"{source}: too large for a configuration (more than {LARGEST:,} characters)")
 
 
 def _walk(node: Node, key: str, source: str, document: Document) -> None:
