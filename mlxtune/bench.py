@@ -132,7 +132,7 @@ def compare(
 def _child(who: str, file: str, count: int) -> Measured:
     """The rows are those of the first steps of our plan for the whole data: batched as in a real run."""
     settings = resolve.load(file)
-    fast_ways.refuse_idle(settings)
+    fast_ways.refuse_useless_grouping(settings)
     data, settings = session.read_data(settings)
     plan = Plan(data.train, settings.train, settings.data.group_by_prefix)
     rows, steps = 0, 0
@@ -168,7 +168,7 @@ def _ours(settings: Config, data: session.Data, steps: int) -> Measured:
     mx.clear_cache()
     mx.reset_peak_memory()
     first = 0.0
-    if backend.compiles():
+    if backend.policy().compiled:
         first = sum(step(number)["seconds"] for number in range(1, steps + 1))
         for number in range(1, steps + 1):  # what came once is compiled now
             step(number)
@@ -178,7 +178,7 @@ def _ours(settings: Config, data: session.Data, steps: int) -> Measured:
         events = [step(number) for number in range(1, steps + 1)]
     peak = mx.get_peak_memory()
     seconds = sum(event["seconds"] for event in events)
-    lengths = [0 if way.prefix is None else prefix.usable(batch, way.prefix) for batch in batches]
+    lengths = [0 if way.prefix is None else prefix.length_for_batch(batch, way.prefix) for batch in batches]
     saved = sum(length * (len(batch.rows) - 1) for length, batch in zip(lengths, batches, strict=True))
     padded = sum(batch.ids.size - len(batch.rows) for batch in batches)
     trunk, head = _elements(job.model, way)
@@ -295,7 +295,7 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
     def warmed(**options: Any) -> Iterator[Any]:
         found = list(trainer.iterate_batches(**{**options, "loop": False}))
         seen.extend(found)
-        yield from found if backend.compiles() else [max(found, key=lambda batch: batch[0].size)]
+        yield from found if backend.policy().compiled else [max(found, key=lambda batch: batch[0].size)]
         yield from found
 
     class Clock(TrainingCallback):
@@ -308,7 +308,7 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
     with tempfile.TemporaryDirectory() as folder:
         arguments = trainer.TrainingArgs(
             batch_size=rows,
-            iters=steps + (steps if backend.compiles() else 1),
+            iters=steps + (steps if backend.policy().compiled else 1),
             steps_per_report=1,
             steps_per_save=10**9,
             max_seq_length=settings.data.max_tokens,
@@ -337,7 +337,7 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
         device=_device(loaded.dtype),
         waits=waited.count("eval") / len(Clock.seconds),  # the others are its reports', and not timed
         queued=backend.policy().queued,
-        first_seconds=sum(Clock.seconds[:steps]) if backend.compiles() else 0.0,
+        first_seconds=sum(Clock.seconds[:steps]) if backend.policy().compiled else 0.0,
         limits=THEIRS,
     )
 

@@ -103,7 +103,7 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     if folder is not None:
         tuning.require_free(folder)
     loggers.require(config.train.loggers)
-    fast_ways.refuse_idle(config)
+    fast_ways.refuse_useless_grouping(config)
     data, config = session.read_data(config)
     config, memory, notes = tuning.memory_plan(config, data)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.compute.head import Split
-from mlxtune.compute.loss import chunks, place, supervised_rows
+from mlxtune.compute.loss import chunks, inputs_of, supervised_outputs
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.model.arrays import scalar
 from mlxtune.model.corrections import extent
@@ -46,14 +46,14 @@ def score(
 ) -> Score:
     """Score a model on batches. Legend: N supervised positions, D width, V vocabulary.
 
-    shared: as in `place`; between: called before each batch, and may raise to break off.
+    shared: as in `inputs_of`; between: called before each batch, and may raise to break off.
     """
     loss_sum, tokens, correct = 0.0, 0, 0
     limit = extent.longest_alike(model)
     for alike in (part for batch in batches for part in extent.parts(batch, limit)):
         between()
-        placed = place(alike, shared)
-        rows, targets = supervised_rows(model, split, placed), placed.targets
+        inputs = inputs_of(alike, shared)
+        rows, targets = supervised_outputs(model, split, inputs), inputs.targets
         mx.eval(rows)  # else every chunk below would hold the whole trunk's graph
         for chunk in chunks(rows, rows.shape[-1] if split is None else split.vocabulary):
             part, wanted = rows[chunk], targets[chunk]

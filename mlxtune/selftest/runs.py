@@ -132,7 +132,7 @@ def _computed(folder: Path) -> str:
 def _left_out(folder: Path) -> str:
     """What a run on this model should have used, and found wrong itself: it proves each way before it takes it."""
     wanted = [fast_ways.describe(Way(split=Split(nn.Module(), ""))), "the shared prefix of "]
-    if backend.compiles():
+    if backend.policy().compiled:
         wanted.append(fast_ways.describe(Way(compiled=True)))
     missing = [what for what in wanted if what not in _computed(folder)]
     refused = next((note for note in _notes(folder) if note.startswith("not used")), "")

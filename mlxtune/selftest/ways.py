@@ -59,7 +59,7 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
 
     def plain() -> Sums:
         with computing_on_cpu():
-            return proof.plainly(with_adapter(kind, base, mx.float32, train_also), rows)
+            return proof.plain_sums(with_adapter(kind, base, mx.float32, train_also), rows)
 
     wanted = shop.once(("plain", kind, base, train_also), plain)
     model = shop.once(("model", kind, dtype, train_also), lambda: with_adapter(kind, base, dtype, train_also))
@@ -67,7 +67,7 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
     if way and not ways[way]:
         raise NotHere(_why_not(way, dtype))
     chosen = ways[way] if way else [each for group in ways.values() for each in group]
-    return judged({fast_ways.describe(each): proof.gradients(model, each, rows) for each in chosen}, wanted, dtype)
+    return judged({fast_ways.describe(each): proof.sums_of(model, each, rows) for each in chosen}, wanted, dtype)
 
 
 def judged(found: dict[str, Sums], wanted: Sums, dtype: mx.Dtype) -> Found:
@@ -89,7 +89,7 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
     split = Split.of(model, ids)
     if split is None:
         raise RuntimeError("the head cannot be run apart from the trunk")
-    length = prefix.usable(rows, prefix.shared(rows))
+    length = prefix.length_for_batch(rows, prefix.shared_by_batch(rows))
     plain = Way(head_trained=split.head_is_trained(model, split.hidden(ids)[0, -1:]))
     head, shared = replace(plain, split=split), replace(plain, prefix=length)
     alone = {
@@ -98,7 +98,7 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
         PREFIX: [shared],
         CHECKPOINTED: [replace(plain, recompute=1), replace(plain, recompute=2)],
         POWERS: [replace(head, powers=True)] if linux_cpu.worth_it() and dtype == mx.float32 else [],
-        COMPILED: [replace(head, compiled=True)] if backend.compiles() else [],
+        COMPILED: [replace(head, compiled=True)] if backend.policy().compiled else [],
     }
     powers = [False, True] if alone[POWERS] else [False]
     compiled = [False, True] if alone[COMPILED] else [False]

@@ -34,8 +34,8 @@ def choose(
 
     Raises UserError when not even the plain way fits the memory.
     """
-    wanted, notes = fast_ways.wanted(given.model, rows.examples, config)
-    search = _Search(given, config, rows, fast_ways.in_order(wanted), proving)
+    wanted, notes = fast_ways.fastest_way(given.model, rows.examples, config)
+    search = _Search(given, config, rows, fast_ways.ways_to_try(wanted), proving)
     number = 0
     while True:
         number, found = search.first_from(number)
@@ -76,7 +76,7 @@ class _Search:
 
     def _fitted(self, way: Way, checkpoints: bool) -> Fitted:
         try:
-            return fit_memory.fitted(self.given, way, self.config, self.rows, checkpoints)
+            return fit_memory.fit(self.given, way, self.config, self.rows, checkpoints)
         except UserError as error:
             if not self.refused:
                 raise
@@ -111,7 +111,7 @@ class _Search:
     def _proven(self, run: Fitted, room: Room) -> Verdict:
         grouped = self.config.data.group_by_prefix
         batch = proof.rows_for(self.rows.examples, run.way, grouped, room.tokens)
-        verdict = proof.of(self.given.model, run.way, batch, self.given.dtype, room)
+        verdict = proof.prove(self.given.model, run.way, batch, self.given.dtype, room)
         window, width = fit_memory.window_of(self.given.model_config), batch.ids.shape[1]
         if not verdict.wrong and width <= window < lengths_of(self.rows.examples).max():
             unseen = f"the proof's rows end after {width} tokens, for memory: a window of {window} is not proven"

@@ -185,7 +185,7 @@ class StepFunction:
             for before in range(self._known + 1, number):
                 for batch in self.job.ranks.share(self.job.plan.step(before)):
                     for part in self._parts(batch):
-                        self._gradients.note(part)
+                        self._gradients.count_use(part)
         self._known = max(self._known, number)
 
     def _parts(self, batch: Batch) -> list[Batch]:

@@ -67,9 +67,9 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     cast(model, dtype)
     lora.attach(model, _spec(config, model), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
-    way = fast_ways.hoped(model, data.train, config)
+    way = fast_ways.expected_way(model, data.train, config)
     given = Given(model, model_config, dtype, fit_memory.limit_of(config.train), floats.narrower(own, dtype))
-    found = fit_memory.fitted(given, way, config, plan)
+    found = fit_memory.fit(given, way, config, plan)
     if isinstance(found.memory, Memory):
         return found.config, found.memory, said + found.notes
     return found.config, None, said + (found.notes or [found.memory.note])
@@ -101,7 +101,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
         # Rank 0's word counts: the others may be on machines that have no run folder.
         config = Config.model_validate_json(ranks.tell(anchored(config).model_dump_json()))
         loggers.require(config.train.loggers)
-        fast_ways.refuse_idle(config)
+        fast_ways.refuse_useless_grouping(config)
         if config.train.keep_awake == "auto":  # on every machine: one that sleeps stops the others
             stack.enter_context(surroundings.kept_awake())
         notes: list[str] = []
