@@ -180,7 +180,8 @@ def test_a_check_does_not_see_the_bug_of_another(planted: Any, tmp_path: Path, m
 
 def test_what_computes_wrongly_when_it_is_compiled_is_seen(tmp_path: Path, monkeypatch: Patch) -> None:
     """As on a GPU, with a compiler that leaves functions as they are; the targets that fill one up count as others."""
-    monkeypatch.setattr(backend, "compiles", lambda: True)
+    policy = replace(backend.policy(), compiled=True)
+    monkeypatch.setattr(backend, "policy", lambda: policy)
     monkeypatch.setattr(mx, "compile", lambda function: function)
     assert outcome("compiled, float32", Workshop(tmp_path)).status == "ok"
     real = loss.inputs_of

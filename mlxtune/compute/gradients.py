@@ -4,7 +4,7 @@ On Metal and CUDA the whole computation is compiled: MLX fuses its small kernels
 every signature (shapes of ids and targets, length of the prefix). A compiled graph takes some 0.5 MB a block, and
 compiling it seven times as long as building it once. So signatures are few: batches have few widths, targets are filled
 up with some that weigh nothing, what is used once is not compiled, and of the others the ones used last are kept, as
-many as `memory.kept_signatures` lets. On the CPU, compiling would start a C++ compiler for every kernel.
+many as `prediction.kept_signatures` lets. On the CPU, compiling would start a C++ compiler for every kernel.
 """
 
 from __future__ import annotations

@@ -48,11 +48,11 @@ def checks() -> list[Check]:
 
 @dataclass(frozen=True)
 class Made:
-    """A finished run. base: the model that it was trained on; folder: what the run left."""
+    """A finished run."""
 
-    base: Path
-    folder: Path
-    config: config.Config
+    base: Path  # folder of the model that it was trained on
+    folder: Path  # what the run left
+    config: config.Config  # the run's, as it was resolved
 
 
 def base(shop: Workshop, dtype: mx.Dtype) -> Path:

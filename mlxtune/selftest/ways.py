@@ -37,11 +37,10 @@ BASES = {mx.float32: mx.bfloat16, mx.float16: mx.float16, mx.bfloat16: mx.bfloat
 
 
 def checks() -> list[Check]:
-    found = [
-        Check(GROUP, f"{way}, {dtype_name(dtype)}", partial(_check, "llama", dtype, (), way))
-        for dtype in LIMITS
-        for way in WAYS
-    ]
+    found = []
+    for dtype in LIMITS:
+        for way in WAYS:
+            found.append(Check(GROUP, f"{way}, {dtype_name(dtype)}", partial(_check, "llama", dtype, (), way)))
     for name, kind, train_also in (
         ("a trained head", "llama", ("head",)),
         ("attention in windows", "gemma3_text", ()),
@@ -102,20 +101,20 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
     }
     powers = [False, True] if alone[POWERS] else [False]
     compiled = [False, True] if alone[COMPILED] else [False]
-    all_ways = [
-        replace(plain, split=apart, prefix=once, recompute=blocks, powers=of_two, compiled=as_one)
-        for apart, once, blocks, of_two, as_one in product([None, split], [None, length], [0, 1], powers, compiled)
-    ]
     known = [way for group in alone.values() for way in group]
-    # As in a run: powers with a fast way, compiled with the head apart.
-    together = [
-        way
-        for way in all_ways
-        if way not in known
-        and (way.split is not None or not way.compiled)
-        and (way.split is not None or way.prefix is not None or not way.powers)
-    ]
+    together = []
+    for apart, once, blocks, of_two, as_one in product([None, split], [None, length], [0, 1], powers, compiled):
+        way = replace(plain, split=apart, prefix=once, recompute=blocks, powers=of_two, compiled=as_one)
+        if way not in known and _in_a_run(way):
+            together.append(way)
     return {**alone, TOGETHER: together}
+
+
+def _in_a_run(way: Way) -> bool:
+    """Whether a run may take a way: compiled with the head apart, powers of two with a fast way."""
+    if way.compiled and way.split is None:
+        return False
+    return way.split is not None or way.prefix is not None or not way.powers
 
 
 def _why_not(way: str, dtype: mx.Dtype) -> str:

@@ -49,7 +49,7 @@ class Blank:
     """In place of an array whose numbers do not matter."""
 
     shape: tuple[int, ...]  # lengths of its axes
-    dtype: mx.Dtype
+    dtype: mx.Dtype  # of its numbers
 
     def zeros(self) -> mx.array:
         """An array of that shape; it is never computed."""
@@ -60,7 +60,7 @@ class Blank:
 class Called:
     """What is known of a block's call."""
 
-    cost: Cost
+    cost: Cost  # in bytes
     out: Any  # what it gave, with a Blank for each array
     recorded: list[list[Blank]]  # keys and values that each of its caches recorded
 

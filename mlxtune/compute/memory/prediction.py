@@ -21,7 +21,7 @@ Legend: B rows, T tokens, N targets, C rows of a chunk, D width, V vocabulary; a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -73,10 +73,10 @@ class Memory:
     """Bytes, by what takes them at the predicted peak; `total` is the peak. What belongs to another moment is 0."""
 
     weights: int  # of the base
-    adapter: int
+    adapter: int  # what trains
     optimizer: int  # two moments and the gradients
     activations: int  # what blocks keep, and need where the peak is in one
-    head_chunk: int
+    head_chunk: int  # the logits of a chunk, and the hidden rows that go with them
     dense_copies: int  # of quantized matrices, on the CPU
     update: int  # the next adapter and moments, where the peak is there
     graphs: int = 0  # compiled graphs, in the host's memory, so not in the total
@@ -182,29 +182,8 @@ def predict(
     except Exception as error:  # whatever a model's own code raises
         lines = str(error).splitlines() or [""]
         return NotPredicted(f"{type(error).__name__}: {lines[0]}")
-    in_head, in_block = 0, 0
-    if options.device.kind == "cpu":
-        in_head, in_block = _dense(model, vocabulary)
-    # The embeddings, which the first block keeps.
-    held = options.item * shape.tokens * width
-    if options.device.powers:
-        held += FULL * shape.width**2  # the causal mask, which `linux_cpu` keeps at hand
-    moments = [_Moment()]
-    for place, costs in enumerate(calls):
-        checkpointed = options.recompute > 0 and place % options.recompute == 0
-        before = held
-        forward = max((cost.forward for cost in costs), default=0)
-        moments.append(_Moment(activations=before + forward, dense_copies=in_block))
-        if checkpointed:
-            held += sum(cost.given for cost in costs)
-            backward = before + max((_back(cost, cost.again, options) for cost in costs), default=0)
-        else:
-            held += sum(cost.kept for cost in costs)
-            backward = held + max((_back(cost, cost.back, options) for cost in costs), default=0)
-        moments.append(_Moment(activations=backward, dense_copies=in_block))
-    chunk = _head_chunk(shape, options, width, vocabulary)
-    moments.append(_Moment(activations=held, head_chunk=chunk, dense_copies=in_head))
     trainable = sum(array.nbytes for array in named(model.trainable_parameters()).values())
+    moments = [_Moment(), *_in_blocks_and_head(model, calls, shape, options, width, vocabulary)]
     if options.updates:
         moments.append(_Moment(update=NEXT_STATE * trainable))
     peak = max(moments, key=sum)
@@ -222,6 +201,36 @@ def predict(
         graphs=graphs,
         by_token=by_token,
     )
+
+
+def _in_blocks_and_head(
+    model: nn.Module,
+    calls: list[list[Cost]],
+    shape: StepSizes,
+    options: RunOptions,
+    width: int,
+    vocabulary: int,
+) -> Iterator[_Moment]:
+    """Every block on its way forward and back, then a chunk of the head. calls: what the calls of each block cost."""
+    in_head, in_block = 0, 0
+    if options.device.kind == "cpu":
+        in_head, in_block = _dense(model, vocabulary)
+    held = options.item * shape.tokens * width  # the embeddings, which the first block keeps
+    if options.device.powers:
+        held += FULL * shape.width**2  # the causal mask, which `linux_cpu` keeps at hand
+    for place, costs in enumerate(calls):
+        before = held
+        forward = max((cost.forward for cost in costs), default=0)
+        yield _Moment(activations=before + forward, dense_copies=in_block)
+        if options.recompute and place % options.recompute == 0:  # it is checkpointed
+            held += sum(cost.given for cost in costs)
+            backward = before + max((_back(cost, cost.again, options) for cost in costs), default=0)
+        else:
+            held += sum(cost.kept for cost in costs)
+            backward = held + max((_back(cost, cost.back, options) for cost in costs), default=0)
+        yield _Moment(activations=backward, dense_copies=in_block)
+    chunk = _head_chunk(shape, options, width, vocabulary)
+    yield _Moment(activations=held, head_chunk=chunk, dense_copies=in_head)
 
 
 def _head_chunk(shape: StepSizes, options: RunOptions, width: int, vocabulary: int) -> int:
