@@ -289,9 +289,11 @@ def _written(
 
 def _way_before(out: Path) -> str:
     """How the run in `out` was computed so far, in words; "": nobody knows."""
-    if not (out / EVENTS_FILE).is_file():
+    try:
+        happened = read_events(out) if (out / EVENTS_FILE).is_file() else []
+    except ValueError:  # somebody changed the file; what is written from now on can be read
         return ""
-    return next((event["computed"] for event in reversed(read_events(out)) if "computed" in event), "")
+    return next((str(event["computed"]) for event in reversed(happened) if "computed" in event), "")
 
 
 def _spec(config: Config, model: nn.Module) -> lora.Spec:

@@ -85,18 +85,20 @@ def away(
 
 
 def test_a_runs_own_dataset_is_fetched_only_when_it_is_named_and_is_then_found_here(
-    away: Away, mlx_model: Path, run: Path
+    away: Away, mlx_model: Path, data: Path
 ) -> None:
-    """Scored on the same rows as where the data lies in a folder."""
-    words = ("eval", "--model", mlx_model, "--adapter")
-    away.configure(data__path=ROWS)
-    said = away.refused(*words, away.run, "--json")
+    """Scored on the same rows, those that the run held out, as where the data is a file."""
+    words = ("eval", "--model", mlx_model, "--adapter", away.run, "--json")
+    del away.hub.repos[f"datasets/{ROWS}"].files["valid.jsonl"]
+    away.configure(data__path=ROWS, data__cap=15, data__valid_fraction=0.4)
+    said = away.refused(*words)
     assert f"{ROWS}, a dataset of the hub" in said and f"name it: --data {ROWS}" in said
-    named, _ = away.mlxtune(*words, away.run, "--json", "--data", ROWS)
+    named, _ = away.mlxtune(*words, "--data", ROWS)
     assert [request for request in away.hub.requests if request.path.endswith("/train.jsonl")]
-    again, _ = away.mlxtune(*words, away.run, "--json")
+    again, _ = away.mlxtune(*words)
     assert not away.hub.requests
-    here, _ = away.mlxtune(*words, run, "--json")
+    away.configure(data__path=str(data / "train.jsonl"))
+    here, _ = away.mlxtune(*words)
     assert json.loads(named) == json.loads(again) == json.loads(here)
 
 

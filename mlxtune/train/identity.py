@@ -52,6 +52,15 @@ class Identity:
         mlx = f"{version('mlx')} on {backend.kind()}"
         return cls(flat, train, valid, of_model(model), mlx, backend.multiplies())
 
+    @classmethod
+    def of_saved(cls, saved: dict[str, Any]) -> Identity:
+        """As a checkpoint holds it. Raises TypeError for what is none."""
+        found = cls(**saved)
+        texts = (found.train, found.valid, found.model, found.mlx, found.blas)
+        if not isinstance(found.config, dict) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("no identity of a run")
+        return found
+
     def without_places(self) -> dict[str, Any]:
         """The configuration as others may see it: of a path only its last name, of a hub id all."""
         return {key: _last_name(value) if key in PLACES else value for key, value in self.config.items()}
