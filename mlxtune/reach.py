@@ -40,14 +40,16 @@ def keys_named(settings: tuple[str, ...], flags: Mapping[str, Any]) -> set[str]:
     return by_set | {key for key, value in flags.items() if value is not None}
 
 
-def resumed(config: Config, file: str, named: Collection[str]) -> LocalOnly:
-    """What is only looked up here when a run goes on. file: the run's own configuration; named: by the command line."""
+def resumed(config: Config | None, file: str, named: Collection[str]) -> LocalOnly:
+    """What is only looked up here when a run goes on. config: None where another process will tell it; file: the run's
+    own configuration; named: the keys that the command line sets.
+    """
     model = data = ""
     if "model.path" not in named:
-        model = f"To have it fetched, name it: --model {shlex.quote(config.model.path)}"
+        model = f"To have it fetched, name it: --model {shlex.quote(config.model.path) if config else 'ID'}"
     if not set(DATA_KEYS).intersection(named):
-        data = f"To have it fetched, name it: --data {shlex.quote(config.data.path)}"
-        if config.data.sources:
+        data = f"To have it fetched, name it: --data {shlex.quote(config.data.path) if config else 'ID'}"
+        if config and config.data.sources:
             data = f"To have it fetched, name the configuration that holds it: -c {shlex.quote(file)}"
     return LocalOnly(model, data)
 

@@ -203,11 +203,12 @@ def test_a_store_that_does_not_hold_what_was_written_is_made_again(
 ) -> None:
     path, cache = texts_file(tmp_path), tmp_path / "cache"
     first = all_of(path, tokenizer, cache=str(cache))
-    wanted = shown(first, tokenizer)
+    wanted, targets = shown(first, tokenizer), first.column("targets").tolist()
     (folder,) = cache.iterdir()
     change(folder)
     again = all_of(path, tokenizer, cache=str(cache))
     assert shown(again, tokenizer) == wanted and again.highest < 320
+    assert again.column("targets").tolist() == targets
     assert store._is_whole(store._open(folder))
 
 

@@ -21,7 +21,8 @@ ENOUGH_ROWS = 32  # for codes that are not fitted to a few rows
 data_option = click.option(
     "--data",
     metavar="PATH",
-    help="Held-out rows to compare on.  [default: the run's own; without --adapter: a text that comes with mlxtune]",
+    help="Held-out rows to compare on.  [default: the run's own, never fetched from the hub; without --adapter: "
+    "a text that comes with mlxtune]",
 )
 
 

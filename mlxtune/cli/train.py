@@ -41,7 +41,8 @@ def train(
 
     Flags beat the file, the file beats the defaults. RUN/adapters.safetensors ends up as the adapter with the lowest
     validation loss. Ctrl-C finishes the step, saves, and can be resumed, as can a run whose GPU failed. On several
-    machines: mlx.launch.
+    machines: mlx.launch. What FILE, or the run that goes on, turns on beyond this machine is told first; the hub is not
+    asked for what that run alone names.
 
     \b
     mlxtune train -c quick --model model --data data
@@ -103,13 +104,15 @@ def _told(
     from mlxtune import reach, session
     from mlxtune.train.ranks import Ranks
 
-    named = reach.keys_named(settings, flags)
     local = reach.NOTHING
+    if run is None and file is None:
+        return local
+    named, first = reach.keys_named(settings, flags), Ranks.here().first
     if run is not None and file is None:
         file = str(run / session.CONFIG_FILE)
-        local = reach.resumed(config, file, named)
-    if file is not None and Ranks.here().first:
-        for line in reach.notes(config, file, named, local):
+        local = reach.resumed(config if first else None, file, named)
+    if first:
+        for line in reach.notes(config, str(file), named, local):
             common.note(line)
     return local
 

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 @click.command("eval")
 @common.model_option()
 @common.adapter_option
-@click.option("--data", metavar="PATH", help="Folder or file.  [default: the run's own data]")
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="Folder, file or hub dataset id.  [default: the run's own, never fetched from the hub]",
+)
 @common.split_option("Of a folder.  [default: valid; a file: all rows]")
 @common.json_option
 @common.settings_option
