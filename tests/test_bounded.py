@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 
 from mlxtune.data import bounded, rendering
 
 LIMIT = 10_000
-ATTACKS = [
-    "{% set ns = namespace(s='ab') %}{% for _ in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-    "{% set ns = namespace(s='ab') %}{% for _ in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "{% set ns = namespace(s=['ab']) %}{% for _ in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
-    "{% macro twice(n) %}{% if n %}{{ twice(n - 1) * 2 }}{% else %}ab{% endif %}{% endmacro %}{{ twice(14) }}",
+# What is long only when its pieces are put together.
+PIECES = [
     "{% macro many() %}{% for _ in range(99) %}{{ 'a' * 999 }}{% endfor %}{% endmacro %}{{ many() }}",
     "{% for _ in range(99) %}{{ 'a' * 999 }}{% endfor %}",
     "{% set s %}{% for _ in range(99) %}{{ 'a' * 999 }}{% endfor %}{% endset %}",
+]
+ATTACKS = [
+    "{% set ns = namespace(s='ab') %}{% for _ in range(16) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "{% set ns = namespace(s='ab') %}{% for _ in range(16) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "{% set ns = namespace(s=['ab']) %}{% for _ in range(16) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "{% macro twice(n) %}{% if n %}{{ twice(n - 1) * 2 }}{% else %}ab{% endif %}{% endmacro %}{{ twice(14) }}",
     "{{ 'a' * 99999 }}",
     "{{ 99999 * 'a' }}",
     "{{ [1] * 99999 }}",
@@ -27,7 +32,7 @@ ATTACKS = [
     "{% set l = ['a'] * 99 %}{{ ('b' * 999).join(l) }}",
     "{% set l = ['a' * 999] * 99 %}{{ l|map('upper')|join }}",
     "{{ [1]|tojson(indent=99999) }}",
-    "{{ 2 ** (2 ** 36) }}",
+    "{{ 2 ** (2 ** 20) }}",
     "{{ (2 ** 40000) * (2 ** 40000) }}",
     "{{ '%99999d' % 1 }}",
     "{{ '%*d' % (99999, 1) }}",
@@ -54,8 +59,22 @@ def printed(source: str) -> str:
     return compiled.render(messages=[{"role": "user", "content": "a b"}])
 
 
+def refused_by(source: str) -> str:
+    """The function that asked how long the text will be."""
+    with pytest.raises(bounded.TooLong, match=r"^it makes a") as caught:
+        printed(source)
+    *_, asking, _ = traceback.extract_tb(caught.value.__traceback__)
+    return asking.name
+
+
 @pytest.mark.parametrize("source", ATTACKS)
 def test_every_way_to_a_long_text_is_refused_before_it_is_made(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not when it is printed: then it is there."""
     monkeypatch.setattr(bounded, "LONGEST", LIMIT)
-    with pytest.raises(bounded.TooLong, match=r"^it makes a"):
-        printed(source)
+    assert refused_by(source) != "_concat"
+
+
+@pytest.mark.parametrize("source", PIECES)
+def test_pieces_are_not_put_together_to_a_long_text(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded, "LONGEST", LIMIT)
+    assert refused_by(source) == "_concat"

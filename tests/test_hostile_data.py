@@ -168,7 +168,8 @@ def test_a_template_that_makes_too_much_of_a_conversation_is_refused(
 ) -> None:
     if other_release:
         monkeypatch.setattr(rendering, "_compile", None)
+    what = "10,001 characters" if other_release else "a text or list of 10,001 characters"
     monkeypatch.setattr(bounded, "LONGEST", 10_000)
     tokenizer.chat_template = "{{ 'a' * 10001 }}"
-    with pytest.raises(TemplateError, match=r"makes (a text or list of )?10,001 characters"):
+    with pytest.raises(TemplateError, match=f"makes {what}"):
         Template(tokenizer).text([{"role": "user", "content": "a"}])

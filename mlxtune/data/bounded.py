@@ -237,12 +237,13 @@ def _asking_call(call: Callable[..., Any]) -> Callable[..., Any]:
     """The sandbox's way to call, where methods of texts are asked first how long their text will be."""
 
     def asking(context: Any, called: Any, /, *args: Any, **named: Any) -> Any:
-        text = getattr(called, "__self__", None)
-        if type(text) is str and called.__name__ in LENGTHS:
+        method = getattr(called, "__wrapped__", called)  # the sandbox wraps `format`
+        text = getattr(method, "__self__", None)
+        if type(text) is str and method.__name__ in LENGTHS:
             given = (*args, *named.values())
             # A text's own join takes the parts as its argument.
-            is_join = called.__name__ == "join" and len(given) == 1
-            _require(_between(given[0], text) if is_join else LENGTHS[called.__name__](text, given))
+            is_join = method.__name__ == "join" and len(given) == 1
+            _require(_between(given[0], text) if is_join else LENGTHS[method.__name__](text, given))
         return call(context, called, *args, **named)
 
     return asking
