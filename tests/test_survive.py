@@ -43,6 +43,7 @@ for line in sys.stdin:
         os._exit(0)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+sys.exit()
 """
 KILLS = 25
 
@@ -56,10 +57,7 @@ def test_a_run_killed_25_times_ends_with_the_bits_of_one_that_was_not(
     file, whole, run = (tmp_path / name for name in ("killed.yaml", "whole", "killed"))
     file.write_text(config.load(None, settings, {"model.path": str(mlx_model)}).to_yaml())
     draw, in_writing, codes = random.Random(0), 0, []
-    fixed = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # bits depend on the BLAS and its threads
-    with subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=fixed
-    ) as worker:
+    with tiny.started(file, code=WORKER, OPENBLAS_NUM_THREADS="1") as worker:  # bits depend on the BLAS's threads
         assert worker.stdin and worker.stdout
 
         def start(folder: Path) -> int:
@@ -149,7 +147,6 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_is_left(
 SLOW = """
 import sys, time
 from mlxtune.train import step
-from mlxtune.cli import main
 real = step.StepFunction.__call__
 def call(self, number):
     event = real(self, number)
@@ -158,7 +155,6 @@ def call(self, number):
         time.sleep(60)
     return event
 step.StepFunction.__call__ = call
-main(sys.argv[1:])
 """
 
 
@@ -192,7 +188,7 @@ def test_a_step_that_should_end_is_given_up_between_micro_batches(
 
 
 def test_a_second_process_on_the_same_run_is_refused(run: Path, mlx_model: Path, data: Path, tmp_path: Path) -> None:
-    with tiny.popen(sys.executable, "-c", SLOW, *options(mlx_model, data, tmp_path / "run")) as process:
+    with tiny.started(*options(mlx_model, data, tmp_path / "run"), code=SLOW) as process:
         assert process.stderr
         next(line for line in process.stderr if line.startswith("in step 4"))
         result = tiny.mlxtune("train", "--resume", "--out", tmp_path / "run")
