@@ -39,20 +39,29 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def two(folder: Path, *args: str, code: str = "") -> str:
-    """What two processes say that find each other as `mlx.launch` lets them, by a file and a number.
+def pair(folder: Path, *args: str, code: str = "") -> list[tiny.Process]:
+    """Two processes that find each other as `mlx.launch` lets them, by a file and a number.
 
     code: what each of them does first. folder: for the file.
     """
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
     fixed = {"MLX_HOSTFILE": str(hosts), "OPENBLAS_NUM_THREADS": "1"}
-    processes = [tiny.started(*args, code=code, **fixed, MLX_RANK=rank) for rank in ("0", "1")]
+    return [tiny.started(*args, code=code, **fixed, MLX_RANK=rank) for rank in ("0", "1")]
+
+
+def said_by(processes: list[tiny.Process]) -> str:
+    """What they say until they end; none of them is left running, whatever happens."""
     try:
         return "".join(text for process in processes for text in process.communicate(timeout=180))
     finally:
         for process in processes:
             process.kill()
+
+
+def two(folder: Path, *args: str, code: str = "") -> str:
+    """What such a pair says."""
+    return said_by(pair(folder, *args, code=code))
 
 
 def launched(count: int, *args: str, program: Path | None = None) -> subprocess.Popen[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import stopping
 from stopping import Stopping
-from test_ranks import finished, launched, program
+from test_ranks import pair, said_by
 from training import SETTINGS, losses, tensors
 
 from mlxtune.train import events
@@ -210,16 +210,16 @@ def test_of_two_processes_one_signal_to_either_stops_both_and_two_save_what_is_w
     run, marks = tmp_path / "run", tmp_path / "marks"
     marks.mkdir()
     waits = TWO.format(marks=marks, lasts=2 if signals == 1 else FOREVER)
-    process = launched(2, *words(mlx_model, data, run), program=program(tmp_path, waits))
+    processes = pair(tmp_path, *words(mlx_model, data, run), code=waits)
     until = time.monotonic() + 120
     while len(found := [mark.read_text() for mark in sorted(marks.iterdir())]) < 2 or not all(found):
-        assert time.monotonic() < until and process.poll() is None
+        assert time.monotonic() < until and not any(process.poll() for process in processes)
         time.sleep(0.01)
     for number in range(signals):
         for pid in found[1:] if signals == 1 else found:
             os.kill(int(pid), INT)
         time.sleep(0.3 * (1 - number))
-    said = finished(process)
+    said = said_by(processes)
     step = 4 if signals == 1 else 3
     where = "after step 4" if signals == 1 else "inside step 4, which is lost"
     assert f"stopped {where}; to go on: mlxtune train --resume --out {run}" in said, said
