@@ -144,7 +144,7 @@ def test_a_run_whose_second_process_died_is_resumed_by_one_process(
         "        os.kill(os.getpid(), signal.SIGKILL)\n    return real(self, number)\n"
         "step.StepFunction.__call__ = call\n"
     )
-    finished(launched(2, *words(mlx_model, data, run, *TWO_BATCHES), program=program(tmp_path, dies)), 60)
+    two(tmp_path, *words(mlx_model, data, run, *TWO_BATCHES), code=dies)
     state = json.loads(tiny.mlxtune("runs", run, "--json").stdout)[0]
     assert state["state"] in ("killed", "interrupted", "failed") and state["step"] < 5
     resumed = tiny.mlxtune("train", "--resume", "--out", run)
