@@ -9,6 +9,7 @@ names its nearest neighbour; a key whose value could have no effect is one too.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from importlib import resources
@@ -34,7 +35,8 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration, every key written out, as the run folder keeps it."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        known = self.model_dump(mode="json")
+        return yaml.dump(known, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 # What every dotted key means; sections have no text.

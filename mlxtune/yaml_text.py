@@ -10,6 +10,9 @@ import yaml
 
 from mlxtune.errors import UserError
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character
+BREAK = re.compile("[\n\r\x85\u2028\u2029]")  # of lines
+
 
 class Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-5` as text and `2025-01-31` as a date; people who write them mean a number and text.
@@ -24,9 +27,29 @@ class Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        text = super().construct_scalar(node)
+        if not isinstance(text, str) or not SURROGATE.search(text):
+            return text
+        try:  # JSON, which is YAML as well, writes one letter beyond U+FFFF as two of them
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            problem = "half of a character, which no text holds"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
 
 class Dumper(yaml.SafeDumper):
-    """Quotes whatever text Loader would read as a number."""
+    """Quotes whatever text Loader would read as a number. Text stays on the line of its key."""
+
+
+def _text(dumper: Dumper, text: str) -> yaml.ScalarNode:
+    node = dumper.represent_str(text)
+    if BREAK.search(text):  # only between these quotes line breaks have names
+        node.style = '"'
+    return node
+
+
+Dumper.add_representer(str, _text)
 
 
 Loader.yaml_implicit_resolvers = {

@@ -16,9 +16,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import network
+
 # Variables that may be others than the server's: those that nothing reads while it is imported, and those that
 # libraries set in the process that imports them.
-FREE = ("PYTEST_CURRENT_TEST", "COLUMNS", "TORCHINDUCTOR_CACHE_DIR", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
+FREE = ("PYTEST_CURRENT_TEST", "COLUMNS", "TERM", "TORCHINDUCTOR_CACHE_DIR", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
 _server: subprocess.Popen[str] | None = None
 _begun_in: dict[str, str] = {}  # the environment that the server has
 
@@ -39,8 +41,14 @@ def _fixed(environment: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in environment.items() if key not in FREE}
 
 
-def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """The command in a process forked by the server, without input."""
+def run(
+    command: list[str], environment: dict[str, str], terminal: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The command in a process forked by the server, without input, or on a terminal of its own. It may use the network
+    as little as it may change what it was not told to.
+    """
+    from guard import Watch  # not in the server
+
     global _server
     if _server is None:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -49,12 +57,17 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
     assert server.stdin and server.stdout
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        asked = {"command": command, "cwd": os.getcwd(), "environment": environment, "out": str(out), "err": str(err)}
+        calls = Path(folder, "calls")
+        asked = {"command": command, "cwd": os.getcwd(), "environment": environment, "terminal": terminal}
+        asked |= {"out": str(out), "err": str(err), "calls": str(calls)}
+        watch = Watch(command)
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
         answer = server.stdout.readline()
         assert answer, "the server of forked commands has ended"
-        said, told = out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
+        watch.end()
+        assert not calls.exists(), f"{calls.read_text()}by: {' '.join(command)}"
+        said, told = (file.read_text(encoding="utf-8") if terminal is None else "" for file in (out, err))
     return subprocess.CompletedProcess(command, int(answer), said, told)
 
 
@@ -67,6 +80,8 @@ def end() -> None:
 
 
 def _serve() -> None:
+    # PyTorch makes this folder when it is loaded; one that is there need not be made among the commands' files.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     import mlxtune.cli  # first, as in the command: it chooses what MLX multiplies with
 
     for name in ("tuning", "bench", "demo.story", "model.peft", "ship.gguf"):
@@ -93,12 +108,15 @@ def _become(asked: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     sys.argv = asked["command"]
-    for number, (path, flags) in enumerate(
-        [(os.devnull, os.O_RDONLY), *((asked[name], os.O_WRONLY | os.O_CREAT) for name in ("out", "err"))]
-    ):
+    streams = [(os.devnull, os.O_RDONLY), *((asked[name], os.O_WRONLY | os.O_CREAT) for name in ("out", "err"))]
+    if asked["terminal"]:
+        os.setsid()  # then the first terminal that is opened is the one whose Ctrl-C it hears
+        streams = [(asked["terminal"], os.O_RDWR)] * 3
+    for number, (path, flags) in enumerate(streams):
         opened = os.open(path, flags, 0o600)
         os.dup2(opened, number)
         os.close(opened)
+    network.forbid(asked["calls"])
 
 
 if __name__ == "__main__":

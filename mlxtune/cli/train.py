@@ -94,6 +94,8 @@ def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict
 
 def _print_plan(config: Config, folder: Path | None) -> None:
     """What would be done, without reading a weight."""
+    from rich.text import Text
+
     from mlxtune import session, tuning
     from mlxtune.data.batches import Plan
     from mlxtune.train import fast, loggers
@@ -120,4 +122,4 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     for note in notes:
         out.print(f"note: {note}")
     out.print()
-    out.print(config.to_yaml().rstrip())
+    out.print(Text(config.to_yaml().rstrip()))
