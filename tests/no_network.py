@@ -64,8 +64,10 @@ def traced(line: str, folder: Path, environment: dict[str, str]) -> tuple[int, l
     """(exit status, calls for sockets) of a command and of all processes that it begins."""
     program, *words = line.split()
     record = folder / "calls"
+    # --seccomp-bpf: the process is stopped at these calls alone, which is many times as fast.
+    tracing = ["strace", "--seccomp-bpf", "-f", "-qq", "-e", "trace=network", "-e", "signal=none", "-o"]
     done = subprocess.run(
-        ["strace", "-f", "-qq", "-e", "trace=network", "-e", "signal=none", "-o", record, PROGRAMS / program, *words],
+        [*tracing, str(record), str(PROGRAMS / program), *words],
         cwd=folder,
         env=environment,
         input="Hello\n",

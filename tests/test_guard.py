@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import guard
+import network
 import pytest
+import tiny
+from mlxtune_convert import files
 from test_layers import COMMANDS
 
 import mlxtune.cli
@@ -110,9 +116,100 @@ def test_every_output_of_a_command_is_known_to_the_guard() -> None:
     assert known == {"convert", "data convert", "train", "fuse", "export", "verify", "demo"}
 
 
+def greedy(path: Path) -> None:
+    """As files._remove, which tidies up its own temporary file, with a pattern that is too wide."""
+    for other in path.parent.glob(".*.partial-*"):
+        other.unlink()
+
+
+def careless(path: Path) -> None:
+    """As files.flush, with a copy for whoever writes it."""
+    shutil.copy(path, path.with_name("copy")) if path.is_file() else None
+
+
+BUGS = {
+    "a neighbour's file removed": ("_remove", greedy, ".theirs.partial-4711 was removed by: mlxtune data convert"),
+    "a file written beside the output": ("flush", careless, "copy was made by: mlxtune data convert"),
+    "a temporary file left": (
+        "flush",
+        lambda path: tempfile.mkdtemp(prefix="mlxtune-", dir=os.environ["TMPDIR"]),
+        " was made by: mlxtune data convert",
+    ),
+    "nothing": ("flush", files.flush, ""),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_bug_in_a_command_is_seen_on_a_run_of_it(bug: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real command, in the process of the tests, that ends well."""
+    name, wrong, expected = BUGS[bug]
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(files, name, wrong)
+    (place / ".theirs.partial-4711").write_text("theirs")
+    tiny.write_jsonl(place / "rows.jsonl", tiny.conversations(2))
+    with pytest.raises(SystemExit) as ended:
+        mlxtune.cli.main(["data", "convert", "rows.jsonl", "out.jsonl"])
+    told = guard.told()
+    assert ended.value.code == 0 and (expected in told if expected else not told), told
+    for left in Path(os.environ["TMPDIR"]).glob("mlxtune-*"):
+        shutil.rmtree(left)
+
+
 def test_commands_in_the_process_of_the_tests_are_watched_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr("mlxtune.runs.find", lambda folder: (place / "theirs/file").unlink() or [])
     with pytest.raises(SystemExit):
         mlxtune.cli.main(["runs", "theirs"])
     assert "theirs/file was removed by: mlxtune runs theirs" in guard.told()
+
+
+def test_a_command_that_the_tests_start_themselves_is_watched_too(place: Path) -> None:
+    """This one stands for mlxtune, by its name."""
+    program = place / "mlxtune"
+    program.write_text("#!/bin/sh\nrm theirs/file\n")
+    program.chmod(0o700)
+    for run in (
+        lambda words: subprocess.run(words, cwd=place),
+        lambda words: subprocess.Popen(words, cwd=place).wait(),
+    ):
+        (place / "theirs/file").write_text("again")
+        run([str(program), "runs", "theirs"])
+        assert "theirs/file was removed by: " in guard.told()
+
+
+CALLS = """
+import socket, sys
+sys.path.insert(0, sys.argv[1])
+import network
+network.forbid(sys.argv[2])
+for ask in (
+    lambda: socket.getaddrinfo("hub.example", 443),
+    lambda: socket.gethostbyname("hub.example"),
+    lambda: socket.create_connection(("127.0.0.1", 1)),
+    lambda: socket.socket(socket.AF_INET6).connect_ex(("::1", 1)),
+    lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53)),
+):
+    try:
+        ask()
+    except OSError as error:
+        assert str(error).startswith("no network: "), error
+    else:
+        raise AssertionError("it was not refused")
+one, other = socket.socketpair(socket.AF_UNIX)
+one.send(b"x")
+"""
+
+
+def test_every_way_to_the_network_is_refused_and_written_down(tmp_path: Path) -> None:
+    done = [sys.executable, "-c", CALLS, str(Path(network.__file__).parent), str(tmp_path / "calls")]
+    subprocess.run(done, check=True)
+    said = (tmp_path / "calls").read_text()
+    assert (said.count("socket.getaddrinfo of "), said.count("socket.gethostbyname of ")) == (2, 1)
+    assert "socket.connect of ('::1', 1)" in said and "socket.sendto of ('192.0.2.1', 53)" in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="commands are forked on Linux alone")
+def test_a_forked_command_that_asks_the_network_fails_its_test() -> None:
+    """A name that is no folder here is looked for on the hub."""
+    with pytest.raises(AssertionError, match=r"socket\.getaddrinfo of .* by: .*mlxtune generate"):
+        tiny.mlxtune("generate", "--model", "owner/name", "--prompt", "x")
