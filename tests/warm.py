@@ -12,17 +12,22 @@ import contextlib
 import gc
 import json
 import os
+import resource
+import select
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 # Variables that may be others than the server's: those that nothing reads while it is imported, and those that
 # libraries set in the process that imports them.
 FREE = ("PYTEST_CURRENT_TEST", "COLUMNS", "TORCHINDUCTOR_CACHE_DIR", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
+LONGEST = 600.0  # seconds
 _server: subprocess.Popen[str] | None = None
 _begun_in: dict[str, str] = {}  # the environment that the server has
 
@@ -43,8 +48,29 @@ def _fixed(environment: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in environment.items() if key not in FREE}
 
 
+@dataclass(frozen=True)
+class Measured:
+    """result: of the command; its status is a negative signal where one ended it; seconds: of a core; peak: bytes that
+    it held beyond those of the process that it was forked from; late: it did not end, and was killed.
+    """
+
+    result: subprocess.CompletedProcess[str]
+    seconds: float
+    peak: int
+    late: bool
+
+
 def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """The command in a process forked by the server, without input."""
+    return measured(command, environment).result
+
+
+def measured(
+    command: list[str], environment: dict[str, str], given: str = "", memory: int = 0, longest: float = LONGEST
+) -> Measured:
+    """The same, and what it took. The command's first word tells mlxtune-convert from mlxtune. given: its input;
+    memory: bytes beyond the server's that it may address, 0: no limit; longest: seconds until it is killed.
+    """
     global _server
     if _server is None:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -52,14 +78,18 @@ def run(command: list[str], environment: dict[str, str]) -> subprocess.Completed
     server = _server
     assert server.stdin and server.stdout
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        asked = {"command": command, "cwd": os.getcwd(), "environment": environment, "out": str(out), "err": str(err)}
+        streams = {name: Path(folder, name) for name in ("in", "out", "err")}
+        streams["in"].write_text(given, encoding="utf-8")
+        asked = {"command": command, "cwd": os.getcwd(), "environment": environment, "memory": memory}
+        asked |= {"longest": longest, **{name: str(path) for name, path in streams.items()}}
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
         answer = server.stdout.readline()
         assert answer, "the server of forked commands has ended"
-        said, told = out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8")
-    return subprocess.CompletedProcess(command, int(answer), said, told)
+        said, told = (streams[name].read_bytes().decode("utf-8", "replace") for name in ("out", "err"))
+    took = json.loads(answer)
+    status = took.pop("status")
+    return Measured(subprocess.CompletedProcess(command, status, said, told), **took)
 
 
 def end() -> None:
@@ -71,6 +101,8 @@ def end() -> None:
 
 
 def _serve() -> None:
+    import mlxtune_convert.cli
+
     import mlxtune.cli  # first, as in the command: it chooses what MLX multiplies with
 
     for name in ("tuning", "bench", "demo.story", "model.peft", "ship.gguf"):
@@ -84,12 +116,32 @@ def _serve() -> None:
     gc.freeze()  # a forked process need not look at, and so copy, what was imported
     for line in sys.stdin:
         asked = json.loads(line)
+        before = _resident()
         child = os.fork()
         if child == 0:
             _become(asked)
-            _leave_after(mlxtune.cli.main)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            other = Path(asked["command"][0]).name == "mlxtune-convert"
+            _leave_after(mlxtune_convert.cli.main if other else mlxtune.cli.main)
+        late = not _ends(child, asked["longest"])
+        _, status, usage = os.wait4(child, 0)
+        took = {"seconds": usage.ru_utime + usage.ru_stime, "peak": max(0, usage.ru_maxrss * 1024 - before)}
+        print(json.dumps({"status": os.waitstatus_to_exitcode(status), "late": late, **took}), flush=True)
     os._exit(0)
+
+
+def _resident() -> int:
+    """Bytes that this process holds, with which one that it forks begins."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _ends(child: int, longest: float) -> bool:
+    """Wait for a process, `longest` seconds; one that does not end is killed."""
+    handle = os.pidfd_open(child)
+    ended, _, _ = select.select([handle], [], [], longest)
+    os.close(handle)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+    return bool(ended)
 
 
 def _leave_after(main: Callable[[], Any]) -> NoReturn:
@@ -117,8 +169,11 @@ def _become(asked: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     sys.argv = asked["command"]
+    if asked["memory"]:
+        own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (own + asked["memory"],) * 2)
     for number, (path, flags) in enumerate(
-        [(os.devnull, os.O_RDONLY), *((asked[name], os.O_WRONLY | os.O_CREAT) for name in ("out", "err"))]
+        [(asked["in"], os.O_RDONLY), *((asked[name], os.O_WRONLY | os.O_CREAT) for name in ("out", "err"))]
     ):
         opened = os.open(path, flags, 0o600)
         os.dup2(opened, number)
