@@ -30,6 +30,7 @@ LAYERS = (
     ("mlxtune.train",),
     ("mlxtune.evaluate",),
     ("mlxtune.ship",),
+    ("mlxtune.reach",),
     ("mlxtune.session",),
     ("mlxtune.tuning", "mlxtune.runs"),
     ("mlxtune.demo",),

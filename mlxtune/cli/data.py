@@ -150,6 +150,7 @@ def check(
     from itertools import chain
 
     from mlxtune import config as configuration
+    from mlxtune import reach
     from mlxtune.cli import report
     from mlxtune.data import check as checks
     from mlxtune.data import sources
@@ -159,6 +160,9 @@ def check(
         settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache", "data.valid_fraction"
     )
     config = configuration.load(file, settings, {"data.path": path})
+    if file is not None:
+        for line in reach.hub_notes(config, file, {"model.path"} | reach.keys_named(settings, {"data.path": path})):
+            common.note(line)
     folder, renderer = _renderer(model, config)
     splits: dict[str, checks.Split] = {}
     with report.progress(common.console()) as progress:

@@ -88,7 +88,7 @@ def fuse(bits: str, group_size: str | None, **shared: Any) -> None:
         raise UserError("--group-size has no effect with --bits 16: nothing is quantized")
     request = _request(**shared)
     if bits == "4":
-        request = replace(request, calibration=_training_rows(shared["adapter"]))
+        request = replace(request, calibration=_training_rows(request.model, shared["adapter"], shared["data"]))
     with common.console().status("merging, comparing with the trained model"):
         report = export.to_mlx(request, int(bits), int(group_size) if group_size else None)
     result = common.stdout()
@@ -108,13 +108,19 @@ def fuse(bits: str, group_size: str | None, **shared: Any) -> None:
         )
 
 
-def _training_rows(adapter: Path) -> Sequence[Example]:
-    """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said."""
-    from mlxtune import session
+def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Example]:
+    """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said.
+
+    data: --data, which may name them.
+    """
+    from mlxtune import reach, session
     from mlxtune.errors import UserError
 
     try:
-        rows = session.read_data(session.run_config(adapter))[0].train
+        config = session.run_config(adapter, flags={"model.path": str(model)})
+        is_named = data is not None and data == config.data.path
+        local = reach.LocalOnly(data="" if is_named else reach.compared(config.data))
+        rows = session.read_data(config, local=local)[0].train
     except UserError as error:
         common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
@@ -134,7 +140,6 @@ def _held_out(
     """Rows for a proof: --data's, else the run's own validation rows, or the text that comes with mlxtune where there
     is no adapter; None for no proof. or_else: what the command has beside --data.
     """
-    from mlxtune import session
     from mlxtune.data.chosen import tokenizer_of
     from mlxtune.errors import UserError
     from mlxtune.ship import sample
@@ -153,7 +158,7 @@ def _held_out(
             f"the proof needs held-out rows, and {adapter} is no run that names its own",
             "; ".join(filter(None, ("Name some: --data PATH", or_else))) + ".",
         )
-    return session.held_out(tokenizer_of(path, adapter), path, config, own=data is None)
+    return common.held_out(tokenizer_of(path, adapter), path, adapter, data)[0]
 
 
 # Which options mean something for which target.

@@ -11,6 +11,7 @@ from mlxtune.cli import common
 
 if TYPE_CHECKING:
     from mlxtune.config import Config
+    from mlxtune.reach import LocalOnly
 
 
 @click.command()
@@ -62,6 +63,7 @@ def train(
     config = _resumed(out, file, settings, flags) if resume and out else configuration.load(file, settings, flags)
     if not config.model.path:
         raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
+    local = _told(config, file, out if resume else None, settings, flags)
     if dry_run:
         _print_plan(config, out)
         return
@@ -72,7 +74,7 @@ def train(
     folder = out or tuning.default_out(config.model.path)
     first = Ranks.here().first
     with Display(common.console(quiet=not first)) as display:
-        state = tuning.tune(config, folder, display, resume, resume_anyway)
+        state = tuning.tune(config, folder, display, resume, resume_anyway, local)
     if not first:
         return
     best = (
@@ -90,6 +92,26 @@ def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict
     if not Ranks.here().first:  # it is told by the first, which may be the only machine that has the run
         return configuration.load(None, (), {"model.path": "told by the first"})
     return session.run_config(out, file, settings, flags)
+
+
+def _told(
+    config: Config, file: str | None, run: Path | None, settings: tuple[str, ...], flags: dict[str, str | None]
+) -> LocalOnly:
+    """Say what a configuration file, or the run that goes on, turns on beyond this machine; return for what the hub is
+    not asked.
+    """
+    from mlxtune import reach, session
+    from mlxtune.train.ranks import Ranks
+
+    named = reach.keys_named(settings, flags)
+    local = reach.NOTHING
+    if run is not None and file is None:
+        file = str(run / session.CONFIG_FILE)
+        local = reach.resumed(config, file, named)
+    if file is not None and Ranks.here().first:
+        for line in reach.notes(config, file, named, local):
+            common.note(line)
+    return local
 
 
 def _print_plan(config: Config, folder: Path | None) -> None:

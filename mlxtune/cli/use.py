@@ -41,9 +41,9 @@ def eval_command(
     from mlxtune import session
     from mlxtune.model.lora import switched_off
 
-    config = common.run_settings(adapter, data, settings)
+    common.run_settings(adapter, data, settings)  # a typing error is said before the model is read
     loaded = common.load_model(model, adapter)
-    examples = session.held_out(loaded.tokenizer, loaded.path, config, split, own=data is None)
+    examples, config = common.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)
     label = split or ("all" if data is not None and Path(data).expanduser().is_file() else "valid")
     for note in examples.notes(label, config.data.max_tokens):
         common.note(note)

@@ -17,6 +17,7 @@ import numpy as np
 from mlxtune_convert import hf_folder, layouts, peft
 from mlxtune_convert.configs import SOURCE_FILE, unquantized
 from mlxtune_convert.files import explained, new_folder, read_json, require_space
+from mlxtune_convert.peft_config import Settings
 
 from mlxtune.data.chat import Example
 from mlxtune.data.chosen import Changes
@@ -247,6 +248,7 @@ def _opened(export: Path, request: Request) -> tuple[Runner, str, str, Callable[
     if (export / peft.WEIGHTS_FILE).is_file():
         if not verify.has_peft():
             raise UserError("PEFT adapters are run by PEFT, which is not installed", "pip install torch peft")
+        Settings.read(export)  # PEFT is given no key that we do not know: some name modules that it would import
         torch = _peft_runner(request.model, export)
 
         def of_adapter(ref: Reference) -> str:
