@@ -11,6 +11,8 @@ from mlxtune_convert.files import read_json
 from mlxtune_convert.gguf_file import Field
 from mlxtune_convert.vocab import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, SPECIAL, UNKNOWN, UNUSED, USER_DEFINED
 
+LARGEST_ID = 1 << 31  # of a token: ids are 32-bit numbers
+
 
 def fields(folder: Path, rows: int, whole: dict[str, Any] | None = None) -> dict[str, Field]:
     """The tokenizer of a model folder as GGUF metadata. rows: of the embedding; ids without a token are named unused;
@@ -67,12 +69,13 @@ def fields(folder: Path, rows: int, whole: dict[str, Any] | None = None) -> dict
 
 
 def end_ids(folder: Path) -> list[int]:
-    """Every id that ends an answer, of the generation settings and the configuration."""
+    """Every id that ends an answer, of the generation settings and the configuration. What is no id is left out."""
     found: dict[int, None] = {}
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             listed = read_json(folder / name, "a model's settings").get("eos_token_id")
-            found |= dict.fromkeys(i for i in (listed if isinstance(listed, list) else [listed]) if i is not None)
+            ids = listed if isinstance(listed, list) else [listed]
+            found |= dict.fromkeys(index for index in ids if type(index) is int and 0 <= index < LARGEST_ID)
     return list(found)
 
 

@@ -64,6 +64,9 @@ def attach(model: nn.Module, spec: Spec, seed: int = 0) -> DropoutKeys:
         raise UserError(f"the adapter does not fit this model, which has no {unknown[0]}", OTHER_MODEL)
     if not (chosen or spec.trained):
         raise UserError("the adapter has no layer that this model has", OTHER_MODEL)
+    other = [path for path in chosen if not isinstance(modules[path], LINEAR + SWITCH)]
+    if other:
+        raise UserError(f"the adapter does not fit this model, whose {other[0]} is no linear layer", OTHER_MODEL)
     wrapped: list[tuple[str, nn.Module]] = []
     for index, (path, (rank, scale)) in enumerate(chosen.items()):
         kind: Any = LoRASwitchLinear if isinstance(modules[path], SWITCH) else LoRALinear
