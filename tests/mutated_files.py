@@ -124,7 +124,7 @@ def run(case: Case, root: Path, work: Path) -> Ended:
     places = {"in": str(work / "in"), "out": str(work / "out" / out), "root": str(root), "file": file}
     line = command.line(places)
     declared = [work / "out", work / "cache", *([Path(command.own.format_map(places))] if command.own else [])]
-    before = _listed([work, root], declared)
+    before = listed([work, root], declared)
     environment = {**os.environ, "COLUMNS": "200", "HOME": str(work / "home"), "TMPDIR": str(work / "tmp")}
     environment |= {"XDG_CACHE_HOME": str(work / "cache")}
     here = Path.cwd()
@@ -133,10 +133,10 @@ def run(case: Case, root: Path, work: Path) -> Ended:
         took = warm.measured(line, environment, command.given, ADDRESSES, HUNG)
     finally:
         os.chdir(here)
-    after = _listed([work, root], declared)
+    after = listed([work, root], declared)
     changed = sorted(str(path) for path in before.keys() | after.keys() if before.get(path) != after.get(path))
-    fault = _fault(took, changed) or _kept(took.result.returncode, command, work / "out")
-    fault = fault or _silent(took, command, done) or _modelfile(work / "out")
+    fault = fault_of(took, changed) or kept(took.result.returncode, command, work / "out")
+    fault = fault or silent(took, command, done) or wrong_modelfile(work / "out")
     if undamaged and took.result.returncode and not command.refuses:
         fault = fault or "an undamaged file was refused"
     _remove(work)
@@ -163,7 +163,7 @@ def _with_digest(path: Path, chance: random.Random, elsewhere: Path) -> str:
     return done.replace(damage.MUST_SAY, "")
 
 
-def _listed(folders: list[Path], declared: list[Path]) -> dict[str, tuple[object, ...]]:
+def listed(folders: list[Path], declared: list[Path]) -> dict[str, tuple[object, ...]]:
     """Everything below the folders but the declared outputs: kind, size, time of change, target of a link."""
     found: dict[str, tuple[object, ...]] = {}
     waiting = [os.fspath(folder) for folder in folders]
@@ -182,7 +182,7 @@ def _listed(folders: list[Path], declared: list[Path]) -> dict[str, tuple[object
     return found
 
 
-def _fault(took: warm.Measured, changed: list[str]) -> str:
+def fault_of(took: warm.Measured, changed: list[str]) -> str:
     """What is wrong with how a command ended and what it printed; "" where nothing is."""
     status, said = took.result.returncode, took.result.stderr
     if took.late:
@@ -202,7 +202,7 @@ def _fault(took: warm.Measured, changed: list[str]) -> str:
     return f"{took.seconds:.1f} seconds" if took.seconds > SECONDS else ""
 
 
-def _kept(status: int, command: Command, out: Path) -> str:
+def kept(status: int, command: Command, out: Path) -> str:
     """A refusal leaves nothing; a folder of its own may hold what was there."""
     left = [path.name for path in out.iterdir()]
     if status == 2 and left and "check" not in command.words:
@@ -213,7 +213,7 @@ def _kept(status: int, command: Command, out: Path) -> str:
     return f"left: {hidden}" if hidden else ""
 
 
-def _silent(took: warm.Measured, command: Command, done: str) -> str:
+def silent(took: warm.Measured, command: Command, done: str) -> str:
     """Weights that cannot be what they were, used all the same, and nothing said."""
     if took.result.returncode or not command.weights or damage.MUST_SAY not in done:
         return ""
@@ -221,7 +221,7 @@ def _silent(took: warm.Measured, command: Command, done: str) -> str:
     return "" if told else "damaged weights were used without a word"
 
 
-def _modelfile(out: Path) -> str:
+def wrong_modelfile(out: Path) -> str:
     """A Modelfile holds the instructions that we write, and none of a stranger's."""
     for file in out.glob("*Modelfile"):
         found = [command for command, _ in instructions(file.read_text())]
@@ -255,10 +255,10 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1", "NO_COLOR": "1"}
     kinds = asked.kind or list(KINDS)
-    listed = [*undamaged(kinds), *cases(asked.count, kinds, asked.seed)]
+    chosen = [*undamaged(kinds), *cases(asked.count, kinds, asked.seed)]
     if asked.case:
         parts = [re.fullmatch(r"(.+) (\d+) (-?\d+)", text) for text in asked.case]
-        listed = [Case(part[1], int(part[2]), int(part[3])) for part in parts if part]
+        chosen = [Case(part[1], int(part[2]), int(part[3])) for part in parts if part]
     with tempfile.TemporaryDirectory() as name:
         root = Path(name) / "root"
         root.mkdir()
@@ -268,7 +268,7 @@ def main() -> None:
         warm.end()
         statuses: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
         with get_context("fork").Pool(asked.jobs) as pool:
-            for number, ended in enumerate(pool.imap_unordered(_one, [(case, root) for case in listed]), 1):
+            for number, ended in enumerate(pool.imap_unordered(_one, [(case, root) for case in chosen]), 1):
                 counts = statuses.setdefault(ended.case.kind, Counter())
                 counts[str(ended.status)] += 1
                 if ended.fault or asked.show or asked.case:
@@ -277,11 +277,11 @@ def main() -> None:
                     print("    " + ended.said.strip()[-800:].replace("\n", "\n    "), flush=True)
                 counts["findings"] += bool(ended.fault)
                 if number % 500 == 0:
-                    print(f"{number} of {len(listed)}", flush=True)
+                    print(f"{number} of {len(chosen)}", flush=True)
     for kind, counts in statuses.items():
         print(f"{kind}: {dict(counts)}")
     findings = sum(counts["findings"] for counts in statuses.values())
-    print(f"{len(listed)} damaged files, {findings} findings")
+    print(f"{len(chosen)} damaged files, {findings} findings")
     sys.exit(1 if findings else 0)
 
 

@@ -21,7 +21,7 @@ from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import read_json, refuse_links_out, write_json
 from mlxtune_convert.peft import Adapter, Update
 from mlxtune_convert.peft_tensors import is_head
-from mlxtune_convert.tensors import read_header, save_checked
+from mlxtune_convert.tensors import read_header, require_fractions, save_checked
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapters.safetensors"
@@ -185,6 +185,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, Spec]:
     trained: dict[str, np.ndarray] = {}
     for name, array in sorted(load_file(file).items()):
         path, _, part = name.rpartition(".")
+        require_fractions(file, name, array)
         if path in spec.trained:
             trained[name] = array.astype(np.float32)
         elif part in FACTORS:

@@ -12,8 +12,9 @@ import re
 from typing import Any
 
 BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-CONTROL = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{BIDI}]")  # all but the line feed and the tab
-LINE_BREAKS = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029{BIDI}]")
+HALVES = "\ud800-\udfff"  # of characters, alone: no stream can say them
+CONTROL = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{BIDI}{HALVES}]")  # all but the line feed and the tab
+LINE_BREAKS = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029{BIDI}{HALVES}]")
 
 LONGEST = 1_000  # letters of a line that is said
 

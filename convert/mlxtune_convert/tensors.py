@@ -54,6 +54,17 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         ) from error
 
 
+def require_fractions(path: Path, name: str, array: np.ndarray) -> None:
+    """Raise UserError for a tensor of an adapter that cannot have been trained: of whole numbers, or with one that is
+    none (NaN) or infinite.
+    """
+    kind = array.dtype.name
+    if "float" not in kind:
+        raise UserError(f"{path}: {name} holds {kind}, not fractions", "It is damaged: copy it again.")
+    if not np.isfinite(array.astype(np.float32)).all():
+        raise UserError(f"{path}: {name} holds NaN or infinity", "The adapter is damaged, or its training diverged.")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model folder, each checked to be whole. Raises UserError as `weights_of` does."""
     return weights_of(folder).files

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from mlx.utils import tree_map
 from mlxtune_convert import companions, gguf_file, gguf_lora, gguf_model
 from mlxtune_convert.adapters import save_adapter
 from mlxtune_convert.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantized
-from mlxtune_convert.files import new_folder, read_json, require_space, write_json
+from mlxtune_convert.files import json_text, new_folder, read_json, require_space, write_json
 from mlxtune_convert.foreign.folder import Opened, open_foreign, write
 from mlxtune_convert.foreign.method import of_folder, of_mxfp4
 from mlxtune_convert.peft import Adapter
@@ -282,7 +281,7 @@ def copy_tokenizer(source: Path, destination: Path, code: bool = False) -> list[
     """
     left_out = companions.copy(source, destination, code)
     if not (destination / TOKENIZER_FILE).is_file() and (destination / "tokenizer.model").is_file():
-        text = json.dumps(tokenizer_json(source), ensure_ascii=False)
+        text = json_text(tokenizer_json(source))
         (destination / TOKENIZER_FILE).write_text(text, encoding="utf-8")
     return [CODE_LEFT_OUT] if left_out else []
 

@@ -22,7 +22,7 @@ from mlxtune_convert.files import read_json
 from mlxtune_convert.foreign.method import of_folder
 from mlxtune_convert.mlx_folder import source_of
 from mlxtune_convert.tensors import weights_of
-from mlxtune_convert.vocab_export import LARGEST_ID
+from mlxtune_convert.vocab_export import token_ids
 
 from mlxtune import backend
 from mlxtune.data.tokenizer import load_tokenizer, require_folder
@@ -59,10 +59,7 @@ class Loaded:
     @property
     def eos_ids(self) -> list[int]:
         """Every id that ends an answer: of the config, the generation config and the tokenizer."""
-        listed = self.config.get("eos_token_id")
-        ids = listed if isinstance(listed, list) else [listed]
-        named = {index for index in ids if type(index) is int and 0 <= index < LARGEST_ID}  # some files hold others
-        return sorted({*named, self.tokenizer.eos_token_id} - {None})
+        return sorted({*token_ids(self.config.get("eos_token_id")), self.tokenizer.eos_token_id} - {None})
 
     def check_ids(self, rows: Iterable[Sequence[int]]) -> None:
         """Raise UserError for a token that the model has no embedding for: MLX would read whatever lies behind it."""

@@ -14,10 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlxtune_convert.adapters import CONFIG_FILE, FACTORS, OTHER_MODEL, UNTIE, adapter_file, other_rows
+from mlxtune_convert.tensors import require_fractions
 
 from mlxtune.errors import UserError
 from mlxtune.gpu_errors import recognise
-from mlxtune.model.arrays import save_arrays
+from mlxtune.model.arrays import save_arrays, to_numpy
 from mlxtune.model.dropout import DropoutKeys, keys_for
 from mlxtune.model.layers import (
     LINEAR,
@@ -175,6 +176,9 @@ def load_factors(model: nn.Module, file: Path) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{file} does not fit this model: {min(problems)}{more}", _why_not(expected, tensors))
+    for name, array in tensors.items():
+        if not mx.issubdtype(array.dtype, mx.floating) or not mx.isfinite(array).all():
+            require_fractions(file, name, to_numpy(array))
     # Copies: MLX reads files lazily, and the file may be replaced while we hold it.
     model.load_weights([(name, mx.array(array.astype(mx.float32))) for name, array in tensors.items()], strict=False)
     mx.eval(factors(model))
