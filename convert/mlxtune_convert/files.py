@@ -60,6 +60,8 @@ def refuse_links_out(folder: Path) -> None:
     exported and pushed with it. The hub's cache is made of links: its snapshots lead to its own `blobs`. Raises it too
     for what is neither file nor folder: who reads a named pipe waits for ever.
     """
+    if not folder.is_dir():
+        return
     inside = folder.resolve()
     for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
         target = path.resolve()

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.files import matching, read_json, write_json
+from mlxtune_convert.files import matching, read_json, refuse_links_out, write_json
 
 SHARD_BYTES = 2 << 30
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -75,8 +75,9 @@ def weights_of(folder: Path) -> Weights:
 
     First what config.json names as transformers_weights, then model.safetensors, then the files of the index. Without
     any of these: the one model*.safetensors, or a complete set of numbered ones. Raises UserError naming a missing or
-    torn file, what is wrong with the index, or a tensor that two files hold with other numbers.
+    torn file, what is wrong with the index, a tensor that two files hold with other numbers, or a link that leads out.
     """
+    refuse_links_out(folder)
     usual = (folder / name for name in (SINGLE, INDEX) if (folder / name).is_file())
     chosen = _asked_for(folder) or next(usual, None)
     notes: list[str] = []
