@@ -34,7 +34,7 @@ from mlxtune_convert.shown import CONTROL
 from test_written_texts import instructions
 
 SECONDS = 5.0  # of a core
-HUNG = 20.0  # seconds until a command that waits is killed
+HUNG = 60.0  # seconds until a command that waits is killed
 MEMORY = 1 << 30  # bytes beyond those of the process that it was forked from
 ADDRESSES = 6 << 30  # bytes that it may ask for
 NAMES = (
@@ -169,16 +169,17 @@ def listed(folders: list[Path], declared: list[Path]) -> dict[str, tuple[object,
     waiting = [os.fspath(folder) for folder in folders]
     left_out = {os.fspath(path) for path in declared}
     while waiting:
-        for entry in os.scandir(waiting.pop()):
-            if entry.path in left_out:
-                continue
-            facts = entry.stat(follow_symlinks=False)
-            is_folder = stat.S_ISDIR(facts.st_mode)
-            # A folder's own time tells nothing: what is in it is listed.
-            known = () if is_folder else (facts.st_size, facts.st_mtime_ns, facts.st_ino)
-            found[entry.path] = (facts.st_mode, *known, os.readlink(entry.path) if entry.is_symlink() else "")
-            if is_folder and facts.st_mode & stat.S_IRUSR:
-                waiting.append(entry.path)
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.path in left_out:
+                    continue
+                facts = entry.stat(follow_symlinks=False)
+                is_folder = stat.S_ISDIR(facts.st_mode)
+                # A folder's own time tells nothing: what is in it is listed.
+                known = () if is_folder else (facts.st_size, facts.st_mtime_ns, facts.st_ino)
+                found[entry.path] = (facts.st_mode, *known, os.readlink(entry.path) if entry.is_symlink() else "")
+                if is_folder and facts.st_mode & stat.S_IRUSR:
+                    waiting.append(entry.path)
     return found
 
 
