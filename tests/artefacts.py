@@ -78,7 +78,8 @@ def _with_adapter(verb: str, rest: str = "", adapter: str = "{in}/run") -> str:
     return f"mlxtune {verb} --model {{root}}/mlx --adapter {adapter} {rest}".strip()
 
 
-CHECKPOINT = "run/checkpoints/step-0000004"
+NEWEST = "NEWEST"  # stands for the name of the newest checkpoint
+CHECKPOINT = f"run/checkpoints/{NEWEST}"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 EXPORT = "--no-verify --out {out}"
 

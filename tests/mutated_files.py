@@ -29,7 +29,7 @@ from pathlib import Path
 import artefacts
 import damage
 import warm
-from artefacts import KINDS, Command
+from artefacts import KINDS, NEWEST, Command
 from mlxtune_convert.shown import CONTROL
 from test_written_texts import instructions
 
@@ -116,7 +116,8 @@ def run(case: Case, root: Path, work: Path) -> Ended:
         out = chance.choice(NAMES)
         done = f"the name {out!r}"
     else:
-        path = work / "in" / file
+        newest = max((path.name for path in work.glob("in/run/checkpoints/step-*")), default="")
+        path = work / "in" / file.replace(NEWEST, newest)
         if case.kind == "checkpoint" and path.suffix == ".safetensors" and chance.random() < 0.7:
             done = _with_digest(path, chance, work / "elsewhere")
         else:
