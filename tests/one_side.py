@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # Public libraries that the commands need sooner or later; what is not installed is not imported.
-LIBRARIES = ("mlx.nn", "mlx_lm", "torch", "transformers", "peft", "datasets", "gguf", "pydantic")
+LIBRARIES = ("mlx.nn", "mlx_lm", "torch", "transformers.models.auto.modeling_auto", "peft", "gguf", "pydantic")
 POLL = 0.0005  # seconds between two looks at a run that is to be killed; one of its steps takes some 20 ms
 
 
@@ -162,10 +162,10 @@ def _become(asked: dict[str, Any]) -> None:
     """Take a command's place: its words, folder and streams."""
     os.chdir(asked["folder"])
     sys.argv = asked["words"]
-    streams = [(os.devnull, os.O_RDONLY), (asked["out"], os.O_WRONLY), (asked["err"], os.O_WRONLY)]
+    new = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    streams = [(os.devnull, os.O_RDONLY), (asked["out"], new), (asked["err"], new)]
     for number, (path, mode) in enumerate(streams):
-        create = 0 if mode == os.O_RDONLY else os.O_CREAT
-        opened = os.open(path, mode | create, 0o600)
+        opened = os.open(path, mode, 0o600)
         os.dup2(opened, number)
         os.close(opened)
 

@@ -15,7 +15,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"dtype": "float16"}),
     "moe": ("qwen3_moe", {}),
     "qwen": ("qwen3", {"tie_word_embeddings": True}),
-    "gemma": ("gemma3_text", {"dtype": "bfloat16"}),
+    # Six blocks: the only pattern of windows that llama.cpp knows of this family.
+    "gemma": (
+        "gemma3_text",
+        {"dtype": "bfloat16", "num_hidden_layers": 6, "layer_types": 5 * ["sliding_attention"] + ["full_attention"]},
+    ),
     "phi": ("phi3", {}),
     "oss": ("gpt_oss", {}),
     "mla": ("deepseek_v3", {}),

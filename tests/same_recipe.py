@@ -40,7 +40,7 @@ convert given/qwen qwen-bf16 --bits 16 --dtype bfloat16
 convert given/gemma gemma-4 --group-size 32
 convert given/phi phi-4 --group-size 32
 convert given/oss oss-4 --group-size 32
-convert given/mla mla-8 --bits 8 --group-size 32
+convert given/mla mla-16 --bits 16
 convert given/wide wide-4 --group-size 32
 export --model llama-4 --to gguf --out gguf/llama-keep.gguf
 export --model llama-16 --to gguf --out gguf/llama-f16.gguf --type f16
@@ -50,7 +50,7 @@ export --model moe-4 --to gguf --out gguf/moe-q8.gguf --type q8_0
 export --model phi-4 --to gguf --out gguf/phi-keep.gguf
 export --model wide-4 --to gguf --out gguf/wide-q4k.gguf --type q4_k_m
 export --model llama-4 --to hf --out hf/llama --dtype float32
-export --model mla-8 --to hf --out hf/mla --no-verify
+export --model mla-16 --to hf --out hf/mla
 export --model oss-4 --to hf --out hf/oss --no-verify
 convert gguf/llama-keep.gguf back/llama
 convert gguf/llama-f16.gguf back/llama-16 --bits 16
@@ -114,7 +114,7 @@ train -c given/twenty.yaml --model llama-4 --data given/chat --out runs/started-
 train -c given/twenty.yaml --model gemma-4 --data given/chat --out runs/gemma
 train -c given/twenty.yaml --model phi-4 --data given/chat --out runs/phi
 train -c given/twenty.yaml --model oss-4 --data given/chat --out runs/oss --set train.steps=6
-train -c given/twenty.yaml --model mla-8 --data given/chat --out runs/mla --set train.steps=6
+train -c given/twenty.yaml --model mla-16 --data given/chat --out runs/mla --set train.steps=6
 train -c given/twenty.yaml --model given/llama --data given/chat --out runs/full-size
 train --resume --out runs/plain
 train --resume-anyway --out runs/alpaca --set train.steps=24
