@@ -36,8 +36,9 @@ BRANCHES = (
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 ARRAY = re.compile(r"\b(mx\.array|np\.ndarray|NDArray|torch\.Tensor)\b")
-# A shape in words or letters: [rows, width], (N, D), [N] or "of N numbers", "a scalar", "shape".
-SHAPE = re.compile(r"[\[(] ?\w[\w+*/ -]*(, ?[\w+*/. -]+)* ?[\])]|\bscalars?\b|\bshapes?\b|\bof any\b", re.IGNORECASE)
+# A shape as this project writes them, [rows, width] or [N], or in words.
+SHAPE = re.compile(r"\[\w[\w+*/. -]*(, [\w+*/. -]+)*\]|\bscalars?\b|\bshapes?\b", re.IGNORECASE)
+FOR_TOOLS = ("type:", "noqa", "mypy:", "pragma:")  # how comments begin that explain nothing
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class Source:
         found: dict[int, str] = {}
         alone: set[int] = set()
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type == tokenize.COMMENT and not token.string.startswith("#!"):
-                found[token.start[0]] = token.string.lstrip("# ")
+            words = token.string.lstrip("#! ")
+            if token.type == tokenize.COMMENT and not words.startswith(FOR_TOOLS):
+                found[token.start[0]] = words
                 if not token.line[: token.start[1]].strip():
                     alone.add(token.start[0])
         return Source(path, ast.parse(text), found, frozenset(alone))
@@ -114,9 +116,8 @@ def unexplained_fields(source: Source) -> list[str]:
     for node in ast.walk(source.tree):
         if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
             for field in node.body:
-                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                    if not _explained(source, field):
-                        out.append(source.place(field, f"{node.name}.{field.target.id}"))
+                if isinstance(field, ast.AnnAssign) and not _explained(source, field):
+                    out.append(source.place(field, f"{node.name}.{ast.unparse(field.target)}"))
     return out
 
 

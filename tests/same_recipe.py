@@ -80,7 +80,7 @@ data show --model given/llama --data given/broken.jsonl --json
 data check --model given/llama --data given/chat
 data check --model given/tools --data given/tools.jsonl --json
 data check --model given/llama --data given/odd.jsonl --json
-data check --model given/llama --data given/odd.jsonl --strict
+2 data check --model given/llama --data given/odd.jsonl --strict
 data check --model given/llama -c given/mixture.yaml --json
 data convert given/sharegpt.json rows/messages.jsonl
 data convert given/chat rows/sharegpt.jsonl --to sharegpt --split valid

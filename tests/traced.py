@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from one_side import ROOT, Revision, check_out  # noqa: E402
+from one_side import ROOT, Revision, check_out
 
 OPTIMIZED = 1  # a code flag (inspect.CO_OPTIMIZED): a function's, not a module's or a class body's
 SETTINGS = ("train.steps=4", "train.eval_every=0", "train.save_every=0", "train.batch_rows=4", "lora.rank=4")
