@@ -86,14 +86,14 @@ data convert given/sharegpt.json rows/messages.jsonl
 data convert given/chat rows/sharegpt.jsonl --to sharegpt --split valid
 data convert given/chat rows/alpaca.jsonl --to alpaca
 data convert given/completion.csv rows/completion.jsonl
-data convert given/broken.jsonl rows/broken.jsonl
+2 data convert given/broken.jsonl rows/broken.jsonl
 data convert given/broken.jsonl rows/good.jsonl --drop
 """
 
 RUNS = """
 train -c given/twenty.yaml --model llama-4 --data given/chat --out runs/checkpointed --set train.checkpoint_layers=1
 train -c given/twenty.yaml --model llama-4 --data given/chat --out runs/dora --set lora.variant=dora
-train -c given/twenty.yaml --model qwen-4 --data given/chat --out runs/also --set lora.variant=rslora \
+train -c given/twenty.yaml --model llama-8 --data given/chat --out runs/also --set lora.variant=rslora \
     --set 'lora.train_also=[norms, head]' --set lora.layers=1 --set 'lora.ranks={down_proj: 8}'
 train -c given/twenty.yaml --model qwen-bf16 --data given/chat --out runs/embeddings --set train.dtype=bfloat16 \
     --set 'lora.train_also=[embeddings]' --set 'lora.targets=[q_proj, v_proj]' --set train.steps=8
@@ -127,7 +127,7 @@ runs runs
 
 SHIPPED = """
 eval --model llama-4 --data given/chat --json
-eval --model qwen-4 --adapter runs/also --json
+eval --model llama-8 --adapter runs/also --json
 eval --model tools-4 --adapter runs/tools --data given/tools.jsonl
 generate --model llama-4 --adapter runs/noise --prompt Hello --system Briefly --max-tokens 12 --temperature 1 --seed 3
 generate --model gemma-4 --adapter runs/gemma --prompt Hello --max-tokens 12
@@ -138,19 +138,19 @@ fuse --model moe-4 --adapter runs/moe --out shipped/fused-moe --bits 4 --group-s
 fuse --model gemma-4 --adapter runs/gemma --out shipped/fused-gemma --bits 4
 verify shipped/fused-16 --model llama-4 --adapter runs/plain --json
 verify shipped/peft --model llama-4 --adapter runs/plain
-export --model qwen-4 --adapter runs/also --to peft --out shipped/also-peft
+export --model llama-8 --adapter runs/also --to peft --out shipped/also-peft
 export --model moe-4 --adapter runs/moe --to peft --out shipped/moe-peft
 export --model llama-4 --adapter runs/dora --to peft --out shipped/dora-peft --base-name owner/name
 export --model llama-4 --adapter runs/plain --to hf --out shipped/hf --dtype bfloat16
 export --model llama-4 --adapter runs/plain --to hf --out shipped/hf-base --base given/llama
 export --model gemma-4 --adapter runs/gemma --to hf --out shipped/gemma-hf
-export --model qwen-4 --adapter runs/also --to gguf --out shipped/also.gguf --type f16
+export --model llama-8 --adapter runs/also --to gguf --out shipped/also.gguf --type f16
 export --model gemma-4 --adapter runs/gemma --to gguf --out shipped/gemma.gguf --type q8_0
 export --model moe-4 --adapter runs/moe --to gguf --out shipped/moe.gguf --type bf16
 export --model wide-4 --to gguf --out shipped/wide.gguf --type q6_k --no-verify
-export --model llama-4 --adapter runs/dora --to gguf-lora --out shipped/dora-lora.gguf
+2 export --model llama-4 --adapter runs/dora --to gguf-lora --out shipped/dora-lora.gguf
 export --model llama-4 --adapter runs/noise --to gguf-lora --out shipped/noise-lora.gguf --ollama
-export --model qwen-4 --adapter runs/also --to gguf-lora --out shipped/also-lora.gguf
+2 export --model llama-8 --adapter runs/also --to gguf-lora --out shipped/also-lora.gguf
 convert shipped/peft back/peft --base llama-4
 convert shipped/moe-peft back/moe-peft --base moe-4
 convert shipped/lora.gguf back/lora --base llama-4
