@@ -26,6 +26,8 @@ SPOKEN = (
     (re.compile(r"peak memory [\d.]+ \w+"), "peak memory #"),
     (re.compile(r"\b\d+(\.\d+)? ?(s|seconds|ms)\b"), "# s"),
 )
+# How training goes is drawn by the clock; what the lines say is in events.jsonl.
+DRAWN = re.compile(r"step \d+/\d+ ")
 # A file of which each revision may have its own.
 UNSEEN = {".lock"}
 
@@ -165,7 +167,8 @@ def _flat(value: Any, name: str = "") -> Parts:
 def _text(path: Path) -> Parts:
     """Line by line; a line that is JSON as what it holds."""
     found: Parts = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    kept = (line for line in path.read_text(encoding="utf-8").splitlines() if not DRAWN.match(line))
+    for number, line in enumerate(kept, 1):
         if line.startswith("{"):
             try:
                 found.update(_flat(json.loads(line), f"line {number}"))

@@ -54,7 +54,10 @@ def _run(folder: Path, loss: float, weight: float, seconds: float) -> Path:
     events.append({"kind": "train", "step": 1, "loss": loss, "seconds": seconds, "peak_bytes": int(seconds * 9)})
     _written(folder / "run" / "events.jsonl", "".join(json.dumps(event) + "\n" for event in events))
     save_file({"a": np.full(3, 1, np.float32), "b": np.full(3, weight, np.float32)}, folder / "run" / "b.safetensors")
-    _written(folder / "said" / "1.txt", f"exit 0\nread {folder}/data in {seconds} s, tokens/s {seconds * 7:,.0f}\n")
+    drawn = "step 9/20  tokens/s 7\n" * int(seconds)  # as often as there is time
+    _written(
+        folder / "said" / "1.txt", f"exit 0\nread {folder}/data in {seconds} s\n{drawn}end, left {seconds:.0f}:00\n"
+    )
     return folder
 
 
