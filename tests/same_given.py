@@ -79,7 +79,7 @@ CONFIGS = {
 }
 # Those that are refused.
 REFUSED = (
-    *("rate-yes", "infinite", "twice", "alias", "tabs", "list", "misspelled", "prompts", "on-for-auto"),
+    *("rate-yes", "infinite", "twice", "alias", "tabs", "list", "misspelled", "prompts", "on-for-auto", "columns"),
     *("octal-new",),
 )
 # Conversations of several turns that any template keeps whole.
