@@ -36,8 +36,10 @@ class Compared:
     first: str = ""  # the first difference, in words
 
 
-def compared(old: Path, new: Path, leave_out: str = "given/") -> list[Compared]:
-    """Every file below two folders, by name."""
+def compared(
+    old: Path, new: Path, leave_out: str = "given/", read: same_files.Reader = same_files.parts
+) -> list[Compared]:
+    """Every file below two folders, by name. read: what of a file counts."""
     before, after = same_files.walk(old), same_files.walk(new)
     out = []
     for name in sorted({*before, *after}):
@@ -48,7 +50,7 @@ def compared(old: Path, new: Path, leave_out: str = "given/") -> list[Compared]:
         elif name not in before:
             out.append(Compared(name, "only now"))
         else:
-            first = same_files.first_difference(same_files.parts(before[name], old), same_files.parts(after[name], new))
+            first = same_files.first_difference(read(before[name], old), read(after[name], new))
             out.append(Compared(name, "differs" if first else "equal", first))
     return out
 
@@ -108,7 +110,7 @@ def across(revision: str, work: Path) -> list[Compared]:
         if ends != [-9, 0, 0]:
             out.append(Compared(f"{name}/", "differs", f"the commands ended with {ends}, not [-9, 0, 0]"))
             continue
-        for one in compared(now.folder / "broken" / name, now.folder / "whole" / name):
+        for one in compared(now.folder / "broken" / name, now.folder / "whole" / name, read=same_files.computed):
             out.append(Compared(f"{name}/{one.name}", one.verdict, one.first))
     before.close()
     now.close()

@@ -5,9 +5,11 @@ Left out is what differs between two runs of one revision: times, measured memor
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import numpy as np
 import yaml
 
 Parts = dict[str, str]  # name of a part -> what it holds, or its digest
+
+Reader = Callable[[Path, Path], Parts]
 
 # Keys whose values are measured by a clock or by the allocator.
 MEASURED = {"seconds", "peak_bytes", "time", "tokens_per_second"}
@@ -47,6 +51,17 @@ def parts(path: Path, root: Path) -> Parts:
     }
     reader = readers.get(path.suffix, _bytes)
     return {name: value.replace(str(root), "<here>") for name, value in reader(path).items()}
+
+
+def computed(path: Path, root: Path) -> Parts:
+    """As `parts`, of a run that may have been resumed: the same bits, wherever in a file they stand. An optimizer that
+    was read from a file writes its tensors in another order, which changes the digest of that file in state.json.
+    """
+    if path.name == "events.jsonl":
+        found = _numbered(_computed(_read_lines(path)))
+    else:
+        found = parts(path, root)
+    return {name: found[name] for name in sorted(found) if not name.startswith("sha256.")}
 
 
 def walk(root: Path) -> dict[str, Path]:
@@ -122,31 +137,36 @@ def _yaml(path: Path) -> Parts:
 
 
 def _json_lines(path: Path) -> Parts:
+    values = _read_lines(path)
+    resumed = path.name == "events.jsonl" and sum(event["kind"] == "begin" for event in values) > 1
+    return _numbered(_computed(values) if resumed else values)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every line but one that a kill cut off."""
     values = []
     for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             values.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # a kill cut it off
-    if path.name == "events.jsonl":
-        values = _that_count(values)
-    found: Parts = {}
-    for number, value in enumerate(values, 1):
-        found.update(_flat(value, str(number)))
-    return found
+    return values
 
 
-def _that_count(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a run that was resumed, what was computed: where a kill met it is chance, and what was taken back or done
-    again with it.
+def _computed(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The losses of a run's steps and evaluations. Where a kill met it is chance, and with it what was taken back and
+    done again: of these the last counts.
     """
-    if sum(event["kind"] == "begin" for event in events) == 1:
-        return events
     last: dict[tuple[str, int], dict[str, Any]] = {}
     for event in events:
         if event["kind"] in ("train", "eval"):
             last[event["kind"], event["step"]] = event
     return [last[key] for key in sorted(last)]
+
+
+def _numbered(values: list[dict[str, Any]]) -> Parts:
+    found: Parts = {}
+    for number, value in enumerate(values, 1):
+        found.update(_flat(value, str(number)))
+    return found
 
 
 def _flat(value: Any, name: str = "") -> Parts:
