@@ -58,9 +58,8 @@ def computed(path: Path, root: Path) -> Parts:
     was read from a file writes its tensors in another order, which changes the digest of that file in state.json.
     """
     if path.name == "events.jsonl":
-        found = _numbered(_computed(_read_lines(path)))
-    else:
-        found = parts(path, root)
+        return _numbered(_computed(_read_lines(path)))
+    found = parts(path, root)
     return {name: found[name] for name in sorted(found) if not name.startswith("sha256.")}
 
 
