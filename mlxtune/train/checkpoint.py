@@ -7,6 +7,7 @@ before is used.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -20,11 +21,12 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 from mlxtune_convert.files import contents, digest, new_folder, read_json, write_json
+from mlxtune_convert.tensors import read_header
 
 from mlxtune.adapter import lora
 from mlxtune.data.template import tokenizer_changes
 from mlxtune.errors import UserError
-from mlxtune.model.arrays import save_arrays
+from mlxtune.model.arrays import named, save_arrays
 from mlxtune.train import events, lock
 from mlxtune.train.identity import Identity
 
@@ -35,8 +37,12 @@ STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 STEP = re.compile(r"step-\d{7,}")
 LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+(-[0-9a-f]+)?")  # by a process that was killed while it wrote
+RESTART = "Start again without --resume, into another folder."
 # All that a run writes before it saved anything.
 OWN = (lock.FILE, CONFIG_FILE, events.FILE, lora.CONFIG_FILE, tokenizer_changes.FILE, FOLDER, "tensorboard", "wandb")
+
+
+MOST_HALVED = 64  # times that a micro-batch is cut in two: more has no effect on any
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,19 @@ class State:
     skipped: int = 0
     halved: int = 0
     checkpointed: bool = False
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> State:
+        """As it was saved. Raises TypeError or ValueError for what is none."""
+        state = cls(**saved)
+        counts = (state.step, state.evaluated + 1, state.best_step, state.stale, state.skipped, state.halved)
+        if not all(type(count) is int and 0 <= count < 1 << 63 for count in counts):
+            raise ValueError("a count is none")
+        if type(state.checkpointed) is not bool or state.halved > MOST_HALVED:
+            raise ValueError("no division of steps")
+        if state.best_loss is not None and not math.isfinite(state.best_loss):
+            raise ValueError("no loss")
+        return state
 
 
 @dataclass(frozen=True)
@@ -113,33 +132,44 @@ def newest(run: Path, skipped: Callable[[str], None]) -> Saved:
     for folder in reversed(_folders(run)):
         try:
             saved = read_json(folder / STATE_FILE, "a checkpoint")
+            state, identity = State.of(saved["state"]), Identity.of_saved(saved["identity"])
+            _require_own(folder, state, saved["sha256"])
             torn = [name for name, expected in saved["sha256"].items() if digest(folder / name) != expected]
             if not torn:
-                found = Saved(folder, State(**saved["state"]), Identity(**saved["identity"]))
+                found = Saved(folder, state, identity)
                 break
             broken.append(folder)
         except (UserError, FileNotFoundError):
             torn = [STATE_FILE]
             broken.append(folder)
-        except (KeyError, TypeError, AttributeError):
+        except OSError as error:
+            torn = [f"it cannot be read: {error.strerror}"]
+        except (KeyError, TypeError, AttributeError, ValueError):
             torn = [f"{STATE_FILE}, of another version"]  # and not ours to remove
         skipped(f"{folder} is incomplete ({torn[0]}): using the checkpoint before it")
     if found is None:
         torn_ones = f": {len(broken)} are there, none of them whole" if broken else ""
-        hint = "Start again without --resume, into another folder."
-        raise UserError(f"{run} has no checkpoint to resume from{torn_ones}", hint)
+        raise UserError(f"{run} has no checkpoint to resume from{torn_ones}", RESTART)
     for torn_folder in broken:
         shutil.rmtree(torn_folder)
     return found
 
 
 def restore(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load a checkpoint's tensors into model and optimizer."""
+    """Load a checkpoint's tensors into model and optimizer, whose state is made already. Raises UserError for tensors
+    that are not of this run: whoever changes a file can write its digest too.
+    """
     file = lora.adapter_file(saved.folder)
-    assert file is not None  # state.json names it among the digests
+    if file is None:
+        raise UserError(f"{saved.folder} holds no adapter", RESTART)
     lora.load_factors(model, file)
-    tensors: Any = mx.load(str(saved.folder / OPTIMIZER_FILE))
+    moments = saved.folder / OPTIMIZER_FILE
+    read_header(moments)
+    tensors: Any = mx.load(str(moments))
     mx.eval(tensors)
+    wanted = {name: (array.shape, array.dtype) for name, array in named(optimizer.state).items()}
+    if {name: (array.shape, array.dtype) for name, array in tensors.items()} != wanted:
+        raise UserError(f"{moments} is not the optimizer's state of this run", RESTART)
     optimizer.state = tree_unflatten(list(tensors.items()))
 
 
@@ -211,3 +241,15 @@ def _remove_own(folder: Path) -> None:
 
 def _folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / FOLDER).glob("step-*") if STEP.fullmatch(path.name) and path.is_dir())
+
+
+def _require_own(folder: Path, state: State, digests: dict[str, str]) -> None:
+    """Raise ValueError for a step or for names of files that no checkpoint of ours has. Another file would be read, or
+    a pipe that never ends.
+    """
+    if folder.name != f"step-{state.step:07d}":
+        raise ValueError("another step's state")
+    if set(digests) not in ({lora.ADAPTER_FILE, OPTIMIZER_FILE}, {lora.OWN_FILE, OPTIMIZER_FILE}):
+        raise ValueError("other files' digests")
+    if any((folder / name).exists() and not (folder / name).is_file() for name in digests):
+        raise ValueError("something else in place of a file")
