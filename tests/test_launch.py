@@ -23,8 +23,9 @@ from mlx._distributed_utils import launch
 from test_ranks import Group, finished, launched, words
 
 from mlxtune.errors import UserError
-from mlxtune.train import events, lock, patience
+from mlxtune.train import events, patience
 from mlxtune.train.ranks import Ranks, Torn
+from mlxtune.train.run_folder import EVENTS_FILE, LOCK_FILE, RunFolder
 
 RUN = Path("run")
 BIN = Path(sys.executable).parent
@@ -47,8 +48,9 @@ exit 0
 """
 MLXTUNE = """#!{python}
 import types
-from mlxtune import cli, host
-host.sys = types.SimpleNamespace(platform="darwin")
+from mlxtune import cli
+from mlxtune.machine import surroundings
+surroundings.sys = types.SimpleNamespace(platform="darwin")
 cli.main()
 """
 
@@ -153,15 +155,15 @@ def test_a_process_that_hangs_ends_the_run_in_one_line_and_the_last_step_is_save
     stopped = None
     try:
         deadline = time.monotonic() + 120
-        while not (run / events.FILE).exists() or len(events.read(run)) < 20:
+        while not (run / EVENTS_FILE).exists() or len(events.read(run)) < 20:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         found = subprocess.run(["pgrep", "-f", f"mlxtune train .*{run}"], capture_output=True, text=True, check=True)
-        first = int((run / lock.FILE).read_text().split()[-1])
+        first = int((run / LOCK_FILE).read_text().split()[-1])
         (stopped,) = {int(line) for line in found.stdout.split()} - {process.pid, first}
         os.kill(stopped, signal.SIGSTOP)
         began = time.monotonic()
-        while lock.is_locked(run):
+        while RunFolder(run).is_training():
             assert time.monotonic() - began < 60
             time.sleep(0.05)
         assert time.monotonic() - began > 3

@@ -19,8 +19,10 @@ import tiny
 
 from mlxtune.config import resolve as configuration
 from mlxtune.data.dataset.batches import Batch
-from mlxtune.train import events, lock, session, tuning
+from mlxtune.train import events, preparation
 from mlxtune.train.ranks import Ranks
+from mlxtune.train.run_data import read_data
+from mlxtune.train.run_folder import LOCK_FILE
 
 SETTINGS = (
     *("train.steps=20", "train.lr=5e-3", "train.eval_every=5", "train.save_every=5", "lora.rank=4"),
@@ -106,7 +108,7 @@ def test_a_run_whose_second_process_died_is_resumed_by_one_process(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     found = subprocess.run(["pgrep", "-f", f"mlxtune train .*{run}"], capture_output=True, text=True, check=True)
-    first = int((run / lock.FILE).read_text().split()[-1])
+    first = int((run / LOCK_FILE).read_text().split()[-1])
     (second,) = {int(line) for line in found.stdout.split()} - {process.pid, first}
     os.kill(second, signal.SIGKILL)
     finished(process, 60)
@@ -148,14 +150,14 @@ def test_the_smallest_machine_decides_the_batches_of_all(mlx_model: Path, data: 
     few = (*few, "train.neftune_alpha=0")
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
     small = configuration.load(None, (*few, "train.batch_rows=1", "train.checkpoint_layers=all", "lora.rank=4"), flags)
-    predicted = tuning.memory_plan(small, session.read_data(small)[0])[1]
+    predicted = preparation.plan(small, read_data(small)[0]).memory
     assert predicted
     least = (predicted.total >> 20) + 1 << 20
     program = tmp_path / "there"
     program.write_text(
-        f"#!{sys.executable}\nimport os\nfrom mlxtune.cli import main\nfrom mlxtune.train import fit\n"
+        f"#!{sys.executable}\nimport os\nfrom mlxtune.cli import main\nfrom mlxtune.compute import fit_memory\n"
         "if os.environ['MLX_RANK'] == '1':\n"
-        f"    fit.backend.working_set_bytes = lambda: int({least} / fit.SHARE)\nmain()\n"
+        f"    fit_memory.backend.working_set_bytes = lambda: int({least} / fit_memory.SHARE)\nmain()\n"
     )
     program.chmod(0o755)
     said = finished(launched(2, *words(mlx_model, data, tmp_path / "two", *few), program=program))

@@ -12,11 +12,12 @@ import pytest
 from mlx.utils import tree_map
 from rich.console import Console
 
+from mlxtune.cli.display import Display
 from mlxtune.compute.gradients import Gradients
 from mlxtune.config import resolve
 from mlxtune.data.dataset.batches import Batch
-from mlxtune.train import checkpoint, events, step, tuning
-from mlxtune.train.display import Display
+from mlxtune.train import checkpoint, events, step
+from mlxtune.train.run import tune as train
 
 SETTINGS = (
     *("train.steps=24", "train.lr=5e-3", "train.batch_rows=2", "train.accumulate=2", "train.seed=5"),
@@ -35,7 +36,7 @@ def tune(model: Path, data: Path, out: Path, *settings: str, resume: bool = Fals
     """Train in this process; return the run's events."""
     flags = {"model.path": str(model), "data.path": str(data)}
     with Display(Console(quiet=True)) as display:
-        tuning.tune(resolve.load(None, (*SETTINGS, *settings), flags), out, display, resume, anyway)
+        train(resolve.load(None, (*SETTINGS, *settings), flags), out, display, resume, anyway)
     return events.read(out)
 
 

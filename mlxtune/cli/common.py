@@ -90,10 +90,12 @@ def stdout() -> Console:
 def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ...] = ()) -> Config:
     """The configuration a run was made with (defaults without one), its data replaced by --data."""
     from mlxtune.config import resolve
-    from mlxtune.train import session
+    from mlxtune.train.run_folder import RunFolder
 
-    file = adapter / session.CONFIG_FILE if adapter is not None else None
-    return resolve.load(file if file and file.is_file() else None, settings, {"data.path": data})
+    flags = {"data.path": data}
+    if adapter is not None and RunFolder(adapter).is_run():
+        return RunFolder(adapter).config(None, settings, flags)
+    return resolve.load(None, settings, flags)
 
 
 def load_model(model: str, adapter: Path | None) -> Loaded:

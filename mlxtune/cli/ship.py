@@ -111,10 +111,11 @@ def fuse(bits: str, group_size: str | None, **shared: Any) -> None:
 def _training_rows(adapter: Path) -> Sequence[Example]:
     """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said."""
     from mlxtune.errors import UserError
-    from mlxtune.train import session
+    from mlxtune.train.run_data import read_data
+    from mlxtune.train.run_folder import RunFolder
 
     try:
-        rows = session.read_data(session.run_config(adapter))[0].train
+        rows = read_data(RunFolder(adapter).config())[0].train
     except UserError as error:
         common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
@@ -136,9 +137,9 @@ def _held_out(
     """
     from mlxtune.data.template.tokenizer_changes import tokenizer_of
     from mlxtune.errors import UserError
+    from mlxtune.evaluate.held_out import held_out
     from mlxtune.ship import sample
     from mlxtune.ship.verify import MAX_POSITIONS, SHIPPED
-    from mlxtune.train import session
 
     if skip and data:
         raise UserError("--data has no effect with --no-verify: nothing is compared", "Leave out one of the two.")
@@ -153,7 +154,7 @@ def _held_out(
             f"the proof needs held-out rows, and {adapter} is no run that names its own",
             "; ".join(filter(None, ("Name some: --data PATH", or_else))) + ".",
         )
-    return session.held_out(tokenizer_of(path, adapter), path, config, own=data is None)
+    return held_out(tokenizer_of(path, adapter), path, config, own=data is None)
 
 
 # Which options mean something for which target.

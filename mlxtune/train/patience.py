@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mlxtune.durations import in_words
+
 OF_OWN = 20.0  # times its own work before a wait: other machines may be slower, or have more to do
 OF_PAST = 3.0  # times the longest wait that ended well
 NOTED = 600.0  # seconds; a wait before training begins is told of after so long, and again each time
@@ -85,8 +87,3 @@ class Patience:
                 told = waited
                 text = f"note: {in_words(waited)} of waiting for the other processes, which may still read the model"
                 print(text, file=sys.stderr, flush=True)
-
-
-def in_words(seconds: float) -> str:
-    """A duration for a sentence."""
-    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"

@@ -1,0 +1,54 @@
+"""The examples that a run trains on and holds out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from mlxtune.adapter import vocabulary
+from mlxtune.config.resolve import Config
+from mlxtune.data.chat import masking
+from mlxtune.data.dataset import mixture, sources
+from mlxtune.data.dataset.examples import Examples
+from mlxtune.data.template.tokenizer import load_tokenizer
+from mlxtune.model import hub
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a run, with what was shortened or dropped."""
+
+    train: Examples
+    valid: Examples  # held out
+
+
+def read_data(config: Config, progress: Callable[[str, int], None] = lambda source, rows: None) -> tuple[Data, Config]:
+    """Rows -> examples of the model's tokenizer, and the configuration with the day they were made for.
+
+    progress: called with a file's name and how many of its rows are tokenized. Raises UserError before any weight is
+    read; for a typing error in the rows, before a model is downloaded.
+    """
+    model_is_here = Path(config.model.path).expanduser().exists()
+    sources.glance(config.data, whole=not model_is_here)
+    folder = hub.resolve(config.model.path)
+    tokenizer = load_tokenizer(folder)
+    config = with_date(config, folder, tokenizer)
+    splits = mixture.read(config.data, tokenizer, folder, config.train.seed, progress)
+    return Data(splits["train"], splits["valid"]), config
+
+
+def with_date(config: Config, folder: Path, tokenizer: Any) -> Config:
+    """The day made explicit where the template prints it, so that the run means the same tomorrow.
+
+    folder: of the model. The tokenizer gets the template of the run.
+    """
+    vocabulary.choose(tokenizer, folder, config)
+    if config.data.date or tokenizer.chat_template is None:
+        return config
+    if not masking.template_of(tokenizer, {}).prints_date:
+        return config
+    today = date.today().isoformat()
+    return config.model_copy(update={"data": config.data.model_copy(update={"date": today})})
