@@ -13,7 +13,7 @@ from conftest import LONG
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(
     path
-    for top in ("mlxtune", "convert", "configs", "tests", ".github", "Makefile", "README.md", "pyproject.toml")
+    for top in ("mlxtune", "convert", "configs", "tests", "docs", ".github", "Makefile", "README.md", "pyproject.toml")
     for path in ([ROOT / top] if (ROOT / top).is_file() else (ROOT / top).rglob("*"))
     if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
 )

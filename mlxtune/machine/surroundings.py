@@ -49,9 +49,9 @@ def kept_awake() -> Iterator[bool]:
 def battery() -> int | None:
     """Percent left when the machine runs on its battery; None when it is plugged in or has none."""
     if sys.platform == "darwin":
-        said = _said("pmset", "-g", "batt")
-        percent = re.search(r"(\d+)%", said)
-        return int(percent[1]) if percent and "'Battery Power'" in said else None
+        printed = _output_of("pmset", "-g", "batt")
+        percent = re.search(r"(\d+)%", printed)
+        return int(percent[1]) if percent and "'Battery Power'" in printed else None
     for supply in sorted(POWER.glob("BAT*")):
         with contextlib.suppress(OSError, ValueError):
             if (supply / "status").read_text().strip() == "Discharging":
@@ -64,14 +64,14 @@ def low_power() -> bool | None:
     if sys.platform != "darwin":
         return None
     # Macs with three modes write powermode: 0 automatic, 1 low, 2 high.
-    modes = re.findall(r"^\s*(?:lowpowermode|powermode)\s+(\d+)", _said("pmset", "-g"), re.MULTILINE)
+    modes = re.findall(r"^\s*(?:lowpowermode|powermode)\s+(\d+)", _output_of("pmset", "-g"), re.MULTILINE)
     return "1" in modes if modes else None
 
 
 def holders() -> dict[str, int]:
     """Bytes that other programs with a language model in memory hold now, by the program's name; largest first."""
     found: dict[str, int] = {}
-    for line in _said("ps", "-axww", "-o", "rss=,command=").splitlines():
+    for line in _output_of("ps", "-axww", "-o", "rss=,command=").splitlines():
         kilobytes, _, command = line.strip().partition(" ")
         for name, begins in HOLDERS.items():
             if kilobytes.isdigit() and begins.match(command.strip()):
@@ -117,7 +117,7 @@ def crowded(needed: int, memory: int) -> list[str]:
     ]
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
     """What a program of the system prints; nothing where there is no such program."""
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout
