@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from rich.console import Console
 
 from mlxtune.cli.display import Display
@@ -47,6 +47,11 @@ def losses(run: Path) -> dict[tuple[str, int], float]:
 
 def tensors(file: Path) -> dict[str, bytes]:
     return {name: np.array(array).tobytes() for name, array in mx.load(str(file)).items()}  # type: ignore[union-attr]
+
+
+def arrays_in(tree: Any) -> list[mx.array]:
+    """The arrays of any tree, in its order."""
+    return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
 
 
 def same_bits(one: Path, other: Path) -> None:
