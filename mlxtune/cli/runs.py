@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 from mlxtune_convert.shown import shown_name
+from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
 
@@ -48,6 +49,6 @@ def runs(folder: Path, as_json: bool) -> None:
             shown_name(run.state),
             f"{run.step}/{run.steps or '?'}",
             best,
-            f"{run.bytes / 1e6:,.1f} MB",
+            size(run.bytes),
         )
     common.stdout().print(table)

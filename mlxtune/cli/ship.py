@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
 
@@ -243,7 +244,7 @@ def export(target: str, kind: str | None, ollama: bool, push: str | None, public
         common.note(note)
     if push:
         for file in sorted(path for path in out.rglob("*") if path.is_file()):
-            console.print(f"uploading {file.relative_to(out)}, {file.stat().st_size:,} bytes", soft_wrap=True)
+            console.print(f"uploading {file.relative_to(out)}, {size(file.stat().st_size)}", soft_wrap=True)
         with console.status(f"uploading to {push}"):
             result.print(card.push(out, push, public))
     if target == "peft" and not shipping.names_base(out):
@@ -299,4 +300,4 @@ def _export_gguf(request: Request, target: str, kind: str | None, ollama: bool) 
     for note in exported.notes:
         common.note(note)
     proof = "" if exported.proof is None else f", {exported.proof.line()}"
-    common.stdout().print(f"{request.out}: {exported.what}, {exported.bytes / (1 << 20):,.1f} MiB{proof}")
+    common.stdout().print(f"{request.out}: {exported.what}, {size(exported.bytes)}{proof}")

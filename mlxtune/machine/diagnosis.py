@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mlxtune_convert.sizes import size
+
 import mlxtune
 from mlxtune.machine import backend, surroundings
 
@@ -29,7 +31,7 @@ def _machine() -> dict[str, str]:
         "python": f"{platform.python_version()} ({platform.machine()})",
         "system": _system(),
         "chip": backend.chip(),
-        "memory": f"{backend.memory_bytes() / backend.GIB:.1f} GiB",
+        "memory": size(backend.memory_bytes()),
         "device": backend.kind(),
     }
 
@@ -37,7 +39,7 @@ def _machine() -> dict[str, str]:
 def _surroundings() -> dict[str, str]:
     battery = surroundings.battery()
     facts = {
-        "free disk": f"{shutil.disk_usage(Path.cwd()).free / backend.GIB:.1f} GiB",
+        "free disk": size(shutil.disk_usage(Path.cwd()).free),
         "power": "plugged in, or no battery" if battery is None else f"battery, {battery}%",
     }
     if sys.platform == "darwin":  # elsewhere mlxtune neither holds off sleep nor asks for such a mode
@@ -55,7 +57,7 @@ def _computing() -> dict[str, str]:
     facts = {}
     working_set = mx.device_info().get("max_recommended_working_set_size")
     if working_set:
-        facts["working set"] = f"{int(working_set) / backend.GIB:.1f} GiB"
+        facts["working set"] = size(int(working_set))
     if backend.kind() == "cpu":
         facts["BLAS"] = backend.blas() or "MLX's own (slow)"
     return facts

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlxtune_convert.sizes import size
+
 LOW_DISK = 10 << 30  # bytes; a 7B model takes half of it in 4 bits
 LOW_BATTERY = 20  # percent
 POWER = Path("/sys/class/power_supply")  # Linux
@@ -82,7 +84,7 @@ def holders() -> dict[str, int]:
 
 def listed(held: dict[str, int]) -> str:
     """Of `holders`, for a sentence."""
-    return ", ".join(f"{name} {size / (1 << 30):.1f} GiB" for name, size in held.items())
+    return ", ".join(f"{name} {size(count)}" for name, count in held.items())
 
 
 def warnings(folder: Path | None = None, needed: int = LOW_DISK) -> list[str]:
@@ -100,7 +102,7 @@ def warnings(folder: Path | None = None, needed: int = LOW_DISK) -> list[str]:
         return out
     free = shutil.disk_usage(folder).free
     if free < needed:
-        out.append(f"only {free / (1 << 30):.1f} GiB of disk are free at {folder.absolute()}")
+        out.append(f"only {size(free)} of disk are free at {folder.absolute()}")
     return out
 
 
@@ -112,8 +114,8 @@ def crowded(needed: int, memory: int) -> list[str]:
     if not held or needed + sum(held.values()) + FOR_SYSTEM <= memory:
         return []
     return [
-        f"memory is tight: {listed(held)} beside the {needed / (1 << 30):.1f} GiB of this run, "
-        f"of {memory / (1 << 30):.0f} GiB: unload the model there, or the run may be slow or end"
+        f"memory is tight: {listed(held)} beside the {size(needed)} of this run, "
+        f"of {size(memory)}: unload the model there, or the run may be slow or end"
     ]
 
 

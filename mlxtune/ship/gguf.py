@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,7 @@ from mlxtune.compute.fit_memory import window_of
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.template.tokenizer import tokenizer_json
 from mlxtune.data.template.tokenizer_changes import Changes, tokenizer_of
-from mlxtune.errors import UserError
+from mlxtune.errors import UserError, did_you_mean
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.dense import QUANTIZED
 from mlxtune.model.load import source_of
@@ -66,10 +65,9 @@ def ship(request: Request, target: str, kind: str | None, ollama: bool, progress
     Raises UserError for anything wrong with the request, and when the proof fails; nothing is kept then.
     """
     if kind is not None and kind not in TYPES:
-        near = difflib.get_close_matches(kind, TYPES, n=1)
         raise UserError(
             f"--type {kind} is not known",
-            (f"Did you mean {near[0]}? " if near else "") + f"There are: {', '.join(TYPES)}.",
+            did_you_mean(kind, TYPES),
         )
     why = families.differs(source_of(request.base or request.model)["config"])
     if why:  # llama.cpp computes as transformers does

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,9 +18,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlxtune_convert.files import read_json, write_json
+from mlxtune_convert.files import finite, read_json, write_json
 from mlxtune_convert.hf import mtp
 from mlxtune_convert.peft import adapter_folder
+from mlxtune_convert.sizes import size
 from mlxtune_convert.tensors import read_header
 
 from mlxtune.adapter import lora
@@ -101,7 +101,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no NaN and no infinity: such numbers become null."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return finite(asdict(self))
 
     def write(self, folder: Path) -> None:
         """verification.json for programs, verification.md for people."""
@@ -137,7 +137,7 @@ def require_memory(parameters: int) -> None:
     needed, have = 4 * parameters, backend.memory_bytes()
     if needed > 0.8 * have:
         raise UserError(
-            f"comparing in float32 needs {needed / backend.GIB:.0f} GiB, this machine has {have / backend.GIB:.0f}",
+            f"comparing in float32 needs {size(needed)}, this machine has {size(have)}",
             "Leave the comparison out (--no-verify), or run it on a larger machine.",
         )
 

@@ -10,7 +10,6 @@ A folder appears whole or not at all. The digests show when a checkpoint is torn
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
-from mlxtune_convert.files import contents, new_folder, read_json, write_json
+from mlxtune_convert.files import contents, digest, new_folder, read_json, write_json
 
 from mlxtune.adapter import lora
 from mlxtune.errors import UserError
@@ -77,7 +76,7 @@ def save(
     with new_folder(folder, own=True) as work:
         save_arrays(work / adapter_file, factors)
         save_arrays(work / OPTIMIZER_FILE, moments)
-        digests = {name: _digest(work / name) for name in (adapter_file, OPTIMIZER_FILE)}
+        digests = {name: digest(work / name) for name in (adapter_file, OPTIMIZER_FILE)}
         write_json(work / STATE_FILE, {"state": asdict(state), "identity": asdict(identity), "sha256": digests})
     older = [other for other in folders(checkpoints) if other < folder]
     surplus = len(older) - (keep_last - 1)
@@ -134,8 +133,8 @@ def _read(folder: Path) -> Saved:
     """What a checkpoint says of itself, its files compared with their digests. Raises _Torn or _OfAnotherVersion."""
     try:
         saved = read_json(folder / STATE_FILE, "a checkpoint")
-        for name, digest in saved["sha256"].items():
-            if _digest(folder / name) != digest:
+        for name, expected in saved["sha256"].items():
+            if digest(folder / name) != expected:
                 raise _Torn(name)
         return Saved(folder, State(**saved["state"]), Identity(**saved["identity"]))
     except (UserError, FileNotFoundError) as error:
@@ -180,8 +179,3 @@ def _remove_half_written(checkpoints: Path) -> None:
     for left in checkpoints.glob(".*"):
         if LEFT.fullmatch(left.name):
             shutil.rmtree(left)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

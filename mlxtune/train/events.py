@@ -23,14 +23,13 @@ that were done again are in it twice; `read` leaves out the first.
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from mlxtune_convert.files import flush_open
+from mlxtune_convert.files import finite, flush_open
 
 from mlxtune.train.run_folder import EVENTS_FILE
 
@@ -64,10 +63,7 @@ class Events:
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Write an event, and pass it on. fields: its values; a number that is not finite becomes null."""
-        event: Event = {"kind": kind}
-        for name, value in fields.items():
-            infinite = isinstance(value, float) and not math.isfinite(value)
-            event[name] = None if infinite else value  # JSON has no NaN and no infinity
+        event: Event = {"kind": kind, **finite(fields)}
         with self._lock:
             if kind not in SHOWN_ONLY:
                 self._write(event)
