@@ -247,10 +247,10 @@ def test_sums_are_sums_whatever_the_types_and_sizes(monkeypatch: pytest.MonkeyPa
     ranks = Others(monkeypatch).ranks
     for together in (8, 30, 1 << 25):  # bytes: several messages, and one for each type
         monkeypatch.setattr("mlxtune.train.ranks.TOGETHER", together)
-        found = ranks.total({**TREE, "e": mx.full((3, 1), 0.5)})
+        found = ranks.sum_tree({**TREE, "e": mx.full((3, 1), 0.5)})
         assert (found["a"] == 2 * TREE["a"]).all() and (found["b"]["c"] == 2).all() and found["b"]["d"].shape == ()
         assert found["e"].shape == (3, 1) and (found["e"] == 1).all()
-    assert ranks.sums(1e8 + 0.25, 2) == [2e8 + 0.5, 4]
+    assert ranks.sum_numbers(1e8 + 0.25, 2) == [2e8 + 0.5, 4]
     assert ranks.highest(7) == 7
 
 
@@ -273,7 +273,7 @@ def test_an_earlier_message_in_place_of_the_one_due_is_refused(monkeypatch: pyte
         return sent[0]
 
     others.change = before
-    for exchange in (lambda: others.ranks.highest(3), lambda: others.ranks.sums(0.5)):
+    for exchange in (lambda: others.ranks.highest(3), lambda: others.ranks.sum_numbers(0.5)):
         sent.clear()
         exchange()
         with pytest.raises(Torn, match="not the one that was due"):

@@ -198,9 +198,9 @@ def step_of(batches: list[int], widths: list[int]) -> list[Batch]:
 def test_every_example_of_a_step_is_dealt_to_exactly_one_process(size: int, batches: list[int]) -> None:
     numbers = np.arange(sum(batches))
     step = step_of(batches, [7] * len(batches))
-    dealt = [row for rank in range(size) for batch in Ranks(Group(rank, size)).share(step) for row in batch.rows]
+    dealt = [row for rank in range(size) for batch in Ranks(Group(rank, size)).own_batches(step) for row in batch.rows]
     assert sorted(dealt) == numbers.tolist()
-    assert [batch.rows.tolist() for batch in Ranks().share(step)] == [batch.rows.tolist() for batch in step]
+    assert [batch.rows.tolist() for batch in Ranks().own_batches(step)] == [batch.rows.tolist() for batch in step]
 
 
 @pytest.mark.parametrize(
@@ -214,11 +214,11 @@ def test_every_example_of_a_step_is_dealt_to_exactly_one_process(size: int, batc
 )
 def test_two_processes_have_about_as_much_to_do(batches: list[int], widths: list[int], most: int) -> None:
     """Padded tokens of the busier one."""
-    shares = [Ranks(Group(rank, 2)).share(step_of(batches, widths)) for rank in range(2)]
+    shares = [Ranks(Group(rank, 2)).own_batches(step_of(batches, widths)) for rank in range(2)]
     assert max(sum(batch.ids.size for batch in share) for share in shares) == most
 
 
 def test_single_examples_are_not_all_dealt_to_the_first_process() -> None:
     """Two micro-batches of one example each, three processes."""
-    shares = [Ranks(Group(rank, 3)).share(step_of([1, 1], [9, 9])) for rank in range(3)]
+    shares = [Ranks(Group(rank, 3)).own_batches(step_of([1, 1], [9, 9])) for rank in range(3)]
     assert [len(share) for share in shares] == [1, 1, 0]

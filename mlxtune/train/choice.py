@@ -108,11 +108,14 @@ class _Search:
 
     def _proven(self, run: Fitted, room: Room) -> Verdict:
         """Proven on rows of the run that take no more than `room`."""
-        grouped = self.config.data.group_by_prefix
-        batch = proof.rows_for(self.rows.examples, run.way, grouped, room.tokens)
+        examples = self.rows.examples
+        batch = proof.rows_for(examples, run.way, self.config.data.group_by_prefix, room.tokens)
         verdict = proof.of(self.given.model, run.way, batch, self.given.dtype, room)
-        window, width = fit_memory.window_of(self.given.model_config), batch.ids.shape[1]
-        if not verdict.wrong and width <= window < lengths_of(self.rows.examples).max():
-            unseen = f"the proof's rows end after {width} tokens, for memory: a window of {window} is not proven"
-            return replace(verdict, note="; ".join(filter(None, [verdict.note, unseen])))
-        return verdict
+        if verdict.wrong:
+            return verdict
+        window = fit_memory.window_of(self.given.model_config)
+        width = batch.ids.shape[1]
+        if not width <= window < lengths_of(examples).max():
+            return verdict
+        unseen = f"the proof's rows end after {width} tokens, for memory: a window of {window} is not proven"
+        return replace(verdict, note=f"{verdict.note}; {unseen}" if verdict.note else unseen)

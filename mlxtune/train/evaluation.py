@@ -28,13 +28,13 @@ class Evaluation:
     config: Config  # of the run
     way: Way  # how the loss is computed
     batches: Sequence[Batch]  # of the validation rows, this process's part
-    ranks: Ranks = ALONE
+    ranks: Ranks = ALONE  # the processes that share the run
 
     def score(self, between: Callable[[], None]) -> Score:
         """Of all validation rows, the same on every process."""
         with as_powers_of_two(self.way.powers):
             own = score(self.loaded.model, self.way.split, self.batches, self.way.prefix, between)
-        loss_sum, tokens, correct = self.ranks.sums(own.loss_sum, own.tokens, own.correct)
+        loss_sum, tokens, correct = self.ranks.sum_numbers(own.loss_sum, own.tokens, own.correct)
         return Score(loss_sum, round(tokens), round(correct))
 
     def samples(self, between: Callable[[], None]) -> list[dict[str, str]]:

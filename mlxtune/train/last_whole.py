@@ -1,6 +1,6 @@
 """The last whole state of a run: what its last finished step left, kept until the next step is finished too.
 
-A step replaces weights and moments one by one, and where it is stopped, or the device gives up, the model holds arrays
+A step replaces weights and moments one by one, and where it is stopped, or the device fails, the model holds arrays
 that were never computed. The arrays of the step before are held here. MLX reuses the memory of an array only when
 nobody holds it, inside a compiled function too, so what is held stays as it was.
 """

@@ -22,10 +22,10 @@ from mlxtune.train.step import Job
 
 @dataclass(frozen=True)
 class Leaving:
-    """The ways out of one run. Only rank 0 writes; on the others the same calls do nothing but speak."""
+    """The ways out of one run. Only rank 0 writes; on the others the same calls only print."""
 
     job: Job  # what is run
-    events: Events  # where it is told
+    events: Events  # what happens, for the file and the listeners
     whole: LastWhole  # what is saved
 
     def save(self) -> None:
@@ -80,12 +80,12 @@ class Leaving:
             reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             stopped += f"; step {state.step} could not be saved ({reason})"
 
-        def say() -> None:
+        def tell() -> None:
             self._tell_saved(folder, state)
             self.events.emit("note", text=f"{stopped}; {self._how_to_go_on(self.job.folder.has_checkpoint())}")
             self.events.emit("end", step=state.step, state="interrupted")
 
-        briefly(say)
+        briefly(tell)
         self._leave_no_empty_folder()
 
     def left_alone(self, waited: str) -> None:

@@ -64,8 +64,8 @@ def _first_state(job: Job, optimizer: Any, resumed: Saved | None) -> State:
         if job.ranks.first:
             checkpoint.load_into(resumed, job.model, optimizer)
         state = resumed.state
-    job.model.update(job.ranks.from_first(job.model.trainable_parameters()))
-    optimizer.state = job.ranks.from_first(optimizer.state)
+    job.model.update(job.ranks.broadcast_tree(job.model.trainable_parameters()))
+    optimizer.state = job.ranks.broadcast_tree(optimizer.state)
     mx.eval(job.model.trainable_parameters(), optimizer.state)
     return state
 

@@ -42,7 +42,7 @@ def build(section: TrainSection, parameters: Any) -> optimizers.AdamW:
 
 
 def clip(gradients: Any, limit: float) -> tuple[Any, mx.array]:
-    """(gradients scaled so that their global L2 norm is at most `limit`, the norm before). limit 0: unscaled.
+    """(gradients scaled so that their global L2 norm is at most `limit`, the norm before: a scalar). limit 0: unscaled.
 
     Meant for float32, as all that is trained is: squares of bfloat16 would be summed up in bfloat16.
     """
@@ -69,7 +69,10 @@ class Update:
         self._function = compiled(self._updated)
 
     def __call__(self, gradients: Any, parameters: Any, targets: int, rate: float) -> tuple[Any, Any, mx.array]:
-        """(new parameters, new state of the optimizer, norm of the gradient before clipping), not computed yet."""
+        """(new parameters, new optimizer state, norm of the gradient before clipping: a scalar), not computed yet.
+
+        targets: how many tokens the gradients are summed over; rate: of learning.
+        """
         self.optimizer.init(parameters)  # a restored state lacks what is empty, and would be compiled for apart
         count, learning_rate = mx.array(float(targets)), mx.array(rate)
         parameters, state, norm = self._function(gradients, parameters, self.optimizer.state, count, learning_rate)

@@ -112,7 +112,7 @@ def plan(config: Config, data: Data) -> Planned:
     made = attached(config, data, read=False)
     way = fast_ways.hoped(made.loaded.model, data.train, config)
     run = fit_memory.fitted(made.given, way, config, made.plan)
-    notes = [*_of_model(made), described(source_of(made.loaded.path)["config"], made.loaded.config)]
+    notes = [*_of_model(made), _ways_out(made.loaded)]
     if isinstance(run.memory, Memory):
         return Planned(run.config, run.rows, run.memory, notes + run.notes)
     return Planned(run.config, run.rows, None, notes + (run.notes or [run.memory.note]))
@@ -188,7 +188,7 @@ def _limit(config: Config, ranks: Ranks) -> int | None:
 def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: Ranks) -> Job:
     loaded, config = made.loaded, chosen.config
     tokens = fit_memory.evaluation_tokens(loaded.model, chosen.way, chosen.rows)
-    valid = ranks.deal(in_order(data.valid, tokens))
+    valid = ranks.own_items(in_order(data.valid, tokens))
     digests = data.train.digest(), data.valid.digest()
     return Job(
         model=loaded.model,
@@ -219,20 +219,36 @@ def _notes(made: Attached, chosen: Fitted, data: Data, ranks: Ranks) -> list[str
     train, valid = data.train, data.valid
     notes = train.notes("train", config.data.max_tokens) + valid.notes("valid", config.data.max_tokens)
     notes += unread(loaded.path) + _of_model(made) + chosen.notes
-    template = masking.template_of(loaded.tokenizer, config.data.template_kwargs)
-    if train.chat and not template.ends_answers(config.data.expand_turns == "none"):
+    if train.chat and not _learns_to_stop(loaded, config):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
     if config.lora.start_from:
         notes.append(f"going on from {config.lora.start_from}: its kind, ranks, scales and targets are kept")
     steps = chosen.rows.steps
     notes.append(f"{train.rows} training rows{train.also}, {valid.rows} held out{valid.also}, {steps} steps")
-    where = f"{backend.kind()}, {dtype_name(loaded.dtype)}"
-    if ranks.size > 1:
-        where += f", {ranks.size} processes"
-    notes.append(f"training {lora.describe(made.spec, loaded.model)} on {where}")
-    notes.append(described(source_of(loaded.path)["config"], loaded.config))
+    what = lora.describe(made.spec, loaded.model)
+    notes.append(f"training {what} on {_where(loaded, ranks)}")
+    notes.append(_ways_out(loaded))
     notes.append(f"computed: {fast_ways.describe(chosen.way)}")
     return notes + unrepeatable(loaded.model, backend.kind())
+
+
+def _learns_to_stop(loaded: Loaded, config: Config) -> bool:
+    """Whether the chat template ends answers with a token of their own."""
+    template = masking.template_of(loaded.tokenizer, config.data.template_kwargs)
+    return template.ends_answers(config.data.expand_turns == "none")
+
+
+def _where(loaded: Loaded, ranks: Ranks) -> str:
+    """Device, type of the activations, number of processes."""
+    where = f"{backend.kind()}, {dtype_name(loaded.dtype)}"
+    if ranks.size > 1:
+        return f"{where}, {ranks.size} processes"
+    return where
+
+
+def _ways_out(loaded: Loaded) -> str:
+    """A note on which exports there are of this model."""
+    return described(source_of(loaded.path)["config"], loaded.config)
 
 
 def _crowded(job: Job) -> list[str]:

@@ -78,7 +78,7 @@ class Ranks:
         """Whether this process writes and draws."""
         return self.group is None or self.group.rank() == 0
 
-    def share(self, batches: Sequence[Batch]) -> list[Batch]:
+    def own_batches(self, batches: Sequence[Batch]) -> list[Batch]:
         """This rank's part of a step: whole micro-batches, or where there are fewer than ranks, every n-th example."""
         if self.group is None:
             return list(batches)
@@ -112,11 +112,11 @@ class Ranks:
                 mine.append(part)
         return mine
 
-    def deal(self, things: Sequence[Any]) -> Sequence[Any]:
+    def own_items(self, items: Sequence[Any]) -> Sequence[Any]:
         """This rank's part of a list."""
-        return things if self.group is None else things[self.group.rank() :: self.size]
+        return items if self.group is None else items[self.group.rank() :: self.size]
 
-    def total(self, tree: Any) -> Any:
+    def sum_tree(self, tree: Any) -> Any:
         """The sum over the ranks of a tree of arrays, the same bits on every rank."""
         if self.group is None:
             return tree
@@ -133,7 +133,7 @@ class Ranks:
         self._seal(received)
         return tree_unflatten(list(summed.items()))
 
-    def sums(self, *numbers: float) -> list[float]:
+    def sum_numbers(self, *numbers: float) -> list[float]:
         """The sums over the ranks of some numbers, in double precision as far as they are added here."""
         if self.group is None:
             return list(numbers)
@@ -154,7 +154,7 @@ class Ranks:
         """The smallest of the ranks' numbers: what one of them has not, none may use."""
         return -self.highest(-number)
 
-    def from_first(self, tree: Any) -> Any:
+    def broadcast_tree(self, tree: Any) -> Any:
         """Rank 0's tree of arrays, on every rank."""
         if self.group is None:
             return tree
@@ -170,7 +170,7 @@ class Ranks:
         """
         self.highest(0)
 
-    def tell(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Rank 0's text, on every rank."""
         if self.group is None:
             return text

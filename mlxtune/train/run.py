@@ -54,7 +54,7 @@ class _Run:
         stack: ExitStack,
     ) -> None:
         # Rank 0's word counts: the others may be on machines that have no run folder.
-        self.config = Config.model_validate_json(ranks.tell(with_absolute_paths(config).model_dump_json()))
+        self.config = Config.model_validate_json(ranks.broadcast_text(with_absolute_paths(config).model_dump_json()))
         self.folder = folder
         self.listener = listener
         self.ranks = ranks
@@ -111,7 +111,7 @@ class _Run:
         """Rank 0's checkpoint: where the run goes on. The others get its tensors later (`loop`)."""
         if not self.resume:
             return None
-        state = json.loads(self.ranks.tell(json.dumps(asdict(saved.state)) if saved else ""))
+        state = json.loads(self.ranks.broadcast_text(json.dumps(asdict(saved.state)) if saved else ""))
         return saved or Saved(self.folder.path, State(**state), job.identity)
 
     def _begun(self, prepared: Prepared) -> State:

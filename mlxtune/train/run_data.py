@@ -21,7 +21,7 @@ from mlxtune.model import hub
 class Data:
     """The examples of a run, with what was shortened or dropped."""
 
-    train: Examples
+    train: Examples  # to learn from
     valid: Examples  # held out
 
 

@@ -55,7 +55,7 @@ ADAPTERS = (lora.ADAPTER_FILE, lora.OWN_FILE)
 class RunFolder:
     """The folder of a run, whether it is there or not."""
 
-    path: Path
+    path: Path  # --out
 
     @property
     def config_file(self) -> Path:

@@ -99,17 +99,17 @@ class StepFunction:
         batches = self.job.plan.step(number)
         targets = sum(batch.targets for batch in batches)
         with backend.memory_held_to(self._queued_bytes()):
-            losses, gradients = self._summed(number, self.job.ranks.share(batches))
-        gradients = self.job.ranks.total(gradients)
+            losses, gradients = self._summed(number, self.job.ranks.own_batches(batches))
+        gradients = self.job.ranks.sum_tree(gradients)
         before = self.job.model.trainable_parameters()
         rate = optim.learning_rate(self.job.section, number, self.job.plan.steps)
         parameters, state, norm = self.update(gradients, before, targets, rate)
         del gradients, before  # the update takes the gradients' memory
-        norm_value, *sums = _computed(parameters, state, [norm, *losses])
+        norm_value, *loss_sums = _computed(parameters, state, [norm, *losses])
         self._judge_prediction(peak)
-        mean = self.job.ranks.sums(sum(sums))[0] / targets
+        mean = self.job.ranks.sum_numbers(sum(loss_sums))[0] / targets
         if not (math.isfinite(mean) and math.isfinite(norm_value)):
-            raise NonFinite(mean, self.rows(number, sums), self.job.identity.config["train.dtype"])
+            raise NonFinite(mean, self.rows(number, loss_sums), self.job.identity.config["train.dtype"])
         self.job.model.update(parameters)
         self.optimizer.state = state
         return {
@@ -173,7 +173,7 @@ class StepFunction:
         """
         if self.job.way.compiled:
             for before in range(self._noted + 1, number):
-                for batch in self.job.ranks.share(self.job.plan.step(before)):
+                for batch in self.job.ranks.own_batches(self.job.plan.step(before)):
                     for part in self._parts(batch):
                         self._gradients.note(part)
         self._noted = max(self._noted, number)
