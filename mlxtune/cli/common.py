@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxtune.config.resolve import Config
+    from mlxtune.data.dataset.examples import Examples
     from mlxtune.model.load import Loaded
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -96,6 +97,39 @@ def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ..
     if adapter is not None and RunFolder(adapter).is_run():
         return RunFolder(adapter).config(None, settings, flags)
     return resolve.load(None, settings, flags)
+
+
+def held_out(
+    tokenizer: Any,
+    folder: Path,
+    adapter: Path | None,
+    data: str | None,
+    settings: tuple[str, ...] = (),
+    split: str | None = None,
+) -> tuple[Examples, Config]:
+    """(The rows to compare on: --data's, else the run's own; the configuration they are read with). The hub is not
+    asked for rows that the run's folder alone names.
+
+    tokenizer, folder, split: as `evaluate.held_out` takes them.
+    """
+    from mlxtune.data.dataset.sources import is_hub_id
+    from mlxtune.evaluate import held_out
+    from mlxtune.train import reach
+    from mlxtune.train.run_folder import RunFolder
+
+    config = run_settings(adapter, data, settings)
+    own = data is None
+    local_only = ""
+    if adapter is not None and RunFolder(adapter).is_run():
+        named = reach.keys_named(settings, {"data.path": data})
+        for line in reach.cache_notes(config, str(RunFolder(adapter).config_file), named):
+            note(line)
+        if named.isdisjoint(reach.DATA_KEYS):
+            local_only = reach.compared(config.data)
+        # Who names the run's own dataset, to have it fetched, means the rows that the run held out of it.
+        if is_hub_id(config.data.path) and data == run_settings(adapter, None).data.path:
+            own = True
+    return held_out.held_out(tokenizer, folder, config, split, own, local_only), config
 
 
 def load_model(model: str, adapter: Path | None) -> Loaded:

@@ -22,7 +22,8 @@ ENOUGH_ROWS = 32  # for codes that are not fitted to a few rows
 data_option = click.option(
     "--data",
     metavar="PATH",
-    help="Held-out rows to compare on.  [default: the run's own; without --adapter: a text that comes with mlxtune]",
+    help="Held-out rows to compare on.  [default: the run's own, never fetched from the hub; without --adapter: "
+    "a text that comes with mlxtune]",
 )
 
 
@@ -89,7 +90,7 @@ def fuse(bits: str, group_size: str | None, **shared: Any) -> None:
         raise UserError("--group-size has no effect with --bits 16: nothing is quantized")
     request = _request(**shared)
     if bits == "4":
-        request = replace(request, calibration=_training_rows(shared["adapter"]))
+        request = replace(request, calibration=_training_rows(request.model, shared["adapter"], shared["data"]))
     with common.console().status("merging, comparing with the trained model"):
         report = export.to_mlx(request, int(bits), int(group_size) if group_size else None)
     result = common.stdout()
@@ -109,14 +110,21 @@ def fuse(bits: str, group_size: str | None, **shared: Any) -> None:
         )
 
 
-def _training_rows(adapter: Path) -> Sequence[Example]:
-    """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said."""
+def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Example]:
+    """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said.
+
+    data: --data, which may name them.
+    """
     from mlxtune.errors import UserError
+    from mlxtune.train import reach
     from mlxtune.train.run_data import read_data
     from mlxtune.train.run_folder import RunFolder
 
     try:
-        rows = read_data(RunFolder(adapter).config())[0].train
+        config = RunFolder(adapter).config(flags={"model.path": str(model)})
+        is_named = data is not None and data == config.data.path
+        local = reach.LocalOnly(data="" if is_named else reach.compared(config.data))
+        rows = read_data(config, local=local)[0].train
     except UserError as error:
         common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
@@ -138,7 +146,6 @@ def _held_out(
     """
     from mlxtune.data.template.tokenizer_changes import tokenizer_of
     from mlxtune.errors import UserError
-    from mlxtune.evaluate.held_out import held_out
     from mlxtune.ship import sample
     from mlxtune.ship.verify import MAX_POSITIONS, SHIPPED
 
@@ -155,7 +162,7 @@ def _held_out(
             f"the proof needs held-out rows, and {adapter} is no run that names its own",
             "; ".join(filter(None, ("Name some: --data PATH", or_else))) + ".",
         )
-    return held_out(tokenizer_of(path, adapter), path, config, own=data is None)
+    return common.held_out(tokenizer_of(path, adapter), path, adapter, data)[0]
 
 
 # Which options mean something for which target.

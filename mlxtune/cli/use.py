@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 @click.command("eval")
 @common.model_option()
 @common.adapter_option
-@click.option("--data", metavar="PATH", help="Folder or file.  [default: the run's own data]")
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="Folder, file or hub dataset id.  [default: the run's own, never fetched from the hub]",
+)
 @common.split_option("Of a folder.  [default: valid; a file: all rows]")
 @common.json_option
 @common.settings_option
@@ -39,12 +43,11 @@ def eval_command(
     mlxtune eval --model model --data data --split test --json
     """
     from mlxtune.adapter.lora import switched_off
-    from mlxtune.evaluate.held_out import held_out
     from mlxtune.evaluate.score import score_examples
 
-    config = common.run_settings(adapter, data, settings)
+    common.run_settings(adapter, data, settings)  # a typing error is said before the model is read
     loaded = common.load_model(model, adapter)
-    examples = held_out(loaded.tokenizer, loaded.path, config, split, own=data is None)
+    examples, config = common.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)
     label = split or ("all" if data is not None and Path(data).expanduser().is_file() else "valid")
     for note in examples.notes(label, config.data.max_tokens):
         common.note(note)

@@ -18,6 +18,7 @@ from mlxtune_convert.files import explained, new_folder, read_json, require_spac
 from mlxtune_convert.hf import families, model_folder
 from mlxtune_convert.hf.configs import SOURCE_FILE, unquantized
 from mlxtune_convert.peft import adapter_folder
+from mlxtune_convert.peft.settings import Settings
 
 from mlxtune.adapter import lora
 from mlxtune.adapter.peft import from_model
@@ -251,6 +252,7 @@ def _opened(export: Path, request: Request) -> tuple[Runner, str, str, Callable[
     if (export / adapter_folder.WEIGHTS_FILE).is_file():
         if not verify.has_peft():
             raise UserError("PEFT adapters are run by PEFT, which is not installed", "pip install torch peft")
+        Settings.read(export)  # PEFT is given no key that we do not know: some name modules that it would import
         torch = _peft_runner(request.model, export)
 
         def of_adapter(ref: Reference) -> str:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import mlx.core as mx
@@ -340,7 +341,15 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
     saved = read_header(folder / adapter_folder.WEIGHTS_FILE).get(f"{adapter_folder.PREFIX}{name}.weight")
     if saved and saved["shape"][0] > len(model.get_input_embeddings().weight):  # tokens were added
         model.resize_token_embeddings(saved["shape"][0], mean_resizing=False)
-    return TorchRunner(PeftModel.from_pretrained(model, str(folder)).eval())
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # the library raises whatever its parts raise
+        reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+        raise UserError(
+            f"PEFT {importlib.metadata.version('peft')} does not load {folder} ({reason})",
+            "Either it is not as it was written, or this version wants something else (a bug, then: please report it).",
+        ) from error
+    return TorchRunner(adapted.eval())
 
 
 def text_part(model: Any) -> Any:

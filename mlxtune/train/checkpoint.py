@@ -10,6 +10,7 @@ A folder appears whole or not at all. The digests show when a checkpoint is torn
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -33,6 +34,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 STEP = re.compile(r"step-\d{7,}")
 LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+(-[0-9a-f]+)?")  # by a process that was killed while it wrote
+MOST_HALVED = 64  # times that a micro-batch is cut in two: more has no effect on any
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,21 @@ class State:
     skipped: int = 0  # steps left out for numbers that were not finite
     halved: int = 0  # how often micro-batches are cut in two for want of memory, as in `Division`
     checkpointed: bool = False  # every block is checkpointed for want of memory, as in `Division`
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> State:
+        """The state that state.json holds. Raises TypeError or ValueError for what is none."""
+        state = cls(**saved)
+        # -1 is the one of them that may be negative: nothing was evaluated.
+        counts = (state.step, state.evaluated + 1, state.best_step, state.stale, state.skipped, state.halved)
+        for count in counts:
+            if type(count) is not int or not 0 <= count < 1 << 63:
+                raise ValueError("a count is none")
+        if type(state.checkpointed) is not bool or state.halved > MOST_HALVED:
+            raise ValueError("no division of steps")
+        if state.best_loss is not None and not math.isfinite(state.best_loss):
+            raise ValueError("no loss")
+        return state
 
 
 @dataclass(frozen=True)
@@ -97,8 +114,8 @@ class _Torn(Exception):
     """A checkpoint is not whole. The text: which of its files is at fault."""
 
 
-class _OfAnotherVersion(Exception):
-    """A checkpoint is not in the form that this version writes."""
+class _Unusable(Exception):
+    """A checkpoint cannot be used, and may not be ours to remove. The text: why."""
 
 
 def newest(checkpoints: Path, skipped: Callable[[str], None]) -> Saved:
@@ -115,8 +132,8 @@ def newest(checkpoints: Path, skipped: Callable[[str], None]) -> Saved:
         except _Torn as error:
             torn.append(folder)
             reason = str(error)
-        except _OfAnotherVersion:
-            reason = f"{STATE_FILE}, of another version"  # and not ours to remove
+        except _Unusable as error:
+            reason = str(error)
         else:
             for broken in torn:
                 shutil.rmtree(broken)
@@ -130,17 +147,36 @@ def newest(checkpoints: Path, skipped: Callable[[str], None]) -> Saved:
 
 
 def _read(folder: Path) -> Saved:
-    """What a checkpoint says of itself, its files compared with their digests. Raises _Torn or _OfAnotherVersion."""
+    """What a checkpoint says of itself, its files compared with their digests. Raises _Torn or _Unusable."""
     try:
         saved = read_json(folder / STATE_FILE, "a checkpoint")
-        for name, expected in saved["sha256"].items():
+        state, identity = State.of(saved["state"]), Identity.of_saved(saved["identity"])
+        digests = saved["sha256"]
+        _require_own(folder, state, digests)
+        for name, expected in digests.items():
             if digest(folder / name) != expected:
                 raise _Torn(name)
-        return Saved(folder, State(**saved["state"]), Identity(**saved["identity"]))
+        return Saved(folder, state, identity)
     except (UserError, FileNotFoundError) as error:
         raise _Torn(STATE_FILE) from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _OfAnotherVersion from error
+    except OSError as error:
+        raise _Unusable(f"it cannot be read: {error.strerror}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _Unusable(f"{STATE_FILE}, of another version") from error
+
+
+def _require_own(folder: Path, state: State, digests: dict[str, str]) -> None:
+    """Raise ValueError for a step or for names of files that no checkpoint of ours has. Another file would be read, or
+    a pipe that never ends.
+    """
+    if folder.name != f"step-{state.step:07d}":
+        raise ValueError("another step's state")
+    if set(digests) not in ({lora.ADAPTER_FILE, OPTIMIZER_FILE}, {lora.OWN_FILE, OPTIMIZER_FILE}):
+        raise ValueError("other files' digests")
+    for name in digests:
+        path = folder / name
+        if path.exists() and not path.is_file():
+            raise ValueError("something else in place of a file")
 
 
 def load_into(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:

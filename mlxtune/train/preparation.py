@@ -129,7 +129,7 @@ def attached(
 
     adapter_of: the run whose adapter is gone on with, which its first process alone has. read: its weights now.
     """
-    loaded = load(config.model.path, config.train.dtype, read=read)
+    loaded = load(str(data.folder), config.train.dtype, read=read)
     changes = vocabulary.prepare(loaded, config)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
     if adapter_of is not None and ranks.first:

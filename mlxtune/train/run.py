@@ -16,10 +16,11 @@ from mlxtune.config.resolve import Config
 from mlxtune.machine import backend, surroundings
 from mlxtune.train import events, loggers, loop
 from mlxtune.train.checkpoint import Saved, State
-from mlxtune.train.events import Event, Events, Listener, nobody
+from mlxtune.train.events import Events, Listener, nobody
 from mlxtune.train.lock import UNLOCKED
 from mlxtune.train.preparation import Prepared, prepare
 from mlxtune.train.ranks import Ranks
+from mlxtune.train.reach import NOTHING, LocalOnly
 from mlxtune.train.run_data import read_data
 from mlxtune.train.run_folder import RunFolder
 from mlxtune.train.step import Job
@@ -27,17 +28,25 @@ from mlxtune.train.step import Job
 SPARE_DISK = 1 << 30  # bytes that should stay free beside what a run writes
 
 
-def tune(config: Config, out: Path, listener: Listener = nobody, resume: bool = False, anyway: bool = False) -> State:
+def tune(
+    config: Config,
+    out: Path,
+    listener: Listener = nobody,
+    resume: bool = False,
+    anyway: bool = False,
+    local: LocalOnly = NOTHING,
+) -> State:
     """Train and leave the adapter in `out`.
 
     listener: called with all that happens, as `events` lists it. resume: go on from the newest checkpoint in `out`;
-    anyway: though keys that may change did. Raises UserError for anything wrong with the configuration, data or model,
-    Interrupted after a signal. A run that ends before anything was saved leaves no folder.
+    anyway: though keys that may change did. local: for what the hub is not asked. Raises UserError for anything wrong
+    with the configuration, data or model, Interrupted after a signal. A run that ends before anything was saved leaves
+    no folder.
     """
     ranks = Ranks.here()
     with ExitStack() as stack:
         stack.enter_context(ranks.explained(out))
-        return _Run(config, RunFolder(out), listener, ranks, resume, anyway, stack).train()
+        return _Run(config, RunFolder(out), listener, ranks, resume, anyway, stack).train(local)
 
 
 class _Run:
@@ -63,8 +72,8 @@ class _Run:
         self.stack = stack  # what ends with the run
         self.notes: list[str] = []  # what a person must know; said when the run has begun
 
-    def train(self) -> State:
-        """The story: look, read, prepare, agree, begin."""
+    def train(self, local: LocalOnly) -> State:
+        """The story: look, read, prepare, agree, begin. local: for what the hub is not asked."""
         loggers.require(self.config.train.loggers)
         fast_ways.refuse_idle(self.config)
         if self.config.train.keep_awake == "auto":  # on every machine: one that sleeps stops the others
@@ -72,7 +81,7 @@ class _Run:
         saved = self._checkpoint() if self.resume and self.ranks.first else None
         if self.ranks.first and not self.resume:
             self.folder.require_free()
-        data, self.config = read_data(self.config, self._tell_reading)
+        data, self.config = read_data(self.config, self._tell_reading, local)
         self.stack.callback(backend.wire, 0)  # as MLX begins: what `prepare` wires is wired for training alone
         prepared = prepare(self.config, data, self.folder, self.ranks, self.resume, self.listener)
         self.config = prepared.config
@@ -143,7 +152,7 @@ class _Run:
         def note(text: str) -> None:
             log.emit("note", text=text)
 
-        opened = loggers.opened(config.train.loggers, folder.path, job.identity.config, step, note)
+        opened = loggers.opened(config.train.loggers, folder.path, job.identity.without_places(), step, note)
         log.listen(*self.stack.enter_context(opened))
         self.notes += surroundings.warnings(folder.path, _disk_bytes(job) + SPARE_DISK)
         way = fast_ways.describe(job.way)
@@ -171,7 +180,10 @@ def _way_before(folder: RunFolder) -> str:
     """How the run was computed so far, in words; "": nobody knows."""
     if not folder.events.is_file():
         return ""
-    happened: list[Event] = events.read(folder.path)
+    try:
+        happened = events.read(folder.path)
+    except ValueError:  # somebody changed the file; what is written from now on can be read
+        return ""
     for event in reversed(happened):
         if "computed" in event:
             return str(event["computed"])

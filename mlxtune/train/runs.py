@@ -36,7 +36,7 @@ def find(folder: Path) -> list[RunSummary]:
 def _summary(path: Path) -> RunSummary:
     try:
         return _read(path)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, ValueError, OSError):
         return RunSummary(path, "unreadable", 0, 0, None, _bytes(path), "")
 
 
@@ -56,7 +56,7 @@ def _read(path: Path) -> RunSummary:
         path=path,
         state=_state(run, happened),
         step=step,
-        steps=int(begun.get("steps", 0)),
+        steps=begun.get("steps", 0),
         best_loss=min(losses, default=None),
         bytes=_bytes(path),
         model=Path(str(begun.get("model", ""))).name,
