@@ -46,7 +46,13 @@ def tune(
     ranks = Ranks.here()
     with ExitStack() as stack:
         stack.enter_context(ranks.explained(out))
+        config = _config_of_first(with_absolute_paths(config), ranks)
         return _Run(config, RunFolder(out), listener, ranks, resume, anyway, stack).train(local)
+
+
+def _config_of_first(config: Config, ranks: Ranks) -> Config:
+    """Rank 0's configuration, on every rank: the others may be on machines that have no run folder."""
+    return Config.model_validate_json(ranks.broadcast_text(config.model_dump_json()))
 
 
 class _Run:
@@ -62,13 +68,12 @@ class _Run:
         anyway: bool,
         stack: ExitStack,
     ) -> None:
-        # Rank 0's word counts: the others may be on machines that have no run folder.
-        self.config = Config.model_validate_json(ranks.broadcast_text(with_absolute_paths(config).model_dump_json()))
+        self.config = config  # as asked for, later with the day, then made to fit the memory
         self.folder = folder
         self.listener = listener
         self.ranks = ranks
-        self.resume = resume
-        self.anyway = anyway
+        self.resume = resume  # go on from the newest checkpoint
+        self.anyway = anyway  # though keys that may change did
         self.stack = stack  # what ends with the run
         self.notes: list[str] = []  # what a person must know; said when the run has begun
 
