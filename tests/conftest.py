@@ -18,9 +18,9 @@ HOME_CACHE = os.environ.get("XDG_CACHE_HOME")  # the user's own, None where it i
 # The files that take longest. Begun first, they do not stand alone at the end, while the other process has no more to
 # do; those that start several processes apart from each other, for these wait for one another.
 LONG = (
-    *("ranks", "gguf_ship", "broken_input", "launch", "ship", "on_oom", "selftest", "signals", "hub", "survive"),
-    *("peft", "families", "use", "bench", "new_tokens", "loss_as_asked", "golden", "fuse", "floats", "compiled"),
-    *("gguf_import", "convert", "readme", "differences"),
+    *("selftest", "survive", "gguf_ship", "bench", "on_oom", "families", "launch", "peft", "hub", "compiled", "ranks"),
+    *("use", "new_tokens", "loss_as_asked", "golden", "fuse", "floats", "broken_input", "ship", "gguf_import"),
+    *("convert", "signals", "readme", "differences"),
 )
 
 

@@ -6,8 +6,6 @@ import json
 import os
 import pty
 import select
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +28,7 @@ RAW += list("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\
 def on_a_terminal(*args: str | Path, status: int = 0) -> str:
     """What the installed command sends to a terminal, standard error too."""
     ours, theirs = pty.openpty()
-    words = [str(Path(sys.executable).parent / "mlxtune"), *map(str, args)]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
-    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    process = tiny.started(*args, streams=(theirs, theirs, theirs), TERM="xterm-256color")
     os.close(theirs)
     said = b""
     while True:
