@@ -249,7 +249,7 @@ def test_sums_are_sums_whatever_the_types_and_sizes(monkeypatch: pytest.MonkeyPa
     assert ranks.highest(7) == 7
 
 
-@pytest.mark.parametrize("exchange", ["total", "from_first"])
+@pytest.mark.parametrize("exchange", ["sum_tree", "broadcast_tree"])
 def test_a_sum_that_differs_in_one_bit_between_ranks_is_refused(exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
     others = Others(monkeypatch)
     getattr(others.ranks, exchange)(TREE)

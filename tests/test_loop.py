@@ -46,7 +46,7 @@ SETTINGS = (
 
 
 def tune(model: Path, data: Path, out: Path, *settings: str, resume: bool = False) -> list[dict]:
-    """Train through the session; return the run's events."""
+    """Train in this process; return the run's events."""
     resolved = resolve.load(None, (*SETTINGS, *settings), {"model.path": str(model), "data.path": str(data)})
     with Display(Console(quiet=True)) as display:
         train(resolved, out, display, resume)
@@ -270,3 +270,17 @@ def test_what_comes_before_the_first_step_is_said_and_what_is_wired_is_let_go(
     assert said == ["reading the model"]  # there is nothing to prove
     assert not {event["kind"] for event in events.read(tmp_path / "plain")} & {*events.SHOWN_ONLY}
     assert "computed: everything, no short cut" in [event.get("text") for event in events.read(tmp_path / "plain")]
+
+
+def test_a_run_whose_last_evaluation_a_signal_ends_is_not_finished(mlx_model: Path, data: Path, tmp_path: Path) -> None:
+    """Whoever resumes it evaluates, and takes no step."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.Interrupted) as stopped:
+        tiny.interrupt_after(patch, 2)
+        tune(mlx_model, data, tmp_path / "run", "train.steps=2", "train.eval_every=1")
+    assert "stopped after step 2; to go on" in str(stopped.value)
+    cut = events.read(tmp_path / "run")
+    assert cut[-1]["state"] == "interrupted" and [event["step"] for event in cut if event["kind"] == "eval"] == [0, 1]
+    whole = tune(mlx_model, data, tmp_path / "run", "train.steps=2", "train.eval_every=1", resume=True)
+    assert [event["step"] for event in whole if event["kind"] == "eval"] == [0, 1, 2]
+    assert [event["step"] for event in whole if event["kind"] == "train"] == [1, 2]
+    assert whole[-1]["state"] == "finished"

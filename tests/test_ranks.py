@@ -166,7 +166,7 @@ def test_a_run_of_one_process_is_resumed_by_two(alone: dict[tuple[str, ...], Pat
 def test_processes_with_different_rows_are_refused(mlx_model: Path, data: Path, tmp_path: Path) -> None:
     """The second process reads other rows, as on a machine whose copy is old."""
     there = (
-        "import os\nfrom mlxtune.data.rows import Examples\n"
+        "import os\nfrom mlxtune.data.dataset.examples import Examples\n"
         "if os.environ['MLX_RANK'] == '1':\n    Examples.digest = lambda self: 'others'\n"
     )
     said = two(tmp_path, *words(mlx_model, data, tmp_path / "run"), code=there)
