@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -18,11 +19,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import IO, Any, NoReturn
+
+import network
 
 # Variables that may be others than the server's: those that nothing reads while it is imported, and those that
 # libraries set in the process that imports them.
@@ -43,14 +47,29 @@ def fits(environment: dict[str, str]) -> bool:
     return sys.platform == "linux" and any(server.fits(environment) for server in _servers)
 
 
-def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """The command in a forked process, without input."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
-        with open(os.devnull, encoding="utf-8") as nothing:
-            streams = [nothing.fileno(), out.fileno(), err.fileno()]
-            status = Command(command, environment, streams).wait()
-        out.seek(0)
-        err.seek(0)
+def run(
+    command: list[str], environment: dict[str, str], terminal: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The command in a forked process, without input, or on a terminal of its own. It may change nothing but what it is
+    told to write, and ask the network for nothing (but a hub that the environment names, and other ranks).
+    """
+    from guard import Watch  # not in the server
+
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as calls,
+        open(os.devnull, encoding="utf-8") as nothing,
+    ):
+        streams = [nothing.fileno(), out.fileno(), err.fileno()] if terminal is None else [terminal] * 3
+        watch = Watch(command)
+        alone = not {"HF_ENDPOINT", "MLX_RANK"} & environment.keys()
+        status = Command(command, environment, [*streams, *([calls.fileno()] if alone else [])]).wait()
+        watch.end()
+        for file in (out, err, calls):
+            file.seek(0)
+        asked = calls.read()
+        assert not asked, f"{asked}by: {' '.join(command)}"
         return subprocess.CompletedProcess(command, status, out.read(), err.read())
 
 
@@ -199,6 +218,9 @@ def _fixed(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _serve(control: socket.socket) -> None:
+    # PyTorch makes this folder when it is loaded; one that is there need not be made among the commands' files.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    import mlxtune.cli  # noqa: F401  # first, as in the command: it chooses what MLX multiplies with
 
     for name in ("train.run", "bench", "demo.story", "adapter.peft", "ship.gguf"):
         __import__(f"mlxtune.{name}")
@@ -219,7 +241,7 @@ def _serve(control: socket.socket) -> None:
                 status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
                 control.send(json.dumps({"number": number, "status": status}).encode())
                 continue
-            message, streams, _, _ = socket.recv_fds(control, LONGEST, 3)
+            message, streams, _, _ = socket.recv_fds(control, LONGEST, 4)
             if not message:
                 os._exit(0)  # the tests have ended
             child = os.fork()
@@ -243,8 +265,14 @@ def _command(asked: dict[str, Any], streams: Sequence[int]) -> None:
     os.environ.update(asked["environment"])
     tempfile.tempdir = None  # found again, by the new environment
     sys.argv = asked["command"]
+    *streams, calls = [*streams, -1][:4]
+    if os.isatty(streams[0]):
+        os.setsid()  # then this terminal's Ctrl-C is for this process
+        fcntl.ioctl(streams[0], termios.TIOCSCTTY, 0)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    if calls >= 0:
+        network.forbid(calls)
     for stream in streams:
         if stream > 2:
             os.close(stream)

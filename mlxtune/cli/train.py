@@ -125,6 +125,8 @@ def _note_reach(
 
 def _print_plan(config: Config, folder: Path | None) -> None:
     """What would be done, without reading a weight."""
+    from rich.text import Text
+
     from mlxtune.compute import fast_ways
     from mlxtune.train import loggers, preparation
     from mlxtune.train.run_data import read_data
@@ -152,4 +154,4 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     for note in planned.notes:
         out.print(f"note: {note}")
     out.print()
-    out.print(planned.config.to_yaml().rstrip())
+    out.print(Text(planned.config.to_yaml().rstrip()))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -264,7 +266,11 @@ def transformers_version() -> str:
 
 
 def _quiet() -> None:
-    """The other library's progress bars and its notes on its own future would only confuse here."""
+    """Before PyTorch is loaded. The other library's progress bars and its notes on its own future would only confuse
+    here. And PyTorch makes a folder for what it compiles, among the temporary files, and leaves it there; nothing is
+    compiled here, and no folder needs to be made where it is one that is there.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -290,10 +296,10 @@ def transformers_runner(folder: Path) -> TorchRunner:
 
 def transformers_model(folder: Path) -> Any:
     """Load an exported folder with transformers, in float32. Raises UserError for missing or unexpected tensors."""
+    _quiet()
     import torch
     from transformers import AutoConfig
 
-    _quiet()
     # Without trust_remote_code=False the library would ask the user whether to run code that lies in the folder.
     kind = _model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
     model, info = kind.from_pretrained(
@@ -319,11 +325,11 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
 
     base: tensors under Hugging Face's names, handed over in memory; nothing is written.
     """
+    _quiet()
     import torch
     from peft import PeftModel
     from transformers import AutoConfig
 
-    _quiet()
     built = AutoConfig.for_model(**config)
     state = {name: torch.from_numpy(np.array(base.pop(name))) for name in list(base)}
     model, info = _model_class(built).from_pretrained(
