@@ -113,7 +113,7 @@ def _stores_in_files(given: dict[str, Any], folder: Path) -> Iterator[str]:
     if given.get("config"):
         files.append(folder / str(given["config"]))
     for file in files:
-        if file.is_file() and (named := re.search(r"^ +cache: (.+)$", file.read_text(errors="replace"), re.MULTILINE)):
+        if file.is_file() and (named := re.search(r"\bcache: ([^,}\n]+)", file.read_text(errors="replace"))):
             yield named[1].strip("'\"")
 
 
