@@ -152,7 +152,7 @@ def test_queued_work_takes_no_more_memory_than_predicted(monkeypatch: pytest.Mon
     config = configuration.load(None, settings)
     plan = Plan(examples(), config.train)
     way = Way(Split.of(model, mx.array([plan.examples[0].ids[:8]])), recompute=1)
-    predicted = fit_memory.plan(
+    predicted = fit_memory.predict_run(
         fit_memory.Given(model, {"model_type": "llama", **sizes}, mx.float32), way, config, plan
     )
     assert predicted is not None

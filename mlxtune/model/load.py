@@ -34,8 +34,8 @@ from mlxtune.model.corrections.corrected import correct, readable
 from mlxtune.model.corrections.reference import completed
 from mlxtune.model.corrections.shared_keys import handed_on, with_unused
 from mlxtune.model.corrections.tying import by_files
-from mlxtune.model.dense import on_cpu
 from mlxtune.model.hub import resolve
+from mlxtune.model.linux_cpu import multiply_densely
 
 __all__ = ["Loaded", "cast", "load", "model_dtype", "open_model", "source_of"]
 
@@ -90,7 +90,7 @@ def load(source: str, dtype: str = "own", as_mlx_lm: bool = False, read: bool = 
     if wanted != own:
         cast(model, wanted)
     if backend.kind() == "cpu" and not as_mlx_lm:
-        on_cpu(model)
+        multiply_densely(model)
     if read:
         mx.eval(model.parameters())
     return Loaded(model, tokenizer, config, path, wanted, own)

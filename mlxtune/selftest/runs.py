@@ -48,11 +48,11 @@ def checks() -> list[Check]:
 
 @dataclass(frozen=True)
 class Made:
-    """A finished run. base: the model that it was trained on; folder: what the run left."""
+    """A finished run."""
 
-    base: Path
-    folder: Path
-    config: config.Config
+    base: Path  # folder of the model that it was trained on
+    folder: Path  # what the run left
+    config: config.Config  # the run's, as it was resolved
 
 
 def base(shop: Workshop, dtype: mx.Dtype) -> Path:
@@ -127,7 +127,7 @@ def _computed(folder: Path) -> str:
 def _left_out(folder: Path) -> str:
     """What a run on this model should have used, and found wrong itself: it proves each way before it takes it."""
     wanted = [fast_ways.describe(Way(split=Split(nn.Module(), ""))), "the shared prefix of "]
-    if backend.compiles():
+    if backend.policy().compiled:
         wanted.append(fast_ways.describe(Way(compiled=True)))
     missing = [what for what in wanted if what not in _computed(folder)]
     refused = next((note for note in _notes(folder) if note.startswith("not used")), "")

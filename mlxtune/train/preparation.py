@@ -110,8 +110,8 @@ def prepare(
 def plan(config: Config, data: Data) -> Planned:
     """What a run would do. Raises UserError for all that `prepare` refuses before it reads a weight."""
     made = attached(config, data, read=False)
-    way = fast_ways.hoped(made.loaded.model, data.train, config)
-    run = fit_memory.fitted(made.given, way, config, made.plan)
+    way = fast_ways.expected_way(made.loaded.model, data.train, config)
+    run = fit_memory.fit(made.given, way, config, made.plan)
     notes = [*_of_model(made), _ways_out(made.loaded)]
     if isinstance(run.memory, Memory):
         return Planned(run.config, run.rows, run.memory, notes + run.notes)

@@ -169,13 +169,13 @@ class StepFunction:
 
     def _note_steps_before(self, number: int) -> None:
         """Note the signatures of the steps before, where a run goes on or steps were divided: what is compiled, and so
-        the last bits, is then what it would be in a run that began with step 1 (`Gradients.note`).
+        the last bits, is then what it would be in a run that began with step 1 (`Gradients.count_use`).
         """
         if self.job.way.compiled:
             for before in range(self._noted + 1, number):
                 for batch in self.job.ranks.own_batches(self.job.plan.step(before)):
                     for part in self._parts(batch):
-                        self._gradients.note(part)
+                        self._gradients.count_use(part)
         self._noted = max(self._noted, number)
 
     def _parts(self, batch: Batch) -> list[Batch]:
