@@ -72,8 +72,8 @@ def score(
     """Score a model on batches. Legend: N supervised positions, D width, V vocabulary.
 
     split: the head apart from the trunk, so that logits are computed for supervised positions alone; None: the model
-    gives its logits for every token. shared: as in `inputs_of`; between: called before each batch, and may raise to break
-    off.
+    gives its logits for every token. shared: as in `inputs_of`; between: called before each batch, and may raise to
+    break off.
     """
     loss_sum, tokens, correct = 0.0, 0, 0
     for batch in _alike(model, batches):
