@@ -13,6 +13,7 @@ import fcntl
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -23,7 +24,9 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import network
@@ -73,6 +76,43 @@ def run(
         return subprocess.CompletedProcess(command, status, out.read(), err.read())
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A command that has ended, and what it took."""
+
+    result: subprocess.CompletedProcess[str]  # its status is a negative signal where one ended it
+    seconds: float  # of a core
+    peak: int  # bytes that it held beyond those of the process that it was forked from
+    late: bool  # it did not end, and was killed
+
+
+def measured(
+    command: list[str], environment: dict[str, str], given: str = "", memory: int = 0, longest: float = 600
+) -> Measured:
+    """The command in a forked process of the first server, which nothing watches: the environment may name another home
+    and another cache, which what was imported does not hear of.
+
+    given: its standard input; memory: bytes beyond the server's that it may address, 0: no limit; longest: seconds
+    until it is killed.
+    """
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        files[0].write(given.encode())
+        files[0].seek(0)
+        process = Command(command, environment, [file.fileno() for file in files], "", memory, _servers[0])
+        late = False
+        try:
+            status = process.wait(longest)
+        except subprocess.TimeoutExpired:
+            late = True
+            process.kill()
+            status = process.wait()
+        for file in files[1:]:
+            file.seek(0)
+        said, told = (file.read().decode("utf-8", "replace") for file in files[1:])
+    return Measured(subprocess.CompletedProcess(command, status, said, told), *process.took(), late)
+
+
 def start(command: list[str], environment: dict[str, str], code: str = "", streams: Sequence[int] = ()) -> Command:
     """The command, running in a forked process. code: Python that the process does first; streams: what it has as
     standard input, output and error, where these are not to be pipes to it.
@@ -98,9 +138,17 @@ def end(environment: dict[str, str] | None = None) -> None:
 class Command:
     """A command that was forked, as far as tests need it like a subprocess.Popen."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], streams: Sequence[int], code: str = "") -> None:
-        self._server = next(server for server in _servers if server.fits(environment))
-        asked = {"command": command, "cwd": os.getcwd(), "environment": environment, "code": code}
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        streams: Sequence[int],
+        code: str = "",
+        memory: int = 0,
+        server: _Server | None = None,
+    ) -> None:
+        self._server = server or next(server for server in _servers if server.fits(environment))
+        asked = {"command": command, "cwd": os.getcwd(), "environment": environment, "code": code, "memory": memory}
         self.pid = self._server.fork(asked, streams)
         self.stdin: IO[str] | None = None
         self.stdout: IO[str] | None = None
@@ -109,6 +157,10 @@ class Command:
     @property
     def returncode(self) -> int | None:
         return self._server.ended.get(self.pid)
+
+    def took(self) -> tuple[float, int]:
+        """(seconds of a core, bytes held beyond the server's) of a command that has ended."""
+        return self._server.took[self.pid]
 
     def poll(self) -> int | None:
         self._server.hear(0)
@@ -165,7 +217,7 @@ class Command:
 
 
 class _Server:
-    """This process's end of a server. ended: exit statuses by process, as subprocess counts them."""
+    """This process's end of a server."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment = environment
@@ -173,7 +225,8 @@ class _Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._begun: list[int] = []
-        self.ended: dict[int, int] = {}
+        self.ended: dict[int, int] = {}  # exit statuses by process, as subprocess counts them
+        self.took: dict[int, tuple[float, int]] = {}  # by process: seconds of a core, and bytes beyond the server's
 
     def fits(self, environment: dict[str, str]) -> bool:
         return _fixed(environment) == self._fixed
@@ -200,6 +253,7 @@ class _Server:
             assert told, "the server of forked commands has ended"
             if "status" in told:
                 self.ended[told["number"]] = told["status"]
+                self.took[told["number"]] = told["seconds"], told["peak"]
             else:
                 self._begun.append(told["number"])
             seconds = 0
@@ -220,6 +274,8 @@ def _fixed(environment: dict[str, str]) -> dict[str, str]:
 def _serve(control: socket.socket) -> None:
     # PyTorch makes this folder when it is loaded; one that is there need not be made among the commands' files.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    import mlxtune_convert.cli  # noqa: F401
+
     import mlxtune.cli  # noqa: F401  # first, as in the command: it chooses what MLX multiplies with
 
     for name in ("train.run", "bench", "demo.story", "adapter.peft", "ship.gguf"):
@@ -232,14 +288,17 @@ def _serve(control: socket.socket) -> None:
     assert "pyarrow" not in sys.modules and threading.active_count() == 1
     gc.freeze()  # a forked process need not look at, and so copy, what was imported
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests and the commands
+    own = _pages(1)  # with which every command begins
     running: dict[int, int] = {}  # their numbers, by what tells of their end
     while True:
         for ready in select.select([control.fileno(), *running], [], [])[0]:
             if ready in running:
                 os.close(ready)
                 number = running.pop(ready)
-                status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-                control.send(json.dumps({"number": number, "status": status}).encode())
+                _, status, usage = os.wait4(number, 0)
+                took = {"seconds": usage.ru_utime + usage.ru_stime, "peak": max(0, usage.ru_maxrss * 1024 - own)}
+                told = {"number": number, "status": os.waitstatus_to_exitcode(status), **took}
+                control.send(json.dumps(told).encode())
                 continue
             message, streams, _, _ = socket.recv_fds(control, LONGEST, 4)
             if not message:
@@ -254,8 +313,15 @@ def _serve(control: socket.socket) -> None:
             control.send(json.dumps({"number": child}).encode())
 
 
+def _pages(column: int) -> int:
+    """Bytes of this process, by a column of /proc/self/statm: 0 what it may address, 1 what it holds in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
+
+
 def _command(asked: dict[str, Any], streams: Sequence[int]) -> None:
     """Take a command's place, with its words, folder, environment and streams, and be it."""
+    from mlxtune_convert.cli import main as convert_main
+
     from mlxtune.cli import main
 
     # A handler even where the tests run in the background, which makes a shell ignore Ctrl-C for its children.
@@ -277,7 +343,11 @@ def _command(asked: dict[str, Any], streams: Sequence[int]) -> None:
         if stream > 2:
             os.close(stream)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    if asked["memory"]:
+        resource.setrlimit(resource.RLIMIT_AS, (_pages(0) + asked["memory"],) * 2)
     exec(asked["code"], {"__name__": "__main__"})
+    if Path(asked["command"][0]).name == "mlxtune-convert":
+        convert_main()
     main()
 
 

@@ -21,6 +21,8 @@ SURROGATES = "\ud800-\udfff"
 CONTROL = re.compile(f"[\x00-\x08\x0b-\x1f\x7f-\x9f{BIDI}{BREAKS}{SURROGATES}]")  # all but the line feed and the tab
 OF_NO_NAME = re.compile(f"[\x00-\x1f\x7f-\x9f{BIDI}{BREAKS}{UNSEEN}{SURROGATES}]")
 
+LONGEST = 1_000  # letters of a line that is said
+
 
 def shown(text: str) -> str:
     """A text in which nothing commands the terminal. Line feeds and tabs stay."""
@@ -30,6 +32,16 @@ def shown(text: str) -> str:
 def shown_name(text: object) -> str:
     """The same for what must stay on its line: a name, a place, a reason."""
     return OF_NO_NAME.sub(_by_number, str(text))
+
+
+def brief(text: str) -> str:
+    """A text of LONGEST letters at most, of a longer one its beginning and end: a stranger's name of a megabyte would
+    bury what is said of it.
+    """
+    if len(text) <= LONGEST:
+        return text
+    gap, end = " ... ", 200
+    return text[: LONGEST - len(gap) - end] + gap + text[-end:]
 
 
 def shown_json(value: Any) -> str:

@@ -23,10 +23,11 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 from mlxtune_convert.files import contents, digest, new_folder, read_json, write_json
+from mlxtune_convert.tensors import read_header
 
 from mlxtune.adapter import lora
 from mlxtune.errors import UserError
-from mlxtune.model.arrays import save_arrays
+from mlxtune.model.arrays import named, save_arrays
 from mlxtune.train.identity import Identity
 
 BEST = "best"
@@ -34,6 +35,7 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 STEP = re.compile(r"step-\d{7,}")
 LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+(-[0-9a-f]+)?")  # by a process that was killed while it wrote
+RESTART = "Start again without --resume, into another folder."
 MOST_HALVED = 64  # times that a micro-batch is cut in two: more has no effect on any
 
 
@@ -140,10 +142,7 @@ def newest(checkpoints: Path, skipped: Callable[[str], None]) -> Saved:
             return saved
         skipped(f"{folder} is incomplete ({reason}): using the checkpoint before it")
     none_whole = f": {len(torn)} are there, none of them whole" if torn else ""
-    raise UserError(
-        f"{checkpoints.parent} has no checkpoint to resume from{none_whole}",
-        "Start again without --resume, into another folder.",
-    )
+    raise UserError(f"{checkpoints.parent} has no checkpoint to resume from{none_whole}", RESTART)
 
 
 def _read(folder: Path) -> Saved:
@@ -180,13 +179,25 @@ def _require_own(folder: Path, state: State, digests: dict[str, str]) -> None:
 
 
 def load_into(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load a checkpoint's tensors into model and optimizer."""
+    """Load a checkpoint's tensors into model and optimizer, whose state is made already. Raises UserError for tensors
+    that are not of this run: whoever changes a file can write its digest too.
+    """
     file = lora.adapter_file(saved.folder)
-    assert file is not None  # state.json names it among the digests
+    if file is None:
+        raise UserError(f"{saved.folder} holds no adapter", RESTART)
     lora.load_factors(model, file)
-    tensors: Any = mx.load(str(saved.folder / OPTIMIZER_FILE))
+    moments = saved.folder / OPTIMIZER_FILE
+    read_header(moments)
+    tensors: Any = mx.load(str(moments))
     mx.eval(tensors)
+    if _shapes(tensors) != _shapes(named(optimizer.state)):
+        raise UserError(f"{moments} is not the optimizer's state of this run", RESTART)
     optimizer.state = tree_unflatten(list(tensors.items()))
+
+
+def _shapes(arrays: dict[str, mx.array]) -> dict[str, tuple[Any, ...]]:
+    """Shape and type of each array, by name."""
+    return {name: (array.shape, array.dtype) for name, array in arrays.items()}
 
 
 def folders(checkpoints: Path) -> list[Path]:
