@@ -65,7 +65,7 @@ def run(
         open(os.devnull, encoding="utf-8") as nothing,
     ):
         streams = [nothing.fileno(), out.fileno(), err.fileno()] if terminal is None else [terminal] * 3
-        watch = Watch(command)
+        watch = Watch(command, environment=environment)
         alone = not {"HF_ENDPOINT", "MLX_RANK"} & environment.keys()
         status = Command(command, environment, [*streams, *([calls.fileno()] if alone else [])]).wait()
         watch.end()
