@@ -177,10 +177,10 @@ def test_a_prediction_that_was_far_too_low_holds_nothing_up(as_on_a_gpu: None, m
     near, far = small(predicted=10_000), small(predicted=int(10_000 / WRONG) - 1)
     for step in (near, far):
         step._judge_prediction(before=10_000)  # an evaluation or a proof raised it, not the step
-        assert step._most() is not None
+        assert step._queued_bytes() is not None
         step._judge_prediction(before=9_999)
-    assert near._most() == AHEAD * 10_000 and far._most() is None
-    assert small()._most() is None
+    assert near._queued_bytes() == AHEAD * 10_000 and far._queued_bytes() is None
+    assert small()._queued_bytes() is None
 
 
 def test_steps_queued_as_on_a_gpu_have_the_bits_of_steps_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:

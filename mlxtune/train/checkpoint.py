@@ -142,10 +142,7 @@ def newest(checkpoints: Path, skipped: Callable[[str], None]) -> Saved:
             return saved
         skipped(f"{folder} is incomplete ({reason}): using the checkpoint before it")
     none_whole = f": {len(torn)} are there, none of them whole" if torn else ""
-    raise UserError(
-        f"{checkpoints.parent} has no checkpoint to resume from{none_whole}",
-        RESTART,
-    )
+    raise UserError(f"{checkpoints.parent} has no checkpoint to resume from{none_whole}", RESTART)
 
 
 def _read(folder: Path) -> Saved:
@@ -182,9 +179,8 @@ def _require_own(folder: Path, state: State, digests: dict[str, str]) -> None:
 
 
 def load_into(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load a checkpoint's tensors into model and optimizer, whose state is made already.
-
-    Raises UserError for tensors that are not of this run: whoever changes a file can write its digest too.
+    """Load a checkpoint's tensors into model and optimizer, whose state is made already. Raises UserError for tensors
+    that are not of this run: whoever changes a file can write its digest too.
     """
     file = lora.adapter_file(saved.folder)
     if file is None:
@@ -194,10 +190,14 @@ def load_into(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
     read_header(moments)
     tensors: Any = mx.load(str(moments))
     mx.eval(tensors)
-    wanted = {name: (array.shape, array.dtype) for name, array in named(optimizer.state).items()}
-    if {name: (array.shape, array.dtype) for name, array in tensors.items()} != wanted:
+    if _shapes(tensors) != _shapes(named(optimizer.state)):
         raise UserError(f"{moments} is not the optimizer's state of this run", RESTART)
     optimizer.state = tree_unflatten(list(tensors.items()))
+
+
+def _shapes(arrays: dict[str, mx.array]) -> dict[str, tuple[Any, ...]]:
+    """Shape and type of each array, by name."""
+    return {name: (array.shape, array.dtype) for name, array in arrays.items()}
 
 
 def folders(checkpoints: Path) -> list[Path]:
