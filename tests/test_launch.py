@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,11 +19,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx._distributed_utils import launch
-from test_ranks import Group, finished, launched, words
+from test_ranks import Group, finished, free_port, pair, said_by, words
 
 from mlxtune.errors import UserError
-from mlxtune.train import events, lock, patience
+from mlxtune.train import events, patience
 from mlxtune.train.ranks import Ranks, Torn
+from mlxtune.train.run_folder import RunFolder
 
 RUN = Path("run")
 BIN = Path(sys.executable).parent
@@ -47,8 +47,9 @@ exit 0
 """
 MLXTUNE = """#!{python}
 import types
-from mlxtune import cli, host
-host.sys = types.SimpleNamespace(platform="darwin")
+from mlxtune import cli
+from mlxtune.machine import surroundings
+surroundings.sys = types.SimpleNamespace(platform="darwin")
 cli.main()
 """
 
@@ -56,12 +57,6 @@ cli.main()
 def written(file: Path, text: str) -> None:
     file.write_text(text)
     file.chmod(0o755)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_the_lines_of_the_readme_run_two_machines_that_stay_awake_and_tell_of_their_battery(
@@ -144,31 +139,33 @@ def test_the_launcher_passes_the_command_of_the_readme_on_whole(
     assert "requires IPs" in capsys.readouterr().err
 
 
+# Before the command: the second process stops in step 9, as under SIGSTOP from outside.
+HANGS = """
+import os, signal
+from mlxtune.train import step
+real = step.StepFunction.__call__
+def call(self, number):
+    if number == 9 and os.environ["MLX_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return real(self, number)
+step.StepFunction.__call__ = call
+"""
+
+
 def test_a_process_that_hangs_ends_the_run_in_one_line_and_the_last_step_is_saved(
     mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     settings = ("train.steps=2000", "train.rank_minutes=0.05", "train.save_every=0", "train.eval_every=0")
-    process = launched(2, *words(mlx_model, data, run, *settings))
-    stopped = None
+    first, second = pair(tmp_path, *words(mlx_model, data, run, *settings), code=HANGS)
     try:
-        deadline = time.monotonic() + 120
-        while not (run / events.FILE).exists() or len(events.read(run)) < 20:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        found = subprocess.run(["pgrep", "-f", f"mlxtune train .*{run}"], capture_output=True, text=True, check=True)
-        first = int((run / lock.FILE).read_text().split()[-1])
-        (stopped,) = {int(line) for line in found.stdout.split()} - {process.pid, first}
-        os.kill(stopped, signal.SIGSTOP)
-        began = time.monotonic()
-        while lock.is_locked(run):
-            assert time.monotonic() - began < 60
-            time.sleep(0.05)
-        assert time.monotonic() - began > 3
+        said = "".join(first.communicate(timeout=120))
+        assert not RunFolder(run).is_training()
     finally:
-        if stopped:
-            os.kill(stopped, signal.SIGCONT)
-        said = finished(process, 60)
+        second.send_signal(signal.SIGCONT)
+        first.kill()
+        said_later = said_by([second])
+    said += said_later
     assert "Traceback" not in said, said
     found = events.read(run)
     last = max(event["step"] for event in found if event["kind"] == "train")
@@ -245,14 +242,14 @@ def test_sums_are_sums_whatever_the_types_and_sizes(monkeypatch: pytest.MonkeyPa
     ranks = Others(monkeypatch).ranks
     for together in (8, 30, 1 << 25):  # bytes: several messages, and one for each type
         monkeypatch.setattr("mlxtune.train.ranks.TOGETHER", together)
-        found = ranks.total({**TREE, "e": mx.full((3, 1), 0.5)})
+        found = ranks.sum_tree({**TREE, "e": mx.full((3, 1), 0.5)})
         assert (found["a"] == 2 * TREE["a"]).all() and (found["b"]["c"] == 2).all() and found["b"]["d"].shape == ()
         assert found["e"].shape == (3, 1) and (found["e"] == 1).all()
-    assert ranks.sums(1e8 + 0.25, 2) == [2e8 + 0.5, 4]
+    assert ranks.sum_numbers(1e8 + 0.25, 2) == [2e8 + 0.5, 4]
     assert ranks.highest(7) == 7
 
 
-@pytest.mark.parametrize("exchange", ["total", "from_first"])
+@pytest.mark.parametrize("exchange", ["sum_tree", "broadcast_tree"])
 def test_a_sum_that_differs_in_one_bit_between_ranks_is_refused(exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
     others = Others(monkeypatch)
     getattr(others.ranks, exchange)(TREE)
@@ -271,7 +268,7 @@ def test_an_earlier_message_in_place_of_the_one_due_is_refused(monkeypatch: pyte
         return sent[0]
 
     others.change = before
-    for exchange in (lambda: others.ranks.highest(3), lambda: others.ranks.sums(0.5)):
+    for exchange in (lambda: others.ranks.highest(3), lambda: others.ranks.sum_numbers(0.5)):
         sent.clear()
         exchange()
         with pytest.raises(Torn, match="not the one that was due"):

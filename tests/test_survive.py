@@ -22,9 +22,11 @@ from rich.console import Console
 from training import NOISE, SETTINGS, losses, options, same_bits, scale_losses, tune
 
 from mlxtune import errors
+from mlxtune.cli.display import Display
 from mlxtune.config import resolve
-from mlxtune.train import checkpoint, events, session, signals, tuning
-from mlxtune.train.display import Display
+from mlxtune.train import checkpoint, evaluation, events, signals
+from mlxtune.train.run import tune as train
+from mlxtune.train.run_folder import CONFIG_FILE, EVENTS_FILE, RunFolder
 
 # Trains in a child the run that each line names: starting Python and its libraries 26 times would take minutes.
 WORKER = """
@@ -32,18 +34,20 @@ import os, sys
 from ctypes.util import find_library
 from pathlib import Path
 from rich.console import Console
-from mlxtune import config, tuning
-from mlxtune.train import checkpoint
-from mlxtune.train.display import Display
-settings = config.load(sys.argv[1])
+from mlxtune.cli.display import Display
+from mlxtune.config import resolve
+from mlxtune.train.run import tune
+from mlxtune.train.run_folder import RunFolder
+settings = resolve.load(sys.argv[1])
 for line in sys.stdin:
     run = Path(line.strip())
     if (child := os.fork()) == 0:
         with Display(Console(quiet=True)) as display:
-            tuning.tune(settings, run, display, resume=checkpoint.exists(run))
+            tune(settings, run, display, resume=RunFolder(run).has_work())
         os._exit(0)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+sys.exit()
 """
 KILLS = 25
 
@@ -57,10 +61,7 @@ def test_a_run_killed_25_times_ends_with_the_bits_of_one_that_was_not(
     file, whole, run = (tmp_path / name for name in ("killed.yaml", "whole", "killed"))
     file.write_text(resolve.load(None, settings, {"model.path": str(mlx_model)}).to_yaml())
     draw, in_writing, codes = random.Random(0), 0, []
-    fixed = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # bits depend on the BLAS and its threads
-    with subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=fixed
-    ) as worker:
+    with tiny.started(file, code=WORKER, OPENBLAS_NUM_THREADS="1") as worker:  # bits depend on the BLAS's threads
         assert worker.stdin and worker.stdout
 
         def start(folder: Path) -> int:
@@ -71,7 +72,7 @@ def test_a_run_killed_25_times_ends_with_the_bits_of_one_that_was_not(
         start(whole)
         assert worker.stdout.readline() == "0\n"
         # Of the time that it trained, without what came before.
-        a_part = ((whole / events.FILE).stat().st_mtime - (whole / session.CONFIG_FILE).stat().st_mtime) / KILLS
+        a_part = ((whole / EVENTS_FILE).stat().st_mtime - (whole / CONFIG_FILE).stat().st_mtime) / KILLS
         for number in range(KILLS):
             before = lines(run)
             child = start(run)
@@ -95,15 +96,22 @@ def test_a_run_killed_25_times_ends_with_the_bits_of_one_that_was_not(
 
 def lines(run: Path) -> int:
     """How many a run wrote so far."""
-    file = run / events.FILE
+    file = run / EVENTS_FILE
     return file.read_text().count("\n") if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def noisy(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with dropout and NEFTune that nothing interrupted, made in this process."""
+    out = tmp_path_factory.mktemp("noisy") / "run"
+    tune(mlx_model, data, out, *NOISE[:2])
+    return out
 
 
 @pytest.mark.parametrize("steps", [1, 7])
 def test_ctrl_c_finishes_the_step_and_the_resumed_run_has_the_same_bits(
-    steps: int, mlx_model: Path, data: Path, tmp_path: Path
+    steps: int, noisy: Path, mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
-    tune(mlx_model, data, tmp_path / "whole", *NOISE[:2])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.Interrupted) as stopped:
         tiny.interrupt_after(patch, steps)
         tune(mlx_model, data, tmp_path / "cut", *NOISE[:2])
@@ -111,23 +119,22 @@ def test_ctrl_c_finishes_the_step_and_the_resumed_run_has_the_same_bits(
     assert f"after step {steps}; to go on: mlxtune train --resume --out {tmp_path / 'cut'}" in str(stopped.value)
     assert json.loads((tmp_path / "cut/events.jsonl").read_text().splitlines()[-1])["state"] == "interrupted"
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
-    assert session.run_config(tmp_path / "cut").data.path == resolve.load(None, (), flags).data.path
+    assert RunFolder(tmp_path / "cut").config().data.path == resolve.load(None, (), flags).data.path
     tune(mlx_model, data, tmp_path / "cut", *NOISE[:2], resume=True)
-    same_bits(tmp_path / "whole", tmp_path / "cut")
+    same_bits(noisy, tmp_path / "cut")
 
 
 def test_ctrl_c_during_an_evaluation_leaves_it_to_the_resumed_run(
-    mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    noisy: Path, mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint is written without the evaluation of its step; whoever resumes evaluates first."""
-    tune(mlx_model, data, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(errors.Interrupted):
         tiny.interrupt_after(patch, 8)
-        tune(mlx_model, data, tmp_path / "cut")
+        tune(mlx_model, data, tmp_path / "cut", *NOISE[:2])
     cut = losses(tmp_path / "cut")
     assert ("train", 8) in cut and ("eval", 8) not in cut
-    tune(mlx_model, data, tmp_path / "cut", resume=True)
-    same_bits(tmp_path / "whole", tmp_path / "cut")
+    tune(mlx_model, data, tmp_path / "cut", *NOISE[:2], resume=True)
+    same_bits(noisy, tmp_path / "cut")
 
 
 def test_ctrl_c_before_the_first_step_says_that_nothing_is_left(
@@ -139,7 +146,7 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_is_left(
             time.sleep(0.01)
             asked[-1]()  # raises when the signal has been heard
 
-    monkeypatch.setattr(tuning, "score", score)
+    monkeypatch.setattr(evaluation, "score", score)
     with pytest.raises(errors.Interrupted) as stopped:
         tune(mlx_model, data, tmp_path / "cut")
     said = f"stopped before the first step; nothing was saved, and {tmp_path / 'cut'} is removed"
@@ -150,7 +157,6 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_is_left(
 SLOW = """
 import sys, time
 from mlxtune.train import step
-from mlxtune.cli import main
 real = step.StepFunction.__call__
 def call(self, number):
     event = real(self, number)
@@ -159,7 +165,6 @@ def call(self, number):
         time.sleep(60)
     return event
 step.StepFunction.__call__ = call
-main(sys.argv[1:])
 """
 
 
@@ -193,7 +198,7 @@ def test_a_step_that_should_end_is_given_up_between_micro_batches(
 
 
 def test_a_second_process_on_the_same_run_is_refused(run: Path, mlx_model: Path, data: Path, tmp_path: Path) -> None:
-    with tiny.popen(sys.executable, "-c", SLOW, *options(mlx_model, data, tmp_path / "run")) as process:
+    with tiny.started(*options(mlx_model, data, tmp_path / "run"), code=SLOW) as process:
         assert process.stderr
         next(line for line in process.stderr if line.startswith("in step 4"))
         result = tiny.mlxtune("train", "--resume", "--out", tmp_path / "run")
@@ -286,7 +291,7 @@ def test_a_resume_under_other_settings_data_or_weights_is_refused_with_the_diffe
 
     def resume(*settings: str, anyway: bool = False) -> None:
         with Display(Console(quiet=True)) as display:
-            tuning.tune(resolve.load(run / session.CONFIG_FILE, settings), run, display, True, anyway)
+            train(resolve.load(run / CONFIG_FILE, settings), run, display, True, anyway)
 
     for setting, said in {
         "train.lr=1e-3": "train.lr 0.005 -> 0.001",
@@ -301,7 +306,7 @@ def test_a_resume_under_other_settings_data_or_weights_is_refused_with_the_diffe
     longer = tiny.mlxtune("train", "--resume-anyway", "--out", run, "--set", "train.steps=6")
     assert longer.returncode == 0, longer.stderr
     assert events.read(run)[-1]["step"] == 6
-    assert session.run_config(run).train.steps == 6
+    assert RunFolder(run).config().train.steps == 6
     kept = (rows / "train.jsonl").read_text()
     (rows / "train.jsonl").write_text(kept.replace("number 3?", "number three?"))
     with pytest.raises(errors.UserError, match="for this changed: the training examples"):
