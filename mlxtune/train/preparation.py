@@ -25,7 +25,6 @@ from mlxtune.compute import fast_ways, fit_memory, floats
 from mlxtune.compute.fit_memory import Fitted, Given
 from mlxtune.compute.memory.prediction import Memory
 from mlxtune.config.resolve import Config
-from mlxtune.data.chat import masking
 from mlxtune.data.dataset.batches import Plan, in_order
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
@@ -234,7 +233,7 @@ def _notes(made: Attached, chosen: Fitted, data: Data, ranks: Ranks) -> list[str
 
 def _learns_to_stop(loaded: Loaded, config: Config) -> bool:
     """Whether the chat template ends answers with a token of their own."""
-    template = masking.template_of(loaded.tokenizer, config.data.template_kwargs)
+    template = loaded.templates.of(config.data.template_kwargs)
     return template.ends_answers(config.data.expand_turns == "none")
 
 
