@@ -17,7 +17,7 @@ from mlxtune.config import resolve
 from mlxtune.data.dataset.batches import DEFAULT_ROWS, Batch, Plan
 from mlxtune.errors import UserError
 from mlxtune.machine.gpu_errors import recognise
-from mlxtune.train import session
+from mlxtune.train.run_data import read_data
 
 
 def main(who: str, file: str, rows: int) -> int:
@@ -40,7 +40,7 @@ def _measured(who: str, file: str, count: int) -> Measured:
     """count: rows of the data to measure with, at least."""
     settings = resolve.load(file)
     fast_ways.refuse_useless_grouping(settings)
-    data, settings = session.read_data(settings)
+    data, settings = read_data(settings)
     plan = Plan(data.train, settings.train, settings.data.group_by_prefix)
     rows, steps = 0, 0
     batches: list[Batch] = []

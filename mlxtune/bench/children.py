@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.bench.figures import OURS, THEIRS, Measured
+from mlxtune.config.paths import with_absolute_paths
 from mlxtune.config.resolve import Config
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
-from mlxtune.train import session
 
 REFUSED = 2  # a child's exit status that says what is wrong
 
@@ -41,7 +41,7 @@ def measure(settings: Config, rows: int, who: str) -> Measured:
         environment |= backend.as_without_mlxtune()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.yaml"
-        file.write_text(session.anchored(settings).to_yaml(), encoding="utf-8")
+        file.write_text(with_absolute_paths(settings).to_yaml(), encoding="utf-8")
         command = [sys.executable, "-m", "mlxtune.bench", who, str(file), str(rows)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode == REFUSED:

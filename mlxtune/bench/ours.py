@@ -19,13 +19,16 @@ from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
-from mlxtune.train import optim, session, tuning
+from mlxtune.train import optim
+from mlxtune.train.preparation import prepare
+from mlxtune.train.run_data import Data
+from mlxtune.train.run_folder import RunFolder
 from mlxtune.train.step import Job, StepFunction
 
 UPDATES = 5  # counted ones; one before them warms up
 
 
-def measure(settings: Config, data: session.Data, steps: int) -> Measured:
+def measure(settings: Config, data: Data, steps: int) -> Measured:
     """Train `steps` steps, as `mlxtune train` would with these settings."""
     job = _job(settings, data)
     dtype = getattr(mx, job.identity.config["train.dtype"])
@@ -60,14 +63,14 @@ def measure(settings: Config, data: session.Data, steps: int) -> Measured:
     )
 
 
-def _job(settings: Config, data: session.Data) -> Job:
-    job, fitted, *_ = tuning.prepared(settings, data, Path())
-    if fitted.train != settings.train:
+def _job(settings: Config, data: Data) -> Job:
+    prepared = prepare(settings, data, RunFolder(Path()))
+    if prepared.config.train != settings.train:
         raise UserError(
             "train.memory_limit makes this machine's batches smaller than those to measure",
             "Set train.memory_limit=off, or train.batch_rows and train.checkpoint_layers as a run would have them.",
         )
-    return job
+    return prepared.job
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,6 +25,7 @@ from mlxtune_convert.hf.configs import normalise
 from mlxtune_convert.mlx_folder import source_of
 from mlxtune_convert.tensors import weights_of
 
+from mlxtune.data.template.templates import Templates
 from mlxtune.data.template.tokenizer import load_tokenizer, require_folder
 from mlxtune.errors import STOPPED, UserError
 from mlxtune.machine import backend
@@ -55,6 +57,11 @@ class Loaded:
     path: Path
     dtype: mx.Dtype
     own: mx.Dtype
+
+    @cached_property
+    def templates(self) -> Templates:
+        """The tokenizer's chat templates, with what was learnt about them."""
+        return Templates(self.tokenizer)
 
     @property
     def eos_ids(self) -> list[int]:
