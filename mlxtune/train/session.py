@@ -15,11 +15,12 @@ from mlxtune.compute.head import Split
 from mlxtune.config.resolve import Config
 from mlxtune.config.resolve import load as load_config
 from mlxtune.data.chat import masking
-from mlxtune.data.dataset import mixture, sources
+from mlxtune.data.dataset import holdout, mixture, sources
 from mlxtune.data.dataset.batches import Batch, in_order
 from mlxtune.data.dataset.examples import Examples
-from mlxtune.data.template.choice import BUILT_IN
-from mlxtune.data.template.tokenizer import load_tokenizer
+from mlxtune.data.dataset.store_writing import Progress
+from mlxtune.data.template.choice import BUILT_IN, set_template
+from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
 from mlxtune.evaluate.score import Score, score
 from mlxtune.model import hub
@@ -35,11 +36,13 @@ class Data:
     train: Examples
     valid: Examples  # held out
     folder: Path  # of the model whose tokens they are: model.path, or what was downloaded of it
+    tokenizer: Any  # set up for the run
+    changes: Changes  # what the run changes in the tokenizer of the folder
 
 
 def read_data(
     config: Config,
-    progress: mixture.Progress = lambda source, rows: None,
+    progress: Progress = lambda source, rows: None,
     local: LocalOnly = NOTHING,
 ) -> tuple[Data, Config]:
     """Rows -> examples of the model's tokenizer, and the configuration with the day they were made for.
@@ -49,10 +52,10 @@ def read_data(
     """
     sources.glance(config.data, not Path(config.model.path).expanduser().exists(), local.data)
     folder = hub.resolve(config.model.path, local_only=local.model)
-    tokenizer = load_tokenizer(folder)
-    config = dated(config, folder, tokenizer)
-    found = mixture.read(config.data, tokenizer, folder, config.train.seed, progress, local_only=local.data)
-    return Data(found["train"], found["valid"], folder), config
+    tokenizer, changes = vocabulary.run_tokenizer(folder, config)
+    config = dated(config, tokenizer)
+    found = mixture.read(config.data, tokenizer, config.train.seed, progress, local_only=local.data)
+    return Data(found["train"], found["valid"], folder, tokenizer, changes), config
 
 
 def split_for(loaded: Loaded, config: Config, batch: Batch) -> Split | None:
@@ -82,9 +85,8 @@ def anchored(config: Config) -> Config:
     return config.model_copy(update={"model": model, "data": data, "lora": tuned})
 
 
-def dated(config: Config, folder: Path, tokenizer: Any) -> Config:
+def dated(config: Config, tokenizer: Any) -> Config:
     """The day made explicit where the template prints it, so that the run means the same tomorrow."""
-    vocabulary.choose(tokenizer, folder, config)
     if config.data.date or tokenizer.chat_template is None or not masking.template_of(tokenizer, {}).prints_date:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"date": date.today().isoformat()})})
@@ -110,10 +112,11 @@ def held_out(
     own: the data is the run's own, of which the validation rows (or `split`) were held out; else the user named it, and
     a single file counts whole. local_only: as `sources.find`.
     """
-    whole = not own and split is None and Path(config.data.path).expanduser().is_file()
+    whole = not own and holdout.is_whole_file(config.data.path, split)
     wanted = split or ("train" if whole else "valid")
     section = config.data if own else config.data.model_copy(update={"dedup": "none", "cap": None})
-    found = mixture.read(section, tokenizer, folder, config.train.seed, whole=whole, local_only=local_only)
+    set_template(tokenizer, folder, section.template)
+    found = mixture.read(section, tokenizer, config.train.seed, whole=whole, local_only=local_only)
     if wanted not in found:
         raise UserError(f"{config.data.path} has no {wanted} split", f"It has: {', '.join(found)}.")
     return found[wanted]

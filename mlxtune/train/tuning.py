@@ -172,8 +172,8 @@ def prepared(
     adapter attached. doing: told what goes on where it may last.
     """
     doing(READING)
-    loaded = load(str(data.folder), config.train.dtype)
-    changes = vocabulary.prepare(loaded, config)
+    loaded = load(str(data.folder), config.train.dtype, tokenizer=data.tokenizer)
+    vocabulary.prepare(loaded, config, data.changes)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
     spec = lora.read_spec(out) if resume and ranks.first else _spec(config, loaded.model)
     dropout = lora.attach(loaded.model, spec, config.train.seed)
@@ -250,7 +250,7 @@ def prepared(
     else:
         for warning in [*surroundings.warnings(), *tight]:
             print(f"note: process {ranks.number}, on {platform.node()}: {warning}", file=sys.stderr, flush=True)
-    return job, config, changes, notes
+    return job, config, data.changes, notes
 
 
 def repeatable(model: nn.Module, kind: str) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from mlxtune.data.chat.masking import Example
 from mlxtune.data.chat.turns import Damage
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad, place
+from mlxtune.data.template.choice import require_template
 from mlxtune.data.template.template import Template, TemplateError, common_prefix
 
 LONG = 100_000  # characters of a record's examples from which on the longest is looked at first
@@ -146,6 +148,7 @@ class Renderer:
             return _Sheet(record, dropped=record.reason)
         if record.text is not None:
             return _Sheet(record, whole=record.text)
+        require_template(self.tokenizer)
         if not any(message["role"] == "assistant" for message in record.messages or []):
             return _Sheet(record, dropped="no assistant turn")
         try:
@@ -329,3 +332,9 @@ class Renderer:
                 why = "; ".join(damage.text for damage in row.damage)
             return replace(row, example=None, dropped=why)
         return replace(row, example=example, shortened=shortened)
+
+
+def by_record(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """All that was made of one record, record by record. rows: as `Renderer.stream` yields them."""
+    for _, parts in groupby(rows, key=lambda row: id(row.record)):
+        yield list(parts)
