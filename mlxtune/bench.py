@@ -35,6 +35,7 @@ from mlxtune.adapter.layers import dense_shape
 from mlxtune.compute import fast_ways, prefix
 from mlxtune.compute.loss import Way
 from mlxtune.config import resolve
+from mlxtune.config.paths import with_absolute_paths
 from mlxtune.config.resolve import Config
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import DEFAULT_ROWS, Batch, Plan
@@ -43,7 +44,10 @@ from mlxtune.machine import backend
 from mlxtune.machine.gpu_errors import recognise
 from mlxtune.model.arrays import dtype_name, named, scalar
 from mlxtune.model.load import load
-from mlxtune.train import optim, session, tuning
+from mlxtune.train import optim
+from mlxtune.train.preparation import prepare
+from mlxtune.train.run_data import Data, read_data
+from mlxtune.train.run_folder import RunFolder
 from mlxtune.train.step import StepFunction
 
 OURS, THEIRS, CHECKPOINTED = "mlxtune", "mlx-lm", "mlx-lm-checkpointed"  # mlx-lm's default is not to checkpoint
@@ -95,7 +99,7 @@ def measure(settings: Config, rows: int, who: str) -> Measured:
     """Run one competitor in a child process. Raises UserError with what it says, or its last line, when it fails."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "bench.yaml"
-        file.write_text(session.anchored(settings).to_yaml(), encoding="utf-8")
+        file.write_text(with_absolute_paths(settings).to_yaml(), encoding="utf-8")
         command = [sys.executable, "-m", "mlxtune.bench", who, str(file), str(rows)]
         theirs = {} if who == OURS else backend.as_without_mlxtune()
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **theirs})
@@ -133,7 +137,7 @@ def _child(who: str, file: str, count: int) -> Measured:
     """The rows are those of the first steps of our plan for the whole data: batched as in a real run."""
     settings = resolve.load(file)
     fast_ways.refuse_idle(settings)
-    data, settings = session.read_data(settings)
+    data, settings = read_data(settings)
     plan = Plan(data.train, settings.train, settings.data.group_by_prefix)
     rows, steps = 0, 0
     batches: list[Batch] = []
@@ -153,9 +157,10 @@ def _child(who: str, file: str, count: int) -> Measured:
     return replace(_theirs(who, settings, [plan.examples[index] for index in sorted(set(chosen))], size), unit=unit)
 
 
-def _ours(settings: Config, data: session.Data, steps: int) -> Measured:
-    job, fitted, *_ = tuning.prepared(settings, data, Path())
-    if fitted.train != settings.train:
+def _ours(settings: Config, data: Data, steps: int) -> Measured:
+    prepared = prepare(settings, data, RunFolder(Path()))
+    job = prepared.job
+    if prepared.config.train != settings.train:
         raise UserError(
             "train.memory_limit makes this machine's batches smaller than those to measure",
             "Set train.memory_limit=off, or train.batch_rows and train.checkpoint_layers as a run would have them.",

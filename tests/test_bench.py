@@ -18,7 +18,7 @@ from mlxtune.config import resolve
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
-from mlxtune.train import session
+from mlxtune.train.run_data import read_data
 
 
 def test_both_competitors_train_on_the_same_rows(mlx_model: Path, data: Path) -> None:
@@ -78,7 +78,7 @@ def test_steps_are_timed_when_all_is_compiled_and_the_first_time_is_told_apart(
     monkeypatch.setattr(linux_cpu, "worth_it", lambda: False)  # which are of the CPU, and wait
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
     settings = resolve.load(None, ("train.batch_rows=4", "lora.rank=4", "train.epochs=1"), flags)
-    found, _ = session.read_data(settings)
+    found, _ = read_data(settings)
     ours = bench._ours(settings, found, 3)
     assert ours.waits <= 3 and ours.first_seconds > 0 and ours.queued
     assert "compiled" in ours.computed and 0 < ours.traced <= 3

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from mlxtune.cli import cli
 from mlxtune.config import resolve
 from mlxtune.data.template.tokenizer_changes import Changes
-from mlxtune.train.session import read_data
+from mlxtune.train.run_data import read_data
 
 NEW = {"<|im_end|>": 257, "<|im_start|>": 258}  # after an end token and the bytes
 

@@ -23,7 +23,8 @@ from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Plan
 from mlxtune.data.dataset.measured import ListedExamples
 from mlxtune.errors import UserError
-from mlxtune.train import session, tuning
+from mlxtune.train import preparation
+from mlxtune.train.run_data import read_data
 
 SIZES = {
     "hidden_size": 128,
@@ -70,17 +71,20 @@ def tiny_run(mlx_model: Path, data: Path, *settings: str) -> configuration.Confi
 def test_a_run_is_made_to_fit_by_checkpointing_and_then_by_smaller_micro_batches(mlx_model: Path, data: Path) -> None:
     """The optimizer step keeps its rows: half the rows, twice the micro-batches."""
     resolved = tiny_run(mlx_model, data)
-    found, _ = session.read_data(resolved)
-    asked, _, notes = tuning.memory_plan(resolved, found)
-    assert (asked, notes) == (resolved, ["exports of llama: hf, peft, gguf, gguf-lora"])
+    found, _ = read_data(resolved)
+    asked = preparation.plan(resolved, found)
+    assert (asked.config, asked.notes) == (resolved, ["exports of llama: hf, peft, gguf, gguf-lora"])
     smaller = ("train.batch_rows=2", "train.accumulate=2", "train.checkpoint_layers=all")
-    allowed = tuning.memory_plan(tiny_run(mlx_model, data, *smaller), found)[1].total
-    fitted, predicted, notes = tuning.memory_plan(tiny_run(mlx_model, data, f"train.memory_limit={allowed}"), found)
-    assert predicted.total <= allowed
-    assert fitted.train.checkpoint_layers == "all"
-    assert fitted.train.batch_rows * fitted.train.accumulate == 4 > fitted.train.batch_rows
-    assert "train.checkpoint_layers=all" in notes[-1]
-    assert tuning.memory_plan(tiny_run(mlx_model, data, "train.memory_limit=off"), found)[0].train.batch_rows == 4
+    allowed = preparation.plan(tiny_run(mlx_model, data, *smaller), found).memory.total
+    planned = preparation.plan(tiny_run(mlx_model, data, f"train.memory_limit={allowed}"), found)
+    section = planned.config.train
+    assert planned.memory.total <= allowed
+    assert section.checkpoint_layers == "all"
+    assert section.batch_rows * section.accumulate == 4 > section.batch_rows
+    assert planned.plan.section == section
+    assert "train.checkpoint_layers=all" in planned.notes[-1]
+    anything = preparation.plan(tiny_run(mlx_model, data, "train.memory_limit=off"), found)
+    assert anything.config.train.batch_rows == 4
 
 
 def test_a_budget_of_tokens_is_halved_too() -> None:

@@ -19,7 +19,7 @@ from mlxtune.compute.memory.kernels import Device, tiled
 from mlxtune.compute.memory.strides import strides_as
 from mlxtune.config.schema import LoraSection
 from mlxtune.machine import backend
-from mlxtune.train import tuning
+from mlxtune.train.preparation import lasting_bytes
 
 SIZES = {
     "vocab_size": 320,
@@ -294,4 +294,4 @@ def test_what_stays_are_the_weights_the_adapter_and_two_moments() -> None:
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
     adapter = sum(array.nbytes for array in lora.factors(model).values())
-    assert tuning.stays(model) == weights + 3 * adapter
+    assert lasting_bytes(model) == weights + 3 * adapter

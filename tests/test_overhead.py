@@ -33,7 +33,9 @@ from mlxtune.config.schema import LoraSection
 from mlxtune.data.dataset.batches import Plan
 from mlxtune.machine import backend
 from mlxtune.model.arrays import named
-from mlxtune.train import optim, session, tuning
+from mlxtune.train import optim, preparation
+from mlxtune.train.run_data import read_data
+from mlxtune.train.run_folder import RunFolder
 from mlxtune.train.step import AHEAD, WRONG, Job, NonFinite, StepFunction
 
 ON_A_GPU = backend.Policy(compiled=True, queued=True, tile=64)
@@ -164,10 +166,10 @@ def test_queued_work_takes_no_more_memory_than_predicted(monkeypatch: pytest.Mon
 
 def test_a_run_holds_its_queue_to_what_is_predicted_for_it(mlx_model: Path, data: Path) -> None:
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
-    found, settings = session.read_data(configuration.load(None, ("train.batch_rows=2",), flags))
-    job, fitted, *_ = tuning.prepared(settings, found, Path())
-    _, predicted, _ = tuning.memory_plan(fitted, found)
-    assert predicted is not None and job.predicted == predicted.total > 0
+    found, settings = read_data(configuration.load(None, ("train.batch_rows=2",), flags))
+    prepared = preparation.prepare(settings, found, RunFolder(Path()))
+    planned = preparation.plan(prepared.config, found)
+    assert planned.memory is not None and prepared.job.predicted == planned.memory.total > 0
 
 
 def test_a_prediction_that_was_far_too_low_holds_nothing_up(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def test_a_run_that_finds_a_way_wrong_itself_is_seen(right: Workshop, monkeypatc
 
 
 def test_a_checkpoint_that_loses_a_moment_is_seen(right: Workshop, monkeypatch: Patch) -> None:
-    real = checkpoint.restore
+    real = checkpoint.load_into
 
     def restore(saved: Any, model: Any, optimizer: Any) -> None:
         real(saved, model, optimizer)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.shown import shown_name
 from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
@@ -116,13 +117,15 @@ def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Exa
     data: --data, which may name them.
     """
     from mlxtune.errors import UserError
-    from mlxtune.train import reach, session
+    from mlxtune.train import reach
+    from mlxtune.train.run_data import read_data
+    from mlxtune.train.run_folder import RunFolder
 
     try:
-        config = session.run_config(adapter, flags={"model.path": str(model)})
+        config = RunFolder(adapter).config(flags={"model.path": str(model)})
         is_named = data is not None and data == config.data.path
         local = reach.LocalOnly(data="" if is_named else reach.compared(config.data))
-        rows = session.read_data(config, local=local)[0].train
+        rows = read_data(config, local=local)[0].train
     except UserError as error:
         common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
@@ -291,14 +294,15 @@ def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_
 
 
 def _export_gguf(request: Request, target: str, kind: str | None, ollama: bool) -> None:
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
     from mlxtune.ship import gguf, modelfile
 
     if ollama:
         modelfile.check_name(request.out.name)
-    with Progress(console=common.console(), transient=True) as bar:
-        task = bar.add_task(f"writing {request.out.name}", total=None)
+    columns = (TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:])
+    with Progress(*columns, console=common.console(), transient=True) as bar:
+        task = bar.add_task(f"writing {shown_name(request.out.name)}", total=None)
         exported = gguf.ship(
             request, target, kind, ollama, lambda done, total: bar.update(task, completed=done, total=total)
         )

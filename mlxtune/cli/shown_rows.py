@@ -40,11 +40,12 @@ def draw(out: Console, tokenizer: Any, row: Row) -> None:
     from mlxtune.data.chat.asked import KINDS
 
     if row.example is None:
-        out.print(Text(f"{row.place}: dropped ({shown_name(row.dropped)})", style="bold red"))
+        out.print(Text(shown_name(f"{row.place}: dropped ({row.dropped})"), style="bold red"))
         return
     ids, mask = row.example.ids, row.example.mask
     ending = ", shortened" if row.shortened else ""
-    out.print(Text(f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}", style="bold"))
+    head = f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}"
+    out.print(Text(shown_name(head), style="bold"))
     for damage in row.damage:
         out.print(Text(f"damage: {shown_name(damage.text)}", style="bold red"))
     for kind, message in row.kinds:

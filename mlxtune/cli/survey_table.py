@@ -45,7 +45,7 @@ def draw(out: Console, report: dict[str, Any]) -> None:
     from rich.text import Text
 
     for name, facts in report["splits"].items():
-        out.print(Text(f"{name}: {shown_name(facts['file'])}", style="bold"))
+        out.print(Text(shown_name(f"{name}: {facts['file']}"), style="bold"))
         _draw_counts(out, facts)
         _draw_lengths(out, facts["lengths"])
         out.print()
@@ -62,7 +62,7 @@ def _draw_finding(out: Console, finding: dict[str, Any]) -> None:
     if count == 1:
         what = what.replace("rows", "row", 1)
     line = Text(f"{severity}: ", style=COLOURS[severity])
-    line.append(f"{finding['split']}: {count:,} {what}", style="default")
+    line.append(shown_name(f"{finding['split']}: {count:,} {what}"), style="default")
     if finding["rows"]:
         named = ", ".join(map(shown_name, finding["rows"][:NAMED]))
         if count > NAMED:
@@ -72,7 +72,7 @@ def _draw_finding(out: Console, finding: dict[str, Any]) -> None:
     out.print(line)
     for reason, times in list(finding.get("reasons", {}).items())[:NAMED]:
         out.print(Text(f"    {times:,} x {shown_name(reason)}", style="dim"))
-    out.print(Text(f"    -> {finding['fix']}", style="green"))
+    out.print(Text(f"    -> {shown_name(finding['fix'])}", style="green"))
 
 
 def _draw_counts(out: Console, facts: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def _draw_counts(out: Console, facts: dict[str, Any]) -> None:
     counts = {kind: turns["count"] for kind, turns in facts["turns"].items()}
     rows = {kind: turns["rows"] for kind, turns in facts["turns"].items()}
     for line in kind_lines(counts, rows):
-        out.print(Text(f"    {line}", style="yellow"))
+        out.print(Text(f"    {shown_name(line)}", style="yellow"))
 
 
 def _draw_lengths(out: Console, lengths: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from rich.console import Console
 
 from mlxtune.adapter import lora
 from mlxtune.compute import fast_ways
@@ -24,8 +23,9 @@ from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.selftest import model
 from mlxtune.selftest.outcome import Check, Found, Workshop
 from mlxtune.selftest.ways import BASES
-from mlxtune.train import checkpoint, events, tuning
-from mlxtune.train.display import Display
+from mlxtune.train import checkpoint, events
+from mlxtune.train.run import tune
+from mlxtune.train.run_folder import CHECKPOINTS
 
 GROUP = "Training"
 STEPS, SAVED = 20, 10
@@ -95,11 +95,6 @@ def run(shop: Workshop, dtype: mx.Dtype, *settings: str) -> Made:
     return made
 
 
-def tune(wanted: config.Config, out: Path, resume: bool = False) -> None:
-    with Display(Console(quiet=True)) as display:
-        tuning.tune(wanted, out, display, resume)
-
-
 def _reference(shop: Workshop, dtype: mx.Dtype) -> Made:
     """The plain way in float32 on the CPU, on the base that is run in `dtype`."""
     shared = next(first for first in LIMITS if BASES[first] == BASES[dtype])
@@ -149,10 +144,10 @@ def _resumed(shop: Workshop) -> Found:
     whole = usual(shop)
     again = shop.folder / "resumed"
     shutil.copytree(whole.folder, again)
-    shutil.rmtree(again / checkpoint.FOLDER / f"step-{STEPS:07d}")
+    shutil.rmtree(again / CHECKPOINTS / f"step-{STEPS:07d}")
     (again / lora.ADAPTER_FILE).unlink()
     tune(whole.config, again, resume=True)
-    last = Path(checkpoint.FOLDER, f"step-{STEPS:07d}", checkpoint.OPTIMIZER_FILE)
+    last = Path(CHECKPOINTS, f"step-{STEPS:07d}", checkpoint.OPTIMIZER_FILE)
     different = [
         f"{name} of {file.name}"
         for file in (Path(lora.ADAPTER_FILE), last)
