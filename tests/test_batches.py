@@ -249,6 +249,14 @@ def test_a_budget_of_tokens_holds_for_rows_of_many_examples(settings: dict) -> N
         assert plan.rows_per_batch > 3
 
 
+def test_rows_meet_in_buckets_and_batches_come_where_their_rows_are_on_average() -> None:
+    """Rows of 4, 30, 9, 10 and 8 tokens, two in a batch: as `batches` shows it."""
+    examples = [Example([7] * length, [0] * (length - 1) + [1]) for length in (4, 30, 9, 10, 8)]
+    plan = Plan(examples, TrainSection(epochs=1, batch_rows=2))
+    assert plan.widths == widths([4, 30, 9, 10, 8], 2) == [10, 30]
+    assert plan._batches([0, 1, 2, 3, 4]) == [[0, 2], [1], [3, 4]]
+
+
 def test_as_many_rows_share_a_batch_as_fit_its_tokens() -> None:
     """Rows of 10 + 20, 20 and 20 tokens, in this order, in batches of 50 padded tokens: the first two fill one."""
     examples = Rows([Example([7] * length, [0] * (length - 1) + [1]) for length in (10, 20, 20, 20)])

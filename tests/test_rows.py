@@ -199,6 +199,24 @@ def test_some_rows_are_held_out_and_some_are_not(fraction: float, held: int) -> 
     assert len(set(hashes[holdout.seeded(hashes, 0) <= limit].tolist())) == held
 
 
+def test_a_source_loses_its_duplicates_then_what_is_beyond_its_cap_and_then_what_is_held_out(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    """Twelve rows, three equal to others, and a cap of five, beside a folder of 20 and 4: as `mixture` shows."""
+    chat = [conversation(f"c{row % 9}", 1) for row in range(12)]
+    tiny.write_jsonl(tmp_path / "chat.jsonl", chat)
+    (tmp_path / "texts").mkdir()
+    for split, count in (("train", 20), ("valid", 4)):
+        rows = [conversation(f"{split} {row}", 1) for row in range(count)]
+        tiny.write_jsonl(tmp_path / "texts" / f"{split}.jsonl", rows)
+    sources = [{"path": str(tmp_path / "chat.jsonl"), "cap": 5}, {"path": str(tmp_path / "texts")}]
+    found = mixed(sources, tokenizer, dedup="exact")
+    assert np.bincount(found["train"].sources).tolist() == [4, 20]
+    assert [Path(store.facts.file).name for store in found["valid"].stores][:2] == ["valid.jsonl", "chat.jsonl"]
+    assert found["valid"].rows == 5
+    assert found["train"].left_out == {"duplicates": "3 rows", "beyond the cap of 5 of chat.jsonl": "4 rows"}
+
+
 @pytest.mark.parametrize("hashes", [[], [7], [7, 7]])
 def test_nothing_is_held_out_of_fewer_than_two_different_rows(hashes: list[int]) -> None:
     assert holdout.limit(np.array(hashes, np.uint64), 0.5, seed=0) is None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from mlxtune_convert.shown import shown_json, shown_name
+from mlxtune_convert.shown import shown_json
 
 from mlxtune.cli import common
 

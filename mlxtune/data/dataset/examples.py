@@ -95,6 +95,7 @@ class Examples(MeasuredExamples):
 
     @cached_property
     def row_of(self) -> np.ndarray:
+        """[N] the row of each example, 0 .. R - 1 in their order."""
         other_store = np.diff(self.store_of_example, prepend=-1) != 0
         other_group = np.diff(self.column("group"), prepend=-1) != 0
         return np.cumsum(other_store | other_group) - 1
@@ -106,10 +107,12 @@ class Examples(MeasuredExamples):
 
     @property
     def lengths(self) -> np.ndarray:
+        """[N] tokens of each example."""
         return self.column("length")
 
     @property
     def targets(self) -> np.ndarray:
+        """[N] supervised tokens of each example."""
         return self.column("targets")
 
     @property

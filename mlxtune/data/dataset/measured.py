@@ -48,17 +48,21 @@ class ListedExamples(MeasuredExamples):
 
     @property
     def lengths(self) -> np.ndarray:
+        """[N]"""
         return np.array([len(example.ids) for example in self.examples])
 
     @property
     def targets(self) -> np.ndarray:
+        """[N]"""
         return np.array([np.sum(example.mask[1:]) for example in self.examples])
 
     @property
     def row_of(self) -> np.ndarray:
+        """[N]"""
         return np.arange(len(self.examples))
 
     def epoch(self, draw: np.random.Generator) -> np.ndarray:
+        """[R] any order."""
         return draw.permutation(len(first_examples(self.row_of)))
 
 

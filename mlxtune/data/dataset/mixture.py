@@ -78,7 +78,7 @@ def read(
 class _Split:
     """The tokenized files of one split."""
 
-    stores: list[Store] = field(default_factory=list)
+    stores: list[Store] = field(default_factory=list)  # one for each file
     sources: list[int] = field(default_factory=list)  # the number of the source that each of them is of
 
 

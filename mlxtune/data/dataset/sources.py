@@ -155,19 +155,23 @@ def _named(files: list[Path], name: str) -> list[Path]:
 
 def _split_files(folder: Path, files: list[Path], split: str) -> list[Path]:
     """One whole file, or the shards of one name. Raises UserError when there are several candidates."""
-    found = []  # the files of each name that the split may have
+    by_name = {}
     for name, ours in SPLITS.items():
         own = _named(files, name)
         if ours == split and own:
-            found.append(own)
-    if not found:
+            by_name[name] = own
+    if not by_name:
         return []
-    whole = [path for own in found for path in own if path.name.partition(".")[0] in SPLITS]
-    if len(found) > 1 or (whole and len(found[0]) > 1):
-        first = whole[0] if whole else found[0][0]
-        other = next(path for own in found for path in own if path != first and (whole or path not in found[0]))
-        raise UserError(f"{folder} has both {first.name} and {other.name}", "Keep one of them.")
-    return found[0]
+    first_name, *other_names = by_name
+    all_files = [path for own in by_name.values() for path in own]
+    whole = [path for path in all_files if path.name.partition(".")[0] in SPLITS]
+    if whole:  # which is alone where nothing is wrong
+        first, others = whole[0], [path for path in all_files if path != whole[0]]
+    else:
+        first, others = all_files[0], [path for name in other_names for path in by_name[name]]
+    if others:
+        raise UserError(f"{folder} has both {first.name} and {others[0].name}", "Keep one of them.")
+    return by_name[first_name]
 
 
 def _from_hub(source: SourceSection, stream: bool, local_only: str) -> dict[str, list[Source]]:

@@ -59,7 +59,7 @@ class Finding:
 class SplitSurvey:
     """What one split holds. Of each row its name, two hashes and a signature of 128 bytes are kept, and no text."""
 
-    name: str
+    name: str  # of the split, with the number of its source where a configuration lists several
     file: str  # name of its first file
     several: bool = False  # it has more than one file
     rows: int = 0  # all of them
