@@ -10,7 +10,7 @@ rows are read, equal and nearly equal ones are looked for, and rows that two spl
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlxtune.config.resolve import Config
 from mlxtune.data.chat.renderer import NO_TARGET, Renderer, Row, by_record
 from mlxtune.data.dataset import duplicates, sources
 from mlxtune.data.dataset.beginnings import common
+from mlxtune.data.dataset.store_writing import Progress
 from mlxtune.data.rows.formats import Record, chunks
 from mlxtune.data.rows.readers import Bad
 from mlxtune.data.survey import lint, report, subjects
@@ -29,11 +30,12 @@ from mlxtune.data.survey.split_survey import SplitSurvey
 USED, SHORTENED = "used", "shortened"  # outcomes of a row that gives examples
 UNCUT = 1 << 31  # data.max_tokens that no row reaches
 
-Progress = Callable[[str, int], None]  # called with a file's name and how many rows of its split were read
-
 
 def survey(config: Config, renderer: Renderer, progress: Progress) -> dict[str, Any]:
-    """The report on all splits of all sources of a configuration, as `report.report` makes it."""
+    """The report on all splits of all sources of a configuration, as `report.report` makes it.
+
+    progress: called with the name of a split's first file, and how many of the split's rows were read.
+    """
     splits: dict[str, SplitSurvey] = {}
     for number, source in enumerate(config.data.mixture(), 1):
         found = sources.find(source, config.data.hub == "stream")
