@@ -25,7 +25,6 @@ from mlxtune_convert.errors import UserError
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 MAX_ITEMS = 1 << 23  # entries in a file's arrays: some ten times the largest vocabulary
 MAX_DIMENSIONS, MAX_NAME = 4, 256
-HINT = "Convert from the original Hugging Face model instead."  # where a file is whole and cannot be used
 # Value types by number: struct's letter; None for strings and arrays.
 LETTERS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")
 U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9

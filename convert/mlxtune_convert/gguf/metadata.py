@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mlxtune_convert.errors import UserError
-from mlxtune_convert.gguf.container import F32, HINT, Field, File
+from mlxtune_convert.errors import CONVERT_ORIGINAL, UserError
+from mlxtune_convert.gguf.container import F32, Field, File
 from mlxtune_convert.gguf.family import FLOAT_KEYS, Family
+from mlxtune_convert.gguf.tensor_name import TensorName
+from mlxtune_convert.gguf.windows import windowed_layers
 
 ROPE_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 SCALING = {  # GGUF key -> config.json key, of linear and YaRN scaling
@@ -21,6 +23,12 @@ SCALING = {  # GGUF key -> config.json key, of linear and YaRN scaling
 }
 # Llama 3's published sets: factor, low and high frequency factor, original context.
 _LLAMA3 = tuple(product((8.0, 32.0, 16.0, 4.0, 2.0), (1.0,), (4.0, 1.0), (8192, 4096, 2048, 16384, 131072)))
+
+
+def is_rope_tensor(name: str) -> bool:
+    """Whether a GGUF tensor is a rotary table, which config.json says in MLX."""
+    parts = TensorName.of(name)
+    return parts.block is None and parts.stem in ROPE_TENSORS
 
 
 def text_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -51,24 +59,13 @@ def metadata(family: Family, config: dict[str, Any]) -> dict[str, Field]:
     values["rope.dimension_count"] = rotary_dim(config)
     if head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
         values["attention.key_length"] = values["attention.value_length"] = head_dim(config)
-    if family.gguf == "phi3":  # zero says: none
-        values.setdefault("attention.sliding_window", 0)
-        values.setdefault("rope.scaling.original_context_length", config["max_position_embeddings"])
-    if family.model_type == "olmo3":
-        values["attention.sliding_window_pattern"] = _layer_types(config, 4)
+    for key, value in (family.defaults(config) if family.defaults else {}).items():
+        values.setdefault(key, value)
     values |= _rope_scaling(config)
     values |= family.more(config) if family.more else {}
     values = {key: value for key, value in values.items() if value is not None}
     typed = {key: float(value) if key.endswith(FLOAT_KEYS) else value for key, value in values.items()}
     return {f"{family.gguf}.{key}": Field.of(value) for key, value in typed.items()}
-
-
-def _layer_types(config: dict[str, Any], pattern: int) -> list[bool]:
-    """Which layers have a sliding window: config's own list, else all but every `pattern`-th."""
-    kinds = config.get("layer_types")
-    if kinds:
-        return [kind == "sliding_attention" for kind in kinds]
-    return [(layer + 1) % pattern != 0 for layer in range(config["num_hidden_layers"])]
 
 
 def _check(family: Family, config: dict[str, Any]) -> None:
@@ -78,28 +75,17 @@ def _check(family: Family, config: dict[str, Any]) -> None:
         if config.get(key) is not None and config[key] != value
     ]
     pattern = family.fixed.get("sliding_window_pattern")
-    if pattern and _layer_types(config, pattern) != _layer_types({**config, "layer_types": None}, pattern):
+    if pattern and windowed_layers(config, pattern) != windowed_layers({**config, "layer_types": None}, pattern):
         wrong.append(f"layer_types (only every {pattern}th layer without a window)")
     wanted = config.get("query_pre_attn_scalar")
-    if wanted is not None and wanted != _query_scalar(family, config):
-        wrong.append(f"query_pre_attn_scalar {wanted} (only {_query_scalar(family, config)})")
+    computed = family.query_scalar(config) if family.query_scalar else None
+    if wanted is not None and wanted != computed:
+        wrong.append(f"query_pre_attn_scalar {wanted} (only {computed})")
     if wrong:
         raise UserError(
             f"llama.cpp's {family.gguf} architecture cannot express {', '.join(wrong)}",
             "`--to hf` exports the model all the same.",
         )
-
-
-def _query_scalar(family: Family, config: dict[str, Any]) -> int | None:
-    """What Gemma 2 and 3 divide scores by the root of: the head's width, in the 27B models (46 and 62 layers) width /
-    heads.
-    """
-    large = {"gemma2": 46, "gemma3": 62}.get(family.gguf)
-    if large is None:
-        return None
-    if config["num_hidden_layers"] == large:
-        return int(config["hidden_size"] // config["num_attention_heads"])
-    return head_dim(config)
 
 
 def _scaling(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -192,13 +178,14 @@ def config(family: Family, file: File, vocab_size: int) -> dict[str, Any]:
     rotary = value("rope.dimension_count", out["head_dim"])
     if rotary != out["head_dim"]:
         out["partial_rotary_factor"] = rotary / out["head_dim"]
-    if family.gguf == "phi3" and not out.get("sliding_window"):
-        out["sliding_window"] = None
+    for name, nothing in family.absent.items():
+        if not out.get(name):
+            out[name] = nothing
     pattern = file.get(f"{family.gguf}.attention.sliding_window_pattern")
     if isinstance(pattern, list):
         out["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
-    if scalar := _query_scalar(family, out):
-        out["query_pre_attn_scalar"] = scalar
+    if family.query_scalar:
+        out["query_pre_attn_scalar"] = family.query_scalar(out)
     names = file.tensors.keys()
     out["rope_scaling"] = _read_scaling(family, file, out)
     out["tie_word_embeddings"] = "output.weight" not in names
@@ -229,11 +216,15 @@ def _read_scaling(family: Family, file: File, config: dict[str, Any]) -> dict[st
             if np.allclose(table, _llama3(width, config["rope_theta"], factor, low, high, original), rtol=1e-5, atol=0):
                 shape = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
                 return {"rope_type": "llama3", "factor": factor, **shape}
-        raise UserError(f"{file.path}: its rotary table (rope_freqs) is none of Llama 3's published ones", HINT)
+        raise UserError(
+            f"{file.path}: its rotary table (rope_freqs) is none of Llama 3's published ones", CONVERT_ORIGINAL
+        )
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise UserError(f"{file.path}: rope scaling of type {str(kind)[:40]!r} cannot be converted from GGUF", HINT)
+        raise UserError(
+            f"{file.path}: rope scaling of type {str(kind)[:40]!r} cannot be converted from GGUF", CONVERT_ORIGINAL
+        )
     found = {name: file.get(f"{family.gguf}.rope.scaling.{key}") for key, name in SCALING.items()}
     factor = file.get(f"{family.gguf}.rope.scaling.attn_factor")
     if kind == "yarn" and factor not in (None, 1.0):

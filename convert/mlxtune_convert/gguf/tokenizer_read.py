@@ -14,9 +14,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from mlxtune_convert.errors import UserError
+from mlxtune_convert.errors import CONVERT_ORIGINAL, UserError
 from mlxtune_convert.files import write_json
-from mlxtune_convert.gguf.container import HINT, File
+from mlxtune_convert.gguf.container import File
 from mlxtune_convert.hf import chat_templates
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
@@ -81,22 +81,24 @@ def check_supported(file: File) -> None:
         raise UserError(
             f"the GGUF's tokenizer ({model}, pre-tokenizer {str(pre)[:40]}) cannot be rebuilt exactly yet "
             f"(covered: llama; gpt2 with {', '.join(PRE_TOKENIZERS)})",
-            HINT,
+            CONVERT_ORIGINAL,
         )
     tokens, types = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.token_type")
     others = file.get(f"tokenizer.ggml.{needed[2]}")
     texts = [*tokens, *(others if model == "gpt2" else ())]
     numbers = [*types, *(others if model == "llama" else ())]
     if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):
-        raise UserError(f"{file.path}: the tokenizer's lists hold values of the wrong type", HINT)
+        raise UserError(f"{file.path}: the tokenizer's lists hold values of the wrong type", CONVERT_ORIGINAL)
     if len(types) != len(tokens) or (model == "llama" and len(others) != len(tokens)):
-        raise UserError(f"{file.path}: {len(tokens)} tokens but {len(types)} token types or scores", HINT)
+        raise UserError(f"{file.path}: {len(tokens)} tokens but {len(types)} token types or scores", CONVERT_ORIGINAL)
     if len(set(tokens)) != len(tokens) or (model == "gpt2" and not all(" " in merge for merge in others)):
-        raise UserError(f"{file.path}: a token occurs twice, or a merge names one token", HINT)
+        raise UserError(f"{file.path}: a token occurs twice, or a merge names one token", CONVERT_ORIGINAL)
     for key in ("bos", "eos", "eot", "eom", "unknown", "padding"):
         index = file.get(f"tokenizer.ggml.{key}_token_id", 0)
         if not isinstance(index, int) or not 0 <= index < len(tokens):
-            raise UserError(f"{file.path}: the {key} token {str(index)[:40]} is none of {len(tokens)} tokens", HINT)
+            raise UserError(
+                f"{file.path}: the {key} token {str(index)[:40]} is none of {len(tokens)} tokens", CONVERT_ORIGINAL
+            )
 
 
 def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
@@ -114,7 +116,7 @@ def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
     try:
         tokenizer = _sentencepiece(get, prefix) if pieces else _byte_level(get)
     except Exception as error:  # the library has no exception of its own
-        raise UserError(f"{file.path}: its tokenizer cannot be built ({error})", HINT) from error
+        raise UserError(f"{file.path}: its tokenizer cannot be built ({error})", CONVERT_ORIGINAL) from error
     typed = list(zip(tokens, get("token_type"), strict=True))
     tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind in (CONTROL, UNKNOWN)])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == USER_DEFINED])
