@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import IO, Any, NoReturn
+
+import network
 
 # Variables that may be others than the server's: those that nothing reads while it is imported, and those that
 # libraries set in the process that imports them.
@@ -43,15 +50,67 @@ def fits(environment: dict[str, str]) -> bool:
     return sys.platform == "linux" and any(server.fits(environment) for server in _servers)
 
 
-def run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """The command in a forked process, without input."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as out, tempfile.TemporaryFile("w+", encoding="utf-8") as err:
-        with open(os.devnull, encoding="utf-8") as nothing:
-            streams = [nothing.fileno(), out.fileno(), err.fileno()]
-            status = Command(command, environment, streams).wait()
-        out.seek(0)
-        err.seek(0)
+def run(
+    command: list[str], environment: dict[str, str], terminal: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The command in a forked process, without input, or on a terminal of its own. It may change nothing but what it is
+    told to write, and ask the network for nothing (but a hub that the environment names, and other ranks).
+    """
+    from guard import Watch  # not in the server
+
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as calls,
+        open(os.devnull, encoding="utf-8") as nothing,
+    ):
+        streams = [nothing.fileno(), out.fileno(), err.fileno()] if terminal is None else [terminal] * 3
+        watch = Watch(command)
+        alone = not {"HF_ENDPOINT", "MLX_RANK"} & environment.keys()
+        status = Command(command, environment, [*streams, *([calls.fileno()] if alone else [])]).wait()
+        watch.end()
+        for file in (out, err, calls):
+            file.seek(0)
+        asked = calls.read()
+        assert not asked, f"{asked}by: {' '.join(command)}"
         return subprocess.CompletedProcess(command, status, out.read(), err.read())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A command that has ended, and what it took."""
+
+    result: subprocess.CompletedProcess[str]  # its status is a negative signal where one ended it
+    seconds: float  # of a core
+    peak: int  # bytes that it held beyond those of the process that it was forked from
+    late: bool  # it did not end, and was killed
+
+
+def measured(
+    command: list[str], environment: dict[str, str], given: str = "", memory: int = 0, longest: float = 600
+) -> Measured:
+    """The command in a forked process of the first server, which nothing watches: the environment may name another home
+    and another cache, which what was imported does not hear of.
+
+    given: its standard input; memory: bytes beyond the server's that it may address, 0: no limit; longest: seconds
+    until it is killed.
+    """
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        files[0].write(given.encode())
+        files[0].seek(0)
+        process = Command(command, environment, [file.fileno() for file in files], "", memory, _servers[0])
+        late = False
+        try:
+            status = process.wait(longest)
+        except subprocess.TimeoutExpired:
+            late = True
+            process.kill()
+            status = process.wait()
+        for file in files[1:]:
+            file.seek(0)
+        said, told = (file.read().decode("utf-8", "replace") for file in files[1:])
+    return Measured(subprocess.CompletedProcess(command, status, said, told), *process.took(), late)
 
 
 def start(command: list[str], environment: dict[str, str], code: str = "", streams: Sequence[int] = ()) -> Command:
@@ -79,9 +138,17 @@ def end(environment: dict[str, str] | None = None) -> None:
 class Command:
     """A command that was forked, as far as tests need it like a subprocess.Popen."""
 
-    def __init__(self, command: list[str], environment: dict[str, str], streams: Sequence[int], code: str = "") -> None:
-        self._server = next(server for server in _servers if server.fits(environment))
-        asked = {"command": command, "cwd": os.getcwd(), "environment": environment, "code": code}
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        streams: Sequence[int],
+        code: str = "",
+        memory: int = 0,
+        server: _Server | None = None,
+    ) -> None:
+        self._server = server or next(server for server in _servers if server.fits(environment))
+        asked = {"command": command, "cwd": os.getcwd(), "environment": environment, "code": code, "memory": memory}
         self.pid = self._server.fork(asked, streams)
         self.stdin: IO[str] | None = None
         self.stdout: IO[str] | None = None
@@ -90,6 +157,10 @@ class Command:
     @property
     def returncode(self) -> int | None:
         return self._server.ended.get(self.pid)
+
+    def took(self) -> tuple[float, int]:
+        """(seconds of a core, bytes held beyond the server's) of a command that has ended."""
+        return self._server.took[self.pid]
 
     def poll(self) -> int | None:
         self._server.hear(0)
@@ -146,7 +217,7 @@ class Command:
 
 
 class _Server:
-    """This process's end of a server. ended: exit statuses by process, as subprocess counts them."""
+    """This process's end of a server."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment = environment
@@ -154,7 +225,8 @@ class _Server:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._begun: list[int] = []
-        self.ended: dict[int, int] = {}
+        self.ended: dict[int, int] = {}  # exit statuses by process, as subprocess counts them
+        self.took: dict[int, tuple[float, int]] = {}  # by process: seconds of a core, and bytes beyond the server's
 
     def fits(self, environment: dict[str, str]) -> bool:
         return _fixed(environment) == self._fixed
@@ -181,6 +253,7 @@ class _Server:
             assert told, "the server of forked commands has ended"
             if "status" in told:
                 self.ended[told["number"]] = told["status"]
+                self.took[told["number"]] = told["seconds"], told["peak"]
             else:
                 self._begun.append(told["number"])
             seconds = 0
@@ -199,6 +272,11 @@ def _fixed(environment: dict[str, str]) -> dict[str, str]:
 
 
 def _serve(control: socket.socket) -> None:
+    # PyTorch makes this folder when it is loaded; one that is there need not be made among the commands' files.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    import mlxtune_convert.cli  # noqa: F401
+
+    import mlxtune.cli  # noqa: F401  # first, as in the command: it chooses what MLX multiplies with
 
     for name in ("train.tuning", "bench", "demo.story", "adapter.peft", "ship.gguf"):
         __import__(f"mlxtune.{name}")
@@ -210,16 +288,19 @@ def _serve(control: socket.socket) -> None:
     assert "pyarrow" not in sys.modules and threading.active_count() == 1
     gc.freeze()  # a forked process need not look at, and so copy, what was imported
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests and the commands
+    own = _pages(1)  # with which every command begins
     running: dict[int, int] = {}  # their numbers, by what tells of their end
     while True:
         for ready in select.select([control.fileno(), *running], [], [])[0]:
             if ready in running:
                 os.close(ready)
                 number = running.pop(ready)
-                status = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-                control.send(json.dumps({"number": number, "status": status}).encode())
+                _, status, usage = os.wait4(number, 0)
+                took = {"seconds": usage.ru_utime + usage.ru_stime, "peak": max(0, usage.ru_maxrss * 1024 - own)}
+                told = {"number": number, "status": os.waitstatus_to_exitcode(status), **took}
+                control.send(json.dumps(told).encode())
                 continue
-            message, streams, _, _ = socket.recv_fds(control, LONGEST, 3)
+            message, streams, _, _ = socket.recv_fds(control, LONGEST, 4)
             if not message:
                 os._exit(0)  # the tests have ended
             child = os.fork()
@@ -232,8 +313,15 @@ def _serve(control: socket.socket) -> None:
             control.send(json.dumps({"number": child}).encode())
 
 
+def _pages(column: int) -> int:
+    """Bytes of this process, by a column of /proc/self/statm: 0 what it may address, 1 what it holds in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
+
+
 def _command(asked: dict[str, Any], streams: Sequence[int]) -> None:
     """Take a command's place, with its words, folder, environment and streams, and be it."""
+    from mlxtune_convert.cli import main as convert_main
+
     from mlxtune.cli import main
 
     # A handler even where the tests run in the background, which makes a shell ignore Ctrl-C for its children.
@@ -243,13 +331,23 @@ def _command(asked: dict[str, Any], streams: Sequence[int]) -> None:
     os.environ.update(asked["environment"])
     tempfile.tempdir = None  # found again, by the new environment
     sys.argv = asked["command"]
+    *streams, calls = [*streams, -1][:4]
+    if os.isatty(streams[0]):
+        os.setsid()  # then this terminal's Ctrl-C is for this process
+        fcntl.ioctl(streams[0], termios.TIOCSCTTY, 0)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    if calls >= 0:
+        network.forbid(calls)
     for stream in streams:
         if stream > 2:
             os.close(stream)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    if asked["memory"]:
+        resource.setrlimit(resource.RLIMIT_AS, (_pages(0) + asked["memory"],) * 2)
     exec(asked["code"], {"__name__": "__main__"})
+    if Path(asked["command"][0]).name == "mlxtune-convert":
+        convert_main()
     main()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
+from mlxtune_convert.shown import brief
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +79,7 @@ def console(quiet: bool = False) -> Console:
 
 def note(text: str) -> None:
     """Say something that a person must know beside the result."""
-    console().print(f"note: {text}", style="yellow", soft_wrap=True)
+    console().print(f"note: {brief(text)}", style="yellow", soft_wrap=True)
 
 
 def stdout() -> Console:

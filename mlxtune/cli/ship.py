@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.shown import shown_name
 from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
@@ -291,14 +292,15 @@ def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_
 
 
 def _export_gguf(request: Request, target: str, kind: str | None, ollama: bool) -> None:
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
     from mlxtune.ship import gguf, modelfile
 
     if ollama:
         modelfile.check_name(request.out.name)
-    with Progress(console=common.console(), transient=True) as bar:
-        task = bar.add_task(f"writing {request.out.name}", total=None)
+    columns = (TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:])
+    with Progress(*columns, console=common.console(), transient=True) as bar:
+        task = bar.add_task(f"writing {shown_name(request.out.name)}", total=None)
         exported = gguf.ship(
             request, target, kind, ollama, lambda done, total: bar.update(task, completed=done, total=total)
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune_convert.files import read_json, write_json
+from mlxtune_convert.gguf.tokenizer_write import token_ids
 
 from mlxtune.config.resolve import load
 from mlxtune.data.chat.masking import template_of
@@ -23,12 +24,11 @@ def write_generation_config(work: Path, config: dict[str, Any]) -> None:
     file = work / "generation_config.json"
     generation = read_json(file, "generation settings") if file.is_file() else {}
     tokenizer = load_tokenizer(work)
-    ends = [config.get("eos_token_id"), generation.get("eos_token_id"), tokenizer.eos_token_id]
+    ends = {*token_ids(config.get("eos_token_id")), *token_ids(generation.get("eos_token_id")), tokenizer.eos_token_id}
     if tokenizer.chat_template:
         token = template_of(tokenizer, {}).end_of_turn.strip()
-        ends.append(tokenizer.convert_tokens_to_ids(token) if token else None)
-    flat = [index for end in ends for index in (end if isinstance(end, list) else [end]) if index is not None]
-    write_json(file, {**generation, "eos_token_id": sorted(set(flat))})
+        ends.add(tokenizer.convert_tokens_to_ids(token) if token else None)
+    write_json(file, {**generation, "eos_token_id": sorted(ends - {None})})
 
 
 def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None, note: str = "") -> None:
