@@ -13,14 +13,15 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from mlxtune_convert.errors import UserError
+from mlxtune_convert.errors import CONVERT_ORIGINAL, UserError
 from mlxtune_convert.files import write_json
 from mlxtune_convert.gguf import container, metadata, tokenizer_read
 from mlxtune_convert.gguf.architectures import of_file
-from mlxtune_convert.gguf.container import FLOATS, HINT, File
+from mlxtune_convert.gguf.container import FLOATS, File
 from mlxtune_convert.gguf.family import Family, uninterleave
-from mlxtune_convert.gguf.metadata import ROPE_TENSORS
+from mlxtune_convert.gguf.metadata import is_rope_tensor
 from mlxtune_convert.gguf.quant_blocks import MAPPED, Codes, from_blocks
+from mlxtune_convert.gguf.tensor_name import SHARED_GATE, TensorName
 from mlxtune_convert.hf.configs import SOURCE_FILE
 from mlxtune_convert.tensors import ShardWriter
 
@@ -72,15 +73,17 @@ def open_gguf(path: Path) -> Gguf:
     family = of_file(file)
     tokenizer_read.check_supported(file)
     for name in file.tensors:
-        if name.rpartition(".")[0] not in ROPE_TENSORS:
+        if not is_rope_tensor(name):
             family.mlx_name(name)
     unknown = [t for t in file.tensors.values() if t.kind in INTEGERS]
     if unknown:
-        raise UserError(f"{path}: {unknown[0].name} has the type {unknown[0].kind}, which holds no weights", HINT)
+        raise UserError(
+            f"{path}: {unknown[0].name} has the type {unknown[0].kind}, which holds no weights", CONVERT_ORIGINAL
+        )
     _require_all_tensors(file, family)
     config = metadata.config(family, file, len(file.get("tokenizer.ggml.tokens")))
     if len(file.get("tokenizer.ggml.tokens")) > config["vocab_size"]:
-        raise UserError(f"{path}: more tokens than the embedding has rows ({config['vocab_size']})", HINT)
+        raise UserError(f"{path}: more tokens than the embedding has rows ({config['vocab_size']})", CONVERT_ORIGINAL)
     return Gguf(file, family, config)
 
 
@@ -99,7 +102,7 @@ def _require_all_tensors(file: File, family: Family) -> None:
         parts = file.get("split.count", 1)
         raise UserError(
             f"{file.path}: {len(missing)} tensors are missing, first {missing[0]}",
-            f"It is one of {parts} parts: merge them with llama-gguf-split." if parts != 1 else HINT,
+            f"It is one of {parts} parts: merge them with llama-gguf-split." if parts != 1 else CONVERT_ORIGINAL,
         )
 
 
@@ -108,7 +111,7 @@ def mlx_tensors(gguf: Gguf) -> Iterator[tuple[str, np.ndarray | Codes]]:
     file, family = gguf.file, gguf.family
     half = np.dtype(ml_dtypes.bfloat16 if any(t.kind == "BF16" for t in file.tensors.values()) else np.float16)
     for name, tensor in file.tensors.items():
-        if name.rpartition(".")[0] in ROPE_TENSORS:
+        if is_rope_tensor(name):
             continue
         to, heads, rows = family.mlx_name(name), family.heads(name, gguf.config), file.rows(name)
         if heads and rows.shape[0] % (2 * heads):
@@ -127,7 +130,7 @@ def mlx_tensors(gguf: Gguf) -> Iterator[tuple[str, np.ndarray | Codes]]:
             yield to, (narrow if np.isfinite(narrow).all() else floats).reshape(tensor.shape)
         else:
             array = _narrowed(np.asarray(rows), half, np.float32(family.offset(name)))
-            yield to, array.reshape(1, -1) if ".ffn_gate_inp_shexp." in name else array
+            yield to, array.reshape(1, -1) if TensorName.of(name).stem == SHARED_GATE else array
 
 
 def _narrowed(array: np.ndarray, half: np.dtype, offset: np.float32) -> np.ndarray:
