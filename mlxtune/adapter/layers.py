@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxtune.adapter.dropout import DropoutKeys
-from mlxtune.model.dense import dense_weight
+from mlxtune.model.dense import QUANTIZED, dense_weight
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 SWITCH = (SwitchLinear, QuantizedSwitchLinear)
@@ -139,7 +139,7 @@ Adapter = LoRALinear | LoRASwitchLinear
 def dense_shape(linear: nn.Module) -> tuple[int, ...]:
     """The shape of a linear layer's or embedding's matrix before quantization: [out, in], or [E, out, in]."""
     *shape, columns = linear.weight.shape
-    if isinstance(linear, (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)):
+    if isinstance(linear, QUANTIZED):
         columns = columns * 32 // linear.bits
     return (*shape, columns)
 
