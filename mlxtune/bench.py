@@ -30,8 +30,8 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_map
 
-from mlxtune.adapter import lora
-from mlxtune.adapter.layers import dense_shape
+from mlxtune.adapter.layers import LINEAR, SWITCH, dense_shape
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute import fast_ways, prefix
 from mlxtune.compute.loss import Way
 from mlxtune.config import resolve
@@ -275,10 +275,15 @@ def _theirs(who: str, settings: Config, examples: list[Example], rows: int) -> M
     loaded = load(settings.model.path, settings.train.dtype, as_mlx_lm=True)
     _set_limits(limits)
     base = _bytes(loaded.model.parameters())
-    spec = lora.Spec.of(loaded.model, settings.lora)
+    plan = AdapterPlan.of(loaded.model, settings.lora)
+    if plan.last_blocks is None:
+        raise UserError(
+            "lora.ranks: mlx-lm's trainer has one rank for all layers", "Leave out --against, or lora.ranks."
+        )
     loaded.model.freeze()
-    parameters = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": list(spec.keys)}
-    linear_to_lora_layers(loaded.model, spec.num_layers, parameters)
+    own = plan.config
+    parameters = {"rank": own.rank, "scale": own.scale, "dropout": own.dropout, "keys": list(own.keys)}
+    linear_to_lora_layers(loaded.model, own.num_layers, parameters)
     seen: list[Any] = []
 
     class Rows:
@@ -356,9 +361,9 @@ def _elements(model: Any, way: Way) -> tuple[int, int]:
     trunk = 0
     for block in model.layers:
         for _, layer in block.named_modules():
-            if isinstance(layer, lora.LINEAR + lora.SWITCH):
+            if isinstance(layer, LINEAR + SWITCH):
                 *_, outputs, inputs = dense_shape(layer)
-                trunk += outputs * inputs * (chosen if isinstance(layer, lora.SWITCH) else 1)
+                trunk += outputs * inputs * (chosen if isinstance(layer, SWITCH) else 1)
     if way.split is None:
         return trunk, 0
     return trunk, way.split.vocabulary * way.split.hidden(mx.array([[0]])).shape[-1]

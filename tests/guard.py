@@ -24,7 +24,7 @@ from typing import Any
 
 import click
 
-from mlxtune.adapter.lora import ADAPTER_FILE, OWN_FILE
+from mlxtune.adapter.adapter_files import ADAPTER_FILE, OWN_FILE
 from mlxtune.demo.story import FOLDERS
 from mlxtune.train.checkpoint import OWN
 

@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
-from mlxtune.adapter.layers import Trained
+from mlxtune.adapter.layers import TrainedInFull
 from mlxtune.model.arrays import named
 
 HALF = (mx.float16, mx.bfloat16)
@@ -30,7 +30,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     """Inside, every activation is float32; after, every parameter is the very array that it was."""
     outside = _outside(model)
     changed = [(block, type(block), names) for block in blocks_of(model) if (names := list(halves(block)))]
-    trained = [(module.frozen, module.frozen.dtype) for module in model.modules() if isinstance(module, Trained)]
+    trained = [(module.frozen, module.frozen.dtype) for module in model.modules() if isinstance(module, TrainedInFull)]
     try:
         _set(model, {name: array.astype(mx.float32) for name, array in outside.items()})
         for block, kind, names in changed:

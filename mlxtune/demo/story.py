@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.config import resolve
 from mlxtune.data.rows import formats
 from mlxtune.demo import model as embedded
@@ -82,7 +82,7 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
         tuning.tune(settings, run, display)
     with chapter(console, "4. After"):
         tuned = load(str(model))
-        lora.load_adapter(tuned.model, run)
+        adapter_files.load_adapter(tuned.model, run)
         after, answers_after = measure(tuned, settings)
         console.print(comparison(answers_before, answers_after))
         fall = 1 - after.loss / before.loss
@@ -115,7 +115,9 @@ def _refuse_run(run: Path, source: str | None) -> None:
         raise UserError(f"a process is training in {run}", "Wait for it, or choose another --out.")
     if source and Path(source).resolve().is_relative_to(run.resolve()):
         raise UserError(f"{run} holds the source {source}", "Choose another --out.")
-    other = sorted({path.name for path in contents(run)} - {*checkpoint.OWN, lora.ADAPTER_FILE, lora.OWN_FILE})
+    other = sorted(
+        {path.name for path in contents(run)} - {*checkpoint.OWN, adapter_files.ADAPTER_FILE, adapter_files.OWN_FILE}
+    )
     if other:
         raise UserError(f"{run} holds {other[0]}, which mlxtune did not write", "Choose another --out.")
 

@@ -23,7 +23,7 @@ from mlx.utils import tree_unflatten
 from mlxtune_convert.files import contents, digest, new_folder, read_json, write_json
 from mlxtune_convert.tensors import read_header
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.data.template import tokenizer_changes
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import named, save_arrays
@@ -39,7 +39,16 @@ STEP = re.compile(r"step-\d{7,}")
 LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+(-[0-9a-f]+)?")  # by a process that was killed while it wrote
 RESTART = "Start again without --resume, into another folder."
 # All that a run writes before it saved anything.
-OWN = (lock.FILE, CONFIG_FILE, events.FILE, lora.CONFIG_FILE, tokenizer_changes.FILE, FOLDER, "tensorboard", "wandb")
+OWN = (
+    lock.FILE,
+    CONFIG_FILE,
+    events.FILE,
+    adapter_files.CONFIG_FILE,
+    tokenizer_changes.FILE,
+    FOLDER,
+    "tensorboard",
+    "wandb",
+)
 
 
 MOST_HALVED = 64  # times that a micro-batch is cut in two: more has no effect on any
@@ -93,7 +102,7 @@ def save(
     factors: dict[str, mx.array],
     moments: dict[str, mx.array],
     keep_last: int,
-    adapter_file: str = lora.ADAPTER_FILE,
+    adapter_file: str = adapter_files.ADAPTER_FILE,
 ) -> Path:
     """Write the checkpoint of `state.step`, then remove all but the newest `keep_last`.
 
@@ -114,8 +123,8 @@ def save(
 def save_best(run: Path, state: State, model: nn.Module, adapter_file: str) -> None:
     """Keep the adapter that scored best so far beside the checkpoints."""
     with new_folder(run / FOLDER / BEST, own=True) as work:
-        lora.save_factors(model, work, adapter_file)
-        shutil.copy(run / lora.CONFIG_FILE, work)
+        adapter_files.save_tensors(model, work, adapter_file)
+        shutil.copy(run / adapter_files.CONFIG_FILE, work)
         write_json(work / STATE_FILE, {"state": asdict(state)})
 
 
@@ -159,10 +168,10 @@ def restore(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
     """Load a checkpoint's tensors into model and optimizer, whose state is made already. Raises UserError for tensors
     that are not of this run: whoever changes a file can write its digest too.
     """
-    file = lora.adapter_file(saved.folder)
+    file = adapter_files.adapter_file(saved.folder)
     if file is None:
         raise UserError(f"{saved.folder} holds no adapter", RESTART)
-    lora.load_factors(model, file)
+    adapter_files.load_tensors(model, file)
     moments = saved.folder / OPTIMIZER_FILE
     read_header(moments)
     tensors: Any = mx.load(str(moments))
@@ -177,7 +186,7 @@ def refuse_links(run: Path) -> None:
     """Raise UserError where a file or folder of a run is a link: what it leads to is another's, and would be written to
     or removed.
     """
-    for name in (*OWN, lora.ADAPTER_FILE):
+    for name in (*OWN, adapter_files.ADAPTER_FILE):
         if (run / name).is_symlink():
             raise UserError(f"{run / name} is a link", "A run's files are its own: choose another --out, or remove it.")
     if (run / FOLDER).is_dir():
@@ -193,7 +202,7 @@ def _is_of_ours(name: str) -> bool:
 
 def exists(run: Path) -> bool:
     """Whether a run holds anything worth keeping: an adapter or a checkpoint."""
-    return lora.adapter_file(run) is not None or resumable(run)
+    return adapter_files.adapter_file(run) is not None or resumable(run)
 
 
 def resumable(run: Path) -> bool:
@@ -249,7 +258,7 @@ def _require_own(folder: Path, state: State, digests: dict[str, str]) -> None:
     """
     if folder.name != f"step-{state.step:07d}":
         raise ValueError("another step's state")
-    if set(digests) not in ({lora.ADAPTER_FILE, OPTIMIZER_FILE}, {lora.OWN_FILE, OPTIMIZER_FILE}):
+    if set(digests) not in ({adapter_files.ADAPTER_FILE, OPTIMIZER_FILE}, {adapter_files.OWN_FILE, OPTIMIZER_FILE}):
         raise ValueError("other files' digests")
     if any((folder / name).exists() and not (folder / name).is_file() for name in digests):
         raise ValueError("something else in place of a file")

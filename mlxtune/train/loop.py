@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files, attach
 from mlxtune.compute import floats
 from mlxtune.compute.division import Division, TooLarge, same
 from mlxtune.errors import Interrupted, UserError
@@ -65,7 +65,7 @@ def _trained(job: Job, events: Events, state: State, optimizer: Any, leaving: Le
     section, steps = job.section, job.plan.steps
 
     def reached(now: State) -> State:
-        whole.keep(now, lora.factors(job.model), optimizer.state)
+        whole.keep(now, attach.trained_tensors(job.model), optimizer.state)
         return now
 
     def heard(name: str) -> None:
@@ -207,8 +207,8 @@ def _refused(job: Job, events: Events, state: State, bad: NonFinite) -> State:
     if state.step:
         last = job.section.keep == "last"
         kept = f"The adapter of step {state.step} {'' if last else 'or better '}is kept. "
-        if job.ranks.first and (last or lora.adapter_file(job.run) is None):
-            lora.save_factors(job.model, job.run, job.spec.file)
+        if job.ranks.first and (last or adapter_files.adapter_file(job.run) is None):
+            adapter_files.save_tensors(job.model, job.run, job.spec.file)
     events.emit("end", step=state.step, state="failed")
     skipped = f" ({state.skipped} steps were skipped before it)" if state.skipped else ""
     helps = floats.remedy(job.identity.config["train.dtype"], trained=state.step > state.skipped)

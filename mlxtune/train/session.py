@@ -84,7 +84,7 @@ def anchored(config: Config) -> Config:
 
 def dated(config: Config, folder: Path, tokenizer: Any) -> Config:
     """The day made explicit where the template prints it, so that the run means the same tomorrow."""
-    vocabulary.choose(tokenizer, folder, config)
+    vocabulary.set_run_tokenizer(tokenizer, folder, config)
     if config.data.date or tokenizer.chat_template is None or not masking.template_of(tokenizer, {}).prints_date:
         return config
     return config.model_copy(update={"data": config.data.model_copy(update={"date": date.today().isoformat()})})

@@ -17,8 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
 from mlxtune.adapter.dropout import DropoutKeys
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute.division import Division, TooLarge
 from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.loss import Way
@@ -75,7 +76,7 @@ class Job:
     evaluate: Callable[[Callable[[], None]], Scored]
     place: Callable[[int], str]
     identity: Identity
-    spec: lora.Spec
+    spec: AdapterPlan
     samples: Callable[[Callable[[], None]], list[dict[str, str]]] = lambda between: []
     ranks: Ranks = ALONE
     predicted: int | None = None
@@ -91,7 +92,7 @@ class StepFunction:
         self.job = job
         self.optimizer = optimizer
         self.between = between
-        self.layers = len(lora.adapters(job.model))
+        self.layers = len(attach.adapted_layers(job.model))
         self.update = optim.Update(optimizer, job.section.clip_norm)
         self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
         self._longest_alike = extent.longest_alike(job.model)

@@ -17,8 +17,9 @@ from mlxtune_convert.files import explained, new_file
 from mlxtune_convert.hf.chat_templates import unread
 from mlxtune_convert.ways_out import described
 
-from mlxtune.adapter import lora, vocabulary
+from mlxtune.adapter import adapter_files, attach, vocabulary
 from mlxtune.adapter.dropout import add_noise
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute import fast_ways, fit_memory, floats
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.memory.prediction import Memory
@@ -64,7 +65,7 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     said = floats.notes(config.train.dtype, own, dtype, model_config) + corrected.notes(model, model_config)
     said.append(described(source_of(data.folder)["config"], model_config))
     cast(model, dtype)
-    lora.attach(model, _spec(config, model), config.train.seed)
+    attach.attach(model, _spec(config, model), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
     way = fast_ways.hoped(model, data.train, config)
     given = Given(model, model_config, dtype, fit_memory.limit_of(config.train), floats.narrower(own, dtype))
@@ -140,7 +141,7 @@ def tune(
         try:
             if not resume:
                 (out / EVENTS_FILE).unlink(missing_ok=True)  # of a run that was killed before it saved anything
-                lora.save_config(out, job.spec)
+                adapter_files.save_config(out, job.spec)
                 changes.save(out)
             return _written(job, config, notes, display, stack, saved)
         except BaseException:
@@ -173,12 +174,12 @@ def prepared(
     """
     doing(READING)
     loaded = load(str(data.folder), config.train.dtype)
-    changes = vocabulary.prepare(loaded, config)
+    changes = vocabulary.add_rows_for_new_tokens(loaded, config)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
-    spec = lora.read_spec(out) if resume and ranks.first else _spec(config, loaded.model)
-    dropout = lora.attach(loaded.model, spec, config.train.seed)
+    spec = AdapterPlan.read(out, loaded.model) if resume and ranks.first else _spec(config, loaded.model)
+    dropout = attach.attach(loaded.model, spec, config.train.seed)
     if config.lora.start_from and not resume:
-        lora.load_factors(loaded.model, Path(config.lora.start_from) / spec.file)
+        adapter_files.load_tensors(loaded.model, Path(config.lora.start_from) / spec.file)
     if config.train.neftune_alpha:
         dropout.noise_alpha = config.train.neftune_alpha
         add_noise(loaded.model, dropout)
@@ -238,7 +239,7 @@ def prepared(
     own, held = data.train, data.valid
     notes.append(f"{own.rows} training rows{own.also}, {held.rows} held out{held.also}, {plan.steps} steps")
     where = f"{backend.kind()}, {dtype_name(loaded.dtype)}" + (f", {ranks.size} processes" if ranks.size > 1 else "")
-    notes.append(f"training {lora.describe(spec, loaded.model)} on {where}")
+    notes.append(f"training {attach.describe(spec, loaded.model)} on {where}")
     notes.append(described(source_of(loaded.path)["config"], loaded.config))
     notes.append(f"computed: {fast_ways.describe(way)}")
     notes += repeatable(loaded.model, backend.kind())
@@ -255,7 +256,7 @@ def prepared(
 
 def repeatable(model: nn.Module, kind: str) -> list[str]:
     """A note where a run cannot be repeated bit for bit on a device of this kind (`backend.kind`)."""
-    unordered = lora.summed_in_any_order(model)
+    unordered = attach.summed_in_any_order(model)
     if kind == "cpu" or not unordered:
         return []
     return [
@@ -277,7 +278,7 @@ def _written(
     )
     events.listen(*stack.enter_context(opened))
     # What will be written: the checkpoints (the adapter, and two moments of it), one more while it is being written.
-    adapter = sum(array.nbytes for array in lora.factors(job.model).values())
+    adapter = sum(array.nbytes for array in attach.trained_tensors(job.model).values())
     notes += surroundings.warnings(out, (config.train.keep_last + 2) * 3 * adapter + (1 << 30))
     way, before = fast_ways.describe(job.way), _way_before(out)
     if saved and before not in ("", way):
@@ -298,13 +299,12 @@ def _way_before(out: Path) -> str:
     return next((str(event["computed"]) for event in reversed(happened) if "computed" in event), "")
 
 
-def _spec(config: Config, model: nn.Module) -> lora.Spec:
+def _spec(config: Config, model: nn.Module) -> AdapterPlan:
     """What trains: as the adapter to start from is, else as configured."""
     if not config.lora.start_from:
-        return lora.Spec.of(model, config.lora)
+        return AdapterPlan.of(model, config.lora)
     start = Path(config.lora.start_from)
-    spec = lora.read_spec(start)
-    if lora.adapter_file(start) is None:
-        raise UserError(f"{start} has no {spec.file}")
-    layers = len(model.layers)
-    return replace(spec, dropout=config.lora.dropout, num_layers=spec.num_layers if spec.num_layers > 0 else layers)
+    plan = AdapterPlan.read(start, model)
+    if adapter_files.adapter_file(start) is None:
+        raise UserError(f"{start} has no {plan.file}")
+    return replace(plan, dropout=config.lora.dropout)

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.nn as nn
 from mlxtune_convert.sizes import size
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
 from mlxtune.adapter.layers import EMBEDDING, dense_shape
 from mlxtune.adapter.plan import block_paths, outside_blocks
 from mlxtune.compute.memory import blocks
@@ -197,7 +197,7 @@ def _back(cost: blocks.Cost, found: int, options: Options) -> int:
 
 
 def _costs(model: nn.Module, shape: Shape, options: Options) -> tuple[list[list[blocks.Cost]], bool]:
-    adapted = list(lora.adapters(model).values())
+    adapted = list(attach.adapted_layers(model).values())
     keys = adapted[0]._dropout if adapted and options.dropout else None
     if keys is not None:
         keys.set(0, 0, range(shape.rows), [shape.width] * shape.rows, len(adapted))
