@@ -43,7 +43,7 @@ def eval_command(
     mlxtune eval --model model --data data --split test --json
     """
     from mlxtune.adapter.attach import switched_off
-    from mlxtune.train import session
+    from mlxtune.evaluate.score import score_examples
 
     common.run_settings(adapter, data, settings)  # a typing error is said before the model is read
     loaded = common.load_model(model, adapter)
@@ -53,10 +53,10 @@ def eval_command(
         common.note(note)
     console = common.console()
     with console.status("scoring"), switched_off(loaded.model):
-        scores = {"base": session.evaluate(loaded, config, examples)}
+        scores = {"base": score_examples(loaded, config, examples)}
     if adapter is not None:
         with console.status("scoring"):
-            scores["tuned"] = session.evaluate(loaded, config, examples)
+            scores["tuned"] = score_examples(loaded, config, examples)
     if as_json:
         known = ("loss", "perplexity", "accuracy", "tokens")
         found = {name: {key: getattr(score, key) for key in known} for name, score in scores.items()}

@@ -101,7 +101,7 @@ class Split:
 def survey(out: Split, records: Iterator[Record | Bad], renderer: Renderer, progress: Callable[[int], None]) -> None:
     """Read one split whole. Rows are measured before they are cut: max_tokens only decides what counts as shortened."""
     limit = renderer.section.max_tokens
-    uncut = Renderer(renderer.tokenizer, renderer.section.model_copy(update={"max_tokens": 1 << 31}))
+    uncut = renderer.uncut()
     for chunk in chunks(records):
         good = []
         for item in chunk:
