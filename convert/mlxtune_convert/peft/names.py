@@ -36,10 +36,10 @@ NAME_BASE = "Name the model: --base DIR"
 
 @dataclass(frozen=True)
 class Place:
-    """A layer of an MLX model. path: its own; expert: which of its experts is meant, None for all of it."""
+    """A layer of an MLX model."""
 
-    path: str
-    expert: int | None = None
+    path: str  # of the layer in the model
+    expert: int | None = None  # which of its experts is meant; None: all of it
 
 
 class Names:
