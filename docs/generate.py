@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -137,5 +138,6 @@ def commands() -> str:
 PAGES = {"configuration.md": configuration, "commands.md": commands}
 
 if __name__ == "__main__":
+    folder = Path(sys.argv[1]) if sys.argv[1:] else HERE  # a test writes them elsewhere
     for name, text_of in PAGES.items():
-        (HERE / name).write_text(text_of(), encoding="utf-8")
+        (folder / name).write_text(text_of(), encoding="utf-8")

@@ -16,7 +16,7 @@ from mlxtune.compute.memory import prediction
 from mlxtune.config import resolve as configuration
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Plan
-from mlxtune.model.dense import on_cpu
+from mlxtune.model.linux_cpu import multiply_densely
 from mlxtune.model.load import cast
 from mlxtune.train import optim
 from mlxtune.train.choice import choose
@@ -52,7 +52,7 @@ def of_step(
     cast(model, dtype)
     if bits:
         nn.quantize(model, 32, bits)
-        on_cpu(model)
+        multiply_densely(model)
     resolved = configuration.load(None, ("train.epochs=1", *settings))
     keys = lora.attach(model, lora.Spec.of(model, resolved.lora), 0)
     mx.eval(model.parameters())

@@ -101,7 +101,7 @@ def test_supervised_loss_and_gradients_equal_the_plain_ones(model: nn.Module) ->
         lora.attach(model, lora.Spec.of(model, LoraSection(rank=2)), seed=0)
         for index, layer in enumerate(lora.adapters(model).values()):
             layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(index))
-    value, gradient = nn.value_and_grad(model, lambda b: loss.along(model, Way(split), b))(batch())
+    value, gradient = nn.value_and_grad(model, lambda b: loss.of_batch(model, Way(split), b))(batch())
     plain, plain_gradient = nn.value_and_grad(model, lambda b: loss.plain(model, b))(batch())
     assert value.item() == pytest.approx(plain.item(), rel=1e-5)
     for (name, a), (_, b) in zip(tree_flatten(gradient), tree_flatten(plain_gradient), strict=True):

@@ -13,13 +13,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.gated_delta import gated_delta_ops
 
 from mlxtune.adapter import lora
-from mlxtune.compute.memory import blocks, prediction
-from mlxtune.compute.memory.graph import Ledger, traced
+from mlxtune.compute.memory import block_call, blocks, prediction
+from mlxtune.compute.memory.graph import traced
 from mlxtune.compute.memory.kernels import Device, tiled
+from mlxtune.compute.memory.ledger import Ledger
 from mlxtune.compute.memory.strides import strides_as
 from mlxtune.config.schema import LoraSection
 from mlxtune.machine import backend
-from mlxtune.train import tuning
+from mlxtune.train.preparation import lasting_bytes
 
 SIZES = {
     "vocab_size": 320,
@@ -119,7 +120,7 @@ def test_the_loop_over_tokens_is_predicted_within_15_percent(tokens: int, heads:
     """A state of [heads, width, width] a token, several times over, and whole gradients of single slices."""
     gradients, given = gated_delta(tokens, heads, width)
     graph = traced(gradients, given)
-    predicted = Ledger(graph, graph.inputs, blocks.QUEUED).compute(graph.outputs)
+    predicted = Ledger(graph, graph.inputs, block_call.QUEUED).compute(graph.outputs)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -169,8 +170,8 @@ def test_a_gated_delta_model_is_predicted_as_published() -> None:
     lora.attach(model, lora.Spec.of(model, LoraSection(rank=8, layers=4)), 0)
     found = {}
     for width in (512, 1024):
-        shape = prediction.Shape(1, width - 1, 0, width // 2)
-        predicted = prediction.predict(model, QWEN35_4B, shape, prediction.Options(2, 64, 1, 0.0, METAL))
+        shape = prediction.StepSizes(1, width - 1, 0, width // 2)
+        predicted = prediction.predict(model, QWEN35_4B, shape, prediction.RunOptions(2, 64, 1, 0.0, METAL))
         assert isinstance(predicted, prediction.Memory) and predicted.by_token
         found[width] = predicted.total / 1e9
     assert 7.3 < found[512] < 16.4
@@ -230,10 +231,10 @@ def test_a_model_that_cannot_be_followed_is_said_and_not_refused(monkeypatch: py
     def fails(*arguments: Any) -> None:
         raise ValueError("no state for primitive New")
 
-    monkeypatch.setattr(blocks, "traced", fails)
-    monkeypatch.setattr(blocks, "_known", {})
+    monkeypatch.setattr(block_call, "traced", fails)
+    monkeypatch.setattr(block_call, "_known", {})
     found = prediction.predict(
-        model, sizes_of("llama"), prediction.Shape(1, 32, 0, 8), prediction.Options(4, 64, 0, 0.0, CPU)
+        model, sizes_of("llama"), prediction.StepSizes(1, 32, 0, 8), prediction.RunOptions(4, 64, 0, 0.0, CPU)
     )
     assert isinstance(found, prediction.NotPredicted)
     assert "not predicted" in found.note and "primitive New" in found.note
@@ -246,7 +247,7 @@ def test_the_model_is_itself_again_after_a_prediction() -> None:
     ids = mx.array([[3, 4, 5]])
     before = model(ids)
     prediction.predict(
-        model, sizes_of("mixtral"), prediction.Shape(1, 32, 0, 8), prediction.Options(4, 64, 1, 0.0, METAL)
+        model, sizes_of("mixtral"), prediction.StepSizes(1, 32, 0, 8), prediction.RunOptions(4, 64, 1, 0.0, METAL)
     )
     assert [type(module) for _, module in model.named_modules()] == kinds
     assert mx.fast.scaled_dot_product_attention is attention
@@ -294,4 +295,4 @@ def test_what_stays_are_the_weights_the_adapter_and_two_moments() -> None:
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
     adapter = sum(array.nbytes for array in lora.factors(model).values())
-    assert tuning.stays(model) == weights + 3 * adapter
+    assert lasting_bytes(model) == weights + 3 * adapter

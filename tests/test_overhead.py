@@ -33,7 +33,9 @@ from mlxtune.config.schema import LoraSection
 from mlxtune.data.dataset.batches import Plan
 from mlxtune.machine import backend
 from mlxtune.model.arrays import named
-from mlxtune.train import optim, session, tuning
+from mlxtune.train import optim, preparation
+from mlxtune.train.run_data import read_data
+from mlxtune.train.run_folder import RunFolder
 from mlxtune.train.step import AHEAD, WRONG, Job, NonFinite, StepFunction
 
 ON_A_GPU = backend.Policy(compiled=True, queued=True, tile=64)
@@ -150,7 +152,7 @@ def test_queued_work_takes_no_more_memory_than_predicted(monkeypatch: pytest.Mon
     config = configuration.load(None, settings)
     plan = Plan(examples(), config.train)
     way = Way(Split.of(model, mx.array([plan.examples[0].ids[:8]])), recompute=1)
-    predicted = fit_memory.plan(
+    predicted = fit_memory.predict_run(
         fit_memory.Given(model, {"model_type": "llama", **sizes}, mx.float32), way, config, plan
     )
     assert predicted is not None
@@ -164,10 +166,10 @@ def test_queued_work_takes_no_more_memory_than_predicted(monkeypatch: pytest.Mon
 
 def test_a_run_holds_its_queue_to_what_is_predicted_for_it(mlx_model: Path, data: Path) -> None:
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
-    found, settings = session.read_data(configuration.load(None, ("train.batch_rows=2",), flags))
-    job, fitted, *_ = tuning.prepared(settings, found, Path())
-    _, predicted, _ = tuning.memory_plan(fitted, found)
-    assert predicted is not None and job.predicted == predicted.total > 0
+    found, settings = read_data(configuration.load(None, ("train.batch_rows=2",), flags))
+    prepared = preparation.prepare(settings, found, RunFolder(Path()))
+    planned = preparation.plan(prepared.config, found)
+    assert planned.memory is not None and prepared.job.predicted == planned.memory.total > 0
 
 
 def test_a_prediction_that_was_far_too_low_holds_nothing_up(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,10 +177,10 @@ def test_a_prediction_that_was_far_too_low_holds_nothing_up(as_on_a_gpu: None, m
     near, far = small(predicted=10_000), small(predicted=int(10_000 / WRONG) - 1)
     for step in (near, far):
         step._judge_prediction(before=10_000)  # an evaluation or a proof raised it, not the step
-        assert step._most() is not None
+        assert step._queued_bytes() is not None
         step._judge_prediction(before=9_999)
-    assert near._most() == AHEAD * 10_000 and far._most() is None
-    assert small()._most() is None
+    assert near._queued_bytes() == AHEAD * 10_000 and far._queued_bytes() is None
+    assert small()._queued_bytes() is None
 
 
 def test_steps_queued_as_on_a_gpu_have_the_bits_of_steps_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:

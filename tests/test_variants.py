@@ -12,13 +12,14 @@ import pytest
 import tiny
 
 from mlxtune.adapter import lora
+from mlxtune.cli.display import Display
 from mlxtune.config import resolve
 from mlxtune.config.schema import LoraSection
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.model.load import load
 from mlxtune.ship.merge import open_merged
-from mlxtune.train import session, tuning
-from mlxtune.train.display import Display
+from mlxtune.train.run import tune as train
+from mlxtune.train.run_folder import RunFolder
 
 IDS = mx.array(np.random.default_rng(3).integers(3, 250, (1, 40)))
 KINDS: dict[str, dict[str, Any]] = {
@@ -140,12 +141,12 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(
 ) -> None:
     wanted = _config(mlx_model, data, *settings)
     with _quiet() as display:
-        tuning.tune(wanted, tmp_path / "whole", display)
+        train(wanted, tmp_path / "whole", display)
     with monkeypatch.context() as patch, pytest.raises(Interrupted), _quiet() as display:
         tiny.interrupt_after(patch, 1)
-        tuning.tune(wanted, tmp_path / "cut", display)
+        train(wanted, tmp_path / "cut", display)
     with _quiet() as display:
-        tuning.tune(session.run_config(tmp_path / "cut"), tmp_path / "cut", display, resume=True)
+        train(RunFolder(tmp_path / "cut").config(), tmp_path / "cut", display, resume=True)
     one, other = (mx.load(str(lora.adapter_file(tmp_path / name))) for name in ("whole", "cut"))
     assert sorted(one) == sorted(other)
     for name, array in one.items():
@@ -155,10 +156,10 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(
 def test_training_goes_on_from_an_adapter(mlx_model: Path, data: Path, tmp_path: Path) -> None:
     """The first evaluation is the adapter's own, its ranks are kept, and it gets better."""
     with _quiet() as display:
-        first = tuning.tune(_config(mlx_model, data, "lora.ranks={down_proj: 5}"), tmp_path / "first", display)
+        first = train(_config(mlx_model, data, "lora.ranks={down_proj: 5}"), tmp_path / "first", display)
     more = _config(mlx_model, data, f"lora.start_from={tmp_path / 'first'}", "lora.rank=7")
     with _quiet() as display:
-        second = tuning.tune(more, tmp_path / "second", display)
+        second = train(more, tmp_path / "second", display)
     events = [json.loads(line) for line in (tmp_path / "second" / "events.jsonl").read_text().splitlines()]
     start = next(event for event in events if event["kind"] == "eval")
     assert start["loss"] == pytest.approx(first.best_loss, abs=1e-6)

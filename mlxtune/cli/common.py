@@ -91,17 +91,13 @@ def stdout() -> Console:
 
 def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ...] = ()) -> Config:
     """The configuration a run was made with (defaults without one), its data replaced by --data."""
-    from mlxtune.config import resolve as config
+    from mlxtune.config import resolve
+    from mlxtune.train.run_folder import RunFolder
 
-    return config.load(_run_file(adapter), settings, {"data.path": data})
-
-
-def _run_file(adapter: Path | None) -> Path | None:
-    """The configuration beside an adapter; None where there is none."""
-    from mlxtune.train import session
-
-    file = adapter / session.CONFIG_FILE if adapter is not None else None
-    return file if file is not None and file.is_file() else None
+    flags = {"data.path": data}
+    if adapter is not None and RunFolder(adapter).is_run():
+        return RunFolder(adapter).config(None, settings, flags)
+    return resolve.load(None, settings, flags)
 
 
 def held_out(
@@ -115,23 +111,26 @@ def held_out(
     """(The rows to compare on: --data's, else the run's own; the configuration they are read with). The hub is not
     asked for rows that the run's folder alone names.
 
-    tokenizer, folder, split: as `session.held_out` takes them.
+    tokenizer, folder, split: as `evaluate.held_out` takes them.
     """
     from mlxtune.data.dataset.sources import is_hub_id
-    from mlxtune.train import reach, session
+    from mlxtune.evaluate import held_out
+    from mlxtune.train import reach
+    from mlxtune.train.run_folder import RunFolder
 
     config = run_settings(adapter, data, settings)
-    file = _run_file(adapter)
-    named = reach.keys_named(settings, {"data.path": data})
-    local_only, own = "", data is None
-    if file is not None:
-        for line in reach.cache_notes(config, str(file), named):
+    own = data is None
+    local_only = ""
+    if adapter is not None and RunFolder(adapter).is_run():
+        named = reach.keys_named(settings, {"data.path": data})
+        for line in reach.cache_notes(config, str(RunFolder(adapter).config_file), named):
             note(line)
         if named.isdisjoint(reach.DATA_KEYS):
             local_only = reach.compared(config.data)
         # Who names the run's own dataset, to have it fetched, means the rows that the run held out of it.
-        own = own or (is_hub_id(config.data.path) and data == run_settings(adapter, None).data.path)
-    return session.held_out(tokenizer, folder, config, split, own, local_only), config
+        if is_hub_id(config.data.path) and data == run_settings(adapter, None).data.path:
+            own = True
+    return held_out.held_out(tokenizer, folder, config, split, own, local_only), config
 
 
 def load_model(model: str, adapter: Path | None) -> Loaded:

@@ -25,7 +25,7 @@ from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, collate
 from mlxtune.machine import backend
 from mlxtune.model.arrays import named, save_arrays
-from mlxtune.model.dense import on_cpu
+from mlxtune.model.linux_cpu import multiply_densely
 from mlxtune.model.load import cast
 
 BITS, GROUP_SIZE = 4, 32
@@ -98,7 +98,7 @@ def with_adapter(kind: str, base: mx.Dtype, dtype: mx.Dtype, train_also: tuple[s
             layer.lora_b = mx.array(0.05 * noise.astype(np.float32))
         mx.eval(model.parameters())
     if here == "cpu":
-        on_cpu(model)
+        multiply_densely(model)
     return model
 
 
@@ -123,7 +123,7 @@ def computing_on_cpu() -> Iterator[None]:
         with mx.stream(mx.cpu):
             yield
     finally:
-        if backend.compiles():
+        if backend.policy().compiled:
             mx.enable_compile()
 
 

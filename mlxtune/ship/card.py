@@ -10,10 +10,10 @@ from typing import Any
 from mlxtune_convert.files import read_json, write_json
 from mlxtune_convert.gguf.tokenizer_write import token_ids
 
-from mlxtune.config.resolve import load
-from mlxtune.data.chat.masking import template_of
+from mlxtune.data.template.template import Template
 from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
+from mlxtune.train.run_folder import RunFolder
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 LICENCE = re.compile(r"[\w.-]+")  # an identifier such as apache-2.0
@@ -26,7 +26,7 @@ def write_generation_config(work: Path, config: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(work)
     ends = {*token_ids(config.get("eos_token_id")), *token_ids(generation.get("eos_token_id")), tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        token = template_of(tokenizer, {}).end_of_turn.strip()
+        token = Template(tokenizer).end_of_turn.strip()
         ends.add(tokenizer.convert_tokens_to_ids(token) if token else None)
     write_json(file, {**generation, "eos_token_id": sorted(ends - {None})})
 
@@ -43,8 +43,8 @@ def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None, 
     what = "merged and exported" if kind == "transformers" else "as a PEFT adapter, exported"
     body = ["---", "", f"A fine-tuned version of {base or 'its base model'}, {what} with mlxtune."]
     body += ["The licence of the base model applies." if not licence else "", note]
-    if adapter is not None and (adapter / "config.yaml").is_file():
-        run = load(adapter / "config.yaml")
+    if adapter is not None and RunFolder(adapter).is_run():
+        run = RunFolder(adapter).config()
         lengths = f"{run.train.steps} steps" if run.train.steps else f"{run.train.epochs or 1:g} epochs"
         rows = {
             # Where the files lay on somebody's machine is nobody's business.

@@ -28,7 +28,7 @@ from mlxtune_convert.sizes import size
 from mlxtune_convert.tensors import read_header
 
 from mlxtune.adapter import lora
-from mlxtune.compute.loss import place, supervised_rows
+from mlxtune.compute.loss import inputs_of, supervised_outputs
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, collate
 from mlxtune.errors import UserError
@@ -179,7 +179,7 @@ class MlxRunner:
     model: nn.Module
 
     def __call__(self, batch: Batch) -> np.ndarray:
-        return to_numpy(supervised_rows(self.model, None, place(batch, None)).astype(mx.float32))
+        return to_numpy(supervised_outputs(self.model, None, inputs_of(batch, None)).astype(mx.float32))
 
 
 def mlx_runner(loaded: Loaded) -> MlxRunner:
