@@ -15,7 +15,7 @@ from mlxtune_convert.gguf.quant_blocks import FP4, Codes
 
 
 def values(packed: np.ndarray) -> np.ndarray:
-    """[..., n] bytes -> [..., 2n] float32: each byte holds two numbers, the first in its lower half."""
+    """[..., n] bytes -> [..., n * 2] float32: each byte holds two numbers, the first in its lower half."""
     codes = packed.view(np.uint8)
     nibbles = np.stack([codes & 15, codes >> 4], axis=-1)
     return FP4[nibbles.reshape(*packed.shape[:-1], -1)]

@@ -85,18 +85,17 @@ class Adapter:
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
     """Write adapter_model.safetensors and adapter_config.json."""
-    tensors = {PREFIX + name: array for name, array in adapter.trained.items()}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    parameters = []
     updates = joined(adapter.updates, adapter.alternate)
+    parameters = [_dotted(target) for target in updates if ":" in target]
+    dora = any(update.m is not None for update in updates.values())
+    if dora and parameters:
+        raise UserError(
+            f"PEFT has no DoRA for experts, routers and their like ({parameters[0]})",
+            "`mlxtune export --to hf` exports the merged model.",
+        )
+    tensors = {PREFIX + name: array for name, array in adapter.trained.items()}
     for target, update in updates.items():
         module, _, parameter = target.partition(":")
-        name = target.replace(":", ".")
-        if parameter:
-            parameters.append(name)
-        ranks[name] = update.rank
-        alphas[name] = _alpha(update.scale, math.sqrt(update.rank) if adapter.rslora else update.rank)
         # PEFT wraps the experts once per parameter: gate_up_proj ends up inside.
         inner = ".base_layer" if parameter == "gate_up_proj" and f"{module}:down_proj" in updates else ""
         a, b = _peft_factors(update)
@@ -104,15 +103,25 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         tensors[f"{PREFIX}{module}{inner}.lora_B.weight"] = np.ascontiguousarray(b)
         if update.m is not None:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = update.m
-    dora = any(update.m is not None for update in updates.values())
-    if dora and parameters:
-        raise UserError(
-            f"PEFT has no DoRA for experts, routers and their like ({parameters[0]})",
-            "`mlxtune export --to hf` exports the merged model.",
-        )
     save_checked(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
-    rank, alpha = (_usual(found.values()) for found in (ranks, alphas))
-    config: dict[str, Any] = {
+    write_json(folder / CONFIG_FILE, _config(adapter, updates, parameters, dora))
+
+
+def _dotted(target: str) -> str:
+    """A target as adapter_config.json has it, whether module or parameter."""
+    return target.replace(":", ".")
+
+
+def _config(adapter: Adapter, updates: dict[str, Update], parameters: list[str], dora: bool) -> dict[str, Any]:
+    """adapter_config.json. parameters: those of the targets that are no linear layers, with dots."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for target, update in updates.items():
+        divisor = math.sqrt(update.rank) if adapter.rslora else update.rank
+        ranks[_dotted(target)] = update.rank
+        alphas[_dotted(target)] = _alpha(update.scale, divisor)
+    rank, alpha = _usual(ranks.values()), _usual(alphas.values())
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base or None,
@@ -133,7 +142,6 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.trained}) or None,
         "ensure_weight_tying": adapter.tied,
     }
-    write_json(folder / CONFIG_FILE, config)
 
 
 def _peft_factors(update: Update) -> tuple[np.ndarray, np.ndarray]:
