@@ -44,20 +44,27 @@ LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Spec:
-    """What an adapter is: enough to build it again on the same base."""
+    """What an adapter is: enough to build it again on the same base.
 
-    rank: int  # of every adapted layer, where `modules` does not say it
-    scale: float  # of the update: alpha / rank, in rsLoRA alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)
-    dropout: float  # part of a layer's inputs that training leaves out
-    keys: tuple[str, ...]  # paths of the adapted layers inside a block (or in the model, outside of its blocks)
-    num_layers: int  # how many blocks are adapted, counted from the last one
-    variant: str = "lora"  # or "dora", "rslora"
-    # Path in the model -> (rank, scale), where these are not the same everywhere: replaces keys and num_layers.
+    keys: module paths inside a block (or in the model, outside its blocks); num_layers: how many blocks from the last
+    one; scale: of the update, alpha / rank, or alpha / sqrt(rank) in rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
+    modules: where rank or scale are not the same everywhere, each adapted path in the model with its own (rank, scale);
+    it replaces keys and num_layers. trained: paths of the layers trained in full; own_head: the head is not to follow a
+    trained embedding; tied: it is to be the trained embedding itself. base: the original model on the hub, where an
+    imported adapter names one.
+    """
+
+    rank: int
+    scale: float
+    dropout: float
+    keys: tuple[str, ...]
+    num_layers: int
+    variant: str = "lora"
     modules: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    trained: tuple[str, ...] = ()  # paths of the layers trained in full
-    own_head: bool = False  # the head is not to follow a trained embedding
-    base: str = ""  # the original model on the hub, where an imported adapter names one
-    tied: bool = False  # the head is the trained embedding itself
+    trained: tuple[str, ...] = ()
+    own_head: bool = False
+    base: str = ""
+    tied: bool = False
 
     @property
     def file(self) -> str:
@@ -80,55 +87,42 @@ class Spec:
                 f"{folder}: adapters of type {kind!r} cannot be used yet", "Only LoRA and DoRA adapters can."
             )
         try:
-            return cls._of_config(config, kind, folder)
+            variant = str(config.get("variant", kind))
+            parameters = config.get("lora_parameters", {}) if kind == OWN_TYPE else config["lora_parameters"]
+            modules = {path: (int(m["rank"]), float(m["scale"])) for path, m in config.get("modules", {}).items()}
+            uniform = (int(parameters.get("rank", 0)), float(parameters.get("scale", 0.0)))
+            rank, scale = next(iter(modules.values()), uniform)
+            for some_rank, some_scale in [uniform, *modules.values()]:
+                if not 0 <= some_rank <= LARGEST_RANK or not math.isfinite(some_scale):
+                    raise ValueError(f"rank {some_rank}, scale {some_scale:g}")
+            return cls(
+                rank,
+                scale,
+                float(parameters.get("dropout", config.get("dropout", 0.0))),
+                tuple(parameters.get("keys") or _keys_in(folder)),
+                int(config.get("num_layers", 0) if kind == OWN_TYPE else config["num_layers"]),
+                variant,
+                modules,
+                tuple(config.get("trained", ())),
+                bool(config.get("own_head", False)),
+                str(config.get("base_model", "")),
+                bool(config.get("tied", False)),
+            )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{folder / CONFIG_FILE}: not an MLX adapter's configuration ({error})") from error
 
-    @classmethod
-    def _of_config(cls, config: dict[str, Any], kind: str, folder: Path) -> Self:
-        """config: an adapter_config.json that may hold anything; kind: its fine_tune_type."""
-        own = kind == OWN_TYPE
-        parameters = config.get("lora_parameters", {}) if own else config["lora_parameters"]
-        modules = {}
-        for path, module in config.get("modules", {}).items():
-            modules[path] = (int(module["rank"]), float(module["scale"]))
-        uniform = (int(parameters.get("rank", 0)), float(parameters.get("scale", 0.0)))
-        for some_rank, some_scale in [uniform, *modules.values()]:
-            if not 0 <= some_rank <= LARGEST_RANK or not math.isfinite(some_scale):
-                raise ValueError(f"rank {some_rank}, scale {some_scale:g}")
-        rank, scale = next(iter(modules.values()), uniform)
-        return cls(
-            rank,
-            scale,
-            dropout=float(parameters.get("dropout", config.get("dropout", 0.0))),
-            keys=tuple(parameters.get("keys") or _keys_in(folder)),
-            num_layers=int(config.get("num_layers", 0) if own else config["num_layers"]),
-            variant=str(config.get("variant", kind)),
-            modules=modules,
-            trained=tuple(config.get("trained", ())),
-            own_head=bool(config.get("own_head", False)),
-            base=str(config.get("base_model", "")),
-            tied=bool(config.get("tied", False)),
-        )
-
     def save(self, folder: Path) -> None:
         """adapter_config.json, as mlx-lm reads it where it can hold the adapter."""
+        common = {"variant": self.variant, **({"base_model": self.base} if self.base else {})}
         if self.file == OWN_FILE:
-            config = {"fine_tune_type": OWN_TYPE, **self._own()}
-        else:
-            config = {"fine_tune_type": "dora" if self.variant == "dora" else "lora", **self._uniform()}
-        config["variant"] = self.variant
-        if self.base:
-            config["base_model"] = self.base
-        write_json(folder / CONFIG_FILE, config)
-
-    def _own(self) -> dict[str, Any]:
-        """What our own layout says."""
-        chosen = {path: {"rank": rank, "scale": scale} for path, (rank, scale) in self.modules.items()}
-        own = {"dropout": self.dropout, "modules": chosen, "trained": list(self.trained), "own_head": self.own_head}
-        if self.tied:
-            own["tied"] = True
-        return own if chosen else {**own, **self._uniform()}
+            chosen = {path: {"rank": rank, "scale": scale} for path, (rank, scale) in self.modules.items()}
+            own = {"dropout": self.dropout, "modules": chosen, "trained": list(self.trained), "own_head": self.own_head}
+            own |= {"tied": True} if self.tied else {}
+            uniform = {} if chosen else self._uniform()
+            write_json(folder / CONFIG_FILE, {"fine_tune_type": OWN_TYPE, **own, **uniform, **common})
+            return
+        kind = "dora" if self.variant == "dora" else "lora"
+        write_json(folder / CONFIG_FILE, {"fine_tune_type": kind, **self._uniform(), **common})
 
     def check_head(self, own_head: bool, folder: Path) -> None:
         """Raise UserError for an adapter that needs embedding and head apart where the model has one matrix, and the
@@ -147,7 +141,6 @@ class Spec:
             raise UserError(f"{folder}: {what}; this model has one matrix for both", UNTIE)
 
     def _uniform(self) -> dict[str, Any]:
-        """What mlx-lm's layout says: one rank and scale for all adapted layers."""
         parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
         return {"num_layers": self.num_layers, "lora_parameters": parameters}
 
@@ -214,21 +207,20 @@ def read_adapter(folder: Path) -> tuple[Adapter, Spec]:
 
 
 def _update(spec: Spec, path: str, parts: dict[str, np.ndarray], file: Path) -> Update:
-    """The update of one layer, its shapes and rank checked. parts: lora_a, lora_b and, in DoRA, m (see `Update`)."""
+    """The update of one layer, its shapes and rank checked."""
     if spec.modules and path not in spec.modules:
         raise UserError(f"{file}: {CONFIG_FILE} does not name {path}", "Copy the folder again.")
     rank, scale = spec.modules.get(path, (spec.rank, spec.scale))
-    wanted = list(FACTORS if spec.variant == "dora" else FACTORS[:2])
-    if sorted(parts) != wanted:
-        raise UserError(f"{file}: {path} has {', '.join(sorted(parts))}, not {', '.join(wanted)}")
+    wanted = {"lora_a", "lora_b"} | ({"m"} if spec.variant == "dora" else set())
+    if parts.keys() != wanted:
+        raise UserError(f"{file}: {path} has {', '.join(sorted(parts))}, not {', '.join(sorted(wanted))}")
     a, b = parts["lora_a"], parts["lora_b"]
     if not 2 <= a.ndim == b.ndim <= 3 or a.shape[:-2] != b.shape[:-2]:
         raise UserError(f"{file}: the factors of {path} do not fit each other: {a.shape} and {b.shape}")
-    update = Update(a, b, scale, parts.get("m"))
-    rank_of_b = b.shape[2] if update.of_experts else b.shape[0]
-    if update.rank != rank or rank_of_b != rank:
-        raise UserError(f"{file}: {path} has rank {update.rank}, {CONFIG_FILE} says {rank}")
-    return update
+    ranks = (a.shape[-1], b.shape[0]) if a.ndim == 2 else (a.shape[1], b.shape[2])
+    if ranks != (rank, rank):
+        raise UserError(f"{file}: {path} has rank {ranks[0]}, {CONFIG_FILE} says {rank}")
+    return Update(a, b, scale, parts.get("m"))
 
 
 def save_adapter(work: Path, adapter: Adapter, layers: int | None) -> Spec:
@@ -248,48 +240,28 @@ def _spec(adapter: Adapter, layers: int | None) -> Spec:
     """mlx-lm's layout where the last blocks (all, where their number is not known) are adapted alike, else each layer
     by its path."""
     modules = {path: (update.rank, update.scale) for path, update in adapter.updates.items()}
-    blocks: dict[int, set[str]] = {}  # number -> paths of the adapted layers inside
-    outside = set()
-    for path in modules:
-        match = LAYER.fullmatch(path)
-        if match:
-            blocks.setdefault(int(match[2]), set()).add(match[3])
-        else:
-            outside.add(path)
+    blocks: dict[int, set[str]] = {}
+    for match in filter(None, map(LAYER.fullmatch, modules)):
+        blocks.setdefault(int(match[2]), set()).add(match[3])
     keys = set().union(*blocks.values())
-    same_layers = all(inside == keys for inside in blocks.values())
-    same_size = len(set(modules.values())) == 1
-    alike = same_layers and same_size and _are_the_last(set(blocks), layers, adapter.some_blocks)
+    outside = {path for path in modules if not LAYER.fullmatch(path)}
+    first = 0 if layers is None else min(blocks, default=0)
+    last_ones = bool(blocks) and set(blocks) == set(range(first, layers or len(blocks)))
+    if layers is None and adapter.some_blocks:
+        last_ones = False  # or the first ones: nothing says how many blocks come after them
+    alike = last_ones and all(block == keys for block in blocks.values()) and len(set(modules.values())) == 1
+    dora = any(update.m is not None for update in adapter.updates.values())
     rank, scale = next(iter(modules.values()), (0, 0.0))
     return Spec(
         rank,
         scale,
-        dropout=adapter.dropout,
-        keys=tuple(sorted(keys | outside)) if alike else (),
-        num_layers=len(blocks) if alike else 0,
-        variant=_variant(adapter),
-        modules={} if alike else modules,
-        trained=tuple(dict.fromkeys(name.rpartition(".")[0] for name in adapter.trained)),
-        own_head=adapter.own_head,
-        base=adapter.base,
-        tied=adapter.tied,
+        adapter.dropout,
+        tuple(sorted(keys | outside)) if alike else (),
+        len(blocks) if alike else 0,
+        "dora" if dora else "rslora" if adapter.rslora else "lora",
+        {} if alike else modules,
+        tuple(dict.fromkeys(name.rpartition(".")[0] for name in adapter.trained)),
+        adapter.own_head,
+        adapter.base,
+        adapter.tied,
     )
-
-
-def _are_the_last(blocks: set[int], layers: int | None, some_blocks: bool) -> bool:
-    """Whether the numbers of adapted blocks are those of the last ones of `layers` (None: not known), or of all.
-
-    some_blocks: the adapter was made for some of its base's blocks.
-    """
-    if not blocks:
-        return False
-    if layers is not None:
-        return blocks == set(range(min(blocks), layers))
-    # They may be the first ones: then nothing says how many blocks come after them.
-    return blocks == set(range(len(blocks))) and not some_blocks
-
-
-def _variant(adapter: Adapter) -> str:
-    if any(update.m is not None for update in adapter.updates.values()):
-        return "dora"
-    return "rslora" if adapter.rslora else "lora"
