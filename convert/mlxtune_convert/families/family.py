@@ -23,6 +23,9 @@ class ModelFamily:
     hf_of: Callable[[Config], Layout] | None = None  # the same where it depends on the configuration
     gguf: Family | None = None  # llama.cpp's names and keys; None: no GGUF of it
 
+    no_biases: bool = False  # its matrices have none, unless attention_bias or mlp_bias says so
+    mxfp4: bool = False  # it is published with MXFP4 codes, which mlx-lm reads as they are
+
     # --- its config.json, where mlx-lm reads another than transformers writes
     config_first: Change | None = None  # before the rotary settings are spelled out, which most changes are
     config_last: Change | None = None  # after them

@@ -108,6 +108,7 @@ FAMILIES = {
             + experts("mlp", "router", "experts"),
             f"{LOCAL_EXPERTS} {WINDOW} expert_feed_forward_length=intermediate_size",
         ),
+        mxfp4=True,
         computes={
             "attention_bias": (True,),
             "tie_word_embeddings": (False,),

@@ -51,16 +51,19 @@ FAMILIES = {
     "llama": ModelFamily(
         hf=Layout(),
         gguf=entry("llama", "Llama", "llama", permuted=True),
+        no_biases=True,
         any_activation=True,
     ),
     "mistral": ModelFamily(
         hf=Layout(),
         gguf=entry("mistral", "Mistral", "llama", permuted=True),
+        no_biases=True,
         any_activation=True,
     ),
     "mixtral": ModelFamily(
         hf=mixtral("mlp.gate"),
         gguf=entry("mixtral", "Mixtral", "llama", experts("block_sparse_moe"), LOCAL_EXPERTS, permuted=True),
+        no_biases=True,
         any_activation=True,
         checks=(heads_share_the_width,),
     ),

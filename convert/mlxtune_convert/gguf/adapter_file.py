@@ -94,11 +94,7 @@ def read_adapter(file: File, base: dict[str, Any] | None) -> tuple[dict[str, Upd
 
     Raises UserError for another kind of adapter, for what is damaged, and when the base must be named.
     """
-    if file.get("adapter.type") != "lora":
-        raise UserError(f"{file.path}: an adapter of type {str(file.get('adapter.type'))[:40]!r}, not lora")
-    alpha = file.get("adapter.lora.alpha", 0.0)
-    if not isinstance(alpha, float) or not np.isfinite(alpha) or "adapter.alora.invocation_tokens" in file.fields:
-        raise UserError(f"{file.path}: adapter.lora.alpha is {str(alpha)[:40]}, or the adapter is an activated one")
+    alpha = _alpha_of(file)
     names = _adapted(file)
     family = _family(file, names)
     config = {name: (base or {}).get(name, file.get(f"{family.gguf}.{key}")) for key, name in BASE_KEYS.items()}
@@ -109,20 +105,35 @@ def read_adapter(file: File, base: dict[str, Any] | None) -> tuple[dict[str, Upd
     layers = config["num_hidden_layers"]
     updates = {}
     for name in names:
-        heads = family.heads(name, config)
-        a = file.rows(name + A).astype(np.float32)  # [r, in]; of experts [E, r, in]
-        b = file.rows(name + B).astype(np.float32)  # [out, r]; of experts [E, out, r]
-        if heads and b.shape[0] % (2 * heads):
-            raise UserError(f"{file.path}: {name} has {b.shape[0]} rows for {heads} heads", "Name its own base.")
         block = TensorName.of(name).block
         if block is None or block >= layers:
             raise UserError(f"{file.path}: it adapts more than the base's {layers} blocks", "Name its own base.")
-        scale = alpha / a.shape[-2] if alpha else 1.0
-        b = uninterleave(b, heads)
-        if a.ndim == 2:
-            a, b = a.T, b.T  # [in, r] and [r, out], as MLX has them
-        updates[family.mlx_name(name).removesuffix(".weight")] = Update(a, b, scale)
+        updates[family.mlx_name(name).removesuffix(".weight")] = _update(file, name, family.heads(name, config), alpha)
     return updates, layers
+
+
+def _update(file: File, name: str, heads: int, alpha: float) -> Update:
+    """The update of one tensor. heads: in how many groups its rows are interleaved, 0 for none; alpha: 0 for none."""
+    a = file.rows(name + A).astype(np.float32)  # [r, in]; of experts [E, r, in]
+    b = file.rows(name + B).astype(np.float32)  # [out, r]; of experts [E, out, r]
+    if heads and len(b) % (2 * heads):
+        raise UserError(f"{file.path}: {name} has {len(b)} rows for {heads} heads", "Name its own base.")
+    scale = alpha / a.shape[-2] if alpha else 1.0
+    b = uninterleave(b, heads)
+    if a.ndim == 3:
+        return Update(a, b, scale)
+    return Update(a.T, b.T, scale)  # [in, r] and [r, out], as MLX has them
+
+
+def _alpha_of(file: File) -> float:
+    """lora_alpha. Raises UserError for an adapter of another kind than LoRA."""
+    kind = file.get("adapter.type")
+    if kind != "lora":
+        raise UserError(f"{file.path}: an adapter of type {str(kind)[:40]!r}, not lora")
+    alpha = file.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, float) or not np.isfinite(alpha) or "adapter.alora.invocation_tokens" in file.fields:
+        raise UserError(f"{file.path}: adapter.lora.alpha is {str(alpha)[:40]}, or the adapter is an activated one")
+    return alpha
 
 
 def _adapted(file: File) -> list[str]:

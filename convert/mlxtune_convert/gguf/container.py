@@ -54,7 +54,7 @@ class Field(NamedTuple):
 class Tensor:
     """Where a tensor is in a file."""
 
-    name: str
+    name: str  # such as blk.0.attn_q.weight
     kind: str  # GGUF type, such as F32 or Q4_0
     shape: tuple[int, ...]  # in weights, outermost first (the file has it innermost first)
     offset: int  # of its first byte, from the start of the file
@@ -74,7 +74,7 @@ def stored_bytes(kind: str, shape: Sequence[int]) -> int:
 class File:
     """An opened GGUF file; each tensor is read when it is asked for."""
 
-    path: Path
+    path: Path  # of the file
     fields: dict[str, Field]  # the metadata by key, in the file's order
     tensors: dict[str, Tensor]  # by name, in the file's order
     header_bytes: int  # before the first tensor

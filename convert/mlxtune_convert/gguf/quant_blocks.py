@@ -109,15 +109,19 @@ def dequantize(codes: Codes, factor: np.ndarray | None = None) -> np.ndarray:
 
     factor: [rows, 1] float32, which multiplies the scales (nvfp4's scale of a whole tensor).
     """
-    grouped = unpack(codes.weight, codes.bits).reshape(len(codes.weight), -1, codes.group)
+    rows = len(codes.weight)
+    grouped = unpack(codes.weight, codes.bits).reshape(rows, -1, codes.group)  # [rows, groups, group] uint8
     if codes.biases is not None:
-        scales, biases = (part.astype(np.float32)[..., None] for part in (codes.scales, codes.biases))
-        return (grouped * scales + biases).reshape(len(grouped), -1)
+        scales = codes.scales.astype(np.float32)[..., None]  # [rows, groups, 1]
+        biases = codes.biases.astype(np.float32)[..., None]
+        return (grouped * scales + biases).reshape(rows, -1)
     kind = ml_dtypes.float8_e4m3fn if codes.mode == "nvfp4" else ml_dtypes.float8_e8m0fnu
     scales = codes.scales.view(kind).astype(np.float32)
-    scales = scales if factor is None else scales * factor
-    values = grouped.view(ml_dtypes.float8_e4m3fn).astype(np.float32) if codes.bits == 8 else FP4[grouped]
-    return (values * scales[..., None]).reshape(len(grouped), -1)
+    if factor is not None:
+        scales = scales * factor
+    in_bytes = codes.bits == 8  # mxfp8; the others have 4-bit floats
+    values = grouped.view(ml_dtypes.float8_e4m3fn).astype(np.float32) if in_bytes else FP4[grouped]
+    return (values * scales[..., None]).reshape(rows, -1)
 
 
 def from_blocks(data: np.ndarray, kind: str) -> Codes:

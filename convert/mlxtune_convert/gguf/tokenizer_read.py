@@ -101,12 +101,15 @@ def _check_lists(file: File, model: str) -> None:
     pieces = model == "llama"
     texts = tokens if pieces else [*tokens, *others]
     numbers = [*types, *others] if pieces else types
-    if not all(isinstance(text, str) for text in texts) or not all(isinstance(n, int | float) for n in numbers):
+    all_texts = all(isinstance(text, str) for text in texts)
+    all_numbers = all(isinstance(number, int | float) for number in numbers)
+    if not all_texts or not all_numbers:
         raise UserError(f"{file.path}: the tokenizer's lists hold values of the wrong type", CONVERT_ORIGINAL)
     if len(types) != len(tokens) or (pieces and len(others) != len(tokens)):
         raise UserError(f"{file.path}: {len(tokens)} tokens but {len(types)} token types or scores", CONVERT_ORIGINAL)
     twice = len(set(tokens)) != len(tokens)
-    if twice or (not pieces and not all(" " in merge for merge in others)):
+    whole_merges = pieces or all(" " in merge for merge in others)
+    if twice or not whole_merges:
         raise UserError(f"{file.path}: a token occurs twice, or a merge names one token", CONVERT_ORIGINAL)
 
 
@@ -177,12 +180,16 @@ def _add_start_and_end(tokenizer: Tokenizer, tokens: list[str], get: Callable[..
     """The tokens that are put before and after every text."""
     usual = get("model") == "llama" or get("pre") in ("llama-bpe", "tekken")  # llama.cpp's own defaults
     start, end = get("bos_token_id"), get("eos_token_id")
-    starts = [tokens[start]] if get("add_bos_token", usual) and start is not None else []
-    ends = [tokens[end]] if get("add_eos_token") and end is not None else []
-    if starts or ends:
-        whole = [*starts, "$A", *ends]
-        around = [(token, tokens.index(token)) for token in {*starts, *ends}]
-        tokenizer.post_processor = processors.TemplateProcessing(whole, [*whole, "$B:1"], around)
+    whole, around = ["$A"], set()
+    if get("add_bos_token", usual) and start is not None:
+        whole.insert(0, tokens[start])
+        around.add(tokens[start])
+    if get("add_eos_token") and end is not None:
+        whole.append(tokens[end])
+        around.add(tokens[end])
+    if around:
+        ids = [(token, tokens.index(token)) for token in around]
+        tokenizer.post_processor = processors.TemplateProcessing(whole, [*whole, "$B:1"], ids)
 
 
 def _ids(get: Callable[[str], Any]) -> dict[str, int]:

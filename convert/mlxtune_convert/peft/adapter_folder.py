@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,13 @@ class Update:
         return self.a.ndim == 3
 
     @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Of the layer's matrix: [out, in]; of experts [E, out, in]."""
+        if self.of_experts:
+            return (len(self.a), self.b.shape[1], self.a.shape[2])
+        return (self.b.shape[1], self.a.shape[0])
+
+    @property
     def rank(self) -> int:
         return int(self.a.shape[-2] if self.of_experts else self.a.shape[-1])
 
@@ -78,18 +85,17 @@ class Adapter:
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
     """Write adapter_model.safetensors and adapter_config.json."""
-    tensors = {PREFIX + name: array for name, array in adapter.trained.items()}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    parameters = []
     updates = joined(adapter.updates, adapter.alternate)
+    parameters = [_dotted(target) for target in updates if ":" in target]
+    dora = any(update.m is not None for update in updates.values())
+    if dora and parameters:
+        raise UserError(
+            f"PEFT has no DoRA for experts, routers and their like ({parameters[0]})",
+            "`mlxtune export --to hf` exports the merged model.",
+        )
+    tensors = {PREFIX + name: array for name, array in adapter.trained.items()}
     for target, update in updates.items():
         module, _, parameter = target.partition(":")
-        name = target.replace(":", ".")
-        if parameter:
-            parameters.append(name)
-        ranks[name] = update.rank
-        alphas[name] = _alpha(update.scale, math.sqrt(update.rank) if adapter.rslora else update.rank)
         # PEFT wraps the experts once per parameter: gate_up_proj ends up inside.
         inner = ".base_layer" if parameter == "gate_up_proj" and f"{module}:down_proj" in updates else ""
         a, b = _peft_factors(update)
@@ -97,15 +103,25 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         tensors[f"{PREFIX}{module}{inner}.lora_B.weight"] = np.ascontiguousarray(b)
         if update.m is not None:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = update.m
-    dora = any(update.m is not None for update in updates.values())
-    if dora and parameters:
-        raise UserError(
-            f"PEFT has no DoRA for experts, routers and their like ({parameters[0]})",
-            "`mlxtune export --to hf` exports the merged model.",
-        )
     save_checked(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
-    rank, alpha = (_usual(found.values()) for found in (ranks, alphas))
-    config: dict[str, Any] = {
+    write_json(folder / CONFIG_FILE, _config(adapter, updates, parameters, dora))
+
+
+def _dotted(target: str) -> str:
+    """A target as adapter_config.json has it, whether module or parameter."""
+    return target.replace(":", ".")
+
+
+def _config(adapter: Adapter, updates: dict[str, Update], parameters: list[str], dora: bool) -> dict[str, Any]:
+    """adapter_config.json. parameters: those of the targets that are no linear layers, with dots."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for target, update in updates.items():
+        divisor = math.sqrt(update.rank) if adapter.rslora else update.rank
+        ranks[_dotted(target)] = update.rank
+        alphas[_dotted(target)] = _alpha(update.scale, divisor)
+    rank, alpha = _usual(ranks.values()), _usual(alphas.values())
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base or None,
@@ -126,7 +142,6 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.trained}) or None,
         "ensure_weight_tying": adapter.tied,
     }
-    write_json(folder / CONFIG_FILE, config)
 
 
 def _peft_factors(update: Update) -> tuple[np.ndarray, np.ndarray]:
@@ -237,17 +252,13 @@ def _below(tensors: Tensors, module: str, matrix: Matrix | None) -> np.ndarray:
 
 def _tied(settings: Settings, tensors: Tensors, updates: dict[str, Update], trained: dict[str, np.ndarray]) -> Adapter:
     """The adapter, one matrix where embedding and head are the same. PEFT writes tied ones under both names."""
-    embedding = next((name for name in trained if is_embedding(name)), "")
+    embedding = _first(trained, is_embedding)
     module = embedding.removesuffix(".weight")
-    head = next((name for name in trained if is_head(name.rpartition(".")[0])), "")
-    lora_head = next((name for name in updates if is_head(name)), "")
-    factors = tensors.factors.get(module, {})
-    if lora_head and "embedding_A" in factors:
-        update = updates[lora_head]
-        if _same(update.b, factors["embedding_A"]) and _same(update.a, factors["embedding_B"]):
-            del updates[lora_head]
-            trained[f"{lora_head}.weight"] = trained[embedding]
-            head = f"{lora_head}.weight"
+    lora_head = _first(updates, is_head)
+    if lora_head and _is_transposed(updates[lora_head], tensors.factors.get(module, {})):
+        del updates[lora_head]
+        trained[f"{lora_head}.weight"] = trained[embedding]
+    head = _first(trained, lambda name: is_head(name.rpartition(".")[0]))
     tied = bool(embedding and head) and _same(trained[embedding], trained[head])
     if settings.ties and embedding and head and not tied:
         raise UserError(
@@ -261,14 +272,26 @@ def _tied(settings: Settings, tensors: Tensors, updates: dict[str, Update], trai
     return Adapter(
         updates,
         trained,
-        settings.dropout,
-        settings.rslora,
-        settings.base,
+        dropout=settings.dropout,
+        rslora=settings.rslora,
+        base=settings.base,
         own_head=bool(embedding) and not head and not follows,
         tied=tied,
         some_blocks=settings.some_blocks,
         copies={module: copy for module, copy in tensors.copies.items() if module in updates},
     )
+
+
+def _first(names: Iterable[str], is_one: Callable[[str], bool]) -> str:
+    """The first name that is one, or ""."""
+    return next((name for name in names if is_one(name)), "")
+
+
+def _is_transposed(head: Update, embedding: dict[str, np.ndarray]) -> bool:
+    """Whether a head's update is that of the embedding: a [width, r] = B and b [r, tokens] = A of that one."""
+    if "embedding_A" not in embedding:
+        return False
+    return _same(head.b, embedding["embedding_A"]) and _same(head.a, embedding["embedding_B"])
 
 
 def with_head(adapter: Adapter) -> Adapter:
@@ -363,7 +386,7 @@ def read_back(folder: Path, adapter: Adapter) -> Adapter:
 
 
 def arrays(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Every array of an adapter by name, each scale as one without axes."""
+    """Every array of an adapter by name, in the shapes of `Update`, each scale as one without axes."""
     out = dict(adapter.trained)
     for path, update in adapter.updates.items():
         parts = {"a": update.a, "b": update.b, "m": update.m, "scale": np.array(update.scale)}
