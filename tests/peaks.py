@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.memory import prediction
 from mlxtune.config import resolve as configuration
@@ -54,7 +55,7 @@ def of_step(
         nn.quantize(model, 32, bits)
         multiply_densely(model)
     resolved = configuration.load(None, ("train.epochs=1", *settings))
-    keys = lora.attach(model, lora.Spec.of(model, resolved.lora), 0)
+    keys = attach.attach(model, AdapterPlan.of(model, resolved.lora), 0)
     mx.eval(model.parameters())
     plan = Plan(rows, resolved.train)
     chosen = choose(Given(model, sizes, dtype), resolved, plan)

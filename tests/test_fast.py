@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from ways import BATCH, MIXTURES, SHAPES, assert_close, batch, make, rows, steps, ways
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.layers import LoRALinear
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute import fast_ways, loss, prefix, proof
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.head import Split
@@ -70,7 +72,7 @@ def test_a_trained_head_gets_its_gradients(trained: str) -> None:
     hidden = split.hidden(mx.array(BATCH.ids))[0, -1:]
     assert not split.head_is_trained(model, hidden)
     if trained == "head LoRA":
-        head = lora.LoRALinear(model.lm_head, 2, 2.0, mx.random.key(5), 99, model.dropout_keys)
+        head = LoRALinear(model.lm_head, 2, 2.0, mx.random.key(5), 99, model.dropout_keys)
         model.lm_head = head  # B is zero, as it is when a run begins
         head.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
     else:
@@ -88,7 +90,7 @@ def test_checkpointed_blocks_draw_the_same_dropout_again(kind: str) -> None:
     split = Split.of(model, mx.array(BATCH.ids))
     whole = proof.sums_of(model, Way(), BATCH)[0]
     lengths = (BATCH.lengths - 1).tolist()
-    model.dropout_keys.set(3, 1, BATCH.rows.tolist(), lengths, len(lora.adapters(model)))
+    model.dropout_keys.set(3, 1, BATCH.rows.tolist(), lengths, len(attach.adapted_layers(model)))
     assert proof.sums_of(model, Way(), BATCH)[0] != pytest.approx(whole, rel=1e-4)
     assert_close(model, Way(split, recompute=1), BATCH, 1e-5, 3e-5, kind)
 
@@ -185,7 +187,7 @@ def test_the_prefix_is_off_where_it_cannot_be_exact_and_a_line_says_so() -> None
     sizes = {"hidden_size": 32, "intermediate_size": 48, "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4}
     sizes |= {"vocab_size": 320, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4}
     recurrent = module.Model(module.ModelArgs.from_dict({"model_type": "mamba", **sizes}))
-    lora.attach(recurrent, lora.Spec.of(recurrent, LoraSection(rank=2)), 0)
+    attach.attach(recurrent, AdapterPlan.of(recurrent, LoraSection(rank=2)), 0)
     way, notes = chosen(recurrent)
     assert way.prefix is None and "keep more than keys and values" in notes
 

@@ -12,7 +12,8 @@ import zoo
 from mlx.utils import tree_flatten
 from mlx_lm.models.gated_delta import gated_delta_ops
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute.memory import block_call, blocks, prediction
 from mlxtune.compute.memory.graph import traced
 from mlxtune.compute.memory.kernels import Device, tiled
@@ -84,7 +85,7 @@ def test_blocks_below_the_first_adapter_keep_nothing() -> None:
 
     def kept(**section: Any) -> list[bool]:
         model = peaks.build(sizes)
-        lora.attach(model, lora.Spec.of(model, LoraSection(**section)), 0)
+        attach.attach(model, AdapterPlan.of(model, LoraSection(**section)), 0)
         reached = prediction._reached(model)
         costs, _ = blocks.costs(model, 1, 32, 0, reached, CPU)
         return [cost.kept > cost.given for (cost,) in costs]
@@ -167,7 +168,7 @@ def test_a_gated_delta_model_is_predicted_as_published() -> None:
     model = peaks.build(QWEN35_4B)
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, 64, 4)
-    lora.attach(model, lora.Spec.of(model, LoraSection(rank=8, layers=4)), 0)
+    attach.attach(model, AdapterPlan.of(model, LoraSection(rank=8, layers=4)), 0)
     found = {}
     for width in (512, 1024):
         shape = prediction.StepSizes(1, width - 1, 0, width // 2)
@@ -181,7 +182,7 @@ def test_a_gated_delta_model_is_predicted_as_published() -> None:
 
 def test_a_longer_loop_is_extrapolated_from_short_rows() -> None:
     model = peaks.build(sizes_of("qwen3_5"))
-    lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
+    attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
     reached = [False, True]
     exact = blocks._traced_at(model, 1, 300, 0, reached, CPU)
     found, by_token = blocks.costs(model, 1, 300, 0, reached, CPU)
@@ -213,7 +214,7 @@ def test_attention_goes_back_tile_by_tile_where_mlx_has_kernels_for_it(
 def test_no_row_of_scores_is_counted_where_attention_is_tiled() -> None:
     """Twice the tokens: twice the bytes with kernels; without, four times those of scores [heads, tokens, tokens]."""
     model = peaks.build({**SIZES, "model_type": "llama", "head_dim": 64})
-    lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
+    attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
 
     def kept(device: Device, width: int) -> int:
         (_, (last,)), _ = blocks.costs(model, 1, width, 0, [False, True], device)
@@ -226,7 +227,7 @@ def test_no_row_of_scores_is_counted_where_attention_is_tiled() -> None:
 
 def test_a_model_that_cannot_be_followed_is_said_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = peaks.build(sizes_of("llama"))
-    lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
+    attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
 
     def fails(*arguments: Any) -> None:
         raise ValueError("no state for primitive New")
@@ -242,7 +243,7 @@ def test_a_model_that_cannot_be_followed_is_said_and_not_refused(monkeypatch: py
 
 def test_the_model_is_itself_again_after_a_prediction() -> None:
     model = peaks.build(sizes_of("mixtral"))
-    lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
+    attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
     kinds, attention = [type(module) for _, module in model.named_modules()], mx.fast.scaled_dot_product_attention
     ids = mx.array([[3, 4, 5]])
     before = model(ids)
@@ -293,6 +294,6 @@ def test_only_what_stays_is_wired_and_only_on_metal(monkeypatch: pytest.MonkeyPa
 def test_what_stays_are_the_weights_the_adapter_and_two_moments() -> None:
     model = peaks.build(sizes_of("llama"))
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
-    adapter = sum(array.nbytes for array in lora.factors(model).values())
+    attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
+    adapter = sum(array.nbytes for array in attach.trained_tensors(model).values())
     assert lasting_bytes(model) == weights + 3 * adapter

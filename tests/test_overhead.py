@@ -22,7 +22,8 @@ from test_memory import SIZES, examples
 from training import scale_losses
 from ways import make, rows
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.bench.waits import waits
 from mlxtune.compute import fit_memory, loss
 from mlxtune.compute.head import Split
@@ -49,7 +50,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def deep(**changes: Any) -> nn.Module:
     model: nn.Module = llama.Model(llama.ModelArgs.from_dict({"model_type": "llama", **SIZES, **changes}))
-    model.dropout_keys = lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
+    model.dropout_keys = attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
     mx.eval(model.parameters())
     return model
 

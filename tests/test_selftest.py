@@ -22,7 +22,7 @@ from mlxtune_convert.gguf import adapter_file
 from mlxtune_convert.hf.rules import Layout
 
 from mlxtune import cli
-from mlxtune.adapter import lora
+from mlxtune.adapter.layers import LoRALinear
 from mlxtune.compute import checkpointing, loss, prefix
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.machine import backend
@@ -233,7 +233,7 @@ def swapped(pairs: Any) -> Any:
 
 
 def scale_forgotten(patch: Patch) -> None:
-    patch.setattr(lora.LoRALinear, "delta", lambda self: self.lora_b.T @ self.lora_a.T)
+    patch.setattr(LoRALinear, "delta", lambda self: self.lora_b.T @ self.lora_a.T)
 
 
 def tensors_swapped(patch: Patch) -> None:

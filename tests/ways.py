@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map, tree_unflatten
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute import prefix, proof
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -82,8 +83,8 @@ def make(kind: str, dtype: mx.Dtype = mx.float32, bits: int = 0, dropout: float 
     if bits:
         nn.quantize(model, 32, bits)
         multiply_densely(model)
-    keys = lora.attach(model, lora.Spec.of(model, LoraSection(rank=2, dropout=dropout)), 0)
-    for index, layer in enumerate(lora.adapters(model).values()):
+    keys = attach.attach(model, AdapterPlan.of(model, LoraSection(rank=2, dropout=dropout)), 0)
+    for index, layer in enumerate(attach.adapted_layers(model).values()):
         layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(1000 + index))
     model.update(tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))
     model.dropout_keys = keys

@@ -22,8 +22,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.adapter import lora
-from mlxtune.adapter.layers import dense_shape
+from mlxtune.adapter.layers import LINEAR, SWITCH, dense_shape
 from mlxtune.compute import prefix
 from mlxtune.compute.loss import Way
 from mlxtune.data.dataset.batches import Batch
@@ -77,10 +76,10 @@ def _elements(model: Any, way: Way) -> tuple[int, int]:
     trunk = 0
     for block in model.layers:
         for _, layer in block.named_modules():
-            if not isinstance(layer, lora.LINEAR + lora.SWITCH):
+            if not isinstance(layer, LINEAR + SWITCH):
                 continue
             *_, outputs, inputs = dense_shape(layer)
-            times = chosen_experts if isinstance(layer, lora.SWITCH) else 1
+            times = chosen_experts if isinstance(layer, SWITCH) else 1
             trunk += outputs * inputs * times
     if way.split is None:
         return trunk, 0

@@ -15,13 +15,14 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlxtune.adapter import lora
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.bench import arithmetic
 from mlxtune.bench.arithmetic import nbytes
 from mlxtune.bench.figures import CHECKPOINTED, THEIRS, Measured
 from mlxtune.bench.waits import waits
 from mlxtune.config.resolve import Config
 from mlxtune.data.chat.masking import Example
+from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.model.arrays import scalar
 from mlxtune.model.load import Loaded, load
@@ -67,11 +68,14 @@ def measure(who: str, settings: Config, examples: Sequence[Example], rows: int) 
 
 
 def _attach(model: nn.Module, settings: Config) -> None:
-    """mlx-lm's own adapter, on the layers that ours would have."""
-    spec = lora.Spec.of(model, settings.lora)
+    """mlx-lm's own adapter, on the layers that ours would have. Raises UserError where its trainer has no such one."""
+    plan = AdapterPlan.of(model, settings.lora)
+    if plan.last_blocks is None:
+        raise UserError("lora.ranks: mlx-lm's trainer has one rank for all layers", "Leave it out, or --against.")
+    own = plan.config
     model.freeze()
-    parameters = {"rank": spec.rank, "scale": spec.scale, "dropout": spec.dropout, "keys": list(spec.keys)}
-    linear_to_lora_layers(model, spec.num_layers, parameters)
+    parameters = {"rank": own.rank, "scale": own.scale, "dropout": own.dropout, "keys": list(own.keys)}
+    linear_to_lora_layers(model, own.num_layers, parameters)
 
 
 def _train(

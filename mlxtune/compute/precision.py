@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
-from mlxtune.adapter.layers import Trained
+from mlxtune.adapter.layers import TrainedInFull
 from mlxtune.model.arrays import named
 from mlxtune.model.classes import as_classes, calling
 
@@ -36,7 +36,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         if names:
             raising.append((block, _raising(type(block), names)))
     # The frozen half of a layer that is trained in full says itself in what type it is computed.
-    frozen_halves = [module.frozen for module in model.modules() if isinstance(module, Trained)]
+    frozen_halves = [module.frozen for module in model.modules() if isinstance(module, TrainedInFull)]
     types_before = [frozen.dtype for frozen in frozen_halves]
     try:
         _set(model, {name: array.astype(mx.float32) for name, array in outside.items()})

@@ -19,7 +19,8 @@ from mlx.utils import tree_map, tree_unflatten
 from mlxtune_convert.files import write_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.config.schema import LoraSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, collate
@@ -92,8 +93,8 @@ def with_adapter(kind: str, base: mx.Dtype, dtype: mx.Dtype, train_also: tuple[s
         cast(model, base)
         nn.quantize(model, GROUP_SIZE, BITS)
         cast(model, dtype)
-        lora.attach(model, lora.Spec.of(model, LoraSection(rank=RANK, train_also=list(train_also))))
-        for index, layer in enumerate(lora.adapters(model).values()):
+        attach.attach(model, AdapterPlan.of(model, LoraSection(rank=RANK, train_also=list(train_also))))
+        for index, layer in enumerate(attach.adapted_layers(model).values()):
             noise = np.random.default_rng(1000 + index).normal(size=layer.lora_b.shape)  # zero in a fresh adapter
             layer.lora_b = mx.array(0.05 * noise.astype(np.float32))
         mx.eval(model.parameters())

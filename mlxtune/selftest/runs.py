@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.compute import fast_ways
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -145,12 +145,12 @@ def _resumed(shop: Workshop) -> Found:
     again = shop.folder / "resumed"
     shutil.copytree(whole.folder, again)
     shutil.rmtree(again / CHECKPOINTS / f"step-{STEPS:07d}")
-    (again / lora.ADAPTER_FILE).unlink()
+    (again / adapter_files.ADAPTER_FILE).unlink()
     tune(whole.config, again, resume=True)
     last = Path(CHECKPOINTS, f"step-{STEPS:07d}", checkpoint.OPTIMIZER_FILE)
     different = [
         f"{name} of {file.name}"
-        for file in (Path(lora.ADAPTER_FILE), last)
+        for file in (Path(adapter_files.ADAPTER_FILE), last)
         for name in _different(whole.folder / file, again / file)
     ]
     ours, theirs = (_losses(folder).tolist() for folder in (again, whole.folder))

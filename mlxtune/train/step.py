@@ -16,8 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
 from mlxtune.adapter.dropout import DropoutKeys
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute.division import Division, TooLarge
 from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.loss import Way
@@ -63,7 +64,7 @@ class Job:
     evaluation: Evaluation  # of the validation rows, and of the prompts to answer
     place: Callable[[int], str]  # number of a training row -> what messages call it
     identity: Identity  # of the run: what a checkpoint is compared with
-    spec: lora.Spec  # what trains
+    spec: AdapterPlan  # what trains
     ranks: Ranks = ALONE  # the processes that share the run
     predicted: int | None = None  # bytes at the run's peak; None where nobody can say
 
@@ -76,7 +77,7 @@ class StepFunction:
         self.job = job
         self.optimizer = optimizer
         self.between = between
-        self.layers = len(lora.adapters(job.model))
+        self.layers = len(attach.adapted_layers(job.model))
         self.update = optim.Update(optimizer, job.section.clip_norm)
         self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
         self._longest_alike = extent.longest_alike(job.model)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 from mlxtune_convert.sizes import size
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
 from mlxtune.adapter.layers import EMBEDDING, dense_shape
 from mlxtune.adapter.plan import block_paths, outside_blocks
 from mlxtune.compute.memory import blocks
@@ -257,7 +257,7 @@ def _back(cost: Cost, traced: int, options: RunOptions) -> int:
 
 def _costs(model: nn.Module, shape: StepSizes, options: RunOptions) -> tuple[list[list[Cost]], bool]:
     """What the calls of each block cost, as `blocks.costs` says it. With dropout its masks are in the graphs too."""
-    adapted = list(lora.adapters(model).values())
+    adapted = list(attach.adapted_layers(model).values())
     keys = None
     if adapted and options.dropout:
         keys = adapted[0]._dropout
