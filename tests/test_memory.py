@@ -21,6 +21,7 @@ from mlxtune.config import resolve as configuration
 from mlxtune.config.resolve import TrainSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Plan
+from mlxtune.data.dataset.measured import ListedExamples
 from mlxtune.errors import UserError
 from mlxtune.train import preparation
 from mlxtune.train.run_data import read_data
@@ -105,14 +106,14 @@ def test_a_budget_of_tokens_is_halved_too() -> None:
     ]
 
 
-class Rows(list[Example]):
-    """Examples of rows that give several. row_of: [N] the row of each."""
+class Rows(ListedExamples):
+    """Examples of rows that give several."""
 
-    row_of: np.ndarray
+    row_of: np.ndarray = np.zeros(0)  # [N] the row of each
 
 
 def rows_of_turns(count: int, turns: int, tokens: int) -> Rows:
-    found = Rows(Example([7] * tokens, [0] * (tokens - 1) + [1]) for _ in range(count * turns))
+    found = Rows([Example([7] * tokens, [0] * (tokens - 1) + [1]) for _ in range(count * turns)])
     found.row_of = np.repeat(np.arange(count), turns)
     return found
 

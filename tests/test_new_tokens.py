@@ -18,7 +18,6 @@ from mlxtune.adapter import adapter_files, vocabulary
 from mlxtune.cli import cli, common
 from mlxtune.cli.display import Display
 from mlxtune.config import resolve
-from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.data.template.tokenizer_changes import Changes, tokenizer_of
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.evaluate.generate import Sampling, answer
@@ -146,8 +145,10 @@ def test_the_command_refuses_them_in_one_line(models: dict[str, Path], data: Pat
 def test_new_rows_start_as_the_mean_of_the_known_ones(name: str, models: dict[str, Path], data: Path) -> None:
     """numpy on the base's own tensors; the other rows, and a model with room for the tokens, stay as they are."""
     loaded = load(str(models[name]), "float32")
-    changes = vocabulary.add_rows_for_new_tokens(loaded, run_config(models, name, data))
+    config = run_config(models, name, data)
+    changes = vocabulary.run_tokenizer(models[name], config)[1]
     assert changes.tokens == NEW
+    vocabulary.add_rows_for_new_tokens(loaded, config, changes)
     before = load_file(models[name] / "model.safetensors")
     for path in ("model.embed_tokens.weight", "lm_head.weight"):
         if path in before:
@@ -333,6 +334,5 @@ def test_a_vocabulary_with_gaps_takes_no_tokens(models: dict[str, Path], data: P
     last = max(whole["model"]["vocab"], key=whole["model"]["vocab"].get)
     whole["model"]["vocab"][last] = PLAIN
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    tokenizer = load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="has gaps"):
-        vocabulary.set_run_tokenizer(tokenizer, tmp_path, run_config({"spare": tmp_path}, "spare", data))
+        vocabulary.run_tokenizer(tmp_path, run_config({"spare": tmp_path}, "spare", data))

@@ -32,7 +32,8 @@ import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlxtune.data.chat.masking import Example
-from mlxtune.data.dataset.batches import Batch, common, first_target
+from mlxtune.data.dataset.batches import Batch
+from mlxtune.data.dataset.beginnings import common, first_target
 from mlxtune.model.prefix_cache import PrefixCache
 
 # Up to 8 queries MLX's attention on Metal has kernels of its own, for generation. A gradient takes none of them (in

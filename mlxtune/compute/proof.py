@@ -29,7 +29,8 @@ from mlxtune.compute.loss import Way
 from mlxtune.compute.precision import blocks_of, in_float32
 from mlxtune.compute.stages import Stages
 from mlxtune.data.chat.masking import Example
-from mlxtune.data.dataset.batches import MIN_GROUP_TOKENS, Batch, collate, common, groups, lengths_of
+from mlxtune.data.dataset.batches import Batch, collate, lengths_of
+from mlxtune.data.dataset.beginnings import MIN_GROUP_TOKENS, common, groups
 from mlxtune.machine import backend
 from mlxtune.model.arrays import dtype_name, named, scalar, to_numpy
 from mlxtune.model.classes import as_classes, calling

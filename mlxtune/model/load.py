@@ -79,19 +79,20 @@ class Loaded:
             )
 
 
-def load(source: str, dtype: str = "own", as_mlx_lm: bool = False, read: bool = True) -> Loaded:
+def load(source: str, dtype: str = "own", as_mlx_lm: bool = False, read: bool = True, tokenizer: Any = None) -> Loaded:
     """Load a model for running or training.
 
     source: MLX folder, 16-bit Hugging Face folder, or hub id; dtype: "own" to run it, `train.dtype` to train it;
     as_mlx_lm: with mlx-lm's own way to multiply on the CPU, to be compared with; read: its weights now, not when they
-    are first used. Raises UserError for whatever is
+    are first used; tokenizer: as it is set up for a run, instead of the folder's own. Raises UserError for whatever is
     missing, torn or unknown.
     """
     backend.prepare()
     path = resolve(source)
     require_folder(path)
     model, config = open_model(path)
-    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path)
     own = model_dtype(model)
     wanted = backend.dtype_for(dtype, own, "quantization" in config)
     if wanted != own:

@@ -129,8 +129,8 @@ def attached(
 
     adapter_of: the run whose adapter is gone on with, which its first process alone has. read: its weights now.
     """
-    loaded = load(str(data.folder), config.train.dtype, read=read)
-    changes = vocabulary.add_rows_for_new_tokens(loaded, config)
+    loaded = load(str(data.folder), config.train.dtype, read=read, tokenizer=data.tokenizer)
+    vocabulary.add_rows_for_new_tokens(loaded, config, data.changes)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
     if adapter_of is not None and ranks.first:
         spec = AdapterPlan.read(adapter_of.path, loaded.model)
@@ -143,7 +143,7 @@ def attached(
     batches = Plan(data.train, config.train, config.data.group_by_prefix)
     narrower = floats.narrower(loaded.own, loaded.dtype)
     given = Given(loaded.model, loaded.config, loaded.dtype, _limit(config, ranks), narrower)
-    return Attached(loaded, spec, dropout, changes, batches, given)
+    return Attached(loaded, spec, dropout, data.changes, batches, given)
 
 
 def adapter_plan(config: Config, model: nn.Module) -> AdapterPlan:
