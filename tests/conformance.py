@@ -58,7 +58,7 @@ def measure(family: str, root: Path) -> Row:
     row = Row(family)
     config = json.loads((original / "config.json").read_text())
     try:
-        convert.convert(str(original), folder, convert.Target.of(16, None, None), "float32")
+        convert.convert(str(original), folder, convert.Quantization.of(16, None, None), "float32")
         loaded = load(str(folder), "float32")
         theirs = reference(original)
         untrained = logits(theirs)

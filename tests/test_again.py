@@ -36,10 +36,10 @@ def poisoned(folder: Path, value: float) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("target", [DENSE, convert.Target.of(4, 32, None)], ids=["16 bits", "4 bits"])
+@pytest.mark.parametrize("target", [DENSE, convert.Quantization.of(4, 32, None)], ids=["16 bits", "4 bits"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_give_no_numbers_are_not_converted(
-    value: float, target: convert.Target, hf_model: Path, tmp_path: Path
+    value: float, target: convert.Quantization, hf_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(hf_model, tmp_path / "m")
     with pytest.raises(UserError, match=f"{tmp_path / 'out'}: the logits of 4 tokens are not finite"):
@@ -58,9 +58,9 @@ def test_a_gguf_whose_weights_give_no_numbers_is_not_converted(tmp_path: Path) -
                 if spoil and tensor.name == "output_norm.weight":
                     rows[...] = np.nan
                 writer.add(tensor.name, tensor.kind, rows)
-    convert.convert(str(tmp_path / "ok.gguf"), tmp_path / "ok", convert.Target.of(None, None, None))
+    convert.convert(str(tmp_path / "ok.gguf"), tmp_path / "ok", convert.Quantization.of(None, None, None))
     with pytest.raises(UserError, match="logits of 4 tokens are not finite"):
-        convert.convert(str(tmp_path / "bad.gguf"), tmp_path / "bad", convert.Target.of(None, None, None))
+        convert.convert(str(tmp_path / "bad.gguf"), tmp_path / "bad", convert.Quantization.of(None, None, None))
     tiny.nothing_written(tmp_path / "bad")
 
 

@@ -267,7 +267,7 @@ def test_a_base_untied_as_the_refusal_says_takes_the_adapter(
     monkeypatch.chdir(tmp_path)
     exec(adapter_files.UNTIE.split("`")[1], {"m": hf(models["tied"]), "torch": torch})
     tiny.make_tokenizer(tmp_path / "untied")
-    conversion.convert("untied", tmp_path / "base", conversion.Target.of(16, None, None))
+    conversion.convert("untied", tmp_path / "base", conversion.Quantization.of(16, None, None))
     peft.import_adapter(tmp_path / "peft", tmp_path / "ours", str(tmp_path / "base"), False)
     got = ours(tmp_path / "base", tmp_path / "ours")
     np.testing.assert_allclose(got, wanted, atol=1e-5 + 1e-6 * np.abs(wanted).max())

@@ -36,7 +36,7 @@ READ = {
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mla")
     source = tiny.make_model(folder / "source", "deepseek_v3")
-    convert.convert(str(source), folder / "model", convert.Target.of(8, 32, None))
+    convert.convert(str(source), folder / "model", convert.Quantization.of(8, 32, None))
     packed = [half for half in HALVES if f"model.layers.0.self_attn.{half}" in _packed(folder / "model")]
     assert packed == ["unembed_out"]
     return folder / "model"
@@ -70,7 +70,9 @@ def test_a_quantized_model_is_fused_to_other_bits(bits: int, quantized: Path, tm
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_quantized_model_is_quantized_again(bits: int, quantized: Path, tmp_path: Path) -> None:
-    out = convert.convert(str(quantized), tmp_path / "out", convert.Target.of(bits, 32 if bits < 16 else None, None))
+    out = convert.convert(
+        str(quantized), tmp_path / "out", convert.Quantization.of(bits, 32 if bits < 16 else None, None)
+    )
     before, after = (reopened.logits(load(str(path), read=False)) for path in (quantized, tmp_path / "out"))
     assert np.abs(after - before).max() <= (1e-4 if bits == 16 else 1.0) * np.abs(before).max()
     assert out.bits_per_weight == pytest.approx(_stored_bits(tmp_path / "out"))

@@ -71,7 +71,7 @@ def convert(
     from mlxtune.model import convert as conversion
     from mlxtune.model import hub
 
-    target = conversion.Target.of(int(bits) if bits else None, group_size, mode)
+    quantization = conversion.Quantization.of(int(bits) if bits else None, group_size, mode)
     console = common.console()
     with console.status(f"looking for {src}"):
         folder = hub.resolve(src, code)
@@ -91,7 +91,7 @@ def convert(
     if peft.has_weights(folder):
         common.note("the adapter beside the model is left out: in a folder of its own it can be converted.")
     with console.status(f"converting {src}"):
-        done = conversion.convert(src, dst, target, dtype, force, base, code)
+        done = conversion.convert(src, dst, quantization, dtype, force, base, code)
     for note in done.notes:
         common.note(note)
     common.stdout().print(f"{dst}: {size(done.total_bytes)}, {done.bits_per_weight:.2f} bits per weight")
