@@ -25,7 +25,10 @@ from mlxtune.evaluate.generate import Sampling, answer
 from mlxtune.evaluate.score import Score
 from mlxtune.model import convert
 from mlxtune.model.load import Loaded, load
-from mlxtune.ship import export, gguf
+from mlxtune.ship.artefacts import FusedMlx, Gguf, GgufAdapter, HuggingFace, Peft
+from mlxtune.ship.export import Shipped, ship
+from mlxtune.ship.request import Request
+from mlxtune.ship.verify import Report
 from mlxtune.train import checkpoint, session, tuning
 from mlxtune.train.display import Display, duration
 from mlxtune.train.lock import is_locked, is_marked
@@ -89,22 +92,20 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
         fall = 1 - after.loss / before.loss
         console.print(f"validation loss {before.loss:.4f} -> {after.loss:.4f} ({fall:.0%} lower), ", end="")
         console.print(f"token accuracy {before.accuracy:.1%} -> {after.accuracy:.1%}")
+    base = "" if source else embedded.HUB_ID
     examples = session.held_out(tuned.tokenizer, model, settings)
+    request = Request(model, run, out / "fused", base_name=base, examples=examples)
     with chapter(console, "5. Fuse: the adapter folded into the weights, in float32, stored in 16 bits"):
-        fused = export.to_mlx(export.Request(model, run, out / "fused", examples=examples), convert.UNQUANTIZED_BITS)
-        console.print(f"{out / 'fused'}: {fused.survival() if fused else ''}", soft_wrap=True)
+        fused = ship(request, FusedMlx()).proof
+        survival = fused.survival() if isinstance(fused, Report) else ""
+        console.print(f"{out / 'fused'}: {survival}", soft_wrap=True)
     with chapter(console, "6. Ship: a PEFT adapter and a Hugging Face model, each compared with what was trained"):
-        base = "" if source else embedded.HUB_ID
-        request = export.Request(model, run, out / "peft", base_name=base, examples=examples)
-        proofs = {"peft": export.to_peft(request), "hf": export.to_hf(replace(request, out=out / "hf"))}
-        for name, proof in proofs.items():
-            console.print(f"{out / name}: {proof.line() if proof else ''}", soft_wrap=True)
+        for name, artefact in (("peft", Peft()), ("hf", HuggingFace())):
+            print_proof(ship(replace(request, out=out / name), artefact), out / name, console)
     with chapter(console, "7. llama.cpp: the base as GGUF, code for code, and the adapter beside it"):
-        folder = out / "gguf"
-        base_file = gguf.ship(replace(request, adapter=None, out=folder / "base.gguf"), "gguf", "keep", False)
-        tuned_file = gguf.ship(replace(request, out=folder / "tuned.gguf"), "gguf-lora", None, True)
-        for name, made in (("base.gguf", base_file), ("tuned.gguf", tuned_file)):
-            console.print(f"{folder / name}: {made.proof.line() if made.proof else ''}", soft_wrap=True)
+        base_file, tuned_file = out / "gguf" / "base.gguf", out / "gguf" / "tuned.gguf"
+        print_proof(ship(replace(request, adapter=None, out=base_file), Gguf("keep")), base_file, console)
+        print_proof(ship(replace(request, out=tuned_file), GgufAdapter(ollama=True)), tuned_file, console)
     console.print(Text(f"\nDone in {duration(time.perf_counter() - began)}. ", style="bold green"), end="")
     console.print(closing(model, run), soft_wrap=True)
 
@@ -118,6 +119,10 @@ def _refuse_run(run: Path, source: str | None) -> None:
     other = sorted({path.name for path in contents(run)} - {*checkpoint.OWN, lora.ADAPTER_FILE, lora.OWN_FILE})
     if other:
         raise UserError(f"{run} holds {other[0]}, which mlxtune did not write", "Choose another --out.")
+
+
+def print_proof(shipped: Shipped, place: Path, console: Console) -> None:
+    console.print(f"{place}: {shipped.proof.line() if shipped.proof else ''}", soft_wrap=True)
 
 
 @contextmanager

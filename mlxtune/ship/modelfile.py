@@ -15,7 +15,7 @@ from mlxtune_convert.gguf.tokenizer_write import end_ids
 
 from mlxtune.data.template.tokenizer_changes import tokenizer_of
 from mlxtune.errors import UserError
-from mlxtune.ship.export import Request
+from mlxtune.ship.request import Request
 
 FILE = "Modelfile"
 QUOTE = '"""'  # around a text of several lines; Ollama knows no way to write it inside of one

@@ -148,7 +148,9 @@ class Family:
 
     def written(self, name: str, array: np.ndarray) -> np.ndarray:
         """A float array under its GGUF name, as llama.cpp wants it."""
-        array = array + np.float32(self.offset(name))
+        offset = self.offset(name)
+        if offset:  # adding 0 would copy every matrix, and make 0.0 of -0.0
+            array = array + np.float32(offset)
         return array if self.value is None else self.value(name, array)
 
     def row_order(self, name: str, config: dict[str, Any], count: int) -> np.ndarray | None:
