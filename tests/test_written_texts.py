@@ -13,7 +13,7 @@ import yaml
 from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.ship import card, modelfile
-from mlxtune.ship.export import Request
+from mlxtune.ship.request import Request
 
 COMMANDS = ("FROM", "ADAPTER", "TEMPLATE", "SYSTEM", "PARAMETER", "LICENSE", "MESSAGE")
 

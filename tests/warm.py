@@ -69,7 +69,7 @@ def end() -> None:
 def _serve() -> None:
     import mlxtune.cli  # first, as in the command: it chooses what MLX multiplies with
 
-    for name in ("train.tuning", "bench", "demo.story", "adapter.peft", "ship.gguf"):
+    for name in ("train.tuning", "bench", "demo.story", "adapter.peft", "ship.export"):
         __import__(f"mlxtune.{name}")
     import peft  # noqa: F401
     import torch  # noqa: F401

@@ -54,6 +54,7 @@ class MergedModel:
     def __init__(self, request: Request) -> None:
         self.request = request
         self._unread: Merged | None = None
+        self._base_is_compared = request.base is None  # else with the model that was trained on, at the first opening
 
     @property
     def folder(self) -> Path:
@@ -90,7 +91,9 @@ class MergedModel:
     def unread(self) -> Merged:
         """To look at, not to read."""
         if self._unread is None:
-            self._unread = open_merged(self.folder, self.request.adapter, original_of=self._trained_on)
+            original_of = None if self._base_is_compared else self.request.model
+            self._unread = open_merged(self.folder, self.request.adapter, original_of=original_of)
+            self._base_is_compared = True
         return self._unread
 
     def to_read(self, dtype: mx.Dtype) -> Merged:
@@ -98,8 +101,3 @@ class MergedModel:
         merged = self.unread()
         self._unread = None
         return replace(merged, dtype=dtype)
-
-    @property
-    def _trained_on(self) -> Path | None:
-        """The model that a base must have the shapes of."""
-        return None if self.request.base is None else self.request.model
