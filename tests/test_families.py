@@ -16,6 +16,7 @@ import zoo
 from fake_hub import FakeHub, Repo
 from mlxtune_convert.hf import families
 from mlxtune_convert.hf.configs import normalise
+from mlxtune_convert.sizes import size
 from mlxtune_convert.ways_out import described
 from safetensors.numpy import load_file
 
@@ -228,7 +229,7 @@ def test_a_public_push_says_so_and_lists_what_it_uploads(
     result = tiny.done("export", "--model", mlx_model, *options, **_user(hub, tmp_path / "home"))
     assert "me/tiny-tuned: public" in result.stdout and not hub.repos["me/tiny-tuned"].private
     for file in out.iterdir():
-        assert f"uploading {file.name}, {file.stat().st_size:,} bytes" in result.stderr
+        assert f"uploading {file.name}, {size(file.stat().st_size)}" in result.stderr
     idle = tiny.mlxtune("export", "--model", mlx_model, *options[:-3], "--force", "--public")
     tiny.one_clear_line(idle, "--public has no effect without --push")
 

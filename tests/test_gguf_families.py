@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import conformance
+import gguf as gguf_names
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
 import zoo
-from mlxtune_convert.gguf import architectures, metadata, model_read, quant_blocks, tensor_types
+from mlxtune_convert.gguf import architectures as gguf_families
+from mlxtune_convert.gguf import metadata, model_read, quant_blocks, tensor_types
 from mlxtune_convert.gguf.model_write import GgufPlan
 
 from mlxtune.adapter import lora
@@ -171,7 +173,46 @@ def test_the_columns_of_codes_move_with_their_groups_or_become_numbers(width: in
 
 def test_a_pattern_of_layers_that_llama_cpp_cannot_have_is_refused() -> None:
     config = {**zoo.SHAPES["qwen3_5_text"], "hidden_size": 64, "num_attention_heads": 4, "full_attention_interval": 2}
-    family = architectures.by_model_type("qwen3_5_text")
+    family = gguf_families.by_model_type("qwen3_5_text")
     assert metadata.metadata(family, config)["qwen35.full_attention_interval"].value == 2
     with pytest.raises(UserError, match="in every 2th layer alone"):
         metadata.metadata(family, {**config, "layer_types": ["full_attention", "linear_attention"]})
+
+
+# (model_type, GGUF name, MLX name) that gguf's own map does not give, by reason.
+TIED = "its embedding is its head: the architecture has no tensor for one, and no model of the family either"
+UNGIVEN = {
+    **{(name, "output", "lm_head"): TIED for name in ("gemma", "gemma2", "cohere", "cohere2")},
+    ("lfm2", "output_norm", "model.norm"): "its last norm is embedding_norm, which the table has beside the usual name",
+}
+# How llama.cpp's converter, and mlx-lm, name what the map knows under another name.
+RESPELLED = (
+    ("block_sparse_moe.switch_mlp.gate_proj", "block_sparse_moe.experts.w1"),
+    ("block_sparse_moe.switch_mlp.down_proj", "block_sparse_moe.experts.w2"),
+    ("block_sparse_moe.switch_mlp.up_proj", "block_sparse_moe.experts.w3"),
+    ("switch_mlp", "experts"),
+    ("e_score_correction_bias", "e_score_correction.bias"),
+    ("dt_bias", "dt_proj.bias"),
+)
+
+
+def test_the_names_are_those_of_llama_cpps_own_table() -> None:
+    """gguf, llama.cpp's own Python package, maps names in one direction; a map holds those of one architecture."""
+    architectures = {name: number for number, name in gguf_names.MODEL_ARCH_NAMES.items()}
+    ungiven, asked = set(), 0
+    for family in gguf_families.FAMILIES:
+        given_names = gguf_names.get_tensor_name_map(architectures[family.gguf], 2)
+        block = {**family.names, **family.parameters}
+        in_block = {f"blk.1.{stem}": f"model.layers.1.{name}" for stem, name in block.items()}
+        for name, mlx_name in {**in_block, **family.outer}.items():
+            respelled = mlx_name
+            for spelled, other in RESPELLED:
+                respelled = respelled.replace(spelled, other)
+            given = given_names.get_name(respelled, (".weight", ".bias"))
+            asked += 1
+            if given is None:
+                ungiven.add((family.model_type, name, mlx_name))
+            else:  # a parameter without a layer of its own, such as layer_scalar, gets .weight in a GGUF
+                assert given in (name, name.removesuffix(".weight")), (family.model_type, mlx_name)
+    assert ungiven == set(UNGIVEN)
+    assert asked > 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Sequence
@@ -319,3 +320,26 @@ def test_a_template_that_the_run_chose_goes_into_the_file(mlx_model: Path, data:
     export(mlx_model, out, "--adapter", run, "--no-verify")
     template = gguf_package.GGUFReader(out).get_field("tokenizer.chat_template").contents()
     assert "### Response:" in template
+
+
+def test_fields_of_llama_cpps_parameters_that_moved_are_noticed() -> None:
+    """Whatever 4 bytes a later version puts before the last field that is set: its defaults are not where they were."""
+    library = ggml.library()
+    library.llama_context_default_params.restype = llama_cpp._Parameters
+    library.llama_model_default_params.restype = llama_cpp._Parameters
+    for made, words in (
+        (library.llama_context_default_params(), llama_cpp.CONTEXT),
+        (library.llama_model_default_params(), llama_cpp.MODEL),
+    ):
+        made.check(words)
+        raw = bytes(made)
+        for place in range(0, max(words), 4):
+            for new in (0, 1, -1, 512):
+                moved = raw[:place] + new.to_bytes(4, "little", signed=True) + raw[place:-4]
+                with pytest.raises(RuntimeError, match="another interface; one that works: pip install xllamacpp=="):
+                    llama_cpp._Parameters.from_buffer_copy(moved).check(words)
+
+
+def test_the_version_that_works_is_the_one_that_is_tested() -> None:
+    assert importlib.metadata.version("xllamacpp") == ggml.TRIED
+    assert f'"xllamacpp=={ggml.TRIED}"' in (Path(__file__).parent.parent / "pyproject.toml").read_text()

@@ -166,7 +166,7 @@ def test_the_token_is_sent_to_the_hub_and_not_to_its_storage(first: First) -> No
 def test_a_cut_download_is_one_line_and_the_same_command_continues_it(hub: FakeHub, user: User, large: Path) -> None:
     size = len(hub.repos[NAME].files[WEIGHTS])
     hub.cut_after = CHUNK + 1234
-    tiny.one_clear_line(user.convert(), f"the download of {NAME} stopped: 10.0 of", "Run the same command again")
+    tiny.one_clear_line(user.convert(), f"the download of {NAME} stopped: 10.49 MB of", "Run the same command again")
     assert [part.stat().st_size for part in user.parts()] == [CHUNK]
     assert user.nothing_written()
     # The second time the hub hangs up once more, and the command goes on by itself.

@@ -99,7 +99,7 @@ HELD = {"LM Studio": 4 * GIB, "llama-server": 4 * GIB, "Ollama": 5 * GIB // 2}
 def test_programs_that_hold_a_model_are_found_by_their_command_and_told_with_their_size(mac: Path) -> None:
     tool(mac, "ps", PROCESSES)
     assert surroundings.holders() == HELD  # mlx_lm.server is too small to hold one
-    assert surroundings.listed(HELD) == "LM Studio 4.0 GiB, llama-server 4.0 GiB, Ollama 2.5 GiB"
+    assert surroundings.listed(HELD) == "LM Studio 4.29 GB, llama-server 4.29 GB, Ollama 2.68 GB"
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_other_programs_are_warned_of_only_where_the_run_does_not_fit_beside_the
     tool(mac, "ps", PROCESSES)
     assert surroundings.crowded(3 * GIB, held + 7 * GIB) == []
     (said,) = surroundings.crowded(3 * GIB, held + 7 * GIB - 1)
-    assert "LM Studio 4.0 GiB" in said and "beside the 3.0 GiB of this run" in said
+    assert "LM Studio 4.29 GB" in said and "beside the 3.22 GB of this run" in said
     tool(mac, "ps", "")
     assert surroundings.crowded(100 * GIB, GIB) == []  # the memory limit of the run says that
 
@@ -136,7 +136,7 @@ def test_doctor_tells_of_the_lid_low_power_mode_and_other_models(mac: Path) -> N
     facts, advice = diagnosis.examine()
     assert facts["sleep"] == "held off while training, as long as the lid is open (caffeinate)"
     assert facts["low power mode"] == "on (the GPU is slower)"
-    assert facts["other models in memory"].startswith("LM Studio 4.0 GiB")
+    assert facts["other models in memory"].startswith("LM Studio 4.29 GB")
     assert [line for line in advice if "unload them before training" in line]
     assert [line for line in advice if "Low Power Mode is on" in line]
     tool(mac, "pmset", AIR.format(0))
@@ -282,7 +282,7 @@ def test_a_run_tells_what_holds_its_memory_and_is_kept_awake_while_it_reads_the_
     real = tuning.load
     monkeypatch.setattr(tuning, "load", lambda *args: awake.append((mac / "calls").read_text()) or real(*args))
     found = tune(mlx_model, data, tmp_path / "run", "train.steps=1", "train.eval_every=0")
-    assert sum("memory is tight: LM Studio 4.0 GiB" in event.get("text", "") for event in found) == 1
+    assert sum("memory is tight: LM Studio 4.29 GB" in event.get("text", "") for event in found) == 1
     assert f"caffeinate -i -w {os.getpid()}" in awake[0]
 
 

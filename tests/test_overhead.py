@@ -213,6 +213,18 @@ def test_nothing_is_updated_by_a_step_that_is_not_finite_and_its_rows_are_named(
     same(named(step.optimizer.state), state)
 
 
+def test_the_norm_is_that_of_all_gradients_and_0_never_scales() -> None:
+    """3-4-12-13: the length of (3, 4, 12) is 13."""
+    gradients = {"a": mx.array([[3.0], [4.0]]), "b": [mx.array([12.0])]}
+    for limit, scale in ((0, 1), (6.5, 0.5), (13.1, 1), (1e9, 1)):
+        clipped, norm = optim.clip(gradients, limit)
+        assert norm.item() == 13
+        assert named(clipped)["b.0"].item() == pytest.approx(12 * scale, rel=1e-6)
+        assert named(clipped)["a"].tolist() == [[pytest.approx(3 * scale)], [pytest.approx(4 * scale)]]
+    broken = {"a": mx.array([3.0, float("inf")])}
+    assert [optim.clip(broken, limit)[1].item() for limit in (0, 1)] == [float("inf")] * 2
+
+
 @pytest.mark.parametrize("clip", ["0", "0.01"])
 def test_the_update_is_that_of_mlx_optimizers_and_changes_nothing_in_place(clip: str) -> None:
     """Three steps against AdamW's own `update`, in float32 and, for a trained layer, in bfloat16."""

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from conftest import LONG
+from mlxtune_convert.sizes import size
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(
     path
-    for top in ("mlxtune", "convert", "configs", "tests", ".github", "Makefile", "README.md", "pyproject.toml")
+    for top in ("mlxtune", "convert", "configs", "tests", "docs", ".github", "Makefile", "README.md", "pyproject.toml")
     for path in ([ROOT / top] if (ROOT / top).is_file() else (ROOT / top).rglob("*"))
     if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
 )
@@ -60,6 +61,18 @@ def test_no_file_names_a_path_of_one_machine() -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         found = [number for number, line in enumerate(text.splitlines(), 1) if MACHINE_PATH.search(line)]
         assert not found, f"{path.relative_to(ROOT)}: lines {found}"
+
+
+def test_every_size_for_people_goes_through_one_function() -> None:
+    """mlxtune_convert.sizes: one unit in all messages."""
+    assert [size(count) for count in (0, 512, 2_000_000_000, 94_204_000, 3_413_000_000, 1 << 30)] == [
+        *("0 bytes", "512 bytes", "2 GB", "94.20 MB", "3.41 GB", "1.07 GB"),
+    ]
+    own = re.compile(r"\} ?[kKMGT]i?B\b")
+    assert own.search('f"{size / 1e6:.0f} MB"')
+    product = [path for path in FILES if path.suffix == ".py" and "tests" not in path.parts]
+    found = [path.name for path in product if own.search(path.read_text(encoding="utf-8"))]
+    assert len(product) > 150 and not found
 
 
 def test_every_python_file_is_short_enough_to_read() -> None:

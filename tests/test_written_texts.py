@@ -127,6 +127,37 @@ def test_a_base_name_that_is_no_repository_stays_out_of_the_card(name: str, tmp_
     assert yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])["base_model"] == "acme/tiny-1.5"
 
 
+@pytest.mark.parametrize(
+    ("text", "licence"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n# A card\n", "apache-2.0"),
+        ('---\r\ntags:\r\n- a\r\nlicense: "mit"  # as it says\r\n---\r\n', "mit"),
+        ("---\nlicense: '1.0'\n---\n\xff", "1.0"),
+        ("---\nlicense: no\n---\n", ""),
+        ("---\nlicense: [mit, bsd]\n---\n", ""),
+        ('---\nlicense: "mit\\nevil: yes"\n---\n', ""),
+        ("---\nname: x\n---\nlicense: mit\n", ""),
+        ("license: mit\n", ""),
+        ("---\nlicense: mit\n", ""),
+        ("---\nlicense: mit\n1: 2\n---\n", ""),
+        ("---\n- license: mit\n---\n", ""),
+        ("---\nlicense: {\n---\n", ""),
+        (f"---\nlicense: mit\nx: {'[' * 700}{']' * 700}\n---\n", ""),
+    ],
+)
+def test_a_licence_is_read_from_whatever_card_a_model_has(
+    text: str, licence: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert card.licence_of(tmp_path) == ""
+    (tmp_path / "README.md").write_bytes(text.encode("latin-1"))
+    assert card.licence_of(tmp_path) == licence
+    assert capfd.readouterr() == ("", "")
+    card.write(tmp_path, "transformers", "acme/1e5", licence, None)
+    head = yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
+    facts = {"library_name": "transformers", "tags": ["mlxtune", "lora"], "license": licence or "unknown"}
+    assert head == {**facts, "base_model": "acme/1e5"} and list(head) == [*facts, "base_model"]
+
+
 def test_a_recipe_keeps_its_columns_and_holds_no_html(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -21,6 +21,7 @@ from mlxtune_convert.hf import companions, model_folder, mtp
 from mlxtune_convert.mlx_folder import MlxFolder, base_of, source_of
 from mlxtune_convert.peft import adapter_folder, base_model, crossing
 from mlxtune_convert.peft.base_model import Base
+from mlxtune_convert.sizes import size
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
@@ -171,9 +172,9 @@ def to_hf(
         left_out = companions.copy(origin, work)
         if base_path is not None:  # what the model here has is its own: another template, added tokens
             companions.copy(source, work)
-    size = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
+    written = sum(file.stat().st_size for file in destination.glob("*.safetensors"))
     notes = ["it names code of its own, which was left out: mlxtune convert --trust-remote-code copies it"] * left_out
-    return Result(f"a Hugging Face model in {wanted.name}, {size / (1 << 20):,.0f} MiB", notes)
+    return Result(f"a Hugging Face model in {wanted.name}, {size(written)}", notes)
 
 
 def check(export: Path, source: Path, base_path: Path | None = None, adapter: Path | None = None) -> Result:

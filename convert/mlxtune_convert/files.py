@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -14,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlxtune_convert.errors import UserError
+from mlxtune_convert.sizes import size
 
-MIB = 1 << 20
 # What macOS itself leaves in a folder that a person sees as empty: view settings, a folder's own icon, and, on volumes
 # that cannot hold extended attributes, a file with these beside each file (._name).
 OF_MACOS, BESIDE = (".DS_Store", ".localized", "Icon\r"), "._"
@@ -131,7 +133,7 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"not enough disk space for {folder}: about {needed / MIB:,.1f} MiB needed, {free / MIB:,.1f} MiB free",
+            f"not enough disk space for {folder}: about {size(needed)} needed, {size(free)} free",
             "Free some space or choose a folder on another disk.",
         )
 
@@ -299,6 +301,17 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def finite(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same fields for JSON, which has no NaN and no infinity: None stands for these."""
+    return {key: None if isinstance(one, float) and not math.isfinite(one) else one for key, one in fields.items()}
+
+
+def digest(path: Path, kind: str = "sha256") -> str:
+    """The hash of a file's bytes, in hexadecimal digits. kind: a name that hashlib knows. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

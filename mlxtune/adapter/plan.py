@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from dataclasses import replace
@@ -13,7 +12,7 @@ from mlxtune_convert.adapters import ADAPTER_FILE, OWN_FILE
 
 from mlxtune.adapter.layers import EMBEDDING, LINEAR, SWITCH, own_parameters
 from mlxtune.config.schema import LoraSection
-from mlxtune.errors import UserError
+from mlxtune.errors import UserError, did_you_mean
 from mlxtune.model.corrections.shared_keys import UNUSED, shares
 
 __all__ = ["ADAPTER_FILE", "OWN_FILE", "Spec"]
@@ -51,10 +50,9 @@ def _matching(option: str, name: str, available: list[str]) -> list[str]:
     matched = [path for path in available if path == name or path.endswith("." + name)]
     if not matched:
         names = sorted({path.rsplit(".", 1)[-1] for path in available})
-        near = difflib.get_close_matches(name, names, n=1)
         raise UserError(
             f"{option}: no linear layer is called {name!r}",
-            (f"Did you mean {near[0]}? " if near else "") + f"This model has: {', '.join(names)}.",
+            did_you_mean(name, names, "This model has"),
         )
     return matched
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
 
@@ -99,7 +100,7 @@ def _print(one: Measured) -> None:
         f"  {one.steps / one.seconds:.3f} steps/s, {one.supervised / one.seconds:,.0f} supervised and "
         f"{one.processed / one.seconds:,.0f} processed tokens/s, padding {one.padding:.1%}"
     )
-    out.print(f"  peak memory {one.peak_bytes / 1e6:,.0f} MB over the model's {one.base_bytes / 1e6:,.0f} MB")
+    out.print(f"  peak memory {size(one.peak_bytes)} over the model's {size(one.base_bytes)}")
     if one.first_seconds:
         what = f" ({one.traced} graphs compiled)" if one.traced else ""
         times = one.first_seconds / one.seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
 
@@ -93,4 +94,4 @@ def convert(
         done = conversion.convert(src, dst, target, dtype, force, base, code)
     for note in done.notes:
         common.note(note)
-    common.stdout().print(f"{dst}: {done.total_bytes / (1 << 20):,.0f} MiB, {done.bits_per_weight:.2f} bits per weight")
+    common.stdout().print(f"{dst}: {size(done.total_bytes)}, {done.bits_per_weight:.2f} bits per weight")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 from mlxtune_convert.shown import shown_name
+from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
 
@@ -42,5 +43,5 @@ def runs(folder: Path, as_json: bool) -> None:
         best = f"{run.best_loss:.4f}" if run.best_loss is not None else "-"
         steps = f"{run.step}/{run.steps or '?'}"
         names = (shown_name(name) for name in (run.path.name, run.model, run.state))
-        table.add_row(*names, steps, best, f"{run.bytes / 1e6:,.1f} MB")
+        table.add_row(*names, steps, best, size(run.bytes))
     common.stdout().print(table)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
 from mlxtune.cli.options import Command, Need, OptionFor
@@ -292,7 +293,7 @@ def _push(folder: Path, repository: str, public: bool) -> None:
 
     console = common.console()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        console.print(f"uploading {file.relative_to(folder)}, {file.stat().st_size:,} bytes", soft_wrap=True)
+        console.print(f"uploading {file.relative_to(folder)}, {size(file.stat().st_size)}", soft_wrap=True)
     with console.status(f"uploading to {repository}"):
         address = card.push(folder, repository, public)
     common.stdout().print(address)

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlxtune_convert.sizes import size
 
 from mlxtune.compute import loss, prefix
 from mlxtune.compute.fast_ways import every_nth
@@ -127,8 +128,8 @@ def fitted(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool
     smaller = "a smaller model" if "quantization" in given.model_config else "a smaller or a 4-bit model"
     shorter = f"Lower data.max_tokens to {fits}" if fits else "Lower data.max_tokens"
     raise UserError(
-        f"training needs {needed / 1e6:,.0f} MB of memory even with one {least} at a time"
-        f"{' and checkpointing' if checkpoints else ''}; train.memory_limit allows {limit / 1e6:,.0f} MB",
+        f"training needs {size(needed)} of memory even with one {least} at a time"
+        f"{' and checkpointing' if checkpoints else ''}; train.memory_limit allows {size(limit)}",
         f"{shorter}, take {smaller}, {f'set {given.narrower}, ' if given.narrower else ''}"
         "or set train.memory_limit: off.",
     )
@@ -139,7 +140,7 @@ def _changed(asked: TrainSection, taken: TrainSection, limit: int | None) -> lis
     changed = [f"train.{key}={value}" for key, value in taken.model_dump().items() if value != getattr(asked, key)]
     if limit is None or not changed:
         return []
-    return [f"to fit {limit / 1e6:,.0f} MB of memory: {', '.join(changed)}"]
+    return [f"to fit {size(limit)} of memory: {', '.join(changed)}"]
 
 
 def _longest_row(given: Given, way: Way, width: int, limit: int) -> int:

@@ -8,19 +8,17 @@ names its nearest neighbour; a key whose value could have no effect is one too.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from mlxtune.config.schema import DataSection, FastSection, LoraSection, ModelSection, Section, TrainSection
-from mlxtune.config.yaml_text import Dumper, key_lines, parse_yaml
-from mlxtune.errors import UserError
+from mlxtune.config.yaml_text import LARGEST, Document, parse_yaml, too_large, write_yaml
+from mlxtune.errors import UserError, nearest
 
 EITHER = (("train.steps", "train.epochs"), ("train.batch_rows", "train.batch_tokens"), ("data.path", "data.sources"))
 
@@ -34,7 +32,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration, every key written out, as the run folder keeps it."""
-        return yaml.dump(self.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+        return write_yaml(self.model_dump(mode="json"))
 
 
 # What every dotted key means; sections have no text.
@@ -83,7 +81,9 @@ def load(
         key = key.strip()
         if "=" not in setting or not all(key.partition(".")):
             raise UserError(f"--set {setting}: expected section.key=value", "Example: --set train.lr=1e-4")
-        given[key] = parse_yaml(value, f"--set {key}")
+        document = parse_yaml(value, f"--set {key}", key)
+        _refuse_older(document, {}, f"--set {setting}")
+        given[key] = document.value
         lines[key] = f"--set {setting}"
         lines.setdefault(key.partition(".")[0], f"--set {setting}")
     for key, value in (flags or {}).items():
@@ -105,22 +105,39 @@ def load(
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's sections, and where each of its keys stands."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            raw = file.read(4 * LARGEST + 1)  # a letter has up to four bytes
+        if len(raw) > 4 * LARGEST:
+            raise too_large(str(path))
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    tree = parse_yaml(text, str(path))
+    document = parse_yaml(text, str(path))
+    tree = document.value
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as `train:`, found {type(tree).__name__}")
-    lines: dict[str, str] = {}
-    for key, line in key_lines(text):
-        where = f"{path} line {line}"
-        if key in lines:
-            raise UserError(f"{where}: {key} is already set in {lines[key]}", "Keep one of the two.")
-        lines[key] = where
+    lines = {key: f"{path} line {line}" for key, line in document.lines.items()}
+    _refuse_older(document, lines)
     # A section whose keys are all commented out means the defaults.
     return {key: {} if value is None else value for key, value in (tree or {}).items()}, lines
+
+
+def _refuse_older(document: Document, lines: Mapping[str, str], source: str = "") -> None:
+    """Raise UserError for a word that YAML 1.1 read as a truth value or a number, where a value of any kind may stand.
+
+    Elsewhere the key says what its value is: `fast.head: off` is a word, `train.steps: 1:30` is no number. But
+    `enable_thinking: off` was false, and as the text it is now a chat template would take it for true.
+    lines: where each key of a file stands; source: the flag that is not in a file.
+    """
+    for key, text in document.older.items():
+        if key.startswith("data.template_kwargs."):
+            meant = {"yes": "true", "on": "true", "no": "false", "off": "false"}.get(text.lower(), "a decimal number")
+            raise UserError(
+                f"{lines.get(key, source)}: {key}: {text} is a text in YAML 1.2, and was none in YAML 1.1",
+                f"Write {meant}; or '{text}' in quotes, if the text is meant.",
+            )
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -145,8 +162,8 @@ def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     first, messages = same[0], dict.fromkeys(problem["msg"] for problem in same)
     if first["type"] in ("extra_forbidden", "invalid_key"):
-        nearest = nearest_key(key)
-        hint = f"Did you mean {nearest}?" if nearest else f"Sections: {', '.join(Config.model_fields)}."
+        near = nearest_key(key)
+        hint = f"Did you mean {near}?" if near else f"Sections: {', '.join(Config.model_fields)}."
         return f"{where}unknown key {key}{more}", hint
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
@@ -167,4 +184,4 @@ def nearest_key(key: str) -> str:
     name = key.rpartition(".")[2]
     moved = [other for other in KEYS if other.endswith(f".{name}")]
     meant = [other for other, text in KEYS.items() if "_" in name and name.replace("_", " ") in text]
-    return next(iter(moved or meant or difflib.get_close_matches(key, KEYS, n=1, cutoff=0.5)), "")
+    return next(iter(moved or meant), "") or nearest(key, KEYS, 0.5)

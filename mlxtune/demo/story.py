@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from mlxtune_convert.files import contents, holds_something, refuse_existing
+from mlxtune_convert.sizes import size
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -71,9 +72,7 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
     with chapter(console, f"1. The model: {named}"):
         file = source or str(embedded.fetch())
         converted = convert.convert(file, model, convert.Target.of(None, None, None))
-        console.print(
-            f"{model}: {converted.total_bytes / (1 << 20):,.0f} MiB, {converted.bits_per_weight:.2f} bits per weight"
-        )
+        console.print(f"{model}: {size(converted.total_bytes)}, {converted.bits_per_weight:.2f} bits per weight")
     flags = {"model.path": str(model), "data.path": str(data_folder()), "train.steps": steps or STEPS}
     settings = resolve.load("quick", (*SETTINGS, f"train.eval_every={max(1, (steps or STEPS) // 2)}"), flags)
     with chapter(console, "2. Before: how the model does on rows it never sees in training"):

@@ -163,16 +163,13 @@ def kind() -> str:
 
 @dataclass(frozen=True)
 class Policy:
-    """How a training step is computed on a kind of device.
+    """How a training step is computed on a kind of device."""
 
-    compiled: graphs as compiled functions; queued: the parts of a step are handed to the device one after the other
-    and waited for once, else each is waited for (on the CPU nothing is gained by going ahead); tile: a matrix product
-    works on so many rows at a time, so that other numbers of them are computed for nothing.
-    """
-
-    compiled: bool
+    compiled: bool  # graphs run as compiled functions
+    # The parts of a step are handed to the device one after the other and waited for once; else each is waited for,
+    # as on the CPU, where nothing is gained by going ahead.
     queued: bool
-    tile: int
+    tile: int  # rows that a matrix product works on at a time: a number between multiples costs as much as the next one
 
 
 def policy() -> Policy:

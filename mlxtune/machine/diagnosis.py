@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mlxtune_convert.sizes import size
+
 import mlxtune
 from mlxtune.machine import backend, surroundings
 
@@ -19,52 +21,75 @@ LIBRARIES = ("mlx", "mlx-lm", "transformers", "datasets", "huggingface_hub", "nu
 def examine() -> tuple[dict[str, str], list[str]]:
     """(facts by name, advice lines). Changes nothing and asks no network."""
     backend.prepare()
-    blas = backend.blas()
-    import mlx.core as mx
+    facts = {**_machine(), **_surroundings(), **_computing(), **_hub(), **_versions()}
+    return facts, _advice(facts)
 
-    device = backend.kind()
-    free, battery = shutil.disk_usage(Path.cwd()).free, surroundings.battery()
-    facts = {
+
+def _machine() -> dict[str, str]:
+    return {
         "mlxtune": mlxtune.__version__,
         "python": f"{platform.python_version()} ({platform.machine()})",
         "system": _system(),
         "chip": backend.chip(),
-        "memory": f"{backend.memory_bytes() / backend.GIB:.1f} GiB",
-        "device": device,
-        "free disk": f"{free / backend.GIB:.1f} GiB",
+        "memory": size(backend.memory_bytes()),
+        "device": backend.kind(),
+    }
+
+
+def _surroundings() -> dict[str, str]:
+    battery = surroundings.battery()
+    facts = {
+        "free disk": size(shutil.disk_usage(Path.cwd()).free),
         "power": "plugged in, or no battery" if battery is None else f"battery, {battery}%",
     }
     if sys.platform == "darwin":  # elsewhere mlxtune neither holds off sleep nor asks for such a mode
         low_power = {None: "not known here", True: "on (the GPU is slower)", False: "off"}
-        facts.update({"sleep": _sleep(), "low power mode": low_power[surroundings.low_power()]})
-    held = surroundings.holders()
-    facts["other models in memory"] = surroundings.listed(held) or f"none found ({', '.join(surroundings.HOLDERS)})"
-    advice = []
-    if held and device != "cuda":
-        advice.append(
-            f"other programs hold models in memory ({surroundings.listed(held)}): unload them before training"
-        )
+        facts["sleep"] = _sleep()
+        facts["low power mode"] = low_power[surroundings.low_power()]
+    held = surroundings.listed(surroundings.holders())
+    facts["other models in memory"] = held or f"none found ({', '.join(surroundings.HOLDERS)})"
+    return facts
+
+
+def _computing() -> dict[str, str]:
+    import mlx.core as mx
+
+    facts = {}
     working_set = mx.device_info().get("max_recommended_working_set_size")
     if working_set:
-        facts["working set"] = f"{int(working_set) / backend.GIB:.1f} GiB"
-    if device == "cpu":
-        facts["BLAS"] = blas or "MLX's own (slow)"
-        if sys.platform == "linux" and not blas:
-            advice.append("OpenBLAS makes float32 some 30 times faster here: apt-get install libopenblas0-pthread")
-    if under_rosetta():
-        advice.append("this Python runs under Rosetta; install an arm64 Python, or MLX cannot use the GPU")
-    advice += surroundings.warnings(Path.cwd())
-    facts.update(_hub())
+        facts["working set"] = size(int(working_set))
+    if backend.kind() == "cpu":
+        facts["BLAS"] = backend.blas() or "MLX's own (slow)"
+    return facts
+
+
+def _versions() -> dict[str, str]:
+    facts = {}
     for name in LIBRARIES:
         try:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             facts[name] = "not installed"
+    return facts
+
+
+def _advice(facts: dict[str, str]) -> list[str]:
+    advice = []
+    held = surroundings.holders()
+    if held and backend.kind() != "cuda":  # a CUDA device has memory of its own
+        advice.append(
+            f"other programs hold models in memory ({surroundings.listed(held)}): unload them before training"
+        )
+    if backend.kind() == "cpu" and sys.platform == "linux" and not backend.blas():
+        advice.append("OpenBLAS makes float32 some 30 times faster here: apt-get install libopenblas0-pthread")
+    if under_rosetta():
+        advice.append("this Python runs under Rosetta; install an arm64 Python, or MLX cannot use the GPU")
+    advice += surroundings.warnings(Path.cwd())
     if "not installed" in (facts["torch"], facts["peft"]):
         advice.append("with torch and peft installed, exports are proven by running them there: pip install torch peft")
     if facts["xllamacpp"] == "not installed":
         advice.append("with xllamacpp installed, GGUF exports are proven by llama.cpp: pip install xllamacpp")
-    return facts, advice
+    return advice
 
 
 def _sleep() -> str:

@@ -86,10 +86,10 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure of the device or its memory. text: the library's own, on one line, without its full stop."""
+    """A failure of the device or its memory."""
 
-    kind: Kind
-    text: str
+    kind: Kind  # what can be done about it depends on this alone
+    text: str  # the library's own, on one line, without its full stop
 
     def __str__(self) -> str:
         return f"{self.kind.value} ({self.text})" if self.text else self.kind.value
@@ -105,7 +105,10 @@ class Failure:
         return self.kind in FINAL
 
     def hint(self, command: str, words: Sequence[str] = ()) -> str:
-        """What to do about it. command: that failed, such as "export"; words: the options it was given."""
+        """What to do about it.
+
+        command: that failed, such as "export"; words: the options it was given, so that none of them is advised again.
+        """
         if not self.of_memory:
             return ADVICE[self.kind]
         less = LESS.get(command, "")

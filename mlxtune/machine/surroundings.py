@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlxtune_convert.sizes import size
+
 LOW_DISK = 10 << 30  # bytes; a 7B model takes half of it in 4 bits
 LOW_BATTERY = 20  # percent
 POWER = Path("/sys/class/power_supply")  # Linux
@@ -49,9 +51,9 @@ def kept_awake() -> Iterator[bool]:
 def battery() -> int | None:
     """Percent left when the machine runs on its battery; None when it is plugged in or has none."""
     if sys.platform == "darwin":
-        said = _said("pmset", "-g", "batt")
-        percent = re.search(r"(\d+)%", said)
-        return int(percent[1]) if percent and "'Battery Power'" in said else None
+        printed = _output_of("pmset", "-g", "batt")
+        percent = re.search(r"(\d+)%", printed)
+        return int(percent[1]) if percent and "'Battery Power'" in printed else None
     for supply in sorted(POWER.glob("BAT*")):
         with contextlib.suppress(OSError, ValueError):
             if (supply / "status").read_text().strip() == "Discharging":
@@ -64,14 +66,14 @@ def low_power() -> bool | None:
     if sys.platform != "darwin":
         return None
     # Macs with three modes write powermode: 0 automatic, 1 low, 2 high.
-    modes = re.findall(r"^\s*(?:lowpowermode|powermode)\s+(\d+)", _said("pmset", "-g"), re.MULTILINE)
+    modes = re.findall(r"^\s*(?:lowpowermode|powermode)\s+(\d+)", _output_of("pmset", "-g"), re.MULTILINE)
     return "1" in modes if modes else None
 
 
 def holders() -> dict[str, int]:
     """Bytes that other programs with a language model in memory hold now, by the program's name; largest first."""
     found: dict[str, int] = {}
-    for line in _said("ps", "-axww", "-o", "rss=,command=").splitlines():
+    for line in _output_of("ps", "-axww", "-o", "rss=,command=").splitlines():
         kilobytes, _, command = line.strip().partition(" ")
         for name, begins in HOLDERS.items():
             if kilobytes.isdigit() and begins.match(command.strip()):
@@ -82,7 +84,7 @@ def holders() -> dict[str, int]:
 
 def listed(held: dict[str, int]) -> str:
     """Of `holders`, for a sentence."""
-    return ", ".join(f"{name} {size / (1 << 30):.1f} GiB" for name, size in held.items())
+    return ", ".join(f"{name} {size(count)}" for name, count in held.items())
 
 
 def warnings(folder: Path | None = None, needed: int = LOW_DISK) -> list[str]:
@@ -100,7 +102,7 @@ def warnings(folder: Path | None = None, needed: int = LOW_DISK) -> list[str]:
         return out
     free = shutil.disk_usage(folder).free
     if free < needed:
-        out.append(f"only {free / (1 << 30):.1f} GiB of disk are free at {folder.absolute()}")
+        out.append(f"only {size(free)} of disk are free at {folder.absolute()}")
     return out
 
 
@@ -112,12 +114,12 @@ def crowded(needed: int, memory: int) -> list[str]:
     if not held or needed + sum(held.values()) + FOR_SYSTEM <= memory:
         return []
     return [
-        f"memory is tight: {listed(held)} beside the {needed / (1 << 30):.1f} GiB of this run, "
-        f"of {memory / (1 << 30):.0f} GiB: unload the model there, or the run may be slow or end"
+        f"memory is tight: {listed(held)} beside the {size(needed)} of this run, "
+        f"of {size(memory)}: unload the model there, or the run may be slow or end"
     ]
 
 
-def _said(*command: str) -> str:
+def _output_of(*command: str) -> str:
     """What a program of the system prints; nothing where there is no such program."""
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False).stdout

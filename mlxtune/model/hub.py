@@ -7,17 +7,17 @@ that cache: huggingface_hub starts a file again from its first byte when the com
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxtune_convert.files import MIB, explained, read_json, refuse_links_out, require_space
+from mlxtune_convert.files import digest, explained, read_json, refuse_links_out, require_space
 from mlxtune_convert.foreign.method import unread
 from mlxtune_convert.foreign.original import instead, unquantized_name
 from mlxtune_convert.hf.companions import CODE, VOCABULARIES
+from mlxtune_convert.sizes import size
 from mlxtune_convert.tensors import INDEX, SINGLE, read_index
 
 from mlxtune.errors import UserError
@@ -164,7 +164,7 @@ def _fetch(name: str, url: str, file: RepoSibling, blob: Path) -> None:
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    part, size = _part(blob), file.size or 0
+    part, total = _part(blob), file.size or 0
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     try:
         with part.open("ab") as opened:
@@ -173,20 +173,18 @@ def _fetch(name: str, url: str, file: RepoSibling, blob: Path) -> None:
                 opened,
                 resume_size=opened.tell(),
                 headers=headers,
-                expected_size=size,
+                expected_size=total,
                 displayed_filename=file.rfilename,
             )
     except HTTPError as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             raise
-        here = f"{_arrived(part) / MIB:,.1f} of {size / MIB:,.1f} MiB"
+        here = f"{size(_arrived(part))} of {size(total)}"
         raise UserError(
             f"the download of {name} stopped: {here} of {file.rfilename} are here",
             "Run the same command again: it continues there.",
         ) from error
-    with part.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    if digest != blob.name:
+    if digest(part) != blob.name:
         part.unlink()
         raise UserError(
             f"{file.rfilename} of {name} arrived damaged and was thrown away", "Run the same command again."

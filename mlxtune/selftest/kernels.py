@@ -88,16 +88,26 @@ def _experts(dtype: mx.Dtype, shop: Workshop) -> Found:
 def _two_experts(
     worst: Worst, where: str, codes: Any, matrices: np.ndarray, options: dict[str, Any], dtype: mx.Dtype, tokens: int
 ) -> None:
+    """matrices [EXPERTS, WIDTH, K]: tokens in the order they come, then their (token, expert) pairs sorted by expert,
+    as mlx-lm sorts them for many tokens.
+    """
+    transposed = matrices.swapaxes(1, 2)  # [EXPERTS, K, WIDTH]
     chosen = np.random.default_rng(tokens).integers(0, EXPERTS, (tokens, 2))
-    each, ordered = chosen.reshape(-1), np.sort(chosen.reshape(-1))
-    x, back = _noise((tokens, 1, 1, K), dtype, 1), _noise((tokens, 2, 1, WIDTH), dtype, 2)
+    pairs = chosen.reshape(-1)  # [2 * tokens] the expert of each (token, expert) pair
+
+    x = _noise((tokens, 1, 1, K), dtype, 1)
+    back = _noise((tokens, 2, 1, WIDTH), dtype, 2)
     (out,), (gradient,) = mx.vjp(partial(_gathered, codes, options, chosen, False), [x], [back])
-    worst.add(f"{where}, forward", out, _by_expert(np.repeat(_wide(x), 2, axis=0), each, matrices.swapaxes(1, 2)))
-    to_rows = _by_expert(_wide(back), each, matrices)
-    worst.add(f"{where}, backward", gradient, to_rows.reshape(tokens, 2, K).sum(axis=1))
-    x, back = _noise((2 * tokens, 1, K), dtype, 3), _noise((2 * tokens, 1, WIDTH), dtype, 4)
+    row_of_each_pair = np.repeat(_wide(x), 2, axis=0)
+    worst.add(f"{where}, forward", out, _by_expert(row_of_each_pair, pairs, transposed))
+    gradient_of_each_pair = _by_expert(_wide(back), pairs, matrices).reshape(tokens, 2, K)
+    worst.add(f"{where}, backward", gradient, gradient_of_each_pair.sum(axis=1))
+
+    ordered = np.sort(pairs)
+    x = _noise((2 * tokens, 1, K), dtype, 3)
+    back = _noise((2 * tokens, 1, WIDTH), dtype, 4)
     (out,), (gradient,) = mx.vjp(partial(_gathered, codes, options, ordered, True), [x], [back])
-    worst.add(f"{where} sorted, forward", out, _by_expert(_wide(x), ordered, matrices.swapaxes(1, 2)))
+    worst.add(f"{where} sorted, forward", out, _by_expert(_wide(x), ordered, transposed))
     worst.add(f"{where} sorted, backward", gradient, _by_expert(_wide(back), ordered, matrices))
 
 
@@ -108,7 +118,7 @@ def _gathered(codes: Any, options: dict[str, Any], chosen: np.ndarray, ordered: 
 
 
 def _by_expert(rows: np.ndarray, chosen: np.ndarray, matrices: np.ndarray) -> np.ndarray:
-    """Each row times the matrix of its expert."""
+    """[rows, width of the rows] times each row's own matrix of [EXPERTS, width of the rows, N] -> [rows, N]."""
     rows = rows.reshape(len(chosen), -1)
     out = np.empty((len(rows), matrices.shape[-1]))
     for expert, matrix in enumerate(matrices):

@@ -29,15 +29,13 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """What a check measured. value: the largest difference; limit: up to where it passes, None: a measurement that
-    nothing judges; unit: of value; said: where the value was found; wrong: why the check fails whatever the value is.
-    """
+    """What a check measured."""
 
-    value: float
-    limit: float | None = None
-    unit: str = ""
-    said: str = ""
-    wrong: str = ""
+    value: float  # the largest difference, in `unit`
+    limit: float | None = None  # the largest value that passes; None: nothing judges this measurement
+    unit: str = ""  # "ms", "us", or what is counted; "": a relative difference
+    said: str = ""  # where the value was found
+    wrong: str = ""  # why the check fails whatever the value is
 
     @property
     def status(self) -> str:
@@ -50,18 +48,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Result:
-    """One line of the report. status: ok, FAILED, not here, or measured (there is no limit); value, limit, unit: as in
-    Found, value None: there is none; said: where the value was found, or why the check failed; seconds: it took.
-    """
+    """One line of the report."""
 
-    group: str
-    name: str
-    status: str
-    value: float | None = None
-    limit: float | None = None
-    unit: str = ""
-    said: str = ""
-    seconds: float = 0.0
+    group: str  # the heading it stands under
+    name: str  # of the check
+    status: str  # OK, FAILED, NOT_HERE or MEASURED
+    value: float | None = None  # as in Found; None: the check came to no value
+    limit: float | None = None  # as in Found
+    unit: str = ""  # as in Found
+    said: str = ""  # where the value was found, or why the check failed
+    seconds: float = 0.0  # that the check took
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no NaN and no infinity: such a value becomes null."""
@@ -106,11 +102,11 @@ class Workshop:
 
 @dataclass(frozen=True)
 class Check:
-    """group: the heading it stands under; run: does it, and raises whatever goes wrong."""
+    """One thing to find out about this machine."""
 
-    group: str
-    name: str
-    run: Callable[[Workshop], Found]
+    group: str  # the heading it stands under
+    name: str  # what is checked
+    run: Callable[[Workshop], Found]  # does it, and raises whatever goes wrong
 
 
 def advice(failed: list[Result]) -> str:

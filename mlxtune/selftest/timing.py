@@ -43,13 +43,13 @@ def checks() -> list[Check]:
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of one step's parts; first: of the calls before those that count; what: the model and the batch."""
+    """How long the parts of one training step take."""
 
-    trunk: float
-    head: float
-    optimizer: float
-    first: list[float]
-    what: str
+    trunk: float  # seconds
+    head: float  # seconds, with the loss
+    optimizer: float  # seconds, with clipping
+    first: list[float]  # seconds beyond those of a warm call, of each call before those that count
+    what: str  # the model and the batch, in words
 
 
 def _part(name: str, shop: Workshop) -> Found:
@@ -71,11 +71,16 @@ def _measured(shop: Workshop) -> Parts:
         partial(step, 1),
     )
     first = [[_time(work) for work in works] for _ in range(WARM)]
-    trunk, whole, all_of_it = (
-        min(times) for times in zip(*([_time(w) for w in works] for _ in range(TIMES)), strict=True)
+    counted = [[_time(work) for work in works] for _ in range(TIMES)]
+    # The fastest call of each work.
+    trunk, batch_seconds, step_seconds = (min(times) for times in zip(*counted, strict=True))
+    return Parts(
+        trunk=trunk,
+        head=max(0.0, batch_seconds - trunk),
+        optimizer=max(0.0, step_seconds - batch_seconds),
+        first=[times[1] - batch_seconds for times in first],
+        what=what,
     )
-    first_of_batch = [times[1] - whole for times in first]
-    return Parts(trunk, max(0.0, whole - trunk), max(0.0, all_of_it - whole), first_of_batch, what)
 
 
 def _called(gradients: Gradients, batch: Batch) -> None:

@@ -11,7 +11,6 @@ To add a form:
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from mlxtune.adapter.peft import from_model
 from mlxtune.adapter.vocabulary import vocabulary
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.template.tokenizer_changes import Changes
-from mlxtune.errors import UserError
+from mlxtune.errors import UserError, did_you_mean
 from mlxtune.model import reopened
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
@@ -261,9 +260,7 @@ class Gguf(Artefact):
 
     def refuse(self, model: MergedModel) -> None:
         if self.type is not None and self.type not in TYPES:
-            near = difflib.get_close_matches(self.type, TYPES, n=1)
-            meant = f"Did you mean {near[0]}? " if near else ""
-            raise UserError(f"--type {self.type} is not known", f"{meant}There are: {', '.join(TYPES)}.")
+            raise UserError(f"--type {self.type} is not known", did_you_mean(self.type, TYPES))
         if self.ollama:
             modelfile.check_name(model.request.out.name)
         gguf.refuse_other_programs_model(model)

@@ -15,6 +15,7 @@ from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
+LICENCE = re.compile(r"[\w.-]+")  # an identifier such as apache-2.0
 
 
 def write_generation_config(work: Path, config: dict[str, Any]) -> None:
@@ -32,9 +33,13 @@ def write_generation_config(work: Path, config: dict[str, Any]) -> None:
 
 def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None, note: str = "") -> None:
     """README.md as the hub shows it. kind: "transformers" or "peft"; base: hub id or ""; note: for its users."""
+    from huggingface_hub import ModelCardData
+
     base = base if REPO.fullmatch(base) else ""  # a name that a stranger's file gave may be any text
-    head = ["---", f"library_name: {kind}", "tags: [mlxtune, lora]", f"license: {licence or 'unknown'}"]
-    head += [f"base_model: {base}"] if base else []
+    facts: dict[str, Any] = {"library_name": kind, "tags": ["mlxtune", "lora"], "license": licence or "unknown"}
+    if base:
+        facts["base_model"] = base
+    head = ["---", ModelCardData(**facts).to_yaml(original_order=list(facts))]
     what = "merged and exported" if kind == "transformers" else "as a PEFT adapter, exported"
     body = ["---", "", f"A fine-tuned version of {base or 'its base model'}, {what} with mlxtune."]
     body += ["The licence of the base model applies." if not licence else "", note]
@@ -64,11 +69,21 @@ def _cell(text: str) -> str:
 
 
 def licence_of(folder: Path) -> str:
-    """The licence that a model folder's own card names, or ""."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.search(r"\A---\n(?:.*\n)*?license: *([\w.-]+) *\n", text)
-    return found[1] if found else ""
+    """The licence that a model folder's own card names, or "": a card is a stranger's text, and may be broken."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return ""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if not REGEX_YAML_BLOCK.search(text):  # the library would print a warning
+        return ""
+    try:
+        licence = ModelCard(text, ignore_metadata_errors=True).data.get("license")
+    except Exception:  # the YAML, its nesting, keys that are no names: whatever the library trips over
+        return ""
+    return licence if isinstance(licence, str) and LICENCE.fullmatch(licence) else ""
 
 
 def check_repo(repo: str, public: bool) -> None:

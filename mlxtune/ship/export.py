@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mlxtune_convert.files import MIB, explained, new_artefact, new_folder
+from mlxtune_convert.files import explained, new_artefact, new_folder
+from mlxtune_convert.sizes import size
 
 from mlxtune.data.chat.masking import Example
 from mlxtune.errors import UserError
@@ -43,7 +44,7 @@ class Shipped:
         """Form, size and proof, for people."""
         parts = [self.what]
         if self.bytes is not None:
-            parts.append(f"{self.bytes / MIB:,.1f} MiB")
+            parts.append(size(self.bytes))
         if self.proof is not None:
             parts.append(self.proof.line())
         return ", ".join(parts)
@@ -65,8 +66,8 @@ def ship(request: Request, artefact: Artefact, progress: Progress | None = None)
         if request.examples is not None:
             proof, remarks = _proven(artefact, model, request.examples, work)
             notes += remarks
-        size = (work / artefact.file).stat().st_size if artefact.file else None
-        return Shipped(artefact.label(model), proof, notes, size)
+        file_bytes = (work / artefact.file).stat().st_size if artefact.file else None
+        return Shipped(artefact.label(model), proof, notes, file_bytes)
 
 
 def _proven(artefact: Artefact, model: MergedModel, examples: Sequence[Example], work: Path) -> tuple[Proof, list[str]]:

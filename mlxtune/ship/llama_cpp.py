@@ -25,18 +25,44 @@ from mlxtune.errors import UserError
 
 FAILED = 3
 
+# llama_context_params and llama_model_params of llama.h as words of 4 bytes: byte -> the default there. Some of them
+# are set below. Their neighbours show that they are where they were: a version of llama.cpp may put new fields between.
+CONTEXT = {
+    0: 512,  # n_ctx
+    4: 2048,  # n_batch
+    8: 512,  # n_ubatch
+    12: 1,
+    36: 0,
+    40: -1,  # from here four kinds: of rope scaling, of pooling, of attention,
+    44: -1,
+    48: -1,
+    52: -1,  # and flash_attn_type
+    56: 0,
+    100: 0,
+    104: 1,  # type_k: float16
+    108: 1,  # type_v
+    112: 0,
+}
+MODEL = {0: 0, 4: 0, 8: 0, 12: 0, 16: -1, 20: 1}  # devices, tensor_buft_overrides; n_gpu_layers, split_mode
+
+
+OTHER_INTERFACE = (
+    f"this version of {ggml.PACKAGE} has another interface; one that works: pip install {ggml.PACKAGE}=={ggml.TRIED}"
+)
+
 
 class _Parameters(ctypes.Structure):
     """Larger than llama.cpp's own parameter structs; it fills and reads the front part. 8 bytes aligned."""
 
     _fields_ = (("raw", ctypes.c_uint64 * 64),)
 
-    def put(self, letter: str, offset: int, value: int, default: int) -> None:
-        """Set one field where its default is found; elsewhere this version's layout is another one."""
-        found = struct.unpack_from(letter, self, offset)[0]
-        if found != default:
-            raise RuntimeError(f"this version of {ggml.PACKAGE} has another interface")
-        struct.pack_into(letter, self, offset, value)
+    def check(self, words: dict[int, int]) -> None:
+        """Raise RuntimeError where these defaults of a library are not at these bytes: its layout is another one."""
+        if any(struct.unpack_from("@i", self, byte)[0] != default for byte, default in words.items()):
+            raise RuntimeError(OTHER_INTERFACE)
+
+    def put(self, letter: str, byte: int, value: int) -> None:
+        struct.pack_into(letter, self, byte, value)
 
 
 class _Batch(ctypes.Structure):
@@ -109,10 +135,12 @@ class Model:
         for name in ("llama_model_load_from_file", "llama_init_from_model", "llama_adapter_lora_init"):
             getattr(lib, name).restype = ctypes.c_void_p
         lib.llama_model_get_vocab.restype = ctypes.c_void_p
+        lib.llama_batch_get_one.restype = _Batch
         lib.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
         parameters = lib.llama_model_default_params()
         self._no_devices = (ctypes.c_void_p * 1)()
-        parameters.put("@Q", 0, ctypes.addressof(self._no_devices), 0)
+        parameters.check(MODEL)
+        parameters.put("@Q", 0, ctypes.addressof(self._no_devices))
         self.model = ctypes.c_void_p(self._made(lib.llama_model_load_from_file(os.fsencode(path), parameters)))
         self.vocab = ctypes.c_void_p(lib.llama_model_get_vocab(self.model))
         self.size = lib.llama_vocab_n_tokens(self.vocab)
@@ -134,11 +162,12 @@ class Model:
         lib, count = self.library, len(ids)
         parameters = lib.llama_context_default_params()
         room = -(-count // 256) * 256
-        for offset, value in ((0, room), (4, room), (8, room)):  # context, batch, micro-batch
-            struct.pack_into("@I", parameters, offset, value)
-        parameters.put("@i", 52, 0, -1)  # no flash attention: it rounds
-        for offset in (104, 108):  # keys and values: float32 instead of float16
-            parameters.put("@i", offset, 0, 1)
+        parameters.check(CONTEXT)
+        for byte in (0, 4, 8):  # context, batch, micro-batch
+            parameters.put("@I", byte, room)
+        parameters.put("@i", 52, 0)  # no flash attention: it rounds
+        for byte in (104, 108):  # keys and values: float32 instead of float16
+            parameters.put("@i", byte, 0)
         context = ctypes.c_void_p(self._made(lib.llama_init_from_model(self.model, parameters)))
         try:
             if self.adapter is not None:
@@ -146,6 +175,9 @@ class Model:
                 if lib.llama_set_adapters_lora(context, adapters, ctypes.c_size_t(1), scales):
                     raise RuntimeError("the adapter does not fit")
             tokens = np.ascontiguousarray(ids, dtype=np.int32)
+            made = lib.llama_batch_get_one(ctypes.c_void_p(tokens.ctypes.data), count)
+            if (made.n_tokens, made.token, made.pos, made.logits) != (count, tokens.ctypes.data, None, None):
+                raise RuntimeError(OTHER_INTERFACE)
             places, ones = np.arange(count, dtype=np.int32), np.ones(count, dtype=np.int32)
             wanted = np.ones(count, dtype=np.int8)
             zero = (ctypes.c_int32 * 1)(0)

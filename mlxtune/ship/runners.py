@@ -26,6 +26,7 @@ from mlxtune_convert.files import read_json
 from mlxtune_convert.hf import families, mtp
 from mlxtune_convert.hf.configs import unquantized
 from mlxtune_convert.peft import adapter_folder
+from mlxtune_convert.sizes import size
 from mlxtune_convert.tensors import read_header
 
 from mlxtune.compute.loss import place, supervised_rows
@@ -117,7 +118,7 @@ def require_memory(parameters: int) -> None:
     needed, have = 4 * parameters, backend.memory_bytes()
     if needed > 0.8 * have:
         raise UserError(
-            f"comparing in float32 needs {needed / backend.GIB:.0f} GiB, this machine has {have / backend.GIB:.0f}",
+            f"comparing in float32 needs {size(needed)}, this machine has {size(have)}",
             "Leave the comparison out (--no-verify), or run it on a larger machine.",
         )
 

@@ -27,14 +27,13 @@ Legend: N positions, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from mlxtune_convert.files import write_json
+from mlxtune_convert.files import finite, write_json
 
 from mlxtune.adapter import lora
 from mlxtune.data.chat.masking import Example
@@ -134,11 +133,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no NaN and no infinity: such numbers become null."""
-        out = asdict(self)
-        for key, value in out.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                out[key] = None
-        return out
+        return finite(asdict(self))
 
     def write(self, folder: Path) -> None:
         """verification.json for programs, verification.md for people."""

@@ -7,7 +7,6 @@ before is used.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
-from mlxtune_convert.files import contents, new_folder, read_json, write_json
+from mlxtune_convert.files import contents, digest, new_folder, read_json, write_json
 
 from mlxtune.adapter import lora
 from mlxtune.data.template import tokenizer_changes
@@ -85,7 +84,7 @@ def save(
     with new_folder(folder, own=True) as work:
         save_arrays(work / adapter_file, factors)
         save_arrays(work / OPTIMIZER_FILE, moments)
-        digests = {name: _digest(work / name) for name in (adapter_file, OPTIMIZER_FILE)}
+        digests = {name: digest(work / name) for name in (adapter_file, OPTIMIZER_FILE)}
         write_json(work / STATE_FILE, {"state": asdict(state), "identity": asdict(identity), "sha256": digests})
     older = [other for other in _folders(run) if other < folder]
     for old in older[: max(0, len(older) - (keep_last - 1))]:
@@ -114,7 +113,7 @@ def newest(run: Path, skipped: Callable[[str], None]) -> Saved:
     for folder in reversed(_folders(run)):
         try:
             saved = read_json(folder / STATE_FILE, "a checkpoint")
-            torn = [name for name, digest in saved["sha256"].items() if _digest(folder / name) != digest]
+            torn = [name for name, expected in saved["sha256"].items() if digest(folder / name) != expected]
             if not torn:
                 found = Saved(folder, State(**saved["state"]), Identity(**saved["identity"]))
                 break
@@ -212,8 +211,3 @@ def _remove_own(folder: Path) -> None:
 
 def _folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / FOLDER).glob("step-*") if STEP.fullmatch(path.name) and path.is_dir())
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

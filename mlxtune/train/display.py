@@ -7,6 +7,7 @@ from collections.abc import Callable
 from statistics import fmean
 from types import TracebackType
 
+from mlxtune_convert.sizes import size
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -83,7 +84,7 @@ class Meter:
             out += [
                 ("tokens/s", f"{self.tokens_per_second:,.0f}"),
                 ("lr", f"{self.lr:.2e}"),
-                ("peak memory", f"{self.peak_bytes / (1 << 30):.2f} GiB"),
+                ("peak memory", size(self.peak_bytes)),
             ]
         if eta is not None:
             out.append(("left", duration(eta)))

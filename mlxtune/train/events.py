@@ -10,14 +10,13 @@ leaves out the first.
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from mlxtune_convert.files import flush_open
+from mlxtune_convert.files import finite, flush_open
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -43,9 +42,7 @@ class Events:
         self._listeners = (*self._listeners, *listeners)
 
     def emit(self, kind: str, **fields: Any) -> None:
-        # JSON has no NaN and no infinity.
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        event = {"kind": kind, **finite}
+        event = {"kind": kind, **finite(fields)}
         with self._lock:
             if self._file and not self._ended:  # `end` tells what became of the run, and is the last one
                 self._file.write(json.dumps(event, ensure_ascii=False) + "\n")

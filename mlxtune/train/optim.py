@@ -13,7 +13,6 @@ from mlx.utils import tree_map
 
 from mlxtune.config.schema import TrainSection
 from mlxtune.machine import backend
-from mlxtune.model.arrays import named
 
 
 def learning_rate(section: TrainSection, step: int, steps: int) -> float:
@@ -39,12 +38,12 @@ def build(section: TrainSection, parameters: Any) -> optimizers.AdamW:
 
 
 def clip(gradients: Any, limit: float) -> tuple[Any, mx.array]:
-    """(gradients scaled so that their global L2 norm is at most `limit`, the norm before). limit 0: unscaled."""
-    norm = mx.sqrt(sum((mx.square(g).sum() for g in named(gradients).values()), mx.array(0.0)))
-    if limit == 0:
-        return gradients, norm
-    factor = mx.minimum(limit / (norm + 1e-6), 1.0)
-    return tree_map(lambda g: g * factor, gradients), norm
+    """(gradients scaled so that their global L2 norm is at most `limit`, the norm before). limit 0: unscaled.
+
+    Meant for float32, as all that is trained is: squares of bfloat16 would be summed up in bfloat16.
+    """
+    clipped, norm = optimizers.clip_grad_norm(gradients, limit)
+    return (clipped if limit else gradients), norm
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from mlxtune_convert.errors import UserError
 from mlxtune_convert.gguf.container import stored_bytes
 
 PACKAGE = "xllamacpp"
+TRIED = "2026.10.11549"  # the version that mlxtune is tested with
 
 
 def library_file() -> Path | None:

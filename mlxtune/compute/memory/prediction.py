@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.nn as nn
+from mlxtune_convert.sizes import size
 
 from mlxtune.adapter import lora
 from mlxtune.adapter.layers import EMBEDDING, dense_shape
@@ -72,17 +73,17 @@ class Memory:
         return sum(self.parts.values())
 
     def lines(self) -> list[str]:
-        """For people, in MB."""
+        """For people."""
         parts = self.parts
         most = max(parts, key=lambda name: parts[name])
         why = " (some of its blocks are computed token by token)" if self.by_token and most == "activations" else ""
-        shown = ", ".join(f"{name.replace('_', ' ')} {value / 1e6:,.0f}" for name, value in parts.items())
+        shown = ", ".join(f"{name.replace('_', ' ')} {size(value)}" for name, value in parts.items())
         lines = [
-            f"memory: {self.total / 1e6:,.0f} MB predicted at the peak, most of it {most.replace('_', ' ')}{why}",
-            f"  {shown} MB",
+            f"memory: {size(self.total)} predicted at the peak, most of it {most.replace('_', ' ')}{why}",
+            f"  {shown}",
         ]
         if self.graphs:
-            lines.append(f"  beside it, in the host's memory: compiled graphs, up to {self.graphs / 1e6:,.0f} MB")
+            lines.append(f"  beside it, in the host's memory: compiled graphs, up to {size(self.graphs)}")
         return lines
 
 

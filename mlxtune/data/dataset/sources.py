@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mlxtune_convert.files import digest
 
 from mlxtune.config.schema import DataSection, SourceSection
 from mlxtune.data.dataset import duplicates
@@ -79,11 +79,10 @@ def find(source: SourceSection, stream: bool = False) -> dict[str, list[Source]]
 
 
 def _of_file(file: Path, source: SourceSection) -> Source:
-    def digest() -> str:
-        with file.open("rb") as opened:
-            return f"{hashlib.file_digest(opened, 'blake2b').hexdigest()}{source.columns}"
+    def identity() -> str:
+        return f"{digest(file, 'blake2b')}{source.columns}"
 
-    return Source(str(file), lambda: formats.read(file, source.columns), digest)
+    return Source(str(file), lambda: formats.read(file, source.columns), identity)
 
 
 def _of_folder(folder: Path, source: SourceSection) -> dict[str, list[Source]]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from mlxtune_convert.sizes import size
+
 from mlxtune.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -28,9 +30,11 @@ MARKED = {  # byte order marks, the longer ones first
     codecs.BOM_UTF16_BE: "utf-16",
 }
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}  # of the fields of a .csv, as its header tells
-LONGEST = 256 << 20  # bytes of a line or characters of a field: more than any text, less than a small machine's memory
+LONGEST = (
+    256_000_000  # bytes of a line or characters of a field: more than any text, less than a small machine's memory
+)
 PARQUET_ROWS = 32  # that are in memory at a time: a file of a few hundred bytes may name one long text a thousand times
-LARGEST_JSON = 1 << 30  # bytes of a .json file, which is read as a whole; compressed ones are counted unpacked
+LARGEST_JSON = 1_000_000_000  # bytes of a .json file, which is read as a whole; compressed ones are counted unpacked
 LOOKED_AT = 1 << 24  # bytes of a .jsonl file that are looked at to say what else it is
 
 
@@ -116,7 +120,7 @@ def _json_lines(path: Path, file: IO[bytes], encoding: str) -> Rows:
     first = True
     for number, line in enumerate(_lines(file, encoding), 1):
         if line is None:
-            yield Bad(str(path), number, f"longer than {LONGEST >> 20} MiB")
+            yield Bad(str(path), number, f"longer than {size(LONGEST)}")
             continue
         if not line.strip():
             continue
@@ -191,7 +195,7 @@ def _json(path: Path, file: IO[bytes], encoding: str) -> Rows:
     whole = file.read(LARGEST_JSON + 1)
     if len(whole) > LARGEST_JSON:
         raise UserError(
-            f"{path}: larger than {LARGEST_JSON >> 30} GiB, and a .json file is read as a whole",
+            f"{path}: larger than {size(LARGEST_JSON)}, and a .json file is read as a whole",
             "Write it as JSON Lines, one object per line, in a .jsonl file: these may be of any size.",
         )
     text = whole.decode(encoding)

@@ -1,0 +1,141 @@
+"""Write docs/configuration.md and docs/commands.md out of the configuration's schema and the command line.
+
+`make docs` runs it. A test writes both again and fails when they differ from the files, so that neither goes stale.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import annotated_types
+import click
+from pydantic.fields import FieldInfo
+
+from mlxtune.cli import SECTIONS, cli
+from mlxtune.config.resolve import Config, recipe_names
+from mlxtune.config.schema import Section, SourceSection
+
+HERE = Path(__file__).resolve().parent
+WIDTH = 100  # columns of a help text
+INTRODUCTION = """# Configuration
+
+<!-- Written by docs/generate.py out of mlxtune/config/schema.py: change that, then run `make docs`. -->
+
+Every key of a run. A YAML file (`train -c FILE`) holds sections with keys below them; `--set section.key=value` sets
+one key; flags such as `--model` are stronger than both. A key that is not listed is an error that names the nearest
+one. The resolved configuration, with every key written out, is kept as `config.yaml` in the run folder.
+
+YAML is read as version 1.2: `on`, `off`, `yes` and `no` are words; true and false are written `true` and `false`."""
+EXIT_STATUS = """# Commands
+
+<!-- Written by docs/generate.py out of the commands' own help: change that, then run `make docs`. -->
+
+What `mlxtune COMMAND --help` prints. Exit status: 0 done; 2 something that you can mend, told in one line; 1 a fault of
+mlxtune; 129, 130 and 143: stopped by a signal, after saving."""
+
+# How Python's names of types read in a table.
+TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "mapping"}
+# What pydantic knows of a number's limits, in signs.
+SIGNS = (
+    (annotated_types.Gt, "gt", ">"),
+    (annotated_types.Ge, "ge", ">="),
+    (annotated_types.Lt, "lt", "<"),
+    (annotated_types.Le, "le", "<="),
+)
+
+
+def type_in_words(annotation: Any) -> str:
+    """`Literal["all"] | int` -> "`all` or integer"."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin is typing.Annotated:
+        return type_in_words(arguments[0]) + limits_in_words(arguments[1:])
+    if origin in (typing.Union, types.UnionType):  # of which None means "not given", as the empty default says
+        return " or ".join(type_in_words(part) for part in arguments if part is not type(None))
+    if origin is list:
+        return f"list of {type_in_words(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "sources"
+    return TYPE_NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def limits_in_words(metadata: typing.Iterable[Any]) -> str:
+    """[Ge(1), Lt(5)] -> " >= 1 < 5"."""
+    found = [f" {sign} {getattr(one, name)}" for one in metadata for kind, name, sign in SIGNS if isinstance(one, kind)]
+    return "".join(found)
+
+
+def default_in_words(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    if value is None or value == "" or value == {} or value == []:
+        return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value}`"
+
+
+def rows_of(prefix: str, section: type[Section]) -> Iterator[str]:
+    """One line of a Markdown table for each key of a section."""
+    for name, field in section.model_fields.items():
+        kind = type_in_words(field.annotation) + limits_in_words(field.metadata)
+        default = "" if field.is_required() else default_in_words(field)
+        cells = [f"`{prefix}{name}`", kind, default, field.description or ""]
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def configuration() -> str:
+    """docs/configuration.md: every key with its type, limits, default and meaning."""
+    recipes = ", ".join(f"`{name}`" for name in recipe_names())
+    lines = [INTRODUCTION, "", f"Shipped recipes, to be named instead of a file: {recipes}."]
+    table = ["", "| key | value | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in Config.model_fields.items():
+        section = type(field.default)
+        lines += ["", f"## {name}", *table, *rows_of(f"{name}.", section)]
+        if name == "data":
+            lines += ["", "A source, in the list `data.sources`:", *table, *rows_of("", SourceSection)]
+    return "\n".join(lines) + "\n"
+
+
+def help_of(path: tuple[str, ...]) -> str:
+    """The help text of a command, as a terminal of WIDTH columns prints it."""
+    command: click.Command = cli
+    context = click.Context(cli, info_name="mlxtune", max_content_width=WIDTH, terminal_width=WIDTH)
+    context.help_option_names = cli.context_settings["help_option_names"]
+    for name in path:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+        context = click.Context(command, info_name=name, parent=context)
+    return command.get_help(context).rstrip()
+
+
+def paths_below(path: tuple[str, ...], command: click.Command) -> Iterator[tuple[str, ...]]:
+    """A command and, of a group, those inside it."""
+    yield path
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            yield from paths_below((*path, name), child)
+
+
+def commands() -> str:
+    """docs/commands.md: what `--help` prints, for every command."""
+    lines = [EXIT_STATUS, "", "```", help_of(()), "```"]
+    for heading, listed in SECTIONS.items():
+        lines += ["", f"## {heading}"]
+        for command in listed:
+            for path in paths_below((str(command.name),), command):
+                lines += ["", f"### mlxtune {' '.join(path)}", "", "```", help_of(path), "```"]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"configuration.md": configuration, "commands.md": commands}
+
+if __name__ == "__main__":
+    for name, text_of in PAGES.items():
+        (HERE / name).write_text(text_of(), encoding="utf-8")
