@@ -260,11 +260,11 @@ def export(
     # Of a Hugging Face folder it is more than what is merged into: the parts come from it that MLX does not have.
     if target == "gguf" and request_options["base"] is not None and request_options["adapter"] is None:
         raise UserError("--base has no effect without --adapter: nothing is merged", "Name that model as --model.")
-    from mlxtune.ship import card
+    from mlxtune.ship import push as uploads
     from mlxtune.ship.export import ship
 
     if push:
-        card.check_repo(push, public)
+        uploads.check_repo(push, public)
     artefact = _artefact(target, dtype, kind, ollama)
     request = _request(**request_options)
     with _progress(f"exporting to {target}, comparing with the trained model") as progress:
@@ -289,13 +289,13 @@ def _progress(text: str) -> Iterator[Progress]:
 
 def _push(folder: Path, repository: str, public: bool) -> None:
     """Upload an export, and say what goes up."""
-    from mlxtune.ship import card
+    from mlxtune.ship import push
 
     console = common.console()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         console.print(f"uploading {file.relative_to(folder)}, {size(file.stat().st_size)}", soft_wrap=True)
     with console.status(f"uploading to {repository}"):
-        address = card.push(folder, repository, public)
+        address = push.push(folder, repository, public)
     common.stdout().print(address)
 
 
