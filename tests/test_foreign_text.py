@@ -15,7 +15,7 @@ import pytest
 import tiny
 from mlxtune_convert.shown import shown, shown_json, shown_name
 
-from mlxtune.cli import use
+from mlxtune.cli import talk
 from mlxtune.cli.console import console
 from mlxtune.data.template.answers import Plain
 
@@ -106,7 +106,7 @@ def test_a_console_keeps_its_own_colours_and_nothing_of_the_texts(
 
 def test_an_answer_commands_no_terminal_and_is_kept_raw_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     for raw in (False, True):
-        voice = use.Voice(Plain(), raw)
+        voice = talk.Voice(Plain(), raw)
         for piece in CLIPBOARD + KEPT:  # one character at a time
             voice.hear(piece)
         voice.end("")

@@ -10,7 +10,7 @@ from mlxtune_convert.cli import say_error, status_of
 from mlxtune_convert.shown import shown_name
 
 import mlxtune
-from mlxtune.cli import bench, common, convert, data, demo, doctor, runs, ship, train, use
+from mlxtune.cli import bench, chat, common, convert, data, demo, doctor, evaluate, runs, ship, train
 from mlxtune.errors import Interrupted
 from mlxtune.machine import gpu_errors
 from mlxtune.train import signals
@@ -18,8 +18,8 @@ from mlxtune.train import signals
 SECTIONS: dict[str, list[click.Command]] = {
     "Begin": [demo.demo, doctor.doctor, bench.bench],
     "Prepare": [convert.convert, data.data],
-    "Tune": [train.train, runs.runs, use.eval_command],
-    "Use": [use.generate, use.chat],
+    "Tune": [train.train, runs.runs, evaluate.eval_command],
+    "Use": [chat.generate, chat.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],
 }
 
