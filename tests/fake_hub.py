@@ -180,9 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.host == "storage":
             _, name, _, file = re.fullmatch(r"(/([\w.-]+/[\w.-]+))/(\w+)/(.+)", path).groups()  # type: ignore[union-attr]
             self._content(self.hub.repos[name].files[file], {})
-        elif match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(/revision/[^/]+|/tree/[^/]+)?", path):
-            self._about(match[1], tree=(match[2] or "").startswith("/tree/"))
-        elif match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(r"/api/(?:models/|(datasets/))([\w.-]+/[\w.-]+)(/revision/[^/]+|/tree/.+)?", path):
+            self._about((match[1] or "") + match[2], tree=(match[3] or "").startswith("/tree/"))
+        elif match := re.fullmatch(r"/((?:datasets/)?[\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
             self._file(match[1], match[3])
         else:
             self._send(404, b"", {})

@@ -13,8 +13,11 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from test_layers import COMMANDS
 
 from mlxtune.cli import cli
+from mlxtune.config.resolve import KEYS
+from mlxtune.data.template import rendering
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / ".github" / "workflows" / "test.yml"
@@ -154,3 +157,14 @@ def test_every_command_that_is_run_or_asked_for_exists() -> None:
     assert ["doctor", "--test", "--json"] in lines and len(lines) >= 8
     for verb, *words in lines:
         cli.commands[verb].make_parser(click.Context(cli.commands[verb])).parse_args(words)  # raises for an unknown one
+
+
+def test_the_security_policy_promises_what_there_is_and_names_a_private_way_to_report() -> None:
+    text = (ROOT / ".github" / "SECURITY.md").read_text()
+    known = {name for command in COMMANDS.values() for option in command.params for name in option.opts}
+    named = set(re.findall(r"`(--[a-z-]+)`", text))
+    assert len(named) >= 5 and named <= known, named - known
+    assert set(re.findall(r"`([a-z]+\.[a-z_]+)`", text)) <= set(KEYS)
+    assert f"after {rendering.SECONDS:g} seconds" in text
+    assert "Report a vulnerability" in text
+    assert not re.search(r"\S@\S", text)  # an address of somebody's

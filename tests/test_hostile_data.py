@@ -20,7 +20,7 @@ from mlxtune.data.rows import formats, readers
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad, raw_rows
 from mlxtune.data.survey import lint
-from mlxtune.data.template import rendering
+from mlxtune.data.template import bounded, rendering
 from mlxtune.data.template.template import Template, TemplateError
 from mlxtune.errors import UserError
 
@@ -147,10 +147,14 @@ def test_a_template_without_end_is_refused_after_a_while(
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("other_release", [False, True], ids=["transformers as it is", "another release of it"])
 def test_a_template_that_makes_too_much_of_a_conversation_is_refused(
-    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    other_release: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendering, "LONGEST", 10_000)
+    if other_release:
+        monkeypatch.setattr(rendering, "_compile", None)
+    what = "10,001 characters" if other_release else "a text or list of 10,001 characters"
+    monkeypatch.setattr(bounded, "LONGEST", 10_000)
     tokenizer.chat_template = "{{ 'a' * 10001 }}"
-    with pytest.raises(TemplateError, match="makes 10,001 characters"):
+    with pytest.raises(TemplateError, match=f"makes {what}"):
         Template(tokenizer).text([{"role": "user", "content": "a"}])

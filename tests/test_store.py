@@ -129,6 +129,13 @@ def test_the_store_keeps_what_the_renderer_made(tokenizer: Any, tmp_path: Path) 
     assert row_cache.cache_folder(section) == tmp_path / "cache"
 
 
+def signed(folder: Path, **facts: Any) -> None:
+    """Change facts.json so, and make its digest of the columns and of itself right again."""
+    found = json.loads((folder / "facts.json").read_text()) | facts
+    found["beside"] = row_cache._digest_beside(folder, found)
+    (folder / "facts.json").write_text(json.dumps(found))
+
+
 def changed_ids(folder: Path) -> None:
     """Other tokens of the model: nothing but the digest can tell."""
     ids = np.fromfile(folder / "ids.bin", np.int32)
@@ -142,8 +149,23 @@ def ids_of_no_model(folder: Path) -> None:
 
 
 def highest_of_facts(folder: Path) -> None:
+    signed(folder, highest=3)
+
+
+def facts_of_another_type(folder: Path) -> None:
     facts = json.loads((folder / "facts.json").read_text())
-    (folder / "facts.json").write_text(json.dumps(facts | {"highest": 3}))
+    (folder / "facts.json").write_text(json.dumps(facts | {"counts": []}))
+
+
+def other_targets(folder: Path) -> None:
+    columns = np.fromfile(folder / "columns.bin", row_cache.COLUMNS)
+    columns["targets"] += 1
+    columns.tofile(folder / "columns.bin")
+
+
+def pipe(folder: Path) -> None:
+    (folder / "signature.bin").unlink()
+    os.mkfifo(folder / "signature.bin")
 
 
 def cut(name: str, by: int) -> tiny.Change:
@@ -154,6 +176,7 @@ def lengths_below_zero(folder: Path) -> None:
     columns = np.fromfile(folder / "columns.bin", row_cache.COLUMNS)
     columns["length"][:2] += [-1000, 1000]
     columns.tofile(folder / "columns.bin")
+    signed(folder)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +186,9 @@ def lengths_below_zero(folder: Path) -> None:
         ids_of_no_model,
         highest_of_facts,
         lengths_below_zero,
+        facts_of_another_type,
+        other_targets,
+        pipe,
         cut("ids.bin", 1),
         cut("ids.bin", 8),
         cut("mask.bin", 1),
@@ -179,11 +205,12 @@ def test_a_store_that_does_not_hold_what_was_written_is_made_again(
 ) -> None:
     path, cache = texts_file(tmp_path), tmp_path / "cache"
     first = all_of(path, tokenizer, cache=str(cache))
-    wanted = shown(first, tokenizer)
+    wanted, targets = shown(first, tokenizer), first.column("targets").tolist()
     (folder,) = cache.iterdir()
     change(folder)
     again = all_of(path, tokenizer, cache=str(cache))
     assert shown(again, tokenizer) == wanted and again.highest < 320
+    assert again.column("targets").tolist() == targets
     assert row_cache._is_whole(row_cache._open(folder))
 
 

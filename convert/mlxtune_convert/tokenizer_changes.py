@@ -31,7 +31,10 @@ class Changes:
         if adapter is None or not (adapter / FILE).is_file():
             return cls()
         saved = read_json(adapter / FILE, "what a run changed in the tokenizer")
-        return cls(*(saved.get(key, own) for key, own in asdict(cls()).items()))
+        found = cls(*(saved.get(key, own) for key, own in asdict(cls()).items()))
+        if not found._is_sound():
+            raise UserError(f"{adapter / FILE} is none that mlxtune wrote", "Copy the adapter again.")
+        return found
 
     @classmethod
     def of_files(cls, folder: Path) -> Self:
@@ -45,6 +48,14 @@ class Changes:
             str(end.get("content", "") if isinstance(end, dict) else end),
             {token: index for token, (index, special) in _added(folder).items() if special},
         )
+
+    def _is_sound(self) -> bool:
+        """Whether all values are of the types that are written."""
+        templates = self.chat_template.values() if isinstance(self.chat_template, dict) else [self.chat_template]
+        texts = [*templates, self.eos_token]
+        if not isinstance(self.tokens, dict) or not all(isinstance(text, str) for text in texts):
+            return False
+        return all(type(index) is int and 0 <= index < 1 << 31 for index in self.tokens.values())
 
     @property
     def empty(self) -> bool:

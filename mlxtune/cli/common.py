@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlxtune.config.resolve import Config
+    from mlxtune.data.dataset.examples import Examples
     from mlxtune.model.load import Loaded
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -89,11 +90,47 @@ def stdout() -> Console:
 
 def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ...] = ()) -> Config:
     """The configuration a run was made with (defaults without one), its data replaced by --data."""
-    from mlxtune.config import resolve
+    from mlxtune.config import resolve as config
+
+    return config.load(_run_file(adapter), settings, {"data.path": data})
+
+
+def _run_file(adapter: Path | None) -> Path | None:
+    """The configuration beside an adapter; None where there is none."""
     from mlxtune.train import session
 
     file = adapter / session.CONFIG_FILE if adapter is not None else None
-    return resolve.load(file if file and file.is_file() else None, settings, {"data.path": data})
+    return file if file is not None and file.is_file() else None
+
+
+def held_out(
+    tokenizer: Any,
+    folder: Path,
+    adapter: Path | None,
+    data: str | None,
+    settings: tuple[str, ...] = (),
+    split: str | None = None,
+) -> tuple[Examples, Config]:
+    """(The rows to compare on: --data's, else the run's own; the configuration they are read with). The hub is not
+    asked for rows that the run's folder alone names.
+
+    tokenizer, folder, split: as `session.held_out` takes them.
+    """
+    from mlxtune.data.dataset.sources import is_hub_id
+    from mlxtune.train import reach, session
+
+    config = run_settings(adapter, data, settings)
+    file = _run_file(adapter)
+    named = reach.keys_named(settings, {"data.path": data})
+    local_only, own = "", data is None
+    if file is not None:
+        for line in reach.cache_notes(config, str(file), named):
+            note(line)
+        if named.isdisjoint(reach.DATA_KEYS):
+            local_only = reach.compared(config.data)
+        # Who names the run's own dataset, to have it fetched, means the rows that the run held out of it.
+        own = own or (is_hub_id(config.data.path) and data == run_settings(adapter, None).data.path)
+    return session.held_out(tokenizer, folder, config, split, own, local_only), config
 
 
 def load_model(model: str, adapter: Path | None) -> Loaded:

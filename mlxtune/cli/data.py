@@ -154,11 +154,15 @@ def check(
     from mlxtune.data.dataset import sources
     from mlxtune.data.survey import survey as checks
     from mlxtune.errors import UserError
+    from mlxtune.train import reach
 
     common.refuse_idle(
         settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache", "data.valid_fraction"
     )
     config = configuration.load(file, settings, {"data.path": path})
+    if file is not None:
+        for line in reach.hub_notes(config, file, {"model.path"} | reach.keys_named(settings, {"data.path": path})):
+            common.note(line)
     folder, renderer = _renderer(model, config)
     splits: dict[str, checks.Split] = {}
     with survey_table.progress(common.console()) as progress:

@@ -21,7 +21,11 @@ REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in 
 @click.command("eval")
 @common.model_option()
 @common.adapter_option
-@click.option("--data", metavar="PATH", help="Folder or file.  [default: the run's own data]")
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="Folder, file or hub dataset id.  [default: the run's own, never fetched from the hub]",
+)
 @common.split_option("Of a folder.  [default: valid; a file: all rows]")
 @common.json_option
 @common.settings_option
@@ -39,9 +43,9 @@ def eval_command(
     from mlxtune.adapter.lora import switched_off
     from mlxtune.train import session
 
-    config = common.run_settings(adapter, data, settings)
+    common.run_settings(adapter, data, settings)  # a typing error is said before the model is read
     loaded = common.load_model(model, adapter)
-    examples = session.held_out(loaded.tokenizer, loaded.path, config, split, own=data is None)
+    examples, config = common.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)
     is_one_file = data is not None and Path(data).expanduser().is_file()
     label = split or ("all" if is_one_file else "valid")
     for note in examples.notes(label, config.data.max_tokens):

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from mlxtune.ship.verify import Report
 
 ENOUGH_ROWS = 32  # for codes that are not fitted to a few rows
-OWN_ROWS = "Held-out rows to compare on.  [default: the run's own; without --adapter: a text that comes with mlxtune]"
+OWN_ROWS = (
+    "Held-out rows to compare on.  [default: the run's own, never fetched from the hub; without --adapter: "
+    "a text that comes with mlxtune]"
+)
 
 
 def out_option(metavar: str, text: str) -> Callable[..., Any]:
@@ -99,7 +102,7 @@ def fuse(bits: str, group_size: str | None, **request_options: Any) -> None:
     from mlxtune.ship.verify import Report
 
     request = _request(**request_options)
-    rows = _training_rows(request_options["adapter"]) if bits == "4" else ()
+    rows = _training_rows(request.model, request_options["adapter"], request_options["data"]) if bits == "4" else ()
     artefact = FusedMlx(int(bits), int(group_size) if group_size else None, calibration=rows)
     with common.console().status("merging, comparing with the trained model"):
         shipped = ship(request, artefact)
@@ -124,12 +127,18 @@ def _note_what_is_lost(request: Request, bits: str, report: Report) -> None:
         )
 
 
-def _training_rows(adapter: Path) -> Sequence[Example]:
-    """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said."""
-    from mlxtune.train import session
+def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Example]:
+    """The run's own training rows, to choose 4-bit codes by; none when they cannot be found, which is said.
+
+    data: --data, which may name them.
+    """
+    from mlxtune.train import reach, session
 
     try:
-        rows = session.read_data(session.run_config(adapter))[0].train
+        config = session.run_config(adapter, flags={"model.path": str(model)})
+        is_named = data is not None and data == config.data.path
+        local = reach.LocalOnly(data="" if is_named else reach.compared(config.data))
+        rows = session.read_data(config, local=local)[0].train
     except UserError as error:
         common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
@@ -146,7 +155,6 @@ def _held_out(path: Path, adapter: Path | None, data: str | None, or_else: str =
     from mlxtune.data.template.tokenizer_changes import tokenizer_of
     from mlxtune.ship import sample
     from mlxtune.ship.verify import MAX_POSITIONS, SHIPPED
-    from mlxtune.train import session
 
     if adapter is None and data is None:
         common.note(f"no adapter, so no rows were held out: the proof is on {SHIPPED} (--data PATH: on your own)")
@@ -157,7 +165,7 @@ def _held_out(path: Path, adapter: Path | None, data: str | None, or_else: str =
         raise UserError(
             f"the proof needs held-out rows, and {adapter} is no run that names its own", "; ".join(ways) + "."
         )
-    return session.held_out(tokenizer_of(path, adapter), path, config, own=data is None)
+    return common.held_out(tokenizer_of(path, adapter), path, adapter, data)[0]
 
 
 def _artefact(target: str, dtype: str | None, kind: str | None, ollama: bool) -> Artefact:

@@ -11,6 +11,7 @@ from mlxtune.cli import common
 
 if TYPE_CHECKING:
     from mlxtune.config.resolve import Config
+    from mlxtune.train.reach import LocalOnly
 
 
 @click.command()
@@ -40,7 +41,8 @@ def train(
 
     Flags beat the file, the file beats the defaults. RUN/adapters.safetensors ends up as the adapter with the lowest
     validation loss. Ctrl-C finishes the step, saves, and can be resumed, as can a run whose GPU failed. On several
-    machines: mlx.launch.
+    machines: mlx.launch. What FILE, or the run that goes on, turns on beyond this machine is told first; the hub is not
+    asked for what that run alone names.
 
     \b
     mlxtune train -c quick --model model --data data
@@ -62,6 +64,7 @@ def train(
     config = _resumed(out, file, settings, flags) if resume and out else configuration.load(file, settings, flags)
     if not config.model.path:
         raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
+    local = _told(config, file, out if resume else None, settings, flags)
     if dry_run:
         _print_plan(config, out)
         return
@@ -74,7 +77,7 @@ def train(
     folder = out or tuning.default_out(config.model.path)
     first = Ranks.here().first
     with Display(common.console(quiet=not first)) as display:
-        state = tuning.tune(config, folder, display, resume, resume_anyway)
+        state = tuning.tune(config, folder, display, resume, resume_anyway, local)
     if not first:
         return
     best = (
@@ -92,6 +95,28 @@ def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict
     if not Ranks.here().first:  # it is told by the first, which may be the only machine that has the run
         return configuration.load(None, (), {"model.path": "told by the first"})
     return session.run_config(out, file, settings, flags)
+
+
+def _told(
+    config: Config, file: str | None, run: Path | None, settings: tuple[str, ...], flags: dict[str, str | None]
+) -> LocalOnly:
+    """Say what a configuration file, or the run that goes on, turns on beyond this machine; return for what the hub is
+    not asked.
+    """
+    from mlxtune.train import reach, session
+    from mlxtune.train.ranks import Ranks
+
+    local = reach.NOTHING
+    if run is None and file is None:
+        return local
+    named, first = reach.keys_named(settings, flags), Ranks.here().first
+    if run is not None and file is None:
+        file = str(run / session.CONFIG_FILE)
+        local = reach.resumed(config if first else None, file, named)
+    if first:
+        for line in reach.notes(config, str(file), named, local):
+            common.note(line)
+    return local
 
 
 def _print_plan(config: Config, folder: Path | None) -> None:

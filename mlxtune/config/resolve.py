@@ -23,6 +23,9 @@ from mlxtune.errors import UserError, nearest
 EITHER = (("train.steps", "train.epochs"), ("train.batch_rows", "train.batch_tokens"), ("data.path", "data.sources"))
 
 
+DEEPEST = 32  # lists and tables in one another, of any value
+
+
 class Config(Section):
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
@@ -92,6 +95,11 @@ def load(
             lines.pop(key, None)
     for key, value in given.items():
         _put(tree, key, value)
+    for section, keys in tree.items():
+        for name, value in keys.items() if isinstance(keys, dict) else ():
+            if why := _unkept(value):
+                where = f"{lines[f'{section}.{name}']}: " if f"{section}.{name}" in lines else ""
+                raise UserError(f"{where}{section}.{name} holds {why}", KEYS.get(f"{section}.{name}", ""))
     named = {key for key, value in given.items() if value is not None}
     for one, other in (*EITHER, *(pair[::-1] for pair in EITHER)):
         if one in named and other not in named:
@@ -138,6 +146,22 @@ def _refuse_older(document: Document, lines: Mapping[str, str], source: str = ""
                 f"{lines.get(key, source)}: {key}: {text} is a text in YAML 1.2, and was none in YAML 1.1",
                 f"Write {meant}; or '{text}' in quotes, if the text is meant.",
             )
+
+
+def _unkept(value: Any, depth: int = 0) -> str:
+    """What of a value cannot be written into a run's folder and read again as it was, in words; "" where all can."""
+    if depth > DEEPEST:
+        return f"lists or tables more than {DEEPEST} deep in one another"
+    if isinstance(value, dict | list):
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        return next(filter(None, (_unkept(one, depth + 1) for one in inside)), "")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return "a whole number of more than 64 bits"
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        return "half of a character (a surrogate)"
+    if value is None or isinstance(value, str | int | float):
+        return ""
+    return f"a value of the type {type(value).__name__}"
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -32,9 +32,16 @@ ADAPTER = "adapter_model.safetensors"
 PATTERNS = list(dict.fromkeys(["*.json", "*.jinja", "*.txt", *VOCABULARIES]))
 
 
-def resolve(source: str, code: bool = False) -> Path:
+def is_id(source: str) -> bool:
+    """Whether a model is one of the hub: nothing here has that name, and it looks like OWNER/NAME."""
+    path = Path(source).expanduser()
+    is_name = HUB_ID.fullmatch(source) and not source.startswith((".", "~"))
+    return bool(is_name) and path.suffix not in (".gguf", ".safetensors") and not path.exists()
+
+
+def resolve(source: str, code: bool = False, local_only: str = "") -> Path:
     """A local folder or file as it is, a hub id as the folder of its download. code: with the .py files in it, which
-    nothing here runs.
+    nothing here runs; local_only: not "": the hub is not asked, and this is the hint where its local cache has no copy.
 
     Raises UserError: nothing there, unknown on the hub, gated, no network and not in the cache, no safetensors, a cut
     or damaged download, a full disk.
@@ -44,8 +51,15 @@ def resolve(source: str, code: bool = False) -> Path:
         if path.is_dir():
             refuse_links_out(path)
         return path
-    if not HUB_ID.fullmatch(source) or source.startswith((".", "~")) or path.suffix in (".gguf", ".safetensors"):
+    if not is_id(source):
         raise UserError(f"no file or folder {source}", "A hub id looks like owner/name.")
+    if local_only:
+        cached = _cached(source, PATTERNS)
+        if cached is None:
+            raise UserError(
+                f"{source}, a model of the hub that only the run names, is not in the local cache", local_only
+            )
+        return cached
     return _download(source, code)
 
 

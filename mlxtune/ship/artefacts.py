@@ -29,6 +29,7 @@ from mlxtune_convert.hf import families, model_folder
 from mlxtune_convert.hf.configs import SOURCE_FILE, unquantized
 from mlxtune_convert.peft import adapter_folder
 from mlxtune_convert.peft.adapter_folder import Update
+from mlxtune_convert.peft.settings import Settings
 
 from mlxtune.adapter import lora
 from mlxtune.adapter.peft import from_model
@@ -383,6 +384,7 @@ def of_folder(folder: Path) -> Artefact:
     to be compared here.
     """
     if (folder / adapter_folder.WEIGHTS_FILE).is_file():
+        Settings.read(folder)  # PEFT is given no key that we do not know: some name modules that it would import
         return Peft()
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is neither a model folder nor a PEFT adapter", "Name what fuse or export wrote.")

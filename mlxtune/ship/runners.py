@@ -206,7 +206,15 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
     rows = _rows_of_saved_embedding(model, folder)
     if rows > len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(rows, mean_resizing=False)
-    return TorchRunner(PeftModel.from_pretrained(model, str(folder)).eval())
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # the library raises whatever its parts raise
+        reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+        raise UserError(
+            f"PEFT {importlib.metadata.version('peft')} does not load {folder} ({reason})",
+            "Either it is not as it was written, or this version wants something else (a bug, then: please report it).",
+        ) from error
+    return TorchRunner(adapted.eval())
 
 
 def _rows_of_saved_embedding(model: Any, folder: Path) -> int:

@@ -7,6 +7,7 @@ before is used.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -39,6 +40,9 @@ LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+(-[0-9a-f]+)?")  # by a 
 OWN = (lock.FILE, CONFIG_FILE, events.FILE, lora.CONFIG_FILE, tokenizer_changes.FILE, FOLDER, "tensorboard", "wandb")
 
 
+MOST_HALVED = 64  # times that a micro-batch is cut in two: more has no effect on any
+
+
 @dataclass(frozen=True)
 class State:
     """Where a run stands after `step`.
@@ -56,6 +60,19 @@ class State:
     skipped: int = 0
     halved: int = 0
     checkpointed: bool = False
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> State:
+        """As it was saved. Raises TypeError or ValueError for what is none."""
+        state = cls(**saved)
+        counts = (state.step, state.evaluated + 1, state.best_step, state.stale, state.skipped, state.halved)
+        if not all(type(count) is int and 0 <= count < 1 << 63 for count in counts):
+            raise ValueError("a count is none")
+        if type(state.checkpointed) is not bool or state.halved > MOST_HALVED:
+            raise ValueError("no division of steps")
+        if state.best_loss is not None and not math.isfinite(state.best_loss):
+            raise ValueError("no loss")
+        return state
 
 
 @dataclass(frozen=True)
@@ -113,15 +130,19 @@ def newest(run: Path, skipped: Callable[[str], None]) -> Saved:
     for folder in reversed(_folders(run)):
         try:
             saved = read_json(folder / STATE_FILE, "a checkpoint")
+            state, identity = State.of(saved["state"]), Identity.of_saved(saved["identity"])
+            _require_own(folder, state, saved["sha256"])
             torn = [name for name, expected in saved["sha256"].items() if digest(folder / name) != expected]
             if not torn:
-                found = Saved(folder, State(**saved["state"]), Identity(**saved["identity"]))
+                found = Saved(folder, state, identity)
                 break
             broken.append(folder)
         except (UserError, FileNotFoundError):
             torn = [STATE_FILE]
             broken.append(folder)
-        except (KeyError, TypeError, AttributeError):
+        except OSError as error:
+            torn = [f"it cannot be read: {error.strerror}"]
+        except (KeyError, TypeError, AttributeError, ValueError):
             torn = [f"{STATE_FILE}, of another version"]  # and not ours to remove
         skipped(f"{folder} is incomplete ({torn[0]}): using the checkpoint before it")
     if found is None:
@@ -211,3 +232,15 @@ def _remove_own(folder: Path) -> None:
 
 def _folders(run: Path) -> list[Path]:
     return sorted(path for path in (run / FOLDER).glob("step-*") if STEP.fullmatch(path.name) and path.is_dir())
+
+
+def _require_own(folder: Path, state: State, digests: dict[str, str]) -> None:
+    """Raise ValueError for a step or for names of files that no checkpoint of ours has. Another file would be read, or
+    a pipe that never ends.
+    """
+    if folder.name != f"step-{state.step:07d}":
+        raise ValueError("another step's state")
+    if set(digests) not in ({lora.ADAPTER_FILE, OPTIMIZER_FILE}, {lora.OWN_FILE, OPTIMIZER_FILE}):
+        raise ValueError("other files' digests")
+    if any((folder / name).exists() and not (folder / name).is_file() for name in digests):
+        raise ValueError("something else in place of a file")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -75,16 +76,43 @@ def _cut_off(file: Path) -> bool:
 
 
 def read(folder: Path) -> list[Event]:
-    """Every event of a run that still counts: not a line that a crash cut off, nor steps that were done again."""
+    """Every event of a run that still counts: not a line that a crash cut off, nor steps that were done again.
+
+    Raises ValueError for a file that is none of ours: no text, or an event with another kind of value than we write.
+    """
     out: list[Event] = []
     for line in (folder / FILE).read_text(encoding="utf-8").split("\n"):  # an answer may hold other line separators
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, lists in lists without end
             continue
         if not isinstance(event, dict) or "kind" not in event:
             continue
+        _check(event)
         if event["kind"] == "begin":
             out = [old for old in out if old.get("step", 0) <= event["step"]]
         out.append(event)
     return out
+
+
+def _check(event: Event) -> None:
+    """Raise ValueError for an event whose numbers are none."""
+    counted = event["kind"] in ("begin", "train", "eval")
+    if (counted or "step" in event) and not _is_count(event.get("step")):
+        raise ValueError(f"an event without its step: {event['kind']}")
+    if "steps" in event and not _is_count(event["steps"]):
+        raise ValueError(f"steps that are no number: {event['steps']}")
+    if event["kind"] in ("train", "eval") and not _is_loss(event.get("loss", "")):
+        raise ValueError(f"a loss that is no number: {event.get('loss')}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_loss(value: Any) -> bool:
+    """None: it was not finite."""
+    if value is None:
+        return True
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < sys.float_info.max  # also of a whole number that no float holds

@@ -25,6 +25,7 @@ MAY_CHANGE = (
 )
 # Places: what lies there is compared instead.
 MAY_MOVE = ("model.path", "data.path", "data.cache", "lora.start_from")
+PLACES = (*MAY_MOVE, "data.template")  # the keys that may hold a path
 SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
@@ -50,6 +51,19 @@ class Identity:
             del source["path"]  # as in MAY_MOVE
         mlx = f"{version('mlx')} on {backend.kind()}"
         return cls(flat, train, valid, of_model(model), mlx, backend.multiplies())
+
+    @classmethod
+    def of_saved(cls, saved: dict[str, Any]) -> Identity:
+        """As a checkpoint holds it. Raises TypeError for what is none."""
+        found = cls(**saved)
+        texts = (found.train, found.valid, found.model, found.mlx, found.blas)
+        if not isinstance(found.config, dict) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("no identity of a run")
+        return found
+
+    def without_places(self) -> dict[str, Any]:
+        """The configuration as others may see it: of a path only its last name, of a hub id all."""
+        return {key: _last_name(value) if key in PLACES else value for key, value in self.config.items()}
 
     def refuse_other(self, now: Identity, run: Path, anyway: bool) -> list[str]:
         """Notes on what changed without harm. Raises UserError listing everything that must not change; or that may,
@@ -104,6 +118,11 @@ def _flat(config: Config) -> dict[str, Any]:
     """section.key -> value."""
     sections = json.loads(config.model_dump_json())
     return {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+
+
+def _last_name(value: Any) -> Any:
+    is_path = isinstance(value, str) and Path(value).expanduser().is_absolute()
+    return Path(value).name if is_path else value
 
 
 def _short(value: Any) -> str:

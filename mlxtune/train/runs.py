@@ -38,7 +38,7 @@ def find(folder: Path) -> list[Run]:
 def _examined(run: Path) -> Run:
     try:
         return _read(run)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, ValueError, OSError):
         return Run(run, "unreadable", 0, 0, None, _bytes(run), "")
 
 
@@ -52,7 +52,7 @@ def _read(run: Path) -> Run:
         path=run,
         state=state,
         step=max((event["step"] for event in happened if event["kind"] == "train"), default=0),
-        steps=int(begun.get("steps", 0)),
+        steps=begun.get("steps", 0),
         best_loss=min((loss for loss in evaluated if loss is not None), default=None),
         bytes=_bytes(run),
         model=Path(str(begun.get("model", ""))).name,

@@ -25,27 +25,34 @@ from mlxtune.evaluate.score import Score, score
 from mlxtune.model import hub
 from mlxtune.model.load import Loaded
 from mlxtune.train.checkpoint import CONFIG_FILE
+from mlxtune.train.reach import NOTHING, LocalOnly
 
 
 @dataclass(frozen=True)
 class Data:
-    """The examples of a run: training and held-out, with what was shortened or dropped."""
+    """The examples of a run, with what was shortened or dropped."""
 
     train: Examples
-    valid: Examples
+    valid: Examples  # held out
+    folder: Path  # of the model whose tokens they are: model.path, or what was downloaded of it
 
 
-def read_data(config: Config, progress: mixture.Progress = lambda source, rows: None) -> tuple[Data, Config]:
+def read_data(
+    config: Config,
+    progress: mixture.Progress = lambda source, rows: None,
+    local: LocalOnly = NOTHING,
+) -> tuple[Data, Config]:
     """Rows -> examples of the model's tokenizer, and the configuration with the day they were made for.
 
-    Raises UserError before any weight is read; for a typing error in the rows, before a model is downloaded.
+    local: for what the hub is not asked. Raises UserError before any weight is read; for a typing error in the rows,
+    before a model is downloaded.
     """
-    sources.glance(config.data, whole=not Path(config.model.path).expanduser().exists())
-    folder = hub.resolve(config.model.path)
+    sources.glance(config.data, not Path(config.model.path).expanduser().exists(), local.data)
+    folder = hub.resolve(config.model.path, local_only=local.model)
     tokenizer = load_tokenizer(folder)
     config = dated(config, folder, tokenizer)
-    found = mixture.read(config.data, tokenizer, folder, config.train.seed, progress)
-    return Data(found["train"], found["valid"]), config
+    found = mixture.read(config.data, tokenizer, folder, config.train.seed, progress, local_only=local.data)
+    return Data(found["train"], found["valid"], folder), config
 
 
 def split_for(loaded: Loaded, config: Config, batch: Batch) -> Split | None:
@@ -95,16 +102,18 @@ def run_config(
     return load_config(file or run / CONFIG_FILE, settings, flags)
 
 
-def held_out(tokenizer: Any, folder: Path, config: Config, split: str | None = None, own: bool = True) -> Examples:
+def held_out(
+    tokenizer: Any, folder: Path, config: Config, split: str | None = None, own: bool = True, local_only: str = ""
+) -> Examples:
     """The examples to compare on; `folder` names the model in errors.
 
     own: the data is the run's own, of which the validation rows (or `split`) were held out; else the user named it, and
-    a single file counts whole.
+    a single file counts whole. local_only: as `sources.find`.
     """
     whole = not own and split is None and Path(config.data.path).expanduser().is_file()
     wanted = split or ("train" if whole else "valid")
     section = config.data if own else config.data.model_copy(update={"dedup": "none", "cap": None})
-    found = mixture.read(section, tokenizer, folder, config.train.seed, whole=whole)
+    found = mixture.read(section, tokenizer, folder, config.train.seed, whole=whole, local_only=local_only)
     if wanted not in found:
         raise UserError(f"{config.data.path} has no {wanted} split", f"It has: {', '.join(found)}.")
     return found[wanted]

@@ -30,7 +30,6 @@ from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.score import Score, score
 from mlxtune.machine import backend, surroundings
-from mlxtune.model import hub
 from mlxtune.model.arrays import dtype_name, named
 from mlxtune.model.corrections import corrected
 from mlxtune.model.linux_cpu import as_powers_of_two
@@ -45,6 +44,7 @@ from mlxtune.train.events import read as read_events
 from mlxtune.train.identity import Identity
 from mlxtune.train.lock import UNLOCKED, locked
 from mlxtune.train.ranks import ALONE, Ranks
+from mlxtune.train.reach import NOTHING, LocalOnly
 from mlxtune.train.session import CONFIG_FILE, Data, anchored, read_data, run_config
 from mlxtune.train.step import Job
 
@@ -58,12 +58,11 @@ def memory_plan(config: Config, data: Data) -> tuple[Config, Memory | None, list
     model is of a kind that cannot be predicted.
     """
     backend.prepare()
-    folder = hub.resolve(config.model.path)
-    model, model_config = open_model(folder)
+    model, model_config = open_model(data.folder)
     own = model_dtype(model)
     dtype = backend.dtype_for(config.train.dtype, own, "quantization" in model_config)
     said = floats.notes(config.train.dtype, own, dtype, model_config) + corrected.notes(model, model_config)
-    said.append(described(source_of(folder)["config"], model_config))
+    said.append(described(source_of(data.folder)["config"], model_config))
     cast(model, dtype)
     lora.attach(model, _spec(config, model), config.train.seed)
     plan = Plan(data.train, config.train, config.data.group_by_prefix)
@@ -88,12 +87,19 @@ def default_out(model: str) -> Path:
     return next(path for name in names if not (path := Path("runs") / name).exists())
 
 
-def tune(config: Config, out: Path, display: Display, resume: bool = False, anyway: bool = False) -> State:
+def tune(
+    config: Config,
+    out: Path,
+    display: Display,
+    resume: bool = False,
+    anyway: bool = False,
+    local: LocalOnly = NOTHING,
+) -> State:
     """Train and leave the adapter in `out`.
 
-    resume: go on from its newest checkpoint; anyway: though keys that may change did. Raises UserError for anything
-    wrong with the configuration, data or model, Interrupted after a signal. A run that ends before anything was saved
-    leaves no folder.
+    resume: go on from its newest checkpoint; anyway: though keys that may change did; local: for what the hub is not
+    asked. Raises UserError for anything wrong with the configuration, data or model, Interrupted after a signal. A run
+    that ends before anything was saved leaves no folder.
     """
     ranks = Ranks.here()
     with ExitStack() as stack:
@@ -112,7 +118,7 @@ def tune(config: Config, out: Path, display: Display, resume: bool = False, anyw
             saved = checkpoint.newest(out, notes.append)
         elif ranks.first:
             require_free(out)
-        data, config = read_data(config, display.reading)
+        data, config = read_data(config, display.reading, local)
         stack.callback(backend.wire, 0)  # as MLX begins: what `prepared` wires is wired for training alone
         job, config, changes, found = prepared(config, data, out, ranks, resume, display.doing)
         if saved is not None:
@@ -166,7 +172,7 @@ def prepared(
     adapter attached. doing: told what goes on where it may last.
     """
     doing(READING)
-    loaded = load(config.model.path, config.train.dtype)
+    loaded = load(str(data.folder), config.train.dtype)
     changes = vocabulary.prepare(loaded, config)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
     spec = lora.read_spec(out) if resume and ranks.first else _spec(config, loaded.model)
@@ -267,7 +273,7 @@ def _written(
         file.write(config.to_yaml())
     events = stack.enter_context(closing(Events(out, display)))
     opened = loggers.opened(
-        config.train.loggers, out, job.identity.config, step, lambda text: events.emit("note", text=text)
+        config.train.loggers, out, job.identity.without_places(), step, lambda text: events.emit("note", text=text)
     )
     events.listen(*stack.enter_context(opened))
     # What will be written: the checkpoints (the adapter, and two moments of it), one more while it is being written.
@@ -285,9 +291,11 @@ def _written(
 
 def _way_before(out: Path) -> str:
     """How the run in `out` was computed so far, in words; "": nobody knows."""
-    if not (out / EVENTS_FILE).is_file():
+    try:
+        happened = read_events(out) if (out / EVENTS_FILE).is_file() else []
+    except ValueError:  # somebody changed the file; what is written from now on can be read
         return ""
-    return next((event["computed"] for event in reversed(read_events(out)) if "computed" in event), "")
+    return next((str(event["computed"]) for event in reversed(happened) if "computed" in event), "")
 
 
 def _spec(config: Config, model: nn.Module) -> lora.Spec:

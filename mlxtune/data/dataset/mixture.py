@@ -34,11 +34,12 @@ def read(
     seed: int,
     progress: Progress = lambda source, rows: None,
     whole: bool = False,
+    local_only: str = "",
 ) -> dict[str, Examples]:
     """The examples of "train", "valid" and, where there is one, "test".
 
     folder: where the tokenizer is from, for messages; whole: a single file counts whole, as "train", and nothing is
-    held out. Raises UserError for anything that is wrong with the data.
+    held out; local_only: as `sources.find`. Raises UserError for anything that is wrong with the data.
     """
     mixture = section.mixture()
     if section.hub == "stream" and any(source.cap is None for source in mixture):
@@ -49,7 +50,7 @@ def read(
     stores: dict[str, list[tuple[Store, int]]] = {}
     unused: list[str] = []
     for number, source in enumerate(mixture):
-        by_split = find(source, section.hub == "stream")
+        by_split = find(source, section.hub == "stream", local_only)
         unused += [note] if (note := unused_note(source, by_split)) else []
         for split, files in by_split.items():
             stores.setdefault(split, []).extend((_stored(one, renderer, folder, progress), number) for one in files)

@@ -38,7 +38,7 @@ from mlxtune.data.rows.formats import Record, chunks, require_good
 from mlxtune.data.rows.readers import Bad
 from mlxtune.errors import UserError
 
-VERSION = 4  # of the files made from the same data: raised when rendering or their layout changes
+VERSION = 5  # of the files made from the same data: raised when rendering or their layout changes
 KEPT_SECONDS = 30 * 24 * 3600  # how long a store that is not used stays in the cache folder
 LISTED = 10_000  # dropped and damaged rows that are remembered one by one
 FACTS_FILE = "facts.json"
@@ -142,11 +142,13 @@ def _writable(folder: Path) -> bool:
 
 def _kept(folder: Path) -> Store | None:
     """The store in a folder of the cache; None where there is none, or it does not hold what was written."""
-    if folder.is_symlink() or not (folder / FACTS_FILE).is_file():
+    names = [FACTS_FILE, *(f"{name}.bin" for name in FILES)]
+    if folder.is_symlink() or not all((folder / name).is_file() for name in names):
         return None
     try:
         found = _open(folder)
-        return found if _is_whole(found) else None
+        is_as_written = found.facts["beside"] == _digest_beside(folder, found.facts)
+        return found if is_as_written and _is_whole(found) else None
     except (UserError, OSError, ValueError, KeyError, TypeError):  # torn, or written by something else
         return None
 
@@ -166,6 +168,15 @@ def _is_whole(store: Store) -> bool:
         digest.update(store.ids[begin:end].tobytes() + store.mask[begin:end].tobytes())
     highest = int(store.ids.max(initial=0))
     return digest.hexdigest() == store.facts["digest"] and highest == store.facts["highest"]
+
+
+def _digest_beside(folder: Path, facts: dict[str, Any]) -> str:
+    """Of what a store keeps beside ids and masks: its columns and signatures, and all other facts."""
+    others = {name: value for name, value in facts.items() if name != "beside"}
+    digest = hashlib.blake2b(json.dumps(others, sort_keys=True).encode(), digest_size=16)
+    for name in ("columns", "signature"):
+        digest.update((folder / f"{name}.bin").read_bytes())
+    return digest.hexdigest()
 
 
 def cache_folder(section: DataSection) -> Path | None:
@@ -206,8 +217,9 @@ def _prune(root: Path) -> None:
 class _Facts:
     """What is known of a file's rows, beside their examples. rows: all of them; counts: rows that gave no example, by
     reason; dropped: the first of these, by reason; turns: reason -> [turns, rows] left out of rows that gave others;
-    damaged: [place, text] of the first damaged rows; lost: damaged rows of which no example is left;
-    kinds, kind_rows: what is to be told of turns, as `told.Kinds`; highest: token id; digest: of all ids and masks.
+    damaged: [place, text] of the first damaged rows; lost: damaged rows of which no example is left; kinds, kind_rows:
+    what is to be told of turns, as `told.Kinds`; highest: token id; digest: of all ids and masks; beside: as
+    `_digest_beside`.
     """
 
     file: str
@@ -221,6 +233,7 @@ class _Facts:
     kind_rows: dict[str, list[int]] = field(default_factory=dict)
     highest: int = 0
     digest: str = ""
+    beside: str = ""
 
     def add(self, parts: list[Row]) -> None:
         """Count what is not used, or not as it stands, of one row. parts: all that was made of it."""
@@ -276,6 +289,7 @@ def _build(
             progress(source, facts.rows)
     require_good(bad, facts.rows)
     facts.digest = digest.hexdigest()
+    facts.beside = _digest_beside(folder, vars(facts))
     write_json(folder / FACTS_FILE, vars(facts))
 
 

@@ -40,12 +40,14 @@ class Source:
     beside: tuple[str, ...] = ()
 
 
-def glance(section: DataSection, whole: bool = False) -> None:
-    """Raise UserError when a source is missing or its first row has no known format; whole: when any row is bad."""
+def glance(section: DataSection, whole: bool = False, local_only: str = "") -> None:
+    """Raise UserError when a source is missing or its first row has no known format; whole: when any row is bad.
+    local_only: as `find`.
+    """
     if not section.path and not section.sources:
         raise UserError("no data given", "Name a folder or file: --data PATH (or data.path in the configuration).")
     for source in section.mixture():
-        for found in chain.from_iterable(find(source, section.hub == "stream").values()):
+        for found in chain.from_iterable(find(source, section.hub == "stream", local_only).values()):
             if whole:
                 bad = [row if isinstance(row, Bad) else None for row in found.read()]
                 formats.require_good([row for row in bad if row], len(bad))
@@ -63,19 +65,26 @@ def with_template(rows: Iterator[Record | Bad], tokenizer: Any, folder: Path, te
         yield row
 
 
-def find(source: SourceSection, stream: bool = False) -> dict[str, list[Source]]:
+def is_hub_id(path: str) -> bool:
+    """Whether a source is a dataset of the hub: nothing here has that name, and it looks like OWNER/NAME."""
+    here = Path(path).expanduser()
+    return path.count("/") == 1 and path[0] not in "./~" and not kind_of(here) and not here.exists()
+
+
+def find(source: SourceSection, stream: bool = False, local_only: str = "") -> dict[str, list[Source]]:
     """The files of each split of a folder with train, valid and test files, one file ("train"), or a hub dataset.
 
-    stream: read a hub dataset row by row, up to the source's cap.
+    stream: read a hub dataset row by row, up to the source's cap; local_only: not "": the hub is not asked, and this is
+    the hint where its local cache has no copy.
     """
-    path, here = source.path, Path(source.path).expanduser()
+    here = Path(source.path).expanduser()
+    if is_hub_id(source.path):
+        return _from_hub(source, stream, local_only)
     if here.is_dir():
         return _of_folder(here, source)
-    if here.is_file() or kind_of(here) or path.count("/") != 1 or path[0] in "./~":
-        if not here.is_file():
-            raise UserError(f"no data file or folder {path}")
-        return {"train": [_of_file(here, source)]}
-    return _from_hub(source, stream)
+    if not here.is_file():
+        raise UserError(f"no data file or folder {source.path}")
+    return {"train": [_of_file(here, source)]}
 
 
 def _of_file(file: Path, source: SourceSection) -> Source:
@@ -133,22 +142,9 @@ def _split_files(folder: Path, files: list[Path], split: str) -> list[Path]:
     return found[0] if found else []
 
 
-def _from_hub(source: SourceSection, stream: bool) -> dict[str, list[Source]]:
+def _from_hub(source: SourceSection, stream: bool, local_only: str) -> dict[str, list[Source]]:
     """A dataset of the hub, through `datasets`, its rows parsed like any other; NAME:SUBSET where it has several."""
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
-
-    datasets.disable_progress_bars()
-    repo, _, subset = source.path.partition(":")
-    missing = (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ConnectionError, HfHubHTTPError, ValueError)
-    try:
-        loaded = datasets.load_dataset(repo, subset or None, streaming=stream)
-    except missing as error:
-        raise UserError(
-            f"{source.path} is neither a local path nor a hub dataset that can be loaded "
-            f"({str(error).splitlines()[0]})",
-            "Check the name and the network; gated data needs `hf auth login`.",
-        ) from error
+    loaded = _cached(source, stream, local_only) if local_only else _loaded(source, stream)
 
     def split_of(split: str, rows: Any) -> Source:
         name = f"{source.path}:{split}"
@@ -174,6 +170,44 @@ def _from_hub(source: SourceSection, stream: bool) -> dict[str, list[Source]]:
     out = {ours: [split_of(own[0], loaded[own[0]])] for ours, own in named.items()}
     out["train"][0] = replace(out["train"][0], beside=beside)
     return out
+
+
+def _loaded(source: SourceSection, stream: bool) -> Any:
+    """Split -> rows of a hub dataset, fetched."""
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    datasets.disable_progress_bars()
+    repo, _, subset = source.path.partition(":")
+    missing = (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ConnectionError, HfHubHTTPError, ValueError)
+    try:
+        return datasets.load_dataset(repo, subset or None, streaming=stream)
+    except missing as error:
+        raise UserError(
+            f"{source.path} is neither a local path nor a hub dataset that can be loaded "
+            f"({str(error).splitlines()[0]})",
+            "Check the name and the network; gated data needs `hf auth login`.",
+        ) from error
+
+
+def _cached(source: SourceSection, stream: bool, hint: str) -> Any:
+    """The same from the local cache of `datasets` alone. Raises UserError with the hint where it has no copy."""
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    datasets.logging.set_verbosity_error()  # it would tell where it found the copy
+    repo, _, subset = source.path.partition(":")
+    name = repo.partition("/")[2]
+    if stream:
+        raise UserError(f"{source.path} is a dataset that only the run names, streamed from the hub (data.hub)", hint)
+    try:
+        # What load_dataset makes of the name when it is offline.
+        found = Cache(repo_id=repo, dataset_name=name, config_name=subset or None, version="auto", hash="auto")
+        return found.as_dataset()
+    except (ValueError, OSError, KeyError, TypeError) as error:  # it has none, several, or a torn one
+        raise UserError(
+            f"{source.path}, a dataset of the hub that only the run names, is not in the local cache", hint
+        ) from error
 
 
 def _hub_rows(name: str, rows: Any, at_once: int) -> Rows:

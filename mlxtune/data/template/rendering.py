@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mlxtune.data.template.bounded import compile_bounded
+
 try:
     from transformers.utils import chat_template_utils as insides
 
@@ -27,7 +29,6 @@ except (ImportError, AttributeError):  # another release of transformers
     _compile = None
 
 SECONDS = 30.0  # that one conversation may take: a template is a stranger's program, and may go on for ever
-LONGEST = 256 << 20  # characters that a template may make of one conversation
 
 
 class Endless(Exception):
@@ -83,7 +84,7 @@ def printer(tokenizer: Any, source: str, variables: dict[str, Any]) -> Print:
             )
 
         return slow
-    compiled = _compile(source)
+    compiled = compile_bounded(source, _compile("").environment)
     known = _plain({**tokenizer.special_tokens_map, **variables})
 
     def fast(messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:

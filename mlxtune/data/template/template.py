@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from mlxtune.data.template import rendering
+from mlxtune.data.template import bounded, rendering
 from mlxtune.data.template.rendering import Endless, Print, Remembered, in_time, prepared, printer
 from mlxtune.errors import UserError
 
@@ -60,7 +60,7 @@ class Template:
             raise UserError(f"the chat template cannot be used: {error}", hint) from error
         except Exception as error:  # a template is a stranger's program, and may raise anything
             raise TemplateError(f"the chat template refuses this conversation: {error}") from error
-        if len(text) > rendering.LONGEST:
+        if len(text) > bounded.LONGEST:
             raise TemplateError(f"the chat template makes {len(text):,} characters of this conversation")
         return text
 
