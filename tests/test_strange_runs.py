@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from mlxtune.config import resolve
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
-from mlxtune.ship import export
+from mlxtune.ship import export, runners
 from mlxtune.train import checkpoint, events, runs, tuning
 
 BEGIN = '{"kind": "begin", "step": 0, "steps": 4, "model": "m", "computed": "so"}\n'

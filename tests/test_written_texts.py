@@ -91,6 +91,22 @@ def test_a_system_prompt_that_would_become_instructions_is_left_out_and_said(tex
     assert "evil" not in made and any("are left out" in note for note in notes)
 
 
+def test_a_template_that_takes_no_system_prompt_still_becomes_a_modelfile(tmp_path: Path) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    made, notes = written(tmp_path, refusing + tiny.CHATML)
+    around = modelfile.turns(load_tokenizer(tmp_path))
+    assert around is not None and around.system == ("", "") and around.default == "" and not notes
+    assert around.text([("user", "Hi")]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert dict(instructions(made))["TEMPLATE"] == around.go()
+
+
+@pytest.mark.parametrize("changed", ["message['content'] | upper", "message['content'][:1]", "loop.index"])
+def test_a_template_that_changes_what_is_said_has_no_fixed_text(changed: str, tmp_path: Path) -> None:
+    made, notes = written(tmp_path, tiny.CHATML.replace("message['content']", changed))
+    assert [command for command, _ in instructions(made)] == ["FROM", "PARAMETER stop"]
+    assert notes == ["this chat template is not fixed text around messages: Ollama will look for a template itself"]
+
+
 @pytest.mark.parametrize("end", ['<|e|>"\nFROM evil/model', '<"e">', "<e\nFROM evil/model>", "<e\x1b>"])
 def test_an_end_token_that_would_become_an_instruction_is_left_out_and_said(end: str, tmp_path: Path) -> None:
     made, notes = written(tmp_path, tiny.CHATML, end=end)
