@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from mlxtune_convert.shown import shown_name
 
-from mlxtune.cli import common
+from mlxtune.cli import common, tuned
 from mlxtune.cli.options import Command, Need, OptionFor
 from mlxtune.errors import UserError
 
@@ -59,7 +59,7 @@ def generate(model: str, adapter: Path | None, prompt: str, system: str | None, 
 
     if raw and sys.stdout.isatty():
         raise UserError("--raw would let the model command this terminal", "Send the answer into a file: > answer.txt")
-    talk = Talk(common.load_model(model, adapter), adapter, Sampling(**sampling), raw)
+    talk = Talk(tuned.load_model(model, adapter), adapter, Sampling(**sampling), raw)
     talk.system = system
     try:
         if not talk.ask(prompt):
@@ -92,7 +92,7 @@ def chat(model: str, adapter: Path | None, system: str | None, **sampling: Any) 
 
     console = common.console()
     with console.status(f"loading {model}"):
-        talk = Talk(common.load_model(model, adapter), adapter, Sampling(**sampling))
+        talk = Talk(tuned.load_model(model, adapter), adapter, Sampling(**sampling))
     try:
         talk.instruct(system)
     except Refused as error:

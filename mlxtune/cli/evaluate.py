@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.cli import common
+from mlxtune.cli import common, tuned
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,9 +43,9 @@ def eval_command(
     from mlxtune.adapter.lora import switched_off
     from mlxtune.train import session
 
-    common.run_settings(adapter, data, settings)  # a typing error is said before the model is read
-    loaded = common.load_model(model, adapter)
-    examples, config = common.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)
+    tuned.run_settings(adapter, data, settings)  # a typing error is said before the model is read
+    loaded = tuned.load_model(model, adapter)
+    examples, config = tuned.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)
     is_one_file = data is not None and Path(data).expanduser().is_file()
     label = split or ("all" if is_one_file else "valid")
     for note in examples.notes(label, config.data.max_tokens):

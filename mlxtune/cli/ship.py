@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from mlxtune_convert.sizes import size
 
-from mlxtune.cli import common
+from mlxtune.cli import common, tuned
 from mlxtune.cli.options import Command, Need, OptionFor
 from mlxtune.errors import UserError
 
@@ -159,13 +159,13 @@ def _held_out(path: Path, adapter: Path | None, data: str | None, or_else: str =
     if adapter is None and data is None:
         common.note(f"no adapter, so no rows were held out: the proof is on {SHIPPED} (--data PATH: on your own)")
         return sample.read(tokenizer_of(path, None), MAX_POSITIONS)
-    config = common.run_settings(adapter, data)
+    config = tuned.run_settings(adapter, data)
     if not config.data.path and not config.data.sources:
         ways = ["Name some: --data PATH", or_else] if or_else else ["Name some: --data PATH"]
         raise UserError(
             f"the proof needs held-out rows, and {adapter} is no run that names its own", "; ".join(ways) + "."
         )
-    return common.held_out(tokenizer_of(path, adapter), path, adapter, data)[0]
+    return tuned.held_out(tokenizer_of(path, adapter), path, adapter, data)[0]
 
 
 def _artefact(target: str, dtype: str | None, kind: str | None, ollama: bool) -> Artefact:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from mlxtune_convert.shown import shown
 
-from mlxtune.cli import common
+from mlxtune.cli import common, tuned
 
 if TYPE_CHECKING:
     from mlxtune.data.template.answers import Plain, Reader, Said
@@ -57,7 +57,7 @@ class Talk:
 
         for note in unread(loaded.path):
             common.note(note)
-        data = common.run_settings(adapter, None).data
+        data = tuned.run_settings(adapter, None).data
         self.loaded, self.sampling, self.raw = loaded, sampling, raw
         self.settings = dict(data.template_kwargs), data.date
         self.system: str | None = None

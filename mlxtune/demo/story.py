@@ -26,8 +26,8 @@ from mlxtune.evaluate.generate import Sampling, answer
 from mlxtune.evaluate.score import Score
 from mlxtune.model import convert
 from mlxtune.model.load import Loaded, load
-from mlxtune.ship.artefacts import FusedMlx, Gguf, GgufAdapter, HuggingFace, Peft
-from mlxtune.ship.export import Shipped, ship
+from mlxtune.ship.artefacts import Artefact, FusedMlx, Gguf, GgufAdapter, HuggingFace, Peft
+from mlxtune.ship.export import ship
 from mlxtune.ship.request import Request
 from mlxtune.ship.verify import Report
 from mlxtune.train import checkpoint, session, tuning
@@ -56,16 +56,7 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
     """Run the whole story into `out`: model, run, fused, peft, hf and gguf folders. Raises UserError at the first
     thing that fails.
     """
-    taken = [out / name for name in FOLDERS if holds_something(out / name)]
-    if taken and not force:
-        raise UserError(f"{taken[0]} already exists", "Choose another --out, or add --force to begin again.")
-    for folder in taken:
-        if is_marked(folder):
-            _refuse_run(folder, source)
-        else:
-            refuse_existing(folder, force, [Path(source)] if source else [])
-    for folder in taken:
-        shutil.rmtree(folder)
+    _make_room(out, source, force)
     began = time.perf_counter()
     model, run = out / "model", out / "run"
     named = source or "SmolLM2-135M-Instruct, code for code as in its 4-bit GGUF file"
@@ -91,22 +82,48 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
         fall = 1 - after.loss / before.loss
         console.print(f"validation loss {before.loss:.4f} -> {after.loss:.4f} ({fall:.0%} lower), ", end="")
         console.print(f"token accuracy {before.accuracy:.1%} -> {after.accuracy:.1%}")
-    base = "" if source else embedded.HUB_ID
     examples = session.held_out(tuned.tokenizer, model, settings)
-    request = Request(model, run, out / "fused", base_name=base, examples=examples)
+    base_name = "" if source else embedded.HUB_ID
+    _ship(Request(model, run, out, base_name=base_name, examples=examples), console)
+    console.print(Text(f"\nDone in {duration(time.perf_counter() - began)}. ", style="bold green"), end="")
+    console.print(closing(model, run), soft_wrap=True)
+
+
+def _make_room(out: Path, source: str | None, force: bool) -> None:
+    """Remove what an earlier demo left in `out`. Raises UserError when there is something and `force` was not given,
+    and for what is not the demo's.
+    """
+    taken = [out / name for name in FOLDERS if holds_something(out / name)]
+    if taken and not force:
+        raise UserError(f"{taken[0]} already exists", "Choose another --out, or add --force to begin again.")
+    for folder in taken:
+        if is_marked(folder):
+            _refuse_run(folder, source)
+        else:
+            refuse_existing(folder, force, [Path(source)] if source else [])
+    for folder in taken:
+        shutil.rmtree(folder)
+
+
+def _ship(request: Request, console: Console) -> None:
+    """Chapters 5 to 7. request: with the folder of the whole demo as `out`."""
+    out = request.out
     with chapter(console, "5. Fuse: the adapter folded into the weights, in float32, stored in 16 bits"):
-        fused = ship(request, FusedMlx()).proof
+        fused = ship(replace(request, out=out / "fused"), FusedMlx()).proof
         survival = fused.survival() if isinstance(fused, Report) else ""
         console.print(f"{out / 'fused'}: {survival}", soft_wrap=True)
     with chapter(console, "6. Ship: a PEFT adapter and a Hugging Face model, each compared with what was trained"):
-        for name, artefact in (("peft", Peft()), ("hf", HuggingFace())):
-            print_proof(ship(replace(request, out=out / name), artefact), out / name, console)
+        _print_proof(replace(request, out=out / "peft"), Peft(), console)
+        _print_proof(replace(request, out=out / "hf"), HuggingFace(), console)
     with chapter(console, "7. llama.cpp: the base as GGUF, code for code, and the adapter beside it"):
-        base_file, tuned_file = out / "gguf" / "base.gguf", out / "gguf" / "tuned.gguf"
-        print_proof(ship(replace(request, adapter=None, out=base_file), Gguf("keep")), base_file, console)
-        print_proof(ship(replace(request, out=tuned_file), GgufAdapter(ollama=True)), tuned_file, console)
-    console.print(Text(f"\nDone in {duration(time.perf_counter() - began)}. ", style="bold green"), end="")
-    console.print(closing(model, run), soft_wrap=True)
+        folder = out / "gguf"
+        _print_proof(replace(request, adapter=None, out=folder / "base.gguf"), Gguf("keep"), console)
+        _print_proof(replace(request, out=folder / "tuned.gguf"), GgufAdapter(ollama=True), console)
+
+
+def _print_proof(request: Request, artefact: Artefact, console: Console) -> None:
+    proof = ship(request, artefact).proof
+    console.print(f"{request.out}: {proof.line() if proof else ''}", soft_wrap=True)
 
 
 def _refuse_run(run: Path, source: str | None) -> None:
@@ -118,10 +135,6 @@ def _refuse_run(run: Path, source: str | None) -> None:
     other = sorted({path.name for path in contents(run)} - {*checkpoint.OWN, lora.ADAPTER_FILE, lora.OWN_FILE})
     if other:
         raise UserError(f"{run} holds {other[0]}, which mlxtune did not write", "Choose another --out.")
-
-
-def print_proof(shipped: Shipped, place: Path, console: Console) -> None:
-    console.print(f"{place}: {shipped.proof.line() if shipped.proof else ''}", soft_wrap=True)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class InputGram(nn.Module):
         self._sum = mx.array(0.0)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """x: [..., in] -> [..., out]."""
+        """x: [B, T, in] -> [B, T, out]."""
         rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
         self._sum = self._sum + rows.T @ rows
         return self.inner(x)

@@ -46,7 +46,7 @@ IN_PEFT = "PEFT on the dense base, float32"
 class Candidate:
     """An artefact in the hands of the program that will use it."""
 
-    run: Runner
+    run: Runner  # its logits
     program: str  # for reports: "transformers, float32"
     notes: list[str] = field(default_factory=list)  # what a person must know of how the program reads it
 
@@ -55,7 +55,7 @@ class Candidate:
 class MlxRunner:
     """Logits at a batch's supervised positions, by mlx-lm's model."""
 
-    model: nn.Module
+    model: nn.Module  # mlx-lm's
 
     def __call__(self, batch: Batch) -> np.ndarray:
         """[N, V] float32."""
@@ -66,7 +66,7 @@ class MlxRunner:
 class TorchRunner:
     """The same by a model of transformers, or PEFT's around one."""
 
-    model: Any
+    model: Any  # of transformers, or PEFT's
 
     def __call__(self, batch: Batch) -> np.ndarray:
         """[N, V] float32."""

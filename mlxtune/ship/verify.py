@@ -128,7 +128,7 @@ class Report:
     base_mean_kl: float  # KL(trained || base) in nats
     share: float  # the candidate's change of logits, projected on the trained model's: 1.0 is all of it
     gain_kept: float | None  # share of the loss improvement that survived; None where the loss did not fall
-    verdict: Verdict = "measured"
+    verdict: Verdict = "measured"  # see `Verdict`
     text: str = HELD_OUT  # what it was measured on
 
     def to_json(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class ReadBack:
 
     tensors: int  # that were compared
     missing: str = "PEFT"  # what would have run it
-    verdict: str = "read back"
+    verdict: str = "read back"  # stands where a Report has its verdict
 
     def write(self, folder: Path) -> None:
         write_report(folder, asdict(self))
