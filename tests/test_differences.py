@@ -25,8 +25,9 @@ from mlxtune.errors import UserError
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import load
 from mlxtune.ship import differences, runners, states, verify
-from mlxtune.ship.artefacts import FusedMlx, Gguf, HuggingFace, Peft
+from mlxtune.ship.artefacts import FusedMlx, HuggingFace, Peft
 from mlxtune.ship.export import check, ship
+from mlxtune.ship.gguf import Gguf
 from mlxtune.ship.request import Request
 from mlxtune.ship.runners import TorchRunner
 

@@ -21,8 +21,8 @@ from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.model.load import load, open_model
 from mlxtune.ship import gguf, llama_cpp, runners
-from mlxtune.ship.artefacts import GgufAdapter
 from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import GgufAdapter
 from mlxtune.ship.request import MergedModel, Request
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -30,8 +30,9 @@ from mlxtune.errors import UserError
 from mlxtune.model import convert
 from mlxtune.model.load import load, open_model
 from mlxtune.ship import gguf, llama_cpp, merge, modelfile
-from mlxtune.ship.artefacts import Artefact, Gguf, GgufAdapter, HuggingFace, Peft
+from mlxtune.ship.artefacts import Artefact, HuggingFace, Peft
 from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import Gguf, GgufAdapter
 from mlxtune.ship.request import MergedModel, Request
 
 IDS = np.random.default_rng(7).integers(3, 250, 50)

@@ -13,8 +13,8 @@ from mlxtune_convert.gguf import model_read, tokenizer_read, tokenizer_write
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from mlxtune.ship import llama_cpp
-from mlxtune.ship.artefacts import Gguf
 from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import Gguf
 from mlxtune.ship.request import Request
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")

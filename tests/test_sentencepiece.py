@@ -15,8 +15,8 @@ from test_companions import DENSE
 from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.model import convert
 from mlxtune.ship import llama_cpp
-from mlxtune.ship.artefacts import Gguf
 from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import Gguf
 from mlxtune.ship.request import Request
 
 TEXT = "where is the order of my friend and what is the answer to the question in the shop"

@@ -170,7 +170,8 @@ def _held_out(path: Path, adapter: Path | None, data: str | None, or_else: str =
 
 def _artefact(target: str, dtype: str | None, kind: str | None, ollama: bool) -> Artefact:
     """The form that a word of FORMS names, with its options."""
-    from mlxtune.ship.artefacts import Gguf, GgufAdapter, HuggingFace, Peft
+    from mlxtune.ship.artefacts import HuggingFace, Peft
+    from mlxtune.ship.gguf import Gguf, GgufAdapter
 
     forms: dict[str, Artefact] = {
         "peft": Peft(),

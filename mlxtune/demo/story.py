@@ -26,8 +26,9 @@ from mlxtune.evaluate.generate import Sampling, answer
 from mlxtune.evaluate.score import Score
 from mlxtune.model import convert
 from mlxtune.model.load import Loaded, load
-from mlxtune.ship.artefacts import Artefact, FusedMlx, Gguf, GgufAdapter, HuggingFace, Peft
+from mlxtune.ship.artefacts import Artefact, FusedMlx, HuggingFace, Peft
 from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import Gguf, GgufAdapter
 from mlxtune.ship.request import Request
 from mlxtune.ship.verify import Report
 from mlxtune.train import checkpoint, session, tuning

@@ -9,8 +9,9 @@ from mlxtune.data.template.tokenizer_changes import tokenizer_of
 from mlxtune.selftest import runs
 from mlxtune.selftest.outcome import Check, Found, Workshop
 from mlxtune.ship import verify
-from mlxtune.ship.artefacts import Artefact, FusedMlx, Gguf, GgufAdapter, HuggingFace, Peft
+from mlxtune.ship.artefacts import Artefact, FusedMlx, HuggingFace, Peft
 from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import Gguf, GgufAdapter
 from mlxtune.ship.request import Request
 from mlxtune.ship.verify import ReadBack
 from mlxtune.train import session

@@ -1,34 +1,29 @@
-"""The forms in which a trained model leaves; `export.ship` makes them.
+"""The forms in which a trained model leaves, and those that are folders (`gguf` has the others). `export.ship` makes
+them.
 
 To add a form:
-1. Here: a frozen dataclass below `Artefact`, with the options of this form as fields, that says what it cannot hold
-   (`refuse`), writes its files (`write`), names its limits among `verify.LIMITS` (`storage`), and runs the result with
-   the program of its users (`run`; where that may be missing: `not_installed` and `read_back`). `why_different` calls
-   what fits of `differences`.
+1. Here, or in a module beside this one: a frozen dataclass below `Artefact`, with the options of this form as fields,
+   that says what it cannot hold (`refuse`), writes its files (`write`), names its limits among `verify.LIMITS`
+   (`storage`), and runs the result with the program of its users (`run`; where that may be missing: `not_installed`
+   and `read_back`). `why_different` calls what fits of `differences`.
 2. In cli/ship.py: its word for `--to`, in FORMS and `_artefact`, and its options, each with `needs=`.
 3. A test beside those of tests/test_ship.py: its files, read by another library, compute what was trained.
 """
 
 from __future__ import annotations
 
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlxtune_convert.files import require_space
-from mlxtune_convert.gguf import adapter_file, container, ggml, metadata
-from mlxtune_convert.gguf.architectures import by_model_type
-from mlxtune_convert.gguf.family import Family
-from mlxtune_convert.gguf.tensor_types import KEEP, TYPES
 from mlxtune_convert.hf import families, model_folder
 from mlxtune_convert.hf.configs import SOURCE_FILE, unquantized
 from mlxtune_convert.peft import adapter_folder
-from mlxtune_convert.peft.adapter_folder import Update
 from mlxtune_convert.peft.settings import Settings
 
 from mlxtune.adapter import lora
@@ -36,19 +31,18 @@ from mlxtune.adapter.peft import from_model
 from mlxtune.adapter.vocabulary import vocabulary
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.template.tokenizer_changes import Changes
-from mlxtune.errors import UserError, did_you_mean
+from mlxtune.errors import UserError
 from mlxtune.model import reopened
 from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer
 from mlxtune.model.load import model_dtype, open_model, source_of
-from mlxtune.ship import card, differences, gguf, llama_cpp, modelfile, runners
+from mlxtune.ship import card, differences, runners
 from mlxtune.ship.differences import Trained, Wanted
 from mlxtune.ship.gptq import Calibration
 from mlxtune.ship.merge import CALIBRATED_BELOW, Merged, fuse
 from mlxtune.ship.request import MergedModel
 from mlxtune.ship.runners import Candidate, Runner, TorchRunner
 
-GGUF_FILE = "model.gguf"
 Progress = Callable[[int, int], None]  # (weights done, weights in all)
 
 
@@ -249,128 +243,6 @@ class Peft(Artefact):
 
     def label(self, model: MergedModel) -> str:
         return "peft"
-
-
-@dataclass(frozen=True)
-class Gguf(Artefact):
-    """A merged model as one GGUF file, for llama.cpp and what is built on it."""
-
-    type: str | None = None  # of tensor_types.TYPES; None: `gguf.default_type`
-    ollama: bool = False  # with a Modelfile beside it
-    file = GGUF_FILE
-
-    def refuse(self, model: MergedModel) -> None:
-        if self.type is not None and self.type not in TYPES:
-            raise UserError(f"--type {self.type} is not known", did_you_mean(self.type, TYPES))
-        if self.ollama:
-            modelfile.check_name(model.request.out.name)
-        gguf.refuse_other_programs_model(model)
-        if self.type == KEEP and model.request.adapter is not None:
-            raise UserError(
-                "--type keep cannot take an adapter: merging changes the weights, and their codes with them",
-                "Ship the adapter beside the kept base (--to gguf-lora), or merge with --type f16 or q8_0.",
-            )
-
-    def _type(self, model: MergedModel) -> str:
-        return self.type or gguf.default_type(model)
-
-    def not_installed(self) -> str:
-        return "" if llama_cpp.installed() else ggml.PACKAGE
-
-    def write(self, model: MergedModel, work: Path, progress: Progress | None) -> list[str]:
-        plan = gguf.plan_of(model, self._type(model))
-        plan = replace(plan, fields=gguf.fields_of_run(plan.fields, model))
-        plan.write(gguf.merged_tensors(model.to_read(mx.float32)), work / GGUF_FILE, progress)
-        notes = gguf.notes_of(plan)
-        if self.ollama:
-            notes += modelfile.write(model.request, work, GGUF_FILE, adapter=False)
-        return notes
-
-    def storage(self, model: MergedModel) -> str:
-        return gguf.storage_of(self._type(model), _family(model))
-
-    @contextmanager
-    def run(self, model: MergedModel, work: Path) -> Iterator[Candidate]:
-        with llama_cpp.runner(work / GGUF_FILE) as run:
-            request = model.request
-            notes = gguf.compare_tokens(run, model.folder, request.adapter, request.examples or ())
-            yield Candidate(run, f"llama.cpp, {self._type(model)}", notes)
-
-    def read_back(self, model: MergedModel, work: Path) -> int:
-        plan = gguf.plan_of(model, self._type(model))
-        values = gguf.merged_tensors(model.to_read(mx.float32))
-        return container.read_back(work / GGUF_FILE, plan.tensors(values))
-
-    def why_different(self, model: MergedModel, work: Path, trained: Trained, run: Runner) -> str:
-        assert isinstance(run, llama_cpp.Runner)
-        return differences.of_gguf(self._type(model), lambda: self.read_back(model, work), trained, run)
-
-    def label(self, model: MergedModel) -> str:
-        return f"gguf {self._type(model)}"
-
-
-@dataclass(frozen=True)
-class GgufAdapter(Artefact):
-    """The adapter alone as a GGUF file, to be used beside a GGUF file of the base that it was trained on."""
-
-    ollama: bool = False  # with a Modelfile beside it
-    file = GGUF_FILE
-
-    def refuse(self, model: MergedModel) -> None:
-        if self.ollama:
-            modelfile.check_name(model.request.out.name)
-        gguf.refuse_other_programs_model(model)
-        if model.request.adapter is None:
-            raise UserError("--to gguf-lora exports an adapter", "Name the run: --adapter RUN")
-        _family(model)
-        gguf.refuse_more_than_lora(model.unread().model)
-
-    def not_installed(self) -> str:
-        return "" if llama_cpp.installed() else ggml.PACKAGE
-
-    def write(self, model: MergedModel, work: Path, progress: Progress | None) -> list[str]:
-        config = metadata.text_of(model.facts.config)
-        adapter_file.write_adapter(work / GGUF_FILE, _family(model), config, self._updates(model), model.hub_name)
-        if self.ollama:
-            return modelfile.write(model.request, work, GGUF_FILE, adapter=True)
-        return []
-
-    def _updates(self, model: MergedModel) -> dict[str, Update]:
-        """Its factors by module path, A [in, r] and B [r, out]."""
-        updates = {}
-        for path, layer in lora.adapters(model.unread().model).items():
-            updates[path] = Update(to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale)
-        return updates
-
-    def storage(self, model: MergedModel) -> str:
-        return gguf.storage_of("f32", _family(model))
-
-    @contextmanager
-    def run(self, model: MergedModel, work: Path) -> Iterator[Candidate]:
-        """On a float32 GGUF of the base, which is made for it and removed again."""
-        base = MergedModel(replace(model.request, adapter=None, base_name="base"))
-        with tempfile.TemporaryDirectory(dir=work.parent, prefix=".base-") as folder:
-            file = Path(folder) / "base.gguf"
-            gguf.plan_of(base, "f32").write(gguf.merged_tensors(base.to_read(mx.float32)), file)
-            with llama_cpp.runner(file, work / GGUF_FILE) as run:
-                yield Candidate(run, "llama.cpp on the float32 base")
-
-    def read_back(self, model: MergedModel, work: Path) -> int:
-        config = metadata.text_of(model.facts.config)
-        tensors = adapter_file.adapter_tensors(_family(model), config, self._updates(model))
-        return container.read_back(work / GGUF_FILE, ((name, "F32", array) for name, array in tensors.items()))
-
-    def why_different(self, model: MergedModel, work: Path, trained: Trained, run: Runner) -> str:
-        assert isinstance(run, llama_cpp.Runner)
-        return differences.of_gguf("f32", lambda: self.read_back(model, work), trained, run)
-
-    def label(self, model: MergedModel) -> str:
-        return f"gguf-lora of {len(lora.adapters(model.unread().model))} modules"
-
-
-def _family(model: MergedModel) -> Family:
-    """What llama.cpp knows of the architecture. Raises UserError for one that it does not know."""
-    return by_model_type(metadata.text_of(model.facts.config)["model_type"])
 
 
 def _arrays(merged: Merged) -> Iterator[tuple[str, np.ndarray]]:

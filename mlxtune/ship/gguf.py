@@ -1,40 +1,172 @@
-"""What a GGUF export needs of MLX: the merged weights as a stream, and what llama.cpp does otherwise with them.
+"""The two GGUF forms, and what they need of MLX: the merged weights as a stream.
 
 The files themselves are written by `mlxtune_convert.gguf`, which knows no MLX.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlxtune_convert.gguf import adapter_file, container, ggml, metadata
+from mlxtune_convert.gguf.architectures import by_model_type
 from mlxtune_convert.gguf.container import Field
 from mlxtune_convert.gguf.family import Family
 from mlxtune_convert.gguf.model_write import GgufPlan, Value, with_tokenizer_changes
 from mlxtune_convert.gguf.quant_blocks import Codes
-from mlxtune_convert.gguf.tensor_types import KEEP
+from mlxtune_convert.gguf.tensor_types import KEEP, TYPES
 from mlxtune_convert.hf import families
+from mlxtune_convert.peft.adapter_folder import Update
 
 from mlxtune.adapter import lora
 from mlxtune.compute.fit_memory import window_of
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.template.tokenizer import tokenizer_json
 from mlxtune.data.template.tokenizer_changes import Changes, tokenizer_of
-from mlxtune.errors import UserError
+from mlxtune.errors import UserError, did_you_mean
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.dense import QUANTIZED
-from mlxtune.ship import llama_cpp, verify
+from mlxtune.ship import differences, llama_cpp, modelfile, verify
+from mlxtune.ship.artefacts import Artefact, Progress
+from mlxtune.ship.differences import Trained
 from mlxtune.ship.merge import Merged
 from mlxtune.ship.request import MergedModel
+from mlxtune.ship.runners import Candidate, Runner
 
-SIZES_OF_FLOATS = {mx.float32: "f32", mx.bfloat16: "bf16"}  # what a merged model is stored in; else f16
+GGUF_FILE = "model.gguf"  # under its temporary name
+TYPES_OF_FLOATS = {mx.float32: "f32", mx.bfloat16: "bf16"}  # what a merged model is stored in; else f16
 
 
-def refuse_other_programs_model(model: MergedModel) -> None:
+@dataclass(frozen=True)
+class Gguf(Artefact):
+    """A merged model as one GGUF file, for llama.cpp and what is built on it."""
+
+    type: str | None = None  # of tensor_types.TYPES; None: `_default_type`
+    ollama: bool = False  # with a Modelfile beside it
+    file = GGUF_FILE
+
+    def refuse(self, model: MergedModel) -> None:
+        if self.type is not None and self.type not in TYPES:
+            raise UserError(f"--type {self.type} is not known", did_you_mean(self.type, TYPES))
+        if self.ollama:
+            modelfile.check_name(model.request.out.name)
+        _refuse_other_programs_model(model)
+        if self.type == KEEP and model.request.adapter is not None:
+            raise UserError(
+                "--type keep cannot take an adapter: merging changes the weights, and their codes with them",
+                "Ship the adapter beside the kept base (--to gguf-lora), or merge with --type f16 or q8_0.",
+            )
+
+    def _type(self, model: MergedModel) -> str:
+        return self.type or _default_type(model)
+
+    def not_installed(self) -> str:
+        return "" if llama_cpp.installed() else ggml.PACKAGE
+
+    def write(self, model: MergedModel, work: Path, progress: Progress | None) -> list[str]:
+        plan = plan_of(model, self._type(model))
+        plan = replace(plan, fields=_fields_of_run(plan.fields, model))
+        plan.write(merged_tensors(model.to_read(mx.float32)), work / GGUF_FILE, progress)
+        notes = _notes_of(plan)
+        if self.ollama:
+            notes += modelfile.write(model.request, work, GGUF_FILE, adapter=False)
+        return notes
+
+    def storage(self, model: MergedModel) -> str:
+        return _storage_of(self._type(model), _family(model))
+
+    @contextmanager
+    def run(self, model: MergedModel, work: Path) -> Iterator[Candidate]:
+        with llama_cpp.runner(work / GGUF_FILE) as run:
+            request = model.request
+            notes = _differing_tokens(run, model.folder, request.adapter, request.examples or ())
+            yield Candidate(run, f"llama.cpp, {self._type(model)}", notes)
+
+    def read_back(self, model: MergedModel, work: Path) -> int:
+        plan = plan_of(model, self._type(model))
+        values = merged_tensors(model.to_read(mx.float32))
+        return container.read_back(work / GGUF_FILE, plan.tensors(values))
+
+    def why_different(self, model: MergedModel, work: Path, trained: Trained, run: Runner) -> str:
+        assert isinstance(run, llama_cpp.Runner)
+        return differences.of_gguf(self._type(model), lambda: self.read_back(model, work), trained, run)
+
+    def label(self, model: MergedModel) -> str:
+        return f"gguf {self._type(model)}"
+
+
+@dataclass(frozen=True)
+class GgufAdapter(Artefact):
+    """The adapter alone as a GGUF file, to be used beside a GGUF file of the base that it was trained on."""
+
+    ollama: bool = False  # with a Modelfile beside it
+    file = GGUF_FILE
+
+    def refuse(self, model: MergedModel) -> None:
+        if self.ollama:
+            modelfile.check_name(model.request.out.name)
+        _refuse_other_programs_model(model)
+        if model.request.adapter is None:
+            raise UserError("--to gguf-lora exports an adapter", "Name the run: --adapter RUN")
+        _family(model)
+        _refuse_more_than_lora(model.unread().model)
+
+    def not_installed(self) -> str:
+        return "" if llama_cpp.installed() else ggml.PACKAGE
+
+    def write(self, model: MergedModel, work: Path, progress: Progress | None) -> list[str]:
+        config = metadata.text_of(model.facts.config)
+        adapter_file.write_adapter(work / GGUF_FILE, _family(model), config, self._updates(model), model.hub_name)
+        if self.ollama:
+            return modelfile.write(model.request, work, GGUF_FILE, adapter=True)
+        return []
+
+    def _updates(self, model: MergedModel) -> dict[str, Update]:
+        """Its factors by module path, A [in, r] and B [r, out]."""
+        updates = {}
+        for path, layer in lora.adapters(model.unread().model).items():
+            updates[path] = Update(to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale)
+        return updates
+
+    def storage(self, model: MergedModel) -> str:
+        return _storage_of("f32", _family(model))
+
+    @contextmanager
+    def run(self, model: MergedModel, work: Path) -> Iterator[Candidate]:
+        """On a float32 GGUF of the base, which is made for it and removed again."""
+        base = MergedModel(replace(model.request, adapter=None, base_name="base"))
+        with tempfile.TemporaryDirectory(dir=work.parent, prefix=".base-") as folder:
+            file = Path(folder) / "base.gguf"
+            plan_of(base, "f32").write(merged_tensors(base.to_read(mx.float32)), file)
+            with llama_cpp.runner(file, work / GGUF_FILE) as run:
+                yield Candidate(run, "llama.cpp on the float32 base")
+
+    def read_back(self, model: MergedModel, work: Path) -> int:
+        config = metadata.text_of(model.facts.config)
+        tensors = adapter_file.adapter_tensors(_family(model), config, self._updates(model))
+        return container.read_back(work / GGUF_FILE, ((name, "F32", array) for name, array in tensors.items()))
+
+    def why_different(self, model: MergedModel, work: Path, trained: Trained, run: Runner) -> str:
+        assert isinstance(run, llama_cpp.Runner)
+        return differences.of_gguf("f32", lambda: self.read_back(model, work), trained, run)
+
+    def label(self, model: MergedModel) -> str:
+        return f"gguf-lora of {len(lora.adapters(model.unread().model))} modules"
+
+
+def _family(model: MergedModel) -> Family:
+    """What llama.cpp knows of the architecture. Raises UserError for one that it does not know."""
+    return by_model_type(metadata.text_of(model.facts.config)["model_type"])
+
+
+def _refuse_other_programs_model(model: MergedModel) -> None:
     """Raise UserError for a family that llama.cpp, which computes as transformers does, runs as another model."""
     why = families.differs(model.source["config"])
     if why:
@@ -44,7 +176,7 @@ def refuse_other_programs_model(model: MergedModel) -> None:
         )
 
 
-def refuse_more_than_lora(tuned: nn.Module) -> None:
+def _refuse_more_than_lora(tuned: nn.Module) -> None:
     """Raise UserError for an adapter with more in it than pairs of factors."""
     is_dora = any("m" in layer for layer in lora.adapters(tuned).values())
     if is_dora or lora.in_full(tuned):
@@ -54,11 +186,11 @@ def refuse_more_than_lora(tuned: nn.Module) -> None:
         )
 
 
-def default_type(model: MergedModel) -> str:
+def _default_type(model: MergedModel) -> str:
     """`keep` where that is possible, else the floats that the model itself has."""
     if model.request.adapter is None and model.request.base is None:
         return KEEP
-    return SIZES_OF_FLOATS.get(model.facts.dtype, "f16")
+    return TYPES_OF_FLOATS.get(model.facts.dtype, "f16")
 
 
 def plan_of(model: MergedModel, type_: str) -> GgufPlan:
@@ -70,7 +202,7 @@ def plan_of(model: MergedModel, type_: str) -> GgufPlan:
     )
 
 
-def fields_of_run(fields: dict[str, Field], model: MergedModel) -> dict[str, Field]:
+def _fields_of_run(fields: dict[str, Field], model: MergedModel) -> dict[str, Field]:
     """A file's metadata with what the run changed in the model's tokenizer."""
     changes = Changes.read(model.request.adapter)
     if changes.empty:
@@ -79,7 +211,7 @@ def fields_of_run(fields: dict[str, Field], model: MergedModel) -> dict[str, Fie
     return with_tokenizer_changes(fields, changes, tokenizer.eos_token_id)
 
 
-def storage_of(type_: str, family: Family) -> str:
+def _storage_of(type_: str, family: Family) -> str:
     """The name of an export's limits in `verify.LIMITS`."""
     if type_ == "f32":
         return "float32, tabled GELU" if family.tabled_gelu else "float32"
@@ -115,7 +247,7 @@ def _as_matrix(array: mx.array) -> np.ndarray:
     return rows.reshape(-1, rows.shape[-1])
 
 
-def notes_of(plan: GgufPlan) -> list[str]:
+def _notes_of(plan: GgufPlan) -> list[str]:
     """What a person must know of a file that was written."""
     return [*_of_inexact(plan), *_of_context(plan.fields), *_of_windows(plan)]
 
@@ -161,7 +293,9 @@ def _of_windows(plan: GgufPlan) -> list[str]:
     return [f"llama.cpp lets every layer see all of a text: beyond {window} tokens it computes another model"]
 
 
-def compare_tokens(run: llama_cpp.Runner, folder: Path, adapter: Path | None, examples: Sequence[Example]) -> list[str]:
+def _differing_tokens(
+    run: llama_cpp.Runner, folder: Path, adapter: Path | None, examples: Sequence[Example]
+) -> list[str]:
     """A line when llama.cpp splits held-out text into other tokens than the model's own tokenizer does. folder: of the
     tokenizer; adapter: the run that may have changed it.
     """
