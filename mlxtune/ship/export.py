@@ -12,8 +12,8 @@ The forms are in `artefacts`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from mlxtune_convert.files import explained, new_artefact, new_folder
@@ -27,8 +27,6 @@ from mlxtune.ship.differences import Trained
 from mlxtune.ship.request import MergedModel, Request
 from mlxtune.ship.runners import require_memory
 from mlxtune.ship.verify import ANOTHER_BASE, Proof, ReadBack, Report
-
-__all__ = ["MergedModel", "Request", "Shipped", "check", "ship"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,7 @@ def ship(request: Request, artefact: Artefact, progress: Progress | None = None)
     artefact.refuse(model)
     if request.examples is not None and artefact.is_run_dense() and not artefact.not_installed():
         require_memory(model.facts.count)
-    place = partial(new_artefact, request.out, artefact.file) if artefact.file else partial(new_folder, request.out)
-    with place(force=request.force, sources=request.sources) as work:
+    with _temporary_place(request, artefact) as work:
         notes = artefact.write(model, work, progress)
         proof = None
         if request.examples is not None:
@@ -68,6 +65,13 @@ def ship(request: Request, artefact: Artefact, progress: Progress | None = None)
             notes += remarks
         file_bytes = (work / artefact.file).stat().st_size if artefact.file else None
         return Shipped(artefact.label(model), proof, notes, file_bytes)
+
+
+def _temporary_place(request: Request, artefact: Artefact) -> AbstractContextManager[Path]:
+    """A folder whose contents get their name at the end, if nothing fails."""
+    if artefact.file:
+        return new_artefact(request.out, artefact.file, request.force, request.sources)
+    return new_folder(request.out, request.force, request.sources)
 
 
 def _proven(artefact: Artefact, model: MergedModel, examples: Sequence[Example], work: Path) -> tuple[Proof, list[str]]:
