@@ -187,7 +187,7 @@ def test_an_adapter_that_has_peft_import_a_module_is_refused_before_peft_is_aske
     module: str, mlx_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []
-    monkeypatch.setattr(export, "_peft_runner", lambda model, folder: asked.append(folder))
+    monkeypatch.setattr(runners, "peft_folder", lambda model, folder: asked.append(folder))
     folder = peft_folder(tmp_path / "adapter", 64, megatron_core=module, megatron_config={"a": 1})
     with pytest.raises(UserError, match="megatron_config"):
         export.check(folder, mlx_model, None, ())
