@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import guard
+import mlxtune_convert.cli
 import pytest
 import tiny
 import warm
 from training import options
 
+import mlxtune.cli
 from mlxtune.machine import backend
 
-HOME_CACHE = os.environ.get("XDG_CACHE_HOME")  # the user's own, None where it is the usual place
+HOME, HOME_CACHE = os.environ.get("HOME", ""), os.environ.get("XDG_CACHE_HOME")  # the user's own; None: the usual place
 # The files that take longest. Begun first, they do not stand alone at the end, while the other process has no more to
 # do; those that start several processes apart from each other, for these wait for one another.
 LONG = (
-    *("ranks", "gguf_ship", "broken_input", "launch", "ship", "on_oom", "selftest", "signals", "hub", "survive"),
-    *("peft", "families", "use", "bench", "new_tokens", "loss_as_asked", "golden", "fuse", "floats", "compiled"),
-    *("gguf_import", "convert", "readme", "differences"),
+    *("selftest", "survive", "gguf_ship", "bench", "on_oom", "families", "launch", "peft", "hub", "compiled", "ranks"),
+    *("use", "new_tokens", "loss_as_asked", "golden", "fuse", "floats", "broken_input", "ship", "gguf_import"),
+    *("convert", "signals", "readme", "differences"),
 )
 
 
@@ -32,13 +36,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder for this session and the commands it runs; the user's own stays untouched."""
+    """A cache folder for this session and the commands it runs, a home, and a place for their temporary files; the
+    user's own stay untouched. Whatever commands change there, or beside what they are told to write, is found.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("XDG_CACHE_HOME", str(folder))
+        folder, home, temporary = (tmp_path_factory.mktemp(name) for name in ("cache", "home", "temporary"))
+        for name, place in (("XDG_CACHE_HOME", folder), ("HOME", home), ("TMPDIR", temporary)):
+            patch.setenv(name, str(place))
+        guard.begin(tmp_path_factory.getbasetemp().resolve(), home, temporary, folder)
+        patch.setattr(subprocess, "Popen", guard.Popen)
+        for program, command in (("mlxtune", mlxtune.cli.cli), ("mlxtune-convert", mlxtune_convert.cli.cli)):
+            patch.setattr(command, "main", guard.watched_main(command.main, program))
         warm.begin_in(dict(os.environ))
         yield folder
         warm.end()
+
+
+@pytest.fixture(autouse=True)
+def nothing_else_was_changed() -> Iterator[None]:
+    """By the commands of a test, and of the fixtures that were made for it."""
+    yield
+    found = guard.told()
+    assert not found, found
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -113,6 +132,7 @@ def smollm2_gguf() -> Path:
     from mlxtune.demo import model
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", HOME)
         if HOME_CACHE is None:
             patch.delenv("XDG_CACHE_HOME")
         else:

@@ -6,16 +6,23 @@ Like the real one it has two hosts (here: ports): the site, and a storage host t
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
 import hashlib
 import json
+import os
 import re
+import socket
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import warm
 
 LARGE = (".safetensors", ".bin", "tokenizer.json")  # kept in large file storage, as on the real hub
 
@@ -50,9 +57,9 @@ class Request:
 
 
 class FakeHub:
-    """Use as a context manager; `url` is what HF_ENDPOINT must be."""
+    """Use as a context manager; `url` is what HF_ENDPOINT must be. port: of the site; 0 is any."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.cut_after: int | None = None  # storage sends no byte of a file beyond this one, and hangs up ...
@@ -65,13 +72,13 @@ class FakeHub:
         self.held = threading.Event()  # set as soon as storage stands still ...
         self.hold_after: int | None = None  # ... after this many bytes, for as long as the hub lives
         self.closing = threading.Event()
-        self.site, self.storage = self._server("site"), self._server("storage")
+        self.site, self.storage = self._server("site", port), self._server("storage", 0)
         self.url = f"http://127.0.0.1:{self.site.server_address[1]}"
         self.storage_url = f"http://127.0.0.1:{self.storage.server_address[1]}"
 
-    def _server(self, host: str) -> ThreadingHTTPServer:
+    def _server(self, host: str, port: int) -> ThreadingHTTPServer:
         handler = type("Handler", (_Handler,), {"hub": self, "host": host})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         return server
 
@@ -99,6 +106,30 @@ class FakeHub:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if not self.closing.is_set():
             self.stop()
+
+
+@functools.cache
+def own_port() -> int:
+    """A port for this process's hubs, one after the other: below those that are given to whoever asks for any."""
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
+
+
+@contextlib.contextmanager
+def environment(folder: Path, **more: str) -> Iterator[dict[str, str]]:
+    """What a user's environment says of the hub: that it is at `own_port`, and the folder of its cache.
+
+    It stays the same for all tests of a file, so that their commands can be forked.
+    """
+    site = f"http://127.0.0.1:{own_port()}"
+    found = {"HF_ENDPOINT": site, "HF_HOME": str(folder), "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "0"}
+    found = {**found, "HF_TOKEN": "", "NO_PROXY": "*", "no_proxy": "*", **more}
+    warm.begin_in({**os.environ, **found})
+    yield found
+    warm.end({**os.environ, **found})
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -6,13 +6,13 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import tiny
 
 # Begins a process for each line: importing the libraries for every one of them would take minutes.
 WORKER = """
@@ -47,6 +47,7 @@ for line in sys.stdin:
         os._exit(code)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+sys.exit()
 """
 
 
@@ -54,7 +55,7 @@ for line in sys.stdin:
 class Run:
     """A command in progress. out: the run's folder; said: what it prints to standard error, where that is a file."""
 
-    process: subprocess.Popen[str]
+    process: tiny.Process
     pid: int
     out: Path
     said: Path
@@ -92,7 +93,7 @@ class Run:
 class Stopping:
     """Begins runs, one at a time."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: tiny.Process) -> None:
         self._process = process
 
     def start(
@@ -118,10 +119,8 @@ class Stopping:
 
 @contextlib.contextmanager
 def worker() -> Iterator[Stopping]:
-    fixed = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "200"}  # bits depend on the BLAS and its threads
-    with subprocess.Popen(
-        [sys.executable, "-c", WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=fixed
-    ) as process:
+    # Bits depend on the BLAS and its threads.
+    with tiny.started(code=WORKER, OPENBLAS_NUM_THREADS="1") as process:
         yield Stopping(process)
         assert process.stdin
         process.stdin.close()

@@ -250,7 +250,7 @@ def test_a_disk_that_fills_up_while_training_keeps_what_was_saved(
     assert f"{out}: 6 steps" in resumed.stdout
 
 
-def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(ready: Callable[[], bool], process: tiny.Process) -> None:
     until = time.monotonic() + 120
     while not ready():
         assert process.poll() is None, process.communicate()
@@ -258,13 +258,25 @@ def wait_for(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
+# Before the command: steps that last, so that a signal comes inside them.
+SLOWLY = """
+import time
+from mlxtune.train import step
+real = step.StepFunction.__call__
+def call(self, number):
+    time.sleep(0.1)
+    return real(self, number)
+step.StepFunction.__call__ = call
+"""
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_training_after_a_step_that_can_be_resumed(
     number: signal.Signals, status: int, mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    options = ("--set", "train.steps=150", "--set", "lora.rank=2", "--set", "train.eval_every=0")
-    process = tiny.started("train", "--model", mlx_model, "--data", data, "--out", out, *options)
+    options = ("--set", "train.steps=20", "--set", "lora.rank=2", "--set", "train.eval_every=0")
+    process = tiny.started("train", "--model", mlx_model, "--data", data, "--out", out, *options, code=SLOWLY)
     events = out / "events.jsonl"
     wait_for(lambda: events.is_file() and events.read_text().count('"kind": "train"') > 2, process)
     process.send_signal(number)
@@ -278,7 +290,7 @@ def test_a_signal_ends_training_after_a_step_that_can_be_resumed(
     assert (out / "adapters.safetensors").is_file()
     assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{step:07d}"]
     resumed = tiny.done("train", "--resume", "--out", out)
-    assert f"{out}: 150 steps" in resumed.stdout
+    assert f"{out}: 20 steps" in resumed.stdout
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

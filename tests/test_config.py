@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from tiny import mlxtune, one_clear_line
 
 from mlxtune.config import resolve
+from mlxtune.config.yaml_text import parse_yaml
 from mlxtune.errors import UserError
 
 
@@ -274,3 +277,24 @@ def test_the_command_line_refuses_in_one_line_before_it_looks_at_the_model(write
     file = write("train:\n  stepz: 3\n")
     result = mlxtune("train", "-c", file, "--model", "nowhere", "--data", "nowhere")
     one_clear_line(result, f"{file} line 2: unknown key train.stepz", "Did you mean train.steps?")
+
+
+def test_letters_beyond_the_first_65536_are_read_as_json_writes_them_and_halves_of_them_are_refused(
+    tmp_path: Path,
+) -> None:
+    """A half would end a run where its configuration is written, with a traceback."""
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps({"data": {"template_kwargs": {"🚲": "a 🚲 b"}}}))
+    assert "\\ud83d" in file.read_text()
+    assert resolve.load(str(file)).data.template_kwargs == {"🚲": "a 🚲 b"}
+    file.write_text('data:\n  template_kwargs: {a: "\\ud83d"}\n')
+    with pytest.raises(UserError, match=r"line 2: not valid YAML \(half of a character"):
+        resolve.load(str(file))
+
+
+def test_no_text_of_a_written_configuration_begins_a_line() -> None:
+    texts = {f"key{letter}": f"a{letter}FORGED {'long ' * 60}{letter}" for letter in "\n\r\x85\u2028\u2029\t"}
+    written = resolve.Config.model_validate({"data": {"template_kwargs": texts}}).to_yaml()
+    lines = [line.strip() for line in re.split("[\n\r\x85\u2028\u2029]", written)]
+    assert not [line for line in lines if line.startswith(("FORGED", "long"))]
+    assert resolve.Config.model_validate(parse_yaml(written, "written").value).data.template_kwargs == texts

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import zoo
-from fake_hub import FakeHub, Repo
+from fake_hub import FakeHub, Repo, environment, own_port
 from mlxtune_convert.hf import families
 from mlxtune_convert.hf.configs import normalise
 from mlxtune_convert.sizes import size
@@ -185,21 +185,22 @@ def test_an_export_stops_where_the_chat_ends_and_tells_its_recipe(mlx_model: Pat
 
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
-    with FakeHub() as hub:
+    with FakeHub(own_port()) as hub:
         yield hub
 
 
-def _user(hub: FakeHub, home: Path, token: str = "hf_mine") -> dict[str, str]:
-    away = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*", "no_proxy": "*"}
-    return {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": token, **away}
+@pytest.fixture(scope="module")
+def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with environment(tmp_path_factory.mktemp("home"), HF_TOKEN="hf_mine", HF_HUB_DISABLE_XET="1") as found:
+        yield found
 
 
 def test_a_push_makes_a_private_repository_with_the_same_files(
-    hub: FakeHub, mlx_model: Path, run: Path, tmp_path: Path
+    hub: FakeHub, user: dict[str, str], mlx_model: Path, run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "peft"
     options = ("--adapter", run, "--to", "peft", "--out", out, "--no-verify", "--push", "me/tiny-tuned")
-    result = tiny.done("export", "--model", mlx_model, *options, **_user(hub, tmp_path / "home"))
+    result = tiny.done("export", "--model", mlx_model, *options, **user)
     assert "me/tiny-tuned: private" in result.stdout
     repo = hub.repos["me/tiny-tuned"]
     assert repo.private
@@ -210,23 +211,29 @@ def test_a_push_makes_a_private_repository_with_the_same_files(
 
 @pytest.mark.parametrize(("private", "option"), [(False, ()), (True, ("--public",))], ids=["public", "private"])
 def test_a_repository_that_others_see_than_was_asked_for_is_refused_before_any_work(
-    private: bool, option: tuple[str, ...], hub: FakeHub, mlx_model: Path, run: Path, tmp_path: Path
+    private: bool,
+    option: tuple[str, ...],
+    hub: FakeHub,
+    user: dict[str, str],
+    mlx_model: Path,
+    run: Path,
+    tmp_path: Path,
 ) -> None:
     """The hub ignores `private` for a repository that is there, and says nothing."""
     hub.repos["me/tiny-tuned"] = Repo({"README.md": b"mine"}, private=private)
     options = ("--adapter", run, "--to", "peft", "--out", tmp_path / "peft", "--no-verify", "--push", "me/tiny-tuned")
     expected = (f"this repository is {'private' if private else 'public'}", "--public")
     words = ("export", "--model", mlx_model, *options, *option)
-    tiny.refused(tmp_path / "peft", *words, expected=expected, **_user(hub, tmp_path / "home"))
+    tiny.refused(tmp_path / "peft", *words, expected=expected, **user)
     assert hub.repos["me/tiny-tuned"].files == {"README.md": b"mine"}
 
 
 def test_a_public_push_says_so_and_lists_what_it_uploads(
-    hub: FakeHub, mlx_model: Path, run: Path, tmp_path: Path
+    hub: FakeHub, user: dict[str, str], mlx_model: Path, run: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "peft"
     options = ("--adapter", run, "--to", "peft", "--out", out, "--no-verify", "--push", "me/tiny-tuned", "--public")
-    result = tiny.done("export", "--model", mlx_model, *options, **_user(hub, tmp_path / "home"))
+    result = tiny.done("export", "--model", mlx_model, *options, **user)
     assert "me/tiny-tuned: public" in result.stdout and not hub.repos["me/tiny-tuned"].private
     for file in out.iterdir():
         assert f"uploading {file.name}, {size(file.stat().st_size)}" in result.stderr
@@ -243,10 +250,18 @@ def test_a_public_push_says_so_and_lists_what_it_uploads(
     ],
 )
 def test_a_push_that_cannot_be_says_why(
-    repo: str, token: str, refusal: tuple, expected: str, hub: FakeHub, mlx_model: Path, run: Path, tmp_path: Path
+    repo: str,
+    token: str,
+    refusal: tuple,
+    expected: str,
+    hub: FakeHub,
+    user: dict[str, str],
+    mlx_model: Path,
+    run: Path,
+    tmp_path: Path,
 ) -> None:
     hub.upload_refusal = refusal
     options = ("--adapter", run, "--to", "peft", "--out", tmp_path / "peft", "--no-verify", "--push", repo)
-    result = tiny.mlxtune("export", "--model", mlx_model, *options, **_user(hub, tmp_path / "home", token))
+    result = tiny.mlxtune("export", "--model", mlx_model, *options, **{**user, "HF_TOKEN": token})
     tiny.one_clear_line(result, expected)
     assert (tmp_path / "peft").exists() == (refusal is not None)  # the export itself is kept

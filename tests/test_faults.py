@@ -70,23 +70,20 @@ def test_a_loss_far_above_the_usual_is_noted_with_its_rows(
 def test_a_folder_that_turns_unwritable_ends_the_run_in_one_line(mlx_model: Path, data: Path, tmp_path: Path) -> None:
     """Root writes anywhere: the child gives up its rights in the middle."""
     code = (
-        "import os, sys\n"
+        "import os\n"
         "from pathlib import Path\n"
         "from mlxtune.train import step\n"
         "real = step.StepFunction.__call__\n"
         "def call(self, number):\n"
         "    if number == 7:\n"
-        "        Path(sys.argv[-1], 'checkpoints').chmod(0o555)\n"
+        f"        Path({str(tmp_path / 'run')!r}, 'checkpoints').chmod(0o555)\n"
         "        if os.geteuid() == 0: os.seteuid(65534)\n"
         "    return real(self, number)\n"
         "step.StepFunction.__call__ = call\n"
-        "from mlxtune.cli import main\n"
-        "main([*sys.argv[1:-1], '--out', sys.argv[-1]])\n"
     )
-    words = options(mlx_model, data, tmp_path)
-    place = words.index("--out")
-    command = [*words[:place], *words[place + 2 :], str(tmp_path / "run")]
-    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    process = tiny.started(*options(mlx_model, data, tmp_path / "run"), code=code)
+    out, err = process.communicate()
+    result = subprocess.CompletedProcess([], process.wait(), out, err)
     tiny.one_clear_line(result, "cannot write", "permission denied")
     kept = sorted(folder.name for folder in (tmp_path / "run/checkpoints").iterdir())
     assert kept == [f"step-{step:07d}" for step in (2, 4, 6)]

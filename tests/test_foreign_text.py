@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import select
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import hostile
 import pytest
+import terminal
 import tiny
 from mlxtune_convert.shown import shown, shown_json, shown_name
 
@@ -24,29 +21,7 @@ ONE_BYTE, TURNED, OVER = "\x9b2J\x9d0;evil\x9c", "\u202egnp.exe\u2066", "safe\rE
 HOSTILE = [CLIPBOARD, TITLE, CLEARED, ONE_BYTE, TURNED, OVER, "a\x08\x08b", "\x0e\x0f", "\u200f\u061c", "\x7f\x00"]
 KEPT = "äß 漢字 ไทย مرحبا 🚲 e\u0301 x\u200dy\ttab"
 RAW = [chr(number) for number in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(number) not in "\n\t"]
-RAW += list("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-def on_a_terminal(*args: str | Path, status: int = 0) -> str:
-    """What the installed command sends to a terminal, standard error too."""
-    ours, theirs = pty.openpty()
-    words = [str(Path(sys.executable).parent / "mlxtune"), *map(str, args)]
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
-    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
-    said = b""
-    while True:
-        ready, _, _ = select.select([ours], [], [], 60)
-        try:
-            piece = os.read(ours, 65536) if ready else b""
-        except OSError:  # Linux: nobody writes to it any more
-            break
-        if not piece:
-            break
-        said += piece
-    os.close(ours)
-    assert process.wait() == status, said.decode()
-    return said.decode()
+RAW += list("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
 
 
 def harmless(said: str) -> None:
@@ -87,6 +62,37 @@ def test_every_control_character_is_among_them() -> None:
     assert shown("".join(RAW)).count("\\") == len(RAW)
 
 
+def test_none_of_200_texts_is_obeyed_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    """A console's lines, tables and what it says while it works; a model's answer and its thought; JSON."""
+    from rich.table import Table
+    from rich.text import Text
+
+    texts = hostile.texts()
+    assert len(set(texts)) == 200 and sum(bool(terminal.HARMFUL.search(text)) for text in texts) > 190
+    safe, table, voice = console(force_terminal=True, width=4000), Table("name"), talk.Voice(Plain())
+    for text in texts:
+        table.add_row(text)
+        safe.print(text, Text(text))
+        with safe.status(text):
+            pass
+        voice.hear(text)
+    safe.print(table)
+    voice.end("")
+    said = capsys.readouterr().out
+    assert terminal.obeyed(said) == [] and said.count("\\x") > 500
+    for text in texts:
+        assert not any(letter in shown_name(text) for letter in [*RAW, *"\n\t", *hostile.UNSEEN])
+        assert json.loads(shown_json([text])) == [text] and not terminal.obeyed(shown_json([text]))
+
+
+def test_a_console_reads_no_markup_in_what_it_says_while_it_works(capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder may be called so."""
+    for name in ("a[/b]", "[link=http://evil.example]a[/link]", "[bold]"):
+        with console(force_terminal=True, width=200).status(f"loading {name}"):
+            pass
+        assert f"loading {name}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_console_keeps_its_own_colours_and_nothing_of_the_texts(
     text: str, capsys: pytest.CaptureFixture[str]
@@ -115,7 +121,7 @@ def test_an_answer_commands_no_terminal_and_is_kept_raw_on_request(capsys: pytes
 
 
 def test_raw_is_refused_on_a_terminal(mlx_model: Path) -> None:
-    said = on_a_terminal("generate", "--model", mlx_model, "--prompt", "hi", "--raw", status=2)
+    said = terminal.shows("generate", "--model", mlx_model, "--prompt", "hi", "--raw", status=2)
     assert "--raw would let the model command this terminal" in said
 
 
@@ -131,7 +137,7 @@ def test_rows_names_and_reasons_of_other_people_reach_a_terminal_harmlessly(mlx_
     path = tiny.write_jsonl(tmp_path / "a\x1b]0;evil\x1b\\\nfake: line.jsonl", rows)
     options = ("--model", mlx_model, "--data", path)
     for words in (("data", "show", "--limit", "10"), ("data", "show", "--json", "--limit", "10"), ("data", "check")):
-        said = on_a_terminal(*words[:2], *options, *words[2:])
+        said = terminal.shows(*words[:2], *options, *words[2:])
         harmless(said)
     assert "漢字" in said or words[1] == "check"
     assert "\nfake: line" not in said.replace("\r", "")
@@ -143,14 +149,14 @@ def test_errors_and_lists_of_runs_reach_a_terminal_harmlessly(mlx_model: Path, t
     (run / "config.yaml").write_text("")
     event = {"kind": "begin", "step": 0, "steps": 5, "model": f"m/{CLIPBOARD}{TURNED}"}
     (run / "events.jsonl").write_text(json.dumps(event) + "\n" + json.dumps({"kind": "end", "state": CLEARED}) + "\n")
-    said = on_a_terminal("runs", tmp_path)
+    said = terminal.shows("runs", tmp_path)
     harmless(said)
     assert len([line for line in said.replace("\r", "").split("\n") if "fake" in line]) == 1 and "\nfake" not in said
     (tmp_path / "c.yaml").write_text(json.dumps({f"lora{CLIPBOARD}{TURNED}": 1}))
-    said = on_a_terminal("train", "-c", tmp_path / "c.yaml", "--model", mlx_model, "--data", "x", status=2)
+    said = terminal.shows("train", "-c", tmp_path / "c.yaml", "--model", mlx_model, "--data", "x", status=2)
     harmless(said)
     assert "\\x1b]52" in said
     folder = tiny.make_model(tmp_path / "model")
     refusal = "{{ raise_exception('" + CLIPBOARD.replace("\\", "\\\\") + "') }}"
     (folder / "chat_template.jinja").write_text(refusal)
-    harmless(on_a_terminal("generate", "--model", folder, "--prompt", "x", status=2))
+    harmless(terminal.shows("generate", "--model", folder, "--prompt", "x", status=2))

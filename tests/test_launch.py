@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx._distributed_utils import launch
-from test_ranks import Group, finished, launched, words
+from test_ranks import Group, finished, free_port, pair, said_by, words
 
 from mlxtune.errors import UserError
 from mlxtune.train import events, lock, patience
@@ -56,12 +55,6 @@ cli.main()
 def written(file: Path, text: str) -> None:
     file.write_text(text)
     file.chmod(0o755)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_the_lines_of_the_readme_run_two_machines_that_stay_awake_and_tell_of_their_battery(
@@ -144,31 +137,33 @@ def test_the_launcher_passes_the_command_of_the_readme_on_whole(
     assert "requires IPs" in capsys.readouterr().err
 
 
+# Before the command: the second process stops in step 9, as under SIGSTOP from outside.
+HANGS = """
+import os, signal
+from mlxtune.train import step
+real = step.StepFunction.__call__
+def call(self, number):
+    if number == 9 and os.environ["MLX_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return real(self, number)
+step.StepFunction.__call__ = call
+"""
+
+
 def test_a_process_that_hangs_ends_the_run_in_one_line_and_the_last_step_is_saved(
     mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     settings = ("train.steps=2000", "train.rank_minutes=0.05", "train.save_every=0", "train.eval_every=0")
-    process = launched(2, *words(mlx_model, data, run, *settings))
-    stopped = None
+    first, second = pair(tmp_path, *words(mlx_model, data, run, *settings), code=HANGS)
     try:
-        deadline = time.monotonic() + 120
-        while not (run / events.FILE).exists() or len(events.read(run)) < 20:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        found = subprocess.run(["pgrep", "-f", f"mlxtune train .*{run}"], capture_output=True, text=True, check=True)
-        first = int((run / lock.FILE).read_text().split()[-1])
-        (stopped,) = {int(line) for line in found.stdout.split()} - {process.pid, first}
-        os.kill(stopped, signal.SIGSTOP)
-        began = time.monotonic()
-        while lock.is_locked(run):
-            assert time.monotonic() - began < 60
-            time.sleep(0.05)
-        assert time.monotonic() - began > 3
+        said = "".join(first.communicate(timeout=120))
+        assert not lock.is_locked(run)
     finally:
-        if stopped:
-            os.kill(stopped, signal.SIGCONT)
-        said = finished(process, 60)
+        second.send_signal(signal.SIGCONT)
+        first.kill()
+        said_later = said_by([second])
+    said += said_later
     assert "Traceback" not in said, said
     found = events.read(run)
     last = max(event["step"] for event in found if event["kind"] == "train")

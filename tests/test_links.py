@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import tiny
 from mlxtune_convert.files import refuse_links_out
+from mlxtune_convert.hf import companions
 from mlxtune_convert.peft import adapter_folder
+from mlxtune_convert.tensors import weights_of
 
 from mlxtune.adapter import lora
 from mlxtune.errors import UserError
@@ -92,3 +94,15 @@ def test_links_inside_the_folder_and_into_the_hubs_cache_are_followed(hf_model: 
     (snapshot / "merges.txt").symlink_to(other / "1")
     with pytest.raises(UserError, match=OUT):
         refuse_links_out(snapshot)
+
+
+def test_no_base_is_merged_into_through_such_a_link(hf_model: Path, secret: Path, tmp_path: Path) -> None:
+    """What is named as --base is read by the same two functions in both packages."""
+    base = tmp_path / "base"
+    shutil.copytree(hf_model, base)
+    (base / "generation_config.json").unlink()
+    (base / "generation_config.json").symlink_to(secret)
+    with pytest.raises(UserError, match=OUT):
+        weights_of(base)
+    with pytest.raises(UserError, match=OUT):
+        companions.copy(base, tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -54,13 +53,9 @@ def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(
         "generate": ("generate", "--model", model, "--prompt", "a"),
         "train": ("train", "--model", model, "--data", rows, "--out", tmp_path / "run"),
     }
-    done = subprocess.run(
-        [str(Path(sys.executable).parent / "mlxtune"), *map(str, words[command])],
-        input="y\ny\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = tiny.started(*words[command])
+    out, err = process.communicate("y\ny\n", timeout=300)
+    done = subprocess.CompletedProcess([], process.wait(), out, err)
     tiny.one_clear_line(done, "needs code of its own (auto_map), and code from others is never run")
     assert "[y/N]" not in done.stdout + done.stderr
     assert not marker.exists() and not (tmp_path / "out").exists() and not (tmp_path / "run").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from broken import OUT_OF_MEMORY, WATCHDOG, fail_gradients
-from test_ranks import finished, launched
+from test_ranks import finished, launched, program, two
 from training import NOISE, losses, options, same_bits, tune
 
 from mlxtune.compute import proof
@@ -168,31 +167,33 @@ def test_a_checkpoint_of_a_version_without_divisions_is_resumed(
     same_bits(enough, tmp_path / "run")
 
 
-# The installed command with a device that has no room for more than one row from a step on, on the process of a rank;
-# where a file is named, it is made two steps later, and everything waits there to be killed.
+# Before the command: a device that has no room for more than one row from a step on, on the process of a rank; where a
+# file is named, it is made two steps later, and everything waits there to be killed.
 LITTLE = """
-import sys, time
+import time
 from pathlib import Path
-from mlxtune.cli import main
 from mlxtune.train import step
 import mlx.core as mx  # after mlxtune, which chooses the BLAS
-first, rank, mark = (sys.argv.pop(1) for _ in range(3))
+first, rank, mark = {asked}
 text = "[metal::malloc] Attempting to allocate 8 bytes which is greater than the maximum allowed buffer size of 4."
 class Little(step.Gradients):
     def __call__(self, batch):
-        if number[0] >= int(first) and len(batch.rows) > 1 and mx.distributed.init().rank() == int(rank):
+        if number[0] >= first and len(batch.rows) > 1 and mx.distributed.init().rank() == rank:
             raise RuntimeError(text)
         return super().__call__(batch)
 real, number = step.StepFunction.__call__, [0]
 def call(self, which):
     number[0] = which
-    if which == int(first) + 2 and mark != "-":
+    if which == first + 2 and mark:
         Path(mark).touch()
         time.sleep(100)
     return real(self, which)
 step.Gradients, step.StepFunction.__call__ = Little, call
-main(sys.argv[1:])
 """
+
+
+def little(first: int, rank: int, mark: str = "") -> str:
+    return LITTLE.replace("{asked}", repr((first, rank, mark)))
 
 
 def test_a_run_killed_after_a_division_is_resumed_to_the_bits_of_one_that_went_on(
@@ -201,10 +202,8 @@ def test_a_run_killed_after_a_division_is_resumed_to_the_bits_of_one_that_went_o
     """SIGKILL in step 7, nothing saved since the division; the resumed run has memory enough, and divides all the
     same."""
     went_on, killed, mark = (tmp_path / name for name in ("went-on", "killed", "mark"))
-    with tiny.popen(
-        sys.executable, "-c", LITTLE, "5", "0", mark, *options(mlx_model, data, killed, *SMALLER)
-    ) as process:
-        done = tiny.popen(sys.executable, "-c", LITTLE, "5", "0", "-", *options(mlx_model, data, went_on, *SMALLER))
+    with tiny.started(*options(mlx_model, data, killed, *SMALLER), code=little(5, 0, str(mark))) as process:
+        done = tiny.started(*options(mlx_model, data, went_on, *SMALLER), code=little(5, 0))
         while not mark.exists():
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
@@ -222,7 +221,9 @@ def test_what_one_of_two_processes_has_no_memory_for_both_compute_in_smaller_par
     mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
     tune(mlx_model, data, tmp_path / "one", *STOP, *THREE)
-    two(mlx_model, data, tmp_path, "two", "train.on_oom=smaller")
+    words = options(mlx_model, data, tmp_path / "two", *STOP, *THREE, "train.on_oom=smaller")
+    said = two(tmp_path, *words, code=little(2, 1))
+    assert "Traceback" not in said, said
     close(tmp_path / "two", tmp_path / "one")
     assert divisions(tmp_path / "two") == [(1, 1, False), (1, 2, False)]
 
@@ -230,7 +231,9 @@ def test_what_one_of_two_processes_has_no_memory_for_both_compute_in_smaller_par
 def test_a_process_that_fails_says_why_and_the_first_one_saves_its_last_whole_step(
     mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
-    said = two(mlx_model, data, tmp_path, "run")
+    words = options(mlx_model, data, tmp_path / "run", *STOP, *THREE)
+    said = finished(launched(2, *words, program=program(tmp_path, little(2, 1))))
+    assert "Traceback" not in said, said
     assert "than the GPU takes ([metal::malloc]" in said and "the run of 2 processes ends" in said
     # The first one sees that the other is gone, or is told to stop by the launcher, which saw it too.
     assert "another of the 2 processes is gone, and with it the run" in said or "\nstopped" in said
@@ -238,14 +241,3 @@ def test_a_process_that_fails_says_why_and_the_first_one_saves_its_last_whole_st
 
 
 THREE = ("train.steps=3", "train.eval_every=0")
-
-
-def two(model: Path, data: Path, folder: Path, name: str, *settings: str) -> str:
-    """What a run of three steps says whose second process has little memory from step 2 on."""
-    program = folder / "little.py"
-    program.write_text(f"#!{sys.executable}\n{LITTLE}")
-    program.chmod(0o755)
-    words = options(model, data, folder / name, *STOP, *THREE, *settings)
-    said = finished(launched(2, "2", "1", "-", *words, program=program))
-    assert "Traceback" not in said, said
-    return said

@@ -1,4 +1,4 @@
-"""One run on several processes, through `mlx.launch` with MLX's ring on this machine."""
+"""One run on several processes, with MLX's ring on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +18,11 @@ import tiny
 
 from mlxtune.config import resolve as configuration
 from mlxtune.data.dataset.batches import Batch
-from mlxtune.train import events, lock, session, tuning
+from mlxtune.train import events, session, tuning
 from mlxtune.train.ranks import Ranks
 
 SETTINGS = (
-    *("train.steps=20", "train.lr=5e-3", "train.eval_every=5", "train.save_every=5", "lora.rank=4"),
+    *("train.steps=8", "train.lr=5e-3", "train.eval_every=2", "train.save_every=2", "lora.rank=4"),
     *("lora.dropout=0.1", "train.neftune_alpha=5"),
 )
 
@@ -33,11 +32,40 @@ def words(model: Path, data: Path, out: Path, *settings: str) -> list[str]:
     return [*flags, *(word for setting in (*SETTINGS, *settings) for word in ("--set", setting))]
 
 
-def launched(count: int, *args: str, program: Path | None = None) -> subprocess.Popen[str]:
-    """`mlx.launch -n count mlxtune ...`, in a process group of its own."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def pair(folder: Path, *args: str, code: str = "") -> list[tiny.Process]:
+    """Two processes that find each other as `mlx.launch` lets them, by a file and a number.
+
+    code: what each of them does first. folder: for the file.
+    """
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(2)]))
+    fixed = {"MLX_HOSTFILE": str(hosts), "OPENBLAS_NUM_THREADS": "1"}
+    return [tiny.started(*args, code=code, **fixed, MLX_RANK=rank) for rank in ("0", "1")]
+
+
+def said_by(processes: list[tiny.Process]) -> str:
+    """What they say until they end; none of them is left running, whatever happens."""
+    try:
+        return "".join(text for process in processes for text in process.communicate(timeout=180))
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def two(folder: Path, *args: str, code: str = "") -> str:
+    """What such a pair says."""
+    return said_by(pair(folder, *args, code=code))
+
+
+def launched(count: int, *args: str, program: Path | None = None) -> subprocess.Popen[str]:
+    """`mlx.launch -n count mlxtune ...`, in a process group of its own."""
+    port = free_port()
     bin = Path(sys.executable).parent
     command = [bin / "mlx.launch", "-n", str(count), "--backend", "ring", "--starting-port", str(port)]
     return subprocess.Popen(
@@ -48,6 +76,14 @@ def launched(count: int, *args: str, program: Path | None = None) -> subprocess.
         start_new_session=True,
         env={**os.environ, "COLUMNS": "200", "OPENBLAS_NUM_THREADS": "1", "PATH": f"{bin}:{os.environ['PATH']}"},
     )
+
+
+def program(folder: Path, code: str) -> Path:
+    """The command as a file that can be launched; what `code` does comes first."""
+    file = folder / "program"
+    file.write_text(f"#!{sys.executable}\n{code}\nfrom mlxtune.cli import main\nmain()\n")
+    file.chmod(0o755)
+    return file
 
 
 def finished(process: subprocess.Popen[str], seconds: float = 180) -> str:
@@ -86,10 +122,10 @@ def test_two_processes_compute_the_losses_of_one(
     tmp_path: Path,
 ) -> None:
     one = alone[settings]
-    said = finished(launched(2, *words(mlx_model, data, tmp_path / "two", *settings)))
+    said = two(tmp_path, *words(mlx_model, data, tmp_path / "two", *settings))
     assert "2 processes" in said and "Traceback" not in said, said
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), rtol=1e-5)
-    assert len(losses(one)) == 25
+    assert len(losses(one)) == 13
     assert said.count("best validation loss") == 1  # the second process neither draws nor writes
     assert len((tmp_path / "two" / "events.jsonl").read_text().splitlines()) == len(
         (one / "events.jsonl").read_text().splitlines()
@@ -99,19 +135,17 @@ def test_two_processes_compute_the_losses_of_one(
 def test_a_run_whose_second_process_died_is_resumed_by_one_process(
     alone: dict[tuple[str, ...], Path], mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
+    """SIGKILL in its fifth step, while the first one waits for it."""
     run = tmp_path / "died"
-    process = launched(2, *words(mlx_model, data, run, *TWO_BATCHES))
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints/step-0000005").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    found = subprocess.run(["pgrep", "-f", f"mlxtune train .*{run}"], capture_output=True, text=True, check=True)
-    first = int((run / lock.FILE).read_text().split()[-1])
-    (second,) = {int(line) for line in found.stdout.split()} - {process.pid, first}
-    os.kill(second, signal.SIGKILL)
-    finished(process, 60)
+    dies = (
+        "import os, signal\nfrom mlxtune.train import step\nreal = step.StepFunction.__call__\n"
+        "def call(self, number):\n    if number == 5 and os.environ['MLX_RANK'] == '1':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n    return real(self, number)\n"
+        "step.StepFunction.__call__ = call\n"
+    )
+    two(tmp_path, *words(mlx_model, data, run, *TWO_BATCHES), code=dies)
     state = json.loads(tiny.mlxtune("runs", run, "--json").stdout)[0]
-    assert state["state"] in ("killed", "interrupted", "failed") and state["step"] < 20
+    assert state["state"] in ("killed", "interrupted", "failed") and state["step"] < 5
     resumed = tiny.mlxtune("train", "--resume", "--out", run)
     assert resumed.returncode == 0, resumed.stderr
     np.testing.assert_allclose(losses(run), losses(alone[TWO_BATCHES]), rtol=1e-5)
@@ -121,22 +155,20 @@ def test_a_run_of_one_process_is_resumed_by_two(alone: dict[tuple[str, ...], Pat
     one = alone[ODD_ROWS]
     run = tmp_path / "cut"
     shutil.copytree(one, run)
-    for file in (run / "checkpoints/step-0000020").glob("*"):
+    for file in (run / "checkpoints/step-0000008").glob("*"):
         file.write_bytes(b"torn")
-    said = finished(launched(2, "train", "--resume", "--out", str(run)))
-    assert "step-0000020 is incomplete" in said and "resumed after step 15" in said, said
+    said = two(tmp_path, "train", "--resume", "--out", str(run))
+    assert "step-0000008 is incomplete" in said and "resumed after step 6" in said, said
     np.testing.assert_allclose(losses(run), losses(one), rtol=1e-5)
 
 
 def test_processes_with_different_rows_are_refused(mlx_model: Path, data: Path, tmp_path: Path) -> None:
     """The second process reads other rows, as on a machine whose copy is old."""
-    program = tmp_path / "there"
-    program.write_text(
-        f"#!{sys.executable}\nimport os\nfrom mlxtune.cli import main\nfrom mlxtune.data.rows import Examples\n"
-        "if os.environ['MLX_RANK'] == '1':\n    Examples.digest = lambda self: 'others'\nmain()\n"
+    there = (
+        "import os\nfrom mlxtune.data.rows import Examples\n"
+        "if os.environ['MLX_RANK'] == '1':\n    Examples.digest = lambda self: 'others'\n"
     )
-    program.chmod(0o755)
-    said = finished(launched(2, *words(mlx_model, data, tmp_path / "run"), program=program))
+    said = two(tmp_path, *words(mlx_model, data, tmp_path / "run"), code=there)
     assert "the 2 processes do not have the same data" in said, said
     assert "Traceback" not in said, said
     assert not (tmp_path / "run").exists()
@@ -151,14 +183,11 @@ def test_the_smallest_machine_decides_the_batches_of_all(mlx_model: Path, data: 
     predicted = tuning.memory_plan(small, session.read_data(small)[0])[1]
     assert predicted
     least = (predicted.total >> 20) + 1 << 20
-    program = tmp_path / "there"
-    program.write_text(
-        f"#!{sys.executable}\nimport os\nfrom mlxtune.cli import main\nfrom mlxtune.train import fit\n"
-        "if os.environ['MLX_RANK'] == '1':\n"
-        f"    fit.backend.working_set_bytes = lambda: int({least} / fit.SHARE)\nmain()\n"
+    there = (
+        "import os\nfrom mlxtune.train import fit\nif os.environ['MLX_RANK'] == '1':\n"
+        f"    fit.backend.working_set_bytes = lambda: int({least} / fit.SHARE)\n"
     )
-    program.chmod(0o755)
-    said = finished(launched(2, *words(mlx_model, data, tmp_path / "two", *few), program=program))
+    said = two(tmp_path, *words(mlx_model, data, tmp_path / "two", *few), code=there)
     assert "to fit" in said and "train.batch_rows=" in said, said
     done = tiny.mlxtune(*words(mlx_model, data, tmp_path / "one", *few, f"train.memory_limit={least}"))
     assert done.returncode == 0, done.stderr

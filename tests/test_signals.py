@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import stopping
 from stopping import Stopping
-from test_ranks import finished, launched
+from test_ranks import pair, said_by
 from training import SETTINGS, losses, tensors
 
 from mlxtune.train import events
@@ -188,10 +187,9 @@ def test_checkpoints_come_by_time_as_well_and_change_no_bit(
     assert losses(out) == losses(undisturbed)
 
 
-TWO = """#!{python}
+TWO = """
 import os, time
 from pathlib import Path
-from mlxtune.cli import main
 from mlxtune.train import step
 real = step.StepFunction.__call__
 def call(self, number):
@@ -201,7 +199,6 @@ def call(self, number):
         time.sleep({lasts})
     return event
 step.StepFunction.__call__ = call
-main()
 """
 
 
@@ -210,20 +207,19 @@ def test_of_two_processes_one_signal_to_either_stops_both_and_two_save_what_is_w
     signals: int, mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
     """The first one to the second process, which neither writes nor draws; the second one to both."""
-    run, marks, program = (tmp_path / name for name in ("run", "marks", "there"))
+    run, marks = tmp_path / "run", tmp_path / "marks"
     marks.mkdir()
-    program.write_text(TWO.format(python=sys.executable, marks=marks, lasts=2 if signals == 1 else FOREVER))
-    program.chmod(0o755)
-    process = launched(2, *words(mlx_model, data, run), program=program)
+    waits = TWO.format(marks=marks, lasts=2 if signals == 1 else FOREVER)
+    processes = pair(tmp_path, *words(mlx_model, data, run), code=waits)
     until = time.monotonic() + 120
     while len(found := [mark.read_text() for mark in sorted(marks.iterdir())]) < 2 or not all(found):
-        assert time.monotonic() < until and process.poll() is None
+        assert time.monotonic() < until and not any(process.poll() for process in processes)
         time.sleep(0.01)
     for number in range(signals):
         for pid in found[1:] if signals == 1 else found:
             os.kill(int(pid), INT)
         time.sleep(0.3 * (1 - number))
-    said = finished(process)
+    said = said_by(processes)
     step = 4 if signals == 1 else 3
     where = "after step 4" if signals == 1 else "inside step 4, which is lost"
     assert f"stopped {where}; to go on: mlxtune train --resume --out {run}" in said, said

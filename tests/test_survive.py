@@ -44,6 +44,7 @@ for line in sys.stdin:
         os._exit(0)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+sys.exit()
 """
 KILLS = 25
 
@@ -57,10 +58,7 @@ def test_a_run_killed_25_times_ends_with_the_bits_of_one_that_was_not(
     file, whole, run = (tmp_path / name for name in ("killed.yaml", "whole", "killed"))
     file.write_text(resolve.load(None, settings, {"model.path": str(mlx_model)}).to_yaml())
     draw, in_writing, codes = random.Random(0), 0, []
-    fixed = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # bits depend on the BLAS and its threads
-    with subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=fixed
-    ) as worker:
+    with tiny.started(file, code=WORKER, OPENBLAS_NUM_THREADS="1") as worker:  # bits depend on the BLAS's threads
         assert worker.stdin and worker.stdout
 
         def start(folder: Path) -> int:
@@ -99,11 +97,18 @@ def lines(run: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
+@pytest.fixture(scope="module")
+def noisy(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with dropout and NEFTune that nothing interrupted, made in this process."""
+    out = tmp_path_factory.mktemp("noisy") / "run"
+    tune(mlx_model, data, out, *NOISE[:2])
+    return out
+
+
 @pytest.mark.parametrize("steps", [1, 7])
 def test_ctrl_c_finishes_the_step_and_the_resumed_run_has_the_same_bits(
-    steps: int, mlx_model: Path, data: Path, tmp_path: Path
+    steps: int, noisy: Path, mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
-    tune(mlx_model, data, tmp_path / "whole", *NOISE[:2])
     with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.Interrupted) as stopped:
         tiny.interrupt_after(patch, steps)
         tune(mlx_model, data, tmp_path / "cut", *NOISE[:2])
@@ -113,21 +118,20 @@ def test_ctrl_c_finishes_the_step_and_the_resumed_run_has_the_same_bits(
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
     assert session.run_config(tmp_path / "cut").data.path == resolve.load(None, (), flags).data.path
     tune(mlx_model, data, tmp_path / "cut", *NOISE[:2], resume=True)
-    same_bits(tmp_path / "whole", tmp_path / "cut")
+    same_bits(noisy, tmp_path / "cut")
 
 
 def test_ctrl_c_during_an_evaluation_leaves_it_to_the_resumed_run(
-    mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    noisy: Path, mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoint is written without the evaluation of its step; whoever resumes evaluates first."""
-    tune(mlx_model, data, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(errors.Interrupted):
         tiny.interrupt_after(patch, 8)
-        tune(mlx_model, data, tmp_path / "cut")
+        tune(mlx_model, data, tmp_path / "cut", *NOISE[:2])
     cut = losses(tmp_path / "cut")
     assert ("train", 8) in cut and ("eval", 8) not in cut
-    tune(mlx_model, data, tmp_path / "cut", resume=True)
-    same_bits(tmp_path / "whole", tmp_path / "cut")
+    tune(mlx_model, data, tmp_path / "cut", *NOISE[:2], resume=True)
+    same_bits(noisy, tmp_path / "cut")
 
 
 def test_ctrl_c_before_the_first_step_says_that_nothing_is_left(
@@ -150,7 +154,6 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_is_left(
 SLOW = """
 import sys, time
 from mlxtune.train import step
-from mlxtune.cli import main
 real = step.StepFunction.__call__
 def call(self, number):
     event = real(self, number)
@@ -159,7 +162,6 @@ def call(self, number):
         time.sleep(60)
     return event
 step.StepFunction.__call__ = call
-main(sys.argv[1:])
 """
 
 
@@ -193,7 +195,7 @@ def test_a_step_that_should_end_is_given_up_between_micro_batches(
 
 
 def test_a_second_process_on_the_same_run_is_refused(run: Path, mlx_model: Path, data: Path, tmp_path: Path) -> None:
-    with tiny.popen(sys.executable, "-c", SLOW, *options(mlx_model, data, tmp_path / "run")) as process:
+    with tiny.started(*options(mlx_model, data, tmp_path / "run"), code=SLOW) as process:
         assert process.stderr
         next(line for line in process.stderr if line.startswith("in step 4"))
         result = tiny.mlxtune("train", "--resume", "--out", tmp_path / "run")

@@ -6,8 +6,6 @@ import json
 import os
 import pty
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,10 +191,10 @@ def with_tokenizer(weights: Path, folder: Path, name: str) -> Path:
     return folder
 
 
-def in_a_terminal(*command: str | Path, lines: list[str]) -> tuple[int, str]:
+def in_a_terminal(*args: str | Path, lines: list[str]) -> tuple[int, str]:
     """(exit status, what the screen showed) of a command that reads lines at its prompt."""
     mine, theirs = pty.openpty()
-    process = subprocess.Popen([*map(str, command)], stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True)
+    process = tiny.started(*args, streams=(theirs, theirs, theirs))
     os.close(theirs)
     shown, waiting, limit = "", list(lines), time.monotonic() + 300
     while time.monotonic() < limit:
@@ -217,11 +215,8 @@ def in_a_terminal(*command: str | Path, lines: list[str]) -> tuple[int, str]:
 def test_three_turns_in_a_terminal_end_well(name: str, weights: Path, tmp_path: Path) -> None:
     """A random model's words, whatever they are, and a system prompt on the way that one template refuses."""
     model = with_tokenizer(weights, tmp_path / name, name)
-    command = Path(sys.executable).with_name("mlxtune")
     lines = ["one", "two", "/system Be brief.", "three", "/quit"]
-    code, shown = in_a_terminal(
-        command, "chat", "--model", model, "--max-tokens", "12", "--temperature", "1", lines=lines
-    )
+    code, shown = in_a_terminal("chat", "--model", model, "--max-tokens", "12", "--temperature", "1", lines=lines)
     assert code == 0, shown
     assert "Traceback" not in shown
     assert shown.count("> ") >= len(lines)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -76,28 +74,13 @@ def test_the_system_prompt_and_the_runs_template_variables_are_used(
 
 def test_chat_keeps_history_and_obeys_its_commands(mlx_model: Path) -> None:
     """Three lines through a pipe: the second answer depends on the first; /reset makes it the first again."""
-    command = [
-        Path(sys.executable).with_name("mlxtune"),
-        "chat",
-        "--model",
-        mlx_model,
-        "--max-tokens",
-        "30",
-        "--repetition-penalty",
-        "1.5",
-    ]
-    result = subprocess.run(
-        [*map(str, command)],
-        input="hello\nhello\n/reset\nhello\n/system Be brief.\nhello\n/help\n",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    first, second, again, brief = (answer for answer in map(str.strip, result.stdout.split("> ")) if answer)
+    process = tiny.started("chat", "--model", mlx_model, "--max-tokens", "30", "--repetition-penalty", "1.5")
+    said, told = process.communicate("hello\nhello\n/reset\nhello\n/system Be brief.\nhello\n/help\n")
+    assert process.returncode == 0, told
+    first, second, again, brief = (answer for answer in map(str.strip, said.split("> ")) if answer)
     assert first == again != second
     assert brief != first
-    assert "system prompt: Be brief." in result.stderr
+    assert "system prompt: Be brief." in told
 
 
 def test_ctrl_c_stops_the_answer_not_the_chat(mlx_model: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +48,51 @@ def test_a_forked_command_says_and_makes_what_a_started_one_does(
     for words in (["chat", "--model", hf_model], ["fuse", "--nope"]):
         one, other = ended(*words, apart=True), ended(*words, apart=False)
         assert (one.returncode, one.stdout, one.stderr) == (other.returncode, other.stdout, other.stderr)
+
+
+FIRST = """
+import atexit, sys, threading, time
+print(sys.stdin.readline(), end="")
+print(sys.stdout.line_buffering, sys.argv[1:], file=sys.stderr)
+atexit.register(print, "the last word")
+threading.Thread(target=lambda: [time.sleep(0.3), print("a thread")]).start()
+"""
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["started", "forked"])
+def test_a_command_reads_what_is_written_to_it_and_ends_as_python_does(apart: bool) -> None:
+    """Code that comes first, pipes, threads that are waited for, functions for the end, and text that was kept back."""
+    process = tiny.started("--version", code=FIRST, **({"MLXTUNE_APART": "1"} if apart else {}))
+    assert isinstance(process, subprocess.Popen if apart else warm.Command)
+    out, err = process.communicate("a line\n")
+    assert (process.returncode, err) == (0, "False ['--version']\n")
+    first, version, *rest = out.splitlines()
+    assert (first, version.split(",")[0], rest) == ("a line", "mlxtune", ["a thread", "the last word"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_forked_commands_hear_signals_and_one_does_not_wait_for_another(number: signal.Signals) -> None:
+    code = "import sys, time; print('here', flush=True); time.sleep(60)"
+    with tiny.started("--version", code=code) as process:
+        assert process.stdout and process.stdout.readline() == "here\n" and process.poll() is None
+        assert tiny.mlxtune("--version").returncode == 0
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.2)
+        process.send_signal(number)
+    assert process.returncode == -number
+
+
+def test_a_forked_command_that_fails_shows_where() -> None:
+    process = tiny.started("--version", code="1 / 0")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (1, "") and err.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_forked_command_has_a_terminal_where_it_is_given_one() -> None:
+    ours, theirs = pty.openpty()
+    process = tiny.started("--version", code=FIRST, streams=(theirs, theirs, theirs))
+    os.close(theirs)
+    os.write(ours, b"a line\n")
+    assert process.wait(60) == 0
+    assert b"True ['--version']" in os.read(ours, 4096)
+    os.close(ours)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 Change = Callable[[Path], Any]  # something done to a folder, to break it
+Process = subprocess.Popen[str] | warm.Command  # a command in progress
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -137,13 +138,22 @@ def trained(model: Path, data: Path, out: Path, *settings: str) -> Path:
     return out
 
 
-def started(*args: str | Path, **environment: str) -> subprocess.Popen[str]:
-    """The installed command, running, with pipes to all its streams."""
-    return popen(Path(sys.executable).with_name("mlxtune"), *args, **environment)
+def started(*args: str | Path, code: str = "", streams: Sequence[int] = (), **environment: str) -> Process:
+    """The installed command, running, with pipes to all its streams, or with these as input, output and error.
+
+    code: Python that its process does first, for example to make a step slow.
+    """
+    command = [str(Path(sys.executable).with_name("mlxtune")), *map(str, args)]
+    whole = {**os.environ, "COLUMNS": "200", **environment}
+    if warm.fits(whole):
+        return warm.start(command, whole, code, streams)
+    if code:
+        command[:1] = [sys.executable, "-c", f"{code}\nfrom mlxtune.cli import main\nmain()"]
+    return popen(*command, streams=streams, **environment)
 
 
-def popen(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
-    """A command, running, with pipes to all its streams.
+def popen(*command: str | Path, streams: Sequence[int] = (), **environment: str) -> subprocess.Popen[str]:
+    """A command, running, with pipes to all its streams, or with these as input, output and error.
 
     It hears Ctrl-C even where the tests run in the background, which makes a shell ignore that signal for its children.
     """
@@ -151,9 +161,7 @@ def popen(*command: str | Path, **environment: str) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
             [*map(str, command)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            **dict(zip(("stdin", "stdout", "stderr"), streams or [subprocess.PIPE] * 3, strict=True)),
             text=True,
             env={**os.environ, "COLUMNS": "200", **environment},
         )

@@ -7,6 +7,7 @@ mlx-lm refuses it instead of running half an adapter. Both are safetensors files
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +21,13 @@ from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import read_json, refuse_links_out, write_json
 from mlxtune_convert.peft.adapter_folder import Adapter, Update
 from mlxtune_convert.peft.tensors import is_head
-from mlxtune_convert.tensors import read_header, save_checked
+from mlxtune_convert.tensors import read_header, require_fractions, save_checked
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapters.safetensors"
 OWN_FILE = "mlxtune_adapters.safetensors"
 OWN_TYPE = "mlxtune"
+LARGEST_RANK = 1 << 16  # more than any layer is wide
 FACTORS = ("lora_a", "lora_b", "m")
 # PEFT's own merge_and_unload puts the update of one into the other where they are one matrix.
 UNTIE = (
@@ -88,10 +90,14 @@ class Spec:
             variant = str(config.get("variant", kind))
             parameters = config.get("lora_parameters", {}) if kind == OWN_TYPE else config["lora_parameters"]
             modules = {path: (int(m["rank"]), float(m["scale"])) for path, m in config.get("modules", {}).items()}
-            rank, scale = next(iter(modules.values()), (parameters.get("rank", 0), parameters.get("scale", 0.0)))
+            uniform = (int(parameters.get("rank", 0)), float(parameters.get("scale", 0.0)))
+            rank, scale = next(iter(modules.values()), uniform)
+            for some_rank, some_scale in [uniform, *modules.values()]:
+                if not 0 <= some_rank <= LARGEST_RANK or not math.isfinite(some_scale):
+                    raise ValueError(f"rank {some_rank}, scale {some_scale:g}")
             return cls(
-                int(rank),
-                float(scale),
+                rank,
+                scale,
                 float(parameters.get("dropout", config.get("dropout", 0.0))),
                 tuple(parameters.get("keys") or _keys_in(folder)),
                 int(config.get("num_layers", 0) if kind == OWN_TYPE else config["num_layers"]),
@@ -102,7 +108,7 @@ class Spec:
                 str(config.get("base_model", "")),
                 bool(config.get("tied", False)),
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{folder / CONFIG_FILE}: not an MLX adapter's configuration ({error})") from error
 
     def save(self, folder: Path) -> None:
@@ -179,6 +185,7 @@ def read_adapter(folder: Path) -> tuple[Adapter, Spec]:
     trained: dict[str, np.ndarray] = {}
     for name, array in sorted(load_file(file).items()):
         path, _, part = name.rpartition(".")
+        require_fractions(file, name, array)
         if path in spec.trained:
             trained[name] = array.astype(np.float32)
         elif part in FACTORS:

@@ -13,7 +13,7 @@ import click
 import mlxtune_convert
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.files import REFUSALS
-from mlxtune_convert.shown import shown, shown_name
+from mlxtune_convert.shown import brief, shown, shown_name
 
 if TYPE_CHECKING:
     from mlxtune_convert.fence import Result
@@ -139,16 +139,16 @@ def check(export: Path, origin: Path, base: Path | None, adapter: Path | None) -
 
 def _say(path: Path, result: Result) -> None:
     for note in result.notes:
-        click.echo(f"note: {shown_name(note)}", err=True)
+        click.echo(f"note: {brief(shown_name(note))}", err=True)
     click.echo(f"{shown_name(path)}: {shown(result.said)}")
 
 
 def say_error(message: str, hint: str) -> None:
     """One line, and one on what to do next."""
     # Text of a library's error may be part of the message; it must not break the line.
-    click.echo(f"error: {shown_name(' '.join(message.splitlines()))}", err=True)
+    click.echo(f"error: {brief(shown_name(' '.join(message.splitlines())))}", err=True)
     if hint:
-        click.echo(f"  {shown_name(hint)}", err=True)
+        click.echo(f"  {brief(shown_name(hint))}", err=True)
 
 
 def status_of(error: BaseException) -> int | None:

@@ -59,8 +59,11 @@ def matching(folder: Path, pattern: str) -> list[Path]:
 
 def refuse_links_out(folder: Path) -> None:
     """Raise UserError for a link that leads out of a model's or an adapter's folder: what it leads to would be copied,
-    exported and pushed with it. The hub's cache is made of links: its snapshots lead to its own `blobs`.
+    exported and pushed with it. The hub's cache is made of links: its snapshots lead to its own `blobs`. Raises it too
+    for what is neither file nor folder: who reads a named pipe waits for ever.
     """
+    if not folder.is_dir():
+        return
     inside = folder.resolve()
     for path in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]:
         target = path.resolve()
@@ -70,6 +73,13 @@ def refuse_links_out(folder: Path) -> None:
                 f"{path} is a link that leads out of the folder",
                 "Put the file itself there, if it belongs to the model.",
             )
+        refuse_special(target)
+
+
+def refuse_special(path: Path) -> None:
+    """Raise UserError for a named pipe, a device or a socket, which may have no end, or wait for ever."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path} is neither a file nor a folder", "Put an ordinary file there, or remove it.")
 
 
 def holds_something(path: Path) -> bool:
@@ -284,6 +294,7 @@ def explained(path: Path) -> Iterator[None]:
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file. Raises UserError naming file and line of what is wrong."""
+    refuse_special(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -315,4 +326,16 @@ def digest(path: Path, kind: str = "sha256") -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json_text(value, indent=2) + "\n", encoding="utf-8")
+
+
+def json_text(value: Any, **how: Any) -> str:
+    """JSON with its letters as they are; all of them escaped where a text holds half of a character, "\\ud800", which
+    JSON can spell and UTF-8 cannot. how: of json.dumps.
+    """
+    text = json.dumps(value, ensure_ascii=False, **how)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, **how)
+    return text

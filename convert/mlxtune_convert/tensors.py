@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.files import matching, read_json, write_json
+from mlxtune_convert.files import matching, read_json, refuse_links_out, write_json
 
 SHARD_BYTES = 2 << 30
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -54,6 +54,17 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
         ) from error
 
 
+def require_fractions(path: Path, name: str, array: np.ndarray) -> None:
+    """Raise UserError for a tensor of an adapter that cannot have been trained: of whole numbers, or with one that is
+    none (NaN) or infinite.
+    """
+    kind = array.dtype.name
+    if "float" not in kind:
+        raise UserError(f"{path}: {name} holds {kind}, not fractions", "It is damaged: copy it again.")
+    if not np.isfinite(array.astype(np.float32)).all():
+        raise UserError(f"{path}: {name} holds NaN or infinity", "The adapter is damaged, or its training diverged.")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model folder, each checked to be whole. Raises UserError as `weights_of` does."""
     return weights_of(folder).files
@@ -64,8 +75,9 @@ def weights_of(folder: Path) -> Weights:
 
     First what config.json names as transformers_weights, then model.safetensors, then the files of the index. Without
     any of these: the one model*.safetensors, or a complete set of numbered ones. Raises UserError naming a missing or
-    torn file, what is wrong with the index, or a tensor that two files hold with other numbers.
+    torn file, what is wrong with the index, a tensor that two files hold with other numbers, or a link that leads out.
     """
+    refuse_links_out(folder)
     usual = (folder / name for name in (SINGLE, INDEX) if (folder / name).is_file())
     chosen = _asked_for(folder) or next(usual, None)
     notes: list[str] = []

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from mlxtune_convert.errors import UserError
-from mlxtune_convert.files import read_json, write_json
+from mlxtune_convert.files import json_text, read_json, write_json
 from mlxtune_convert.hf import chat_templates
 
 FILE = "mlxtune_tokenizer.json"
@@ -74,7 +73,7 @@ class Changes:
         known = {token["content"] for token in whole["added_tokens"]}
         new = {index: {"content": token, **SPECIAL} for token, index in self.tokens.items() if token not in known}
         whole["added_tokens"] += [{"id": index, **new[index]} for index in sorted(new)]  # their order numbers them
-        file.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+        file.write_text(json_text(whole), encoding="utf-8")
         templates = chat_templates.by_name(self.chat_template) if self.chat_template else {}
         said: dict[str, Any] = {"chat_template": chat_templates.for_config(templates)} if templates else {}
         said |= {"eos_token": self.eos_token} if self.eos_token else {}

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlxtune_convert.adapters import CONFIG_FILE, FACTORS, OTHER_MODEL, UNTIE, adapter_file, other_rows
+from mlxtune_convert.tensors import require_fractions
 
 from mlxtune.adapter.dropout import DropoutKeys, keys_for
 from mlxtune.adapter.layers import (
@@ -31,7 +32,7 @@ from mlxtune.adapter.plan import ADAPTER_FILE, OWN_FILE, Spec, heads, places
 from mlxtune.adapter.vocabulary import fit
 from mlxtune.errors import UserError
 from mlxtune.machine.gpu_errors import recognise
-from mlxtune.model.arrays import save_arrays
+from mlxtune.model.arrays import save_arrays, to_numpy
 from mlxtune.model.load import model_dtype
 
 __all__ = [
@@ -64,6 +65,9 @@ def attach(model: nn.Module, spec: Spec, seed: int = 0) -> DropoutKeys:
         raise UserError(f"the adapter does not fit this model, which has no {unknown[0]}", OTHER_MODEL)
     if not (chosen or spec.trained):
         raise UserError("the adapter has no layer that this model has", OTHER_MODEL)
+    other = [path for path in chosen if not isinstance(modules[path], LINEAR + SWITCH)]
+    if other:
+        raise UserError(f"the adapter does not fit this model, whose {other[0]} is no linear layer", OTHER_MODEL)
     wrapped: list[tuple[str, nn.Module]] = []
     for index, (path, (rank, scale)) in enumerate(chosen.items()):
         kind: Any = LoRASwitchLinear if isinstance(modules[path], SWITCH) else LoRALinear
@@ -172,6 +176,9 @@ def load_factors(model: nn.Module, file: Path) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{file} does not fit this model: {min(problems)}{more}", _why_not(expected, tensors))
+    for name, array in tensors.items():
+        if not mx.issubdtype(array.dtype, mx.floating) or not mx.isfinite(array).all():
+            require_fractions(file, name, to_numpy(array))
     # Copies: MLX reads files lazily, and the file may be replaced while we hold it.
     model.load_weights([(name, mx.array(array.astype(mx.float32))) for name, array in tensors.items()], strict=False)
     mx.eval(factors(model))

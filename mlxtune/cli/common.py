@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from mlxtune_convert.shown import brief
 
 from mlxtune.errors import UserError
 
@@ -45,7 +46,7 @@ def console(quiet: bool = False) -> Console:
 
 def note(text: str) -> None:
     """Say something that a person must know beside the result."""
-    console().print(f"note: {text}", style="yellow", soft_wrap=True)
+    console().print(f"note: {brief(text)}", style="yellow", soft_wrap=True)
 
 
 def stdout() -> Console:

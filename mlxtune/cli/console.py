@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from mlxtune_convert.shown import shown
+from mlxtune_convert.shown import shown, shown_name
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.status import Status
+from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.style import StyleType
@@ -17,8 +19,15 @@ class SafeConsole(Console):
     """A rich console that obeys its own styles, and nothing in the texts that it prints."""
 
     def print(self, *objects: Any, style: StyleType | None = None, **how: Any) -> None:
+        """A str is one line: a line break in it came with a name or a reason, and is shown as any other control
+        character. What has several lines is a Text.
+        """
         # rich itself would leave a carriage return and its like out of a text without a word.
-        super().print(*(shown(item) if isinstance(item, str) else item for item in objects), style=style, **how)
+        super().print(*(shown_name(item) if isinstance(item, str) else item for item in objects), style=style, **how)
+
+    def status(self, status: RenderableType, **how: Any) -> Status:
+        """A str is one line. (rich would read a str as its markup, though this console reads none.)"""
+        return super().status(Text(shown_name(status)) if isinstance(status, str) else status, **how)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

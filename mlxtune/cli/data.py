@@ -108,11 +108,12 @@ def _print(out: Console, tokenizer: Any, row: Row) -> None:
     from mlxtune.data.chat.asked import KINDS
 
     if row.example is None:
-        out.print(Text(f"{row.place}: dropped ({shown_name(row.dropped)})", style="bold red"))
+        out.print(Text(shown_name(f"{row.place}: dropped ({row.dropped})"), style="bold red"))
         return
     ids, mask = row.example.ids, row.example.mask
     ending = ", shortened" if row.shortened else ""
-    out.print(Text(f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}", style="bold"))
+    told = f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}"
+    out.print(Text(shown_name(told), style="bold"))
     for damage in row.damage:
         out.print(Text(f"damage: {shown_name(damage.text)}", style="bold red"))
     for kind, message in row.kinds:
@@ -229,5 +230,5 @@ def convert(
     rows = chain.from_iterable(one.read() for one in found[split])
     written, left = rewrite(rows, target, out, force, drop, [Path(source)])
     for row in left:
-        common.console().print(f"left out: {row.place}: {shown_name(row.reason)}", style="yellow", soft_wrap=True)
+        common.console().print(f"left out: {row.place}: {row.reason}", style="yellow", soft_wrap=True)
     common.stdout().print(f"{out}: {written:,} rows" + (f", {len(left):,} left out" if left else ""))

@@ -7,6 +7,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.shown import shown_name
 
 from mlxtune.cli import common
 
@@ -59,7 +60,7 @@ def _print_facts(out: Console, facts: dict[str, str], advice: list[str]) -> None
     else:
         table = Table.grid(padding=(0, 2))
         for name, value in facts.items():
-            table.add_row(name, value)
+            table.add_row(name, shown_name(value))
         out.print(table)
     for line in advice:
         out.print(f"! {line}", style="yellow")
@@ -80,7 +81,8 @@ def _tested(out: Console | None) -> list[Result]:
         for result in results:
             if out is not None:
                 if not found or found[-1].group != result.group:
-                    out.print(f"\n{result.group}", style="bold")
+                    out.print()
+                    out.print(result.group, style="bold")
                 _print_result(out, result)
             found.append(result)
     return found
@@ -115,7 +117,8 @@ def _judge(out: Console, results: list[Result], quiet: bool) -> None:
         raise UserError(f"{len(failed)} of {counts[OK] + len(failed)} checks failed: {names}", advice(failed))
     if not quiet:
         total = sum(result.seconds for result in results)
+        out.print()
         out.print(
-            f"\n{counts[OK]} checks passed in {total:.0f} s, {counts[NOT_HERE]} have no place on this device",
+            f"{counts[OK]} checks passed in {total:.0f} s, {counts[NOT_HERE]} have no place on this device",
             style="green",
         )

@@ -50,12 +50,12 @@ def draw(out: Console, told: dict[str, Any]) -> None:
         rows = ", ".join(map(shown_name, finding["rows"][:NAMED])) + more
         line = Text(f"{finding['severity']}: ", style=COLOURS[finding["severity"]])
         what = finding["what"].replace("rows", "row", 1) if finding["count"] == 1 else finding["what"]
-        line.append(f"{finding['split']}: {finding['count']:,} {what}", style="default")
+        line.append(shown_name(f"{finding['split']}: {finding['count']:,} {what}"), style="default")
         kind = "" if finding["code"] == "unused" else "rows "  # of files
         out.print(line + Text(f" ({kind}{rows})" if rows else "", style="dim"))
         for reason, count in list(finding.get("reasons", {}).items())[:NAMED]:
             out.print(Text(f"    {count:,} x {shown_name(reason)}", style="dim"))
-        out.print(Text(f"    -> {finding['fix']}", style="green"))
+        out.print(Text(f"    -> {shown_name(finding['fix'])}", style="green"))
 
 
 def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
     from mlxtune.data.chat.turn_kinds import Expansion, kind_lines
 
     lengths = facts["lengths"]
-    out.print(Text(f"{name}: {shown_name(facts['file'])}", style="bold"))
+    out.print(Text(shown_name(f"{name}: {facts['file']}"), style="bold"))
     share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
     lines = {
         "rows": f"{facts['rows']:,} ({_counts(facts['formats'])})",
@@ -85,7 +85,7 @@ def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
         if value:
             out.print(Text(f"  {label:16}", style="dim") + Text(shown_name(value)))
     for line in kind_lines(*({kind: told[key] for kind, told in facts["turns"].items()} for key in ("count", "rows"))):
-        out.print(Text(f"    {line}", style="yellow"))
+        out.print(Text(f"    {shown_name(line)}", style="yellow"))
     cut = f"{lengths['cut_share']:.1%} of the examples are longer than data.max_tokens {lengths['max_tokens']:,}"
     longest = f"; data.max_tokens={lengths['longest']} would cut none" if lengths["cut_share"] else ""
     out.print(Text("  length in tokens", style="dim") + Text(f" {cut}{longest}"))

@@ -121,6 +121,8 @@ def _told(
 
 def _print_plan(config: Config, folder: Path | None) -> None:
     """What would be done, without reading a weight."""
+    from rich.text import Text
+
     from mlxtune.compute import fast_ways
     from mlxtune.data.dataset.batches import Plan
     from mlxtune.train import loggers, session, tuning
@@ -147,4 +149,4 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     for note in notes:
         out.print(f"note: {note}")
     out.print()
-    out.print(config.to_yaml().rstrip())
+    out.print(Text(config.to_yaml().rstrip()))

@@ -61,8 +61,10 @@ OLDER = re.compile(
 )
 # Ten to readers of YAML 1.1, twelve to those of YAML 1.2: 012.
 OCTAL = re.compile(r"[-+]?0[0-7_]+")
-# Line breaks to YAML 1.1, letters to YAML 1.2.
-BREAKS = re.compile("[\x85\u2028\u2029]")
+# Breaks of lines; the last three are letters to YAML 1.2. Where one stands, a text is written in double quotes, with
+# its breaks as escapes: a value must not begin a line, where it would look like a key.
+BREAKS = re.compile("[\n\r\x85\u2028\u2029]")
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ def _walk(node: Node, key: str, source: str, document: Document) -> None:
             inner = _key(name, key, source, document)
             _walk(value, inner, source, document)
     elif isinstance(node, ScalarNode):
+        _join_halves(node, source)
         _check_word(node, source)
         if node.style is None and OLDER.fullmatch(node.value):
             document.older[key] = node.value
@@ -190,6 +193,7 @@ def _key(node: Node, section: str, source: str, document: Document) -> str:
         raise UserError(f"{source} line {line}: not valid YAML (a list or a section cannot be a key)")
     if node.value == "<<" and node.style is None:
         raise UserError(f"{source} line {line}: not valid YAML (the merge key <<; write its keys out)")
+    _join_halves(node, source)
     _check_word(node, source)
     key = f"{section}.{node.value}" if section else node.value
     if key in document.lines:
@@ -198,6 +202,20 @@ def _key(node: Node, section: str, source: str, document: Document) -> str:
         )
     document.lines[key] = line
     return key
+
+
+def _join_halves(node: ScalarNode, source: str) -> None:
+    r"""JSON, which is YAML as well, writes a character beyond U+FFFF as two halves: "\ud83d\udeb2".
+
+    Raises UserError for one half alone, which is no character.
+    """
+    if not SURROGATE.search(node.value):
+        return
+    try:
+        node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        line = node.start_mark.line + 1
+        raise UserError(f"{source} line {line}: not valid YAML (half of a character, which no text holds)") from None
 
 
 def _check_word(node: ScalarNode, source: str) -> None:

@@ -87,7 +87,8 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
     base_name = "" if source else embedded.HUB_ID
     _ship(Request(model, run, out, base_name=base_name, examples=examples), console)
     console.print(Text(f"\nDone in {duration(time.perf_counter() - began)}. ", style="bold green"), end="")
-    console.print(closing(model, run), soft_wrap=True)
+    for line in closing(model, run):
+        console.print(line, soft_wrap=True)
 
 
 def _make_room(out: Path, source: str | None, force: bool) -> None:
@@ -140,7 +141,8 @@ def _refuse_run(run: Path, source: str | None) -> None:
 
 @contextmanager
 def chapter(console: Console, title: str) -> Iterator[None]:
-    console.print(Text(f"\n{title}", style="bold"))
+    console.print()
+    console.print(title, style="bold")
     began = time.perf_counter()
     yield
     console.print(Text(f"({duration(time.perf_counter() - began)})", style="dim"))
@@ -164,7 +166,8 @@ def comparison(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> T
     return table
 
 
-def closing(model: Path, run: Path) -> str:
+def closing(model: Path, run: Path) -> list[str]:
+    """The demo's last lines."""
     commands = {
         f"mlxtune chat --model {model} --adapter {run}": "talk with what was just trained",
         f"mlxtune data show --model {model} --data YOUR.jsonl": "see what a model would learn from your rows",
@@ -173,4 +176,4 @@ def closing(model: Path, run: Path) -> str:
     }
     width = max(map(len, commands))
     lines = [f"  {command:{width}}  # {what}" for command, what in commands.items()]
-    return "\n".join(["Now with your own data:", "", *lines, ""])
+    return ["Now with your own data:", "", *lines, ""]

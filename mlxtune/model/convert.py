@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 from mlxtune_convert.adapters import save_adapter
-from mlxtune_convert.files import new_folder, read_json, require_space, write_json
+from mlxtune_convert.files import json_text, new_folder, read_json, require_space, write_json
 from mlxtune_convert.foreign.folder import Opened, open_foreign, write
 from mlxtune_convert.foreign.method import of_folder, of_mxfp4
 from mlxtune_convert.gguf import adapter_file, container, model_read
@@ -284,7 +283,7 @@ def copy_tokenizer(source: Path, destination: Path, code: bool = False) -> list[
     """
     left_out = companions.copy(source, destination, code)
     if not (destination / TOKENIZER_FILE).is_file() and (destination / "tokenizer.model").is_file():
-        text = json.dumps(tokenizer_json(source), ensure_ascii=False)
+        text = json_text(tokenizer_json(source))
         (destination / TOKENIZER_FILE).write_text(text, encoding="utf-8")
     return [CODE_LEFT_OUT] if left_out else []
 

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 from mlxtune_convert.files import read_json
 from mlxtune_convert.foreign.method import of_folder
+from mlxtune_convert.gguf.tokenizer_write import token_ids
 from mlxtune_convert.hf import families, mtp, unheeded
 from mlxtune_convert.hf.configs import normalise
 from mlxtune_convert.mlx_folder import source_of
@@ -58,9 +59,7 @@ class Loaded:
     @property
     def eos_ids(self) -> list[int]:
         """Every id that ends an answer: of the config, the generation config and the tokenizer."""
-        listed = self.config.get("eos_token_id")
-        ids = listed if isinstance(listed, list) else [listed]
-        return sorted({index for index in [*ids, self.tokenizer.eos_token_id] if index is not None})
+        return sorted({*token_ids(self.config.get("eos_token_id")), self.tokenizer.eos_token_id} - {None})
 
     def check_ids(self, rows: Iterable[Sequence[int]]) -> None:
         """Raise UserError for a token that the model has no embedding for: MLX would read whatever lies behind it."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune_convert.files import read_json, write_json
+from mlxtune_convert.gguf.tokenizer_write import token_ids
 
 from mlxtune.config.resolve import Config, load
 from mlxtune.data.chat.masking import template_of
@@ -23,9 +24,7 @@ def write_generation_config(work: Path, config: dict[str, Any]) -> None:
     file = work / "generation_config.json"
     generation = read_json(file, "generation settings") if file.is_file() else {}
     tokenizer = load_tokenizer(work)
-    ends = {tokenizer.eos_token_id}
-    for listed in (config.get("eos_token_id"), generation.get("eos_token_id")):  # an id, several, or none
-        ends |= set(listed) if isinstance(listed, list) else {listed}
+    ends = {*token_ids(config.get("eos_token_id")), *token_ids(generation.get("eos_token_id")), tokenizer.eos_token_id}
     if tokenizer.chat_template:
         token = template_of(tokenizer, {}).end_of_turn.strip()
         ends.add(tokenizer.convert_tokens_to_ids(token) if token else None)

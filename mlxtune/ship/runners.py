@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -142,15 +144,20 @@ def transformers_runner(folder: Path) -> TorchRunner:
 
 def transformers_model(folder: Path) -> Any:
     """Load an exported folder with transformers, in float32. Raises UserError for missing or unexpected tensors."""
+    _quiet()
     import torch
     from transformers import AutoConfig
 
-    _quiet()
-    # Without trust_remote_code=False the library would ask the user whether to run code that lies in the folder.
-    kind = model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
-    model, info = kind.from_pretrained(
-        str(folder), dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
+    try:
+        # Without trust_remote_code=False the library would ask the user whether to run code that lies in the folder.
+        kind = model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
+        model, info = kind.from_pretrained(
+            str(folder), dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+    except ImportError:  # a part of it is in a library that is not installed
+        raise
+    except Exception as error:
+        raise _not_loaded("transformers", folder, error) from error
     wrong: dict[str, list[Any]] = {}
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(info[key])
@@ -186,11 +193,11 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
     base: tensors by Hugging Face's names, handed over in memory and taken out of the dict one by one; nothing is
     written. config: of the base, without quantization. Raises UserError where they do not fit transformers' model.
     """
+    _quiet()
     import torch
     from peft import PeftModel
     from transformers import AutoConfig
 
-    _quiet()
     built = AutoConfig.for_model(**config)
     state = {name: torch.from_numpy(np.array(base.pop(name))) for name in list(base)}
     model, info = model_class(built).from_pretrained(
@@ -208,12 +215,8 @@ def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Pat
         model.resize_token_embeddings(rows, mean_resizing=False)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
-    except Exception as error:  # the library raises whatever its parts raise
-        reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
-        raise UserError(
-            f"PEFT {importlib.metadata.version('peft')} does not load {folder} ({reason})",
-            "Either it is not as it was written, or this version wants something else (a bug, then: please report it).",
-        ) from error
+    except Exception as error:
+        raise _not_loaded("PEFT", folder, error) from error
     return TorchRunner(adapted.eval())
 
 
@@ -231,10 +234,20 @@ def model_class(config: Any) -> Any:
     """transformers' class of a configuration: the one that its checkpoint names."""
     import transformers
 
-    names = config.architectures or []
-    if names and hasattr(transformers, names[0]):
-        return getattr(transformers, names[0])
+    name = next(iter(config.architectures or []), "")
+    found = getattr(transformers, str(name), None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
     return transformers.AutoModelForCausalLM
+
+
+def _not_loaded(library: str, folder: Path, error: Exception) -> UserError:
+    """For an error of a library that reads a folder: it raises whatever its parts raise."""
+    reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+    return UserError(
+        f"{library} {importlib.metadata.version(library)} does not load {folder} ({reason})",
+        "Either it is not as it was written, or this version wants something else (a bug, then: please report it).",
+    )
 
 
 def text_part(model: Any) -> Any:
@@ -244,7 +257,11 @@ def text_part(model: Any) -> Any:
 
 
 def _quiet() -> None:
-    """The other library's progress bars and its notes on its own future would only confuse here."""
+    """Before PyTorch is loaded. The other library's progress bars and its notes on its own future would only confuse
+    here. And PyTorch makes a folder for what it compiles, among the temporary files, and leaves it there; nothing is
+    compiled here, and no folder needs to be made where it is one that is there.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     from transformers.utils import logging
 
     logging.disable_progress_bar()

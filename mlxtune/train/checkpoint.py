@@ -21,11 +21,12 @@ import mlx.nn as nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 from mlxtune_convert.files import contents, digest, new_folder, read_json, write_json
+from mlxtune_convert.tensors import read_header
 
 from mlxtune.adapter import lora
 from mlxtune.data.template import tokenizer_changes
 from mlxtune.errors import UserError
-from mlxtune.model.arrays import save_arrays
+from mlxtune.model.arrays import named, save_arrays
 from mlxtune.train import events, lock
 from mlxtune.train.identity import Identity
 
@@ -36,6 +37,7 @@ STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 STEP = re.compile(r"step-\d{7,}")
 LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+(-[0-9a-f]+)?")  # by a process that was killed while it wrote
+RESTART = "Start again without --resume, into another folder."
 # All that a run writes before it saved anything.
 OWN = (lock.FILE, CONFIG_FILE, events.FILE, lora.CONFIG_FILE, tokenizer_changes.FILE, FOLDER, "tensorboard", "wandb")
 
@@ -147,20 +149,27 @@ def newest(run: Path, skipped: Callable[[str], None]) -> Saved:
         skipped(f"{folder} is incomplete ({torn[0]}): using the checkpoint before it")
     if found is None:
         torn_ones = f": {len(broken)} are there, none of them whole" if broken else ""
-        hint = "Start again without --resume, into another folder."
-        raise UserError(f"{run} has no checkpoint to resume from{torn_ones}", hint)
+        raise UserError(f"{run} has no checkpoint to resume from{torn_ones}", RESTART)
     for torn_folder in broken:
         shutil.rmtree(torn_folder)
     return found
 
 
 def restore(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
-    """Load a checkpoint's tensors into model and optimizer."""
+    """Load a checkpoint's tensors into model and optimizer, whose state is made already. Raises UserError for tensors
+    that are not of this run: whoever changes a file can write its digest too.
+    """
     file = lora.adapter_file(saved.folder)
-    assert file is not None  # state.json names it among the digests
+    if file is None:
+        raise UserError(f"{saved.folder} holds no adapter", RESTART)
     lora.load_factors(model, file)
-    tensors: Any = mx.load(str(saved.folder / OPTIMIZER_FILE))
+    moments = saved.folder / OPTIMIZER_FILE
+    read_header(moments)
+    tensors: Any = mx.load(str(moments))
     mx.eval(tensors)
+    wanted = {name: (array.shape, array.dtype) for name, array in named(optimizer.state).items()}
+    if {name: (array.shape, array.dtype) for name, array in tensors.items()} != wanted:
+        raise UserError(f"{moments} is not the optimizer's state of this run", RESTART)
     optimizer.state = tree_unflatten(list(tensors.items()))
 
 

@@ -20,6 +20,8 @@ from mlxtune_convert.gguf.tokenizer_read import (
 )
 from mlxtune_convert.hf import chat_templates
 
+LARGEST_ID = 1 << 31  # of a token: ids are 32-bit numbers
+
 
 def fields(folder: Path, rows: int, whole: dict[str, Any] | None = None) -> dict[str, Field]:
     """The tokenizer of a model folder as GGUF metadata. rows: of the embedding; ids without a token are named unused;
@@ -28,6 +30,15 @@ def fields(folder: Path, rows: int, whole: dict[str, Any] | None = None) -> dict
     Raises UserError for a tokenizer that llama.cpp cannot reproduce.
     """
     whole = whole or read_json(folder / "tokenizer.json", "the model's tokenizer")
+    try:
+        return _fields(folder, rows, whole)
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        wrong = f"{folder}: its tokenizer cannot be written to GGUF ({type(error).__name__}: {error})"
+        raise UserError(wrong, "Its tokenizer.json is damaged, or of a kind that is not known here.") from error
+
+
+def _fields(folder: Path, rows: int, whole: dict[str, Any]) -> dict[str, Field]:
+    """The same, of a tokenizer.json that may hold anything."""
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file, "the tokenizer's settings") if settings_file.is_file() else {}
     model = whole.get("model") or {}
@@ -76,13 +87,19 @@ def fields(folder: Path, rows: int, whole: dict[str, Any] | None = None) -> dict
 
 
 def end_ids(folder: Path) -> list[int]:
-    """Every id that ends an answer, of the generation settings and the configuration."""
+    """Every id that ends an answer, of the generation settings and the configuration. What is no id is left out."""
     found: dict[int, None] = {}
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             listed = read_json(folder / name, "a model's settings").get("eos_token_id")
-            found |= dict.fromkeys(i for i in (listed if isinstance(listed, list) else [listed]) if i is not None)
+            found |= dict.fromkeys(token_ids(listed))
     return list(found)
+
+
+def token_ids(listed: Any) -> list[int]:
+    """The ids in an eos_token_id as configurations have it: one, a list of them, or null. What is no id is left out."""
+    ids = listed if isinstance(listed, list) else [listed]
+    return [index for index in ids if type(index) is int and 0 <= index < LARGEST_ID]
 
 
 def _scores(types: list[int], made: list[int]) -> list[float]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlxtune_convert.files import matching, read_json, write_json
+from mlxtune_convert.files import matching, read_json, refuse_links_out, write_json
 from mlxtune_convert.hf import chat_templates
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
@@ -32,8 +32,9 @@ def copy(source: Path, destination: Path, code: bool = False) -> bool:
     """Copy what belongs to a model beside config.json and the weights; return whether it names code that was left out.
 
     The chat templates end up both as files and inside tokenizer_config.json. code: copy the .py files too, and keep
-    the keys that name them.
+    the keys that name them. Raises UserError for a link that leads out of the source.
     """
+    refuse_links_out(source)
     for name in dict.fromkeys(_names(source)):
         shutil.copyfile(source / name, destination / name)
     _copy_templates(source, destination)

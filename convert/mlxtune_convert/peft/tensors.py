@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.peft.settings import Settings
-from mlxtune_convert.tensors import read_header
+from mlxtune_convert.tensors import read_header, require_fractions
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -83,6 +83,7 @@ class Tensors:
             if plain(name) in seen:
                 raise UserError(f"{self.file} holds {plain(name)} under two names", "Save it again with PEFT.")
             seen.add(plain(name))
+            require_fractions(self.file, plain(name), array)
             yield plain(name), array.astype(np.float32)
 
     def _sort(self, name: str, array: np.ndarray, settings: Settings, adapters: set[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxtune_convert.files import new_file
+from mlxtune_convert.files import json_text, new_file
 
 from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
@@ -117,7 +117,7 @@ def rewrite(
                 if isinstance(row, Bad):
                     raise RowError(row.reason)
                 made = {**row.fields, **TARGETS[target](row)}
-                file.write(json.dumps(made, ensure_ascii=False, default=str) + "\n")
+                file.write(json_text(made, default=str) + "\n")
                 written += 1
             except RowError as error:
                 left.append(Bad(row.file, row.row, str(error)))

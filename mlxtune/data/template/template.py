@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from mlxtune_convert.gguf.tokenizer_write import token_ids
+
 from mlxtune.data.template import bounded, rendering
 from mlxtune.data.template.rendering import Endless, Print, Remembered, in_time, prepared, printer
 from mlxtune.errors import UserError
@@ -140,9 +142,8 @@ class Template:
             ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
         except (OSError, ValueError, AttributeError):
             ids = None
-        for index in ids if isinstance(ids, list) else [ids]:
-            if isinstance(index, int):
-                named.add(self.tokenizer.convert_ids_to_tokens(index))
+        for index in token_ids(ids):
+            named.add(self.tokenizer.convert_ids_to_tokens(index))
         return frozenset(str(token) for token in named)
 
     def _first(self, text: str) -> str:

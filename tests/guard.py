@@ -1,0 +1,256 @@
+"""What a command may change on the disk, and whether it changed anything else.
+
+Every command that the tests run is watched: before and after it a picture is taken of the folders that its words name,
+of what lies beside them, of the folder that it runs in, of a home and of the place for temporary files. What differs
+outside of the outputs that the command line declares is told at the end of the test.
+
+A picture holds what the file system says of each entry. No program can set the time at which an entry was last changed
+(ctime), so that a file with the same one holds the same bytes; they need not be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxtune.adapter.lora import ADAPTER_FILE, OWN_FILE
+from mlxtune.demo.story import FOLDERS
+from mlxtune.train.checkpoint import OWN
+
+Picture = dict[Path, tuple[int, ...]]
+RUN_FILES = (*OWN, ADAPTER_FILE, OWN_FILE)
+PROOF_FILES = ("verification.*",)
+STORES = "mlxtune/rows"  # where tokenized rows are kept, below a cache folder
+PROGRAMS = ("mlxtune", "mlxtune-convert")
+found: list[str] = []  # what commands changed that they had no right to, until `told` is asked for it
+_base: list[Path] = []  # the folder of all temporary folders of the tests, set by `begin`
+_kept: dict[str, Path] = {}  # a home, and places for temporary files and caches, that the commands have; by their names
+
+
+def begin(base: Path, home: Path, temporary: Path, cache: Path) -> None:
+    """Watch commands from now on. base: below which the folders of tests lie, which are looked at as a whole."""
+    _base[:] = [base]
+    _kept.update(home=home, temporary=temporary, cache=cache)
+
+
+def told() -> str:
+    """What was found since the last time that somebody asked."""
+    text = "\n".join(found)
+    found.clear()
+    return text
+
+
+@dataclass(frozen=True)
+class Output:
+    """A folder, and patterns for the names in it that a command may make, change and replace."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+    def holds(self, path: Path) -> bool:
+        if not path.is_relative_to(self.folder):
+            return False
+        inside = path.relative_to(self.folder).parts
+        return not inside or any(fnmatchcase(inside[0], name) for name in self.names)
+
+
+def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
+    """(the command's name, its options and arguments by their names) of a command line; nothing of one that click
+    refuses. words: the program first.
+    """
+    from mlxtune_convert.cli import cli as converting
+
+    from mlxtune.cli import cli as tuning
+
+    command: click.Command = tuning if Path(words[0]).name == "mlxtune" else converting
+    rest, names = words[1:], []
+    while isinstance(command, click.Group) and rest and rest[0] in command.commands:
+        command, name, rest = command.commands[rest[0]], rest[0], rest[1:]
+        names.append(name)
+    try:
+        given, _, _ = command.make_parser(click.Context(command)).parse_args(list(rest))
+    except click.UsageError:
+        given = {}
+    return " ".join(names), given
+
+
+def outputs(words: list[str], folder: Path) -> list[Output]:
+    """What a command line says that it will write. folder: where it runs."""
+    name, given = parsed(words)
+    out = [folder / given[key] for key in ("out", "dst") if isinstance(given.get(key), str)]
+    stores = [value.partition("=")[2] for value in given.get("settings") or () if value.startswith("data.cache=")]
+    found = [Output(folder / Path(store).expanduser(), ("?" * 32,)) for store in stores]
+    if name == "train":
+        found += [Output(run, RUN_FILES) for run in out] or [Output(folder / "runs", ("*",))]
+    elif name == "demo":
+        found += [Output(folder / given.get("out", "demo"), FOLDERS)]
+    elif name == "verify" and isinstance(given.get("export"), str):
+        found += [Output(folder / given["export"], PROOF_FILES)]
+    else:
+        for path in out:
+            beside = (f"{glob.escape(path.stem)}.*",) if path.suffix == ".gguf" else ()
+            found.append(Output(path.parent, (glob.escape(path.name), *beside)))
+    # A folder may be named through a link; what differs is named without.
+    return found + [Output(one.folder.resolve(), one.names) for one in found]
+
+
+def _named(words: list[str], folder: Path) -> Iterator[Path]:
+    """Every path that a command line names and that can be there: sources, outputs, values of settings."""
+    for value in parsed(words)[1].values():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and text and "\0" not in text:
+                path = folder / text.rpartition("=")[2]
+                if len(path.name) < 200:
+                    yield path
+
+
+def _roots(words: list[str], folder: Path) -> set[Path]:
+    """The folders to look at: those that hold what is named, where they are the tests' own."""
+    roots = set()
+    for path in (*_named(words, folder), folder / "runs"):
+        for place in (path.parent, path):
+            with contextlib.suppress(OSError, RuntimeError):
+                whole = place.resolve()
+                if whole.is_relative_to(_base[0]) and whole != _base[0] and whole.is_dir():
+                    roots.add(whole)
+                    break
+    return {root for root in roots if not any(other in root.parents for other in roots)}
+
+
+def picture(folder: Path) -> Picture:
+    """What the file system says of a folder and of everything below it. Links are not followed."""
+    held: Picture = {}
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            held[place] = _state(os.lstat(place))
+            with os.scandir(place) as entries:
+                for entry in entries:
+                    path = Path(entry.path)
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(path)
+                    else:
+                        held[path] = _state(entry.stat(follow_symlinks=False))
+    return held
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    if stat.S_ISDIR(status.st_mode):  # the time says that a name in it came, or came and went
+        return status.st_mode, status.st_mtime_ns
+    return status.st_mode, status.st_mtime_ns, status.st_ino, status.st_size, status.st_ctime_ns
+
+
+class Watch:
+    """A command in progress. end: compares, once."""
+
+    def __init__(self, words: list[str], folder: Path | None = None) -> None:
+        """words: the program first; folder: where it runs."""
+        self.words, self.folder = [str(word) for word in words], folder or Path.cwd()
+        self._ended = not _base
+        if not self._ended:
+            self._roots = _roots(self.words, self.folder)
+            self._before = self._pictures()
+            self._top = _top(self.folder)
+
+    def _pictures(self) -> Picture:
+        both: Picture = {}
+        for folder in (*self._roots, *_kept.values()):
+            both.update(picture(folder))
+        return both
+
+    def end(self, killed: bool = False) -> None:
+        """killed: by a signal that leaves no time to tidy up."""
+        if self._ended:
+            return
+        self._ended = True
+        after = self._pictures()
+        allowed = [*outputs(self.words, self.folder), Output(_kept["cache"] / STORES, ("?" * 32,))]
+        allowed.append(Output(_kept["cache"], ("huggingface", "uv")))  # hub's own
+        for path in sorted(self._before.keys() | after.keys()):
+            old, new = self._before.get(path), after.get(path)
+            if old == new or any(output.holds(path) for output in allowed):
+                continue
+            what = "was made" if old is None else "was removed" if new is None else "was changed"
+            if old and new and stat.S_ISDIR(old[0]) and old[0] == new[0]:
+                if _had_to_change(path, after.keys() ^ self._before.keys(), allowed):
+                    continue
+                what = "had something in it that came, or went"
+            if old is None and new and stat.S_ISDIR(new[0]) and _leads_to(path, allowed):
+                continue
+            if not (killed and (_kept["temporary"] in path.parents or ".partial-" in str(path))):
+                found.append(f"{path} {what} by: {' '.join(self.words)}")
+        appeared = _top(self.folder) - self._top - {output.folder.name for output in allowed}
+        appeared -= {Path(name).name for output in allowed for name in output.names}
+        if appeared and self.folder not in self._roots:
+            found.append(f"{sorted(appeared)} appeared in {self.folder}, where it ran: {' '.join(self.words)}")
+
+
+def _top(folder: Path) -> set[str]:
+    """The names in the folder where a command runs; not the tools' own."""
+    return {name for name in os.listdir(folder) if not name.startswith(".") and name != "__pycache__"}
+
+
+def _leads_to(path: Path, allowed: list[Output]) -> bool:
+    """Whether a folder had to be made for an output."""
+    return any(output.folder.is_relative_to(path) for output in allowed)
+
+
+def _had_to_change(path: Path, changed: set[Path], allowed: list[Output]) -> bool:
+    """Whether a folder's time may be another: an output lies in it, or the folder that it needs; or what came or went
+    there is told by itself.
+    """
+    if path == _kept["temporary"] or any(path in (output.folder, output.folder.parent) for output in allowed):
+        return True
+    return any(other.parent == path for other in changed)
+
+
+class Popen(subprocess.Popen):  # type: ignore[type-arg]
+    """Python's own, which watches mlxtune's commands."""
+
+    def __init__(self, args: Any, *more: Any, **settings: Any) -> None:
+        words = [args] if isinstance(args, str | Path) else [str(word) for word in args]
+        ours = bool(words) and Path(words[0]).name in PROGRAMS and not settings.get("shell")
+        cwd = settings.get("cwd")
+        self._watch = Watch(words, Path(cwd) if cwd else None) if ours else None
+        super().__init__(args, *more, **settings)
+
+    def wait(self, timeout: float | None = None) -> int:
+        status = super().wait(timeout)
+        self._look(status)
+        return status
+
+    def poll(self) -> int | None:
+        status = super().poll()
+        if status is not None:
+            self._look(status)
+        return status
+
+    def _look(self, status: int) -> None:
+        if self._watch is not None:
+            self._watch.end(killed=status == -9)
+
+
+def watched_main(main: Any, program: str) -> Any:
+    """The `main` of a click command, watched: commands that run in the process of the tests."""
+
+    def run(args: Any = None, *more: Any, **settings: Any) -> Any:
+        words = [program, *(sys.argv[1:] if args is None else map(str, args))]
+        watch = Watch(words)
+        try:
+            return main(args, *more, **settings)
+        finally:
+            watch.end()
+
+    return run
