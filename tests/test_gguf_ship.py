@@ -19,7 +19,6 @@ from mlxtune_convert.gguf import adapter_file, container, ggml
 from mlxtune_convert.gguf.architectures import by_model_type
 from mlxtune_convert.gguf.tensor_types import Choice
 from mlxtune_convert.peft.adapter_folder import Update
-from safetensors.numpy import load_file, save_file
 from test_variants import adapted
 
 from mlxtune.adapter import lora
@@ -29,8 +28,7 @@ from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.model import convert
 from mlxtune.model.load import load, open_model
-from mlxtune.ship import gguf, llama_cpp, merge, modelfile
-from mlxtune.ship.artefacts import Artefact, HuggingFace, Peft
+from mlxtune.ship import gguf, llama_cpp, modelfile
 from mlxtune.ship.export import ship
 from mlxtune.ship.gguf import Gguf, GgufAdapter
 from mlxtune.ship.request import MergedModel, Request
@@ -345,49 +343,3 @@ def test_fields_of_llama_cpps_parameters_that_moved_are_noticed() -> None:
 def test_the_version_that_works_is_the_one_that_is_tested() -> None:
     assert importlib.metadata.version("xllamacpp") == ggml.TRIED
     assert f'"xllamacpp=={ggml.TRIED}"' in (Path(__file__).parent.parent / "pyproject.toml").read_text()
-
-
-def test_a_zero_keeps_its_sign(tmp_path: Path) -> None:
-    """-0.0 in a norm and in a matrix: the file holds the very bits of the folder."""
-    model = tiny.make_model(tmp_path / "hf")
-    tensors = load_file(model / "model.safetensors")
-    names = {"model.norm.weight": "output_norm.weight", "model.layers.0.mlp.up_proj.weight": "blk.0.ffn_up.weight"}
-    for name in names:
-        tensors[name].reshape(-1)[3] = -0.0
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    ship(Request(model, None, tmp_path / "m.gguf"), Gguf("f32"))
-    file = container.read(tmp_path / "m.gguf")
-    for name, theirs in names.items():
-        assert file.rows(theirs).tobytes() == tensors[name].tobytes()
-
-
-@pytest.mark.parametrize(
-    ("form", "on_base", "proven", "expected"),
-    [
-        (Gguf(), True, False, 2),  # the base, and the model whose shapes it must have
-        (Gguf(), True, True, 3),  # and, without llama.cpp, the base again to read back
-        (Gguf("q8_0"), False, True, 2),
-        (GgufAdapter(), False, True, 1),  # its factors are read, and not released
-        (HuggingFace(), True, False, 2),
-        (Peft(), False, False, 1),
-    ],
-)
-def test_a_model_is_opened_once_for_each_reading(
-    form: Artefact,
-    on_base: bool,
-    proven: bool,
-    expected: int,
-    hf_model: Path,
-    mlx_model: Path,
-    run: Path,
-    held_out: Sequence[Example],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    opened: list[Path] = []
-    real = merge.open_model
-    monkeypatch.setattr(merge, "open_model", lambda path: [opened.append(path), real(path)][1])
-    monkeypatch.setattr(ggml, "library_file", lambda: None)
-    base = hf_model if on_base else None
-    ship(Request(mlx_model, run, tmp_path / "out", base, examples=held_out if proven else None), form)
-    assert len(opened) == expected, opened

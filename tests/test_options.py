@@ -21,6 +21,7 @@ from mlxtune.ship.artefacts import Artefact
 )
 @click.option("--no-verify", is_flag=True)
 @click.option("--data", cls=OptionFor, needs=Need("no_verify", (False,), hint="Choose."))
+@click.option("--deep", is_flag=True, cls=OptionFor, needs=Need("no_verify"))
 @click.option("--heat", type=float, default=0.0)
 @click.option("--top-p", type=float, default=1.0, cls=OptionFor, needs=Need("heat"))
 def command(**given: object) -> None:
@@ -41,6 +42,7 @@ def refusal(*words: str) -> str:
         ("--public", "--public has no effect without --push: nothing is uploaded\nAdd --push."),
         ("--no-verify --data rows", "--data has no effect with --no-verify\nChoose."),
         ("--data rows --no-verify", "--data has no effect with --no-verify\nChoose."),
+        ("--deep", "--deep has no effect without --no-verify"),
         ("--top-p 0.5", "--top-p has no effect at --heat 0"),
     ],
 )

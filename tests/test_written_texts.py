@@ -100,9 +100,16 @@ def test_a_template_that_takes_no_system_prompt_still_becomes_a_modelfile(tmp_pa
     assert dict(instructions(made))["TEMPLATE"] == around.go()
 
 
-@pytest.mark.parametrize("changed", ["message['content'] | upper", "message['content'][:1]", "loop.index"])
-def test_a_template_that_changes_what_is_said_has_no_fixed_text(changed: str, tmp_path: Path) -> None:
-    made, notes = written(tmp_path, tiny.CHATML.replace("message['content']", changed))
+@pytest.mark.parametrize(
+    ("part", "changed"),
+    [
+        ("message['content']", "message['content'] | upper"),
+        ("message['content']", "loop.index"),
+        ("message['role']", "message['role'] + loop.index | string"),  # each piece is there, and none is fixed
+    ],
+)
+def test_a_template_that_changes_what_is_said_has_no_fixed_text(part: str, changed: str, tmp_path: Path) -> None:
+    made, notes = written(tmp_path, tiny.CHATML.replace(part, changed))
     assert [command for command, _ in instructions(made)] == ["FROM", "PARAMETER stop"]
     assert notes == ["this chat template is not fixed text around messages: Ollama will look for a template itself"]
 
