@@ -68,7 +68,7 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
     flags = {"model.path": str(model), "data.path": str(data_folder()), "train.steps": steps or STEPS}
     settings = resolve.load("quick", (*SETTINGS, f"train.eval_every={max(1, (steps or STEPS) // 2)}"), flags)
     with chapter(console, "2. Before: how the model does on rows it never sees in training"):
-        before, answers_before = measure(load(str(model)), settings)
+        before, answers_before = score_and_answers(load(str(model)), settings)
         console.print(f"validation loss {before.loss:.4f}, token accuracy {before.accuracy:.1%}")
     with (
         chapter(console, "3. Tuning: LoRA on the 4-bit base, loss on the assistant's tokens only"),
@@ -78,7 +78,7 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
     with chapter(console, "4. After"):
         tuned = load(str(model))
         lora.load_adapter(tuned.model, run)
-        after, answers_after = measure(tuned, settings)
+        after, answers_after = score_and_answers(tuned, settings)
         console.print(comparison(answers_before, answers_after))
         fall = 1 - after.loss / before.loss
         console.print(f"validation loss {before.loss:.4f} -> {after.loss:.4f} ({fall:.0%} lower), ", end="")
@@ -148,7 +148,7 @@ def chapter(console: Console, title: str) -> Iterator[None]:
     console.print(Text(f"({duration(time.perf_counter() - began)})", style="dim"))
 
 
-def measure(loaded: Loaded, settings: resolve.Config) -> tuple[Score, list[tuple[str, str]]]:
+def score_and_answers(loaded: Loaded, settings: resolve.Config) -> tuple[Score, list[tuple[str, str]]]:
     """(validation score, (question, answer) pairs) of a model."""
     score = session.evaluate(loaded, settings, session.held_out(loaded.tokenizer, loaded.path, settings))
     rows = [row for row in formats.read(data_folder() / "valid.jsonl") if isinstance(row, formats.Record)]
