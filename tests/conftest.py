@@ -118,9 +118,10 @@ def run(mlx_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
 def held_out(mlx_model: Path, run: Path) -> Any:
     """The validation rows of that run, as examples."""
     from mlxtune.data.template.tokenizer import load_tokenizer
-    from mlxtune.train import session
+    from mlxtune.evaluate.held_out import held_out
+    from mlxtune.train.run_folder import RunFolder
 
-    return session.held_out(load_tokenizer(mlx_model), mlx_model, session.run_config(run))
+    return held_out(load_tokenizer(mlx_model), mlx_model, RunFolder(run).config())
 
 
 @pytest.fixture(scope="session")

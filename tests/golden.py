@@ -57,10 +57,11 @@ def curve(run: Run, folder: Path, out: str = "") -> list[float]:
     import tiny
     from rich.console import Console
 
+    from mlxtune.cli.display import Display
     from mlxtune.config import resolve
     from mlxtune.model import convert
-    from mlxtune.train import events, tuning
-    from mlxtune.train.display import Display
+    from mlxtune.train import events
+    from mlxtune.train.run import tune as train
 
     if not (folder / "hf").exists():
         tiny.make_model(folder / "hf", "qwen3", seed=7)
@@ -72,7 +73,7 @@ def curve(run: Run, folder: Path, out: str = "") -> list[float]:
     flags = {"model.path": str(model), "data.path": str(folder / "data"), "train.dtype": run.dtype}
     resolved = resolve.load(run.recipe, (*SETTINGS, "train.steps=20", "train.epochs=null"), flags)
     with Display(Console(quiet=True)) as display:
-        tuning.tune(resolved, folder / (out or run.name), display)
+        train(resolved, folder / (out or run.name), display)
     return [event["loss"] for event in events.read(folder / (out or run.name)) if event["kind"] == "train"]
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,14 +25,14 @@ from typing import Any
 
 import click
 
-from mlxtune.adapter.lora import ADAPTER_FILE, OWN_FILE
 from mlxtune.demo.story import FOLDERS
-from mlxtune.train.checkpoint import OWN
+from mlxtune.train.run_folder import ADAPTERS, BEFORE_SAVING
 
 Picture = dict[Path, tuple[int, ...]]
-RUN_FILES = (*OWN, ADAPTER_FILE, OWN_FILE)
+RUN_FILES = (*BEFORE_SAVING, *ADAPTERS)
 PROOF_FILES = ("verification.*",)
 STORES = "mlxtune/rows"  # where tokenized rows are kept, below a cache folder
+HUB_CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")  # variables that name where downloads are kept
 PROGRAMS = ("mlxtune", "mlxtune-convert")
 found: list[str] = []  # what commands changed that they had no right to, until `told` is asked for it
 _base: list[Path] = []  # the folder of all temporary folders of the tests, set by `begin`
@@ -90,6 +91,7 @@ def outputs(words: list[str], folder: Path) -> list[Output]:
     name, given = parsed(words)
     out = [folder / given[key] for key in ("out", "dst") if isinstance(given.get(key), str)]
     stores = [value.partition("=")[2] for value in given.get("settings") or () if value.startswith("data.cache=")]
+    stores += _stores_in_files(given, folder)
     found = [Output(folder / Path(store).expanduser(), ("?" * 32,)) for store in stores]
     if name == "train":
         found += [Output(run, RUN_FILES) for run in out] or [Output(folder / "runs", ("*",))]
@@ -103,6 +105,16 @@ def outputs(words: list[str], folder: Path) -> list[Output]:
             found.append(Output(path.parent, (glob.escape(path.name), *beside)))
     # A folder may be named through a link; what differs is named without.
     return found + [Output(one.folder.resolve(), one.names) for one in found]
+
+
+def _stores_in_files(given: dict[str, Any], folder: Path) -> Iterator[str]:
+    """The folders for tokenized rows that a configuration, or that of a run, names."""
+    files = [folder / str(given[key]) / "config.yaml" for key in ("adapter", "out") if given.get(key)]
+    if given.get("config"):
+        files.append(folder / str(given["config"]))
+    for file in files:
+        if file.is_file() and (named := re.search(r"\bcache: ([^,}\n]+)", file.read_text(errors="replace"))):
+            yield named[1].strip("'\"")
 
 
 def _named(words: list[str], folder: Path) -> Iterator[Path]:
@@ -155,8 +167,12 @@ def _state(status: os.stat_result) -> tuple[int, ...]:
 class Watch:
     """A command in progress. end: compares, once."""
 
-    def __init__(self, words: list[str], folder: Path | None = None) -> None:
-        """words: the program first; folder: where it runs."""
+    def __init__(
+        self, words: list[str], folder: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """words: the program first; folder: where it runs; environment: that it has, if it is not ours."""
+        named = os.environ if environment is None else environment
+        self._caches = [Path(named[name]).resolve() for name in HUB_CACHES if named.get(name)]
         self.words, self.folder = [str(word) for word in words], folder or Path.cwd()
         self._ended = not _base
         if not self._ended:
@@ -178,6 +194,7 @@ class Watch:
         after = self._pictures()
         allowed = [*outputs(self.words, self.folder), Output(_kept["cache"] / STORES, ("?" * 32,))]
         allowed.append(Output(_kept["cache"], ("huggingface", "uv")))  # hub's own
+        allowed += [Output(cache, ("*",)) for cache in self._caches]
         for path in sorted(self._before.keys() | after.keys()):
             old, new = self._before.get(path), after.get(path)
             if old == new or any(output.holds(path) for output in allowed):
@@ -223,7 +240,7 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
         words = [args] if isinstance(args, str | Path) else [str(word) for word in args]
         ours = bool(words) and Path(words[0]).name in PROGRAMS and not settings.get("shell")
         cwd = settings.get("cwd")
-        self._watch = Watch(words, Path(cwd) if cwd else None) if ours else None
+        self._watch = Watch(words, Path(cwd) if cwd else None, settings.get("env")) if ours else None
         super().__init__(args, *more, **settings)
 
     def wait(self, timeout: float | None = None) -> int:
@@ -242,12 +259,21 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
             self._watch.end(killed=status == -9)
 
 
+def _caches_here() -> dict[str, str]:
+    """The folders for downloads as the libraries of this process have them, which a test may have changed."""
+    found = {}
+    for library, name in (("huggingface_hub.constants", "HF_HUB_CACHE"), ("datasets.config", "HF_DATASETS_CACHE")):
+        if library in sys.modules:
+            found[name] = str(getattr(sys.modules[library], name))
+    return found
+
+
 def watched_main(main: Any, program: str) -> Any:
     """The `main` of a click command, watched: commands that run in the process of the tests."""
 
     def run(args: Any = None, *more: Any, **settings: Any) -> Any:
         words = [program, *(sys.argv[1:] if args is None else map(str, args))]
-        watch = Watch(words)
+        watch = Watch(words, environment={**os.environ, **_caches_here()})
         try:
             return main(args, *more, **settings)
         finally:

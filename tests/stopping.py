@@ -17,7 +17,7 @@ import tiny
 # Begins a process for each line: importing the libraries for every one of them would take minutes.
 WORKER = """
 import json, os, signal, sys, time
-from mlxtune import tuning
+from mlxtune.train import run
 from mlxtune.cli import main
 from mlxtune.train import signals, step
 real = step.StepFunction.__call__

@@ -8,7 +8,8 @@ import random
 import pytest
 from rich.console import Console
 
-from mlxtune.train.display import Display, Meter, duration
+from mlxtune.cli.display import Display, Meter
+from mlxtune.durations import clock
 
 
 def step(number: int, **fields: float) -> dict:
@@ -61,14 +62,14 @@ def test_the_time_left_is_right_within_a_fifth_after_a_tenth_of_the_run() -> Non
 
 
 def test_durations_read_as_clocks_do() -> None:
-    assert [duration(seconds) for seconds in (9, 75, 7509)] == ["0:09", "1:15", "2:05:09"]
+    assert [clock(seconds) for seconds in (9, 75, 7509)] == ["0:09", "1:15", "2:05:09"]
 
 
 def test_without_a_terminal_the_numbers_come_as_plain_lines() -> None:
     out = io.StringIO()
     with Display(Console(file=out, width=200)) as display:
         display({"kind": "note", "text": "24 training rows"})
-        display.begin(2, 0)
+        display({"kind": "start", "steps": 2, "eval_every": 0})
         display({"kind": "eval", "step": 0, "loss": 3.5, "tokens": 1200})
         display(step(1))
         display(step(2, loss=1.0))
@@ -84,7 +85,7 @@ def test_without_a_terminal_the_numbers_come_as_plain_lines() -> None:
 def test_a_terminal_shows_a_bar_and_the_same_numbers() -> None:
     out = io.StringIO()
     with Display(Console(file=out, width=120, force_terminal=True)) as display:
-        display.begin(4, 0)
+        display({"kind": "start", "steps": 4, "eval_every": 0})
         display({"kind": "eval", "step": 0, "loss": 3.5, "tokens": 9})
         display(step(1))
         display({"kind": "eval", "step": 1, "loss": 1.25, "tokens": 9})
@@ -97,7 +98,7 @@ def test_what_goes_on_before_the_run_is_a_plain_line_each_where_there_is_no_term
     out = io.StringIO()
     with Display(Console(file=out, width=20)) as display:
         for what in ("reading the model", "proving the fast ways", "proving the fast ways"):
-            display.doing(what)
+            display({"kind": "doing", "what": what})
     assert out.getvalue().splitlines() == ["reading the model", "proving the fast ways"]
 
 
@@ -105,11 +106,11 @@ def test_what_goes_on_before_the_run_is_a_plain_line_each_where_there_is_no_term
 def test_a_terminal_shows_what_goes_on_until_the_run_begins_or_fails(begins: bool) -> None:
     out = io.StringIO()
     with Display(Console(file=out, width=120, force_terminal=True)) as display:
-        display.doing("reading the model")
-        display.doing("proving the fast ways")
+        display({"kind": "doing", "what": "reading the model"})
+        display({"kind": "doing", "what": "proving the fast ways"})
         display({"kind": "note", "text": "24 training rows"})
         if begins:
-            display.begin(4, 0)
+            display({"kind": "start", "steps": 4, "eval_every": 0})
             out.truncate(0)
             display(step(1))
             assert display._status is None and "proving" not in out.getvalue()
@@ -121,5 +122,5 @@ def test_other_processes_than_the_first_say_nothing() -> None:
     out = io.StringIO()
     for terminal in (True, False):
         with Display(Console(file=out, quiet=True, force_terminal=terminal)) as display:
-            display.doing("reading the model")
+            display({"kind": "doing", "what": "reading the model"})
     assert out.getvalue() == ""

@@ -21,7 +21,7 @@ from mlxtune.evaluate import generate
 from mlxtune.evaluate.score import score
 from mlxtune.model.corrections import extent
 from mlxtune.model.load import load
-from mlxtune.train import session
+from mlxtune.train.run_data import read_data
 
 LIMIT = 64
 PAIRS = range(8)
@@ -114,7 +114,7 @@ def test_a_run_trains_on_the_loss_that_rows_have_alone(tmp_path: Path) -> None:
     )
     (first,) = [event for event in events if event["kind"] == "train"]
     resolved = configuration.load(None, (), {"model.path": str(folder), "data.path": str(data)})
-    read, _ = session.read_data(resolved)
+    read, _ = read_data(resolved)
     examples = list(read.train)
     assert min(map(_length, examples)) < LIMIT < max(map(_length, examples))
     assert abs(first["loss"] - alone(folder, examples)) < 5e-6

@@ -20,7 +20,8 @@ from mlxtune.model import convert
 from mlxtune.model.arrays import named
 from mlxtune.model.dense import dense_weight
 from mlxtune.model.load import load
-from mlxtune.train import checkpoint, events, session, tuning
+from mlxtune.train import checkpoint, events, preparation
+from mlxtune.train.run_data import read_data
 
 HALF, BRAIN, FULL = mx.float16, mx.bfloat16, mx.float32
 SYSTEM = "You answer questions about numbers, each with a number of its own, and nothing else."
@@ -103,18 +104,19 @@ def test_such_a_run_says_so_has_the_losses_of_float32_and_its_memory_is_predicte
     settings = resolve.load(
         None, ("train.batch_rows=2", *STEPS), {"model.path": str(half_model), "data.path": str(rows)}
     )
-    data, settings = session.read_data(settings)
+    data, settings = read_data(settings)
     monkeypatch.setattr(backend, "kind", lambda: "metal")
     found = tune(half_model, rows, tmp_path / "gpu", *STEPS)
     said = [event["text"] for event in found if event["kind"] == "note"]
     assert sum(text.startswith("a float16 model trains in float32") for text in said) == 1
     assert any("on metal, float32" in text for text in said)
     assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=1e-5)
-    _, wide, notes = tuning.memory_plan(settings, data)
-    assert "activations take twice the memory of train.dtype=float16" in notes[0]
+    planned = preparation.plan(settings, data)
+    assert "activations take twice the memory of train.dtype=float16" in planned.notes[0]
     narrow = settings.model_copy(update={"train": settings.train.model_copy(update={"dtype": "float16"})})
-    _, half, notes = tuning.memory_plan(narrow, data)
-    assert "float16 ends at 65,504" in notes[0] and "model" not in notes[0]
+    in_half = preparation.plan(narrow, data)
+    assert "float16 ends at 65,504" in in_half.notes[0] and "model" not in in_half.notes[0]
+    wide, half = planned.memory, in_half.memory
     assert wide and half and wide.activations == 2 * half.activations and wide.weights > half.weights
 
 
@@ -123,16 +125,16 @@ def test_a_model_that_is_not_quantized_takes_its_weights_twice_too_and_a_refusal
 ) -> None:
     model = converted(hf_model, tmp_path / "model", 16, "float16")
     flags = {"model.path": str(model), "data.path": str(rows)}
-    data, settings = session.read_data(resolve.load(None, ("train.batch_rows=2", *STEPS), flags))
-    _, wide, notes = tuning.memory_plan(settings, data)
-    assert "weights and activations take twice the memory" in notes[0]
+    data, settings = read_data(resolve.load(None, ("train.batch_rows=2", *STEPS), flags))
+    planned = preparation.plan(settings, data)
+    assert "weights and activations take twice the memory" in planned.notes[0]
     section = settings.train.model_copy(update={"dtype": "float16"})
-    _, half, _ = tuning.memory_plan(settings.model_copy(update={"train": section}), data)
+    wide, half = planned.memory, preparation.plan(settings.model_copy(update={"train": section}), data).memory
     assert wide and half and wide.weights == 2 * half.weights
     for dtype, way_out in (("auto", "set train.dtype=float16, or set"), ("float16", "4-bit model, or set")):
         little = settings.train.model_copy(update={"memory_limit": 1000, "dtype": dtype})
         with pytest.raises(UserError, match="training needs") as refused:
-            tuning.memory_plan(settings.model_copy(update={"train": little}), data)
+            preparation.plan(settings.model_copy(update={"train": little}), data)
         assert way_out in refused.value.hint
 
 

@@ -21,7 +21,8 @@ from mlxtune.ship.artefacts import FusedMlx
 from mlxtune.ship.export import ship
 from mlxtune.ship.request import Request
 from mlxtune.ship.verify import Report
-from mlxtune.train import session
+from mlxtune.train.run_data import Data, read_data
+from mlxtune.train.run_folder import RunFolder
 
 
 def layer(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -68,8 +69,8 @@ def digests(*folders: Path) -> dict[Path, str]:
 
 
 @pytest.fixture(scope="module")
-def rows(mlx_model: Path, run: Path) -> session.Data:
-    return session.read_data(session.run_config(run))[0]
+def rows(mlx_model: Path, run: Path) -> Data:
+    return read_data(RunFolder(run).config())[0]
 
 
 def proof(request: Request, artefact: FusedMlx) -> Report:
@@ -80,7 +81,7 @@ def proof(request: Request, artefact: FusedMlx) -> Report:
 
 @pytest.mark.parametrize("group", [None, 64])
 def test_a_4_bit_fuse_keeps_more_of_the_tune_than_rounding_does(
-    group: int | None, mlx_model: Path, run: Path, rows: session.Data, tmp_path: Path
+    group: int | None, mlx_model: Path, run: Path, rows: Data, tmp_path: Path
 ) -> None:
     """The same request with and without the training rows; neither the model nor the run is touched."""
     before = digests(mlx_model, run)

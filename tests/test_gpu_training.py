@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.machine import backend
 from mlxtune.machine.gpu_errors import Kind
-from mlxtune.train import events, runs, step, tuning
+from mlxtune.train import evaluation, events, runs, step
 
 # Step 7 of 10 begins with micro-batch 13; the run saves nothing of its own before its end.
 STEPS = ("train.steps=10", "train.save_every=100")
@@ -116,14 +117,14 @@ def test_a_failure_in_an_evaluation_leaves_it_to_the_resumed_run(
     """Those after steps 0 and 4 are computed, that after step 8 is not; smaller parts of steps would not help."""
 
     def break_(patch: pytest.MonkeyPatch) -> None:
-        real, calls = tuning.score, iter([0, 4, 8])
+        real, calls = evaluation.score, iter([0, 4, 8])
 
         def score(*args: Any) -> Any:
             if next(calls) == 8:
                 raise RuntimeError(OUT_OF_MEMORY)
             return real(*args)
 
-        patch.setattr(tuning, "score", score)
+        patch.setattr(evaluation, "score", score)
 
     run = tmp_path / "run"
     said = broken(mlx_model, data, run, break_)
@@ -193,7 +194,8 @@ NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a GPU: the step is one compiled function."""
-    monkeypatch.setattr(backend, "compiles", lambda: True)
+    policy = replace(backend.policy(), compiled=True)
+    monkeypatch.setattr(backend, "policy", lambda: policy)
     mx.enable_compile()
     yield
     mx.disable_compile()

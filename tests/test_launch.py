@@ -22,8 +22,9 @@ from mlx._distributed_utils import launch
 from test_ranks import Group, finished, free_port, pair, said_by, words
 
 from mlxtune.errors import UserError
-from mlxtune.train import events, lock, patience
+from mlxtune.train import events, patience
 from mlxtune.train.ranks import Ranks, Torn
+from mlxtune.train.run_folder import RunFolder
 
 RUN = Path("run")
 BIN = Path(sys.executable).parent
@@ -46,8 +47,9 @@ exit 0
 """
 MLXTUNE = """#!{python}
 import types
-from mlxtune import cli, host
-host.sys = types.SimpleNamespace(platform="darwin")
+from mlxtune import cli
+from mlxtune.machine import surroundings
+surroundings.sys = types.SimpleNamespace(platform="darwin")
 cli.main()
 """
 
@@ -158,7 +160,7 @@ def test_a_process_that_hangs_ends_the_run_in_one_line_and_the_last_step_is_save
     first, second = pair(tmp_path, *words(mlx_model, data, run, *settings), code=HANGS)
     try:
         said = "".join(first.communicate(timeout=120))
-        assert not lock.is_locked(run)
+        assert not RunFolder(run).is_training()
     finally:
         second.send_signal(signal.SIGCONT)
         first.kill()
@@ -240,14 +242,14 @@ def test_sums_are_sums_whatever_the_types_and_sizes(monkeypatch: pytest.MonkeyPa
     ranks = Others(monkeypatch).ranks
     for together in (8, 30, 1 << 25):  # bytes: several messages, and one for each type
         monkeypatch.setattr("mlxtune.train.ranks.TOGETHER", together)
-        found = ranks.total({**TREE, "e": mx.full((3, 1), 0.5)})
+        found = ranks.sum_tree({**TREE, "e": mx.full((3, 1), 0.5)})
         assert (found["a"] == 2 * TREE["a"]).all() and (found["b"]["c"] == 2).all() and found["b"]["d"].shape == ()
         assert found["e"].shape == (3, 1) and (found["e"] == 1).all()
-    assert ranks.sums(1e8 + 0.25, 2) == [2e8 + 0.5, 4]
+    assert ranks.sum_numbers(1e8 + 0.25, 2) == [2e8 + 0.5, 4]
     assert ranks.highest(7) == 7
 
 
-@pytest.mark.parametrize("exchange", ["total", "from_first"])
+@pytest.mark.parametrize("exchange", ["sum_tree", "broadcast_tree"])
 def test_a_sum_that_differs_in_one_bit_between_ranks_is_refused(exchange: str, monkeypatch: pytest.MonkeyPatch) -> None:
     others = Others(monkeypatch)
     getattr(others.ranks, exchange)(TREE)
@@ -266,7 +268,7 @@ def test_an_earlier_message_in_place_of_the_one_due_is_refused(monkeypatch: pyte
         return sent[0]
 
     others.change = before
-    for exchange in (lambda: others.ranks.highest(3), lambda: others.ranks.sums(0.5)):
+    for exchange in (lambda: others.ranks.highest(3), lambda: others.ranks.sum_numbers(0.5)):
         sent.clear()
         exchange()
         with pytest.raises(Torn, match="not the one that was due"):

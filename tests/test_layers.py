@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # From the bottom up; rooms on one line know nothing of each other.
 LAYERS = (
     ("mlxtune_convert",),
-    ("mlxtune.errors", "mlxtune.splitmix"),
+    ("mlxtune.errors", "mlxtune.splitmix", "mlxtune.durations"),
     ("mlxtune.machine",),
     ("mlxtune.config",),
     ("mlxtune.data",),  # holds rooms alone

@@ -16,14 +16,17 @@ from rich.console import Console
 from training import scale_losses
 
 from mlxtune import errors
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
+from mlxtune.cli.display import Display
 from mlxtune.compute.loss import Way
 from mlxtune.config import resolve
 from mlxtune.data.dataset.batches import Plan, collate
 from mlxtune.machine import backend
 from mlxtune.model.load import load
-from mlxtune.train import events, optim, session, tuning
-from mlxtune.train.display import Display
+from mlxtune.train import events, optim
+from mlxtune.train.run import tune as train
+from mlxtune.train.run_data import read_data
 from mlxtune.train.step import Job, StepFunction
 
 SETTINGS = (
@@ -44,10 +47,10 @@ SETTINGS = (
 
 
 def tune(model: Path, data: Path, out: Path, *settings: str, resume: bool = False) -> list[dict]:
-    """Train through the session; return the run's events."""
+    """Train in this process; return the run's events."""
     resolved = resolve.load(None, (*SETTINGS, *settings), {"model.path": str(model), "data.path": str(data)})
     with Display(Console(quiet=True)) as display:
-        tuning.tune(resolved, out, display, resume)
+        train(resolved, out, display, resume)
     return events.read(out)
 
 
@@ -57,7 +60,7 @@ def losses(found: list[dict]) -> list[float]:
 
 def plan_of(model: Path, data: Path, *settings: str) -> tuple[resolve.Config, Plan]:
     resolved = resolve.load(None, (*SETTINGS, *settings), {"model.path": str(model), "data.path": str(data)})
-    return resolved, Plan(session.read_data(resolved)[0].train, resolved.train)
+    return resolved, Plan(read_data(resolved)[0].train, resolved.train)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +80,7 @@ def test_losses_equal_a_loop_of_mlx_primitives(
     resolved, plan = plan_of(model, data)
     section = resolved.train
     loaded = load(str(model))
-    lora.attach(loaded.model, lora.Spec.of(loaded.model, resolved.lora), section.seed)
+    attach.attach(loaded.model, AdapterPlan.of(loaded.model, resolved.lora), section.seed)
 
     def mean_loss(parameters: dict, batches: list) -> mx.array:
         loaded.model.update(tree_unflatten(list(parameters.items())))
@@ -122,15 +125,15 @@ def test_losses_equal_pytorch_and_peft(hf_model: Path, dense_model: Path, data: 
     resolved, plan = plan_of(dense_model, data)
     section = resolved.train
     loaded = load(str(dense_model))
-    spec = lora.Spec.of(loaded.model, resolved.lora)
-    lora.attach(loaded.model, spec, section.seed)
-    targets = sorted({key.rsplit(".", 1)[-1] for key in spec.keys})
+    spec = AdapterPlan.of(loaded.model, resolved.lora)
+    attach.attach(loaded.model, spec, section.seed)
+    targets = sorted({key.rsplit(".", 1)[-1] for key in spec.modules})
     base = AutoModelForCausalLM.from_pretrained(hf_model, dtype=torch.float32)
     model = get_peft_model(
         base, LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
     )
     with torch.no_grad():
-        for path, layer in lora.adapters(loaded.model).items():
+        for path, layer in attach.adapted_layers(loaded.model).items():
             module = model.get_submodule(f"base_model.model.{path}")
             module.lora_A["default"].weight.copy_(torch.from_numpy(np.array(layer.lora_a)).T)
             module.lora_B["default"].weight.copy_(torch.from_numpy(np.array(layer.lora_b)).T)
@@ -173,7 +176,7 @@ def test_accumulated_micro_batches_weigh_every_token_the_same(
     if not budget:
         assert (len(batches) > 2) == (turns > 1) and len(plan.rows_of_step(1)) == 6
     loaded = load(str(dense_model))
-    dropout = lora.attach(loaded.model, lora.Spec.of(loaded.model, resolved.lora), 0)
+    dropout = attach.attach(loaded.model, AdapterPlan.of(loaded.model, resolved.lora), 0)
     whole = collate(plan.examples, [index for batch in batches for index in batch.rows.tolist()])
     function = StepFunction(_job(loaded, plan, dropout, resolved), optim.build(resolved.train, {}))
     losses_of_parts, summed = function._accumulate(1, batches)
@@ -259,11 +262,26 @@ def test_what_comes_before_the_first_step_is_said_and_what_is_wired_is_let_go(
     wired: list[int] = []
     said: list[str] = []
     monkeypatch.setattr(backend, "wire", wired.append)
-    monkeypatch.setattr(Display, "doing", lambda display, what: said.append(what))
+    monkeypatch.setattr(Display, "_show_doing", lambda display, what: said.append(what))
     tune(mlx_model, data, tmp_path / "run", "train.steps=1")
     assert said == ["reading the model", "proving the fast ways on this model and rows"]
     assert len(wired) == 2 and wired[0] > 0 and wired[1] == 0
     said.clear()
     tune(mlx_model, data, tmp_path / "plain", "train.steps=1", "fast.head=off", "fast.prefix=off")
     assert said == ["reading the model"]  # there is nothing to prove
+    assert not {event["kind"] for event in events.read(tmp_path / "plain")} & {*events.SHOWN_ONLY}
     assert "computed: everything, no short cut" in [event.get("text") for event in events.read(tmp_path / "plain")]
+
+
+def test_a_run_whose_last_evaluation_a_signal_ends_is_not_finished(mlx_model: Path, data: Path, tmp_path: Path) -> None:
+    """Whoever resumes it evaluates, and takes no step."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(errors.Interrupted) as stopped:
+        tiny.interrupt_after(patch, 2)
+        tune(mlx_model, data, tmp_path / "run", "train.steps=2", "train.eval_every=1")
+    assert "stopped after step 2; to go on" in str(stopped.value)
+    cut = events.read(tmp_path / "run")
+    assert cut[-1]["state"] == "interrupted" and [event["step"] for event in cut if event["kind"] == "eval"] == [0, 1]
+    whole = tune(mlx_model, data, tmp_path / "run", "train.steps=2", "train.eval_every=1", resume=True)
+    assert [event["step"] for event in whole if event["kind"] == "eval"] == [0, 1, 2]
+    assert [event["step"] for event in whole if event["kind"] == "train"] == [1, 2]
+    assert whole[-1]["state"] == "finished"

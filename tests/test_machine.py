@@ -18,11 +18,15 @@ from mlxtune_convert import files
 from mlxtune_convert.hf import chat_templates
 from training import tune
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
+from mlxtune.config.resolve import Config
 from mlxtune.errors import UserError
 from mlxtune.machine import backend, diagnosis, surroundings
 from mlxtune.model import load
-from mlxtune.train import checkpoint, events, lock, tuning
+from mlxtune.train import events, preparation
+from mlxtune.train.preparation import unrepeatable
+from mlxtune.train.run_folder import EVENTS_FILE, LOCK_FILE, RunFolder
 
 GIB = 1 << 30
 
@@ -172,7 +176,7 @@ FINDER = (".DS_Store", ".localized", "Icon\r", "._.DS_Store", "._model.safetenso
 def test_a_folder_with_nothing_but_what_macos_leaves_is_empty(name: str, tmp_path: Path) -> None:
     folder = leave(tmp_path / "out", name)
     files.refuse_existing(folder, force=False)
-    assert checkpoint.free(folder) and not files.holds_something(folder)
+    assert RunFolder(folder).may_begin() and not files.holds_something(folder)
     with files.new_folder(folder) as work:
         (work / "model").write_text("x")
     assert [path.name for path in folder.iterdir()] == ["model"]
@@ -181,18 +185,18 @@ def test_a_folder_with_nothing_but_what_macos_leaves_is_empty(name: str, tmp_pat
         full = leave(tmp_path / f"full{other}", name, other)
         with pytest.raises(UserError, match="already exists"):
             files.refuse_existing(full, force=False)
-        assert not checkpoint.free(full)
+        assert not RunFolder(full).may_begin()
 
 
 def test_a_run_that_saved_nothing_takes_its_folder_with_it_though_finder_was_there(tmp_path: Path) -> None:
-    with lock.locked(leave(tmp_path / "run", *FINDER, events.FILE)):
+    with RunFolder(leave(tmp_path / "run", *FINDER, EVENTS_FILE)).locked():
         pass
-    checkpoint.remove(tmp_path / "run")
+    RunFolder(tmp_path / "run").remove_unfinished()
     assert not (tmp_path / "run").exists()
-    with lock.locked(leave(tmp_path / "run", *FINDER, "mine.txt")):
+    with RunFolder(leave(tmp_path / "run", *FINDER, "mine.txt")).locked():
         pass
-    checkpoint.remove(tmp_path / "run")
-    assert (tmp_path / "run/mine.txt").exists() and not (tmp_path / "run" / lock.FILE).exists()
+    RunFolder(tmp_path / "run").remove_unfinished()
+    assert (tmp_path / "run/mine.txt").exists() and not (tmp_path / "run" / LOCK_FILE).exists()
 
 
 def test_the_demo_begins_in_folders_that_finder_looked_at(tmp_path: Path) -> None:
@@ -246,9 +250,9 @@ def test_a_run_on_a_volume_without_locks_goes_on_with_a_note(
     found = tune(mlx_model, data, tmp_path / "run", "train.steps=1", "train.eval_every=0")
     assert sum("has no locks" in event.get("text", "") for event in found) == 1
     assert found[-1]["state"] == "finished"
-    assert not lock.is_locked(tmp_path / "run")
+    assert not RunFolder(tmp_path / "run").is_training()
     monkeypatch.setattr(fcntl, "flock", refusing(errno.EIO))
-    with pytest.raises(OSError, match=os.strerror(errno.EIO)), lock.locked(tmp_path):
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), RunFolder(tmp_path).locked():
         pass
 
 
@@ -264,13 +268,13 @@ def test_a_run_is_seen_on_a_volume_that_locks_exclusively_only_what_is_open_for_
         real(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    assert not lock.is_locked(tmp_path)
-    with lock.locked(tmp_path):
-        assert lock.is_locked(tmp_path)
-    assert not lock.is_locked(tmp_path)
-    with (tmp_path / lock.FILE).open() as looking:
+    assert not RunFolder(tmp_path).is_training()
+    with RunFolder(tmp_path).locked():
+        assert RunFolder(tmp_path).is_training()
+    assert not RunFolder(tmp_path).is_training()
+    with (tmp_path / LOCK_FILE).open() as looking:
         real(looking.fileno(), fcntl.LOCK_SH)
-        assert not lock.is_locked(tmp_path)  # another that looks is no run
+        assert not RunFolder(tmp_path).is_training()  # another that looks is no run
 
 
 def test_a_run_tells_what_holds_its_memory_and_is_kept_awake_while_it_reads_the_model(
@@ -279,8 +283,13 @@ def test_a_run_tells_what_holds_its_memory_and_is_kept_awake_while_it_reads_the_
     tool(mac, "ps", PROCESSES)
     monkeypatch.setattr(backend, "memory_bytes", lambda: 14 * GIB)
     awake = []
-    real = tuning.load
-    monkeypatch.setattr(tuning, "load", lambda *args: awake.append((mac / "calls").read_text()) or real(*args))
+    real = preparation.load
+
+    def load(*args: Any, **named: Any) -> Any:
+        awake.append((mac / "calls").read_text())
+        return real(*args, **named)
+
+    monkeypatch.setattr(preparation, "load", load)
     found = tune(mlx_model, data, tmp_path / "run", "train.steps=1", "train.eval_every=0")
     assert sum("memory is tight: LM Studio 4.29 GB" in event.get("text", "") for event in found) == 1
     assert f"caffeinate -i -w {os.getpid()}" in awake[0]
@@ -290,11 +299,11 @@ def test_what_a_gpu_adds_up_in_its_own_order_is_told_there_and_only_there(mlx_mo
     """A trained embedding (here tied to the head), not the usual adapter."""
     for also, expected in (([], ""), (["norms"], ""), (["embeddings"], "trained embeddings")):
         model = load.load(str(mlx_model), "float32").model
-        section = tuning.Config.model_validate({"lora": {"train_also": also}}).lora
-        lora.attach(model, lora.Spec.of(model, section), 0)
-        assert lora.summed_in_any_order(model) == expected
-        (*said,) = tuning.repeatable(model, "metal")
+        section = Config.model_validate({"lora": {"train_also": also}}).lora
+        attach.attach(model, AdapterPlan.of(model, section), 0)
+        assert attach.summed_in_any_order(model) == expected
+        (*said,) = unrepeatable(model, "metal")
         assert len(said) == bool(expected) and all("may differ in its last bits" in line for line in said)
-        assert tuning.repeatable(model, "cpu") == []
+        assert unrepeatable(model, "cpu") == []
     model.experts = SwitchLinear(4, 4, 2)
-    assert lora.summed_in_any_order(model) == "trained embeddings and experts"
+    assert attach.summed_in_any_order(model) == "trained embeddings and experts"

@@ -14,16 +14,17 @@ import tiny
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from mlxtune.adapter import lora, vocabulary
+from mlxtune.adapter import adapter_files, vocabulary
 from mlxtune.cli import cli, tuned
+from mlxtune.cli.display import Display
 from mlxtune.config import resolve
-from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.data.template.tokenizer_changes import Changes, tokenizer_of
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.evaluate.generate import Sampling, answer
 from mlxtune.model.load import load
-from mlxtune.train import session, tuning
-from mlxtune.train.display import Display
+from mlxtune.train.run import tune as train
+from mlxtune.train.run_data import read_data
+from mlxtune.train.run_folder import RunFolder
 
 PLAIN = 257  # tokens of the plain tokenizer: an end token and the bytes
 NEW = {"<|im_end|>": PLAIN, "<|im_start|>": PLAIN + 1}
@@ -73,7 +74,7 @@ def runs(models: dict[str, Path], data: Path, tmp_path_factory: pytest.TempPathF
     assert result.returncode == 0, result.stderr
     for name in MODELS:
         with quiet() as display:
-            tuning.tune(run_config(models, name, data), root / name, display)
+            train(run_config(models, name, data), root / name, display)
     return {name: root / name for name in ("4bit", *MODELS)}
 
 
@@ -113,7 +114,7 @@ def answers(model: Path, run: Path) -> list[str]:
 
 def refusal(models: dict[str, Path], name: str, data: Path, *more: str) -> str:
     with pytest.raises(UserError) as refused:
-        session.read_data(run_config(models, name, data, *more))
+        read_data(run_config(models, name, data, *more))
     return str(refused.value) + str(refused.value.hint)
 
 
@@ -144,8 +145,10 @@ def test_the_command_refuses_them_in_one_line(models: dict[str, Path], data: Pat
 def test_new_rows_start_as_the_mean_of_the_known_ones(name: str, models: dict[str, Path], data: Path) -> None:
     """numpy on the base's own tensors; the other rows, and a model with room for the tokens, stay as they are."""
     loaded = load(str(models[name]), "float32")
-    changes = vocabulary.prepare(loaded, run_config(models, name, data))
+    config = run_config(models, name, data)
+    changes = vocabulary.run_tokenizer(models[name], config)[1]
     assert changes.tokens == NEW
+    vocabulary.add_rows_for_new_tokens(loaded, config, changes)
     before = load_file(models[name] / "model.safetensors")
     for path in ("model.embed_tokens.weight", "lm_head.weight"):
         if path in before:
@@ -209,13 +212,13 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(
     name: str, models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with quiet() as display:
-        tuning.tune(run_config(models, name, data), tmp_path / "whole", display)
+        train(run_config(models, name, data), tmp_path / "whole", display)
     with monkeypatch.context() as patch, pytest.raises(Interrupted), quiet() as display:
         tiny.interrupt_after(patch, 1)
-        tuning.tune(run_config(models, name, data), tmp_path / "cut", display)
+        train(run_config(models, name, data), tmp_path / "cut", display)
     with quiet() as display:
-        tuning.tune(session.run_config(tmp_path / "cut"), tmp_path / "cut", display, resume=True)
-    one, other = (mx.load(str(folder / lora.OWN_FILE)) for folder in (tmp_path / "whole", tmp_path / "cut"))
+        train(RunFolder(tmp_path / "cut").config(), tmp_path / "cut", display, resume=True)
+    one, other = (mx.load(str(folder / adapter_files.OWN_FILE)) for folder in (tmp_path / "whole", tmp_path / "cut"))
     assert sorted(one) == sorted(other)
     for key, array in one.items():
         assert mx.array_equal(array, other[key]).item(), key
@@ -242,7 +245,7 @@ def test_peft_computes_the_same_and_gives_it_back_unchanged(
     theirs, tokenizer = PeftModel.from_pretrained(base, str(out)), AutoTokenizer.from_pretrained(out)
     assert made_by(theirs, tokenizer, eos_token_id=ENDS) == answers(model, run)
     command("convert", out, tmp_path / "back", "--base", model)
-    one, other = (load_file(folder / lora.OWN_FILE) for folder in (run, tmp_path / "back"))
+    one, other = (load_file(folder / adapter_files.OWN_FILE) for folder in (run, tmp_path / "back"))
     assert {key: array.tobytes() for key, array in one.items()} == {key: a.tobytes() for key, a in other.items()}
     assert answers(model, tmp_path / "back") == answers(model, run)
 
@@ -303,7 +306,7 @@ def test_training_goes_on_from_such_a_run(
     """Its template and tokens are kept without naming them; other tokens are refused."""
     more = ("data.template=''", "lora.train_also=[]", f"lora.start_from={runs['4bit']}", "train.steps=1")
     with quiet() as display:
-        tuning.tune(run_config(models, "4bit", data, *more), tmp_path / "more", display)
+        train(run_config(models, "4bit", data, *more), tmp_path / "more", display)
     ends, starts = (
         [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
         for folder in (runs["4bit"], tmp_path / "more")
@@ -331,6 +334,5 @@ def test_a_vocabulary_with_gaps_takes_no_tokens(models: dict[str, Path], data: P
     last = max(whole["model"]["vocab"], key=whole["model"]["vocab"].get)
     whole["model"]["vocab"][last] = PLAIN
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    tokenizer = load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="has gaps"):
-        vocabulary.choose(tokenizer, tmp_path, run_config({"spare": tmp_path}, "spare", data))
+        vocabulary.run_tokenizer(tmp_path, run_config({"spare": tmp_path}, "spare", data))

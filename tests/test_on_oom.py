@@ -21,6 +21,7 @@ from mlxtune.compute.loss import Way
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.errors import UserError
 from mlxtune.train import checkpoint, events
+from mlxtune.train.run_folder import RunFolder
 
 STOP = ("train.steps=8", "train.batch_rows=4", "train.accumulate=2", "train.save_every=100")
 SMALLER = (*STOP, "train.on_oom=smaller")
@@ -91,7 +92,7 @@ def test_single_rows_that_do_not_fit_are_checkpointed_and_then_the_run_stops_and
     assert "step 6, the last whole one, is saved" in said.value.message
     assert said.value.hint == f"Close programs that hold memory, and go on: mlxtune train --resume --out {run}"
     assert divisions(run) == [(6, 1, False), (6, 2, False), (6, 2, True)]
-    state = checkpoint.newest(run, lambda _: None).state
+    state = RunFolder(run).newest(lambda _: None).state
     assert (state.step, state.halved, state.checkpointed) == (6, 2, True)
     with pytest.MonkeyPatch.context() as patch:
         sizes = fail_gradients(patch, 1 << 30)
@@ -103,13 +104,13 @@ def test_single_rows_that_do_not_fit_are_checkpointed_and_then_the_run_stops_and
 def test_checkpointing_that_does_not_reproduce_the_model_is_not_used(
     mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = proof.gradients
+    real = proof.sums_of
 
     def wrong(model: nn.Module, way: Way, batch: Batch) -> proof.Sums:
         loss, gradients = real(model, way, batch)
         return loss, {name: gradient * (1 + 2e-3 * way.recompute) for name, gradient in gradients.items()}
 
-    monkeypatch.setattr(proof, "gradients", wrong)
+    monkeypatch.setattr(proof, "sums_of", wrong)
     fail_gradients(monkeypatch, IN_STEP_7, fits=one_row_checkpointed)
     with pytest.raises(UserError, match="step 6, the last whole one, is saved"):
         tune(mlx_model, data, tmp_path / "run", *SMALLER)
@@ -237,7 +238,7 @@ def test_a_process_that_fails_says_why_and_the_first_one_saves_its_last_whole_st
     assert "than the GPU takes ([metal::malloc]" in said and "the run of 2 processes ends" in said
     # The first one sees that the other is gone, or is told to stop by the launcher, which saw it too.
     assert "another of the 2 processes is gone, and with it the run" in said or "\nstopped" in said
-    assert checkpoint.newest(tmp_path / "run", lambda _: None).state.step == 1
+    assert RunFolder(tmp_path / "run").newest(lambda _: None).state.step == 1
 
 
 THREE = ("train.steps=3", "train.eval_every=0")

@@ -18,8 +18,9 @@ import tiny
 
 from mlxtune.config import resolve as configuration
 from mlxtune.data.dataset.batches import Batch
-from mlxtune.train import events, session, tuning
+from mlxtune.train import events, preparation
 from mlxtune.train.ranks import Ranks
+from mlxtune.train.run_data import read_data
 
 SETTINGS = (
     *("train.steps=8", "train.lr=5e-3", "train.eval_every=2", "train.save_every=2", "lora.rank=4"),
@@ -165,7 +166,7 @@ def test_a_run_of_one_process_is_resumed_by_two(alone: dict[tuple[str, ...], Pat
 def test_processes_with_different_rows_are_refused(mlx_model: Path, data: Path, tmp_path: Path) -> None:
     """The second process reads other rows, as on a machine whose copy is old."""
     there = (
-        "import os\nfrom mlxtune.data.rows import Examples\n"
+        "import os\nfrom mlxtune.data.dataset.examples import Examples\n"
         "if os.environ['MLX_RANK'] == '1':\n    Examples.digest = lambda self: 'others'\n"
     )
     said = two(tmp_path, *words(mlx_model, data, tmp_path / "run"), code=there)
@@ -180,12 +181,12 @@ def test_the_smallest_machine_decides_the_batches_of_all(mlx_model: Path, data: 
     few = (*few, "train.neftune_alpha=0")
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
     small = configuration.load(None, (*few, "train.batch_rows=1", "train.checkpoint_layers=all", "lora.rank=4"), flags)
-    predicted = tuning.memory_plan(small, session.read_data(small)[0])[1]
+    predicted = preparation.plan(small, read_data(small)[0]).memory
     assert predicted
     least = (predicted.total >> 20) + 1 << 20
     there = (
-        "import os\nfrom mlxtune.train import fit\nif os.environ['MLX_RANK'] == '1':\n"
-        f"    fit.backend.working_set_bytes = lambda: int({least} / fit.SHARE)\n"
+        "import os\nfrom mlxtune.compute import fit_memory\nif os.environ['MLX_RANK'] == '1':\n"
+        f"    fit_memory.backend.working_set_bytes = lambda: int({least} / fit_memory.SHARE)\n"
     )
     said = two(tmp_path, *words(mlx_model, data, tmp_path / "two", *few), code=there)
     assert "to fit" in said and "train.batch_rows=" in said, said
@@ -225,9 +226,9 @@ def step_of(batches: list[int], widths: list[int]) -> list[Batch]:
 def test_every_example_of_a_step_is_dealt_to_exactly_one_process(size: int, batches: list[int]) -> None:
     numbers = np.arange(sum(batches))
     step = step_of(batches, [7] * len(batches))
-    dealt = [row for rank in range(size) for batch in Ranks(Group(rank, size)).share(step) for row in batch.rows]
+    dealt = [row for rank in range(size) for batch in Ranks(Group(rank, size)).own_batches(step) for row in batch.rows]
     assert sorted(dealt) == numbers.tolist()
-    assert [batch.rows.tolist() for batch in Ranks().share(step)] == [batch.rows.tolist() for batch in step]
+    assert [batch.rows.tolist() for batch in Ranks().own_batches(step)] == [batch.rows.tolist() for batch in step]
 
 
 @pytest.mark.parametrize(
@@ -241,11 +242,11 @@ def test_every_example_of_a_step_is_dealt_to_exactly_one_process(size: int, batc
 )
 def test_two_processes_have_about_as_much_to_do(batches: list[int], widths: list[int], most: int) -> None:
     """Padded tokens of the busier one."""
-    shares = [Ranks(Group(rank, 2)).share(step_of(batches, widths)) for rank in range(2)]
+    shares = [Ranks(Group(rank, 2)).own_batches(step_of(batches, widths)) for rank in range(2)]
     assert max(sum(batch.ids.size for batch in share) for share in shares) == most
 
 
 def test_single_examples_are_not_all_dealt_to_the_first_process() -> None:
     """Two micro-batches of one example each, three processes."""
-    shares = [Ranks(Group(rank, 3)).share(step_of([1, 1], [9, 9])) for rank in range(3)]
+    shares = [Ranks(Group(rank, 3)).own_batches(step_of([1, 1], [9, 9])) for rank in range(3)]
     assert [len(share) for share in shares] == [1, 1, 0]

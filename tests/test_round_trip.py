@@ -23,7 +23,8 @@ from mlxtune.model.convert import Target, convert
 from mlxtune.ship.artefacts import Peft
 from mlxtune.ship.export import ship
 from mlxtune.ship.request import Request
-from mlxtune.train import session
+from mlxtune.train.run_data import read_data
+from mlxtune.train.run_folder import RunFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),  # they do match
@@ -89,7 +90,7 @@ def continued(base: Path, adapter: Path, out: Path, run: Path) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True).eval()  # eval: no dropout
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE, eps=1e-8, weight_decay=0.0)
-    examples = session.read_data(session.run_config(run))[0].train
+    examples = read_data(RunFolder(run).config())[0].train
     batch = collate(examples, [0, 1])
     ids, mask = torch.from_numpy(np.array(batch.ids)).long(), torch.from_numpy(np.array(batch.mask)).float()
     found = []

@@ -15,8 +15,8 @@ import sweep
 import tiny
 import zoo
 from mlx.utils import tree_flatten
+from mlxtune_convert.families import table
 from mlxtune_convert.hf import families as layouts
-from mlxtune_convert.hf import unheeded
 from mlxtune_convert.hf.configs import normalise
 from safetensors.numpy import load_file, save_file
 from test_rotary import SIZES
@@ -28,7 +28,8 @@ from mlxtune.model.convert import Target, convert
 from mlxtune.model.corrections import corrected
 from mlxtune.model.corrections.reference import completed, described
 from mlxtune.model.load import load, open_model
-from mlxtune.train import session, tuning
+from mlxtune.train import preparation
+from mlxtune.train.run_data import read_data
 
 # Types of which mlx-lm reads other configurations than transformers writes.
 UNREAD = ("dbrx", "kimi_linear", "longcat_flash", "mimo_v2_flash", "minimax", "ministral", "solar_open")
@@ -229,11 +230,13 @@ def test_what_mlx_lm_cannot_hold_is_refused_with_the_reason(
 def test_the_table_of_settings_names_families_and_settings_that_there_are() -> None:
     from transformers import CONFIG_MAPPING
 
-    for families, key, computed in unheeded._COMPUTED:
-        assert computed
-        for family in families.split():
-            known = CONFIG_MAPPING[family]()
-            assert hasattr(known, key), (family, key)
+    named = 0
+    for name, family in table.FAMILIES.items():
+        for key, computed in family.computes.items():
+            assert computed
+            assert hasattr(CONFIG_MAPPING[name](), key), (name, key)
+            named += 1
+    assert named > 50
 
 
 def test_a_note_of_a_corrected_model_is_said_by_convert_and_at_the_start_of_training(
@@ -246,8 +249,8 @@ def test_a_note_of_a_corrected_model_is_said_by_convert_and_at_the_start_of_trai
     events = tune(tmp_path / "mlx", data, tmp_path / "run", "train.steps=1", "train.accumulate=1")
     assert [event for event in events if event["kind"] == "note" and note in event["text"]]
     settings = {"model.path": str(tmp_path / "mlx"), "data.path": str(data)}
-    read, resolved = session.read_data(configuration.load(None, (), settings))
-    assert note in "".join(tuning.memory_plan(resolved, read)[2])
+    read, resolved = read_data(configuration.load(None, (), settings))
+    assert note in "".join(preparation.plan(resolved, read).notes)
 
 
 def test_the_sweep_tells_silence_from_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,11 @@ from rich.console import Console
 from training import NOISE, SETTINGS, losses, options, same_bits, scale_losses, tune
 
 from mlxtune import errors
+from mlxtune.cli.display import Display
 from mlxtune.config import resolve
-from mlxtune.train import checkpoint, events, session, signals, tuning
-from mlxtune.train.display import Display
+from mlxtune.train import checkpoint, evaluation, events, signals
+from mlxtune.train.run import tune as train
+from mlxtune.train.run_folder import CONFIG_FILE, EVENTS_FILE, RunFolder
 
 # Trains in a child the run that each line names: starting Python and its libraries 26 times would take minutes.
 WORKER = """
@@ -32,15 +34,16 @@ import os, sys
 from ctypes.util import find_library
 from pathlib import Path
 from rich.console import Console
-from mlxtune import config, tuning
-from mlxtune.train import checkpoint
-from mlxtune.train.display import Display
-settings = config.load(sys.argv[1])
+from mlxtune.cli.display import Display
+from mlxtune.config import resolve
+from mlxtune.train.run import tune
+from mlxtune.train.run_folder import RunFolder
+settings = resolve.load(sys.argv[1])
 for line in sys.stdin:
     run = Path(line.strip())
     if (child := os.fork()) == 0:
         with Display(Console(quiet=True)) as display:
-            tuning.tune(settings, run, display, resume=checkpoint.exists(run))
+            tune(settings, run, display, resume=RunFolder(run).has_work())
         os._exit(0)
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -69,7 +72,7 @@ def test_a_run_killed_25_times_ends_with_the_bits_of_one_that_was_not(
         start(whole)
         assert worker.stdout.readline() == "0\n"
         # Of the time that it trained, without what came before.
-        a_part = ((whole / events.FILE).stat().st_mtime - (whole / session.CONFIG_FILE).stat().st_mtime) / KILLS
+        a_part = ((whole / EVENTS_FILE).stat().st_mtime - (whole / CONFIG_FILE).stat().st_mtime) / KILLS
         for number in range(KILLS):
             before = lines(run)
             child = start(run)
@@ -93,7 +96,7 @@ def test_a_run_killed_25_times_ends_with_the_bits_of_one_that_was_not(
 
 def lines(run: Path) -> int:
     """How many a run wrote so far."""
-    file = run / events.FILE
+    file = run / EVENTS_FILE
     return file.read_text().count("\n") if file.exists() else 0
 
 
@@ -116,7 +119,7 @@ def test_ctrl_c_finishes_the_step_and_the_resumed_run_has_the_same_bits(
     assert f"after step {steps}; to go on: mlxtune train --resume --out {tmp_path / 'cut'}" in str(stopped.value)
     assert json.loads((tmp_path / "cut/events.jsonl").read_text().splitlines()[-1])["state"] == "interrupted"
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
-    assert session.run_config(tmp_path / "cut").data.path == resolve.load(None, (), flags).data.path
+    assert RunFolder(tmp_path / "cut").config().data.path == resolve.load(None, (), flags).data.path
     tune(mlx_model, data, tmp_path / "cut", *NOISE[:2], resume=True)
     same_bits(noisy, tmp_path / "cut")
 
@@ -143,7 +146,7 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_is_left(
             time.sleep(0.01)
             asked[-1]()  # raises when the signal has been heard
 
-    monkeypatch.setattr(tuning, "score", score)
+    monkeypatch.setattr(evaluation, "score", score)
     with pytest.raises(errors.Interrupted) as stopped:
         tune(mlx_model, data, tmp_path / "cut")
     said = f"stopped before the first step; nothing was saved, and {tmp_path / 'cut'} is removed"
@@ -288,7 +291,7 @@ def test_a_resume_under_other_settings_data_or_weights_is_refused_with_the_diffe
 
     def resume(*settings: str, anyway: bool = False) -> None:
         with Display(Console(quiet=True)) as display:
-            tuning.tune(resolve.load(run / session.CONFIG_FILE, settings), run, display, True, anyway)
+            train(resolve.load(run / CONFIG_FILE, settings), run, display, True, anyway)
 
     for setting, said in {
         "train.lr=1e-3": "train.lr 0.005 -> 0.001",
@@ -303,7 +306,7 @@ def test_a_resume_under_other_settings_data_or_weights_is_refused_with_the_diffe
     longer = tiny.mlxtune("train", "--resume-anyway", "--out", run, "--set", "train.steps=6")
     assert longer.returncode == 0, longer.stderr
     assert events.read(run)[-1]["step"] == 6
-    assert session.run_config(run).train.steps == 6
+    assert RunFolder(run).config().train.steps == 6
     kept = (rows / "train.jsonl").read_text()
     (rows / "train.jsonl").write_text(kept.replace("number 3?", "number three?"))
     with pytest.raises(errors.UserError, match="for this changed: the training examples"):

@@ -22,6 +22,7 @@ from mlxtune.train import checkpoint, optim
 from mlxtune.train.checkpoint import State
 from mlxtune.train.identity import Identity
 from mlxtune.train.last_whole import LastWhole
+from mlxtune.train.run_folder import RunFolder
 
 MANY = 1 << 18
 NOBODY = Identity({}, "", "", "", "")
@@ -48,7 +49,7 @@ def arrays(dtype: mx.Dtype = mx.float32) -> tuple[dict[str, mx.array], dict[str,
 
 def saved(run: Path) -> dict[str, bytes]:
     """What the newest checkpoint holds, by name."""
-    folder = checkpoint.newest(run, pytest.fail).folder
+    folder = RunFolder(run).newest(pytest.fail).folder
     found: dict[str, Any] = {**mx.load(str(folder / "adapters.safetensors"))}  # type: ignore[dict-item]
     moments: Any = mx.load(str(folder / checkpoint.OPTIMIZER_FILE))
     return {
@@ -66,7 +67,7 @@ def peak_of_an_update(held: bool) -> int:
     weights, moments, gradients = (mx.random.normal((MANY,), key=mx.random.key(seed)) for seed in range(3))
     mx.eval(weights, moments, gradients)
     weights, moments = UPDATE(weights, moments, gradients)
-    whole = LastWhole(Path(), NOBODY, 1)
+    whole = LastWhole(RunFolder(Path()), NOBODY, 1)
     if held:
         whole.keep(State(1), {"a": weights}, {"m": moments})
     mx.eval(weights, moments)
@@ -86,7 +87,7 @@ def test_a_compiled_update_leaves_what_is_held_as_it_was(tmp_path: Path) -> None
     assert peak_of_an_update(held=True) >= 2 * peak_of_an_update(held=False)
     parameters = arrays()[0]
     optimizer = optim.build(resolve.load(None, ()).train, parameters)
-    whole = LastWhole(tmp_path, NOBODY, 2)
+    whole = LastWhole(RunFolder(tmp_path), NOBODY, 2)
     before = bits(parameters, optimizer.state)
     whole.keep(State(7), parameters, optimizer.state)
     update = optim.Update(optimizer, 1.0)
@@ -104,7 +105,7 @@ def test_a_compiled_update_leaves_what_is_held_as_it_was(tmp_path: Path) -> None
 def test_what_is_held_does_not_change_with_the_trees_it_came_in(tmp_path: Path) -> None:
     parameters, state = arrays()
     before = bits(parameters, state)
-    whole = LastWhole(tmp_path, NOBODY, 2)
+    whole = LastWhole(RunFolder(tmp_path), NOBODY, 2)
     whole.keep(State(1), parameters, state)
     parameters["b"], state["a"]["m"] = parameters["b"] + 1, state["a"]["m"] + 1
     whole.save()
@@ -122,7 +123,7 @@ def test_saving_computes_nothing(dtype: mx.Dtype, tmp_path: Path, monkeypatch: p
     """No function of MLX is called and no method of an array; nor is anything left to compute by reading it."""
     parameters, state = arrays(dtype)
     before = bits(parameters, state)
-    whole = LastWhole(tmp_path, NOBODY, 2)
+    whole = LastWhole(RunFolder(tmp_path), NOBODY, 2)
     left = parameters["b"] + 1
     with pytest.raises(RuntimeError, match="no Stream"):  # what tells
         elsewhere(lambda: to_numpy(left))
@@ -144,7 +145,7 @@ def test_saving_computes_nothing(dtype: mx.Dtype, tmp_path: Path, monkeypatch: p
 
 def test_another_thread_saves_while_this_one_is_inside_a_computation(tmp_path: Path) -> None:
     parameters, state = arrays()
-    whole = LastWhole(tmp_path, NOBODY, 2)
+    whole = LastWhole(RunFolder(tmp_path), NOBODY, 2)
     whole.keep(State(1), parameters, state)
     product = parameters["b"]
     for _ in range(4_000):
@@ -160,7 +161,7 @@ def test_another_thread_saves_while_this_one_is_inside_a_computation(tmp_path: P
 
 def test_a_state_is_saved_once_and_nothing_is_saved_before_the_first_step(tmp_path: Path) -> None:
     parameters, state = arrays()
-    whole = LastWhole(tmp_path, NOBODY, 1)
+    whole = LastWhole(RunFolder(tmp_path), NOBODY, 1)
     whole.keep(State(), parameters, state)
     assert whole.save() is None
     whole.keep(State(1), parameters, state)
@@ -168,7 +169,7 @@ def test_a_state_is_saved_once_and_nothing_is_saved_before_the_first_step(tmp_pa
     whole.keep(State(1, evaluated=1), parameters, state)
     assert whole.save() is not None
     assert read_json(tmp_path / "checkpoints/step-0000001" / checkpoint.STATE_FILE, "")["state"]["evaluated"] == 1
-    resumed = LastWhole(tmp_path, NOBODY, 1, saved=State(1, evaluated=1))
+    resumed = LastWhole(RunFolder(tmp_path), NOBODY, 1, saved=State(1, evaluated=1))
     resumed.keep(State(1, evaluated=1), parameters, state)
     assert resumed.save() is None
 
@@ -176,7 +177,7 @@ def test_a_state_is_saved_once_and_nothing_is_saved_before_the_first_step(tmp_pa
 def test_what_is_kept_is_computed_before_it_replaces_what_was(tmp_path: Path) -> None:
     """A step whose computation fails leaves the state before it."""
     parameters, state = arrays()
-    whole = LastWhole(tmp_path, NOBODY, 1)
+    whole = LastWhole(RunFolder(tmp_path), NOBODY, 1)
     whole.keep(State(1), parameters, state)
     before = bits(parameters, state)
     np.save(tmp_path / "a.npy", np.ones((MANY,), np.float32))

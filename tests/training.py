@@ -9,14 +9,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from rich.console import Console
 
+from mlxtune.cli.display import Display
 from mlxtune.compute.gradients import Gradients
 from mlxtune.config import resolve
 from mlxtune.data.dataset.batches import Batch
-from mlxtune.train import checkpoint, events, step, tuning
-from mlxtune.train.display import Display
+from mlxtune.train import checkpoint, events, step
+from mlxtune.train.run import tune as train
 
 SETTINGS = (
     *("train.steps=24", "train.lr=5e-3", "train.batch_rows=2", "train.accumulate=2", "train.seed=5"),
@@ -35,7 +36,7 @@ def tune(model: Path, data: Path, out: Path, *settings: str, resume: bool = Fals
     """Train in this process; return the run's events."""
     flags = {"model.path": str(model), "data.path": str(data)}
     with Display(Console(quiet=True)) as display:
-        tuning.tune(resolve.load(None, (*SETTINGS, *settings), flags), out, display, resume, anyway)
+        train(resolve.load(None, (*SETTINGS, *settings), flags), out, display, resume, anyway)
     return events.read(out)
 
 
@@ -46,6 +47,11 @@ def losses(run: Path) -> dict[tuple[str, int], float]:
 
 def tensors(file: Path) -> dict[str, bytes]:
     return {name: np.array(array).tobytes() for name, array in mx.load(str(file)).items()}  # type: ignore[union-attr]
+
+
+def arrays_in(tree: Any) -> list[mx.array]:
+    """The arrays of any tree, in its order."""
+    return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
 
 
 def same_bits(one: Path, other: Path) -> None:

@@ -65,7 +65,7 @@ def run(
         open(os.devnull, encoding="utf-8") as nothing,
     ):
         streams = [nothing.fileno(), out.fileno(), err.fileno()] if terminal is None else [terminal] * 3
-        watch = Watch(command)
+        watch = Watch(command, environment=environment)
         alone = not {"HF_ENDPOINT", "MLX_RANK"} & environment.keys()
         status = Command(command, environment, [*streams, *([calls.fileno()] if alone else [])]).wait()
         watch.end()
@@ -278,7 +278,7 @@ def _serve(control: socket.socket) -> None:
 
     import mlxtune.cli  # noqa: F401  # first, as in the command: it chooses what MLX multiplies with
 
-    for name in ("train.tuning", "bench", "demo.story", "adapter.peft", "ship.export"):
+    for name in ("train.run", "bench", "demo.story", "adapter.peft", "ship.export"):
         __import__(f"mlxtune.{name}")
     import peft  # noqa: F401
     import torch  # noqa: F401

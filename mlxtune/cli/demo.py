@@ -28,6 +28,8 @@ def demo(model: str | None, out: Path, steps: int | None, force: bool) -> None:
     \b
     mlxtune demo
     """
+    from mlxtune.cli.display import Display
     from mlxtune.demo import story
 
-    story.tell(model, out, steps, force, common.console())
+    console = common.console()
+    story.tell(model, out, steps, force, console, Display(console))

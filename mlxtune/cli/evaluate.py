@@ -40,22 +40,23 @@ def eval_command(
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
     """
-    from mlxtune.adapter.lora import switched_off
-    from mlxtune.train import session
+    from mlxtune.adapter.attach import switched_off
+    from mlxtune.data.dataset import holdout
+    from mlxtune.evaluate.score import score_examples
 
     tuned.run_settings(adapter, data, settings)  # a typing error is said before the model is read
     loaded = tuned.load_model(model, adapter)
     examples, config = tuned.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)
-    is_one_file = data is not None and Path(data).expanduser().is_file()
-    label = split or ("all" if is_one_file else "valid")
+    is_whole = data is not None and holdout.is_whole_file(data, split)
+    label = split or ("all" if is_whole else "valid")
     for note in examples.notes(label, config.data.max_tokens):
         common.note(note)
     status = common.console().status("scoring")
     with status, switched_off(loaded.model):
-        scores = {"base": session.evaluate(loaded, config, examples)}
+        scores = {"base": score_examples(loaded, config, examples)}
     if adapter is not None:
         with status:
-            scores["tuned"] = session.evaluate(loaded, config, examples)
+            scores["tuned"] = score_examples(loaded, config, examples)
     if as_json:
         document: dict[str, Any] = {"split": label, "rows": examples.rows, "examples": len(examples)}
         for name, score in scores.items():

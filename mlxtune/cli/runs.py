@@ -30,18 +30,25 @@ def runs(folder: Path, as_json: bool) -> None:
 
     if not folder.is_dir():
         raise UserError(f"no folder {folder}", "Name the folder that holds the runs: mlxtune runs FOLDER")
-    found = listing.find(folder)
+    summaries = listing.find(folder)
     if as_json:
-        click.echo(json.dumps([{**asdict(run), "path": str(run.path)} for run in found]))
+        click.echo(json.dumps([{**asdict(run), "path": str(run.path)} for run in summaries]))
         return
-    if not found:
+    if not summaries:
         raise UserError(f"no runs in {folder}", "Name the folder that holds them: mlxtune runs FOLDER")
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("run", "model", "state", "steps", "best loss", "size"):
-        table.add_column(name, justify="right" if name in ("steps", "best loss", "size") else "left")
-    for run in found:
-        best = f"{run.best_loss:.4f}" if run.best_loss is not None else "-"
-        steps = f"{run.step}/{run.steps or '?'}"
-        names = (shown_name(name) for name in (run.path.name, run.model, run.state))
-        table.add_row(*names, steps, best, size(run.bytes))
+    for name in ("run", "model", "state"):
+        table.add_column(name)
+    for number in ("steps", "best loss", "size"):
+        table.add_column(number, justify="right")
+    for run in summaries:
+        best = "-" if run.best_loss is None else f"{run.best_loss:.4f}"
+        table.add_row(
+            shown_name(run.path.name),
+            shown_name(run.model),
+            shown_name(run.state),
+            f"{run.step}/{run.steps or '?'}",
+            best,
+            size(run.bytes),
+        )
     common.stdout().print(table)

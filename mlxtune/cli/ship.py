@@ -132,13 +132,15 @@ def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Exa
 
     data: --data, which may name them.
     """
-    from mlxtune.train import reach, session
+    from mlxtune.train import reach
+    from mlxtune.train.run_data import read_data
+    from mlxtune.train.run_folder import RunFolder
 
     try:
-        config = session.run_config(adapter, flags={"model.path": str(model)})
+        config = RunFolder(adapter).config(flags={"model.path": str(model)})
         is_named = data is not None and data == config.data.path
         local = reach.LocalOnly(data="" if is_named else reach.compared(config.data))
-        rows = session.read_data(config, local=local)[0].train
+        rows = read_data(config, local=local)[0].train
     except UserError as error:
         common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()

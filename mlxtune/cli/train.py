@@ -64,54 +64,58 @@ def train(
     config = _resumed(out, file, settings, flags) if resume and out else configuration.load(file, settings, flags)
     if not config.model.path:
         raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
-    local = _told(config, file, out if resume else None, settings, flags)
+    local = _note_reach(config, file, out if resume else None, settings, flags)
     if dry_run:
         _print_plan(config, out)
         return
-    from mlxtune.train import (
-        tuning,  # only now: it loads MLX and transformers, and a typing error above is said at once
-    )
-    from mlxtune.train.display import Display
+    # Only now: these load MLX and transformers, and a typing error above is said at once.
+    from mlxtune.cli.display import Display
     from mlxtune.train.ranks import Ranks
+    from mlxtune.train.run import tune
+    from mlxtune.train.run_folder import default_folder
 
-    folder = out or tuning.default_out(config.model.path)
+    folder = out or default_folder(config.model.path)
     first = Ranks.here().first
     with Display(common.console(quiet=not first)) as display:
-        state = tuning.tune(config, folder, display, resume, resume_anyway, local)
+        state = tune(config, folder, display, resume, resume_anyway, local)
     if not first:
         return
-    best = (
-        f", best validation loss {state.best_loss:.4f} at step {state.best_step}" if state.best_loss is not None else ""
-    )
+    best = ""
+    if state.best_loss is not None:
+        best = f", best validation loss {state.best_loss:.4f} at step {state.best_step}"
     common.stdout().print(f"{folder}: {state.step} steps{best}")
 
 
 def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict[str, str | None]) -> Config:
-    """As `session.run_config`, on the first of several processes."""
+    """The configuration of the run in `out`, on the first of several processes."""
     from mlxtune.config import resolve as configuration
-    from mlxtune.train import session
     from mlxtune.train.ranks import Ranks
+    from mlxtune.train.run_folder import RunFolder
 
-    if not Ranks.here().first:  # it is told by the first, which may be the only machine that has the run
+    if not Ranks.here().first:  # it gets the configuration of the first, which may be the only one that has the run
         return configuration.load(None, (), {"model.path": "told by the first"})
-    return session.run_config(out, file, settings, flags)
+    return RunFolder(out).config(file, settings, flags)
 
 
-def _told(
+def _note_reach(
     config: Config, file: str | None, run: Path | None, settings: tuple[str, ...], flags: dict[str, str | None]
 ) -> LocalOnly:
     """Say what a configuration file, or the run that goes on, turns on beyond this machine; return for what the hub is
     not asked.
+
+    file: named by the command line; run: the folder of the run that goes on.
     """
-    from mlxtune.train import reach, session
+    from mlxtune.train import reach
     from mlxtune.train.ranks import Ranks
+    from mlxtune.train.run_folder import RunFolder
 
     local = reach.NOTHING
     if run is None and file is None:
         return local
-    named, first = reach.keys_named(settings, flags), Ranks.here().first
+    first = Ranks.here().first
+    named = reach.keys_named(settings, flags)
     if run is not None and file is None:
-        file = str(run / session.CONFIG_FILE)
+        file = str(RunFolder(run).config_file)
         local = reach.resumed(config if first else None, file, named)
     if first:
         for line in reach.notes(config, str(file), named, local):
@@ -124,29 +128,30 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     from rich.text import Text
 
     from mlxtune.compute import fast_ways
-    from mlxtune.data.dataset.batches import Plan
-    from mlxtune.train import loggers, session, tuning
+    from mlxtune.train import loggers, preparation
+    from mlxtune.train.run_data import read_data
+    from mlxtune.train.run_folder import RunFolder
 
     if folder is not None:
-        tuning.require_free(folder)
+        RunFolder(folder).require_free()
     loggers.require(config.train.loggers)
-    fast_ways.refuse_idle(config)
-    data, config = session.read_data(config)
-    config, memory, notes = tuning.memory_plan(config, data)
-    plan = Plan(data.train, config.train, config.data.group_by_prefix)
-    tokens = int(data.train.lengths.sum())
-    targets = int(data.train.column("targets").sum())
-    out = common.stdout()
-    for split, examples in (("train", data.train), ("valid", data.valid)):
-        for note in examples.notes(split, config.data.max_tokens):
-            out.print(f"note: {note}")
+    fast_ways.refuse_useless_grouping(config)
+    data, config = read_data(config)
+    planned = preparation.plan(config, data)
     train, valid = data.train, data.valid
+    out = common.stdout()
+    max_tokens = config.data.max_tokens
+    for note in train.notes("train", max_tokens) + valid.notes("valid", max_tokens):
+        out.print(f"note: {note}")
     out.print(f"rows: {train.rows} to train on{train.also}, {valid.rows} held out{valid.also}")
+    tokens = int(train.lengths.sum())
+    targets = int(train.column("targets").sum())
     out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")
-    out.print(f"optimizer steps: {plan.steps}")
-    for line in memory.lines() if memory else ():
-        out.print(line)
-    for note in notes:
+    out.print(f"optimizer steps: {planned.plan.steps}")
+    if planned.memory:
+        for line in planned.memory.lines():
+            out.print(line)
+    for note in planned.notes:
         out.print(f"note: {note}")
     out.print()
-    out.print(Text(config.to_yaml().rstrip()))
+    out.print(Text(planned.config.to_yaml().rstrip()))

@@ -15,19 +15,13 @@ if TYPE_CHECKING:
 
 def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ...] = ()) -> Config:
     """The configuration a run was made with (defaults without one), its data replaced by --data."""
-    from mlxtune.config import resolve as config
+    from mlxtune.config import resolve
+    from mlxtune.train.run_folder import RunFolder
 
-    return config.load(_run_file(adapter), settings, {"data.path": data})
-
-
-def _run_file(adapter: Path | None) -> Path | None:
-    """The configuration beside an adapter; None where there is none."""
-    from mlxtune.train import session
-
-    if adapter is None:
-        return None
-    file = adapter / session.CONFIG_FILE
-    return file if file.is_file() else None
+    flags = {"data.path": data}
+    if adapter is not None and RunFolder(adapter).is_run():
+        return RunFolder(adapter).config(None, settings, flags)
+    return resolve.load(None, settings, flags)
 
 
 def held_out(
@@ -41,35 +35,38 @@ def held_out(
     """(The rows to compare on: --data's, else the run's own; the configuration they are read with). The hub is not
     asked for rows that the run's folder alone names.
 
-    tokenizer, folder, split: as `session.held_out` takes them.
+    tokenizer, folder, split: as `evaluate.held_out` takes them.
     """
     from mlxtune.data.dataset.sources import is_hub_id
-    from mlxtune.train import reach, session
+    from mlxtune.evaluate import held_out
+    from mlxtune.train import reach
+    from mlxtune.train.run_folder import RunFolder
 
     config = run_settings(adapter, data, settings)
-    file = _run_file(adapter)
-    if file is None:
-        return session.held_out(tokenizer, folder, config, split, own=data is None), config
+    if adapter is None or not RunFolder(adapter).is_run():
+        return held_out.held_out(tokenizer, folder, config, split, own=data is None), config
     named = reach.keys_named(settings, {"data.path": data})
-    for line in reach.cache_notes(config, str(file), named):
+    for line in reach.cache_notes(config, str(RunFolder(adapter).config_file), named):
         note(line)
     local_only = reach.compared(config.data) if named.isdisjoint(reach.DATA_KEYS) else ""
     # Who names the run's own dataset, to have it fetched, means the rows that the run held out of it.
     is_runs_own = is_hub_id(config.data.path) and data == run_settings(adapter, None).data.path
     own = data is None or is_runs_own
-    return session.held_out(tokenizer, folder, config, split, own, local_only), config
+    return held_out.held_out(tokenizer, folder, config, split, own, local_only), config
 
 
 def load_model(model: str, adapter: Path | None) -> Loaded:
     """The model, with the adapter on it and the chat template that it was tuned with."""
-    from mlxtune.adapter import lora
+    from mlxtune_convert.adapters import AdapterConfig
+
+    from mlxtune.adapter import adapter_files
     from mlxtune.data.template.tokenizer_changes import Changes
     from mlxtune.model import load
 
     if adapter is None:
         return load.load(model)
-    lora.read_spec(adapter)  # a wrong folder is said before the model is read
+    AdapterConfig.read(adapter)  # a wrong folder is said before the model is read
     loaded = load.load(model)
     Changes.read(adapter).apply(loaded.tokenizer, loaded.path)
-    lora.load_adapter(loaded.model, adapter, loaded.config)
+    adapter_files.load_adapter(loaded.model, adapter, loaded.config)
     return loaded

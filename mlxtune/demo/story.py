@@ -5,25 +5,27 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
-from mlxtune_convert.files import contents, holds_something, refuse_existing
+from mlxtune_convert.files import holds_something, refuse_existing
 from mlxtune_convert.sizes import size
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.config import resolve
 from mlxtune.data.rows import formats
 from mlxtune.demo import model as embedded
+from mlxtune.durations import clock
 from mlxtune.errors import UserError
 from mlxtune.evaluate.generate import Sampling, answer
-from mlxtune.evaluate.score import Score
+from mlxtune.evaluate.held_out import held_out
+from mlxtune.evaluate.score import Score, score_examples
 from mlxtune.model import convert
 from mlxtune.model.load import Loaded, load
 from mlxtune.ship.artefacts import Artefact, FusedMlx, HuggingFace, Peft
@@ -31,9 +33,9 @@ from mlxtune.ship.export import ship
 from mlxtune.ship.gguf import Gguf, GgufAdapter
 from mlxtune.ship.request import Request
 from mlxtune.ship.verify import Report
-from mlxtune.train import checkpoint, session, tuning
-from mlxtune.train.display import Display, duration
-from mlxtune.train.lock import is_locked, is_marked
+from mlxtune.train.events import Listener
+from mlxtune.train.run import tune
+from mlxtune.train.run_folder import RunFolder
 
 STEPS = 48
 FOLDERS = ("model", "run", "fused", "peft", "hf", "gguf")  # what the demo makes, and all that --force removes
@@ -53,9 +55,17 @@ def data_folder() -> Path:
     return Path(str(resources.files("mlxtune.demo"))) / "data"
 
 
-def tell(source: str | None, out: Path, steps: int | None, force: bool, console: Console) -> None:
-    """Run the whole story into `out`: model, run, fused, peft, hf and gguf folders. Raises UserError at the first
-    thing that fails.
+def tell(
+    source: str | None,
+    out: Path,
+    steps: int | None,
+    force: bool,
+    console: Console,
+    display: AbstractContextManager[Listener],
+) -> None:
+    """Run the whole story into `out`: model, run, fused, peft, hf and gguf folders.
+
+    display: shows the events of the run, entered around it. Raises UserError at the first thing that fails.
     """
     _make_room(out, source, force)
     began = time.perf_counter()
@@ -72,21 +82,21 @@ def tell(source: str | None, out: Path, steps: int | None, force: bool, console:
         console.print(f"validation loss {before.loss:.4f}, token accuracy {before.accuracy:.1%}")
     with (
         chapter(console, "3. Tuning: LoRA on the 4-bit base, loss on the assistant's tokens only"),
-        Display(console) as display,
+        display as listener,
     ):
-        tuning.tune(settings, run, display)
+        tune(settings, run, listener)
     with chapter(console, "4. After"):
         tuned = load(str(model))
-        lora.load_adapter(tuned.model, run)
+        adapter_files.load_adapter(tuned.model, run)
         after, answers_after = score_and_answers(tuned, settings)
         console.print(comparison(answers_before, answers_after))
         fall = 1 - after.loss / before.loss
         console.print(f"validation loss {before.loss:.4f} -> {after.loss:.4f} ({fall:.0%} lower), ", end="")
         console.print(f"token accuracy {before.accuracy:.1%} -> {after.accuracy:.1%}")
-    examples = session.held_out(tuned.tokenizer, model, settings)
+    examples = held_out(tuned.tokenizer, model, settings)
     base_name = "" if source else embedded.HUB_ID
     _ship(Request(model, run, out, base_name=base_name, examples=examples), console)
-    console.print(Text(f"\nDone in {duration(time.perf_counter() - began)}. ", style="bold green"), end="")
+    console.print(Text(f"\nDone in {clock(time.perf_counter() - began)}. ", style="bold green"), end="")
     for line in closing(model, run):
         console.print(line, soft_wrap=True)
 
@@ -99,7 +109,7 @@ def _make_room(out: Path, source: str | None, force: bool) -> None:
     if taken and not force:
         raise UserError(f"{taken[0]} already exists", "Choose another --out, or add --force to begin again.")
     for folder in taken:
-        if is_marked(folder):
+        if RunFolder(folder).is_marked():
             _refuse_run(folder, source)
         else:
             refuse_existing(folder, force, [Path(source)] if source else [])
@@ -130,13 +140,13 @@ def _print_proof(request: Request, artefact: Artefact, console: Console) -> None
 
 def _refuse_run(run: Path, source: str | None) -> None:
     """Raise UserError for a run that is not merely an earlier demo's."""
-    if is_locked(run):
+    if RunFolder(run).is_training():
         raise UserError(f"a process is training in {run}", "Wait for it, or choose another --out.")
     if source and Path(source).resolve().is_relative_to(run.resolve()):
         raise UserError(f"{run} holds the source {source}", "Choose another --out.")
-    other = sorted({path.name for path in contents(run)} - {*checkpoint.OWN, lora.ADAPTER_FILE, lora.OWN_FILE})
-    if other:
-        raise UserError(f"{run} holds {other[0]}, which mlxtune did not write", "Choose another --out.")
+    strangers = RunFolder(run).strangers()
+    if strangers:
+        raise UserError(f"{run} holds {strangers[0]}, which mlxtune did not write", "Choose another --out.")
 
 
 @contextmanager
@@ -145,12 +155,12 @@ def chapter(console: Console, title: str) -> Iterator[None]:
     console.print(title, style="bold")
     began = time.perf_counter()
     yield
-    console.print(Text(f"({duration(time.perf_counter() - began)})", style="dim"))
+    console.print(Text(f"({clock(time.perf_counter() - began)})", style="dim"))
 
 
 def score_and_answers(loaded: Loaded, settings: resolve.Config) -> tuple[Score, list[tuple[str, str]]]:
     """(validation score, (question, answer) pairs) of a model."""
-    score = session.evaluate(loaded, settings, session.held_out(loaded.tokenizer, loaded.path, settings))
+    score = score_examples(loaded, settings, held_out(loaded.tokenizer, loaded.path, settings))
     rows = [row for row in formats.read(data_folder() / "valid.jsonl") if isinstance(row, formats.Record)]
     answers = []
     for index in SHOWN_ROWS:

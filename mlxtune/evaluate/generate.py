@@ -10,33 +10,33 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.data.chat.masking import template_of
 from mlxtune.data.template.answers import Plain, Reader
 from mlxtune.data.template.template import Messages, Template, TemplateError
 from mlxtune.errors import UserError
 from mlxtune.model.corrections.extent import longest_alike
 from mlxtune.model.load import Loaded
 
+PENALTY_TOKENS = 64  # that the repetition penalty looks back
+MARK = 0xE000  # the first private-use character: no message contains one
 CUT = "\ufffd"  # what bytes that are no whole character yet are decoded to
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0: always the most likely token; top_p: nucleus; repetition_penalty 1: none (it looks back 64
-    tokens).
-    """
+    """How the tokens of an answer are chosen."""
 
-    max_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
+    max_tokens: int = 512  # of an answer, its thought included
+    temperature: float = 0.0  # 0: always the most likely token
+    top_p: float = 1.0  # nucleus: of the most likely tokens, as many as have this probability together; 1: all
+    repetition_penalty: float = 1.0  # divides the logits of the last PENALTY_TOKENS tokens; 1: none
+    seed: int = 0  # of the random choices
 
 
 class Refused(UserError):
-    """The chat template refuses a conversation, or leaves a text out of it. system: it does so for a system prompt."""
+    """The chat template refuses a conversation, or leaves a text out of it."""
 
     def __init__(self, message: str, system: bool) -> None:
+        """system: it does so for a system prompt."""
         super().__init__(message)
         self.system = system
 
@@ -47,7 +47,8 @@ def template_for(loaded: Loaded, template_kwargs: dict[str, Any], day: str = "")
     """
     if loaded.tokenizer.chat_template is None:
         return None
-    return template_of(loaded.tokenizer, template_kwargs, date.fromisoformat(day) if day else None)
+    its_day = date.fromisoformat(day) if day else None
+    return loaded.templates.of(template_kwargs, its_day)
 
 
 def prompt_ids(loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str = "") -> list[int]:
@@ -57,27 +58,22 @@ def prompt_ids(loaded: Loaded, messages: Messages, template_kwargs: dict[str, An
     """
     template = template_for(loaded, template_kwargs, day)
     if template is None:
-        ids = list(loaded.tokenizer("\n\n".join(message["content"] for message in messages))["input_ids"])
+        text = "\n\n".join(message["content"] for message in messages)
+        ids = list(loaded.tokenizer(text)["input_ids"])
     else:
-        ids = list(loaded.tokenizer(prompt_text(template, messages), add_special_tokens=False)["input_ids"])
+        text = prompt_text(template, messages)
+        ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
     loaded.check_ids([ids])
     return ids
 
 
 def prompt_text(template: Template, messages: Messages) -> str:
     """The same as text. Raises Refused."""
-    system = any(message["role"] == "system" for message in messages)
     try:
         text = template.text(messages, prompt=True)
     except TemplateError as error:
-        others = [message for message in messages if message["role"] != "system"]
-        system = system and bool(template.attempt(others, prompt=True))
-        what = "a system prompt" if system else "this conversation"
-        reason = shorten(str(error.__cause__ or error), 200, placeholder=" ...")
-        raise Refused(f"the chat template refuses {what}: {reason}", system) from error
-    marks = [chr(0xE000 + index) for index in range(len(messages))]
-    shown = template.attempt([{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)], prompt=True)
-    lost = {m["role"] for m, mark in zip(messages, marks, strict=True) if shown and mark not in shown} - {"assistant"}
+        raise _refusal(template, messages, error) from error
+    lost = _lost_roles(template, messages)
     if lost:
         system = lost == {"system"}
         what = "a system prompt" if system else f"the text of a message of the {min(lost - {'system'})}"
@@ -85,20 +81,48 @@ def prompt_text(template: Template, messages: Messages) -> str:
     return text
 
 
+def _refusal(template: Template, messages: Messages, error: TemplateError) -> Refused:
+    """Why the template cannot print a conversation: for its system prompt, when it prints the rest."""
+    others = [message for message in messages if message["role"] != "system"]
+    system = len(others) < len(messages) and bool(template.attempt(others, prompt=True))
+    what = "a system prompt" if system else "this conversation"
+    reason = shorten(str(error.__cause__ or error), 200, placeholder=" ...")
+    return Refused(f"the chat template refuses {what}: {reason}", system)
+
+
+def _lost_roles(template: Template, messages: Messages) -> set[str]:
+    """Whose text the template leaves out of a conversation, the assistant's aside: thoughts may go. Each text is
+    replaced by a character of its own, and looked for in what is printed.
+    """
+    marked = []
+    for index, message in enumerate(messages):
+        marked.append({**message, "content": chr(MARK + index)})
+    shown = template.attempt(marked, prompt=True)
+    if not shown:  # it cannot print such texts: nothing can be said
+        return set()
+    lost = {message["role"] for message in marked if message["content"] not in shown}
+    return lost - {"assistant"}
+
+
 def stream(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[str]:
     """Pieces of the answer as they come, special tokens included; the last one is the end token, unless the answer is
     cut after `max_tokens`.
     """
     made: list[int] = []
-    start = known = 0  # the text of made[:known] was given; both are at the border of a character
+    # The text of made[:given] was given. Some tokenizers drop a space at the start of what they decode, so the piece
+    # before is decoded too: it begins at `start`. Both are at the border of a character.
+    start = given = 0
     for token in tokens(loaded, ids, sampling):
         made.append(token)
-        text = decoded(loaded, made[start:])  # some tokenizers drop a space at the start: with tokens before it
-        if not text.endswith(CUT):
-            yield text[len(decoded(loaded, made[start:known])) :]
-            start, known = known, len(made)
-    if known < len(made):
-        yield decoded(loaded, made[start:])[len(decoded(loaded, made[start:known])) :]
+        text = decoded(loaded, made[start:])
+        if text.endswith(CUT):
+            continue
+        before = decoded(loaded, made[start:given])
+        yield text[len(before) :]
+        start, given = given, len(made)
+    if given < len(made):
+        before = decoded(loaded, made[start:given])
+        yield decoded(loaded, made[start:])[len(before) :]
 
 
 def end_ids(loaded: Loaded) -> set[int]:
@@ -107,11 +131,12 @@ def end_ids(loaded: Loaded) -> set[int]:
     """
     ends = set(loaded.eos_ids)
     if loaded.tokenizer.chat_template is not None:
-        template = template_of(loaded.tokenizer, {})
+        template = loaded.templates.of()
         last = template.special.findall(template.end_of_turn)[-1:]
         known = loaded.tokenizer.get_added_vocab()  # special tokens; the whole vocabulary is a dict made anew each time
         for token in (*last, template.header_that_ends(calls=False), template.header_that_ends(calls=True)):
-            ends |= {known[token.strip()]} if token.strip() in known else set()
+            if token.strip() in known:
+                ends.add(known[token.strip()])
     return ends
 
 
@@ -123,21 +148,25 @@ def tokens(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[int]:
 
     mx.random.seed(sampling.seed)
     penalty = sampling.repetition_penalty if sampling.repetition_penalty != 1.0 else None
+    top_p = sampling.top_p if sampling.top_p < 1 else 0.0  # mlx-lm's way to say all
     limit = longest_alike(loaded.model)
-    whole = limit is not None and len(ids) > limit  # in parts, the first would be rotated as a short row
+    in_parts: dict[str, int] = {}
+    if limit is not None and len(ids) > limit:  # in parts, the first would be rotated as a short row
+        in_parts = {"prefill_step_size": len(ids)}
     for piece in stream_generate(
         loaded.model,
         TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_ids(loaded)),
         ids,
         max_tokens=sampling.max_tokens,
-        sampler=make_sampler(sampling.temperature, sampling.top_p if sampling.top_p < 1 else 0.0),
-        logits_processors=make_logits_processors(repetition_penalty=penalty, repetition_context_size=64),
-        **({"prefill_step_size": len(ids)} if whole else {}),
+        sampler=make_sampler(sampling.temperature, top_p),
+        logits_processors=make_logits_processors(repetition_penalty=penalty, repetition_context_size=PENALTY_TOKENS),
+        **in_parts,
     ):
         yield piece.token
 
 
 def decoded(loaded: Loaded, ids: list[int]) -> str:
+    """The text of some tokens, special ones included."""
     text: str = loaded.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
 
@@ -146,7 +175,9 @@ def reader_for(loaded: Loaded, messages: Messages, template_kwargs: dict[str, An
     """What tells thought and answer apart in the model's answer to a conversation, whose prompt was made before."""
     ends = frozenset(decoded(loaded, [index]) for index in end_ids(loaded)) - {""}  # ids without a token
     template = template_for(loaded, template_kwargs, day)
-    return Plain(ends) if template is None else Reader(template, messages, ends=ends)
+    if template is None:
+        return Plain(ends)
+    return Reader(template, messages, ends=ends)
 
 
 def answer(
@@ -154,4 +185,6 @@ def answer(
 ) -> str:
     """The whole answer, its thought and special tokens included, without its end token."""
     made = list(tokens(loaded, prompt_ids(loaded, messages, template_kwargs, day), sampling))
-    return decoded(loaded, made[:-1] if made[-1] in end_ids(loaded) else made)
+    if made[-1] in end_ids(loaded):
+        made.pop()
+    return decoded(loaded, made)

@@ -3,38 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.compute.head import Split
-from mlxtune.compute.loss import chunks, place, supervised_rows
-from mlxtune.data.dataset.batches import Batch
+from mlxtune.compute.loss import chunks, inputs_of, supervised_outputs
+from mlxtune.config.resolve import Config
+from mlxtune.data.dataset.batches import Batch, in_order
+from mlxtune.data.dataset.examples import Examples
 from mlxtune.model.arrays import scalar
 from mlxtune.model.corrections import extent
+from mlxtune.model.load import Loaded
+
+SPLIT_TOKENS = 64  # of a row: on them the head apart from the trunk must give the logits of the model itself
+MOST_LOSS = 700.0  # nats a token: the perplexity of more is not a float (e to the 709.8 is the largest)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over supervised tokens: of the loss (nats), of the tokens, of those whose most likely token was right."""
+    """Sums over supervised tokens."""
 
-    loss_sum: float
-    tokens: int
-    correct: int
+    loss_sum: float  # nats
+    tokens: int  # how many were scored
+    correct: int  # of which so many were the most likely token
 
     @property
     def loss(self) -> float:
+        """Nats a token."""
         return self.loss_sum / self.tokens
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return math.exp(min(self.loss, MOST_LOSS))
 
     @property
     def accuracy(self) -> float:
         return self.correct / self.tokens
+
+
+def score_examples(loaded: Loaded, config: Config, examples: Examples) -> Score:
+    """Score a loaded model on examples. Raises UserError for a token that the model has no embedding for."""
+    loaded.check_ids([[examples.highest]])
+    batches = in_order(examples)
+    return score(loaded.model, split_for(loaded, config, batches[-1]), batches)
+
+
+def split_for(loaded: Loaded, config: Config, batch: Batch) -> Split | None:
+    """The proven head split, or None when `fast.head` is off or the model's own logits are not reproduced.
+
+    batch: its first row is what the proof is made on.
+    """
+    if config.fast.head == "off":
+        return None
+    tokens = min(SPLIT_TOKENS, batch.ids.shape[1])
+    return Split.of(loaded.model, mx.array(batch.ids[:1, :tokens]))
 
 
 def score(
@@ -46,21 +71,31 @@ def score(
 ) -> Score:
     """Score a model on batches. Legend: N supervised positions, D width, V vocabulary.
 
-    shared: as in `place`; between: called before each batch, and may raise to break off.
+    split: the head apart from the trunk, so that logits are computed for supervised positions alone; None: the model
+    gives its logits for every token. shared: as in `inputs_of`; between: called before each batch, and may raise to
+    break off.
     """
     loss_sum, tokens, correct = 0.0, 0, 0
-    limit = extent.longest_alike(model)
-    for alike in (part for batch in batches for part in extent.parts(batch, limit)):
+    for batch in _alike(model, batches):
         between()
-        placed = place(alike, shared)
-        rows, targets = supervised_rows(model, split, placed), placed.targets
+        inputs = inputs_of(batch, shared)
+        rows = supervised_outputs(model, split, inputs)  # [N, D] hidden states; without a split [N, V] logits
+        targets = inputs.targets  # [N]
         mx.eval(rows)  # else every chunk below would hold the whole trunk's graph
-        for chunk in chunks(rows, rows.shape[-1] if split is None else split.vocabulary):
-            part, wanted = rows[chunk], targets[chunk]
-            logits = (part if split is None else split.logits(part)).astype(mx.float32)
-            loss = nn.losses.cross_entropy(logits, wanted, reduction="sum")
-            right = (mx.argmax(logits, axis=-1) == wanted).sum()
+        width = rows.shape[-1] if split is None else split.vocabulary
+        for chunk in chunks(rows, width):
+            logits = rows[chunk] if split is None else split.logits(rows[chunk])
+            logits = logits.astype(mx.float32)
+            loss = nn.losses.cross_entropy(logits, targets[chunk], reduction="sum")
+            right = (mx.argmax(logits, axis=-1) == targets[chunk]).sum()
             loss_sum += scalar(loss)
             correct += int(scalar(right))
         tokens += targets.size
     return Score(loss_sum, tokens, correct)
+
+
+def _alike(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The batches, divided where the model computes long rows otherwise than short ones (`extent`)."""
+    limit = extent.longest_alike(model)
+    for batch in batches:
+        yield from extent.parts(batch, limit)

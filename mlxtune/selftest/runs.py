@@ -11,9 +11,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from rich.console import Console
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.compute import fast_ways
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -24,8 +23,9 @@ from mlxtune.model.arrays import dtype_name, to_numpy
 from mlxtune.selftest import model
 from mlxtune.selftest.outcome import Check, Found, Workshop
 from mlxtune.selftest.ways import BASES
-from mlxtune.train import checkpoint, events, tuning
-from mlxtune.train.display import Display
+from mlxtune.train import checkpoint, events
+from mlxtune.train.run import tune
+from mlxtune.train.run_folder import CHECKPOINTS
 
 GROUP = "Training"
 STEPS, SAVED = 20, 10
@@ -48,11 +48,11 @@ def checks() -> list[Check]:
 
 @dataclass(frozen=True)
 class Made:
-    """A finished run. base: the model that it was trained on; folder: what the run left."""
+    """A finished run."""
 
-    base: Path
-    folder: Path
-    config: config.Config
+    base: Path  # folder of the model that it was trained on
+    folder: Path  # what the run left
+    config: config.Config  # the run's, as it was resolved
 
 
 def base(shop: Workshop, dtype: mx.Dtype) -> Path:
@@ -95,11 +95,6 @@ def run(shop: Workshop, dtype: mx.Dtype, *settings: str) -> Made:
     return made
 
 
-def tune(wanted: config.Config, out: Path, resume: bool = False) -> None:
-    with Display(Console(quiet=True)) as display:
-        tuning.tune(wanted, out, display, resume)
-
-
 def _reference(shop: Workshop, dtype: mx.Dtype) -> Made:
     """The plain way in float32 on the CPU, on the base that is run in `dtype`."""
     shared = next(first for first in LIMITS if BASES[first] == BASES[dtype])
@@ -132,7 +127,7 @@ def _computed(folder: Path) -> str:
 def _left_out(folder: Path) -> str:
     """What a run on this model should have used, and found wrong itself: it proves each way before it takes it."""
     wanted = [fast_ways.describe(Way(split=Split(nn.Module(), ""))), "the shared prefix of "]
-    if backend.compiles():
+    if backend.policy().compiled:
         wanted.append(fast_ways.describe(Way(compiled=True)))
     missing = [what for what in wanted if what not in _computed(folder)]
     refused = next((note for note in _notes(folder) if note.startswith("not used")), "")
@@ -149,13 +144,13 @@ def _resumed(shop: Workshop) -> Found:
     whole = usual(shop)
     again = shop.folder / "resumed"
     shutil.copytree(whole.folder, again)
-    shutil.rmtree(again / checkpoint.FOLDER / f"step-{STEPS:07d}")
-    (again / lora.ADAPTER_FILE).unlink()
+    shutil.rmtree(again / CHECKPOINTS / f"step-{STEPS:07d}")
+    (again / adapter_files.ADAPTER_FILE).unlink()
     tune(whole.config, again, resume=True)
-    last = Path(checkpoint.FOLDER, f"step-{STEPS:07d}", checkpoint.OPTIMIZER_FILE)
+    last = Path(CHECKPOINTS, f"step-{STEPS:07d}", checkpoint.OPTIMIZER_FILE)
     different = [
         f"{name} of {file.name}"
-        for file in (Path(lora.ADAPTER_FILE), last)
+        for file in (Path(adapter_files.ADAPTER_FILE), last)
         for name in _different(whole.folder / file, again / file)
     ]
     ours, theirs = (_losses(folder).tolist() for folder in (again, whole.folder))

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from mlxtune.data.template.tokenizer_changes import tokenizer_of
+from mlxtune.evaluate.held_out import held_out
 from mlxtune.selftest import runs
 from mlxtune.selftest.outcome import Check, Found, Workshop
 from mlxtune.ship import verify
@@ -14,7 +15,7 @@ from mlxtune.ship.export import ship
 from mlxtune.ship.gguf import Gguf, GgufAdapter
 from mlxtune.ship.request import Request
 from mlxtune.ship.verify import ReadBack
-from mlxtune.train import session
+from mlxtune.train.run_folder import RunFolder
 
 GROUP = "Exports, against the trained model"
 # float32: a type whose rounding does not hide a mistake.
@@ -48,5 +49,5 @@ def _shipped(kind: str, shop: Workshop) -> Found:
 
 def _request(shop: Workshop) -> Request:
     made = runs.usual(shop)
-    examples = session.held_out(tokenizer_of(made.base, made.folder), made.base, session.run_config(made.folder))
+    examples = held_out(tokenizer_of(made.base, made.folder), made.base, RunFolder(made.folder).config())
     return Request(made.base, made.folder, shop.folder, examples=examples)

@@ -17,7 +17,10 @@ from mlxtune.data.dataset.batches import Batch
 from mlxtune.machine import backend
 from mlxtune.selftest import model, runs
 from mlxtune.selftest.outcome import Check, Found, NotHere, Workshop
-from mlxtune.train import optim, session, tuning
+from mlxtune.train import optim
+from mlxtune.train.preparation import prepare
+from mlxtune.train.run_data import read_data
+from mlxtune.train.run_folder import RunFolder
 from mlxtune.train.step import Job, StepFunction
 
 GROUP = "Time"
@@ -109,8 +112,8 @@ def _job(shop: Workshop) -> tuple[Job, str]:
         "train.memory_limit=off",
     )
     flags = {"model.path": str(folder / "model"), "data.path": str(runs.data(shop))}
-    data, wanted = session.read_data(resolve.load(None, settings, flags))
-    job, *_ = tuning.prepared(wanted, data, shop.folder)
+    data, wanted = read_data(resolve.load(None, settings, flags))
+    job = prepare(wanted, data, RunFolder(shop.folder)).job
     tokens = sum(batch.tokens for batch in job.plan.step(1))
     where = job.identity.config["train.dtype"]
     return job, f"{tokens} tokens through {blocks} blocks {width} wide, {vocabulary:,} words, {where}"
@@ -123,7 +126,7 @@ def _one_target_each(batch: Batch) -> Batch:
 
 
 def _compiling(shop: Workshop) -> Found:
-    if not backend.compiles():
+    if not backend.policy().compiled:
         raise NotHere("nothing is compiled on the CPU" if backend.kind() == "cpu" else "MLX_DISABLE_COMPILE is set")
     return Found(1e3 * max(shop.once("parts", lambda: _measured(shop)).first), unit="ms")
 

@@ -20,15 +20,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlxtune_convert.adapters import AdapterConfig
 from mlxtune_convert.files import require_space
 from mlxtune_convert.hf import families, model_folder
 from mlxtune_convert.hf.configs import SOURCE_FILE, unquantized
+from mlxtune_convert.hf.model_folder import vocabulary
 from mlxtune_convert.peft import adapter_folder
 from mlxtune_convert.peft.settings import Settings
 
-from mlxtune.adapter import lora
 from mlxtune.adapter.peft import from_model
-from mlxtune.adapter.vocabulary import vocabulary
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
@@ -223,7 +223,7 @@ class Peft(Artefact):
         run = model.request.adapter
         if run is None:
             raise UserError("there is no run to compare them with: --adapter RUN")
-        spec = lora.read_spec(run)
+        spec = AdapterConfig.read(run)
         return from_model(model.unread().model, spec, model.source["config"], model.hub_name or spec.base)
 
     def storage(self, model: MergedModel) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 from mlxtune_convert.files import read_json, write_json
 from mlxtune_convert.gguf.tokenizer_write import token_ids
 
-from mlxtune.config.resolve import Config, load
-from mlxtune.data.chat.masking import template_of
+from mlxtune.config.resolve import Config
+from mlxtune.data.template.template import Template
 from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.ship.push import REPO
-from mlxtune.train.checkpoint import CONFIG_FILE
+from mlxtune.train.run_folder import RunFolder
 
 LICENCE = re.compile(r"[\w.-]+")  # an identifier such as apache-2.0
 
@@ -26,7 +26,7 @@ def write_generation_config(work: Path, config: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(work)
     ends = {*token_ids(config.get("eos_token_id")), *token_ids(generation.get("eos_token_id")), tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        token = template_of(tokenizer, {}).end_of_turn.strip()
+        token = Template(tokenizer).end_of_turn.strip()
         ends.add(tokenizer.convert_tokens_to_ids(token) if token else None)
     write_json(file, {**generation, "eos_token_id": sorted(ends - {None})})
 
@@ -44,8 +44,8 @@ def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None, 
     lines.append(f"A fine-tuned version of {base or 'its base model'}, {what} with mlxtune.")
     lines.append("" if licence else "The licence of the base model applies.")
     lines.append(note)
-    if adapter is not None and (adapter / CONFIG_FILE).is_file():
-        lines += _recipe(load(adapter / CONFIG_FILE))
+    if adapter is not None and RunFolder(adapter).is_run():
+        lines += _recipe(RunFolder(adapter).config())
     (work / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 

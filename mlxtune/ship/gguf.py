@@ -25,7 +25,7 @@ from mlxtune_convert.gguf.tensor_types import KEEP, TYPES
 from mlxtune_convert.hf import families
 from mlxtune_convert.peft.adapter_folder import Update
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
 from mlxtune.compute.fit_memory import window_of
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.template.tokenizer import tokenizer_json
@@ -131,7 +131,7 @@ class GgufAdapter(Artefact):
     def _updates(self, model: MergedModel) -> dict[str, Update]:
         """Its factors by module path, A [in, r] and B [r, out]."""
         updates = {}
-        for path, layer in lora.adapters(model.unread().model).items():
+        for path, layer in attach.adapted_layers(model.unread().model).items():
             updates[path] = Update(to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale)
         return updates
 
@@ -158,7 +158,7 @@ class GgufAdapter(Artefact):
         return differences.of_gguf("f32", lambda: self.read_back(model, work), trained, run)
 
     def label(self, model: MergedModel) -> str:
-        return f"gguf-lora of {len(lora.adapters(model.unread().model))} modules"
+        return f"gguf-lora of {len(attach.adapted_layers(model.unread().model))} modules"
 
 
 def _family(model: MergedModel) -> Family:
@@ -178,8 +178,8 @@ def _refuse_other_programs_model(model: MergedModel) -> None:
 
 def _refuse_more_than_lora(tuned: nn.Module) -> None:
     """Raise UserError for an adapter with more in it than pairs of factors."""
-    is_dora = any("m" in layer for layer in lora.adapters(tuned).values())
-    if is_dora or lora.in_full(tuned):
+    is_dora = any("m" in layer for layer in attach.adapted_layers(tuned).values())
+    if is_dora or attach.layers_in_full(tuned):
         raise UserError(
             "a GGUF adapter holds LoRA and rsLoRA only: neither DoRA nor layers trained in full (lora.train_also)",
             "Export the merged model: --to gguf --type f16 or q8_0.",

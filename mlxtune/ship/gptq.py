@@ -1,4 +1,4 @@
-"""4-bit codes that keep a small update: GPTQ (Frantar et al. 2022, arXiv:2210.17323), calibrated on the user's rows.
+"""4-bit codes that keep a small update, calibrated on the user's rows. GPTQ: Frantar et al. 2022, arXiv:2210.17323.
 
 Rounding to the nearest code makes an error about as large as a tune. GPTQ rounds a matrix column by column and moves
 what is left of each column onto those not yet rounded, weighted by how the layer's inputs go together: with H = X^T X
@@ -27,7 +27,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlxtune_convert.gguf.quant_blocks import pack
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.adapter.layers import LINEAR, LoRALinear, dense_shape
 from mlxtune.data.chat.masking import Example
 from mlxtune.model.arrays import to_numpy
@@ -64,7 +64,7 @@ class Calibration:
     def __init__(self, model: str, adapter: Path, examples: Sequence[Example]) -> None:
         loaded = load(model)
         self.model = loaded.model
-        lora.load_adapter(self.model, adapter, loaded.config)
+        adapter_files.load_adapter(self.model, adapter, loaded.config)
         every = max(1, len(examples) // MAX_ROWS)  # rows from all over the data
         self.rows: list[mx.array] = []  # [1, T] token ids each
         for example in examples[::every][:MAX_ROWS]:

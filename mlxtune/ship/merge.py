@@ -1,4 +1,4 @@
-"""Fold an adapter into its base: W + scale * (A B)^T, summed in float32, then stored as asked.
+"""An adapter folded into its base. The sum is made in float32, then stored as asked: W + scale * (A B)^T
 
     W      [out, in]   the base's matrix; where it is quantized, the numbers that its codes stand for
     A      [in, r]     lora_a
@@ -21,11 +21,11 @@ import mlx.nn as nn
 import numpy as np
 from mlxtune_convert.files import require_space
 from mlxtune_convert.hf.configs import unquantized
+from mlxtune_convert.hf.model_folder import resize, vocabulary
 from mlxtune_convert.tensors import ShardWriter
 
-from mlxtune.adapter import lora
-from mlxtune.adapter.layers import SWITCH, Adapter, own_parameters
-from mlxtune.adapter.vocabulary import resize, vocabulary
+from mlxtune.adapter import adapter_files
+from mlxtune.adapter.layers import SWITCH, AdaptedLayer, own_parameters
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer, write_config
@@ -77,7 +77,7 @@ class Merged:
         for path, module in self.model.named_modules():
             if path in inside:
                 continue
-            if isinstance(module, Adapter):
+            if isinstance(module, AdaptedLayer):
                 inside.add(f"{path}.linear")
             elif not own_parameters(module):
                 continue
@@ -101,7 +101,7 @@ class Merged:
 
     def weight(self, module: nn.Module) -> mx.array:
         """The merged matrix of one leaf, [out, in] float32; experts [E, out, in]."""
-        if isinstance(module, Adapter):
+        if isinstance(module, AdaptedLayer):
             return module.merged(dense_weight(module.linear))
         return dense_weight(module)
 
@@ -118,7 +118,7 @@ class Merged:
 
 def _inner(module: nn.Module) -> Any:
     """The base's layer of a leaf."""
-    return module.linear if isinstance(module, Adapter) else module
+    return module.linear if isinstance(module, AdaptedLayer) else module
 
 
 def _dense_parameters(inner: nn.Module) -> list[tuple[str, mx.array]]:
@@ -159,7 +159,7 @@ def open_merged(
     if original_of is not None:
         _require_same_shapes(Merged(model, config, own), base, original_of)
     if adapter is not None:
-        lora.load_adapter(model, adapter, config)
+        adapter_files.load_adapter(model, adapter, config)
     return Merged(model, config, dtype or own)
 
 

@@ -31,7 +31,7 @@ from mlxtune_convert.peft import adapter_folder
 from mlxtune_convert.sizes import size
 from mlxtune_convert.tensors import read_header
 
-from mlxtune.compute.loss import place, supervised_rows
+from mlxtune.compute.loss import inputs_of, supervised_outputs
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
@@ -61,7 +61,7 @@ class MlxRunner:
 
     def __call__(self, batch: Batch) -> np.ndarray:
         """[N, V] float32."""
-        return to_numpy(supervised_rows(self.model, None, place(batch, None)).astype(mx.float32))
+        return to_numpy(supervised_outputs(self.model, None, inputs_of(batch, None)).astype(mx.float32))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from typing import Any, Literal
 import numpy as np
 from mlxtune_convert.files import finite, write_json
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files, attach
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, collate
 from mlxtune.model.load import Loaded, load
@@ -192,7 +192,7 @@ def trained_model(model: str, adapter: Path | None) -> Loaded:
     """The model that exports are compared with: in float32, with the adapter on it."""
     loaded = load(model, "float32")
     if adapter is not None:
-        lora.load_adapter(loaded.model, adapter, loaded.config)
+        adapter_files.load_adapter(loaded.model, adapter, loaded.config)
     return loaded
 
 
@@ -212,7 +212,7 @@ def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> 
     text = SHIPPED if isinstance(examples, Sample) else HELD_OUT
     if adapter is None:
         return Reference(batches, targets, trained, trained, UNTUNED, text)
-    with lora.switched_off(loaded.model):
+    with attach.switched_off(loaded.model):
         base = _logits(run, batches)
     return Reference(batches, targets, trained, base, TRAINED, text)
 

@@ -6,7 +6,6 @@ needs more, gets smaller batches or checkpointing, and those are part of what is
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -19,41 +18,38 @@ from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import Plan, lengths_of
 from mlxtune.errors import UserError
 from mlxtune.machine import backend, gpu_errors
+from mlxtune.train.events import Listener, nobody
 from mlxtune.train.ranks import ALONE, Ranks
 
+PROVING = "proving the fast ways on this model and rows"  # which may take most of a minute
 
-def choose(
-    given: Given,
-    config: Config,
-    rows: Plan,
-    ranks: Ranks = ALONE,
-    proving: Callable[[], None] = lambda: None,
-) -> Fitted:
-    """The way to run a configuration with these batches, and both made to fit. ranks: all take the same way and the
-    same batches; proving: called before each proof, which may last.
 
-    Raises UserError when not even the plain way fits the memory.
+def choose(given: Given, config: Config, rows: Plan, ranks: Ranks = ALONE, listener: Listener = nobody) -> Fitted:
+    """The way to run a configuration with these batches, and both made to fit.
+
+    ranks: all take the same way and the same batches; listener: told of each proof, which may last. Raises UserError
+    when not even the plain way fits the memory.
     """
-    wanted, notes = fast_ways.wanted(given.model, rows.examples, config)
-    search = _Search(given, config, rows, fast_ways.in_order(wanted), proving)
+    wanted, notes = fast_ways.fastest_way(given.model, rows.examples, config)
+    search = _Search(given, config, rows, fast_ways.ways_to_try(wanted), listener)
     number = 0
     while True:
-        number, found = search.first_from(number)
+        number, run = search.first_from(number)
         slowest = ranks.highest(number)
         if ranks.lowest(number) == slowest:
-            return replace(found, notes=[*found.notes, *notes, *search.refused])
-        number = slowest
+            return replace(run, notes=[*run.notes, *notes, *search.refused])
+        number = slowest  # what one rank found wrong, none may take: all look on from there
 
 
 @dataclass
 class _Search:
     """Goes through the ways to compute a run, the fastest first."""
 
-    given: Given
+    given: Given  # what the batches cannot change
     config: Config  # as the user wants it; each way is fitted from here
     rows: Plan  # the batches of `config`
-    ways: list[tuple[Way, bool]]  # as `fast.in_order` gives them
-    proving: Callable[[], None]  # called before each proof
+    ways: list[tuple[Way, bool]]  # as `fast_ways.ways_to_try` gives them
+    listener: Listener  # told of each proof
     refused: list[str] = field(default_factory=list)  # why the ways before were not taken
     tried: set[Way] = field(default_factory=set)  # ways that were proven or refused
 
@@ -64,29 +60,32 @@ class _Search:
             run = self._fitted(way, checkpoints)
             if run.way == Way():
                 return number, run
-            if run.way not in self.tried:
-                self.tried.add(run.way)
-                verdict = self._verdict(run)
-                if not verdict.wrong:
-                    return number, replace(run, notes=[*run.notes, *([verdict.note] if verdict.note else [])])
-                self.refused.append(f"not used, for {verdict.wrong}: {fast_ways.describe(run.way)}")
-                if verdict.hopeless:
-                    number = len(self.ways) - 2
-            number += 1
+            if run.way in self.tried:
+                number += 1
+                continue
+            self.tried.add(run.way)
+            verdict = self._verdict(run)
+            if not verdict.wrong:
+                notes = [verdict.note] if verdict.note else []
+                return number, replace(run, notes=run.notes + notes)
+            self.refused.append(f"not used, for {verdict.wrong}: {fast_ways.describe(run.way)}")
+            number = len(self.ways) - 1 if verdict.hopeless else number + 1
 
     def _fitted(self, way: Way, checkpoints: bool) -> Fitted:
+        """The run made to fit when it is computed so. checkpoints: whether its blocks may be checkpointed."""
         try:
-            return fit_memory.fitted(self.given, way, self.config, self.rows, checkpoints)
+            return fit_memory.fit(self.given, way, self.config, self.rows, checkpoints)
         except UserError as error:
             if not self.refused:
                 raise
             raise UserError(f"{error.message}; what needs less was {self.refused[0]}", error.hint) from error
 
     def _verdict(self, run: Fitted) -> Verdict:
-        self.proving()
+        """Whether this model gives the plain way's loss and gradients when it is computed so."""
+        self.listener({"kind": "doing", "what": PROVING})
         room = fit_memory.proof_room(self.given, run)
         try:
-            verdict = self._proof(run, room)
+            return self._proof(run, room)
         except Exception as error:  # whatever a model's own code raises
             if gpu_errors.recognise(error):  # which is not the model's
                 raise
@@ -94,10 +93,9 @@ class _Search:
             return Verdict(f"this model fails with it ({type(error).__name__}: {reason})")
         finally:
             mx.clear_cache()  # the run has other shapes
-        return verdict
 
     def _proof(self, run: Fitted, room: Room) -> Verdict:
-        """With half the rows' tokens once more where the memory did not suffice: others use it too."""
+        """Proven, with half the rows' tokens once more where the memory did not suffice: others use it too."""
         try:
             return self._proven(run, room)
         except (RuntimeError, MemoryError) as error:
@@ -109,11 +107,15 @@ class _Search:
         return self._proven(run, replace(room, tokens=fewer, checkpointed=True))
 
     def _proven(self, run: Fitted, room: Room) -> Verdict:
-        grouped = self.config.data.group_by_prefix
-        batch = proof.rows_for(self.rows.examples, run.way, grouped, room.tokens)
-        verdict = proof.of(self.given.model, run.way, batch, self.given.dtype, room)
-        window, width = fit_memory.window_of(self.given.model_config), batch.ids.shape[1]
-        if not verdict.wrong and width <= window < lengths_of(self.rows.examples).max():
-            unseen = f"the proof's rows end after {width} tokens, for memory: a window of {window} is not proven"
-            return replace(verdict, note="; ".join(filter(None, [verdict.note, unseen])))
-        return verdict
+        """Proven on rows of the run that take no more than `room`."""
+        examples = self.rows.examples
+        batch = proof.rows_for(examples, run.way, self.config.data.group_by_prefix, room.tokens)
+        verdict = proof.prove(self.given.model, run.way, batch, self.given.dtype, room)
+        if verdict.wrong:
+            return verdict
+        window = fit_memory.window_of(self.given.model_config)
+        width = batch.ids.shape[1]
+        if not width <= window < lengths_of(examples).max():
+            return verdict
+        unseen = f"the proof's rows end after {width} tokens, for memory: a window of {window} is not proven"
+        return replace(verdict, note=f"{verdict.note}; {unseen}" if verdict.note else unseen)

@@ -1,10 +1,23 @@
-"""What happened in a run, kept as JSON lines in RUN/events.jsonl and shown by whoever listens.
+"""What happens in a run: told to listeners, and most of it kept as JSON lines in RUN/events.jsonl.
 
-Kinds: `begin` (also of a resumed run: `step` is where it goes on, `computed` the way in words), `train` (one optimizer
-step), `eval`, `checkpoint`, `note` (something a person must know), `end`. Losses keep full precision; `peak_bytes` of a
-step is the most that MLX has held since the model was read, the proof of the fast ways included. The file is only ever
-appended to, one whole line at a time; steps that a crash took back and that were done again are in it twice, and `read`
-leaves out the first.
+An event is a dictionary with its `kind`:
+
+    begin        also of a resumed run: `step` is where it goes on, `computed` the way in words; `steps`, `model`
+    train        one optimizer step, with the numbers of `StepFunction`
+    eval         `loss` and `tokens` of the validation rows after `step`, and `samples`
+    checkpoint   `step`, and the `path` of its folder in RUN
+    note         `text`: something that a person must know
+    end          `state`: finished, interrupted or failed; after `step`
+
+and three that are only shown, and not written:
+
+    reading      `rows` of the data file `source` are tokenized so far
+    doing        `what` goes on now, before the first step, and may last
+    start        the first step follows: of so many `steps`, with an evaluation after each `eval_every` (0: at the end)
+
+Losses keep full precision; `peak_bytes` of a step is the most that MLX has held since the model was read, the proof of
+the fast ways included. The file is only ever appended to, one whole line at a time. Steps that a crash took back and
+that were done again are in it twice; `read` leaves out the first.
 """
 
 from __future__ import annotations
@@ -19,23 +32,30 @@ from typing import IO, Any
 
 from mlxtune_convert.files import finite, flush_open
 
+from mlxtune.train.run_folder import EVENTS_FILE
+
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
 
-FILE = "events.jsonl"
+SHOWN_ONLY = ("reading", "doing", "start")
+
+
+def nobody(event: Event) -> None:
+    """A listener that does nothing."""
 
 
 class Events:
-    """Writes events to `folder`/events.jsonl and passes them on to the listeners. folder None: to nobody. Several
-    threads may do so.
+    """Writes events to `folder`/events.jsonl and passes them on to the listeners. Several threads may do so.
+
+    folder None: nothing is written, and nobody is told: what a process does that is not the first of its run.
     """
 
     def __init__(self, folder: Path | None, *listeners: Listener) -> None:
         self._listeners = listeners if folder is not None else ()
         self._lock = threading.RLock()  # a listener may have something to say itself
         self._ended = False
-        self._file = None if folder is None else _opened(folder / FILE)
-        if self._file and folder and _cut_off(folder / FILE):
+        self._file = None if folder is None else _opened(folder / EVENTS_FILE)
+        if self._file and folder and _cut_off(folder / EVENTS_FILE):
             self._file.write("\n")
 
     def listen(self, *listeners: Listener) -> None:
@@ -43,16 +63,22 @@ class Events:
         self._listeners = (*self._listeners, *listeners)
 
     def emit(self, kind: str, **fields: Any) -> None:
-        event = {"kind": kind, **finite(fields)}
+        """Write an event, and pass it on. fields: its values; a number that is not finite becomes null."""
+        event: Event = {"kind": kind, **finite(fields)}
         with self._lock:
-            if self._file and not self._ended:  # `end` tells what became of the run, and is the last one
-                self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
-                self._file.flush()
-                if kind in ("checkpoint", "end"):
-                    flush_open(self._file.fileno())
-                self._ended = kind == "end"
+            if kind not in SHOWN_ONLY:
+                self._write(event)
             for listener in self._listeners:
                 listener(event)
+
+    def _write(self, event: Event) -> None:
+        if self._file is None or self._ended:  # `end` tells what became of the run, and is the last one
+            return
+        self._file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if event["kind"] in ("checkpoint", "end"):
+            flush_open(self._file.fileno())
+        self._ended = event["kind"] == "end"
 
     def close(self) -> None:
         with self._lock:
@@ -81,7 +107,8 @@ def read(folder: Path) -> list[Event]:
     Raises ValueError for a file that is none of ours: no text, or an event with another kind of value than we write.
     """
     out: list[Event] = []
-    for line in (folder / FILE).read_text(encoding="utf-8").split("\n"):  # an answer may hold other line separators
+    text = (folder / EVENTS_FILE).read_text(encoding="utf-8")
+    for line in text.split("\n"):  # not splitlines: an answer may hold other line separators
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, lists in lists without end

@@ -26,25 +26,25 @@ MAY_CHANGE = (
 # Places: what lies there is compared instead.
 MAY_MOVE = ("model.path", "data.path", "data.cache", "lora.start_from")
 PLACES = (*MAY_MOVE, "data.template")  # the keys that may hold a path
-SAMPLES, SAMPLE_BYTES = 64, 4096
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file; a byte that differs elsewhere differs unseen
+# Fields of an Identity that must not change, and what they are called in messages.
+FIXED = {"train": "the training examples", "valid": "the held-out examples", "model": "the base model"}
 
 
 @dataclass(frozen=True)
 class Identity:
-    """config: key -> value, as resolved; train, valid: digests of the examples; model: `of_model`; mlx: its version and
-    device; blas: `backend.multiplies`, "" also in checkpoints of versions that did not note it.
-    """
+    """What makes a run that run."""
 
-    config: dict[str, Any]
-    train: str
-    valid: str
-    model: str
-    mlx: str
-    blas: str = ""
+    config: dict[str, Any]  # section.key -> value, as resolved
+    train: str  # digest of the training examples
+    valid: str  # digest of the held-out examples
+    model: str  # digest of the base model (`of_model`)
+    mlx: str  # MLX's version and device
+    blas: str = ""  # as `backend.multiplies`; "" also in checkpoints of versions that did not note it
 
     @classmethod
     def of(cls, config: Config, dtype: str, train: str, valid: str, model: Path) -> Identity:
-        """dtype: of the activations, on this device."""
+        """dtype: of the activations, on this device; train, valid: digests; model: its folder."""
         flat = _flat(config)
         flat["train.dtype"] = dtype
         for source in flat["data.sources"] or ():
@@ -69,29 +69,39 @@ class Identity:
         """Notes on what changed without harm. Raises UserError listing everything that must not change; or that may,
         unless `anyway`.
         """
-        began = {**_flat(Config()), **self.config}  # a key that was not there yet had no other effect than its default
-        keys = [key for key in {**began, **now.config} if began.get(key) != now.config.get(key)]
-        shown = {key: f"{key} {_short(began.get(key))} -> {_short(now.config.get(key))}" for key in keys}
-        allowed = [key for key in keys if key in MAY_CHANGE]
-        fixed = [shown[key] for key in keys if key not in (*MAY_CHANGE, *MAY_MOVE)]
-        for part, what in (
-            ("train", "the training examples"),
-            ("valid", "the held-out examples"),
-            ("model", "the base model"),
-        ):
-            if getattr(self, part) != getattr(now, part):
+        changed = self._changed_settings(now)
+        fixed = [text for key, text in changed.items() if key not in (*MAY_CHANGE, *MAY_MOVE)]
+        for name, what in FIXED.items():
+            if getattr(self, name) != getattr(now, name):
                 fixed.append(f"{what} (not what the run began with)")
         if fixed:
             raise UserError(
                 f"{run} cannot be resumed, for this changed: {'; '.join(fixed)}",
                 "Put it back; or begin a new run from this one's adapter: --set lora.start_from=RUN.",
             )
+        allowed = [text for key, text in changed.items() if key in MAY_CHANGE]
         if allowed and not anyway:
             raise UserError(
-                f"{run}: this changed since the last checkpoint: {'; '.join(shown[key] for key in allowed)}",
+                f"{run}: this changed since the last checkpoint: {'; '.join(allowed)}",
                 "Put it back, or add --resume-anyway.",
             )
-        notes = [f"changed since the last checkpoint: {shown[key]}" for key in allowed]
+        notes = [f"changed since the last checkpoint: {text}" for text in allowed]
+        return notes + self._other_arithmetic(now)
+
+    def _changed_settings(self, now: Identity) -> dict[str, str]:
+        """Each key whose value differs, and its two values in words."""
+        # A key that was not there yet when the run began had no other effect than its default.
+        began = {**_flat(Config()), **self.config}
+        changed = {}
+        for key in {**began, **now.config}:
+            old, new = began.get(key), now.config.get(key)
+            if old != new:
+                changed[key] = f"{key} {_short(old)} -> {_short(new)}"
+        return changed
+
+    def _other_arithmetic(self, now: Identity) -> list[str]:
+        """Notes on what may round otherwise than at the beginning: MLX, its device, what it multiplies with."""
+        notes = []
         if self.mlx != now.mlx:
             notes.append(f"the run began with MLX {self.mlx}, this is {now.mlx}: the last bits may differ")
         if self.blas and now.blas and self.blas != now.blas:
@@ -103,26 +113,31 @@ def of_model(folder: Path) -> str:
     """A digest of a model folder: config.json, and of each weight file its header and 64 samples of 4 KiB. Reading
     every byte of a large model would take longer than loading it.
     """
-    found = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in weight_files(folder):
-        found.update(json.dumps([file.name, read_header(file)], sort_keys=True).encode())
-        size = file.stat().st_size
+        digest.update(json.dumps([file.name, read_header(file)], sort_keys=True).encode())
+        last = max(0, file.stat().st_size - SAMPLE_BYTES)  # where the last sample begins
         with file.open("rb") as opened:
             for sample in range(SAMPLES):
-                opened.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
-                found.update(opened.read(SAMPLE_BYTES))
-    return found.hexdigest()
+                opened.seek(last * sample // (SAMPLES - 1))
+                digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _flat(config: Config) -> dict[str, Any]:
     """section.key -> value."""
-    sections = json.loads(config.model_dump_json())
-    return {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+    flat = {}
+    for section, keys in json.loads(config.model_dump_json()).items():
+        for key, value in keys.items():
+            flat[f"{section}.{key}"] = value
+    return flat
 
 
 def _last_name(value: Any) -> Any:
-    is_path = isinstance(value, str) and Path(value).expanduser().is_absolute()
-    return Path(value).name if is_path else value
+    """Of an absolute path its last part; anything else as it is."""
+    if isinstance(value, str) and Path(value).expanduser().is_absolute():
+        return Path(value).name
+    return value
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,6 @@
 """The last whole state of a run: what its last finished step left, kept until the next step is finished too.
 
-A step replaces weights and moments one by one, and where it is stopped, or the device gives up, the model holds arrays
+A step replaces weights and moments one by one, and where it is stopped, or the device fails, the model holds arrays
 that were never computed. The arrays of the step before are held here. MLX reuses the memory of an array only when
 nobody holds it, inside a compiled function too, so what is held stays as it was.
 """
@@ -15,40 +15,38 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.model.arrays import named, save_arrays
 from mlxtune.train import checkpoint
 from mlxtune.train.checkpoint import State
 from mlxtune.train.identity import Identity
+from mlxtune.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One whole state. factors: the adapter's arrays by name; moments: the optimizer's, its step among them."""
+    """One whole state."""
 
-    state: State
-    factors: dict[str, mx.array]
-    moments: dict[str, mx.array]
+    state: State  # where the run stood
+    factors: dict[str, mx.array]  # the adapter's arrays by their names in its file, of any shape
+    moments: dict[str, mx.array]  # the optimizer's, of any shape, its step and its rate among them
 
 
 class LastWhole:
-    """`keep` is for the thread that trains, `save` for any thread: it computes nothing and reads nothing of the model.
-
-    run: its folder; keep_last: how many checkpoints stay; saved: the state that the newest checkpoint holds.
-    writing: held by whoever writes an adapter or a checkpoint into the run folder.
-    """
+    """`keep` is for the thread that trains, `save` for any: it computes nothing and reads nothing of the model."""
 
     def __init__(
         self,
-        run: Path,
+        folder: RunFolder,
         identity: Identity,
         keep_last: int,
-        adapter_file: str = lora.ADAPTER_FILE,
+        adapter_file: str = adapter_files.ADAPTER_FILE,
         saved: State | None = None,
     ) -> None:
-        self.run = run
+        """keep_last: how many checkpoints stay; saved: the state that the newest one holds, None: there is none."""
+        self.folder = folder
         self.saved = saved
-        self.writing = threading.RLock()
+        self.writing = threading.RLock()  # held by whoever writes an adapter or a checkpoint into the run folder
         self._identity = identity
         self._keep_last = keep_last
         self._adapter_file = adapter_file
@@ -68,8 +66,8 @@ class LastWhole:
     def keep(self, state: State, parameters: dict[str, mx.array], optimizer_state: Any) -> None:
         """Hold these arrays in place of those held before; they are evaluated first.
 
-        parameters: the adapter's, by their names in its file; optimizer_state: a tree. A step must put new arrays into
-        its trees: `a += b` would change what is held.
+        parameters: the adapter's, by their names in its file; optimizer_state: a tree; all of any shape. A step must
+        put new arrays into its trees: `a += b` would change what is held.
         """
         moments = named(optimizer_state)
         mx.eval(parameters, moments)
@@ -85,7 +83,13 @@ class LastWhole:
             if kept.state.step == 0 or kept.state == self.saved:
                 return None
             folder = checkpoint.save(
-                self.run, kept.state, self._identity, kept.factors, kept.moments, self._keep_last, self._adapter_file
+                self.folder.checkpoints,
+                kept.state,
+                self._identity,
+                kept.factors,
+                kept.moments,
+                self._keep_last,
+                self._adapter_file,
             )
             self.saved, self._saved_at = kept.state, time.monotonic()
             return folder
@@ -93,4 +97,4 @@ class LastWhole:
     def save_adapter(self) -> None:
         """Leave the adapter in the run folder."""
         with self.writing:
-            save_arrays(self.run / self._adapter_file, self._kept.factors)
+            save_arrays(self.folder.path / self._adapter_file, self._kept.factors)

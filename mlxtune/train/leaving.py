@@ -1,4 +1,4 @@
-"""Every way out of a run: what is saved, what is said, and how to go on.
+"""Every way out of a run: what is saved, what the user is told, and how to go on.
 
 A run ends with its plan, after a signal, by a failure of the device, or because another process of it fell silent. In
 each case the last whole state is saved first. Nothing here computes: the device may be gone, or another thread may be
@@ -13,7 +13,6 @@ from pathlib import Path
 
 from mlxtune.errors import UserError
 from mlxtune.machine.gpu_errors import Failure
-from mlxtune.train import checkpoint
 from mlxtune.train.checkpoint import State
 from mlxtune.train.events import Events
 from mlxtune.train.last_whole import LastWhole
@@ -23,10 +22,10 @@ from mlxtune.train.step import Job
 
 @dataclass(frozen=True)
 class Leaving:
-    """The ways out of one run. Only rank 0 writes; on the others the same calls do nothing but speak."""
+    """The ways out of one run. Only rank 0 writes; on the others the same calls only print."""
 
-    job: Job
-    events: Events
+    job: Job  # what is run
+    events: Events  # what happens, for the file and the listeners
     whole: LastWhole  # what is saved
 
     def save(self) -> None:
@@ -35,8 +34,10 @@ class Leaving:
             self._tell_saved(self.whole.save(), self.whole.state)
 
     def _tell_saved(self, folder: Path | None, state: State) -> None:
+        """folder: of the new checkpoint; None: there is no new one."""
         if folder is not None:
-            self.events.emit("checkpoint", step=state.step, path=str(folder.relative_to(self.job.run)))
+            path = folder.relative_to(self.job.folder.path)
+            self.events.emit("checkpoint", step=state.step, path=str(path))
 
     def keep_adapter(self) -> None:
         """Leave the last adapter in the run folder, unless the best one is already there, or nothing was trained."""
@@ -66,24 +67,25 @@ class Leaving:
         if not self.job.ranks.first:
             return
         self.whole.writing.acquire()  # for good: the other thread must not begin to write now
-        state, inside = self.whole.state, stop.step
+        state = self.whole.state
         stopped = _stopped(state)
-        if inside:
-            stopped = f"stopped inside step {inside}, which {'lasts too long' if stop.overdue else 'is lost'}"
+        if stop.step:
+            fate = "lasts too long" if stop.overdue else "is lost"
+            stopped = f"stopped inside step {stop.step}, which {fate}"
         folder = None
         try:
             folder = self.whole.save()
             self.keep_adapter()
-        except Exception as error:  # nobody else would hear of it
+        except Exception as error:  # nothing above this thread would report it
             reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             stopped += f"; step {state.step} could not be saved ({reason})"
 
-        def say() -> None:
+        def tell() -> None:
             self._tell_saved(folder, state)
-            self.events.emit("note", text=f"{stopped}; {self._how_to_go_on(checkpoint.resumable(self.job.run))}")
+            self.events.emit("note", text=f"{stopped}; {self._how_to_go_on(self.job.folder.has_checkpoint())}")
             self.events.emit("end", step=state.step, state="interrupted")
 
-        briefly(say)
+        briefly(tell)
         self._leave_no_empty_folder()
 
     def left_alone(self, waited: str) -> None:
@@ -98,20 +100,20 @@ class Leaving:
         self.events.emit("end", step=step, state="failed")
         if not ranks.first:
             return
-        print(f"  Then: {self._how_to_go_on(checkpoint.resumable(self.job.run))}", file=sys.stderr)
+        print(f"  Then: {self._how_to_go_on(self.job.folder.has_checkpoint())}", file=sys.stderr)
         self._leave_no_empty_folder()
 
     def _how_to_go_on(self, kept: bool) -> str:
         """kept: whether there is a checkpoint. A run that saved nothing leaves no folder."""
         if kept:
-            return f"to go on: mlxtune train --resume --out {self.job.run}"
-        if checkpoint.exists(self.job.run):  # an adapter alone
+            return f"to go on: mlxtune train --resume --out {self.job.folder.path}"
+        if self.job.folder.has_work():  # an adapter alone
             return "no checkpoint was saved"
-        return f"nothing was saved, and {self.job.run} is removed"
+        return f"nothing was saved, and {self.job.folder.path} is removed"
 
     def _leave_no_empty_folder(self) -> None:
-        if not checkpoint.exists(self.job.run):
-            checkpoint.remove(self.job.run)
+        if not self.job.folder.has_work():
+            self.job.folder.remove_unfinished()
 
 
 def _stopped(state: State) -> str:
@@ -122,11 +124,14 @@ def promise(stop: StopRequest, state: State, alone: bool) -> str:
     """What the first signal does, and what another one would. alone: the run has one process."""
     if stop.step:
         left = stop.remaining
-        length = "how long it takes is not known yet" if left is None else f"about {max(1, round(left))} s more"
+        length = "how long it takes is not known yet"
+        if left is not None:
+            length = f"about {max(1, round(left))} s more"
         again = f"loses step {stop.step}" if state.step else "saves nothing"
         return f"finishing step {stop.step} ({length}), then saving; another signal stops at once and {again}"
     if not state.step:
         return "stopping; nothing was trained yet"
     if stop.evaluating:
-        return f"{'leaving' if alone else 'finishing'} the evaluation, then saving; a resumed run begins with it"
+        now = "leaving" if alone else "finishing"
+        return f"{now} the evaluation, then saving; a resumed run begins with it"
     return "saving, then stopping"

@@ -18,12 +18,11 @@ from typing import IO
 
 from mlxtune.errors import UserError
 
-FILE = ".lock"
 MARK = "mlxtune"
 HOLDER = re.compile(rf"(?:{MARK} )?(\d+)\n?")  # the number alone: of versions before
 # How file systems say that they have no locks (network volumes, some that FUSE brings).
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
-LONGEST = 64  # characters that are read of it
+LONGEST = 64  # characters that are read of a lock's file
 UNLOCKED = (
     "the volume of this run's folder has no locks: nothing stops a second process from training in it, and "
     "`mlxtune runs` calls the run killed while it lasts"
@@ -31,57 +30,58 @@ UNLOCKED = (
 
 
 @contextlib.contextmanager
-def locked(run: Path) -> Iterator[bool]:
-    """Hold the run's lock inside. Yields False when the file system has no locks: then nothing is held.
+def locked(path: Path) -> Iterator[bool]:
+    """Hold a run's lock inside. path: the lock's file, in the folder of the run. Yields False when the file system has
+    no locks: then nothing is held.
 
     Raises UserError, naming the process, when another holds it, and for a file of that name that is not ours.
     """
     try:
-        file = _opened(run / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        file = _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     except _NotAFile as error:
-        raise UserError(f"{run / FILE} is {error}", "A run's files are its own: choose another --out.") from error
+        raise UserError(f"{path} is {error}", "A run's files are its own: choose another --out.") from error
     with file:
         taken = _taken(file.fileno())
         file.seek(0)
-        known = file.read(LONGEST)
-        holder = HOLDER.fullmatch(known)
+        text = file.read(LONGEST)
+        holder = HOLDER.fullmatch(text)
         if taken is False:
+            number = holder[1] if holder else "(unknown)"
             raise UserError(
-                f"{run}: process {holder[1] if holder else '(unknown)'} is training here",
-                "Wait for it, stop it, or choose another --out.",
+                f"{path.parent}: process {number} is training here", "Wait for it, stop it, or choose another --out."
             )
-        if known and not holder:
-            raise UserError(f"{run / FILE} is not mlxtune's", "Choose another --out.")
+        if text and not holder:
+            raise UserError(f"{path} is not mlxtune's", "Choose another --out.")
         file.truncate(0)
         file.write(f"{MARK} {os.getpid()}\n")
         file.flush()
         yield taken is True
 
 
-def is_locked(run: Path) -> bool:
-    """Whether a process is training in this folder; False also where the file system has no locks.
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of this file; False also where the file system has no locks.
 
     Asks for a shared lock: two that look do not take each other for a run, and Linux's NFS gives an exclusive one only
     to a file that is open for writing, which another's run may not be.
     """
     try:
-        with _opened(run / FILE, os.O_RDONLY) as file:
+        with _opened(path, os.O_RDONLY) as file:
             return _taken(file.fileno(), fcntl.LOCK_SH) is False
     except (OSError, _NotAFile):
         return False
 
 
-def is_marked(run: Path) -> bool:
-    """Whether a run of ours began in this folder."""
+def is_marked(path: Path) -> bool:
+    """Whether this file is a lock of ours, so that a run of ours began in its folder."""
     try:
-        with _opened(run / FILE, os.O_RDONLY) as file:
+        with _opened(path, os.O_RDONLY) as file:
             return file.read(LONGEST).startswith(f"{MARK} ")
     except (OSError, UnicodeDecodeError, _NotAFile):
         return False
 
 
 class _NotAFile(Exception):
-    """Says what is there instead."""
+    """There is no ordinary file; the text is what is there instead."""
 
 
 def _opened(path: Path, flags: int) -> IO[str]:

@@ -12,8 +12,9 @@ from mlxtune.errors import UserError
 from mlxtune.train.events import Event, Listener
 
 PROJECT = "mlxtune"
+# What each logger needs to be installed.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
-Write = Callable[[dict[str, float], int], None]
+Write = Callable[[dict[str, float], int], None]  # numbers by the name of their curve, and the step
 
 
 def require(names: Sequence[str]) -> None:
@@ -28,26 +29,26 @@ def require(names: Sequence[str]) -> None:
 
 @contextmanager
 def opened(
-    names: Sequence[str], run: Path, config: dict[str, Any], step: int, said: Callable[[str], None]
+    names: Sequence[str], run: Path, config: dict[str, Any], step: int, note: Callable[[str], None]
 ) -> Iterator[list[Listener]]:
-    """Listeners that write to each logger; step: where the run goes on; said: hears of one that fails later, which
-    does not end the run. Raises UserError when one refuses to begin.
+    """Listeners that write to each logger, closed afterwards.
+
+    run: its folder; config: what the logger shows of the run; step: where the run goes on; note: called with a line on
+    a logger that fails later, which does not end the run. Raises UserError when one does not start.
     """
     with ExitStack() as stack:
         listeners: list[Listener] = []
         for name in names:
             try:
-                write, close = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}[name](
-                    run, config, step
-                )
+                write, close = OPENERS[name](run, config, step)
             except Exception as error:  # each package has errors of its own
                 raise UserError(f"train.loggers: {name} does not start ({type(error).__name__}: {error})") from error
-            stack.callback(_surviving(name, close, said))
-            listeners.append(_listener(_surviving(name, write, said)))
+            stack.callback(_surviving(name, close, note))
+            listeners.append(_listener(_surviving(name, write, note)))
         yield listeners
 
 
-def _surviving(name: str, call: Callable[..., None], said: Callable[[str], None]) -> Callable[..., None]:
+def _surviving(name: str, call: Callable[..., None], note: Callable[[str], None]) -> Callable[..., None]:
     """The same call; once it failed it is not made again."""
     failed = False
 
@@ -59,12 +60,14 @@ def _surviving(name: str, call: Callable[..., None], said: Callable[[str], None]
             call(*args)
         except Exception as error:  # a network, a quota: nothing that a night's run should end for
             failed = True
-            said(f"{name} takes no more numbers ({type(error).__name__}: {error}); they are in events.jsonl")
+            note(f"{name} takes no more numbers ({type(error).__name__}: {error}); they are in events.jsonl")
 
     return run
 
 
 def _listener(write: Write) -> Listener:
+    """Writes the curves of events."""
+
     def listen(event: Event) -> None:
         numbers = numbers_of(event)
         if numbers:
@@ -107,3 +110,12 @@ def _trackio(run: Path, config: dict[str, Any], step: int) -> tuple[Write, Calla
 
     trackio.init(project=PROJECT, name=run.name, config=config, resume="allow" if step else "never")
     return lambda numbers, at: trackio.log(numbers, step=at), trackio.finish
+
+
+# name -> a function of (the run's folder, its configuration, the step where it goes on) that begins to log, and returns
+# what writes numbers and what ends it.
+OPENERS: dict[str, Callable[[Path, dict[str, Any], int], tuple[Write, Callable[[], None]]]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}

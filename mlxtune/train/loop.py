@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import replace
-from statistics import fmean, pstdev
 from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files, attach
 from mlxtune.compute import floats
 from mlxtune.compute.division import Division, TooLarge, same
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.machine import backend
 from mlxtune.machine.gpu_errors import recognise
-from mlxtune.train import checkpoint, optim
+from mlxtune.train import checkpoint, failure, optim
 from mlxtune.train.checkpoint import Saved, State
 from mlxtune.train.events import Events
-from mlxtune.train.failure import told, told_of_many
 from mlxtune.train.last_whole import LastWhole
 from mlxtune.train.leaving import Leaving, promise
 from mlxtune.train.signals import StopRequest, ignored
+from mlxtune.train.spikes import Spikes
 from mlxtune.train.step import Job, NonFinite, StepFunction
 
-MAX_SKIPPED = 10  # steps of a run with train.on_nonfinite: skip
-SPIKE_OF, SPIKE_AFTER, SPIKE_SIGMAS = 50, 20, 6.0  # a loss this far above the mean of so many recent ones is noted
+MAX_SKIPPED = 10  # steps of a run with train.on_nonfinite: skip; more than a few mean that no step will do
 
 
 class Halted(Exception):
@@ -40,187 +37,249 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     a failure of the device (everything saved).
     """
     optimizer = optim.build(job.section, job.model.trainable_parameters())
-    state = _begin(job, optimizer, resumed)
+    state = _first_state(job, optimizer, resumed)
     saved = resumed.state if resumed else None
-    whole = LastWhole(job.run, job.identity, job.section.keep_last, job.spec.file, saved)
+    whole = LastWhole(job.folder, job.identity, job.section.keep_last, job.spec.file, saved)
     leaving = Leaving(job, events, whole)
     try:
-        return _trained(job, events, state, optimizer, leaving)
+        return _Loop(job, events, optimizer, leaving, state).run()
     except (RuntimeError, MemoryError, TooLarge) as error:
         # Of the device, or because another process ended: what was whole is kept.
-        failed, kept = error.failure if isinstance(error, TooLarge) else recognise(error), whole.state
+        failed = error.failure if isinstance(error, TooLarge) else recognise(error)
+        kept = whole.state
         with ignored():
             leaving.failed(failed)
         if failed is None:
             raise
         if not job.ranks.first:
-            raise told_of_many(failed, job.ranks.size, job.run) from error
-        raise told(failed, kept.step, job.section, job.run, not _evaluates_next(job, kept)) from error
+            raise failure.of_many(failed, job.ranks.size, job.folder.path) from error
+        in_step = not _evaluation_is_due(job, kept)
+        raise failure.of_one(failed, kept.step, job.section, job.folder.path, in_step) from error
 
 
-def _trained(job: Job, events: Events, state: State, optimizer: Any, leaving: Leaving) -> State:
-    """From `state` to the last one."""
-    whole = leaving.whole
-    recent: deque[float] = deque(maxlen=SPIKE_OF)
-    section, steps = job.section, job.plan.steps
-
-    def reached(now: State) -> State:
-        whole.keep(now, lora.factors(job.model), optimizer.state)
-        return now
-
-    def heard(name: str) -> None:
-        events.emit("note", text=f"{name}: {promise(stop, state, job.ranks.size == 1)}")
-
-    def between() -> None:
-        if stop.giving_up and job.ranks.size == 1:  # several ranks only stop together
-            raise Halted
-
-    state = reached(state)
-    stop = StopRequest(heard, lambda: leaving.inside_a_step(stop), alone=job.ranks.size == 1)
-    with stop, job.ranks.patience.ends_the_run(60 * section.rank_minutes, leaving.left_alone):
-        step_function = StepFunction(job, optimizer, between)
-        step_function.divide(Division(state.halved, state.checkpointed))
-        while True:
-            last = state.step >= steps
-            if _evaluates_next(job, state):
-                state = reached(_evaluate(job, events, state, stop, whole))
-            patient = not section.patience or state.stale < section.patience
-            ended = state.evaluated == state.step if last else not patient
-            stopping = job.ranks.highest(stop.exit_code)
-            by_time = section.save_minutes and whole.unsaved_seconds >= 60 * section.save_minutes
-            due = _due(section.save_every, state.step) or by_time
-            if stopping or due or (ended and (section.save_every or whole.saved)):
-                leaving.save()
-            if ended:
-                break
-            if stopping:
-                raise Interrupted(leaving.interrupted(), stopping)
-            number = state.step + 1
-            try:
-                with stop.in_step(number):
-                    event = step_function(number)
-            except Halted:
-                continue
-            except TooLarge as large:
-                state = reached(_divided(job, events, state, step_function, large))
-                leaving.save()  # before anything is computed so: whoever resumes computes the same
-                continue
-            except NonFinite as bad:
-                state = reached(replace(_refused(job, events, state, bad), step=number))
-                continue
-            state = reached(replace(state, step=number))
-            events.emit("train", **event)
-            if spike := _spike(recent, event["loss"]):
-                events.emit("note", text=f"step {number}: the loss jumped to {spike}; {step_function.rows(number)}")
-    if not patient:
-        since = f"no better validation loss in {state.stale} evaluations (train.patience)"
-        events.emit("note", text=f"stopped after step {state.step} of {steps}: {since}")
-    leaving.keep_adapter()
-    events.emit("end", step=state.step, state="finished", best_loss=state.best_loss, best_step=state.best_step)
-    return state
-
-
-def _evaluates_next(job: Job, state: State) -> bool:
-    """Whether an evaluation comes before the next step."""
-    last = state.step >= job.plan.steps
-    return state.evaluated < state.step and (state.step == 0 or last or _due(job.section.eval_every, state.step))
-
-
-def _divided(job: Job, events: Events, state: State, step: StepFunction, large: TooLarge) -> State:
-    """The state with steps in smaller parts from here on. Raises `large` where they cannot be smaller."""
-    backend.recover()
-    division = step.division.smaller(large.examples, job.way)
-    if division is None:
-        raise large
-    if division.checkpointed and not step.division.checkpointed:
-        alike = same(job.model, job.way, division.way(job.way), job.plan.examples)
-        if not job.ranks.lowest(int(alike)):
-            events.emit("note", text="checkpointing every block does not give this model's gradients: it is not used")
-            raise large
-    step.divide(division)
-    state = replace(state, **vars(division))
-    text = f"step {state.step + 1}: {large.failure}; from here on {division} (train.on_oom: smaller)"
-    events.emit("note", step=state.step, text=text, **vars(division))
-    return state
-
-
-def _begin(job: Job, optimizer: Any, resumed: Saved | None) -> State:
+def _first_state(job: Job, optimizer: Any, resumed: Saved | None) -> State:
     """Where to go on; every rank has what rank 0 has."""
     state = State()
     if resumed is not None:
         if job.ranks.first:
-            checkpoint.restore(resumed, job.model, optimizer)
+            checkpoint.load_into(resumed, job.model, optimizer)
         state = resumed.state
-    job.model.update(job.ranks.from_first(job.model.trainable_parameters()))
-    optimizer.state = job.ranks.from_first(optimizer.state)
+    job.model.update(job.ranks.broadcast_tree(job.model.trainable_parameters()))
+    optimizer.state = job.ranks.broadcast_tree(optimizer.state)
     mx.eval(job.model.trainable_parameters(), optimizer.state)
     return state
 
 
-def _due(every: int, step: int) -> bool:
-    return bool(every) and step > 0 and step % every == 0
+def _evaluation_is_due(job: Job, state: State) -> bool:
+    """Whether an evaluation comes before the next step: at the start, in between, and at the end."""
+    if state.evaluated >= state.step:
+        return False
+    at_an_end = state.step == 0 or state.step >= job.plan.steps
+    return at_an_end or _is_due(job.section.eval_every, state.step)
 
 
-def _evaluate(job: Job, events: Events, state: State, stop: StopRequest, whole: LastWhole) -> State:
-    """Score the current adapter and keep it when it is the best so far. A signal leaves the state as it was: whoever
-    resumes evaluates first.
-    """
+def _is_due(every: int, step: int) -> bool:
+    """Whether something that is done after every so many steps (0: never) is done after this one."""
+    return every > 0 and step > 0 and step % every == 0
 
-    def halt() -> None:
-        if stop.exit_code and job.ranks.size == 1:  # several ranks halt together, after it
+
+class _Loop:
+    """One run, from its first step here to its last: where it stands, and what is decided between two steps."""
+
+    def __init__(self, job: Job, events: Events, optimizer: Any, leaving: Leaving, state: State) -> None:
+        self.job = job
+        self.events = events
+        self.optimizer = optimizer
+        self.leaving = leaving
+        self.whole = leaving.whole
+        self.state = state
+        self.spikes = Spikes()
+        self.alone = job.ranks.size == 1
+        self.stop = StopRequest(self._on_signal, self._leave_inside_a_step, alone=self.alone)
+        self.step = StepFunction(job, optimizer, self._between_micro_batches)
+        self.step.divide(Division(state.halved, state.checkpointed))
+
+    def run(self) -> State:
+        """Take every step that is left. Raises Interrupted after a signal, and whatever a step raises."""
+        self._reach(self.state)
+        seconds = 60 * self.job.section.rank_minutes
+        with self.stop, self.job.ranks.patience.ends_the_run(seconds, self.leaving.left_alone):
+            while True:
+                if _evaluation_is_due(self.job, self.state):
+                    self._evaluate()
+                ended = self._has_ended()
+                exit_code = self.job.ranks.highest(self.stop.exit_code)  # what one rank must stop for, all stop for
+                if exit_code or self._checkpoint_is_due(ended):
+                    self.leaving.save()
+                if ended:
+                    break
+                if exit_code:
+                    raise Interrupted(self.leaving.interrupted(), exit_code)
+                self._take_a_step()
+        self._finish()
+        return self.state
+
+    def _reach(self, state: State) -> None:
+        """The run stands here now: keep its arrays, until the next state is whole too."""
+        self.whole.keep(state, attach.trained_tensors(self.job.model), self.optimizer.state)
+        self.state = state
+
+    # What is asked between two steps
+
+    def _has_ended(self) -> bool:
+        """Whether no step follows. An evaluation that a signal cut short is made by whoever resumes: until then the
+        last step is not the end.
+        """
+        if self.state.step >= self.job.plan.steps:
+            return self.state.evaluated == self.state.step
+        return self._is_out_of_patience()
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self.job.section.patience
+        return patience > 0 and self.state.stale >= patience
+
+    def _checkpoint_is_due(self, ended: bool) -> bool:
+        section = self.job.section
+        if _is_due(section.save_every, self.state.step):
+            return True
+        if section.save_minutes and self.whole.unsaved_seconds >= 60 * section.save_minutes:
+            return True
+        # A run that saves nothing on its way leaves its adapter alone; one that saved something leaves its end too.
+        return ended and (section.save_every > 0 or self.whole.saved is not None)
+
+    # What happens between two steps
+
+    def _evaluate(self) -> None:
+        """Score the current adapter and keep it when it is the best so far. A signal leaves the state as it was:
+        whoever resumes evaluates first.
+        """
+        try:
+            with self.stop.in_evaluation():
+                scored = self.job.evaluation.score(self._between_batches)
+                samples = self.job.evaluation.samples(self._between_batches)
+        except Halted:
+            self._reach(self.state)
+            return
+        fields: dict[str, Any] = {"step": self.state.step, "loss": scored.loss, "tokens": scored.tokens}
+        if samples:
+            fields["samples"] = samples
+        self.events.emit("eval", **fields)
+        self._reach(self._evaluated(scored.loss))
+
+    def _evaluated(self, loss: float) -> State:
+        """The state after an evaluation with this loss, the adapter being kept when it is the best so far."""
+        state = replace(self.state, evaluated=self.state.step)
+        if state.step == 0:  # nothing was trained
+            return state
+        if not math.isfinite(loss):
+            self.events.emit("note", text=f"step {state.step}: the validation loss is not finite")
+        elif state.best_loss is None or loss < state.best_loss:
+            state = replace(state, best_loss=loss, best_step=state.step, stale=0)
+            self._keep_best(state)
+            return state
+        return replace(state, stale=state.stale + 1)
+
+    def _keep_best(self, state: State) -> None:
+        """Leave the adapter in the run folder; or among the checkpoints, where the run folder gets the last one."""
+        job = self.job
+        if not job.ranks.first:
+            return
+        if job.section.keep == "best":
+            self.whole.save_adapter()
+            return
+        with self.whole.writing:
+            checkpoint.save_best(job.folder.checkpoints, state, job.model, job.spec.file)
+
+    def _finish(self) -> None:
+        """After the last step: say why it was the last, and leave the adapter."""
+        state, steps = self.state, self.job.plan.steps
+        if self._is_out_of_patience():
+            since = f"no better validation loss in {state.stale} evaluations (train.patience)"
+            self.events.emit("note", text=f"stopped after step {state.step} of {steps}: {since}")
+        self.leaving.keep_adapter()
+        self.events.emit("end", step=state.step, state="finished", best_loss=state.best_loss, best_step=state.best_step)
+
+    # A step, and what may be wrong with it
+
+    def _take_a_step(self) -> None:
+        """The next step, or a reason to try it again (a signal, no memory) or to leave it out (bad numbers)."""
+        number = self.state.step + 1
+        try:
+            with self.stop.in_step(number):
+                event = self.step(number)
+        except Halted:
+            return
+        except TooLarge as error:
+            self._reach(self._divided(error))
+            self.leaving.save()  # before anything is computed so: whoever resumes computes the same
+            return
+        except NonFinite as error:
+            self._reach(replace(self._skipped(error), step=number))
+            return
+        self._reach(replace(self.state, step=number))
+        self.events.emit("train", **event)
+        if spike := self.spikes.add(event["loss"]):
+            self.events.emit("note", text=f"step {number}: the loss jumped to {spike}; {self.step.rows(number)}")
+
+    def _divided(self, error: TooLarge) -> State:
+        """The state with steps in smaller parts from here on. Raises the error where they cannot be smaller."""
+        job, step = self.job, self.step
+        backend.recover()
+        division = step.division.smaller(error.examples, job.way)
+        if division is None:
+            raise error
+        if division.checkpointed and not step.division.checkpointed:
+            alike = same(job.model, job.way, division.way(job.way), job.plan.examples)
+            if not job.ranks.lowest(int(alike)):
+                text = "checkpointing every block does not give this model's gradients: it is not used"
+                self.events.emit("note", text=text)
+                raise error
+        step.divide(division)
+        state = replace(self.state, **vars(division))
+        text = f"step {state.step + 1}: {error.failure}; from here on {division} (train.on_oom: smaller)"
+        self.events.emit("note", step=state.step, text=text, **vars(division))
+        return state
+
+    def _skipped(self, error: NonFinite) -> State:
+        """The state with the step left out. Raises UserError where that is not wanted, or was wanted too often; the
+        parameters are still those of the step before.
+        """
+        job, state = self.job, self.state
+        where = f"step {state.step + 1}: {error}"
+        if job.section.on_nonfinite == "skip" and state.skipped < MAX_SKIPPED:
+            self.events.emit("note", text=f"{where}; the step is skipped")
+            return replace(state, skipped=state.skipped + 1)
+        kept = self._keep_last_good()
+        self.events.emit("end", step=state.step, state="failed")
+        before = f" ({state.skipped} steps were skipped before it)" if state.skipped else ""
+        helps = floats.remedy(job.identity.config["train.dtype"], trained=state.step > state.skipped)
+        raise UserError(f"{where}{before}", f"{kept}{helps}")
+
+    def _keep_last_good(self) -> str:
+        """Leave the adapter before the bad step, unless a better one is there. Returns what to say of it."""
+        job, step = self.job, self.state.step
+        if not step:
+            return ""
+        wants_last = job.section.keep == "last"
+        if job.ranks.first and (wants_last or job.folder.adapter is None):
+            adapter_files.save_tensors(job.model, job.folder.path, job.spec.file)
+        return f"The adapter of step {step} {'' if wants_last else 'or better '}is kept. "
+
+    # What another thread, or a computation in progress, calls
+
+    def _on_signal(self, name: str) -> None:
+        """Say what a first signal does. name: of the signal."""
+        self.events.emit("note", text=f"{name}: {promise(self.stop, self.state, self.alone)}")
+
+    def _leave_inside_a_step(self) -> None:
+        self.leaving.inside_a_step(self.stop)
+
+    def _between_micro_batches(self) -> None:
+        """Raise Halted where the step under way should not be finished. Several ranks only stop together, after it."""
+        if self.stop.giving_up and self.alone:
             raise Halted
 
-    try:
-        with stop.in_evaluation():
-            scored = job.evaluate(halt)
-            samples = job.samples(halt)
-    except Halted:
-        return state
-    events.emit(
-        "eval", step=state.step, loss=scored.loss, tokens=scored.tokens, **({"samples": samples} if samples else {})
-    )
-    state = replace(state, evaluated=state.step)
-    if state.step == 0:
-        return state
-    if not math.isfinite(scored.loss):
-        events.emit("note", text=f"step {state.step}: the validation loss is not finite")
-    elif state.best_loss is None or scored.loss < state.best_loss:
-        state = replace(state, best_loss=scored.loss, best_step=state.step, stale=0)
-        if job.ranks.first and job.section.keep == "best":
-            whole.save_adapter()
-        elif job.ranks.first:
-            with whole.writing:
-                checkpoint.save_best(job.run, state, job.model, job.spec.file)
-        return state
-    return replace(state, stale=state.stale + 1)
-
-
-def _refused(job: Job, events: Events, state: State, bad: NonFinite) -> State:
-    """The state with the step skipped. Raises UserError where that is not wanted, or was wanted too often; the
-    parameters are still those of the step before.
-    """
-    where = f"step {state.step + 1}: {bad}"
-    if job.section.on_nonfinite == "skip" and state.skipped < MAX_SKIPPED:
-        events.emit("note", text=f"{where}; the step is skipped")
-        return replace(state, skipped=state.skipped + 1)
-    kept = ""
-    if state.step:
-        last = job.section.keep == "last"
-        kept = f"The adapter of step {state.step} {'' if last else 'or better '}is kept. "
-        if job.ranks.first and (last or lora.adapter_file(job.run) is None):
-            lora.save_factors(job.model, job.run, job.spec.file)
-    events.emit("end", step=state.step, state="failed")
-    skipped = f" ({state.skipped} steps were skipped before it)" if state.skipped else ""
-    helps = floats.remedy(job.identity.config["train.dtype"], trained=state.step > state.skipped)
-    raise UserError(f"{where}{skipped}", f"{kept}{helps}")
-
-
-def _spike(recent: deque[float], loss: float) -> str:
-    """What to say of a loss far above the recent ones, or nothing; it then counts as one of them."""
-    said = ""
-    if len(recent) >= SPIKE_AFTER:
-        mean, deviation = fmean(recent), pstdev(recent)
-        if loss > mean + SPIKE_SIGMAS * max(deviation, 1e-3 * mean):
-            said = f"{loss:.3f}, {mean:.3f} was usual"
-    recent.append(loss)
-    return said
+    def _between_batches(self) -> None:
+        """Raise Halted where the evaluation under way should not be finished. Several ranks finish it."""
+        if self.stop.exit_code and self.alone:
+            raise Halted

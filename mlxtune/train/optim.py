@@ -25,8 +25,12 @@ def learning_rate(section: TrainSection, step: int, steps: int) -> float:
     if step <= warmup:
         return section.lr * step / (warmup + 1)
     progress = (step - 1 - warmup) / (steps - warmup)
-    shapes = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return section.lr * shapes[section.schedule]
+    share = 1.0
+    if section.schedule == "linear":
+        share = 1.0 - progress
+    elif section.schedule == "cosine":
+        share = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return section.lr * share
 
 
 def build(section: TrainSection, parameters: Any) -> optimizers.AdamW:
@@ -38,7 +42,7 @@ def build(section: TrainSection, parameters: Any) -> optimizers.AdamW:
 
 
 def clip(gradients: Any, limit: float) -> tuple[Any, mx.array]:
-    """(gradients scaled so that their global L2 norm is at most `limit`, the norm before). limit 0: unscaled.
+    """(gradients scaled so that their global L2 norm is at most `limit`, the norm before: a scalar). limit 0: unscaled.
 
     Meant for float32, as all that is trained is: squares of bfloat16 would be summed up in bfloat16.
     """
@@ -53,7 +57,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class Update:
     """What an optimizer step does with its summed gradients, one function of arrays: divided by the number of targets,
-    clipped, taken by AdamW. Tensor by tensor these are 40 small operations each, a thousand tensors in a model.
+    clipped, taken by AdamW. Tensor by tensor these are 40 small operations each, and a model has a thousand tensors.
 
     Nothing is changed in place: parameters and state of the step before stay whole until whoever called takes the new
     ones. Number of targets and rate are arrays, so that the function is compiled once for the run.
@@ -65,15 +69,19 @@ class Update:
         self._function = compiled(self._updated)
 
     def __call__(self, gradients: Any, parameters: Any, targets: int, rate: float) -> tuple[Any, Any, mx.array]:
-        """(new parameters, new state of the optimizer, norm of the gradient before clipping), not computed yet."""
+        """(new parameters, new optimizer state, norm of the gradient before clipping: a scalar), not computed yet.
+
+        targets: how many tokens the gradients are summed over; rate: of learning.
+        """
         self.optimizer.init(parameters)  # a restored state lacks what is empty, and would be compiled for apart
-        arrays = mx.array(float(targets)), mx.array(rate)
-        parameters, state, norm = self._function(gradients, parameters, self.optimizer.state, *arrays)
+        count, learning_rate = mx.array(float(targets)), mx.array(rate)
+        parameters, state, norm = self._function(gradients, parameters, self.optimizer.state, count, learning_rate)
         return parameters, state, norm
 
     def _updated(
         self, gradients: Any, parameters: Any, state: Any, targets: mx.array, rate: mx.array
     ) -> tuple[Any, Any, mx.array]:
+        """targets, rate: scalars."""
         gradients = tree_map(lambda g: g / targets.astype(g.dtype), gradients)
         gradients, norm = clip(gradients, self.clip_norm)
         optimizer = copy.copy(self.optimizer)

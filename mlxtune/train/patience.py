@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mlxtune.durations import in_words
+
 OF_OWN = 20.0  # times its own work before a wait: other machines may be slower, or have more to do
 OF_PAST = 3.0  # times the longest wait that ended well
-NOTED = 600.0  # seconds; a wait before training begins is told of after so long, and again each time
+NOTED = 600.0  # seconds; of a wait before training begins there is a note after so long, and again each time
 POLL = 0.5  # seconds between two looks at the clock
 FAILED = 2  # exit status
 
@@ -22,17 +24,18 @@ class Patience:
     """Times the waits of this process; a thread of its own ends one that lasts too long, for the main thread is inside
     MLX then.
 
-    Before training begins a long wait is only told of: the others may read, download or tokenize, and nothing is lost.
+    Of a long wait before training begins there is only a note: the others may read, download or tokenize, and nothing
+    is lost.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._least = NOTED  # seconds
-        self._give_up: Callable[[str], None] | None = None
-        self._since: float | None = None  # the wait under way began; None: this process works
+        self._least = NOTED  # seconds; no wait has a lower limit
+        self._give_up: Callable[[str], None] | None = None  # called before the process ends; None: it does not end
+        self._since: float | None = None  # when the wait under way began; None: this process works
         self._limit = NOTED  # seconds, of the wait under way
-        self._worked_since = time.monotonic()
+        self._worked_since = time.monotonic()  # when the wait before ended
         self._longest = 0.0  # seconds, of the waits in training that ended well
 
     @contextmanager
@@ -67,26 +70,21 @@ class Patience:
                 self._least, self._give_up = NOTED, None
 
     def _watch(self) -> None:
-        told = 0.0
+        noted = 0.0  # seconds of this wait of which there was a note
         while True:
             time.sleep(POLL)
             with self._lock:
                 since, limit, give_up = self._since, self._limit, self._give_up
                 waited = 0.0 if since is None else time.monotonic() - since
             if waited <= limit:
-                told = 0.0
+                noted = 0.0
             elif give_up is not None:
                 try:
                     give_up(in_words(waited))
                     sys.stderr.flush()
                 finally:
                     os._exit(FAILED)
-            elif waited > told + limit:
-                told = waited
+            elif waited > noted + limit:
+                noted = waited
                 text = f"note: {in_words(waited)} of waiting for the other processes, which may still read the model"
                 print(text, file=sys.stderr, flush=True)
-
-
-def in_words(seconds: float) -> str:
-    """A duration for a sentence."""
-    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"

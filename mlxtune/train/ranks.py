@@ -30,7 +30,7 @@ from mlxtune.model.arrays import named, to_numpy
 from mlxtune.train.patience import Patience
 
 TOGETHER = 32 << 20  # bytes that are sent as one array, where tensors are smaller
-WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint32}  # by bytes of a number
+WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint32}  # bytes of a number -> integers to read its bits as
 NUMBERS = 1 << 20  # of messages before they begin again: float32 holds them exactly
 
 
@@ -40,13 +40,11 @@ class Torn(RuntimeError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The group of processes. group None: this process trains alone. patience: of its waits for the others; messages:
-    counts those sent.
-    """
+    """The processes of a run, and this one among them."""
 
-    group: Any = None
-    patience: Patience = field(default_factory=Patience)
-    messages: Iterator[int] = field(default_factory=itertools.count)
+    group: Any = None  # MLX's group; None: this process trains alone
+    patience: Patience = field(default_factory=Patience)  # of its waits for the others
+    messages: Iterator[int] = field(default_factory=itertools.count)  # numbers the small messages
 
     @classmethod
     def here(cls) -> Ranks:
@@ -80,56 +78,71 @@ class Ranks:
         """Whether this process writes and draws."""
         return self.group is None or self.group.rank() == 0
 
-    def share(self, batches: Sequence[Batch]) -> list[Batch]:
-        """This rank's part of a step: whole micro-batches, the largest first, each to the rank that has least to do;
-        where there are fewer than ranks, every n-th example of them.
-        """
+    def own_batches(self, batches: Sequence[Batch]) -> list[Batch]:
+        """This rank's part of a step: whole micro-batches, or where there are fewer than ranks, every n-th example."""
         if self.group is None:
             return list(batches)
-        rank, mine = self.group.rank(), []
         if len(batches) >= self.size:
-            tokens = [0] * self.size
-            for batch in sorted(batches, key=lambda batch: -batch.ids.size):
-                idle = tokens.index(min(tokens))
-                tokens[idle] += batch.ids.size
-                mine += [batch] if idle == rank else []
-            return mine
-        dealt = 0
-        for batch in batches:
-            part = batch.part(slice((rank - dealt) % self.size, None, self.size))
-            dealt += len(batch.rows)
-            mine += [part] if len(part.rows) else []
+            return self._whole_batches(batches)
+        return self._parts_of_each(batches)
+
+    def _whole_batches(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Those of the micro-batches that are this rank's: the largest first, each to the rank that has least to do."""
+        mine = []
+        tokens = [0] * self.size  # padded ones that each rank has so far
+        for batch in sorted(batches, key=lambda batch: -batch.ids.size):
+            idle = tokens.index(min(tokens))
+            tokens[idle] += batch.ids.size
+            if idle == self.group.rank():
+                mine.append(batch)
         return mine
 
-    def deal(self, things: Sequence[Any]) -> Sequence[Any]:
-        """This rank's part of a list."""
-        return things if self.group is None else things[self.group.rank() :: self.size]
+    def _parts_of_each(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Every n-th example of the micro-batches, counted through all of them, that is this rank's.
 
-    def total(self, tree: Any) -> Any:
+        two ranks, batches of 3 and 2 examples:  a b c | d e  ->  rank 0 takes a c | e,  rank 1 takes b | d
+        """
+        mine = []
+        dealt = 0  # examples of the batches before
+        for batch in batches:
+            first = (self.group.rank() - dealt) % self.size
+            part = batch.part(slice(first, None, self.size))
+            dealt += len(batch.rows)
+            if len(part.rows):
+                mine.append(part)
+        return mine
+
+    def own_items(self, items: Sequence[Any]) -> Sequence[Any]:
+        """This rank's part of a list."""
+        return items if self.group is None else items[self.group.rank() :: self.size]
+
+    def sum_tree(self, tree: Any) -> Any:
         """The sum over the ranks of a tree of arrays, the same bits on every rank."""
         if self.group is None:
             return tree
         arrays = _ordered(tree)
         mx.eval(arrays)  # this process's own work, before it waits
-        summed, sent = {}, []
+        summed, received = {}, []
         for names in _together(arrays):
             flat = mx.concatenate([arrays[name].reshape(-1) for name in names])
+            received.append(self._added(flat))
             ends = np.cumsum([arrays[name].size for name in names])[:-1].tolist()
-            sent.append(self._added(flat))
-            parts = mx.split(sent[-1], ends)
-            summed.update({name: part.reshape(arrays[name].shape) for name, part in zip(names, parts, strict=True)})
-        self._seal(sent)
+            parts = mx.split(received[-1], ends)
+            for name, part in zip(names, parts, strict=True):
+                summed[name] = part.reshape(arrays[name].shape)
+        self._seal(received)
         return tree_unflatten(list(summed.items()))
 
-    def sums(self, *numbers: float) -> list[float]:
+    def sum_numbers(self, *numbers: float) -> list[float]:
         """The sums over the ranks of some numbers, in double precision as far as they are added here."""
         if self.group is None:
             return list(numbers)
         # float32 pairs: MLX's ring adds no float64. The parts of a number are exact; only their few sums are rounded.
         high = [float(np.float32(number)) for number in numbers]
-        low = [number - whole for number, whole in zip(numbers, high, strict=True)]
-        found = self._gathered(mx.array([*high, *low])).astype(np.float64).sum(axis=0)
-        return (found[: len(numbers)] + found[len(numbers) :]).tolist()
+        low = [number - rounded for number, rounded in zip(numbers, high, strict=True)]
+        gathered = self._gathered(mx.array([*high, *low])).astype(np.float64)  # [ranks, 2N]
+        summed = gathered.sum(axis=0)
+        return (summed[: len(numbers)] + summed[len(numbers) :]).tolist()
 
     def highest(self, number: int) -> int:
         """The largest of the ranks' numbers: what one of them must stop for, all stop for."""
@@ -141,7 +154,7 @@ class Ranks:
         """The smallest of the ranks' numbers: what one of them has not, none may use."""
         return -self.highest(-number)
 
-    def from_first(self, tree: Any) -> Any:
+    def broadcast_tree(self, tree: Any) -> Any:
         """Rank 0's tree of arrays, on every rank."""
         if self.group is None:
             return tree
@@ -157,14 +170,14 @@ class Ranks:
         """
         self.highest(0)
 
-    def tell(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Rank 0's text, on every rank."""
         if self.group is None:
             return text
-        said = text.encode() if self.first else b""
-        letters = np.zeros(self.highest(len(said)), np.uint8)
-        letters[: len(said)] = np.frombuffer(said, np.uint8)
-        return to_numpy(self._added(mx.array(letters))).tobytes().decode()
+        own = text.encode() if self.first else b""
+        letters = np.zeros(self.highest(len(own)), np.uint8)
+        letters[: len(own)] = np.frombuffer(own, np.uint8)
+        return to_numpy(self._added(mx.array(letters))).tobytes().decode()  # the others added zeros
 
     @contextmanager
     def _exchange(self) -> Iterator[None]:
@@ -176,7 +189,7 @@ class Ranks:
                 raise Torn(str(error)) from error
 
     def _added(self, array: mx.array) -> mx.array:
-        """The sum over the ranks of an array."""
+        """The sum over the ranks of an array of any shape."""
         with self._exchange():
             summed = mx.distributed.all_sum(array, group=self.group)
             mx.eval(summed)
@@ -187,23 +200,23 @@ class Ranks:
         due = next(self.messages) % NUMBERS
         sent = mx.concatenate([numbers, mx.array([due], numbers.dtype)])
         with self._exchange():
-            found = to_numpy(mx.distributed.all_gather(sent[None], group=self.group))
-        if (found[:, -1] != due).any():
+            gathered = to_numpy(mx.distributed.all_gather(sent[None], group=self.group))  # [ranks, N + 1]
+        if (gathered[:, -1] != due).any():
             raise Torn("a message is not the one that was due")
-        return found[:, :-1]
+        return gathered[:, :-1]
 
     def _seal(self, arrays: list[mx.array]) -> None:
         """Raise Torn, on every rank, unless all have the same bits."""
         # Sums of integers: exact in any order, so equal on chips of different kinds.
         bits = [array.reshape(-1).view(WORDS[array.dtype.size]) for array in arrays]
         sums = [part.astype(mx.uint32).sum() for part in bits]
-        found = self._gathered(mx.stack(sums).sum()[None].view(mx.int32))
-        if (found != found[0]).any():
+        gathered = self._gathered(mx.stack(sums).sum()[None].view(mx.int32))  # [ranks, 1]
+        if (gathered != gathered[0]).any():
             raise Torn("the sums are not the same on all of them")
 
     @contextmanager
     def explained(self, run: Path) -> Iterator[None]:
-        """Turn MLX's error about a dead process, and sums that are none, into one clear line."""
+        """Turn MLX's error about a dead process, and a torn sum, into one clear line. run: its folder."""
         try:
             yield
         except RuntimeError as error:
@@ -217,15 +230,16 @@ class Ranks:
 
     def require_same(self, **facts: str) -> None:
         """Raise UserError, on every rank, when the ranks differ in one of these."""
+        if self.group is None:
+            return
         for name, fact in facts.items():
             digest = np.frombuffer(hashlib.sha256(fact.encode()).digest()[:8], np.int32)
-            if self.group is not None:
-                every = self._gathered(mx.array(digest))
-                if (every != every[0]).any():
-                    raise UserError(
-                        f"the {self.size} processes do not have the same {name}",
-                        "Give every machine the same files, options and versions.",
-                    )
+            gathered = self._gathered(mx.array(digest))  # [ranks, 2]
+            if (gathered != gathered[0]).any():
+                raise UserError(
+                    f"the {self.size} processes do not have the same {name}",
+                    "Give every machine the same files, options and versions.",
+                )
 
 
 def _ordered(tree: Any) -> dict[str, mx.array]:
@@ -235,15 +249,18 @@ def _ordered(tree: Any) -> dict[str, mx.array]:
 
 def _together(arrays: dict[str, mx.array]) -> Iterator[list[str]]:
     """The names of arrays of one type that are sent as one, of TOGETHER bytes or little more."""
-    for dtype in sorted({str(array.dtype) for array in arrays.values()}):
-        names: list[str] = []
-        for name in (name for name, array in arrays.items() if str(array.dtype) == dtype):
-            names.append(name)
-            if sum(arrays[one].nbytes for one in names) >= TOGETHER:
-                yield names
-                names = []
-        if names:
-            yield names
+    by_dtype: dict[str, list[str]] = {}
+    for name, array in arrays.items():
+        by_dtype.setdefault(str(array.dtype), []).append(name)
+    for dtype in sorted(by_dtype):
+        together: list[str] = []
+        for name in by_dtype[dtype]:
+            together.append(name)
+            if sum(arrays[one].nbytes for one in together) >= TOGETHER:
+                yield together
+                together = []
+        if together:
+            yield together
 
 
 ALONE = Ranks()

@@ -8,62 +8,75 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxtune.train import events
-from mlxtune.train.lock import is_locked
-from mlxtune.train.session import CONFIG_FILE
+from mlxtune.train.run_folder import CONFIG_FILE, RunFolder
 
 
 @dataclass(frozen=True)
-class Run:
-    """state: running, finished, interrupted (by a signal, or because its GPU failed), failed, killed (it ended without
-    a word), or unreadable (its events.jsonl is damaged); steps: of the whole plan, 0 unknown; best_loss: lowest
-    validation loss; bytes: on the disk.
-    """
+class RunSummary:
+    """One run, as its folder tells."""
 
-    path: Path
+    path: Path  # its folder
+    # running; finished; interrupted (by a signal, or because its GPU failed); failed; killed (it ended without a word);
+    # unreadable (its events.jsonl is damaged)
     state: str
-    step: int
-    steps: int
-    best_loss: float | None
-    bytes: int
-    model: str
+    step: int  # the last one that was taken
+    steps: int  # of the whole plan; 0: unknown
+    best_loss: float | None  # the lowest validation loss after a step, nats a token; None: not evaluated
+    bytes: int  # on the disk
+    model: str  # the last part of its path; "": unknown
 
 
-def find(folder: Path) -> list[Run]:
+def find(folder: Path) -> list[RunSummary]:
     """The run that `folder` is, or those directly inside it, by name."""
-    if (folder / CONFIG_FILE).is_file():
-        return [_examined(folder)]
-    return [_examined(file.parent) for file in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
+    if RunFolder(folder).is_run():
+        return [_summary(folder)]
+    return [_summary(file.parent) for file in sorted(folder.glob(f"*/{CONFIG_FILE}"))]
 
 
-def _examined(run: Path) -> Run:
+def _summary(path: Path) -> RunSummary:
     try:
-        return _read(run)
+        return _read(path)
     except (KeyError, ValueError, OSError):
-        return Run(run, "unreadable", 0, 0, None, _bytes(run), "")
+        return RunSummary(path, "unreadable", 0, 0, None, _bytes(path), "")
 
 
-def _read(run: Path) -> Run:
-    happened = events.read(run) if (run / events.FILE).is_file() else []
-    begun = next((event for event in reversed(happened) if event["kind"] == "begin"), {})
-    last = happened[-1] if happened else {}
-    state = "running" if is_locked(run) else str(last["state"]) if last.get("kind") == "end" else "killed"
-    evaluated = [event["loss"] for event in happened if event["kind"] == "eval" and event["step"]]
-    return Run(
-        path=run,
-        state=state,
-        step=max((event["step"] for event in happened if event["kind"] == "train"), default=0),
+def _read(path: Path) -> RunSummary:
+    run = RunFolder(path)
+    happened = events.read(path) if run.events.is_file() else []
+    begun: events.Event = {}  # the last `begin`: the plan may be another one where a run went on
+    step, losses = 0, []
+    for event in happened:
+        if event["kind"] == "begin":
+            begun = event
+        elif event["kind"] == "train":
+            step = max(step, event["step"])
+        elif event["kind"] == "eval" and event["step"] and event["loss"] is not None:
+            losses.append(event["loss"])
+    return RunSummary(
+        path=path,
+        state=_state(run, happened),
+        step=step,
         steps=begun.get("steps", 0),
-        best_loss=min((loss for loss in evaluated if loss is not None), default=None),
-        bytes=_bytes(run),
+        best_loss=min(losses, default=None),
+        bytes=_bytes(path),
         model=Path(str(begun.get("model", ""))).name,
     )
 
 
-def _bytes(run: Path) -> int:
+def _state(run: RunFolder, happened: list[events.Event]) -> str:
+    """As in RunSummary. Whoever holds the lock runs, whatever an earlier process wrote."""
+    if run.is_training():
+        return "running"
+    if happened and happened[-1]["kind"] == "end":
+        return str(happened[-1]["state"])
+    return "killed"
+
+
+def _bytes(folder: Path) -> int:
     """Of all files that are there; a run in progress takes some away meanwhile."""
     total = 0
-    for folder, _, names in os.walk(run):
+    for inside, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(folder, name)).st_size
+                total += os.lstat(os.path.join(inside, name)).st_size
     return total

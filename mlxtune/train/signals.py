@@ -1,6 +1,14 @@
-"""Ctrl-C, SIGTERM and SIGHUP (the terminal was closed). In training the first one says what it does, finishes the step
-and stops; the second one, or a step that takes much longer than the one before, stops at once. Elsewhere one is enough,
-and what is half done is cleaned up.
+"""Ctrl-C, SIGTERM and SIGHUP (the terminal was closed).
+
+In training the first one says what it does, finishes the step, saves and stops; the second one, or a step that takes
+much longer than the one before, stops at once. Elsewhere one is enough, and what is half done is cleaned up.
+
+    first signal in step 8   "finishing step 8 (about 3 s more), then saving; ..."   step 8 ends, checkpoint 8, exit 130
+    a second one meanwhile   one second for step 8 to end by itself                  checkpoint 7, exit 130
+    no second one            step 8 takes more than twice as long as step 7 (and 10 s)         the same
+
+While the main thread computes, Python runs none of its signal handlers: a thread of its own waits for signals, and it
+ends the process where the main thread does not come back.
 """
 
 from __future__ import annotations
@@ -21,8 +29,9 @@ NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIG
 # After the first signal a step may take so many seconds more, or so many times what the one before took.
 STEP_SECONDS, STEP_TIMES = 10.0, 2.0
 GIVE_UP_SECONDS = 1.0  # in which a step that should stop may do so by itself, between two micro-batches
-SPEAK_SECONDS = 2.0
-CLOSED, OVERDUE = 0, 255  # no signals have these numbers
+SPEAK_SECONDS = 2.0  # that a message to the terminal or a logger may take
+POLL = 0.1  # seconds between two looks at how long a step lasts
+CLOSED, OVERDUE = 0, 255  # in place of a signal's number, which none has: training is over, a step lasts too long
 
 
 def unwind_on_signals() -> None:
@@ -61,13 +70,7 @@ def ignored() -> Iterator[None]:
 
 
 class StopRequest:
-    """While entered, remembers a signal instead of dying of it. `exit_code` is 0 until one came; `giving_up` says that
-    the step under way should not be finished, `overdue` that it lasts too long.
-
-    A thread of its own waits for signals: while the main thread computes, Python runs none of its handlers.
-    heard: called by that thread with the first signal's name; leave: called by it before the process ends inside a
-    step; alone: whether this process may give up a step without asking others.
-    """
+    """While entered, remembers a signal instead of dying of it."""
 
     def __init__(
         self,
@@ -75,16 +78,20 @@ class StopRequest:
         leave: Callable[[], None] = lambda: None,
         alone: bool = True,
     ) -> None:
-        self.exit_code = 0
-        self.giving_up = self.overdue = False
+        """heard: called with the first signal's name; leave: called before the process ends inside a step; both by the
+        thread that waits for signals. alone: whether this process may break off a step without asking others.
+        """
+        self.exit_code = 0  # of the process, once a signal came; 0: none came
+        self.giving_up = False  # the step under way should not be finished
+        self.overdue = False  # because it lasts too long, not because of a second signal
         self.step = 0  # the number of the one under way; 0: none is
-        self.evaluating = False
-        self._heard_at = 0.0
-        self._began = 0.0
-        self._took: float | None = None  # seconds of the last step that was finished
+        self.evaluating = False  # an evaluation is under way
+        self._heard_at = 0.0  # when the first signal came, in seconds of the monotonic clock
+        self._began = 0.0  # when the last step began, by the same clock
+        self._took: float | None = None  # seconds of the last step that was finished; None: none was
         self._heard, self._leave, self._alone = heard, leave, alone
-        self._leaving = False
-        self._before: dict[int, Any] = {}
+        self._leaving = False  # the thread is saving, and ends the process then
+        self._before: dict[int, Any] = {}  # signal -> its handler before; empty: not entered, or not the main thread
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -120,6 +127,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def in_evaluation(self) -> Iterator[None]:
+        """Around an evaluation."""
         self.evaluating = True
         try:
             yield
@@ -129,9 +137,12 @@ class StopRequest:
     @property
     def remaining(self) -> float | None:
         """Seconds that the step under way will take, if it is like the one before; None: it is the first."""
-        return None if self._took is None else max(0.0, self._took - (time.monotonic() - self._began))
+        if self._took is None:
+            return None
+        return max(0.0, self._took - (time.monotonic() - self._began))
 
     def _watch(self) -> None:
+        """The thread: wait for a first signal, then for a second or a step that lasts; CLOSED ends both waits."""
         number = self._next()
         if number != CLOSED:
             first, self._heard_at = signal.Signals(number), time.monotonic()
@@ -157,25 +168,30 @@ class StopRequest:
         return time.monotonic() - self._heard_at > max(STEP_SECONDS, STEP_TIMES * self._took)
 
     def _given_up(self, number: int) -> int:
-        """CLOSED where the main thread ends by itself in a moment."""
+        """After a second signal or an overdue step: CLOSED where the main thread ends by itself in a moment."""
         self.giving_up, self.overdue, began = True, number == OVERDUE, time.monotonic()
 
         def lasts() -> bool:
             # Where nobody asked for it again, what follows the step, such as saving, is waited for.
             return time.monotonic() - began > GIVE_UP_SECONDS and (self.step > 0 or not self.overdue)
 
-        return self._next(lasts) if self._alone else number
+        if not self._alone:
+            return number
+        return self._next(lasts)
 
     def _next(self, overdue: Callable[[], bool] = lambda: False) -> int:
-        """The next signal that counts, CLOSED at the end, OVERDUE as soon as that is so."""
+        """The next signal that counts, CLOSED at the end, OVERDUE as soon as `overdue` says so."""
         while True:
-            if select.select([self._receive], [], [], 0.1 if self.exit_code else None)[0]:
-                number = os.read(self._receive, 1)[0]
-                # The shell and the system both send SIGHUP when a terminal closes: that is no second wish.
-                if number == CLOSED or (number in EXIT_CODES and not (number == signal.SIGHUP and self.exit_code)):
-                    return number
-            elif overdue():
-                return OVERDUE
+            wait = POLL if self.exit_code else None  # for ever: nothing is overdue before the first signal
+            if not select.select([self._receive], [], [], wait)[0]:
+                if overdue():
+                    return OVERDUE
+                continue
+            number = os.read(self._receive, 1)[0]
+            # The shell and the system both send SIGHUP when a terminal closes: that is no second wish.
+            is_repeated = number == signal.SIGHUP and self.exit_code
+            if number == CLOSED or (number in EXIT_CODES and not is_repeated):
+                return number
 
 
 def briefly(call: Callable[[], None], seconds: float = SPEAK_SECONDS) -> None:

@@ -10,15 +10,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
 from mlxtune.adapter.dropout import DropoutKeys
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute.division import Division, TooLarge
 from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.loss import Way
@@ -28,70 +28,56 @@ from mlxtune.machine import backend
 from mlxtune.machine.gpu_errors import Failure, Kind, recognise
 from mlxtune.model.corrections import extent
 from mlxtune.train import optim
+from mlxtune.train.evaluation import Evaluation
 from mlxtune.train.identity import Identity
 from mlxtune.train.ranks import ALONE, Ranks
+from mlxtune.train.run_folder import RunFolder
 
 AHEAD = 1.05  # of the predicted peak: what queued work may take
-WRONG = 1.3  # of it: a prediction that is further off does not hold for this model
+WRONG = 1.3  # of the predicted peak: a prediction that is further off does not hold for this model
 COMPILED_FROM = 2  # a signature used once is computed as it comes: compiling would cost more than it saves
-
-
-class Scored(Protocol):
-    """An evaluation's result, as far as the loop looks at it: mean loss and number of tokens."""
-
-    @property
-    def loss(self) -> float: ...
-
-    @property
-    def tokens(self) -> int: ...
+NAMED_ROWS = 16  # rows of a step that a message names
 
 
 class NonFinite(Exception):
-    """The loss or gradient of a step is not finite; nothing was updated. rows: the places to look at;
-    dtype: of the activations.
-    """
+    """The loss or gradient of a step is not finite; nothing was updated."""
 
     def __init__(self, loss: float, rows: str, dtype: str) -> None:
-        what = f"the gradient is not finite in {dtype} (the loss is, {loss:.4g})"
-        if not math.isfinite(loss):
+        """loss: of the step, nats a token; rows: the places to look at; dtype: of the activations."""
+        if math.isfinite(loss):
+            what = f"the gradient is not finite in {dtype} (the loss is, {loss:.4g})"
+        else:
             what = f"the loss is not finite in {dtype} ({loss})"
         super().__init__(f"{what}; rows in the step: {rows}")
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a run works with. way: how the loss is computed; evaluate: scores the current model, calling what it
-    is given now and then; samples: answers to train.sample_prompts, calling it too, none on ranks but the first; place:
-    what to call a training row in messages; spec: of the adapter; predicted: bytes at the run's peak, None where nobody
-    can say.
-    """
+    """Everything that the loop works with."""
 
-    model: nn.Module
-    way: Way
-    dropout: DropoutKeys
-    plan: Plan
-    section: TrainSection
-    run: Path
-    evaluate: Callable[[Callable[[], None]], Scored]
-    place: Callable[[int], str]
-    identity: Identity
-    spec: lora.Spec
-    samples: Callable[[Callable[[], None]], list[dict[str, str]]] = lambda between: []
-    ranks: Ranks = ALONE
-    predicted: int | None = None
+    model: nn.Module  # its adapter attached; only that is trainable
+    way: Way  # how the loss is computed
+    dropout: DropoutKeys  # the random keys that each forward pass needs
+    plan: Plan  # which rows each step takes
+    section: TrainSection  # the settings of `train`
+    folder: RunFolder  # where the run is written, by the first process
+    evaluation: Evaluation  # of the validation rows, and of the prompts to answer
+    place: Callable[[int], str]  # number of a training row -> what messages call it
+    identity: Identity  # of the run: what a checkpoint is compared with
+    spec: AdapterPlan  # what trains
+    ranks: Ranks = ALONE  # the processes that share the run
+    predicted: int | None = None  # bytes at the run's peak; None where nobody can say
 
 
 class StepFunction:
-    """One optimizer step: call it with the step's number, get the fields of its `train` event.
-
-    between: called between two micro-batches, and may raise to give the step up.
-    """
+    """One optimizer step: call it with the step's number, get the fields of its `train` event."""
 
     def __init__(self, job: Job, optimizer: Any, between: Callable[[], None] = lambda: None) -> None:
+        """between: called between two micro-batches; it may raise, and then nothing of the step was done."""
         self.job = job
         self.optimizer = optimizer
         self.between = between
-        self.layers = len(lora.adapters(job.model))
+        self.layers = len(attach.adapted_layers(job.model))
         self.update = optim.Update(optimizer, job.section.clip_norm)
         self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
         self._longest_alike = extent.longest_alike(job.model)
@@ -103,28 +89,28 @@ class StepFunction:
         """Compute steps in these parts from here on."""
         self.division = division
         self._gradients = Gradients(self.job.model, division.way(self.job.way), COMPILED_FROM)
-        self._known = 0  # the last step whose parts' signatures are known
+        self._noted = 0  # the last step whose parts' signatures are known to `_gradients`
 
     def __call__(self, number: int) -> dict[str, Any]:
-        """Raises NonFinite, or with `train.on_oom: smaller` TooLarge, before anything is updated."""
+        """Take step `number`, counted from 1. Raises NonFinite, or with `train.on_oom: smaller` TooLarge, before
+        anything is updated.
+        """
         began, peak = time.perf_counter(), mx.get_peak_memory()
-        self._recall(number)
+        self._note_steps_before(number)
         batches = self.job.plan.step(number)
         targets = sum(batch.targets for batch in batches)
-        with backend.memory_held_to(self._most()):
-            losses, gradients = self._summed(number, self.job.ranks.share(batches))
+        with backend.memory_held_to(self._queued_bytes()):
+            losses, gradients = self._summed(number, self.job.ranks.own_batches(batches))
+        gradients = self.job.ranks.sum_tree(gradients)
+        before = self.job.model.trainable_parameters()
         rate = optim.learning_rate(self.job.section, number, self.job.plan.steps)
-        gradients, before = self.job.ranks.total(gradients), self.job.model.trainable_parameters()
         parameters, state, norm = self.update(gradients, before, targets, rate)
         del gradients, before  # the update takes the gradients' memory
-        numbers = mx.stack([norm, *losses])
-        mx.eval(parameters, state, numbers)
-        read: Any = numbers.tolist()
+        norm_value, *loss_sums = _computed(parameters, state, [norm, *losses])
         self._judge_prediction(peak)
-        norm_value, *values = read
-        mean = self.job.ranks.sums(sum(values))[0] / targets
+        mean = self.job.ranks.sum_numbers(sum(loss_sums))[0] / targets
         if not (math.isfinite(mean) and math.isfinite(norm_value)):
-            raise NonFinite(mean, self.rows(number, values), self.job.identity.config["train.dtype"])
+            raise NonFinite(mean, self.rows(number, loss_sums), self.job.identity.config["train.dtype"])
         self.job.model.update(parameters)
         self.optimizer.state = state
         return {
@@ -144,74 +130,97 @@ class StepFunction:
         return self._gradients.traced
 
     def rows(self, number: int, losses: list[float] | None = None) -> str:
-        """The places of a step's rows: of the micro-batches whose own loss is not finite, where there are any."""
+        """The places of a step's rows, for a message: of all its micro-batches, or of those whose own loss (`losses`)
+        is not finite where there are any.
+        """
         batches = self.job.plan.step(number)
-        if losses is not None and len(losses) == len(batches):
-            bad = [batch for batch, value in zip(batches, losses, strict=True) if not math.isfinite(value)]
+        if losses is not None and len(losses) == len(batches):  # else other processes computed some
+            bad = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
             batches = bad or batches
-        return ", ".join([self.job.place(row) for batch in batches for row in batch.rows][:16])
+        places = [self.job.place(row) for batch in batches for row in batch.rows]
+        return ", ".join(places[:NAMED_ROWS])
 
-    def _most(self) -> int | None:
+    def _queued_bytes(self) -> int | None:
         """Bytes that queued work may take. None: nothing is queued, or nobody knows, and MLX would wait and wait."""
-        known = self.job.predicted
-        if known is None or not self._trusted or not backend.policy().queued:
+        predicted = self.job.predicted
+        if predicted is None or not self._trusted or not backend.policy().queued:
             return None
-        return int(AHEAD * known)
+        return int(AHEAD * predicted)
 
     def _judge_prediction(self, before: int) -> None:
         """Trust it no longer where a step raised the peak far beyond it. before: the peak when the step began."""
-        known = self.job.predicted
-        if known is not None and mx.get_peak_memory() > max(before, WRONG * known):
+        predicted = self.job.predicted
+        if predicted is not None and mx.get_peak_memory() > max(before, WRONG * predicted):
             self._trusted = False
 
     def _summed(self, number: int, batches: list[Batch]) -> tuple[list[mx.array], Any]:
         """As `_accumulate`. Raises TooLarge, on every process, where the memory of one of them did not suffice."""
         if self.job.section.on_oom == "stop":
             return self._accumulate(number, batches)
-        losses, gradients, found = list[mx.array](), None, None
+        losses, gradients, failure = list[mx.array](), None, None
         try:
             losses, gradients = self._accumulate(number, batches)
         except (RuntimeError, MemoryError) as error:
-            found = recognise(error)  # the error itself would hold on to all that was computed
-            if found is None or not found.of_memory:
+            failure = recognise(error)  # the error itself would hold on to all that was computed
+            if failure is None or not failure.of_memory:
                 raise
-        if examples := self.job.ranks.highest(self._computing if found else 0):
-            raise TooLarge(found or Failure(Kind.OUT_OF_MEMORY, "in another of the processes"), examples)
+        if examples := self.job.ranks.highest(self._computing if failure else 0):
+            raise TooLarge(failure or Failure(Kind.OUT_OF_MEMORY, "in another of the processes"), examples)
         return losses, gradients
 
-    def _recall(self, number: int) -> None:
-        """Know the parts of the steps before, where a run goes on or steps were divided: see Gradients.note."""
+    def _note_steps_before(self, number: int) -> None:
+        """Note the signatures of the steps before, where a run goes on or steps were divided: what is compiled, and so
+        the last bits, is then what it would be in a run that began with step 1 (`Gradients.count_use`).
+        """
         if self.job.way.compiled:
-            for before in range(self._known + 1, number):
-                for batch in self.job.ranks.share(self.job.plan.step(before)):
+            for before in range(self._noted + 1, number):
+                for batch in self.job.ranks.own_batches(self.job.plan.step(before)):
                     for part in self._parts(batch):
-                        self._gradients.note(part)
-        self._known = max(self._known, number)
+                        self._gradients.count_use(part)
+        self._noted = max(self._noted, number)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """A micro-batch as it is computed."""
-        alike = extent.parts(batch, self._longest_alike)
-        return [part for rows in alike for part in self.division.parts(rows)]
+        parts = []
+        for alike in extent.parts(batch, self._longest_alike):
+            parts += self.division.parts(alike)
+        return parts
 
     def _accumulate(self, number: int, batches: list[Batch]) -> tuple[list[mx.array], Any]:
-        """(summed loss of each micro-batch, summed gradients) of a step, computed: one wait for each part."""
+        """(summed loss of each micro-batch, a scalar; summed gradients, a tree) of a step: one wait for each part."""
         losses: list[mx.array] = []
-        gradients: Any = tree_map(mx.zeros_like, self.job.model.trainable_parameters()) if not batches else None
+        gradients: Any = None
+        if not batches:  # this process has no part in the step
+            gradients = tree_map(mx.zeros_like, self.job.model.trainable_parameters())
         try:
             for batch in batches:
-                parts: list[mx.array] = []
+                values: list[mx.array] = []
                 for part in self._parts(batch):
                     if gradients is not None:
                         self.between()
                     self._computing = len(part.rows)
-                    lengths = (part.lengths - 1).tolist()  # a row's last token predicts nothing
-                    self.job.dropout.set(self.job.section.seed, number, part.rows.tolist(), lengths, self.layers)
+                    self._set_noise(number, part)
                     value, new = self._gradients(part)
                     gradients = new if gradients is None else self._added(gradients, new)
                     del new
                     mx.eval(value, gradients)
-                    parts.append(value)
-                losses.append(sum(parts[1:], parts[0]))
+                    values.append(value)
+                losses.append(sum(values[1:], values[0]))
         finally:
             self.job.dropout.clear()
         return losses, gradients
+
+    def _set_noise(self, number: int, part: Batch) -> None:
+        """A row's dropout and NEFTune noise follow from the seed, the step and the row, whatever it is batched with."""
+        lengths = (part.lengths - 1).tolist()  # a row's last token predicts nothing
+        self.job.dropout.set(self.job.section.seed, number, part.rows.tolist(), lengths, self.layers)
+
+
+def _computed(parameters: Any, state: Any, numbers: list[mx.array]) -> list[float]:
+    """The values of some scalars, once the trees of new parameters and optimizer state are computed as well: one wait
+    for all.
+    """
+    stacked = mx.stack(numbers)
+    mx.eval(parameters, state, stacked)
+    values: list[float] = stacked.tolist()  # type: ignore[assignment]
+    return values

@@ -16,64 +16,77 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from mlxtune.durations import clock
 from mlxtune.train.events import Event
 
 PLAIN_SECONDS = 5.0  # between two plain lines
-
-
-def duration(seconds: float) -> str:
-    """2:05:09 or 5:09."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+OLD = 0.8  # of a running mean: the share of what it was before
 
 
 class Meter:
-    """The numbers of a run in progress, from its events. `clock` gives seconds; eval_every: 0: only at the end."""
+    """The numbers of a run in progress, from its events."""
 
     def __init__(self, steps: int, eval_every: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
+        """steps: of the plan; eval_every: steps from one evaluation to the next, 0: only at the end; clock: gives
+        seconds.
+        """
         self._clock = clock
-        self._last = clock()
+        self._last = clock()  # when the last step, evaluation or checkpoint ended
+        # How many seconds each of them took, in their order.
         self._seconds: dict[str, list[float]] = {"train": [], "eval": [], "checkpoint": []}
         self.steps, self.eval_every, self.step = steps, eval_every, 0
-        self.loss: float | None = None
-        self.valid: list[float] = []
+        self.loss: float | None = None  # a running mean; None: no step was taken
+        self.valid: list[float] = []  # validation losses that are finite
         self.lr = 0.0
-        self.tokens_per_second = 0.0
+        self.tokens_per_second = 0.0  # a running mean; 0: no step was taken
         self.peak_bytes = 0
 
     def update(self, event: Event) -> None:
+        """Take in an event, of any kind."""
+        kind = event["kind"]
         now = self._clock()
-        if event["kind"] in self._seconds:
-            self._seconds[event["kind"]].append(now - self._last)
+        if kind in self._seconds:
+            self._seconds[kind].append(now - self._last)
             self._last = now
-        if event["kind"] == "train":
-            self.step, self.lr, self.peak_bytes = event["step"], event["lr"], event["peak_bytes"]
-            # A running mean: single steps differ by their rows more than by what was learned.
-            self.loss = event["loss"] if self.loss is None else 0.8 * self.loss + 0.2 * event["loss"]
-            rate = event["tokens"] / max(event["seconds"], 1e-9)
-            self.tokens_per_second = rate if not self.tokens_per_second else 0.8 * self.tokens_per_second + 0.2 * rate
-        elif event["kind"] == "eval" and event["loss"] is not None:
+        if kind == "train":
+            self._add_step(event)
+        elif kind == "eval" and event["loss"] is not None:
             self.valid.append(event["loss"])
+
+    def _add_step(self, event: Event) -> None:
+        self.step, self.lr, self.peak_bytes = event["step"], event["lr"], event["peak_bytes"]
+        rate = event["tokens"] / max(event["seconds"], 1e-9)
+        if self.loss is None:
+            self.loss, self.tokens_per_second = event["loss"], rate
+            return
+        # Running means: single steps differ by their rows more than by what was learned.
+        self.loss = OLD * self.loss + (1 - OLD) * event["loss"]
+        self.tokens_per_second = OLD * self.tokens_per_second + (1 - OLD) * rate
 
     def eta_seconds(self) -> float | None:
         """Time left: of steps, evaluations and checkpoints as many as are still to come, each as long as it took on
         average so far. The first step does not count once there are others: it compiles, and fills caches.
         """
-        took, left = self._seconds["train"], self.steps - self.step
+        took = self._seconds["train"]
+        left = self.steps - self.step
         if not took:
             return None
+        if not left:
+            return 0.0
         a_step = fmean(took[1:] or took) + sum(self._seconds["checkpoint"]) / len(took)
         evaluations = 1
         if self.eval_every:
-            evaluations = -(-self.steps // self.eval_every) - self.step // self.eval_every
+            all_of_them = -(-self.steps // self.eval_every)  # rounded up: there is one after the last step
+            evaluations = all_of_them - self.step // self.eval_every
         an_evaluation = fmean(self._seconds["eval"]) if self._seconds["eval"] else 0.0
-        return left * a_step + (evaluations * an_evaluation if left else 0.0)
+        return left * a_step + evaluations * an_evaluation
 
     def clock_now(self) -> float:
+        """Seconds, by the meter's own clock."""
         return self._clock()
 
     def fields(self) -> list[tuple[str, str]]:
+        """(name, value) of each number that is known, for people."""
         eta = self.eta_seconds()
         out = [("step", f"{self.step}/{self.steps}")]
         if self.loss is not None:
@@ -88,7 +101,7 @@ class Meter:
                 ("peak memory", size(self.peak_bytes)),
             ]
         if eta is not None:
-            out.append(("left", duration(eta)))
+            out.append(("left", clock(eta)))
         return out
 
 
@@ -97,21 +110,37 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.meter: Meter | None = None
-        self._live: Live | None = None
-        self._status: Status | None = None
-        self._doing = ""
+        self.meter: Meter | None = None  # None: the first step does not follow yet
+        self._live: Live | None = None  # the numbers, drawn anew in one place; None: this is no terminal
+        self._status: Status | None = None  # what goes on before the first step, on a terminal
+        self._doing = ""  # the same as a line
         self._progress = Progress(
             TextColumn("training"), BarColumn(bar_width=None), TextColumn("{task.percentage:>3.0f}%")
         )
         self._task: TaskID | None = None
-        self._last_line = 0.0
+        self._last_line = 0.0  # when the last plain line was printed, in seconds of the clock; 0: never
 
     def __enter__(self) -> Display:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event, of any kind."""
+        kind = event["kind"]
+        if kind == "reading":
+            self._show_reading(event["source"], event["rows"])
+        elif kind == "doing":
+            self._show_doing(event["what"])
+        elif kind == "start":
+            self._start(event["steps"], event["eval_every"])
+        elif kind == "note":
+            self.console.print(Text(f"note: {shown_name(event['text'])}", style="yellow"), soft_wrap=True)
+        elif kind == "end":
+            self._stop()
+        if self.meter is not None:
+            self._show_numbers(self.meter, event)
 
     def _stop(self) -> None:
         if self._status is not None:
@@ -121,16 +150,17 @@ class Display:
             self._live.stop()
             self._live = None
 
-    def reading(self, source: str, rows: int) -> None:
-        """Rows of a data file that were tokenized so far."""
+    def _show_reading(self, source: str, rows: int) -> None:
+        """How far a long file is read; of a short one nothing."""
         now = time.perf_counter()
-        if now - self._last_line >= PLAIN_SECONDS:
-            if self._last_line:
-                self.console.print(f"{source}: {rows:,} rows read", soft_wrap=True)
-            self._last_line = now
+        if now - self._last_line < PLAIN_SECONDS:
+            return
+        if self._last_line:
+            self.console.print(f"{source}: {rows:,} rows read", soft_wrap=True)
+        self._last_line = now
 
-    def doing(self, what: str) -> None:
-        """What goes on before the first step and may last: on a terminal shown until the run begins, else a line."""
+    def _show_doing(self, what: str) -> None:
+        """On a terminal until the run begins, else as a line."""
         if what == self._doing:
             return
         self._doing = what
@@ -142,7 +172,7 @@ class Display:
         else:
             self._status.update(what)
 
-    def begin(self, steps: int, eval_every: int) -> None:
+    def _start(self, steps: int, eval_every: int) -> None:
         self._stop()
         self.meter = Meter(steps, eval_every)
         if self.console.is_terminal:
@@ -150,25 +180,17 @@ class Display:
             self._live = Live(self._draw(), console=self.console, refresh_per_second=4)
             self._live.start()
 
-    def __call__(self, event: Event) -> None:
-        kind = event["kind"]
-        if kind == "note":
-            self.console.print(Text(f"note: {shown_name(event['text'])}", style="yellow"), soft_wrap=True)
-        elif kind == "end":
-            self._stop()
-        if self.meter is None:
-            return
-        self.meter.update(event)
+    def _show_numbers(self, meter: Meter, event: Event) -> None:
+        meter.update(event)
         for sample in event.get("samples", ()):
             self.console.print(Text(f"  {sample['prompt']!r}: {sample['answer']!r}", style="dim"), soft_wrap=True)
         if self._live is not None and self._task is not None:
-            self._progress.update(self._task, completed=self.meter.step)
+            self._progress.update(self._task, completed=meter.step)
             self._live.update(self._draw())
-        elif kind == "eval" and event["loss"] is not None:
-            self.console.print(
-                f"step {event['step']}: validation loss {event['loss']:.4f} ({event['tokens']:,} tokens)"
-            )
-        elif kind == "train":
+        elif event["kind"] == "eval" and event["loss"] is not None:
+            text = f"step {event['step']}: validation loss {event['loss']:.4f} ({event['tokens']:,} tokens)"
+            self.console.print(text)
+        elif event["kind"] == "train":
             self._print_sometimes()
 
     def _print_sometimes(self) -> None:

@@ -1,0 +1,264 @@
+"""From a configuration and its examples to everything that the loop works with.
+
+    a run       read the weights -> attach -> prove the fast ways, and fit the memory by what is proven -> Prepared
+    a dry run   open the weights -> attach -> fit the memory by the way that is hoped for               -> Planned
+
+Both go through `attached`, so what a dry run says of the adapter, the new tokens and the batches is what a run does.
+MLX is lazy: of weights that are only opened, shapes and types are known, and none of them is ever computed.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlxtune_convert.hf.chat_templates import unread
+from mlxtune_convert.ways_out import described
+
+from mlxtune.adapter import adapter_files, attach, vocabulary
+from mlxtune.adapter.dropout import DropoutKeys, add_noise
+from mlxtune.adapter.plan import AdapterPlan
+from mlxtune.compute import fast_ways, fit_memory, floats
+from mlxtune.compute.fit_memory import Fitted, Given
+from mlxtune.compute.memory.prediction import Memory
+from mlxtune.config.resolve import Config
+from mlxtune.data.dataset.batches import Plan, in_order
+from mlxtune.data.template.tokenizer_changes import Changes
+from mlxtune.errors import UserError
+from mlxtune.machine import backend, surroundings
+from mlxtune.model.arrays import dtype_name, named
+from mlxtune.model.corrections import corrected
+from mlxtune.model.load import Loaded, load, source_of
+from mlxtune.train.choice import choose
+from mlxtune.train.evaluation import Evaluation
+from mlxtune.train.events import Listener, nobody
+from mlxtune.train.identity import Identity
+from mlxtune.train.ranks import ALONE, Ranks
+from mlxtune.train.run_data import Data
+from mlxtune.train.run_folder import RunFolder
+from mlxtune.train.step import Job
+
+READING = "reading the model"  # which may take most of a minute
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model with its adapter on it, and the batches that the configuration asks for."""
+
+    loaded: Loaded  # the model, and its tokenizer with the template of the run
+    spec: AdapterPlan  # what trains
+    dropout: DropoutKeys  # to be set before each forward pass
+    changes: Changes  # of the tokenizer, which the run's folder must keep
+    plan: Plan  # the batches, not yet made to fit the memory
+    given: Given  # what the memory depends on beside them
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin."""
+
+    job: Job  # what the loop works with
+    config: Config  # made to fit the memory
+    changes: Changes  # of the tokenizer
+    notes: list[str]  # what a person must know, in the order in which it is said
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run would do, as far as that is known before a weight is read."""
+
+    config: Config  # made to fit the memory
+    plan: Plan  # its batches
+    memory: Memory | None  # the predicted peak; None: the model is of a kind that cannot be predicted
+    notes: list[str]  # what a person must know
+
+
+def prepare(
+    config: Config,
+    data: Data,
+    folder: RunFolder,
+    ranks: Ranks = ALONE,
+    resume: bool = False,
+    listener: Listener = nobody,
+) -> Prepared:
+    """Read the model, attach its adapter, choose the way to compute, fit the memory.
+
+    resume: the adapter is of the kind that `folder` says. Raises UserError where the model, the adapter and the rows do
+    not fit each other or the memory.
+    """
+    listener({"kind": "doing", "what": READING})
+    made = attached(config, data, ranks, adapter_of=folder if resume else None)
+    if config.lora.start_from and not resume:
+        adapter_files.load_tensors(made.loaded.model, Path(config.lora.start_from) / made.spec.file)
+    backend.wire(lasting_bytes(made.loaded.model))
+    mx.reset_peak_memory()  # from here on it is the run's: the proof is a part of it
+    chosen = choose(made.given, config, made.plan, ranks, listener)
+    job = _job(made, chosen, data, folder, ranks)
+    notes = _notes(made, chosen, data, ranks)
+    crowded = _crowded(job)
+    if ranks.first:
+        notes += crowded
+    else:
+        _warn_here(ranks, crowded)
+    return Prepared(job, chosen.config, made.changes, notes)
+
+
+def plan(config: Config, data: Data) -> Planned:
+    """What a run would do. Raises UserError for all that `prepare` refuses before it reads a weight."""
+    made = attached(config, data, read=False)
+    way = fast_ways.expected_way(made.loaded.model, data.train, config)
+    run = fit_memory.fit(made.given, way, config, made.plan)
+    notes = [*_of_model(made), _ways_out(made.loaded)]
+    if isinstance(run.memory, Memory):
+        return Planned(run.config, run.rows, run.memory, notes + run.notes)
+    return Planned(run.config, run.rows, None, notes + (run.notes or [run.memory.note]))
+
+
+def attached(
+    config: Config,
+    data: Data,
+    ranks: Ranks = ALONE,
+    adapter_of: RunFolder | None = None,
+    read: bool = True,
+) -> Attached:
+    """The model as the run trains it, its adapter at its random start.
+
+    adapter_of: the run whose adapter is gone on with, which its first process alone has. read: its weights now.
+    """
+    loaded = load(str(data.folder), config.train.dtype, read=read, tokenizer=data.tokenizer)
+    vocabulary.add_rows_for_new_tokens(loaded, config, data.changes)
+    loaded.check_ids([[data.train.highest, data.valid.highest]])
+    if adapter_of is not None and ranks.first:
+        spec = AdapterPlan.read(adapter_of.path, loaded.model)
+    else:
+        spec = adapter_plan(config, loaded.model)
+    dropout = attach.attach(loaded.model, spec, config.train.seed)
+    if config.train.neftune_alpha:
+        dropout.noise_alpha = config.train.neftune_alpha
+        add_noise(loaded.model, dropout)
+    batches = Plan(data.train, config.train, config.data.group_by_prefix)
+    narrower = floats.narrower(loaded.own, loaded.dtype)
+    given = Given(loaded.model, loaded.config, loaded.dtype, _limit(config, ranks), narrower)
+    return Attached(loaded, spec, dropout, data.changes, batches, given)
+
+
+def adapter_plan(config: Config, model: nn.Module) -> AdapterPlan:
+    """What trains: as the adapter to start from is, else as configured."""
+    if not config.lora.start_from:
+        return AdapterPlan.of(model, config.lora)
+    start = Path(config.lora.start_from)
+    plan = AdapterPlan.read(start, model)
+    if adapter_files.adapter_file(start) is None:
+        raise UserError(f"{start} has no {plan.file}")
+    return replace(plan, dropout=config.lora.dropout)
+
+
+def lasting_bytes(model: nn.Module) -> int:
+    """Bytes that every step uses: the weights, the adapter and two moments of it."""
+    weights = sum(array.nbytes for array in named(model.parameters()).values())
+    trained = sum(array.nbytes for array in named(model.trainable_parameters()).values())
+    return weights + 2 * trained
+
+
+def unrepeatable(model: nn.Module, kind: str) -> list[str]:
+    """A note where a run cannot be repeated bit for bit on a device of this kind (`backend.kind`)."""
+    unordered = attach.summed_in_any_order(model)
+    if kind == "cpu" or not unordered:
+        return []
+    return [
+        f"a GPU adds up the gradients of {unordered} in an order of its own: "
+        "a run that is repeated or resumed may differ in its last bits"
+    ]
+
+
+def _limit(config: Config, ranks: Ranks) -> int | None:
+    """Bytes that the run may take; None: any. All ranks take the same batches: those of the smallest machine."""
+    limit = fit_memory.limit_of(config.train)
+    if limit is None or ranks.size == 1:
+        return limit
+    mebibytes = limit >> 20  # which a message between ranks holds exactly, as it does not hold all numbers of bytes
+    return ranks.lowest(mebibytes) << 20
+
+
+def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: Ranks) -> Job:
+    loaded, config = made.loaded, chosen.config
+    tokens = fit_memory.evaluation_tokens(loaded.model, chosen.way, chosen.rows)
+    valid = ranks.own_items(in_order(data.valid, tokens))
+    digests = data.train.digest(), data.valid.digest()
+    return Job(
+        model=loaded.model,
+        way=chosen.way,
+        dropout=made.dropout,
+        plan=chosen.rows,
+        section=config.train,
+        folder=folder,
+        evaluation=Evaluation(loaded, config, chosen.way, valid, ranks),
+        place=data.train.place,
+        identity=Identity.of(config, dtype_name(loaded.dtype), *digests, loaded.path),
+        spec=made.spec,
+        ranks=ranks,
+        predicted=chosen.memory.total if isinstance(chosen.memory, Memory) else None,
+    )
+
+
+def _of_model(made: Attached) -> list[str]:
+    """Notes on the model: the numbers that it is computed in, and how it differs from what transformers computes."""
+    loaded, asked = made.loaded, made.plan.section.dtype
+    notes = floats.notes(asked, loaded.own, loaded.dtype, loaded.config)
+    return notes + corrected.notes(loaded.model, loaded.config)
+
+
+def _notes(made: Attached, chosen: Fitted, data: Data, ranks: Ranks) -> list[str]:
+    """What a person must know of a run before it begins."""
+    loaded, config = made.loaded, chosen.config
+    train, valid = data.train, data.valid
+    notes = train.notes("train", config.data.max_tokens) + valid.notes("valid", config.data.max_tokens)
+    notes += unread(loaded.path) + _of_model(made) + chosen.notes
+    if train.chat and not _learns_to_stop(loaded, config):
+        notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")
+    if config.lora.start_from:
+        notes.append(f"going on from {config.lora.start_from}: its kind, ranks, scales and targets are kept")
+    steps = chosen.rows.steps
+    notes.append(f"{train.rows} training rows{train.also}, {valid.rows} held out{valid.also}, {steps} steps")
+    what = attach.describe(made.spec, loaded.model)
+    notes.append(f"training {what} on {_where(loaded, ranks)}")
+    notes.append(_ways_out(loaded))
+    notes.append(f"computed: {fast_ways.describe(chosen.way)}")
+    return notes + unrepeatable(loaded.model, backend.kind())
+
+
+def _learns_to_stop(loaded: Loaded, config: Config) -> bool:
+    """Whether the chat template ends answers with a token of their own."""
+    template = loaded.templates.of(config.data.template_kwargs)
+    return template.ends_answers(config.data.expand_turns == "none")
+
+
+def _where(loaded: Loaded, ranks: Ranks) -> str:
+    """Device, type of the activations, number of processes."""
+    where = f"{backend.kind()}, {dtype_name(loaded.dtype)}"
+    if ranks.size > 1:
+        return f"{where}, {ranks.size} processes"
+    return where
+
+
+def _ways_out(loaded: Loaded) -> str:
+    """A note on which exports there are of this model."""
+    return described(source_of(loaded.path)["config"], loaded.config)
+
+
+def _crowded(job: Job) -> list[str]:
+    """A warning where other programs leave too little memory for the run."""
+    if backend.kind() == "cuda":  # which has memory of its own
+        return []
+    return surroundings.crowded(job.predicted or lasting_bytes(job.model), backend.memory_bytes())
+
+
+def _warn_here(ranks: Ranks, crowded: list[str]) -> None:
+    """Say what could stop this machine, where another one writes what the run says."""
+    for warning in [*surroundings.warnings(), *crowded]:
+        text = f"note: process {ranks.number}, on {platform.node()}: {warning}"
+        print(text, file=sys.stderr, flush=True)
