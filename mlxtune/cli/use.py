@@ -42,13 +42,15 @@ def eval_command(
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
     """
-    from mlxtune.adapter.lora import switched_off
+    from mlxtune.adapter.attach import switched_off
+    from mlxtune.data.dataset import holdout
     from mlxtune.evaluate.score import score_examples
 
     common.run_settings(adapter, data, settings)  # a typing error is said before the model is read
     loaded = common.load_model(model, adapter)
     examples, config = common.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)
-    label = split or ("all" if data is not None and Path(data).expanduser().is_file() else "valid")
+    is_whole = data is not None and holdout.is_whole_file(data, split)
+    label = split or ("all" if is_whole else "valid")
     for note in examples.notes(label, config.data.max_tokens):
         common.note(note)
     console = common.console()

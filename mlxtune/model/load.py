@@ -36,8 +36,8 @@ from mlxtune.model.corrections.corrected import correct, readable
 from mlxtune.model.corrections.reference import completed
 from mlxtune.model.corrections.shared_keys import handed_on, with_unused
 from mlxtune.model.corrections.tying import by_files
-from mlxtune.model.dense import on_cpu
 from mlxtune.model.hub import resolve
+from mlxtune.model.linux_cpu import multiply_densely
 
 __all__ = ["Loaded", "cast", "load", "model_dtype", "open_model", "source_of"]
 
@@ -79,25 +79,26 @@ class Loaded:
             )
 
 
-def load(source: str, dtype: str = "own", as_mlx_lm: bool = False, read: bool = True) -> Loaded:
+def load(source: str, dtype: str = "own", as_mlx_lm: bool = False, read: bool = True, tokenizer: Any = None) -> Loaded:
     """Load a model for running or training.
 
     source: MLX folder, 16-bit Hugging Face folder, or hub id; dtype: "own" to run it, `train.dtype` to train it;
     as_mlx_lm: with mlx-lm's own way to multiply on the CPU, to be compared with; read: its weights now, not when they
-    are first used. Raises UserError for whatever is
+    are first used; tokenizer: as it is set up for a run, instead of the folder's own. Raises UserError for whatever is
     missing, torn or unknown.
     """
     backend.prepare()
     path = resolve(source)
     require_folder(path)
     model, config = open_model(path)
-    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(path)
     own = model_dtype(model)
     wanted = backend.dtype_for(dtype, own, "quantization" in config)
     if wanted != own:
         cast(model, wanted)
     if backend.kind() == "cpu" and not as_mlx_lm:
-        on_cpu(model)
+        multiply_densely(model)
     if read:
         mx.eval(model.parameters())
     return Loaded(model, tokenizer, config, path, wanted, own)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from mlxtune.data.chat.masking import Example, Span, tokenized_texts, tokenized_
 from mlxtune.data.chat.repairs import repaired, weight
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad, place
+from mlxtune.data.template.choice import require_template
 from mlxtune.data.template.template import Template, TemplateError
 from mlxtune.data.template.templates import Templates
 from mlxtune.data.template.texts import common_prefix
@@ -149,6 +151,7 @@ class Renderer:
             return _Sheet(record, dropped=record.reason)
         if record.text is not None:
             return _Sheet(record, whole=record.text)
+        require_template(self.tokenizer)
         if not any(message["role"] == "assistant" for message in record.messages or []):
             return _Sheet(record, dropped="no assistant turn")
         try:
@@ -340,3 +343,9 @@ def _otherwise_in(whole: str, draft: Draft, turns: list[AskedTurn]) -> int:
     if whole.startswith(draft.text):
         return int(draft.apart and draft.turns[-1] in turns)
     return len([turn for turn in turns if not whole.startswith(turn.text)])
+
+
+def by_record(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """All that was made of one record, record by record. rows: as `Renderer.stream` yields them."""
+    for _, parts in groupby(rows, key=lambda row: id(row.record)):
+        yield list(parts)
