@@ -21,8 +21,9 @@ from mlxtune_convert.hf import families
 from mlxtune_convert.peft import adapter_folder as files
 from safetensors.numpy import load_file
 
-from mlxtune.adapter import lora, peft
-from mlxtune.adapter.plan import linear_paths, outside_blocks
+from mlxtune.adapter import adapter_files, attach, peft
+from mlxtune.adapter.layers import SWITCH
+from mlxtune.adapter.plan import AdapterPlan, linear_paths, outside_blocks
 from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
@@ -75,13 +76,13 @@ def measure(family: str, root: Path) -> Row:
         path for path in paths if any(p.endswith(path) for p in layout.peft_targets(_full(model)).values())
     )
     row.not_in_peft = len(paths) - len(covered)
-    spec = lora.Spec.of(model, LoraSection(rank=2, alpha=4, targets=covered))
-    lora.attach(model, spec, seed=1)
+    spec = AdapterPlan.of(model, LoraSection(rank=2, alpha=4, targets=covered))
+    attach.attach(model, spec, seed=1)
     train(model)
     run = root / f"{family}-run"
     run.mkdir()
-    lora.save_config(run, spec)
-    lora.save_factors(model, run, spec.file)
+    adapter_files.save_config(run, spec)
+    adapter_files.save_tensors(model, run, spec.file)
     ours = mlx_logits(model)
     request = export.Request(folder, run, root / f"{family}-hf", base=original if layout.tower else None)
     export.to_hf(request)
@@ -99,7 +100,7 @@ def measure(family: str, root: Path) -> Row:
 
 
 def _full(model: Any) -> list[str]:
-    return [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, *lora.SWITCH))]
+    return [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, *SWITCH))]
 
 
 def inverse(folder: Path, converted: Path, layout: Any) -> str:
@@ -132,7 +133,7 @@ def train(model: Any) -> None:
         _, gradients = step(0)
         flat = dict(nn.utils.tree_flatten(gradients))
         norm = float(mx.sqrt(sum((g * g).sum() for g in flat.values())).item())
-        values = lora.factors(model)
+        values = attach.trained_tensors(model)
         model.load_weights([(name, values[name] - g * (2.0 / norm)) for name, g in flat.items()], strict=False)
         mx.eval(model.parameters())
 
@@ -182,7 +183,7 @@ def cross_entropy(values: np.ndarray) -> float:
 
 
 def same(one: Path, other: Path) -> bool:
-    left, right = (load_file(lora.adapter_file(folder)) for folder in (one, other))
+    left, right = (load_file(adapter_files.adapter_file(folder)) for folder in (one, other))
     return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
 
 

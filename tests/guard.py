@@ -113,7 +113,7 @@ def _stores_in_files(given: dict[str, Any], folder: Path) -> Iterator[str]:
     if given.get("config"):
         files.append(folder / str(given["config"]))
     for file in files:
-        if file.is_file() and (named := re.search(r"^ +cache: (.+)$", file.read_text(errors="replace"), re.MULTILINE)):
+        if file.is_file() and (named := re.search(r"\bcache: ([^,}\n]+)", file.read_text(errors="replace"))):
             yield named[1].strip("'\"")
 
 
@@ -259,12 +259,21 @@ class Popen(subprocess.Popen):  # type: ignore[type-arg]
             self._watch.end(killed=status == -9)
 
 
+def _caches_here() -> dict[str, str]:
+    """The folders for downloads as the libraries of this process have them, which a test may have changed."""
+    found = {}
+    for library, name in (("huggingface_hub.constants", "HF_HUB_CACHE"), ("datasets.config", "HF_DATASETS_CACHE")):
+        if library in sys.modules:
+            found[name] = str(getattr(sys.modules[library], name))
+    return found
+
+
 def watched_main(main: Any, program: str) -> Any:
     """The `main` of a click command, watched: commands that run in the process of the tests."""
 
     def run(args: Any = None, *more: Any, **settings: Any) -> Any:
         words = [program, *(sys.argv[1:] if args is None else map(str, args))]
-        watch = Watch(words)
+        watch = Watch(words, environment={**os.environ, **_caches_here()})
         try:
             return main(args, *more, **settings)
         finally:

@@ -269,7 +269,7 @@ def main() -> None:
         artefacts.make(root)
         warm.end()
         statuses: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
-        with get_context("fork").Pool(asked.jobs) as pool:
+        with get_context("fork").Pool(asked.jobs, _begin, (dict(os.environ),)) as pool:
             for number, ended in enumerate(pool.imap_unordered(_one, [(case, root) for case in chosen]), 1):
                 counts = statuses.setdefault(ended.case.kind, Counter())
                 counts[str(ended.status)] += 1

@@ -17,8 +17,9 @@ from safetensors.numpy import load_file, save_file
 from test_companions import DENSE, adapter_of
 from test_gguf_fuzz import model_bytes
 
-from mlxtune.adapter import lora
-from mlxtune.adapter.plan import ADAPTER_FILE, Spec
+from mlxtune.adapter import attach
+from mlxtune.adapter.adapter_files import ADAPTER_FILE
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.model import convert, reopened
@@ -116,7 +117,7 @@ def test_a_module_that_leaves_out_mlxs_own_start_can_be_trained(tmp_path: Path) 
     shape = {"num_key_value_heads": 1, "lru_width": 64, "attention_window_size": 16}
     folder = tiny.make_model(tmp_path / "m", "recurrent_gemma", block_types=["recurrent", "attention"], **shape)
     model, _ = open_model(folder)
-    lora.attach(model, Spec.of(model, LoraSection(rank=2)))
+    attach.attach(model, AdapterPlan.of(model, LoraSection(rank=2)))
     trainable = named(model.trainable_parameters())
     assert trainable and all(name.rpartition(".")[2] in ("lora_a", "lora_b") for name in trainable)
 

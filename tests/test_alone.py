@@ -14,6 +14,7 @@ import zoo
 from alone import same
 from click.testing import CliRunner
 from mlxtune_convert import adapters, fence
+from mlxtune_convert.adapters import AdapterConfig
 from mlxtune_convert.cli import cli
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.gguf import adapter_file, architectures
@@ -25,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from test_peft import IDS, hf, logits
 from test_variants import KINDS, adapted
 
-from mlxtune.adapter import lora, peft
+from mlxtune.adapter import peft
 from mlxtune.adapter.layers import LINEAR, SWITCH
 from mlxtune.model.convert import Target, convert
 from mlxtune.model.load import load
@@ -90,7 +91,7 @@ def test_an_adapter_crosses_both_ways_with_the_bits_that_mlxtune_gives(
     for number, base in enumerate((folder, config)):
         fence.to_mlx(tmp_path / "ours", tmp_path / f"back-{number}", base)
         same(tmp_path / "back", tmp_path / f"back-{number}")
-    file = lora.read_spec(tmp_path / "run").file
+    file = AdapterConfig.read(tmp_path / "run").file
     assert {key: array.tobytes() for key, array in load_file(tmp_path / "run" / file).items()} == {
         key: array.tobytes() for key, array in load_file(tmp_path / "back-0" / file).items()
     }

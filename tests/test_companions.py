@@ -87,17 +87,18 @@ def test_processors_go_along_in_convert_and_every_export(vision: Path, tmp_path:
 
 def adapter_of(model: Path, out: Path) -> Path:
     """An adapter as a run leaves it, which changes nothing."""
-    from mlxtune.adapter import lora
-    from mlxtune.adapter.plan import ADAPTER_FILE, Spec
+    from mlxtune.adapter import adapter_files, attach
+    from mlxtune.adapter.adapter_files import ADAPTER_FILE
+    from mlxtune.adapter.plan import AdapterPlan
     from mlxtune.config.schema import LoraSection
     from mlxtune.model.arrays import save_arrays
 
     loaded = load(str(model))
-    spec = Spec.of(loaded.model, LoraSection(rank=2))
-    lora.attach(loaded.model, spec)
+    spec = AdapterPlan.of(loaded.model, LoraSection(rank=2))
+    attach.attach(loaded.model, spec)
     out.mkdir()
-    save_arrays(out / ADAPTER_FILE, lora.factors(loaded.model))
-    lora.save_config(out, spec)
+    save_arrays(out / ADAPTER_FILE, attach.trained_tensors(loaded.model))
+    adapter_files.save_config(out, spec)
     return out
 
 

@@ -18,7 +18,7 @@ import torch
 from mlxtune_convert.gguf import metadata as gguf_config
 from safetensors.numpy import load_file, save_file
 
-from mlxtune.adapter import lora
+from mlxtune.adapter.layers import LoRALinear
 from mlxtune.data.chat.masking import Example, tokenized_all
 from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
@@ -284,7 +284,7 @@ def test_a_merge_that_is_none_is_our_bug(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Only the files' own numbers are wrong, and they are those that were merged: no other reason is left."""
-    monkeypatch.setattr(lora.LoRALinear, "delta", lambda self: self.lora_b.T @ self.lora_a.T)
+    monkeypatch.setattr(LoRALinear, "delta", lambda self: self.lora_b.T @ self.lora_a.T)
     with pytest.raises(UserError) as raised:
         ship(Request(mlx_model, run, tmp_path / "out", dtype=dtype, examples=held_out))
     said = raised.value.hint

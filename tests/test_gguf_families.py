@@ -15,7 +15,8 @@ import zoo
 from mlxtune_convert.gguf import architectures as gguf_families
 from mlxtune_convert.gguf import metadata, model_read, quant_blocks, tensor_types
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files, attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.model.load import load, open_model
@@ -142,12 +143,12 @@ def test_an_adapter_on_a_written_family_does_in_llama_cpp_what_it_does_here(name
     exported(folder, tmp_path / "base.gguf")
     model = load(str(folder), "float32").model
     before = np.array(model(mx.array(IDS)[None]))[0]
-    spec = lora.Spec.of(model, LoraSection(rank=2, alpha=4))
-    lora.attach(model, spec, seed=1)
+    spec = AdapterPlan.of(model, LoraSection(rank=2, alpha=4))
+    attach.attach(model, spec, seed=1)
     conformance.train(model)
     (tmp_path / "run").mkdir()
-    lora.save_config(tmp_path / "run", spec)
-    lora.save_factors(model, tmp_path / "run", spec.file)
+    adapter_files.save_config(tmp_path / "run", spec)
+    adapter_files.save_tensors(model, tmp_path / "run", spec.file)
     gguf.ship(export.Request(folder, tmp_path / "run", tmp_path / "adapter.gguf"), "gguf-lora", None, False)
     ours = np.array(model(mx.array(IDS)[None]))[0]
     with llama_cpp.runner(tmp_path / "base.gguf", tmp_path / "adapter.gguf") as run:

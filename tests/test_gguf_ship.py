@@ -15,13 +15,14 @@ import pytest
 import tiny
 from click.testing import CliRunner
 from gguf.quants import dequantize, quantize
+from mlxtune_convert.adapters import AdapterConfig
 from mlxtune_convert.gguf import adapter_file, container, ggml
 from mlxtune_convert.gguf.architectures import by_model_type
 from mlxtune_convert.gguf.tensor_types import Choice
 from mlxtune_convert.peft.adapter_folder import Update
 from test_variants import adapted
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.cli import cli
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.template.tokenizer import load_tokenizer
@@ -42,7 +43,7 @@ def export(model: Path, out: Path, *options: str | Path, to: str = "gguf") -> st
 def trained_logits(model: Path, run: Path | None) -> np.ndarray:
     loaded = load(str(model), "float32")
     if run is not None:
-        lora.load_adapter(loaded.model, run)
+        adapter_files.load_adapter(loaded.model, run)
     return np.array(loaded.model(mx.array(IDS)[None]))[0]
 
 
@@ -171,7 +172,7 @@ def test_ranks_and_scales_that_differ_are_folded(tmp_path: Path) -> None:
     alpha = opened.get("adapter.lora.alpha")
     assert alpha == 8.0
     done = convert.convert(str(file), tmp_path / "back", convert.Target.of(None, None, None))
-    spec = lora.read_spec(tmp_path / "back")
+    spec = AdapterConfig.read(tmp_path / "back")
     assert done.notes == [] and {path: rank for path, (rank, _) in spec.modules.items()} == {
         path: update.rank for path, update in updates.items()
     }

@@ -14,7 +14,7 @@ import tiny
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from mlxtune.adapter import lora, vocabulary
+from mlxtune.adapter import adapter_files, vocabulary
 from mlxtune.cli import cli, common
 from mlxtune.cli.display import Display
 from mlxtune.config import resolve
@@ -148,7 +148,7 @@ def test_new_rows_start_as_the_mean_of_the_known_ones(name: str, models: dict[st
     config = run_config(models, name, data)
     changes = vocabulary.run_tokenizer(models[name], config)[1]
     assert changes.tokens == NEW
-    vocabulary.prepare(loaded, config, changes)
+    vocabulary.add_rows_for_new_tokens(loaded, config, changes)
     before = load_file(models[name] / "model.safetensors")
     for path in ("model.embed_tokens.weight", "lm_head.weight"):
         if path in before:
@@ -218,7 +218,7 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(
         train(run_config(models, name, data), tmp_path / "cut", display)
     with quiet() as display:
         train(RunFolder(tmp_path / "cut").config(), tmp_path / "cut", display, resume=True)
-    one, other = (mx.load(str(folder / lora.OWN_FILE)) for folder in (tmp_path / "whole", tmp_path / "cut"))
+    one, other = (mx.load(str(folder / adapter_files.OWN_FILE)) for folder in (tmp_path / "whole", tmp_path / "cut"))
     assert sorted(one) == sorted(other)
     for key, array in one.items():
         assert mx.array_equal(array, other[key]).item(), key
@@ -245,7 +245,7 @@ def test_peft_computes_the_same_and_gives_it_back_unchanged(
     theirs, tokenizer = PeftModel.from_pretrained(base, str(out)), AutoTokenizer.from_pretrained(out)
     assert made_by(theirs, tokenizer, eos_token_id=ENDS) == answers(model, run)
     command("convert", out, tmp_path / "back", "--base", model)
-    one, other = (load_file(folder / lora.OWN_FILE) for folder in (run, tmp_path / "back"))
+    one, other = (load_file(folder / adapter_files.OWN_FILE) for folder in (run, tmp_path / "back"))
     assert {key: array.tobytes() for key, array in one.items()} == {key: a.tobytes() for key, a in other.items()}
     assert answers(model, tmp_path / "back") == answers(model, run)
 

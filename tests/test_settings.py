@@ -15,8 +15,8 @@ import sweep
 import tiny
 import zoo
 from mlx.utils import tree_flatten
+from mlxtune_convert.families import table
 from mlxtune_convert.hf import families as layouts
-from mlxtune_convert.hf import unheeded
 from mlxtune_convert.hf.configs import normalise
 from safetensors.numpy import load_file, save_file
 from test_rotary import SIZES
@@ -230,11 +230,13 @@ def test_what_mlx_lm_cannot_hold_is_refused_with_the_reason(
 def test_the_table_of_settings_names_families_and_settings_that_there_are() -> None:
     from transformers import CONFIG_MAPPING
 
-    for families, key, computed in unheeded._COMPUTED:
-        assert computed
-        for family in families.split():
-            known = CONFIG_MAPPING[family]()
-            assert hasattr(known, key), (family, key)
+    named = 0
+    for name, family in table.FAMILIES.items():
+        for key, computed in family.computes.items():
+            assert computed
+            assert hasattr(CONFIG_MAPPING[name](), key), (name, key)
+            named += 1
+    assert named > 50
 
 
 def test_a_note_of_a_corrected_model_is_said_by_convert_and_at_the_start_of_training(

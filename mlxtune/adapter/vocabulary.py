@@ -9,19 +9,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlxtune_convert.adapters import OWN_FILE
 from mlxtune_convert.hf.model_folder import resize, vocabulary
 from mlxtune_convert.tensors import read_header
 
 from mlxtune.adapter.layers import EMBEDDING, LINEAR, dense_copy, own_parameters
-from mlxtune.adapter.plan import OWN_FILE, Spec, heads, outside_blocks
+from mlxtune.adapter.plan import AdapterPlan, heads, outside_blocks
 from mlxtune.config.resolve import Config
 from mlxtune.data.template.choice import missing, set_template
 from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.data.template.tokenizer_changes import Changes, add
 from mlxtune.machine import backend
 from mlxtune.model.load import Loaded, model_dtype, open_model
-
-__all__ = ["fit", "grow", "matrices", "prepare", "resize", "run_tokenizer", "vocabulary"]
 
 
 def matrices(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
@@ -62,31 +61,31 @@ def _add_missing(tokenizer: Any, folder: Path, config: Config) -> str:
     backend.prepare()
     model, settings = open_model(folder)
     rows = matrices(model, settings)
-    if rows and set(rows) <= set(Spec.of(model, config.lora).trained):
+    if rows and set(rows) <= set(AdapterPlan.of(model, config.lora).trained):
         add(tokenizer, lacking, folder)
     head = ", head" if heads(model) else ""
     return f"Train them: lora.train_also=[embeddings{head}]; data.template=alpaca needs no new tokens."
 
 
-def prepare(loaded: Loaded, config: Config, changes: Changes) -> None:
+def add_rows_for_new_tokens(loaded: Loaded, config: Config, changes: Changes) -> None:
     """Give a model that is to be trained rows for the tokens of its run. changes: as `run_tokenizer` tells them."""
     if config.lora.start_from:
-        fit(loaded.model, Path(config.lora.start_from), loaded.config)
+        add_rows_of_adapter(loaded.model, Path(config.lora.start_from), loaded.config)
     elif changes.tokens:
         ids = list(changes.tokens.values())
-        grow(loaded.model, loaded.config, max(vocabulary(loaded.config) or 0, max(ids) + 1), ids)
+        append_rows(loaded.model, loaded.config, max(vocabulary(loaded.config) or 0, max(ids) + 1), ids)
 
 
-def fit(model: nn.Module, adapter: Path, config: dict[str, Any]) -> None:
+def add_rows_of_adapter(model: nn.Module, adapter: Path, config: dict[str, Any]) -> None:
     """Give a base, and its config.json, the rows for the tokens that an adapter was trained with."""
     file = adapter / OWN_FILE
     saved = read_header(file) if Changes.read(adapter).tokens and file.is_file() else {}
     rows = max((saved[f"{p}.weight"]["shape"][0] for p in matrices(model, config) if f"{p}.weight" in saved), default=0)
     if rows > (vocabulary(config) or 0):
-        grow(model, config, rows)
+        append_rows(model, config, rows)
 
 
-def grow(model: nn.Module, config: dict[str, Any], rows: int, fresh: Sequence[int] = ()) -> None:
+def append_rows(model: nn.Module, config: dict[str, Any], rows: int, fresh: Sequence[int] = ()) -> None:
     """Give embedding and head so many rows; the new ones, and those in `fresh`, are the mean of the rows before them.
 
     At the mean a new token's logit is an average of the others', which bounds how far it moves what the model says;

@@ -12,7 +12,7 @@ from mlxtune_convert.sizes import size
 from mlxtune.cli import common
 
 if TYPE_CHECKING:
-    from mlxtune.bench import Measured
+    from mlxtune.bench.figures import Measured
 
 DEMO = ("lora.rank=8", "lora.alpha=16")
 
@@ -61,7 +61,8 @@ def bench(
     import tempfile
     from dataclasses import asdict
 
-    from mlxtune import bench as measuring
+    from mlxtune.bench import children
+    from mlxtune.bench.figures import OURS
     from mlxtune.demo import story
     from mlxtune.demo.model import fetch
     from mlxtune.model import convert
@@ -75,9 +76,9 @@ def bench(
         resolved = configuration.load(None, (*DEMO, *settings), flags)
         ratio = None
         if against is None:
-            found = [measuring.measure(resolved, rows, measuring.OURS)]
+            found = [children.measure(resolved, rows, OURS)]
         else:
-            found, ratio = measuring.compare(resolved, rows, pairs or 5, lambda line: console.print(line), against)
+            found, ratio = children.compare(resolved, rows, pairs or 5, lambda line: console.print(line), against)
     if as_json:
         click.echo(json.dumps({"measured": [asdict(one) for one in found], "ratio": ratio}))
         return

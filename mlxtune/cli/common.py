@@ -135,16 +135,18 @@ def held_out(
 
 def load_model(model: str, adapter: Path | None) -> Loaded:
     """The model, with the adapter on it and the chat template that it was tuned with."""
-    from mlxtune.adapter import lora
+    from mlxtune_convert.adapters import AdapterConfig
+
+    from mlxtune.adapter import adapter_files
     from mlxtune.data.template.tokenizer_changes import Changes
     from mlxtune.model import load
 
     if adapter is not None:
-        lora.read_spec(adapter)  # a wrong folder is said before the model is read
+        AdapterConfig.read(adapter)  # a wrong folder is said before the model is read
     loaded = load.load(model)
     if adapter is not None:
         Changes.read(adapter).apply(loaded.tokenizer, loaded.path)
-        lora.load_adapter(loaded.model, adapter, loaded.config)
+        adapter_files.load_adapter(loaded.model, adapter, loaded.config)
     return loaded
 
 

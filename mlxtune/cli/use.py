@@ -42,7 +42,7 @@ def eval_command(
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
     """
-    from mlxtune.adapter.lora import switched_off
+    from mlxtune.adapter.attach import switched_off
     from mlxtune.data.dataset import holdout
     from mlxtune.evaluate.score import score_examples
 

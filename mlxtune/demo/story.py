@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.config import resolve
 from mlxtune.data.rows import formats
 from mlxtune.demo import model as embedded
@@ -92,7 +92,7 @@ def tell(
         tune(settings, run, listener)
     with chapter(console, "4. After"):
         tuned = load(str(model))
-        lora.load_adapter(tuned.model, run)
+        adapter_files.load_adapter(tuned.model, run)
         after, answers_after = measure(tuned, settings)
         console.print(comparison(answers_before, answers_after))
         fall = 1 - after.loss / before.loss

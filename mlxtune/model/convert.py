@@ -28,7 +28,7 @@ from mlxtune.machine import backend
 from mlxtune.model import reopened
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.model.corrections import corrected
-from mlxtune.model.dense import QUANTIZED
+from mlxtune.model.dense import QUANTIZED, dequantize_model
 from mlxtune.model.hub import resolve
 from mlxtune.model.load import cast, model_dtype, open_model, require_known, source_of
 
@@ -194,7 +194,7 @@ def _from_folder(path: Path, name: str, work: Path, target: Target, dtype: str |
     """name: hub id, or ""; code: with the model's own .py files. Quantizing is mlx-lm's own, the family's exceptions
     (routers and such) included.
     """
-    from mlx_lm.utils import dequantize_model, quantize_model
+    from mlx_lm.utils import quantize_model
 
     original = read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
     weights = weights_of(path)

@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -24,6 +25,7 @@ from mlxtune_convert.hf.configs import normalise
 from mlxtune_convert.mlx_folder import source_of
 from mlxtune_convert.tensors import weights_of
 
+from mlxtune.data.template.templates import Templates
 from mlxtune.data.template.tokenizer import load_tokenizer, require_folder
 from mlxtune.errors import STOPPED, UserError
 from mlxtune.machine import backend
@@ -34,8 +36,8 @@ from mlxtune.model.corrections.corrected import correct, readable
 from mlxtune.model.corrections.reference import completed
 from mlxtune.model.corrections.shared_keys import handed_on, with_unused
 from mlxtune.model.corrections.tying import by_files
-from mlxtune.model.dense import on_cpu
 from mlxtune.model.hub import resolve
+from mlxtune.model.linux_cpu import multiply_densely
 
 __all__ = ["Loaded", "cast", "load", "model_dtype", "open_model", "source_of"]
 
@@ -55,6 +57,11 @@ class Loaded:
     path: Path
     dtype: mx.Dtype
     own: mx.Dtype
+
+    @cached_property
+    def templates(self) -> Templates:
+        """The tokenizer's chat templates, with what was learnt about them."""
+        return Templates(self.tokenizer)
 
     @property
     def eos_ids(self) -> list[int]:
@@ -91,7 +98,7 @@ def load(source: str, dtype: str = "own", as_mlx_lm: bool = False, read: bool = 
     if wanted != own:
         cast(model, wanted)
     if backend.kind() == "cpu" and not as_mlx_lm:
-        on_cpu(model)
+        multiply_densely(model)
     if read:
         mx.eval(model.parameters())
     return Loaded(model, tokenizer, config, path, wanted, own)

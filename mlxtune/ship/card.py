@@ -10,7 +10,7 @@ from typing import Any
 from mlxtune_convert.files import read_json, write_json
 from mlxtune_convert.gguf.tokenizer_write import token_ids
 
-from mlxtune.data.chat.masking import template_of
+from mlxtune.data.template.template import Template
 from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.train.run_folder import RunFolder
@@ -26,7 +26,7 @@ def write_generation_config(work: Path, config: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(work)
     ends = {*token_ids(config.get("eos_token_id")), *token_ids(generation.get("eos_token_id")), tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        token = template_of(tokenizer, {}).end_of_turn.strip()
+        token = Template(tokenizer).end_of_turn.strip()
         ends.add(tokenizer.convert_tokens_to_ids(token) if token else None)
     write_json(file, {**generation, "eos_token_id": sorted(ends - {None})})
 

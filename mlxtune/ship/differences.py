@@ -19,7 +19,7 @@ from mlxtune_convert.files import read_json
 from mlxtune_convert.hf import mtp
 from mlxtune_convert.tensors import weight_files
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import load
@@ -115,7 +115,7 @@ def of_peft(trained: Trained, run: TorchRunner, check: Callable[[], object]) -> 
         return f"Its tensors are not the run's ({error.message})."
     loaded = verify.trained_model(trained.model, trained.adapter)
     count = len(loaded.model.layers)
-    with lora.switched_off(loaded.model), run.model.disable_adapter():
+    with attach.switched_off(loaded.model), run.model.disable_adapter():
         ours, theirs = states.of_mlx(loaded.model, trained.row), states.of_torch(run.model, trained.row, count)
     if states.parting(ours, theirs, LEAST["float32"]):
         return _of_programs(ours, theirs, "the base's weights alone")

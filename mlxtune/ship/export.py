@@ -14,15 +14,15 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlxtune_convert.adapters import AdapterConfig
 from mlxtune_convert.files import explained, new_folder, read_json, require_space
 from mlxtune_convert.hf import families, model_folder
 from mlxtune_convert.hf.configs import SOURCE_FILE, unquantized
+from mlxtune_convert.hf.model_folder import vocabulary
 from mlxtune_convert.peft import adapter_folder
 from mlxtune_convert.peft.settings import Settings
 
-from mlxtune.adapter import lora
 from mlxtune.adapter.peft import from_model
-from mlxtune.adapter.vocabulary import vocabulary
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
@@ -193,7 +193,7 @@ def to_peft(request: Request) -> Report | ReadBack | None:
     source = source_of(request.model)
     families.by_model_type(source["config"])  # refuses before any work
     tuned = open_merged(request.model, request.adapter)
-    spec = lora.read_spec(request.adapter)
+    spec = AdapterConfig.read(request.adapter)
     adapter = from_model(tuned.model, spec, source["config"], base_name(request, source) or spec.base)
     changes, rows, note = Changes.read(request.adapter), vocabulary(tuned.config), ""
     with new_folder(request.out, request.force, request.sources) as work:
@@ -286,7 +286,9 @@ def _check_adapter(folder: Path, request: Request) -> None:
         raise UserError("there is no run to compare them with: --adapter RUN")
     tuned = open_merged(request.model, request.adapter)
     source = source_of(request.model)
-    adapter_folder.check_adapter(folder, from_model(tuned.model, lora.read_spec(request.adapter), source["config"], ""))
+    adapter_folder.check_adapter(
+        folder, from_model(tuned.model, AdapterConfig.read(request.adapter), source["config"], "")
+    )
 
 
 def save_proof(work: Path, proof: ReadBack) -> ReadBack:

@@ -24,7 +24,7 @@ from mlxtune_convert.gguf.tokenizer_read import CONTROL
 from mlxtune_convert.hf import chat_templates, families
 from mlxtune_convert.peft.adapter_folder import Update
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
 from mlxtune.compute.fit_memory import window_of
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.template.tokenizer import tokenizer_json
@@ -94,12 +94,12 @@ def to_lora(request: Request, work: Path) -> Exported:
     tuned = open_merged(request.model, request.adapter)
     config = metadata.text_of(tuned.config)
     family = by_model_type(config["model_type"])
-    if lora.in_full(tuned.model) or any("m" in layer for layer in lora.adapters(tuned.model).values()):
+    if attach.layers_in_full(tuned.model) or any("m" in layer for layer in attach.adapted_layers(tuned.model).values()):
         raise UserError(
             "a GGUF adapter holds LoRA and rsLoRA only: neither DoRA nor layers trained in full (lora.train_also)",
             "Export the merged model: --to gguf --type f16 or q8_0.",
         )
-    layers = lora.adapters(tuned.model).items()
+    layers = attach.adapted_layers(tuned.model).items()
     updates = {path: Update(to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale) for path, layer in layers}
     path = work / MODEL_FILE
     adapter_file.write_adapter(path, family, config, updates, base_name(request, source_of(request.model)))

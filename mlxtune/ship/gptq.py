@@ -21,7 +21,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlxtune_convert.gguf.quant_blocks import pack
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.adapter.layers import LINEAR, LoRALinear, dense_shape
 from mlxtune.data.chat.masking import Example
 from mlxtune.model.arrays import to_numpy
@@ -55,7 +55,7 @@ class Calibration:
     def __init__(self, model: str, adapter: Path, examples: Sequence[Example]) -> None:
         loaded = load(model)
         self.model = loaded.model
-        lora.load_adapter(self.model, adapter, loaded.config)
+        adapter_files.load_adapter(self.model, adapter, loaded.config)
         step = max(1, len(examples) // MAX_ROWS)
         self.rows = [mx.array(np.asarray(example.ids[:MAX_TOKENS])[None]) for example in examples[::step][:MAX_ROWS]]
 

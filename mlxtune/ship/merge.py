@@ -17,11 +17,11 @@ import mlx.nn as nn
 import numpy as np
 from mlxtune_convert.files import require_space
 from mlxtune_convert.hf.configs import unquantized
+from mlxtune_convert.hf.model_folder import resize, vocabulary
 from mlxtune_convert.tensors import ShardWriter
 
-from mlxtune.adapter import lora
-from mlxtune.adapter.layers import SWITCH, Adapter, own_parameters
-from mlxtune.adapter.vocabulary import resize, vocabulary
+from mlxtune.adapter import adapter_files
+from mlxtune.adapter.layers import SWITCH, AdaptedLayer, own_parameters
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer, write_config
@@ -81,7 +81,7 @@ class Merged:
         for path, module in self.model.named_modules():
             if path in inside:
                 continue
-            if isinstance(module, Adapter):
+            if isinstance(module, AdaptedLayer):
                 inside.add(f"{path}.linear")
             elif not own_parameters(module):
                 continue
@@ -89,7 +89,7 @@ class Merged:
 
     def weight(self, module: nn.Module) -> mx.array:
         """The merged matrix of one leaf, float32."""
-        if isinstance(module, Adapter):
+        if isinstance(module, AdaptedLayer):
             return module.merged(dense_weight(module.linear))
         return dense_weight(module)
 
@@ -110,7 +110,7 @@ _QUANTIZATION_TENSORS = ("scales", "biases", "global_scale")
 
 def _inner(module: nn.Module) -> Any:
     """The base's layer of a leaf."""
-    return module.linear if isinstance(module, Adapter) else module
+    return module.linear if isinstance(module, AdaptedLayer) else module
 
 
 def _release(module: nn.Module) -> None:
@@ -123,7 +123,7 @@ def open_merged(base: Path, adapter: Path | None, dtype: mx.Dtype | None = None)
     model, config = open_model(base)
     own = model_dtype(model)
     if adapter is not None:
-        lora.load_adapter(model, adapter, config)
+        adapter_files.load_adapter(model, adapter, config)
     return Merged(model, config, dtype or own)
 
 

@@ -27,8 +27,8 @@ from mlxtune_convert.peft import adapter_folder
 from mlxtune_convert.sizes import size
 from mlxtune_convert.tensors import read_header
 
-from mlxtune.adapter import lora
-from mlxtune.compute.loss import place, supervised_rows
+from mlxtune.adapter import adapter_files, attach
+from mlxtune.compute.loss import inputs_of, supervised_outputs
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, collate
 from mlxtune.errors import UserError
@@ -149,7 +149,7 @@ def trained_model(model: str, adapter: Path | None) -> Loaded:
     """The model that exports are compared with: in float32, with the adapter on it."""
     loaded = load(model, "float32")
     if adapter is not None:
-        lora.load_adapter(loaded.model, adapter, loaded.config)
+        adapter_files.load_adapter(loaded.model, adapter, loaded.config)
     return loaded
 
 
@@ -166,7 +166,7 @@ def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> 
     trained = _gather(run, batches)
     base = trained
     if adapter is not None:
-        with lora.switched_off(loaded.model):
+        with attach.switched_off(loaded.model):
             base = _gather(run, batches)
     text = SHIPPED if isinstance(examples, Sample) else HELD_OUT
     return Reference(batches, targets, trained, base, UNTUNED if adapter is None else TRAINED, text)
@@ -179,7 +179,7 @@ class MlxRunner:
     model: nn.Module
 
     def __call__(self, batch: Batch) -> np.ndarray:
-        return to_numpy(supervised_rows(self.model, None, place(batch, None)).astype(mx.float32))
+        return to_numpy(supervised_outputs(self.model, None, inputs_of(batch, None)).astype(mx.float32))
 
 
 def mlx_runner(loaded: Loaded) -> MlxRunner:

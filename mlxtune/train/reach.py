@@ -1,8 +1,12 @@
 """What a file makes a command do beyond this machine and its own folder.
 
-A configuration, or the folder of a run, may be a stranger's. What it turns on is told before it happens; and the hub is
-not asked for what a run's folder alone names: such an id is looked up in the local cache. A user has named an id who
-wrote it on the command line, or named the configuration that holds it.
+A configuration, or the folder of a run, may be a stranger's. A note says what it turns on before that happens; and the
+hub is not asked for what a run's folder alone names: such an id is looked up in the local cache. A user has named an id
+who wrote it on the command line, or named the configuration that holds it.
+
+    train -c theirs.yaml               named by the user: the hub is asked, and a note says so
+    train --resume --out theirs        named by the run alone: looked up here, else refused with what to type
+    train --resume --out theirs --data owner/rows    named by the user: the hub is asked
 """
 
 from __future__ import annotations
@@ -44,12 +48,15 @@ def resumed(config: Config | None, file: str, named: Collection[str]) -> LocalOn
     """What is only looked up here when a run goes on. config: None where another process will tell it; file: the run's
     own configuration; named: the keys that the command line sets.
     """
+    model_id = data_id = "ID"
+    if config is not None:
+        model_id, data_id = shlex.quote(config.model.path), shlex.quote(config.data.path)
     model = data = ""
     if "model.path" not in named:
-        model = f"To have it fetched, name it: --model {shlex.quote(config.model.path) if config else 'ID'}"
+        model = f"To have it fetched, name it: --model {model_id}"
     if not set(DATA_KEYS).intersection(named):
-        data = f"To have it fetched, name it: --data {shlex.quote(config.data.path) if config else 'ID'}"
-        if config and config.data.sources:
+        data = f"To have it fetched, name it: --data {data_id}"
+        if config is not None and config.data.sources:
             data = f"To have it fetched, name the configuration that holds it: -c {shlex.quote(file)}"
     return LocalOnly(model, data)
 

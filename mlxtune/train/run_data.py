@@ -10,9 +10,9 @@ from typing import Any
 
 from mlxtune.adapter import vocabulary
 from mlxtune.config.resolve import Config
-from mlxtune.data.chat import masking
 from mlxtune.data.dataset import mixture, sources
 from mlxtune.data.dataset.examples import Examples
+from mlxtune.data.template.template import Template
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.model import hub
 from mlxtune.train.reach import NOTHING, LocalOnly
@@ -52,7 +52,7 @@ def with_date(config: Config, tokenizer: Any) -> Config:
     """The day made explicit where the template prints it, so that the run means the same tomorrow."""
     if config.data.date or tokenizer.chat_template is None:
         return config
-    if not masking.template_of(tokenizer, {}).prints_date:
+    if not Template(tokenizer).prints_date:
         return config
     today = date.today().isoformat()
     return config.model_copy(update={"data": config.data.model_copy(update={"date": today})})

@@ -28,7 +28,6 @@ from mlxtune.data.survey.markup import Markup
 from mlxtune.data.survey.split_survey import SplitSurvey
 
 USED, SHORTENED = "used", "shortened"  # outcomes of a row that gives examples
-UNCUT = 1 << 31  # data.max_tokens that no row reaches
 
 
 def survey(config: Config, renderer: Renderer, progress: Progress) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def survey(config: Config, renderer: Renderer, progress: Progress) -> dict[str, 
 def read_split(out: SplitSurvey, records: Iterator[Record | Bad], renderer: Renderer, progress: Progress) -> None:
     """Read one split whole, and fill in what is known of it."""
     limit = renderer.section.max_tokens
-    uncut = Renderer(renderer.tokenizer, renderer.section.model_copy(update={"max_tokens": UNCUT}))
+    uncut = renderer.uncut()
     markup = Markup(renderer.tokenizer)
     for chunk in chunks(records):
         good = []
