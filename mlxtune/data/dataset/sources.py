@@ -92,7 +92,7 @@ def files_by_split(source: SourceSection, stream: bool = False, local_only: str 
 
 
 def unused(found: dict[str, list[Source]]) -> tuple[str, ...]:
-    """The data files, or splits of a hub dataset, that stand beside what `files_by_split` found and that nothing reads."""
+    """The data files, or splits of a hub dataset, that stand beside those found and that nothing reads."""
     return found["train"][0].beside
 
 
