@@ -193,8 +193,8 @@ def to_peft(request: Request) -> Report | ReadBack | None:
     source = source_of(request.model)
     families.by_model_type(source["config"])  # refuses before any work
     tuned = open_merged(request.model, request.adapter)
-    spec = AdapterConfig.read(request.adapter)
-    adapter = from_model(tuned.model, spec, source["config"], base_name(request, source) or spec.base)
+    saved = AdapterConfig.read(request.adapter)
+    adapter = from_model(tuned.model, saved, source["config"], base_name(request, source) or saved.base)
     changes, rows, note = Changes.read(request.adapter), vocabulary(tuned.config), ""
     with new_folder(request.out, request.force, request.sources) as work:
         adapter_folder.write_adapter(work, adapter)
