@@ -85,7 +85,9 @@ def test_a_quantized_model_is_quantized_again(bits: int, quantized: Path, tmp_pa
 def test_a_packed_half_is_trained_in_full_as_the_matrix_that_it_stands_for(quantized: Path) -> None:
     model = load(str(quantized), "float32").model
     before = np.array(model(IDS))
-    attach.attach(model, AdapterPlan.of(model, LoraSection(targets=["q_a_proj"], train_also=["layers.0.self_attn"])))
+    attach.attach(
+        model, AdapterPlan.of(model, LoraSection(targets=["q_a_proj"], train_also=["layers.0.self_attn.unembed_out"]))
+    )
     assert attach.trained_tensors(model)["model.layers.0.self_attn.unembed_out.weight"].shape == (4, 16, 32)
     np.testing.assert_allclose(np.array(model(IDS)), before, atol=1e-5)
 
