@@ -93,7 +93,7 @@ def test_a_fused_model_is_opened_again_without_a_proof_too(mlx_model: Path, tmp_
     adapter = adapter_of(mlx_model, tmp_path / "run")
     ship(Request(mlx_model, adapter, tmp_path / "whole"), FusedMlx())
     factors = dict(mx.load(str(adapter / ADAPTER_FILE)))
-    broken = {name: array * float("nan") if "lora_b" in name else array for name, array in factors.items()}
+    broken = {name: array + 1e30 for name, array in factors.items()}  # whose products are infinite
     mx.save_safetensors(str(adapter / ADAPTER_FILE), broken)
     with pytest.raises(UserError, match="logits of 4 tokens are not finite"):
         ship(Request(mlx_model, adapter, tmp_path / "fused"), FusedMlx())

@@ -17,6 +17,9 @@ import tiny
 from mlxtune_convert import fence
 from mlxtune_convert.mlx_folder import MlxFolder
 
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
+from mlxtune.config.schema import LoraSection
 from mlxtune.model import convert, reopened
 from mlxtune.model.load import load
 from mlxtune.ship import merge
@@ -24,6 +27,7 @@ from mlxtune.ship.artefacts import HuggingFace
 from mlxtune.ship.export import ship
 from mlxtune.ship.request import Request
 
+IDS = mx.array([[5, 9, 77, 120, 33, 8, 250, 91]])
 HALVES = ("embed_q", "unembed_out")
 # How each of mlx-lm's layers that keep codes is read. The last two also turn what they multiply; nothing adapts them.
 READ = {
@@ -79,6 +83,16 @@ def test_a_quantized_model_is_quantized_again(bits: int, quantized: Path, tmp_pa
     before, after = (reopened.logits(load(str(path), read=False)) for path in (quantized, tmp_path / "out"))
     assert np.abs(after - before).max() <= (1e-4 if bits == 16 else 1.0) * np.abs(before).max()
     assert out.bits_per_weight == pytest.approx(_stored_bits(tmp_path / "out"))
+
+
+def test_a_packed_half_is_trained_in_full_as_the_matrix_that_it_stands_for(quantized: Path) -> None:
+    model = load(str(quantized), "float32").model
+    before = np.array(model(IDS))
+    attach.attach(
+        model, AdapterPlan.of(model, LoraSection(targets=["q_a_proj"], train_also=["layers.0.self_attn.unembed_out"]))
+    )
+    assert attach.trained_tensors(model)["model.layers.0.self_attn.unembed_out.weight"].shape == (4, 16, 32)
+    np.testing.assert_allclose(np.array(model(IDS)), before, atol=1e-5)
 
 
 def _stored_bits(folder: Path) -> float:

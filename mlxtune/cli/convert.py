@@ -83,8 +83,8 @@ def convert(
         made = peft.import_adapter(folder, dst, str(base) if base else None, force)
         for note in made.notes:
             common.note(note)
-        trained_on = f", trained on {made.spec.base}" if made.spec.base else ""
-        common.stdout().print(f"{dst}: an adapter of {made.layers} layers ({made.spec.variant}{trained_on})")
+        trained_on = f", trained on {made.saved.base}" if made.saved.base else ""
+        common.stdout().print(f"{dst}: an adapter of {made.layers} layers ({made.saved.variant}{trained_on})")
         return
 
     peft.refuse_several(folder)

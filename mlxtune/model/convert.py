@@ -30,7 +30,8 @@ from mlxtune.model.arrays import named, to_numpy
 from mlxtune.model.corrections import corrected
 from mlxtune.model.dense import QUANTIZED, dequantize_model
 from mlxtune.model.hub import resolve
-from mlxtune.model.load import cast, model_dtype, open_model, require_known, source_of
+from mlxtune.model.load import cast, model_dtype, open_model, source_of
+from mlxtune.model.mlx_lm_classes import require_known
 
 # The bits and group sizes of each mode, the default first.
 MODES = {

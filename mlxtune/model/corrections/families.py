@@ -1,9 +1,8 @@
 """What is known of single families on MLX's side: where mlx-lm's model differs from transformers', one entry a family.
 
-The other half of a family, how its tensors are called and laid out in files, is `mlxtune_convert.hf.families`. A family
-that is in neither table works where mlx-lm reads its files and computes what transformers computes: these tables hold
-exceptions, and what was compared. To add one: an entry in each table that it needs, its shape in tests/zoo.py, and
-`python tests/conformance.py NAME` measures it.
+What a family is in files, its tensors, their names and layouts, is its entry in `mlxtune_convert.families.table`; that
+package knows no MLX. A family without an entry here works where mlx-lm computes what transformers computes: this table
+holds exceptions, and what was compared. `python tests/conformance.py NAME` measures a family.
 
 Two things are not in the table. Gemma 3n's blocks that share keys are told by their class (`shared_keys`). A head that
 files hold beside the embedding is told by the files (`tying`).
