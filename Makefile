@@ -1,7 +1,7 @@
 # make demo    the whole story on a small model, in a few minutes (STEPS=8: fewer training steps)
 # make test    every test, the linter and the type checker among them
 # make check   linters and types alone
-# make docs    docs/configuration.md and docs/commands.md, out of the code
+# make docs    docs/configuration.md, commands.md and files.md, out of the code
 # make setup   the virtual environment that the others make by themselves
 # make machine says which Python would be used, or why none can be
 

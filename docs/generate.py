@@ -1,10 +1,12 @@
-"""Write docs/configuration.md and docs/commands.md out of the configuration's schema and the command line.
+"""Write the pages of docs/ that say what the code says: of its configuration, its commands and its modules.
 
 `make docs` runs it. A test writes both again and fails when they differ from the files, so that neither goes stale.
 """
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
 import types
 import typing
@@ -21,6 +23,7 @@ from mlxtune.config.resolve import Config, recipe_names
 from mlxtune.config.schema import Section, SourceSection
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 WIDTH = 100  # columns of a help text
 INTRODUCTION = """# Configuration
 
@@ -135,7 +138,37 @@ def commands() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"configuration.md": configuration, "commands.md": commands}
+FILES = """# Files
+
+<!-- Written by docs/generate.py out of the modules' docstrings: change those, then run `make docs`. -->
+
+Every module with the first sentence of its docstring. How they work together: [architecture.md](architecture.md)."""
+PACKAGES = (ROOT / "mlxtune", ROOT / "convert" / "mlxtune_convert")
+
+
+def first_sentence(path: Path) -> str:
+    """Of a module's docstring, on one line."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    words = " ".join(text.partition("\n\n")[0].split())
+    return re.split(r"(?<=[.:]) (?=[A-Z])", words)[0]
+
+
+def files() -> str:
+    """docs/files.md: the rooms in the order of their names, and the modules in them."""
+    lines = [FILES]
+    for package in PACKAGES:
+        for init in sorted(package.rglob("__init__.py")):
+            room = init.parent
+            modules = sorted(path for path in room.glob("*.py") if not path.stem.startswith("__"))
+            lines += ["", f"## {room.relative_to(package.parent).as_posix()}/", "", first_sentence(init)]
+            if modules:
+                lines += ["", "| module | what it is about |", "| --- | --- |"]
+            for path in modules:
+                lines.append(f"| `{path.name}` | {first_sentence(path).replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"configuration.md": configuration, "commands.md": commands, "files.md": files}
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if sys.argv[1:] else HERE  # a test writes them elsewhere

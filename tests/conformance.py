@@ -21,16 +21,20 @@ from mlxtune_convert.hf import families
 from mlxtune_convert.peft import adapter_folder as files
 from safetensors.numpy import load_file
 
-from mlxtune.adapter import lora, peft
-from mlxtune.adapter.plan import linear_paths, outside_blocks
+from mlxtune.adapter import adapter_files, attach, peft
+from mlxtune.adapter.layers import SWITCH
+from mlxtune.adapter.plan import AdapterPlan, linear_paths, outside_blocks
 from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.model import convert
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import load
-from mlxtune.ship import export, verify
+from mlxtune.ship import runners, verify
+from mlxtune.ship.artefacts import HuggingFace
+from mlxtune.ship.export import ship
 from mlxtune.ship.merge import open_merged
+from mlxtune.ship.request import Request
 
 IDS = np.random.default_rng(5).integers(3, 250, (2, 24))
 
@@ -57,7 +61,7 @@ def measure(family: str, root: Path) -> Row:
     row = Row(family)
     config = json.loads((original / "config.json").read_text())
     try:
-        convert.convert(str(original), folder, convert.Target.of(16, None, None), "float32")
+        convert.convert(str(original), folder, convert.Quantization.of(16, None, None), "float32")
         loaded = load(str(folder), "float32")
         theirs = reference(original)
         untrained = logits(theirs)
@@ -75,21 +79,21 @@ def measure(family: str, root: Path) -> Row:
         path for path in paths if any(p.endswith(path) for p in layout.peft_targets(_full(model)).values())
     )
     row.not_in_peft = len(paths) - len(covered)
-    spec = lora.Spec.of(model, LoraSection(rank=2, alpha=4, targets=covered))
-    lora.attach(model, spec, seed=1)
+    spec = AdapterPlan.of(model, LoraSection(rank=2, alpha=4, targets=covered))
+    attach.attach(model, spec, seed=1)
     train(model)
     run = root / f"{family}-run"
     run.mkdir()
-    lora.save_config(run, spec)
-    lora.save_factors(model, run, spec.file)
+    adapter_files.save_config(run, spec)
+    adapter_files.save_tensors(model, run, spec.file)
     ours = mlx_logits(model)
-    request = export.Request(folder, run, root / f"{family}-hf", base=original if layout.tower else None)
-    export.to_hf(request)
-    merged = verify.transformers_model(request.out)  # refuses missing and unexpected keys
+    request = Request(folder, run, root / f"{family}-hf", base=original if layout.tower else None)
+    ship(request, HuggingFace())
+    merged = runners.transformers_model(request.out)  # refuses missing and unexpected keys
     row.hf = apart(logits(merged), ours)
     out = root / f"{family}-peft"
     out.mkdir()
-    files.write_adapter(out, peft.from_model(model, spec, config, ""))
+    files.write_adapter(out, peft.from_model(model, spec.config, config, ""))
     adapted = logits(with_adapter(theirs, out))
     row.peft, row.step = apart(adapted, ours), abs(cross_entropy(adapted) - cross_entropy(ours))
     peft.import_adapter(out, root / f"{family}-back", str(folder), False)
@@ -99,7 +103,7 @@ def measure(family: str, root: Path) -> Row:
 
 
 def _full(model: Any) -> list[str]:
-    return [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, *lora.SWITCH))]
+    return [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, *SWITCH))]
 
 
 def inverse(folder: Path, converted: Path, layout: Any) -> str:
@@ -132,7 +136,7 @@ def train(model: Any) -> None:
         _, gradients = step(0)
         flat = dict(nn.utils.tree_flatten(gradients))
         norm = float(mx.sqrt(sum((g * g).sum() for g in flat.values())).item())
-        values = lora.factors(model)
+        values = attach.trained_tensors(model)
         model.load_weights([(name, values[name] - g * (2.0 / norm)) for name, g in flat.items()], strict=False)
         mx.eval(model.parameters())
 
@@ -141,7 +145,7 @@ def reference(folder: Path) -> Any:
     import torch
     from transformers import AutoConfig
 
-    model = verify._model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
+    model = runners.model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
 
@@ -158,7 +162,7 @@ def in_memory(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndar
 
     config = AutoConfig.from_pretrained(folder)
     state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
-    model = verify._model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    model = runners.model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
@@ -166,7 +170,7 @@ def logits(model: Any) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return verify.text_part(model)(torch.from_numpy(IDS)).logits.numpy()
+        return runners.text_part(model)(torch.from_numpy(IDS)).logits.numpy()
 
 
 def mlx_logits(model: Any) -> np.ndarray:
@@ -178,11 +182,11 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def cross_entropy(values: np.ndarray) -> float:
-    return float(verify._loss(values[:, :-1].reshape(-1, values.shape[-1]), IDS[:, 1:].reshape(-1)))
+    return float(verify.cross_entropy(values[:, :-1].reshape(-1, values.shape[-1]), IDS[:, 1:].reshape(-1)))
 
 
 def same(one: Path, other: Path) -> bool:
-    left, right = (load_file(lora.adapter_file(folder)) for folder in (one, other))
+    left, right = (load_file(adapter_files.adapter_file(folder)) for folder in (one, other))
     return left.keys() == right.keys() and all(left[name].tobytes() == right[name].tobytes() for name in left)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from conversations import THOUGHTS, WORD, Messages, thought_of, words
 from targets import Run, runs_of
 
-from mlxtune.data.chat import masking
+from mlxtune.data.chat import masking, repairs
 
 OPENINGS = {"<think>": "</think>", "<|channel>thought": "<channel|>"}  # what opens a thought: what closes it
 SEVERAL = ("<|channel|>", "to=")  # templates of which one turn holds several messages, with headers of their own
@@ -52,7 +52,7 @@ class _Proof:
         self, tokenizer: Any, messages: Messages, tools: Any, options: Options, rows: list[Any], counts: Counter[str]
     ) -> None:
         self.tokenizer, self.tools, self.options, self.rows, self.counts = tokenizer, tools, options, rows, counts
-        self.messages = masking.repaired(masking.template_of(tokenizer, options.kwargs), messages)
+        self.messages = repairs.repaired(masking.template_of(tokenizer, options.kwargs), messages)
         self.answers = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         self.trained = [at for at in self.answers if min(messages[at].get("weight", 1), messages[at].get("train", 1))]
         if options.train_on == "last":

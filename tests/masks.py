@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlxtune.data.chat import masking
+from mlxtune.data.chat import masking, repairs
 
 TEMPLATES = Path(__file__).parent / "templates"
 Messages = list[dict[str, Any]]
@@ -100,7 +100,7 @@ def source(name: str) -> str:
 def supervised(tokenizer: Any, messages: Messages, tools: Any = None, **kwargs: Any) -> list[str]:
     """The runs of supervised text; also asserts that ids are the tokenizer's own for the repaired messages."""
     example = masking.render(tokenizer, messages, tools, **kwargs)
-    repaired = masking.repaired(masking.template_of(tokenizer, kwargs), messages)
+    repaired = repairs.repaired(masking.template_of(tokenizer, kwargs), messages)
     own = tokenizer.apply_chat_template(repaired, tools=tools, tokenize=True, return_dict=False, **kwargs)
     assert list(example.ids) == list(own)
     return runs(tokenizer, example)

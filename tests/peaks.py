@@ -10,13 +10,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.memory import prediction
 from mlxtune.config import resolve as configuration
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Plan
-from mlxtune.model.dense import on_cpu
+from mlxtune.model.linux_cpu import multiply_densely
 from mlxtune.model.load import cast
 from mlxtune.train import optim
 from mlxtune.train.choice import choose
@@ -52,9 +53,9 @@ def of_step(
     cast(model, dtype)
     if bits:
         nn.quantize(model, 32, bits)
-        on_cpu(model)
+        multiply_densely(model)
     resolved = configuration.load(None, ("train.epochs=1", *settings))
-    keys = lora.attach(model, lora.Spec.of(model, resolved.lora), 0)
+    keys = attach.attach(model, AdapterPlan.of(model, resolved.lora), 0)
     mx.eval(model.parameters())
     plan = Plan(rows, resolved.train)
     chosen = choose(Given(model, sizes, dtype), resolved, plan)

@@ -8,6 +8,7 @@ from typing import Any
 from mlxtune.config.schema import DataSection
 from mlxtune.data.dataset import mixture
 from mlxtune.data.dataset.examples import Examples
+from mlxtune.data.template.choice import set_template
 
 ASKED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
@@ -15,7 +16,8 @@ ASKED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 def read(path: Path, tokenizer: Any, seed: int = 0, whole: bool = False, **options: Any) -> dict[str, Examples]:
     """The examples of each split; nothing is cached unless asked."""
     section = DataSection(**{"path": str(path), "cache": "off", **options})
-    return mixture.read(section, tokenizer, path.parent, seed, whole=whole)
+    set_template(tokenizer, path.parent, section.template)
+    return mixture.read(section, tokenizer, seed, whole=whole)
 
 
 def all_of(path: Path, tokenizer: Any, **options: Any) -> Examples:

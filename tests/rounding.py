@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlxtune.model import dense
+from mlxtune.model import linux_cpu
 from mlxtune.model.dense import dense_weight
 
 _gather_mm = mx.gather_mm
@@ -45,5 +45,5 @@ def as_a_gpu(patch: pytest.MonkeyPatch, relative: float) -> None:
 
     patch.setattr(nn.Linear, "__call__", linear)
     patch.setattr(nn.Embedding, "as_linear", product)
-    patch.setattr(dense, "_multiply", product)
+    patch.setattr(linux_cpu, "_dense_product", product)
     patch.setattr(mx, "gather_mm", gather)

@@ -17,14 +17,17 @@ from safetensors.numpy import load_file, save_file
 from test_companions import DENSE, adapter_of
 from test_gguf_fuzz import model_bytes
 
-from mlxtune.adapter import lora
-from mlxtune.adapter.plan import ADAPTER_FILE, Spec
+from mlxtune.adapter import attach
+from mlxtune.adapter.adapter_files import ADAPTER_FILE
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.model import convert, reopened
 from mlxtune.model.arrays import named
 from mlxtune.model.load import load, open_model
-from mlxtune.ship import export
+from mlxtune.ship.artefacts import FusedMlx
+from mlxtune.ship.export import ship
+from mlxtune.ship.request import Request
 
 
 def poisoned(folder: Path, value: float) -> Path:
@@ -35,10 +38,10 @@ def poisoned(folder: Path, value: float) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("target", [DENSE, convert.Target.of(4, 32, None)], ids=["16 bits", "4 bits"])
+@pytest.mark.parametrize("target", [DENSE, convert.Quantization.of(4, 32, None)], ids=["16 bits", "4 bits"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_give_no_numbers_are_not_converted(
-    value: float, target: convert.Target, hf_model: Path, tmp_path: Path
+    value: float, target: convert.Quantization, hf_model: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(hf_model, tmp_path / "m")
     with pytest.raises(UserError, match=f"{tmp_path / 'out'}: the logits of 4 tokens are not finite"):
@@ -57,9 +60,9 @@ def test_a_gguf_whose_weights_give_no_numbers_is_not_converted(tmp_path: Path) -
                 if spoil and tensor.name == "output_norm.weight":
                     rows[...] = np.nan
                 writer.add(tensor.name, tensor.kind, rows)
-    convert.convert(str(tmp_path / "ok.gguf"), tmp_path / "ok", convert.Target.of(None, None, None))
+    convert.convert(str(tmp_path / "ok.gguf"), tmp_path / "ok", convert.Quantization.of(None, None, None))
     with pytest.raises(UserError, match="logits of 4 tokens are not finite"):
-        convert.convert(str(tmp_path / "bad.gguf"), tmp_path / "bad", convert.Target.of(None, None, None))
+        convert.convert(str(tmp_path / "bad.gguf"), tmp_path / "bad", convert.Quantization.of(None, None, None))
     tiny.nothing_written(tmp_path / "bad")
 
 
@@ -88,12 +91,12 @@ def test_a_config_that_is_another_model_the_second_time_is_not_kept(
 
 def test_a_fused_model_is_opened_again_without_a_proof_too(mlx_model: Path, tmp_path: Path) -> None:
     adapter = adapter_of(mlx_model, tmp_path / "run")
-    export.to_mlx(export.Request(mlx_model, adapter, tmp_path / "whole"), 16)
+    ship(Request(mlx_model, adapter, tmp_path / "whole"), FusedMlx())
     factors = dict(mx.load(str(adapter / ADAPTER_FILE)))
-    broken = {name: array * float("nan") if "lora_b" in name else array for name, array in factors.items()}
+    broken = {name: array + 1e30 for name, array in factors.items()}  # whose products are infinite
     mx.save_safetensors(str(adapter / ADAPTER_FILE), broken)
     with pytest.raises(UserError, match="logits of 4 tokens are not finite"):
-        export.to_mlx(export.Request(mlx_model, adapter, tmp_path / "fused"), 16)
+        ship(Request(mlx_model, adapter, tmp_path / "fused"), FusedMlx())
     tiny.nothing_written(tmp_path / "fused")
 
 
@@ -116,7 +119,7 @@ def test_a_module_that_leaves_out_mlxs_own_start_can_be_trained(tmp_path: Path) 
     shape = {"num_key_value_heads": 1, "lru_width": 64, "attention_window_size": 16}
     folder = tiny.make_model(tmp_path / "m", "recurrent_gemma", block_types=["recurrent", "attention"], **shape)
     model, _ = open_model(folder)
-    lora.attach(model, Spec.of(model, LoraSection(rank=2)))
+    attach.attach(model, AdapterPlan.of(model, LoraSection(rank=2)))
     trainable = named(model.trainable_parameters())
     assert trainable and all(name.rpartition(".")[2] in ("lora_a", "lora_b") for name in trainable)
 

@@ -16,7 +16,7 @@ from reading import all_of
 from targets import runs_of
 
 from mlxtune.config.schema import DataSection
-from mlxtune.data.chat import masking
+from mlxtune.data.chat import masking, repairs
 from mlxtune.data.chat.renderer import Renderer
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.template.rendering import Remembered
@@ -126,7 +126,7 @@ def test_a_template_that_demands_short_call_ids_gets_them_and_results_keep_their
     for named in ({"tool_call_id": "call_0123456789abcdef"}, {}):
         tool = {"role": "tool", "content": "five", **named}
         messages = [user("Q"), answer("", "", linked), tool, answer("It is 5.")]
-        repaired = masking.repaired(masking.template_of(tokenizer, {}), messages)
+        repaired = repairs.repaired(masking.template_of(tokenizer, {}), messages)
         short = repaired[1]["tool_calls"][0]["id"]
         assert len(short) == 9
         assert repaired[2]["tool_call_id"] == short

@@ -14,7 +14,9 @@ import pytest
 
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
-from mlxtune.data.dataset.batches import MAX_BUCKETS, Plan, collate, fill, in_order, widths
+from mlxtune.data.dataset.batches import MAX_BUCKETS, Plan, collate, fill, in_order
+from mlxtune.data.dataset.measured import ListedExamples
+from mlxtune.data.dataset.widths import widths
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, 103).tolist()
 EXAMPLES = [Example(list(range(1, length + 1)), [0] * (length - 3) + [1] * 3) for length in LENGTHS]
@@ -185,17 +187,17 @@ def test_a_small_plan_stays_what_it_was() -> None:
     assert found[1] == [[2], [6, 7, 5, 4], [3], [9], [0], [8], [1]]
 
 
-class Rows(list[Example]):
-    """Examples of rows that give several. row_of: [N] the row of each."""
+class Rows(ListedExamples):
+    """Examples of rows that give several."""
 
-    row_of: np.ndarray
+    row_of: np.ndarray = np.zeros(0)  # [N] the row of each
 
 
 def conversations(counts: list[int], seed: int = 0) -> Rows:
     """A row of each count of examples, each example the one before and a turn more, its last 3 tokens supervised."""
     draw = np.random.default_rng(seed)
     lengths = [np.cumsum(draw.integers(5, 60, count)).tolist() for count in counts]
-    found = Rows(Example([7] * length, [0] * (length - 3) + [1] * 3) for row in lengths for length in row)
+    found = Rows([Example([7] * length, [0] * (length - 3) + [1] * 3) for row in lengths for length in row])
     found.row_of = np.repeat(np.arange(len(counts)), counts)
     return found
 
@@ -247,9 +249,17 @@ def test_a_budget_of_tokens_holds_for_rows_of_many_examples(settings: dict) -> N
         assert plan.rows_per_batch > 3
 
 
+def test_rows_meet_in_buckets_and_batches_come_where_their_rows_are_on_average() -> None:
+    """Rows of 4, 30, 9, 10 and 8 tokens, two in a batch: as `batches` shows it."""
+    examples = [Example([7] * length, [0] * (length - 1) + [1]) for length in (4, 30, 9, 10, 8)]
+    plan = Plan(examples, TrainSection(epochs=1, batch_rows=2))
+    assert plan.widths == widths([4, 30, 9, 10, 8], 2) == [10, 30]
+    assert plan._batches([0, 1, 2, 3, 4]) == [[0, 2], [1], [3, 4]]
+
+
 def test_as_many_rows_share_a_batch_as_fit_its_tokens() -> None:
     """Rows of 10 + 20, 20 and 20 tokens, in this order, in batches of 50 padded tokens: the first two fill one."""
-    examples = Rows(Example([7] * length, [0] * (length - 1) + [1]) for length in (10, 20, 20, 20))
+    examples = Rows([Example([7] * length, [0] * (length - 1) + [1]) for length in (10, 20, 20, 20)])
     examples.row_of = np.array([0, 0, 1, 2])
     plan = Plan(examples, TrainSection(epochs=1, batch_tokens=50))
     assert plan.widths == [10, 20]
@@ -269,12 +279,12 @@ def test_the_examples_of_a_batch_of_rows_are_padded_little() -> None:
 def test_rows_of_several_examples_are_grouped_by_their_first() -> None:
     """Two documents, six conversations of three turns on each: both turns after the first go where the first goes."""
     counts = [3] * 12
-    examples = Rows()
+    made = []
     for row in range(12):
         start = [1, 2, *[50 + row % 2] * 60]
-        examples += [
-            Example([*start, *[100 + row] * (6 * turn)], [0] * (59 + 6 * turn) + [1] * 3) for turn in (1, 2, 3)
-        ]
+        for turn in (1, 2, 3):
+            made.append(Example([*start, *[100 + row] * (6 * turn)], [0] * (59 + 6 * turn) + [1] * 3))
+    examples = Rows(made)
     examples.row_of = np.repeat(np.arange(12), counts)
     plan = Plan(examples, TrainSection(epochs=1, batch_rows=3), grouped=True)
     batches = [batch for step in range(1, plan.steps + 1) for batch in plan.step(step)]
@@ -284,14 +294,14 @@ def test_rows_of_several_examples_are_grouped_by_their_first() -> None:
 
 
 def test_a_million_rows_are_planned_in_seconds() -> None:
-    class Many:
-        lengths = np.random.default_rng(1).integers(5, 2000, 1_000_000)
-        row_of = np.repeat(np.arange(600_000), np.tile([1, 1, 3], 200_000))
+    class Many(ListedExamples):
+        lengths: np.ndarray = np.random.default_rng(1).integers(5, 2000, 1_000_000)
+        row_of: np.ndarray = np.repeat(np.arange(600_000), np.tile([1, 1, 3], 200_000))
 
         def __len__(self) -> int:
             return 1_000_000
 
     began = time.process_time()
-    plan = Plan(Many(), TrainSection(epochs=1, batch_tokens=4096))  # type: ignore[arg-type]
+    plan = Plan(Many([]), TrainSection(epochs=1, batch_tokens=4096))
     assert time.process_time() - began < 30
     assert sum(len(rows) for step in plan._epochs[0] for rows in step) == 600_000

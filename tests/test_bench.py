@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from mlxtune import bench
+from mlxtune.bench import children, ours, theirs
+from mlxtune.bench.figures import OURS, THEIRS, Measured
 from mlxtune.cli.bench import _print as print_measured
 from mlxtune.config import resolve
 from mlxtune.errors import UserError
@@ -24,22 +25,22 @@ from mlxtune.train.run_data import read_data
 def test_both_competitors_train_on_the_same_rows(mlx_model: Path, data: Path) -> None:
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
     settings = resolve.load(None, ("train.batch_rows=4", "lora.rank=4", "train.epochs=1"), flags)
-    ours, theirs = (bench.measure(settings, 8, who) for who in (bench.OURS, bench.THEIRS))
-    assert ours.rows == theirs.rows == 8
-    assert ours.steps == theirs.steps == 2
-    assert ours.tokens == theirs.tokens
-    assert theirs.supervised == ours.supervised + 8  # mlx-lm counts a padding token after every row
-    assert ours.padding < theirs.padding
-    assert ours.processed < theirs.processed
-    assert ours.base_bytes == theirs.base_bytes
-    assert 0 < ours.head_saved < 1 and ours.seconds > 0 and 0 < ours.utilisation < 1
-    assert theirs.peak_bytes > ours.peak_bytes > 0
-    assert 0 < ours.update < 1 and theirs.update == 0
-    assert ours.waits > 3  # on the CPU every layer of gradients is waited for
-    assert not ours.queued and not theirs.queued
-    assert theirs.waits == 1  # mlx-lm evaluates once a step
-    assert ours.first_seconds == theirs.first_seconds == ours.traced == 0  # nothing is compiled on the CPU
-    assert (ours.limits, theirs.limits) == ("mlxtune", "mlx-lm")
+    our, their = (children.measure(settings, 8, who) for who in (OURS, THEIRS))
+    assert our.rows == their.rows == 8
+    assert our.steps == their.steps == 2
+    assert our.tokens == their.tokens
+    assert their.supervised == our.supervised + 8  # mlx-lm counts a padding token after every row
+    assert our.padding < their.padding
+    assert our.processed < their.processed
+    assert our.base_bytes == their.base_bytes
+    assert 0 < our.head_saved < 1 and our.seconds > 0 and 0 < our.utilisation < 1
+    assert their.peak_bytes > our.peak_bytes > 0
+    assert 0 < our.update < 1 and their.update == 0
+    assert our.waits > 3  # on the CPU every layer of gradients is waited for
+    assert not our.queued and not their.queued
+    assert their.waits == 1  # mlx-lm evaluates once a step
+    assert our.first_seconds == their.first_seconds == our.traced == 0  # nothing is compiled on the CPU
+    assert (our.limits, their.limits) == ("mlxtune", "mlx-lm")
 
 
 def test_mlx_lm_trains_under_the_limits_that_mlx_has_of_itself(
@@ -57,7 +58,7 @@ def test_mlx_lm_trains_under_the_limits_that_mlx_has_of_itself(
     )
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
     with pytest.raises(UserError) as told:
-        bench.measure(resolve.load(None, ("train.batch_rows=4",), flags), 8, bench.THEIRS)
+        children.measure(resolve.load(None, ("train.batch_rows=4",), flags), 8, THEIRS)
     assert told.value.message.split()[-3:] == alone.stderr.split() and alone.stderr.endswith(" 1\n")
 
 
@@ -79,11 +80,11 @@ def test_steps_are_timed_when_all_is_compiled_and_the_first_time_is_told_apart(
     flags = {"model.path": str(mlx_model), "data.path": str(data)}
     settings = resolve.load(None, ("train.batch_rows=4", "lora.rank=4", "train.epochs=1"), flags)
     found, _ = read_data(settings)
-    ours = bench._ours(settings, found, 3)
-    assert ours.waits <= 3 and ours.first_seconds > 0 and ours.queued
-    assert "compiled" in ours.computed and 0 < ours.traced <= 3
-    theirs = bench._theirs(bench.THEIRS, settings, list(found.train)[:8], 4)
-    assert theirs.waits == 1 and theirs.first_seconds > 0
+    our = ours.measure(settings, found, 3)
+    assert our.waits <= 3 and our.first_seconds > 0 and our.queued
+    assert "compiled" in our.computed and 0 < our.traced <= 3
+    their = theirs.measure(THEIRS, settings, list(found.train)[:8], 4)
+    assert their.waits == 1 and their.first_seconds > 0
 
 
 def test_rows_of_several_examples_are_chosen_by_rows_and_timed_by_examples(mlx_model: Path, tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_the_command_prints_one_json_document(mlx_model: Path, data: Path) -> No
 
 @pytest.mark.parametrize("queued", [True, False])
 def test_waits_are_told_where_they_are_not_by_design(queued: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    one = bench.Measured(bench.OURS, 8, 2, 2.0, 9, 9, 9, 0.0, 10, 1, "gpu", update=0.05, waits=3.0, queued=queued)
+    one = Measured(OURS, 8, 2, 2.0, 9, 9, 9, 0.0, 10, 1, "gpu", update=0.05, waits=3.0, queued=queued)
     print_measured(replace(one, first_seconds=2.68, traced=3))
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert "the first time through these rows took 1.34 times as long (3 graphs compiled)" in lines
@@ -118,16 +119,16 @@ def test_waits_are_told_where_they_are_not_by_design(queued: bool, capsys: pytes
 
 def test_ratios_are_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five pairs by hand: medians 3 and 6 seconds a row; the single pairs spread from 1/5 to 5/6."""
-    times = {bench.OURS: [1.0, 2.0, 3.0, 4.0, 5.0], bench.THEIRS: [5.0, 7.0, 6.0, 8.0, 6.0]}
+    times = {OURS: [1.0, 2.0, 3.0, 4.0, 5.0], THEIRS: [5.0, 7.0, 6.0, 8.0, 6.0]}
     order: list[str] = []
 
-    def measured(settings: resolve.Config, rows: int, who: str) -> bench.Measured:
+    def measured(settings: resolve.Config, rows: int, who: str) -> Measured:
         order.append(who)
         seconds = times[who][order.count(who) - 1] * rows
-        return bench.Measured(who, rows, 1, seconds, 1, 1, 1, 0.0, 10 if who == bench.OURS else 40, 1, "cpu")
+        return Measured(who, rows, 1, seconds, 1, 1, 1, 0.0, 10 if who == OURS else 40, 1, "cpu")
 
-    monkeypatch.setattr(bench, "measure", measured)
-    found, ratio = bench.compare(resolve.Config(), 4, 5, lambda line: None)
+    monkeypatch.setattr(children, "measure", measured)
+    found, ratio = children.compare(resolve.Config(), 4, 5, lambda line: None)
     assert len(found) == 10 and order[:4] == ["mlxtune", "mlx-lm", "mlx-lm", "mlxtune"]
     assert ratio == pytest.approx({"time": 0.5, "time_lowest": 0.2, "time_highest": 5 / 6, "peak": 0.25, "pairs": 5})
 

@@ -9,7 +9,7 @@ from masks import byte_tokenizer, supervised, turns, with_template
 from tokenizers import processors
 
 from mlxtune.data.chat import masking
-from mlxtune.data.template.template import TemplateError
+from mlxtune.data.template.template import Template, TemplateError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -179,6 +179,6 @@ def test_private_use_characters_in_the_data_are_no_stand_ins() -> None:
 
 def test_plain_text_is_supervised_whole_and_ends() -> None:
     tokenizer = make(CHATML)
-    (example,) = masking.tokenized_all(tokenizer, ["abc"], [None])
+    (example,) = masking.tokenized_texts(Template(tokenizer), ["abc"])
     assert tokenizer.decode(example.ids) == "abc</s>"
     assert list(example.mask) == [1, 1, 1, 1]

@@ -47,20 +47,22 @@ def chosen(model: nn.Module, kind: str, *settings: str, limit: int | None = None
 
 def needed(model: nn.Module, kind: str, way: Way) -> int:
     config = configuration.load(None, SETTINGS)
-    return fit_memory.plan(Given(model, sizes(kind), mx.float32), way, config, Plan(long_rows(), config.train)).total
+    return fit_memory.predict_run(
+        Given(model, sizes(kind), mx.float32), way, config, Plan(long_rows(), config.train)
+    ).total
 
 
 @pytest.fixture
 def without_split(monkeypatch: pytest.MonkeyPatch) -> list[Way]:
     """Every way with the head apart is refused. Returns the ways that are proven, as they are."""
     seen: list[Way] = []
-    real = proof.of
+    real = proof.prove
 
     def of(model: nn.Module, way: Way, *rest: Any) -> Verdict:
         seen.append(way)
         return Verdict("it does not reproduce this model (planted)") if way.split else real(model, way, *rest)
 
-    monkeypatch.setattr(proof, "of", of)
+    monkeypatch.setattr(proof, "prove", of)
     return seen
 
 
@@ -96,22 +98,22 @@ def test_a_slower_way_that_fits_nothing_is_refused_with_the_reason(without_split
     model = make(kind)
     least = configuration.load(None, ("train.epochs=1", "train.batch_rows=1"))
     plan = Plan(long_rows(), least.train)
-    alone = fit_memory.plan(Given(model, sizes(kind), mx.float32), Way(recompute=1), least, plan).total
+    alone = fit_memory.predict_run(Given(model, sizes(kind), mx.float32), Way(recompute=1), least, plan).total
     with pytest.raises(UserError, match=r"even with one row at a time and checkpointing; .* does not reproduce"):
         chosen(model, kind, limit=alone - 1)
 
 
 def test_checkpointing_that_cannot_be_proven_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = proof.of
+    real = proof.prove
     wrong = Verdict("it does not reproduce this model (planted)")
-    monkeypatch.setattr(proof, "of", lambda model, way, *rest: wrong if way.recompute else real(model, way, *rest))
+    monkeypatch.setattr(proof, "prove", lambda model, way, *rest: wrong if way.recompute else real(model, way, *rest))
     found = chosen(make("llama"), "llama", "train.checkpoint_layers=all")
     assert found.way.split is not None and found.way.recompute == 0
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, text: str, times: int) -> list[int]:
     """The fast way raises so often. Returns the widths of the rows it is given."""
-    real, widths = proof.gradients, list[int]()
+    real, widths = proof.sums_of, list[int]()
 
     def gradients(model: nn.Module, way: Way, batch: Any) -> Any:
         widths.append(batch.ids.shape[1])
@@ -119,7 +121,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, text: str, times: int) -> list[int]
             raise RuntimeError(text)
         return real(model, way, batch)
 
-    monkeypatch.setattr(proof, "gradients", gradients)
+    monkeypatch.setattr(proof, "sums_of", gradients)
     return widths
 
 
@@ -173,7 +175,7 @@ def test_rows_of_a_proof_pass_a_window_wider_than_usual(monkeypatch: pytest.Monk
     def tokens(model_config: dict[str, Any]) -> int:
         given = Given(model, model_config, mx.float32)
         return fit_memory.proof_room(
-            given, Fitted(Way(), config, plan, fit_memory.plan(given, Way(), config, plan), [])
+            given, Fitted(Way(), config, plan, fit_memory.predict_run(given, Way(), config, plan), [])
         ).tokens
 
     assert tokens(sizes("gemma3_text wide")) == 200
@@ -218,7 +220,9 @@ def test_a_proof_computes_blocks_again_before_its_rows_are_cut() -> None:
     def room(way: Way, count: int, dtype: mx.Dtype = mx.float32, limit: int | None = None) -> Room:
         plan = Plan(long_rows(count=count), config.train)
         given = Given(model, sizes(kind), dtype, limit)
-        return fit_memory.proof_room(given, Fitted(way, config, plan, fit_memory.plan(given, way, config, plan), []))
+        return fit_memory.proof_room(
+            given, Fitted(way, config, plan, fit_memory.predict_run(given, way, config, plan), [])
+        )
 
     assert room(Way(split), 4) == Room(200, checkpointed=False)
     assert room(Way(split, recompute=1), 4) == Room(200, checkpointed=True)
@@ -234,7 +238,7 @@ def test_a_proof_is_in_16_bits_only_where_float32_does_not_fit_the_limit() -> No
     plan = Plan(rows(0, [66]), config.train)
     way = Way(Split(model, "model", 320), recompute=1)
     given = Given(model, sizes(kind), mx.bfloat16)
-    run = Fitted(way, config, plan, fit_memory.plan(given, way, config, plan), [])
+    run = Fitted(way, config, plan, fit_memory.predict_run(given, way, config, plan), [])
     limits = (None, 10 * run.memory.total, run.memory.total)
     rooms = [fit_memory.proof_room(replace(given, limit=limit), run) for limit in limits]
     assert [room.raised for room in rooms] == [True, True, False]
@@ -244,13 +248,13 @@ def test_a_proof_is_in_16_bits_only_where_float32_does_not_fit_the_limit() -> No
 def test_a_run_in_16_bits_takes_the_fast_ways_and_its_peak_counts_the_proof(
     hf_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, held = proof.of, 300 << 20
+    real, held = proof.prove, 300 << 20
 
     def of(*known: Any) -> Verdict:
         mx.eval(mx.zeros(held // 4))
         return real(*known)
 
-    monkeypatch.setattr(proof, "of", of)
+    monkeypatch.setattr(proof, "prove", of)
     few = ("train.steps=1", "train.dtype=bfloat16", "train.eval_every=0", "train.save_every=0")
     found = tune(hf_model, data, tmp_path / "run", *few)
     notes = [event["text"] for event in found if event["kind"] == "note"]

@@ -13,7 +13,7 @@ from rounding import as_a_gpu
 from ways import BATCH, COMMON, assert_close, make, rows, steps, ways
 
 from mlxtune.compute import fast_ways, proof
-from mlxtune.compute.gradients import filled
+from mlxtune.compute.gradients import rounded_up
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction
@@ -47,7 +47,7 @@ def test_a_compiled_way_is_proven_under_a_gpus_rounding(compilation: None, monke
     monkeypatch.setitem(COMMON, "num_hidden_layers", 1)
     model = make("llama")
     way = Way(Split.of(model, mx.array(BATCH.ids)), compiled=True)
-    assert proof.of(model, way, BATCH, mx.float32, Room()) == Verdict()
+    assert proof.prove(model, way, BATCH, mx.float32, Room()) == Verdict()
 
 
 @NEEDS_COMPILER
@@ -62,15 +62,18 @@ def test_twenty_compiled_steps_have_the_losses_of_the_plain_loop(
 
 @pytest.mark.parametrize("count", [1, 16, 17, 100, 129, 1000, 5000])
 def test_targets_are_filled_up_by_less_than_a_quarter_and_to_few_numbers(count: int) -> None:
-    assert count <= filled(count) < max(1.25 * count, count + 16)
-    assert len({filled(n) for n in range(1, 5001)}) < 32
+    assert count <= rounded_up(count) < max(1.25 * count, count + 16)
+    assert len({rounded_up(n) for n in range(1, 5001)}) < 32
 
 
 def test_on_a_gpu_the_step_is_compiled_unless_batches_would_have_too_many_shapes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(backend, "kind", lambda: "metal")
-    wanted = lambda *settings: fast_ways.wanted(make("llama"), rows(17, [12, 9]), configuration.load(None, settings))[0]  # noqa: E731
+
+    def wanted(*settings: str) -> Way:
+        return fast_ways.fastest_way(make("llama"), rows(17, [12, 9]), configuration.load(None, settings))[0]
+
     assert wanted().compiled and not wanted().powers
     for setting in ("lora.dropout=0.1", "train.neftune_alpha=5", "data.group_by_prefix=true", "fast.head=off"):
         assert not wanted(setting).compiled, setting

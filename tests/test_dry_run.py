@@ -10,7 +10,8 @@ import pytest
 import tiny
 import training
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files, attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute.fit_memory import Given
 from mlxtune.config import resolve
 from mlxtune.config.schema import LoraSection
@@ -42,11 +43,11 @@ def configured(model: Path, data: Path, *settings: str) -> tuple[resolve.Config,
 def adapter_of_rank(rank: int, model: Path, folder: Path) -> Path:
     """An adapter that no step has trained, saved as a run leaves it."""
     loaded = load(str(model))
-    spec = lora.Spec.of(loaded.model, LoraSection(rank=rank, layers=1))
-    lora.attach(loaded.model, spec)
+    spec = AdapterPlan.of(loaded.model, LoraSection(rank=rank, layers=1))
+    attach.attach(loaded.model, spec)
     folder.mkdir()
-    lora.save_config(folder, spec)
-    lora.save_factors(loaded.model, folder, spec.file)
+    adapter_files.save_config(folder, spec)
+    adapter_files.save_tensors(loaded.model, folder, spec.file)
     return folder
 
 
@@ -75,7 +76,7 @@ def test_a_dry_run_predicts_the_adapter_and_the_memory_of_the_run(
     config, found = configured(model, data, *settings)
     planned = preparation.plan(config, found)
     prepared = preparation.prepare(config, found, RunFolder(tmp_path / "run"))
-    trained = lora.factors(prepared.job.model)
+    trained = attach.trained_tensors(prepared.job.model)
     assert planned.memory is not None
     assert planned.memory.adapter == sum(array.nbytes for array in trained.values())
     assert planned.memory.total == prepared.job.predicted
@@ -127,4 +128,4 @@ def test_a_run_and_its_dry_run_are_given_the_same(mlx_model: Path, data: Path) -
         return given.model_config, given.dtype, given.limit, given.narrower, classes
 
     assert facts(read.given) == facts(opened.given)
-    assert read.spec == opened.spec and read.changes == opened.changes
+    assert read.adapter == opened.adapter and read.changes == opened.changes

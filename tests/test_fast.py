@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from ways import BATCH, MIXTURES, SHAPES, assert_close, batch, make, rows, steps, ways
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.layers import LoRALinear
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute import fast_ways, loss, prefix, proof
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.head import Split
@@ -57,7 +59,7 @@ def test_windows_shorter_and_longer_than_prefix_and_suffix(
     monkeypatch.setattr(prefix, "MIN_SAVED", 1e-9)
     common, own = lengths
     found = batch(common, [own, own, own])
-    assert prefix.usable(found, common) == common
+    assert prefix.length_for_batch(found, common) == common
     for powers in (False, True):
         assert_close(make(kind), Way(prefix=common, recompute=1, powers=powers), found, 1e-5, 3e-5, kind)
 
@@ -70,7 +72,7 @@ def test_a_trained_head_gets_its_gradients(trained: str) -> None:
     hidden = split.hidden(mx.array(BATCH.ids))[0, -1:]
     assert not split.head_is_trained(model, hidden)
     if trained == "head LoRA":
-        head = lora.LoRALinear(model.lm_head, 2, 2.0, mx.random.key(5), 99, model.dropout_keys)
+        head = LoRALinear(model.lm_head, 2, 2.0, mx.random.key(5), 99, model.dropout_keys)
         model.lm_head = head  # B is zero, as it is when a run begins
         head.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
     else:
@@ -86,10 +88,10 @@ def test_checkpointed_blocks_draw_the_same_dropout_again(kind: str) -> None:
     """Another mask in the second run would leave the loss right and the gradients 80% wrong."""
     model = make(kind, dropout=0.1)
     split = Split.of(model, mx.array(BATCH.ids))
-    whole = proof.gradients(model, Way(), BATCH)[0]
+    whole = proof.sums_of(model, Way(), BATCH)[0]
     lengths = (BATCH.lengths - 1).tolist()
-    model.dropout_keys.set(3, 1, BATCH.rows.tolist(), lengths, len(lora.adapters(model)))
-    assert proof.gradients(model, Way(), BATCH)[0] != pytest.approx(whole, rel=1e-4)
+    model.dropout_keys.set(3, 1, BATCH.rows.tolist(), lengths, len(attach.adapted_layers(model)))
+    assert proof.sums_of(model, Way(), BATCH)[0] != pytest.approx(whole, rel=1e-4)
     assert_close(model, Way(split, recompute=1), BATCH, 1e-5, 3e-5, kind)
 
 
@@ -135,8 +137,10 @@ def test_a_fast_way_that_computes_something_else_is_not_used(monkeypatch: pytest
 
 
 def test_a_wrong_head_gradient_is_found_even_though_the_loss_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loss._frozen
-    monkeypatch.setattr(loss, "_frozen", lambda *a: real(*a) + 0.01 * (a[1].sum() - mx.stop_gradient(a[1].sum())))
+    real = loss._through_frozen_head
+    monkeypatch.setattr(
+        loss, "_through_frozen_head", lambda *a: real(*a) + 0.01 * (a[1].sum() - mx.stop_gradient(a[1].sum()))
+    )
     way, notes = chosen(make("llama"), "fast.prefix=off")
     assert way == Way()
     assert "the head on supervised tokens only" in notes
@@ -164,7 +168,7 @@ def test_models_are_in_training_mode_in_a_step_and_as_before_after_it(monkeypatc
     kind = type(model.layers[0].mlp)
     real = kind.__call__
     monkeypatch.setattr(kind, "__call__", lambda self, x: (seen.append(self.training), real(self, x))[1])
-    proof.gradients(model, Way(), BATCH)
+    proof.sums_of(model, Way(), BATCH)
     assert seen == [True, True] and not model.training and not model.layers[0].mlp.training
 
 
@@ -183,7 +187,7 @@ def test_the_prefix_is_off_where_it_cannot_be_exact_and_a_line_says_so() -> None
     sizes = {"hidden_size": 32, "intermediate_size": 48, "state_size": 8, "num_hidden_layers": 2, "conv_kernel": 4}
     sizes |= {"vocab_size": 320, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4}
     recurrent = module.Model(module.ModelArgs.from_dict({"model_type": "mamba", **sizes}))
-    lora.attach(recurrent, lora.Spec.of(recurrent, LoraSection(rank=2)), 0)
+    attach.attach(recurrent, AdapterPlan.of(recurrent, LoraSection(rank=2)), 0)
     way, notes = chosen(recurrent)
     assert way.prefix is None and "keep more than keys and values" in notes
 
@@ -196,15 +200,15 @@ def test_options_switch_the_fast_ways_off() -> None:
 
 def test_rows_supervised_from_the_start_share_nothing() -> None:
     example = Example([5, 6, 7, 8, 9, 10], [0, 1, 1, 1, 1, 1])
-    assert prefix.of_run([example, example]) == 0
-    assert prefix.shared(collate([example, example], [0, 1])) == 0
+    assert prefix.shared_by_run([example, example]) == 0
+    assert prefix.shared_by_batch(collate([example, example], [0, 1])) == 0
     whole = Example(list(range(5, 25)), [1] * 20)
-    assert prefix.shared(collate([whole, whole], [0, 1])) == 0
+    assert prefix.shared_by_batch(collate([whole, whole], [0, 1])) == 0
     same = Example(list(range(5, 25)), [0] * 19 + [1])  # equal rows: the predictor of the target stays
-    assert prefix.of_run([same, same]) == prefix.shared(collate([same, same], [0, 1])) == 18
+    assert prefix.shared_by_run([same, same]) == prefix.shared_by_batch(collate([same, same], [0, 1])) == 18
 
 
 @pytest.mark.parametrize("setting", ["lora.dropout=0.1", "fast.prefix=off"])
 def test_grouping_rows_for_a_prefix_that_is_off_is_refused(setting: str) -> None:
     with pytest.raises(UserError, match=r"data\.group_by_prefix has no effect"):
-        fast_ways.refuse_idle(configuration.load(None, ("data.group_by_prefix=true", setting)))
+        fast_ways.refuse_useless_grouping(configuration.load(None, ("data.group_by_prefix=true", setting)))

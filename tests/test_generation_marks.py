@@ -12,7 +12,7 @@ import pytest
 from conversations import CONVERSATIONS, TOOL
 from random_conversations import rendered
 
-from mlxtune.data.chat import masking
+from mlxtune.data.chat import masking, repairs
 
 ASSISTANT = "<|start|>assistant"
 # Why a mask differs: (who alone trains it, texts).
@@ -83,7 +83,7 @@ def differences(name: str, conversation: str) -> set[tuple[str, str]]:
     if row.dropped:
         return set()
     theirs = tokenizer.apply_chat_template(
-        masking.repaired(masking.template_of(tokenizer, {}), messages),
+        repairs.repaired(masking.template_of(tokenizer, {}), messages),
         tools=tools,
         return_dict=True,
         return_assistant_tokens_mask=True,

@@ -16,7 +16,8 @@ import pytest
 import tiny
 from broken import BUFFERS, LOST, OUT_OF_MEMORY, WATCHDOG, Evaluations, command, fail_gradients, failing
 
-from mlxtune import bench
+from mlxtune.bench import __main__ as bench_child
+from mlxtune.bench import children
 from mlxtune.cli import main
 from mlxtune.evaluate import generate
 from mlxtune.machine import backend
@@ -155,10 +156,10 @@ def test_a_benchmarks_child_tells_its_parent(
         if list(command[1:3]) != ["-m", "mlxtune.bench"]:
             return real(command, **options)
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            code = bench._main(command[3], command[4], int(command[5]))
+            code = bench_child.main(command[3], command[4], int(command[5]))
         return subprocess.CompletedProcess(command, code, out.getvalue(), "")
 
-    monkeypatch.setattr(bench.subprocess, "run", child)
+    monkeypatch.setattr(children.subprocess, "run", child)
     fail_gradients(monkeypatch, 1)
     result = command(capsys, "bench", "--model", mlx_model, "--data", data, "--rows", "8")
     tiny.one_clear_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,8 @@ NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c+
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a GPU: the step is one compiled function."""
-    monkeypatch.setattr(backend, "compiles", lambda: True)
+    policy = replace(backend.policy(), compiled=True)
+    monkeypatch.setattr(backend, "policy", lambda: policy)
     mx.enable_compile()
     yield
     mx.disable_compile()

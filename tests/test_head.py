@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 from rounding import as_a_gpu
 from ways import make
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute import loss
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -97,11 +98,11 @@ def test_supervised_loss_and_gradients_equal_the_plain_ones(model: nn.Module) ->
     """B is perturbed first: at zero every gradient of A is zero, and half of the comparison could not fail."""
     split = Split.of(model, mx.array(IDS))
     assert split is not None
-    if not lora.adapters(model):
-        lora.attach(model, lora.Spec.of(model, LoraSection(rank=2)), seed=0)
-        for index, layer in enumerate(lora.adapters(model).values()):
+    if not attach.adapted_layers(model):
+        attach.attach(model, AdapterPlan.of(model, LoraSection(rank=2)), seed=0)
+        for index, layer in enumerate(attach.adapted_layers(model).values()):
             layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(index))
-    value, gradient = nn.value_and_grad(model, lambda b: loss.along(model, Way(split), b))(batch())
+    value, gradient = nn.value_and_grad(model, lambda b: loss.of_batch(model, Way(split), b))(batch())
     plain, plain_gradient = nn.value_and_grad(model, lambda b: loss.plain(model, b))(batch())
     assert value.item() == pytest.approx(plain.item(), rel=1e-5)
     for (name, a), (_, b) in zip(tree_flatten(gradient), tree_flatten(plain_gradient), strict=True):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from mlxtune_convert.adapters import AdapterConfig
 from mlxtune_convert.files import refuse_links_out
 from mlxtune_convert.hf import companions
 from mlxtune_convert.peft import adapter_folder
 from mlxtune_convert.tensors import weights_of
 
-from mlxtune.adapter import lora
 from mlxtune.errors import UserError
 
 OUT = "is a link that leads out of the folder"
@@ -66,7 +66,7 @@ def test_no_command_reads_a_model_through_such_a_link(
 
 
 def test_an_adapter_with_a_link_out_is_refused(run: Path, secret: Path, tmp_path: Path) -> None:
-    for reader in (lora.read_spec, adapter_folder.read_adapter):
+    for reader in (AdapterConfig.read, adapter_folder.read_adapter):
         adapter = tmp_path / reader.__module__
         shutil.copytree(run, adapter)
         (adapter / "mlxtune_tokenizer.json").unlink(missing_ok=True)

@@ -12,12 +12,14 @@ from mlxtune.config.schema import DataSection
 from mlxtune.data.chat.renderer import Renderer
 from mlxtune.data.rows import formats
 from mlxtune.data.survey import lint, survey
+from mlxtune.data.survey.split_survey import Finding, SplitSurvey
 
 
-def found(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, **options: Any) -> dict[str, survey.Finding]:
-    out = survey.Split("train", "d.jsonl")
+def found(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, **options: Any) -> dict[str, Finding]:
+    out = SplitSurvey("train", "d.jsonl")
     read = formats.read(tiny.write_jsonl(folder / "d.jsonl", rows))
-    survey.survey(out, read, Renderer(tokenizer, DataSection(path="d.jsonl", **options)), lambda count: None)
+    renderer = Renderer(tokenizer, DataSection(path="d.jsonl", **options))
+    survey.read_split(out, read, renderer, lambda name, rows: None)
     return out.findings
 
 
@@ -60,9 +62,9 @@ def test_text_rows_that_are_rendered_already_are_named_with_what_is_trained_on(t
     rows = [{"text": "A tale.<|im_end|>\n"}, {"text": rendered}]
     finding = found(rows, tokenizer, tmp_path)["rendered"]
     assert (finding.rows, finding.reasons) == ([2], {"<|im_end|>, <|im_start|>": 1})
-    _, what, fix = lint.KINDS["rendered"]
-    assert "whole text is trained on, prompts too" in what
-    assert "messages" in fix
+    kind = lint.KINDS["rendered"]
+    assert "whole text is trained on, prompts too" in kind.what
+    assert "messages" in kind.fix
 
 
 def test_message_keys_that_nothing_reads_are_named(tokenizer: Any, tmp_path: Path) -> None:
@@ -101,5 +103,5 @@ def test_a_row_that_teaches_nothing_is_named_with_what_helps_it(code: str, token
     findings = found([GOOD, row], tokenizer, tmp_path, max_tokens=100)
     assert (findings[code].rows, findings[code].reasons) == ([2], {reason: 1})
     assert not {"refused", "too long", "dropped"} - {code} & findings.keys()
-    _, _, fix = lint.KINDS[code]
+    fix = lint.KINDS[code].fix
     assert helps in fix and useless not in fix

@@ -16,7 +16,8 @@ from rich.console import Console
 from training import scale_losses
 
 from mlxtune import errors
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.cli.display import Display
 from mlxtune.compute.loss import Way
 from mlxtune.config import resolve
@@ -79,7 +80,7 @@ def test_losses_equal_a_loop_of_mlx_primitives(
     resolved, plan = plan_of(model, data)
     section = resolved.train
     loaded = load(str(model))
-    lora.attach(loaded.model, lora.Spec.of(loaded.model, resolved.lora), section.seed)
+    attach.attach(loaded.model, AdapterPlan.of(loaded.model, resolved.lora), section.seed)
 
     def mean_loss(parameters: dict, batches: list) -> mx.array:
         loaded.model.update(tree_unflatten(list(parameters.items())))
@@ -124,15 +125,15 @@ def test_losses_equal_pytorch_and_peft(hf_model: Path, dense_model: Path, data: 
     resolved, plan = plan_of(dense_model, data)
     section = resolved.train
     loaded = load(str(dense_model))
-    spec = lora.Spec.of(loaded.model, resolved.lora)
-    lora.attach(loaded.model, spec, section.seed)
-    targets = sorted({key.rsplit(".", 1)[-1] for key in spec.keys})
+    spec = AdapterPlan.of(loaded.model, resolved.lora)
+    attach.attach(loaded.model, spec, section.seed)
+    targets = sorted({key.rsplit(".", 1)[-1] for key in spec.modules})
     base = AutoModelForCausalLM.from_pretrained(hf_model, dtype=torch.float32)
     model = get_peft_model(
         base, LoraConfig(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
     )
     with torch.no_grad():
-        for path, layer in lora.adapters(loaded.model).items():
+        for path, layer in attach.adapted_layers(loaded.model).items():
             module = model.get_submodule(f"base_model.model.{path}")
             module.lora_A["default"].weight.copy_(torch.from_numpy(np.array(layer.lora_a)).T)
             module.lora_B["default"].weight.copy_(torch.from_numpy(np.array(layer.lora_b)).T)
@@ -175,7 +176,7 @@ def test_accumulated_micro_batches_weigh_every_token_the_same(
     if not budget:
         assert (len(batches) > 2) == (turns > 1) and len(plan.rows_of_step(1)) == 6
     loaded = load(str(dense_model))
-    dropout = lora.attach(loaded.model, lora.Spec.of(loaded.model, resolved.lora), 0)
+    dropout = attach.attach(loaded.model, AdapterPlan.of(loaded.model, resolved.lora), 0)
     whole = collate(plan.examples, [index for batch in batches for index in batch.rows.tolist()])
     function = StepFunction(_job(loaded, plan, dropout, resolved), optim.build(resolved.train, {}))
     losses_of_parts, summed = function._accumulate(1, batches)

@@ -18,7 +18,8 @@ from mlxtune_convert import files
 from mlxtune_convert.hf import chat_templates
 from training import tune
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.config.resolve import Config
 from mlxtune.errors import UserError
 from mlxtune.machine import backend, diagnosis, surroundings
@@ -299,10 +300,10 @@ def test_what_a_gpu_adds_up_in_its_own_order_is_told_there_and_only_there(mlx_mo
     for also, expected in (([], ""), (["norms"], ""), (["embeddings"], "trained embeddings")):
         model = load.load(str(mlx_model), "float32").model
         section = Config.model_validate({"lora": {"train_also": also}}).lora
-        lora.attach(model, lora.Spec.of(model, section), 0)
-        assert lora.summed_in_any_order(model) == expected
+        attach.attach(model, AdapterPlan.of(model, section), 0)
+        assert attach.summed_in_any_order(model) == expected
         (*said,) = unrepeatable(model, "metal")
         assert len(said) == bool(expected) and all("may differ in its last bits" in line for line in said)
         assert unrepeatable(model, "cpu") == []
     model.experts = SwitchLinear(4, 4, 2)
-    assert lora.summed_in_any_order(model) == "trained embeddings and experts"
+    assert attach.summed_in_any_order(model) == "trained embeddings and experts"

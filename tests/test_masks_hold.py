@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from masks import FAMILIES, Messages, byte_tokenizer, family, piece_tokenizer, runs, with_template
 
-from mlxtune.data.chat import masking
+from mlxtune.data.chat import masking, repairs
 
 QUICK = settings(
     max_examples=100,
@@ -111,7 +111,7 @@ THINKING = ("content", "reasoning_content", "thinking")
 def render(tokenizer: Any, messages: Messages, tools: Any = None) -> tuple[masking.Example, str]:
     """The example, whose ids are the tokenizer's own whatever else holds, and the text rendered."""
     example = masking.render(tokenizer, messages, tools)
-    repaired = masking.repaired(masking.template_of(tokenizer, {}), messages)
+    repaired = repairs.repaired(masking.template_of(tokenizer, {}), messages)
     own = tokenizer.apply_chat_template(repaired, tools, tokenize=True, return_dict=False)
     assert list(example.ids) == list(own)
     assert len(example.mask) == len(own)

@@ -21,6 +21,7 @@ from mlxtune.config import resolve as configuration
 from mlxtune.config.resolve import TrainSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Plan
+from mlxtune.data.dataset.measured import ListedExamples
 from mlxtune.errors import UserError
 from mlxtune.train import preparation
 from mlxtune.train.run_data import read_data
@@ -87,25 +88,32 @@ def test_a_run_is_made_to_fit_by_checkpointing_and_then_by_smaller_micro_batches
 
 
 def test_a_budget_of_tokens_is_halved_too() -> None:
-    sections = list(fit_memory._smaller(TrainSection(batch_tokens=100, accumulate=3), widest=20))
+    sections = list(fit_memory._smaller_settings(TrainSection(batch_tokens=100, accumulate=3), widest=20))
     assert [(section.batch_tokens, section.accumulate) for section in sections] == [
         (100, 3),
         (100, 3),
         (50, 6),
         (25, 12),
     ]
-    assert len(list(fit_memory._smaller(TrainSection(batch_tokens=100), widest=60))) == 2  # a row is not cut in two
-    assert [section.batch_rows for section in fit_memory._smaller(TrainSection(batch_rows=6), 60)] == [6, 6, 3, 1]
+    assert (
+        len(list(fit_memory._smaller_settings(TrainSection(batch_tokens=100), widest=60))) == 2
+    )  # a row is not cut in two
+    assert [section.batch_rows for section in fit_memory._smaller_settings(TrainSection(batch_rows=6), 60)] == [
+        6,
+        6,
+        3,
+        1,
+    ]
 
 
-class Rows(list[Example]):
-    """Examples of rows that give several. row_of: [N] the row of each."""
+class Rows(ListedExamples):
+    """Examples of rows that give several."""
 
-    row_of: np.ndarray
+    row_of: np.ndarray = np.zeros(0)  # [N] the row of each
 
 
 def rows_of_turns(count: int, turns: int, tokens: int) -> Rows:
-    found = Rows(Example([7] * tokens, [0] * (tokens - 1) + [1]) for _ in range(count * turns))
+    found = Rows([Example([7] * tokens, [0] * (tokens - 1) + [1]) for _ in range(count * turns)])
     found.row_of = np.repeat(np.arange(count), turns)
     return found
 
@@ -127,10 +135,10 @@ def test_a_step_keeps_its_rows_where_micro_batches_are_made_smaller(
         def __init__(self, *known: Any) -> None:
             self.total = max(count * width for count, width, _ in known[-1].shapes())
 
-    monkeypatch.setattr(fit_memory, "plan", Needed)
+    monkeypatch.setattr(fit_memory, "predict_run", Needed)
     config = configuration.Config(train=TrainSection(epochs=1, **settings))
     before = Plan(rows_of_turns(24, 6, 60), config.train)
-    found = fit_memory.fitted(Given(None, {}, mx.float32, least), Way(), config, before)  # type: ignore[arg-type]
+    found = fit_memory.fit(Given(None, {}, mx.float32, least), Way(), config, before)  # type: ignore[arg-type]
     fitted, after = found.config, found.rows
     assert {key: getattr(fitted.train, key) for key in expected} == expected
     assert {len(plan.rows_of_step(step)) for plan in (before, after) for step in (1, 2, 3)} == {4}
@@ -138,22 +146,20 @@ def test_a_step_keeps_its_rows_where_micro_batches_are_made_smaller(
 
 
 def test_memory_too_small_for_one_example_of_a_row_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit_memory, "plan", lambda *known: SimpleNamespace(total=99))
+    monkeypatch.setattr(fit_memory, "predict_run", lambda *known: SimpleNamespace(total=99))
     config = configuration.Config(train=TrainSection(epochs=1, batch_rows=4))
     with pytest.raises(UserError, match="even with one example at a time and checkpointing"):
-        fit_memory.fitted(Given(None, {}, mx.float32, 59), Way(), config, Plan(rows_of_turns(4, 3, 60), config.train))  # type: ignore[arg-type]
+        fit_memory.fit(Given(None, {}, mx.float32, 59), Way(), config, Plan(rows_of_turns(4, 3, 60), config.train))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("model", "smaller"), [({}, "smaller or a 4-bit"), ({"quantization": {}}, "smaller")])
 def test_a_4_bit_model_is_not_told_to_be_one(
     model: dict[str, Any], smaller: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit_memory, "plan", lambda *known: SimpleNamespace(total=99))
+    monkeypatch.setattr(fit_memory, "predict_run", lambda *known: SimpleNamespace(total=99))
     config = configuration.Config(train=TrainSection(epochs=1, batch_rows=4))
     with pytest.raises(UserError) as told:
-        fit_memory.fitted(
-            Given(None, model, mx.float32, 59), Way(), config, Plan(rows_of_turns(4, 3, 60), config.train)
-        )  # type: ignore[arg-type]
+        fit_memory.fit(Given(None, model, mx.float32, 59), Way(), config, Plan(rows_of_turns(4, 3, 60), config.train))  # type: ignore[arg-type]
     assert f"take a {smaller} model, or set train.memory_limit: off." in (told.value.hint or "")
 
 

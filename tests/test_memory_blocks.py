@@ -12,10 +12,12 @@ import zoo
 from mlx.utils import tree_flatten
 from mlx_lm.models.gated_delta import gated_delta_ops
 
-from mlxtune.adapter import lora
-from mlxtune.compute.memory import blocks, prediction
-from mlxtune.compute.memory.graph import Ledger, traced
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
+from mlxtune.compute.memory import block_call, blocks, prediction
+from mlxtune.compute.memory.graph import traced
 from mlxtune.compute.memory.kernels import Device, tiled
+from mlxtune.compute.memory.ledger import Ledger
 from mlxtune.compute.memory.strides import strides_as
 from mlxtune.config.schema import LoraSection
 from mlxtune.machine import backend
@@ -83,7 +85,7 @@ def test_blocks_below_the_first_adapter_keep_nothing() -> None:
 
     def kept(**section: Any) -> list[bool]:
         model = peaks.build(sizes)
-        lora.attach(model, lora.Spec.of(model, LoraSection(**section)), 0)
+        attach.attach(model, AdapterPlan.of(model, LoraSection(**section)), 0)
         reached = prediction._reached(model)
         costs, _ = blocks.costs(model, 1, 32, 0, reached, CPU)
         return [cost.kept > cost.given for (cost,) in costs]
@@ -119,7 +121,7 @@ def test_the_loop_over_tokens_is_predicted_within_15_percent(tokens: int, heads:
     """A state of [heads, width, width] a token, several times over, and whole gradients of single slices."""
     gradients, given = gated_delta(tokens, heads, width)
     graph = traced(gradients, given)
-    predicted = Ledger(graph, graph.inputs, blocks.QUEUED).compute(graph.outputs)
+    predicted = Ledger(graph, graph.inputs, block_call.QUEUED).compute(graph.outputs)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -166,11 +168,11 @@ def test_a_gated_delta_model_is_predicted_as_published() -> None:
     model = peaks.build(QWEN35_4B)
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, 64, 4)
-    lora.attach(model, lora.Spec.of(model, LoraSection(rank=8, layers=4)), 0)
+    attach.attach(model, AdapterPlan.of(model, LoraSection(rank=8, layers=4)), 0)
     found = {}
     for width in (512, 1024):
-        shape = prediction.Shape(1, width - 1, 0, width // 2)
-        predicted = prediction.predict(model, QWEN35_4B, shape, prediction.Options(2, 64, 1, 0.0, METAL))
+        shape = prediction.StepSizes(1, width - 1, 0, width // 2)
+        predicted = prediction.predict(model, QWEN35_4B, shape, prediction.RunOptions(2, 64, 1, 0.0, METAL))
         assert isinstance(predicted, prediction.Memory) and predicted.by_token
         found[width] = predicted.total / 1e9
     assert 7.3 < found[512] < 16.4
@@ -180,7 +182,7 @@ def test_a_gated_delta_model_is_predicted_as_published() -> None:
 
 def test_a_longer_loop_is_extrapolated_from_short_rows() -> None:
     model = peaks.build(sizes_of("qwen3_5"))
-    lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
+    attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
     reached = [False, True]
     exact = blocks._traced_at(model, 1, 300, 0, reached, CPU)
     found, by_token = blocks.costs(model, 1, 300, 0, reached, CPU)
@@ -212,7 +214,7 @@ def test_attention_goes_back_tile_by_tile_where_mlx_has_kernels_for_it(
 def test_no_row_of_scores_is_counted_where_attention_is_tiled() -> None:
     """Twice the tokens: twice the bytes with kernels; without, four times those of scores [heads, tokens, tokens]."""
     model = peaks.build({**SIZES, "model_type": "llama", "head_dim": 64})
-    lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
+    attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
 
     def kept(device: Device, width: int) -> int:
         (_, (last,)), _ = blocks.costs(model, 1, width, 0, [False, True], device)
@@ -225,15 +227,15 @@ def test_no_row_of_scores_is_counted_where_attention_is_tiled() -> None:
 
 def test_a_model_that_cannot_be_followed_is_said_and_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = peaks.build(sizes_of("llama"))
-    lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
+    attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
 
     def fails(*arguments: Any) -> None:
         raise ValueError("no state for primitive New")
 
-    monkeypatch.setattr(blocks, "traced", fails)
-    monkeypatch.setattr(blocks, "_known", {})
+    monkeypatch.setattr(block_call, "traced", fails)
+    monkeypatch.setattr(block_call, "_known", {})
     found = prediction.predict(
-        model, sizes_of("llama"), prediction.Shape(1, 32, 0, 8), prediction.Options(4, 64, 0, 0.0, CPU)
+        model, sizes_of("llama"), prediction.StepSizes(1, 32, 0, 8), prediction.RunOptions(4, 64, 0, 0.0, CPU)
     )
     assert isinstance(found, prediction.NotPredicted)
     assert "not predicted" in found.note and "primitive New" in found.note
@@ -241,12 +243,12 @@ def test_a_model_that_cannot_be_followed_is_said_and_not_refused(monkeypatch: py
 
 def test_the_model_is_itself_again_after_a_prediction() -> None:
     model = peaks.build(sizes_of("mixtral"))
-    lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
+    attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
     kinds, attention = [type(module) for _, module in model.named_modules()], mx.fast.scaled_dot_product_attention
     ids = mx.array([[3, 4, 5]])
     before = model(ids)
     prediction.predict(
-        model, sizes_of("mixtral"), prediction.Shape(1, 32, 0, 8), prediction.Options(4, 64, 1, 0.0, METAL)
+        model, sizes_of("mixtral"), prediction.StepSizes(1, 32, 0, 8), prediction.RunOptions(4, 64, 1, 0.0, METAL)
     )
     assert [type(module) for _, module in model.named_modules()] == kinds
     assert mx.fast.scaled_dot_product_attention is attention
@@ -292,6 +294,6 @@ def test_only_what_stays_is_wired_and_only_on_metal(monkeypatch: pytest.MonkeyPa
 def test_what_stays_are_the_weights_the_adapter_and_two_moments() -> None:
     model = peaks.build(sizes_of("llama"))
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
-    adapter = sum(array.nbytes for array in lora.factors(model).values())
+    attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
+    adapter = sum(array.nbytes for array in attach.trained_tensors(model).values())
     assert lasting_bytes(model) == weights + 3 * adapter

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import tiny
 
-from mlxtune.data.chat import masking
+from mlxtune.data.chat import masking, repairs
 from mlxtune.data.rows import formats, writers
 from mlxtune.data.rows.formats import Bad, Record
-from mlxtune.data.rows.messages import parsed_arguments, with_short_ids
+from mlxtune.data.rows.tool_calls import parsed_arguments, with_short_ids
 
 SWITCHES = ("weight", "train", "training", "loss", "loss_mask", "trainable")
 
@@ -122,7 +122,7 @@ def test_each_switch_of_a_message_decides_whether_it_is_trained_on(
         {"messages": [*said, {"role": "user", "content": "R"}, {"role": "assistant", "content": "B"}]}, tmp_path
     )
     for found in (sharegpt, openai):
-        assert [masking.weight(message) for message in found] == [1, expected, 1, 1]
+        assert [repairs.weight(message) for message in found] == [1, expected, 1, 1]
         made = masking.render(tokenizer, found)
         trained = tokenizer.decode([at for at, mask in zip(made.ids, made.mask, strict=True) if mask])
         assert trained == ("A<|im_end|>" if expected else "") + "B<|im_end|>"

@@ -14,11 +14,10 @@ import tiny
 from click.testing import CliRunner
 from safetensors.numpy import load_file
 
-from mlxtune.adapter import lora, vocabulary
-from mlxtune.cli import cli, common
+from mlxtune.adapter import adapter_files, vocabulary
+from mlxtune.cli import cli, tuned
 from mlxtune.cli.display import Display
 from mlxtune.config import resolve
-from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.data.template.tokenizer_changes import Changes, tokenizer_of
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.evaluate.generate import Sampling, answer
@@ -108,7 +107,7 @@ def made_by(model: Any, tokenizer: Any, **stops: Any) -> list[str]:
 
 def answers(model: Path, run: Path) -> list[str]:
     """Ours: base and adapter, greedy."""
-    loaded = common.load_model(str(model), run)
+    loaded = tuned.load_model(str(model), run)
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
     return [answer(loaded, messages, Sampling(max_tokens=40), {}) for messages in asked]
 
@@ -146,8 +145,10 @@ def test_the_command_refuses_them_in_one_line(models: dict[str, Path], data: Pat
 def test_new_rows_start_as_the_mean_of_the_known_ones(name: str, models: dict[str, Path], data: Path) -> None:
     """numpy on the base's own tensors; the other rows, and a model with room for the tokens, stay as they are."""
     loaded = load(str(models[name]), "float32")
-    changes = vocabulary.prepare(loaded, run_config(models, name, data))
+    config = run_config(models, name, data)
+    changes = vocabulary.run_tokenizer(models[name], config)[1]
     assert changes.tokens == NEW
+    vocabulary.add_rows_for_new_tokens(loaded, config, changes)
     before = load_file(models[name] / "model.safetensors")
     for path in ("model.embed_tokens.weight", "lm_head.weight"):
         if path in before:
@@ -189,7 +190,7 @@ def test_what_the_command_tuned_answers_alike_wherever_it_goes(
 
 def test_the_model_learns_to_stop_at_the_new_token(models: dict[str, Path], runs: dict[str, Path], data: Path) -> None:
     """More likely than one in ten after an answer, where it began as likely as the average of 259."""
-    loaded = common.load_model(str(models["4bit"]), runs["4bit"])
+    loaded = tuned.load_model(str(models["4bit"]), runs["4bit"])
     text = loaded.tokenizer.apply_chat_template(tiny.conversations(3)[2]["messages"], tokenize=False)
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     place = len(ids) - 1 - ids[::-1].index(NEW["<|im_end|>"])
@@ -217,7 +218,7 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(
         train(run_config(models, name, data), tmp_path / "cut", display)
     with quiet() as display:
         train(RunFolder(tmp_path / "cut").config(), tmp_path / "cut", display, resume=True)
-    one, other = (mx.load(str(folder / lora.OWN_FILE)) for folder in (tmp_path / "whole", tmp_path / "cut"))
+    one, other = (mx.load(str(folder / adapter_files.OWN_FILE)) for folder in (tmp_path / "whole", tmp_path / "cut"))
     assert sorted(one) == sorted(other)
     for key, array in one.items():
         assert mx.array_equal(array, other[key]).item(), key
@@ -244,7 +245,7 @@ def test_peft_computes_the_same_and_gives_it_back_unchanged(
     theirs, tokenizer = PeftModel.from_pretrained(base, str(out)), AutoTokenizer.from_pretrained(out)
     assert made_by(theirs, tokenizer, eos_token_id=ENDS) == answers(model, run)
     command("convert", out, tmp_path / "back", "--base", model)
-    one, other = (load_file(folder / lora.OWN_FILE) for folder in (run, tmp_path / "back"))
+    one, other = (load_file(folder / adapter_files.OWN_FILE) for folder in (run, tmp_path / "back"))
     assert {key: array.tobytes() for key, array in one.items()} == {key: a.tobytes() for key, a in other.items()}
     assert answers(model, tmp_path / "back") == answers(model, run)
 
@@ -267,7 +268,7 @@ def test_an_adapter_that_others_trained_with_new_tokens_comes_in(models: dict[st
     theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=False)  # they are saved as trained modules
     tokenizer.save_pretrained(tmp_path / "peft")
     command("convert", tmp_path / "peft", tmp_path / "ours", "--base", models["grown"])
-    loaded = common.load_model(str(models["grown"]), tmp_path / "ours")
+    loaded = tuned.load_model(str(models["grown"]), tmp_path / "ours")
     messages = tiny.conversations(2)[1]["messages"]
     ids, wanted = (t.apply_chat_template(messages, return_dict=False) for t in (loaded.tokenizer, tokenizer))
     assert ids == wanted and set(NEW.values()) <= set(ids)
@@ -321,7 +322,7 @@ def test_training_goes_on_from_such_a_run(
 
 def test_a_model_whose_tokenizer_numbers_them_otherwise_is_refused(hf_model: Path, runs: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"another number for <\|im_end\|>") as refused:
-        common.load_model(str(hf_model), runs["4bit"])
+        tuned.load_model(str(hf_model), runs["4bit"])
     assert "Use the model that the adapter was trained on" in str(refused.value.hint)
 
 
@@ -333,6 +334,5 @@ def test_a_vocabulary_with_gaps_takes_no_tokens(models: dict[str, Path], data: P
     last = max(whole["model"]["vocab"], key=whole["model"]["vocab"].get)
     whole["model"]["vocab"][last] = PLAIN
     (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
-    tokenizer = load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="has gaps"):
-        vocabulary.choose(tokenizer, tmp_path, run_config({"spare": tmp_path}, "spare", data))
+        vocabulary.run_tokenizer(tmp_path, run_config({"spare": tmp_path}, "spare", data))

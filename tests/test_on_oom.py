@@ -104,13 +104,13 @@ def test_single_rows_that_do_not_fit_are_checkpointed_and_then_the_run_stops_and
 def test_checkpointing_that_does_not_reproduce_the_model_is_not_used(
     mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = proof.gradients
+    real = proof.sums_of
 
     def wrong(model: nn.Module, way: Way, batch: Batch) -> proof.Sums:
         loss, gradients = real(model, way, batch)
         return loss, {name: gradient * (1 + 2e-3 * way.recompute) for name, gradient in gradients.items()}
 
-    monkeypatch.setattr(proof, "gradients", wrong)
+    monkeypatch.setattr(proof, "sums_of", wrong)
     fail_gradients(monkeypatch, IN_STEP_7, fits=one_row_checkpointed)
     with pytest.raises(UserError, match="step 6, the last whole one, is saved"):
         tune(mlx_model, data, tmp_path / "run", *SMALLER)

@@ -22,8 +22,9 @@ from test_memory import SIZES, examples
 from training import scale_losses
 from ways import make, rows
 
-from mlxtune import bench
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
+from mlxtune.bench.waits import waits
 from mlxtune.compute import fit_memory, loss
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -49,7 +50,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def deep(**changes: Any) -> nn.Module:
     model: nn.Module = llama.Model(llama.ModelArgs.from_dict({"model_type": "llama", **SIZES, **changes}))
-    model.dropout_keys = lora.attach(model, lora.Spec.of(model, LoraSection()), 0)
+    model.dropout_keys = attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
     mx.eval(model.parameters())
     return model
 
@@ -116,7 +117,7 @@ def test_a_micro_batch_waits_for_the_device_three_times_at_most(accumulate: int,
     step = stepping(deep(num_hidden_layers=3), [example for example in examples() if sum(example.mask) > 64], *settings)
     batches = step.job.plan.step(1)
     assert len(batches) == accumulate and batches[0].targets > 3 * 64
-    with bench.waits() as waited:
+    with waits() as waited:
         step(1)
     assert 0 < len(waited) <= 3 * accumulate, waited
 
@@ -125,7 +126,7 @@ def test_reading_an_array_in_any_way_counts_as_a_wait() -> None:
     import numpy as np
 
     array = mx.array([1.5])
-    with bench.waits() as waited:
+    with waits() as waited:
         mx.eval(array)
         found = [array.item(), array.tolist()[0], float(array), bool(array), np.array(array)[0], np.asarray(array)[0]]
         np.array([1.0])
@@ -152,7 +153,7 @@ def test_queued_work_takes_no_more_memory_than_predicted(monkeypatch: pytest.Mon
     config = configuration.load(None, settings)
     plan = Plan(examples(), config.train)
     way = Way(Split.of(model, mx.array([plan.examples[0].ids[:8]])), recompute=1)
-    predicted = fit_memory.plan(
+    predicted = fit_memory.predict_run(
         fit_memory.Given(model, {"model_type": "llama", **sizes}, mx.float32), way, config, plan
     )
     assert predicted is not None

@@ -10,11 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from mlxtune_convert.adapters import AdapterConfig
 from mlxtune_convert.peft import adapter_folder as files
 from safetensors.numpy import load_file, save_file
 from test_variants import KINDS, adapted
 
-from mlxtune.adapter import lora, peft
+from mlxtune.adapter import adapter_files, peft
 from mlxtune.errors import UserError
 from mlxtune.model.load import load, open_model, source_of
 
@@ -43,7 +44,7 @@ def logits(model: Any) -> np.ndarray:
 
 def exported(folder: Path, run: Path, out: Path) -> Path:
     model, _ = open_model(folder)
-    spec = lora.load_adapter(model, run)
+    spec = adapter_files.load_adapter(model, run)
     out.mkdir()
     files.write_adapter(out, peft.from_model(model, spec, source_of(folder)["config"], "acme/tiny"))
     return out
@@ -83,9 +84,9 @@ def test_peft_computes_what_we_trained_and_gives_it_back_unchanged(
     np.testing.assert_allclose(logits(hf(models[name], out)), ours, atol=2e-5)
     assert np.abs(logits(hf(models[name])) - ours).max() > 0.01
     peft.import_adapter(out, tmp_path / "back", str(models[name]), False)
-    same_files(tmp_path / "run", tmp_path / "back", lora.read_spec(tmp_path / "run").file)
+    same_files(tmp_path / "run", tmp_path / "back", AdapterConfig.read(tmp_path / "run").file)
     again = load(str(models[name]), "float32").model
-    lora.load_adapter(again, tmp_path / "back")
+    adapter_files.load_adapter(again, tmp_path / "back")
     np.testing.assert_array_equal(np.array(again(mx.array(IDS))), ours)
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "acme/tiny"
 
@@ -124,7 +125,7 @@ def test_an_adapter_that_peft_made_is_the_same_function_here(
     theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
     tiny.done("convert", tmp_path / "peft", tmp_path / "ours")
     ours = load(str(models["llama"]), "float32").model
-    lora.load_adapter(ours, tmp_path / "ours")
+    adapter_files.load_adapter(ours, tmp_path / "ours")
     np.testing.assert_allclose(np.array(ours(mx.array(IDS))), logits(theirs), atol=2e-5)
     assert np.abs(logits(hf(models["llama"])) - logits(theirs)).max() > 0.02
     out = exported(models["llama"], tmp_path / "ours", tmp_path / "again")
@@ -180,7 +181,7 @@ def test_an_embedding_trained_beside_the_old_tied_head_is_refused(models: dict[s
     (out / "adapter_config.json").write_text(json.dumps({**config, "ensure_weight_tying": False}))
     peft.import_adapter(out, tmp_path / "ours", None, False)
     with pytest.raises(UserError, match="beside the old head"):
-        lora.load_adapter(load(str(models["tied"])).model, tmp_path / "ours")
+        adapter_files.load_adapter(load(str(models["tied"])).model, tmp_path / "ours")
 
 
 def test_experts_without_a_model_ask_for_one(models: dict[str, Path], tmp_path: Path) -> None:
@@ -228,12 +229,14 @@ def test_whoever_has_only_the_export_gets_the_same_answers(models: dict[str, Pat
 
     from mlxtune.evaluate.generate import Sampling, answer
     from mlxtune.model.load import Loaded
-    from mlxtune.ship import export
+    from mlxtune.ship.artefacts import HuggingFace
+    from mlxtune.ship.export import ship
+    from mlxtune.ship.request import Request
 
     model = adapted(models["llama"], tmp_path / "run")
     loaded = load(str(models["llama"]), "float32")
     tuned = Loaded(model, loaded.tokenizer, loaded.config, loaded.path, loaded.dtype, loaded.own)
-    export.to_hf(export.Request(models["llama"], tmp_path / "run", tmp_path / "hf"))
+    ship(Request(models["llama"], tmp_path / "run", tmp_path / "hf"), HuggingFace())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     for number in range(10):

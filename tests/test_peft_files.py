@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from test_peft import IDS, exported, hf, logits, same_files
 from test_variants import adapted
 
-from mlxtune.adapter import lora, peft
+from mlxtune.adapter import adapter_files, peft
 from mlxtune.errors import UserError
 from mlxtune.model import convert as conversion
 from mlxtune.model.load import load
@@ -68,7 +68,7 @@ def made(models: dict[str, Path], case: Case, out: Path) -> np.ndarray:
 def ours(model: Path, adapter: Path) -> np.ndarray:
     """Logits here with an imported adapter."""
     loaded = load(str(model), "float32")
-    lora.load_adapter(loaded.model, adapter, loaded.config)
+    adapter_files.load_adapter(loaded.model, adapter, loaded.config)
     return np.array(loaded.model(mx.array(IDS)))
 
 
@@ -165,7 +165,7 @@ def test_other_names_of_the_same_layers_are_the_same_adapter(
     assert sorted(load_file(other / WEIGHTS)) != sorted(load_file(tmp_path / "peft" / WEIGHTS))
     for source in ("peft", "other"):
         peft.import_adapter(tmp_path / source, tmp_path / f"{source}-mlx", str(models[model]), False)
-    same_files(tmp_path / "peft-mlx", tmp_path / "other-mlx", lora.ADAPTER_FILE)
+    same_files(tmp_path / "peft-mlx", tmp_path / "other-mlx", adapter_files.ADAPTER_FILE)
     same_files(tmp_path / "peft", exported(models[model], tmp_path / "other-mlx", tmp_path / "again"), WEIGHTS)
 
 
@@ -212,7 +212,11 @@ def test_adapters_of_single_experts_are_stacked_and_those_that_lack_are_zero(
     rewrite(old, {name: array for name, array in tensors.items() if ".experts.2." not in name})
     result = peft.import_adapter(old, tmp_path / "few", str(models[model]), False)
     assert len(result.notes) == 6 and "1 of 4 experts of model.layers.0" in result.notes[0]
-    saved = load_file(tmp_path / "few" / lora.OWN_FILE if result.spec.modules else tmp_path / "few" / lora.ADAPTER_FILE)
+    saved = load_file(
+        tmp_path / "few" / adapter_files.OWN_FILE
+        if result.saved.modules
+        else tmp_path / "few" / adapter_files.ADAPTER_FILE
+    )
     stacked = [array for name, array in saved.items() if "switch_mlp" in name]
     assert len(stacked) == 12 and all(array[1].any() and not array[2].any() for array in stacked)
     with pytest.raises(UserError, match="names depend on the model's family"):
@@ -261,9 +265,9 @@ def test_a_base_untied_as_the_refusal_says_takes_the_adapter(
 
     wanted = made(models, Case("tied", APART[kind]), tmp_path / "peft")
     monkeypatch.chdir(tmp_path)
-    exec(lora.UNTIE.split("`")[1], {"m": hf(models["tied"]), "torch": torch})
+    exec(adapter_files.UNTIE.split("`")[1], {"m": hf(models["tied"]), "torch": torch})
     tiny.make_tokenizer(tmp_path / "untied")
-    conversion.convert("untied", tmp_path / "base", conversion.Target.of(16, None, None))
+    conversion.convert("untied", tmp_path / "base", conversion.Quantization.of(16, None, None))
     peft.import_adapter(tmp_path / "peft", tmp_path / "ours", str(tmp_path / "base"), False)
     got = ours(tmp_path / "base", tmp_path / "ours")
     np.testing.assert_allclose(got, wanted, atol=1e-5 + 1e-6 * np.abs(wanted).max())
@@ -305,8 +309,8 @@ def test_one_matrix_for_both_becomes_two_where_the_model_has_two(models: dict[st
         ours(models["llama"], tmp_path / "alone")
     assert "--base MODEL" in str(refused.value.hint)
     made_of = peft.import_adapter(adapter, tmp_path / "two", str(models["llama"]), False)
-    assert set(made_of.spec.trained) == {"model.embed_tokens", "lm_head"}
-    saved = load_file(tmp_path / "two" / lora.OWN_FILE)
+    assert set(made_of.saved.trained) == {"model.embed_tokens", "lm_head"}
+    saved = load_file(tmp_path / "two" / adapter_files.OWN_FILE)
     assert saved["lm_head.weight"].tobytes() == saved["model.embed_tokens.weight"].tobytes()
 
 

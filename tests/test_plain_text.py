@@ -9,6 +9,7 @@ from masks import byte_tokenizer, with_template
 from tokenizers import processors
 
 from mlxtune.data.chat import masking
+from mlxtune.data.template.template import Template
 
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]", "<sop>"]
@@ -23,7 +24,7 @@ def make(around: str, template: str | None = None, eos: str = "</s>") -> Any:
 
 
 def whole(tokenizer: Any, text: str) -> str:
-    (example,) = masking.tokenized_all(tokenizer, [text], [None])
+    (example,) = masking.tokenized_texts(Template(tokenizer), [text])
     assert example.mask.tolist() == [1] * len(example.ids)
     return str(tokenizer.decode(example.ids))
 
@@ -61,5 +62,5 @@ def test_a_token_that_ends_a_turn_of_the_template_ends_a_text_too() -> None:
 def test_rows_of_text_are_the_same_whatever_stands_beside_them() -> None:
     tokenizer = make("<s> $A")
     texts = ["a", "<s>b</s>", "c</s>\n"]
-    found = masking.tokenized_all(tokenizer, texts, [None] * 3)
+    found = masking.tokenized_texts(Template(tokenizer), texts)
     assert [tokenizer.decode(example.ids) for example in found] == ["<s>a</s>", "<s>b</s>", "<s>c</s>\n"]

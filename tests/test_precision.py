@@ -36,11 +36,11 @@ def test_the_model_computes_as_if_it_had_been_cast(kind: str, dtype: mx.Dtype, b
     model = base_in(dtype, kind, bits)
     with in_float32(model):
         assert model(mx.array(BATCH.ids)).dtype == mx.float32
-        value, gradients = proof.gradients(model, Way(recompute=recompute), BATCH)
+        value, gradients = proof.sums_of(model, Way(recompute=recompute), BATCH)
     model.update(
         tree_map(lambda a: a.astype(mx.float32) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters())
     )
-    expected, wanted = proof.gradients(model, Way(recompute=recompute), BATCH)
+    expected, wanted = proof.sums_of(model, Way(recompute=recompute), BATCH)
     assert value == expected
     for name, gradient in wanted.items():
         np.testing.assert_array_equal(gradients[name], gradient, err_msg=name)
@@ -85,6 +85,6 @@ def test_the_copies_of_one_block_exist_at_a_time_where_none_is_kept(
         return mx.get_peak_memory() - before
 
     row = BATCH.part(slice(1))
-    assert peak(lambda: proof.plainly(model, row)) > sum(blocks)
-    for work in (lambda: proof.plainly(model, row, checkpointed=True), lambda: mx.eval(model(mx.array(row.ids)))):
+    assert peak(lambda: proof.plain_sums(model, row)) > sum(blocks)
+    for work in (lambda: proof.plain_sums(model, row, checkpointed=True), lambda: mx.eval(model(mx.array(row.ids)))):
         assert peak(work) < sum(blocks) / 2  # activations take more than the copies of one of eight

@@ -76,7 +76,7 @@ def test_right_ways_are_proven_whatever_order_a_gpu_sums_in(
     as_a_gpu(monkeypatch, relative)
     model = in_16_bits(kind, dtype, bits)
     for label, way in ways(model).items():
-        assert proof.of(model, way, ROWS, dtype, Room()) == Verdict(), label
+        assert proof.prove(model, way, ROWS, dtype, Room()) == Verdict(), label
 
 
 def test_28_blocks_do_not_amplify_rounding_beyond_what_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +84,9 @@ def test_28_blocks_do_not_amplify_rounding_beyond_what_is_allowed(monkeypatch: p
     as_a_gpu(monkeypatch, OTHER_ORDER)
     model = in_16_bits("qwen3 28 blocks", mx.bfloat16)
     with proof.nudged(model):
-        floor = proof.difference(proof.plainly_by_row(model, ROWS), proof.plainly(model, ROWS))
+        floor = proof.difference(proof.plain_sums_by_row(model, ROWS), proof.plain_sums(model, ROWS))
     assert floor.gradient > proof.CHAOS
-    assert proof.of(model, ways(model)["checkpointed"], ROWS, mx.bfloat16, Room()) == Verdict()
+    assert proof.prove(model, ways(model)["checkpointed"], ROWS, mx.bfloat16, Room()) == Verdict()
 
 
 def test_in_16_bits_a_way_is_unproven_where_the_plain_one_differs_from_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,10 +94,10 @@ def test_in_16_bits_a_way_is_unproven_where_the_plain_one_differs_from_itself(mo
     as_a_gpu(monkeypatch, OTHER_ORDER)
     model = in_16_bits("qwen3_moe 128 experts deep", mx.bfloat16)
     room = Room(raised=False)
-    verdict = proof.of(model, ways(model)["prefix"], ROWS, mx.bfloat16, room)
+    verdict = proof.prove(model, ways(model)["prefix"], ROWS, mx.bfloat16, room)
     assert verdict.wrong.startswith("it is unproven: float32 does not fit the memory, and in bfloat16 even the plain")
     assert not verdict.hopeless
-    assert proof.of(model, ways(model)["head"], ROWS, mx.bfloat16, room) == Verdict()
+    assert proof.prove(model, ways(model)["head"], ROWS, mx.bfloat16, room) == Verdict()
 
 
 def sees_the_next_token(patch: pytest.MonkeyPatch) -> None:
@@ -139,13 +139,13 @@ def forgets_the_soft_cap(patch: pytest.MonkeyPatch) -> None:
 
 
 def takes_the_row_before(patch: pytest.MonkeyPatch) -> None:
-    real = prefix.positions
-    patch.setattr(prefix, "positions", lambda *known: real(*known) - 1)
+    real = prefix.positions_of_targets
+    patch.setattr(prefix, "positions_of_targets", lambda *known: real(*known) - 1)
 
 
 def takes_a_token_too_many_into_the_prefix(patch: pytest.MonkeyPatch) -> None:
-    real = prefix.usable
-    patch.setattr(prefix, "usable", lambda *known: real(*known) + 2)
+    real = prefix.length_for_batch
+    patch.setattr(prefix, "length_for_batch", lambda *known: real(*known) + 2)
 
 
 def loses_the_gradient_of_parameters(patch: pytest.MonkeyPatch) -> None:
@@ -177,13 +177,13 @@ def test_a_wrong_way_is_refused(
     as_a_gpu(monkeypatch, OTHER_ORDER)
     model = in_16_bits(kind, mx.bfloat16)
     way = ways(model)[name]
-    before = proof.of(model, way, ROWS, mx.bfloat16, room)
+    before = proof.prove(model, way, ROWS, mx.bfloat16, room)
     if kind == "gpt_oss" and not room.raised and "it is unproven" in before.wrong:
         pytest.skip("with this BLAS a router chooses otherwise for the least noise: in 16 bits nothing is proven of it")
     assert before == Verdict()
     bug(monkeypatch)
     try:
-        verdict = proof.of(model, way, ROWS, mx.bfloat16, room)
+        verdict = proof.prove(model, way, ROWS, mx.bfloat16, room)
     except ValueError as error:  # no gradient at all
         verdict = Verdict(str(error))
     assert "does not reproduce this model" in verdict.wrong and "off by" in verdict.wrong
@@ -192,8 +192,8 @@ def test_a_wrong_way_is_refused(
 @pytest.mark.parametrize("kind", SHAPES)
 def test_the_plain_way_computed_again_is_the_plain_way(kind: str) -> None:
     model = make(kind)
-    assert proof.difference(proof.plainly(model, BATCH, True), proof.plainly(model, BATCH)).within(1e-7, 1e-6)
-    assert proof.plainly(model, BATCH)[0] == loss.plain(model, BATCH).item()
+    assert proof.difference(proof.plain_sums(model, BATCH, True), proof.plain_sums(model, BATCH)).within(1e-7, 1e-6)
+    assert proof.plain_sums(model, BATCH)[0] == loss.plain(model, BATCH).item()
 
 
 def test_blocks_that_hand_on_more_than_they_return_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +210,8 @@ def test_blocks_that_hand_on_more_than_they_return_are_not_computed_again(monkey
         return y + handed[0] if self is second else y
 
     monkeypatch.setattr(kind, "__call__", call)
-    assert proof.of(model, Way(prefix=0), ROWS, mx.float32, Room()).wrong == ""
-    wrong = proof.of(model, Way(recompute=1), ROWS, mx.float32, Room(checkpointed=True)).wrong
+    assert proof.prove(model, Way(prefix=0), ROWS, mx.float32, Room()).wrong == ""
+    wrong = proof.prove(model, Way(recompute=1), ROWS, mx.float32, Room(checkpointed=True)).wrong
     assert "its blocks computed again" in wrong and "gradient of model.layers.0.mlp" in wrong
 
 
@@ -219,23 +219,23 @@ def test_numbers_that_are_not_finite_in_float16_are_named_as_that() -> None:
     model = in_16_bits("llama", mx.float16)
     layer = model.layers[-1].mlp.down_proj.linear
     layer.weight = layer.weight * 2.0**8 * 2.0**8  # what comes out of it is no float16 number any more
-    verdict = proof.of(model, ways(model)["head"], ROWS, mx.float16, Room())
+    verdict = proof.prove(model, ways(model)["head"], ROWS, mx.float16, Room())
     assert not verdict.wrong
     assert verdict.note == "this model's loss is not finite in float16, in float32 it is: set train.dtype=float32"
-    verdict = proof.of(model, ways(model)["head"], ROWS, mx.float16, Room(raised=False))
+    verdict = proof.prove(model, ways(model)["head"], ROWS, mx.float16, Room(raised=False))
     assert verdict.hopeless and "this model's own loss is not finite in float16" in verdict.wrong
     model.model.norm.weight = model.model.norm.weight * mx.inf
-    verdict = proof.of(model, Way(prefix=0), ROWS, mx.float32, Room())
+    verdict = proof.prove(model, Way(prefix=0), ROWS, mx.float32, Room())
     assert verdict.hopeless and "this model's own loss is not finite" in verdict.wrong
 
 
 def test_a_way_that_alone_is_not_finite_in_16_bits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loss._frozen
+    real = loss._through_frozen_head
 
     def overflows(split: Split, rows: mx.array, *rest: Any) -> mx.array:
         return real(split, rows, *rest) + rows.sum() * (0 if rows.dtype == mx.float32 else mx.inf)
 
-    monkeypatch.setattr(loss, "_frozen", overflows)
+    monkeypatch.setattr(loss, "_through_frozen_head", overflows)
     model = in_16_bits("llama", mx.float16)
-    verdict = proof.of(model, ways(model)["head"], ROWS, mx.float16, Room())
+    verdict = proof.prove(model, ways(model)["head"], ROWS, mx.float16, Room())
     assert verdict.wrong == "its loss is not finite in float16, the plain way's is"

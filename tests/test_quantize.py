@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from mlxtune.model.dense import CpuQuantizedLinear, dense_weight, on_cpu
+from mlxtune.model.dense import dense_weight
+from mlxtune.model.linux_cpu import CpuQuantizedLinear, multiply_densely
 
 MODES = [("affine", 32, 4), ("affine", 64, 8), ("affine", 64, 3), ("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
 
@@ -28,7 +29,7 @@ def test_a_linear_layer_multiplies_and_differentiates_as_its_dense_matrix(
     linear.bias = mx.random.normal((48,), key=mx.random.key(1))
     holder = Holder(linear.to_quantized(group, bits, mode=mode))
     weight = dense_weight(holder.layer)
-    on_cpu(holder)
+    multiply_densely(holder)
     assert type(holder.layer) is CpuQuantizedLinear
     x = mx.random.normal((1, rows, 64), key=mx.random.key(2))
     expected = x @ weight.T + linear.bias
@@ -44,7 +45,7 @@ def test_expert_layers_do_too(sort: bool) -> None:
     dense = SwitchLinear(64, 32, 4, bias=True)
     holder = Holder(dense.to_quantized(32, 4))
     weight = dense_weight(holder.layer)
-    on_cpu(holder)
+    multiply_densely(holder)
     if sort:
         x = mx.random.normal((6, 1, 64), key=mx.random.key(2))
         indices = mx.array([0, 0, 1, 2, 3, 3])
@@ -67,7 +68,7 @@ def test_expert_layers_do_too(sort: bool) -> None:
 def test_a_tied_head_does_too() -> None:
     holder = Holder(nn.Embedding(96, 64).to_quantized(32, 8))
     weight = dense_weight(holder.layer)
-    on_cpu(holder)
+    multiply_densely(holder)
     x = mx.random.normal((5, 64), key=mx.random.key(0))
     np.testing.assert_allclose(np.array(holder.layer.as_linear(x)), np.array(x @ weight.T), atol=1e-5)
     np.testing.assert_allclose(
@@ -80,7 +81,7 @@ def test_few_dense_matrices_are_alive_at_once_whatever_the_depth(depth: int) -> 
     """The peak of a gradient over the base, in dense matrices; holding one per layer would give at least `depth`."""
     layers = [nn.Linear(512, 512, bias=False).to_quantized(64, 4) for _ in range(depth)]
     holder = Holder(nn.Sequential(*layers))
-    on_cpu(holder)
+    multiply_densely(holder)
     x = mx.random.normal((8, 512))
     mx.eval(holder.parameters(), x)
     before = mx.get_active_memory()

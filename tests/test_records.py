@@ -12,6 +12,8 @@ import tiny
 from reading import ASKED, all_of, read, shown
 
 from mlxtune.data.rows import formats
+from mlxtune.data.rows.parsers import Parsed
+from mlxtune.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,47 @@ def test_every_row_format_becomes_the_same_conversation(row: dict, expected: lis
     (record,) = formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", [row]))
     assert record.messages == expected
     assert record.text is None
+
+
+class Asked(dict[str, Any]):
+    """A row that notes which columns were asked for."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        super().__init__(row)
+        self.columns: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.columns.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.columns.add(key)
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("name", formats.FORMATS)
+def test_a_format_names_every_column_that_its_parser_reads(name: str) -> None:
+    """What it does not name would be taken for a column of the user's own, and be written out beside the messages."""
+    known = formats.FORMATS[name]
+    values: dict[str, Any] = {"messages": ASKED, "conversations": ASKED, "instances": [{"output": "A"}]}
+    row = Asked({column: values.get(column, "Q") for column in known.told_by})
+    assert known.parse(row)
+    own = {*known.told_by, *known.optional}
+    assert row.columns <= {*own, *formats.COMMON}
+    assert own <= row.columns | {"response"} and own <= formats.USED  # response: read where it is there
+
+
+def test_a_format_is_a_parser_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def parse(row: dict[str, Any]) -> list[Parsed]:
+        return [Parsed([{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}])]
+
+    monkeypatch.setitem(formats.FORMATS, "quiz", formats.Format(("q", "a"), parse))
+    (record,) = formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", [{"q": "Q", "a": "A"}]))
+    assert isinstance(record, formats.Record)
+    assert (record.format, record.messages) == ("quiz", ASKED)
+    with pytest.raises(UserError, match=r"no known row format has the keys x") as error:
+        list(formats.read(tiny.write_jsonl(tmp_path / "e.jsonl", [{"x": "Q"}])))
+    assert "; q + a. " in error.value.hint
 
 
 def test_plain_text_stays_text(tmp_path: Path) -> None:

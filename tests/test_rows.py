@@ -13,7 +13,7 @@ import tiny
 from reading import ASKED, all_of, read, rows_of, shown
 
 from mlxtune.config.schema import DataSection
-from mlxtune.data.dataset import duplicates, mixture
+from mlxtune.data.dataset import holdout, mixture
 from mlxtune.data.dataset.examples import Examples
 from mlxtune.data.rows import formats
 from mlxtune.data.template.tokenizer import load_tokenizer
@@ -33,7 +33,7 @@ def expanded(path: Path, tokenizer: Any, seed: int = 0, **options: Any) -> Examp
 
 def mixed(sources: list[dict[str, Any]], tokenizer: Any, **options: Any) -> dict[str, Examples]:
     section = DataSection(**{"sources": sources, "cache": "off", "expand_turns": "all", **options})
-    return mixture.read(section, tokenizer, Path(), 2)
+    return mixture.read(section, tokenizer, 2)
 
 
 def turns_of(found: Examples) -> dict[int, int]:
@@ -195,8 +195,31 @@ def test_one_usable_row_is_too_few_and_the_refused_are_named(tokenizer: Any, tmp
 def test_some_rows_are_held_out_and_some_are_not(fraction: float, held: int) -> None:
     """Of four different rows, one of them twice."""
     hashes = np.array([11, 22, 33, 44, 11], np.uint64)
-    limit = duplicates.threshold(hashes, fraction, seed=0)
-    assert len(set(hashes[duplicates.seeded(hashes, 0) <= limit].tolist())) == held
+    limit = holdout.limit(hashes, fraction, seed=0)
+    assert len(set(hashes[holdout.seeded(hashes, 0) <= limit].tolist())) == held
+
+
+def test_a_source_loses_its_duplicates_then_what_is_beyond_its_cap_and_then_what_is_held_out(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    """Twelve rows, three equal to others, and a cap of five, beside a folder of 20 and 4: as `mixture` shows."""
+    chat = [conversation(f"c{row % 9}", 1) for row in range(12)]
+    tiny.write_jsonl(tmp_path / "chat.jsonl", chat)
+    (tmp_path / "texts").mkdir()
+    for split, count in (("train", 20), ("valid", 4)):
+        rows = [conversation(f"{split} {row}", 1) for row in range(count)]
+        tiny.write_jsonl(tmp_path / "texts" / f"{split}.jsonl", rows)
+    sources = [{"path": str(tmp_path / "chat.jsonl"), "cap": 5}, {"path": str(tmp_path / "texts")}]
+    found = mixed(sources, tokenizer, dedup="exact")
+    assert np.bincount(found["train"].sources).tolist() == [4, 20]
+    assert [Path(store.facts.file).name for store in found["valid"].stores][:2] == ["valid.jsonl", "chat.jsonl"]
+    assert found["valid"].rows == 5
+    assert found["train"].left_out == {"duplicates": "3 rows", "beyond the cap of 5 of chat.jsonl": "4 rows"}
+
+
+@pytest.mark.parametrize("hashes", [[], [7], [7, 7]])
+def test_nothing_is_held_out_of_fewer_than_two_different_rows(hashes: list[int]) -> None:
+    assert holdout.limit(np.array(hashes, np.uint64), 0.5, seed=0) is None
 
 
 @pytest.mark.parametrize("seed", [0, 5])
@@ -223,20 +246,23 @@ def test_data_show_and_training_hold_out_the_same_of_the_rows_that_can_be_used(
 
 
 def test_data_show_splits_a_file_that_training_refuses(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """One with a row that cannot be read, and one without an answer: every other row is on one side."""
+    """One with a row that cannot be read, one of such rows alone, and one without an answer: every other row is on one
+    side.
+    """
     answered, questions = (
         tiny.conversations(10),
         [{"messages": ASKED[:1]}, {"messages": [{**ASKED[0], "content": "R"}]}],
     )
-    for name, rows in (("bad.jsonl", [*answered, {"text": 7}]), ("questions.jsonl", questions)):
-        path = tiny.write_jsonl(tmp_path / name, rows)
+    bad = [{"text": 7}, {"text": 8}]
+    for rows, unreadable in (([*answered, bad[0]], 1), (bad, 2), (questions, 0)):
+        path = tiny.write_jsonl(tmp_path / "d.jsonl", rows)
         seen: list[int] = []
         for split in ("train", "valid"):
             done = tiny.mlxtune("data", "show", "--model", tokenizer_folder, "--data", path, "--split", split, "--json")
             assert done.returncode == 0, done.stderr
             seen += [json.loads(line)["row"] for line in done.stdout.splitlines()]
         assert sorted(set(seen)) == list(range(1, len(rows) + 1))
-        assert len(seen) == len(rows) + (name == "bad.jsonl")  # the one that cannot be read is told of in both
+        assert len(seen) == len(rows) + unreadable  # those that cannot be read are told of in both
 
 
 def test_thinking_that_is_stripped_makes_examples_and_not_rows(tokenizer: Any, tmp_path: Path) -> None:

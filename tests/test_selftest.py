@@ -22,13 +22,14 @@ from mlxtune_convert.gguf import adapter_file
 from mlxtune_convert.hf.rules import Layout
 
 from mlxtune import cli
-from mlxtune.adapter import lora
+from mlxtune.adapter.layers import LoRALinear
 from mlxtune.compute import checkpointing, loss, prefix
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
 from mlxtune.selftest import checks, examination, kernels, model, runs, shipping, ways
 from mlxtune.selftest.outcome import FAILED, Check, Found, Result, Workshop, advice
+from mlxtune.ship import artefacts
 from mlxtune.train import checkpoint, optim
 
 Patch = pytest.MonkeyPatch
@@ -111,8 +112,8 @@ def windows_unknown_to_the_kernel(patch: Patch) -> None:
 
 
 def head_off_by_one(patch: Patch) -> None:
-    real = loss.place
-    patch.setattr(loss, "place", lambda *a: replace(placed := real(*a), positions=placed.positions - 1))
+    real = loss.inputs_of
+    patch.setattr(loss, "inputs_of", lambda *a: replace(placed := real(*a), positions=placed.positions - 1))
 
 
 def no_mask_over_a_prefix(patch: Patch) -> None:
@@ -180,11 +181,12 @@ def test_a_check_does_not_see_the_bug_of_another(planted: Any, tmp_path: Path, m
 
 def test_what_computes_wrongly_when_it_is_compiled_is_seen(tmp_path: Path, monkeypatch: Patch) -> None:
     """As on a GPU, with a compiler that leaves functions as they are; the targets that fill one up count as others."""
-    monkeypatch.setattr(backend, "compiles", lambda: True)
+    policy = replace(backend.policy(), compiled=True)
+    monkeypatch.setattr(backend, "policy", lambda: policy)
     monkeypatch.setattr(mx, "compile", lambda function: function)
     assert outcome("compiled, float32", Workshop(tmp_path)).status == "ok"
-    real = loss.place
-    monkeypatch.setattr(loss, "place", lambda *a: replace(real(*a), weights=None))
+    real = loss.inputs_of
+    monkeypatch.setattr(loss, "inputs_of", lambda *a: replace(real(*a), weights=None))
     assert outcome("compiled, float32", Workshop(tmp_path)).status == FAILED
 
 
@@ -232,7 +234,7 @@ def swapped(pairs: Any) -> Any:
 
 
 def scale_forgotten(patch: Patch) -> None:
-    patch.setattr(lora.LoRALinear, "delta", lambda self: self.lora_b.T @ self.lora_a.T)
+    patch.setattr(LoRALinear, "delta", lambda self: self.lora_b.T @ self.lora_a.T)
 
 
 def tensors_swapped(patch: Patch) -> None:
@@ -241,8 +243,8 @@ def tensors_swapped(patch: Patch) -> None:
 
 
 def factors_swapped(patch: Patch) -> None:
-    real = shipping.export.from_model
-    patch.setattr(shipping.export, "from_model", lambda *a: replace(made := real(*a), updates=swapped(made.updates)))
+    real = artefacts.from_model
+    patch.setattr(artefacts, "from_model", lambda *a: replace(made := real(*a), updates=swapped(made.updates)))
 
 
 def updates_swapped(patch: Patch) -> None:

@@ -15,8 +15,9 @@ from reading import ASKED, all_of, read, rows_of, shown
 
 from mlxtune.config.schema import DataSection
 from mlxtune.data.chat import renderer
-from mlxtune.data.dataset import row_cache
+from mlxtune.data.dataset import row_cache, store
 from mlxtune.data.rows import formats
+from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 
 
@@ -115,6 +116,17 @@ def test_data_show_splits_as_training_does(seed: int, tokenizer: Any, tokenizer_
         assert [row["row"] for row in rows if "dropped" not in row] == rows_of(found[split])
 
 
+def test_what_data_show_tokenizes_with_a_chosen_template_is_what_training_would(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    path, cache = tiny.write_jsonl(tmp_path / "d.jsonl", mixed_rows()), tmp_path / "cache"
+    settings = ("--set", "data.template=alpaca", "--set", f"data.cache={cache}")
+    tiny.done("data", "show", "--model", tokenizer_folder, "--data", path, "--split", "valid", *settings)
+    assert len(list(cache.iterdir())) == 1
+    all_of(path, load_tokenizer(tokenizer_folder), cache=str(cache), template="alpaca")
+    assert len(list(cache.iterdir())) == 1
+
+
 def test_the_store_keeps_what_the_renderer_made(tokenizer: Any, tmp_path: Path) -> None:
     rows = [*tiny.conversations(5), {"messages": ASKED[:1]}]
     path = tiny.write_jsonl(tmp_path / "d.jsonl", rows)
@@ -132,7 +144,7 @@ def test_the_store_keeps_what_the_renderer_made(tokenizer: Any, tmp_path: Path) 
 def signed(folder: Path, **facts: Any) -> None:
     """Change facts.json so, and make its digest of the columns and of itself right again."""
     found = json.loads((folder / "facts.json").read_text()) | facts
-    found["beside"] = row_cache._digest_beside(folder, found)
+    found["beside"] = store.digest_beside(folder, found)
     (folder / "facts.json").write_text(json.dumps(found))
 
 
@@ -158,7 +170,7 @@ def facts_of_another_type(folder: Path) -> None:
 
 
 def other_targets(folder: Path) -> None:
-    columns = np.fromfile(folder / "columns.bin", row_cache.COLUMNS)
+    columns = np.fromfile(folder / "columns.bin", store.COLUMNS)
     columns["targets"] += 1
     columns.tofile(folder / "columns.bin")
 
@@ -173,7 +185,7 @@ def cut(name: str, by: int) -> tiny.Change:
 
 
 def lengths_below_zero(folder: Path) -> None:
-    columns = np.fromfile(folder / "columns.bin", row_cache.COLUMNS)
+    columns = np.fromfile(folder / "columns.bin", store.COLUMNS)
     columns["length"][:2] += [-1000, 1000]
     columns.tofile(folder / "columns.bin")
     signed(folder)
@@ -193,7 +205,7 @@ def lengths_below_zero(folder: Path) -> None:
         cut("ids.bin", 8),
         cut("mask.bin", 1),
         cut("columns.bin", 5),
-        cut("columns.bin", row_cache.COLUMNS.itemsize),
+        cut("columns.bin", store.COLUMNS.itemsize),
         cut("facts.json", 9),
         lambda folder: (folder / "facts.json").write_text("[" * 100_000),
         lambda folder: (folder / "facts.json").write_text("{}"),
@@ -211,7 +223,7 @@ def test_a_store_that_does_not_hold_what_was_written_is_made_again(
     again = all_of(path, tokenizer, cache=str(cache))
     assert shown(again, tokenizer) == wanted and again.highest < 320
     assert again.column("targets").tolist() == targets
-    assert row_cache._is_whole(row_cache._open(folder))
+    assert store.is_as_written(folder, store.open_store(folder))
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])

@@ -15,16 +15,17 @@ import peaks
 import pytest
 import tiny
 import ways
-from mlxtune_convert.adapters import Spec, read_adapter, save_adapter
+from mlxtune_convert.adapters import AdapterConfig, read_adapter, save_adapter
 from mlxtune_convert.files import json_text, read_json, refuse_links_out, write_json
 from mlxtune_convert.gguf import tokenizer_write
 from mlxtune_convert.peft.adapter_folder import Adapter, Update
 from mlxtune_convert.shown import LONGEST, brief, shown, shown_json, shown_name
 from safetensors.numpy import load_file, save_file
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files, attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.errors import UserError
-from mlxtune.ship import verify
+from mlxtune.ship import runners
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
@@ -74,9 +75,9 @@ def test_an_adapter_that_cannot_have_been_trained_is_refused_by_all_who_read_it(
     with pytest.raises(UserError, match=rf"{NAME} {expected}"):
         read_adapter(folder)
     model = bare_model()
-    lora.attach(model, Spec.read(folder))  # type: ignore[arg-type]
+    attach.attach(model, AdapterPlan.read(folder, model))
     with pytest.raises(UserError, match=rf"{NAME} {expected}"):
-        lora.load_factors(model, folder / "adapters.safetensors")
+        adapter_files.load_tensors(model, folder / "adapters.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -93,13 +94,13 @@ def test_an_absurd_rank_or_scale_is_refused_before_anything_is_made_of_it(
     for changed in ({**config, "lora_parameters": parameters}, {**config, "modules": modules}):
         (folder / "adapter_config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match="not an MLX adapter's configuration"):
-            Spec.read(folder)
+            AdapterConfig.read(folder)
 
 
 def test_an_adapter_for_what_is_no_linear_layer_is_refused() -> None:
-    spec = lora.Spec(2, 1.0, 0.0, (), 0, modules={"model.norm": (2, 1.0)})
+    spec = AdapterPlan({"model.norm": (2, 1.0)})
     with pytest.raises(UserError, match=r"whose model\.norm is no linear layer"):
-        lora.attach(bare_model(), spec)
+        attach.attach(bare_model(), spec)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_a_checkpoint_names_no_class_but_a_models(name: Any) -> None:
 
     config = transformers.LlamaConfig(architectures=name)
     expected = transformers.PreTrainedModel if name and name[0] == "PreTrainedModel" else None
-    assert verify._model_class(config) is (expected or transformers.AutoModelForCausalLM)
+    assert runners.model_class(config) is (expected or transformers.AutoModelForCausalLM)
 
 
 def test_a_folder_that_transformers_cannot_load_is_said_with_its_reason(hf_model: Path, tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_a_folder_that_transformers_cannot_load_is_said_with_its_reason(hf_model
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "64"}))
     with pytest.raises(UserError, match=rf"^transformers [\d.]+ does not load {folder} \("):
-        verify.transformers_model(folder)
+        runners.transformers_model(folder)
 
 
 def test_a_checkpoint_whose_moments_are_another_runs_is_refused(run: Path, tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ def test_the_printed_day_is_pinned_by_the_date() -> None:
     today = masking.template_of(tokenizer, {}, None)
     found = locate(template, CHAT)
     assert found.text.replace("2024-02-29", date.today().isoformat()) == today.text(CHAT) != found.text
-    (example,) = masking.tokenized_all(tokenizer, [found.text], [[span[1:] for span in found.spans]])
+    (example,) = masking.tokenized_turns(tokenizer, [found.text], [[span[1:] for span in found.spans]])
     assert runs(tokenizer, example) == SAID["harmony"][0]
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import tiny
 
-from mlxtune.adapter import lora
-from mlxtune.cli import use
+from mlxtune.adapter import adapter_files, attach
+from mlxtune.cli.talk import Talk
 from mlxtune.data.chat import masking
 from mlxtune.evaluate.generate import Sampling, prompt_ids
 from mlxtune.model.load import load
@@ -25,7 +25,7 @@ def test_the_answer_alone_is_on_standard_output(mlx_model: Path, run: Path) -> N
     result = tiny.mlxtune("generate", *options)
     assert result.returncode == 0, result.stderr
     loaded = load(str(mlx_model))
-    lora.load_adapter(loaded.model, run)
+    adapter_files.load_adapter(loaded.model, run)
     messages = [{"role": "user", "content": "Question number 3?"}]
     ids = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     made: list[int] = []
@@ -63,7 +63,7 @@ def test_the_system_prompt_and_the_runs_template_variables_are_used(
     assert tiny.mlxtune("train", "--model", model, "--data", data, "--out", out, *options).returncode == 0
     loaded = load(str(model))
     messages = [{"role": "user", "content": "Hi"}]
-    seen = loaded.tokenizer.decode(prompt_ids(loaded, messages, *use.Talk(loaded, out, Sampling()).settings))
+    seen = loaded.tokenizer.decode(prompt_ids(loaded, messages, *Talk(loaded, out, Sampling()).settings))
     assert seen == "calm<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     answers = {
         tiny.mlxtune("generate", "--model", model, "--prompt", "Hi", "--max-tokens", "60", *extra).stdout
@@ -104,14 +104,14 @@ def test_eval_scores_base_and_tuned_on_the_runs_own_rows(mlx_model: Path, run: P
     result = tiny.mlxtune("eval", "--model", mlx_model, "--adapter", run, "--json")
     found = json.loads(result.stdout)
     loaded = load(str(mlx_model))
-    lora.load_adapter(loaded.model, run)
+    adapter_files.load_adapter(loaded.model, run)
     sums, count = {"base": 0.0, "tuned": 0.0}, 0
     for line in (data / "valid.jsonl").read_text().splitlines():
         example = masking.render(loaded.tokenizer, json.loads(line)["messages"])
         mask = np.array(example.mask[1:]) == 1
         count += mask.sum()
         for name in sums:
-            with lora.switched_off(loaded.model) if name == "base" else _nothing():
+            with attach.switched_off(loaded.model) if name == "base" else _nothing():
                 logits = np.array(loaded.model(mx.array([example.ids])))[0, :-1].astype(np.float64)
             log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
             sums[name] -= log_p[np.arange(len(mask)), example.ids[1:]][mask].sum()

@@ -10,8 +10,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from mlxtune_convert.adapters import AdapterConfig
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files, attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.cli.display import Display
 from mlxtune.config import resolve
 from mlxtune.config.schema import LoraSection
@@ -35,17 +37,17 @@ KINDS: dict[str, dict[str, Any]] = {
 def adapted(folder: Path, out: Path | None = None, **section: Any) -> Any:
     """A model whose adapter does something: every trained number moved by a seeded draw."""
     loaded = load(str(folder), "float32")
-    spec = lora.Spec.of(loaded.model, LoraSection(**{"rank": 3, "alpha": 6, **section}))
-    lora.attach(loaded.model, spec, seed=1)
+    spec = AdapterPlan.of(loaded.model, LoraSection(**{"rank": 3, "alpha": 6, **section}))
+    attach.attach(loaded.model, spec, seed=1)
     moved = [
         (name, array + 0.05 * mx.random.normal(array.shape, key=mx.random.key(index)))
-        for index, (name, array) in enumerate(lora.factors(loaded.model).items())
+        for index, (name, array) in enumerate(attach.trained_tensors(loaded.model).items())
     ]
     loaded.model.load_weights(moved, strict=False)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        lora.save_config(out, spec)
-        lora.save_factors(loaded.model, out, spec.file)
+        adapter_files.save_config(out, spec)
+        adapter_files.save_tensors(loaded.model, out, spec.file)
     return loaded.model
 
 
@@ -56,12 +58,12 @@ def test_every_kind_is_loaded_and_merged_as_it_was_trained(kind: str, mlx_model:
     wanted = np.array(model(IDS))
     again = load(str(mlx_model), "float32").model
     base = np.array(again(IDS))
-    lora.load_adapter(again, tmp_path)
-    for name, array in lora.factors(model).items():
-        assert mx.array_equal(array, lora.factors(again)[name]).item(), name
+    adapter_files.load_adapter(again, tmp_path)
+    for name, array in attach.trained_tensors(model).items():
+        assert mx.array_equal(array, attach.trained_tensors(again)[name]).item(), name
     np.testing.assert_array_equal(np.array(again(IDS)), wanted)
     assert np.abs(wanted - base).max() > 0.05
-    with lora.switched_off(again):
+    with attach.switched_off(again):
         np.testing.assert_array_equal(np.array(again(IDS)), base)
     np.testing.assert_array_equal(np.array(again(IDS)), wanted)
     dense = load(str(mlx_model), "float32").model
@@ -102,7 +104,7 @@ def test_mlx_lm_refuses_what_its_layout_cannot_hold(kind: str, mlx_model: Path, 
 def test_scales_are_those_of_the_papers(mlx_model: Path) -> None:
     """alpha / r, alpha / sqrt(r) in rsLoRA, each target with its own r."""
     model = adapted(mlx_model, rank=4, alpha=6, variant="rslora", ranks={"up_proj": 9})
-    layers = lora.adapters(model)
+    layers = attach.adapted_layers(model)
     assert layers["model.layers.0.self_attn.q_proj"].scale == 3.0
     assert (layers["model.layers.1.mlp.up_proj"].scale, layers["model.layers.1.mlp.up_proj"].rank) == (2.0, 9)
 
@@ -117,7 +119,7 @@ def test_scales_are_those_of_the_papers(mlx_model: Path) -> None:
 )
 def test_a_name_that_means_nothing_is_refused(section: dict, expected: str, mlx_model: Path) -> None:
     with pytest.raises(UserError) as refused:
-        lora.Spec.of(load(str(mlx_model)).model, LoraSection(**section))
+        AdapterPlan.of(load(str(mlx_model)).model, LoraSection(**section))
     assert expected in str(refused.value)
 
 
@@ -147,7 +149,7 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_bits(
         train(wanted, tmp_path / "cut", display)
     with _quiet() as display:
         train(RunFolder(tmp_path / "cut").config(), tmp_path / "cut", display, resume=True)
-    one, other = (mx.load(str(lora.adapter_file(tmp_path / name))) for name in ("whole", "cut"))
+    one, other = (mx.load(str(adapter_files.adapter_file(tmp_path / name))) for name in ("whole", "cut"))
     assert sorted(one) == sorted(other)
     for name, array in one.items():
         assert mx.array_equal(array, other[name]).item(), name
@@ -164,7 +166,7 @@ def test_training_goes_on_from_an_adapter(mlx_model: Path, data: Path, tmp_path:
     start = next(event for event in events if event["kind"] == "eval")
     assert start["loss"] == pytest.approx(first.best_loss, abs=1e-6)
     assert second.best_loss < first.best_loss
-    assert lora.read_spec(tmp_path / "second").modules == lora.read_spec(tmp_path / "first").modules
+    assert AdapterConfig.read(tmp_path / "second").modules == AdapterConfig.read(tmp_path / "first").modules
     assert any("going on from" in event.get("text", "") for event in events)
 
 
@@ -176,5 +178,5 @@ def test_a_tied_head_is_trained_with_its_embedding(tmp_path: Path, data: Path) -
     model.model.embed_tokens.weight = model.model.embed_tokens.frozen.module.weight
     assert np.abs(np.array(model(IDS)) - wanted).max() > 0.05
     with pytest.raises(UserError, match="no 'head'") as refused:
-        lora.Spec.of(load(str(hf)).model, LoraSection(train_also=["head"]))
+        AdapterPlan.of(load(str(hf)).model, LoraSection(train_also=["head"]))
     assert "embeddings" in refused.value.hint

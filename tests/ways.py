@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map, tree_unflatten
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute import prefix, proof
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -22,7 +23,7 @@ from mlxtune.config.schema import LoraSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, Plan, collate
 from mlxtune.model.arrays import named
-from mlxtune.model.dense import on_cpu
+from mlxtune.model.linux_cpu import multiply_densely
 from mlxtune.train import optim
 from mlxtune.train.step import Job, StepFunction
 
@@ -81,9 +82,9 @@ def make(kind: str, dtype: mx.Dtype = mx.float32, bits: int = 0, dropout: float 
     model.update(tree_unflatten(list(weights.items())))
     if bits:
         nn.quantize(model, 32, bits)
-        on_cpu(model)
-    keys = lora.attach(model, lora.Spec.of(model, LoraSection(rank=2, dropout=dropout)), 0)
-    for index, layer in enumerate(lora.adapters(model).values()):
+        multiply_densely(model)
+    keys = attach.attach(model, AdapterPlan.of(model, LoraSection(rank=2, dropout=dropout)), 0)
+    for index, layer in enumerate(attach.adapted_layers(model).values()):
         layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(1000 + index))
     model.update(tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))
     model.dropout_keys = keys
@@ -111,7 +112,7 @@ BATCH = batch(17, [12, 9, 4])
 def ways(model: nn.Module, batch: Batch) -> dict[str, Way]:
     split = Split.of(model, mx.array(batch.ids))
     assert split is not None
-    assert prefix.usable(batch, 0) == 16  # of 17 shared tokens, in steps of GRAIN
+    assert prefix.length_for_batch(batch, 0) == 16  # of 17 shared tokens, in steps of GRAIN
     found = {}
     for head, shared, every in product([True, False], [0, None], [0, 1, 2]):
         way = Way(split if head else None, prefix=shared, recompute=every)
@@ -122,8 +123,8 @@ def ways(model: nn.Module, batch: Batch) -> dict[str, Way]:
 
 
 def assert_close(model: nn.Module, way: Way, batch: Batch, of_loss: float, of_gradient: float, label: str) -> None:
-    expected, wanted = proof.gradients(model, Way(), batch)
-    value, got = proof.gradients(model, way, batch)
+    expected, wanted = proof.sums_of(model, Way(), batch)
+    value, got = proof.sums_of(model, way, batch)
     assert value == pytest.approx(expected, rel=of_loss), label
     assert got.keys() == wanted.keys()
     for name, gradient in wanted.items():
@@ -139,7 +140,7 @@ def steps(kind: str, bits: int, dropout: float, way: Way | None, compiled: bool 
     section = configuration.load(None, settings).train
     examples = rows(17, [12, 9, 4, 15, 7, 11, 5, 8])
     if way is None:
-        shared = None if dropout else prefix.of_run(examples)
+        shared = None if dropout else prefix.shared_by_run(examples)
         way = Way(Split.of(model, mx.array([examples[0].ids])), prefix=shared, recompute=1)
         way = replace(way, powers=not compiled, compiled=compiled)
     plan = Plan(examples, section)

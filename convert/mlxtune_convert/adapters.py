@@ -28,7 +28,9 @@ ADAPTER_FILE = "adapters.safetensors"
 OWN_FILE = "mlxtune_adapters.safetensors"
 OWN_TYPE = "mlxtune"
 LARGEST_RANK = 1 << 16  # more than any layer is wide
-FACTORS = ("lora_a", "lora_b", "m")
+# Each variant of LoRA -> the tensors that it saves of an adapted layer.
+VARIANTS = {"lora": ("lora_a", "lora_b"), "rslora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
+FACTORS = ("lora_a", "lora_b", "m")  # of any variant
 # PEFT's own merge_and_unload puts the update of one into the other where they are one matrix.
 UNTIE = (
     "Train it with ensure_weight_tying, or make a base with two: load the original model in transformers as m, then "
@@ -43,27 +45,37 @@ LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
-class Spec:
-    """What an adapter is: enough to build it again on the same base.
+class AdapterConfig:
+    """adapter_config.json of an MLX adapter folder, as it lies on the disk: enough to build the adapter again on its
+    base.
 
-    keys: module paths inside a block (or in the model, outside its blocks); num_layers: how many blocks from the last
-    one; scale: of the update, alpha / rank, or alpha / sqrt(rank) in rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
-    modules: where rank or scale are not the same everywhere, each adapted path in the model with its own (rank, scale);
-    it replaces keys and num_layers. trained: paths of the layers trained in full; own_head: the head is not to follow a
-    trained embedding; tied: it is to be the trained embedding itself. base: the original model on the hub, where an
-    imported adapter names one.
+    It has two forms. mlx-lm's says the same of every block from some block on, and serves where that is the whole
+    truth: "rank 8 on self_attn.q_proj in the last 4 blocks" is rank 8, keys ("self_attn.q_proj",), num_layers 4. Ours
+    names each layer by its path in the model, with a rank and a scale of its own: `modules`.
     """
 
+    # Of the update, in mlx-lm's form; in ours that of the first layer.
     rank: int
+    # What the update B A is multiplied by: alpha / rank, or alpha / sqrt(rank) in rsLoRA (Kalajdzievski 2023,
+    # arXiv:2312.03732). In our form that of the first layer.
     scale: float
+    # Share of the adapter's inputs that training zeroes, from 0 to below 1.
     dropout: float
+    # mlx-lm's form: paths of the adapted layers inside a block, or in the model where they are in no block.
     keys: tuple[str, ...]
+    # mlx-lm's form: how many blocks, from the last one back; 0 or less: all.
     num_layers: int
+    # "lora", "rslora" or "dora".
     variant: str = "lora"
+    # Our form: path in the model -> (rank, scale). Not empty: it replaces keys and num_layers.
     modules: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    # Paths in the model of the layers trained in full.
     trained: tuple[str, ...] = ()
+    # Whether the head must not follow the trained embedding.
     own_head: bool = False
+    # The original model on the hub, where an imported adapter names one.
     base: str = ""
+    # Whether the head must be the trained embedding itself.
     tied: bool = False
 
     @property
@@ -86,43 +98,60 @@ class Spec:
             raise UserError(
                 f"{folder}: adapters of type {kind!r} cannot be used yet", "Only LoRA and DoRA adapters can."
             )
+        variant = config.get("variant", "dora" if kind == "dora" else "lora")
+        if not isinstance(variant, str) or variant not in VARIANTS:
+            raise UserError(
+                f"{folder}: adapters of the variant {str(variant)[:40]!r} cannot be used yet",
+                f"Known: {', '.join(VARIANTS)}.",
+            )
         try:
-            variant = str(config.get("variant", kind))
-            parameters = config.get("lora_parameters", {}) if kind == OWN_TYPE else config["lora_parameters"]
-            modules = {path: (int(m["rank"]), float(m["scale"])) for path, m in config.get("modules", {}).items()}
-            uniform = (int(parameters.get("rank", 0)), float(parameters.get("scale", 0.0)))
-            rank, scale = next(iter(modules.values()), uniform)
-            for some_rank, some_scale in [uniform, *modules.values()]:
+            if kind == OWN_TYPE:
+                parameters, num_layers = config.get("lora_parameters", {}), int(config.get("num_layers", 0))
+            else:
+                parameters, num_layers = config["lora_parameters"], int(config["num_layers"])
+            modules = {path: (int(of["rank"]), float(of["scale"])) for path, of in config.get("modules", {}).items()}
+            common = (int(parameters.get("rank", 0)), float(parameters.get("scale", 0.0)))
+            for some_rank, some_scale in [common, *modules.values()]:
                 if not 0 <= some_rank <= LARGEST_RANK or not math.isfinite(some_scale):
                     raise ValueError(f"rank {some_rank}, scale {some_scale:g}")
+            rank, scale = next(iter(modules.values()), common)
             return cls(
                 rank,
                 scale,
-                float(parameters.get("dropout", config.get("dropout", 0.0))),
-                tuple(parameters.get("keys") or _keys_in(folder)),
-                int(config.get("num_layers", 0) if kind == OWN_TYPE else config["num_layers"]),
-                variant,
-                modules,
-                tuple(config.get("trained", ())),
-                bool(config.get("own_head", False)),
-                str(config.get("base_model", "")),
-                bool(config.get("tied", False)),
+                dropout=float(parameters.get("dropout", config.get("dropout", 0.0))),
+                keys=tuple(parameters.get("keys") or _keys_in(folder)),
+                num_layers=num_layers,
+                variant=variant,
+                modules=modules,
+                trained=tuple(config.get("trained", ())),
+                own_head=bool(config.get("own_head", False)),
+                base=str(config.get("base_model", "")),
+                tied=bool(config.get("tied", False)),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"{folder / CONFIG_FILE}: not an MLX adapter's configuration ({error})") from error
 
     def save(self, folder: Path) -> None:
-        """adapter_config.json, as mlx-lm reads it where it can hold the adapter."""
-        common = {"variant": self.variant, **({"base_model": self.base} if self.base else {})}
+        """Write adapter_config.json, as mlx-lm reads it where it can hold the adapter."""
+        out: dict[str, Any] = {"fine_tune_type": "dora" if self.variant == "dora" else "lora"}
         if self.file == OWN_FILE:
             chosen = {path: {"rank": rank, "scale": scale} for path, (rank, scale) in self.modules.items()}
-            own = {"dropout": self.dropout, "modules": chosen, "trained": list(self.trained), "own_head": self.own_head}
-            own |= {"tied": True} if self.tied else {}
-            uniform = {} if chosen else self._uniform()
-            write_json(folder / CONFIG_FILE, {"fine_tune_type": OWN_TYPE, **own, **uniform, **common})
-            return
-        kind = "dora" if self.variant == "dora" else "lora"
-        write_json(folder / CONFIG_FILE, {"fine_tune_type": kind, **self._uniform(), **common})
+            out = {"fine_tune_type": OWN_TYPE, "dropout": self.dropout, "modules": chosen}
+            out |= {"trained": list(self.trained), "own_head": self.own_head}
+            if self.tied:
+                out["tied"] = True
+        if not self.modules:
+            out["num_layers"] = self.num_layers
+            out["lora_parameters"] = {
+                "rank": self.rank,
+                "scale": self.scale,
+                "dropout": self.dropout,
+                "keys": list(self.keys),
+            }
+        out["variant"] = self.variant
+        if self.base:
+            out["base_model"] = self.base
+        write_json(folder / CONFIG_FILE, out)
 
     def check_head(self, own_head: bool, folder: Path) -> None:
         """Raise UserError for an adapter that needs embedding and head apart where the model has one matrix, and the
@@ -139,10 +168,6 @@ class Spec:
             what = "its head was trained apart from the embedding"
         if what:
             raise UserError(f"{folder}: {what}; this model has one matrix for both", UNTIE)
-
-    def _uniform(self) -> dict[str, Any]:
-        parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
-        return {"num_layers": self.num_layers, "lora_parameters": parameters}
 
 
 def other_rows(rows: int, known: int) -> str:
@@ -170,48 +195,56 @@ def _keys_in(folder: Path) -> list[str]:
     return sorted({match[1] for match in matches if match})
 
 
-def read_adapter(folder: Path) -> tuple[Adapter, Spec]:
+def read_adapter(folder: Path) -> tuple[Adapter, AdapterConfig]:
     """An MLX adapter folder without its model: updates and layers trained in full by their paths in MLX, float32.
 
     Raises UserError for tensors that are no pair of factors, of another rank than the configuration says, or that it
     does not name.
     """
-    spec = Spec.read(folder)
-    file = folder / spec.file
+    config = AdapterConfig.read(folder)
+    file = folder / config.file
     if not file.is_file():
-        raise UserError(f"{folder} has no {spec.file}", "The run saved no adapter: train it, or resume it.")
+        raise UserError(f"{folder} has no {config.file}", "The run saved no adapter: train it, or resume it.")
     read_header(file)
     factors: dict[str, dict[str, np.ndarray]] = {}  # path -> lora_a, lora_b, m
     trained: dict[str, np.ndarray] = {}
     for name, array in sorted(load_file(file).items()):
         path, _, part = name.rpartition(".")
         require_fractions(file, name, array)
-        if path in spec.trained:
+        if path in config.trained:
             trained[name] = array.astype(np.float32)
         elif part in FACTORS:
             factors.setdefault(path, {})[part] = array.astype(np.float32)
         else:
             raise UserError(f"{file}: {CONFIG_FILE} does not say what the tensor {name} is", "Copy the folder again.")
-    missing = set(spec.trained) - {name.rpartition(".")[0] for name in trained}
-    missing |= spec.modules.keys() - factors.keys()
+    missing = set(config.trained) - {name.rpartition(".")[0] for name in trained}
+    missing |= config.modules.keys() - factors.keys()
     if missing or not (factors or trained):
         raise UserError(f"{file}: the adapter of {min(missing, default='any layer')} is missing", "Copy it again.")
-    updates = {path: _update(spec, path, parts, file) for path, parts in factors.items()}
+    updates = {path: _update(config, path, parts, file) for path, parts in factors.items()}
     blocks = {match[2] for match in map(LAYER.fullmatch, updates) if match}
-    if not spec.modules and 0 < spec.num_layers < len(blocks):  # fewer: not every block has such a layer
+    if not config.modules and 0 < config.num_layers < len(blocks):  # fewer: not every block has such a layer
         raise UserError(
-            f"{file}: it adapts {len(blocks)} blocks, {CONFIG_FILE} says {spec.num_layers}", "Copy it again."
+            f"{file}: it adapts {len(blocks)} blocks, {CONFIG_FILE} says {config.num_layers}", "Copy it again."
         )
-    kind = spec.variant == "rslora"
-    return Adapter(updates, trained, spec.dropout, kind, spec.base, own_head=spec.own_head, tied=spec.tied), spec
+    adapter = Adapter(
+        updates,
+        trained,
+        config.dropout,
+        config.variant == "rslora",
+        config.base,
+        own_head=config.own_head,
+        tied=config.tied,
+    )
+    return adapter, config
 
 
-def _update(spec: Spec, path: str, parts: dict[str, np.ndarray], file: Path) -> Update:
+def _update(config: AdapterConfig, path: str, parts: dict[str, np.ndarray], file: Path) -> Update:
     """The update of one layer, its shapes and rank checked."""
-    if spec.modules and path not in spec.modules:
+    if config.modules and path not in config.modules:
         raise UserError(f"{file}: {CONFIG_FILE} does not name {path}", "Copy the folder again.")
-    rank, scale = spec.modules.get(path, (spec.rank, spec.scale))
-    wanted = {"lora_a", "lora_b"} | ({"m"} if spec.variant == "dora" else set())
+    rank, scale = config.modules.get(path, (config.rank, config.scale))
+    wanted = set(VARIANTS[config.variant])
     if parts.keys() != wanted:
         raise UserError(f"{file}: {path} has {', '.join(sorted(parts))}, not {', '.join(sorted(wanted))}")
     a, b = parts["lora_a"], parts["lora_b"]
@@ -223,45 +256,51 @@ def _update(spec: Spec, path: str, parts: dict[str, np.ndarray], file: Path) -> 
     return Update(a, b, scale, parts.get("m"))
 
 
-def save_adapter(work: Path, adapter: Adapter, layers: int | None) -> Spec:
+def save_adapter(work: Path, adapter: Adapter, layers: int | None) -> AdapterConfig:
     """Write an adapter under MLX's names as an MLX adapter folder. layers: blocks of the base, None: not known."""
-    spec = _spec(adapter, layers)
+    config = _config(adapter, layers)
     tensors = dict(adapter.trained)
     for path, update in adapter.updates.items():
         tensors.update({f"{path}.lora_a": update.a, f"{path}.lora_b": update.b})
         if update.m is not None:
             tensors[f"{path}.m"] = update.m
-    save_checked(work / spec.file, tensors, {"format": "mlx"})
-    spec.save(work)
-    return spec
+    save_checked(work / config.file, tensors, {"format": "mlx"})
+    config.save(work)
+    return config
 
 
-def _spec(adapter: Adapter, layers: int | None) -> Spec:
-    """mlx-lm's layout where the last blocks (all, where their number is not known) are adapted alike, else each layer
-    by its path."""
+def _config(adapter: Adapter, layers: int | None) -> AdapterConfig:
+    """mlx-lm's form where the last blocks (all, where their number is not known) are adapted alike, else each layer by
+    its path."""
     modules = {path: (update.rank, update.scale) for path, update in adapter.updates.items()}
-    blocks: dict[int, set[str]] = {}
-    for match in filter(None, map(LAYER.fullmatch, modules)):
-        blocks.setdefault(int(match[2]), set()).add(match[3])
-    keys = set().union(*blocks.values())
-    outside = {path for path in modules if not LAYER.fullmatch(path)}
+    blocks: dict[int, set[str]] = {}  # number of a block -> paths in it
+    outside: set[str] = set()
+    for path in modules:
+        match = LAYER.fullmatch(path)
+        if match:
+            blocks.setdefault(int(match[2]), set()).add(match[3])
+        else:
+            outside.add(path)
+    inside = set().union(*blocks.values())
     first = 0 if layers is None else min(blocks, default=0)
     last_ones = bool(blocks) and set(blocks) == set(range(first, layers or len(blocks)))
     if layers is None and adapter.some_blocks:
         last_ones = False  # or the first ones: nothing says how many blocks come after them
-    alike = last_ones and all(block == keys for block in blocks.values()) and len(set(modules.values())) == 1
-    dora = any(update.m is not None for update in adapter.updates.values())
+    alike = last_ones and all(block == inside for block in blocks.values()) and len(set(modules.values())) == 1
+    variant = "rslora" if adapter.rslora else "lora"
+    if any(update.m is not None for update in adapter.updates.values()):
+        variant = "dora"
     rank, scale = next(iter(modules.values()), (0, 0.0))
-    return Spec(
+    return AdapterConfig(
         rank,
         scale,
-        adapter.dropout,
-        tuple(sorted(keys | outside)) if alike else (),
-        len(blocks) if alike else 0,
-        "dora" if dora else "rslora" if adapter.rslora else "lora",
-        {} if alike else modules,
-        tuple(dict.fromkeys(name.rpartition(".")[0] for name in adapter.trained)),
-        adapter.own_head,
-        adapter.base,
-        adapter.tied,
+        dropout=adapter.dropout,
+        keys=tuple(sorted(inside | outside)) if alike else (),
+        num_layers=len(blocks) if alike else 0,
+        variant=variant,
+        modules={} if alike else modules,
+        trained=tuple(dict.fromkeys(name.rpartition(".")[0] for name in adapter.trained)),
+        own_head=adapter.own_head,
+        base=adapter.base,
+        tied=adapter.tied,
     )

@@ -17,14 +17,13 @@ SUMS = 1e-6  # relative to a matrix's largest number: how far apart two orders o
 
 @dataclass
 class Comparison:
-    """equal, near: how many tensors are the same bit for bit, and only within rounding; wrong: the names of all others;
-    largest: difference in one of these; left_out: how many have no counterpart in MLX, so that nothing can be said."""
+    """How many tensors hold what they were made of."""
 
-    equal: int = 0
-    near: int = 0
-    wrong: list[str] = field(default_factory=list)
-    largest: float = 0.0
-    left_out: int = 0
+    equal: int = 0  # the same bit for bit
+    near: int = 0  # the same within rounding
+    wrong: list[str] = field(default_factory=list)  # names of all others
+    largest: float = 0.0  # difference of two numbers in one of those
+    left_out: int = 0  # have no counterpart in MLX, so that nothing can be said
 
     def require(self, source: Path) -> str:
         """What is equal, in words. Raises UserError when something is not, or when there is nothing."""
@@ -48,10 +47,10 @@ def compare(
     is_left_out: Callable[[str], bool] = lambda name: False,
     summed: bool = False,
 ) -> Comparison:
-    """Compare named tensors.
+    """Compare named tensors, of any shape.
 
-    found: how to read each; is_left_out: names that may be in `found` alone; summed: numbers that were added up may
-    differ by the rounding of their type.
+    found: how to read each; expected: (name, what it should be); is_left_out: names that may be in `found` alone;
+    summed: numbers that were added up may differ by the rounding of their type.
     """
     result, seen = Comparison(), set()
     for name, array in expected:

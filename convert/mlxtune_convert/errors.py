@@ -1,5 +1,7 @@
 """The one exception that a person can act on; everything else is a bug."""
 
+CONVERT_ORIGINAL = "Convert from the original Hugging Face model instead."  # where a GGUF is whole and cannot be used
+
 
 class UserError(Exception):
     """Something the user can fix. The command line prints it as one line and exits with 2.

@@ -28,10 +28,10 @@ DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 @dataclass
 class Result:
-    """said: what was done, in words; notes: what a person must know beside it."""
+    """What a command did."""
 
-    said: str
-    notes: list[str] = field(default_factory=list)
+    said: str  # in words
+    notes: list[str] = field(default_factory=list)  # what a person must know beside it
 
 
 def to_peft(source: Path, destination: Path, base_path: Path, base_name: str = "", force: bool = False) -> Result:

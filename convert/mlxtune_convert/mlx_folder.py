@@ -36,22 +36,21 @@ NVFP4_RANGE = np.float32(448 * 6)
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor where it lies. dtype: as safetensors spells it, such as BF16 or U32."""
+    """A tensor where it lies."""
 
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
+    file: Path  # that holds it
+    dtype: str  # as safetensors spells it, such as BF16 or U32
+    shape: tuple[int, ...]  # as stored: of codes, in words
 
 
 @dataclass(frozen=True)
 class MlxFolder:
-    """path: of the folder; config: its config.json; tensors: by name; is_mlx: whether they are named and shaped as in
-    MLX, not as in Hugging Face's files."""
+    """A model folder, its headers read; tensors are read when they are asked for."""
 
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, Stored]
-    is_mlx: bool
+    path: Path  # of the folder
+    config: dict[str, Any]  # its config.json
+    tensors: dict[str, Stored]  # by name
+    is_mlx: bool  # they are named and shaped as in MLX, not as in Hugging Face's files
 
     @staticmethod
     def open(path: Path) -> MlxFolder:
@@ -143,7 +142,7 @@ class MlxFolder:
         return {"bits": bits, "group_size": group, "mode": mode}
 
     def dense(self, dtype: np.dtype, adapter: Adapter | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, array) of every tensor of the dense model, floats in `dtype`.
+        """(name, array) of every tensor of the dense model, in MLX's shape and floats in `dtype`.
 
         A quantized matrix is computed in float32, as MLX does from its scales in float32, and rounded once. One tensor
         is in memory at a time, and CHUNK_ROWS of its rows in float32. adapter: under MLX's names, folded in (then a
@@ -164,28 +163,39 @@ class MlxFolder:
                 yield name, _rounded(self.read(name), dtype)
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as it is stored."""
+        """One tensor as it is stored, in that shape."""
         with safe_open(self.tensors[name].file, "numpy") as opened:
             array: np.ndarray = opened.get_tensor(name)
         return array
 
     def matrix(self, path: str, dtype: np.dtype = FLOAT32) -> np.ndarray:
-        """The weight of a layer; that of a quantized one is computed in float32 and rounded to `dtype`."""
+        """The weight of a layer, [out, in] or [E, out, in]; that of a quantized one is computed in float32 and rounded
+        to `dtype`.
+        """
         if not self.is_quantized(path):
             return _rounded(self.read(f"{path}.weight"), dtype)
         form = self.form(path)
-        bits, group, mode = form["bits"], form["group_size"], form["mode"]
         parts = {part: self.read(f"{path}.{part}") for part in OF_CODES if f"{path}.{part}" in self.tensors}
-        *rows, words = parts["weight"].shape
-        flat = {name: parts[name].reshape(-1, parts[name].shape[-1]) for name in OF_CODES[:3] if name in parts}
-        out = np.empty((math.prod(rows), words * 32 // bits), dtype)
-        factor = self._factor(path, parts, rows)
-        for start in range(0, len(out), CHUNK_ROWS):
+        *outer, words = parts["weight"].shape  # outer: [out] or [E, out]
+        rows = math.prod(outer)
+        weight = parts["weight"].reshape(rows, words)
+        groups = parts["scales"].shape[-1]
+        scales = parts["scales"].reshape(-1, groups)
+        biases = parts["biases"].reshape(-1, groups) if "biases" in parts else None
+        factor = self._factor(path, parts, outer)
+        out = np.empty((rows, words * 32 // form["bits"]), dtype)
+        for start in range(0, rows, CHUNK_ROWS):
             here = slice(start, start + CHUNK_ROWS)
-            biases = flat["biases"][here] if "biases" in flat else None
-            codes = Codes(flat["weight"][here], flat["scales"][here], biases, bits, group, mode)
+            codes = Codes(
+                weight[here],
+                scales[here],
+                None if biases is None else biases[here],
+                form["bits"],
+                form["group_size"],
+                form["mode"],
+            )
             out[here] = _rounded(dequantize(codes, None if factor is None else factor[here]), dtype)
-        return out.reshape(*rows, -1)
+        return out.reshape(*outer, -1)
 
     def _factor(self, path: str, parts: dict[str, np.ndarray], rows: list[int]) -> np.ndarray | None:
         """[rows, 1] what the scale of a whole tensor (nvfp4) multiplies the scales of its rows by; None without one."""

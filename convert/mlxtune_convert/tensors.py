@@ -28,13 +28,11 @@ NUMBERED = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 
 @dataclass(frozen=True)
 class Weights:
-    """files: those that hold a model's weights, each whole; places: the file of each tensor; notes: what a person must
-    know of the others.
-    """
+    """Where a model's weights are."""
 
-    files: list[Path]
-    places: dict[str, Path]
-    notes: list[str]
+    files: list[Path]  # that hold them, each whole
+    places: dict[str, Path]  # tensor -> its file
+    notes: list[str]  # what a person must know of the folder's other files
 
     @property
     def names(self) -> list[str]:
@@ -55,8 +53,8 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def require_fractions(path: Path, name: str, array: np.ndarray) -> None:
-    """Raise UserError for a tensor of an adapter that cannot have been trained: of whole numbers, or with one that is
-    none (NaN) or infinite.
+    """Raise UserError for a tensor of an adapter, of any shape, that cannot have been trained: of whole numbers, or
+    with one that is none (NaN) or infinite.
     """
     kind = array.dtype.name
     if "float" not in kind:
@@ -78,25 +76,39 @@ def weights_of(folder: Path) -> Weights:
     torn file, what is wrong with the index, a tensor that two files hold with other numbers, or a link that leads out.
     """
     refuse_links_out(folder)
-    usual = (folder / name for name in (SINGLE, INDEX) if (folder / name).is_file())
-    chosen = _asked_for(folder) or next(usual, None)
     notes: list[str] = []
+    chosen = _chosen(folder)
+    by_index = chosen is not None and chosen.suffix == ".json"
     if chosen is None:
         files = _without_index(folder, notes)
-    elif chosen.suffix == ".json":
+    elif by_index:
         files = _of_index(chosen)
     else:
         files = [chosen]
     headers = {file: read_header(file) for file in files}
-    if chosen is not None and chosen.suffix == ".json":
+    if chosen is not None and by_index:
         _compare(chosen, headers, notes)
     _refuse_two_of_one(headers)
     stray = [path.name for path in matching(folder, "model*.safetensors") if path not in files]
     if stray and chosen is not None:
         more = f" and {len(stray) - 1} more" if len(stray) > 1 else ""
-        why = "is the model" if chosen.suffix != ".json" else "names the model's files"
+        why = "names the model's files" if by_index else "is the model"
         notes.append(f"{stray[0]}{more} in {folder} is not read: {chosen.name} {why}")
-    return Weights(files, {name: file for file, header in headers.items() for name in header}, notes)
+    places = {}
+    for file, header in headers.items():
+        places.update(dict.fromkeys(header, file))
+    return Weights(files, places, notes)
+
+
+def _chosen(folder: Path) -> Path | None:
+    """The one file that is the model, or the index that names its files; None without either."""
+    asked = _asked_for(folder)
+    if asked:
+        return asked
+    for name in (SINGLE, INDEX):
+        if (folder / name).is_file():
+            return folder / name
+    return None
 
 
 def _asked_for(folder: Path) -> Path | None:
@@ -246,6 +258,7 @@ class ShardWriter:
         self._shards: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, array: np.ndarray) -> None:
+        """array: of any shape, which the file keeps."""
         if self._entries and self._file.tell() + array.nbytes > self.shard_bytes:
             self._flush()
         self._entries[name] = _entry(array, self._file.tell())
@@ -283,7 +296,10 @@ class ShardWriter:
 
 
 def save_checked(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write one safetensors file. A full disk raises OSError (the library would report it as an error of its own)."""
+    """Write one safetensors file. tensors: by name, of any shape.
+
+    A full disk raises OSError (the library would report it as an error of its own).
+    """
     entries, at = {}, 0
     for name, array in tensors.items():
         entries[name] = _entry(array, at)

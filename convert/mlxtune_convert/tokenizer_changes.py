@@ -18,11 +18,11 @@ SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized":
 
 @dataclass(frozen=True)
 class Changes:
-    """tokens: special tokens -> their ids. What is empty is the model's own; several templates have names."""
+    """What is empty is the model's own."""
 
-    chat_template: str | dict[str, str] = ""
-    eos_token: str = ""
-    tokens: dict[str, int] = field(default_factory=dict)
+    chat_template: str | dict[str, str] = ""  # its text; several templates by name
+    eos_token: str = ""  # the token that ends an answer
+    tokens: dict[str, int] = field(default_factory=dict)  # added special tokens -> their ids
 
     @classmethod
     def read(cls, adapter: Path | None) -> Self:

@@ -1,5 +1,14 @@
 """The layers that train: low-rank updates beside a frozen layer, and layers trained in full.
 
+A new variant of LoRA touches three places:
+
+1. here its class, and its line in VARIANTS;
+2. config/schema.py: its name in `LoraSection.variant`;
+3. mlxtune_convert/adapters.py: its name in VARIANTS with the tensors that it saves.
+
+PEFT and GGUF put adapters otherwise: what a variant has beyond lora_a and lora_b is carried over, or refused, in
+mlxtune_convert/peft and ship/gguf.py.
+
 Legend: in, out widths of a linear layer; r rank; E experts. Factors are float32 masters; their products run in the
 activation dtype. `lora_a` starts uniform in +-1/sqrt(in), `lora_b` at zero, so the first step sees the base model.
 """
@@ -9,15 +18,18 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxtune.adapter.dropout import DropoutKeys
-from mlxtune.model.dense import dense_weight
+from mlxtune.model.dense import QUANTIZED, dense_weight
 
 LINEAR = (nn.Linear, nn.QuantizedLinear)
 SWITCH = (SwitchLinear, QuantizedSwitchLinear)
@@ -133,18 +145,46 @@ class LoRASwitchLinear(nn.Module):
         return weight + self.delta()
 
 
-Adapter = LoRALinear | LoRASwitchLinear
+AdaptedLayer = LoRALinear | LoRASwitchLinear
+
+
+def _over_rank(alpha: float, rank: int) -> float:
+    return alpha / rank
+
+
+def _over_root_of_rank(alpha: float, rank: int) -> float:
+    """rsLoRA, Kalajdzievski 2023, arXiv:2312.03732."""
+    return alpha / math.sqrt(rank)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of adapter that lora.variant can name."""
+
+    # Adapts a linear layer.
+    linear: type[LoRALinear]
+    # Adapts a layer of experts; None: it has no form for them.
+    experts: type[LoRASwitchLinear] | None
+    # (lora.alpha, rank) -> what the update B A is multiplied by.
+    scale: Callable[[float, int], float]
+
+
+VARIANTS = {
+    "lora": Variant(LoRALinear, LoRASwitchLinear, _over_rank),
+    "rslora": Variant(LoRALinear, LoRASwitchLinear, _over_root_of_rank),
+    "dora": Variant(DoRALinear, None, _over_rank),
+}
 
 
 def dense_shape(linear: nn.Module) -> tuple[int, ...]:
     """The shape of a linear layer's or embedding's matrix before quantization: [out, in], or [E, out, in]."""
     *shape, columns = linear.weight.shape
-    if isinstance(linear, (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)):
+    if isinstance(linear, QUANTIZED):
         columns = columns * 32 // linear.bits
     return (*shape, columns)
 
 
-class _Frozen:
+class FrozenOriginal:
     """Holds the layer that a trained one replaced, out of sight of MLX's module tree."""
 
     def __init__(self, module: nn.Module, dtype: mx.Dtype) -> None:
@@ -152,10 +192,10 @@ class _Frozen:
         self.dtype = dtype
 
 
-class Trained:
+class TrainedInFull:
     """Mixed into the class of a layer trained in full: float32 masters, results in the activation dtype."""
 
-    frozen: _Frozen
+    frozen: FrozenOriginal
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -168,10 +208,10 @@ class Trained:
 
 @functools.cache
 def _trained_kind(kind: Any) -> type:
-    return type(f"Trained{kind.__name__}", (Trained, kind), {})
+    return type(f"Trained{kind.__name__}", (TrainedInFull, kind), {})
 
 
-def trained(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+def trained_in_full(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     """A layer like `module` whose own parameters are dense, float32 and trainable; `module` stays as it is.
 
     dtype: of the activations.
@@ -180,24 +220,32 @@ def trained(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     for name, value in own_parameters(layer).items():
         layer[name] = tree_map(lambda array: mx.array(array.astype(mx.float32)), value)
     layer.__class__ = _trained_kind(type(layer))  # type: ignore[arg-type]
-    layer.frozen = _Frozen(module, dtype)
+    layer.frozen = FrozenOriginal(module, dtype)
     layer.unfreeze(recurse=False)
     return layer
 
 
+# What a quantized layer becomes when its matrix is dense.
+DENSE: dict[type, Any] = {
+    nn.QuantizedLinear: nn.Linear,
+    nn.QuantizedEmbedding: nn.Embedding,
+    QuantizedSwitchLinear: SwitchLinear,
+    QuantizedMultiLinear: MultiLinear,
+}
+
+
 def dense_copy(module: nn.Module) -> Any:
     """A layer of its own with the same parameters, the matrix of a quantized one made dense (float32)."""
-    dense = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
-    kind = next((dense[kind] for kind in dense if isinstance(module, kind)), None)
-    if kind is None:
-        layer = copy.copy(module)
-        layer._no_grad = set()
-        return layer
-    layer = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    layer.weight = dense_weight(module)
-    if "bias" in module:
-        layer.bias = module.bias
+    for quantized, dense in DENSE.items():
+        if isinstance(module, quantized):
+            layer = dense.__new__(dense)
+            nn.Module.__init__(layer)
+            layer.weight = dense_weight(module)
+            if "bias" in module:
+                layer.bias = module.bias
+            return layer
+    layer = copy.copy(module)
+    layer._no_grad = set()
     return layer
 
 

@@ -2,48 +2,140 @@
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.nn as nn
-from mlxtune_convert import adapters
-from mlxtune_convert.adapters import ADAPTER_FILE, OWN_FILE
+from mlxtune_convert.adapters import AdapterConfig
 
-from mlxtune.adapter.layers import EMBEDDING, LINEAR, SWITCH, own_parameters
+from mlxtune.adapter.layers import EMBEDDING, LINEAR, SWITCH, VARIANTS, own_parameters
 from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError, did_you_mean
+from mlxtune.model.corrections.families import READ_BY_BLOCK
 from mlxtune.model.corrections.shared_keys import UNUSED, shares
 
-__all__ = ["ADAPTER_FILE", "OWN_FILE", "Spec"]
-READ_BY_BLOCK = (".prediction_coefs", ".correction_coefs")  # of Gemma 3n's AltUp, a few numbers each
+
+@dataclass(frozen=True)
+class LastBlocks:
+    """The same layers adapted in each of the last blocks: the form that mlx-lm's files have for an adapter."""
+
+    # Paths inside a block, such as self_attn.q_proj; a layer outside the blocks by its path in the model.
+    keys: tuple[str, ...]
+    # How many blocks, from the last one back. Not each of them has a layer for every key.
+    count: int
 
 
-class Spec(adapters.Spec):
-    """As adapter folders hold it, and resolved against a model."""
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What trains on one model, layer by layer. `attach` builds it, an adapter folder keeps it.
+
+    lora.layers=1, lora.targets=[q_proj, lm_head] and rank 8 with alpha 16 on a model of two blocks is
+
+        modules      {"model.layers.1.self_attn.q_proj": (8, 2.0), "lm_head": (8, 2.0)}
+        last_blocks  LastBlocks(("lm_head", "self_attn.q_proj"), 1)
+    """
+
+    # Path in the model of each adapted layer -> (rank, scale of the update). In this order they get their random start.
+    modules: Mapping[str, tuple[int, float]]
+    # Paths in the model of the layers trained in full.
+    trained: tuple[str, ...] = ()
+    # "lora", "rslora" (which differs in its scale alone) or "dora".
+    variant: str = "lora"
+    # Share of the adapter's inputs that training zeroes, from 0 to below 1.
+    dropout: float = 0.0
+    # `modules` as mlx-lm's files put it, and so ours where this is known; None: files name each layer by its path.
+    last_blocks: LastBlocks | None = None
+    # Whether the head must not follow the trained embedding (an adapter from PEFT may say so).
+    own_head: bool = False
+    # Whether the head must be the trained embedding itself (the same).
+    tied: bool = False
+    # The original model on the hub, where an imported adapter names one.
+    base: str = ""
 
     @staticmethod
-    def of(model: nn.Module, section: LoraSection) -> Spec:
-        """Resolve targets, ranks and layers against a model. Raises UserError naming what there is."""
+    def of(model: nn.Module, section: LoraSection) -> AdapterPlan:
+        """What a configuration asks of a model. Raises UserError naming what the model has."""
         count = len(model.layers)
         wanted = count if section.layers == "all" else section.layers
         if wanted > count:
             raise UserError(f"lora.layers {wanted}: the model has {count} blocks", f"Use 1 to {count}, or all.")
         inside = sorted({path for block in model.layers[count - wanted :] for path in linear_paths(block)})
-        available = inside + outside_blocks(model, LINEAR)
         keys = set(inside)
         if section.targets != "all-linear":
+            available = inside + outside_blocks(model, LINEAR)
             keys = {path for target in section.targets for path in _matching("lora.targets", target, available)}
-        ranks = {path: n for name, n in section.ranks.items() for path in _matching("lora.ranks", name, sorted(keys))}
+        ranks: dict[str, int] = {}  # key -> the rank that lora.ranks gives it
+        for name, rank in section.ranks.items():
+            ranks.update(dict.fromkeys(_matching("lora.ranks", name, sorted(keys)), rank))
+        last_blocks = LastBlocks(tuple(sorted(keys)), wanted)
+        modules: dict[str, tuple[int, float]] = {}
+        for path, key in places(model, last_blocks).items():
+            rank = ranks.get(key, section.rank)
+            modules[path] = (rank, VARIANTS[section.variant].scale(section.alpha, rank))
+        return AdapterPlan(
+            modules,
+            trained=trained_paths(model, section.train_also, set(modules)),
+            variant=section.variant,
+            dropout=section.dropout,
+            last_blocks=last_blocks if set(ranks.values()) <= {section.rank} else None,
+        )
 
-        def scale(rank: int) -> float:
-            return section.alpha / (math.sqrt(rank) if section.variant == "rslora" else rank)
+    @staticmethod
+    def read(folder: Path, model: nn.Module) -> AdapterPlan:
+        """The adapter of a run folder (or any mlx-lm adapter folder) on a model that has none yet.
 
-        spec = Spec(section.rank, scale(section.rank), section.dropout, tuple(sorted(keys)), wanted, section.variant)
-        if any(rank != section.rank for rank in ranks.values()):
-            by_path = {path: ranks.get(key, section.rank) for path, key in places(model, spec).items()}
-            spec = replace(spec, modules={path: (rank, scale(rank)) for path, rank in by_path.items()})
-        return replace(spec, trained=trained_paths(model, section.train_also, set(places(model, spec))))
+        Raises UserError when the folder holds none, or one of more blocks than the model has.
+        """
+        return AdapterPlan.resolve(AdapterConfig.read(folder), folder, model)
+
+    @staticmethod
+    def resolve(saved: AdapterConfig, folder: Path, model: nn.Module) -> AdapterPlan:
+        """The same for a configuration that was read. folder: where from, for messages."""
+        blocks = len(model.layers)
+        if saved.num_layers > blocks:
+            raise UserError(f"{folder}: the adapter covers {saved.num_layers} blocks, the model has {blocks}")
+        modules: Mapping[str, tuple[int, float]] = saved.modules
+        last_blocks = None
+        if not modules:
+            count = saved.num_layers if saved.num_layers > 0 else blocks  # 0 or less is mlx-lm's way to say all
+            last_blocks = LastBlocks(saved.keys, count)
+            modules = dict.fromkeys(places(model, last_blocks), (saved.rank, saved.scale))
+        return AdapterPlan(
+            modules,
+            trained=saved.trained,
+            variant=saved.variant,
+            dropout=saved.dropout,
+            last_blocks=last_blocks,
+            own_head=saved.own_head,
+            tied=saved.tied,
+            base=saved.base,
+        )
+
+    @property
+    def config(self) -> AdapterConfig:
+        """adapter_config.json of this plan."""
+        rank, scale = next(iter(self.modules.values()), (0, 0.0))
+        last_blocks = self.last_blocks
+        return AdapterConfig(
+            rank,
+            scale,
+            dropout=self.dropout,
+            keys=last_blocks.keys if last_blocks is not None else (),
+            num_layers=last_blocks.count if last_blocks is not None else 0,
+            variant=self.variant,
+            modules=self.modules if last_blocks is None else {},
+            trained=self.trained,
+            own_head=self.own_head,
+            base=self.base,
+            tied=self.tied,
+        )
+
+    @property
+    def file(self) -> str:
+        """Name of the file of tensors: mlx-lm's where its layout holds the whole adapter, else our own."""
+        return self.config.file
 
 
 def _matching(option: str, name: str, available: list[str]) -> list[str]:
@@ -85,14 +177,19 @@ def heads(model: nn.Module) -> list[str]:
     return [path for path in outside_blocks(model, LINEAR) if len(modules[path].weight) in rows]
 
 
-def places(model: nn.Module, spec: Spec) -> dict[str, str]:
-    """Path in the model -> key, for every layer that keys and num_layers choose."""
-    keys, modules = set(spec.keys), dict(model.named_modules())
-    out = {}
-    for prefix in block_paths(model)[len(model.layers) - spec.num_layers :]:
-        out.update({f"{prefix}.{path}": path for path in linear_paths(modules[prefix]) if path in keys})
-    out.update({path: path for path in outside_blocks(model, LINEAR) if path in keys})
-    return out
+def places(model: nn.Module, last_blocks: LastBlocks) -> dict[str, str]:
+    """Path in the model -> key, for every layer that is meant: block by block, then those outside the blocks."""
+    keys, modules = set(last_blocks.keys), dict(model.named_modules())
+    first = len(model.layers) - last_blocks.count
+    found = {}
+    for block in block_paths(model)[first:]:
+        for path in linear_paths(modules[block]):
+            if path in keys:
+                found[f"{block}.{path}"] = path
+    for path in outside_blocks(model, LINEAR):
+        if path in keys:
+            found[path] = path
+    return found
 
 
 def trained_paths(model: nn.Module, names: list[str], adapted: set[str]) -> tuple[str, ...]:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
-from mlxtune_convert.shown import shown, shown_json, shown_name
+from mlxtune_convert.shown import shown_json
 
 from mlxtune.cli import common
 
 if TYPE_CHECKING:
-    import numpy as np
-    from rich.console import Console
-
     from mlxtune.config.resolve import Config
-    from mlxtune.data.chat.renderer import Renderer, Row
+    from mlxtune.data.chat.renderer import Renderer
+
+SHOWN = 5  # rows that `data show` prints for people
 
 
 @click.group()
@@ -45,86 +43,36 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     """
     from itertools import islice
 
-    from mlxtune.cli import survey_table
+    from mlxtune.cli import shown_rows, survey_table
     from mlxtune.config import resolve as config
-    from mlxtune.data.dataset import mixture, sources
+    from mlxtune.data.dataset import holdout
 
     cache = () if split else ("data.cache",)  # only what training would hold out needs all rows
     common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.on_damage", *cache)
     resolved = config.load(None, settings, {"data.path": path})
-    folder, renderer = _renderer(model, resolved)
-    out, tokenizer = common.stdout(), renderer.tokenizer
+    renderer = _renderer(model, resolved)
+    out = common.stdout()
     with survey_table.progress(common.console()) as progress:
-
-        def good(source: sources.Source) -> np.ndarray:
-            told = progress(source.name)
-            return mixture.hashes_of(source, renderer, folder, lambda name, count: told(count))
-
-        found = sources.rows_of(resolved.data, resolved.train.seed, split, good)
-    rows = sources.with_template(found, tokenizer, folder, resolved.data.template)
-    for record in islice(rows, limit or (None if as_json else 5)):
+        rows = holdout.rows_of_split(resolved.data, resolved.train.seed, split, renderer, progress)
+    if limit is None and not as_json:
+        limit = SHOWN
+    for record in islice(rows, limit):
         for row in renderer.rows([record]):
             if as_json:
-                click.echo(shown_json(_as_json(tokenizer, row)))
+                click.echo(shown_json(shown_rows.as_json(renderer.tokenizer, row)))
             else:
-                _print(out, tokenizer, row)
+                shown_rows.draw(out, renderer.tokenizer, row)
 
 
-def _renderer(model: str, config: Config) -> tuple[Path, Renderer]:
-    """The tokenizer's folder, and what makes its examples; the data is known to be there."""
+def _renderer(model: str, config: Config) -> Renderer:
+    """What makes examples with the tokenizer of a model, once the data is known to be there."""
     from mlxtune.data.chat.renderer import Renderer
     from mlxtune.data.dataset import sources
-    from mlxtune.data.template.tokenizer_changes import for_rows
+    from mlxtune.data.template.tokenizer_changes import preview_tokenizer
     from mlxtune.model import hub
 
-    sources.glance(config.data)
-    folder = hub.resolve(model)
-    return folder, Renderer(for_rows(folder, config), config.data)
-
-
-def _as_json(tokenizer: Any, row: Row) -> dict[str, Any]:
-    part = {"part": row.part} if row.part else {}
-    damage = {"damage": [found.text for found in row.damage]} if row.damage else {}
-    kinds = {"kinds": [[kind, message + 1] for kind, message in row.kinds]} if row.kinds else {}
-    if row.example is None:
-        return {"row": row.record.row, **part, "dropped": row.dropped, **damage, **kinds}
-    ids = [int(token) for token in row.example.ids]
-    text = row.text if not row.shortened else tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return {
-        "row": row.record.row,
-        **part,
-        "ids": ids,
-        "mask": row.example.mask.tolist(),
-        "text": text,
-        **damage,
-        **kinds,
-    }
-
-
-def _print(out: Console, tokenizer: Any, row: Row) -> None:
-    import numpy as np
-    from rich.text import Text
-
-    from mlxtune.data.chat.asked import KINDS
-
-    if row.example is None:
-        out.print(Text(shown_name(f"{row.place}: dropped ({row.dropped})"), style="bold red"))
-        return
-    ids, mask = row.example.ids, row.example.mask
-    ending = ", shortened" if row.shortened else ""
-    told = f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}"
-    out.print(Text(shown_name(told), style="bold"))
-    for damage in row.damage:
-        out.print(Text(f"damage: {shown_name(damage.text)}", style="bold red"))
-    for kind, message in row.kinds:
-        out.print(Text(f"message {message + 1}: {KINDS[kind]}", style="yellow"))
-    body = Text()
-    for supervised, run in groupby(range(len(ids)), key=mask.__getitem__):
-        text = shown(tokenizer.decode([ids[index] for index in run], clean_up_tokenization_spaces=False))
-        marked = text if out.is_terminal or not supervised else f"⟦{text}⟧"
-        body.append(marked, style="green" if supervised else "dim")
-    out.print(body)
-    out.print()
+    sources.require_readable(config.data)
+    return Renderer(preview_tokenizer(hub.resolve(model), config), config.data)
 
 
 @data.command()
@@ -148,11 +96,8 @@ def check(
     mlxtune data check --model model --data data
     mlxtune data check --model model --data train.jsonl --strict --json
     """
-    from itertools import chain
-
     from mlxtune.cli import survey_table
     from mlxtune.config import resolve as configuration
-    from mlxtune.data.dataset import sources
     from mlxtune.data.survey import survey as checks
     from mlxtune.errors import UserError
     from mlxtune.train import reach
@@ -164,24 +109,9 @@ def check(
     if file is not None:
         for line in reach.hub_notes(config, file, {"model.path"} | reach.keys_named(settings, {"data.path": path})):
             common.note(line)
-    folder, renderer = _renderer(model, config)
-    splits: dict[str, checks.Split] = {}
+    renderer = _renderer(model, config)
     with survey_table.progress(common.console()) as progress:
-        for number, source in enumerate(config.data.mixture(), 1):
-            found = sources.find(source, config.data.hub == "stream")
-            for split, files in found.items():
-                name = split if config.data.sources is None else f"{split} {number}"
-                splits[name] = checks.Split(name, files[0].name, len(files) > 1)
-                read = chain.from_iterable(file.read() for file in files)
-                rows = sources.with_template(read, renderer.tokenizer, folder, config.data.template)
-                checks.survey(splits[name], rows, renderer, progress(files[0].name))
-                if split == "train":
-                    splits[name].find_unused(sources.unused(found))
-    for name, other in splits.items():
-        for trained, train in splits.items():
-            if trained.startswith("train") and not name.startswith("train"):
-                checks.leaks(train, other)
-    told = checks.report(splits, config)
+        told = checks.survey(config, renderer, progress)
     if as_json:
         click.echo(shown_json(told))
     else:
@@ -224,7 +154,7 @@ def convert(
         raise UserError(f"{out}: JSON Lines are written", "Give it a name that ends with .jsonl.")
     section = config.load(None, settings, {"data.path": source}).data
     (given,) = section.mixture()
-    found = sources.find(given)
+    found = sources.files_by_split(given)
     if split not in found:
         raise UserError(f"{source} has no {split} file", f"It has: {', '.join(found)}.")
     rows = chain.from_iterable(one.read() for one in found[split])

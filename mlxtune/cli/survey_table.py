@@ -17,9 +17,9 @@ NAMED = 8  # rows and reasons that a finding names
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Callable[[str], Callable[[int], None]]]:
-    """Yields a function: the name of a file -> what takes the number of its rows read so far."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+def progress(console: Console) -> Iterator[Callable[[str, int], None]]:
+    """Yields a function that takes the name of a file and the number of its rows read so far; each has a bar."""
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
     with Progress(
         TextColumn("{task.description}", markup=False),
@@ -30,42 +30,59 @@ def progress(console: Console) -> Iterator[Callable[[str], Callable[[int], None]
         transient=True,
         disable=not console.is_terminal,
     ) as bars:
+        tasks: dict[str, TaskID] = {}
 
-        def begin(name: str) -> Callable[[int], None]:
-            task = bars.add_task(shown_name(name), total=None)
-            return lambda rows: bars.update(task, completed=rows)
+        def show(name: str, rows: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(shown_name(name), total=None)
+            bars.update(tasks[name], completed=rows)
 
-        yield begin
+        yield show
 
 
-def draw(out: Console, told: dict[str, Any]) -> None:
+def draw(out: Console, report: dict[str, Any]) -> None:
+    """Print a report as `data.survey.report` makes it."""
     from rich.text import Text
 
-    for name, facts in told["splits"].items():
-        _draw_split(out, name, facts)
-    if not told["findings"]:
+    for name, facts in report["splits"].items():
+        out.print(Text(shown_name(f"{name}: {facts['file']}"), style="bold"))
+        _draw_counts(out, facts)
+        _draw_lengths(out, facts["lengths"])
+        out.print()
+    if not report["findings"]:
         out.print(Text("No findings.", style="green"))
-    for finding in told["findings"]:
-        more = ", ..." if finding["count"] > NAMED and finding["rows"] else ""
-        rows = ", ".join(map(shown_name, finding["rows"][:NAMED])) + more
-        line = Text(f"{finding['severity']}: ", style=COLOURS[finding["severity"]])
-        what = finding["what"].replace("rows", "row", 1) if finding["count"] == 1 else finding["what"]
-        line.append(shown_name(f"{finding['split']}: {finding['count']:,} {what}"), style="default")
+    for finding in report["findings"]:
+        _draw_finding(out, finding)
+
+
+def _draw_finding(out: Console, finding: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    severity, count, what = finding["severity"], finding["count"], finding["what"]
+    if count == 1:
+        what = what.replace("rows", "row", 1)
+    line = Text(f"{severity}: ", style=COLOURS[severity])
+    line.append(shown_name(f"{finding['split']}: {count:,} {what}"), style="default")
+    if finding["rows"]:
+        named = ", ".join(map(shown_name, finding["rows"][:NAMED]))
+        if count > NAMED:
+            named += ", ..."
         kind = "" if finding["code"] == "unused" else "rows "  # of files
-        out.print(line + Text(f" ({kind}{rows})" if rows else "", style="dim"))
-        for reason, count in list(finding.get("reasons", {}).items())[:NAMED]:
-            out.print(Text(f"    {count:,} x {shown_name(reason)}", style="dim"))
-        out.print(Text(f"    -> {shown_name(finding['fix'])}", style="green"))
+        line += Text(f" ({kind}{named})", style="dim")
+    out.print(line)
+    for reason, times in list(finding.get("reasons", {}).items())[:NAMED]:
+        out.print(Text(f"    {times:,} x {shown_name(reason)}", style="dim"))
+    out.print(Text(f"    -> {shown_name(finding['fix'])}", style="green"))
 
 
-def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
+def _draw_counts(out: Console, facts: dict[str, Any]) -> None:
+    """A line for each thing that is counted in a split, but for those of which there is nothing."""
     from rich.text import Text
 
     from mlxtune.data.chat.turn_kinds import Expansion, kind_lines
 
-    lengths = facts["lengths"]
-    out.print(Text(shown_name(f"{name}: {facts['file']}"), style="bold"))
     share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
+    systems = facts["system_prompts"]
     lines = {
         "rows": f"{facts['rows']:,} ({_counts(facts['formats'])})",
         "outcome": _counts(facts["outcomes"]),
@@ -73,8 +90,7 @@ def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
         "as asked": Expansion(**facts["conversations"]).line(),
         "roles": _counts(facts["roles"]),
         "answers per row": _counts(facts["answers_per_row"]),
-        "system prompts": f"{facts['system_prompts']['distinct']:,} distinct, "
-        f"{facts['system_prompts']['rows_without']:,} rows without",
+        "system prompts": f"{systems['distinct']:,} distinct, {systems['rows_without']:,} rows without",
         "asks to": _counts(facts["tasks"]),
         "hardly asks to": ", ".join(facts["tasks_missing"]),
         "scripts": _counts(facts["scripts"]),
@@ -84,17 +100,28 @@ def _draw_split(out: Console, name: str, facts: dict[str, Any]) -> None:
     for label, value in lines.items():
         if value:
             out.print(Text(f"  {label:16}", style="dim") + Text(shown_name(value)))
-    for line in kind_lines(*({kind: told[key] for kind, told in facts["turns"].items()} for key in ("count", "rows"))):
+    counts = {kind: turns["count"] for kind, turns in facts["turns"].items()}
+    rows = {kind: turns["rows"] for kind, turns in facts["turns"].items()}
+    for line in kind_lines(counts, rows):
         out.print(Text(f"    {shown_name(line)}", style="yellow"))
-    cut = f"{lengths['cut_share']:.1%} of the examples are longer than data.max_tokens {lengths['max_tokens']:,}"
-    longest = f"; data.max_tokens={lengths['longest']} would cut none" if lengths["cut_share"] else ""
-    out.print(Text("  length in tokens", style="dim") + Text(f" {cut}{longest}"))
+
+
+def _draw_lengths(out: Console, lengths: dict[str, Any]) -> None:
+    """How long the examples are: red bars begin beyond data.max_tokens."""
+    from rich.text import Text
+
+    limit = lengths["max_tokens"]
+    line = f" {lengths['cut_share']:.1%} of the examples are longer than data.max_tokens {limit:,}"
+    if lengths["cut_share"]:
+        line += f"; data.max_tokens={lengths['longest']} would cut none"
+    out.print(Text("  length in tokens", style="dim") + Text(line))
     most = max((count for _, _, count in lengths["histogram"]), default=1)
     for low, high, count in lengths["histogram"]:
-        bar = "█" * round(BAR * count / most) or ("▏" if count else "")
-        style = "red" if low >= lengths["max_tokens"] else "green"
+        bar = "█" * round(BAR * count / most)
+        if count and not bar:
+            bar = "▏"
+        style = "red" if low >= limit else "green"
         out.print(Text(f"  {low:>8,}-{high:<8,} ", style="dim") + Text(f"{bar} {count:,}", style=style))
-    out.print()
 
 
 def _counts(counts: dict[str, int]) -> str:

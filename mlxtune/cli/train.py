@@ -135,7 +135,7 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     if folder is not None:
         RunFolder(folder).require_free()
     loggers.require(config.train.loggers)
-    fast_ways.refuse_idle(config)
+    fast_ways.refuse_useless_grouping(config)
     data, config = read_data(config)
     planned = preparation.plan(config, data)
     train, valid = data.train, data.valid

@@ -1,8 +1,12 @@
 """Per-layer checkpointing: a block keeps its input and computes the rest again in the backward pass (Chen et al. 2016,
 arXiv:1604.06174).
 
+    forward   x0 -> [block 1] -> x1 -> [block 2] -> x2 -> loss      kept: x0, x1, x2
+    backward  [block 2] is run again on x1, then differentiated; then [block 1] on x0
+
 `mx.checkpoint` runs the block's Python again, so everything in it must be a function of its arguments: parameters,
-hidden state, the shared prefix's keys and values are passed, never closed over; random masks are keyed.
+hidden state, the shared prefix's keys and values are passed, never closed over (MLX would give no gradient to what is
+closed over, and say nothing); random masks are keyed.
 """
 
 from __future__ import annotations
@@ -16,23 +20,21 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlxtune.compute.prefix import PrefixCache
+from mlxtune.compute.stages import Stages
+from mlxtune.model.classes import as_classes, calling
 
 
 @contextmanager
-def recomputed(model: nn.Module, every: int, stages: list[Any] | None = None) -> Iterator[None]:
+def recomputed(model: nn.Module, every: int, stages: Stages | None = None) -> Iterator[None]:
     """Inside, every `every`-th block of the model is checkpointed; 0: none. Blocks are themselves again after.
 
     stages: gets the blocks' outputs, so that they can be computed one by one.
     """
-    outputs: list[mx.array] = [] if stages is None else stages
-    changed = [(block, type(block)) for block in model.layers[::every]] if every else []
-    for block, kind in changed:
-        block.__class__ = _recomputing(kind, outputs)
-    try:
+    outputs: Stages = [] if stages is None else stages
+    blocks = model.layers[::every] if every else []
+    classes = [(block, _recomputing(type(block), outputs)) for block in blocks]
+    with as_classes(classes):
         yield
-    finally:
-        for block, kind in changed:
-            block.__class__ = kind
 
 
 def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,47 +51,59 @@ def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..
     return lambda *args: mx.checkpoint(run)(module.trainable_parameters(), *args)
 
 
-def _recomputing(kind: type, stages: list[Any]) -> type:
+def _recomputing(kind: type, stages: Stages) -> type:
+    def note(leaf: Any) -> None:
+        if flows(leaf):
+            stages.append(leaf)
+
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = _run(self, kind.__call__, (args, kwargs))
-        tree_map(lambda leaf: stages.append(leaf) if _is_input(leaf) else None, out)
+        tree_map(note, out)
         return out
 
-    return type(kind.__name__, (kind,), {"__call__": call})
+    return calling(kind, call)
 
 
-def _is_input(leaf: Any) -> bool:
+def flows(leaf: Any) -> bool:
     """Whether a gradient may flow into an argument; masks of booleans and indices are closed over."""
     return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
 def _run(block: nn.Module, call: Callable[..., Any], arguments: Any) -> Any:
+    """call(block, *arguments), checkpointed.
+
+    The arguments are any tree. What a gradient flows into is taken out of it and passed as a list: its arrays, and the
+    keys and values in its caches. When the block is run, then and again, the tree is filled with what was passed.
+    """
     inputs: list[mx.array] = []
     caches: list[PrefixCache] = []
 
-    def collect(leaf: Any) -> None:
-        if _is_input(leaf):
+    def take_out(leaf: Any) -> None:
+        if flows(leaf):
             inputs.append(leaf)
         elif isinstance(leaf, PrefixCache):
             caches.append(leaf)
 
-    tree_map(collect, arguments)
+    tree_map(take_out, arguments)
     offsets = [cache.offset for cache in caches]  # as they are now: the second run comes after the passes moved them
 
     def run(inputs: list[mx.array], states: list[list[mx.array]]) -> Any:
-        arrays = iter(inputs)
         inner = [PrefixCache(state, offset) for state, offset in zip(states, offsets, strict=True)]
-        own = iter(inner)
+        next_inputs, next_caches = iter(inputs), iter(inner)
 
-        def fill(leaf: Any) -> Any:
-            if _is_input(leaf):
-                return next(arrays)
-            return next(own) if isinstance(leaf, PrefixCache) else leaf
+        def fill_in(leaf: Any) -> Any:
+            if flows(leaf):
+                return next(next_inputs)
+            if isinstance(leaf, PrefixCache):
+                return next(next_caches)
+            return leaf
 
-        args, kwargs = tree_map(fill, arguments)
-        return call(block, *args, **kwargs), [cache.recorded for cache in inner]
+        args, kwargs = tree_map(fill_in, arguments)
+        out = call(block, *args, **kwargs)
+        return out, [cache.recorded for cache in inner]
 
-    out, recorded = checkpointed(block, run)(inputs, [cache.state for cache in caches])
-    for outer, new in zip(caches, recorded, strict=True):
-        outer.recorded = new
+    states = [cache.state for cache in caches]
+    out, recorded = checkpointed(block, run)(inputs, states)
+    for cache, keys_and_values in zip(caches, recorded, strict=True):
+        cache.recorded = keys_and_values
     return out

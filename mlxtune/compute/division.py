@@ -1,8 +1,15 @@
 """Steps computed in smaller parts, for want of memory (`train.on_oom: smaller`).
 
 Micro-batches are cut below the plan of batches: the plan, and with it which rows meet in a step, stays as it was. A
-loss is a sum over tokens, so the parts of a step add up to the same one. A division is kept for the steps that follow
-and in every checkpoint: whoever resumes computes what the run would have computed.
+loss is a sum over tokens, so the parts of a step add up to the same one:
+
+    planned           one micro-batch of the examples 1 2 3
+    halved once       1 2 | 3
+    halved twice      1 | 2 | 3
+    and checkpointed  the same, every block computed again in the backward pass
+
+A division is kept for the steps that follow and in every checkpoint: whoever resumes computes what the run would have
+computed.
 """
 
 from __future__ import annotations
@@ -23,8 +30,9 @@ SAME = 1e-3  # relative, of loss and gradients: recomputing a block repeats the 
 
 
 class TooLarge(Exception):
-    """A part of a step did not fit the memory; nothing was updated. failure: what was said here or, of another process,
-    elsewhere; examples: of that part, the most of any process.
+    """A part of a step did not fit the memory; nothing was updated.
+
+    failure: what was said here or, of another process, elsewhere; examples: of that part, the most of any process.
     """
 
     def __init__(self, failure: Failure, examples: int) -> None:
@@ -35,23 +43,26 @@ class TooLarge(Exception):
 
 @dataclass(frozen=True)
 class Division:
-    """halved: how often each micro-batch is cut in two, as far as it has two examples; checkpointed: every block keeps
-    its input only, whatever the run's configuration says.
-    """
+    """How the steps of a run are made smaller than they were planned."""
 
-    halved: int = 0
-    checkpointed: bool = False
+    halved: int = 0  # how often each micro-batch is cut in two, as far as it has two examples
+    checkpointed: bool = False  # every block keeps its input only, whatever the run's configuration says
 
     def parts(self, batch: Batch) -> list[Batch]:
         """A micro-batch as it is computed, its examples in their order, padded as before."""
         parts = [batch]
         for _ in range(self.halved):
-            parts = [half for part in parts for half in _halves(part)]
+            halves: list[Batch] = []
+            for part in parts:
+                halves += _halves(part)
+            parts = halves
         return parts
 
     def way(self, way: Way) -> Way:
         """How the loss of a part is computed."""
-        return replace(way, recompute=1) if self.checkpointed else way
+        if self.checkpointed:
+            return replace(way, recompute=1)
+        return way
 
     def smaller(self, examples: int, way: Way) -> Division | None:
         """The next one, after a part of so many examples did not fit; None: there is none. way: of the run."""
@@ -62,18 +73,26 @@ class Division:
         return None
 
     def __str__(self) -> str:
-        parts = f"each micro-batch in up to {2**self.halved} parts" if self.halved else "micro-batches as planned"
-        return f"{parts}, every block checkpointed" if self.checkpointed else parts
+        text = "micro-batches as planned"
+        if self.halved:
+            text = f"each micro-batch in up to {2**self.halved} parts"
+        if self.checkpointed:
+            text += ", every block checkpointed"
+        return text
 
 
 def _halves(batch: Batch) -> list[Batch]:
+    """The first and the second half of a batch; a batch of one example is its own first half."""
+    if len(batch.rows) < 2:
+        return [batch]
     middle = (len(batch.rows) + 1) // 2
-    return [half for half in (batch.part(slice(middle)), batch.part(slice(middle, None))) if len(half.rows)]
+    return [batch.part(slice(middle)), batch.part(slice(middle, None))]
 
 
 def same(model: nn.Module, way: Way, other: Way, examples: Sequence[Example]) -> bool:
     """Whether two ways give the same loss and gradients for the shortest example, which needs least memory."""
     batch = collate(examples, [int(np.argmin(lengths_of(examples)))])
     with proof.nudged(model):
-        found, wanted = proof.gradients(model, other, batch), proof.gradients(model, way, batch)
+        found = proof.sums_of(model, other, batch)
+        wanted = proof.sums_of(model, way, batch)
     return proof.difference(found, wanted).within(SAME, SAME)

@@ -24,39 +24,51 @@ from mlxtune.model.corrections import extent
 SPLIT_TOKENS = 32  # on which the head apart from the trunk must give the model's own logits
 
 
-def in_order(wanted: Way) -> list[tuple[Way, bool]]:
+def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
     """(way, whether its blocks may be checkpointed to fit the memory): what to try, the fastest first, the plain way
     last. Always as many.
     """
+    without_prefix = replace(wanted, prefix=None)
     slower = replace(wanted, powers=False, compiled=False)
-    alone = replace(slower, prefix=None)
-    checkpointed = [wanted, replace(wanted, prefix=None), slower, alone, Way()]
-    return [*((way, True) for way in checkpointed), (alone, False), (Way(), False)]
+    head_alone = replace(slower, prefix=None)
+    plain = Way()
+    return [
+        (wanted, True),
+        (without_prefix, True),
+        (slower, True),
+        (head_alone, True),
+        (plain, True),
+        (head_alone, False),
+        (plain, False),
+    ]
 
 
-def refuse_idle(config: Config) -> None:
+def refuse_useless_grouping(config: Config) -> None:
     """Raise UserError for an option of the fast ways that could have no effect."""
-    reasons = {
-        "lora.dropout": config.lora.dropout,
-        "train.neftune_alpha": config.train.neftune_alpha,
-        "fast.prefix: off": config.fast.prefix == "off",
-    }
-    idle = next((name for name, given in reasons.items() if given), "")
-    if config.data.group_by_prefix and idle:
+    if not config.data.group_by_prefix:
+        return
+    against = _noise(config)
+    if not against and config.fast.prefix == "off":
+        against = "fast.prefix: off"
+    if against:
         raise UserError(
-            f"data.group_by_prefix has no effect with {idle}: no shared prefix is computed", "Leave one of them out."
+            f"data.group_by_prefix has no effect with {against}: no shared prefix is computed", "Leave one of them out."
         )
 
 
 def describe(way: Way) -> str:
     """For people: what a way leaves out."""
-    parts = ["the head on supervised tokens only"] if way.split is not None else []
-    if way.prefix is not None:
-        parts.append(f"the shared prefix of {way.prefix} tokens once" if way.prefix else "what a batch shares once")
-    if way.recompute:
-        parts.append(
-            "every block checkpointed" if way.recompute == 1 else f"one in {way.recompute} blocks checkpointed"
-        )
+    parts = []
+    if way.split is not None:
+        parts.append("the head on supervised tokens only")
+    if way.prefix:
+        parts.append(f"the shared prefix of {way.prefix} tokens once")
+    elif way.prefix == 0:
+        parts.append("what a batch shares once")
+    if way.recompute == 1:
+        parts.append("every block checkpointed")
+    elif way.recompute:
+        parts.append(f"one in {way.recompute} blocks checkpointed")
     if way.powers:
         parts.append("exponentials as powers of two")
     if way.compiled:
@@ -64,29 +76,36 @@ def describe(way: Way) -> str:
     return ", ".join(parts) or "everything, no short cut"
 
 
-def wanted(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[Way, list[str]]:
+def fastest_way(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[Way, list[str]]:
     """(the fastest way that the configuration and the model allow, what a person must know about it)."""
     notes = []
-    split = None
-    trained = False
-    ids = mx.array(np.asarray(examples[0].ids[:SPLIT_TOKENS])[None])
-    if config.fast.head == "auto":
-        split = Split.of(model, ids)
-        if split is None:
-            notes.append("this model's head cannot be run apart from its trunk: logits are computed for every token")
-        else:
-            with in_float32(model):
-                trained = split.head_is_trained(model, split.hidden(ids)[0, -1:])
-            if trained and config.lora.dropout:
-                notes.append("the head is trained with dropout: logits are computed for every token")
-                split, trained = None, False
+    split, trained, note = _split(model, examples[0], config)
+    if note:
+        notes.append(note)
     length, reason = shared_prefix(model, examples, config)
     if reason:
         notes.append(f"no shared prefix: {reason}")
-    return _for_device(Way(split, trained, length, every_nth(config.train)), model, config), notes
+    way = Way(split, trained, length, every_nth(config.train))
+    return _for_device(way, model, config), notes
 
 
-def hoped(model: nn.Module, examples: Sequence[Example], config: Config) -> Way:
+def _split(model: nn.Module, example: Example, config: Config) -> tuple[Split | None, bool, str]:
+    """(how the head runs apart from the trunk, whether it is trained, what a person must know about it)."""
+    if config.fast.head != "auto":
+        return None, False, ""
+    ids = mx.array(np.asarray(example.ids[:SPLIT_TOKENS])[None])  # [1, T]
+    split = Split.of(model, ids)
+    if split is None:
+        note = "this model's head cannot be run apart from its trunk: logits are computed for every token"
+        return None, False, note
+    with in_float32(model):
+        trained = split.head_is_trained(model, split.hidden(ids)[0, -1:])
+    if trained and config.lora.dropout:
+        return None, False, "the head is trained with dropout: logits are computed for every token"
+    return split, trained, ""
+
+
+def expected_way(model: nn.Module, examples: Sequence[Example], config: Config) -> Way:
     """The way that a run will take when nothing goes wrong, no weight being read."""
     split = Split(model, "") if config.fast.head == "auto" else None
     length, _ = shared_prefix(model, examples, config)
@@ -96,9 +115,23 @@ def hoped(model: nn.Module, examples: Sequence[Example], config: Config) -> Way:
 def _for_device(way: Way, model: nn.Module, config: Config) -> Way:
     """The way with what makes it fast on this device."""
     powers = linux_cpu.worth_it() and (way.split is not None or way.prefix is not None)
-    many_shapes = config.lora.dropout or config.train.neftune_alpha or config.data.group_by_prefix
-    compiled = backend.compiles() and way.split is not None and not many_shapes and prefix.caches(model) is not None
+    many_shapes = bool(_noise(config)) or config.data.group_by_prefix
+    compiled = (
+        backend.policy().compiled
+        and way.split is not None
+        and not many_shapes
+        and prefix.caches_for(model) is not None  # others may go token by token: such graphs grow with the row
+    )
     return replace(way, powers=powers, compiled=compiled)
+
+
+def _noise(config: Config) -> str:
+    """The setting by which each row sees noise of its own, drawn anew in every step; "": none."""
+    if config.lora.dropout:
+        return "lora.dropout"
+    if config.train.neftune_alpha:
+        return "train.neftune_alpha"
+    return ""
 
 
 def every_nth(section: TrainSection) -> int:
@@ -108,22 +141,23 @@ def every_nth(section: TrainSection) -> int:
 
 
 def shared_prefix(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[int | None, str]:
-    """(tokens that all rows of the run begin with, or None: not to be computed once; why not, if worth saying)."""
+    """(tokens that all rows of the run begin with, or None: not to be computed once; why not, if worth saying).
+
+    All that speaks against sharing in a whole run is here. Whether one batch gains by it, `prefix.length_for_batch`
+    decides.
+    """
     if config.fast.prefix == "off":
         return None, ""
-    length = prefix.of_run(examples)
-    worth = length >= prefix.WORTH_SAYING
-    if not worth and not config.data.group_by_prefix:
+    length = prefix.shared_by_run(examples)
+    if length < prefix.WORTH_SAYING and not config.data.group_by_prefix:
         return None, ""
-    if config.lora.dropout or config.train.neftune_alpha:
-        noise = "lora.dropout" if config.lora.dropout else "train.neftune_alpha"
-        return None, f"{length} tokens begin every row, but with {noise} each row must see noise of its own"
-    if prefix.caches(model) is None:
-        return None, f"{length} tokens begin every row, but some of this model's layers keep more than keys and values"
+    begin = f"{length} tokens begin every row, but"
+    noise = _noise(config)
+    if noise:
+        return None, f"{begin} with {noise} each row must see noise of its own"
+    if prefix.caches_for(model) is None:
+        return None, f"{begin} some of this model's layers keep more than keys and values"
     limit = extent.longest_alike(model)
     if limit is not None and lengths_of(examples).max() > limit - prefix.MIN_SUFFIX:
-        return (
-            None,
-            f"{length} tokens begin every row, but rows of more than {limit} tokens are rotated otherwise",
-        )
+        return None, f"{begin} rows of more than {limit} tokens are rotated otherwise"
     return length, ""

@@ -1,4 +1,18 @@
-"""A run made to fit the memory: checkpointing first, then smaller micro-batches and more of them in a step."""
+"""A run made to fit the memory: checkpointing first, then smaller micro-batches and more of them in a step.
+
+What a step learns from stays the same, only how much of it is in memory at a time. `train.batch_rows: 6`, predicted to
+need 9 GB, with `train.memory_limit: 3gb`:
+
+    tried                                                  predicted
+    batch_rows 6, accumulate 1                             9.0 GB
+    the same, checkpoint_layers: all                       4.4 GB
+    batch_rows 3, accumulate 2, checkpoint_layers: all     2.6 GB    fits: a step still has 6 rows
+
+Checkpointing comes first, for it leaves the batches as they are. Where not even one example fits, an error names the
+settings that would help.
+
+The same prediction says how much a proof may take (`proof_room`) and how large the batches of an evaluation may be.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +39,8 @@ from mlxtune.machine import backend
 from mlxtune.model.arrays import named
 
 PAST_WINDOW = 64  # tokens of the proof's rows beyond a sliding window, where the data has them
-PROOF_SHARE = 0.85  # of the run's predicted peak: a prediction may be off by 15%
-FULL = mx.float32
-SHARE = 0.8  # of the device's working set: the rest is for the system, and for what the plan does not see
+PROOF_SHARE = 0.85  # of the run's predicted peak, that a proof may take: a prediction may be off by 15%
+SHARE = 0.8  # of the device's working set: the rest is for the system, and for what the prediction does not see
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,7 @@ class Fitted:
     notes: list[str]  # what a person must know
 
 
-def plan(given: Given, way: Way, config: Config, rows: Plan) -> memory.Memory | memory.NotPredicted:
+def predict_run(given: Given, way: Way, config: Config, rows: Plan) -> memory.Memory | memory.NotPredicted:
     """The predicted peak of a run that is computed as `way` says."""
     sizes = memory.sizes_of(given.model_config)
     if sizes is None:
@@ -67,18 +80,17 @@ def plan(given: Given, way: Way, config: Config, rows: Plan) -> memory.Memory | 
         ram=backend.memory_bytes(),
         updates=True,
     )
-    return memory.predict(given.model, given.model_config, _shape(way, count, width, targets), options)
+    return memory.predict(given.model, given.model_config, _step_sizes(way, count, width, targets), options)
 
 
-def _shape(way: Way, count: int, width: int, targets: int) -> memory.Shape:
+def _step_sizes(way: Way, count: int, width: int, targets: int) -> memory.StepSizes:
     """Of a micro-batch of `count` rows of `width` tokens."""
-    shared = way.prefix or 0
-    shared = shared if width <= prefix.longest_worth_it(shared, count) else 0
-    return memory.Shape(count, width - 1, shared, targets)
+    shared = prefix.if_it_gains(way.prefix or 0, count, width)
+    return memory.StepSizes(count, width - 1, shared, targets)
 
 
-def _options(way: Way, sizes: Mapping[str, Any], dtype: mx.Dtype) -> memory.Options:
-    return memory.Options(
+def _options(way: Way, sizes: Mapping[str, Any], dtype: mx.Dtype) -> memory.RunOptions:
+    return memory.RunOptions(
         item=dtype.size,
         chunk=0 if way.split is None else loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"]),
         recompute=way.recompute,
@@ -97,7 +109,7 @@ def limit_of(section: TrainSection) -> int | None:
     return int(SHARE * backend.working_set_bytes()) if allowed == "auto" else int(allowed)
 
 
-def fitted(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = True) -> Fitted:
+def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = True) -> Fitted:
     """The run made to fit `given.limit` when it is computed as `way` says. How many blocks are checkpointed is the
     configuration's; checkpoints: whether any may be. A run without a limit, or whose memory cannot be predicted, stays
     as it is.
@@ -106,38 +118,58 @@ def fitted(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool
     """
     limit = given.limit
     needed = 0
-    for number, section in enumerate(_smaller(config.train, rows.widths[-1], checkpoints)):
-        batches = rows if number == 0 else Plan(rows.examples, section, config.data.group_by_prefix)
-        if section.batch_tokens != config.train.batch_tokens and batches.rows < len(rows.examples):
-            # A row of many examples may fill several budgets, and fills as many more of half the size.
-            wanted = rows.rows_per_batch * config.train.accumulate / batches.rows_per_batch
-            section = section.model_copy(update={"accumulate": max(1, round(wanted))})
-            batches = Plan(rows.examples, section, config.data.group_by_prefix)
+    for number, section in enumerate(_smaller_settings(config.train, rows.widths[-1], checkpoints)):
+        if number == 0:
+            batches = rows
+        else:
+            section, batches = _with_batches(section, config, rows)
         tried = config.model_copy(update={"train": section})
         taken = replace(way, recompute=every_nth(section) if checkpoints else 0)
-        predicted = plan(given, taken, tried, batches)
+        predicted = predict_run(given, taken, tried, batches)
         if isinstance(predicted, memory.NotPredicted):
-            idle = f"{predicted.note}; train.memory_limit does nothing"
-            return Fitted(taken, config, rows, predicted, [] if limit is None else [idle])
+            notes = []
+            if limit is not None:
+                notes.append(f"{predicted.note}; train.memory_limit does nothing")
+            return Fitted(taken, config, rows, predicted, notes)
         needed = predicted.total
         if limit is None or needed <= limit:
             return Fitted(taken, tried, batches, predicted, _changed(config.train, section, limit))
     assert limit is not None
+    raise _does_not_fit(given, way, rows, needed, limit, checkpoints)
+
+
+def _with_batches(section: TrainSection, config: Config, rows: Plan) -> tuple[TrainSection, Plan]:
+    """Settings that were made smaller, with a step of as many rows as before, and their batches."""
+    batches = Plan(rows.examples, section, config.data.group_by_prefix)
+    if section.batch_tokens == config.train.batch_tokens or batches.rows == len(rows.examples):
+        return section, batches
+    # A row of many examples may fill several budgets, and fills as many more of half the size.
+    wanted = rows.rows_per_batch * config.train.accumulate / batches.rows_per_batch
+    section = section.model_copy(update={"accumulate": max(1, round(wanted))})
+    return section, Plan(rows.examples, section, config.data.group_by_prefix)
+
+
+def _does_not_fit(given: Given, way: Way, rows: Plan, needed: int, limit: int, checkpoints: bool) -> UserError:
+    """needed: bytes of the smallest batch."""
     least = "row" if rows.rows == len(rows.examples) else "example"
-    fits = _longest_row(given, replace(way, recompute=int(checkpoints)), rows.widths[-1], limit)
+    means = " and checkpointing" if checkpoints else ""
+    longest = _longest_row(given, replace(way, recompute=int(checkpoints)), rows.widths[-1], limit)
+    shorter = f"Lower data.max_tokens to {longest}" if longest else "Lower data.max_tokens"
     smaller = "a smaller model" if "quantization" in given.model_config else "a smaller or a 4-bit model"
-    shorter = f"Lower data.max_tokens to {fits}" if fits else "Lower data.max_tokens"
-    raise UserError(
-        f"training needs {size(needed)} of memory even with one {least} at a time"
-        f"{' and checkpointing' if checkpoints else ''}; train.memory_limit allows {size(limit)}",
-        f"{shorter}, take {smaller}, {f'set {given.narrower}, ' if given.narrower else ''}"
-        "or set train.memory_limit: off.",
+    narrower = f"set {given.narrower}, " if given.narrower else ""
+    return UserError(
+        f"training needs {size(needed)} of memory even with one {least} at a time{means}; "
+        f"train.memory_limit allows {size(limit)}",
+        f"{shorter}, take {smaller}, {narrower}or set train.memory_limit: off.",
     )
 
 
 def _changed(asked: TrainSection, taken: TrainSection, limit: int | None) -> list[str]:
     """A note on the settings that were changed to fit, if any were."""
-    changed = [f"train.{key}={value}" for key, value in taken.model_dump().items() if value != getattr(asked, key)]
+    changed = []
+    for key, value in taken.model_dump().items():
+        if value != getattr(asked, key):
+            changed.append(f"train.{key}={value}")
     if limit is None or not changed:
         return []
     return [f"to fit {size(limit)} of memory: {', '.join(changed)}"]
@@ -146,11 +178,15 @@ def _changed(asked: TrainSection, taken: TrainSection, limit: int | None) -> lis
 def _longest_row(given: Given, way: Way, width: int, limit: int) -> int:
     """Tokens of a row that fits alone, all of them targets, in halves of `width`; 0: not even FEWEST_TOKENS."""
     sizes = memory.sizes_of(given.model_config)
-    while sizes is not None and (width := width // 2) >= FEWEST_TOKENS:
-        options = _options(way, sizes, given.dtype)
-        found = memory.predict(given.model, given.model_config, _shape(way, 1, width, width), options)
-        if isinstance(found, memory.Memory) and found.total <= limit:
+    if sizes is None:
+        return 0
+    options = _options(way, sizes, given.dtype)
+    width //= 2
+    while width >= FEWEST_TOKENS:
+        predicted = memory.predict(given.model, given.model_config, _step_sizes(way, 1, width, width), options)
+        if isinstance(predicted, memory.Memory) and predicted.total <= limit:
             return width
+        width //= 2
     return 0
 
 
@@ -158,39 +194,62 @@ def proof_room(given: Given, run: Fitted) -> Room:
     """What a proof may take: no more than the run itself is predicted to, so that the proof is never its peak. First
     blocks are computed again, then the rows are cut.
 
-    Where not even the fewest tokens fit into that in float32, they may take what the limit allows, bytes; else the
-    proof is of the run's own type.
+    Where not even the fewest tokens fit into that in float32, they may take what the limit allows; else the proof is of
+    the run's own type.
     """
-    model, model_config, way, limit = given.model, given.model_config, run.way, given.limit
-    outside, blocks = copies(model)
-    longest = int(lengths_of(run.rows.examples).max())
-    window = window_of(model_config)
-    most = min(longest, MAX_TOKENS if window >= longest else max(MAX_TOKENS, window + PAST_WINDOW))
-    sizes = memory.sizes_of(model_config)
+    most = _most_tokens(given, run)
+    sizes = memory.sizes_of(given.model_config)
     if sizes is None or isinstance(run.memory, memory.NotPredicted):
-        weights = sum(array.nbytes for array in named(model.parameters()).values())
-        return Room(most, checkpointed=limit is not None and weights + outside + sum(blocks) > limit)
-
-    def needed(tokens: int, checkpointed: bool) -> float:
-        """Of the larger of the two: the plain way on one row, the fast one on both."""
-        plain, fast = Way(recompute=int(checkpointed)), replace(way, recompute=way.recompute or int(checkpointed))
-        alone = memory.predict(model, model_config, _shape(plain, 1, tokens, tokens), _options(plain, sizes, FULL))
-        both = memory.predict(model, model_config, _shape(fast, 2, tokens, 2 * tokens), _options(fast, sizes, FULL))
-        if isinstance(alone, memory.NotPredicted) or isinstance(both, memory.NotPredicted):
-            return math.inf
-        return outside // 2 + max(alone.total, both.total)  # the numbers that were raised stay beside their copies
-
-    with in_float32(model):  # the copies of the blocks are then in their graphs
+        return Room(most, checkpointed=_float32_passes_limit(given))
+    of_the_run = PROOF_SHARE * run.memory.total
+    outside, _ = copies(given.model)
+    beside = outside // 2  # the 16-bit numbers that are raised stay beside their copies, which are twice as large
+    with in_float32(given.model):  # the copies of the blocks are then in their graphs
         tokens = most
         while True:
             for checkpointed in (False, True):
-                if needed(tokens, checkpointed) <= PROOF_SHARE * run.memory.total:
+                if beside + _needed_by_proof(given, run.way, sizes, tokens, checkpointed) <= of_the_run:
                     return Room(tokens, checkpointed)
             if tokens <= FEWEST_TOKENS:
                 break
             tokens = max(FEWEST_TOKENS, tokens // 2)
-        fits = limit is None or needed(tokens, checkpointed=True) <= limit
+        least = beside + _needed_by_proof(given, run.way, sizes, tokens, checkpointed=True)
+    fits = given.limit is None or least <= given.limit
     return Room(tokens, checkpointed=True, raised=fits or given.dtype == mx.float32)
+
+
+def _most_tokens(given: Given, run: Fitted) -> int:
+    """Of a row of the proof: of the longest row, and past a sliding window where the data goes past it."""
+    longest = int(lengths_of(run.rows.examples).max())
+    window = window_of(given.model_config)
+    if window >= longest:
+        return min(longest, MAX_TOKENS)
+    return min(longest, max(MAX_TOKENS, window + PAST_WINDOW))
+
+
+def _float32_passes_limit(given: Given) -> bool:
+    """Whether the weights and the float32 copies of all of them together are more than the limit."""
+    if given.limit is None:
+        return False
+    outside, blocks = copies(given.model)
+    weights = sum(array.nbytes for array in named(given.model.parameters()).values())
+    return weights + outside + sum(blocks) > given.limit
+
+
+def _needed_by_proof(given: Given, way: Way, sizes: Mapping[str, Any], tokens: int, checkpointed: bool) -> float:
+    """Bytes of the larger of the two: the plain way on one row, `way` on both; infinite where they are not predicted.
+    The model is in float32 already.
+    """
+    plain = Way(recompute=int(checkpointed))
+    fast = replace(way, recompute=way.recompute or int(checkpointed))
+    largest = 0
+    for each, count in ((plain, 1), (fast, 2)):
+        batch = _step_sizes(each, count, tokens, count * tokens)
+        predicted = memory.predict(given.model, given.model_config, batch, _options(each, sizes, mx.float32))
+        if isinstance(predicted, memory.NotPredicted):
+            return math.inf
+        largest = max(largest, predicted.total)
+    return largest
 
 
 def evaluation_tokens(model: nn.Module, way: Way, rows: Plan) -> int:
@@ -210,20 +269,23 @@ def window_of(model_config: Mapping[str, Any]) -> int:
     return int(sizes.get("sliding_window") or 0) if used else 0
 
 
-def _smaller(section: TrainSection, widest: int, checkpoints: bool = True) -> Iterator[TrainSection]:
+def _smaller_settings(section: TrainSection, widest: int, checkpoints: bool = True) -> Iterator[TrainSection]:
     """The section as it is, then with checkpointing if that may be, then with ever smaller micro-batches and more of
     them, down to one example of the widest. A step keeps its number of rows.
     """
     yield section
-    rows, tokens, accumulate = section.batch_rows or DEFAULT_ROWS, section.batch_tokens, section.accumulate
     if checkpoints:
         section = section.model_copy(update={"checkpoint_layers": "all"})
         yield section
-    while tokens >= 2 * widest if tokens else rows > 1:
-        if tokens:
+    accumulate = section.accumulate
+    tokens = section.batch_tokens
+    if tokens:
+        while tokens >= 2 * widest:
             tokens, accumulate = tokens // 2, accumulate * 2
             yield section.model_copy(update={"batch_tokens": tokens, "accumulate": accumulate})
-            continue
-        part = 2 if rows % 2 == 0 else rows
-        rows, accumulate = rows // part, accumulate * part
+        return
+    rows = section.batch_rows or DEFAULT_ROWS
+    while rows > 1:
+        parts = 2 if rows % 2 == 0 else rows  # an odd number of rows is cut into single ones
+        rows, accumulate = rows // parts, accumulate * parts
         yield section.model_copy(update={"batch_rows": rows, "accumulate": accumulate})

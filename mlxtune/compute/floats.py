@@ -27,28 +27,31 @@ REPORTED = {
 
 
 def notes(asked: str, own: mx.Dtype, used: mx.Dtype, config: Mapping[str, Any]) -> list[str]:
-    """What is to be said before the first step.
+    """What a person must know before the first step.
 
     asked: `train.dtype`; own: type of the weights as they are stored; used: of the activations; config: of the model.
     """
-    said = []
+    found = []
     if used == mx.float16:
         family = str(config.get("model_type"))
-        seen = f" (reported of {family} models {REPORTED[family]})" if family in REPORTED else ""
-        said.append(
+        seen = ""
+        if family in REPORTED:
+            seen = f" (reported of {family} models {REPORTED[family]})"
+        found.append(
             f"float16 ends at {LARGEST}: a larger gradient is infinite{seen} and its step is lost; "
             "train.dtype=float32 has room for it"
         )
     if used not in (own, mx.float32):
         kept = dtype_name(own)
-        said.append(f"{kept} weights, rounded to {dtype_name(used)} to train on; exports keep the {kept} weights")
+        found.append(f"{kept} weights, rounded to {dtype_name(used)} to train on; exports keep the {kept} weights")
     if asked == "auto" and own == mx.float16 and backend.kind() != "cpu":
-        what = "activations take" if "quantization" in config else "weights and activations take"
-        said.append(
+        quantized = "quantization" in config
+        what = "activations take" if quantized else "weights and activations take"
+        found.append(
             f"a float16 model trains in float32: the same weights exactly, and room for gradients above {LARGEST}; "
             f"{what} twice the memory of train.dtype=float16"
         )
-    return said
+    return found
 
 
 def narrower(own: mx.Dtype, used: mx.Dtype) -> str:
@@ -63,12 +66,12 @@ def remedy(dtype: str, trained: bool) -> str:
     updated before it.
     """
     if dtype == "float16":
-        return f"Set train.dtype=float32, for float16 ends at {LARGEST}" + (
-            "; or try a lower train.lr." if trained else "."
-        )
-    helps = "Try a lower train.lr or more train.warmup_steps."
-    if not trained:
-        helps = "Nothing was trained before it: look at these rows (mlxtune data show) and at the model (mlxtune eval)."
+        or_else = "; or try a lower train.lr." if trained else "."
+        return f"Set train.dtype=float32, for float16 ends at {LARGEST}{or_else}"
+    if trained:
+        hint = "Try a lower train.lr or more train.warmup_steps."
+    else:
+        hint = "Nothing was trained before it: look at these rows (mlxtune data show) and at the model (mlxtune eval)."
     if dtype == "bfloat16":
-        helps += " If that is not it: train.dtype=float32, for bfloat16 rounds to 8 bits."
-    return helps
+        hint += " If that is not it: train.dtype=float32, for bfloat16 rounds to 8 bits."
+    return hint

@@ -4,30 +4,36 @@ On Metal and CUDA the whole computation is compiled: MLX fuses its small kernels
 every signature (shapes of ids and targets, length of the prefix). A compiled graph takes some 0.5 MB a block, and
 compiling it seven times as long as building it once. So signatures are few: batches have few widths, targets are filled
 up with some that weigh nothing, what is used once is not compiled, and of the others the ones used last are kept, as
-many as `memory.kept_signatures` lets. On the CPU, compiling would start a C++ compiler for every kernel.
+many as `prediction.kept_signatures` lets. On the CPU, compiling would start a C++ compiler for every kernel.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.compute import loss, prefix
+from mlxtune.compute import loss, prefix, stages
 from mlxtune.compute.checkpointing import recomputed
-from mlxtune.compute.loss import Placed, Way
+from mlxtune.compute.loss import LossInputs, Way
 from mlxtune.compute.memory import prediction
+from mlxtune.compute.stages import Stages
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.machine import backend
-from mlxtune.model.arrays import named
 from mlxtune.model.linux_cpu import as_powers_of_two
 
-MIN_FILL = 16
+MIN_FILL = 16  # targets: below four times as many, a quarter of a power of two would make too many signatures
 
-Signature = tuple[int, int, int, int]
+
+class Signature(NamedTuple):
+    """What a compiled graph is made for."""
+
+    rows: int  # B
+    width: int  # tokens of a row, padded
+    targets: int  # N, filled up
+    prefix: int  # tokens that are computed once
 
 
 class Gradients:
@@ -45,24 +51,31 @@ class Gradients:
         self.kept = prediction.kept_signatures(len(model.layers), backend.memory_bytes())
         self.traced = 0  # signatures compiled so far, each time they were
         self._uses: Counter[Signature] = Counter()
-        self._compiled: dict[Signature, Any] = {}  # the one used last at the end
+        # The compiled function of each signature, the one used last at the end; None: to be compiled at its next call.
+        self._compiled: dict[Signature, Any] = {}
 
     def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
-        stages: list[mx.array] = []
-        if self.way.compiled and self.note(batch):
-            placed = loss.place(batch, self.way.prefix, filled(batch.targets))
-            function = self._function(self._signature(batch))
-            value, gradients, stages = function(self.model.trainable_parameters(), *vars(placed).values())
+        """(a scalar, the tree of gradients, each of its parameter's shape)."""
+        to_compute: Stages = []
+        if self.way.compiled and self.count_use(batch):
+            inputs = loss.inputs_of(batch, self.way.prefix, rounded_up(batch.targets))
+            function = self._compiled_for(self._signature(batch))
+            arrays = vars(inputs).values()
+            value, gradients, to_compute = function(self.model.trainable_parameters(), *arrays)
         else:
-            value, gradients = self._asked(lambda: loss.along(self.model, self.way, batch, stages), stages)
-        finish(stages, value, gradients)
+
+            def summed() -> mx.array:
+                return loss.of_batch(self.model, self.way, batch, to_compute)
+
+            value, gradients = self._value_and_grad(summed, to_compute)
+        stages.compute(to_compute, value, gradients)
         return value, gradients
 
-    def note(self, batch: Batch) -> bool:
+    def count_use(self, batch: Batch) -> bool:
         """Count a use of the batch's signature; whether this one is compiled.
 
         A compiled function's last bits may be others than those of the same operations one by one. So whoever goes on
-        with a run notes the batches before, and computes each with the function that an uninterrupted run has for it.
+        with a run counts the batches before, and computes each with the function that an uninterrupted run has for it.
         """
         signature = self._signature(batch)
         self._uses[signature] += 1
@@ -75,65 +88,53 @@ class Gradients:
         return True
 
     def _signature(self, batch: Batch) -> Signature:
-        """What a compiled graph is made for: rows, width, targets, length of the prefix."""
         rows, width = batch.ids.shape
-        length = 0 if self.way.prefix is None else prefix.usable(batch, self.way.prefix)
-        return rows, width, filled(batch.targets), length
+        length = 0
+        if self.way.prefix is not None:
+            length = prefix.length_for_batch(batch, self.way.prefix)
+        return Signature(rows, width, rounded_up(batch.targets), length)
 
-    def _function(self, signature: Signature) -> Any:
+    def _compiled_for(self, signature: Signature) -> Any:
         """One function for each signature: a function that goes takes its compiled graph with it."""
         if self._compiled[signature] is None:
-            self._compiled[signature] = mx.compile(self._traced)
+            self._compiled[signature] = mx.compile(self._compiled_body)
             self.traced += 1
         return self._compiled[signature]
 
-    def _traced(self, parameters: Any, *placed: Any) -> tuple[mx.array, Any, list[mx.array]]:
-        before, stages = self.model.trainable_parameters(), list[mx.array]()
+    def _compiled_body(self, parameters: Any, *arrays: Any) -> tuple[mx.array, Any, Stages]:
+        """What is compiled: (loss, gradients, stages) of the trainable parameters and the arrays of a `LossInputs`."""
+        inputs = LossInputs(*arrays)
+        to_compute: Stages = []
+
+        def summed() -> mx.array:
+            return loss.of_inputs(self.model, self.way, inputs, to_compute)
+
+        before = self.model.trainable_parameters()
         self.model.update(parameters)
         try:
-            wanted = Placed(*placed)
-            value, gradients = self._asked(lambda: loss.of_placed(self.model, self.way, wanted, stages), stages)
+            value, gradients = self._value_and_grad(summed, to_compute)
         finally:
             self.model.update(before)  # while a function is compiled its parameters are stand-ins
-        return value, gradients, stages
+        return value, gradients, to_compute
 
-    def _asked(self, summed: Any, stages: list[mx.array]) -> tuple[mx.array, Any]:
+    def _value_and_grad(self, summed: Any, to_compute: Stages) -> tuple[mx.array, Any]:
+        """(the scalar that `summed()` gives, its gradients), not yet computed."""
         training = self.model.training
         self.model.train()  # mlx-lm's recurrent layers have kernels for generating that know no gradient
         try:
-            with recomputed(self.model, self.way.recompute, stages), as_powers_of_two(self.way.powers):
+            with recomputed(self.model, self.way.recompute, to_compute), as_powers_of_two(self.way.powers):
                 value, gradients = nn.value_and_grad(self.model, summed)()
         finally:
             self.model.train(training)
         return value, gradients
 
 
-def filled(count: int) -> int:
-    """The number of targets filled up to a multiple of a quarter of the power of two below it: a tenth more on average,
-    for four signatures an octave.
+def rounded_up(count: int) -> int:
+    """A number of targets, rounded up to a multiple of a quarter of the power of two below it.
+
+    1,000 lies above 512, a quarter of which is 128: it becomes 1,024. So a tenth is filled up on average, and there are
+    four signatures for each doubling.
     """
-    grain = max(MIN_FILL, 1 << max(0, count.bit_length() - 3))
+    quarter = 1 << max(0, count.bit_length() - 3)
+    grain = max(MIN_FILL, quarter)
     return -(-count // grain) * grain
-
-
-def finish(stages: list[mx.array], value: mx.array, gradients: Any) -> None:
-    """Compute a loss and its gradients, or, on a GPU, hand them to it: the caller waits once.
-
-    MLX allocates ahead of what it computes, in an order of its own. So the graph goes in stages: first `stages`, in the
-    order in which the forward pass made them (checkpointed blocks, chunks of the head), then the gradients, last layer
-    first. Waiting for each would leave a GPU idle between them.
-    """
-    take = mx.async_eval if backend.policy().queued else mx.eval
-    while stages:
-        take(stages.pop(0))
-    for layer in sorted(by_layer := _by_layer(gradients), reverse=True):
-        take(by_layer[layer])
-    take(value, gradients)
-
-
-def _by_layer(gradients: Any) -> dict[int, list[mx.array]]:
-    found: dict[int, list[mx.array]] = {}
-    for name, array in named(gradients).items():
-        layer = re.search(r"\.(\d+)\.", name)  # model.layers.3.mlp..., transformer.h.3.mlp...
-        found.setdefault(int(layer[1]) if layer else -1, []).append(array)
-    return found

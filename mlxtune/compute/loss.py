@@ -1,9 +1,22 @@
 """Cross-entropy over supervised tokens, computed the plain way and the fast ones.
 
-A loss is always a *sum* over tokens; whoever reports a mean divides once by the count. `plain` is the reference. The
-fast way gathers the supervised rows and takes them through the head in chunks: the [rows, vocabulary] matrix never
-exists beyond one chunk. Where the head is frozen, loss and hidden gradient come out of the same pass (two matmuls a
-chunk; checkpointing the chunks would take three).
+A loss is always a *sum* over tokens; whoever reports a mean divides once, by the count. Two micro-batches of one step:
+
+    row 1   9 supervised tokens, of a loss of 2.0 each     sum 18.0
+    row 2   1 supervised token, of a loss of 4.0           sum  4.0
+    mean of the step       (18.0 + 4.0) / (9 + 1) = 2.2
+    mean of the means      (2.0 + 4.0) / 2        = 3.0    the one token would weigh as much as the other nine together
+
+`plain` is the reference: the logits of all positions, each position's loss times its mask, summed. That is what the
+fast ways save: of a batch of 4 rows of 512 tokens with 300 supervised ones and a vocabulary of 150,000,
+
+    plain           4 * 511 = 2,044 rows through the head, float32 logits of 1.2 GB
+    split           300 rows through the head: a seventh of its work, 0.18 GB
+    and in chunks   128 rows at a time: 0.077 GB, and never more, whatever the number of targets
+
+So the fast way gathers the hidden states of the supervised positions and takes them through the head in chunks: the
+[rows, vocabulary] matrix never exists beyond one chunk. Where the head is frozen, loss and hidden gradient come out of
+the same pass (two matrix products a chunk; computing the chunk again in the backward pass would take three).
 
 Legend: B rows, T tokens, N supervised positions, D width, V vocabulary, C rows of a chunk.
 """
@@ -21,6 +34,7 @@ import numpy as np
 from mlxtune.compute import prefix
 from mlxtune.compute.checkpointing import checkpointed
 from mlxtune.compute.head import Split
+from mlxtune.compute.stages import Stages
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.machine import backend
 
@@ -30,85 +44,93 @@ MIN_CHUNK_ROWS = 64  # fewer make a thin matrix product, whatever the vocabulary
 
 @dataclass(frozen=True)
 class Way:
-    """How the loss is computed. The default is the plain way.
+    """How the loss is computed. With nothing set it is the plain way."""
 
-    split: run the head on supervised positions only; head_trained: something trainable is reachable from the head;
-    prefix: tokens that all rows of the run share, None: computed for every row; recompute: every n-th block keeps its
-    input only, 0: none; powers: exponentials are computed as powers of two; compiled: as one compiled function.
-    """
-
-    split: Split | None = None
-    head_trained: bool = False
+    split: Split | None = None  # runs the head apart from the trunk, on supervised positions only; None: on all
+    head_trained: bool = False  # something trainable is reachable from the head, so it needs gradients as well
+    # Tokens that all rows of the run share and that are computed once (a batch may share more); None: every row is
+    # computed whole. 0 is not None: nothing is shared by all, but what a batch shares is computed once.
     prefix: int | None = None
-    recompute: int = 0
-    powers: bool = False
-    compiled: bool = False
+    recompute: int = 0  # every n-th block keeps its input only, and computes the rest again going back; 0: none does
+    powers: bool = False  # exponentials are computed as powers of two, on Linux's CPU (`linux_cpu`)
+    compiled: bool = False  # as one compiled function, on a GPU (`gradients`)
 
 
 def plain(model: nn.Module, batch: Batch) -> mx.array:
-    """The reference: logits of all positions, cross-entropy times mask, summed. Scalar, float32."""
+    """The reference: logits [B, T, V] of all positions, cross-entropy times mask, summed. Scalar, float32.
+
+    It stays apart from the code of the fast ways, though a way with nothing set would give the same sum: what is
+    compared with it must not share its faults.
+    """
     ids = mx.array(batch.ids)
-    logits = _wide(model(ids[:, :-1]))
+    logits = _as_float32(model(ids[:, :-1]))
     losses = nn.losses.cross_entropy(logits, ids[:, 1:], reduction="none")
     return (losses * mx.array(batch.mask[:, 1:]).astype(losses.dtype)).sum()
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A micro-batch as arrays. ids: [B, T]; positions: [N] flat ones, in the trunk's output, that predict a supervised
-    token; targets: [N] those tokens; weights: [N, 1] 0 for targets that only fill up, None: there are none; prefix:
-    tokens that every row begins with, to be computed once.
+class LossInputs:
+    """A micro-batch as the arrays that a fast way takes. (A compiled function is given them in this order.)"""
+
+    ids: mx.array  # [B, T] int32: every row but its last token, which predicts nothing
+    positions: mx.array  # [N] int32: which of the trunk's outputs, all rows' in one list, predict a supervised token
+    targets: mx.array  # [N] int32: those tokens
+    weights: mx.array | None  # [N, 1] float32: 0 for targets that only fill up, else 1; None: none of them does
+    prefix: int  # tokens that every row begins with, to be computed once
+
+
+def inputs_of(batch: Batch, shared: int | None, count: int = 0) -> LossInputs:
+    """The arrays of a micro-batch: `LossInputs` has their shapes.
+
+    shared: the run's common prefix, None: rows are computed whole; count: N is filled up to so many, 0: it is not.
     """
-
-    ids: mx.array
-    positions: mx.array
-    targets: mx.array
-    weights: mx.array | None
-    prefix: int
-
-
-def place(batch: Batch, shared: int | None, count: int = 0) -> Placed:
-    """shared: the run's common prefix, None: rows are computed whole; count: fill up to so many targets, 0: do not."""
     positions, targets = batch.supervised()
-    length = 0 if shared is None else prefix.usable(batch, shared)
+    length = 0
+    if shared is not None:
+        length = prefix.length_for_batch(batch, shared)
     if length:
-        positions = prefix.positions(batch, length)
+        positions = prefix.positions_of_targets(batch, length)
     weights = None
     if count:
-        weights = mx.array((np.arange(count) < len(targets))[:, None].astype(np.float32))
-        positions, targets = (np.pad(array, (0, count - len(array)), mode="edge") for array in (positions, targets))
-    return Placed(mx.array(batch.ids[:, :-1]), mx.array(positions), mx.array(targets), weights, length)
+        is_real = np.arange(count) < len(targets)
+        weights = mx.array(is_real[:, None].astype(np.float32))
+        missing = count - len(targets)
+        positions = np.pad(positions, (0, missing), mode="edge")
+        targets = np.pad(targets, (0, missing), mode="edge")
+    return LossInputs(mx.array(batch.ids[:, :-1]), mx.array(positions), mx.array(targets), weights, length)
 
 
-def along(model: nn.Module, way: Way, batch: Batch, stages: list[Any] | None = None) -> mx.array:
+def of_batch(model: nn.Module, way: Way, batch: Batch, stages: Stages | None = None) -> mx.array:
     """The same sum as `plain`, computed as `way` says. Scalar, float32.
 
-    stages: gets the arrays to compute one after the other before the rest.
+    stages: gets the arrays that are to be computed one after the other before the rest; None: they are not asked for.
     """
     if way.split is None and way.prefix is None:
         return plain(model, batch)
-    return of_placed(model, way, place(batch, way.prefix), [] if stages is None else stages)
+    return of_inputs(model, way, inputs_of(batch, way.prefix), [] if stages is None else stages)
 
 
-def of_placed(model: nn.Module, way: Way, placed: Placed, stages: list[Any]) -> mx.array:
-    """As `along`."""
-    rows = supervised_rows(model, way.split, placed)
+def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) -> mx.array:
+    """As `of_batch`, of a batch that is arrays already. Scalar, float32."""
+    outputs = supervised_outputs(model, way.split, inputs)
     if way.split is None:
-        assert placed.weights is None
-        return nn.losses.cross_entropy(_wide(rows), placed.targets, reduction="sum")
+        assert inputs.weights is None
+        return nn.losses.cross_entropy(_as_float32(outputs), inputs.targets, reduction="sum")
     if way.head_trained:
-        return _checkpointed(model, way.split, rows, placed)
-    return _frozen(way.split, rows, placed, stages)
+        return _through_trained_head(model, way.split, outputs, inputs)
+    return _through_frozen_head(way.split, outputs, inputs, stages)
 
 
-def supervised_rows(model: nn.Module, split: Split | None, placed: Placed) -> mx.array:
+def supervised_outputs(model: nn.Module, split: Split | None, inputs: LossInputs) -> mx.array:
     """Hidden states [N, D] at the positions, for the head still to run on; without a split the logits themselves,
     [N, V].
     """
     forward: Any = model if split is None else split.hidden
-    out = prefix.run(forward, model, placed.ids, placed.prefix) if placed.prefix else forward(placed.ids)
-    rows: mx.array = out.reshape(-1, out.shape[-1])[placed.positions]
-    return rows
+    if not inputs.prefix:
+        outputs: mx.array = forward(inputs.ids)
+    else:
+        outputs = prefix.in_two_passes(forward, model, inputs.ids, inputs.prefix)
+    return outputs.reshape(-1, outputs.shape[-1])[inputs.positions]
 
 
 def chunk_rows(width: int, vocabulary: int) -> int:
@@ -117,34 +139,41 @@ def chunk_rows(width: int, vocabulary: int) -> int:
     On a GPU C is the nearest multiple of the device's tile: a chunk of 110 or 130 rows costs as much as one of 128. The
     nearest, not the one below: 64 rows instead of 110 would read the head nearly twice as often.
     """
-    rows = max(MIN_CHUNK_ROWS, min(width // 4, CHUNK_BYTES // (4 * vocabulary)))
+    within_bytes = CHUNK_BYTES // (4 * vocabulary)  # 4 bytes a float32
+    rows = max(MIN_CHUNK_ROWS, min(width // 4, within_bytes))
     tile = backend.policy().tile
-    return max(1, (rows + tile // 2) // tile) * tile
+    tiles = max(1, (rows + tile // 2) // tile)
+    return tiles * tile
 
 
 def chunks(rows: mx.array, vocabulary: int) -> Iterator[slice]:
     """Cut hidden rows [N, D] so that a chunk's logits [C, V] stay small."""
     size = chunk_rows(rows.shape[-1], vocabulary)
-    return (slice(start, start + size) for start in range(0, rows.shape[0], size))
+    for start in range(0, rows.shape[0], size):
+        yield slice(start, start + size)
 
 
-def _frozen(split: Split, rows: mx.array, placed: Placed, stages: list[Any]) -> mx.array:
-    """Loss and gradient in one forward pass; the backward pass only scales. Nothing in the head may be trainable:
-    gradients to what a custom function closes over are silently zero.
+def _through_frozen_head(split: Split, rows: mx.array, inputs: LossInputs, stages: Stages) -> mx.array:
+    """Loss and gradient of hidden rows [N, D] in one forward pass; the backward pass only scales.
+
+    Nothing in the head may be trainable: gradients to what a custom function closes over are silently zero.
     """
 
     @mx.custom_function
     def head(rows: mx.array) -> tuple[mx.array, mx.array]:
-        total = mx.array(0.0, _wide(rows[:0]).dtype)
-        parts: list[mx.array] = []
+        """(summed loss, its gradient [N, D])."""
+        total = mx.array(0.0, _as_float32(rows[:0]).dtype)
+        gradients: list[mx.array] = []
         for chunk in chunks(rows, split.vocabulary):
-            # Each chunk waits for the one before: computed ahead, all their logits would be alive at once.
-            part = mx.depends([rows[chunk]], [total, *parts[-1:]])[0] if parts else rows[chunk]
-            loss, gradient = mx.value_and_grad(_chunk_loss(split, placed, chunk))(part)
+            part = rows[chunk]
+            if gradients:
+                # Each chunk waits for the one before: computed ahead, all their logits would be alive at once.
+                part = mx.depends([part], [total, gradients[-1]])[0]
+            loss, gradient = mx.value_and_grad(_chunk_loss(split, inputs, chunk))(part)
             total = total + loss
-            parts.append(gradient)
+            gradients.append(gradient)
             stages.append([total, gradient])
-        return total, mx.concatenate(parts)
+        return total, mx.concatenate(gradients)
 
     @head.vjp
     def head_vjp(_: Any, cotangents: Any, outputs: Any) -> mx.array:
@@ -154,29 +183,39 @@ def _frozen(split: Split, rows: mx.array, placed: Placed, stages: list[Any]) -> 
     return out[0]
 
 
-def _checkpointed(model: nn.Module, split: Split, rows: mx.array, placed: Placed) -> mx.array:
-    """The chunks' logits computed again in the backward pass, with gradients to the head's parameters."""
-    total = mx.array(0.0, _wide(rows[:0]).dtype)
+def _through_trained_head(model: nn.Module, split: Split, rows: mx.array, inputs: LossInputs) -> mx.array:
+    """The loss of hidden rows [N, D]; the chunks' logits are computed again in the backward pass, which gives the
+    head's parameters their gradients.
+    """
+    total = mx.array(0.0, _as_float32(rows[:0]).dtype)
     for chunk in chunks(rows, split.vocabulary):
         part = mx.depends([rows[chunk]], [total])[0]
-        total = total + checkpointed(model, _chunk_loss(split, placed, chunk))(part)
+        total = total + checkpointed(model, _chunk_loss(split, inputs, chunk))(part)
     return total
 
 
-def _chunk_loss(split: Split, placed: Placed, chunk: slice) -> Callable[[mx.array], mx.array]:
-    """[C, D] hidden rows -> the sum of their losses."""
-    targets = placed.targets[chunk]
-    weights = None if placed.weights is None else placed.weights[chunk]
+def _chunk_loss(split: Split, inputs: LossInputs, chunk: slice) -> Callable[[mx.array], mx.array]:
+    """[C, D] hidden rows -> the sum of their losses.
+
+    For one position, with the logits z and the target t:
+
+        loss      log(sum_i exp(z_i)) - z_t  =  log(sum_i exp(z_i - m)) + m - z_t     m: the largest logit, so that no
+        gradient  softmax(z) - one_hot(t)                                             exponential overflows
+    """
+    targets = inputs.targets[chunk]
+    weights = None if inputs.weights is None else inputs.weights[chunk]
 
     @mx.custom_function
     def cross_entropy(logits: mx.array) -> tuple[mx.array, mx.array]:
-        """(summed loss, softmax): one exponential of each logit serves both."""
-        highest = logits.max(axis=-1, keepdims=True)
-        powers = mx.exp(logits - highest)
-        total = powers.sum(axis=-1, keepdims=True)
-        picked = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        losses = mx.log(total) + highest - picked
-        return (losses if weights is None else losses * weights).sum(), powers / total
+        """[C, V] -> (summed loss, softmax [C, V]): one exponential of each logit serves both."""
+        max_logit = logits.max(axis=-1, keepdims=True)
+        exp_logits = mx.exp(logits - max_logit)
+        sum_exp = exp_logits.sum(axis=-1, keepdims=True)
+        target_logit = mx.take_along_axis(logits, targets[:, None], axis=-1)
+        losses = mx.log(sum_exp) + max_logit - target_logit
+        if weights is not None:
+            losses = losses * weights
+        return losses.sum(), exp_logits / sum_exp
 
     @cross_entropy.vjp
     def softmax_minus_one_hot(_: mx.array, cotangents: Any, outputs: Any) -> mx.array:
@@ -184,12 +223,12 @@ def _chunk_loss(split: Split, placed: Placed, chunk: slice) -> Callable[[mx.arra
         return scale * outputs[1].at[mx.arange(targets.size), targets].subtract(1)
 
     def loss(rows: mx.array) -> mx.array:
-        out: Any = cross_entropy(_wide(split.logits(rows)))
+        out: Any = cross_entropy(_as_float32(split.logits(rows)))
         return out[0]
 
     return loss
 
 
-def _wide(array: mx.array) -> mx.array:
+def _as_float32(array: mx.array) -> mx.array:
     """In float32, where softmax and its sums are computed; float64 (a test's oracle) stays."""
     return array if array.dtype == mx.float64 else array.astype(mx.float32)

@@ -19,8 +19,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
-from mlxtune.adapter.layers import Trained
+from mlxtune.adapter.layers import TrainedInFull
 from mlxtune.model.arrays import named
+from mlxtune.model.classes import as_classes, calling
 
 HALF = (mx.float16, mx.bfloat16)
 
@@ -29,20 +30,23 @@ HALF = (mx.float16, mx.bfloat16)
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Inside, every activation is float32; after, every parameter is the very array that it was."""
     outside = _outside(model)
-    changed = [(block, type(block), names) for block in blocks_of(model) if (names := list(halves(block)))]
-    trained = [(module.frozen, module.frozen.dtype) for module in model.modules() if isinstance(module, Trained)]
+    raising = []
+    for block in blocks_of(model):
+        names = list(halves(block))
+        if names:
+            raising.append((block, _raising(type(block), names)))
+    # The frozen half of a layer that is trained in full says itself in what type it is computed.
+    frozen_halves = [module.frozen for module in model.modules() if isinstance(module, TrainedInFull)]
+    types_before = [frozen.dtype for frozen in frozen_halves]
     try:
         _set(model, {name: array.astype(mx.float32) for name, array in outside.items()})
-        for block, kind, names in changed:
-            block.__class__ = _raising(kind, names)
-        for frozen, _ in trained:
+        for frozen in frozen_halves:
             frozen.dtype = mx.float32
-        yield
+        with as_classes(raising):
+            yield
     finally:
         _set(model, outside)
-        for block, kind, _ in changed:
-            block.__class__ = kind
-        for frozen, dtype in trained:
+        for frozen, dtype in zip(frozen_halves, types_before, strict=True):
             frozen.dtype = dtype
 
 
@@ -53,23 +57,33 @@ def copies(model: nn.Module) -> tuple[int, list[int]]:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The model's blocks, each once."""
-    return list({id(block): block for block in getattr(model, "layers", [])}.values())
+    by_identity = {id(block): block for block in getattr(model, "layers", [])}
+    return list(by_identity.values())
 
 
 def halves(module: nn.Module) -> dict[str, mx.array]:
-    """A module's frozen 16-bit parameters. Those that train are float32 already."""
+    """A module's frozen 16-bit parameters by name, of any shape. Those that train are float32 already."""
     trainable = named(module.trainable_parameters())
-    own = named(module.parameters())
-    return {name: array for name, array in own.items() if array.dtype in HALF and name not in trainable}
+    found = {}
+    for name, array in named(module.parameters()).items():
+        if array.dtype in HALF and name not in trainable:
+            found[name] = array
+    return found
 
 
 def _outside(model: nn.Module) -> dict[str, mx.array]:
-    inside = {id(array) for block in blocks_of(model) for array in named(block.parameters()).values()}
-    return {name: array for name, array in halves(model).items() if id(array) not in inside}
+    """The frozen 16-bit parameters of embeddings, head and last norm."""
+    in_blocks: set[int] = set()
+    for block in blocks_of(model):
+        in_blocks.update(id(array) for array in named(block.parameters()).values())
+    return {name: array for name, array in halves(model).items() if id(array) not in in_blocks}
 
 
 def _raising(kind: type, names: list[str]) -> type:
-    """`kind` with its parameters of those names, and what it is given, in float32."""
+    """`kind` with its parameters of those names, and what it is given, in float32.
+
+    raised_from: what it was, for who compares blocks (`memory.blocks`): every such class is made anew.
+    """
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(_raised, (args, kwargs))
@@ -81,11 +95,13 @@ def _raising(kind: type, names: list[str]) -> type:
         finally:
             _set(self, before)
 
-    return type(kind.__name__, (kind,), {"__call__": call, "raised_from": kind})
+    return calling(kind, call, raised_from=kind)
 
 
 def _raised(leaf: Any) -> Any:
-    return leaf.astype(mx.float32) if isinstance(leaf, mx.array) and leaf.dtype in HALF else leaf
+    if isinstance(leaf, mx.array) and leaf.dtype in HALF:
+        return leaf.astype(mx.float32)
+    return leaf
 
 
 def _set(module: nn.Module, arrays: dict[str, mx.array]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,20 +23,25 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
-from mlxtune.compute import loss, prefix
-from mlxtune.compute.gradients import Gradients, finish
+from mlxtune.compute import loss, prefix, stages
+from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.loss import Way
 from mlxtune.compute.precision import blocks_of, in_float32
+from mlxtune.compute.stages import Stages
 from mlxtune.data.chat.masking import Example
-from mlxtune.data.dataset.batches import MIN_GROUP_TOKENS, Batch, collate, common, groups, lengths_of
+from mlxtune.data.dataset.batches import Batch, collate, lengths_of
+from mlxtune.data.dataset.beginnings import MIN_GROUP_TOKENS, common, groups
 from mlxtune.machine import backend
 from mlxtune.model.arrays import dtype_name, named, scalar, to_numpy
+from mlxtune.model.classes import as_classes, calling
 
 NUDGE = 1e-3
-MAX_TOKENS = 1024  # of each of the proof's two rows; more only where a sliding window is wider
+MAX_TOKENS = 1024  # of each of the proof's rows; more only where a sliding window is wider
 FEWEST_TOKENS = 32  # their logits take less than a chunk of the head does
 PROBE_TOKENS = 16  # on which checkpointing proves itself
-LOGITS_SHARE = 0.06  # of the memory, for the plain way's logits: about three float32 copies of them are alive
+ROWS = 2  # that a proof is made on
+LOGITS_SHARE = 0.06  # of the memory, for the plain way's logits
+COPIES = 3  # of the float32 logits, about, that the plain way has alive at once
 # (loss, gradient) differences allowed, relative. Other orders of summation reach 3e-7 and 2e-5 in float32; a wrong mask
 # shows as 0.1 and more in a gradient.
 ALLOWED = (1e-5, 1e-3)
@@ -44,29 +49,28 @@ ALLOWED_IN_16_BITS = (1e-2, 0.1)
 TIMES = 3  # in 16 bits: what the plain way differs from itself by, times this, is allowed as well,
 CHAOS = 0.1  # as long as that difference is no larger than what a wrong mask makes
 
-Sums = tuple[float, dict[str, np.ndarray]]  # a loss, and its gradients by name
+TINY = 1e-12  # in place of what is divided by, where that is zero
+
+Sums = tuple[float, dict[str, np.ndarray]]  # a loss, and its gradients, float32, by the parameter's name
 
 
 @dataclass(frozen=True)
 class Room:
-    """What the memory leaves to a proof.
+    """What the memory leaves to a proof."""
 
-    tokens: of a row, at most; checkpointed: blocks are computed again in the backward pass, by the plain way and by the
-    fast one, also where the run will not; raised: activations are float32, else of the run's own type.
-    """
-
-    tokens: int = MAX_TOKENS
+    tokens: int = MAX_TOKENS  # of a row, at most
+    # Blocks are computed again in the backward pass, by the plain way and by the fast one, also where the run will not.
     checkpointed: bool = False
-    raised: bool = True
+    raised: bool = True  # activations are float32, else of the run's own type
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two ways to compute one loss: relative, of the loss and of the gradient that differs most."""
+    """How far two ways to compute one loss are apart."""
 
-    loss: float
-    gradient: float
-    name: str = ""
+    loss: float  # relative; infinite where one of them is not finite
+    gradient: float  # of the gradient that differs most: the norm of the difference over the norm of the gradient
+    name: str = ""  # of that gradient's parameter
 
     def within(self, of_loss: float, of_gradient: float) -> bool:
         return self.loss <= of_loss and self.gradient <= of_gradient
@@ -77,22 +81,22 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """wrong: why a way must not be used, for people, "" when it is proven; hopeless: no other way can be proven
-    either; note: what a person must know of a proven way.
-    """
+    """What comparing a way with the plain one says."""
 
-    wrong: str = ""
-    hopeless: bool = False
-    note: str = ""
+    wrong: str = ""  # why the way must not be used, for people; "": it is proven
+    hopeless: bool = False  # no other way can be proven either
+    note: str = ""  # what a person must know of a proven way
 
 
-def of(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, room: Room) -> Verdict:
+def prove(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, room: Room) -> Verdict:
     """What comparing a way with the plain one says. dtype: of the run's activations. Raises whatever the model does."""
     if room.checkpointed:
         way = replace(way, recompute=way.recompute or 1)
     with nudged(model):
-        if room.checkpointed and (wrong := _checkpointing(model, batch, dtype)):
-            return Verdict(wrong)
+        if room.checkpointed:
+            wrong = _checkpointing(model, batch, dtype)
+            if wrong:
+                return Verdict(wrong)
         if not room.raised:
             return _together(model, way, batch, dtype, room.checkpointed)
         with in_float32(model):
@@ -106,10 +110,10 @@ def of(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, room: Room) ->
 def nudged(model: nn.Module) -> Iterator[None]:
     """Inside, the trainable tensors are moved by a seeded nudge; after, they are the arrays that they were."""
     before = named(model.trainable_parameters())
-    moved = {
-        name: array + NUDGE * mx.random.normal(array.shape, array.dtype, key=mx.random.key(index))
-        for index, (name, array) in enumerate(before.items())
-    }
+    moved = {}
+    for index, (name, array) in enumerate(before.items()):
+        noise = mx.random.normal(array.shape, array.dtype, key=mx.random.key(index))
+        moved[name] = array + NUDGE * noise
     model.update(tree_unflatten(list(moved.items())))
     try:
         yield
@@ -119,39 +123,46 @@ def nudged(model: nn.Module) -> Iterator[None]:
 
 def _one_by_one(model: nn.Module, way: Way, batch: Batch, checkpointed: bool) -> Verdict:
     """The plain way takes most memory: row by row. Its sums then have another order, which float32 forgives."""
-    wanted = plainly_by_row(model, batch, checkpointed)
-    if bad := _not_finite(wanted):
+    wanted = plain_sums_by_row(model, batch, checkpointed)
+    bad = _not_finite(wanted)
+    if bad:
         return Verdict(f"nothing can be compared, for this model's own {bad} is not finite", hopeless=True)
-    found = difference(gradients(model, way, batch), wanted)
-    return Verdict("" if found.within(*ALLOWED) else f"it does not reproduce this model ({found})")
+    found = difference(sums_of(model, way, batch), wanted)
+    if found.within(*ALLOWED):
+        return Verdict()
+    return Verdict(f"it does not reproduce this model ({found})")
 
 
 def _together(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, checkpointed: bool) -> Verdict:
     """In the run's own type: both ways on the same rows."""
     name = dtype_name(dtype)
-    wanted = plainly(model, batch, checkpointed)
-    if bad := _not_finite(wanted):
+    wanted = plain_sums(model, batch, checkpointed)
+    bad = _not_finite(wanted)
+    if bad:
         return Verdict(f"nothing can be compared, for this model's own {bad} is not finite in {name}", hopeless=True)
-    found = difference(gradients(model, way, batch), wanted)
+    found = difference(sums_of(model, way, batch), wanted)
     if found.within(*ALLOWED_IN_16_BITS):
         return Verdict()
-    floor = difference(plainly_by_row(model, batch, checkpointed), wanted)
+    floor = difference(plain_sums_by_row(model, batch, checkpointed), wanted)
     if floor.gradient > CHAOS:
         return Verdict(
             f"it is unproven: float32 does not fit the memory, and in {name} even the plain way, rows together and one "
             f"by one, differs from itself ({floor})"
         )
-    allowed = (max(TIMES * floor.loss, ALLOWED_IN_16_BITS[0]), max(TIMES * floor.gradient, ALLOWED_IN_16_BITS[1]))
-    return Verdict("" if found.within(*allowed) else f"it does not reproduce this model in {name} ({found})")
+    of_loss = max(TIMES * floor.loss, ALLOWED_IN_16_BITS[0])
+    of_gradient = max(TIMES * floor.gradient, ALLOWED_IN_16_BITS[1])
+    if found.within(of_loss, of_gradient):
+        return Verdict()
+    return Verdict(f"it does not reproduce this model in {name} ({found})")
 
 
 def _finite(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, checkpointed: bool) -> Verdict:
     """In the run's own type the numbers of a proven way must be finite, as far as the plain way's are."""
-    bad = _not_finite(gradients(model, way, batch))
+    bad = _not_finite(sums_of(model, way, batch))
     if not bad:
         return Verdict()
     name = dtype_name(dtype)
-    own = _not_finite(plainly_by_row(model, batch, checkpointed))
+    own = _not_finite(plain_sums_by_row(model, batch, checkpointed))
     if not own:
         return Verdict(f"its {bad} is not finite in {name}, the plain way's is")
     return Verdict(note=f"this model's {own} is not finite in {name}, in float32 it is: set train.dtype=float32")
@@ -160,80 +171,84 @@ def _finite(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, checkpoin
 def _checkpointing(model: nn.Module, batch: Batch, dtype: mx.Dtype) -> str:
     """Why the plain way may not compute its blocks again, judged on a few tokens; "" when it may."""
     ids = batch.ids[:1, :PROBE_TOKENS]
-    few = Batch(batch.rows[:1], ids, np.minimum(batch.lengths[:1], PROBE_TOKENS), np.ones_like(ids, np.uint8))
-    found = difference(plainly(model, few, checkpointed=True), plainly(model, few))
-    if found.within(*(ALLOWED if dtype == mx.float32 else ALLOWED_IN_16_BITS)):
+    lengths = np.minimum(batch.lengths[:1], PROBE_TOKENS)
+    few = Batch(batch.rows[:1], ids, lengths, mask=np.ones_like(ids, np.uint8))
+    found = difference(plain_sums(model, few, checkpointed=True), plain_sums(model, few))
+    allowed = ALLOWED if dtype == mx.float32 else ALLOWED_IN_16_BITS
+    if found.within(*allowed):
         return ""
     return f"only with its blocks computed again does it fit the memory, and this model's cannot be ({found})"
 
 
-def gradients(model: nn.Module, way: Way, batch: Batch) -> Sums:
+def sums_of(model: nn.Module, way: Way, batch: Batch) -> Sums:
     """The sums of one batch as a run computes them."""
     value, tree = Gradients(model, way)(batch)
     return _read(value, tree)
 
 
-def plainly(model: nn.Module, batch: Batch, checkpointed: bool = False) -> Sums:
+def plain_sums(model: nn.Module, batch: Batch, checkpointed: bool = False) -> Sums:
     """The sums of one batch by the reference: nothing of the fast ways but that each stage is computed in its turn."""
-    stages: list[mx.array] = []
+    to_compute: Stages = []
+    again = [(block, _computed_again(type(block), to_compute)) for block in blocks_of(model) if checkpointed]
     training = model.training
     model.train()
     try:
-        with _computed_again(model, stages) if checkpointed else nullcontext():
+        with as_classes(again):
             value, tree = nn.value_and_grad(model, lambda: loss.plain(model, batch))()
     finally:
         model.train(training)
-    finish(stages, value, tree)
+    stages.compute(to_compute, value, tree)
     return _read(value, tree)
 
 
-@contextmanager
-def _computed_again(model: nn.Module, stages: list[mx.array]) -> Iterator[None]:
-    """Inside, `mx.checkpoint` around every block. By itself, not by what runs use: that is to be proven."""
-    changed = [(block, type(block)) for block in blocks_of(model)]
-    for block, kind in changed:
-        block.__class__ = _again(kind, stages)
-    try:
-        yield
-    finally:
-        for block, kind in changed:
-            block.__class__ = kind
+def _computed_again(kind: type, to_compute: Stages) -> type:
+    """`kind` with `mx.checkpoint` around its call. By itself, not by what runs use: that is to be proven.
 
+    As in `checkpointing`, what a gradient flows into is passed. But there each number is found again by the order in
+    which the tree is walked; here each place in the tree holds a function that finds it:
 
-def _again(kind: type, stages: list[mx.array]) -> type:
+        args     (x, mask, cache)
+        places   (take the 1st of the numbers, mask itself, cache itself)
+        numbers  [x]
+    """
+
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         numbers: list[mx.array] = []  # a gradient may flow into these; masks and the like are closed over
 
-        def out_of(leaf: Any) -> Any:
+        def place_of(leaf: Any) -> Any:
             if not (isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)):
                 return lambda _: leaf
             numbers.append(leaf)
-            place = len(numbers) - 1
-            return lambda given: given[place]
+            index = len(numbers) - 1
+            return lambda given: given[index]
 
-        places = tree_map(out_of, (args, kwargs))
+        places = tree_map(place_of, (args, kwargs))
 
         def run(parameters: Any, given: list[mx.array]) -> Any:
             before = self.trainable_parameters()
             self.update(parameters)
             try:
-                inner, named_ones = tree_map(lambda place: place(given), places)
-                return kind.__call__(self, *inner, **named_ones)
+                inner_args, inner_kwargs = tree_map(lambda place: place(given), places)
+                return kind.__call__(self, *inner_args, **inner_kwargs)
             finally:
                 self.update(before)
 
+        def note(leaf: Any) -> None:
+            if isinstance(leaf, mx.array):
+                to_compute.append(leaf)
+
         out = mx.checkpoint(run)(self.trainable_parameters(), numbers)
-        tree_map(lambda leaf: stages.append(leaf) if isinstance(leaf, mx.array) else None, out)
+        tree_map(note, out)
         return out
 
-    return type(kind.__name__, (kind,), {"__call__": call})
+    return calling(kind, call)
 
 
-def plainly_by_row(model: nn.Module, batch: Batch, checkpointed: bool = False) -> Sums:
-    """As `plainly`, one row after the other."""
-    total, summed = plainly(model, batch.part(slice(1)), checkpointed)
+def plain_sums_by_row(model: nn.Module, batch: Batch, checkpointed: bool = False) -> Sums:
+    """As `plain_sums`, one row after the other."""
+    total, summed = plain_sums(model, batch.part(slice(1)), checkpointed)
     for row in range(1, len(batch.rows)):
-        value, tree = plainly(model, batch.part(slice(row, row + 1)), checkpointed)
+        value, tree = plain_sums(model, batch.part(slice(row, row + 1)), checkpointed)
         total += value
         summed = {name: gradient + tree[name] for name, gradient in summed.items()}
     return total, summed
@@ -245,22 +260,31 @@ def _read(value: mx.array, tree: Any) -> Sums:
 
 def difference(got: Sums, wanted: Sums) -> Difference:
     """How far some sums are from those wanted; not finite counts as infinitely far."""
-    worst, name = max((_relative(got[1][name], gradient), name) for name, gradient in wanted[1].items())
-    off = abs(got[0] - wanted[0]) / max(abs(wanted[0]), 1e-12)
-    return Difference(off if math.isfinite(off) else math.inf, worst, name)
+    got_loss, got_gradients = got
+    wanted_loss, wanted_gradients = wanted
+    of_gradients = [(_relative(got_gradients[name], gradient), name) for name, gradient in wanted_gradients.items()]
+    worst, name = max(of_gradients)
+    of_loss = abs(got_loss - wanted_loss) / max(abs(wanted_loss), TINY)
+    if not math.isfinite(of_loss):
+        of_loss = math.inf
+    return Difference(of_loss, worst, name)
 
 
 def _relative(got: np.ndarray, wanted: np.ndarray) -> float:
-    """The norm of the difference over the norm of `wanted`."""
-    off = float(np.linalg.norm(got - wanted) / max(float(np.linalg.norm(wanted)), 1e-12))
+    """The norm of the difference over the norm of `wanted`; both are of one parameter's shape."""
+    off = float(np.linalg.norm(got - wanted) / max(float(np.linalg.norm(wanted)), TINY))
     return off if math.isfinite(off) else math.inf
 
 
 def _not_finite(sums: Sums) -> str:
     """What of the sums is not finite, for people."""
-    if not math.isfinite(sums[0]):
+    value, gradients = sums
+    if not math.isfinite(value):
         return "loss"
-    return next((f"gradient of {name}" for name, array in sums[1].items() if not np.isfinite(array).all()), "")
+    for name, gradient in gradients.items():
+        if not np.isfinite(gradient).all():
+            return f"gradient of {name}"
+    return ""
 
 
 def rows_for(examples: Sequence[Example], way: Way, grouped: bool, tokens: int = MAX_TOKENS) -> Batch:
@@ -270,24 +294,27 @@ def rows_for(examples: Sequence[Example], way: Way, grouped: bool, tokens: int =
     tokens: of a row, at most.
     """
     if way.split is not None:
-        fit = int(LOGITS_SHARE * backend.memory_bytes() / (24 * max(1, way.split.vocabulary)))
+        logits = ROWS * COPIES * 4 * max(1, way.split.vocabulary)  # bytes of one token of each row
+        fit = int(LOGITS_SHARE * backend.memory_bytes() / logits)
         tokens = min(tokens, max(FEWEST_TOKENS, fit))
     order = np.argsort(-lengths_of(examples), kind="stable").tolist()
     shared = way.prefix
     if grouped:
         pairs = [group[:2] for group in groups(examples, MIN_GROUP_TOKENS)]
-        together = {tuple(pair): common(examples[pair[0]].ids, examples[pair[1]].ids) for pair in pairs}
-        best = max(together, key=together.__getitem__, default=())
+        common_tokens = {tuple(pair): common(examples[pair[0]].ids, examples[pair[1]].ids) for pair in pairs}
+        best = max(common_tokens, key=common_tokens.__getitem__, default=())
         order = [*best, *order]
-        shared = together.get(best, shared)
+        shared = common_tokens.get(best, shared)
     if shared:
-        tokens = min(tokens, prefix.longest_worth_it(shared, rows=2))
-    return collate([_cut(examples[index], tokens) for index in (order * 2)[:2]], [0, 1])
+        tokens = min(tokens, prefix.widest_that_gains(shared, ROWS))
+    chosen = (order * ROWS)[:ROWS]  # a single example twice
+    return collate([_cut(examples[index], tokens) for index in chosen], range(ROWS))
 
 
 def _cut(example: Example, tokens: int) -> Example:
     """The first tokens of a row; its last quarter is supervised when its own targets were cut off."""
     ids, mask = example.ids[:tokens], example.mask[:tokens]
     if not any(mask[1:]):
-        mask = [int(place >= len(ids) * 3 // 4) for place in range(len(ids))]
+        last_quarter = len(ids) * 3 // 4
+        mask = [int(place >= last_quarter) for place in range(len(ids))]
     return Example(ids, mask)

@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.data.chat.masking import template_of
 from mlxtune.data.template.answers import Plain, Reader
 from mlxtune.data.template.template import Messages, Template, TemplateError
 from mlxtune.errors import UserError
@@ -49,7 +48,7 @@ def template_for(loaded: Loaded, template_kwargs: dict[str, Any], day: str = "")
     if loaded.tokenizer.chat_template is None:
         return None
     its_day = date.fromisoformat(day) if day else None
-    return template_of(loaded.tokenizer, template_kwargs, its_day)
+    return loaded.templates.of(template_kwargs, its_day)
 
 
 def prompt_ids(loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str = "") -> list[int]:
@@ -132,7 +131,7 @@ def end_ids(loaded: Loaded) -> set[int]:
     """
     ends = set(loaded.eos_ids)
     if loaded.tokenizer.chat_template is not None:
-        template = template_of(loaded.tokenizer, {})
+        template = loaded.templates.of()
         last = template.special.findall(template.end_of_turn)[-1:]
         known = loaded.tokenizer.get_added_vocab()  # special tokens; the whole vocabulary is a dict made anew each time
         for token in (*last, template.header_that_ends(calls=False), template.header_that_ends(calls=True)):

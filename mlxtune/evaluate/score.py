@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.compute.head import Split
-from mlxtune.compute.loss import chunks, place, supervised_rows
+from mlxtune.compute.loss import chunks, inputs_of, supervised_outputs
 from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import Batch, in_order
 from mlxtune.data.dataset.examples import Examples
@@ -72,15 +72,15 @@ def score(
     """Score a model on batches. Legend: N supervised positions, D width, V vocabulary.
 
     split: the head apart from the trunk, so that logits are computed for supervised positions alone; None: the model
-    gives its logits for every token. shared: as in `place`; between: called before each batch, and may raise to break
-    off.
+    gives its logits for every token. shared: as in `inputs_of`; between: called before each batch, and may raise to
+    break off.
     """
     loss_sum, tokens, correct = 0.0, 0, 0
     for batch in _alike(model, batches):
         between()
-        placed = place(batch, shared)
-        rows = supervised_rows(model, split, placed)  # [N, D] hidden states; without a split [N, V] logits
-        targets = placed.targets  # [N]
+        inputs = inputs_of(batch, shared)
+        rows = supervised_outputs(model, split, inputs)  # [N, D] hidden states; without a split [N, V] logits
+        targets = inputs.targets  # [N]
         mx.eval(rows)  # else every chunk below would hold the whole trunk's graph
         width = rows.shape[-1] if split is None else split.vocabulary
         for chunk in chunks(rows, width):

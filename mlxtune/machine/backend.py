@@ -199,11 +199,6 @@ def memory_held_to(most: int | None) -> Iterator[None]:
         mx.set_memory_limit(before)
 
 
-def compiles() -> bool:
-    """Whether MLX compiles graphs here."""
-    return policy().compiled
-
-
 def dtype_for(name: str, model_dtype: mx.Dtype, quantized: bool) -> mx.Dtype:
     """The activation dtype of a model that runs or is trained.
 

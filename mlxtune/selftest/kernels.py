@@ -231,6 +231,7 @@ class Worst:
             self.missing.append(mode)
 
     def add(self, where: str, got: mx.array, wanted: np.ndarray) -> None:
+        """Count an array against the one that was wanted; of any shape, the same for both."""
         off = float(np.linalg.norm(_wide(got).reshape(wanted.shape) - wanted) / np.linalg.norm(wanted))
         if not off <= self.limit:
             self.beyond.append(where)

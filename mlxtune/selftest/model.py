@@ -19,13 +19,14 @@ from mlx.utils import tree_map, tree_unflatten
 from mlxtune_convert.files import write_json
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.config.schema import LoraSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, collate
 from mlxtune.machine import backend
 from mlxtune.model.arrays import named, save_arrays
-from mlxtune.model.dense import on_cpu
+from mlxtune.model.linux_cpu import multiply_densely
 from mlxtune.model.load import cast
 
 BITS, GROUP_SIZE = 4, 32
@@ -92,13 +93,13 @@ def with_adapter(kind: str, base: mx.Dtype, dtype: mx.Dtype, train_also: tuple[s
         cast(model, base)
         nn.quantize(model, GROUP_SIZE, BITS)
         cast(model, dtype)
-        lora.attach(model, lora.Spec.of(model, LoraSection(rank=RANK, train_also=list(train_also))))
-        for index, layer in enumerate(lora.adapters(model).values()):
+        attach.attach(model, AdapterPlan.of(model, LoraSection(rank=RANK, train_also=list(train_also))))
+        for index, layer in enumerate(attach.adapted_layers(model).values()):
             noise = np.random.default_rng(1000 + index).normal(size=layer.lora_b.shape)  # zero in a fresh adapter
             layer.lora_b = mx.array(0.05 * noise.astype(np.float32))
         mx.eval(model.parameters())
     if here == "cpu":
-        on_cpu(model)
+        multiply_densely(model)
     return model
 
 
@@ -123,7 +124,7 @@ def computing_on_cpu() -> Iterator[None]:
         with mx.stream(mx.cpu):
             yield
     finally:
-        if backend.compiles():
+        if backend.policy().compiled:
             mx.enable_compile()
 
 

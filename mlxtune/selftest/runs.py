@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.compute import fast_ways
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -48,11 +48,11 @@ def checks() -> list[Check]:
 
 @dataclass(frozen=True)
 class Made:
-    """A finished run. base: the model that it was trained on; folder: what the run left."""
+    """A finished run."""
 
-    base: Path
-    folder: Path
-    config: config.Config
+    base: Path  # folder of the model that it was trained on
+    folder: Path  # what the run left
+    config: config.Config  # the run's, as it was resolved
 
 
 def base(shop: Workshop, dtype: mx.Dtype) -> Path:
@@ -69,7 +69,7 @@ def base(shop: Workshop, dtype: mx.Dtype) -> Path:
 
 
 def convert_base(source: Path, out: Path) -> None:
-    convert.convert(str(source), out, convert.Target.of(model.BITS, model.GROUP_SIZE, None))
+    convert.convert(str(source), out, convert.Quantization.of(model.BITS, model.GROUP_SIZE, None))
 
 
 def data(shop: Workshop) -> Path:
@@ -127,7 +127,7 @@ def _computed(folder: Path) -> str:
 def _left_out(folder: Path) -> str:
     """What a run on this model should have used, and found wrong itself: it proves each way before it takes it."""
     wanted = [fast_ways.describe(Way(split=Split(nn.Module(), ""))), "the shared prefix of "]
-    if backend.compiles():
+    if backend.policy().compiled:
         wanted.append(fast_ways.describe(Way(compiled=True)))
     missing = [what for what in wanted if what not in _computed(folder)]
     refused = next((note for note in _notes(folder) if note.startswith("not used")), "")
@@ -145,12 +145,12 @@ def _resumed(shop: Workshop) -> Found:
     again = shop.folder / "resumed"
     shutil.copytree(whole.folder, again)
     shutil.rmtree(again / CHECKPOINTS / f"step-{STEPS:07d}")
-    (again / lora.ADAPTER_FILE).unlink()
+    (again / adapter_files.ADAPTER_FILE).unlink()
     tune(whole.config, again, resume=True)
     last = Path(CHECKPOINTS, f"step-{STEPS:07d}", checkpoint.OPTIMIZER_FILE)
     different = [
         f"{name} of {file.name}"
-        for file in (Path(lora.ADAPTER_FILE), last)
+        for file in (Path(adapter_files.ADAPTER_FILE), last)
         for name in _different(whole.folder / file, again / file)
     ]
     ours, theirs = (_losses(folder).tolist() for folder in (again, whole.folder))

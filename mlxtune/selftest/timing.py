@@ -126,7 +126,7 @@ def _one_target_each(batch: Batch) -> Batch:
 
 
 def _compiling(shop: Workshop) -> Found:
-    if not backend.compiles():
+    if not backend.policy().compiled:
         raise NotHere("nothing is compiled on the CPU" if backend.kind() == "cpu" else "MLX_DISABLE_COMPILE is set")
     return Found(1e3 * max(shop.once("parts", lambda: _measured(shop)).first), unit="ms")
 

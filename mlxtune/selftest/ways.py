@@ -37,11 +37,10 @@ BASES = {mx.float32: mx.bfloat16, mx.float16: mx.float16, mx.bfloat16: mx.bfloat
 
 
 def checks() -> list[Check]:
-    found = [
-        Check(GROUP, f"{way}, {dtype_name(dtype)}", partial(_check, "llama", dtype, (), way))
-        for dtype in LIMITS
-        for way in WAYS
-    ]
+    found = []
+    for dtype in LIMITS:
+        for way in WAYS:
+            found.append(Check(GROUP, f"{way}, {dtype_name(dtype)}", partial(_check, "llama", dtype, (), way)))
     for name, kind, train_also in (
         ("a trained head", "llama", ("head",)),
         ("attention in windows", "gemma3_text", ()),
@@ -59,7 +58,7 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
 
     def plain() -> Sums:
         with computing_on_cpu():
-            return proof.plainly(with_adapter(kind, base, mx.float32, train_also), rows)
+            return proof.plain_sums(with_adapter(kind, base, mx.float32, train_also), rows)
 
     wanted = shop.once(("plain", kind, base, train_also), plain)
     model = shop.once(("model", kind, dtype, train_also), lambda: with_adapter(kind, base, dtype, train_also))
@@ -67,7 +66,7 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
     if way and not ways[way]:
         raise NotHere(_why_not(way, dtype))
     chosen = ways[way] if way else [each for group in ways.values() for each in group]
-    return judged({fast_ways.describe(each): proof.gradients(model, each, rows) for each in chosen}, wanted, dtype)
+    return judged({fast_ways.describe(each): proof.sums_of(model, each, rows) for each in chosen}, wanted, dtype)
 
 
 def judged(found: dict[str, Sums], wanted: Sums, dtype: mx.Dtype) -> Found:
@@ -89,7 +88,7 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
     split = Split.of(model, ids)
     if split is None:
         raise RuntimeError("the head cannot be run apart from the trunk")
-    length = prefix.usable(rows, prefix.shared(rows))
+    length = prefix.length_for_batch(rows, prefix.shared_by_batch(rows))
     plain = Way(head_trained=split.head_is_trained(model, split.hidden(ids)[0, -1:]))
     head, shared = replace(plain, split=split), replace(plain, prefix=length)
     alone = {
@@ -98,24 +97,24 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
         PREFIX: [shared],
         CHECKPOINTED: [replace(plain, recompute=1), replace(plain, recompute=2)],
         POWERS: [replace(head, powers=True)] if linux_cpu.worth_it() and dtype == mx.float32 else [],
-        COMPILED: [replace(head, compiled=True)] if backend.compiles() else [],
+        COMPILED: [replace(head, compiled=True)] if backend.policy().compiled else [],
     }
     powers = [False, True] if alone[POWERS] else [False]
     compiled = [False, True] if alone[COMPILED] else [False]
-    all_ways = [
-        replace(plain, split=apart, prefix=once, recompute=blocks, powers=of_two, compiled=as_one)
-        for apart, once, blocks, of_two, as_one in product([None, split], [None, length], [0, 1], powers, compiled)
-    ]
     known = [way for group in alone.values() for way in group]
-    # As in a run: powers with a fast way, compiled with the head apart.
-    together = [
-        way
-        for way in all_ways
-        if way not in known
-        and (way.split is not None or not way.compiled)
-        and (way.split is not None or way.prefix is not None or not way.powers)
-    ]
+    together = []
+    for apart, once, blocks, of_two, as_one in product([None, split], [None, length], [0, 1], powers, compiled):
+        way = replace(plain, split=apart, prefix=once, recompute=blocks, powers=of_two, compiled=as_one)
+        if way not in known and _in_a_run(way):
+            together.append(way)
     return {**alone, TOGETHER: together}
+
+
+def _in_a_run(way: Way) -> bool:
+    """Whether a run may take a way: compiled with the head apart, powers of two with a fast way."""
+    if way.compiled and way.split is None:
+        return False
+    return way.split is not None or way.prefix is not None or not way.powers
 
 
 def _why_not(way: str, dtype: mx.Dtype) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-from mlxtune.data.chat.masking import Example, tokenized_all
+from mlxtune.data.chat.masking import Example, tokenized_texts
+from mlxtune.data.template.template import Template
 
 FILE = "sample.txt"
 
@@ -23,5 +24,5 @@ def read(tokenizer: Any, positions: int) -> Sample:
     text = (resources.files("mlxtune.ship") / FILE).read_text(encoding="utf-8")
     paragraphs = text.strip().split("\n\n")
     most = -(-positions // len(paragraphs)) + 1  # nothing predicts a paragraph's first token
-    whole = tokenized_all(tokenizer, paragraphs, [None] * len(paragraphs))
+    whole = tokenized_texts(Template(tokenizer), paragraphs)
     return Sample(Example(example.ids[:most], example.mask[:most]) for example in whole)

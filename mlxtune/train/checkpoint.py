@@ -25,7 +25,7 @@ from mlx.utils import tree_unflatten
 from mlxtune_convert.files import contents, digest, new_folder, read_json, write_json
 from mlxtune_convert.tensors import read_header
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import named, save_arrays
 from mlxtune.train.identity import Identity
@@ -84,7 +84,7 @@ def save(
     factors: dict[str, mx.array],
     moments: dict[str, mx.array],
     keep_last: int,
-    adapter_file: str = lora.ADAPTER_FILE,
+    adapter_file: str = adapter_files.ADAPTER_FILE,
 ) -> Path:
     """Write the checkpoint of `state.step`, then remove all but the newest `keep_last`. Returns its folder.
 
@@ -107,8 +107,8 @@ def save(
 def save_best(checkpoints: Path, state: State, model: nn.Module, adapter_file: str) -> None:
     """Keep the adapter that scored best so far beside the checkpoints. Its adapter_config.json is the run's."""
     with new_folder(checkpoints / BEST, own=True) as work:
-        lora.save_factors(model, work, adapter_file)
-        shutil.copy(checkpoints.parent / lora.CONFIG_FILE, work)
+        adapter_files.save_tensors(model, work, adapter_file)
+        shutil.copy(checkpoints.parent / adapter_files.CONFIG_FILE, work)
         write_json(work / STATE_FILE, {"state": asdict(state)})
 
 
@@ -170,7 +170,7 @@ def _require_own(folder: Path, state: State, digests: dict[str, str]) -> None:
     """
     if folder.name != f"step-{state.step:07d}":
         raise ValueError("another step's state")
-    if set(digests) not in ({lora.ADAPTER_FILE, OPTIMIZER_FILE}, {lora.OWN_FILE, OPTIMIZER_FILE}):
+    if set(digests) not in ({adapter_files.ADAPTER_FILE, OPTIMIZER_FILE}, {adapter_files.OWN_FILE, OPTIMIZER_FILE}):
         raise ValueError("other files' digests")
     for name in digests:
         path = folder / name
@@ -182,10 +182,10 @@ def load_into(saved: Saved, model: nn.Module, optimizer: Optimizer) -> None:
     """Load a checkpoint's tensors into model and optimizer, whose state is made already. Raises UserError for tensors
     that are not of this run: whoever changes a file can write its digest too.
     """
-    file = lora.adapter_file(saved.folder)
+    file = adapter_files.adapter_file(saved.folder)
     if file is None:
         raise UserError(f"{saved.folder} holds no adapter", RESTART)
-    lora.load_factors(model, file)
+    adapter_files.load_tensors(model, file)
     moments = saved.folder / OPTIMIZER_FILE
     read_header(moments)
     tensors: Any = mx.load(str(moments))

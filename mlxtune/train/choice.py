@@ -30,8 +30,8 @@ def choose(given: Given, config: Config, rows: Plan, ranks: Ranks = ALONE, liste
     ranks: all take the same way and the same batches; listener: told of each proof, which may last. Raises UserError
     when not even the plain way fits the memory.
     """
-    wanted, notes = fast_ways.wanted(given.model, rows.examples, config)
-    search = _Search(given, config, rows, fast_ways.in_order(wanted), listener)
+    wanted, notes = fast_ways.fastest_way(given.model, rows.examples, config)
+    search = _Search(given, config, rows, fast_ways.ways_to_try(wanted), listener)
     number = 0
     while True:
         number, run = search.first_from(number)
@@ -48,7 +48,7 @@ class _Search:
     given: Given  # what the batches cannot change
     config: Config  # as the user wants it; each way is fitted from here
     rows: Plan  # the batches of `config`
-    ways: list[tuple[Way, bool]]  # as `fast_ways.in_order` gives them
+    ways: list[tuple[Way, bool]]  # as `fast_ways.ways_to_try` gives them
     listener: Listener  # told of each proof
     refused: list[str] = field(default_factory=list)  # why the ways before were not taken
     tried: set[Way] = field(default_factory=set)  # ways that were proven or refused
@@ -74,7 +74,7 @@ class _Search:
     def _fitted(self, way: Way, checkpoints: bool) -> Fitted:
         """The run made to fit when it is computed so. checkpoints: whether its blocks may be checkpointed."""
         try:
-            return fit_memory.fitted(self.given, way, self.config, self.rows, checkpoints)
+            return fit_memory.fit(self.given, way, self.config, self.rows, checkpoints)
         except UserError as error:
             if not self.refused:
                 raise
@@ -110,7 +110,7 @@ class _Search:
         """Proven on rows of the run that take no more than `room`."""
         examples = self.rows.examples
         batch = proof.rows_for(examples, run.way, self.config.data.group_by_prefix, room.tokens)
-        verdict = proof.of(self.given.model, run.way, batch, self.given.dtype, room)
+        verdict = proof.prove(self.given.model, run.way, batch, self.given.dtype, room)
         if verdict.wrong:
             return verdict
         window = fit_memory.window_of(self.given.model_config)

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.model.arrays import named, save_arrays
 from mlxtune.train import checkpoint
 from mlxtune.train.checkpoint import State
@@ -40,7 +40,7 @@ class LastWhole:
         folder: RunFolder,
         identity: Identity,
         keep_last: int,
-        adapter_file: str = lora.ADAPTER_FILE,
+        adapter_file: str = adapter_files.ADAPTER_FILE,
         saved: State | None = None,
     ) -> None:
         """keep_last: how many checkpoints stay; saved: the state that the newest one holds, None: there is none."""

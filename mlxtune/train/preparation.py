@@ -19,13 +19,13 @@ import mlx.nn as nn
 from mlxtune_convert.hf.chat_templates import unread
 from mlxtune_convert.ways_out import described
 
-from mlxtune.adapter import lora, vocabulary
+from mlxtune.adapter import adapter_files, attach, vocabulary
 from mlxtune.adapter.dropout import DropoutKeys, add_noise
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute import fast_ways, fit_memory, floats
 from mlxtune.compute.fit_memory import Fitted, Given
 from mlxtune.compute.memory.prediction import Memory
 from mlxtune.config.resolve import Config
-from mlxtune.data.chat import masking
 from mlxtune.data.dataset.batches import Plan, in_order
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
@@ -50,7 +50,7 @@ class Attached:
     """A model with its adapter on it, and the batches that the configuration asks for."""
 
     loaded: Loaded  # the model, and its tokenizer with the template of the run
-    spec: lora.Spec  # what trains
+    adapter: AdapterPlan  # what trains
     dropout: DropoutKeys  # to be set before each forward pass
     changes: Changes  # of the tokenizer, which the run's folder must keep
     plan: Plan  # the batches, not yet made to fit the memory
@@ -93,7 +93,7 @@ def prepare(
     listener({"kind": "doing", "what": READING})
     made = attached(config, data, ranks, adapter_of=folder if resume else None)
     if config.lora.start_from and not resume:
-        lora.load_factors(made.loaded.model, Path(config.lora.start_from) / made.spec.file)
+        adapter_files.load_tensors(made.loaded.model, Path(config.lora.start_from) / made.adapter.file)
     backend.wire(lasting_bytes(made.loaded.model))
     mx.reset_peak_memory()  # from here on it is the run's: the proof is a part of it
     chosen = choose(made.given, config, made.plan, ranks, listener)
@@ -110,8 +110,8 @@ def prepare(
 def plan(config: Config, data: Data) -> Planned:
     """What a run would do. Raises UserError for all that `prepare` refuses before it reads a weight."""
     made = attached(config, data, read=False)
-    way = fast_ways.hoped(made.loaded.model, data.train, config)
-    run = fit_memory.fitted(made.given, way, config, made.plan)
+    way = fast_ways.expected_way(made.loaded.model, data.train, config)
+    run = fit_memory.fit(made.given, way, config, made.plan)
     notes = [*_of_model(made), _ways_out(made.loaded)]
     if isinstance(run.memory, Memory):
         return Planned(run.config, run.rows, run.memory, notes + run.notes)
@@ -129,33 +129,32 @@ def attached(
 
     adapter_of: the run whose adapter is gone on with, which its first process alone has. read: its weights now.
     """
-    loaded = load(str(data.folder), config.train.dtype, read=read)
-    changes = vocabulary.prepare(loaded, config)
+    loaded = load(str(data.folder), config.train.dtype, read=read, tokenizer=data.tokenizer)
+    vocabulary.add_rows_for_new_tokens(loaded, config, data.changes)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
     if adapter_of is not None and ranks.first:
-        spec = lora.read_spec(adapter_of.path)
+        plan = AdapterPlan.read(adapter_of.path, loaded.model)
     else:
-        spec = adapter_spec(config, loaded.model)
-    dropout = lora.attach(loaded.model, spec, config.train.seed)
+        plan = adapter_plan(config, loaded.model)
+    dropout = attach.attach(loaded.model, plan, config.train.seed)
     if config.train.neftune_alpha:
         dropout.noise_alpha = config.train.neftune_alpha
         add_noise(loaded.model, dropout)
     batches = Plan(data.train, config.train, config.data.group_by_prefix)
     narrower = floats.narrower(loaded.own, loaded.dtype)
     given = Given(loaded.model, loaded.config, loaded.dtype, _limit(config, ranks), narrower)
-    return Attached(loaded, spec, dropout, changes, batches, given)
+    return Attached(loaded, plan, dropout, data.changes, batches, given)
 
 
-def adapter_spec(config: Config, model: nn.Module) -> lora.Spec:
+def adapter_plan(config: Config, model: nn.Module) -> AdapterPlan:
     """What trains: as the adapter to start from is, else as configured."""
     if not config.lora.start_from:
-        return lora.Spec.of(model, config.lora)
+        return AdapterPlan.of(model, config.lora)
     start = Path(config.lora.start_from)
-    spec = lora.read_spec(start)
-    if lora.adapter_file(start) is None:
-        raise UserError(f"{start} has no {spec.file}")
-    blocks = spec.num_layers if spec.num_layers > 0 else len(model.layers)
-    return replace(spec, dropout=config.lora.dropout, num_layers=blocks)
+    plan = AdapterPlan.read(start, model)
+    if adapter_files.adapter_file(start) is None:
+        raise UserError(f"{start} has no {plan.file}")
+    return replace(plan, dropout=config.lora.dropout)
 
 
 def lasting_bytes(model: nn.Module) -> int:
@@ -167,7 +166,7 @@ def lasting_bytes(model: nn.Module) -> int:
 
 def unrepeatable(model: nn.Module, kind: str) -> list[str]:
     """A note where a run cannot be repeated bit for bit on a device of this kind (`backend.kind`)."""
-    unordered = lora.summed_in_any_order(model)
+    unordered = attach.summed_in_any_order(model)
     if kind == "cpu" or not unordered:
         return []
     return [
@@ -200,7 +199,7 @@ def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: R
         evaluation=Evaluation(loaded, config, chosen.way, valid, ranks),
         place=data.train.place,
         identity=Identity.of(config, dtype_name(loaded.dtype), *digests, loaded.path),
-        spec=made.spec,
+        adapter=made.adapter,
         ranks=ranks,
         predicted=chosen.memory.total if isinstance(chosen.memory, Memory) else None,
     )
@@ -225,7 +224,7 @@ def _notes(made: Attached, chosen: Fitted, data: Data, ranks: Ranks) -> list[str
         notes.append(f"going on from {config.lora.start_from}: its kind, ranks, scales and targets are kept")
     steps = chosen.rows.steps
     notes.append(f"{train.rows} training rows{train.also}, {valid.rows} held out{valid.also}, {steps} steps")
-    what = lora.describe(made.spec, loaded.model)
+    what = attach.describe(made.adapter, loaded.model)
     notes.append(f"training {what} on {_where(loaded, ranks)}")
     notes.append(_ways_out(loaded))
     notes.append(f"computed: {fast_ways.describe(chosen.way)}")
@@ -234,7 +233,7 @@ def _notes(made: Attached, chosen: Fitted, data: Data, ranks: Ranks) -> list[str
 
 def _learns_to_stop(loaded: Loaded, config: Config) -> bool:
     """Whether the chat template ends answers with a token of their own."""
-    template = masking.template_of(loaded.tokenizer, config.data.template_kwargs)
+    template = loaded.templates.of(config.data.template_kwargs)
     return template.ends_answers(config.data.expand_turns == "none")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlxtune_convert.files import explained, new_file
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files, attach
 from mlxtune.compute import fast_ways
 from mlxtune.config.paths import with_absolute_paths
 from mlxtune.config.resolve import Config
@@ -80,7 +80,7 @@ class _Run:
     def train(self, local: LocalOnly) -> State:
         """The story: look, read, prepare, agree, begin. local: for what the hub is not asked."""
         loggers.require(self.config.train.loggers)
-        fast_ways.refuse_idle(self.config)
+        fast_ways.refuse_useless_grouping(self.config)
         if self.config.train.keep_awake == "auto":  # on every machine: one that sleeps stops the others
             self.stack.enter_context(surroundings.kept_awake())
         saved = self._checkpoint() if self.resume and self.ranks.first else None
@@ -138,7 +138,7 @@ class _Run:
             raise folder.taken()
         try:
             folder.events.unlink(missing_ok=True)  # of a run that was killed before it saved anything
-            lora.save_config(folder.path, prepared.job.spec)
+            adapter_files.save_config(folder.path, prepared.job.adapter)
             prepared.changes.save(folder.path)
             return self._written(prepared.job, None)
         except BaseException:
@@ -177,7 +177,7 @@ def _disk_bytes(job: Job) -> int:
     """What the checkpoints of a run will take: of each the adapter and two moments of it. One more is there while it is
     being written, and the adapter of the run takes no more than another.
     """
-    adapter = sum(array.nbytes for array in lora.factors(job.model).values())
+    adapter = sum(array.nbytes for array in attach.trained_tensors(job.model).values())
     return (job.section.keep_last + 2) * 3 * adapter
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from mlxtune.adapter import vocabulary
 from mlxtune.config.resolve import Config
-from mlxtune.data.chat import masking
 from mlxtune.data.dataset import mixture, sources
 from mlxtune.data.dataset.examples import Examples
-from mlxtune.data.template.tokenizer import load_tokenizer
+from mlxtune.data.template.template import Template
+from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.model import hub
 from mlxtune.train.reach import NOTHING, LocalOnly
 
@@ -25,6 +25,8 @@ class Data:
     train: Examples  # to learn from
     valid: Examples  # held out
     folder: Path  # of the model whose tokens they are: model.path, or what was downloaded of it
+    tokenizer: Any  # of that model, set up for the run
+    changes: Changes  # what the run changes in the tokenizer of the folder
 
 
 def read_data(
@@ -38,23 +40,19 @@ def read_data(
     Raises UserError before any weight is read; for a typing error in the rows, before a model is downloaded.
     """
     model_is_here = Path(config.model.path).expanduser().exists()
-    sources.glance(config.data, not model_is_here, local.data)
+    sources.require_readable(config.data, not model_is_here, local.data)
     folder = hub.resolve(config.model.path, local_only=local.model)
-    tokenizer = load_tokenizer(folder)
-    config = with_date(config, folder, tokenizer)
-    splits = mixture.read(config.data, tokenizer, folder, config.train.seed, progress, local_only=local.data)
-    return Data(splits["train"], splits["valid"], folder), config
+    tokenizer, changes = vocabulary.run_tokenizer(folder, config)
+    config = with_date(config, tokenizer)
+    splits = mixture.read(config.data, tokenizer, config.train.seed, progress, local_only=local.data)
+    return Data(splits["train"], splits["valid"], folder, tokenizer, changes), config
 
 
-def with_date(config: Config, folder: Path, tokenizer: Any) -> Config:
-    """The day made explicit where the template prints it, so that the run means the same tomorrow.
-
-    folder: of the model. The tokenizer gets the template of the run.
-    """
-    vocabulary.choose(tokenizer, folder, config)
+def with_date(config: Config, tokenizer: Any) -> Config:
+    """The day made explicit where the template prints it, so that the run means the same tomorrow."""
     if config.data.date or tokenizer.chat_template is None:
         return config
-    if not masking.template_of(tokenizer, {}).prints_date:
+    if not Template(tokenizer).prints_date:
         return config
     today = date.today().isoformat()
     return config.model_copy(update={"data": config.data.model_copy(update={"date": today})})

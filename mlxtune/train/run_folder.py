@@ -25,7 +25,7 @@ from typing import Any
 
 from mlxtune_convert.files import contents
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import adapter_files
 from mlxtune.config import resolve
 from mlxtune.config.resolve import Config
 from mlxtune.data.template import tokenizer_changes
@@ -42,13 +42,13 @@ BEFORE_SAVING = (
     LOCK_FILE,
     CONFIG_FILE,
     EVENTS_FILE,
-    lora.CONFIG_FILE,
+    adapter_files.CONFIG_FILE,
     tokenizer_changes.FILE,
     CHECKPOINTS,
     "tensorboard",
     "wandb",
 )
-ADAPTERS = (lora.ADAPTER_FILE, lora.OWN_FILE)
+ADAPTERS = (adapter_files.ADAPTER_FILE, adapter_files.OWN_FILE)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class RunFolder:
     @property
     def adapter(self) -> Path | None:
         """The file of the adapter, which has one of two names; None: there is none yet."""
-        return lora.adapter_file(self.path)
+        return adapter_files.adapter_file(self.path)
 
     def is_run(self) -> bool:
         """Whether a run began here: it wrote its configuration."""
@@ -148,7 +148,7 @@ class RunFolder:
         """Raise UserError where a file or folder of the run is a link: what it leads to is another's, and would be
         written to or removed.
         """
-        for name in (*BEFORE_SAVING, lora.ADAPTER_FILE):
+        for name in (*BEFORE_SAVING, adapter_files.ADAPTER_FILE):
             path = self.path / name
             if path.is_symlink():
                 raise UserError(f"{path} is a link", "A run's files are its own: choose another --out, or remove it.")

@@ -16,8 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
 from mlxtune.adapter.dropout import DropoutKeys
+from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute.division import Division, TooLarge
 from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.loss import Way
@@ -63,7 +64,7 @@ class Job:
     evaluation: Evaluation  # of the validation rows, and of the prompts to answer
     place: Callable[[int], str]  # number of a training row -> what messages call it
     identity: Identity  # of the run: what a checkpoint is compared with
-    spec: lora.Spec  # what trains
+    adapter: AdapterPlan  # what trains
     ranks: Ranks = ALONE  # the processes that share the run
     predicted: int | None = None  # bytes at the run's peak; None where nobody can say
 
@@ -76,7 +77,7 @@ class StepFunction:
         self.job = job
         self.optimizer = optimizer
         self.between = between
-        self.layers = len(lora.adapters(job.model))
+        self.layers = len(attach.adapted_layers(job.model))
         self.update = optim.Update(optimizer, job.section.clip_norm)
         self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
         self._longest_alike = extent.longest_alike(job.model)
@@ -169,13 +170,13 @@ class StepFunction:
 
     def _note_steps_before(self, number: int) -> None:
         """Note the signatures of the steps before, where a run goes on or steps were divided: what is compiled, and so
-        the last bits, is then what it would be in a run that began with step 1 (`Gradients.note`).
+        the last bits, is then what it would be in a run that began with step 1 (`Gradients.count_use`).
         """
         if self.job.way.compiled:
             for before in range(self._noted + 1, number):
                 for batch in self.job.ranks.own_batches(self.job.plan.step(before)):
                     for part in self._parts(batch):
-                        self._gradients.note(part)
+                        self._gradients.count_use(part)
         self._noted = max(self._noted, number)
 
     def _parts(self, batch: Batch) -> list[Batch]:

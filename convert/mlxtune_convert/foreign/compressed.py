@@ -100,16 +100,18 @@ def _integers(weights: Weights, module: str, schemes: list[dict[str, Any]]) -> t
 
 
 def _bits(weights: Weights, name: str, words: int, columns: int, schemes: list[dict[str, Any]]) -> int:
-    """Bits per code: of the config's, those that the shapes have. Widths that do not divide 32 were packed otherwise in
-    older releases; they are taken only where the shapes tell."""
+    """Bits per code: of the config's, those that the shapes have.
+
+    Widths that do not divide 32 were packed otherwise in older releases, no code over the border of two words; they are
+    taken only where the shapes tell.
+    """
     asked = {scheme.get("num_bits") for scheme in schemes} or {4, 8}
-    fitting = [
-        bits
-        for bits in range(1, 9)
-        if bits in asked
-        and math.ceil(columns * bits / 32) == words
-        and (32 % bits == 0 or math.ceil(columns / (32 // bits)) != words)
-    ]
+    fitting = []
+    for bits in range(1, 9):
+        as_stream = math.ceil(columns * bits / 32) == words
+        may_be_older = 32 % bits != 0 and math.ceil(columns / (32 // bits)) == words
+        if bits in asked and as_stream and not may_be_older:
+            fitting.append(bits)
     if len(fitting) != 1:
         raise weights.wrong(name, f"is {weights.described(name)}: no width in the config packs {columns} columns so")
     return fitting[0]
@@ -120,7 +122,8 @@ def _zero_points(weights: Weights, zero: str, module: str, shape: tuple[int, int
     rows, groups = shape
     array = weights.array(zero)
     if array.dtype == np.int8 and math.prod(array.shape) == rows * groups:
-        return (array.reshape(shape).astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+        half = 1 << (bits - 1)
+        return (array.reshape(shape).astype(np.int16) + half).astype(np.uint8)
     words = weights.words(zero, module)
     if words.shape != (math.ceil(rows * bits / 32), groups):
         raise weights.wrong(zero, f"is {weights.described(zero)}: for {rows} rows and {groups} groups it cannot")

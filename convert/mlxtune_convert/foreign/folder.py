@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mlxtune_convert.errors import UserError
+from mlxtune_convert.families.table import family_of
 from mlxtune_convert.files import write_json
 from mlxtune_convert.foreign.method import BESIDE, Foreign
 from mlxtune_convert.foreign.parts import Found, Part
@@ -31,21 +32,19 @@ OF_QUANTIZATION = re.compile(
     r"|_proj_(blocks|scales)|\.(qweight|qzeros|scales|g_idx)|\.(nested_)?(absmax|quant_map)|\.quant_state\..*)$"
 )
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-WITHOUT_BIASES = ("llama", "mistral", "mixtral")  # unless their configs say otherwise
 TYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A foreign model that is understood. found: its quantized tensors; kept: their codes fit MLX; dtype: of the floats
-    that come out; plain: names of the tensors that are copied as they are."""
+    """A foreign model that is understood."""
 
-    foreign: Foreign
-    weights: Weights
-    found: Found
-    kept: bool
-    dtype: np.dtype
-    plain: list[str]
+    foreign: Foreign  # what it declares
+    weights: Weights  # all its tensors
+    found: Found  # its quantized tensors
+    kept: bool  # their codes stay what they are, in MLX's layout
+    dtype: np.dtype  # of the floats that come out
+    plain: list[str]  # names of the tensors that are copied as they are
 
     @property
     def converted_bytes(self) -> int:
@@ -73,28 +72,42 @@ def open_foreign(foreign: Foreign, keep: bool, dtype: str | None = None) -> Open
     """
     found = foreign.read()
     weights = Weights(foreign.folder)
-    used = {name for part in found.parts for name in part.uses}
-    names = [name for name in weights if name not in used]
-    twice = [part.name for part in found.parts if part.name in names]
-    if twice:
-        raise weights.wrong(twice[0], "is there twice, quantized and not")
-    left = [name for name in names if not OF_ACTIVATIONS.search(name)]
+    plain = _plain(foreign.config, weights, found)
+    kind = TYPES[TYPE_NAMES[dtype]] if dtype else _dtype(foreign.config, weights, plain)
+    all_fit = bool(found.parts) and all(part.codes for part in found.parts)
+    kept = keep and dtype is None and all_fit and _same_names(foreign.config)
+    return Opened(foreign, weights, found, kept, kind, plain)
+
+
+def _plain(config: dict[str, Any], weights: Weights, found: Found) -> list[str]:
+    """The tensors that stay as they are: of no quantized weight, and needed without quantized activations.
+
+    Raises UserError for a tensor that is there twice, or whose weight is not there.
+    """
+    used: set[str] = set()
+    for part in found.parts:
+        used.update(part.uses)
+    for part in found.parts:
+        if part.name in weights and part.name not in used:
+            raise weights.wrong(part.name, "is there twice, quantized and not")
+    left = [name for name in weights if name not in used and not OF_ACTIVATIONS.search(name)]
     for name in left:
         if OF_QUANTIZATION.search(name) or weights.kind(name) in FLOAT8:
             raise weights.wrong(name, f"belongs to a quantized weight that is not there ({found.title})")
-    needless = _needless_biases(foreign.config, weights, found.parts)
-    left = [name for name in left if name not in needless]
-    kind = TYPES[TYPE_NAMES[dtype]] if dtype else _dtype(foreign.config, weights, left)
-    kept = keep and dtype is None and bool(found.parts) and all(part.codes for part in found.parts)
-    return Opened(foreign, weights, found, kept and _same_names(foreign.config), kind, left)
+    needless = _needless_biases(config, weights, found.parts)
+    return [name for name in left if name not in needless]
 
 
 def _needless_biases(config: dict[str, Any], weights: Weights, parts: list[Part]) -> set[str]:
     """Biases of zeros that AutoGPTQ wrote for each matrix of families without biases, whose models do not take them."""
-    if config.get("model_type") not in WITHOUT_BIASES or config.get("attention_bias") or config.get("mlp_bias"):
+    if not family_of(config).no_biases or config.get("attention_bias") or config.get("mlp_bias"):
         return set()
-    names = (f"{part.name.removesuffix('.weight')}.bias" for part in parts)
-    return {name for name in names if name in weights and not weights.array(name).any()}
+    found = set()
+    for part in parts:
+        name = f"{part.name.removesuffix('.weight')}.bias"
+        if name in weights and not weights.array(name).any():
+            found.add(name)
+    return found
 
 
 def _same_names(config: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from mlxtune_convert.gguf.quant_blocks import FP4, Codes
 
 
 def values(packed: np.ndarray) -> np.ndarray:
-    """[..., n] bytes -> [..., 2 n] float32."""
+    """[..., n] bytes -> [..., n * 2] float32: each byte holds two numbers, the first in its lower half."""
     codes = packed.view(np.uint8)
     nibbles = np.stack([codes & 15, codes >> 4], axis=-1)
     return FP4[nibbles.reshape(*packed.shape[:-1], -1)]
@@ -62,8 +62,10 @@ def microscaled(weights: Weights, module: str, packed: str, scale: str) -> tuple
 
 
 def two_scales(weights: Weights, packed: str, scale: str, overall: str, divides: bool) -> tuple[Part, str]:
-    """An NVFP4 matrix. overall: the tensor's one scale; divides: it is a divisor. Raises UserError for shapes that do
-    not fit."""
+    """An NVFP4 matrix. overall: the tensor's one scale; divides: it is a divisor.
+
+    Raises UserError for shapes that do not fit.
+    """
     rows, columns = _shape(weights, packed, scale, 16)
     if weights.needed(overall, packed).size != 1:
         raise weights.wrong(overall, f"is {weights.described(overall)}: one number is right")

@@ -72,27 +72,40 @@ def _form(weights: Weights, name: str, scale: str, block: tuple[int, int] | None
     shape, sizes = weights.shape(name), weights.shape(scale)
     if len(shape) < 2:
         raise weights.wrong(name, f"is {weights.described(name)}: only matrices are quantized so")
-    rows, columns, experts = shape[-2], shape[-1], math.prod(shape[:-2])
-    count = math.prod(sizes)
-    grid = sizes[-2:] if len(sizes) == len(shape) and sizes[:-2] == shape[:-2] else ()
+    outer, rows, columns = shape[:-2], shape[-2], shape[-1]
+    # The scales as a table over each matrix, where they have the axes of the weight.
+    grid = sizes[-2:] if len(sizes) == len(shape) and sizes[:-2] == outer else ()
     if block and grid == (math.ceil(rows / block[0]), math.ceil(columns / block[1])):
-        return f"{block[0]}x{block[1]} blocks", block
-    if count == 1 or (len(shape) > 2 and count == experts):
+        return _in_blocks(block), block
+    scales = math.prod(sizes)
+    if scales == 1 or (outer and scales == math.prod(outer)):
         return "one scale per tensor", (rows, columns)
-    if sizes in ((*shape[:-2], rows), (*shape[:-1], 1)):
+    if sizes in ((*outer, rows), (*outer, rows, 1)):
         return "one scale per row", (1, columns)
-    if grid and not block and grid[0] and grid[1] and rows % grid[0] == 0 and columns % grid[1] == 0:
+    if grid and not block and _divides(grid, (rows, columns)):
         block = (rows // grid[0], columns // grid[1])
-        return f"{block[0]}x{block[1]} blocks", block
+        return _in_blocks(block), block
     blocks = f", blocks of {block[0]} x {block[1]}" if block else ""
     raise weights.wrong(scale, f"is {weights.described(scale)}, {name} is {weights.described(name)}{blocks}")
 
 
+def _in_blocks(block: tuple[int, int]) -> str:
+    return f"{block[0]}x{block[1]} blocks"
+
+
+def _divides(grid: tuple[int, ...], shape: tuple[int, int]) -> bool:
+    """Whether a matrix of `shape` can be cut into a grid of equal blocks."""
+    return all(parts and size % parts == 0 for parts, size in zip(grid, shape, strict=True))
+
+
 def _spread(factors: np.ndarray, count: int, index: int, block: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
-    """The factors of one of `count` matrices, for each of its elements or broadcastable to them."""
+    """The factors of one of `count` matrices, for each of its elements or broadcastable to them.
+
+    factors: of all of them; block: rows and columns that share one; shape: of a matrix.
+    """
     one = factors.reshape(count, -1)[index] if factors.size >= count > 1 else factors.reshape(-1)
-    rows, columns = (math.ceil(size / step) for size, step in zip(shape, block, strict=True))
-    grid = one.reshape(rows, columns)
+    grid = one.reshape(math.ceil(shape[0] / block[0]), math.ceil(shape[1] / block[1]))
     if grid.size == 1:
         return grid
-    return np.repeat(np.repeat(grid, block[0], axis=0)[: shape[0]], block[1], axis=1)[:, : shape[1]]
+    tall = np.repeat(grid, block[0], axis=0)[: shape[0]]  # the last blocks may be cut off
+    return np.repeat(tall, block[1], axis=1)[:, : shape[1]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune_convert.errors import UserError
+from mlxtune_convert.families.table import family_of
 from mlxtune_convert.files import read_json
 from mlxtune_convert.foreign import bitsandbytes, compressed, fp4, fp8, modelopt, packed
 from mlxtune_convert.foreign.original import advice
@@ -58,13 +59,12 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Foreign:
-    """A folder that another maker's tool quantized. method: its quant_method, "" where nothing names it; settings: what
-    is declared; config: the folder's config.json."""
+    """A folder that another maker's tool quantized."""
 
-    folder: Path
-    method: str
-    settings: dict[str, Any]
-    config: dict[str, Any] = field(repr=False)
+    folder: Path  # of the model
+    method: str  # its quant_method; "" where nothing names it
+    settings: dict[str, Any]  # what it declares about that
+    config: dict[str, Any] = field(repr=False)  # its config.json
 
     @property
     def name(self) -> str:
@@ -110,11 +110,9 @@ def _name(method: str) -> str:
 
 
 def of_mxfp4(config: dict[str, Any]) -> bool:
-    """Whether it is declared as gpt-oss is published, with codes that mlx-lm reads as they are."""
+    """Whether it is declared as such a family is published, with codes that mlx-lm reads as they are (gpt-oss)."""
     settings = config.get("quantization_config")
-    return (
-        config.get("model_type") == "gpt_oss" and isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
-    )
+    return family_of(config).mxfp4 and isinstance(settings, dict) and settings.get("quant_method") == "mxfp4"
 
 
 def is_mlx(config: dict[str, Any]) -> bool:

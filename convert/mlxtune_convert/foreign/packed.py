@@ -152,14 +152,13 @@ def _bits(weights: Weights, zero: str, outputs: int, settings: dict[str, Any]) -
 def _groups(
     weights: Weights, module: str, order: str, inputs: int, groups: int, settings: dict[str, Any]
 ) -> tuple[np.ndarray | None, int]:
-    """The group of each input, None where they follow each other, and the groups' size."""
-    given = settings.get("group_size", settings.get("q_group_size"))
-    whole = groups == 1 and (type(given) is not int or given < 1 or given >= inputs)
-    size = inputs if whole else given
-    if type(size) is not int or size < 1 or math.ceil(inputs / size) != groups:
-        size = math.ceil(inputs / max(groups, 1))  # modules with settings of their own
-        if groups < 1 or math.ceil(inputs / size) != groups:
-            raise weights.wrong(f"{module}.scales", f"has {groups} groups for {inputs} inputs")
+    """The group of each input, [inputs] int, None where they follow each other; and the groups' size.
+
+    order: the tensor that says it; inputs, groups: of the matrix.
+    """
+    size = _group_size(settings, inputs, groups)
+    if not size:
+        raise weights.wrong(f"{module}.scales", f"has {groups} groups for {inputs} inputs")
     if order not in weights:
         return None, size
     indices = weights.array(order)
@@ -167,7 +166,23 @@ def _groups(
         raise weights.wrong(order, f"is {weights.described(order)}: {module} has {inputs} inputs")
     if inputs and (indices.min() < 0 or indices.max() >= groups):
         raise weights.wrong(order, f"names a group that is not there: {module} has {groups}")
-    return (None if np.array_equal(indices, np.arange(inputs) // size) else indices.astype(np.int64)), size
+    if np.array_equal(indices, np.arange(inputs) // size):
+        return None, size
+    return indices.astype(np.int64), size
+
+
+def _group_size(settings: dict[str, Any], inputs: int, groups: int) -> int:
+    """Inputs that share a scale: as the configuration says, else as the shapes do; 0 where no size fits."""
+    given = settings.get("group_size", settings.get("q_group_size"))
+    said: int = given if type(given) is int and given >= 1 else 0
+    if groups == 1 and (not said or said >= inputs):
+        return inputs  # all of them share one: -1 says so
+    if said and math.ceil(inputs / said) == groups:
+        return said
+    if groups < 1:
+        return 0
+    size = math.ceil(inputs / groups)  # a module with settings of its own
+    return size if size and math.ceil(inputs / size) == groups else 0
 
 
 def _fits(weights: Weights, name: str, module: str, shape: tuple[int, int]) -> None:

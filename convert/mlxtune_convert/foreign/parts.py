@@ -12,21 +12,18 @@ from mlxtune_convert.gguf.quant_blocks import Codes
 
 @dataclass(frozen=True)
 class Part:
-    """One quantized tensor.
+    """One quantized tensor."""
 
-    name: in the plain model; shape: there; uses: the tensors that stand for it in the file; matrix: computes one of its
-    matrices in float32, by number where there are several (experts); codes: the same weights as codes in MLX's layout,
-    with scales of a type, or None where MLX has no such form.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    uses: tuple[str, ...]
+    name: str  # in the plain model
+    shape: tuple[int, ...]  # there
+    uses: tuple[str, ...]  # the tensors that stand for it in the file
+    # Computes one of its matrices by number (of the expert): float32, in the last two axes of `shape`.
     matrix: Callable[[int], np.ndarray]
+    # The same weights as codes in MLX's layout, with scales of the given type; None where MLX has no such form.
     codes: Callable[[np.dtype], Codes] | None = None
 
     def dense(self, kind: np.dtype) -> np.ndarray:
-        """All of it, each number rounded once from float32."""
+        """All of it, in `shape`, each number rounded once from float32."""
         out = np.empty(self.shape, kind)
         for index, place in enumerate(out.reshape(-1, *self.shape[-2:])):
             with np.errstate(over="ignore", invalid="ignore"):  # whoever writes it looks for what is not finite
@@ -36,10 +33,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Found:
-    """A quantized model. title: method and form, for people; parts: its quantized tensors."""
+    """What is quantized in a model."""
 
-    title: str
-    parts: list[Part]
+    title: str  # method and form, for people
+    parts: list[Part]  # one for each quantized tensor
 
 
 def counted(kinds: list[str]) -> str:

@@ -43,13 +43,13 @@ HINT = "The folder is damaged, or of a format that is not known: download it aga
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor is: its file, type (safetensors' name), shape, and where its bytes begin and end in the file."""
+    """Where a tensor is."""
 
-    file: Path
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
+    file: Path  # that holds it
+    kind: str  # its type, by safetensors' name, such as BF16
+    shape: tuple[int, ...]  # as the file has it
+    start: int  # of its bytes in the file
+    end: int  # of its bytes in the file
 
 
 class Weights:
@@ -84,7 +84,10 @@ class Weights:
         return [name.removesuffix(suffix) for name in self if name.endswith(suffix)]
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor, mapped from its file: nothing is read before it is used. Raises UserError for an unknown type."""
+        """A tensor in the file's shape, mapped: nothing is read before it is used.
+
+        Raises UserError for an unknown type.
+        """
         place = self.places[name]
         kind = TYPES.get(place.kind)
         if kind is None:
@@ -95,7 +98,7 @@ class Weights:
         return data.view(kind).reshape(place.shape)
 
     def needed(self, name: str, owner: str) -> np.ndarray:
-        """A tensor that `owner` cannot be understood without. Raises UserError where it is missing."""
+        """A tensor, in the file's shape, that `owner` cannot do without. Raises UserError where it is missing."""
         if name not in self:
             raise UserError(f"{self.folder}: {owner} has no {name}", HINT)
         return self.array(name)
@@ -109,14 +112,14 @@ class Weights:
         return UserError(f"{self.folder}: {what} cannot be read", advice(self.folder))
 
     def words(self, name: str, owner: str, axes: int = 2) -> np.ndarray:
-        """A tensor of packed codes as uint32. Raises UserError for another type or number of axes."""
+        """A tensor of packed codes as uint32, in the file's shape. Raises UserError for another type or other axes."""
         array = self.needed(name, owner)
         if array.dtype not in (np.int32, np.uint32) or array.ndim != axes:
             raise self.wrong(name, f"must be int32 with {axes} axes: it is {self.described(name)}")
         return array.view(np.uint32)
 
     def scales(self, name: str, owner: str, exponents: bool = False) -> np.ndarray:
-        """Scales as float32. exponents: bytes stand for powers of two (E8M0).
+        """Scales as float32, in the file's shape. exponents: bytes stand for powers of two (E8M0).
 
         Raises UserError where they are missing, of a type that no scale has, or not finite.
         """

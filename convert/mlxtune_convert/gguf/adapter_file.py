@@ -16,6 +16,7 @@ from mlxtune_convert.errors import UserError
 from mlxtune_convert.gguf.architectures import FAMILIES
 from mlxtune_convert.gguf.container import FLOATS, Field, File, Writer
 from mlxtune_convert.gguf.family import Family, uninterleave
+from mlxtune_convert.gguf.tensor_name import TensorName
 from mlxtune_convert.peft.adapter_folder import Update
 
 # GGUF key -> config.json key. llama.cpp reads them from the base; the way back to MLX needs them here.
@@ -25,6 +26,7 @@ BASE_KEYS = {
     "block_count": "num_hidden_layers",
 }
 MAX_BLOCKS = 1024  # or heads: a larger number is damage
+A, B = ".lora_a", ".lora_b"  # what follows the name of the adapted tensor
 
 
 def write_adapter(
@@ -65,12 +67,20 @@ def adapter_tensors(family: Family, config: dict[str, Any], updates: dict[str, U
     for path, update in updates.items():
         name = family.gguf_name(f"{path}.weight")
         rest = np.float32(update.scale * update.rank / alpha)
-        a, b = (update.a, update.b) if update.a.ndim == 3 else (update.a.T, update.b.T)
-        b = b if rest == 1 else b * rest
-        rows, columns = family.row_order(name, config, len(b)), family.column_order(name, config)
-        a, b = a if columns is None else a[..., columns], b if rows is None else b[rows]
-        for letter, array in (("a", a), ("b", b)):
-            out[f"{name}.lora_{letter}"] = np.ascontiguousarray(array, dtype=np.float32)
+        if update.a.ndim == 3:  # experts: [E, r, in] and [E, out, r] on both sides
+            a, b = update.a, update.b
+        else:
+            a, b = update.a.T, update.b.T  # [r, in] and [out, r]
+        if rest != 1:
+            b = b * rest
+        columns = family.column_order(name, config)
+        if columns is not None:
+            a = a[..., columns]
+        rows = family.row_order(name, config, len(b))
+        if rows is not None:
+            b = b[rows]
+        out[name + A] = np.ascontiguousarray(a, dtype=np.float32)
+        out[name + B] = np.ascontiguousarray(b, dtype=np.float32)
     return out
 
 
@@ -84,13 +94,9 @@ def read_adapter(file: File, base: dict[str, Any] | None) -> tuple[dict[str, Upd
 
     Raises UserError for another kind of adapter, for what is damaged, and when the base must be named.
     """
-    if file.get("adapter.type") != "lora":
-        raise UserError(f"{file.path}: an adapter of type {str(file.get('adapter.type'))[:40]!r}, not lora")
-    alpha = file.get("adapter.lora.alpha", 0.0)
-    if not isinstance(alpha, float) or not np.isfinite(alpha) or "adapter.alora.invocation_tokens" in file.fields:
-        raise UserError(f"{file.path}: adapter.lora.alpha is {str(alpha)[:40]}, or the adapter is an activated one")
-    stems = _stems(file)
-    family = _family(file, stems)
+    alpha = _alpha_of(file)
+    names = _adapted(file)
+    family = _family(file, names)
     config = {name: (base or {}).get(name, file.get(f"{family.gguf}.{key}")) for key, name in BASE_KEYS.items()}
     if not all(isinstance(value, int) and 0 < value <= MAX_BLOCKS for value in config.values()):
         raise UserError(
@@ -98,44 +104,77 @@ def read_adapter(file: File, base: dict[str, Any] | None) -> tuple[dict[str, Upd
         )
     layers = config["num_hidden_layers"]
     updates = {}
-    for stem in stems:
-        heads = family.heads(stem, config)
-        a, b = (file.rows(f"{stem}.lora_{letter}").astype(np.float32) for letter in "ab")
-        if heads and b.shape[0] % (2 * heads):
-            raise UserError(f"{file.path}: {stem} has {b.shape[0]} rows for {heads} heads", "Name its own base.")
-        if not stem.startswith("blk.") or int(stem.split(".")[1]) >= layers:
+    for name in names:
+        block = TensorName.of(name).block
+        if block is None or block >= layers:
             raise UserError(f"{file.path}: it adapts more than the base's {layers} blocks", "Name its own base.")
-        scale = alpha / a.shape[-2] if alpha else 1.0
-        b = uninterleave(b, heads)
-        a, b = (a, b) if a.ndim == 3 else (a.T, b.T)
-        updates[family.mlx_name(stem).removesuffix(".weight")] = Update(a, b, scale)
+        updates[family.mlx_name(name).removesuffix(".weight")] = _update(file, name, family.heads(name, config), alpha)
     return updates, layers
 
 
-def _stems(file: File) -> list[str]:
-    """The names of the adapted tensors. Raises UserError unless the file holds fitting pairs of float factors alone."""
-    stems = [name.removesuffix(".lora_a") for name in file.tensors if name.endswith(".weight.lora_a")]
-    for stem in stems:
-        a, b = (file.tensors.get(f"{stem}.lora_{letter}") for letter in "ab")
-        if a is None or b is None or a.kind not in FLOATS or b.kind not in FLOATS:
-            raise UserError(f"{file.path}: {stem[:80]} has no pair of float factors", "The file is damaged.")
-        if not len(a.shape) == len(b.shape) >= 2 or a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
-            raise UserError(f"{file.path}: the factors of {stem[:80]} do not fit: {a.shape} and {b.shape}")
+def _update(file: File, name: str, heads: int, alpha: float) -> Update:
+    """The update of one tensor. heads: in how many groups its rows are interleaved, 0 for none; alpha: 0 for none."""
+    a = file.rows(name + A).astype(np.float32)  # [r, in]; of experts [E, r, in]
+    b = file.rows(name + B).astype(np.float32)  # [out, r]; of experts [E, out, r]
+    if heads and len(b) % (2 * heads):
+        raise UserError(f"{file.path}: {name} has {len(b)} rows for {heads} heads", "Name its own base.")
+    scale = alpha / a.shape[-2] if alpha else 1.0
+    b = uninterleave(b, heads)
+    if a.ndim == 3:
+        return Update(a, b, scale)
+    return Update(a.T, b.T, scale)  # [in, r] and [r, out], as MLX has them
+
+
+def _alpha_of(file: File) -> float:
+    """lora_alpha. Raises UserError for an adapter of another kind than LoRA."""
+    kind = file.get("adapter.type")
+    if kind != "lora":
+        raise UserError(f"{file.path}: an adapter of type {str(kind)[:40]!r}, not lora")
+    alpha = file.get("adapter.lora.alpha", 0.0)
+    if not isinstance(alpha, float) or not np.isfinite(alpha) or "adapter.alora.invocation_tokens" in file.fields:
+        raise UserError(f"{file.path}: adapter.lora.alpha is {str(alpha)[:40]}, or the adapter is an activated one")
+    return alpha
+
+
+def _adapted(file: File) -> list[str]:
+    """The names of the adapted tensors, such as blk.0.attn_q.weight.
+
+    Raises UserError unless the file holds fitting pairs of float factors alone.
+    """
     if not file.tensors:
         raise UserError(f"{file.path}: it adapts no layer: it has no tensors", "Copy or download it again.")
-    if not stems or len(stems) * 2 != len(file.tensors):
+    names = []
+    for factor in file.tensors:
+        if factor.endswith(f".weight{A}"):
+            names.append(factor.removesuffix(A))
+    for name in names:
+        a, b = file.tensors.get(name + A), file.tensors.get(name + B)
+        if a is None or b is None or a.kind not in FLOATS or b.kind not in FLOATS:
+            raise UserError(f"{file.path}: {name[:80]} has no pair of float factors", "The file is damaged.")
+        if not _fit(a.shape, b.shape):
+            raise UserError(f"{file.path}: the factors of {name[:80]} do not fit: {a.shape} and {b.shape}")
+    if not names or len(names) * 2 != len(file.tensors):
         raise UserError(f"{file.path}: tensors that are no LoRA factors", "MLX adapters hold factors alone.")
-    return stems
+    return names
 
 
-def _family(file: File, stems: list[str]) -> Family:
+def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    """Whether a is [..., r, in] and b [..., out, r], with the same number of experts in front, if any."""
+    if len(a) != len(b) or len(a) < 2:
+        return False
+    return a[:-2] == b[:-2] and a[-2] == b[-1]
+
+
+def _family(file: File, names: list[str]) -> Family:
     """The family of the file's architecture that has all of these tensors."""
-    name = file.get("general.architecture")
-    error = UserError(f"{file.path}: adapters for {str(name)[:40]} are not known")
-    for family in (family for family in FAMILIES if family.gguf == name and not family.written_only):
+    architecture = file.get("general.architecture")
+    error = UserError(f"{file.path}: adapters for {str(architecture)[:40]} are not known")
+    for family in FAMILIES:
+        if family.gguf != architecture or family.written_only:
+            continue
         try:
-            for stem in stems:
-                family.mlx_name(stem)
+            for name in names:
+                family.mlx_name(name)
             return family
         except UserError as caught:
             error = caught

@@ -24,8 +24,8 @@ from mlxtune_convert.errors import UserError
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 MAX_ITEMS = 1 << 23  # entries in a file's arrays: some ten times the largest vocabulary
-MAX_DIMENSIONS, MAX_NAME = 4, 256
-HINT = "Convert from the original Hugging Face model instead."  # where a file is whole and cannot be used
+MAX_DIMENSIONS, MAX_NAME = 4, 256  # ggml has tensors of up to 4 dimensions; a name has so many letters
+ALIGNMENTS = tuple(1 << power for power in range(17))
 # Value types by number: struct's letter; None for strings and arrays.
 LETTERS = ("B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d")
 U32, I32, F32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
@@ -33,30 +33,31 @@ FLOATS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dt
 
 
 class Field(NamedTuple):
-    """A metadata value with its type; `item` is the type of an array's entries."""
+    """A metadata value with its type."""
 
-    kind: int
-    value: Any
-    item: int = 0
+    kind: int  # number of its type: U32, STRING, ARRAY or another index of LETTERS
+    value: Any  # a number, a string, or a list of either
+    item: int = 0  # of an array: the type of its entries
 
     @staticmethod
     def of(value: Any) -> Field:
         """The usual type of a Python value: uint32, float32, bool, string, or an array of strings, int32 or so."""
         if isinstance(value, list | tuple):
             first = Field.of(value[0]).kind if value else STRING
-            return Field(ARRAY, list(value), I32 if first == U32 else first)
+            item = I32 if first == U32 else first  # as gguf's own writer has it
+            return Field(ARRAY, list(value), item)
         kinds = {bool: BOOL, int: U32, float: F32, str: STRING}
         return Field(kinds[type(value)], value)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """shape: outermost first, in weights; offset: from the start of the file."""
+    """Where a tensor is in a file."""
 
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    offset: int
+    name: str  # such as blk.0.attn_q.weight
+    kind: str  # GGUF type, such as F32 or Q4_0
+    shape: tuple[int, ...]  # in weights, outermost first (the file has it innermost first)
+    offset: int  # of its first byte, from the start of the file
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +65,7 @@ class Tensor:
 
 
 def stored_bytes(kind: str, shape: Sequence[int]) -> int:
+    """Bytes that a tensor takes in a file. shape: in weights, outermost first."""
     weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     return prod(shape) // weights * size
 
@@ -72,12 +74,13 @@ def stored_bytes(kind: str, shape: Sequence[int]) -> int:
 class File:
     """An opened GGUF file; each tensor is read when it is asked for."""
 
-    path: Path
-    fields: dict[str, Field]
-    tensors: dict[str, Tensor]
-    header_bytes: int
+    path: Path  # of the file
+    fields: dict[str, Field]  # the metadata by key, in the file's order
+    tensors: dict[str, Tensor]  # by name, in the file's order
+    header_bytes: int  # before the first tensor
 
     def get(self, key: str, default: Any = None) -> Any:
+        """The value of a metadata key."""
         return self.fields[key].value if key in self.fields else default
 
     def rows(self, name: str) -> np.ndarray:
@@ -110,7 +113,10 @@ def read(path: Path, header_only: bool = False) -> File:
 
 
 def read_back(path: Path, tensors: Iterable[tuple[str, str, np.ndarray]]) -> int:
-    """Compare a file with the (name, type, rows) that were to be written; return how many. Raises UserError."""
+    """Compare a file with what was to be written; return how many tensors that is. Raises UserError.
+
+    tensors: (name, GGUF type, array of any shape: floats or uint8 blocks).
+    """
     file, count = read(path), 0
     for name, kind, rows in tensors:
         if kind != file.tensors[name].kind or rows.tobytes() != file.rows(name).tobytes():
@@ -120,17 +126,19 @@ def read_back(path: Path, tensors: Iterable[tuple[str, str, np.ndarray]]) -> int
 
 
 class _Torn(Exception):
-    pass
+    """The file contradicts itself, or ends too early; `read` says so to the user."""
 
 
 def _alignment(fields: dict[str, Field]) -> int:
+    """Tensors begin at multiples of so many bytes."""
     found = fields["general.alignment"].value if "general.alignment" in fields else ALIGNMENT
-    if found not in [1 << power for power in range(17)]:
+    if found not in ALIGNMENTS:
         raise _Torn(f"its alignment is {found}")
     return int(found)
 
 
 def _check_places(tensors: list[Tensor], alignment: int, start: int, size: int) -> None:
+    """start: where tensors may begin; size: of the file, both in bytes."""
     end = start
     for tensor in sorted(tensors, key=lambda t: t.offset):
         if tensor.offset < end or tensor.offset % alignment:
@@ -144,9 +152,12 @@ class _Cursor:
     """Reads the header; every length is checked against what is left before it is used."""
 
     def __init__(self, data: memoryview) -> None:
-        self.data, self.at, self.items = data, 0, 0
+        self.data = data  # the whole file
+        self.at = 0  # the byte that is read next
+        self.items = 0  # entries of all arrays so far
 
     def header(self) -> tuple[dict[str, Field], list[Tensor], int]:
+        """Fields, tensors (their offsets from the first tensor) and the number of bytes that were read."""
         if bytes(self.take(4)) != MAGIC:
             raise _Torn("it does not begin with GGUF")
         version = self.number("I")
@@ -168,15 +179,18 @@ class _Cursor:
         return fields, tensors, self.at
 
     def take(self, count: int) -> memoryview:
+        """The next bytes."""
         if count > len(self.data) - self.at:
             raise _Torn(f"it ends at byte {len(self.data):,}, in the middle of its header")
         self.at += count
         return self.data[self.at - count : self.at]
 
     def number(self, letter: str) -> Any:
+        """The next number. letter: struct's, of its type."""
         return struct.unpack("<" + letter, self.take(struct.calcsize("<" + letter)))[0]
 
     def text(self) -> str:
+        """The next string: its length, then UTF-8."""
         raw = self.take(self.number("Q"))
         try:
             return str(raw, "utf-8")
@@ -193,24 +207,30 @@ class _Cursor:
         if kind == STRING:
             return Field(STRING, self.text())
         if kind == ARRAY:
-            item, count = self.number("I"), self.number("Q")
-            self.items += count
-            if self.items > MAX_ITEMS:
-                raise _Torn(f"an array of {count:,} entries")
-            if item == STRING:
-                return Field(ARRAY, [self.text() for _ in range(count)], item)
-            letter = self.letter(item)
-            raw = self.take(count * struct.calcsize("<" + letter))
-            return Field(ARRAY, np.frombuffer(raw, "<" + letter).tolist(), item)
+            return self.array()
         return Field(kind, self.number(self.letter(kind)))
 
+    def array(self) -> Field:
+        """The next array: the type of its entries, their number, and they."""
+        item, count = self.number("I"), self.number("Q")
+        self.items += count
+        if self.items > MAX_ITEMS:
+            raise _Torn(f"an array of {count:,} entries")
+        if item == STRING:
+            return Field(ARRAY, [self.text() for _ in range(count)], item)
+        letter = self.letter(item)
+        raw = self.take(count * struct.calcsize("<" + letter))
+        return Field(ARRAY, np.frombuffer(raw, "<" + letter).tolist(), item)
+
     def letter(self, kind: int) -> str:
+        """struct's letter of a type that is a number."""
         letter = LETTERS[kind] if kind < len(LETTERS) else None
         if letter is None:
             raise _Torn(f"unknown value type {kind} before byte {self.at:,}")
         return letter
 
     def tensor(self) -> Tensor:
+        """The next entry of the table of tensors."""
         name, dimensions = self.name(), self.number("I")
         if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise _Torn(f"tensor {name!r} has {dimensions} dimensions")
@@ -225,28 +245,33 @@ class _Cursor:
         return Tensor(name, kind.name, shape, offset)
 
 
-def _packed(field: Field) -> bytes:
-    def one(kind: int, value: Any) -> bytes:
-        if kind == STRING:
-            raw = value.encode("utf-8")
-            return struct.pack("<Q", len(raw)) + raw
-        return struct.pack(f"<{LETTERS[kind]}", value)
+def _packed_text(text: str) -> bytes:
+    raw = text.encode("utf-8")
+    return struct.pack("<Q", len(raw)) + raw
 
+
+def _packed_value(kind: int, value: Any) -> bytes:
+    return _packed_text(value) if kind == STRING else struct.pack(f"<{LETTERS[kind]}", value)
+
+
+def _packed(field: Field) -> bytes:
+    """A field's type and value, as a header has them after the key."""
     if field.kind != ARRAY:
-        return struct.pack("<I", field.kind) + one(field.kind, field.value)
+        return struct.pack("<I", field.kind) + _packed_value(field.kind, field.value)
     head = struct.pack("<IIQ", ARRAY, field.item, len(field.value))
-    return head + b"".join(one(field.item, value) for value in field.value)
+    return head + b"".join(_packed_value(field.item, value) for value in field.value)
 
 
 def header(fields: dict[str, Field], tensors: Sequence[Tensor], start: int = 0) -> bytes:
     """The bytes before the tensors; `start` is where those begin (the same length for any)."""
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(fields))]
     for key, field in fields.items():
-        parts += [_packed(Field(STRING, key))[4:], _packed(field)]
+        parts += [_packed_text(key), _packed(field)]
     for tensor in tensors:
         number = GGMLQuantizationType[tensor.kind].value
-        parts.append(_packed(Field(STRING, tensor.name))[4:] + struct.pack("<I", len(tensor.shape)))
-        parts.append(struct.pack(f"<{len(tensor.shape)}QIQ", *reversed(tensor.shape), number, tensor.offset - start))
+        dimensions = len(tensor.shape)
+        parts += [_packed_text(tensor.name), struct.pack("<I", dimensions)]
+        parts.append(struct.pack(f"<{dimensions}QIQ", *reversed(tensor.shape), number, tensor.offset - start))
     out = b"".join(parts)
     return out + b"\0" * (-len(out) % _alignment(fields))
 
@@ -270,7 +295,7 @@ class Writer:
         return self
 
     def add(self, name: str, kind: str, array: np.ndarray) -> None:
-        """array: floats, or uint8 blocks; its bytes are written as they are."""
+        """array: floats, or uint8 blocks, of any shape; its bytes are written as they are."""
         tensor = Tensor(name, kind, self.shapes[name], self._file.tell())
         assert name not in self.tensors and array.nbytes == tensor.nbytes, (name, kind, array.nbytes, tensor.nbytes)
         np.ascontiguousarray(array).view(np.uint8).tofile(self._file)

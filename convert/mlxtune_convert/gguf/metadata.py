@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from mlxtune_convert.errors import UserError
-from mlxtune_convert.gguf.container import F32, HINT, Field, File
+from mlxtune_convert.errors import CONVERT_ORIGINAL, UserError
+from mlxtune_convert.gguf.container import F32, Field, File
 from mlxtune_convert.gguf.family import FLOAT_KEYS, Family
+from mlxtune_convert.gguf.tensor_name import TensorName
+from mlxtune_convert.gguf.windows import windowed_layers
 
-ROPE_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
+# Rotary tables: what Llama 3 divides each frequency by, and what longrope does in long and in short rows.
+FREQUENCIES, LONG, SHORT = ROPE_TENSORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
+OPTIONAL_KEYS = ("attention.sliding_window", "rope.scaling.original_context_length")  # config.json may lack them
 SCALING = {  # GGUF key -> config.json key, of linear and YaRN scaling
     "factor": "factor",
     "original_context_length": "original_max_position_embeddings",
@@ -21,6 +25,12 @@ SCALING = {  # GGUF key -> config.json key, of linear and YaRN scaling
 }
 # Llama 3's published sets: factor, low and high frequency factor, original context.
 _LLAMA3 = tuple(product((8.0, 32.0, 16.0, 4.0, 2.0), (1.0,), (4.0, 1.0), (8192, 4096, 2048, 16384, 131072)))
+
+
+def is_rope_tensor(name: str) -> bool:
+    """Whether a GGUF tensor is a rotary table, which config.json says in MLX."""
+    parts = TensorName.of(name)
+    return parts.block is None and parts.stem in ROPE_TENSORS
 
 
 def text_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -32,10 +42,12 @@ def text_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def head_dim(config: dict[str, Any]) -> int:
+    """Width of one attention head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 def rotary_dim(config: dict[str, Any]) -> int:
+    """How much of a head is rotated."""
     return int(head_dim(config) * float(config.get("partial_rotary_factor") or 1.0))
 
 
@@ -51,38 +63,30 @@ def metadata(family: Family, config: dict[str, Any]) -> dict[str, Field]:
     values["rope.dimension_count"] = rotary_dim(config)
     if head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
         values["attention.key_length"] = values["attention.value_length"] = head_dim(config)
-    if family.gguf == "phi3":  # zero says: none
-        values.setdefault("attention.sliding_window", 0)
-        values.setdefault("rope.scaling.original_context_length", config["max_position_embeddings"])
-    if family.model_type == "olmo3":
-        values["attention.sliding_window_pattern"] = _layer_types(config, 4)
+    for key, value in (family.defaults(config) if family.defaults else {}).items():
+        values.setdefault(key, value)
     values |= _rope_scaling(config)
     values |= family.more(config) if family.more else {}
-    values = {key: value for key, value in values.items() if value is not None}
-    typed = {key: float(value) if key.endswith(FLOAT_KEYS) else value for key, value in values.items()}
-    return {f"{family.gguf}.{key}": Field.of(value) for key, value in typed.items()}
-
-
-def _layer_types(config: dict[str, Any], pattern: int) -> list[bool]:
-    """Which layers have a sliding window: config's own list, else all but every `pattern`-th."""
-    kinds = config.get("layer_types")
-    if kinds:
-        return [kind == "sliding_attention" for kind in kinds]
-    return [(layer + 1) % pattern != 0 for layer in range(config["num_hidden_layers"])]
+    fields = {}
+    for key, value in values.items():
+        if value is not None:
+            fields[f"{family.gguf}.{key}"] = Field.of(float(value) if key.endswith(FLOAT_KEYS) else value)
+    return fields
 
 
 def _check(family: Family, config: dict[str, Any]) -> None:
-    wrong = [
-        f"{key} {config[key]!r} (only {value!r})"
-        for key, value in family.fixed.items()
-        if config.get(key) is not None and config[key] != value
-    ]
+    """Raise UserError for settings that llama.cpp computes in one way alone, and the configuration in another."""
+    wrong = []
+    for key, value in family.fixed.items():
+        if config.get(key) is not None and config[key] != value:
+            wrong.append(f"{key} {config[key]!r} (only {value!r})")
     pattern = family.fixed.get("sliding_window_pattern")
-    if pattern and _layer_types(config, pattern) != _layer_types({**config, "layer_types": None}, pattern):
+    if pattern and windowed_layers(config, pattern) != windowed_layers({**config, "layer_types": None}, pattern):
         wrong.append(f"layer_types (only every {pattern}th layer without a window)")
     wanted = config.get("query_pre_attn_scalar")
-    if wanted is not None and wanted != _query_scalar(family, config):
-        wrong.append(f"query_pre_attn_scalar {wanted} (only {_query_scalar(family, config)})")
+    computed = family.query_scalar(config) if family.query_scalar else None
+    if wanted is not None and wanted != computed:
+        wrong.append(f"query_pre_attn_scalar {wanted} (only {computed})")
     if wrong:
         raise UserError(
             f"llama.cpp's {family.gguf} architecture cannot express {', '.join(wrong)}",
@@ -90,25 +94,15 @@ def _check(family: Family, config: dict[str, Any]) -> None:
         )
 
 
-def _query_scalar(family: Family, config: dict[str, Any]) -> int | None:
-    """What Gemma 2 and 3 divide scores by the root of: the head's width, in the 27B models (46 and 62 layers) width /
-    heads.
-    """
-    large = {"gemma2": 46, "gemma3": 62}.get(family.gguf)
-    if large is None:
-        return None
-    if config["num_hidden_layers"] == large:
-        return int(config["hidden_size"] // config["num_attention_heads"])
-    return head_dim(config)
-
-
 def _scaling(config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The type of rope scaling, "default" for none, and its settings."""
     scaling = config.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     return {"su": "longrope", "none": "default"}.get(kind, kind), scaling
 
 
 def _rope_scaling(config: dict[str, Any]) -> dict[str, Any]:
+    """GGUF's keys for rope scaling. Raises UserError for a type that has none."""
     kind, scaling = _scaling(config)
     if kind in ("default", "llama3"):  # llama3 is a tensor
         return {}
@@ -121,6 +115,7 @@ def _rope_scaling(config: dict[str, Any]) -> dict[str, Any]:
             found |= _yarn_factor(scaling)
         return {"rope.scaling.type": kind, **found}
     if kind == "longrope" and original:
+        # Its scale of attention, as transformers computes it (modeling_rope_utils.py).
         longer = scaling.get("factor") or context / original
         factor = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
         if scaling.get("attention_factor") is not None:
@@ -152,14 +147,18 @@ def rope_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
         return {"rope_freqs.weight": table}
     if kind == "longrope":
         return {
-            f"rope_factors_{side}.weight": np.array(scaling[f"{side}_factor"], dtype=np.float32)
-            for side in ("long", "short")
+            f"{LONG}.weight": np.array(scaling["long_factor"], dtype=np.float32),
+            f"{SHORT}.weight": np.array(scaling["short_factor"], dtype=np.float32),
         }
     return {}
 
 
 def _llama3(width: int, base: float, factor: float, low: float, high: float, original: int) -> np.ndarray:
-    """What Llama 3.1 divides each frequency by: 1 for short waves, `factor` for long ones, a blend between."""
+    """What Llama 3.1 divides each frequency by: 1 for short waves, `factor` for long ones, a blend between.
+
+    width: rotary dimensions; low, high: waves longer than original / low are long, shorter than original / high short,
+    in positions. Returns [width / 2] float32.
+    """
     waves = 2 * math.pi * base ** (np.arange(0, width, 2, dtype=np.float64) / width)
     blend = (original / waves - low) / (high - low) if high > low else np.zeros_like(waves)
     smooth = 1 / ((1 - blend) / factor + blend)
@@ -167,40 +166,34 @@ def _llama3(width: int, base: float, factor: float, low: float, high: float, ori
 
 
 def config(family: Family, file: File, vocab_size: int) -> dict[str, Any]:
-    """config.json as transformers writes it for this family. Raises UserError for a missing or unknown setting."""
+    """config.json as transformers writes it for this family. Raises UserError for a missing or unknown setting.
 
-    def value(key: str, default: Any = None) -> Any:
-        name = f"{family.gguf}.{key}"
-        found = file.get(name, default)
-        if found is None:
-            raise UserError(f"{file.path}: the GGUF has no {name}", "The file is damaged or was made by another tool.")
-        return _decimal(found) if name in file.fields and file.fields[name].kind == F32 else found
-
+    vocab_size: tokens of the file's vocabulary, for files that do not say it.
+    """
     out: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
-    heads = value("attention.head_count")
+    heads = _setting(family, file, "attention.head_count")
     defaults = {"attention.head_count_kv": heads, "rope.freq_base": 10000.0, "vocab_size": vocab_size}
-    optional = ("attention.sliding_window", "rope.scaling.original_context_length")
     for key, name in family.all_keys.items():
-        if key not in optional or f"{family.gguf}.{key}" in file.fields:
-            out[name] = value(key, defaults.get(key))
-    numbers = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    bad = [name for name in numbers if not isinstance(out[name], int) or out[name] < 1]
-    if bad:
-        raise UserError(f"{file.path}: {bad[0]} is {str(out[bad[0]])[:40]}", "Only one number for all layers is known.")
+        if key not in OPTIONAL_KEYS or f"{family.gguf}.{key}" in file.fields:
+            out[name] = _setting(family, file, key, defaults.get(key))
+    _require_numbers(file, out)
     out["vocab_size"] = file.tensors["token_embd.weight"].shape[0]
-    out["head_dim"] = value("attention.key_length", out["hidden_size"] // heads)
-    rotary = value("rope.dimension_count", out["head_dim"])
+    out["head_dim"] = _setting(family, file, "attention.key_length", out["hidden_size"] // heads)
+    rotary = _setting(family, file, "rope.dimension_count", out["head_dim"])
     if rotary != out["head_dim"]:
         out["partial_rotary_factor"] = rotary / out["head_dim"]
-    if family.gguf == "phi3" and not out.get("sliding_window"):
-        out["sliding_window"] = None
+    for name, nothing in family.absent.items():
+        if not out.get(name):
+            out[name] = nothing
     pattern = file.get(f"{family.gguf}.attention.sliding_window_pattern")
     if isinstance(pattern, list):
         out["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
-    if scalar := _query_scalar(family, out):
+    scalar = family.query_scalar(out) if family.query_scalar else None
+    if scalar:
         out["query_pre_attn_scalar"] = scalar
-    names = file.tensors.keys()
     out["rope_scaling"] = _read_scaling(family, file, out)
+    # What only the tensors show.
+    names = file.tensors.keys()
     out["tie_word_embeddings"] = "output.weight" not in names
     out["attention_bias"] = out["use_qkv_bias"] = "blk.0.attn_q.bias" in names
     out["attention_out_bias"] = out["use_bias"] = "blk.0.attn_output.bias" in names
@@ -208,37 +201,75 @@ def config(family: Family, file: File, vocab_size: int) -> dict[str, Any]:
     return {**out, "torch_dtype": "float16", **family.fixed}
 
 
+def _setting(family: Family, file: File, key: str, default: Any = None) -> Any:
+    """One value of the architecture's metadata. Raises UserError where there is none, and no default."""
+    name = f"{family.gguf}.{key}"
+    found = file.get(name, default)
+    if found is None:
+        raise UserError(f"{file.path}: the GGUF has no {name}", "The file is damaged or was made by another tool.")
+    if name in file.fields and file.fields[name].kind == F32:
+        return _decimal(found)
+    return found
+
+
+def _require_numbers(file: File, out: dict[str, Any]) -> None:
+    """llama.cpp also has one value for each layer; mlx-lm's models of these families have one for all."""
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        if not isinstance(out[name], int) or out[name] < 1:
+            raise UserError(f"{file.path}: {name} is {str(out[name])[:40]}", "Only one number for all layers is known.")
+
+
 def _read_scaling(family: Family, file: File, config: dict[str, Any]) -> dict[str, Any] | None:
-    kind = file.get(f"{family.gguf}.rope.scaling.type", "none")
+    """rope_scaling of config.json, out of a rotary table in the file or of its metadata; None without."""
     width = rotary_dim(config)
     for name in ROPE_TENSORS:
         if f"{name}.weight" in file.tensors and file.rows(f"{name}.weight").size != width // 2:
             raise UserError(f"{file.path}: {name} does not fit the rotary width {width}")
-    if all(f"{name}.weight" in file.tensors for name in ROPE_TENSORS[1:]):
-        sides = {f"{s}_factor": file.rows(f"rope_factors_{s}.weight").astype(float).tolist() for s in ("long", "short")}
-        factor = file.get(f"{family.gguf}.rope.scaling.attn_factor")
-        return {
-            "rope_type": "longrope",
-            "type": "longrope",
-            **sides,
-            **({"attention_factor": factor} if factor else {}),
-        }
-    if "rope_freqs.weight" in file.tensors:
-        table = file.rows("rope_freqs.weight").ravel()
-        for factor, low, high, original in _LLAMA3:
-            if np.allclose(table, _llama3(width, config["rope_theta"], factor, low, high, original), rtol=1e-5, atol=0):
-                shape = {"low_freq_factor": low, "high_freq_factor": high, "original_max_position_embeddings": original}
-                return {"rope_type": "llama3", "factor": factor, **shape}
-        raise UserError(f"{file.path}: its rotary table (rope_freqs) is none of Llama 3's published ones", HINT)
+    if f"{LONG}.weight" in file.tensors and f"{SHORT}.weight" in file.tensors:
+        return _read_longrope(family, file)
+    if f"{FREQUENCIES}.weight" in file.tensors:
+        return _read_llama3(file, width, config["rope_theta"])
+    kind = file.get(f"{family.gguf}.rope.scaling.type", "none")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise UserError(f"{file.path}: rope scaling of type {str(kind)[:40]!r} cannot be converted from GGUF", HINT)
-    found = {name: file.get(f"{family.gguf}.rope.scaling.{key}") for key, name in SCALING.items()}
+        raise UserError(
+            f"{file.path}: rope scaling of type {str(kind)[:40]!r} cannot be converted from GGUF", CONVERT_ORIGINAL
+        )
+    found = {"rope_type": kind, "type": kind}
+    for key, name in SCALING.items():
+        value = file.get(f"{family.gguf}.rope.scaling.{key}")
+        if value is not None:
+            found[name] = value
     factor = file.get(f"{family.gguf}.rope.scaling.attn_factor")
     if kind == "yarn" and factor not in (None, 1.0):
-        found["attention_factor"] = factor * (0.1 * math.log(max(found["factor"], 1.0)) + 1)
-    return {"rope_type": kind, "type": kind, **{name: value for name, value in found.items() if value is not None}}
+        found["attention_factor"] = factor * (0.1 * math.log(max(found.get("factor", 1.0), 1.0)) + 1)
+    return found
+
+
+def _read_longrope(family: Family, file: File) -> dict[str, Any]:
+    found: dict[str, Any] = {"rope_type": "longrope", "type": "longrope"}
+    for name, key in ((LONG, "long_factor"), (SHORT, "short_factor")):
+        found[key] = file.rows(f"{name}.weight").astype(float).tolist()
+    factor = file.get(f"{family.gguf}.rope.scaling.attn_factor")
+    if factor:
+        found["attention_factor"] = factor
+    return found
+
+
+def _read_llama3(file: File, width: int, base: float) -> dict[str, Any]:
+    """The published set of Llama 3's numbers whose table the file has; the file does not hold the numbers."""
+    table = file.rows(f"{FREQUENCIES}.weight").ravel()  # [width / 2] float32
+    for factor, low, high, original in _LLAMA3:
+        if np.allclose(table, _llama3(width, base, factor, low, high, original), rtol=1e-5, atol=0):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise UserError(f"{file.path}: its rotary table (rope_freqs) is none of Llama 3's published ones", CONVERT_ORIGINAL)
 
 
 def _decimal(value: float) -> float:

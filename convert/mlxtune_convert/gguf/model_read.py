@@ -13,14 +13,15 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from mlxtune_convert.errors import UserError
+from mlxtune_convert.errors import CONVERT_ORIGINAL, UserError
 from mlxtune_convert.files import write_json
 from mlxtune_convert.gguf import container, metadata, tokenizer_read
 from mlxtune_convert.gguf.architectures import of_file
-from mlxtune_convert.gguf.container import FLOATS, HINT, File
+from mlxtune_convert.gguf.container import FLOATS, File
 from mlxtune_convert.gguf.family import Family, uninterleave
-from mlxtune_convert.gguf.metadata import ROPE_TENSORS
+from mlxtune_convert.gguf.metadata import is_rope_tensor
 from mlxtune_convert.gguf.quant_blocks import MAPPED, Codes, from_blocks
+from mlxtune_convert.gguf.tensor_name import SHARED_GATE, TensorName
 from mlxtune_convert.hf.configs import SOURCE_FILE
 from mlxtune_convert.tensors import ShardWriter
 
@@ -30,11 +31,11 @@ INTEGERS = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")  # no weights, or 
 
 @dataclass(frozen=True)
 class Gguf:
-    """An opened GGUF model: the file, its family, its config.json."""
+    """An opened GGUF model, of which all can be converted."""
 
-    file: File
-    family: Family
-    config: dict[str, Any]
+    file: File  # its header; tensors are read when they are asked for
+    family: Family  # what llama.cpp knows of its architecture
+    config: dict[str, Any]  # config.json as transformers would have it
 
     @property
     def quantized(self) -> bool:
@@ -72,15 +73,18 @@ def open_gguf(path: Path) -> Gguf:
     family = of_file(file)
     tokenizer_read.check_supported(file)
     for name in file.tensors:
-        if name.rpartition(".")[0] not in ROPE_TENSORS:
+        if not is_rope_tensor(name):
             family.mlx_name(name)
-    unknown = [t for t in file.tensors.values() if t.kind in INTEGERS]
-    if unknown:
-        raise UserError(f"{path}: {unknown[0].name} has the type {unknown[0].kind}, which holds no weights", HINT)
+    for tensor in file.tensors.values():
+        if tensor.kind in INTEGERS:
+            raise UserError(
+                f"{path}: {tensor.name} has the type {tensor.kind}, which holds no weights", CONVERT_ORIGINAL
+            )
     _require_all_tensors(file, family)
-    config = metadata.config(family, file, len(file.get("tokenizer.ggml.tokens")))
-    if len(file.get("tokenizer.ggml.tokens")) > config["vocab_size"]:
-        raise UserError(f"{path}: more tokens than the embedding has rows ({config['vocab_size']})", HINT)
+    tokens = len(file.get("tokenizer.ggml.tokens"))
+    config = metadata.config(family, file, tokens)
+    if tokens > config["vocab_size"]:
+        raise UserError(f"{path}: more tokens than the embedding has rows ({config['vocab_size']})", CONVERT_ORIGINAL)
     return Gguf(file, family, config)
 
 
@@ -99,39 +103,60 @@ def _require_all_tensors(file: File, family: Family) -> None:
         parts = file.get("split.count", 1)
         raise UserError(
             f"{file.path}: {len(missing)} tensors are missing, first {missing[0]}",
-            f"It is one of {parts} parts: merge them with llama-gguf-split." if parts != 1 else HINT,
+            f"It is one of {parts} parts: merge them with llama-gguf-split." if parts != 1 else CONVERT_ORIGINAL,
         )
 
 
 def mlx_tensors(gguf: Gguf) -> Iterator[tuple[str, np.ndarray | Codes]]:
-    """(MLX name, float array) for plain tensors; (MLX module, codes) for quantized ones."""
+    """(MLX name, float array in MLX's shape) for plain tensors; (MLX module, codes) for quantized ones.
+
+    The codes are of [rows, columns], experts one after the other.
+    """
     file, family = gguf.file, gguf.family
-    half = np.dtype(ml_dtypes.bfloat16 if any(t.kind == "BF16" for t in file.tensors.values()) else np.float16)
+    has_bfloat16 = any(tensor.kind == "BF16" for tensor in file.tensors.values())
+    half = np.dtype(ml_dtypes.bfloat16 if has_bfloat16 else np.float16)
     for name, tensor in file.tensors.items():
-        if name.rpartition(".")[0] in ROPE_TENSORS:
+        if is_rope_tensor(name):
             continue
-        to, heads, rows = family.mlx_name(name), family.heads(name, gguf.config), file.rows(name)
+        mlx_name, heads, rows = family.mlx_name(name), family.heads(name, gguf.config), file.rows(name)
         if heads and rows.shape[0] % (2 * heads):
             raise UserError(f"{file.path}: {name} has {rows.shape[0]} rows for {heads} heads", "It is damaged.")
         rows = uninterleave(rows, heads)
-        if tensor.kind in MAPPED:
-            try:
-                yield to.removesuffix(".weight"), from_blocks(rows.reshape(-1, rows.shape[-1]), tensor.kind)
-                continue
-            except ValueError:
-                pass  # a scale that MLX cannot hold: as floats
-        if tensor.kind not in FLOATS:
-            with np.errstate(over="ignore", invalid="ignore"):
-                floats = dequantize(rows.reshape(-1, rows.shape[-1]), GGMLQuantizationType[tensor.kind])
-                narrow = floats.astype(half)
-            yield to, (narrow if np.isfinite(narrow).all() else floats).reshape(tensor.shape)
-        else:
+        if tensor.kind in FLOATS:
             array = _narrowed(np.asarray(rows), half, np.float32(family.offset(name)))
-            yield to, array.reshape(1, -1) if ".ffn_gate_inp_shexp." in name else array
+            yield mlx_name, array.reshape(1, -1) if TensorName.of(name).stem == SHARED_GATE else array
+            continue
+        blocks = rows.reshape(-1, rows.shape[-1])  # [rows, bytes], experts one after the other
+        codes = _codes(blocks, tensor.kind)
+        if codes is not None:
+            yield mlx_name.removesuffix(".weight"), codes
+        else:
+            yield mlx_name, _floats(blocks, tensor.kind, half).reshape(tensor.shape)
+
+
+def _codes(blocks: np.ndarray, kind: str) -> Codes | None:
+    """The codes of [rows, bytes] uint8 blocks, or None where MLX has no form for the type, or for one of the scales."""
+    if kind not in MAPPED:
+        return None
+    try:
+        return from_blocks(blocks, kind)
+    except ValueError:
+        return None
+
+
+def _floats(blocks: np.ndarray, kind: str, half: np.dtype) -> np.ndarray:
+    """[rows, bytes] uint8 blocks -> [rows, columns] floats: 16 bits, or 32 where a number is too large for that."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        floats: np.ndarray = dequantize(blocks, GGMLQuantizationType[kind])
+        narrow = floats.astype(half)
+    return narrow if np.isfinite(narrow).all() else floats
 
 
 def _narrowed(array: np.ndarray, half: np.dtype, offset: np.float32) -> np.ndarray:
-    """Norms come as float32; MLX wants one activation type: 16 bits where these give the same float32 back."""
+    """Norms come as float32; MLX wants one activation type: 16 bits where these give the same float32 back.
+
+    array: of any shape, returned in the same; offset: what is taken away from it first.
+    """
     if array.dtype != np.float32:
         return array
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow is what the comparison finds

@@ -4,6 +4,13 @@ Both describe a weight as code * scale + bias per group (affine), or as a 4-bit 
 nvfp4). GGUF keeps one block of bytes for every 32 weights of a row (ggml-common.h); MLX keeps all codes of a row as one
 bit stream, least significant bit first, in uint32 words, with one scale (and bias) per group. Where both can hold the
 same numbers nothing is computed but a product by a power of two; elsewhere `carry` measures the error.
+
+One row of 64 weights in 4 bits, both ways:
+
+    GGUF Q4_0   [d0 | 16 bytes] [d1 | 16 bytes]   byte j of a block holds weight j (low half) and weight j + 16 (high)
+                                                  weight = (code - 8) * d
+    MLX         8 words of 8 codes                byte k of the row holds weight 2k (low half) and weight 2k + 1 (high)
+                scales d0 d1, biases -8d0 -8d1    weight = code * scale + bias
 """
 
 from __future__ import annotations
@@ -17,42 +24,48 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 GROUP = 32  # weights per GGUF block, and MLX's group size for an imported tensor
 # The 4-bit floats (sign, two bits of exponent, one of mantissa) of the OCP Microscaling specification.
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
+LARGEST_E4M3, MINUS_ZERO = 126, 128  # bytes of an NVFP4 scale: above 126 are no number (127), and negative ones
 ACCEPTED = 1e-3  # relative error up to which codes are carried; above it 16-bit floats are nearer
 
 
 @dataclass(frozen=True)
 class Codes:
-    """One quantized matrix in MLX's layout: weight = code * scale + bias (affine), or FP4[code] * scale.
+    """One quantized matrix [rows, columns] in MLX's layout."""
 
-    weight: [rows, columns * bits / 32] uint32; scales, biases: [rows, columns / group]; floats in affine mode, else one
-    byte each (E8M0 for mxfp4, E4M3 for nvfp4) and no biases.
-    """
+    weight: np.ndarray  # [rows, columns * bits / 32] uint32: the codes, see `pack`
+    scales: np.ndarray  # [rows, columns / group]: floats in affine mode, else uint8 (E8M0 for mxfp4, E4M3 for nvfp4)
+    biases: np.ndarray | None  # [rows, columns / group] floats in affine mode, else None
+    bits: int  # of a code
+    group: int = GROUP  # weights of a row that share a scale
+    mode: str = "affine"  # weight = code * scale + bias; "mxfp4", "nvfp4": weight = FP4[code] * scale
 
-    weight: np.ndarray
-    scales: np.ndarray
-    biases: np.ndarray | None
-    bits: int
-    group: int = GROUP
-    mode: str = "affine"
+    @property
+    def columns(self) -> int:
+        """Of the matrix."""
+        return self.weight.shape[-1] * 32 // self.bits
 
 
+# Parts of a block of 32 weights: scale, minimum, fifth bits of the codes, the other four bits of them.
 _D, _M, _QH, _QS = ("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A GGUF type's block. fields: as they follow each other, d scales, m minimum, qh fifth bits, qs the rest of the
-    codes; group: weights that share a scale."""
+    """How a GGUF type keeps a block of weights (ggml-common.h)."""
 
-    bits: int
-    fields: tuple[tuple, ...]
+    bits: int  # of a code
+    fields: tuple[tuple, ...]  # (name, NumPy type, count) of its parts as they follow each other
     zero_point: int = 0  # bias = -zero_point * scale, unless the block has its own minimum
-    mode: str = "affine"
-    group: int = GROUP
+    mode: str = "affine"  # as in `Codes`
+    group: int = GROUP  # weights that share a scale
 
     @property
     def layout(self) -> np.dtype:
         return np.dtype(list(self.fields))
+
+    @property
+    def has_minimum(self) -> bool:
+        return _M in self.fields
 
 
 BLOCKS = {
@@ -96,15 +109,19 @@ def dequantize(codes: Codes, factor: np.ndarray | None = None) -> np.ndarray:
 
     factor: [rows, 1] float32, which multiplies the scales (nvfp4's scale of a whole tensor).
     """
-    grouped = unpack(codes.weight, codes.bits).reshape(len(codes.weight), -1, codes.group)
+    rows = len(codes.weight)
+    grouped = unpack(codes.weight, codes.bits).reshape(rows, -1, codes.group)  # [rows, groups, group] uint8
     if codes.biases is not None:
-        scales, biases = (part.astype(np.float32)[..., None] for part in (codes.scales, codes.biases))
-        return (grouped * scales + biases).reshape(len(grouped), -1)
+        scales = codes.scales.astype(np.float32)[..., None]  # [rows, groups, 1]
+        biases = codes.biases.astype(np.float32)[..., None]
+        return (grouped * scales + biases).reshape(rows, -1)
     kind = ml_dtypes.float8_e4m3fn if codes.mode == "nvfp4" else ml_dtypes.float8_e8m0fnu
     scales = codes.scales.view(kind).astype(np.float32)
-    scales = scales if factor is None else scales * factor
-    values = grouped.view(ml_dtypes.float8_e4m3fn).astype(np.float32) if codes.bits == 8 else FP4[grouped]
-    return (values * scales[..., None]).reshape(len(grouped), -1)
+    if factor is not None:
+        scales = scales * factor
+    in_bytes = codes.bits == 8  # mxfp8; the others have 4-bit floats
+    values = grouped.view(ml_dtypes.float8_e4m3fn).astype(np.float32) if in_bytes else FP4[grouped]
+    return (values * scales[..., None]).reshape(rows, -1)
 
 
 def from_blocks(data: np.ndarray, kind: str) -> Codes:
@@ -124,10 +141,10 @@ def from_blocks(data: np.ndarray, kind: str) -> Codes:
         codes = codes | np.unpackbits(blocks["qh"], axis=-1, bitorder="little") << np.uint8(4)
     weight = pack(codes.reshape(rows, -1), block.bits)
     if block.mode != "affine":
-        if block.mode == "nvfp4" and ((scales > 126) & (scales != 128)).any():
+        if block.mode == "nvfp4" and ((scales > LARGEST_E4M3) & (scales != MINUS_ZERO)).any():
             raise ValueError("an NVFP4 scale is negative or no number")
         return Codes(weight, scales, None, block.bits, block.group, block.mode)
-    if _M in block.fields:
+    if block.has_minimum:
         return Codes(weight, scales, np.ascontiguousarray(blocks["m"]), block.bits)
     exact = -np.float32(block.zero_point) * scales.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # an overflow is what the next line looks for
@@ -160,51 +177,83 @@ def to_blocks(codes: Codes, kind: str) -> np.ndarray:
 
 
 def _split_nibbles(payload: np.ndarray) -> np.ndarray:
-    """GGUF keeps weight j and weight j + half of a block in one byte."""
+    """[..., block / 2] bytes -> [..., block] codes: weight j and weight j + half of a block are in one byte."""
     return np.concatenate([payload & 15, payload >> 4], axis=-1)
 
 
 def _join_nibbles(codes: np.ndarray) -> np.ndarray:
+    """The inverse of `_split_nibbles`: [..., block] codes -> [..., block / 2] bytes."""
     half = codes.shape[-1] // 2
     return codes[..., :half] | codes[..., half:] << 4
 
 
-def carry(codes: Codes) -> tuple[str, np.ndarray, float] | None:
-    """(GGUF type, blocks, relative error of the weights) of the nearest type that takes MLX's codes; the error is 0.0
-    when every weight is the same float32. None when none comes within ACCEPTED: then 16-bit floats do.
+Carried = tuple[str, np.ndarray, float]  # GGUF type; [rows, bytes] uint8 blocks or floats; relative error of weights
+
+
+def carry(codes: Codes) -> Carried | None:
+    """MLX's codes in the GGUF type that takes them; the error is 0.0 when every weight is the same float32.
+
+    None when no type holds them within ACCEPTED: then 16-bit floats do.
     """
-    columns = codes.weight.shape[-1] * 32 // codes.bits
     if codes.mode.upper() in FLOAT4:
-        kind = codes.mode.upper()
-        fits = columns % 32 == 0 if kind == "MXFP4" else columns % 64 == 0 and (codes.scales <= 126).all()
-        return (kind, to_blocks(codes, kind), 0.0) if fits else None
-    stored = _integer_zero_points(codes) if codes.bits == 6 else codes
-    if stored is None or stored.biases is None:
+        return _carry_float4(codes)
+    if codes.biases is None:
         return None
-    scales, biases = stored.scales.astype(np.float32), stored.biases.astype(np.float32)
-    kinds = (
-        kind
-        for kind, block in BLOCKS.items()
-        if (stored.bits == block.bits or (stored.bits < 4 and kind == "Q4_1"))
-        and (_M in block.fields or np.array_equal(biases, -block.zero_point * scales))
-    )
-    kind = next(kinds, "")
+    # Q6_K has other scales than MLX's 6 bits. 8 bits hold the codes where the zero points are whole numbers.
+    stored = _integer_zero_points(codes) if codes.bits == 6 else codes
+    if stored is None:
+        return None
+    kind = _type_for(stored)
     if not kind:
         return None
     blocks = to_blocks(stored, kind)
-    with np.errstate(over="ignore", invalid="ignore"):
-        if stored is codes and all(np.array_equal(part.astype(np.float16), part) for part in (scales, biases)):
-            return kind, blocks, 0.0
-        try:
+    if stored is codes and _fits_half(codes):
+        return kind, blocks, 0.0  # the same codes with the same scales: nothing was rounded
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
             error = relative_error(dequantize(from_blocks(blocks, kind)), dequantize(codes))
-        except ValueError:
-            return None
+    except ValueError:
+        return None
     return (kind, blocks, error) if error < ACCEPTED else None
+
+
+def _carry_float4(codes: Codes) -> Carried | None:
+    """The same for 4-bit floats, whose scales are bytes on both sides."""
+    kind = codes.mode.upper()
+    if codes.columns % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]:
+        return None  # a row is no number of whole blocks
+    if kind == "NVFP4" and (codes.scales > LARGEST_E4M3).any():
+        return None
+    return kind, to_blocks(codes, kind), 0.0
+
+
+def _type_for(codes: Codes) -> str:
+    """The first GGUF type whose blocks hold codes, scales and biases of affine mode; "" when none does."""
+    assert codes.biases is not None
+    scales, biases = codes.scales.astype(np.float32), codes.biases.astype(np.float32)
+    for kind, block in BLOCKS.items():
+        narrower = codes.bits < 4 and kind == "Q4_1"  # 2 and 3 bits are 4-bit codes that use less of their range
+        if codes.bits != block.bits and not narrower:
+            continue
+        if block.has_minimum or np.array_equal(biases, -block.zero_point * scales):
+            return kind
+    return ""
+
+
+def _fits_half(codes: Codes) -> bool:
+    """Whether scales and biases, both [rows, columns / group], are float16 numbers."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        for part in (codes.scales, codes.biases):
+            assert part is not None
+            wide = part.astype(np.float32)
+            if not np.array_equal(wide.astype(np.float16), wide):
+                return False
+    return True
 
 
 def _integer_zero_points(codes: Codes) -> Codes | None:
     """6-bit codes as 8-bit ones with bias = -128 * scale: MLX chooses biases that are nearly whole multiples of the
-    scale. None when a shifted code leaves the range.
+    scale. None when a shifted code leaves the range. A weight of code 5, scale 0.1 and bias -3.2 is code 5 - 32 + 128.
     """
     assert codes.biases is not None
     scales = codes.scales.astype(np.float32)
@@ -219,8 +268,8 @@ def _integer_zero_points(codes: Codes) -> Codes | None:
     return Codes(weight, scales, -128 * scales, 8, codes.group)
 
 
-def half_floats(weight: np.ndarray) -> tuple[str, np.ndarray, float]:
-    """(F16 or BF16, array, relative error), whichever is nearer to a float32 matrix; float16 when they tie."""
+def half_floats(weight: np.ndarray) -> Carried:
+    """F16 or BF16, whichever is nearer to a float32 array of any shape; float16 when they tie."""
     found = []
     with np.errstate(over="ignore", invalid="ignore"):
         for kind, dtype in (("F16", np.float16), ("BF16", ml_dtypes.bfloat16)):
@@ -230,7 +279,10 @@ def half_floats(weight: np.ndarray) -> tuple[str, np.ndarray, float]:
 
 
 def relative_error(other: np.ndarray, true: np.ndarray) -> float:
-    """Root mean square of the difference over that of the true weights; infinity where a number was lost."""
+    """Root mean square of the difference over that of the true weights; infinity where a number was lost.
+
+    other, true: float32 of one shape.
+    """
     if not np.isfinite(other).all():
         return float("inf")
     norm = float(np.linalg.norm(true))

@@ -1,7 +1,13 @@
 """Which GGUF type each tensor of a model gets, and its bytes.
 
 Vectors and routers stay float32, as in llama.cpp's own files. `keep` carries MLX's codes over; the mixtures (q4_k_m and
-its like) follow llama-quantize's recipe: more bits where errors cost most.
+its like) follow llama-quantize's recipe: more bits where errors cost most. Read MIXTURES so:
+
+    "q4_k_m": ("Q4_K", {"attn_v": ("Q6_K", "more"), "attn_qkv": ("Q5_K", "all")})
+
+"matrices are Q4_K; but those of attn_v are Q6_K in the layers called "more", and those of
+attn_qkv are Q5_K in all layers." Of a model of 32 layers "four" are layers 0 to 3, "eighth" are 0 to 3 (the first
+eighth), and "more" are the first eighth, the last eighth and every third between: 0-3, 6, 9, ..., 27, 28-31.
 """
 
 from __future__ import annotations
@@ -16,13 +22,14 @@ from gguf.quants import dequantize, quantize
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.gguf import ggml, quant_blocks
 from mlxtune_convert.gguf.container import FLOATS, File
-from mlxtune_convert.gguf.quant_blocks import Codes
+from mlxtune_convert.gguf.quant_blocks import GROUP, Codes
+from mlxtune_convert.gguf.tensor_name import CONVOLUTIONS, SHARED_GATE, TensorName
 
 KEEP = "keep"
 HALF_LARGEST = 65504.0  # of float16
 FLOAT_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 BLOCK_TYPES = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4")
-# llama-quantize's mixtures: the type of most matrices, and what others of a block get, in all layers or in some.
+# llama-quantize's mixtures (llama-quant.cpp): type of most matrices, {stem: (type, in which layers)} of the others.
 MIXTURES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "q6_k": ("Q6_K", {}),
     "q5_k_m": ("Q5_K", {"attn_v": ("Q6_K", "more"), "ffn_down": ("Q6_K", "more"), "attn_qkv": ("Q6_K", "all")}),
@@ -31,23 +38,22 @@ MIXTURES: dict[str, tuple[str, dict[str, tuple[str, str]]]] = {
     "q4_k_s": ("Q4_K", {"attn_v": ("Q5_K", "four"), "ffn_down": ("Q5_K", "eighth")}),
 }
 TYPES = (KEEP, *FLOAT_TYPES, *BLOCK_TYPES, *MIXTURES)
-FLOAT32 = ("ffn_gate_inp", "ssm_conv1d", "conv", "per_layer_model_proj")  # matrices that llama.cpp wants so
+FLOAT32 = ("ffn_gate_inp", *CONVOLUTIONS, "per_layer_model_proj")  # beginnings of stems that llama.cpp wants so
 # What llama-quantize takes for rows that are no multiple of 256.
 _NARROW = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 @dataclass
 class Choice:
-    """The types of one export. type: of TYPES; layers, tied, experts: of the model; original: the file the model came
-    from. `inexact` collects what could not be carried over exactly: name -> (type, relative error).
-    """
+    """The types of one export. It notes what it chose while the tensors pass."""
 
-    type: str
-    layers: int
-    tied: bool
-    experts: int = 0
-    original: File | None = None
-    kinds: dict[str, int] = field(default_factory=dict)
+    type: str  # of TYPES: what was asked for
+    layers: int  # blocks of the model
+    tied: bool  # the embedding is the head as well
+    experts: int = 0  # of each layer; 0 without
+    original: File | None = None  # the GGUF file the model came from, whose float types are kept
+    kinds: dict[str, int] = field(default_factory=dict)  # GGUF type -> weights stored in it so far
+    # What could not be carried over exactly: GGUF name -> (type, relative error of its weights).
     inexact: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     @staticmethod
@@ -67,14 +73,18 @@ class Choice:
     def store(
         self, name: str, value: Codes | np.ndarray, order: np.ndarray | None, shape: tuple[int, ...]
     ) -> tuple[str, np.ndarray]:
-        """(GGUF type, rows) of one tensor. value: codes of a quantized matrix, else float32; order: see
-        `Family.row_order`.
+        """(GGUF type, rows) of one tensor by its GGUF name.
+
+        value: codes of a quantized matrix, else float32 of `shape` (outermost first, in weights); order: [shape[0]]
+        int, see `Family.row_order`. rows: floats, or uint8 blocks, each row of weights whole in one row of bytes.
         """
-        stem = name.split(".")[-2]
-        if not name.endswith(".weight") or len(shape) < 2 or stem.startswith(FLOAT32):
+        parts = TensorName.of(name)
+        if parts.suffix != "weight" or len(shape) < 2 or parts.stem.startswith(FLOAT32):
             kind, rows = "F32", _dense(value).astype(np.float32)
+        elif self.type == KEEP:
+            kind, rows = self._kept(name, value)
         else:
-            kind, rows = self._kept(name, value) if self.type == KEEP else self._typed(name, stem, value, shape)
+            kind, rows = self._typed(name, value, shape)
         self.kinds[kind] = self.kinds.get(kind, 0) + int(np.prod(shape))
         return kind, rows if order is None else rows.reshape(shape[0], -1)[order]
 
@@ -94,15 +104,15 @@ class Choice:
             self.inexact[name] = (kind, error)
         return kind, rows
 
-    def _typed(self, name: str, stem: str, value: Codes | np.ndarray, shape: tuple[int, ...]) -> tuple[str, np.ndarray]:
+    def _typed(self, name: str, value: Codes | np.ndarray, shape: tuple[int, ...]) -> tuple[str, np.ndarray]:
         """One matrix in the type that was asked for; its codes as they are where they are of that type."""
         if self.type in BLOCK_TYPES and isinstance(value, Codes):
             carried = quant_blocks.carry(value)
             if carried and carried[0] == self.type.upper() and carried[2] == 0.0:
                 return carried[:2]
-        kind = FLOAT_TYPES.get(self.type) or self._kind(name, stem)
+        kind = FLOAT_TYPES.get(self.type) or self._kind(TensorName.of(name))
         if shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]:
-            kind = _NARROW.get(kind, "F16") if shape[-1] % 32 == 0 else "F16"
+            kind = _NARROW.get(kind, "F16") if shape[-1] % GROUP == 0 else "F16"
         weight = _dense(value)
         if kind in FLOATS:
             with np.errstate(over="ignore"):
@@ -114,27 +124,38 @@ class Choice:
             return kind, rows
         return kind, _in_blocks(name, weight.reshape(-1, shape[-1]), kind)
 
-    def _kind(self, name: str, stem: str) -> str:
+    def _kind(self, name: TensorName) -> str:
         """The type for one matrix of a quantized export."""
-        if name == "output.weight" or (self.tied and name == "token_embd.weight"):
+        head = "token_embd" if self.tied else "output"
+        if name.block is None and name.stem in (head, "output"):
             return "Q6_K" if self.type in MIXTURES else "Q8_0"  # the head's errors are every token's errors
-        base, others = MIXTURES.get(self.type, (self.type.upper(), {}))
-        if self.type not in MIXTURES or not name.startswith("blk."):
+        if self.type not in MIXTURES:
+            return self.type.upper()
+        base, others = MIXTURES[self.type]
+        if name.block is None:
             return base
-        layer, role = int(name.split(".")[1]), stem.removesuffix("_exps")
-        if self.experts == 8 and role in ("attn_v", "attn_k"):
-            return "Q8_0"
-        if self.experts == 8 and role == "attn_output" and base == "Q4_K":
-            return "Q5_K"
+        role = name.stem.removesuffix("_exps")
+        if self.experts == 8:  # llama-quantize's exception for Mixtral 8x7B, whose attention is small beside experts
+            if role in ("attn_v", "attn_k"):
+                return "Q8_0"
+            if role == "attn_output" and base == "Q4_K":
+                return "Q5_K"
+        if role not in others:
+            return base
+        kind, layers = others[role]
+        return kind if self._is_among(name.block, layers) else base
+
+    def _is_among(self, layer: int, layers: str) -> bool:
+        """Whether a layer is one of "all", "four", "eighth" or "more" (see the module)."""
         eighth = self.layers // 8
-        where = {
-            "all": True,
-            "four": layer < 4,
-            "eighth": layer < eighth,
-            "more": layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2,
-        }
-        kind, layers = others.get(role, (base, "all"))
-        return kind if where[layers] else base
+        if layers == "all":
+            return True
+        if layers == "four":
+            return layer < 4
+        if layers == "eighth":
+            return layer < eighth
+        assert layers == "more", layers
+        return layer < eighth or layer >= 7 * self.layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _in_blocks(name: str, weight: np.ndarray, kind: str) -> np.ndarray:
@@ -151,26 +172,41 @@ def _dense(value: Codes | np.ndarray) -> np.ndarray:
 
 
 def gguf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A tensor's shape in GGUF: MLX's own, but the shared expert's gate is a vector, a convolution [C, K] there, and
-    one number a vector."""
-    if ".ffn_gate_inp_shexp." in name:
-        return shape[-1:]
-    if "conv" in name.split(".")[-2]:
-        return shape[:2] if len(shape) == 3 else shape
-    return shape or (1,)
+    """A tensor's shape in GGUF, by its GGUF name. shape: in MLX, which is the same but for these."""
+    stem = TensorName.of(name).stem
+    if stem == SHARED_GATE:
+        return shape[-1:]  # [1, H] -> [H]
+    if stem in CONVOLUTIONS and len(shape) == 3:
+        return shape[:2]  # [C, K, 1] -> [C, K]
+    return shape or (1,)  # one number is a vector
 
 
 def columns_moved(value: Codes | np.ndarray, order: np.ndarray | None) -> Codes | np.ndarray:
-    """A matrix with its columns in another order. Codes stay codes where their groups stay whole."""
+    """A matrix with its columns in another order. Codes stay codes where their groups stay whole.
+
+    value: [..., columns], or the codes of [rows, columns]; order: [columns] int, MLX's column of each; None: as it is.
+    """
     if order is None:
         return value
-    if isinstance(value, Codes):
-        groups = order.reshape(-1, value.group) if len(order) % value.group == 0 else None
-        if groups is not None and (groups == groups[:, :1] + np.arange(value.group)).all():
-            first = groups[:, 0] // value.group
-            rows = len(value.weight)
-            weight = value.weight.reshape(rows, len(first), -1)[:, first].reshape(rows, -1)
-            biases = None if value.biases is None else value.biases[:, first]
-            return replace(value, weight=weight, scales=value.scales[:, first], biases=biases)
-        value = quant_blocks.dequantize(value)
-    return value[..., order]
+    if not isinstance(value, Codes):
+        return value[..., order]
+    moved = _groups_moved(value, order)
+    return quant_blocks.dequantize(value)[..., order] if moved is None else moved
+
+
+def _groups_moved(codes: Codes, order: np.ndarray) -> Codes | None:
+    """The codes with whole groups in another order; None where `order` takes a group apart. order: [columns] int."""
+    if len(order) % codes.group:
+        return None
+    groups = order.reshape(-1, codes.group)  # [groups, group]
+    if not (groups == groups[:, :1] + np.arange(codes.group)).all():
+        return None
+    taken = groups[:, 0] // codes.group  # [groups]: which of MLX's groups each is
+    rows = len(codes.weight)
+    by_group = codes.weight.reshape(rows, len(taken), -1)  # [rows, groups, words of a group]
+    return replace(
+        codes,
+        weight=by_group[:, taken].reshape(rows, -1),
+        scales=codes.scales[:, taken],
+        biases=None if codes.biases is None else codes.biases[:, taken],
+    )

@@ -14,13 +14,17 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from mlxtune_convert.errors import UserError
+from mlxtune_convert.errors import CONVERT_ORIGINAL, UserError
 from mlxtune_convert.files import write_json
-from mlxtune_convert.gguf.container import HINT, File
+from mlxtune_convert.gguf.container import File
 from mlxtune_convert.hf import chat_templates
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
-SPACE = "\u2581"
+SPACE = "\u2581"  # how SentencePiece writes a space
+KEYS = "tokenizer.ggml."  # before every key of a vocabulary
+MODELS = ("llama", "gpt2")  # SentencePiece's BPE, and GPT-2's BPE over bytes
+SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}  # GGUF's word -> transformers'
+OTHER_ENDS = ("eot", "eom")  # GGUF's words for further tokens that end an answer
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,13 +48,12 @@ _DEEPSEEK3 = (
 
 @dataclass(frozen=True)
 class Rules:
-    """splits: regexes applied one after another ("digits": each digit alone); words: GPT-2's own regex follows;
-    nfc: text is normalised first; ignore_merges: a word that is a token needs no merges."""
+    """How a byte-level tokenizer cuts a text into words, which it then merges bytes in."""
 
-    splits: tuple[str, ...] = ()
-    words: bool = False
-    nfc: bool = False
-    ignore_merges: bool = False
+    splits: tuple[str, ...] = ()  # regexes applied one after another; "digits": each digit alone
+    words: bool = False  # GPT-2's own regex follows
+    nfc: bool = False  # text is normalised first: letters with marks become one character
+    ignore_merges: bool = False  # a word that is a token needs no merges
 
 
 PRE_TOKENIZERS = {
@@ -70,33 +73,55 @@ PRE_TOKENIZERS = {
 
 def check_supported(file: File) -> None:
     """Raise UserError for a vocabulary that cannot be rebuilt exactly, before any work is done."""
-    model, pre = file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre")
-    needed = ("tokens", "token_type", "scores" if model == "llama" else "merges")
-    missing = [key for key in needed if not isinstance(file.get(f"tokenizer.ggml.{key}"), list)]
-    if model in ("gpt2", "llama") and missing:
-        raise UserError(
-            f"the GGUF's tokenizer has no {missing[0]}", "The file is damaged, or holds no language model of its own."
-        )
-    if model != "llama" and (model != "gpt2" or pre not in PRE_TOKENIZERS):
+    model, pre = file.get(f"{KEYS}model"), file.get(f"{KEYS}pre")
+    if model in MODELS:
+        for key in _lists_of(model):
+            if not isinstance(file.get(KEYS + key), list):
+                raise UserError(
+                    f"the GGUF's tokenizer has no {key}", "The file is damaged, or holds no language model of its own."
+                )
+    if model not in MODELS or (model == "gpt2" and pre not in PRE_TOKENIZERS):
         raise UserError(
             f"the GGUF's tokenizer ({model}, pre-tokenizer {str(pre)[:40]}) cannot be rebuilt exactly yet "
             f"(covered: llama; gpt2 with {', '.join(PRE_TOKENIZERS)})",
-            HINT,
+            CONVERT_ORIGINAL,
         )
-    tokens, types = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.token_type")
-    others = file.get(f"tokenizer.ggml.{needed[2]}")
-    texts = [*tokens, *(others if model == "gpt2" else ())]
-    numbers = [*types, *(others if model == "llama" else ())]
-    if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):
-        raise UserError(f"{file.path}: the tokenizer's lists hold values of the wrong type", HINT)
-    if len(types) != len(tokens) or (model == "llama" and len(others) != len(tokens)):
-        raise UserError(f"{file.path}: {len(tokens)} tokens but {len(types)} token types or scores", HINT)
-    if len(set(tokens)) != len(tokens) or (model == "gpt2" and not all(" " in merge for merge in others)):
-        raise UserError(f"{file.path}: a token occurs twice, or a merge names one token", HINT)
-    for key in ("bos", "eos", "eot", "eom", "unknown", "padding"):
-        index = file.get(f"tokenizer.ggml.{key}_token_id", 0)
-        if not isinstance(index, int) or not 0 <= index < len(tokens):
-            raise UserError(f"{file.path}: the {key} token {str(index)[:40]} is none of {len(tokens)} tokens", HINT)
+    _check_lists(file, model)
+    _check_ids(file)
+
+
+def _lists_of(model: str) -> tuple[str, ...]:
+    """The lists that a vocabulary needs: SentencePiece's has scores, GPT-2's has merges."""
+    return ("tokens", "token_type", "scores" if model == "llama" else "merges")
+
+
+def _check_lists(file: File, model: str) -> None:
+    """Tokens, their types, and scores (as many) or merges ("first second"), all of the right type."""
+    tokens, types, others = (file.get(KEYS + key) for key in _lists_of(model))
+    pieces = model == "llama"
+    texts = tokens if pieces else [*tokens, *others]
+    numbers = [*types, *others] if pieces else types
+    all_texts = all(isinstance(text, str) for text in texts)
+    all_numbers = all(isinstance(number, int | float) for number in numbers)
+    if not all_texts or not all_numbers:
+        raise UserError(f"{file.path}: the tokenizer's lists hold values of the wrong type", CONVERT_ORIGINAL)
+    if len(types) != len(tokens) or (pieces and len(others) != len(tokens)):
+        raise UserError(f"{file.path}: {len(tokens)} tokens but {len(types)} token types or scores", CONVERT_ORIGINAL)
+    twice = len(set(tokens)) != len(tokens)
+    whole_merges = pieces or all(" " in merge for merge in others)
+    if twice or not whole_merges:
+        raise UserError(f"{file.path}: a token occurs twice, or a merge names one token", CONVERT_ORIGINAL)
+
+
+def _check_ids(file: File) -> None:
+    """The tokens with a role are tokens."""
+    count = len(file.get(f"{KEYS}tokens"))
+    for key in (*SPECIAL, *OTHER_ENDS):
+        index = file.get(f"{KEYS}{key}_token_id", 0)
+        if not isinstance(index, int) or not 0 <= index < count:
+            raise UserError(
+                f"{file.path}: the {key} token {str(index)[:40]} is none of {count} tokens", CONVERT_ORIGINAL
+            )
 
 
 def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
@@ -106,7 +131,7 @@ def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
     """
 
     def get(key: str, default: Any = None) -> Any:
-        return file.get(f"tokenizer.ggml.{key}", default)
+        return file.get(KEYS + key, default)
 
     tokens: list[str] = get("tokens")
     pieces = get("model") == "llama"
@@ -114,17 +139,9 @@ def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
     try:
         tokenizer = _sentencepiece(get, prefix) if pieces else _byte_level(get)
     except Exception as error:  # the library has no exception of its own
-        raise UserError(f"{file.path}: its tokenizer cannot be built ({error})", HINT) from error
-    typed = list(zip(tokens, get("token_type"), strict=True))
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind in (CONTROL, UNKNOWN)])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == USER_DEFINED])
-    starting = get("add_bos_token", pieces or get("pre") in ("llama-bpe", "tekken"))  # llama.cpp's own defaults
-    starts = [tokens[get("bos_token_id")]] if starting and get("bos_token_id") is not None else []
-    ends = [tokens[get("eos_token_id")]] if get("add_eos_token") and get("eos_token_id") is not None else []
-    if starts or ends:
-        whole = [*starts, "$A", *ends]
-        around = [(token, tokens.index(token)) for token in {*starts, *ends}]
-        tokenizer.post_processor = processors.TemplateProcessing(whole, [*whole, "$B:1"], around)
+        raise UserError(f"{file.path}: its tokenizer cannot be built ({error})", CONVERT_ORIGINAL) from error
+    _add_whole_tokens(tokenizer, tokens, get("token_type"))
+    _add_start_and_end(tokenizer, tokens, get)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     config: dict[str, Any] = {
         # Not the model family's own class: transformers would replace the pre-tokenizer with that class's.
@@ -143,31 +160,59 @@ def write_tokenizer(file: File, folder: Path, max_length: int) -> list[int]:
         config["chat_template"] = chat_templates.for_config(templates)
         chat_templates.write(folder, templates)
     write_json(folder / "tokenizer_config.json", config)
-    found = (get(f"{key}_token_id") for key in ("eos", "eot", "eom"))
-    return sorted({index for index in found if index is not None})
+    ends = {get(f"{key}_token_id") for key in ("eos", *OTHER_ENDS)}
+    return sorted(ends - {None})
 
 
-SPECIAL = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+def _add_whole_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
+    """Tokens that a text is cut at before anything else; those with a role are left out when ids become text."""
+    special, plain = [], []
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (CONTROL, UNKNOWN):
+            special.append(AddedToken(token, normalized=False))
+        elif kind == USER_DEFINED:
+            plain.append(AddedToken(token, normalized=False))
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
+
+
+def _add_start_and_end(tokenizer: Tokenizer, tokens: list[str], get: Callable[..., Any]) -> None:
+    """The tokens that are put before and after every text."""
+    usual = get("model") == "llama" or get("pre") in ("llama-bpe", "tekken")  # llama.cpp's own defaults
+    start, end = get("bos_token_id"), get("eos_token_id")
+    whole, around = ["$A"], set()
+    if get("add_bos_token", usual) and start is not None:
+        whole.insert(0, tokens[start])
+        around.add(tokens[start])
+    if get("add_eos_token") and end is not None:
+        whole.append(tokens[end])
+        around.add(tokens[end])
+    if around:
+        ids = [(token, tokens.index(token)) for token in around]
+        tokenizer.post_processor = processors.TemplateProcessing(whole, [*whole, "$B:1"], ids)
 
 
 def _ids(get: Callable[[str], Any]) -> dict[str, int]:
     """Token -> id, without the names that an export gives to ids that have no token."""
-    typed = enumerate(zip(get("tokens"), get("token_type"), strict=True))
-    return {token: index for index, (token, kind) in typed if kind != UNUSED or token != f"[PAD{index}]"}
+    ids = {}
+    for index, (token, kind) in enumerate(zip(get("tokens"), get("token_type"), strict=True)):
+        if kind != UNUSED or token != f"[PAD{index}]":
+            ids[token] = index
+    return ids
 
 
 def _byte_level(get: Callable[[str], Any]) -> Tokenizer:
     rules = PRE_TOKENIZERS[get("pre")]
     merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
     tokenizer = Tokenizer(models.BPE(_ids(get), merges, ignore_merges=rules.ignore_merges))
-    steps = [
-        pre_tokenizers.Digits(individual_digits=True)
-        if regex == "digits"
-        else pre_tokenizers.Split(Regex(regex), "isolated")
-        for regex in rules.splits
-    ]
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rules.words)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, last])
+    steps: list[Any] = []
+    for regex in rules.splits:
+        if regex == "digits":
+            steps.append(pre_tokenizers.Digits(individual_digits=True))
+        else:
+            steps.append(pre_tokenizers.Split(Regex(regex), "isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rules.words))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     if rules.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
@@ -175,22 +220,39 @@ def _byte_level(get: Callable[[str], Any]) -> Tokenizer:
 
 
 def _sentencepiece(get: Callable[[str], Any], prefix: bool) -> Tokenizer:
-    """SentencePiece's BPE joins the pair whose result has the highest score, so merges are all splits of all tokens by
-    falling score; a token's own splits by their parts' places in the vocabulary.
+    """A BPE that joins as SentencePiece does. prefix: a text is tokenized as if a space came before it."""
+    tokens, unknown = get("tokens"), get("unknown_token_id")
+    merges = _merges_of_scores(tokens, get("token_type"), get("scores"))
+    options: dict[str, Any] = {"fuse_unk": True, "byte_fallback": True}
+    if unknown is not None:
+        options["unk_token"] = tokens[unknown]
+    tokenizer = Tokenizer(models.BPE(_ids(get), merges, **options))
+    before: list[Any] = [normalizers.Replace(" ", SPACE)]
+    after: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        before.insert(0, normalizers.Prepend(SPACE))
+        after.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(before)
+    tokenizer.decoder = decoders.Sequence(after)
+    return tokenizer
+
+
+def _merges_of_scores(tokens: list[str], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
+    """The merges that make a vocabulary of scores, in the order in which they are tried.
+
+    SentencePiece joins the pair whose result has the highest score, so merges are all splits of all tokens by falling
+    score: "the" of score -3 with "t", "h", "e", "th" and "he" gives ("th", "e") and ("t", "he"). A token's own splits
+    follow by their parts' places in the vocabulary.
     """
-    tokens, types, scores, unknown = (get(key) for key in ("tokens", "token_type", "scores", "unknown_token_id"))
     ids = {token: index for index, token in enumerate(tokens) if types[index] == NORMAL}
     merges: list[tuple[float, int, tuple[str, str]]] = []
     for token, index in ids.items():
-        pairs = [(token[:at], token[at:]) for at in range(1, len(token))]
-        known = sorted((ids[a], ids[b]) for a, b in pairs if a in ids and b in ids)
-        merges += [(-scores[index], index, (tokens[a], tokens[b])) for a, b in known]
+        splits = []
+        for at in range(1, len(token)):
+            first, second = token[:at], token[at:]
+            if first in ids and second in ids:
+                splits.append((ids[first], ids[second]))
+        for a, b in sorted(splits):
+            merges.append((-scores[index], index, (tokens[a], tokens[b])))
     merges.sort(key=lambda merge: merge[:2])
-    options = {"fuse_unk": True, "byte_fallback": True} | ({} if unknown is None else {"unk_token": tokens[unknown]})
-    tokenizer = Tokenizer(models.BPE(_ids(get), [merge[2] for merge in merges], **options))
-    spaces = normalizers.Replace(" ", SPACE)
-    tokenizer.normalizer = normalizers.Sequence([*([normalizers.Prepend(SPACE)] if prefix else []), spaces])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    back = decoders.Replace(SPACE, " ")
-    tokenizer.decoder = decoders.Sequence([back, decoders.ByteFallback(), decoders.Fuse(), *strip])
-    return tokenizer
+    return [pair for _, _, pair in merges]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ LARGEST_ID = 1 << 31  # of a token: ids are 32-bit numbers
 
 
 def fields(folder: Path, rows: int, whole: dict[str, Any] | None = None) -> dict[str, Field]:
-    """The tokenizer of a model folder as GGUF metadata. rows: of the embedding; ids without a token are named unused;
-    whole: its tokenizer.json, where the folder has none (SentencePiece's tokenizer.model alone).
+    """The tokenizer of a model folder as GGUF metadata.
+
+    rows: of the embedding; ids without a token are named unused; whole: its tokenizer.json, where the folder has none
+    (SentencePiece's tokenizer.model alone).
 
     Raises UserError for a tokenizer that llama.cpp cannot reproduce.
     """
@@ -37,53 +40,104 @@ def fields(folder: Path, rows: int, whole: dict[str, Any] | None = None) -> dict
         raise UserError(wrong, "Its tokenizer.json is damaged, or of a kind that is not known here.") from error
 
 
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The tokens of a tokenizer.json, and how llama.cpp calls them."""
+
+    pieces: bool  # SentencePiece's BPE, which spells what is no token in bytes; else GPT-2's BPE over bytes
+    tokens: dict[int, str]  # id -> token; not every id below the largest need have one
+    types: dict[int, int]  # id -> llama.cpp's type, of the same ids
+    ids: dict[str, int]  # token -> id
+    merges: list[str]  # "first second", in the order in which they are tried
+    unknown: int | None  # id of the token for what is no token, of SentencePiece
+
+    @staticmethod
+    def of(whole: dict[str, Any], folder: Path) -> _Vocabulary:
+        """whole: a tokenizer.json; folder: for messages. Raises UserError for what is no BPE."""
+        model = whole.get("model") or {}
+        if model.get("type") != "BPE":
+            kind = model.get("type")
+            raise UserError(f"{folder}: tokenizers of type {kind!r} cannot be written to GGUF yet (only BPE)")
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        tokens = {index: token for token, index in model["vocab"].items()}
+        types = dict.fromkeys(tokens, NORMAL)
+        for entry in whole.get("added_tokens", []):
+            tokens[entry["id"]] = entry["content"]
+            types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
+        ids = {token: index for index, token in tokens.items()}
+        pieces = bool(model.get("byte_fallback"))
+        unknown = None
+        if pieces:
+            for byte in range(256):
+                name = f"<0x{byte:02X}>"
+                if name in ids:
+                    types[ids[name]] = BYTE
+            unknown = ids.get(model.get("unk_token"))
+            if unknown is not None:
+                types[unknown] = UNKNOWN
+        return _Vocabulary(pieces, tokens, types, ids, merges, unknown)
+
+
 def _fields(folder: Path, rows: int, whole: dict[str, Any]) -> dict[str, Field]:
     """The same, of a tokenizer.json that may hold anything."""
     settings_file = folder / "tokenizer_config.json"
     settings = read_json(settings_file, "the tokenizer's settings") if settings_file.is_file() else {}
-    model = whole.get("model") or {}
-    if model.get("type") != "BPE":
-        raise UserError(f"{folder}: tokenizers of type {model.get('type')!r} cannot be written to GGUF yet (only BPE)")
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    pieces = bool(model.get("byte_fallback"))
-    tokens = {index: token for token, index in model["vocab"].items()}
-    types = dict.fromkeys(tokens, NORMAL)
-    for entry in whole.get("added_tokens", []):
-        tokens[entry["id"]] = entry["content"]
-        types[entry["id"]] = CONTROL if entry["special"] else USER_DEFINED
-    ids = {token: index for index, token in tokens.items()}
-    if max(tokens) >= rows:
-        raise UserError(f"{folder}: the tokenizer knows {max(tokens) + 1} tokens, the model {rows}")
-    if pieces:
-        types |= {ids[name]: BYTE for byte in range(256) if (name := f"<0x{byte:02X}>") in ids}
-        unknown = ids.get(model.get("unk_token"))
-        types |= {} if unknown is None else {unknown: UNKNOWN}
-    out: dict[str, Any] = {
-        "model": "llama" if pieces else "gpt2",
-        "pre": "default" if pieces else pre_tokenizer(whole, folder),
-        "tokens": [tokens.get(index, f"[PAD{index}]") for index in range(rows)],
-        "token_type": [types.get(index, UNUSED) for index in range(rows)],
-    }
-    if pieces:
-        out["scores"] = _scores(out["token_type"], [ids["".join(merge.split(" ", 1))] for merge in merges])
+    vocabulary = _Vocabulary.of(whole, folder)
+    known = max(vocabulary.tokens) + 1
+    if known > rows:
+        raise UserError(f"{folder}: the tokenizer knows {known} tokens, the model {rows}")
+    if vocabulary.pieces:
+        out = {"model": "llama", "pre": "default"} | _listed(vocabulary, rows)
+        out["scores"] = _scores(out["token_type"], _made(vocabulary))
         out["add_space_prefix"] = _prepends(whole)
-        out |= {} if unknown is None else {"unknown_token_id": unknown}
+        if vocabulary.unknown is not None:
+            out["unknown_token_id"] = vocabulary.unknown
     else:
-        out["merges"] = merges
-    for key, name in SPECIAL.items():
-        token = settings.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token in ids:
-            out[f"{key}_token_id"] = ids[token]
-    ends = [index for index in end_ids(folder) if index in tokens and index != out.get("eos_token_id")]
-    for key, index in zip([key for key in ("eos", "eot", "eom") if f"{key}_token_id" not in out], ends, strict=False):
-        out[f"{key}_token_id"] = index
+        out = {"model": "gpt2", "pre": pre_tokenizer(whole, folder)} | _listed(vocabulary, rows)
+        out["merges"] = vocabulary.merges
+    out |= _special_ids(vocabulary, settings)
+    out |= _further_ends(vocabulary, folder, taken=out)
     start, out["add_eos_token"] = _added(whole, settings)
     out["add_bos_token"] = bool(start)
-    if isinstance(start, str) and start in ids:
-        out["bos_token_id"] = ids[start]
+    if isinstance(start, str) and start in vocabulary.ids:
+        out["bos_token_id"] = vocabulary.ids[start]
     found = {f"tokenizer.ggml.{key}": Field.of(value) for key, value in out.items()}
     return found | chat_templates.fields(chat_templates.of_folder(folder))
+
+
+def _listed(vocabulary: _Vocabulary, rows: int) -> dict[str, Any]:
+    """Tokens and types of all ids, one for each row of the embedding."""
+    return {
+        "tokens": [vocabulary.tokens.get(index, f"[PAD{index}]") for index in range(rows)],
+        "token_type": [vocabulary.types.get(index, UNUSED) for index in range(rows)],
+    }
+
+
+def _made(vocabulary: _Vocabulary) -> list[int]:
+    """The id of the token that each merge makes."""
+    return [vocabulary.ids["".join(merge.split(" ", 1))] for merge in vocabulary.merges]
+
+
+def _special_ids(vocabulary: _Vocabulary, settings: dict[str, Any]) -> dict[str, int]:
+    """The ids of the tokens that tokenizer_config.json gives a role, by GGUF's key."""
+    found = {}
+    for key, name in SPECIAL.items():
+        token = settings.get(f"{name}_token")
+        if isinstance(token, dict):  # transformers' older way to write an added token
+            token = token.get("content")
+        if token in vocabulary.ids:
+            found[f"{key}_token_id"] = vocabulary.ids[token]
+    return found
+
+
+def _further_ends(vocabulary: _Vocabulary, folder: Path, taken: dict[str, Any]) -> dict[str, int]:
+    """The other ids that end an answer, under what is not taken of the keys that llama.cpp has for such (three)."""
+    free = [f"{key}_token_id" for key in ("eos", "eot", "eom") if f"{key}_token_id" not in taken]
+    ends = []
+    for index in end_ids(folder):
+        if index in vocabulary.tokens and index != taken.get("eos_token_id"):
+            ends.append(index)
+    return dict(zip(free, ends, strict=False))
 
 
 def end_ids(folder: Path) -> list[int]:
@@ -117,44 +171,55 @@ def _scores(types: list[int], made: list[int]) -> list[float]:
 
 
 def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """The steps of a part of tokenizer.json, which is one step or a sequence of them. inner: the sequence's key."""
     if part is None:
         return []
     return list(part[inner]) if part["type"] == "Sequence" else [part]
 
 
 def _prepends(whole: dict[str, Any]) -> bool:
+    """Whether a text is tokenized as if a space came before it."""
     steps = [*_steps(whole.get("normalizer"), "normalizers"), *_steps(whole.get("pre_tokenizer"), "pretokenizers")]
-    return any(
-        step["type"] == "Prepend" or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-        for step in steps
-    )
+    for step in steps:
+        if step["type"] == "Prepend":
+            return True
+        if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never":
+            return True
+    return False
 
 
 def pre_tokenizer(whole: dict[str, Any], folder: Path) -> str:
     """llama.cpp's name for a byte-level tokenizer.json's rules. Raises UserError for rules it has no name for."""
     splits, words, level = [], False, False
     for step in _steps(whole.get("pre_tokenizer"), "pretokenizers"):
-        if (
-            step["type"] == "Split"
-            and "Regex" in step["pattern"]
-            and (step["behavior"] == "Isolated" or step["invert"])
-        ):
-            splits.append(step["pattern"]["Regex"])
-        elif step["type"] == "Digits" and step["individual_digits"]:
-            splits.append("digits")
-        elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+        if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
             level, words = True, step.get("use_regex", True)
         else:
-            splits.append(step["type"])
+            splits.append(_split(step))
     normal = [step["type"] for step in _steps(whole.get("normalizer"), "normalizers")]
     shape = (tuple(splits), words, bool(whole["model"].get("ignore_merges")))
-    found = [name for name, r in PRE_TOKENIZERS.items() if (r.splits, r.words, r.ignore_merges) == shape]
-    if level and found and normal in ([], ["NFC"]):
-        return next((name for name in found if PRE_TOKENIZERS[name].nfc == bool(normal)), found[0])
+    fitting = []
+    for name, rules in PRE_TOKENIZERS.items():
+        if (rules.splits, rules.words, rules.ignore_merges) == shape:
+            fitting.append(name)
+    if level and fitting and normal in ([], ["NFC"]):
+        for name in fitting:
+            if PRE_TOKENIZERS[name].nfc == bool(normal):
+                return name
+        return fitting[0]  # the same splits, though with NFC where this has none, or the other way round
     raise UserError(
         f"{folder}: llama.cpp has no pre-tokenizer known to split as this tokenizer.json does",
         "`--to hf` exports the model with its own tokenizer.",
     )
+
+
+def _split(step: dict[str, Any]) -> str:
+    """A step as `Rules.splits` has it; the type of a step that is none of those, which no rules have."""
+    if step["type"] == "Digits" and step["individual_digits"]:
+        return "digits"
+    if step["type"] == "Split" and "Regex" in step["pattern"] and (step["behavior"] == "Isolated" or step["invert"]):
+        return str(step["pattern"]["Regex"])
+    return str(step["type"])
 
 
 def _added(whole: dict[str, Any], settings: dict[str, Any]) -> tuple[str | bool, bool]:

@@ -7,81 +7,90 @@ which is another model. `normalise` writes both spellings. The original is kept 
 
 from __future__ import annotations
 
-from typing import Any
+from mlxtune_convert.families.family import Config
+from mlxtune_convert.families.table import family_of
 
-from mlxtune_convert.hf.spellings import spelled
-
-COPIES = {"gpt2": {"n_ctx": "n_positions"}, "lfm2": {"block_dim": "hidden_size"}}  # older names of one number
-TEXT_ALONE = {
-    "qwen3_5_text": "qwen3_5",
-    "qwen3_5_moe_text": "qwen3_5_moe",
-    "llama4_text": "llama4",
-    "gemma3n_text": "gemma3n",
-}
-READ_SETS = ("gemma4", "gemma4_text", "gemma4_unified_text")  # mlx-lm reads a set of theirs for each type of layer
-# Configurations of these types must hold no rope_scaling: transformers would take it, even null, for all layers.
-WITHOUT_SCALING = (*READ_SETS, "laguna", "mellum")
 SOURCE_FILE = "mlxtune_source.json"
 QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
 
-def normalise(config: dict[str, Any]) -> dict[str, Any]:
+def normalise(config: Config) -> Config:
     """A copy of `config` that mlx-lm reads as transformers means it. Old-style configs come back unchanged."""
     out = _spelled(config)
-    if out.get("model_type") not in TEXT_ALONE:
+    wrapper = family_of(out).text_of
+    if not wrapper:
         return out
     # mlx-lm knows these only as the text part of a vision model.
     shared = ("tie_word_embeddings", "eos_token_id", "bos_token_id", *QUANTIZATION_KEYS)
     whole = {key: out[key] for key in shared if key in out}
-    return {"model_type": TEXT_ALONE[out["model_type"]], "text_config": out, **whole}
+    return {"model_type": wrapper, "text_config": out, **whole}
 
 
-def _spelled(config: dict[str, Any]) -> dict[str, Any]:
-    out = spelled(config)
-    text = out.get("text_config")
-    if isinstance(text, dict):
-        out["text_config"] = _spelled(text)
-    rope = out.get("rope_parameters")
-    if isinstance(rope, dict):
-        # Models with windowed layers keep one set per layer type.
-        full = rope.get("full_attention", rope)
-        local = rope.get("sliding_attention")
-        if isinstance(full, dict):
-            _lift_rope(out, full, copied=out.get("model_type") not in READ_SETS)
-        if isinstance(local, dict) and "rope_theta" in local:
-            out.setdefault("rope_local_base_freq", local["rope_theta"])
-        # Fields that some mlx-lm models insist on, in the spelling of older checkpoints.
-        if out.get("model_type") not in WITHOUT_SCALING:
-            out.setdefault("rope_scaling", None)
-        for new, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
-            if new in out:
-                out.setdefault(old, out[new])
-    if out.get("model_type") in READ_SETS:
+def _spelled(config: Config) -> Config:
+    """A copy of one configuration, a wrapper's or its text part's, with what mlx-lm's model of the family needs."""
+    out = dict(config)
+    family = family_of(out)
+    if family.config_first:
+        family.config_first(out)
+    _spell_text(out)
+    _spell_rope(out)
+    if family.rope_sets:
         _lift_layers(out)
-    for key, value in COPIES.get(str(out.get("model_type")), {}).items():
-        if value in out:
-            out.setdefault(key, out[value])
-    kinds = out.get("layer_types") or []
-    if "sliding_attention" in kinds and "full_attention" in kinds:
-        out.setdefault("sliding_window_pattern", kinds.index("full_attention") + 1)
-    if out.get("model_type") == "exaone4":
-        out.setdefault("head_dim", out["hidden_size"] // out["num_attention_heads"])
-        # Its own spelling: LLLG, and no number where no layer has a window.
-        windows = "sliding_attention" in kinds
-        pattern = "".join("LG"[kind == "full_attention"] for kind in kinds)
-        out["sliding_window_pattern"] = pattern if windows else None
-    if out.get("model_type") == "mamba2" and "expand" in out and "hidden_size" in out:
-        out.setdefault("intermediate_size", int(out["expand"] * out["hidden_size"]))
+    _spell_windows(out)
+    if family.config_last:
+        family.config_last(out)
+    _spell_experts(out)
     if isinstance(out.get("time_step_limit"), list):  # JSON has no infinity; transformers writes an object
         out["time_step_limit"] = [float("inf") if isinstance(x, dict) else x for x in out["time_step_limit"]]
-    # transformers' attribute_map: two names of one number, of which some mlx-lm models read only one.
-    for known, missing in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
-        if known in out:
-            out.setdefault(missing, out[known])
     return out
 
 
-def _lift_rope(out: dict[str, Any], rope: dict[str, Any], copied: bool) -> None:
+def _spell_text(out: Config) -> None:
+    text = out.get("text_config")
+    if not isinstance(text, dict):
+        return
+    if isinstance(out.get("tie_word_embeddings"), bool):
+        # The head is the wrapper's in transformers, the text part's in mlx-lm.
+        text = {**text, "tie_word_embeddings": out["tie_word_embeddings"]}
+    out["text_config"] = _spelled(text)
+
+
+def _spell_rope(out: Config) -> None:
+    """transformers' rope_parameters at the top level too, where mlx-lm reads them."""
+    rope = out.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    family = family_of(out)
+    # Models with windowed layers keep one set per layer type.
+    full = rope.get("full_attention", rope)
+    local = rope.get("sliding_attention")
+    if isinstance(full, dict):
+        _lift_rope(out, full, copied=not family.rope_sets)
+    if isinstance(local, dict) and "rope_theta" in local:
+        out.setdefault("rope_local_base_freq", local["rope_theta"])
+    # Fields that some mlx-lm models insist on, in the spelling of older checkpoints.
+    if not family.no_rope_scaling:
+        out.setdefault("rope_scaling", None)
+    for new, old in (("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
+        if new in out:
+            out.setdefault(old, out[new])
+
+
+def _spell_windows(out: Config) -> None:
+    """Which layers have a window: transformers lists them all, mlx-lm counts to the first without one."""
+    kinds = out.get("layer_types") or []
+    if "sliding_attention" in kinds and "full_attention" in kinds:
+        out.setdefault("sliding_window_pattern", kinds.index("full_attention") + 1)
+
+
+def _spell_experts(out: Config) -> None:
+    """transformers' attribute_map: two names of one number, of which some mlx-lm models read only one."""
+    for known, missing in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
+        if known in out:
+            out.setdefault(missing, out[known])
+
+
+def _lift_rope(out: Config, rope: Config, copied: bool) -> None:
     """Settings of one set at the top level. copied: its scaling too, for mlx-lm's models that know only the older key.
 
     The copy is whole: transformers takes it for the set of all layers, and refuses one without a key that its type
@@ -94,7 +103,7 @@ def _lift_rope(out: dict[str, Any], rope: dict[str, Any], copied: bool) -> None:
         out["rope_scaling"] = {"type": rope["rope_type"], **rope}
 
 
-def _lift_layers(out: dict[str, Any]) -> None:
+def _lift_layers(out: Config) -> None:
     """What transformers says of each layer that differs, which mlx-lm reads once for all layers of full attention."""
     layers = out.get("per_layer_config")
     for layer in layers.values() if isinstance(layers, dict) else ():
@@ -103,7 +112,7 @@ def _lift_layers(out: dict[str, Any]) -> None:
                 out.setdefault(ours, layer[theirs])
 
 
-def unquantized(config: dict[str, Any]) -> dict[str, Any]:
+def unquantized(config: Config) -> Config:
     """A copy without anyone's quantization entries, at any depth: they make transformers refuse the folder, or read
     plain weights as quantized ones.
     """

@@ -57,7 +57,7 @@ def write(
 
 
 def dropped_tensors(layout: Layout, folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors that the original has and MLX does not, as the original has them. config: the original's.
+    """The tensors that the original has and MLX does not, in the original's shapes. config: the original's.
 
     Raises UserError before any work when the family has such tensors and `folder` does not hold them.
     """
@@ -72,8 +72,12 @@ def dropped_tensors(layout: Layout, folder: Path, config: dict[str, Any]) -> Ite
 
 def dropped_files(layout: Layout, folder: Path, config: dict[str, Any]) -> dict[str, Path]:
     """The same by name, each with its file."""
-    named = ((name, file) for file in weight_files(folder) for name in read_header(file))
-    return {name: file for name, file in named if layout.is_dropped(name) or mtp.belongs(name, config)}
+    found = {}
+    for file in weight_files(folder):
+        for name in read_header(file):
+            if layout.is_dropped(name) or mtp.belongs(name, config):
+                found[name] = file
+    return found
 
 
 def _tensor(file: Path, name: str) -> np.ndarray:

@@ -1,16 +1,29 @@
 """PEFT adapter folders <-> low-rank updates in MLX's layout, bit for bit.
 
 PEFT computes x A^T B^T * scaling with A [r, in] and B [out, r]; MLX computes x a b * scale with a [in, r], b [r, out].
-So A = a^T, B = b^T, and scaling = lora_alpha / r, or lora_alpha / sqrt(r) in rsLoRA: transposes, no arithmetic. Experts
-are one parameter each of gate_up_proj and down_proj (`target_parameters`): A is [E * r, in], B [out, r * E] with the
-expert varying fastest; gate and up are the two halves of one update of rank 2r.
+So A = a^T, B = b^T, and scaling = lora_alpha / r, or lora_alpha / sqrt(r) in rsLoRA: transposes, no arithmetic.
+
+**Experts** are one parameter each of gate_up_proj and down_proj (`target_parameters`). PEFT has the factors of all E of
+them in two matrices, in A expert after expert and in B with the expert varying fastest. With E = 2 and r = 2:
+
+    A [E * r, in]    rows     expert 0 rank 0, expert 0 rank 1, expert 1 rank 0, expert 1 rank 1
+    B [out, r * E]   columns  rank 0 expert 0, rank 0 expert 1, rank 1 expert 0, rank 1 expert 1
+
+MLX has them apart, a [E, r, in] and b [E, out, r]; gate and up, two layers there, are one update of PEFT (`experts`).
+
+**Targets** name what an update changes, in one string:
+
+    model.layers.0.self_attn.q_proj                 the weight of a linear layer
+    model.layers.0.mlp.gate:weight                  the parameter `weight` of what is no linear layer (a router)
+    model.layers.0.mlp.experts:down_proj            the parameter down_proj of the module of all experts
+    model.layers.0.mlp.experts:gate_up_proj#gate    the half of gate in the parameter gate_up_proj; `#up` is the other
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,29 +43,38 @@ Matrix = Callable[[str], np.ndarray | None]  # the matrix of a base's layer by P
 
 @dataclass(frozen=True)
 class Update:
-    """One adapted layer: a [in, r], b [r, out], m [out] in DoRA. Experts: a [E, r, in], b [E, out, r]."""
+    """One adapted layer, in MLX's layout."""
 
-    a: np.ndarray
-    b: np.ndarray
-    scale: float
-    m: np.ndarray | None = None
+    a: np.ndarray  # [in, r]; of experts [E, r, in]
+    b: np.ndarray  # [r, out]; of experts [E, out, r]
+    scale: float  # of their product
+    m: np.ndarray | None = None  # [out]: the magnitudes of DoRA
+
+    @property
+    def of_experts(self) -> bool:
+        return self.a.ndim == 3
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Of the layer's matrix: [out, in]; of experts [E, out, in]."""
+        if self.of_experts:
+            return (len(self.a), self.b.shape[1], self.a.shape[2])
+        return (self.b.shape[1], self.a.shape[0])
 
     @property
     def rank(self) -> int:
-        return int(self.a.shape[-1] if self.a.ndim == 2 else self.a.shape[-2])
+        return int(self.a.shape[-2] if self.of_experts else self.a.shape[-1])
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter under PEFT's names. updates: by module path in the transformers model, with `:down_proj`,
-    `:gate_up_proj#gate` and such for experts, and `:weight` for a parameter that is no linear layer; trained: whole
-    tensors by name."""
+    """An adapter under PEFT's names, or under MLX's once `names.to_mlx` has translated it."""
 
-    updates: dict[str, Update]
-    trained: dict[str, np.ndarray] = field(default_factory=dict)
-    dropout: float = 0.0
-    rslora: bool = False
-    base: str = ""
+    updates: dict[str, Update]  # by target (see the module), or by module path in MLX
+    trained: dict[str, np.ndarray] = field(default_factory=dict)  # whole tensors that replace the base's, by name
+    dropout: float = 0.0  # part of the inputs that training leaves out
+    rslora: bool = False  # scale = alpha / sqrt(rank)
+    base: str = ""  # where the base is, for PEFT: a path or a hub id
     own_head: bool = False  # the embedding is trained and a tied head would not follow it
     tied: bool = False  # the embedding is trained and is the head as well, or was when it was read
     transposed: bool = False  # transformers keeps the linear layers as Conv1D (GPT-2)
@@ -63,35 +85,43 @@ class Adapter:
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
     """Write adapter_model.safetensors and adapter_config.json."""
-    tensors = {PREFIX + name: array for name, array in adapter.trained.items()}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    parameters = []
     updates = joined(adapter.updates, adapter.alternate)
-    for target, update in updates.items():
-        module, _, parameter = target.partition(":")
-        name = target.replace(":", ".")
-        parameters += [name] if parameter else []
-        ranks[name] = update.rank
-        alphas[name] = _alpha(update.scale, math.sqrt(update.rank) if adapter.rslora else update.rank)
-        # PEFT wraps the experts once per parameter: gate_up_proj ends up inside.
-        inner = ".base_layer" if parameter == "gate_up_proj" and f"{module}:down_proj" in updates else ""
-        a, b = update.a.T, update.b.T
-        if update.a.ndim == 3:
-            a, b = update.a.reshape(-1, a.shape[0]), update.b.transpose(1, 2, 0).reshape(b.shape[1], -1)
-        for letter, array in (("A", a), ("B", b)):
-            tensors[f"{PREFIX}{module}{inner}.lora_{letter}.weight"] = np.ascontiguousarray(array)
-        if update.m is not None:
-            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = update.m
+    parameters = [_dotted(target) for target in updates if ":" in target]
     dora = any(update.m is not None for update in updates.values())
     if dora and parameters:
         raise UserError(
             f"PEFT has no DoRA for experts, routers and their like ({parameters[0]})",
             "`mlxtune export --to hf` exports the merged model.",
         )
+    tensors = {PREFIX + name: array for name, array in adapter.trained.items()}
+    for target, update in updates.items():
+        module, _, parameter = target.partition(":")
+        # PEFT wraps the experts once per parameter: gate_up_proj ends up inside.
+        inner = ".base_layer" if parameter == "gate_up_proj" and f"{module}:down_proj" in updates else ""
+        a, b = _peft_factors(update)
+        tensors[f"{PREFIX}{module}{inner}.lora_A.weight"] = np.ascontiguousarray(a)
+        tensors[f"{PREFIX}{module}{inner}.lora_B.weight"] = np.ascontiguousarray(b)
+        if update.m is not None:
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = update.m
     save_checked(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
-    rank, alpha = (_usual(found.values()) for found in (ranks, alphas))
-    config: dict[str, Any] = {
+    write_json(folder / CONFIG_FILE, _config(adapter, updates, parameters, dora))
+
+
+def _dotted(target: str) -> str:
+    """A target as adapter_config.json has it, whether module or parameter."""
+    return target.replace(":", ".")
+
+
+def _config(adapter: Adapter, updates: dict[str, Update], parameters: list[str], dora: bool) -> dict[str, Any]:
+    """adapter_config.json. parameters: those of the targets that are no linear layers, with dots."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for target, update in updates.items():
+        divisor = math.sqrt(update.rank) if adapter.rslora else update.rank
+        ranks[_dotted(target)] = update.rank
+        alphas[_dotted(target)] = _alpha(update.scale, divisor)
+    rank, alpha = _usual(ranks.values()), _usual(alphas.values())
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": adapter.base or None,
@@ -112,7 +142,25 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.trained}) or None,
         "ensure_weight_tying": adapter.tied,
     }
-    write_json(folder / CONFIG_FILE, config)
+
+
+def _peft_factors(update: Update) -> tuple[np.ndarray, np.ndarray]:
+    """A and B as PEFT has them: [r, in] and [out, r]; of experts [E * r, in] and [out, r * E]."""
+    if not update.of_experts:
+        return update.a.T, update.b.T
+    experts, rank, inputs = update.a.shape
+    outputs = update.b.shape[1]
+    a = update.a.reshape(experts * rank, inputs)  # [E, r, in] -> [E * r, in]
+    b = update.b.transpose(1, 2, 0).reshape(outputs, rank * experts)  # [E, out, r] -> [out, r, E] -> [out, r * E]
+    return a, b
+
+
+def _of_peft_experts(a: np.ndarray, b: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `_peft_factors` for experts: [E, r, in] and [E, out, r]."""
+    experts, outputs = len(a) // rank, len(b)
+    a = a.reshape(experts, rank, -1)  # [E * r, in] -> [E, r, in]
+    b = b.reshape(outputs, rank, experts).transpose(2, 0, 1)  # [out, r * E] -> [out, r, E] -> [E, out, r]
+    return a, np.ascontiguousarray(b)
 
 
 def _usual(found: Collection[float]) -> float:
@@ -204,17 +252,13 @@ def _below(tensors: Tensors, module: str, matrix: Matrix | None) -> np.ndarray:
 
 def _tied(settings: Settings, tensors: Tensors, updates: dict[str, Update], trained: dict[str, np.ndarray]) -> Adapter:
     """The adapter, one matrix where embedding and head are the same. PEFT writes tied ones under both names."""
-    embedding = next((name for name in trained if is_embedding(name)), "")
+    embedding = _first(trained, is_embedding)
     module = embedding.removesuffix(".weight")
-    head = next((name for name in trained if is_head(name.rpartition(".")[0])), "")
-    lora_head = next((name for name in updates if is_head(name)), "")
-    factors = tensors.factors.get(module, {})
-    if lora_head and "embedding_A" in factors:
-        update = updates[lora_head]
-        if _same(update.b, factors["embedding_A"]) and _same(update.a, factors["embedding_B"]):
-            del updates[lora_head]
-            trained[f"{lora_head}.weight"] = trained[embedding]
-            head = f"{lora_head}.weight"
+    lora_head = _first(updates, is_head)
+    if lora_head and _is_transposed(updates[lora_head], tensors.factors.get(module, {})):
+        del updates[lora_head]
+        trained[f"{lora_head}.weight"] = trained[embedding]
+    head = _first(trained, lambda name: is_head(name.rpartition(".")[0]))
     tied = bool(embedding and head) and _same(trained[embedding], trained[head])
     if settings.ties and embedding and head and not tied:
         raise UserError(
@@ -228,14 +272,26 @@ def _tied(settings: Settings, tensors: Tensors, updates: dict[str, Update], trai
     return Adapter(
         updates,
         trained,
-        settings.dropout,
-        settings.rslora,
-        settings.base,
+        dropout=settings.dropout,
+        rslora=settings.rslora,
+        base=settings.base,
         own_head=bool(embedding) and not head and not follows,
         tied=tied,
         some_blocks=settings.some_blocks,
         copies={module: copy for module, copy in tensors.copies.items() if module in updates},
     )
+
+
+def _first(names: Iterable[str], is_one: Callable[[str], bool]) -> str:
+    """The first name that is one, or ""."""
+    return next((name for name in names if is_one(name)), "")
+
+
+def _is_transposed(head: Update, embedding: dict[str, np.ndarray]) -> bool:
+    """Whether a head's update is that of the embedding: a [width, r] = B and b [r, tokens] = A of that one."""
+    if "embedding_A" not in embedding:
+        return False
+    return _same(head.b, embedding["embedding_A"]) and _same(head.a, embedding["embedding_B"])
 
 
 def with_head(adapter: Adapter) -> Adapter:
@@ -280,7 +336,7 @@ def _check_rank(tensors: Tensors, module: str, found: int, said: int) -> None:
 
 
 def _updates(settings: Settings, tensors: Tensors, module: str) -> dict[str, Update]:
-    """The update of one PEFT module: one, or two for the experts' gate_up_proj."""
+    """The update of one PEFT module by target: one, or two for the experts' gate_up_proj."""
     a, b = _pair(tensors, module)
     m = tensors.factors[module].get("magnitude_vector")
     parameter = _parameter(settings, module, tensors.factors.keys())
@@ -288,26 +344,27 @@ def _updates(settings: Settings, tensors: Tensors, module: str) -> dict[str, Upd
     name = f"{module}.{parameter}" if parameter else module
     target = f"{module}:{parameter}" if parameter else module
     rank, scale = settings.rank(name), settings.scale(name)
-    whole = parameter in ("", "weight")
-    if whole or a.shape[0] % rank:
-        _check_rank(tensors, module, a.shape[0], rank)
-    if whole:
-        m = None if m is None else m.reshape(-1)
+    of_experts = parameter not in ("", "weight")
+    if not of_experts or len(a) % rank:
+        _check_rank(tensors, module, len(a), rank)
+    if not of_experts:
+        m = None if m is None else m.reshape(-1)  # [out], without axes of length 1
         return {target: Update(np.ascontiguousarray(a.T), np.ascontiguousarray(b.T), scale, m)}
-    experts = a.shape[0] // rank
-    a, b = a.reshape(experts, rank, -1), b.reshape(b.shape[0], rank, experts).transpose(2, 0, 1)
-    if parameter != "gate_up_proj":
-        return {target: Update(a, np.ascontiguousarray(b), scale)}
-    return split(target, Update(a, b, scale), alternate=False)
+    update = Update(*_of_peft_experts(a, b, rank), scale)
+    return split(target, update, alternate=False) if parameter == "gate_up_proj" else {target: update}
 
 
 def _parameter(settings: Settings, module: str, modules: Collection[str]) -> str:
     """Which parameter of `module` PEFT adapts, or "" when it is a linear layer. modules: all that are adapted."""
     plain = module.removesuffix(".base_layer")
-    names = ((wanted, wanted.rpartition(".")[2]) for wanted in settings.parameters)
-    found = {last for wanted, last in names if f".{plain}.{last}".endswith(f".{wanted}")}
+    found = set()
+    for wanted in settings.parameters:  # the end of a path, such as mlp.experts.down_proj, or all of it
+        parameter = wanted.rpartition(".")[2]
+        if f".{plain}.{parameter}".endswith(f".{wanted}"):
+            found.add(parameter)
     if len(found) < 2:
         return next(iter(found), "")
+    # PEFT wrapped the module twice: gate_up_proj is inside.
     if f"{plain}.base_layer" not in modules:
         raise UserError(f"{module}: which of its parameters is adapted cannot be told", MERGE)
     return "gate_up_proj" if module.endswith(".base_layer") else "down_proj"
@@ -329,7 +386,7 @@ def read_back(folder: Path, adapter: Adapter) -> Adapter:
 
 
 def arrays(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Every array of an adapter by name, each scale as one without axes."""
+    """Every array of an adapter by name, in the shapes of `Update`, each scale as one without axes."""
     out = dict(adapter.trained)
     for path, update in adapter.updates.items():
         parts = {"a": update.a, "b": update.b, "m": update.m, "scale": np.array(update.scale)}

@@ -38,14 +38,16 @@ class Layers(Protocol):
     def is_quantized(self, path: str) -> bool: ...
 
     def matrix(self, path: str) -> np.ndarray:
-        """Of one layer, dense and in float32."""
+        """Of one layer, dense and in float32: [out, in], of experts [E, out, in]."""
 
 
 class Base:
-    """An MLX model as adapters see it. path: its folder; original: its config.json before conversion; layers: None
-    where its weights are not at hand in MLX's form."""
+    """An MLX model as adapters see it."""
 
     def __init__(self, path: Path, original: dict[str, Any], layers: Layers | None) -> None:
+        """path: its folder; original: its config.json before conversion; layers: None where its weights are not at hand
+        in MLX's form.
+        """
         self.path = path
         self.original = original
         self.layers = layers
@@ -63,9 +65,15 @@ class Base:
         """How many blocks there are, where the configuration says so."""
         text = self.original.get("text_config")
         parts = (text, self.original) if isinstance(text, dict) else (self.original,)
-        found = [part[name] for part in parts for name in BLOCKS if isinstance(part.get(name), int)]
-        found += [len(part[name]) for part in parts for name in KINDS if isinstance(part.get(name), list)]
-        return next(iter(found), None)
+        for part in parts:
+            for name in BLOCKS:
+                if isinstance(part.get(name), int):
+                    return int(part[name])
+        for part in parts:
+            for name in KINDS:
+                if isinstance(part.get(name), list):
+                    return len(part[name])
+        return None
 
     @property
     def own_head(self) -> bool | None:
@@ -86,7 +94,7 @@ class Base:
             )
 
     def matrix(self, module: str) -> np.ndarray | None:
-        """The matrix of a layer by PEFT's name, dense and in float32; of a tied head the embedding's."""
+        """The matrix of a layer by PEFT's name, [out, in] in float32; of a tied head the embedding's."""
         path = self._path(module)
         if path is None and is_head(module) and self.layers is not None and not self.layers.own_head:
             path = next((path for path in self.layers.shapes if is_embedding(f"{path}.weight")), None)

@@ -1,7 +1,8 @@
-"""Adapters from MLX's names to PEFT's, and whether an adapter is for a model. The way back is `peft_names`."""
+"""Adapters from MLX's names to PEFT's, and whether an adapter is for a model. The way back is `names.to_mlx`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mlxtune_convert.peft.base_model import Base
 from mlxtune_convert.peft.tensors import is_embedding
 
 HEAD = "lm_head"  # PEFT's name of it in every family
+OTHER = "Name the model that the adapter was trained on."
 
 
 def to_peft(adapter: Adapter, layout: Layout, base: str, own_head: bool | None) -> Adapter:
@@ -62,31 +64,32 @@ def check_fit(adapter: Adapter, base: Base, folder: Path, grown: bool) -> None:
 
     Shapes are known only where the model's weights are at hand. grown: tokens were added with it, which have rows.
     """
-    other = "Name the model that the adapter was trained on."
-    layers = base.layers
     for path in adapter.updates:
         match = LAYER.fullmatch(path)
         if match and base.blocks is not None and int(match[2]) >= base.blocks:
-            raise UserError(f"{folder}: it adapts {path}, the model has {base.blocks} blocks", other)
-    if layers is None:
+            raise UserError(f"{folder}: it adapts {path}, the model has {base.blocks} blocks", OTHER)
+    if base.layers is None:
         return
+    shapes = base.layers.shapes
     for path, update in adapter.updates.items():
-        experts = update.a.shape[:-2]
-        shape = (*experts, update.b.shape[-2], update.a.shape[-1])
-        if not experts:
-            shape = (update.b.shape[1], update.a.shape[0])
-        if layers.shapes.get(path) != shape:
-            found = f"is {layers.shapes[path]}" if path in layers.shapes else "is not there"
-            raise UserError(f"{folder}: it adapts a matrix {path} of {shape}; in the model that {found}", other)
+        shape = update.matrix_shape
+        if shapes.get(path) != shape:
+            found = f"is {shapes[path]}" if path in shapes else "is not there"
+            raise UserError(f"{folder}: it adapts a matrix {path} of {shape}; in the model that {found}", OTHER)
     for name, array in adapter.trained.items():
-        path, _, part = name.rpartition(".")
-        if path not in layers.shapes:
-            raise UserError(f"{folder}: it holds {path}, which the model does not have", other)
-        shape = layers.shapes[path]
-        if part != "weight" or not shape or array.shape == shape:
-            continue
-        if array.shape[1:] != shape[1:]:
-            raise UserError(f"{folder}: {name} is {array.shape}, the model needs {shape}", other)
-        if not (grown and len(array) > shape[0]):
-            hint = other_rows(len(array), shape[0])
-            raise UserError(f"{folder}: {name} is {array.shape}, the model needs {shape}", hint)
+        path = name.rpartition(".")[0]
+        if path not in shapes:
+            raise UserError(f"{folder}: it holds {path}, which the model does not have", OTHER)
+        if name.endswith(".weight") and shapes[path]:
+            _check_whole(name, array, shapes[path], folder, grown)
+
+
+def _check_whole(name: str, array: np.ndarray, shape: Sequence[int], folder: Path, grown: bool) -> None:
+    """array: a matrix that replaces the model's, which is of `shape`, such as [tokens, width] of an embedding."""
+    if array.shape == tuple(shape):
+        return
+    if array.shape[1:] != tuple(shape[1:]):
+        raise UserError(f"{folder}: {name} is {array.shape}, the model needs {shape}", OTHER)
+    if not (grown and len(array) > shape[0]):
+        hint = other_rows(len(array), shape[0])
+        raise UserError(f"{folder}: {name} is {array.shape}, the model needs {shape}", hint)

@@ -36,10 +36,10 @@ NAME_BASE = "Name the model: --base DIR"
 
 @dataclass(frozen=True)
 class Place:
-    """A layer of an MLX model. path: its own; expert: which of its experts is meant, None for all of it."""
+    """A layer of an MLX model."""
 
-    path: str
-    expert: int | None = None
+    path: str  # of the layer in the model
+    expert: int | None = None  # which of its experts is meant; None: all of it
 
 
 class Names:
@@ -101,17 +101,7 @@ def to_mlx(adapter: Adapter, names: Names | None, folder: object) -> tuple[Adapt
     names: None where the model is not known; its family's names must then be PEFT's. folder: for messages. Raises
     UserError for a layer that the model does not have.
     """
-    targets = (*adapter.updates, *(name.rpartition(".")[0] for name in adapter.trained))
-    towers = [target for target in targets if is_tower(target)]
-    if len(towers) == len(targets):
-        raise UserError(
-            f"{folder} adapts nothing of the language model ({towers[0]})", "MLX runs the language model alone."
-        )
-    notes = []
-    if towers:
-        notes.append(
-            f"{len(towers)} layers outside of the language model are left out ({towers[0]}, ...): MLX runs it alone."
-        )
+    notes = _left_out(adapter, folder)
     if names is not None and names.alternate:
         adapter = replace(adapter, updates=alternated(adapter.updates))
     updates: dict[str, Update] = {}
@@ -140,6 +130,19 @@ def to_mlx(adapter: Adapter, names: Names | None, folder: object) -> tuple[Adapt
     return replace(adapter, updates=updates, trained=trained), notes
 
 
+def _left_out(adapter: Adapter, folder: object) -> list[str]:
+    """What to say of layers outside of the language model. Raises UserError where there are no others."""
+    targets = (*adapter.updates, *(name.rpartition(".")[0] for name in adapter.trained))
+    towers = [target for target in targets if is_tower(target)]
+    if not towers:
+        return []
+    if len(towers) == len(targets):
+        raise UserError(
+            f"{folder} adapts nothing of the language model ({towers[0]})", "MLX runs the language model alone."
+        )
+    return [f"{len(towers)} layers outside of the language model are left out ({towers[0]}, ...): MLX runs it alone."]
+
+
 def _place(target: str, names: Names | None, folder: object) -> Place:
     if names is not None:
         place = names.place(target)
@@ -156,16 +159,27 @@ def _place(target: str, names: Names | None, folder: object) -> Place:
 def _stacked(path: str, single: dict[int, Update], count: int, folder: object) -> Update:
     """One update for all experts of a layer, 0 for those that have none."""
     first = next(iter(single.values()))
-    kinds = {(update.rank, update.scale, update.m is None) for update in single.values()}
-    if len(kinds) > 1 or first.m is not None or max(single) >= count:
-        why = "DoRA" if first.m is not None else "different ranks or scales"
-        why = f"an expert {max(single)} of {count}" if max(single) >= count else why
+    why = _not_one_layer(single, count)
+    if why:
         raise UserError(
             f"{folder}: the experts of {path} have {why}, which one layer for all of them cannot hold",
             "Merge it with PEFT (merge_and_unload, then save_pretrained) and convert the merged model.",
         )
-    a = np.zeros((count, *first.a.T.shape), np.float32)
-    b = np.zeros((count, *first.b.T.shape), np.float32)
+    (inputs, rank), outputs = first.a.shape, first.b.shape[1]
+    a = np.zeros((count, rank, inputs), np.float32)
+    b = np.zeros((count, outputs, rank), np.float32)
     for expert, update in single.items():
-        a[expert], b[expert] = update.a.T, update.b.T
+        a[expert], b[expert] = update.a.T, update.b.T  # [in, r] -> [r, in], [r, out] -> [out, r]
     return replace(first, a=a, b=b)
+
+
+def _not_one_layer(single: dict[int, Update], count: int) -> str:
+    """Why the updates of single experts, by their numbers, cannot be one update of all `count`; "" when they can."""
+    if max(single) >= count:
+        return f"an expert {max(single)} of {count}"
+    updates = list(single.values())
+    if updates[0].m is not None:
+        return "DoRA"
+    if len({(update.rank, update.scale, update.m is None) for update in updates}) > 1:
+        return "different ranks or scales"
+    return ""

@@ -50,10 +50,10 @@ UNKNOWN = "It may change what the adapter computes. " + MERGE
 
 @dataclass(frozen=True)
 class Settings:
-    """A checked adapter_config.json. where: the file; values: what it holds."""
+    """A checked adapter_config.json."""
 
-    where: Path
-    values: dict[str, Any]
+    where: Path  # the file
+    values: dict[str, Any]  # what it holds
 
     @staticmethod
     def read(folder: Path) -> Settings:

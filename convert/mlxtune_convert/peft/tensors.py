@@ -41,17 +41,16 @@ UNGATHERED = (
 
 @dataclass
 class Tensors:
-    """What an adapter's file holds, in float32, by the path of a module.
+    """What an adapter's file holds, in float32."""
 
-    factors: A, B, embedding_A, embedding_B and magnitude_vector of each; whole: tensors of the base that the adapter
-    replaces, by their own names; rows: new values of the rows that `trainable_token_indices` names; copies: the matrix
-    below an adapted embedding or head, as it was when the adapter was saved.
-    """
-
-    file: Path
+    file: Path  # adapter_model.safetensors
+    # Path of a module -> its A [r, in], B [out, r], embedding_A [r, tokens], embedding_B [width, r] and
+    # magnitude_vector [out], those that there are.
     factors: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    whole: dict[str, np.ndarray] = field(default_factory=dict)
+    whole: dict[str, np.ndarray] = field(default_factory=dict)  # tensors that replace the base's, by the base's names
+    # Path of an embedding or head -> [tokens, width]: new rows of the tokens that `trainable_token_indices` names.
     rows: dict[str, np.ndarray] = field(default_factory=dict)
+    # Path of a module -> [tokens, width]: the matrix below it, as it was when the adapter was saved.
     copies: dict[str, np.ndarray] = field(default_factory=dict)
 
     @staticmethod

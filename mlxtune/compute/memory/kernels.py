@@ -1,14 +1,20 @@
 """Which operations a device computes in a kernel that keeps less than the written-out operation; stand-ins for them.
 
-A graph is traced on the CPU's stream, where MLX writes such operations out. For another device they are replaced by
-plain operations that keep what its kernels keep.
+A graph is taken down on the CPU's stream, where MLX writes such operations out. Attention of one head, T queries and S
+keys, keeps on its way to the gradients:
+
+    written out      q, k, v, and the softmax [T, S]: 4 MB of 1,000 tokens, 16 MB of 2,000
+    Metal's kernel   q, k, v and little more: it computes the softmax again, tile by tile
+
+So for another device than the CPU such operations are replaced by plain ones that keep what its kernels keep. Their
+numbers mean nothing: only sizes are looked at.
 
 Legend: B rows, H query heads, K key heads, T queries, S keys, D width of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +23,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxtune.adapter.layers import LoRASwitchLinear
+from mlxtune.compute.memory.linux_attention import own_attention
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
 
@@ -27,11 +34,11 @@ TILED_SINCE = (0, 32, 4)
 
 @dataclass(frozen=True)
 class Device:
-    """What computes. kind: as backend.kind(); mlx: its version; powers: whether attention is our own (exponentials)."""
+    """What computes."""
 
-    kind: str
-    mlx: tuple[int, ...]
-    powers: bool = False
+    kind: str  # "metal", "cuda" or "cpu", as backend.kind() says it
+    mlx: tuple[int, ...]  # MLX's version, three numbers
+    powers: bool = False  # whether attention is our own, of Linux's CPU (`linux_cpu`)
 
     @staticmethod
     def here(fast: bool = True) -> Device:
@@ -51,81 +58,14 @@ def tiled(device: Device, width: int, mask: Any, sinks: bool) -> bool:
     return width in TILED_WIDTHS and not sinks and (mask is None or isinstance(mask, str))
 
 
-class OwnAttention:
-    """Our own attention while a graph is traced. Its backward pass is a function that MLX does not export: `gradients`
-    puts it between the gradients of what comes after and of what comes before.
-    """
-
-    def __init__(self) -> None:
-        self._calls: list[tuple[tuple[mx.array, ...], tuple[mx.array, ...], float]] = []  # primals, outputs, scale
-        self._given: mx.array | None = None  # instead of the attention
-
-    def __call__(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        *,
-        scale: float,
-        mask: Any = None,
-        sinks: Any = None,
-        **options: Any,
-    ) -> mx.array:
-        if not linux_cpu.is_for(q, mask, sinks):
-            return linux_cpu.mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
-        if self._given is not None:
-            return self._given
-        bias = linux_cpu.bias_of(mask, q.shape[2], k.shape[2])
-        outputs = linux_cpu.forward(q, k, v, scale, bias)
-        self._calls.append(((q, k, v), outputs, scale))
-        return mx.stop_gradient(outputs[0])
-
-    def gradients(
-        self, function: Callable[..., list[mx.array]], wanted: list[mx.array], cotangents: list[mx.array]
-    ) -> tuple[list[mx.array], list[mx.array]]:
-        """As mx.vjp. A function that calls no attention, or several, is left to it."""
-        outs = self._run(function, wanted)
-        if len(self._calls) != 1:
-            fast: Any = mx.fast
-            fast.scaled_dot_product_attention = linux_cpu.mlx_attention
-            try:
-                return mx.vjp(function, wanted, cotangents)
-            finally:
-                fast.scaled_dot_product_attention = self
-        (primals, outputs, scale), *_ = self._calls
-
-        def after(given: mx.array, *arrays: mx.array) -> list[mx.array]:
-            self._given = given
-            try:
-                return function(*arrays)
-            finally:
-                self._given = None
-
-        def before(*arrays: mx.array) -> list[mx.array]:
-            self._run(function, list(arrays))
-            return list(self._calls[0][0])
-
-        _, (of_attention, *late) = mx.vjp(after, [outputs[0], *wanted], cotangents)
-        _, early = mx.vjp(before, wanted, list(linux_cpu.backward(primals, of_attention, outputs, scale)))
-        return outs, [one + other for one, other in zip(late, early, strict=True)]
-
-    def _run(self, function: Callable[..., list[mx.array]], arrays: list[mx.array]) -> list[mx.array]:
-        self._calls.clear()
-        return function(*arrays)
-
-
 @contextmanager
 def standing_in(device: Device) -> Iterator[None]:
     """Inside, mx.fast keeps what the kernels of `device` keep; on the CPU only our own attention is another."""
-    fast: Any = mx.fast
     if device.kind == "cpu":
-        found = fast.scaled_dot_product_attention
-        fast.scaled_dot_product_attention = OwnAttention() if device.powers else linux_cpu.mlx_attention
-        try:
+        with own_attention(device.powers):
             yield
-        finally:
-            fast.scaled_dot_product_attention = found
         return
+    fast: Any = mx.fast
     before = {name: getattr(fast, name) for name in ("scaled_dot_product_attention", "rms_norm", "layer_norm")}
     written_out = before["scaled_dot_product_attention"]
 
@@ -151,6 +91,7 @@ class TracedSwitch(LoRASwitchLinear):
     """
 
     def _product(self, z: mx.array, weight: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
+        """As the layer's own, with the weight's gradient made of operations that are exported."""
         if not sorted_indices:
             return super()._product(z, weight, indices, sorted_indices)
         y = super()._product(z, mx.stop_gradient(weight), indices, sorted_indices)
@@ -159,10 +100,10 @@ class TracedSwitch(LoRASwitchLinear):
 
 def _tiled_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
     """Keeps q, k, v; gives [B, H, T, Dv]; not attention: only its arrays are of its sizes."""
-    many = q.shape[1] // k.shape[1]
+    heads_per_key_head = q.shape[1] // k.shape[1]
     of_keys = (k * k).sum(axis=(2, 3), keepdims=True)
     of_values = (v * v).sum(axis=2, keepdims=True)
-    both = mx.repeat(of_keys * of_values, many, axis=1)
+    both = mx.repeat(of_keys * of_values, heads_per_key_head, axis=1)
     shared: mx.array = (q * q).sum(axis=-1, keepdims=True) * both
     return shared
 

@@ -1,72 +1,93 @@
 """How much memory a run will need, before it begins: from the graphs of its blocks, the widest batches and the options.
 
-The blocks tell what they keep for the backward pass (`blocks`). On top comes the largest of several moments: a chunk of
-the head, one block's forward or backward pass, or the optimizer's update, where old and new state are both alive.
+The blocks tell what they keep for the backward pass (`blocks`). On top comes the largest of several moments. A model of
+three blocks, each of which keeps 100 MB for its backward pass and needs 30 MB on the way:
+
+    forward through block 1, 2, 3      0 + 130, 100 + 130, 200 + 130
+    a chunk of the head                300 + 40 (its logits)
+    backward through block 3, 2, 1     300 + 30, 200 + 30, 100 + 30
+    the optimizer's update             nothing is kept any more; old and new state are both alive
+
+So the peak is 340 MB, beside weights, adapter and optimizer. `predict` makes a list of the moments and takes the
+largest. Where blocks are checkpointed each keeps its input alone, say 5 MB, and the peak is in one block's backward
+pass, which computes everything again: 15 + 130 or so.
 
 What is left out, for it gives way: MLX's cache of free buffers, emptied before an allocation would pass 95% of the
 working set (mlx/backend/metal/allocator.cpp, malloc); and what waits for up to ten command buffers of a
 GPU, for evaluation stops for them as soon as the memory limit is passed (mlx/transforms.cpp, eval_impl).
 
-Legend: B rows, T tokens, D width, V vocabulary; all sizes in bytes.
+Legend: B rows, T tokens, N targets, C rows of a chunk, D width, V vocabulary; all sizes in bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
 from mlxtune_convert.sizes import size
 
-from mlxtune.adapter import lora
+from mlxtune.adapter import attach
 from mlxtune.adapter.layers import EMBEDDING, dense_shape
 from mlxtune.adapter.plan import block_paths, outside_blocks
 from mlxtune.compute.memory import blocks
+from mlxtune.compute.memory.block_call import Cost
 from mlxtune.compute.memory.kernels import Device
 from mlxtune.model.arrays import named
 
 FULL = 4  # bytes of a float32
+# Arrays of one shape alive at once, as `loss` makes them: of a chunk's logits they themselves, their exponentials, the
+# softmax and the gradient; of hidden rows those gathered, the chunks' gradients, and these joined. (Tests hold the
+# whole prediction against measured peaks.)
+LOGITS_COPIES, HIDDEN_COPIES = 4, 3
+# In units of what trains: AdamW's two moments and the gradients stay; at the update the next values and moments come,
+# while the ones before are kept for the case that the step fails (`train.last_whole`).
+MOMENTS, GRADIENTS, NEXT_STATE = 2, 1, 3
+# MLX's CPU code unpacks a quantized matrix in several steps, twice for a chunk of the head: forward and backward.
+DENSE_COPIES = 4
 # A compiled signature, measured on Qwen3's shape (12 blocks): host memory a block; small arrays a block, each a buffer.
 GRAPH_BYTES, SCALARS = 500_000, 118
 BUFFERS = 499_000  # that Metal gives a process
-GRAPH_SHARE = 0.01  # of the machine's memory
-LEAST_KEPT = 4
+GRAPH_SHARE = 0.01  # of the machine's memory, that compiled signatures may take
+LEAST_KEPT = 4  # compiled signatures, however little memory there is: fewer would be compiled again and again
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The micro-batch that decides a model's memory. rows, width: of the tokens that the model is given; prefix: how
-    many of each row are shared and computed once; targets: its supervised tokens.
-    """
+class StepSizes:
+    """The micro-batch that decides a model's memory."""
 
-    rows: int
-    width: int
-    prefix: int
-    targets: int
+    rows: int  # B
+    width: int  # T: tokens of each row that the model is given
+    prefix: int  # how many of them all rows share, computed once
+    targets: int  # N: supervised tokens
+
+    @property
+    def tokens(self) -> int:
+        """That go through the blocks."""
+        return self.rows * (self.width - self.prefix) + self.prefix
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, by what takes them at the predicted peak; `total` is the peak. What belongs to another moment is 0.
+    """Bytes, by what takes them at the predicted peak; `total` is the peak. What belongs to another moment is 0."""
 
-    graphs: of compiled graphs, in the host's memory, not in the total; by_token: some blocks go token by token.
-    """
-
-    weights: int
-    adapter: int
+    weights: int  # of the base
+    adapter: int  # what trains
     optimizer: int  # two moments and the gradients
     activations: int  # what blocks keep, and need where the peak is in one
-    head_chunk: int
+    head_chunk: int  # the logits of a chunk, and the hidden rows that go with them
     dense_copies: int  # of quantized matrices, on the CPU
     update: int  # the next adapter and moments, where the peak is there
-    graphs: int = 0
-    by_token: bool = False
+    graphs: int = 0  # compiled graphs, in the host's memory, so not in the total
+    by_token: bool = False  # some blocks go token by token
 
     @property
     def parts(self) -> dict[str, int]:
         """What the total is made of."""
-        return {name: value for name, value in vars(self).items() if name not in ("graphs", "by_token")}
+        parts = dict(vars(self))
+        del parts["graphs"], parts["by_token"]
+        return parts
 
     @property
     def total(self) -> int:
@@ -76,7 +97,9 @@ class Memory:
         """For people."""
         parts = self.parts
         most = max(parts, key=lambda name: parts[name])
-        why = " (some of its blocks are computed token by token)" if self.by_token and most == "activations" else ""
+        why = ""
+        if self.by_token and most == "activations":
+            why = " (some of its blocks are computed token by token)"
         shown = ", ".join(f"{name.replace('_', ' ')} {size(value)}" for name, value in parts.items())
         lines = [
             f"memory: {size(self.total)} predicted at the peak, most of it {most.replace('_', ' ')}{why}",
@@ -89,9 +112,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class NotPredicted:
-    """In place of a prediction. reason: what could not be followed."""
+    """In place of a prediction."""
 
-    reason: str
+    reason: str  # what could not be followed, for people
 
     @property
     def note(self) -> str:
@@ -99,22 +122,27 @@ class NotPredicted:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What of a run decides its memory. item: bytes of an activation; chunk: rows of a chunk of the head, 0: logits
-    are computed for every token; recompute: every n-th block is checkpointed, 0: none; dropout: lora.dropout; device:
-    what computes; compiled: as one graph; accumulated: gradients are summed over several micro-batches; ram: the
-    machine's memory, which bounds how many compiled graphs are kept; updates: whether the optimizer's update follows.
-    """
+class RunOptions:
+    """What of a run decides its memory, beside the model and the batches."""
 
-    item: int
-    chunk: int
-    recompute: int
-    dropout: float
-    device: Device
-    compiled: bool = False
-    accumulated: bool = False
-    ram: int = 0
-    updates: bool = True
+    item: int  # bytes of one number of an activation
+    chunk: int  # C: rows of a chunk of the head; 0: logits are computed for every token
+    recompute: int  # every n-th block is checkpointed; 0: none
+    dropout: float  # lora.dropout
+    device: Device  # what computes
+    compiled: bool = False  # as one graph
+    accumulated: bool = False  # gradients are summed over several micro-batches
+    ram: int = 0  # bytes of the machine's memory, which bounds how many compiled graphs are kept
+    updates: bool = True  # whether the optimizer's update follows
+
+
+class _Moment(NamedTuple):
+    """Bytes of what differs from moment to moment of a step; the largest sum is the peak."""
+
+    activations: int = 0
+    head_chunk: int = 0
+    dense_copies: int = 0
+    update: int = 0
 
 
 def graph_bytes(count: int) -> int:
@@ -136,10 +164,14 @@ def sizes_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """A config.json with its text_config unfolded; None when it does not say how wide the model and its head are."""
     sizes = {**config, **config.get("text_config", {})}
     sizes["hidden_size"] = sizes.get("hidden_size") or sizes.get("n_embd") or sizes.get("d_model")
-    return sizes if sizes["hidden_size"] and sizes.get("vocab_size") else None
+    if not sizes["hidden_size"] or not sizes.get("vocab_size"):
+        return None
+    return sizes
 
 
-def predict(model: nn.Module, config: Mapping[str, Any], shape: Shape, options: Options) -> Memory | NotPredicted:
+def predict(
+    model: nn.Module, config: Mapping[str, Any], shape: StepSizes, options: RunOptions
+) -> Memory | NotPredicted:
     """The plan for one model with its adapter attached; no weight is read. config: its config.json."""
     sizes = sizes_of(config)
     if sizes is None:
@@ -148,62 +180,91 @@ def predict(model: nn.Module, config: Mapping[str, Any], shape: Shape, options: 
     try:
         calls, by_token = _costs(model, shape, options)
     except Exception as error:  # whatever a model's own code raises
-        return NotPredicted(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-    tokens = shape.rows * (shape.width - shape.prefix) + shape.prefix
-    rows = min(options.chunk, shape.targets) or tokens
-    chunk = 4 * rows * vocabulary * FULL + 3 * (shape.targets if options.chunk else tokens) * width * options.item
-    in_head, in_block = _dense(model, vocabulary) if options.device.kind == "cpu" else (0, 0)
-    # (activations, head chunk, dense copies, update) of every moment
-    moments = [(0, 0, 0, 0)]
-    held = options.item * tokens * width  # the embeddings, which the first block keeps
-    if options.device.powers:
-        held += FULL * shape.width**2  # the causal mask, which `exponentials` keeps at hand
-    again = set(range(0, len(calls), options.recompute)) if options.recompute else set()
-    for place, costs in enumerate(calls):
-        before = held
-        held += sum(cost.given if place in again else cost.kept for cost in costs)
-        moments.append((before + max((cost.forward for cost in costs), default=0), 0, in_block, 0))
-        if place in again:
-            moments.append(
-                (before + max((_back(cost, cost.again, options) for cost in costs), default=0), 0, in_block, 0)
-            )
-        else:
-            moments.append((held + max((_back(cost, cost.back, options) for cost in costs), default=0), 0, in_block, 0))
-    moments.append((held, chunk, in_head, 0))
+        lines = str(error).splitlines() or [""]
+        return NotPredicted(f"{type(error).__name__}: {lines[0]}")
     trainable = sum(array.nbytes for array in named(model.trainable_parameters()).values())
+    moments = [_Moment(), *_in_blocks_and_head(model, calls, shape, options, width, vocabulary)]
     if options.updates:
-        moments.append((0, 0, 0, 3 * trainable))  # the next adapter and moments, while the ones before are kept
-    activations, head_chunk, dense, update = max(moments, key=sum)
+        moments.append(_Moment(update=NEXT_STATE * trainable))
+    peak = max(moments, key=sum)
+    graphs = 0
+    if options.compiled:
+        graphs = kept_signatures(len(calls), options.ram) * graph_bytes(len(calls))
     return Memory(
         weights=sum(array.nbytes for array in named(model.parameters()).values()) - trainable,
         adapter=trainable,
-        optimizer=(4 if options.accumulated else 3) * trainable,
-        activations=activations,
-        head_chunk=head_chunk,
-        dense_copies=dense,
-        update=update,
-        graphs=kept_signatures(len(calls), options.ram) * graph_bytes(len(calls)) if options.compiled else 0,
+        optimizer=(MOMENTS + GRADIENTS + int(options.accumulated)) * trainable,  # the sum of the gradients so far
+        activations=peak.activations,
+        head_chunk=peak.head_chunk,
+        dense_copies=peak.dense_copies,
+        update=peak.update,
+        graphs=graphs,
         by_token=by_token,
     )
 
 
-def _back(cost: blocks.Cost, found: int, options: Options) -> int:
-    """A block's backward pass. Where slices of its arrays are many, a compiled graph holds the gradients of all of them
-    before it adds any (measured with mx.compile on the CPU), an eager one on the CPU few. What was published of GPUs
-    lies between: there all are counted.
+def _in_blocks_and_head(
+    model: nn.Module,
+    calls: list[list[Cost]],
+    shape: StepSizes,
+    options: RunOptions,
+    width: int,
+    vocabulary: int,
+) -> Iterator[_Moment]:
+    """Every block on its way forward and back, then a chunk of the head. calls: what the calls of each block cost."""
+    in_head, in_block = 0, 0
+    if options.device.kind == "cpu":
+        in_head, in_block = _dense(model, vocabulary)
+    held = options.item * shape.tokens * width  # the embeddings, which the first block keeps
+    if options.device.powers:
+        held += FULL * shape.width**2  # the causal mask, which `linux_cpu` keeps at hand
+    for place, costs in enumerate(calls):
+        before = held
+        forward = max((cost.forward for cost in costs), default=0)
+        yield _Moment(activations=before + forward, dense_copies=in_block)
+        if options.recompute and place % options.recompute == 0:  # it is checkpointed
+            held += sum(cost.given for cost in costs)
+            backward = before + max((_back(cost, cost.again, options) for cost in costs), default=0)
+        else:
+            held += sum(cost.kept for cost in costs)
+            backward = held + max((_back(cost, cost.back, options) for cost in costs), default=0)
+        yield _Moment(activations=backward, dense_copies=in_block)
+    chunk = _head_chunk(shape, options, width, vocabulary)
+    yield _Moment(activations=held, head_chunk=chunk, dense_copies=in_head)
+
+
+def _head_chunk(shape: StepSizes, options: RunOptions, width: int, vocabulary: int) -> int:
+    """Bytes of the logits [C, V], and of the hidden rows that go with them: [N, D], or [B * T, D] without a chunk."""
+    if options.chunk:
+        rows = min(options.chunk, shape.targets) or shape.tokens
+        hidden_rows = shape.targets
+    else:
+        rows = hidden_rows = shape.tokens
+    return LOGITS_COPIES * rows * vocabulary * FULL + HIDDEN_COPIES * hidden_rows * width * options.item
+
+
+def _back(cost: Cost, traced: int, options: RunOptions) -> int:
+    """Bytes of a block's backward pass; traced: by its graph.
+
+    Where slices of its arrays are many, a compiled graph holds the gradients of all of them before it adds any
+    (measured with mx.compile on the CPU), an eager one on the CPU few. What was published of GPUs lies between: there
+    all are counted.
     """
-    few = options.device.kind == "cpu" and not options.compiled
-    return found if few else max(found, cost.slices + cost.given)
+    if options.device.kind == "cpu" and not options.compiled:
+        return traced
+    return max(traced, cost.slices + cost.given)
 
 
-def _costs(model: nn.Module, shape: Shape, options: Options) -> tuple[list[list[blocks.Cost]], bool]:
-    adapted = list(lora.adapters(model).values())
-    keys = adapted[0]._dropout if adapted and options.dropout else None
+def _costs(model: nn.Module, shape: StepSizes, options: RunOptions) -> tuple[list[list[Cost]], bool]:
+    """What the calls of each block cost, as `blocks.costs` says it. With dropout its masks are in the graphs too."""
+    adapted = list(attach.adapted_layers(model).values())
+    keys = None
+    if adapted and options.dropout:
+        keys = adapted[0]._dropout
     if keys is not None:
         keys.set(0, 0, range(shape.rows), [shape.width] * shape.rows, len(adapted))
     try:
-        reached, prefix = _reached(model), shape.prefix
-        return blocks.costs(model, shape.rows, shape.width, prefix, reached, options.device)
+        return blocks.costs(model, shape.rows, shape.width, shape.prefix, _reached(model), options.device)
     finally:
         if keys is not None:
             keys.clear()
@@ -214,23 +275,22 @@ def _reached(model: nn.Module) -> list[bool]:
     paths = tuple(named(model.trainable_parameters()))
     embeddings = tuple(outside_blocks(model, EMBEDDING))
     reached = any(path.startswith(embeddings) for path in paths)
-    out = []
+    reached_blocks = []
     for block in block_paths(model):
-        out.append(reached)
+        reached_blocks.append(reached)
         reached = reached or any(path.startswith(f"{block}.") for path in paths)
-    return out
+    return reached_blocks
 
 
 def _dense(model: nn.Module, vocabulary: int) -> tuple[int, int]:
-    """Bytes of the dense copies of a quantized head and of the largest quantized matrix in the blocks: MLX's CPU code
-    unpacks in several steps, twice for a chunk.
-    """
+    """Bytes of the dense copies of (a quantized head, the largest quantized matrix in the blocks)."""
     head = block = 0
     for _, module in model.named_modules():
         if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             *_, outputs, inputs = dense_shape(module)
+            copies = DENSE_COPIES * FULL * outputs * inputs
             if outputs == vocabulary:
-                head = 4 * FULL * outputs * inputs
+                head = copies
             else:
-                block = max(block, 4 * FULL * outputs * inputs)
+                block = max(block, copies)
     return head, block

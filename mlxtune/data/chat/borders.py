@@ -1,10 +1,14 @@
 """Where turns begin and end among the tokens of a text.
 
 A prompt must be tokenized as it is when a model is asked, by itself. In the text of an example the same characters may
-become other tokens: Qwen's `<think>`, `\\n` in a prompt, and `<think>`, `\\n\\n` where the target begins with a
-newline. Whether they do needs no second look at the whole prompt: special tokens cut a text, so that what stands before
-the last one is not touched by what comes later. It is enough to tokenize the prompt from its last special token on, a
-short piece that nearly all turns share.
+become other tokens. For example (Qwen3, where the target begins with a newline):
+
+    prompt by itself      ...  <|im_start|>  assistant  \\n  <think>  \\n
+    in the example        ...  <|im_start|>  assistant  \\n  <think>  \\n\\n  </think>  ...
+
+Whether they do needs no second look at the whole prompt: special tokens cut a text, so that what stands before the last
+one is not touched by what comes later. It is enough to tokenize the prompt from its last special token on (here
+`<think>`), a short piece that nearly all turns share.
 """
 
 from __future__ import annotations
@@ -17,30 +21,35 @@ import numpy as np
 from mlxtune.data.template.template import Template
 
 REMEMBERED = 10_000  # short pieces of text whose tokens are kept
+LONGEST_PIECE = 200  # characters of a piece that is kept
 AT_ONCE = 1_000_000  # characters that are tokenized together
 SENTINELS = ("\n", ";", "a", "0", "=")  # put before a target to see its tokens inside a text
 
 
 class Tokens:
-    """The tokens of one text. ids: [T]; starts and ends: [T] the characters of each, as the tokenizer says."""
+    """The T tokens of one text."""
 
     def __init__(self, text: str, encoded: Any, specials: frozenset[int]) -> None:
+        """encoded: as the tokenizers library gives it; specials: ids of the tokens that cut a text."""
         self.text = text
-        self.ids = np.array(encoded.ids, np.int32)
+        self.ids = np.array(encoded.ids, np.int32)  # [T]
         offsets = np.array(encoded.offsets, np.int64).reshape(-1, 2)
-        self.starts, self.ends = offsets[:, 0], offsets[:, 1]
-        self._special = np.flatnonzero(np.isin(self.ids, list(specials)))
+        self.starts, self.ends = offsets[:, 0], offsets[:, 1]  # each [T]: the characters of a token
+        self._special = np.flatnonzero(np.isin(self.ids, list(specials)))  # which tokens are special, in their order
 
     def special_from(self, start: int) -> int | None:
         """The special token that begins at a character; None when none does."""
         at = int(np.searchsorted(self.starts[self._special], start))
-        found = at < len(self._special) and self.starts[self._special[at]] == start
-        return int(self._special[at]) if found else None
+        if at < len(self._special) and self.starts[self._special[at]] == start:
+            return int(self._special[at])
+        return None
 
     def before_special(self, end: int) -> int:
         """How many tokens stand before the last special token that ends within the first `end` characters."""
-        at = int(np.searchsorted(self.ends[self._special], end, side="right"))
-        return int(self._special[at - 1]) if at else 0
+        ended = int(np.searchsorted(self.ends[self._special], end, side="right"))  # special tokens up to there
+        if ended == 0:
+            return 0
+        return int(self._special[ended - 1])
 
     def after(self, end: int) -> int:
         """The first token behind the characters up to `end`. A special token that ends there decides; a tokenizer may
@@ -51,7 +60,8 @@ class Tokens:
         at = int(np.searchsorted(self.ends[self._special], end))
         if at < len(self._special) and self.ends[self._special[at]] == end:
             return int(self._special[at]) + 1
-        return int(np.searchsorted(np.maximum.accumulate(self.ends), end)) + 1
+        reached = np.maximum.accumulate(self.ends)  # [T] a token of blanks may end before the one before it
+        return int(np.searchsorted(reached, end)) + 1
 
 
 class Borders:
@@ -59,21 +69,22 @@ class Borders:
 
     def __init__(self, tokenizer: Any, template: Template) -> None:
         self.tokenizer, self.template = tokenizer, template
-        self._specials = frozenset(tokenizer.added_tokens_decoder)
-        self._pieces: dict[str, list[int]] = {}
+        self._specials = frozenset(tokenizer.added_tokens_decoder)  # ids
+        self._pieces: dict[str, list[int]] = {}  # a short text -> its tokens by itself
 
     def tokens(self, texts: list[str]) -> list[Tokens]:
         """Of each text by itself. The library's own objects take some 200 bytes a token, so they are few at a time."""
         out: list[Tokens] = []
         while len(out) < len(texts):
-            some, characters = [], 0
+            batch, characters = [], 0
             for text in texts[len(out) :]:
-                some.append(text)
+                batch.append(text)
                 characters += len(text)
                 if characters > AT_ONCE:
                     break
-            encoded = self.tokenizer(some, add_special_tokens=False, return_offsets_mapping=True).encodings
-            out += [Tokens(text, one, self._specials) for text, one in zip(some, encoded, strict=True)]
+            encodings = self.tokenizer(batch, add_special_tokens=False, return_offsets_mapping=True).encodings
+            for text, encoded in zip(batch, encodings, strict=True):
+                out.append(Tokens(text, encoded, self._specials))
         return out
 
     def ids(self, text: str) -> list[int]:
@@ -82,7 +93,7 @@ class Borders:
             return []
         if text not in self._pieces:
             found = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-            if len(text) > 200:
+            if len(text) > LONGEST_PIECE:
                 return found
             if len(self._pieces) > REMEMBERED:
                 self._pieces.clear()
@@ -96,12 +107,16 @@ class Borders:
     def place(self, found: Tokens, cuts: list[int], end: int) -> int | None:
         """How many of a text's tokens are the prompt that is its first `end` characters; None when the prompt by itself
         has other tokens.
+
+        cuts: where special tokens begin in the text.
         """
-        before = bisect_right(cuts, end - 1) - 1
-        start = cuts[before] if before >= 0 else 0
-        first = found.special_from(start) if before >= 0 else 0
-        if first is None:
-            start, first = 0, 0
+        start, first = 0, 0  # the characters that are compared, and their first token
+        cuts_before = bisect_right(cuts, end - 1)
+        if cuts_before:
+            last_cut = cuts[cuts_before - 1]
+            special = found.special_from(last_cut)
+            if special is not None:  # else the tokenizer sees no special token there: the whole prompt is compared
+                start, first = last_cut, special
         alone = self.ids(found.text[start:end])
         if found.ids[first : first + len(alone)].tolist() != alone:
             return None

@@ -6,6 +6,9 @@ with thoughts, the first two in one stretch of tool use (its template drops thou
 
     example 1    question, [thought, call], result, [thought, answer]       turns 1 and 2
     example 2    question, call, result, answer, question, [thought, answer]       turn 3
+
+The way of a record: `_sheet` finds what is to be trained of it, `_settle` puts its turns into drafts, `_finished` makes
+rows of the drafts and cuts them at data.max_tokens.
 """
 
 from __future__ import annotations
@@ -13,30 +16,37 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from mlxtune.config.schema import DataSection
-from mlxtune.data.chat import masking, turns
+from mlxtune.data.chat import turns
 from mlxtune.data.chat.asked import AskedTurn, asked_turns
 from mlxtune.data.chat.borders import AT_ONCE, Borders, Tokens
-from mlxtune.data.chat.masking import Example
-from mlxtune.data.chat.turns import Damage
+from mlxtune.data.chat.damage import Damage
+from mlxtune.data.chat.drafts import Draft, drafts_of, place_earlier_turns, place_last_turns
+from mlxtune.data.chat.masking import Example, Span, tokenized_texts, tokenized_turns
+from mlxtune.data.chat.repairs import repaired, weight
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad, place
-from mlxtune.data.template.template import Template, TemplateError, common_prefix
+from mlxtune.data.template.choice import require_template
+from mlxtune.data.template.template import Template, TemplateError
+from mlxtune.data.template.templates import Templates
+from mlxtune.data.template.texts import common_prefix
 
 LONG = 100_000  # characters of a record's examples from which on the longest is looked at first
 NO_TARGET = "no supervised token in the first {} tokens"
+NO_LIMIT = 1 << 31  # tokens: more than any example has
 
 
 @dataclass(frozen=True)
 class Row:
     """One example of a record, or the reason why there is none: exactly one of `example` and `dropped` is set."""
 
-    record: Record | Bad
-    example: Example | None = None
+    record: Record | Bad  # what it was made of
+    example: Example | None = None  # the tokens and their mask
     dropped: str = ""  # the reason
     part: int = 0  # number of the example's last assistant turn, from 1; 0: the record's only example
     shortened: bool = False  # cut at data.max_tokens
@@ -56,34 +66,17 @@ class Row:
 
 
 @dataclass
-class _Draft:
-    """An example before it is cut: a text and the turns in it, the last of which ends it."""
-
-    turns: list[AskedTurn]
-    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]
-    places: dict[int, tuple[int, int]] = field(default_factory=dict)  # index of a turn -> its target tokens [from, to)
-    apart: bool = False  # the last turn is tokenized apart from its prompt
-
-    @property
-    def text(self) -> str:
-        return self.turns[-1].text + self.turns[-1].trailing
-
-    def holds(self, turn: AskedTurn) -> bool:
-        return self.text.startswith(turn.prompt) and self.text.startswith(turn.target, len(turn.prompt))
-
-
-@dataclass
 class _Sheet:
     """A record on its way to rows."""
 
-    record: Record | Bad
-    dropped: str = ""
+    record: Record | Bad  # as it was read
+    dropped: str = ""  # the reason why nothing is made of it
     whole: str = ""  # the text of the record rendered once; of a text row, the text
-    spans: list[tuple[int, int]] | None = None  # supervised characters of `whole`; None: all, or `waiting` has them
-    damage: tuple[Damage, ...] = ()
+    spans: list[Span] | None = None  # supervised characters of `whole`; None: all, or `waiting` has them
+    damage: tuple[Damage, ...] = ()  # of the record rendered once
     kinds: list[tuple[str, int]] = field(default_factory=list)  # of turns that are left out
     waiting: list[AskedTurn] = field(default_factory=list)  # turns that no example holds yet
-    drafts: list[_Draft] = field(default_factory=list)
+    drafts: list[Draft] = field(default_factory=list)  # examples whose turns have their places
     longest: Tokens | None = None  # the tokens of the example of the last turn
     beyond: list[AskedTurn] = field(default_factory=list)  # turns whose prompts alone reach data.max_tokens
     conversation: bool = False  # made of asked turns
@@ -96,15 +89,22 @@ class _Sheet:
 class Renderer:
     """Makes examples with one tokenizer and one set of options."""
 
-    def __init__(self, tokenizer: Any, section: DataSection) -> None:
+    def __init__(self, tokenizer: Any, section: DataSection, templates: Templates | None = None) -> None:
         self.tokenizer = tokenizer
         self.section = section
+        self._templates = templates or Templates(tokenizer)
         self._borders: Borders | None = None
+
+    def uncut(self) -> Renderer:
+        """The same without data.max_tokens."""
+        section = self.section.model_copy(update={"max_tokens": NO_LIMIT})
+        return Renderer(self.tokenizer, section, self._templates)
 
     @property
     def template(self) -> Template:
+        """The template that the tokenizer has now: a run may choose one after this was made."""
         day = date.fromisoformat(self.section.date) if self.section.date else None
-        return masking.template_of(self.tokenizer, self.section.template_kwargs, day)
+        return self._templates.of(self.section.template_kwargs, day)
 
     @property
     def borders(self) -> Borders:
@@ -132,12 +132,17 @@ class Renderer:
         yield from self._made(sheets)
 
     def _made(self, sheets: list[_Sheet]) -> Iterator[Row]:
+        """The rows of some sheets, whose texts are tokenized together."""
         self._settle(sheets)
-        others = [sheet for sheet in sheets if not sheet.conversation and not sheet.dropped]
-        made = masking.tokenized_all(self.tokenizer, [one.whole for one in others], [one.spans for one in others])
-        rendered = {id(sheet): example for sheet, example in zip(others, made, strict=True)}
-        for sheet in sheets:
-            yield from self._finished(sheet, rendered.get(id(sheet)))
+        of_one_text = self._of_one_text(sheets)
+        for number, sheet in enumerate(sheets):
+            if sheet.dropped:
+                yield Row(sheet.record, dropped=sheet.dropped, kinds=tuple(sheet.kinds))
+            elif sheet.conversation:
+                yield from self._rows_of_turns(sheet)
+            else:
+                row = Row(sheet.record, text=sheet.whole, damage=sheet.damage)
+                yield self._cut(row, of_one_text[number].ids, of_one_text[number].mask)
 
     # What is to be trained.
 
@@ -146,17 +151,23 @@ class Renderer:
             return _Sheet(record, dropped=record.reason)
         if record.text is not None:
             return _Sheet(record, whole=record.text)
+        require_template(self.tokenizer)
         if not any(message["role"] == "assistant" for message in record.messages or []):
             return _Sheet(record, dropped="no assistant turn")
         try:
-            return self._rendered_once(record) if self.section.expand_turns == "none" else self._asked(record)
+            if self.section.expand_turns == "none":
+                return self._rendered_once(record)
+            return self._asked(record)
         except TemplateError as error:
             return _Sheet(record, dropped=str(error))
 
     def _trained(self, record: Record) -> set[int]:
         """The messages that are trained: assistant turns that no switch turns off."""
-        messages = record.messages or []
-        return {at for at, message in enumerate(messages) if message["role"] == "assistant" and masking.weight(message)}
+        trained = set()
+        for index, message in enumerate(record.messages or []):
+            if message["role"] == "assistant" and weight(message):
+                trained.add(index)
+        return trained
 
     def _rendered_once(self, record: Record) -> _Sheet:
         """data.expand_turns=none: the record as one text, its turns where they stand in it."""
@@ -164,19 +175,41 @@ class Renderer:
         if self.section.train_on == "last":
             answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
             trained &= {answers[-1]}
-        found = turns.locate(self.template, masking.repaired(self.template, messages), record.tools)
-        spans = [(start, end) for index, start, end in found.spans if index in trained]
-        return _Sheet(record, whole=found.text, spans=spans, damage=tuple(found.damage))
+        located = turns.locate(self.template, repaired(self.template, messages), record.tools)
+        spans = [(start, end) for index, start, end in located.spans if index in trained]
+        return _Sheet(record, whole=located.text, spans=spans, damage=tuple(located.damage))
 
     def _asked(self, record: Record) -> _Sheet:
+        """The record as turns, each behind the prompt that asks for it."""
         template = self.template
-        messages = masking.repaired(template, record.messages or [])
+        messages = repaired(template, record.messages or [])
         whole = template.text(messages, record.tools)
         only_last = self.section.train_on == "last"
-        found, left = asked_turns(template, messages, record.tools, self._trained(record), only_last)
-        if not found:
-            return _Sheet(record, dropped="no supervised token", kinds=left)
-        return _Sheet(record, whole=whole, kinds=left, waiting=found, conversation=True)
+        asked, left_out = asked_turns(template, messages, record.tools, self._trained(record), only_last)
+        if not asked:
+            return _Sheet(record, dropped="no supervised token", kinds=left_out)
+        return _Sheet(record, whole=whole, kinds=left_out, waiting=asked, conversation=True)
+
+    # Examples of one text.
+
+    def _of_one_text(self, sheets: list[_Sheet]) -> dict[int, Example]:
+        """The number of a sheet that is one text -> its example: a plain text, or a conversation rendered once."""
+        plain: list[int] = []
+        conversations: list[int] = []
+        for number, sheet in enumerate(sheets):
+            if sheet.dropped or sheet.conversation:
+                continue
+            if sheet.spans is None:
+                plain.append(number)
+            else:
+                conversations.append(number)
+        of_conversations = tokenized_turns(
+            self.tokenizer,
+            [sheets[number].whole for number in conversations],
+            [sheets[number].spans or [] for number in conversations],
+        )
+        of_plain = tokenized_texts(self.template, [sheets[number].whole for number in plain])
+        return dict(zip([*conversations, *plain], [*of_conversations, *of_plain], strict=True))
 
     # Examples of turns.
 
@@ -184,62 +217,39 @@ class Renderer:
         """Put every waiting turn into an example, tokenizing all sheets' texts together. A turn whose prompt has other
         tokens inside a longer text than by itself waits for the next round.
         """
-        sheets = [sheet for sheet in sheets if sheet.waiting]
-        while sheets:
-            drafts = [(sheet, draft) for sheet in sheets for draft in self._drafts(sheet)]
-            found = self._place_last([draft for _, draft in drafts])
-            for (sheet, draft), tokens in zip(drafts, found, strict=True):
-                self._place_earlier(draft, tokens)
+        unsettled = [sheet for sheet in sheets if sheet.waiting]
+        while unsettled:
+            owners: list[_Sheet] = []  # of each draft
+            drafts: list[Draft] = []
+            for sheet in unsettled:
+                for draft in self._next_drafts(sheet):
+                    owners.append(sheet)
+                    drafts.append(draft)
+            found = place_last_turns(self.borders, drafts)
+            for sheet, draft, tokens in zip(owners, drafts, found, strict=True):
+                place_earlier_turns(self.borders, draft, tokens)
                 settled = {turn.index for turn in draft.turns}
                 sheet.waiting = [turn for turn in sheet.waiting if turn.index not in settled]
                 sheet.drafts.append(draft)
                 sheet.longest = sheet.longest or tokens
-            sheets = [sheet for sheet in sheets if sheet.waiting]
+            unsettled = [sheet for sheet in unsettled if sheet.waiting]
 
-    def _place_last(self, drafts: list[_Draft]) -> list[Tokens]:
-        """Tokenize some drafts and place the last turn of each; return the tokens that hold the turns before it. Where
-        one would straddle the end of the last prompt, prompt and target are tokenized apart.
-        """
-        found = self.borders.tokens([draft.text for draft in drafts])
-        straddled = []
-        for number, draft in enumerate(drafts):
-            last = draft.turns[-1]
-            at = self.borders.place(found[number], self.borders.cuts(draft.text), len(last.prompt))
-            if at is None:
-                straddled.append(number)
-            else:
-                draft.ids = found[number].ids
-                draft.places[last.index] = (at, found[number].after(len(last.text)))
-        prompts = self.borders.tokens([drafts[number].turns[-1].prompt for number in straddled])
-        for number, prompt in zip(straddled, prompts, strict=True):
-            draft = drafts[number]
-            last = draft.turns[-1]
-            target = self.borders.apart(last.target)
-            draft.ids = np.array([*prompt.ids, *target, *self.borders.ids(last.trailing)], np.int32)
-            draft.places[last.index] = (len(prompt.ids), len(prompt.ids) + len(target))
-            draft.apart = True
-            found[number] = prompt
-        return found
-
-    def _drafts(self, sheet: _Sheet) -> list[_Draft]:
-        """The fewest examples that hold the waiting turns, as far as their texts tell.
-
-        Of many and long ones that of the last turn alone comes first: it then tells which prompts are too long.
+    def _next_drafts(self, sheet: _Sheet) -> list[Draft]:
+        """Examples for the waiting turns. Of many and long ones that of the last turn alone comes first: it then tells
+        which prompts are too long.
         """
         if sheet.longest is not None:
-            reached = {turn.index for turn in sheet.waiting if self._reaches_limit(turn.prompt, sheet.longest)}
-            sheet.beyond += [turn for turn in sheet.waiting if turn.index in reached]
-            sheet.waiting = [turn for turn in sheet.waiting if turn.index not in reached]
-        waiting = sorted(sheet.waiting, key=lambda turn: turn.index, reverse=True)
-        drafts: list[_Draft] = []
-        for turn in waiting:
-            shared = next((draft for draft in reversed(drafts) if draft.holds(turn)), None)
-            if shared is None or self.section.expand_turns == "all":
-                drafts.append(_Draft([turn]))
-            else:
-                shared.turns.insert(0, turn)
-        long = sum(len(draft.text) for draft in drafts) > LONG
-        return drafts[:1] if sheet.longest is None and long else drafts
+            still_waiting = []
+            for turn in sheet.waiting:
+                if self._reaches_limit(turn.prompt, sheet.longest):
+                    sheet.beyond.append(turn)
+                else:
+                    still_waiting.append(turn)
+            sheet.waiting = still_waiting
+        drafts = drafts_of(sheet.waiting, each_alone=self.section.expand_turns == "all")
+        if sheet.longest is None and sum(len(draft.text) for draft in drafts) > LONG:
+            return drafts[:1]
+        return drafts
 
     def _reaches_limit(self, prompt: str, longest: Tokens) -> bool:
         """Whether a prompt surely has data.max_tokens tokens: a longer text that begins as it does has so many before a
@@ -247,85 +257,95 @@ class Renderer:
         """
         return longest.before_special(common_prefix(prompt, longest.text)) >= self.section.max_tokens
 
-    def _place_earlier(self, draft: _Draft, found: Tokens) -> None:
-        """Find the turns before a draft's last one among its tokens; those that cannot stay are taken out."""
-        cuts = self.borders.cuts(found.text) if len(draft.turns) > 1 else []
-        for turn in draft.turns[:-1]:
-            at = self.borders.place(found, cuts, len(turn.prompt))
-            if at is not None:
-                draft.places[turn.index] = (at, found.after(len(turn.text)))
-        draft.turns = [turn for turn in draft.turns if turn.index in draft.places]
-
     # Rows.
 
-    def _finished(self, sheet: _Sheet, rendered: Example | None) -> Iterator[Row]:
-        if sheet.dropped:
-            yield Row(sheet.record, dropped=sheet.dropped, kinds=tuple(sheet.kinds))
-        elif rendered is not None:
-            row = Row(sheet.record, text=sheet.whole, damage=sheet.damage)
-            yield self._cut(row, rendered.ids, rendered.mask)
-        else:
-            yield from self._finished_turns(sheet)
-
-    def _finished_turns(self, sheet: _Sheet) -> Iterator[Row]:
+    def _rows_of_turns(self, sheet: _Sheet) -> Iterator[Row]:
+        """The examples of a conversation in the order of their last turns, and the turns that are too long for one."""
         drafts = sorted(sheet.drafts, key=lambda draft: draft.turns[-1].index)
         limit = self.section.max_tokens
-        once, kinds = min(self._once(sheet.whole, drafts), limit), sheet.kinds
-        messages = sheet.record.messages or [] if isinstance(sheet.record, Record) else []
-
-        def number(turn: AskedTurn) -> int:
-            """Which assistant turn of the record it is, counted from 1; 0 for a record's only example."""
-            several = len(drafts) + len(sheet.beyond) > 1
-            return sum(message["role"] == "assistant" for message in messages[: turn.index + 1]) if several else 0
-
+        once = min(self._tokens_once(sheet.whole, drafts), limit)
+        left_out = tuple(sheet.kinds)  # told with the first example
         for draft in drafts:
-            mask = np.zeros(len(draft.ids), np.uint8)
-            for start, end in draft.places.values():
-                mask[start:end] = 1
-            last = draft.turns[-1].index
-            kinds = kinds + [(kind, turn.index) for turn in draft.turns for kind in turn.kinds]
-            kinds += [("apart", last)] * draft.apart
-            kinds += [("cut", index) for index, (_, end) in sorted(draft.places.items()) if end > limit]
-            kept = [turn for turn in draft.turns if draft.places[turn.index][0] < limit]
-            row = Row(
-                sheet.record,
-                part=number(draft.turns[-1]),
-                starts=tuple(start for start, _ in draft.places.values()),
-                ends=tuple((index, end) for index, (_, end) in sorted(draft.places.items())),
-                text=draft.text,
-                damage=tuple(dict.fromkeys(damage for turn in draft.turns for damage in turn.damage)),
-                kinds=tuple(kinds),
-                turns=len(kept or draft.turns),
-                once=once,
-                untrue=self._untrue(sheet.whole, draft, kept),
-            )
-            yield self._cut(row, draft.ids, mask)
-            kinds = []
+            part = _part_of(sheet, draft.turns[-1])
+            row = Row(sheet.record, part=part, kinds=left_out, once=once)
+            yield self._row_of(draft, sheet.whole, row)
+            left_out = ()
+        too_long = NO_TARGET.format(limit)
         for turn in sorted(sheet.beyond, key=lambda turn: turn.index):
-            told = tuple((kind, turn.index) for kind in (*turn.kinds, "cut"))
-            yield Row(sheet.record, dropped=NO_TARGET.format(limit), part=number(turn), kinds=told, turns=1)
+            kinds = [(kind, turn.index) for kind in turn.kinds]
+            kinds.append(("cut", turn.index))
+            part = _part_of(sheet, turn)
+            yield Row(sheet.record, dropped=too_long, part=part, kinds=tuple(kinds), turns=1)
 
-    def _once(self, whole: str, drafts: list[_Draft]) -> int:
+    def _row_of(self, draft: Draft, whole: str, row: Row) -> Row:
+        """A row with what its draft says. whole: the text of the record rendered once."""
+        limit = self.section.max_tokens
+        mask = np.zeros(len(draft.ids), np.uint8)
+        for start, end in draft.places.values():
+            mask[start:end] = 1
+        ends = [(index, end) for index, (_, end) in sorted(draft.places.items())]
+        kinds = [*row.kinds]
+        for turn in draft.turns:
+            kinds += [(kind, turn.index) for kind in turn.kinds]
+        if draft.apart:
+            kinds.append(("apart", draft.turns[-1].index))
+        kinds += [("cut", index) for index, end in ends if end > limit]
+        trained = [turn for turn in draft.turns if draft.places[turn.index][0] < limit]
+        damage = dict.fromkeys(damage for turn in draft.turns for damage in turn.damage)  # each once, in their order
+        made = replace(
+            row,
+            starts=tuple(start for start, _ in draft.places.values()),
+            ends=tuple(ends),
+            text=draft.text,
+            damage=tuple(damage),
+            kinds=tuple(kinds),
+            turns=len(trained or draft.turns),
+            untrue=_otherwise_in(whole, draft, trained),
+        )
+        return self._cut(made, draft.ids, mask)
+
+    def _tokens_once(self, whole: str, drafts: list[Draft]) -> int:
         """How many tokens the record has when it is rendered once."""
         last = drafts[-1]
         if not last.apart and whole.startswith(last.text):
             return len(last.ids) + len(self.borders.ids(whole[len(last.text) :]))
         return len(self.borders.ids(whole))
 
-    def _untrue(self, whole: str, draft: _Draft, turns: list[AskedTurn]) -> int:
-        """How many of some turns of an example stand otherwise in the whole text."""
-        if whole.startswith(draft.text):
-            return int(draft.apart and draft.turns[-1] in turns)
-        return sum(not whole.startswith(turn.text) for turn in turns)
-
     def _cut(self, row: Row, ids: Any, mask: Any) -> Row:
-        """The row with its example, cut at data.max_tokens."""
-        longest = self.section.max_tokens
-        shortened = len(ids) > longest
-        example = Example(ids[:longest], mask[:longest], row.damage)
-        if not example.mask[1:].any():
-            why = NO_TARGET.format(longest) if shortened else "no supervised token"
-            if row.damage and not mask[1:].any():
-                why = "; ".join(damage.text for damage in row.damage)
-            return replace(row, example=None, dropped=why)
-        return replace(row, example=example, shortened=shortened)
+        """The row with its example, cut at data.max_tokens; ids and mask: [T], of the whole example."""
+        limit = self.section.max_tokens
+        shortened = len(ids) > limit
+        example = Example(ids[:limit], mask[:limit], row.damage)
+        if example.mask[1:].any():  # nothing predicts the first token
+            return replace(row, example=example, shortened=shortened)
+        if row.damage and not mask[1:].any():
+            reason = "; ".join(damage.text for damage in row.damage)
+        elif shortened:
+            reason = NO_TARGET.format(limit)
+        else:
+            reason = "no supervised token"
+        return replace(row, example=None, dropped=reason)
+
+
+def _part_of(sheet: _Sheet, turn: AskedTurn) -> int:
+    """Which assistant turn of its record it is, counted from 1; 0 for the record's only example."""
+    if len(sheet.drafts) + len(sheet.beyond) == 1:
+        return 0
+    messages = sheet.record.messages if isinstance(sheet.record, Record) else None
+    number = 0
+    for message in (messages or [])[: turn.index + 1]:
+        number += message["role"] == "assistant"
+    return number
+
+
+def _otherwise_in(whole: str, draft: Draft, turns: list[AskedTurn]) -> int:
+    """How many of some turns of an example stand otherwise in the whole text."""
+    if whole.startswith(draft.text):
+        return int(draft.apart and draft.turns[-1] in turns)
+    return len([turn for turn in turns if not whole.startswith(turn.text)])
+
+
+def by_record(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """All that was made of one record, record by record. rows: as `Renderer.stream` yields them."""
+    for _, parts in groupby(rows, key=lambda row: id(row.record)):
+        yield list(parts)

@@ -17,7 +17,7 @@ class Expansion:
     """What became of conversations whose turns stand behind the prompts that ask for them."""
 
     rows: int = 0  # conversations that give examples
-    examples: int = 0
+    examples: int = 0  # that these give
     turns: int = 0  # that are trained
     tokens: int = 0  # of all examples
     once: int = 0  # tokens of the same conversations, each rendered once
@@ -46,8 +46,13 @@ class Expansion:
         """For people; "" where there are no such conversations."""
         if not self.rows:
             return ""
-        counted = ((self.rows, "conversation"), (self.turns, "turn"), (self.examples, "example"))
-        many = ", ".join(f"{count:,} {what}{'s' * (count != 1)}" for count, what in counted)
+        many = ", ".join(
+            [
+                _counted(self.rows, "conversation"),
+                _counted(self.turns, "turn"),
+                _counted(self.examples, "example"),
+            ]
+        )
         cost = f"{self.tokens:,} tokens, {self.times:.2f} times those of the rows rendered once"
         if not self.untrue:
             return f"{many}: {cost}; data.expand_turns=none would train the same"
@@ -55,31 +60,41 @@ class Expansion:
         return f"{many}: {cost}; data.expand_turns=none would train {share} otherwise than they are asked for"
 
 
+def _counted(count: int, what: str) -> str:
+    """1 turn, 2 turns."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
 @dataclass
 class Kinds:
-    """What is to be told of turns, by kind: how many there are, and the first rows that hold one."""
+    """What is to be told of turns, by kind (a key of asked.KINDS)."""
 
-    counts: dict[str, int] = field(default_factory=dict)
-    rows: dict[str, list[Any]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)  # kind -> how many turns are of it
+    rows: dict[str, list[Any]] = field(default_factory=dict)  # kind -> names of the first rows that hold one
 
     def add(self, parts: Iterable[Row], name: int | str, limit: int | None = None) -> None:
         """Count the turns of one conversation. name: of its row; limit: tokens beyond which turns are cut, where the
         examples are still whole.
         """
         for row in parts:
-            cut = [("cut", index) for index, end in row.ends if limit is not None and end > limit]
-            for kind, _ in [*row.kinds, *cut]:
+            kinds = [kind for kind, _ in row.kinds]
+            if limit is not None:
+                kinds += ["cut" for _, end in row.ends if end > limit]
+            for kind in kinds:
                 self.counts[kind] = self.counts.get(kind, 0) + 1
-                known = self.rows.setdefault(kind, [])
-                if len(known) <= NAMED and name not in known:
-                    known.append(name)
+                names = self.rows.setdefault(kind, [])
+                if len(names) <= NAMED and name not in names:  # one more than is named, to know that there are more
+                    names.append(name)
 
 
 def kind_lines(counts: Mapping[str, int], rows: Mapping[str, list[Any]]) -> list[str]:
     """One line for each kind, the most frequent first."""
     out = []
     for kind, count in sorted(counts.items(), key=lambda item: -item[1]):
-        first = rows.get(kind, [])
-        named = ", ".join(map(str, first[:NAMED])) + ", ..." * (len(first) > NAMED)
-        out.append(f"{count:,} x {KINDS[kind]} (row{'s' * (len(first) > 1)} {named})")
+        names = rows.get(kind, [])
+        named = ", ".join(map(str, names[:NAMED]))
+        if len(names) > NAMED:
+            named += ", ..."
+        word = "rows" if len(names) > 1 else "row"
+        out.append(f"{count:,} x {KINDS[kind]} ({word} {named})")
     return out

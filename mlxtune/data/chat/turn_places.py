@@ -13,14 +13,17 @@ Behind ① stands the turn's tail; its opening is the part before ②, its closi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 from mlxtune.data.chat.conversation import Conversation
 from mlxtune.data.chat.marks import THINKING, thinking_parts
-from mlxtune.data.chat.turns import up_to_end_token
-from mlxtune.data.template.template import MARKS, THINKING_KEYS, Template, TemplateError
+from mlxtune.data.chat.pieces import trimmed_ways
+from mlxtune.data.chat.turn_ends import up_to_end_token
+from mlxtune.data.template.probes import MARKS
+from mlxtune.data.template.template import THINKING_KEYS, Template
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class TurnPlaces(Conversation):
         """Whether the tools, if there are any, are printed."""
         count = len(self.messages)
         marked = self.marked_whole(count)
-        return not (self.tools and marked) or marked != Conversation(self.template, self.messages).marked_whole(count)
+        if not self.tools or not marked:  # where the template refuses marks it is not known
+            return True
+        return marked != Conversation(self.template, self.messages).marked_whole(count)
 
     def groups(self) -> Iterator[tuple[int, int]]:
         """(first, last) message of each assistant turn."""
@@ -62,12 +67,12 @@ class TurnPlaces(Conversation):
     def joins(self, index: int) -> bool:
         """Whether the template prints an answer and the one after it as one turn: no special token stands between."""
         shown = self.marked_whole(index + 2)
-        places = [shown.rfind(mark) for mark in self.marks[index]]
-        following = [place for mark in self.marks[index + 1] if (place := shown.find(mark)) >= 0]
-        if max(places) < 0 or not following or not self.template.stops:
+        end_of_first = max(shown.rfind(mark) for mark in self.marks[index]) + 1
+        starts = [shown.find(mark) for mark in self.marks[index + 1]]
+        starts_of_second = [start for start in starts if start >= 0]
+        if not end_of_first or not starts_of_second or not self.template.stops:
             return False
-        between = shown[max(places) + 1 : min(following)]
-        return not self.template.special.search(between)
+        return not self.template.special.search(shown[end_of_first : min(starts_of_second)])
 
     def marked_tail(self, first: int, last: int) -> Tail | None:
         """The turn's tail where every text is a mark; None where the template refuses marks."""
@@ -89,18 +94,22 @@ class TurnPlaces(Conversation):
     def _tail_of(self, rendered: str, first: int, last: int) -> Tail | None:
         if not rendered:
             return None
-        mine = set("".join(self.marks[first : last + 1]))
-        # A real text may hold private-use characters too; they are none of this conversation's marks.
-        found = [match for match in MARKS.finditer(rendered) if match.group() in self.owner]
-        context = [match for match in found if match.group() not in mine]
+        marks_of_turn = set("".join(self.marks[first : last + 1]))
+        context: list[re.Match[str]] = []
+        of_turn: list[re.Match[str]] = []
+        for match in MARKS.finditer(rendered):
+            if match.group() in marks_of_turn:
+                of_turn.append(match)
+            elif match.group() in self.owners:  # a real text may hold private-use characters that are no marks
+                context.append(match)
         start = context[-1].end() if context else 0
-        own = [match for match in found if match.group() in mine and match.start() >= start]
+        of_turn = [match for match in of_turn if match.start() >= start]
         return Tail(
             after=context[-1].group() if context else "",
             text=rendered[start:],
-            opening=rendered[start : own[0].start()] if own else rendered[start:],
-            closing=rendered[own[-1].end() :] if own else "",
-            marks=frozenset(match.group() for match in own),
+            opening=rendered[start : of_turn[0].start()] if of_turn else rendered[start:],
+            closing=rendered[of_turn[-1].end() :] if of_turn else "",
+            marks=frozenset(match.group() for match in of_turn),
         )
 
     def prove(self, whole: str, rest: str, first: int, last: int) -> None:
@@ -114,20 +123,22 @@ class TurnPlaces(Conversation):
     def _fits(self, rest: str, marked: str, first: int) -> bool:
         """Whether `rest` is the marked text with the turn's own texts in place of their marks, and nothing else: a
         cheap proof, for most turns.
+
+            marked   A<|im_end|>\\n
+            rest     Hello<|im_end|>\\n
         """
         literals, marks = MARKS.split(marked), MARKS.findall(marked)
         at = 0
         for place, mark in enumerate(marks):
-            text = self.text_of(mark) if self.owner[mark][0] >= first else None
+            message, _ = self.owners[mark]
+            text = self.text_of(mark) if message >= first else None
             if text is None or not rest.startswith(literals[place], at):
                 return False
             at += len(literals[place])
-            for shown in (text, text.strip(), text.lstrip(), text.rstrip()):
-                if rest.startswith(shown, at) and rest.startswith(literals[place + 1], at + len(shown)):
-                    at += len(shown)
-                    break
-            else:
+            length = _printed_length(rest, at, text, literals[place + 1])
+            if length is None:
                 return False
+            at += length
         return rest[at:] == literals[-1]
 
     def ending(self, tail: Tail) -> str:
@@ -139,11 +150,7 @@ class TurnPlaces(Conversation):
         for tail in (marked, self._tail_of(self.marked_after(first, last + 1), first, last)):
             if tail is None:
                 continue
-            closing = tail.closing
-            if not tail.marks:  # nothing of the turn is printed: its end token may still be, as the last one
-                ends = list(self.template.special.finditer(rest))
-                stops = [match for match in ends if match.group() in self.template.stops] or ends[:1]
-                closing = rest[stops[-1].start() :] if stops else ""
+            closing = tail.closing if tail.marks else self.from_last_end(rest)
             end = up_to_end_token(self.template, closing, closing)
             behind = closing[end:]
             target = rest.removesuffix(behind)
@@ -151,25 +158,47 @@ class TurnPlaces(Conversation):
                 return target
         raise self.uncertain(first)
 
+    def from_last_end(self, rest: str) -> str:
+        """The closing of a turn of which no text is printed: its end token may still be there, as the last one."""
+        tokens = list(self.template.special.finditer(rest))
+        stops = [match for match in tokens if match.group() in self.template.stops]
+        if stops:
+            return rest[stops[-1].start() :]
+        if tokens:
+            return rest[tokens[0].start() :]
+        return ""
+
     def thought_of(self, index: int) -> str:
         """The thought of a message: under a key of its own, or between tags in its content; "" for none."""
-        message = self.messages[index]
         given = self.given_thought(index)
         if given or self.template.thought.close != "</think>":
             return given
-        parts = thinking_parts(str(message.get("content") or ""))
-        return next((part for part, kind in parts if kind == THINKING), "")
+        for part, kind in thinking_parts(str(self.messages[index].get("content") or "")):
+            if kind == THINKING:
+                return part
+        return ""
 
     def given_thought(self, index: int) -> str:
         """The thought of a message that has a key of its own."""
-        message = self.messages[index]
-        return next((str(message[key]) for key in THINKING_KEYS if message.get(key)), "")
+        for key in THINKING_KEYS:
+            if self.messages[index].get(key):
+                return str(self.messages[index][key])
+        return ""
 
-    def uncertain(self, index: int) -> TemplateError:
-        return TemplateError(f"the chat template prints message {index + 1} so that its place is not certain")
+
+def _printed_length(rest: str, at: int, text: str, follows: str) -> int | None:
+    """How many characters of `rest` at `at` are the text, trimmed or not, with `follows` behind it; None for another
+    text.
+    """
+    for shown in trimmed_ways(text):
+        if rest.startswith(shown, at) and rest.startswith(follows, at + len(shown)):
+            return len(shown)
+    return None
 
 
 def _last_token(template: Template, text: str) -> str:
     """The special token that a text ends with; "" for none."""
     found = list(template.special.finditer(text))
-    return found[-1].group() if found and found[-1].end() == len(text) else ""
+    if found and found[-1].end() == len(text):
+        return found[-1].group()
+    return ""

@@ -1,303 +1,242 @@
 """Where each turn stands in a rendered conversation, found by construction.
 
-The conversation is rendered a second time with every content replaced by a mark, a private-use character that occurs
-nowhere else. The text between marks is the template's own, so walking both renders side by side gives each message's
-exact place; user text takes part as one opaque piece, and nothing it contains can be mistaken for a turn. Where the
-walk does not fit (a template that rewrites a turn), that turn alone is replaced and the two renders are compared.
+The conversation is rendered a second time with every text replaced by a mark, a private-use character that occurs
+nowhere else. The text between marks is the template's own. For example (ChatML; U and A are marks):
 
-Around a turn's content stands template text. The part that the template also prints when it asks the model for its turn
-is prompt; the rest, up to and with the end-of-turn token, is what the model must produce.
+    text      <|im_start|>user\\nhello there<|im_end|>\\n<|im_start|>assistant\\nhi<|im_end|>\\n
+    marked    <|im_start|>user\\nU<|im_end|>\\n<|im_start|>assistant\\nA<|im_end|>\\n
+    pieces    before `<|im_start|>user\\n`                   U  after `<|im_end|>\\n<|im_start|>assistant\\n`
+              before `<|im_end|>\\n<|im_start|>assistant\\n`  A  after `<|im_end|>\\n`
+    request                          `<|im_start|>assistant\\n`  what the template prints to ask: prompt, not learned
+    learned                                                    `hi<|im_end|>`
+
+*The walk* goes through `text` piece by piece: first what the template prints `before`, then the real content, then what
+it prints `after`. This gives each message's exact place; a user's text takes part as one opaque piece, and nothing that
+it contains can be mistaken for a turn.
+
+*What is learned*: around a turn's content stands template text. The part that the template also prints when it asks the
+model for the turn is prompt; the rest, up to and with the end-of-turn token, is what the model must produce.
+
+*A thought* has a mark of its own, and neighbouring marks of one message are one piece (Qwen3):
+
+    text      ...<|im_start|>assistant\\n<think>\\nwhy\\n</think>\\n\\nhi<|im_end|>\\n
+    marked    ...<|im_start|>assistant\\n<think>\\nT\\n</think>\\n\\nA<|im_end|>\\n
+    pieces    before `...<|im_start|>assistant\\n<think>\\n`  T and A  after `<|im_end|>\\n`
+    request   `<|im_start|>assistant\\n`
+    learned   `<think>\\n` before the piece, the piece `why\\n</think>\\n\\nhi`, and `<|im_end|>` behind it
+
+*A tool call*: the template may print quote signs around the mark that the real arguments do not have. See `pieces`.
+
+*A turn that the template rewrites* does not fit the marked rendering. Then that turn alone is replaced by a mark. See
+`single_replacement`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
 from typing import Any
 
+from mlxtune.data.chat import damage, single_replacement
 from mlxtune.data.chat.conversation import Conversation
-from mlxtune.data.chat.marks import CALLS, CONTENT, KEPT, THINKING, kind_of, marks_for, replaced, thinking_parts
-from mlxtune.data.template.template import (
-    ASSISTANT,
-    MARKS,
-    THINKING_KEYS,
-    Messages,
-    Template,
-    TemplateError,
-    common_prefix,
-    common_suffix,
-)
-
-SLACK = 12  # characters around a call's arguments that depend on them: the quotes of a text, say
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Something of a message that the template does not print as it is. kind: system, content, calls, thinking or
-    tools; index: of the message.
-    """
-
-    kind: str
-    index: int
-    text: str
+from mlxtune.data.chat.damage import Damage
+from mlxtune.data.chat.marks import CALLS, CONTENT, KEPT, kind_of, unused_marks, with_marks
+from mlxtune.data.chat.pieces import Piece, cut_at_marks, trimmed_ways
+from mlxtune.data.chat.turn_ends import up_to_end_token
+from mlxtune.data.template.probes import ASSISTANT, MARKS
+from mlxtune.data.template.template import Messages, Template
+from mlxtune.data.template.texts import common_prefix, common_suffix
 
 
 @dataclass
-class Turns:
-    """A rendered conversation. spans: (message index, start, end) of the characters that the model must produce, in the
-    text's order.
-    """
+class LocatedTurns:
+    """A rendered conversation."""
 
-    text: str
+    text: str  # what the template prints
+    # (message index, start, end) of the characters that the model must produce, in the text's order
     spans: list[tuple[int, int, int]] = field(default_factory=list)
-    damage: list[Damage] = field(default_factory=list)
+    damage: list[Damage] = field(default_factory=list)  # what of the messages is not printed
 
 
-@dataclass
-class _Piece:
-    """Neighbouring marks of one message in the marked render, with the template text before and after them."""
-
-    index: int
-    kinds: set[int]
-    before: str
-    after: str = ""
-    quoted: int = 0  # characters at the start of `after` that the real arguments do not have
-    loose: int = 0  # characters at the end of `after` that a call's real arguments may not have
-
-    @property
-    def slack(self) -> int:
-        return SLACK if max(self.kinds) >= CALLS else 0
-
-    def followed(self, text: str, at: int) -> bool:
-        """Whether the template text after the piece stands in `text` at `at`."""
-        return common_prefix(text[at : at + len(self.after)], self.after) >= len(self.after) - self.loose
-
-
-def locate(template: Template, messages: Messages, tools: Any = None) -> Turns:
+def locate(template: Template, messages: Messages, tools: Any = None) -> LocatedTurns:
     """Render a conversation and find its turns. Raises TemplateError when the template refuses it, or when a turn's
     place is not certain.
     """
-    return _Conversation(template, messages, tools).turns()
+    return RenderedConversation(template, messages, tools).located()
 
 
-class _Conversation(Conversation):
+class RenderedConversation(Conversation):
     """A conversation and its text, rendered once."""
 
     def __init__(self, template: Template, messages: Messages, tools: Any) -> None:
         super().__init__(template, messages, tools)
         self.text = self.whole(len(messages))
 
-    def render(self, messages: Messages, prompt: bool = False) -> str:
-        return self.template.attempt(messages, self.tools, prompt)
-
-    def turns(self) -> Turns:
-        out = Turns(self.text)
+    def located(self) -> LocatedTurns:
+        out = LocatedTurns(self.text)
         marked = self.marked_whole(len(self.messages))
-        pieces = self.pieces(marked)
-        out.damage = list(self.lost(pieces)) if marked else []
+        pieces = cut_at_marks(marked, self.owners)
+        if marked:  # else the template refuses marks, and what it drops is not known
+            out.damage += damage.of_pieces(self, self.text, pieces)
         places = self.walk(pieces)
-        assistants = [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
         if not places:
-            out.spans = sorted(((index, *self.apart(index)) for index in assistants), key=lambda span: span[1:])
-            self.prove(out.spans)
+            out.spans = self.replaced_one_by_one()
             return out
         seen: set[int] = set()
-        ends = [0, *(end for _, end in places)]
-        starts = [*(start for start, _ in places[1:]), len(self.text)]
-        for before, (start, end), after, piece in zip(ends, places, starts, pieces, strict=False):
-            if piece.index in assistants:
-                out.damage += _changed(self.messages[piece.index], piece, self.text[start:end])
-                if piece.index not in seen:
-                    start -= self.own_opening(piece.index, self.text[before:start])
-                end += self.own_closing(piece, self.text[end:after])
-                out.spans.append((piece.index, start, end))
-                seen.add(piece.index)
+        for number, (piece, (start, end)) in enumerate(zip(pieces, places, strict=True)):
+            message = self.messages[piece.index]
+            if message["role"] != "assistant":
+                continue
+            out.damage += damage.of_content(message, piece, self.text[start:end])
+            previous_end = places[number - 1][1] if number else 0
+            next_start = places[number + 1][0] if number + 1 < len(places) else len(self.text)
+            learned_start = start
+            if piece.index not in seen:  # behind a message's first piece, all of its text is learned
+                learned_start -= self.learned_before_content(piece.index, self.text[previous_end:start])
+            learned_end = end + self.learned_after_content(piece, self.text[end:next_start])
+            out.spans.append((piece.index, learned_start, learned_end))
+            seen.add(piece.index)
         return out
+
+    # The walk.
+
+    def walk(self, pieces: list[Piece]) -> list[tuple[int, int]]:
+        """[start, end) of each piece in the text, by walking text and marked rendering side by side; none when they
+        part. Puts right what the pieces say of the template text behind them.
+        """
+        places: list[tuple[int, int]] = []
+        at = 0
+        for number, piece in enumerate(pieces):
+            shared = common_prefix(self.text[at : at + len(piece.before)], piece.before)
+            if shared < len(piece.before) - piece.tolerance:
+                return []
+            start = at + shared
+            end = self.end_of(piece, start)
+            if end is None:
+                return []
+            piece.after = piece.after[piece.dropped_quotes :]
+            if number + 1 < len(pieces):
+                pieces[number + 1].before = piece.after
+            if not piece.is_followed(self.text, end):
+                return []
+            places.append((start, end))
+            at = end
+        if places and at + len(pieces[-1].after) == len(self.text):
+            return places
+        return []
+
+    def end_of(self, piece: Piece, start: int) -> int | None:
+        """Where a piece that begins at `start` ends; None where that is not found. Sets its `dropped_quotes`."""
+        message = self.messages[piece.index]
+        if piece.kinds == {CONTENT}:
+            for shown in trimmed_ways(message.get("content") or ""):
+                if self.text.startswith(shown, start) and piece.is_followed(self.text, start + len(shown)):
+                    return start + len(shown)
+        return self.end_by_what_follows(piece, start)
+
+    def end_by_what_follows(self, piece: Piece, start: int) -> int | None:
+        """The same for a piece that is printed in another form, a call's arguments say: when this piece alone is
+        replaced by marks, what follows it stays as it is.
+        """
+        message, marks = self.messages[piece.index], self.marks[piece.index]
+        kinds = {min(kind, CALLS) for kind in piece.kinds}
+        alone = with_marks(message, marks, kinds)
+        single = self.attempt([*self.messages[: piece.index], alone, *self.messages[piece.index + 1 :]])
+        last_mark = max(single.rfind(mark) for mark in marks)
+        if last_mark < 0:
+            return None
+        after = single[last_mark + 1 :]
+        shared = common_suffix(self.text[start:], after)
+        dropped = len(after) - shared
+        if dropped > piece.tolerance:
+            return None
+        piece.dropped_quotes = dropped
+        return len(self.text) - shared
+
+    # Where the walk does not fit.
+
+    def replaced_one_by_one(self) -> list[tuple[int, int, int]]:
+        """The spans of all turns, each of them found by itself. Raises TemplateError when one is not certain."""
+        spans = []
+        for index, message in enumerate(self.messages):
+            if message["role"] == "assistant":
+                spans.append((index, *single_replacement.span_of(self, self.text, index)))
+        spans.sort(key=lambda span: span[1:])
+        self.prove(spans)
+        return spans
 
     def prove(self, spans: list[tuple[int, int, int]]) -> None:
         """Raise TemplateError unless every text of a context message is shown to stand outside the spans: by place, in
         a rendering in which these texts are marks and the turns are as they are.
         """
-        context = [message["role"] != "assistant" for message in self.messages]
-        mixed = zip(context, self.marked, self.messages, strict=True)
-        pieces = self.pieces(self.render([marked if other else real for other, marked, real in mixed]))
-        places = self.walk(pieces)
-        shown = any(message["content"] for other, message in zip(context, self.messages, strict=True) if other)
+        mixed: Messages = []
+        has_context_text = False
+        for message, marked in zip(self.messages, self.marked, strict=True):
+            if message["role"] == "assistant":
+                mixed.append(message)
+            else:
+                mixed.append(marked)
+                has_context_text = has_context_text or bool(message["content"])
+        places = self.walk(cut_at_marks(self.attempt(mixed), self.owners))
         for index, start, end in spans:
-            inside = any(place < end and start < until for place, until in places if place < until)
-            if inside or (shown and not places):
-                raise TemplateError(f"the chat template prints message {index + 1} so that its place is not certain")
+            if has_context_text and not places:
+                raise self.uncertain(index)
+            for context_start, context_end in places:
+                meets = context_start < end and start < context_end
+                if meets and context_start < context_end:
+                    raise self.uncertain(index)
 
-    def pieces(self, marked: str) -> list[_Piece]:
-        """The messages in the order in which the template prints them."""
-        mine = re.compile(f"[{''.join(self.owner)}]")  # a real text may hold other private-use characters
-        parts = mine.split(marked)
-        found = [self.owner[mark] for mark in mine.findall(marked)]
-        out: list[_Piece] = []
-        place = 0
-        for index, group in groupby(found, key=lambda item: item[0]):
-            kinds = [kind for _, kind in group]
-            out.append(_Piece(index, set(kinds), parts[place]))
-            place += len(kinds)
-        for piece, follower in pairwise(out):
-            piece.after, piece.loose = follower.before, follower.slack
-        if out:
-            out[-1].after = parts[-1]
-        return out
+    # What is learned around a content.
 
-    def walk(self, pieces: list[_Piece]) -> list[tuple[int, int]]:
-        """[start, end) of each piece, by walking text and marked render side by side; none when they part."""
-        places: list[tuple[int, int]] = []
-        at = 0
-        for piece, follower in zip(pieces, [*pieces[1:], None], strict=False):
-            shared = common_prefix(self.text[at : at + len(piece.before)], piece.before)
-            if shared < len(piece.before) - piece.slack:
-                return []
-            at += shared
-            end = self.end(piece, at)
-            piece.after = piece.after[piece.quoted :]
-            if follower is not None:
-                follower.before = piece.after
-            if end is None or not piece.followed(self.text, end):
-                return []
-            places.append((at, end))
-            at = end
-        return places if places and at + len(pieces[-1].after) == len(self.text) else []
-
-    def end(self, piece: _Piece, at: int) -> int | None:
-        """Where a piece that begins at `at` ends."""
-        message, marks = self.messages[piece.index], self.marks[piece.index]
-        if piece.kinds == {CONTENT}:
-            content = message.get("content") or ""
-            for shown in (content, content.strip(), content.lstrip(), content.rstrip()):
-                if self.text.startswith(shown, at) and piece.followed(self.text, at + len(shown)):
-                    return at + len(shown)
-        # Printed in another form: when this piece alone is replaced, what follows it stays as it is.
-        kinds = {min(kind, CALLS) for kind in piece.kinds}
-        alone = replaced(message, marks, kinds)
-        marked = self.render([*self.messages[: piece.index], alone, *self.messages[piece.index + 1 :]])
-        last = max(marked.rfind(mark) for mark in marks)
-        after = marked[last + 1 :]
-        shared = common_suffix(self.text[at:], after)
-        if last < 0 or shared < len(after) - piece.slack:
-            return None
-        piece.quoted = len(after) - shared
-        return len(self.text) - shared
-
-    def apart(self, index: int) -> tuple[int, int]:
-        """A turn's span when the walk fails, by comparison with the same conversation whose turn is but a mark: the
-        whole one, or the one up to that turn where what comes later leaves it as it is.
-        """
-        template, before_turn, after_turn = self.template, self.messages[:index], self.messages[index + 1 :]
-        mark = self.marks[0][CONTENT]
-        plain = {"role": "assistant", "content": mark}
-        asked = self.render(before_turn, prompt=True) if template.request else ""
-        earlier = self.render(before_turn)
-        follower = str(after_turn[0].get("content") or "").strip() if after_turn else ""
-        for later in (after_turn, []):
-            shown = self.text if later else template.text(self.messages[: index + 1], self.tools)
-            before, found, after = self.render([*before_turn, plain, *later]).partition(mark)
-            known = common_prefix(shown, earlier)
-            start = header = template.shared_start(shown, before)
-            if asked and shown.startswith(asked):
-                start = len(asked)
-            elif template.request and (place := shown.find(template.request, known, header)) >= 0:
-                start = place + len(template.request)
-            end = len(shown) - common_suffix(shown[start:], after)
-            kept = not later or follower in shown[end:]
-            if found and start >= known and kept and self.text.startswith(shown[:end]):
-                # What the template prints between the mark and the content of the next message.
-                next_marked = [
-                    replaced(message, own) for message, own in zip(later, marks_for(mark, later), strict=True)
-                ]
-                closing = MARKS.split(self.render([*before_turn, plain, *next_marked]).partition(mark)[2])[0]
-                if not shown.startswith(closing, end):
-                    closing = ""
-                return start, end + up_to_end_token(template, closing, closing if not later else "")
-        raise TemplateError(f"the chat template prints message {index + 1} so that its place is not certain")
-
-    def own_opening(self, index: int, opening: str) -> int:
+    def learned_before_content(self, index: int, opening: str) -> int:
         """How many characters before a turn's content the model must produce itself.
 
         opening: the template text between the message before and the content. What the template prints when it asks
         for this turn is prompt.
         """
-        key = (self.messages[index - 1]["role"] if index else "", opening)
-        if key not in self.template.starts:
-            self.template.starts[key] = self.prompt_length(self.marked[:index], opening)
-        return len(opening) - self.template.starts[key]
+        role_before = self.messages[index - 1]["role"] if index else ""
+        key = (role_before, opening)
+        known = self.template.prompt_lengths
+        if key not in known:
+            known[key] = self.prompt_length(self.marked[:index], opening)
+        return len(opening) - known[key]
 
-    def prompt_length(self, marked: Messages, opening: str) -> int:
-        """How many characters of `opening` the template prints when it asks for a turn after the marked messages."""
-        silent, asked = (MARKS.split(self.render(marked, prompt))[-1] for prompt in (False, True))
+    def prompt_length(self, earlier: Messages, opening: str) -> int:
+        """How many characters of `opening` the template prints when it asks for a turn.
+
+        earlier: the messages before the turn, with marks.
+        """
+        silent = MARKS.split(self.attempt(earlier))[-1]  # what is printed behind their last text
+        asked = MARKS.split(self.attempt(earlier, prompt=True))[-1]
         if silent == asked:
-            # It prints nothing to ask with: a plain turn's opening is the prompt.
-            marks = marks_for(ASSISTANT, marked)
-            before = [replaced(message, own) for message, own in zip(marked, marks, strict=True)]
-            plain = self.render([*before, {"role": "assistant", "content": ASSISTANT}])
-            header = MARKS.split(plain.partition(ASSISTANT)[0])[-1] if ASSISTANT in plain else opening
-            return common_prefix(header, opening)
-        shared = self.template.shared_start(asked, opening)
+            return self.header_length(earlier, opening)
         request = asked[common_prefix(silent, asked) :]
+        shared = self.template.shared_start(asked, opening)
         if shared < len(asked) and request in opening:
             return opening.rindex(request) + len(request)  # the turn before ends otherwise when another follows it
         return shared
 
-    def own_closing(self, piece: _Piece, closing: str) -> int:
+    def header_length(self, earlier: Messages, opening: str) -> int:
+        """The same for a template that prints nothing to ask with: all that stands before a plain turn's content."""
+        marks = unused_marks(ASSISTANT, earlier)
+        before = [with_marks(message, own) for message, own in zip(earlier, marks, strict=True)]
+        plain = self.attempt([*before, {"role": "assistant", "content": ASSISTANT}])
+        if ASSISTANT not in plain:
+            return len(opening)
+        header = MARKS.split(plain.partition(ASSISTANT)[0])[-1]
+        return common_prefix(header, opening)
+
+    def learned_after_content(self, piece: Piece, closing: str) -> int:
         """How many characters after a piece the model must produce.
 
         closing: the template text up to the next piece.
         """
         if any(stop in closing for stop in self.template.stops):
             return up_to_end_token(self.template, closing, "")
+        # Another token may end this turn, a tool call's say: it is what stands behind the message when it is the last.
         kinds = {min(kind, CALLS) for kind in piece.kinds}
-        alone = {key: value for key, value in self.marked[piece.index].items() if key in KEPT or kind_of(key) in kinds}
-        own = MARKS.split(self.render([*self.marked[: piece.index], {"content": "", **alone}]))[-1]
-        return up_to_end_token(self.template, closing, own[piece.quoted :])
-
-    def lost(self, pieces: list[_Piece]) -> Iterator[Damage]:
-        """What the marked render does not show."""
-        shown: dict[int, set[int]] = {}
-        for piece in pieces:
-            shown.setdefault(piece.index, set()).update(piece.kinds)
-        if self.tools and self.text == self.template.attempt(self.messages):
-            yield Damage("tools", 0, "the template does not print the tools")
-        for index, message in enumerate(self.messages):
-            kinds, name = shown.get(index, set()), f"message {index + 1}"
-            content = message.get("content") or ""
-            if content and not kinds & ({CONTENT, THINKING} if "</think>" in content else {CONTENT}):
-                kind = "system" if message["role"] in ("system", "developer") else "content"
-                yield Damage(kind, index, f"the template drops the text of {name} ({message['role']})")
-            calls = len(message.get("tool_calls") or ())
-            lost = calls - sum(kind >= CALLS for kind in kinds)
-            if lost:
-                which = "the tool calls" if lost == calls else f"{lost} of {calls} tool calls"
-                yield Damage("calls", index, f"the template drops {which} of {name}")
-            if any(message.get(key) for key in THINKING_KEYS) and THINKING not in kinds:
-                yield Damage("thinking", index, f"the template drops the thinking of {name}")
-
-
-def up_to_end_token(template: Template, closing: str, own: str) -> int:
-    """Length of `closing` up to and with the end-of-turn token. Where another token ends the turn (a tool call's, say):
-    of what the template prints before anything follows, `own`.
-    """
-    for match in template.special.finditer(closing):
-        if match.group() in template.stops:
-            return match.end()
-    shared = closing[: common_prefix(closing, own)]
-    whole = [match.end() for match in template.special.finditer(shared)]
-    end = len(own.rstrip()) if shared == own else max(whole, default=0)
-    header = template.special.match(closing, end) if template.stops_at_headers else None
-    return header.end() if header and not template.request.startswith(header.group()) else end
-
-
-def _changed(message: dict[str, Any], piece: _Piece, shown: str) -> Iterator[Damage]:
-    """Thinking, and text around it, inside a content of which not all is shown."""
-    content = str(message.get("content"))
-    if "</think>" in content and piece.kinds & {CONTENT, THINKING}:
-        for part, kind in thinking_parts(content):
-            if kind is not None and part not in shown:
-                what, name = ("thinking", "thinking") if kind == THINKING else ("content", "some text")
-                yield Damage(what, piece.index, f"the template strips {name} of message {piece.index + 1}")
+        alone: dict[str, Any] = {"content": ""}
+        for key, value in self.marked[piece.index].items():
+            if key in KEPT or kind_of(key) in kinds:
+                alone[key] = value
+        closing_alone = MARKS.split(self.attempt([*self.marked[: piece.index], alone]))[-1]
+        return up_to_end_token(self.template, closing, closing_alone[piece.dropped_quotes :])

@@ -2,18 +2,23 @@
 
 Every row is used once per epoch, the tail too. Rows wait in buckets of similar length until a batch is full, so an
 epoch has few shapes (one per bucket, and tails) and its order decides which rows meet: membership changes each epoch.
+For batches of two rows, widths 10 and 30, and an epoch's order a b c d e of rows of 4, 30, 9, 10 and 8 tokens:
+
+    bucket 10    a c | d e        two full batches
+    bucket 30    b                the tail; what is left of a narrower bucket would have come first
+    steps        a c, b, d e      by the average place of their rows in the order: 1, 1, 3.5 (from 0)
+
 Rejected: sorting by jittered length, which pads more for the same mixing and gives every batch a shape of its own.
 
 Rows are what a person counts, examples what a model is shown: a row may give several, one after the other. A plan
 deals in rows; the examples of a batch of rows meet in one optimizer step, in as many micro-batches as they need.
 
-Legend: B examples of a batch, T tokens, W width that a bucket is padded to, N examples, R rows.
+Legend: B examples of a batch, T tokens, N examples, R rows.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,25 +26,25 @@ import numpy as np
 
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.beginnings import MIN_GROUP_TOKENS, common, groups
+from mlxtune.data.dataset.measured import first_examples, measured
+from mlxtune.data.dataset.widths import widths
 
 DEFAULT_ROWS = 4
 EVALUATION_TOKENS = 4096  # of a batch of an evaluation, padded, at most
 DEFAULT_EPOCHS = 1.0
 PAD = 0  # any id: causal attention keeps padding on the right out of every supervised position
 MAX_BUCKETS = 24
-MIN_GROUP_TOKENS = 32  # a beginning that only some rows share is worth a batch of their own from here on
 
 
 @dataclass(frozen=True)
 class Batch:
-    """rows: [B] index of each example in its split (not of its row in the file); ids: [B, T] int32, padded on the
-    right; lengths: [B]; mask: [B, T] uint8, 1 where the token is a target.
-    """
+    """Some examples, computed together."""
 
-    rows: np.ndarray
-    ids: np.ndarray
-    lengths: np.ndarray
-    mask: np.ndarray
+    rows: np.ndarray  # [B] index of each example in its split (not of its row in the file)
+    ids: np.ndarray  # [B, T] int32, padded on the right
+    lengths: np.ndarray  # [B] tokens that are not padding
+    mask: np.ndarray  # [B, T] uint8: 1 where the token is a target
 
     @property
     def targets(self) -> int:
@@ -56,15 +61,15 @@ class Batch:
         return Batch(self.rows[rows], self.ids[rows], self.lengths[rows], self.mask[rows])
 
     def supervised(self) -> tuple[np.ndarray, np.ndarray]:
-        """(positions, target ids), [N] each: flat positions in a [B, T-1] hidden state that predict a supervised
-        token.
+        """(positions, target ids), [supervised tokens] each: flat positions in a [B, T-1] hidden state that predict a
+        supervised token.
         """
         flat = np.flatnonzero(self.mask[:, 1:])
         return flat.astype(np.int32), self.ids[:, 1:].reshape(-1)[flat]
 
 
 def collate(examples: Sequence[Example], rows: Sequence[int], width: int = 0) -> Batch:
-    """Pad the chosen examples to the longest of them, or to `width` where that is more."""
+    """Pad the chosen examples to the longest of them, or to `width` where that is more. rows: their indices."""
     chosen = [examples[row] for row in rows]
     lengths = np.array([len(example.ids) for example in chosen])
     ids = np.full((len(rows), max(width, int(lengths.max()))), PAD, np.int32)
@@ -77,93 +82,37 @@ def collate(examples: Sequence[Example], rows: Sequence[int], width: int = 0) ->
 
 def lengths_of(examples: Sequence[Example]) -> np.ndarray:
     """[N] tokens of each example."""
-    known = getattr(examples, "lengths", None)
-    return np.array([len(example.ids) for example in examples]) if known is None else known
+    return measured(examples).lengths
 
 
-def targets_of(examples: Sequence[Example]) -> np.ndarray:
-    """[N] supervised tokens of each example."""
-    column = getattr(examples, "column", None)
-    return np.array([np.sum(example.mask[1:]) for example in examples]) if column is None else column("targets")
-
-
-def row_of(examples: Sequence[Example]) -> np.ndarray:
-    """[N] the row that each example is of, counted from 0; examples that know of no rows are one row each."""
-    known = getattr(examples, "row_of", None)
-    return np.arange(len(examples)) if known is None else known
-
-
-def firsts(rows: np.ndarray) -> np.ndarray:
-    """[R] the first example of each row. rows: [N] the row of each example, going up without a gap."""
-    return np.flatnonzero(np.diff(rows, prepend=-1))
+def in_order(examples: Sequence[Example], tokens: int = EVALUATION_TOKENS) -> list[Batch]:
+    """Every example once, shortest first, in batches of at most `tokens` padded tokens: for evaluation."""
+    lengths = lengths_of(examples)
+    order = np.argsort(lengths, kind="stable").tolist()
+    return [collate(examples, rows) for rows in fill(order, lengths, None, tokens)]
 
 
 def fill(order: Sequence[int], lengths: Any, most: int | None, tokens: int | None) -> list[list[int]]:
-    """Cut an order of examples into batches of `most` of them, or of at most `tokens` padded tokens (at least one)."""
-    out: list[list[int]] = []
-    longest = 0
-    for example in order:
-        longest = max(longest, lengths[example])
-        full = bool(out) and (len(out[-1]) == most if tokens is None else (len(out[-1]) + 1) * longest > tokens)
-        if not out or full:
-            out.append([])
-            longest = lengths[example]
-        out[-1].append(example)
-    return out
+    """Cut an order of examples into batches of `most` of them, or of at most `tokens` padded tokens (at least one).
 
-
-def widths(lengths: Any, count: int) -> list[int]:
-    """At most `count` widths, ascending, that pad the given lengths least (dynamic programming over distinct ones)."""
-    distinct, rows = np.unique(lengths, return_counts=True)
-    if len(distinct) > 512:  # fine enough, and quadratic below
-        distinct = np.unique(np.quantile(lengths, np.linspace(0, 1, 513), method="higher"))
-        rows = np.bincount(np.searchsorted(distinct, lengths), minlength=len(distinct))
-    upto = np.concatenate([[0], np.cumsum(rows)])
-    # Padded tokens when the lengths i .. j share width j; below, the least when j is the last of k widths.
-    cost = np.where(np.tri(len(distinct), dtype=bool).T, (upto[None, 1:] - upto[:-1, None]) * distinct[None], np.inf)
-    least, cuts = cost[0], []
-    for _ in range(min(count, len(distinct)) - 1):
-        through = np.concatenate([[np.inf], least[:-1]])[:, None] + cost
-        cuts.append(through.argmin(axis=0))
-        least = through.min(axis=0)
-    out, at = [], len(distinct) - 1
-    for cut in reversed(cuts):
-        out.append(int(distinct[at]))
-        at = int(cut[at]) - 1
-    return sorted([*out, int(distinct[at])])
-
-
-def common(a: Any, b: Any) -> int:
-    """How many tokens two rows begin with together."""
-    shared = min(len(a), len(b))
-    differ = np.flatnonzero(np.asarray(a[:shared]) != np.asarray(b[:shared]))
-    return int(differ[0]) if len(differ) else shared
-
-
-def first_target(example: Example) -> int:
-    """The position of a row's first supervised token that something predicts."""
-    return int(np.flatnonzero(example.mask[1:])[0]) + 1
-
-
-def groups(examples: Sequence[Example], least: int, among: Iterable[int] | None = None) -> list[list[int]]:
-    """Sets of two and more examples that share their first `least` tokens, all before their first target.
-
-    among: the examples to look at, else all.
+    order: indices of examples; lengths: [N].
     """
-    found: dict[bytes, list[int]] = {}
-    for index in range(len(examples)) if among is None else among:
-        example = examples[index]
-        if first_target(example) > least:
-            beginning = np.asarray(example.ids[:least], np.int32).tobytes()
-            found.setdefault(hashlib.blake2b(beginning, digest_size=16).digest(), []).append(index)
-    return [group for group in found.values() if len(group) > 1]
-
-
-def epoch_order(examples: Sequence[Example], rows: int, draw: np.random.Generator) -> list[int]:
-    """The order in which an epoch takes its rows: as the examples have it (a mixture, a curriculum), else any."""
-    own = getattr(examples, "epoch", None)
-    order: list[int] = (draw.permutation(rows) if own is None else own(draw)).tolist()
-    return order
+    batches: list[list[int]] = []
+    longest = 0  # of the last batch
+    for example in order:
+        widened = max(longest, lengths[example])
+        if not batches:
+            is_full = True
+        elif tokens is None:
+            is_full = len(batches[-1]) == most
+        else:
+            is_full = (len(batches[-1]) + 1) * widened > tokens
+        if is_full:
+            batches.append([])
+            widened = lengths[example]
+        longest = widened
+        batches[-1].append(example)
+    return batches
 
 
 class Plan:
@@ -176,34 +125,22 @@ class Plan:
     """
 
     def __init__(self, examples: Sequence[Example], section: TrainSection, grouped: bool = False) -> None:
-        self.examples = examples
+        self.examples = measured(examples)
         self.section = section
-        self._size = section.batch_rows or (None if section.batch_tokens else DEFAULT_ROWS)
-        self._tokens = section.batch_tokens or 0
-        lengths = lengths_of(examples)
-        usual = self._size or max(1, self._tokens * len(examples) // int(np.sum(lengths)))
+        self._size = section.batch_rows or (None if section.batch_tokens else DEFAULT_ROWS)  # rows of a batch
+        self._tokens = section.batch_tokens or 0  # padded tokens of a batch, where its rows are not counted
+        lengths = self.examples.lengths
+        usual = self._size or max(1, self._tokens * len(examples) // int(np.sum(lengths)))  # rows of a usual batch
         self.widths = widths(lengths, min(MAX_BUCKETS, max(1, len(examples) // usual)))
         self._measure(lengths)
-        self._groups: list[list[int]] = []
-        if grouped:
-            start = min((common(examples[0].ids, example.ids) for example in examples), default=0)
-            alike = groups(examples, start + MIN_GROUP_TOKENS, self._first[:-1].tolist())
-            self._groups = [np.searchsorted(self._first, group).tolist() for group in alike]
+        self._groups = self._alike() if grouped else []  # rows that share a beginning
         self._epochs: list[list[list[list[int]]]] = []  # epoch -> step -> batch -> row
         self._starts = [0]  # first step (0-based) of each planned epoch
-        if section.steps is not None:
-            self.steps = section.steps
-        else:
-            whole, part = divmod(section.epochs or DEFAULT_EPOCHS, 1)
-            while len(self._epochs) < int(whole) + (part > 0):
-                self._plan_epoch()
-            self.steps = self._starts[int(whole)]
-            if part:
-                self.steps += max(1, round(part * len(self._epochs[int(whole)])))
+        self.steps = self._all_steps()
 
-    def _measure(self, lengths: Any) -> None:
+    def _measure(self, lengths: np.ndarray) -> None:
         """What is known of each row and example before any epoch. lengths: [N]."""
-        starts = firsts(row_of(self.examples))
+        starts = first_examples(self.examples.row_of)
         bucket = np.searchsorted(self.widths, lengths)
         padded = np.asarray(self.widths)[bucket]
         longest = np.maximum.reduceat(padded, starts)
@@ -214,42 +151,86 @@ class Plan:
         self._padded = padded  # [N]
         self._others = (np.add.reduceat(padded, starts) - longest).tolist()  # [R] padded tokens beside the longest
 
+    def _alike(self) -> list[list[int]]:
+        """Groups of rows whose first examples share a beginning that is longer than the one that all have."""
+        of_all = min((common(self.examples[0].ids, example.ids) for example in self.examples), default=0)
+        found = groups(self.examples, of_all + MIN_GROUP_TOKENS, self._first[:-1].tolist())
+        return [np.searchsorted(self._first, group).tolist() for group in found]
+
+    def _all_steps(self) -> int:
+        """The steps of the run: as many as are asked for, or those of its epochs, of which the last may be a part."""
+        if self.section.steps is not None:
+            return self.section.steps
+        whole, part = divmod(self.section.epochs or DEFAULT_EPOCHS, 1)
+        while len(self._epochs) < int(whole) + (part > 0):
+            self._plan_epoch()
+        steps = self._starts[int(whole)]
+        if part:
+            steps += max(1, round(part * len(self._epochs[int(whole)])))
+        return steps
+
+    # What meets in an epoch.
+
     def _plan_epoch(self) -> None:
         draw = np.random.default_rng([self.section.seed, len(self._epochs)])
-        batches = self._batches(epoch_order(self.examples, self.rows, draw))
+        batches = self._batches(self.examples.epoch(draw).tolist())
         size = self.section.accumulate
         steps = [batches[start : start + size] for start in range(0, len(batches), size)]
         self._epochs.append(steps)
         self._starts.append(self._starts[-1] + len(steps))
 
     def _batches(self, order: list[int]) -> list[list[int]]:
-        """Full batches of rows of each group and bucket; what is left of a bucket goes to the next wider one. A batch
-        comes where its rows come on average, so the order keeps its meaning.
+        """The batches of rows of an epoch's order: first those of groups, then those of buckets. A batch comes where
+        its rows come on average, so the order keeps its meaning.
         """
         place = np.empty(self.rows)  # of each row in the order; later places win where a row comes twice
         place[order] = np.arange(len(order))
-        batches: list[list[int]] = []
-        group_of = {row: number for number, group in enumerate(self._groups) for row in group}
+        batches, alone = self._of_groups(order)
+        if self._groups:
+            alone.sort(key=place.__getitem__)
+        batches += self._of_buckets(alone)
+        return sorted(batches, key=lambda rows: float(place[rows].mean()))
+
+    def _of_groups(self, order: list[int]) -> tuple[list[list[int]], list[int]]:
+        """(Batches of rows that share a beginning, the rows that are in none)."""
+        group_of: dict[int, int] = {}
+        for number, group in enumerate(self._groups):
+            for row in group:
+                group_of[row] = number
         together: list[list[int]] = [[] for _ in self._groups]
         alone: list[int] = []
         for row in order:  # which may hold a row several times
-            (together[group_of[row]] if row in group_of else alone).append(row)
-        for rows in filter(None, together):
-            for part in self._cut(rows, max(self._lengths[row] for row in rows)):
-                if len(part) > 1:
-                    batches.append(part)
+            if row in group_of:
+                together[group_of[row]].append(row)
+            else:
+                alone.append(row)
+        batches: list[list[int]] = []
+        for rows in together:
+            if not rows:  # an epoch of a mixture may take none of them
+                continue
+            for batch in self._cut(rows, max(self._lengths[row] for row in rows)):
+                if len(batch) > 1:
+                    batches.append(batch)
                 else:
-                    alone += part
+                    alone += batch
+        return batches, alone
+
+    def _of_buckets(self, rows: list[int]) -> list[list[int]]:
+        """Full batches of each bucket; what is left of one goes to the next wider one, and the last is the tail."""
         buckets: list[list[int]] = [[] for _ in self.widths]
-        for row in sorted(alone, key=place.__getitem__) if self._groups else alone:
+        for row in rows:
             buckets[self._bucket[row]].append(row)
+        batches: list[list[int]] = []
         left: list[int] = []
         for width, bucket in zip(self.widths, buckets, strict=True):
-            parts = self._cut([*left, *bucket], width)
-            left = parts.pop() if parts and not self._full(parts[-1], width) else []
-            batches += parts
-        batches += [left] if left else []  # the tail
-        return sorted(batches, key=lambda rows: float(place[rows].mean()))
+            full = self._cut([*left, *bucket], width)
+            left = []
+            if full and not self._full(full[-1], width):
+                left = full.pop()
+            batches += full
+        if left:
+            batches.append(left)
+        return batches
 
     def _cut(self, rows: list[int], width: int) -> list[list[int]]:
         """Batches of as many rows as go into one, whose longest examples are padded to `width`; the last may have room
@@ -257,16 +238,16 @@ class Plan:
         """
         if self._size:
             return [rows[start : start + self._size] for start in range(0, len(rows), self._size)]
-        out: list[list[int]] = []
-        room = 0
+        batches: list[list[int]] = []
+        room = 0  # padded tokens that the last batch can still take
         for row in rows:
             needed = width + self._others[row]
-            if not out or needed > room:
-                out.append([])
+            if not batches or needed > room:
+                batches.append([])
                 room = self._tokens
-            out[-1].append(row)
+            batches[-1].append(row)
             room -= needed
-        return out
+        return batches
 
     def _full(self, rows: list[int], width: int) -> bool:
         """Whether not even one more example of this width goes into a batch of rows."""
@@ -282,6 +263,16 @@ class Plan:
         examples.sort(key=self._padded.__getitem__)
         return fill(examples, self._padded, self._size, self.section.batch_tokens)
 
+    # What a run asks.
+
+    def step(self, number: int) -> list[Batch]:
+        """The micro-batches of optimizer step `number`, counted from 1."""
+        batches = []
+        for rows in self._of_step(number):
+            for examples in self._micro_batches(rows):
+                batches.append(collate(self.examples, examples, self._width(examples)))
+        return batches
+
     def rows_of_step(self, number: int) -> list[int]:
         """The rows of optimizer step `number`, counted from 1."""
         return [row for rows in self._of_step(number) for row in rows]
@@ -289,23 +280,23 @@ class Plan:
     @property
     def rows_per_batch(self) -> float:
         """How many rows a step takes for each of its `accumulate` batches, on average of the first epoch."""
-        if not self._epochs:
-            self._plan_epoch()
-        sizes = [len(rows) for step in self._epochs[0] for rows in step]
+        sizes = [len(rows) for rows in self._first_epoch()]
         return sum(sizes) / len(sizes)
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """(examples, width, targets) of every micro-batch of the first epoch."""
+        targets = self.examples.targets
+        shapes = []
+        for rows in self._first_epoch():
+            for examples in self._micro_batches(rows):
+                shapes.append((len(examples), self._width(examples), int(targets[examples].sum())))
+        return shapes
+
+    def _first_epoch(self) -> list[list[int]]:
+        """Its batches of rows."""
         if not self._epochs:
             self._plan_epoch()
-        targets = targets_of(self.examples)
-        batches = [part for step in self._epochs[0] for rows in step for part in self._micro_batches(rows)]
-        return [(len(part), self._width(part), int(targets[part].sum())) for part in batches]
-
-    def step(self, number: int) -> list[Batch]:
-        """The micro-batches of optimizer step `number`, counted from 1."""
-        parts = [part for rows in self._of_step(number) for part in self._micro_batches(rows)]
-        return [collate(self.examples, part, self._width(part)) for part in parts]
+        return [rows for step in self._epochs[0] for rows in step]
 
     def _of_step(self, number: int) -> list[list[int]]:
         """The batches of rows of a step."""
@@ -316,10 +307,3 @@ class Plan:
 
     def _width(self, examples: list[int]) -> int:
         return int(self._padded[examples].max())
-
-
-def in_order(examples: Sequence[Example], tokens: int = EVALUATION_TOKENS) -> list[Batch]:
-    """Every example once, shortest first, in batches of at most `tokens` padded tokens: for evaluation."""
-    lengths = lengths_of(examples)
-    order = np.argsort(lengths, kind="stable").tolist()
-    return [collate(examples, rows) for rows in fill(order, lengths, None, tokens)]

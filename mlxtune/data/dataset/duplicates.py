@@ -2,6 +2,13 @@
 
 Near duplicates: MinHash signatures (Broder 1997) of three-word shingles, compared within buckets of a
 locality-sensitive hash (Indyk and Motwani 1998).
+
+    the old man and the sea     shingles: the old man, old man and, man and the, and the sea
+    the old man and the boat    shingles: the old man, old man and, man and the, and the boat
+
+They share 3 of 5 shingles: a similarity of 0.6. Each entry of a signature is the smallest hash of all shingles, by a
+hash function of its own: in two rows of that similarity it is the same with a probability of 0.6. Rows are compared
+only where they agree in all entries of some band, so that not every pair has to be.
 """
 
 from __future__ import annotations
@@ -10,17 +17,17 @@ import hashlib
 import json
 import re
 import zlib
-from typing import Any
 
 import numpy as np
 
 from mlxtune.data.rows.formats import Record
-from mlxtune.splitmix import GOLDEN, scrambled
 
-HASHES = 32
-BAND = 4  # hashes that must all agree for two rows to be compared: 8 bands catch 98% of pairs at similarity 0.8
+HASHES = 32  # entries of a signature
+BAND = 4  # entries that must all agree for two rows to be compared: 8 bands catch 1 - (1 - 0.8**4)**8 = 98% at SIMILAR
 SIMILAR = 0.8  # share of shingles in common from which two rows count as near duplicates
 _WORD = re.compile(r"\w+")
+CHUNK = 1 << 16  # rows that are compared at once: 8 MB of signatures
+# The hash functions, the same for ever: signatures are kept. Each is factor * shingle + shift, its high bits.
 _draw = np.random.default_rng(0)
 _FACTORS = _draw.integers(1, 2**61, HASHES, np.uint64) | np.uint64(1)
 _WEIGHTS = _draw.integers(1, 2**61, 3, np.uint64) | np.uint64(1)
@@ -42,47 +49,46 @@ def words_of(record: Record) -> list[str]:
     """What a row says: not the system prompt, which many rows share, but tool calls and thinking too."""
     texts = [record.text or ""]
     for message in record.messages or []:
-        if message["role"] not in ("system", "developer"):
-            texts += [str(value) for key, value in message.items() if key not in ("role", "instruction", "input")]
+        if message["role"] in ("system", "developer"):
+            continue
+        for key, value in message.items():
+            if key not in ("role", "instruction", "input"):
+                texts.append(str(value))
     return _WORD.findall(" ".join(texts).lower())
 
 
 def signature(words: list[str]) -> np.ndarray:
     """[HASHES] uint32: the share of equal entries in two signatures estimates the share of common shingles."""
-    known = np.fromiter((zlib.crc32(word.encode()) for word in words or [""]), np.uint64)
-    with np.errstate(over="ignore"):
-        if len(known) > 2:
-            known = (known[:-2] * _WEIGHTS[0] + known[1:-1] * _WEIGHTS[1] + known[2:] * _WEIGHTS[2]) >> np.uint64(20)
-        mixed = known[:, None] * _FACTORS + _SHIFTS
-    return (mixed >> np.uint64(32)).min(axis=0).astype(np.uint32)
+    hashes = np.fromiter((zlib.crc32(word.encode()) for word in words or [""]), np.uint64)  # [words]
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
+        shingles = hashes  # of one or two words each is one
+        if len(hashes) > 2:
+            mixed = hashes[:-2] * _WEIGHTS[0] + hashes[1:-1] * _WEIGHTS[1] + hashes[2:] * _WEIGHTS[2]
+            shingles = mixed >> np.uint64(20)  # the low bits of a product depend on low bits alone
+        values = shingles[:, None] * _FACTORS + _SHIFTS  # [shingles, HASHES]
+    return (values >> np.uint64(32)).min(axis=0).astype(np.uint32)
 
 
 def near(signatures: np.ndarray) -> np.ndarray:
-    """[N] the first row that each row is a near duplicate of; itself where there is none. signatures: [N, HASHES]."""
-    count = len(signatures)
-    first = np.arange(count)
+    """[N] the first row that each row is a near duplicate of; itself where there is none. signatures: [N, HASHES].
+
+    A near duplicate of a near duplicate counts: all of them have the same first row.
+    """
+    first = np.arange(len(signatures))
     for start in range(0, HASHES, BAND):
-        band = np.ascontiguousarray(signatures[:, start : start + BAND]).view(np.dtype((np.void, 4 * BAND))).ravel()
-        _, leader, group = np.unique(band, return_index=True, return_inverse=True)
-        other = leader[group]
-        for chunk in range(0, count, 1 << 16):
-            part = slice(chunk, chunk + (1 << 16))
-            alike = (signatures[part] == signatures[other[part]]).mean(axis=1) >= SIMILAR
-            first[part] = np.where(alike, np.minimum(first[part], other[part]), first[part])
+        leader = _first_with_equal_band(signatures[:, start : start + BAND])
+        for begin in range(0, len(signatures), CHUNK):
+            rows = slice(begin, begin + CHUNK)
+            share = (signatures[rows] == signatures[leader[rows]]).mean(axis=1)
+            earlier = np.minimum(first[rows], leader[rows])
+            first[rows] = np.where(share >= SIMILAR, earlier, first[rows])
     while (first != first[first]).any():
         first = first[first]
     return first
 
 
-def seeded(hashes: Any, seed: int) -> np.ndarray:
-    """[N] uint64: a permutation of the hashes that the seed chooses; equal rows stay equal."""
-    return scrambled(np.asarray(hashes, np.uint64) ^ np.uint64((seed + 1) * GOLDEN & 0xFFFFFFFFFFFFFFFF))
-
-
-def threshold(hashes: np.ndarray, fraction: float, seed: int) -> int | None:
-    """The seeded hash up to which rows are held out: a share `fraction` of the distinct rows, at least one and not all.
-    Equal rows stay on one side. None when there are fewer than two distinct rows.
-    """
-    distinct = np.unique(seeded(hashes, seed))
-    count = min(max(1, round(len(distinct) * fraction)), len(distinct) - 1)
-    return int(distinct[count - 1]) if count else None
+def _first_with_equal_band(band: np.ndarray) -> np.ndarray:
+    """[N] the first row whose entries of a band are all equal to those of each row. band: [N, BAND] uint32."""
+    as_bytes = np.ascontiguousarray(band).view(np.dtype((np.void, 4 * BAND))).ravel()
+    _, first, group = np.unique(as_bytes, return_index=True, return_inverse=True)
+    return first[group]

@@ -1,12 +1,22 @@
-"""One source or several -> the examples of each split: tokenized, held out, deduplicated, capped, mixed, counted.
+"""One source or several -> the examples of each split: tokenized, chosen, held out and counted.
 
-All of it chooses among rows and counts rows: the examples of one row stay together, however many they are.
+All of it chooses among rows and counts rows: the examples of one row stay together, however many they are. For two
+sources, chat.jsonl (12 rows, of which 3 are equal to others, data.cap=5) and the folder texts (20 rows in train.jsonl,
+4 in valid.jsonl), in this order:
+
+    tokenized     train has 12 + 20 rows, valid 4      rows that give no example are not among them
+    damaged       out of every split (data.on_damage=drop)
+    duplicates    out of train                         9 + 20
+    caps          out of train                         5 + 20
+    held out      of the 5 rows of chat.jsonl, which has no valid file: one goes from train (4 + 20) to valid (4 + 1)
+
+So no side has what the other one has, and what is held out can be used. Nothing is mixed on disk: the weights of the
+sources decide in which order an epoch takes the rows of train (`Examples.epoch`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +24,20 @@ import numpy as np
 
 from mlxtune.config.schema import DataSection, SourceSection
 from mlxtune.data.chat.renderer import Renderer
-from mlxtune.data.dataset import duplicates, row_cache
+from mlxtune.data.dataset import duplicates, holdout, row_cache
 from mlxtune.data.dataset.examples import Examples
-from mlxtune.data.dataset.row_cache import DAMAGED, Store
-from mlxtune.data.dataset.sources import Source, find, unused_note, with_template
-from mlxtune.data.rows.formats import Record
-from mlxtune.data.rows.readers import Bad, place
-from mlxtune.data.template.choice import use
+from mlxtune.data.dataset.sources import Source, files_by_split, unused_note
+from mlxtune.data.dataset.store import DAMAGED, Store
+from mlxtune.data.dataset.store_writing import Progress
+from mlxtune.data.rows.readers import place
 from mlxtune.errors import UserError
 
 LISTED = 8  # damaged rows that an error message names
-Progress = Callable[[str, int], None]
 
 
 def read(
     section: DataSection,
     tokenizer: Any,
-    folder: Path,
     seed: int,
     progress: Progress = lambda source, rows: None,
     whole: bool = False,
@@ -38,171 +45,171 @@ def read(
 ) -> dict[str, Examples]:
     """The examples of "train", "valid" and, where there is one, "test".
 
-    folder: where the tokenizer is from, for messages; whole: a single file counts whole, as "train", and nothing is
-    held out; local_only: as `sources.find`. Raises UserError for anything that is wrong with the data.
+    tokenizer: with the chat template that is used; whole: a single file counts whole, as "train", and nothing is held
+    out; local_only: as `sources.files_by_split`. Raises UserError for anything that is wrong with the data.
     """
     mixture = section.mixture()
     if section.hub == "stream" and any(source.cap is None for source in mixture):
         raise UserError("data.hub=stream needs data.cap: how many rows to read", "Or set data.hub=download.")
-    if section.template:
-        use(tokenizer, folder, section.template)
-    renderer = Renderer(tokenizer, section)
-    stores: dict[str, list[tuple[Store, int]]] = {}
-    unused: list[str] = []
-    for number, source in enumerate(mixture):
-        by_split = find(source, section.hub == "stream", local_only)
-        unused += [note] if (note := unused_note(source, by_split)) else []
-        for split, files in by_split.items():
-            stores.setdefault(split, []).extend((_stored(one, renderer, folder, progress), number) for one in files)
-    splits = {split: Examples.of([made for made, _ in own], [at for _, at in own]) for split, own in stores.items()}
+    tokenized = _tokenized(section, Renderer(tokenizer, section), progress, local_only)
+    splits = {split: Examples.of(own.stores, own.sources) for split, own in tokenized.splits.items()}
     if section.on_damage == "drop":
-        splits = {split: _undamaged(found) for split, found in splits.items()}
-    # Damaged rows and duplicates go, and caps apply, before rows are held out: no side keeps what the other one has,
-    # and what is held out can be used.
-    train = _thinned(splits["train"], section, mixture, seed)
+        splits = {split: _undamaged(examples) for split, examples in splits.items()}
+    train = _without_duplicates(splits["train"], section)
+    train = _within_caps(train, mixture, seed)
     left_out = train.left_out
-    undivided = set(range(len(mixture))) - {number for _, number in stores.get("valid", [])}
+    undivided = tokenized.undivided(len(mixture))
     if undivided and not whole:
-        held = _held_out(train, sorted(undivided), section, seed)
-        given = [splits["valid"]] if "valid" in splits else []
-        splits["valid"] = _joined([*given, replace(train.only_rows(held), left_out={})])
-        train = train.only_rows(~held)
-    weights = [source.weight or 1.0 for source in mixture] if any(source.weight for source in mixture) else []
-    splits["train"] = replace(train, order=section.order, left_out=left_out, unused=unused)
-    for split, found in splits.items():
-        told = [made.facts["file"] for made in train.stores] if split != "train" else []
-        splits[split] = _checked(split, replace(found, weights=weights, known=frozenset(told)), section)
+        is_held_out = holdout.held_out(train, undivided, section, seed)
+        held_out = replace(train.only_rows(is_held_out), left_out={})
+        splits["valid"] = splits["valid"].followed_by(held_out) if "valid" in splits else held_out
+        train = train.only_rows(~is_held_out)
+    splits["train"] = replace(train, order=section.order, left_out=left_out, unused=tokenized.unused)
+    weights = _weights(mixture)
+    for split, examples in splits.items():
+        files = [store.facts.file for store in train.stores] if split != "train" else []
+        examples = replace(examples, weights=weights, told_elsewhere=frozenset(files))
+        _check(split, examples, section)
+        splits[split] = examples
     return splits
 
 
-def _store_of(source: Source, renderer: Renderer, folder: Path, progress: Progress) -> Store:
-    def rows() -> Iterator[Record | Bad]:
-        return with_template(source.read(), renderer.tokenizer, folder, renderer.section.template)
+@dataclass
+class _Split:
+    """The tokenized files of one split."""
 
-    return row_cache.of(source.name, rows, source.digest(), renderer, progress)
+    stores: list[Store] = field(default_factory=list)  # one for each file
+    sources: list[int] = field(default_factory=list)  # the number of the source that each of them is of
 
 
-def _stored(source: Source, renderer: Renderer, folder: Path, progress: Progress) -> Store:
+@dataclass
+class _Tokenized:
+    """All tokenized files of a mixture."""
+
+    splits: dict[str, _Split] = field(default_factory=dict)  # by name; there is always "train"
+    unused: list[str] = field(default_factory=list)  # notes on files beside the splits that nothing reads
+
+    def undivided(self, sources: int) -> list[int]:
+        """The sources, of so many, that have no validation rows of their own."""
+        divided = self.splits["valid"].sources if "valid" in self.splits else []
+        return [number for number in range(sources) if number not in divided]
+
+
+def _tokenized(section: DataSection, renderer: Renderer, progress: Progress, local_only: str) -> _Tokenized:
+    found = _Tokenized()
+    for number, source in enumerate(section.mixture()):
+        by_split = files_by_split(source, section.hub == "stream", local_only)
+        note = unused_note(source, by_split)
+        if note:
+            found.unused.append(note)
+        for split, files in by_split.items():
+            own = found.splits.setdefault(split, _Split())
+            for file in files:
+                own.stores.append(_store_of(file, renderer, progress))
+                own.sources.append(number)
+    return found
+
+
+def _store_of(file: Source, renderer: Renderer, progress: Progress) -> Store:
     """The examples of one file. Raises UserError when there are none."""
-    made = _store_of(source, renderer, folder, progress)
-    if not len(made):
-        reasons = ", ".join(made.facts["counts"])
-        first = next(iter(made.facts["dropped"].values()))[0]
-        raise UserError(
-            f"{source.name}: none of {made.facts['rows']} rows can be used; {place(source.name, first)}: {reasons}",
-            "`mlxtune data show` prints what the model would see.",
-        )
-    return made
+    store = row_cache.store_of(file, renderer, progress)
+    if len(store):
+        return store
+    facts = store.facts
+    reasons = ", ".join(facts.counts)
+    first = next(iter(facts.dropped.values()))[0]
+    raise UserError(
+        f"{file.name}: none of {facts.rows} rows can be used; {place(file.name, first)}: {reasons}",
+        "`mlxtune data show` prints what the model would see.",
+    )
+
+
+def _weights(mixture: list[SourceSection]) -> list[float]:
+    """The weight of each source, 1 where it has none; none at all where no source has one."""
+    if not any(source.weight for source in mixture):
+        return []
+    return [source.weight or 1.0 for source in mixture]
 
 
 def _undamaged(examples: Examples) -> Examples:
     """Without the rows that the template damages, whole: which turns share an example is no reason to keep one."""
-    damaged = examples.column("flags")[examples.firsts] & DAMAGED > 0
-    if not damaged.any():
-        return examples
-    left_out = {**examples.left_out, "damaged by the chat template": f"{int(damaged.sum())} rows"}
-    return replace(examples.only_rows(~damaged), left_out=left_out)
+    damaged = examples.of_rows("flags") & DAMAGED > 0
+    return _without(examples, damaged, "damaged by the chat template")
 
 
-def _thinned(train: Examples, section: DataSection, mixture: list[SourceSection], seed: int) -> Examples:
-    """Training rows without duplicates and beyond the caps."""
-    left = dict(train.left_out)
-    if section.dedup != "none":
-        hashes = train.column("hash")[train.firsts]
-        kept = np.zeros(train.rows, bool)
-        kept[np.unique(hashes, return_index=True)[1]] = True
-        if section.dedup == "near":
-            parts = [made.signature[_groups(train, number)] for number, made in enumerate(train.stores)]
-            leader = duplicates.near(np.concatenate(parts))
-            kept &= hashes[leader] == hashes
-        if not kept.all():
-            reason = "duplicates" if section.dedup == "exact" else "equal or near duplicates"
-            left[reason] = f"{int((~kept).sum())} rows"
-        train = train.only_rows(kept)
+def _without_duplicates(train: Examples, section: DataSection) -> Examples:
+    """Of equal rows the first stays; with data.dedup=near of nearly equal ones too."""
+    if section.dedup == "none":
+        return train
+    hashes = train.of_rows("hash")
+    is_first = np.zeros(train.rows, bool)
+    is_first[np.unique(hashes, return_index=True)[1]] = True
+    if section.dedup == "exact":
+        return _without(train, ~is_first, "duplicates")
+    signatures = [store.signature[_groups_left(train, number)] for number, store in enumerate(train.stores)]
+    leader = duplicates.near(np.concatenate(signatures))
+    return _without(train, ~(is_first & (hashes[leader] == hashes)), "equal or near duplicates")
+
+
+def _groups_left(examples: Examples, number: int) -> np.ndarray:
+    """[rows] the rows of one store that are among the examples, as the store numbers them."""
+    return np.unique(examples.column("group")[examples.store_of_example == number])
+
+
+def _within_caps(train: Examples, mixture: list[SourceSection], seed: int) -> Examples:
+    """No more rows of a source than its cap: those that the seed chooses, by their content."""
     for number, source in enumerate(mixture):
-        places = np.flatnonzero(train.sources[train.firsts] == number)  # of its rows
-        if source.cap is not None and source.cap < len(places):
-            hashes = train.column("hash")[train.firsts[places]]
-            beyond = places[np.argsort(duplicates.seeded(hashes, seed + 1), kind="stable")[source.cap :]]
-            left[f"beyond the cap of {source.cap} of {Path(source.path).name}"] = f"{len(beyond)} rows"
-            kept = np.ones(train.rows, bool)
-            kept[beyond] = False
-            train = train.only_rows(kept)
-    return replace(train, left_out=left)
+        rows = np.flatnonzero(train.sources[train.firsts] == number)
+        if source.cap is None or len(rows) <= source.cap:
+            continue
+        by_chance = np.argsort(holdout.seeded(train.of_rows("hash")[rows], seed + 1), kind="stable")
+        beyond = np.zeros(train.rows, bool)
+        beyond[rows[by_chance[source.cap :]]] = True
+        train = _without(train, beyond, f"beyond the cap of {source.cap} of {Path(source.path).name}")
+    return train
 
 
-def _groups(examples: Examples, number: int) -> np.ndarray:
-    """The rows of one store that are left, as the store numbers them."""
-    return np.unique(examples.column("group")[examples.which == number])
+def _without(examples: Examples, gone: np.ndarray, reason: str) -> Examples:
+    """The other rows, and why these are not among them. gone: [R] bool."""
+    if not gone.any():
+        return examples
+    left_out = {**examples.left_out, reason: f"{int(gone.sum())} rows"}
+    return replace(examples.only_rows(~gone), left_out=left_out)
 
 
-def _held_out(train: Examples, sources: list[int], section: DataSection, seed: int) -> np.ndarray:
-    """[R] whether a row of the sources, which have no valid file, is held out. One limit for all of them, so that equal
-    rows of two sources are on one side.
+def _check(split: str, examples: Examples, section: DataSection) -> None:
+    """Raise UserError when the template damages some and data.on_damage is error, when none is left, or none of a
+    source that has a weight.
     """
-    own, hashes = np.isin(train.sources[train.firsts], sources), train.column("hash")[train.firsts]
-    limit = duplicates.threshold(hashes[own], section.valid_fraction, seed)
-    if limit is None:
-        stores = [made for made, source in zip(train.stores, train.source, strict=True) if source in sources]
-        reasons = dict.fromkeys(reason for made in stores for reason in made.facts["counts"])
-        lost = "; ".join([f"dropped: {reason}" for reason in reasons] + [f"left out: {why}" for why in train.left_out])
-        raise UserError(
-            f"{stores[0].facts['file']}: fewer than two different rows, too few to hold any out"
-            + (f" ({lost})" if lost else ""),
-            f"{'Mend these rows, add' if lost else 'Add'} rows, or a valid file beside the train file.",
-        )
-    return own & (duplicates.seeded(hashes, seed) <= limit)
-
-
-def hashes_of(source: Source, renderer: Renderer, folder: Path, progress: Progress) -> np.ndarray:
-    """The content hashes of a file's rows among which training holds some out: those that give examples. They are
-    tokenized and kept as for training, for no less tells which they are; of a file that training refuses, all that can
-    be read.
-    """
-    known = [None if isinstance(row, Bad) else duplicates.content_hash(row) for row in source.read()]
-    if None not in known and len(made := _store_of(source, renderer, folder, progress)):
-        return made.columns["hash"]
-    return np.array([value for value in known if value is not None], np.uint64)
-
-
-def _joined(parts: list[Examples]) -> Examples:
-    """Some examples, and then others; what was left out of the first of them."""
-    before = np.cumsum([0, *(len(part.stores) for part in parts)], dtype=np.int32)
-    return Examples(
-        [made for part in parts for made in part.stores],
-        np.concatenate([part.which + start for part, start in zip(parts, before, strict=False)]),
-        np.concatenate([part.where for part in parts]),
-        np.concatenate([part.source for part in parts]),
-        left_out=parts[0].left_out,
-    )
-
-
-def _checked(split: str, examples: Examples, section: DataSection) -> Examples:
-    """The examples of one split as they are. Raises UserError when the template damages some and data.on_damage is
-    error, when none is left, or none of a source that has a weight.
-    """
-    damaged = examples.column("flags") & DAMAGED > 0
-    for number, made in enumerate(examples.stores):
-        facts = made.facts
-        count = len(np.unique(examples.row_of[damaged & (examples.which == number)]))
-        count += 0 if facts["file"] in examples.known else facts["lost"]
-        if count and section.on_damage == "error":
-            listed = "; ".join(f"{where}: {text}" for where, text in facts["damaged"][:LISTED])
-            more = f"; and {count - LISTED} more" if count > LISTED else ""
-            raise UserError(
-                f"{facts['file']}: the chat template damages {count} of {facts['rows']} rows: {listed}{more}",
-                "Mend the rows, or set data.on_damage=drop or keep; `mlxtune data show` prints them.",
-            )
+    if section.on_damage == "error":
+        for number in range(len(examples.stores)):
+            _refuse_damage(examples, number)
     if not len(examples):
-        reasons = {reason for made in examples.stores for reason in (*made.facts["counts"], *examples.left_out)}
+        reasons = {reason for store in examples.stores for reason in (*store.facts.counts, *examples.left_out)}
         raise UserError(
-            f"{examples.stores[0].facts['file']}: no {split} row is left ({', '.join(sorted(reasons))})",
+            f"{examples.stores[0].facts.file}: no {split} row is left ({', '.join(sorted(reasons))})",
             "Mend the rows, or raise data.valid_fraction." if split == "valid" else "Mend the rows.",
         )
-    gone = ~np.isin(examples.source, examples.sources)
-    if examples.weights and split == "train" and gone.any():
+    without_rows = ~np.isin(examples.source_of_store, examples.sources)
+    if examples.weights and split == "train" and without_rows.any():
         raise UserError(
-            f"{examples.stores[int(gone.argmax())].facts['file']}: no row is left to draw with its weight",
+            f"{examples.stores[int(without_rows.argmax())].facts.file}: no row is left to draw with its weight",
             "Mend its rows, or take the source out of data.sources.",
         )
-    return examples
+
+
+def _refuse_damage(examples: Examples, number: int) -> None:
+    """Raise UserError when the template damages rows of one store, those of which no example is left counted once."""
+    facts = examples.stores[number].facts
+    damaged = examples.column("flags") & DAMAGED > 0
+    count = len(np.unique(examples.row_of[damaged & (examples.store_of_example == number)]))
+    if facts.file not in examples.told_elsewhere:
+        count += facts.lost
+    if not count:
+        return
+    listed = "; ".join(f"{where}: {text}" for where, text in facts.damaged[:LISTED])
+    more = f"; and {count - LISTED} more" if count > LISTED else ""
+    raise UserError(
+        f"{facts.file}: the chat template damages {count} of {facts.rows} rows: {listed}{more}",
+        "Mend the rows, or set data.on_damage=drop or keep; `mlxtune data show` prints them.",
+    )

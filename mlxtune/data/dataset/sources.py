@@ -1,22 +1,28 @@
-"""Data paths -> the files of each split, or the splits of a hub dataset, as rows."""
+"""Data paths -> the files of each split, or the splits of a hub dataset, as rows.
+
+A folder with these files, for example:
+
+    train-00000-of-00002.parquet, train-00001-of-00002.parquet    two shards: split "train"
+    validation.jsonl                                              split "valid", as dev and val would be
+    notes.jsonl                                                   beside them: nothing uses it, which is said
+    dataset_info.json                                             about the data, not data
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mlxtune_convert.files import digest
 
 from mlxtune.config.schema import DataSection, SourceSection
-from mlxtune.data.dataset import duplicates
-from mlxtune.data.rows import arrow, formats
+from mlxtune.data.dataset import hub_dataset
+from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
-from mlxtune.data.rows.readers import SUFFIXES, Bad, Rows, kind_of
-from mlxtune.data.template.choice import use
+from mlxtune.data.rows.readers import SUFFIXES, Bad, kind_of
 from mlxtune.errors import UserError
 
 SPLITS = {  # as named by others -> by us
@@ -30,39 +36,37 @@ BATCH = 1024  # rows that are taken out of a hub dataset at once
 
 @dataclass(frozen=True)
 class Source:
-    """One file's rows, or one split of a hub dataset. digest: of its bytes and the names of its columns; "" where they
-    are not at hand. beside: of a folder's or dataset's train rows, the data files or splits there that nothing uses.
-    """
+    """One file's rows, or one split of a hub dataset."""
 
-    name: str
-    read: Callable[[], Iterator[Record | Bad]]
-    digest: Callable[[], str]
-    beside: tuple[str, ...] = ()
+    name: str  # path of the file, or OWNER/NAME:SPLIT
+    read: Callable[[], Iterator[Record | Bad]]  # its rows, from the first one each time
+    digest: Callable[[], str]  # of its bytes and the names of its columns; "" where they are not at hand
+    beside: tuple[str, ...] = ()  # of the first train source: data files or splits beside it that nothing uses
 
 
-def glance(section: DataSection, whole: bool = False, local_only: str = "") -> None:
-    """Raise UserError when a source is missing or its first row has no known format; whole: when any row is bad.
-    local_only: as `find`.
+def require_readable(section: DataSection, all_rows: bool = False, local_only: str = "") -> None:
+    """Raise UserError when a source is missing or its first row has no known format; all_rows: when any row is bad.
+    local_only: as `files_by_split`.
     """
     if not section.path and not section.sources:
         raise UserError("no data given", "Name a folder or file: --data PATH (or data.path in the configuration).")
     for source in section.mixture():
-        for found in chain.from_iterable(find(source, section.hub == "stream", local_only).values()):
-            if whole:
-                bad = [row if isinstance(row, Bad) else None for row in found.read()]
-                formats.require_good([row for row in bad if row], len(bad))
-            else:
-                next(found.read(), None)
+        for files in files_by_split(source, section.hub == "stream", local_only).values():
+            for file in files:
+                if all_rows:
+                    _require_good(file)
+                else:
+                    next(file.read(), None)
 
 
-def with_template(rows: Iterator[Record | Bad], tokenizer: Any, folder: Path, template: str) -> Iterator[Record | Bad]:
-    """The same rows; the template is chosen, or its absence said, when the first conversation comes."""
-    chosen = False
-    for row in rows:
-        if not chosen and (template or (isinstance(row, Record) and row.text is None)):
-            use(tokenizer, folder, template)
-            chosen = True
-        yield row
+def _require_good(file: Source) -> None:
+    """Raise UserError when any of its rows is bad."""
+    bad, count = [], 0
+    for row in file.read():
+        count += 1
+        if isinstance(row, Bad):
+            bad.append(row)
+    formats.require_good(bad, count)
 
 
 def is_hub_id(path: str) -> bool:
@@ -71,7 +75,7 @@ def is_hub_id(path: str) -> bool:
     return path.count("/") == 1 and path[0] not in "./~" and not kind_of(here) and not here.exists()
 
 
-def find(source: SourceSection, stream: bool = False, local_only: str = "") -> dict[str, list[Source]]:
+def files_by_split(source: SourceSection, stream: bool = False, local_only: str = "") -> dict[str, list[Source]]:
     """The files of each split of a folder with train, valid and test files, one file ("train"), or a hub dataset.
 
     stream: read a hub dataset row by row, up to the source's cap; local_only: not "": the hub is not asked, and this is
@@ -87,6 +91,19 @@ def find(source: SourceSection, stream: bool = False, local_only: str = "") -> d
     return {"train": [_of_file(here, source)]}
 
 
+def unused(found: dict[str, list[Source]]) -> tuple[str, ...]:
+    """The data files, or splits of a hub dataset, that stand beside those found and that nothing reads."""
+    return found["train"][0].beside
+
+
+def unused_note(source: SourceSection, found: dict[str, list[Source]]) -> str:
+    """What to tell a person of them; "" when there are none."""
+    names = unused(found)
+    if not names:
+        return ""
+    return f"{source.path}: not used: {', '.join(names)} (read are {', '.join(SPLITS)})"
+
+
 def _of_file(file: Path, source: SourceSection) -> Source:
     def identity() -> str:
         return f"{digest(file, 'blake2b')}{source.columns}"
@@ -96,33 +113,39 @@ def _of_file(file: Path, source: SourceSection) -> Source:
 
 def _of_folder(folder: Path, source: SourceSection) -> dict[str, list[Source]]:
     files = _data_files(folder)
-    found = {split: _split_files(folder, files, split) for split in dict.fromkeys(SPLITS.values())}
-    if not found["train"]:
-        inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and _named(_data_files(path), "train")]
-        there = f" Its folder {inner[0].name} holds one: name {inner[0]}." if inner else ""
-        raise UserError(f"{folder} has no train file", f"Expected train{'|'.join(SUFFIXES)}.{there}")
-    used = {path for own in found.values() for path in own}
-    beside = tuple(path.name for path in files if path not in used)
-    out = {split: [_of_file(file, source) for file in own] for split, own in found.items() if own}
-    out["train"][0] = replace(out["train"][0], beside=beside)
-    return out
+    by_split = {}
+    for split in dict.fromkeys(SPLITS.values()):
+        own = _split_files(folder, files, split)
+        if own:
+            by_split[split] = own
+    if "train" not in by_split:
+        raise UserError(f"{folder} has no train file", f"Expected train{'|'.join(SUFFIXES)}.{_train_inside(folder)}")
+    found = {split: [_of_file(file, source) for file in own] for split, own in by_split.items()}
+    used = {path for own in by_split.values() for path in own}
+    return _with_unused(found, [path.name for path in files if path not in used])
 
 
-def unused(found: dict[str, list[Source]]) -> tuple[str, ...]:
-    """The data files, or splits of a hub dataset, that stand beside what `find` found and that nothing reads."""
-    return found["train"][0].beside
+def _train_inside(folder: Path) -> str:
+    """A sentence on the folder inside it that holds a train file; "" where none does."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and _named(_data_files(path), "train"):
+            return f" Its folder {path.name} holds one: name {path}."
+    return ""
 
 
-def unused_note(source: SourceSection, found: dict[str, list[Source]]) -> str:
-    """What to tell a person of them; "" when there are none."""
-    names = unused(found)
-    read = f"read are {', '.join(SPLITS)}"
-    return f"{source.path}: not used: {', '.join(names)} ({read})" if names else ""
+def _with_unused(found: dict[str, list[Source]], names: list[str]) -> dict[str, list[Source]]:
+    first, *others = found["train"]
+    found["train"] = [replace(first, beside=tuple(names)), *others]
+    return found
 
 
 def _data_files(folder: Path) -> list[Path]:
-    files = (path for path in folder.iterdir() if path.is_file() and kind_of(path) and path.name[0] != ".")
-    return sorted(path for path in files if path.name.partition(".")[0] not in ABOUT)
+    files = []
+    for path in sorted(folder.iterdir()):
+        is_data = path.is_file() and kind_of(path) and path.name[0] != "."
+        if is_data and path.name.partition(".")[0] not in ABOUT:
+            files.append(path)
+    return files
 
 
 def _named(files: list[Path], name: str) -> list[Path]:
@@ -132,33 +155,32 @@ def _named(files: list[Path], name: str) -> list[Path]:
 
 def _split_files(folder: Path, files: list[Path], split: str) -> list[Path]:
     """One whole file, or the shards of one name. Raises UserError when there are several candidates."""
-    candidates = [_named(files, name) for name, ours in SPLITS.items() if ours == split]
-    found = [own for own in candidates if own]
-    whole = [path for own in found for path in own if path.name.partition(".")[0] in SPLITS]
-    if len(found) > 1 or (whole and len(found[0]) > 1):
-        first = whole[0] if whole else found[0][0]
-        other = next(path for own in found for path in own if path != first and (whole or path not in found[0]))
-        raise UserError(f"{folder} has both {first.name} and {other.name}", "Keep one of them.")
-    return found[0] if found else []
+    by_name = {}
+    for name, ours in SPLITS.items():
+        own = _named(files, name)
+        if ours == split and own:
+            by_name[name] = own
+    if not by_name:
+        return []
+    first_name, *other_names = by_name
+    all_files = [path for own in by_name.values() for path in own]
+    whole = [path for path in all_files if path.name.partition(".")[0] in SPLITS]
+    if whole:  # which is alone where nothing is wrong
+        first, others = whole[0], [path for path in all_files if path != whole[0]]
+    else:
+        first, others = all_files[0], [path for name in other_names for path in by_name[name]]
+    if others:
+        raise UserError(f"{folder} has both {first.name} and {others[0].name}", "Keep one of them.")
+    return by_name[first_name]
 
 
 def _from_hub(source: SourceSection, stream: bool, local_only: str) -> dict[str, list[Source]]:
-    """A dataset of the hub, through `datasets`, its rows parsed like any other; NAME:SUBSET where it has several."""
-    loaded = _cached(source, stream, local_only) if local_only else _loaded(source, stream)
-
-    def split_of(split: str, rows: Any) -> Source:
-        name = f"{source.path}:{split}"
-
-        def read() -> Iterator[Record | Bad]:
-            found = _hub_rows(name, rows, min(BATCH, source.cap or BATCH))
-            return formats.parse(name, islice(found, source.cap) if stream else found, source.columns)
-
-        return Source(name, read, lambda: "" if stream else f"{name}{rows._fingerprint}{source.columns}")
-
+    """A dataset of the hub, its rows parsed like any other."""
+    loaded = hub_dataset.splits_of(source, stream, local_only)
     named: dict[str, list[str]] = {}  # split as we name it -> as the dataset does
     for split in loaded:
         named.setdefault(SPLITS.get(split, ""), []).append(split)
-    beside = tuple(named.pop("", []))
+    unknown = named.pop("", [])
     for own in named.values():
         if len(own) > 1:
             raise UserError(
@@ -167,81 +189,20 @@ def _from_hub(source: SourceSection, stream: bool, local_only: str) -> dict[str,
             )
     if "train" not in named:
         raise UserError(f"{source.path} has no train split", f"It has: {', '.join(loaded)}.")
-    out = {ours: [split_of(own[0], loaded[own[0]])] for ours, own in named.items()}
-    out["train"][0] = replace(out["train"][0], beside=beside)
-    return out
+    found = {ours: [_of_hub_split(source, own[0], loaded[own[0]], stream)] for ours, own in named.items()}
+    return _with_unused(found, unknown)
 
 
-def _loaded(source: SourceSection, stream: bool) -> Any:
-    """Split -> rows of a hub dataset, fetched."""
-    import datasets
-    from huggingface_hub.errors import HfHubHTTPError
+def _of_hub_split(source: SourceSection, split: str, rows: Any, stream: bool) -> Source:
+    name = f"{source.path}:{split}"
 
-    datasets.disable_progress_bars()
-    repo, _, subset = source.path.partition(":")
-    missing = (datasets.exceptions.DatasetNotFoundError, FileNotFoundError, ConnectionError, HfHubHTTPError, ValueError)
-    try:
-        return datasets.load_dataset(repo, subset or None, streaming=stream)
-    except missing as error:
-        raise UserError(
-            f"{source.path} is neither a local path nor a hub dataset that can be loaded "
-            f"({str(error).splitlines()[0]})",
-            "Check the name and the network; gated data needs `hf auth login`.",
-        ) from error
+    def read() -> Iterator[Record | Bad]:
+        found = hub_dataset.rows_of(name, rows, min(BATCH, source.cap or BATCH))
+        if stream:
+            return formats.parse(name, islice(found, source.cap), source.columns)
+        return formats.parse(name, found, source.columns)
 
+    def identity() -> str:
+        return "" if stream else f"{name}{rows._fingerprint}{source.columns}"
 
-def _cached(source: SourceSection, stream: bool, hint: str) -> Any:
-    """The same from the local cache of `datasets` alone. Raises UserError with the hint where it has no copy."""
-    import datasets
-    from datasets.packaged_modules.cache.cache import Cache
-
-    datasets.logging.set_verbosity_error()  # it would tell where it found the copy
-    repo, _, subset = source.path.partition(":")
-    name = repo.partition("/")[2]
-    if stream:
-        raise UserError(f"{source.path} is a dataset that only the run names, streamed from the hub (data.hub)", hint)
-    try:
-        # What load_dataset makes of the name when it is offline.
-        found = Cache(repo_id=repo, dataset_name=name, config_name=subset or None, version="auto", hash="auto")
-        return found.as_dataset()
-    except (ValueError, OSError, KeyError, TypeError) as error:  # it has none, several, or a torn one
-        raise UserError(
-            f"{source.path}, a dataset of the hub that only the run names, is not in the local cache", hint
-        ) from error
-
-
-def _hub_rows(name: str, rows: Any, at_once: int) -> Rows:
-    """The rows of one split, read as those of a Parquet file are."""
-    number = 0
-    for table in rows.with_format("arrow").iter(at_once):
-        yield from arrow.rows(name, table, number)
-        number += len(table)
-
-
-def rows_of(
-    section: DataSection, seed: int, split: str | None, good: Callable[[Source], np.ndarray]
-) -> Iterator[Record | Bad]:
-    """The rows of one split, as they stand in the files; of train files as a whole where none is named. Raises
-    UserError naming the splits there are.
-
-    good: the content hashes of a file's rows that give examples. Rows are held out among these, as for training; a row
-    that gives none is on the side where its hash puts it.
-    """
-    (source,) = section.mixture()
-    found = find(source, section.hub == "stream")
-
-    def rows(name: str) -> Iterator[Record | Bad]:
-        return chain.from_iterable(one.read() for one in found[name])
-
-    wanted = split or "train"
-    if wanted in found and (split is None or wanted != "train" or "valid" in found):
-        return rows(wanted)
-    if wanted == "test":
-        raise UserError(f"{source.path} has no test split", f"It has: {', '.join(dict.fromkeys([*found, 'valid']))}.")
-    limit = duplicates.threshold(np.concatenate([good(one) for one in found["train"]]), section.valid_fraction, seed)
-
-    def held_out(row: Record) -> bool:
-        own = duplicates.seeded([duplicates.content_hash(row)], seed)
-        return limit is not None and int(own[0]) <= limit
-
-    return (row for row in rows("train") if isinstance(row, Bad) or held_out(row) == (wanted == "valid"))
+    return Source(name, read, identity)

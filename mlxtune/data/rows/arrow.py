@@ -15,21 +15,30 @@ from mlxtune.data.rows.readers import Bad, Rows
 if TYPE_CHECKING:
     import pyarrow
 
-Decode = Callable[[Any], Any]
+Decode = Callable[[Any], Any]  # a value as pyarrow hands it out, never None -> what was put in
 
 
 def rows(source: str, table: pyarrow.Table | pyarrow.RecordBatch, before: int) -> Rows:
     """The rows of one table, numbered from `before` + 1; a column that a row has null in stays, as None."""
-    columns = [(field.name, _decoder(field.type)) for field in table.schema]
+    decoders = {field.name: _decoder(field.type) for field in table.schema}
     for number, row in enumerate(table.to_pylist(), before + 1):
         try:
-            yield number, {name: None if row[name] is None else decode(row[name]) for name, decode in columns}
+            decoded = {name: _decoded(decode, row[name]) for name, decode in decoders.items()}
         except (ValueError, RecursionError) as error:
             yield Bad(source, number, f"holds JSON that cannot be read ({error})")
+            continue
+        yield number, decoded
+
+
+def _decoded(decode: Decode, value: Any) -> Any:
+    """A value, or None for null."""
+    if value is None:
+        return None
+    return decode(value)
 
 
 def _decoder(kind: Any) -> Decode:
-    """Turns a value of one Arrow type, never null itself, into what was put in."""
+    """What turns a value of one Arrow type into what was put in."""
     import pyarrow
     from pyarrow import types
 
@@ -50,13 +59,26 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def _struct(fields: dict[str, Decode]) -> Decode:
-    return lambda value: {name: fields[name](item) for name, item in value.items() if item is not None}
+def _struct(decoders: dict[str, Decode]) -> Decode:
+    """Of an object: fields that are null were not there. decoders: field -> its own."""
+
+    def decode(value: dict[str, Any]) -> dict[str, Any]:
+        return {name: decoders[name](item) for name, item in value.items() if item is not None}
+
+    return decode
 
 
-def _map(decode: Decode) -> Decode:
-    return lambda pairs: {key: None if item is None else decode(item) for key, item in pairs}
+def _map(decode_item: Decode) -> Decode:
+    """Of an object that Arrow holds as a list of (key, value)."""
+
+    def decode(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+        return {key: _decoded(decode_item, item) for key, item in pairs}
+
+    return decode
 
 
-def _list(decode: Decode) -> Decode:
-    return lambda items: [None if item is None else decode(item) for item in items]
+def _list(decode_item: Decode) -> Decode:
+    def decode(items: list[Any]) -> list[Any]:
+        return [_decoded(decode_item, item) for item in items]
+
+    return decode

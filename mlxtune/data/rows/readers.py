@@ -30,9 +30,8 @@ MARKED = {  # byte order marks, the longer ones first
     codecs.BOM_UTF16_BE: "utf-16",
 }
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}  # of the fields of a .csv, as its header tells
-LONGEST = (
-    256_000_000  # bytes of a line or characters of a field: more than any text, less than a small machine's memory
-)
+# Bytes of a line or characters of a field: more than any text, less than a small machine's memory.
+LONGEST = 256_000_000
 PARQUET_ROWS = 32  # that are in memory at a time: a file of a few hundred bytes may name one long text a thousand times
 LARGEST_JSON = 1_000_000_000  # bytes of a .json file, which is read as a whole; compressed ones are counted unpacked
 LOOKED_AT = 1 << 24  # bytes of a .jsonl file that are looked at to say what else it is
@@ -40,10 +39,10 @@ LOOKED_AT = 1 << 24  # bytes of a .jsonl file that are looked at to say what els
 
 @dataclass(frozen=True)
 class Placed:
-    """Something at a 1-based line (or index) of a file."""
+    """Something at a row of a file."""
 
-    file: str
-    row: int
+    file: str  # its path, or another name of where the rows are from
+    row: int  # line or index, from 1
 
     @property
     def place(self) -> str:
@@ -54,21 +53,27 @@ class Placed:
 class Bad(Placed):
     """A row that cannot be used as it stands."""
 
-    reason: str
+    reason: str  # for people
 
 
 Rows = Iterator[tuple[int, dict[str, Any]] | Bad]  # (1-based line or index, row)
 
 
 def place(file: str, number: int) -> str:
-    """Only in JSON Lines is a row a line."""
-    return f"{'line' if '.jsonl' in Path(file).suffixes else 'row'} {number}"
+    """Where a row is, in words. Only in JSON Lines is a row a line."""
+    what = "line" if ".jsonl" in Path(file).suffixes else "row"
+    return f"{what} {number}"
 
 
 def kind_of(path: Path) -> str:
     """The suffix that tells how to read a file, without .gz; "" for an unknown one."""
-    name = path.name.removesuffix(".gz") if path.name.endswith(ZIPPED) else path.name
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    name = path.name
+    if name.endswith(ZIPPED):
+        name = name.removesuffix(".gz")
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            return suffix
+    return ""
 
 
 def raw_rows(path: Path) -> Rows:
@@ -108,16 +113,20 @@ def _encoding(path: Path, file: IO[bytes]) -> str:
             f"{path}: not UTF-8: a NUL byte is among the first four, as in UTF-16 without a byte order mark",
             "Save it as UTF-8.",
         )
-    return next((encoding for mark, encoding in MARKED.items() if start.startswith(mark)), "utf-8-sig")
+    for mark, encoding in MARKED.items():
+        if start.startswith(mark):
+            return encoding
+    return "utf-8-sig"
 
 
 def _undecoded(error: UnicodeDecodeError) -> str:
+    """What is no text, and where."""
     name = "UTF-8" if error.encoding.startswith("utf-8") else error.encoding.upper()
     return f"invalid {name} at byte {error.start}"
 
 
 def _json_lines(path: Path, file: IO[bytes], encoding: str) -> Rows:
-    first = True
+    first = True  # no row was read so far: the file may be something else as a whole
     for number, line in enumerate(_lines(file, encoding), 1):
         if line is None:
             yield Bad(str(path), number, f"longer than {size(LONGEST)}")
@@ -154,13 +163,17 @@ def _lines(file: IO[bytes], encoding: str) -> Iterator[bytes | str | None]:
 
 
 def _of_bounded_length(file: Any, line_feed: Any) -> Iterator[Any]:
-    """The lines of a file; None for one that is longer than LONGEST, of which no more is kept in memory."""
+    """The lines of a file; None for one that is longer than LONGEST, of which no more is kept in memory.
+
+    line_feed: as bytes or text, whatever the file gives.
+    """
     while line := file.readline(LONGEST):
         if len(line) < LONGEST or line.endswith(line_feed):
             yield line
             continue
-        while (rest := file.readline(LONGEST)) and not rest.endswith(line_feed):
-            pass
+        rest = line
+        while rest and not rest.endswith(line_feed):
+            rest = file.readline(LONGEST)
         yield None
 
 
@@ -172,14 +185,15 @@ def _refuse_json(path: Path, encoding: str) -> None:
     with opener(path, "rb") as file:
         text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(file.read(LOOKED_AT)).lstrip()
     name = path.name.replace(".jsonl", ".json")
-    array = text.startswith("[")
+    is_array = text.startswith("[")
+    first_object = text[1:].lstrip() if is_array else text
     try:
-        found, end = json.JSONDecoder().raw_decode(text[1:].lstrip() if array else text)
+        found, end = json.JSONDecoder().raw_decode(first_object)
     except (ValueError, RecursionError):
         return
     if not isinstance(found, dict):
         return
-    if array:
+    if is_array:
         line, _, others = text.partition("\n")
         if line.rstrip().endswith("]") and others.strip():  # a list in each line
             return
@@ -192,6 +206,7 @@ def _refuse_json(path: Path, encoding: str) -> None:
 
 
 def _json(path: Path, file: IO[bytes], encoding: str) -> Rows:
+    """The objects of a list, or one object: the whole file is one JSON value."""
     whole = file.read(LARGEST_JSON + 1)
     if len(whole) > LARGEST_JSON:
         raise UserError(
@@ -208,7 +223,8 @@ def _json(path: Path, file: IO[bytes], encoding: str) -> Rows:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: JSON that cannot be read ({error})") from error
-    for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+    rows = value if isinstance(value, list) else [value]
+    for number, row in enumerate(rows, 1):
         yield _object(path, number, row)
 
 
@@ -218,12 +234,13 @@ def _csv(path: Path, file: IO[bytes], encoding: str) -> Rows:
         separator = "\t" if kind_of(path) == ".tsv" else _separator(text)
         reader = csv.DictReader(text, strict=True, delimiter=separator)
         names = list(reader.fieldnames or [])
-        if twice := sorted({name for name in names if names.count(name) > 1}):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
             raise UserError(f"{path}: two columns are called {', '.join(twice)}", "Rename one of them.")
         for number, row in enumerate(reader, 1):
-            if None in row:
-                known = f"a {SEPARATORS[separator]}"
-                yield Bad(str(path), number, f"more fields than the header has; quote the fields that hold {known}")
+            if None in row:  # where the library puts fields without a name
+                sign = f"a {SEPARATORS[separator]}"
+                yield Bad(str(path), number, f"more fields than the header has; quote the fields that hold {sign}")
             else:
                 yield number, row
 
@@ -232,17 +249,17 @@ def _separator(text: io.TextIOWrapper) -> str:
     """What stands between the fields of the header: commas, but for a header that no comma divides and semicolons or
     tabs do. A separator that leaves a quote sign in a name, as one inside of quotes does, is none.
     """
-    divided = {}
     for separator in SEPARATORS:
         text.seek(0)
         try:
             names = next(csv.reader(text, strict=True, delimiter=separator), [])
         except csv.Error:
             continue
-        if not any('"' in name for name in names):
-            divided[separator] = len(names)
+        if len(names) > 1 and not any('"' in name for name in names):
+            text.seek(0)
+            return separator
     text.seek(0)
-    return next((separator for separator, count in divided.items() if count > 1), ",")
+    return ","
 
 
 def _parquet(path: Path, file: IO[bytes]) -> Rows:
@@ -261,6 +278,7 @@ def _parquet(path: Path, file: IO[bytes]) -> Rows:
 
 
 def _object(path: Path, number: int, row: Any) -> tuple[int, dict[str, Any]] | Bad:
+    """A numbered row; a Bad one where it is no JSON object."""
     if isinstance(row, dict):
         return number, row
     return Bad(str(path), number, f"expected a JSON object, found {type(row).__name__}")

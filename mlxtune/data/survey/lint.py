@@ -1,97 +1,23 @@
-"""What can be wrong with one row's text, and what kind of row it is: patterns, so a finding is but a suspicion."""
+"""What can be wrong with a row: every kind of finding, and how those that a row's own text shows are found.
+
+To add a finding, add an entry to KINDS: its code, how grave it is, what it is, what to do about it, and `shows`, which
+tells from the texts of one row (`RowTexts`) whether it has it. Then add a row that has it, and no other, to ODD in
+tests/test_check.py. Nothing else changes. A pattern on any text of the row is `text_has(pattern)`.
+
+Kinds without `shows` need more than one row's text: `survey`, `markup` and `SplitSurvey` find them.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from mlxtune.data.rows.formats import Record
-from mlxtune.data.rows.messages import IDLE, KNOWN
 
 SHORT_WORDS = 3  # an answer of fewer words is very short
 LONG_CHARACTERS = 200  # from this length on an answer is expected to end like a sentence
-
-
-# What a code means: severity (error, warning, note), what it is, and what to do about it.
-KINDS = {
-    "bad": ("error", "rows that cannot be read", "mend or remove them"),
-    "refused": (
-        "error",
-        "rows that the chat template refuses",
-        "change them so that it takes them, or choose another data.template",
-    ),
-    "too long": (
-        "error",
-        "rows of which data.max_tokens leaves nothing to learn",
-        "raise data.max_tokens, or split them",
-    ),
-    "dropped": ("error", "rows that teach nothing", "give them an answer to learn, or remove them"),
-    "damaged": (
-        "error",
-        "rows of which the chat template drops something",
-        "mend them, choose another data.template, or set data.on_damage",
-    ),
-    "leak": ("error", "rows that are both in train and valid", "remove them from one of the two"),
-    "question leak": (
-        "warning",
-        "validation rows whose question is also in train",
-        "keep a question on one side, or expect a flattered loss",
-    ),
-    "shortened": (
-        "warning",
-        "rows cut at data.max_tokens: their end is not learned",
-        "raise data.max_tokens or split them",
-    ),
-    "unread": (
-        "warning",
-        "rows with message keys that nothing reads",
-        "remove or rename them: `weight: 0` makes a turn context, `reasoning_content` holds its thinking",
-    ),
-    "special": (
-        "warning",
-        "rows whose messages hold tokens of the chat template",
-        "remove them: the template writes its own around each message",
-    ),
-    "rendered": (
-        "warning",
-        "text rows that are rendered already: their whole text is trained on, prompts too",
-        "give them as `messages` rows: of those the answers alone are trained on",
-    ),
-    "unused": (
-        "warning",
-        "of the data files or splits beside it are not used",
-        "name them as a split (train, valid or test), or remove them",
-    ),
-    "duplicate": ("warning", "rows equal to an earlier one", "set data.dedup=exact"),
-    "near duplicate": ("note", "rows nearly equal to an earlier one", "set data.dedup=near"),
-    "empty": ("warning", "rows with an empty answer", "remove them, or give that message weight 0"),
-    "cut off": ("warning", "rows whose last answer seems cut off", "look at their ends; a model learns to stop there"),
-    "secret": (
-        "warning",
-        "rows that seem to hold a key or password",
-        "remove it: models repeat what they were tuned on",
-    ),
-    "e-mail": ("note", "rows with an e-mail address", "remove addresses that are private"),
-    "encoding": ("warning", "rows with broken characters", "read the source again as UTF-8"),
-    "markup": ("note", "rows with HTML entities", "unescape them, unless the answers are HTML"),
-    "refusal": ("note", "rows whose answer is a refusal", "keep them only if the model is meant to refuse these"),
-    "short": (
-        "note",
-        f"rows whose answers all have fewer than {SHORT_WORDS} words",
-        "fine for labels; else look at them",
-    ),
-    "system": (
-        "warning",
-        "rows without a system prompt, while others have one",
-        "give all of them what the model will see in use",
-    ),
-    "no end": (
-        "warning",
-        "rows: the chat template ends answers with no token of its own",
-        "choose a template that ends turns",
-    ),
-}
+PROSE_CHARACTERS = 40  # a last line beyond this length is prose, not a heading or an item
 SECRETS = re.compile(
     r"AKIA[0-9A-Z]{16}|gh[pousr]_\w{36}|github_pat_\w{30,}|\bsk-[A-Za-z0-9_-]{20,}|AIza[\w-]{35}|xox[baprs]-[\w-]{10,}"
     r"|\bhf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
@@ -109,89 +35,64 @@ REFUSAL = re.compile(
     r"i['’]?m sorry, but)",
     re.IGNORECASE,
 )
-# A token that is markup, such as <|im_end|> or [INST]; thinking inside of an answer is text that templates look for.
-LIKE_MARKUP = re.compile(r"(?!</?think(?:ing)?>)[<\[｜].*[>\]｜]", re.DOTALL)
-PATTERNS = (("secret", SECRETS, ""), ("e-mail", EMAIL, "@"), ("encoding", ENCODING, ""), ("markup", MARKUP, "&"))
-TASKS = {
-    "explain": r"explain|describe|why\b|how (?:do|does|did|can|is|are)|what (?:does|do) .* mean|tell me about",
-    "summarise": r"summari[sz]e|summary|tl;?dr|shorten|condense",
-    "classify": r"classify|categori[sz]e|sentiment|label\b|which (?:category|class)|is (?:this|the following) .* or",
-    "compare": r"compare|contrast|difference(?:s)? between|versus|\bvs\b|pros and cons",
-    "generate": r"write|create|generate|compose|draft|suggest|come up with|brainstorm|imagine|design",
-    "debug": r"debug|fix (?:the|this|my)|what(?:'s| is) wrong with|error message|traceback|bug\b",
-    "rewrite": r"rewrite|rephrase|paraphrase|edit (?:the|this|my)|improve|correct (?:the|this)|proofread",
-    "translate": r"translate|translation|in (?:french|german|spanish|chinese|japanese|english)\b",
-    "extract": r"extract|identify|find (?:all|the)|list (?:all|the)|name (?:all|the|three|five|two)",
-    "calculate": r"calculate|compute|solve|how (?:many|much)|what is \d|percent|total\b|equation",
-    "code": r"python|javascript|function\b|sql\b|\bcode\b|regex|program\b|script\b|algorithm",
-    "answer": r"^\s*(?:what|who|when|where|which|is|are|can|does|do)\b",
-}
-SCRIPTS = {
-    "Latin": "A-Za-z\u00c0-\u024f",
-    "Cyrillic": "\u0400-\u04ff",
-    "Greek": "\u0370-\u03ff",
-    "Arabic": "\u0600-\u06ff",
-    "Hebrew": "\u0590-\u05ff",
-    "Devanagari": "\u0900-\u097f",
-    "Thai": "\u0e00-\u0e7f",
-    "Kana": "\u3040-\u30ff",
-    "Hangul": "\uac00-\ud7af",
-    "Han": "\u4e00-\u9fff\u3400-\u4dbf",
-}
 _ENDS = tuple(".!?…\"'”’)]}>`*_|~:;。！？」』】）；：।؟\u200d") + tuple("0123456789")
 
 
-def codes(record: Record) -> Iterator[str]:
-    """What is to say about one row by itself."""
-    texts = [record.text or "", *(str(message.get("content") or "") for message in record.messages or [])]
-    whole = "\n".join(texts)
-    for message in record.messages or []:
-        whole += "".join(f"\n{message[key]}" for key in ("reasoning_content", "tool_calls") if message.get(key))
-    for code, pattern, needed in PATTERNS:
-        if needed in whole and pattern.search(whole):
-            yield code
-    answers = [message for message in record.messages or [] if message["role"] == "assistant"]
-    spoken = [str(message["content"]) for message in answers if not message.get("tool_calls")]
-    if any(not text.strip() for text in spoken):
-        yield "empty"
-    elif spoken and len(spoken) == len(answers) and all(len(text.split()) < SHORT_WORDS for text in spoken):
-        yield "short"
-    if spoken and spoken[-1] is answers[-1]["content"] and seems_cut_off(spoken[-1]):
-        yield "cut off"
-    if any(REFUSAL.match(text) for text in spoken):
-        yield "refusal"
+@dataclass(frozen=True)
+class RowTexts:
+    """What one row says."""
 
+    whole: str  # all of its texts, thoughts and tool calls
+    answers: list[str] = field(default_factory=list)  # of the assistant; of those that only call tools none
+    calls: bool = False  # some assistant turns only call tools
+    ends_with_answer: bool = False  # the last assistant turn is an answer, not a call
 
-class Markup:
-    """What a tokenizer's chat template makes of messages: the special tokens that it writes, and the keys it names."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.source = str(tokenizer.chat_template or "")
-        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self.start, self.end = str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")
-        written = {token for token in added if token in self.source}
-        written |= {self.start} if "bos_token" in self.source else set()
-        written |= {self.end} if "eos_token" in self.source else set()
-        found = sorted((token for token in written if LIKE_MARKUP.fullmatch(token)), key=len, reverse=True)
-        self._tokens = re.compile("|".join(map(re.escape, found)) or r"(?!)")
-
-    def codes(self, record: Record) -> Iterator[tuple[str, str]]:
-        """(code, what was found) of one row."""
-        if record.text is not None:
-            inner = record.text.strip().removeprefix(self.start).removesuffix(self.end)
-            if tokens := self._found(inner):
-                yield "rendered", tokens
-            return
+    @staticmethod
+    def of(record: Record) -> RowTexts:
         messages = record.messages or []
-        said = [str(message.get(key) or "") for message in messages for key in ("content", "reasoning_content")]
-        if tokens := self._found("\n".join(said)):
-            yield "special", tokens
-        for key in sorted({key for message in messages for key in message} - KNOWN - IDLE):
-            if not re.search(rf"\b{re.escape(key)}\b", self.source):
-                yield "unread", key
+        whole = "\n".join([record.text or "", *(str(message.get("content") or "") for message in messages)])
+        for message in messages:
+            for key in ("reasoning_content", "tool_calls"):
+                if message.get(key):
+                    whole += f"\n{message[key]}"
+        turns = [message for message in messages if message["role"] == "assistant"]
+        answers = [str(message["content"]) for message in turns if not message.get("tool_calls")]
+        ends_with_answer = bool(turns) and not turns[-1].get("tool_calls")
+        return RowTexts(whole, answers, len(answers) < len(turns), ends_with_answer)
 
-    def _found(self, text: str) -> str:
-        return ", ".join(sorted(set(self._tokens.findall(text))))
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of finding."""
+
+    severity: str  # error, warning, note
+    what: str  # it is: said after the number of rows
+    fix: str  # what to do about it
+    shows: Callable[[RowTexts], bool] | None = None  # whether a row has it; None: its text alone does not tell
+
+
+def text_has(pattern: re.Pattern[str], needed: str = "") -> Callable[[RowTexts], bool]:
+    """Whether a pattern is in any text of a row. needed: a character of every match, which is looked for first."""
+    return lambda texts: needed in texts.whole and pattern.search(texts.whole) is not None
+
+
+def has_empty_answer(texts: RowTexts) -> bool:
+    return any(not answer.strip() for answer in texts.answers)
+
+
+def has_short_answers(texts: RowTexts) -> bool:
+    """All of its answers are; an empty one is a finding of its own."""
+    if texts.calls or not texts.answers or has_empty_answer(texts):
+        return False
+    return all(len(answer.split()) < SHORT_WORDS for answer in texts.answers)
+
+
+def has_cut_answer(texts: RowTexts) -> bool:
+    return texts.ends_with_answer and seems_cut_off(texts.answers[-1])
+
+
+def has_refusal(texts: RowTexts) -> bool:
+    return any(REFUSAL.match(answer) for answer in texts.answers)
 
 
 def seems_cut_off(answer: str) -> bool:
@@ -200,18 +101,145 @@ def seems_cut_off(answer: str) -> bool:
     if text.count("```") % 2:
         return True
     last = text.rpartition("\n")[2]
-    prose = len(last) > 40 and not re.match(r"\s*(?:[-*#|•>]|\d+[.)])", last)
+    prose = len(last) > PROSE_CHARACTERS and not re.match(r"\s*(?:[-*#|•>]|\d+[.)])", last)
     return len(text) >= LONG_CHARACTERS and prose and not text.endswith(_ENDS) and ord(text[-1]) < 0x2000
 
 
-def task_of(record: Record) -> str:
-    """What the first question asks for: a name of TASKS, or "other"."""
-    asked = next((str(m["content"]) for m in record.messages or [] if m["role"] == "user"), "")
-    return next((name for name, pattern in TASKS.items() if re.search(pattern, asked[:400], re.IGNORECASE)), "other")
+KINDS = {  # by code; a row's own are told in this order
+    "bad": Kind(
+        "error",
+        "rows that cannot be read",
+        "mend or remove them",
+    ),
+    "refused": Kind(
+        "error",
+        "rows that the chat template refuses",
+        "change them so that it takes them, or choose another data.template",
+    ),
+    "too long": Kind(
+        "error",
+        "rows of which data.max_tokens leaves nothing to learn",
+        "raise data.max_tokens, or split them",
+    ),
+    "dropped": Kind(
+        "error",
+        "rows that teach nothing",
+        "give them an answer to learn, or remove them",
+    ),
+    "damaged": Kind(
+        "error",
+        "rows of which the chat template drops something",
+        "mend them, choose another data.template, or set data.on_damage",
+    ),
+    "leak": Kind(
+        "error",
+        "rows that are both in train and valid",
+        "remove them from one of the two",
+    ),
+    "question leak": Kind(
+        "warning",
+        "validation rows whose question is also in train",
+        "keep a question on one side, or expect a flattered loss",
+    ),
+    "shortened": Kind(
+        "warning",
+        "rows cut at data.max_tokens: their end is not learned",
+        "raise data.max_tokens or split them",
+    ),
+    "unread": Kind(
+        "warning",
+        "rows with message keys that nothing reads",
+        "remove or rename them: `weight: 0` makes a turn context, `reasoning_content` holds its thinking",
+    ),
+    "special": Kind(
+        "warning",
+        "rows whose messages hold tokens of the chat template",
+        "remove them: the template writes its own around each message",
+    ),
+    "rendered": Kind(
+        "warning",
+        "text rows that are rendered already: their whole text is trained on, prompts too",
+        "give them as `messages` rows: of those the answers alone are trained on",
+    ),
+    "unused": Kind(
+        "warning",
+        "of the data files or splits beside it are not used",
+        "name them as a split (train, valid or test), or remove them",
+    ),
+    "duplicate": Kind(
+        "warning",
+        "rows equal to an earlier one",
+        "set data.dedup=exact",
+    ),
+    "near duplicate": Kind(
+        "note",
+        "rows nearly equal to an earlier one",
+        "set data.dedup=near",
+    ),
+    "system": Kind(
+        "warning",
+        "rows without a system prompt, while others have one",
+        "give all of them what the model will see in use",
+    ),
+    "no end": Kind(
+        "warning",
+        "rows: the chat template ends answers with no token of its own",
+        "choose a template that ends turns",
+    ),
+    "secret": Kind(
+        "warning",
+        "rows that seem to hold a key or password",
+        "remove it: models repeat what they were tuned on",
+        text_has(SECRETS),
+    ),
+    "e-mail": Kind(
+        "note",
+        "rows with an e-mail address",
+        "remove addresses that are private",
+        text_has(EMAIL, "@"),
+    ),
+    "encoding": Kind(
+        "warning",
+        "rows with broken characters",
+        "read the source again as UTF-8",
+        text_has(ENCODING),
+    ),
+    "markup": Kind(
+        "note",
+        "rows with HTML entities",
+        "unescape them, unless the answers are HTML",
+        text_has(MARKUP, "&"),
+    ),
+    "empty": Kind(
+        "warning",
+        "rows with an empty answer",
+        "remove them, or give that message weight 0",
+        has_empty_answer,
+    ),
+    "short": Kind(
+        "note",
+        f"rows whose answers all have fewer than {SHORT_WORDS} words",
+        "fine for labels; else look at them",
+        has_short_answers,
+    ),
+    "cut off": Kind(
+        "warning",
+        "rows whose last answer seems cut off",
+        "look at their ends; a model learns to stop there",
+        has_cut_answer,
+    ),
+    "refusal": Kind(
+        "note",
+        "rows whose answer is a refusal",
+        "keep them only if the model is meant to refuse these",
+        has_refusal,
+    ),
+}
 
 
-def scripts_of(text: str) -> list[str]:
-    """The scripts that a text is written in."""
-    if text.isascii():
-        return ["Latin"]
-    return [name for name, letters in SCRIPTS.items() if re.search(f"[{letters}]", text)]
+def codes(record: Record) -> Iterator[str]:
+    """The kinds that one row's own texts show."""
+    texts = RowTexts.of(record)
+    for code, kind in KINDS.items():
+        if kind.shows is not None and kind.shows(texts):
+            yield code

@@ -1,47 +1,30 @@
-"""What a model said -> the message that a server would keep: the answer apart from the thought before it.
+"""What a model generated -> the message that a server would keep: the answer apart from the thought before it.
 
 A template that takes a thought prints text of its own around it, and reads thought and answer from fields of their own;
-given back as one text they are refused, or stay where they should be stripped. So the forms of an answer are learnt as
-everything about a template is: an answer of marks is rendered after the conversation, and what stands around the marks
-is what a model writes there.
+given back as one text they are refused, or stay where they should be stripped. So a generated text is taken apart by
+the form that the template itself prints (see `answer_forms`). For example (Qwen3):
+
+    generated   <think>\\nA cat says it.\\n</think>\\n\\nMiaow<|im_end|>
+    message     {"role": "assistant", "content": "Miaow", "reasoning_content": "A cat says it."}
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
-from mlxtune.data.template.template import MARKS, THINKING_KEYS, Messages, Template, TemplateError, common_prefix
+from mlxtune.data.template.answer_forms import OPEN_TAG, Probe
+from mlxtune.data.template.loose_text import after, begun, split, without_end
+from mlxtune.data.template.template import Messages, Template, TemplateError
 
-TAGS = ("<think>\n", "\n</think>\n\n")  # around a thought, where the template has no text of its own for it
-OPEN_TAG = re.compile(r"<think>\s*\Z")
-CALL = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {}}}
 QUESTION = {"role": "user", "content": "q"}
 
 
 class Said(NamedTuple):
-    """What a model thought, and what it answered then."""
+    """An answer, taken apart."""
 
-    thought: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Form:
-    """The text of a template around a thought: `before` thought `middle` content.
-
-    key: the field that the thought is read from; "" when it stays in the content, tags and all. opened: the prompt has
-    begun the thought already.
-    """
-
-    before: str
-    middle: str
-    key: str
-    opened: bool = False
+    thought: str  # what the model thought before; "" for nothing
+    content: str  # what it answered then
 
 
 def parse(template: Template, messages: Messages, tools: Any, text: str) -> dict[str, Any]:
@@ -50,69 +33,6 @@ def parse(template: Template, messages: Messages, tools: Any, text: str) -> dict
     Raises TemplateError when the template refuses the conversation.
     """
     return Reader(template, messages, tools).message(text)
-
-
-class _Probe:
-    """What a template prints for answers of marks after a conversation. Raises TemplateError when it refuses that."""
-
-    def __init__(self, template: Template, messages: Messages, tools: Any) -> None:
-        self.template, self.messages, self.tools = template, messages, tools
-        self.asked = template.text(messages, tools, prompt=True)
-        self.earlier = common_prefix(self.asked, template.attempt(messages, tools))
-        taken = set(MARKS.findall(self.asked))
-        spare = (mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in taken)
-        self.thought, self.content = next(spare), next(spare)
-        # transformers renames a field that the template does not read; older versions do not.
-        source = str(template.tokenizer.chat_template)
-        self.keys = sorted(THINKING_KEYS, key=lambda key: key not in source)
-
-    def answered(self, **answer: Any) -> tuple[str, str]:
-        """(end of the prompt that this answer is printed without, what follows the prompt); ("", "") where the answer
-        is refused, or changes what came before it.
-        """
-        whole = self.template.attempt([*self.messages, {"role": "assistant", **answer}], self.tools)
-        shared = common_prefix(self.asked, whole)
-        return (self.asked[shared:], whole[shared:]) if shared >= self.earlier else ("", "")
-
-    @cached_property
-    def plain(self) -> tuple[str, str] | None:
-        """What stands (before, after) the content of an answer without a thought."""
-        before, found, after = self.answered(content=self.content)[1].partition(self.content)
-        return (before, after) if found else None
-
-    def form(self) -> Form:
-        """That of an answer with a thought."""
-        return self.of_field() or self.of_calls() or self.of_tags()
-
-    def of_field(self) -> Form | None:
-        """Thoughts have a field, and are printed in an answer."""
-        for key in self.keys:
-            unprinted, shown = self.answered(content=self.content, **{key: self.thought})
-            before, found, rest = shown.partition(self.thought)
-            middle, follows, _ = rest.partition(self.content)
-            if found and follows and middle.strip() and not unprinted.strip():
-                opened = not before.strip() and bool(self.plain is None or self.plain[0].strip())
-                return Form(before, middle, key, opened)
-        return None
-
-    def of_calls(self) -> Form | None:
-        """Thoughts have a field, and are printed before a tool call alone."""
-        bare = self.answered(content="", tool_calls=[CALL])[1]
-        for key in self.keys:
-            unprinted, shown = self.answered(content="", tool_calls=[CALL], **{key: self.thought})
-            before, found, rest = shown.partition(self.thought)
-            closing = self.template.special.search(rest)
-            if found and closing and closing.group() not in bare:
-                # A prompt that closes an empty thought leaves no place for another.
-                return None if unprinted.strip() else Form(before, rest[: closing.end()], key)
-        return None
-
-    def of_tags(self) -> Form:
-        """Thoughts have no field: they are in the content, and the template strips them or not."""
-        opened = OPEN_TAG.search(self.asked) is not None
-        _, shown = self.answered(content=self.thought.join(TAGS) + self.content)
-        stripped = self.content in shown and self.thought not in shown
-        return Form("" if opened else TAGS[0], TAGS[1], THINKING_KEYS[0] if stripped else "", opened)
 
 
 class Plain:
@@ -128,12 +48,12 @@ class Plain:
         return True
 
     def said(self, text: str) -> Said:
-        return Said("", _without(text, self.ends))
+        return Said("", without_end(text, self.ends))
 
     so_far = said
 
     def ended(self, text: str) -> bool:
-        return _without(text, self.ends) != text
+        return without_end(text, self.ends) != text
 
 
 class Reader:
@@ -147,16 +67,26 @@ class Reader:
     ) -> None:
         self.template, self.messages, self.tools = template, messages, tools
         self.ends = ends | template.stops | ({template.tokenizer.eos_token} - {None})
-        probe = _Probe(template, messages, tools)
-        self.asked = probe.asked
+        probe = Probe(template, messages, tools)
+        self.prompt = probe.prompt
         if probe.plain is None:  # an answer changes what came before it: the shortest conversation shows more
             with suppress(TemplateError):  # it may want more of a conversation; then an answer is but a text
-                probe = _Probe(template, [QUESTION], tools)
+                probe = Probe(template, [QUESTION], tools)
         self.form = probe.form()
+        # What stands before and after the content of an answer without a thought.
         self.before, self.after = probe.plain or ("", "")
+        self.again = self._between_parts()
+
+    def _between_parts(self) -> str:
+        """What stands between two parts of one thought, where each has the template's text around it; else "".
+
+        Harmony writes every part as a message of its own. Its `middle` is `<|end|><|start|>assistant`, and then what
+        stands before a plain answer; the first of these, and then `before` of a thought, stand between two parts.
+        """
         between = self.form.middle.removesuffix(self.before).strip()
-        # What stands between two parts of one thought, where each has the template's text around it.
-        self.again = "" if between in ("", self.form.middle.strip()) else between + self.form.before
+        if between in ("", self.form.middle.strip()):
+            return ""
+        return between + self.form.before
 
     def message(self, text: str) -> dict[str, Any]:
         """The message of a generated text.
@@ -165,12 +95,15 @@ class Reader:
         """
         said = self.said(text)
         content = said.content if self.form.key else self._tagged(text)
-        thought = {self.form.key: said.thought} if self.form.key and said.thought.strip() else {}
+        thought: dict[str, Any] = {}
+        if self.form.key and said.thought.strip():
+            thought[self.form.key] = said.thought
         message = {"role": "assistant", "content": content, **thought}
-        if self.takes(message):
-            return message
         clean = {"role": "assistant", "content": self.template.special.sub("", content)}
-        return next((other for other in ({**clean, **thought}, clean) if self.takes(other)), message)
+        for candidate in (message, {**clean, **thought}, clean):
+            if self.takes(candidate):
+                return candidate
+        return message
 
     def takes(self, message: dict[str, Any]) -> bool:
         """Whether the template can go on after this answer."""
@@ -191,21 +124,26 @@ class Reader:
                 return Said("", "")
         thought, content = self._said(text)
         if content:
-            return Said(thought, content[: len(content) - _begun(content, self.after, *self.ends)])
-        return Said(thought[: len(thought) - _begun(thought, self.form.middle, self.again, *self.ends)], "")
+            return Said(thought, content[: len(content) - begun(content, self.after, *self.ends)])
+        return Said(thought[: len(thought) - begun(thought, self.form.middle, self.again, *self.ends)], "")
 
     def _said(self, body: str, ended: bool = False) -> Said:
-        """Thought and content of a text without its end token. ended: it had one."""
+        """Thought and content of a text without its end token. ended: it had one.
+
+        Tried in this order: a thought and its end, a thought alone, a plain answer, what a prompt that opens a thought
+        leaves to be read as one, and a plain answer behind something else.
+        """
         form = self.form
         for exact in (True, False):
-            rest = _after(form.before, body, exact)
-            if rest is not None and (parts := _split(form.middle, rest, exact)):
+            rest = after(form.before, body, exact)
+            parts = None if rest is None else split(form.middle, rest, exact)
+            if parts is not None:
                 return Said(self._joined(parts[0]), parts[1])
-        opened = _after(form.before, body, exact=False) if form.before.strip() else None
+        opened = after(form.before, body, exact=False) if form.before.strip() else None
         if opened is not None:
             return Said(self._joined(opened), "")
         for exact in (True, False):
-            rest = _after(self.before, body, exact)
+            rest = after(self.before, body, exact)
             if self.before.strip() and rest is not None:
                 return Said("", rest)
         if form.opened and (self.before.strip() or not ended):  # else: answers are trained without closing the thought
@@ -223,55 +161,18 @@ class Reader:
         """An answer with its thought inside, as the template prints it; its prompt may have opened the thought."""
         body = self._without_end(text)
         if self.form.opened:
-            found = OPEN_TAG.search(self.asked)
-            return (found.group() if found else "") + body
-        return body if _after(self.form.before, body, exact=False) is not None else self._said(body, ended=True).content
+            opened = OPEN_TAG.search(self.prompt)
+            return (opened.group() if opened else "") + body
+        if after(self.form.before, body, exact=False) is not None:
+            return body
+        return self._said(body, ended=True).content
 
     def _without_end(self, text: str) -> str:
         """The text without the end token, and without what the template prints between the content and that token."""
-        places = [place for match in self.template.special.finditer(self.after) for place in match.span()]
-        for place in sorted({*places, len(self.after)} - {0}, reverse=True):
-            if text.endswith(self.after[:place]):
-                return text[:-place]
-        return _without(text, self.ends)
-
-
-def _without(text: str, ends: frozenset[str]) -> str:
-    """A text without the end token that it ends with, if any."""
-    return next((text.rstrip().removesuffix(end) for end in ends if text.rstrip().endswith(end)), text)
-
-
-def _pattern(literal: str) -> str:
-    """A regular expression for template text with other white space, or none."""
-    words = literal.split()
-    inside = r"\s*".join(map(re.escape, words))
-    left, right = (r"\s*" if space else "" for space in (literal[:1].isspace(), literal[-1:].isspace()))
-    return left + inside + right if words else r"\s*" if literal else ""
-
-
-def _after(literal: str, text: str, exact: bool) -> str | None:
-    """What follows template text at the start; None where it is not there."""
-    if exact:
-        return text.removeprefix(literal) if text.startswith(literal) else None
-    found = re.match((r"\s*" if literal.strip() else "") + _pattern(literal), text)
-    return text[found.end() :] if found else None
-
-
-def _split(literal: str, text: str, exact: bool) -> tuple[str, str] | None:
-    """What stands before and after the first place of template text."""
-    if exact:
-        before, found, after = text.partition(literal)
-        return (before, after) if found else None
-    match = re.search(_pattern(literal), text)
-    return (text[: match.start()], text[match.end() :]) if match else None
-
-
-def _begun(text: str, *literals: str) -> int:
-    """How many characters at the end of a text may be the beginning of one of some texts."""
-
-    def lengths() -> Iterator[int]:
-        for literal in literals:
-            for form in {literal, literal.strip()}:
-                yield from (size for size in range(1, len(form) + 1) if text.endswith(form[:size]))
-
-    return max(lengths(), default=0)
+        borders = {len(self.after)}  # up to where the closing may have been generated
+        for match in self.template.special.finditer(self.after):
+            borders |= {*match.span()}
+        for border in sorted(borders - {0}, reverse=True):
+            if text.endswith(self.after[:border]):
+                return text[:-border]
+        return without_end(text, self.ends)

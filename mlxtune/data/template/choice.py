@@ -53,22 +53,16 @@ def missing(tokenizer: Any, choice: str) -> list[str]:
     return sorted({marker for marker in MARKERS.findall(source(choice)) if marker not in known})
 
 
-def use(tokenizer: Any, folder: Path, choice: str, hint: str = "") -> None:
-    """Give the tokenizer the chosen template: chatml, alpaca, or a file; "" keeps its own.
+def set_template(tokenizer: Any, folder: Path, choice: str, hint: str = "") -> None:
+    """Give the tokenizer the chosen template: chatml, alpaca, or a file; "" leaves it its own, or none.
 
-    folder: where the tokenizer is from, for messages; hint: what to do when tokens are missing. Raises UserError when
-    there is no template, or when it needs tokens that the vocabulary does not have: a model has no embedding for them.
+    folder: where the tokenizer is from, for messages; hint: what to do when tokens are missing. Raises UserError for a
+    template that is broken, or that needs tokens that the vocabulary does not have: a model has no embedding for them.
     """
     from jinja2.exceptions import TemplateError as JinjaError
     from jinja2.exceptions import TemplateSyntaxError
 
     if not choice:
-        if tokenizer.chat_template is None:
-            raise UserError(
-                f"{folder}: the tokenizer has no chat template, so conversations cannot be rendered",
-                "Choose one: --set data.template=alpaca (needs no new tokens), chatml, or a Jinja file; "
-                "or use the model's instruct version.",
-            )
         return
     text = source(choice)
     lacking = missing(tokenizer, choice)
@@ -91,3 +85,13 @@ def use(tokenizer: Any, folder: Path, choice: str, hint: str = "") -> None:
     end = Template(tokenizer).end_of_turn.strip()
     if end in tokenizer.get_vocab():
         tokenizer.eos_token = end  # answers end where the template ends them
+
+
+def require_template(tokenizer: Any) -> None:
+    """Raise UserError when the tokenizer has no template, so that no conversation can be rendered."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template, so conversations cannot be rendered",
+            "Choose one: --set data.template=alpaca (needs no new tokens), chatml, or a Jinja file; "
+            "or use the model's instruct version.",
+        )

@@ -12,7 +12,7 @@ from mlxtune_convert import tokenizer_changes
 from mlxtune_convert.tokenizer_changes import FILE, TOKENIZER
 
 from mlxtune.config.resolve import Config
-from mlxtune.data.template.choice import missing
+from mlxtune.data.template.choice import missing, set_template
 from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 
@@ -69,11 +69,18 @@ def add(tokenizer: Any, tokens: Sequence[str], folder: Path) -> None:
         raise UserError(f"{folder}: its vocabulary has gaps, so no token can be added to it")
 
 
-def for_rows(folder: Path, config: Config) -> Any:
-    """The tokenizer to look at rows with; the folder may hold it alone. Tokens that training would add are added."""
+def preview_tokenizer(folder: Path, config: Config) -> Any:
+    """The tokenizer to look at rows with, as a run would set it up; the folder may hold it alone.
+
+    Tokens that the template needs are added where the run trains embeddings: whether it trains all that they need is
+    known only with the model. Raises UserError as `set_template` does.
+    """
     tokenizer = load_tokenizer(folder)
-    if config.data.template and "embeddings" in config.lora.train_also:
-        add(tokenizer, missing(tokenizer, config.data.template), folder)
+    start, template = config.lora.start_from, config.data.template
+    Changes.read(Path(start) if start else None).apply(tokenizer, folder)
+    if template and "embeddings" in config.lora.train_also:
+        add(tokenizer, missing(tokenizer, template), folder)
+    set_template(tokenizer, folder, template)
     return tokenizer
 
 

@@ -1,0 +1,65 @@
+"""How `mlxtune data show` looks: rows as JSON Lines, or coloured by what is trained on."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from mlxtune_convert.shown import shown, shown_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlxtune.data.chat.renderer import Row
+
+
+def as_json(tokenizer: Any, row: Row) -> dict[str, Any]:
+    """What is known of one example; messages are counted from 1."""
+    out: dict[str, Any] = {"row": row.record.row}
+    if row.part:
+        out["part"] = row.part
+    if row.example is None:
+        out["dropped"] = row.dropped
+    else:
+        ids = [int(token) for token in row.example.ids]
+        out["ids"] = ids
+        out["mask"] = row.example.mask.tolist()
+        out["text"] = _decoded(tokenizer, ids) if row.shortened else row.text
+    if row.damage:
+        out["damage"] = [damage.text for damage in row.damage]
+    if row.kinds:
+        out["kinds"] = [[kind, message + 1] for kind, message in row.kinds]
+    return out
+
+
+def draw(out: Console, tokenizer: Any, row: Row) -> None:
+    """Print one example: green, or between marks where there is no colour, what the model must produce."""
+    import numpy as np
+    from rich.text import Text
+
+    from mlxtune.data.chat.asked import KINDS
+
+    if row.example is None:
+        out.print(Text(shown_name(f"{row.place}: dropped ({row.dropped})"), style="bold red"))
+        return
+    ids, mask = row.example.ids, row.example.mask
+    ending = ", shortened" if row.shortened else ""
+    head = f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}"
+    out.print(Text(shown_name(head), style="bold"))
+    for damage in row.damage:
+        out.print(Text(f"damage: {shown_name(damage.text)}", style="bold red"))
+    for kind, message in row.kinds:
+        out.print(Text(f"message {message + 1}: {KINDS[kind]}", style="yellow"))
+    body = Text()
+    for supervised, run in groupby(range(len(ids)), key=mask.__getitem__):
+        text = shown(_decoded(tokenizer, [ids[index] for index in run]))
+        if supervised and not out.is_terminal:
+            text = f"⟦{text}⟧"
+        body.append(text, style="green" if supervised else "dim")
+    out.print(body)
+    out.print()
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return text

@@ -1,0 +1,238 @@
+"""What one call of a block keeps for the backward pass, and needs on the way: from the graph of the call.
+
+A block is made a function of arrays alone (`_AsFunction`), its graph is taken down with its gradients, and a ledger
+goes through that graph twice:
+
+    forward, then backward   what stays alive between the two is what the block keeps
+    backward from the input  as where the block is checkpointed: everything is computed again
+
+Nothing is computed, and calls that are alike are looked at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlxtune.compute.checkpointing import flows
+from mlxtune.compute.memory.graph import Graph, traced
+from mlxtune.compute.memory.kernels import Device, standing_in
+from mlxtune.compute.memory.ledger import Ledger
+from mlxtune.compute.memory.linux_attention import OwnAttention
+from mlxtune.compute.prefix import PrefixCache
+from mlxtune.model.arrays import named
+
+QUEUED = 105  # operations ahead of the oldest unfinished one, on the CPU (ten tasks of ten: scheduler.h, encoder.h)
+JOINED = 0.95  # of what the written-out attention keeps, ours keeps at least
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of one call of a block."""
+
+    given: int  # its result
+    kept: int  # what stays for the backward pass, the result included
+    forward: int  # the most that is alive on the way forward
+    back: int  # the most that is alive on the way back, beside what is kept
+    again: int  # the most that is alive going back from the input alone
+    slices: int  # the gradients of all slices together, each as large as the array that was sliced
+    operations: int  # not bytes: how many its graph has
+
+
+@dataclass(frozen=True)
+class Blank:
+    """In place of an array whose numbers do not matter."""
+
+    shape: tuple[int, ...]  # lengths of its axes
+    dtype: mx.Dtype  # of its numbers
+
+    def zeros(self) -> mx.array:
+        """An array of that shape; it is never computed."""
+        return mx.zeros(self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class Called:
+    """What is known of a block's call."""
+
+    cost: Cost  # in bytes
+    out: Any  # what it gave, with a Blank for each array
+    recorded: list[list[Blank]]  # keys and values that each of its caches recorded
+
+
+_known: dict[Any, Called] = {}  # by what decides a call's graph, and the device
+
+
+def cost_of(block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, device: Device) -> Called:
+    """What call(block, *args, **kwargs) costs. into: whether a gradient is wanted for what the block is given."""
+    key = (_signature(block, args, kwargs, into), device)
+    if key in _known:
+        return _known[key]
+    called = _traced(block, call, args, kwargs, into, device)
+    if device.powers:
+        # Our own attention is taken down in several passes, which MLX makes one of by joining what is equal. Where it
+        # joins too little, a part of what is kept would be missing: then MLX's attention stands for ours.
+        with standing_in(replace(device, powers=False)):
+            other = _traced(block, call, args, kwargs, into, device)
+        if called.cost.kept < JOINED * other.cost.kept:
+            called = other
+    _known[key] = called
+    return called
+
+
+def _traced(block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, device: Device) -> Called:
+    function = _AsFunction(block, call, args, kwargs, into)
+    before = block.parameters()
+    try:
+        graph = traced(function.with_gradients, function.arguments())
+    finally:
+        block.update(before)
+    cost = _cost(graph, function, device)
+    return Called(cost, function.out, function.recorded)
+
+
+class _AsFunction:
+    """A block's call as a function of arrays: of its inputs, its trainable parameters and its frozen ones."""
+
+    def __init__(self, block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool) -> None:
+        self.block, self.call, self.args, self.kwargs, self.into = block, call, args, kwargs, into
+        self.caches = caches_in((args, kwargs))
+        self.inputs = [leaf for leaf in _leaves((args, kwargs)) if flows(leaf)]
+        for cache in self.caches:
+            self.inputs += cache.state
+        self.trainable = named(block.trainable_parameters())
+        self.frozen = {}
+        for path, array in named(block.parameters()).items():
+            if path not in self.trainable:
+                self.frozen[path] = array
+        # Of the run before, as in `Called`.
+        self.out: Any = None
+        self.recorded: list[list[Blank]] = []
+        self.results = 0  # of what `with_gradients` gives, how many arrays at the beginning are no gradients
+
+    def arguments(self) -> list[mx.array]:
+        """What `with_gradients` is to be called with: arrays of any shape."""
+        return [*self.inputs, *self.trainable.values(), *self.frozen.values()]
+
+    def with_gradients(self, *arrays: mx.array) -> list[mx.array]:
+        """[the call's results, then the gradients of its inputs, if they are wanted, then of what trains]."""
+        inputs, parameters = list(arrays[: len(self.inputs)]), list(arrays[len(self.inputs) :])
+        trainable, frozen = parameters[: len(self.trainable)], parameters[len(self.trainable) :]
+        self.block.update(tree_unflatten(list(zip(self.frozen, frozen, strict=True))))
+        wanted = [*inputs, *trainable] if self.into else trainable
+
+        def forward(*wanted: mx.array) -> list[mx.array]:
+            flowing = list(wanted[: len(inputs)]) if self.into else inputs
+            return self._forward(flowing, list(wanted[len(wanted) - len(trainable) :]))
+
+        if not wanted:
+            results = forward()
+            self.results = len(results)
+            return results
+        cotangents = [mx.ones(leaf.shape, leaf.dtype) for leaf in self._forward(inputs, trainable)]
+        results, gradients = _vjp()(forward, wanted, cotangents)
+        self.results = len(results)
+        return [*results, *gradients]
+
+    def _forward(self, inputs: list[mx.array], trainable: list[mx.array]) -> list[mx.array]:
+        """The call's results that a gradient flows from: its own, and the keys and values that it recorded."""
+        self.block.update(tree_unflatten(list(zip(self.trainable, trainable, strict=True))))
+        next_inputs: Iterator[mx.array] = iter(inputs)
+        caches: list[PrefixCache] = []
+
+        def fill_in(leaf: Any) -> Any:
+            if isinstance(leaf, PrefixCache):
+                caches.append(PrefixCache([], leaf.offset))
+                return caches[-1]
+            return next(next_inputs) if flows(leaf) else leaf
+
+        args, kwargs = each_leaf(self.args, fill_in), each_leaf(self.kwargs, fill_in)
+        for cache, new in zip(self.caches, caches, strict=True):
+            new.state = [next(next_inputs) for _ in cache.state]
+        out = self.call(self.block, *args, **kwargs)
+        self.out = each_leaf(out, _blank)
+        self.recorded = [[_blank(array) for array in cache.recorded] for cache in caches]
+        results = [leaf for leaf in _leaves(out) if flows(leaf)]
+        for cache in caches:
+            results += cache.recorded
+        return results
+
+
+def _vjp() -> Callable[..., Any]:
+    """mx.vjp, or where our own attention stands in for MLX's, the one that goes around it."""
+    attention = mx.fast.scaled_dot_product_attention
+    return attention.gradients if isinstance(attention, OwnAttention) else mx.vjp
+
+
+def _cost(graph: Graph, function: _AsFunction, device: Device) -> Cost:
+    results, gradients = graph.outputs[: function.results], graph.outputs[function.results :]
+    counted = graph.inputs[: len(function.inputs)]
+    ahead = QUEUED if device.kind == "cpu" else 0
+
+    def ledger() -> Ledger:
+        new = Ledger(graph, counted, ahead)
+        of_trainable = gradients[len(gradients) - len(function.trainable) :]
+        new.depends.difference_update(of_trainable)  # counted with the adapter
+        return new
+
+    given = sum(graph.sizes[array] for array in results)
+    as_it_is = ledger()
+    forward = as_it_is.compute(results)
+    kept = as_it_is.held
+    back = max(0, as_it_is.compute(gradients) - kept) + given
+    again = ledger().compute(gradients) + given
+    if not gradients:
+        kept, back = given, 0
+    slices = sum(graph.sizes[node.outputs[0]] for node in graph.nodes if node.name == "SliceUpdate")
+    return Cost(given, kept, forward, back, again, slices, len(graph.nodes))
+
+
+def each_leaf(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """The tree with every leaf changed; a cache is a leaf."""
+    return tree_map(change, tree, is_leaf=lambda leaf: isinstance(leaf, PrefixCache))
+
+
+def caches_in(tree: Any) -> list[PrefixCache]:
+    """In the order in which `each_leaf` comes to them."""
+    return [leaf for leaf in _leaves(tree) if isinstance(leaf, PrefixCache)]
+
+
+def _leaves(tree: Any) -> list[Any]:
+    flat: Any = tree_flatten(tree)
+    return [leaf for _, leaf in flat]
+
+
+def _blank(leaf: Any) -> Any:
+    return Blank(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, mx.array) else leaf
+
+
+def _signature(block: nn.Module, args: Any, kwargs: Any, into: bool) -> Any:
+    """What decides a call's graph: the block's parameters, what its modules say of themselves, what it is given."""
+    trainable = set(named(block.trainable_parameters()))
+    parameters = []
+    for path, array in named(block.parameters()).items():
+        parameters.append((path, array.shape, array.dtype, path in trainable))
+    settings = []
+    for path, module in block.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str)) and not name.endswith(("idx", "index", "layer_id")):
+                settings.append((path, type(module).__name__, name, value))
+    flat: Any = tree_flatten((args, kwargs))
+    given = [(path, _shown(leaf)) for path, leaf in flat]
+    kind = type(block).__mro__[1]  # below the class that notes its calls
+    raised_from = kind.__dict__.get("raised_from")  # where `precision` has it in float32, in a class made for the while
+    return raised_from or kind, raised_from is not None, tuple(parameters), tuple(settings), tuple(given), into
+
+
+def _shown(leaf: Any) -> Any:
+    """What of an argument decides the graph."""
+    if isinstance(leaf, PrefixCache):
+        return "cache", leaf.offset, tuple((array.shape, array.dtype) for array in leaf.state)
+    if isinstance(leaf, mx.array):
+        return leaf.shape, leaf.dtype
+    return repr(leaf)
