@@ -20,7 +20,8 @@ from mlxtune.data.chat import damage, turns
 from mlxtune.data.chat.continuations import continuation
 from mlxtune.data.chat.damage import Damage
 from mlxtune.data.chat.turn_places import TurnPlaces
-from mlxtune.data.template.template import THINKING_KEYS, Messages, Template, TemplateError
+from mlxtune.data.rows.messages import THINKING_KEYS
+from mlxtune.data.template.template import Messages, Template, TemplateError
 
 # Remarks on how a turn is trained. The key is kept with the row; the words are for people.
 KINDS = {

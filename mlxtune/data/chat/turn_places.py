@@ -22,8 +22,9 @@ from mlxtune.data.chat.conversation import Conversation
 from mlxtune.data.chat.marks import THINKING, thinking_parts
 from mlxtune.data.chat.pieces import trimmed_ways
 from mlxtune.data.chat.turn_ends import up_to_end_token
+from mlxtune.data.rows.messages import THINKING_KEYS
 from mlxtune.data.template.probes import MARKS
-from mlxtune.data.template.template import THINKING_KEYS, Template
+from mlxtune.data.template.template import Template
 
 
 @dataclass(frozen=True)
