@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -94,25 +95,21 @@ class Renderer:
         self.tokenizer = tokenizer
         self.section = section
         self._templates = templates or Templates(tokenizer)
-        self._borders: Borders | None = None
 
     def uncut(self) -> Renderer:
         """The same without data.max_tokens."""
         section = self.section.model_copy(update={"max_tokens": NO_LIMIT})
         return Renderer(self.tokenizer, section, self._templates)
 
-    @property
+    @cached_property
     def template(self) -> Template:
-        """The template that the tokenizer has now: a run may choose one after this was made."""
+        """The template of the tokenizer, which is set up before rows are rendered."""
         day = date.fromisoformat(self.section.date) if self.section.date else None
         return self._templates.of(self.section.template_kwargs, day)
 
-    @property
+    @cached_property
     def borders(self) -> Borders:
-        template = self.template
-        if self._borders is None or self._borders.template is not template:
-            self._borders = Borders(self.tokenizer, template)
-        return self._borders
+        return Borders(self.tokenizer, self.template)
 
     def rows(self, records: Iterable[Record | Bad]) -> list[Row]:
         """All examples of some records, in their order."""
