@@ -30,8 +30,11 @@ from mlxtune.machine import backend
 from mlxtune.model import convert
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import load
-from mlxtune.ship import export, verify
+from mlxtune.ship import runners, verify
+from mlxtune.ship.artefacts import HuggingFace
+from mlxtune.ship.export import ship
 from mlxtune.ship.merge import open_merged
+from mlxtune.ship.request import Request
 
 IDS = np.random.default_rng(5).integers(3, 250, (2, 24))
 
@@ -84,9 +87,9 @@ def measure(family: str, root: Path) -> Row:
     adapter_files.save_config(run, spec)
     adapter_files.save_tensors(model, run, spec.file)
     ours = mlx_logits(model)
-    request = export.Request(folder, run, root / f"{family}-hf", base=original if layout.tower else None)
-    export.to_hf(request)
-    merged = verify.transformers_model(request.out)  # refuses missing and unexpected keys
+    request = Request(folder, run, root / f"{family}-hf", base=original if layout.tower else None)
+    ship(request, HuggingFace())
+    merged = runners.transformers_model(request.out)  # refuses missing and unexpected keys
     row.hf = apart(logits(merged), ours)
     out = root / f"{family}-peft"
     out.mkdir()
@@ -142,7 +145,7 @@ def reference(folder: Path) -> Any:
     import torch
     from transformers import AutoConfig
 
-    model = verify._model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
+    model = runners.model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
 
@@ -159,7 +162,7 @@ def in_memory(folder: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndar
 
     config = AutoConfig.from_pretrained(folder)
     state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
-    model = verify._model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    model = runners.model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
@@ -167,7 +170,7 @@ def logits(model: Any) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return verify.text_part(model)(torch.from_numpy(IDS)).logits.numpy()
+        return runners.text_part(model)(torch.from_numpy(IDS)).logits.numpy()
 
 
 def mlx_logits(model: Any) -> np.ndarray:
@@ -179,7 +182,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def cross_entropy(values: np.ndarray) -> float:
-    return float(verify._loss(values[:, :-1].reshape(-1, values.shape[-1]), IDS[:, 1:].reshape(-1)))
+    return float(verify.cross_entropy(values[:, :-1].reshape(-1, values.shape[-1]), IDS[:, 1:].reshape(-1)))
 
 
 def same(one: Path, other: Path) -> bool:

@@ -25,7 +25,9 @@ from mlxtune.errors import UserError
 from mlxtune.model import convert, reopened
 from mlxtune.model.arrays import named
 from mlxtune.model.load import load, open_model
-from mlxtune.ship import export
+from mlxtune.ship.artefacts import FusedMlx
+from mlxtune.ship.export import ship
+from mlxtune.ship.request import Request
 
 
 def poisoned(folder: Path, value: float) -> Path:
@@ -89,12 +91,12 @@ def test_a_config_that_is_another_model_the_second_time_is_not_kept(
 
 def test_a_fused_model_is_opened_again_without_a_proof_too(mlx_model: Path, tmp_path: Path) -> None:
     adapter = adapter_of(mlx_model, tmp_path / "run")
-    export.to_mlx(export.Request(mlx_model, adapter, tmp_path / "whole"), 16)
+    ship(Request(mlx_model, adapter, tmp_path / "whole"), FusedMlx())
     factors = dict(mx.load(str(adapter / ADAPTER_FILE)))
     broken = {name: array + 1e30 for name, array in factors.items()}  # whose products are infinite
     mx.save_safetensors(str(adapter / ADAPTER_FILE), broken)
     with pytest.raises(UserError, match="logits of 4 tokens are not finite"):
-        export.to_mlx(export.Request(mlx_model, adapter, tmp_path / "fused"), 16)
+        ship(Request(mlx_model, adapter, tmp_path / "fused"), FusedMlx())
     tiny.nothing_written(tmp_path / "fused")
 
 

@@ -30,7 +30,9 @@ from mlxtune.adapter import peft
 from mlxtune.adapter.layers import LINEAR, SWITCH
 from mlxtune.model.convert import Quantization, convert
 from mlxtune.model.load import load
-from mlxtune.ship import export
+from mlxtune.ship.artefacts import Peft
+from mlxtune.ship.export import ship
+from mlxtune.ship.request import Request
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),  # they do match
@@ -84,7 +86,7 @@ def test_an_adapter_crosses_both_ways_with_the_bits_that_mlxtune_gives(
     name, section = CASES[case]
     folder = models[name]
     adapted(folder, tmp_path / "run", **section)
-    export.to_peft(export.Request(folder, tmp_path / "run", tmp_path / "theirs", base_name="acme/tiny"))
+    ship(Request(folder, tmp_path / "run", tmp_path / "theirs", base_name="acme/tiny"), Peft())
     fence.to_peft(tmp_path / "run", tmp_path / "ours", folder, "acme/tiny")
     same(tmp_path / "ours", tmp_path / "theirs")
     peft.import_adapter(tmp_path / "ours", tmp_path / "back", str(folder), False)
@@ -107,7 +109,7 @@ def test_the_script_carries_an_adapter_there_and_back_and_says_what_it_did(
     folder = models["qwen3_moe"]
     adapted(folder, tmp_path / "run", targets="all-linear")
     Changes("{{ messages }}", "<|im_start|>").save(tmp_path / "run")
-    export.to_peft(export.Request(folder, tmp_path / "run", tmp_path / "theirs"))
+    ship(Request(folder, tmp_path / "run", tmp_path / "theirs"), Peft())
     result = alone.command(python, "to-peft", tmp_path / "run", tmp_path / "ours", "--base", folder)
     assert (result.returncode, result.stdout) == (
         0,
@@ -161,7 +163,7 @@ def test_a_tied_embedding_that_was_trained_stays_the_head_in_peft_whatever_its_n
 
     folder = tiny.make_model(tmp_path / "model", family, tie_word_embeddings=True)
     model = adapted(folder, tmp_path / "run", targets=[target], train_also=["embeddings"])
-    export.to_peft(export.Request(folder, tmp_path / "run", tmp_path / "peft"))
+    ship(Request(folder, tmp_path / "run", tmp_path / "peft"), Peft())
     ours = np.array(model(mx.array(IDS)))
     np.testing.assert_allclose(logits(hf(folder, tmp_path / "peft")), ours, atol=1e-4)
     assert np.abs(logits(hf(folder)) - ours).max() > 0.05

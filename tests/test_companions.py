@@ -17,7 +17,9 @@ from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.model import convert
 from mlxtune.model.load import load
-from mlxtune.ship import export
+from mlxtune.ship.artefacts import FusedMlx, HuggingFace
+from mlxtune.ship.export import ship
+from mlxtune.ship.request import Request
 
 PROCESSORS = {
     "preprocessor_config.json": {"image_processor_type": "Gemma3ImageProcessor"},
@@ -76,8 +78,8 @@ def test_processors_go_along_in_convert_and_every_export(vision: Path, tmp_path:
     # Where --base is given, they are its own.
     shutil.copytree(vision, tmp_path / "base")
     edit(tmp_path / "base" / "processor_config.json", image_seq_length=9)
-    export.to_hf(export.Request(tmp_path / "mlx", adapter, tmp_path / "hf", base=tmp_path / "base"))
-    export.to_mlx(export.Request(tmp_path / "mlx", adapter, tmp_path / "fused"), 16)
+    ship(Request(tmp_path / "mlx", adapter, tmp_path / "hf", base=tmp_path / "base"), HuggingFace())
+    ship(Request(tmp_path / "mlx", adapter, tmp_path / "fused"), FusedMlx())
     for folder, length in (("mlx", 4), ("fused", 4), ("hf", 9)):
         for name, content in PROCESSORS.items():
             own = {"image_seq_length": length} if name == "processor_config.json" else {}
@@ -123,8 +125,8 @@ def test_code_is_left_out_with_the_keys_that_name_it_in_one_note(with_code: Path
     done = convert.convert(str(with_code), tmp_path / "mlx", DENSE)
     assert [note for note in done.notes if "code of its own" in note and "--trust-remote-code copies it" in note]
     adapter = adapter_of(tmp_path / "mlx", tmp_path / "run")
-    request = export.Request(tmp_path / "mlx", adapter, tmp_path / "hf", base=with_code)
-    export.to_hf(request)
+    request = Request(tmp_path / "mlx", adapter, tmp_path / "hf", base=with_code)
+    ship(request, HuggingFace())
     assert request.notes == [convert.CODE_LEFT_OUT]
     for folder in (tmp_path / "mlx", tmp_path / "hf"):
         assert not list(folder.glob("*.py"))
@@ -141,7 +143,7 @@ def test_code_is_copied_where_that_was_asked_for_and_never_run(with_code: Path, 
     tiny.done(
         "export", "--model", tmp_path / "mlx", "--adapter", adapter, "--to", "hf", "--out", tmp_path / "hf", *DATA
     )
-    export.to_mlx(export.Request(tmp_path / "mlx", adapter, tmp_path / "fused"), 16)
+    ship(Request(tmp_path / "mlx", adapter, tmp_path / "fused"), FusedMlx())
     for folder in (tmp_path / "mlx", tmp_path / "hf", tmp_path / "fused"):
         assert companions.code_of(folder) == list(SETTINGS)
         assert {path.name for path in folder.glob("*.py")} == {path.name for path in with_code.glob("*.py")}

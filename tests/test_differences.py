@@ -24,9 +24,12 @@ from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import load
-from mlxtune.ship import differences, export, gguf, states, verify
-from mlxtune.ship.export import Request
-from mlxtune.ship.verify import TorchRunner
+from mlxtune.ship import differences, runners, states, verify
+from mlxtune.ship.artefacts import FusedMlx, HuggingFace, Peft
+from mlxtune.ship.export import check, ship
+from mlxtune.ship.gguf import Gguf
+from mlxtune.ship.request import Request
+from mlxtune.ship.runners import TorchRunner
 
 WINDOW = 16
 pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights mapping:UserWarning")
@@ -54,7 +57,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(llama: Path) -> Path:
     """The same, taken out in float32."""
     out = llama.with_name("llama-hf")
-    export.to_hf(Request(llama, None, out))
+    ship(Request(llama, None, out), HuggingFace())
     return out
 
 
@@ -84,7 +87,7 @@ def configured(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None
 
 def why(folder: Path, model: Path, adapter: Path | None, examples: Sequence[Example]) -> str:
     """What `verify` says of a folder; it must have failed."""
-    report, differs = export.check(folder, model, adapter, examples)
+    report, differs = check(folder, model, adapter, examples)
     assert report.verdict == "failed", report.line()
     return differs
 
@@ -145,7 +148,7 @@ def test_a_window_that_is_wider_is_told_from_a_rotary_embedding_by_its_first_tok
     windowed: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "wide"
-    export.to_hf(Request(windowed, None, folder))
+    ship(Request(windowed, None, folder), HuggingFace())
     configured(lambda config: config.update(sliding_window=64))(folder)
     said = why(folder, windowed, None, rows(windowed))
     assert "Its config.json has sliding_window 64 in place of 16" in said
@@ -155,14 +158,14 @@ def test_a_window_that_is_wider_is_told_from_a_rotary_embedding_by_its_first_tok
 def broken(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
     """transformers' own model is changed after loading, as where it computes something that mlx-lm does not."""
     for name in ("transformers_runner", "peft_runner"):
-        real = getattr(verify, name)
+        real = getattr(runners, name)
 
         def run(*given: Any, _real: Any = real) -> TorchRunner:
             runner: TorchRunner = _real(*given)
             change(runner.model)
             return runner
 
-        monkeypatch.setattr(verify, name, run)
+        monkeypatch.setattr(runners, name, run)
 
 
 def slower(model: Any) -> None:
@@ -188,9 +191,9 @@ def test_a_program_that_computes_another_model_from_the_same_files_is_named(
 ) -> None:
     broken(monkeypatch, change)
     with pytest.raises(UserError, match="not the model that was trained") as raised:
-        export.to_hf(Request(llama, None, tmp_path / "hf", examples=rows(llama)))
+        ship(Request(llama, None, tmp_path / "hf", examples=rows(llama)), HuggingFace())
     said = raised.value.hint
-    assert said.startswith(f"mlx-lm and transformers {verify.transformers_version()} compute other models from these")
+    assert said.startswith(f"mlx-lm and transformers {runners.transformers_version()} compute other models from these")
     assert f"they first differ at {place}" in said and "--no-verify" in said
     assert ("from token 2 on (the rotary embedding" in said) == (change is slower)
     assert "bug" not in said and "type" not in said
@@ -209,12 +212,12 @@ def test_a_program_that_computes_another_base_is_told_from_one_that_applies_an_a
     with monkeypatch.context() as patch:
         broken(patch, slower)
         with pytest.raises(UserError) as raised:
-            export.to_peft(request)
+            ship(request, Peft())
     assert "compute other models from the base's weights alone: they first differ at block 0's att" in raised.value.hint
     with monkeypatch.context() as patch:
         broken(patch, applied_twice)
         with pytest.raises(UserError) as raised:
-            export.to_peft(request)
+            ship(request, Peft())
     said = raised.value.hint
     assert (
         "The base is the same in both; PEFT does something else with the adapter: they first differ at block 0" in said
@@ -227,7 +230,7 @@ def test_an_adapter_that_is_not_the_runs_is_named(
     mlx_model: Path, run: Path, held_out: Sequence[Example], tmp_path: Path
 ) -> None:
     folder = tmp_path / "peft"
-    export.to_peft(Request(mlx_model, run, folder))
+    ship(Request(mlx_model, run, folder), Peft())
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
     said = why(folder, mlx_model, run, held_out)
@@ -242,7 +245,7 @@ def test_numbers_that_a_type_cannot_hold_are_counted_and_named(llama: Path, tmp_
         scaled(f"model.layers.{number}.mlp.up_proj.weight", 2e8)(large)
         scaled(f"model.layers.{number}.mlp.down_proj.weight", 1e-8)(large)
     with pytest.raises(UserError) as raised:
-        export.to_hf(Request(large, None, tmp_path / "hf", dtype="float16", examples=rows(large)))
+        ship(Request(large, None, tmp_path / "hf", examples=rows(large)), HuggingFace("float16"))
     said = raised.value.hint
     assert "Float16 ends at 65,504, and 2 tensors hold larger numbers, first model.layers.0.mlp.up_proj" in said
     assert "--dtype bfloat16 or float32 holds them. --no-verify" in said
@@ -250,7 +253,7 @@ def test_numbers_that_a_type_cannot_hold_are_counted_and_named(llama: Path, tmp_
         with pytest.raises(
             UserError, match=f"blk.0.ffn_up.weight holds {expected}|blk.1.ffn_up.weight holds {expected}"
         ):
-            gguf.ship(Request(large, None, tmp_path / "large.gguf"), "gguf", kind, False)
+            ship(Request(large, None, tmp_path / "large.gguf"), Gguf(kind))
     assert {path.name for path in tmp_path.iterdir()} == {"large"}
 
 
@@ -258,24 +261,24 @@ def test_rounding_is_the_reason_only_where_nothing_else_is(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under limits that no 16-bit export of this model passes."""
-    monkeypatch.setitem(verify.LIMITS, "bfloat16", {"mean_kl": 1e-9})
-    request = Request(llama, None, tmp_path / "hf", dtype="bfloat16", examples=rows(llama))
+    monkeypatch.setitem(verify.LIMITS, "bfloat16", verify.Limits(mean_kl=1e-9))
+    request = Request(llama, None, tmp_path / "hf", examples=rows(llama))
     with pytest.raises(UserError) as raised:
-        export.to_hf(request)
+        ship(request, HuggingFace("bfloat16"))
     assert raised.value.hint.startswith(
         "Rounding the merged weights to bfloat16 does this, and nothing else. --dtype f"
     )
     broken(monkeypatch, louder)
-    monkeypatch.setitem(verify.LIMITS, "bfloat16", {"mean_kl": 1e-2})
+    monkeypatch.setitem(verify.LIMITS, "bfloat16", verify.Limits(mean_kl=1e-2))
     with pytest.raises(UserError) as raised:
-        export.to_hf(request)
+        ship(request, HuggingFace("bfloat16"))
     assert "compute other models" in raised.value.hint and "ounding" not in raised.value.hint
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("ship", [export.to_hf, lambda request: export.to_mlx(request, 16)], ids=["hf", "fuse"])
+@pytest.mark.parametrize("form", [HuggingFace, FusedMlx])
 def test_a_merge_that_is_none_is_our_bug(
-    ship: Callable[[Request], Any],
+    form: type[HuggingFace] | type[FusedMlx],
     dtype: str,
     mlx_model: Path,
     run: Path,
@@ -286,7 +289,7 @@ def test_a_merge_that_is_none_is_our_bug(
     """Only the files' own numbers are wrong, and they are those that were merged: no other reason is left."""
     monkeypatch.setattr(LoRALinear, "delta", lambda self: self.lora_b.T @ self.lora_a.T)
     with pytest.raises(UserError) as raised:
-        ship(Request(mlx_model, run, tmp_path / "out", dtype=dtype, examples=held_out))
+        ship(Request(mlx_model, run, tmp_path / "out", examples=held_out), form(dtype=dtype))
     said = raised.value.hint
     assert said.startswith("Merged, the adapter does something else than in the trained model: they first differ at bl")
     assert differences.BUG in said
@@ -296,9 +299,9 @@ def test_codes_that_lose_the_tune_are_told_from_torn_ones(
     mlx_model: Path, run: Path, held_out: Sequence[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "fused"
-    export.to_mlx(Request(mlx_model, run, folder), 4)
-    monkeypatch.setitem(verify.LIMITS, "4 bits", {"gain_kept": 9.0})
-    report, said = export.check(folder, mlx_model, run, held_out)
+    ship(Request(mlx_model, run, folder), FusedMlx(4))
+    monkeypatch.setitem(verify.LIMITS, "4 bits", verify.Limits(gain_kept=9.0, lossy=True))
+    report, said = check(folder, mlx_model, run, held_out)
     assert report.verdict == "lossy" and "fuse --bits 8 or 16" in said
     scaled("model.layers.1.mlp.up_proj.scales", np.inf)(folder)
     assert why(folder, mlx_model, run, held_out).startswith(
@@ -317,14 +320,14 @@ def test_llama_cpp_that_computes_another_model_is_told_from_a_type_that_rounds(
         key = next(key for key in fields if key.endswith("rope.freq_base"))
         return {**fields, key: fields[key]._replace(value=500.0)}
 
-    monkeypatch.setitem(verify.LIMITS, "q8_0", {"mean_kl": 1e-9})
+    monkeypatch.setitem(verify.LIMITS, "q8_0", verify.Limits(mean_kl=1e-9))
     request = Request(llama, None, tmp_path / "model.gguf", examples=rows(llama))
     with pytest.raises(UserError) as raised:
-        gguf.ship(request, "gguf", "q8_0", False)
+        ship(request, Gguf("q8_0"))
     assert "The file holds exactly what --type q8_0 makes of the weights: either its rounding" in raised.value.hint
     monkeypatch.setattr(gguf_config, "metadata", metadata)
     with pytest.raises(UserError) as raised:
-        gguf.ship(request, "gguf", "f32", False)
+        ship(request, Gguf("f32"))
     said = raised.value.hint
     assert "The file holds the weights bit for bit: llama.cpp computes another model from them" in said
     assert "its logits differ, from token 2 on (the rotary embedding, or the scale of the scores)" in said
@@ -333,7 +336,7 @@ def test_llama_cpp_that_computes_another_model_is_told_from_a_type_that_rounds(
 def test_looking_changes_nothing_and_sees_the_same_in_both_programs(windowed: Path) -> None:
     """Gemma 3 calls one module twice: once for its windowed blocks, once for the others."""
     ids = np.arange(3, 43)
-    model, theirs = load(str(windowed), "float32").model, verify.transformers_runner(windowed).model
+    model, theirs = load(str(windowed), "float32").model, runners.transformers_runner(windowed).model
     seen, also = states.of_mlx(model, ids), states.of_torch(theirs, ids, 2)
     with torch.no_grad():
         plain = theirs(torch.from_numpy(ids[None])).logits[0].numpy()
@@ -349,7 +352,7 @@ def test_what_goes_wrong_while_looking_does_not_hide_that_the_proof_failed() -> 
     def fails() -> str:
         raise RuntimeError("no memory")
 
-    assert differences.told(fails) == "What differs could not be found out (RuntimeError: no memory)."
+    assert differences.found_out(fails) == "What differs could not be found out (RuntimeError: no memory)."
 
 
 def test_a_difference_that_grows_slowly_has_no_place_and_noise_is_none() -> None:

@@ -12,7 +12,7 @@ import terminal
 import tiny
 from mlxtune_convert.shown import shown, shown_json, shown_name
 
-from mlxtune.cli import use
+from mlxtune.cli import talk
 from mlxtune.cli.console import console
 from mlxtune.data.template.answers import Plain
 
@@ -69,7 +69,7 @@ def test_none_of_200_texts_is_obeyed_anywhere(capsys: pytest.CaptureFixture[str]
 
     texts = hostile.texts()
     assert len(set(texts)) == 200 and sum(bool(terminal.HARMFUL.search(text)) for text in texts) > 190
-    safe, table, voice = console(force_terminal=True, width=4000), Table("name"), use.Voice(Plain())
+    safe, table, voice = console(force_terminal=True, width=4000), Table("name"), talk.Voice(Plain())
     for text in texts:
         table.add_row(text)
         safe.print(text, Text(text))
@@ -112,7 +112,7 @@ def test_a_console_keeps_its_own_colours_and_nothing_of_the_texts(
 
 def test_an_answer_commands_no_terminal_and_is_kept_raw_on_request(capsys: pytest.CaptureFixture[str]) -> None:
     for raw in (False, True):
-        voice = use.Voice(Plain(), raw)
+        voice = talk.Voice(Plain(), raw)
         for piece in CLIPBOARD + KEPT:  # one character at a time
             voice.hear(piece)
         voice.end("")

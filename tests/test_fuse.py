@@ -16,7 +16,11 @@ from safetensors.numpy import load_file, save_file
 from mlxtune.cli import cli
 from mlxtune.errors import UserError
 from mlxtune.model.load import open_model
-from mlxtune.ship import export, gptq
+from mlxtune.ship import gptq
+from mlxtune.ship.artefacts import FusedMlx
+from mlxtune.ship.export import ship
+from mlxtune.ship.request import Request
+from mlxtune.ship.verify import Report
 from mlxtune.train.run_data import Data, read_data
 from mlxtune.train.run_folder import RunFolder
 
@@ -69,16 +73,22 @@ def rows(mlx_model: Path, run: Path) -> Data:
     return read_data(RunFolder(run).config())[0]
 
 
+def proof(request: Request, artefact: FusedMlx) -> Report:
+    report = ship(request, artefact).proof
+    assert isinstance(report, Report)
+    return report
+
+
 @pytest.mark.parametrize("group", [None, 64])
 def test_a_4_bit_fuse_keeps_more_of_the_tune_than_rounding_does(
     group: int | None, mlx_model: Path, run: Path, rows: Data, tmp_path: Path
 ) -> None:
     """The same request with and without the training rows; neither the model nor the run is touched."""
     before = digests(mlx_model, run)
-    request = export.Request(mlx_model, run, tmp_path / "rounded", examples=rows.valid)
-    rounded = export.to_mlx(request, 4, group)
-    request = export.Request(mlx_model, run, tmp_path / "fused", examples=rows.valid, calibration=rows.train)
-    calibrated = export.to_mlx(request, 4, group)
+    request = Request(mlx_model, run, tmp_path / "rounded", examples=rows.valid)
+    rounded = proof(request, FusedMlx(4, group))
+    request = Request(mlx_model, run, tmp_path / "fused", examples=rows.valid)
+    calibrated = proof(request, FusedMlx(4, group, calibration=rows.train))
     assert calibrated.mean_kl < 0.5 * rounded.mean_kl
     assert calibrated.gain_kept > 0.95
     assert calibrated.verdict == "passed"

@@ -17,7 +17,9 @@ from mlxtune.adapter.plan import linear_paths
 from mlxtune.compute import prefix
 from mlxtune.model import convert
 from mlxtune.model.load import load, open_model
-from mlxtune.ship import export
+from mlxtune.ship.artefacts import HuggingFace
+from mlxtune.ship.export import ship
+from mlxtune.ship.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def test_a_wrapper_leaves_with_the_towers_of_its_original(text: Path, tmp_path: 
     convert.convert(str(whole), tmp_path / "mlx", convert.Quantization.of(16, None, None))
     ours = np.array(load(str(tmp_path / "mlx"), "float32").model(mx.array(conformance.IDS)))
     assert conformance.apart(ours, conformance.logits(conformance.reference(text))) < 5e-5
-    export.to_hf(export.Request(tmp_path / "mlx", None, tmp_path / "out", base=whole))
+    ship(Request(tmp_path / "mlx", None, tmp_path / "out", base=whole), HuggingFace())
     back = load_file(tmp_path / "out" / "model.safetensors")
     unused = {name for name in back if "layers.2." in name or "layers.3." in name} - tensors.keys()
     assert {name.split(".")[-2] for name in unused} == {"k_proj", "v_proj", "k_norm"}  # transformers passes over them

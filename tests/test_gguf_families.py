@@ -14,14 +14,17 @@ import tiny
 import zoo
 from mlxtune_convert.gguf import architectures as gguf_families
 from mlxtune_convert.gguf import metadata, model_read, quant_blocks, tensor_types
+from mlxtune_convert.gguf.model_write import GgufPlan
 
 from mlxtune.adapter import adapter_files, attach
 from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError
 from mlxtune.model.load import load, open_model
-from mlxtune.ship import export, gguf, llama_cpp, verify
-from mlxtune.ship.merge import open_merged
+from mlxtune.ship import gguf, llama_cpp, runners
+from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import GgufAdapter
+from mlxtune.ship.request import MergedModel, Request
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
@@ -95,7 +98,7 @@ IDS = np.random.default_rng(0).integers(3, 250, 60)
 def transformers_logits(folder: Path) -> np.ndarray:
     import torch
 
-    model = verify.text_part(conformance.reference(folder))
+    model = runners.text_part(conformance.reference(folder))
     with torch.no_grad():
         return model(torch.from_numpy(IDS)[None]).logits[0].numpy()
 
@@ -106,10 +109,10 @@ def mlx_logits(folder: Path) -> np.ndarray:
     return np.array(model(mx.array(IDS)[None]))[0]
 
 
-def exported(folder: Path, out: Path, kind: str = "f32") -> gguf.Plan:
-    merged = open_merged(folder, None, mx.float32)
-    plan = gguf.Plan.of(merged, kind, folder, "tiny")
-    plan.write(merged, out)
+def exported(folder: Path, out: Path, kind: str = "f32") -> GgufPlan:
+    model = MergedModel(Request(folder, None, out))
+    plan = gguf.plan_of(model, kind)
+    plan.write(gguf.merged_tensors(model.to_read(mx.float32)), out)
     return plan
 
 
@@ -149,7 +152,7 @@ def test_an_adapter_on_a_written_family_does_in_llama_cpp_what_it_does_here(name
     (tmp_path / "run").mkdir()
     adapter_files.save_config(tmp_path / "run", spec)
     adapter_files.save_tensors(model, tmp_path / "run", spec.file)
-    gguf.ship(export.Request(folder, tmp_path / "run", tmp_path / "adapter.gguf"), "gguf-lora", None, False)
+    ship(Request(folder, tmp_path / "run", tmp_path / "adapter.gguf"), GgufAdapter())
     ours = np.array(model(mx.array(IDS)[None]))[0]
     with llama_cpp.runner(tmp_path / "base.gguf", tmp_path / "adapter.gguf") as run:
         theirs = run.logits(IDS)
@@ -192,6 +195,14 @@ RESPELLED = (
     ("e_score_correction_bias", "e_score_correction.bias"),
     ("dt_bias", "dt_proj.bias"),
 )
+
+
+def test_every_family_that_a_gguf_is_written_for_is_compared_with_llama_cpp() -> None:
+    compared = {name.split()[0] for name in SHAPES}
+    for family in gguf_families.FAMILIES:
+        name = family.model_type.removesuffix("_text")  # of a vision model its text part
+        if name != "gemma4_unified":  # is gemma4 in llama.cpp and by its table
+            assert compared & {family.model_type, name}, f"{family.model_type} needs a line in SHAPES"
 
 
 def test_the_names_are_those_of_llama_cpps_own_table() -> None:

@@ -26,11 +26,13 @@ from mlxtune.adapter import adapter_files
 from mlxtune.cli import cli
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.template.tokenizer import load_tokenizer
+from mlxtune.errors import UserError
 from mlxtune.model import convert
 from mlxtune.model.load import load, open_model
 from mlxtune.ship import gguf, llama_cpp, modelfile
-from mlxtune.ship.export import Request
-from mlxtune.ship.merge import open_merged
+from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import Gguf, GgufAdapter
+from mlxtune.ship.request import MergedModel, Request
 
 IDS = np.random.default_rng(7).integers(3, 250, 50)
 
@@ -105,7 +107,7 @@ def test_a_merged_export_is_the_trained_model(
     kind: str, limit: float, mlx_model: Path, run: Path, held_out: Sequence[Example], tmp_path: Path
 ) -> None:
     """The largest logit is some 20; on other tokens than the proof used."""
-    done = gguf.ship(Request(mlx_model, run, tmp_path / "m.gguf", examples=held_out), "gguf", kind, False)
+    done = ship(Request(mlx_model, run, tmp_path / "m.gguf", examples=held_out), Gguf(kind))
     assert done.proof is not None and "run by llama.cpp" in done.proof.line()
     theirs, ours = llama_logits(tmp_path / "m.gguf"), trained_logits(mlx_model, run)
     assert np.abs(theirs - ours).max() < limit
@@ -125,9 +127,9 @@ def test_kept_codes_are_proven_and_refuse_an_adapter(mlx_model: Path, run: Path,
 @pytest.mark.parametrize(("dtype", "kind"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16")])
 def test_floats_are_kept_in_the_type_that_holds_them_there_and_back(dtype: str, kind: str, tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "hf", dtype=dtype)
-    gguf.ship(Request(model, None, tmp_path / "one.gguf"), "gguf", "keep", False)
+    ship(Request(model, None, tmp_path / "one.gguf"), Gguf("keep"))
     convert.convert(str(tmp_path / "one.gguf"), tmp_path / "mlx", convert.Quantization.of(16, None, None))
-    gguf.ship(Request(tmp_path / "mlx", None, tmp_path / "two.gguf"), "gguf", "keep", False)
+    ship(Request(tmp_path / "mlx", None, tmp_path / "two.gguf"), Gguf("keep"))
     one, two = (container.read(tmp_path / name) for name in ("one.gguf", "two.gguf"))
     assert one.tensors["blk.0.ffn_up.weight"].kind == kind
     assert {name: tensor.kind for name, tensor in one.tensors.items()} == {n: t.kind for n, t in two.tensors.items()}
@@ -139,8 +141,8 @@ def test_an_adapter_beside_its_base_is_the_tuned_model(arch: str, held_out: Sequ
     """Permuted rows, stacked experts, fused matrices: by llama.cpp's own application of the factors."""
     model = tiny.make_model(tmp_path / "hf", arch, **({"sliding_window": None} if arch == "phi3" else {}))
     adapted(model, run := tmp_path / "run", rank=4, alpha=12)
-    gguf.ship(Request(model, None, tmp_path / "base.gguf"), "gguf", "f32", False)
-    done = gguf.ship(Request(model, run, tmp_path / "lora.gguf", examples=held_out), "gguf-lora", None, False)
+    ship(Request(model, None, tmp_path / "base.gguf"), Gguf("f32"))
+    done = ship(Request(model, run, tmp_path / "lora.gguf", examples=held_out), GgufAdapter())
     assert done.proof is not None and done.proof.verdict == "passed"
     ours = trained_logits(model, run)
     assert np.abs(llama_logits(tmp_path / "base.gguf", tmp_path / "lora.gguf") - ours).max() < 1e-4
@@ -188,7 +190,7 @@ def test_ranks_and_scales_that_differ_are_folded(tmp_path: Path) -> None:
 
 def test_an_embedding_adapter_is_refused_because_llama_cpp_aborts(tmp_path: Path) -> None:
     updates = {"model.embed_tokens": Update(np.zeros((4, 2)), np.zeros((2, 4)), 1.0)}
-    with pytest.raises(gguf.UserError, match="embedding"):
+    with pytest.raises(UserError, match="embedding"):
         adapter_file.write_adapter(tmp_path / "a.gguf", by_model_type("llama"), {}, updates, "")
     assert not (tmp_path / "a.gguf").exists()
 
@@ -228,20 +230,21 @@ def test_without_llama_cpp_k_quants_are_refused_and_the_rest_is_read_back(
     monkeypatch.setattr(ggml, "library_file", lambda: None)
     ggml.library.cache_clear()
     request = Request(mlx_model, run, tmp_path / "m.gguf", examples=held_out)
-    with pytest.raises(gguf.UserError, match="K-quants") as refused:
-        gguf.ship(request, "gguf", "q4_k_m", False)
+    with pytest.raises(UserError, match="K-quants") as refused:
+        ship(request, Gguf("q4_k_m"))
     assert "pip install xllamacpp" in str(refused.value)
     assert list(tmp_path.iterdir()) == []
-    done = gguf.ship(request, "gguf", "q8_0", False)
+    done = ship(request, Gguf("q8_0"))
     assert done.proof is not None and "read back" in done.proof.line()
-    done = gguf.ship(Request(mlx_model, run, tmp_path / "a.gguf", examples=held_out), "gguf-lora", None, False)
+    done = ship(Request(mlx_model, run, tmp_path / "a.gguf", examples=held_out), GgufAdapter())
     assert done.proof is not None and "read back: 28 tensors" in done.proof.line()
-    planned = gguf.Plan.of(open_merged(mlx_model, run, mx.float32), "q8_0", mlx_model, "x")
+    model = MergedModel(request)
+    planned = gguf.plan_of(model, "q8_0")
     with (tmp_path / "m.gguf").open("r+b") as file:  # a bit that flips on the disk
         file.seek(-100, 2)
         file.write(b"\xff")
-    with pytest.raises(gguf.UserError, match="does not hold what was written"):
-        container.read_back(tmp_path / "m.gguf", planned.tensors(open_merged(mlx_model, run, mx.float32)))
+    with pytest.raises(UserError, match="does not hold what was written"):
+        container.read_back(tmp_path / "m.gguf", planned.tensors(gguf.merged_tensors(model.to_read(mx.float32))))
     ggml.library.cache_clear()
 
 
@@ -287,7 +290,7 @@ def test_an_option_without_effect_is_an_error(
 ) -> None:
     out = tmp_path / "x.gguf"
     done = CliRunner().invoke(cli, ["export", "--model", str(mlx_model), "--out", str(out), "--no-verify", *options])
-    assert isinstance(done.exception, gguf.UserError) and expected in str(done.exception)
+    assert isinstance(done.exception, UserError) and expected in str(done.exception)
     tiny.nothing_written(out)
 
 
@@ -295,11 +298,11 @@ def test_what_llama_cpp_takes_for_granted_is_refused_by_name(tmp_path: Path) -> 
     """An activation it does not have; a family it does not know."""
     model = tiny.make_model(tmp_path / "hf", hidden_act="gelu")
     out = tmp_path / "m.gguf"
-    with pytest.raises(gguf.UserError, match=r"cannot express hidden_act 'gelu' \(only 'silu'\)"):
-        gguf.ship(Request(model, None, out), "gguf", "f32", False)
+    with pytest.raises(UserError, match=r"cannot express hidden_act 'gelu' \(only 'silu'\)"):
+        ship(Request(model, None, out), Gguf("f32"))
     helium = tiny.make_model(tmp_path / "helium", "helium", num_key_value_heads=2, head_dim=16)
-    with pytest.raises(gguf.UserError, match="models of type helium"):
-        gguf.ship(Request(helium, None, out), "gguf", "f32", False)
+    with pytest.raises(UserError, match="models of type helium"):
+        ship(Request(helium, None, out), Gguf("f32"))
     tiny.nothing_written(out)
 
 

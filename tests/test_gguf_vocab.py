@@ -12,8 +12,10 @@ from mlxtune_convert.errors import UserError
 from mlxtune_convert.gguf import model_read, tokenizer_read, tokenizer_write
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from mlxtune.ship import gguf, llama_cpp
-from mlxtune.ship.export import Request
+from mlxtune.ship import llama_cpp
+from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import Gguf
+from mlxtune.ship.request import Request
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 HARD = [
@@ -104,7 +106,7 @@ def test_llama_cpp_and_the_rebuilt_tokenizer_split_as_the_original(kind: str, tm
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "chat_template": tiny.CHATML}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
-    gguf.ship(Request(folder, None, tmp_path / "m.gguf"), "gguf", "f32", False)
+    ship(Request(folder, None, tmp_path / "m.gguf"), Gguf("f32"))
     original = Tokenizer.from_file(str(folder / "tokenizer.json"))
     opened = model_read.open_gguf(tmp_path / "m.gguf")
     (tmp_path / "back").mkdir()

@@ -21,7 +21,9 @@ from test_variants import adapted
 
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.convert import Quantization, convert
-from mlxtune.ship import export
+from mlxtune.ship.artefacts import HuggingFace
+from mlxtune.ship.export import ship
+from mlxtune.ship.request import Request
 
 PARTS = ("weight", "scales", "biases")
 FORMS = [
@@ -99,7 +101,7 @@ def test_a_quantized_folder_becomes_what_mlxtune_exports(kind: str, tmp_path: Pa
     family, target, dtype = EXPORTS[kind]
     model = tmp_path / "model"
     convert(str(tiny.make_model(tmp_path / "hf", family)), model, target, dtype)
-    export.to_hf(export.Request(model, None, tmp_path / "theirs"))
+    ship(Request(model, None, tmp_path / "theirs"), HuggingFace())
     said = fence.to_hf(model, tmp_path / "ours").said
     assert said.startswith(f"a Hugging Face model in {dtype or 'float32'}, ")
     left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
@@ -111,7 +113,7 @@ def test_a_quantized_folder_becomes_what_mlxtune_exports(kind: str, tmp_path: Pa
     assert (tmp_path / "ours" / "tokenizer.json").is_file()
     assert fence.check(tmp_path / "theirs", model).said == f"{len(left)} tensors equal bit for bit"
     adapted(model, tmp_path / "run", targets="all-linear")
-    export.to_hf(export.Request(model, tmp_path / "run", tmp_path / "merged"))
+    ship(Request(model, tmp_path / "run", tmp_path / "merged"), HuggingFace())
     said = fence.check(tmp_path / "merged", model, adapter=tmp_path / "run").said
     assert said.startswith(("0 ", f"{len(left)} ")) or "within rounding" in said
     with pytest.raises(UserError, match=rf"\d+ of {len(left)} tensors are not those"):
@@ -129,7 +131,7 @@ def test_a_merged_export_is_checked_within_the_rounding_of_its_type(
 ) -> None:
     """DoRA's lengths, and layers that were trained in full, in 16 bits."""
     adapted(mlx_model, tmp_path / "run", **section)
-    export.to_hf(export.Request(mlx_model, tmp_path / "run", tmp_path / "merged", dtype="bfloat16"))
+    ship(Request(mlx_model, tmp_path / "run", tmp_path / "merged"), HuggingFace("bfloat16"))
     fence.check(tmp_path / "merged", mlx_model, adapter=tmp_path / "run")
     file = tmp_path / "merged" / "model.safetensors"
     tensors = load_file(file)

@@ -14,7 +14,10 @@ from safetensors.numpy import load_file, save_file
 from test_companions import DENSE, adapter_of
 
 from mlxtune.model import convert
-from mlxtune.ship import export, verify
+from mlxtune.ship import runners
+from mlxtune.ship.artefacts import HuggingFace
+from mlxtune.ship.export import ship
+from mlxtune.ship.request import Request
 
 # (a tensor of such a block as its family names it, which block of them, or -1 where all share it)
 NAMES = [
@@ -76,7 +79,7 @@ def test_an_export_has_the_blocks_of_its_base_or_counts_none(kind: str, tmp_path
     convert.convert(str(base), tmp_path / "mlx", DENSE)
     adapter = adapter_of(tmp_path / "mlx", tmp_path / "run")
     for name, given, blocks in (("without", None, 0), ("with", base, 1)):
-        export.to_hf(export.Request(tmp_path / "mlx", adapter, tmp_path / name, base=given))
+        ship(Request(tmp_path / "mlx", adapter, tmp_path / name, base=given), HuggingFace())
         config: dict[str, Any] = json.loads((tmp_path / name / "config.json").read_text())
         tensors = load_file(tmp_path / name / "model.safetensors")
         assert config[key] == blocks
@@ -84,4 +87,4 @@ def test_an_export_has_the_blocks_of_its_base_or_counts_none(kind: str, tmp_path
         assert {n for n in tensors if mtp.belongs(n, config)} == (set(extra) if given else set())
     for tensor, array in extra.items():
         np.testing.assert_array_equal(tensors[tensor], array)
-    verify.transformers_runner(tmp_path / "with")  # transformers leaves the blocks out, which is no fault
+    runners.transformers_runner(tmp_path / "with")  # transformers leaves the blocks out, which is no fault

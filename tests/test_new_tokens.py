@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from mlxtune.adapter import adapter_files, vocabulary
-from mlxtune.cli import cli, common
+from mlxtune.cli import cli, tuned
 from mlxtune.cli.display import Display
 from mlxtune.config import resolve
 from mlxtune.data.template.tokenizer_changes import Changes, tokenizer_of
@@ -107,7 +107,7 @@ def made_by(model: Any, tokenizer: Any, **stops: Any) -> list[str]:
 
 def answers(model: Path, run: Path) -> list[str]:
     """Ours: base and adapter, greedy."""
-    loaded = common.load_model(str(model), run)
+    loaded = tuned.load_model(str(model), run)
     asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
     return [answer(loaded, messages, Sampling(max_tokens=40), {}) for messages in asked]
 
@@ -190,7 +190,7 @@ def test_what_the_command_tuned_answers_alike_wherever_it_goes(
 
 def test_the_model_learns_to_stop_at_the_new_token(models: dict[str, Path], runs: dict[str, Path], data: Path) -> None:
     """More likely than one in ten after an answer, where it began as likely as the average of 259."""
-    loaded = common.load_model(str(models["4bit"]), runs["4bit"])
+    loaded = tuned.load_model(str(models["4bit"]), runs["4bit"])
     text = loaded.tokenizer.apply_chat_template(tiny.conversations(3)[2]["messages"], tokenize=False)
     ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
     place = len(ids) - 1 - ids[::-1].index(NEW["<|im_end|>"])
@@ -268,7 +268,7 @@ def test_an_adapter_that_others_trained_with_new_tokens_comes_in(models: dict[st
     theirs.save_pretrained(tmp_path / "peft", save_embedding_layers=False)  # they are saved as trained modules
     tokenizer.save_pretrained(tmp_path / "peft")
     command("convert", tmp_path / "peft", tmp_path / "ours", "--base", models["grown"])
-    loaded = common.load_model(str(models["grown"]), tmp_path / "ours")
+    loaded = tuned.load_model(str(models["grown"]), tmp_path / "ours")
     messages = tiny.conversations(2)[1]["messages"]
     ids, wanted = (t.apply_chat_template(messages, return_dict=False) for t in (loaded.tokenizer, tokenizer))
     assert ids == wanted and set(NEW.values()) <= set(ids)
@@ -322,7 +322,7 @@ def test_training_goes_on_from_such_a_run(
 
 def test_a_model_whose_tokenizer_numbers_them_otherwise_is_refused(hf_model: Path, runs: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"another number for <\|im_end\|>") as refused:
-        common.load_model(str(hf_model), runs["4bit"])
+        tuned.load_model(str(hf_model), runs["4bit"])
     assert "Use the model that the adapter was trained on" in str(refused.value.hint)
 
 

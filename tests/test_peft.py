@@ -229,12 +229,14 @@ def test_whoever_has_only_the_export_gets_the_same_answers(models: dict[str, Pat
 
     from mlxtune.evaluate.generate import Sampling, answer
     from mlxtune.model.load import Loaded
-    from mlxtune.ship import export
+    from mlxtune.ship.artefacts import HuggingFace
+    from mlxtune.ship.export import ship
+    from mlxtune.ship.request import Request
 
     model = adapted(models["llama"], tmp_path / "run")
     loaded = load(str(models["llama"]), "float32")
     tuned = Loaded(model, loaded.tokenizer, loaded.config, loaded.path, loaded.dtype, loaded.own)
-    export.to_hf(export.Request(models["llama"], tmp_path / "run", tmp_path / "hf"))
+    ship(Request(models["llama"], tmp_path / "run", tmp_path / "hf"), HuggingFace())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     for number in range(10):

@@ -22,7 +22,10 @@ from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.config.schema import LoraSection
 from mlxtune.model import convert, reopened
 from mlxtune.model.load import load
-from mlxtune.ship import export, merge
+from mlxtune.ship import merge
+from mlxtune.ship.artefacts import HuggingFace
+from mlxtune.ship.export import ship
+from mlxtune.ship.request import Request
 
 IDS = mx.array([[5, 9, 77, 120, 33, 8, 250, 91]])
 HALVES = ("embed_q", "unembed_out")
@@ -60,7 +63,7 @@ def test_mlx_lm_has_no_other_layers_of_codes_than_those_that_are_known() -> None
 
 def test_a_half_that_is_packed_is_joined_with_a_half_that_is_not(quantized: Path, tmp_path: Path) -> None:
     """Every tensor of the export is the one that the convert package makes of the files without MLX."""
-    assert export.to_hf(export.Request(quantized, None, tmp_path / "hf")) is None
+    ship(Request(quantized, None, tmp_path / "hf"), HuggingFace())
     assert fence.check(tmp_path / "hf", quantized).said == "41 tensors equal bit for bit"
 
 

@@ -20,7 +20,9 @@ from training import losses, tune
 from mlxtune.cli import cli
 from mlxtune.data.dataset.batches import collate
 from mlxtune.model.convert import Quantization, convert
-from mlxtune.ship import export
+from mlxtune.ship.artefacts import Peft
+from mlxtune.ship.export import ship
+from mlxtune.ship.request import Request
 from mlxtune.train.run_data import read_data
 from mlxtune.train.run_folder import RunFolder
 
@@ -123,7 +125,7 @@ def test_an_adapter_that_peft_continued_goes_on_here_as_if_it_had_never_left(
     tune(model, rows, stayed, *go_on, f"lora.start_from={first}")
     tune(model, rows, ended, *go_on, f"lora.start_from={stayed}")
 
-    export.to_peft(export.Request(model, first, tmp_path / "peft"))
+    ship(Request(model, first, tmp_path / "peft"), Peft())
     crossed(python, "to-peft", first, tmp_path / "peft-alone", "--base", model)
     same(tmp_path / "peft", tmp_path / "peft-alone")
     crossed(python, "to-hf", model, tmp_path / "dense", "--dtype", "float32")

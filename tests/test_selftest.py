@@ -29,6 +29,7 @@ from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
 from mlxtune.selftest import checks, examination, kernels, model, runs, shipping, ways
 from mlxtune.selftest.outcome import FAILED, Check, Found, Result, Workshop, advice
+from mlxtune.ship import artefacts
 from mlxtune.train import checkpoint, optim
 
 Patch = pytest.MonkeyPatch
@@ -242,8 +243,8 @@ def tensors_swapped(patch: Patch) -> None:
 
 
 def factors_swapped(patch: Patch) -> None:
-    real = shipping.export.from_model
-    patch.setattr(shipping.export, "from_model", lambda *a: replace(made := real(*a), updates=swapped(made.updates)))
+    real = artefacts.from_model
+    patch.setattr(artefacts, "from_model", lambda *a: replace(made := real(*a), updates=swapped(made.updates)))
 
 
 def updates_swapped(patch: Patch) -> None:

@@ -14,8 +14,10 @@ from test_companions import DENSE
 
 from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.model import convert
-from mlxtune.ship import gguf, llama_cpp
-from mlxtune.ship.export import Request
+from mlxtune.ship import llama_cpp
+from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import Gguf
+from mlxtune.ship.request import Request
 
 TEXT = "where is the order of my friend and what is the answer to the question in the shop"
 TEXTS = ["where is the order", "two  spaces and an ümlaut 漢", "the answer", "a\nline"]
@@ -68,7 +70,7 @@ def test_convert_makes_a_tokenizer_json_that_splits_as_sentencepiece_does(
 
 
 def test_a_folder_without_tokenizer_json_is_exported_to_gguf(pieces: Any, alone: Path, tmp_path: Path) -> None:
-    gguf.ship(Request(alone, None, tmp_path / "m.gguf"), "gguf", "f32", ollama=False)
+    ship(Request(alone, None, tmp_path / "m.gguf"), Gguf("f32"))
     fields = container.read(tmp_path / "m.gguf")
     assert fields.get("tokenizer.ggml.model") == "llama"
     assert fields.get("tokenizer.ggml.tokens")[: len(pieces)] == [pieces.id_to_piece(i) for i in range(len(pieces))]

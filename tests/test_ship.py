@@ -16,7 +16,10 @@ from mlxtune.adapter.layers import LoRALinear
 from mlxtune.data.chat.masking import Example
 from mlxtune.errors import UserError
 from mlxtune.model.load import load
-from mlxtune.ship import export, verify
+from mlxtune.ship import verify
+from mlxtune.ship.artefacts import HuggingFace
+from mlxtune.ship.export import ship
+from mlxtune.ship.request import Request
 
 IDS = np.random.default_rng(5).integers(3, 250, (1, 48))
 
@@ -199,7 +202,7 @@ def test_an_export_that_is_not_the_trained_model_is_not_kept(
     """A merge that forgets the scale, planted: the proof refuses it and leaves nothing behind."""
     monkeypatch.setattr(LoRALinear, "delta", lambda self: self.lora_b.T @ self.lora_a.T)
     with pytest.raises(UserError, match="not the model that was trained"):
-        export.to_hf(export.Request(mlx_model, run, tmp_path / "hf", dtype="float32", examples=held_out))
+        ship(Request(mlx_model, run, tmp_path / "hf", examples=held_out), HuggingFace("float32"))
     assert list(tmp_path.iterdir()) == []
 
 

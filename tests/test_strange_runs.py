@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from mlxtune.config import resolve
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
-from mlxtune.ship import export, verify
+from mlxtune.ship import export, runners
 from mlxtune.train import checkpoint, run, runs
 from mlxtune.train.run_folder import CHECKPOINTS, EVENTS_FILE, RunFolder
 
@@ -188,7 +188,7 @@ def test_an_adapter_that_has_peft_import_a_module_is_refused_before_peft_is_aske
     module: str, mlx_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Path] = []
-    monkeypatch.setattr(export, "_peft_runner", lambda model, folder: asked.append(folder))
+    monkeypatch.setattr(runners, "peft_folder", lambda model, folder: asked.append(folder))
     folder = peft_folder(tmp_path / "adapter", 64, megatron_core=module, megatron_config={"a": 1})
     with pytest.raises(UserError, match="megatron_config"):
         export.check(folder, mlx_model, None, ())
@@ -199,4 +199,4 @@ def test_an_adapter_that_peft_cannot_load_is_one_line(hf_model: Path, tmp_path: 
     folder = peft_folder(tmp_path / "adapter", 63)
     settings = json.loads((hf_model / "config.json").read_text())
     with pytest.raises(UserError, match=rf"^PEFT [\d.]+ does not load {folder} \(.*size mismatch"):
-        verify.peft_runner(load_file(hf_model / "model.safetensors"), settings, folder)
+        runners.peft_runner(load_file(hf_model / "model.safetensors"), settings, folder)

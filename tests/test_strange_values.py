@@ -25,7 +25,7 @@ from safetensors.numpy import load_file, save_file
 from mlxtune.adapter import adapter_files, attach
 from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.errors import UserError
-from mlxtune.ship import verify
+from mlxtune.ship import runners
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_checkpoint_names_no_class_but_a_models(name: Any) -> None:
 
     config = transformers.LlamaConfig(architectures=name)
     expected = transformers.PreTrainedModel if name and name[0] == "PreTrainedModel" else None
-    assert verify._model_class(config) is (expected or transformers.AutoModelForCausalLM)
+    assert runners.model_class(config) is (expected or transformers.AutoModelForCausalLM)
 
 
 def test_a_folder_that_transformers_cannot_load_is_said_with_its_reason(hf_model: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_folder_that_transformers_cannot_load_is_said_with_its_reason(hf_model
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "64"}))
     with pytest.raises(UserError, match=rf"^transformers [\d.]+ does not load {folder} \("):
-        verify.transformers_model(folder)
+        runners.transformers_model(folder)
 
 
 def test_a_checkpoint_whose_moments_are_another_runs_is_refused(run: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import talk
 import tiny
 
-from mlxtune.cli.use import Talk
+from mlxtune.cli.talk import Talk
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.generate import Refused, Sampling, answer

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from mlxtune.adapter import adapter_files, attach
-from mlxtune.cli import use
+from mlxtune.cli.talk import Talk
 from mlxtune.data.chat import masking
 from mlxtune.evaluate.generate import Sampling, prompt_ids
 from mlxtune.model.load import load
@@ -63,7 +63,7 @@ def test_the_system_prompt_and_the_runs_template_variables_are_used(
     assert tiny.mlxtune("train", "--model", model, "--data", data, "--out", out, *options).returncode == 0
     loaded = load(str(model))
     messages = [{"role": "user", "content": "Hi"}]
-    seen = loaded.tokenizer.decode(prompt_ids(loaded, messages, *use.Talk(loaded, out, Sampling()).settings))
+    seen = loaded.tokenizer.decode(prompt_ids(loaded, messages, *Talk(loaded, out, Sampling()).settings))
     assert seen == "calm<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     answers = {
         tiny.mlxtune("generate", "--model", model, "--prompt", "Hi", "--max-tokens", "60", *extra).stdout

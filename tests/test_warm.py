@@ -13,7 +13,7 @@ import pytest
 import tiny
 import warm
 
-import mlxtune.ship.gguf  # noqa: F401  what tests import before they run commands
+import mlxtune.ship.export  # noqa: F401  what tests import before they run commands
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="commands are forked on Linux alone")
 

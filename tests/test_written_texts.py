@@ -13,7 +13,7 @@ import yaml
 from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.ship import card, modelfile
-from mlxtune.ship.export import Request
+from mlxtune.ship.request import Request
 
 COMMANDS = ("FROM", "ADAPTER", "TEMPLATE", "SYSTEM", "PARAMETER", "LICENSE", "MESSAGE")
 
@@ -89,6 +89,29 @@ def test_a_system_prompt_that_would_become_instructions_is_left_out_and_said(tex
     made, notes = written(tmp_path, with_default(text))
     assert [command for command, _ in instructions(made)] == ["FROM", "PARAMETER stop"]
     assert "evil" not in made and any("are left out" in note for note in notes)
+
+
+def test_a_template_that_takes_no_system_prompt_still_becomes_a_modelfile(tmp_path: Path) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    made, notes = written(tmp_path, refusing + tiny.CHATML)
+    around = modelfile.turns(load_tokenizer(tmp_path))
+    assert around is not None and around.system == ("", "") and around.default == "" and not notes
+    assert around.text([("user", "Hi")]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert dict(instructions(made))["TEMPLATE"] == around.go()
+
+
+@pytest.mark.parametrize(
+    ("part", "changed"),
+    [
+        ("message['content']", "message['content'] | upper"),
+        ("message['content']", "loop.index"),
+        ("message['role']", "message['role'] + loop.index | string"),  # each piece is there, and none is fixed
+    ],
+)
+def test_a_template_that_changes_what_is_said_has_no_fixed_text(part: str, changed: str, tmp_path: Path) -> None:
+    made, notes = written(tmp_path, tiny.CHATML.replace(part, changed))
+    assert [command for command, _ in instructions(made)] == ["FROM", "PARAMETER stop"]
+    assert notes == ["this chat template is not fixed text around messages: Ollama will look for a template itself"]
 
 
 @pytest.mark.parametrize("end", ['<|e|>"\nFROM evil/model', '<"e">', "<e\nFROM evil/model>", "<e\x1b>"])

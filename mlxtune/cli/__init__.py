@@ -10,7 +10,8 @@ from mlxtune_convert.cli import say_error, status_of
 from mlxtune_convert.shown import shown_name
 
 import mlxtune
-from mlxtune.cli import bench, common, convert, data, demo, doctor, runs, ship, train, use
+from mlxtune.cli import bench, chat, convert, data, demo, doctor, evaluate, runs, ship, train
+from mlxtune.cli.streams import Surviving
 from mlxtune.errors import Interrupted
 from mlxtune.machine import gpu_errors
 from mlxtune.train import signals
@@ -18,8 +19,8 @@ from mlxtune.train import signals
 SECTIONS: dict[str, list[click.Command]] = {
     "Begin": [demo.demo, doctor.doctor, bench.bench],
     "Prepare": [convert.convert, data.data],
-    "Tune": [train.train, runs.runs, use.eval_command],
-    "Use": [use.generate, use.chat],
+    "Tune": [train.train, runs.runs, evaluate.eval_command],
+    "Use": [chat.generate, chat.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],
 }
 
@@ -54,7 +55,7 @@ for _commands in SECTIONS.values():
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line. Exit: 0 done, 2 the user can fix it, 1 our bug, 129, 130 and 143 stopped by a signal."""
     signals.unwind_on_signals()
-    sys.stderr = cast(TextIO, common.Surviving(sys.stderr))
+    sys.stderr = cast(TextIO, Surviving(sys.stderr))
     try:
         code = cli.main(args, prog_name="mlxtune", standalone_mode=False)
     except SystemExit as stop:

@@ -10,6 +10,7 @@ import click
 from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
+from mlxtune.cli.options import Command, Need, OptionFor
 
 if TYPE_CHECKING:
     from mlxtune.bench.figures import Measured
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 DEMO = ("lora.rank=8", "lora.alpha=16")
 
 
-@click.command()
+@click.command(cls=Command)
 @common.model_option(required=False)
 @click.option("--data", metavar="PATH", help="Folder, file or hub dataset id.  [default: the demo's]")
 @click.option(
@@ -28,7 +29,13 @@ DEMO = ("lora.rank=8", "lora.alpha=16")
     type=click.Choice(["mlx-lm", "mlx-lm-checkpointed"]),
     help="Its trainer too, in turns: as it is by default, or with its checkpointing.",
 )
-@click.option("--pairs", type=click.IntRange(min=5), default=None, help="Measurements of each.  [default: 5]")
+@click.option(
+    "--pairs",
+    type=click.IntRange(min=5),
+    cls=OptionFor,
+    needs=Need("against", hint="Add --against mlx-lm."),
+    help="Measurements of each.  [default: 5]",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @common.settings_option
 def bench(
@@ -53,16 +60,12 @@ def bench(
     mlxtune bench
     mlxtune bench --model model --data data --against mlx-lm --set train.checkpoint_layers=all
     """
-    from mlxtune.config import resolve as configuration
-    from mlxtune.errors import UserError
-
-    if pairs is not None and against is None:
-        raise UserError("--pairs has no effect without --against", "Add --against mlx-lm.")
     import tempfile
     from dataclasses import asdict
 
     from mlxtune.bench import children
     from mlxtune.bench.figures import OURS
+    from mlxtune.config import resolve as configuration
     from mlxtune.demo import story
     from mlxtune.demo.model import fetch
     from mlxtune.model import convert

@@ -28,7 +28,11 @@ from mlxtune.evaluate.held_out import held_out
 from mlxtune.evaluate.score import Score, score_examples
 from mlxtune.model import convert
 from mlxtune.model.load import Loaded, load
-from mlxtune.ship import export, gguf
+from mlxtune.ship.artefacts import Artefact, FusedMlx, HuggingFace, Peft
+from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import Gguf, GgufAdapter
+from mlxtune.ship.request import Request
+from mlxtune.ship.verify import Report
 from mlxtune.train.events import Listener
 from mlxtune.train.run import tune
 from mlxtune.train.run_folder import RunFolder
@@ -63,16 +67,7 @@ def tell(
 
     display: shows the events of the run, entered around it. Raises UserError at the first thing that fails.
     """
-    taken = [out / name for name in FOLDERS if holds_something(out / name)]
-    if taken and not force:
-        raise UserError(f"{taken[0]} already exists", "Choose another --out, or add --force to begin again.")
-    for folder in taken:
-        if RunFolder(folder).is_marked():
-            _refuse_run(folder, source)
-        else:
-            refuse_existing(folder, force, [Path(source)] if source else [])
-    for folder in taken:
-        shutil.rmtree(folder)
+    _make_room(out, source, force)
     began = time.perf_counter()
     model, run = out / "model", out / "run"
     named = source or "SmolLM2-135M-Instruct, code for code as in its 4-bit GGUF file"
@@ -83,7 +78,7 @@ def tell(
     flags = {"model.path": str(model), "data.path": str(data_folder()), "train.steps": steps or STEPS}
     settings = resolve.load("quick", (*SETTINGS, f"train.eval_every={max(1, (steps or STEPS) // 2)}"), flags)
     with chapter(console, "2. Before: how the model does on rows it never sees in training"):
-        before, answers_before = measure(load(str(model)), settings)
+        before, answers_before = score_and_answers(load(str(model)), settings)
         console.print(f"validation loss {before.loss:.4f}, token accuracy {before.accuracy:.1%}")
     with (
         chapter(console, "3. Tuning: LoRA on the 4-bit base, loss on the assistant's tokens only"),
@@ -93,30 +88,54 @@ def tell(
     with chapter(console, "4. After"):
         tuned = load(str(model))
         adapter_files.load_adapter(tuned.model, run)
-        after, answers_after = measure(tuned, settings)
+        after, answers_after = score_and_answers(tuned, settings)
         console.print(comparison(answers_before, answers_after))
         fall = 1 - after.loss / before.loss
         console.print(f"validation loss {before.loss:.4f} -> {after.loss:.4f} ({fall:.0%} lower), ", end="")
         console.print(f"token accuracy {before.accuracy:.1%} -> {after.accuracy:.1%}")
     examples = held_out(tuned.tokenizer, model, settings)
-    with chapter(console, "5. Fuse: the adapter folded into the weights, in float32, stored in 16 bits"):
-        fused = export.to_mlx(export.Request(model, run, out / "fused", examples=examples), convert.UNQUANTIZED_BITS)
-        console.print(f"{out / 'fused'}: {fused.survival() if fused else ''}", soft_wrap=True)
-    with chapter(console, "6. Ship: a PEFT adapter and a Hugging Face model, each compared with what was trained"):
-        base = "" if source else embedded.HUB_ID
-        request = export.Request(model, run, out / "peft", base_name=base, examples=examples)
-        proofs = {"peft": export.to_peft(request), "hf": export.to_hf(replace(request, out=out / "hf"))}
-        for name, proof in proofs.items():
-            console.print(f"{out / name}: {proof.line() if proof else ''}", soft_wrap=True)
-    with chapter(console, "7. llama.cpp: the base as GGUF, code for code, and the adapter beside it"):
-        folder = out / "gguf"
-        base_file = gguf.ship(replace(request, adapter=None, out=folder / "base.gguf"), "gguf", "keep", False)
-        tuned_file = gguf.ship(replace(request, out=folder / "tuned.gguf"), "gguf-lora", None, True)
-        for name, made in (("base.gguf", base_file), ("tuned.gguf", tuned_file)):
-            console.print(f"{folder / name}: {made.proof.line() if made.proof else ''}", soft_wrap=True)
+    base_name = "" if source else embedded.HUB_ID
+    _ship(Request(model, run, out, base_name=base_name, examples=examples), console)
     console.print(Text(f"\nDone in {clock(time.perf_counter() - began)}. ", style="bold green"), end="")
     for line in closing(model, run):
         console.print(line, soft_wrap=True)
+
+
+def _make_room(out: Path, source: str | None, force: bool) -> None:
+    """Remove what an earlier demo left in `out`. Raises UserError when there is something and `force` was not given,
+    and for what is not the demo's.
+    """
+    taken = [out / name for name in FOLDERS if holds_something(out / name)]
+    if taken and not force:
+        raise UserError(f"{taken[0]} already exists", "Choose another --out, or add --force to begin again.")
+    for folder in taken:
+        if RunFolder(folder).is_marked():
+            _refuse_run(folder, source)
+        else:
+            refuse_existing(folder, force, [Path(source)] if source else [])
+    for folder in taken:
+        shutil.rmtree(folder)
+
+
+def _ship(request: Request, console: Console) -> None:
+    """Chapters 5 to 7. request: with the folder of the whole demo as `out`."""
+    out = request.out
+    with chapter(console, "5. Fuse: the adapter folded into the weights, in float32, stored in 16 bits"):
+        fused = ship(replace(request, out=out / "fused"), FusedMlx()).proof
+        survival = fused.survival() if isinstance(fused, Report) else ""
+        console.print(f"{out / 'fused'}: {survival}", soft_wrap=True)
+    with chapter(console, "6. Ship: a PEFT adapter and a Hugging Face model, each compared with what was trained"):
+        _print_proof(replace(request, out=out / "peft"), Peft(), console)
+        _print_proof(replace(request, out=out / "hf"), HuggingFace(), console)
+    with chapter(console, "7. llama.cpp: the base as GGUF, code for code, and the adapter beside it"):
+        folder = out / "gguf"
+        _print_proof(replace(request, adapter=None, out=folder / "base.gguf"), Gguf("keep"), console)
+        _print_proof(replace(request, out=folder / "tuned.gguf"), GgufAdapter(ollama=True), console)
+
+
+def _print_proof(request: Request, artefact: Artefact, console: Console) -> None:
+    proof = ship(request, artefact).proof
+    console.print(f"{request.out}: {proof.line() if proof else ''}", soft_wrap=True)
 
 
 def _refuse_run(run: Path, source: str | None) -> None:
@@ -139,7 +158,7 @@ def chapter(console: Console, title: str) -> Iterator[None]:
     console.print(Text(f"({clock(time.perf_counter() - began)})", style="dim"))
 
 
-def measure(loaded: Loaded, settings: resolve.Config) -> tuple[Score, list[tuple[str, str]]]:
+def score_and_answers(loaded: Loaded, settings: resolve.Config) -> tuple[Score, list[tuple[str, str]]]:
     """(validation score, (question, answer) pairs) of a model."""
     score = score_examples(loaded, settings, held_out(loaded.tokenizer, loaded.path, settings))
     rows = [row for row in formats.read(data_folder() / "valid.jsonl") if isinstance(row, formats.Record)]

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from mlxtune.data.template.tokenizer_changes import tokenizer_of
 from mlxtune.evaluate.held_out import held_out
-from mlxtune.model.convert import UNQUANTIZED_BITS
 from mlxtune.selftest import runs
 from mlxtune.selftest.outcome import Check, Found, Workshop
-from mlxtune.ship import export, gguf, verify
-from mlxtune.ship.export import ReadBack, Request
-from mlxtune.ship.verify import Report
+from mlxtune.ship import verify
+from mlxtune.ship.artefacts import Artefact, FusedMlx, HuggingFace, Peft
+from mlxtune.ship.export import ship
+from mlxtune.ship.gguf import Gguf, GgufAdapter
+from mlxtune.ship.request import Request
+from mlxtune.ship.verify import ReadBack
 from mlxtune.train.run_folder import RunFolder
 
 GROUP = "Exports, against the trained model"
 # float32: a type whose rounding does not hide a mistake.
-KINDS: dict[str, Callable[[Request], Report | ReadBack | None]] = {
-    "fuse": lambda request: export.to_mlx(request, UNQUANTIZED_BITS),
-    "hf": export.to_hf,
-    "peft": export.to_peft,
-    "gguf": lambda request: gguf.ship(request, "gguf", "f32", False).proof,
-    "gguf-lora": lambda request: gguf.ship(request, "gguf-lora", None, False).proof,
+FORMS: dict[str, Artefact] = {
+    "fuse": FusedMlx(dtype="float32"),
+    "hf": HuggingFace("float32"),
+    "peft": Peft(),
+    "gguf": Gguf("f32"),
+    "gguf-lora": GgufAdapter(),
 }
-LIMIT = verify.LIMITS["float32"]["max_difference"]
+LIMIT = verify.LIMITS["float32"].max_difference
 
 
 def checks() -> list[Check]:
-    return [Check(GROUP, kind if kind == "fuse" else f"export {kind}", partial(_shipped, kind)) for kind in KINDS]
+    return [Check(GROUP, kind if kind == "fuse" else f"export {kind}", partial(_shipped, kind)) for kind in FORMS]
 
 
 def _shipped(kind: str, shop: Workshop) -> Found:
     request = shop.once("request", lambda: _request(shop))
-    dtype = "float32" if kind in ("fuse", "hf") else None
-    proof = KINDS[kind](replace(request, out=shop.folder / kind, dtype=dtype))
+    proof = ship(replace(request, out=shop.folder / kind), FORMS[kind]).proof
     if isinstance(proof, ReadBack):
         return Found(0, 0, "different", proof.line())
     if proof is None:

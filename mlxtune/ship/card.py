@@ -1,4 +1,4 @@
-"""What a Hugging Face folder needs beside its weights, and its way to the hub."""
+"""What a Hugging Face folder needs beside its weights: generation_config.json, and the model card."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from mlxtune_convert.files import read_json, write_json
 from mlxtune_convert.gguf.tokenizer_write import token_ids
 
+from mlxtune.config.resolve import Config
 from mlxtune.data.template.template import Template
 from mlxtune.data.template.tokenizer import load_tokenizer
-from mlxtune.errors import UserError
+from mlxtune.ship.push import REPO
 from mlxtune.train.run_folder import RunFolder
 
-REPO = re.compile(r"[\w.-]+/[\w.-]+")
 LICENCE = re.compile(r"[\w.-]+")  # an identifier such as apache-2.0
 
 
@@ -39,27 +39,37 @@ def write(work: Path, kind: str, base: str, licence: str, adapter: Path | None, 
     facts: dict[str, Any] = {"library_name": kind, "tags": ["mlxtune", "lora"], "license": licence or "unknown"}
     if base:
         facts["base_model"] = base
-    head = ["---", ModelCardData(**facts).to_yaml(original_order=list(facts))]
     what = "merged and exported" if kind == "transformers" else "as a PEFT adapter, exported"
-    body = ["---", "", f"A fine-tuned version of {base or 'its base model'}, {what} with mlxtune."]
-    body += ["The licence of the base model applies." if not licence else "", note]
+    lines = ["---", ModelCardData(**facts).to_yaml(original_order=list(facts)), "---", ""]
+    lines.append(f"A fine-tuned version of {base or 'its base model'}, {what} with mlxtune.")
+    lines.append("" if licence else "The licence of the base model applies.")
+    lines.append(note)
     if adapter is not None and RunFolder(adapter).is_run():
-        run = RunFolder(adapter).config()
-        lengths = f"{run.train.steps} steps" if run.train.steps else f"{run.train.epochs or 1:g} epochs"
-        rows = {
-            # Where the files lay on somebody's machine is nobody's business.
-            "data": ", ".join(
-                Path(source.path).name if Path(source.path).is_absolute() else source.path
-                for source in run.data.mixture()
-            ),
-            "adapter": f"{run.lora.variant}, rank {run.lora.rank}, alpha {run.lora.alpha:g}, {run.lora.targets}",
-            "trained in full": ", ".join(run.lora.train_also),
-            "training": f"{lengths}, learning rate {run.train.lr:g} ({run.train.schedule}), seed {run.train.seed}",
-            "loss on": f"{run.data.train_on} assistant turns, rows of up to {run.data.max_tokens} tokens",
-        }
-        lines = [f"| {name} | {_cell(text)} |" for name, text in rows.items() if text]
-        body += ["", "| recipe | |", "|---|---|", *lines]
-    (work / "README.md").write_text("\n".join([*head, *body, ""]), encoding="utf-8")
+        lines += _recipe(RunFolder(adapter).config())
+    (work / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def _recipe(run: Config) -> list[str]:
+    """A table of how it was trained."""
+    lora, train, data = run.lora, run.train, run.data
+    length = f"{train.steps} steps" if train.steps else f"{train.epochs or 1:g} epochs"
+    rows = {
+        "data": ", ".join(_name_of_source(source.path) for source in data.mixture()),
+        "adapter": f"{lora.variant}, rank {lora.rank}, alpha {lora.alpha:g}, {lora.targets}",
+        "trained in full": ", ".join(lora.train_also),
+        "training": f"{length}, learning rate {train.lr:g} ({train.schedule}), seed {train.seed}",
+        "loss on": f"{data.train_on} assistant turns, rows of up to {data.max_tokens} tokens",
+    }
+    lines = ["", "| recipe | |", "|---|---|"]
+    for name, text in rows.items():
+        if text:
+            lines.append(f"| {name} | {_cell(text)} |")
+    return lines
+
+
+def _name_of_source(path: str) -> str:
+    """Where the files lay on somebody's machine is nobody's business."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def _cell(text: str) -> str:
@@ -84,64 +94,3 @@ def licence_of(folder: Path) -> str:
     except Exception:  # the YAML, its nesting, keys that are no names: whatever the library trips over
         return ""
     return licence if isinstance(licence, str) and LICENCE.fullmatch(licence) else ""
-
-
-def check_repo(repo: str, public: bool) -> None:
-    """Raise UserError before any work when an upload could not begin, or would be seen by more people than asked."""
-    from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
-
-    if not REPO.fullmatch(repo):
-        raise UserError(f"--push {repo}: a repository on the hub looks like USER/NAME")
-    if constants.is_offline_mode():
-        raise UserError("--push needs the hub, and HF_HUB_OFFLINE is set", "Unset it, or leave --push out.")
-    if not get_token():
-        raise UserError("--push needs a login", "Log in first: hf auth login (or set HF_TOKEN).")
-    try:
-        _require_asked_for(repo, bool(HfApi().repo_info(repo).private), public)
-    except RepositoryNotFoundError:
-        return  # it will be made
-    except (HfHubHTTPError, HTTPError, OSError) as error:
-        raise UserError(
-            f"--push {repo}: the hub cannot be asked who sees it ({' '.join(str(error).split())[:200]})",
-            "Try again later, or leave --push out.",
-        ) from error
-
-
-def _require_asked_for(repo: str, private: bool, public: bool) -> None:
-    if not private and not public:
-        raise UserError(
-            f"--push {repo}: this repository is public, everyone would see the export",
-            "Choose another one, make it private on the hub, or add --public.",
-        )
-    if private and public:
-        raise UserError(f"--push {repo}: this repository is private", "Leave --public out, or make it public first.")
-
-
-def push(folder: Path, repo: str, public: bool) -> str:
-    """Upload a folder to a repository of the hub, made if there is none; return its address and who sees it, as the hub
-    says.
-
-    Raises UserError when the hub refuses or cannot be reached, or would show it to more people than asked; the folder
-    stays.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
-    api = HfApi()
-    try:
-        # Of a repository that is there already the hub ignores `private`, and says nothing.
-        address = api.create_repo(repo, private=not public, exist_ok=True, repo_type="model")
-        private = bool(api.repo_info(repo).private)
-        _require_asked_for(repo, private, public)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload from mlxtune")
-    except (HfHubHTTPError, HTTPError, OSError) as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-        why = {401: "it does not accept your token", 403: "your token may not write there"}.get(status, str(error))
-        raise UserError(
-            f"the export is in {folder}, but the hub did not take it as {repo}: {' '.join(why.split())[:200]}",
-            "Log in with a token that may write: hf auth login; then run the command again with --force.",
-        ) from error
-    return f"{address}: {'private' if private else 'public'}"

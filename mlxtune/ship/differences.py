@@ -8,7 +8,7 @@ forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from mlxtune.errors import UserError
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import load
 from mlxtune.ship import llama_cpp, states, verify
+from mlxtune.ship.runners import MlxRunner, Runner, TorchRunner, transformers_version
 from mlxtune.ship.states import Parting
-from mlxtune.ship.verify import MlxRunner, Reference, Runner, TorchRunner
+from mlxtune.ship.verify import Reference
 
 # From which share of a part's largest value on two runs differ: rounding of the weights alone, with a margin.
 LEAST = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
@@ -44,37 +45,37 @@ IDLE = (
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a model folder should hold. tensors: the merged ones under its names, made anew in a type; merged: the same
-    in float32, under MLX's names; config: its config.json; too_small: what to do where the type is too small for the
-    numbers.
-    """
+    """What a model folder should hold."""
 
+    # (name, array) of the merged tensors under the folder's names, in a type; made anew at each call.
     tensors: Callable[[mx.Dtype], Iterator[tuple[str, np.ndarray]]]
+    # (name, array) of the same in float32, under MLX's names; made anew at each call.
     merged: Callable[[], Iterator[tuple[str, mx.array]]]
-    config: dict[str, Any]
-    too_small: str
+    config: dict[str, Any]  # its config.json
+    too_small: str  # what to do where the type is too small for the numbers, as a sentence
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The trained model. model: its folder or hub id; adapter: None for the base alone; ref: what it computed."""
+    """The trained model."""
 
-    model: str
-    adapter: Path | None
-    ref: Reference
+    model: str  # its folder or hub id
+    adapter: Path | None  # None: the base alone
+    ref: Reference  # what it computed
 
     @property
     def row(self) -> np.ndarray:
-        """The longest row that was compared, [T]: a window or a rule for long rows shows there."""
+        """The longest row that was compared, [T] token ids: a window or a rule for long rows shows there."""
         batch = max(self.ref.batches, key=lambda batch: int(batch.lengths[0]))
         ids: np.ndarray = batch.ids[0, : int(batch.lengths[0]) - 1]
         return ids[:MOST_TOKENS]
 
     def states(self) -> states.States:
+        """What its parts give on that row."""
         return states.of_mlx(verify.trained_model(self.model, self.adapter).model, self.row)
 
 
-def told(why: Callable[[], str]) -> str:
+def found_out(why: Callable[[], str]) -> str:
     """What `why` finds out. Whatever it raises must not hide that the proof failed."""
     try:
         return why()
@@ -85,24 +86,38 @@ def told(why: Callable[[], str]) -> str:
 def of_folder(folder: Path, wanted: Wanted | None, trained: Trained, run: Runner, storage: str) -> str:
     """Why a model folder is not the trained model. wanted: None for quantized tensors, of which only torn numbers are
     looked for; run: who ran it; storage: the type of its tensors.
+
+    One after the other is ruled out: other numbers in the files, other settings, another program, rounding. What is
+    left is a merge that does something else than the adapter, which would be our bug.
     """
     if wanted is None:
         return _torn(folder) or f"Its codes of {storage} lost it."
-    wrong = _tensors(folder, wanted, storage) or _settings(folder, wanted.config)
+    wrong = _wrong_tensors(folder, wanted, storage) or _wrong_settings(folder, wanted.config)
     if wrong:
-        parting = states.parting(trained.states(), _states(run, trained), LEAST[storage])
-        shows = parting is not None and np.isfinite(parting.size)  # else it is no place, but no number at all
-        return f"{wrong[0].upper()}{wrong[1:]}" + (f"; computed with it, {parting}." if shows else ".")
-    own = verify.mlx_runner(load(str(folder), "float32"))
-    judged = verify.measure(trained.ref, own, "MLX", storage)
-    if judged.verdict != "failed":
-        return _of_programs(states.of_mlx(own.model, trained.row), _states(run, trained), "these same files")
+        return _with_place(wrong, trained, run, storage)
+    own = MlxRunner(load(str(folder), "float32").model)
+    if _passes(own, trained, storage):
+        ours, theirs = states.of_mlx(own.model, trained.row), _states(run, trained)
+        return _two_programs(ours, theirs, "these same files")
     own.model.load_weights(list(wanted.merged()), strict=False)  # as before they were rounded
-    if verify.measure(trained.ref, own, "MLX", "float32").verdict != "failed":
+    if _passes(own, trained, "float32"):
         return f"Rounding the merged weights to {storage} does this, and nothing else. {wanted.too_small}"
     parting = states.parting(trained.states(), states.of_mlx(own.model, trained.row), LEAST["float32"])
     what = "Merged, the adapter does" if trained.adapter else "Taken out, the weights do"
     return f"{what} something else than in the trained model{_where(parting)}. {BUG}"
+
+
+def _with_place(wrong: str, trained: Trained, run: Runner, storage: str) -> str:
+    """The sentence `wrong`, with the part of the model at which it first shows."""
+    sentence = f"{wrong[0].upper()}{wrong[1:]}"
+    parting = states.parting(trained.states(), _states(run, trained), LEAST[storage])
+    if parting is None or not np.isfinite(parting.size):  # no place, but no number at all
+        return f"{sentence}."
+    return f"{sentence}; computed with it, {parting}."
+
+
+def _passes(run: Runner, trained: Trained, storage: str) -> bool:
+    return verify.measure(trained.ref, run, "MLX", storage).verdict != "failed"
 
 
 def of_peft(trained: Trained, run: TorchRunner, check: Callable[[], object]) -> str:
@@ -113,13 +128,13 @@ def of_peft(trained: Trained, run: TorchRunner, check: Callable[[], object]) -> 
         check()
     except UserError as error:
         return f"Its tensors are not the run's ({error.message})."
-    loaded = verify.trained_model(trained.model, trained.adapter)
-    count = len(loaded.model.layers)
-    with attach.switched_off(loaded.model), run.model.disable_adapter():
-        ours, theirs = states.of_mlx(loaded.model, trained.row), states.of_torch(run.model, trained.row, count)
+    model = verify.trained_model(trained.model, trained.adapter).model
+    blocks = len(model.layers)
+    with attach.switched_off(model), run.model.disable_adapter():
+        ours, theirs = states.of_mlx(model, trained.row), states.of_torch(run.model, trained.row, blocks)
     if states.parting(ours, theirs, LEAST["float32"]):
-        return _of_programs(ours, theirs, "the base's weights alone")
-    ours, theirs = states.of_mlx(loaded.model, trained.row), states.of_torch(run.model, trained.row, count)
+        return _two_programs(ours, theirs, "the base's weights alone")
+    ours, theirs = states.of_mlx(model, trained.row), states.of_torch(run.model, trained.row, blocks)
     parting = states.parting(ours, theirs, LEAST["float32"])
     return f"The base is the same in both; PEFT does something else with the adapter{_where(parting)}. {BUG}"
 
@@ -137,9 +152,10 @@ def of_gguf(kind: str, back: Callable[[], object], trained: Trained, run: llama_
             f"The file holds exactly what --type {kind} makes of the weights: either its rounding does this, or "
             "llama.cpp computes another model. --type f32, which does not round, tells which."
         )
-    ours = to_numpy(verify.trained_model(trained.model, trained.adapter).model(mx.array(trained.row[None]))[0])
-    theirs = run.logits(trained.row)
-    parting = states.parting({states.LOGITS: ours}, {states.LOGITS: theirs[:, : ours.shape[-1]]}, LEAST["float32"])
+    model = verify.trained_model(trained.model, trained.adapter).model
+    ours = to_numpy(model(mx.array(trained.row[None]))[0])  # [T, V]
+    theirs = run.logits(trained.row)[:, : ours.shape[-1]]  # its vocabulary may have more rows
+    parting = states.parting({states.LOGITS: ours}, {states.LOGITS: theirs}, LEAST["float32"])
     since = f"; its logits differ{parting.since or ' everywhere'}" if parting else ""
     return f"The file holds the weights bit for bit: llama.cpp computes another model from them{since}."
 
@@ -148,15 +164,17 @@ def _where(parting: Parting | None) -> str:
     return f": {parting}" if parting else ", a little more in every block"
 
 
-def _of_programs(ours: states.States, theirs: states.States, what: str) -> str:
+def _two_programs(ours: states.States, theirs: states.States, what: str) -> str:
+    """That mlx-lm and transformers part, and where. what: of which both compute."""
     parting = states.parting(ours, theirs, LEAST["float32"])
     return (
-        f"mlx-lm and transformers {verify.transformers_version()} compute other models from {what}{_where(parting)}. "
+        f"mlx-lm and transformers {transformers_version()} compute other models from {what}{_where(parting)}. "
         "In MLX it is the trained one."
     )
 
 
 def _states(run: Runner, trained: Trained) -> states.States:
+    """What the parts of an artefact give on the row that is looked at."""
     if isinstance(run, MlxRunner):
         return states.of_mlx(run.model, trained.row)
     assert isinstance(run, TorchRunner)
@@ -173,73 +191,83 @@ def _stored(folder: Path) -> dict[str, mx.array]:
 
 
 def _torn(folder: Path) -> str:
-    bad = [
-        name
-        for name, array in sorted(_stored(folder).items())
-        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item()
-    ]
-    return f"{_count(bad)} numbers that are infinite or none, first {bad[0]}." if bad else ""
+    """How many tensors hold numbers that are none; "" when there are none."""
+    torn = []
+    for name, array in sorted(_stored(folder).items()):
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            torn.append(name)
+    return f"{_count(torn)} numbers that are infinite or none, first {torn[0]}." if torn else ""
 
 
-def _count(names: list[str]) -> str:
+def _count(names: Collection[str]) -> str:
     return f"{len(names)} tensors hold" if len(names) > 1 else "1 tensor holds"
 
 
-def _tensors(folder: Path, wanted: Wanted, storage: str) -> str:
+def _wrong_tensors(folder: Path, wanted: Wanted, storage: str) -> str:
     """What is wrong with the tensors of a folder; "" when they are the merged ones in its type."""
-    found = _stored(folder)
-    exact, whole = wanted.tensors(getattr(mx, storage)), wanted.tensors(mx.float32)
+    stored = _stored(folder)
+    rounded, exact = wanted.tensors(getattr(mx, storage)), wanted.tensors(mx.float32)
     missing: list[str] = []
-    large: dict[str, float] = {}
-    changed: dict[str, float] = {}
+    large: dict[str, float] = {}  # name -> its largest number
+    changed: dict[str, float] = {}  # name -> largest difference, of its largest number
     count = 0
-    for (name, one), (_, other) in zip(exact, whole, strict=True):
+    for (name, expected), (_, unrounded) in zip(rounded, exact, strict=True):
         count += 1
-        if name not in found or found[name].shape != one.shape:
+        if name not in stored or stored[name].shape != expected.shape:
             missing.append(name)
             continue
-        stored = to_numpy(found.pop(name).astype(mx.float32))
-        highest = float(np.abs(other.astype(np.float32)).max())
+        highest = float(np.abs(unrounded.astype(np.float32)).max())
+        off = _largest_difference(expected, stored.pop(name))
         if highest > LARGEST.get(storage, np.inf):
             large[name] = highest
-            continue
-        apart = states.tokenwise(one.astype(np.float32).reshape(1, -1), stored.reshape(1, -1))[0]
-        if apart > ROUNDING[storage]:
-            changed[name] = float(apart)
+        elif off > ROUNDING[storage]:
+            changed[name] = off
     if missing:
         return f"{len(missing)} of {count} tensors are missing or have another shape, first {min(missing)}"
     if large:
         name = min(large)
         return (
-            f"{storage} ends at {LARGEST[storage]:,.0f}, and {_count(list(large))} larger numbers, first {name} "
+            f"{storage} ends at {LARGEST[storage]:,.0f}, and {_count(large)} larger numbers, first {name} "
             f"({large[name]:,.0f}). {wanted.too_small.removesuffix('.')}"
         )
     if changed:
         name = min(changed)
-        most = ": of another run, or merged into another base" if len(changed) > count // 2 else ""
         what = "are not the merged ones" if len(changed) > 1 else "is not the merged one"
-        off = f"off by {changed[name]:.2g} of its largest value"
-        return f"{len(changed)} of its {count} tensors {what}{most}, first {name} ({off})"
+        most = ": of another run, or merged into another base" if len(changed) > count // 2 else ""
+        off_by = f"off by {changed[name]:.2g} of its largest value"
+        return f"{len(changed)} of its {count} tensors {what}{most}, first {name} ({off_by})"
     return ""
 
 
-def _settings(folder: Path, config: dict[str, Any]) -> str:
+def _largest_difference(expected: np.ndarray, stored: mx.array) -> float:
+    """The largest difference of two tensors of one shape, as a share of the largest number of the first."""
+    one = expected.astype(np.float32).reshape(1, -1)
+    other = to_numpy(stored.astype(mx.float32)).reshape(1, -1)
+    return float(states.tokenwise(one, other)[0])
+
+
+def _wrong_settings(folder: Path, config: dict[str, Any]) -> str:
     """What config.json says of the computation that it should not say; "" when nothing."""
     found = _flat(read_json(folder / "config.json", "a model folder"))
     expected = _flat(config)
-    differing = [
-        f"{key} {found.get(key, 'left out')} in place of {expected.get(key, 'left out')}"
-        for key in sorted(found.keys() | expected.keys())
-        if found.get(key) != expected.get(key)
-    ]
+    differing = []
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key):
+            there, wanted = found.get(key, "left out"), expected.get(key, "left out")
+            differing.append(f"{key} {there} in place of {wanted}")
     return f"its config.json has {', '.join(differing[:3])}" if differing else ""
 
 
 def _flat(config: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """Settings by dotted names, without those that say nothing of what is computed."""
+    """Settings by dotted names (rope_parameters.rope_theta), without those that say nothing of what is computed.
+    before: the beginning of their names.
+    """
     out: dict[str, Any] = {}
     for key, value in config.items():
         if key in IDLE:
             continue
-        out |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+        if isinstance(value, dict):
+            out |= _flat(value, f"{before}{key}.")
+        else:
+            out[f"{before}{key}"] = value
     return out

@@ -23,8 +23,10 @@ from mlxtune_convert.gguf import ggml
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.errors import UserError
 
-FAILED = 3
-
+FAILED = 3  # exit status of the process when llama.cpp refuses; the reason is on its standard error
+LOG_FROM = 3  # GGML_LOG_LEVEL_WARN of ggml.h: warnings and errors are kept
+ROUNDED_TO = 256  # tokens; a context is asked for in multiples of it
+REASON = 300  # characters of a reason that are shown
 # llama_context_params and llama_model_params of llama.h as words of 4 bytes: byte -> the default there. Some of them
 # are set below. Their neighbours show that they are where they were: a version of llama.cpp may put new fields between.
 CONTEXT = {
@@ -66,6 +68,8 @@ class _Parameters(ctypes.Structure):
 
 
 class _Batch(ctypes.Structure):
+    """llama_batch of llama.h: how many tokens, then a pointer to an array for each of their properties."""
+
     _fields_ = (
         ("n_tokens", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in ("token", "embd", "pos", "n_seq_id", "seq_id", "logits")),
@@ -88,10 +92,15 @@ def runner(model: Path, adapter: Path | None = None) -> Iterator[Runner]:
 
 
 class Runner:
+    """Asks the process for the logits, or the tokens, of one row after the other."""
+
     def __init__(self, process: subprocess.Popen[bytes], model: Path) -> None:
-        self.process, self.model = process, model
+        """model: the file that runs there, named in errors."""
+        self.process = process
+        self.model = model
 
     def __call__(self, batch: Batch) -> np.ndarray:
+        """[N, V] float32 at the N supervised positions of a batch of one row."""
         positions, _ = batch.supervised()
         assert len(batch.ids) == 1
         return self.logits(batch.ids[0, :-1])[positions]
@@ -111,9 +120,13 @@ class Runner:
             _send(stdin, question)
             return pickle.load(stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            said = (self.process.communicate()[1] or b"").decode(errors="replace").strip().splitlines()
-            reason = next((line for line in reversed(said) if line.strip()), "it ended without a word")
-            raise UserError(f"llama.cpp cannot run {self.model.name}: {reason[:300]}") from error
+            raise UserError(f"llama.cpp cannot run {self.model.name}: {self._last_words()}") from error
+
+    def _last_words(self) -> str:
+        """The last line that the process printed before it ended."""
+        errors = (self.process.communicate()[1] or b"").decode(errors="replace")
+        lines = [line for line in errors.strip().splitlines() if line.strip()]
+        return lines[-1][:REASON] if lines else "it ended without a word"
 
 
 def _send(stream: IO[bytes], value: Any) -> None:
@@ -125,7 +138,9 @@ class Model:
     """A loaded GGUF model, in this process."""
 
     def __init__(self, path: str, adapter: str | None) -> None:
+        """path, adapter: GGUF files. Raises RuntimeError when llama.cpp refuses one, or its interface is another."""
         self.library = lib = ggml.library()
+        # Kept here: C holds no reference to what it calls back.
         self._log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(self._on_log)
         self.errors: list[str] = []
         lib.llama_log_set(self._log, None)
@@ -149,10 +164,11 @@ class Model:
             self.adapter = self._made(lib.llama_adapter_lora_init(self.model, os.fsencode(adapter)))
 
     def _on_log(self, level: int, text: bytes, _: int) -> None:
-        if level >= 3:
+        if level >= LOG_FROM:
             self.errors.append(text.decode(errors="replace"))
 
     def _made(self, pointer: int | None) -> int:
+        """What llama.cpp made. Raises RuntimeError with its reason where it made nothing."""
         if not pointer:
             raise RuntimeError(" ".join("".join(self.errors).split()) or "no reason given")
         return pointer
@@ -161,7 +177,7 @@ class Model:
         """[T] int32 -> [T, V] float32."""
         lib, count = self.library, len(ids)
         parameters = lib.llama_context_default_params()
-        room = -(-count // 256) * 256
+        room = -(-count // ROUNDED_TO) * ROUNDED_TO
         parameters.check(CONTEXT)
         for byte in (0, 4, 8):  # context, batch, micro-batch
             parameters.put("@I", byte, room)
@@ -170,34 +186,52 @@ class Model:
             parameters.put("@i", byte, 0)
         context = ctypes.c_void_p(self._made(lib.llama_init_from_model(self.model, parameters)))
         try:
-            if self.adapter is not None:
-                adapters, scales = (ctypes.c_void_p * 1)(self.adapter), (ctypes.c_float * 1)(1.0)
-                if lib.llama_set_adapters_lora(context, adapters, ctypes.c_size_t(1), scales):
-                    raise RuntimeError("the adapter does not fit")
-            tokens = np.ascontiguousarray(ids, dtype=np.int32)
-            made = lib.llama_batch_get_one(ctypes.c_void_p(tokens.ctypes.data), count)
-            if (made.n_tokens, made.token, made.pos, made.logits) != (count, tokens.ctypes.data, None, None):
-                raise RuntimeError(OTHER_INTERFACE)
-            places, ones = np.arange(count, dtype=np.int32), np.ones(count, dtype=np.int32)
-            wanted = np.ones(count, dtype=np.int8)
-            zero = (ctypes.c_int32 * 1)(0)
-            sequences = (ctypes.c_void_p * count)(*[ctypes.addressof(zero)] * count)
-            where = [tokens.ctypes.data, None, places.ctypes.data, ones.ctypes.data]
-            batch = _Batch(count, *where, ctypes.addressof(sequences), wanted.ctypes.data)
-            if lib.llama_decode(context, batch):
-                raise RuntimeError("it cannot compute this text")
+            self._adapt(context)
+            self._decode(context, np.ascontiguousarray(ids, dtype=np.int32))
             return np.ctypeslib.as_array(lib.llama_get_logits(context), (count, self.size)).copy()
         finally:
             lib.llama_free(context)
 
+    def _adapt(self, context: ctypes.c_void_p) -> None:
+        if self.adapter is None:
+            return
+        adapters, scales = (ctypes.c_void_p * 1)(self.adapter), (ctypes.c_float * 1)(1.0)
+        if self.library.llama_set_adapters_lora(context, adapters, ctypes.c_size_t(1), scales):
+            raise RuntimeError("the adapter does not fit")
+
+    def _decode(self, context: ctypes.c_void_p, tokens: np.ndarray) -> None:
+        """Compute the logits of one row at all its places. tokens: [T] int32."""
+        lib, count = self.library, len(tokens)
+        made = lib.llama_batch_get_one(ctypes.c_void_p(tokens.ctypes.data), count)
+        if (made.n_tokens, made.token, made.pos, made.logits) != (count, tokens.ctypes.data, None, None):
+            raise RuntimeError(OTHER_INTERFACE)
+        positions = np.arange(count, dtype=np.int32)
+        sequence_counts = np.ones(count, dtype=np.int32)  # each token is part of one sequence,
+        zero = (ctypes.c_int32 * 1)(0)  # number 0
+        sequences = (ctypes.c_void_p * count)(*[ctypes.addressof(zero)] * count)
+        wanted = np.ones(count, dtype=np.int8)
+        batch = _Batch(
+            count,
+            tokens.ctypes.data,
+            None,  # no embeddings in place of tokens
+            positions.ctypes.data,
+            sequence_counts.ctypes.data,
+            ctypes.addressof(sequences),
+            wanted.ctypes.data,
+        )
+        if lib.llama_decode(context, batch):
+            raise RuntimeError("it cannot compute this text")
+
     def tokenize(self, text: str) -> list[int]:
+        """Without special tokens around the text; those inside it are recognised."""
         raw = text.encode()
-        out = (ctypes.c_int32 * (len(raw) + 8))()
+        out = (ctypes.c_int32 * (len(raw) + 8))()  # a token has a byte at least; some for what is put before a text
         count = self.library.llama_tokenize(self.vocab, raw, len(raw), out, len(out), False, True)
         return out[:count]
 
 
 def main() -> None:
+    """The process: a GGUF file, and perhaps an adapter, as arguments; questions on standard input, pickled."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not end up between the arrays
     try:

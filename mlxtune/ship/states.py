@@ -20,6 +20,7 @@ from mlxtune.adapter.plan import block_paths
 from mlxtune.model.arrays import to_numpy
 
 EMBEDDINGS, LOGITS, BLOCKS, BESIDE = "embeddings", "logits", "blocks.", "beside."
+TINY = 1e-30  # instead of dividing by zero, where all values are 0
 JUMP = 10.0  # a difference is a new one where it is so many times the largest before it
 ROTARY_TOKENS = 4  # a rotary embedding that differs is seen from the second token on, at the latest from about here
 # What the parts of a block are called in most families.
@@ -32,16 +33,13 @@ States = dict[str, np.ndarray]  # [T, D] or [T, V], float32
 
 @dataclass(frozen=True)
 class Parting:
-    """Where two runs part. key: the first part that differs; size: its largest difference, of its largest value;
-    token: the first that differs, from 0; factor: what the second's values are of the first's where that is all, else
-    None; agreed: whether anything before it was compared, and agreed.
-    """
+    """Where two runs part."""
 
-    key: str
-    size: float
-    token: int
-    factor: float | None
-    agreed: bool
+    key: str  # of the first part that differs
+    size: float  # its largest difference, as a share of its largest value
+    token: int  # the first token at which it differs, from 0
+    factor: float | None  # the second's values are the first's times this, where that is all; else None
+    agreed: bool  # whether anything before it was compared, and agreed
 
     def __str__(self) -> str:
         """Such as: they first differ at block 3's attention (0.2 of its largest value), from token 2 on."""
@@ -73,29 +71,40 @@ def label(key: str) -> str:
     if key.startswith(BESIDE):
         name = key.removeprefix(BESIDE)
         return "the final norm" if name in NORM else f"{name}, which is in no block"
-    number, part = key.removeprefix(BLOCKS).partition(".")[0], _part(key)
-    kind = "attention" if part in ATTENTION else "MLP" if part in MLP else part
-    return f"block {number}'s {kind}" if part else f"block {number}"
+    number, _, part = key.removeprefix(BLOCKS).partition(".")
+    if not part:
+        return f"block {number}"
+    if part in ATTENTION:
+        return f"block {number}'s attention"
+    if part in MLP:
+        return f"block {number}'s MLP"
+    return f"block {number}'s {part}"
 
 
 def _part(key: str) -> str:
-    return key.removeprefix(BLOCKS).partition(".")[2] if key.startswith(BLOCKS) else ""
+    """The name of a part of a block; "" for a block itself, and for what is in none."""
+    if not key.startswith(BLOCKS):
+        return ""
+    return key.removeprefix(BLOCKS).partition(".")[2]
 
 
 def parting(one: States, other: States, least: float) -> Parting | None:
     """The first part in which `other` differs from `one`: by more than `least` of its largest value, and JUMP times
     more than any part before it. None: nowhere.
     """
-    largest = 0.0
+    largest = 0.0  # difference of the parts so far
     agreed = False
     for key, values in one.items():
         if key not in other or other[key].shape != values.shape:
             continue
-        off = tokenwise(values, other[key])
-        if off.max() > max(least, JUMP * largest):
-            token = int(np.argmax(off > max(least, JUMP * largest)))
-            return Parting(key, float(off.max()), token, _factor(values, other[key], least), agreed)
-        largest, agreed = max(largest, float(off.max())), True
+        off = tokenwise(values, other[key])  # [T]
+        size = float(off.max())
+        limit = max(least, JUMP * largest)
+        if size > limit:
+            first_token = int(np.argmax(off > limit))
+            return Parting(key, size, first_token, _factor(values, other[key], least), agreed)
+        largest = max(largest, size)
+        agreed = True
     return None
 
 
@@ -104,42 +113,62 @@ def tokenwise(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     is no number.
     """
     with np.errstate(invalid="ignore"):
-        off = np.abs(other.astype(np.float64) - one).max(axis=-1) / max(float(np.abs(one).max()), 1e-30)
+        difference = np.abs(other.astype(np.float64) - one).max(axis=-1)
+        off = difference / max(float(np.abs(one).max()), TINY)
     return np.where(np.isfinite(off), off, np.inf)
 
 
 def _factor(one: np.ndarray, other: np.ndarray, least: float) -> float | None:
-    """f where `other` is f times `one`, to `least` of its largest value."""
+    """f where `other` [T, D] is f times `one` [T, D], to `least` of its largest value; None where it is not."""
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         return None
     x = one.astype(np.float64)
-    factor = float((x * other).sum() / max(float((x * x).sum()), 1e-30))
-    return factor if factor != 0 and tokenwise(factor * x, other).max() <= least else None
+    factor = float((x * other).sum() / max(float((x * x).sum()), TINY))  # the best f, by least squares
+    if factor == 0 or tokenwise(factor * x, other).max() > least:
+        return None
+    return factor
 
 
 def of_mlx(model: nn.Module, ids: np.ndarray) -> States:
     """What the parts of an mlx-lm model give. ids: [T]."""
-    modules = dict(model.named_modules())
-    paths = block_paths(model)
-    holder = paths[0].rpartition(".")[0].rpartition(".")[0]
-    watched = {f"{BLOCKS}{number}": modules[path] for number, path in enumerate(paths)}
-    for number, path in enumerate(paths):
-        watched |= {f"{BLOCKS}{number}.{name}": part for name, part in _parts(modules[path])}
-    watched |= {f"{BESIDE}{name}": part for name, part in _parts(modules[holder]) if not isinstance(part, nn.Embedding)}
     seen: dict[str, Any] = {}
-    with _called(watched, seen, f"{BLOCKS}0"):
+    with _called(_watched_of_mlx(model), seen, f"{BLOCKS}0"):
         seen[LOGITS] = model(mx.array(ids[None].astype(np.int32)))
-    arrays = {key: _first(value, mx.array) for key, value in seen.items()}
-    return _in_rows({key: to_numpy(array.astype(mx.float32)) for key, array in arrays.items() if array is not None})
+    states: States = {}
+    for key, value in seen.items():
+        array = _first(value, mx.array)
+        if array is not None:
+            states[key] = to_numpy(array.astype(mx.float32))
+    return _in_rows(states)
+
+
+def _watched_of_mlx(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts of an mlx-lm model, by the keys of their states: blocks, parts of blocks, what stands beside them."""
+    modules = dict(model.named_modules())
+    blocks = block_paths(model)  # "model.layers.0", ...
+    holder = blocks[0].rpartition(".")[0].rpartition(".")[0]  # "model"
+    watched = {f"{BLOCKS}{number}": modules[path] for number, path in enumerate(blocks)}
+    for number, path in enumerate(blocks):
+        for name, part in _parts(modules[path]):
+            watched[f"{BLOCKS}{number}.{name}"] = part
+    for name, part in _parts(modules[holder]):
+        if not isinstance(part, nn.Embedding):
+            watched[f"{BESIDE}{name}"] = part
+    return watched
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, part) for name, part in module.children().items() if isinstance(part, nn.Module))
+    for name, part in module.children().items():
+        if isinstance(part, nn.Module):
+            yield name, part
 
 
 @contextmanager
 def _called(watched: dict[str, nn.Module], seen: dict[str, Any], first: str) -> Iterator[None]:
-    """Inside, `seen` gets what each module gives when it is first called, and what enters the module `first`."""
+    """Inside, `seen` gets what each module gives when it is first called, and what enters the module `first`.
+
+    MLX has no hooks, so each module gets a class of its own for as long, which calls the usual one and takes notes.
+    """
     kinds = {key: type(module) for key, module in watched.items()}
     for key, module in watched.items():
         module.__class__ = _noting(kinds[key], key, seen, key == first)
@@ -151,6 +180,7 @@ def _called(watched: dict[str, nn.Module], seen: dict[str, Any], first: str) -> 
 
 
 def _noting(kind: type, key: str, seen: dict[str, Any], first: bool) -> type:
+    """A class that notes what its modules give, and where `first`, what they are given."""
     call: Callable[..., Any] = kind.__call__
 
     def noted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -168,36 +198,50 @@ def of_torch(model: Any, ids: np.ndarray, count: int) -> States:
     import torch
 
     seen: dict[str, Any] = {}
+    with _hooked(model, seen, count), torch.no_grad():
+        seen[LOGITS] = model(torch.from_numpy(ids[None].astype(np.int64))).logits
+    states: States = {}
+    for key, value in seen.items():
+        tensor = _first(value, torch.Tensor)
+        if tensor is not None:
+            states[key] = tensor.float().numpy()
+    return _in_rows(states)
+
+
+@contextmanager
+def _hooked(model: Any, seen: dict[str, Any], count: int) -> Iterator[None]:
+    """Inside, `seen` gets what each part gives when it is first called, and what enters the first block."""
+    import torch
+
     handles = []
 
-    def note(key: str) -> Callable[..., None]:
+    def note(key: str, part: Any) -> None:
         def noted(module: Any, args: Any, out: Any) -> None:  # what a hook returns would take the place of `out`
             seen.setdefault(key, out)
 
-        return noted
+        handles.append(part.register_forward_hook(noted))
 
     def enter(module: Any, args: Any, kwargs: Any) -> None:
         seen.setdefault(EMBEDDINGS, (*args, *kwargs.values()))
 
-    lists = [(path, one) for path, one in model.named_modules() if isinstance(one, torch.nn.ModuleList)]
     # A vision tower may have as many blocks; on text it is not called.
-    for path, blocks in ((path, one) for path, one in lists if len(one) == count):
+    for path, blocks in model.named_modules():
+        if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) != count:
+            continue
         for number, block in enumerate(blocks):
-            handles.append(block.register_forward_hook(note(f"{BLOCKS}{number}")))
+            note(f"{BLOCKS}{number}", block)
             for name, part in block.named_children():
-                handles.append(part.register_forward_hook(note(f"{BLOCKS}{number}.{name}")))
+                note(f"{BLOCKS}{number}.{name}", part)
         handles.append(blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
-        for name, part in model.get_submodule(path.rpartition(".")[0]).named_children():
+        holder = path.rpartition(".")[0]
+        for name, part in model.get_submodule(holder).named_children():
             if part is not blocks and not isinstance(part, torch.nn.Embedding):
-                handles.append(part.register_forward_hook(note(f"{BESIDE}{name}")))
+                note(f"{BESIDE}{name}", part)
     try:
-        with torch.no_grad():
-            seen[LOGITS] = model(torch.from_numpy(ids[None].astype(np.int64))).logits
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    tensors = {key: _first(value, torch.Tensor) for key, value in seen.items()}
-    return _in_rows({key: tensor.float().numpy() for key, tensor in tensors.items() if tensor is not None})
 
 
 def _first(value: Any, kind: type) -> Any:

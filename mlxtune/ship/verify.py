@@ -1,59 +1,52 @@
-"""The proof: how close an artefact's logits are to the trained model's, on held-out rows (where nothing was trained, on
-a text that comes with the tool).
+"""The proof: how close an artefact's logits are to the trained model's.
 
-Reference: the trained model (base + adapter) in float32, through MLX. The candidate is run by whoever will use it:
-transformers or PEFT when they are installed, else MLX on the files just written. Legend: N positions, V vocabulary.
+    reference   base + adapter, float32, in MLX      logits [N, V] at N supervised positions of held-out rows
+                base alone, float32, in MLX          logits [N, V] at the same positions
+    candidate   the artefact, run by whoever will use it (`runners`)    logits [N, V]
+
+Where nothing was trained there are no held-out rows, so a text that comes with the tool is taken (`sample`).
+
+Worked example: one position, a vocabulary of two tokens, a float16 export.
+
+    trained (2.0, 1.0)   base (1.0, 1.0)   candidate (2.001, 1.0)
+
+    max_difference   0.001    |2.001 - 2.0|: the candidate against the trained model
+    base_max_diff.   1.0      |1.0 - 2.0|: what tuning did to this logit
+    share            1.001    the candidate's change of logits (1.001, 0), projected on the tune's (1.0, 0)
+    mean_kl          1e-7     nats, KL(trained || candidate)
+    base_mean_kl     0.11     KL(trained || base): what tuning did
+    top1             1.0      both choose token 0
+
+Its type chooses the limits: float16 passes with a KL of at most 1e-3 and 99% equal first choices. Both hold here, and
+the verdict is "passed", because the tune moved the logits (0.11) far more than the error did (1e-7). Had the tune
+moved them by less than MARGIN times the error, an export of the base alone would have passed as well: the limits hold,
+and nothing is proven, which is "inconclusive". `Verdict` lists all outcomes.
+
+Legend: N positions, V vocabulary.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
-import tempfile
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from textwrap import shorten
-from typing import Any
+from typing import Any, Literal
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlxtune_convert.files import finite, read_json, write_json
-from mlxtune_convert.hf import mtp
-from mlxtune_convert.peft import adapter_folder
-from mlxtune_convert.sizes import size
-from mlxtune_convert.tensors import read_header
+from mlxtune_convert.files import finite, write_json
 
 from mlxtune.adapter import adapter_files, attach
-from mlxtune.compute.loss import inputs_of, supervised_outputs
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, collate
-from mlxtune.errors import UserError
-from mlxtune.machine import backend
-from mlxtune.model.arrays import to_numpy
 from mlxtune.model.load import Loaded, load
+from mlxtune.ship.runners import MlxRunner, Runner
 from mlxtune.ship.sample import Sample
 
-MAX_ROWS = 16
-MAX_POSITIONS = 256
-# Limits by storage (see README): measured quantity -> largest (smallest for top-1) value that passes.
-LIMITS = {
-    "float32": {"max_difference": 1e-3},
-    "float16": {"mean_kl": 1e-3, "top1": 0.99},
-    "bfloat16": {"mean_kl": 1e-3, "top1": 0.99},
-    "8 bits": {"mean_kl": 1e-2, "top1": 0.97},
-    "4 bits": {"gain_kept": 0.95},
-    "float32, tabled GELU": {"max_difference": 2e-3},  # llama.cpp looks GELU up in a float16 table
-    # llama.cpp rounds activations to 8 bits beside quantized weights, which alone turns some 4% of the first choices.
-    "q8_0": {"mean_kl": 1e-2},
-    "kept codes": {"mean_kl": 2e-2},
-}
-AT_LEAST = ("top1", "gain_kept")  # the others are at most
+MAX_ROWS = 16  # held-out rows that are compared
+MAX_POSITIONS = 256  # supervised positions of them: [256, V] float32 three times is what a proof holds
 REPORT_FILE = "verification.json"
 MARGIN = 10.0  # the tune must move the logits this many times further than the measured error, or nothing is proven
+NO_GAIN = 1e-6  # nats: a loss that fell by no more has no improvement of which a share could survive
 
 # What a report calls its two sides and its text.
 TRAINED = "trained model (base + adapter), float32, MLX"
@@ -61,46 +54,82 @@ UNTUNED = "the model, float32, MLX"
 HELD_OUT = "held-out rows"
 SHIPPED = "a text that comes with mlxtune"
 
-Runner = Callable[[Batch], np.ndarray]
+Verdict = Literal[
+    "passed",
+    "failed",  # beyond a limit, or no numbers at all: the artefact is refused
+    "lossy",  # beyond a limit, by rounding to few bits: said, and kept
+    "inconclusive",  # within the limits, but so is the base: the tune is too small to tell
+    "measured",  # no limits for this type, or nothing that they could be held to
+]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an artefact of one type may differ by and still pass. None: this quantity is not judged."""
+
+    max_difference: float | None = None  # of a logit, at most
+    mean_kl: float | None = None  # nats, at most
+    top1: float | None = None  # share of positions with the same first choice, at least
+    gain_kept: float | None = None  # share of the loss improvement, at least; a share of the tune itself
+    lossy: bool = False  # rounding to few bits may go beyond: that is said, not refused
+
+    def broken_by(self, measured: dict[str, Any]) -> bool:
+        """Whether one of the measured quantities is beyond its limit."""
+        at_most = (("max_difference", self.max_difference), ("mean_kl", self.mean_kl))
+        at_least = (("top1", self.top1), ("gain_kept", self.gain_kept))
+        too_large = any(limit is not None and measured[name] > limit for name, limit in at_most)
+        too_small = any(limit is not None and measured[name] < limit for name, limit in at_least)
+        return too_large or too_small
+
+
+# By storage, as `Artefact.storage` names it; README ("Proofs") says what they mean to a user.
+LIMITS = {
+    "float32": Limits(max_difference=1e-3),
+    "float16": Limits(mean_kl=1e-3, top1=0.99),
+    "bfloat16": Limits(mean_kl=1e-3, top1=0.99),
+    "8 bits": Limits(mean_kl=1e-2, top1=0.97, lossy=True),
+    "4 bits": Limits(gain_kept=0.95, lossy=True),
+    "float32, tabled GELU": Limits(max_difference=2e-3),  # llama.cpp looks GELU up in a float16 table
+    # llama.cpp rounds activations to 8 bits beside quantized weights, which alone turns some 4% of the first choices.
+    "q8_0": Limits(mean_kl=1e-2),
+    "kept codes": Limits(mean_kl=2e-2),
+}
+ANOTHER_BASE = "another base"  # a storage without limits: the bases themselves differ
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Logits of the trained model and of its base, [N, V] float32 each, at the supervised positions of `batches`.
-    name: TRAINED or, without an adapter, UNTUNED; text: HELD_OUT or SHIPPED.
-    """
+    """What the trained model computes, which candidates are compared with."""
 
-    batches: list[Batch]
-    targets: np.ndarray
-    trained: np.ndarray
-    base: np.ndarray
-    name: str = TRAINED
-    text: str = HELD_OUT
+    batches: list[Batch]  # one row each
+    targets: np.ndarray  # [N] int32, the supervised tokens
+    trained: np.ndarray  # [N, V] float32, logits of base + adapter
+    base: np.ndarray  # [N, V] float32, logits of the base alone
+    name: str = TRAINED  # or UNTUNED, without an adapter
+    text: str = HELD_OUT  # or SHIPPED
 
 
 @dataclass(frozen=True)
 class Report:
-    """A measured statement. base_*: trained against base, the size of what was learned; share: projection of the
-    candidate's change of logits on the trained one's; gain_kept: share of the loss improvement that survived; text:
-    what it was measured on."""
+    """A measured statement on one artefact; as its JSON has it."""
 
-    reference: str
-    candidate: str
-    rows: int
-    positions: int
-    max_difference: float
-    mean_difference: float
-    mean_kl: float
-    top1: float
-    loss: float
-    trained_loss: float
-    base_loss: float
-    base_max_difference: float
-    base_mean_kl: float
-    share: float
-    gain_kept: float | None
-    verdict: str = "measured"
-    text: str = HELD_OUT
+    reference: str  # what it was compared with: Reference.name
+    candidate: str  # the program that ran the artefact
+    rows: int  # that were compared
+    positions: int  # N
+    max_difference: float  # largest difference of a logit, candidate against trained
+    mean_difference: float  # mean absolute difference of the logits
+    mean_kl: float  # KL(trained || candidate) in nats, mean over positions
+    top1: float  # share of positions at which both choose the same token first
+    loss: float  # the candidate's cross-entropy on the targets, nats a token
+    trained_loss: float  # the trained model's
+    base_loss: float  # the base's
+    base_max_difference: float  # base against trained: the size of what was learned
+    base_mean_kl: float  # KL(trained || base) in nats
+    share: float  # the candidate's change of logits, projected on the trained model's: 1.0 is all of it
+    gain_kept: float | None  # share of the loss improvement that survived; None where the loss did not fall
+    verdict: Verdict = "measured"  # see `Verdict`
+    text: str = HELD_OUT  # what it was measured on
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no NaN and no infinity: such numbers become null."""
@@ -111,15 +140,35 @@ class Report:
         write_report(folder, self.to_json())
 
     def survival(self) -> str:
+        """What is left of the tune, for people."""
         gain = "" if self.gain_kept is None else f", {self.gain_kept:.1%} of the loss improvement"
         return f"{self.share:.1%} of the adapter's effect survived{gain} ({self.positions} held-out tokens)"
 
     def line(self) -> str:
+        """The whole statement, for people."""
         moved = "" if self.reference == UNTUNED else f" (tuning moved them by {self.base_max_difference:.1e})"
         return (
             f"{self.verdict}: max logit difference {self.max_difference:.1e}{moved}, KL {self.mean_kl:.1e}, "
             f"top-1 {self.top1:.1%}, on {self.positions} tokens of {self.text}, run by {self.candidate}"
         )
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """The weaker proof where no program can run it: every tensor in the files is bit for bit what it must be."""
+
+    tensors: int  # that were compared
+    missing: str = "PEFT"  # what would have run it
+    verdict: str = "read back"  # stands where a Report has its verdict
+
+    def write(self, folder: Path) -> None:
+        write_report(folder, asdict(self))
+
+    def line(self) -> str:
+        return f"{self.verdict}: {self.tensors} tensors equal theirs bit for bit ({self.missing} is not installed)"
+
+
+Proof = Report | ReadBack
 
 
 def write_report(folder: Path, facts: dict[str, Any]) -> None:
@@ -132,17 +181,11 @@ def write_report(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _shown(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def require_memory(parameters: int) -> None:
-    """Raise UserError when a proof in float32 would not fit this machine's memory: it would page, not fail."""
-    needed, have = 4 * parameters, backend.memory_bytes()
-    if needed > 0.8 * have:
-        raise UserError(
-            f"comparing in float32 needs {size(needed)}, this machine has {size(have)}",
-            "Leave the comparison out (--no-verify), or run it on a larger machine.",
-        )
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
 
 
 def trained_model(model: str, adapter: Path | None) -> Loaded:
@@ -156,234 +199,93 @@ def trained_model(model: str, adapter: Path | None) -> Loaded:
 def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> Reference:
     """Run the trained model and its base, in float32, on up to MAX_POSITIONS tokens of the examples."""
     loaded = trained_model(model, adapter)
-    batches, count = [], 0
+    batches: list[Batch] = []
+    count = 0
     for row in range(min(len(examples), MAX_ROWS)):
-        if count < MAX_POSITIONS:
-            batches.append(collate(examples, [row]))
-            count += batches[-1].targets
+        if count >= MAX_POSITIONS:
+            break
+        batches.append(collate(examples, [row]))
+        count += batches[-1].targets
     targets = np.concatenate([batch.supervised()[1] for batch in batches])
-    run = mlx_runner(loaded)
-    trained = _gather(run, batches)
-    base = trained
-    if adapter is not None:
-        with attach.switched_off(loaded.model):
-            base = _gather(run, batches)
+    run = MlxRunner(loaded.model)
+    trained = _logits(run, batches)
     text = SHIPPED if isinstance(examples, Sample) else HELD_OUT
-    return Reference(batches, targets, trained, base, UNTUNED if adapter is None else TRAINED, text)
+    if adapter is None:
+        return Reference(batches, targets, trained, trained, UNTUNED, text)
+    with attach.switched_off(loaded.model):
+        base = _logits(run, batches)
+    return Reference(batches, targets, trained, base, TRAINED, text)
 
 
-@dataclass(frozen=True)
-class MlxRunner:
-    """Logits at a batch's supervised positions, by mlx-lm's model."""
-
-    model: nn.Module
-
-    def __call__(self, batch: Batch) -> np.ndarray:
-        return to_numpy(supervised_outputs(self.model, None, inputs_of(batch, None)).astype(mx.float32))
-
-
-def mlx_runner(loaded: Loaded) -> MlxRunner:
-    return MlxRunner(loaded.model)
-
-
-def _gather(run: Runner, batches: list[Batch]) -> np.ndarray:
+def _logits(run: Runner, batches: list[Batch]) -> np.ndarray:
+    """[N, V] float32 of all batches, N at most MAX_POSITIONS."""
     return np.concatenate([run(batch) for batch in batches])[:MAX_POSITIONS]
 
 
 def measure(ref: Reference, run: Runner, candidate: str, storage: str) -> Report:
-    """Compare a candidate with the reference; `storage` ("float32", "float16", ...) chooses the limits.
-
-    KL is KL(trained || candidate) in nats, averaged over positions. A storage without limits is measured, not judged.
+    """Compare a candidate with the reference. candidate: the program that runs it, for the report; storage: its type
+    ("float32", "float16", ...), which chooses the limits. A storage without limits is measured, not judged.
     """
-    logits = _gather(run, ref.batches)
+    logits = _logits(run, ref.batches)
     targets = ref.targets[: len(logits)]
-    moved, wanted = (logits - ref.base).astype(np.float64), (ref.trained - ref.base).astype(np.float64)
+    change = (logits - ref.base).astype(np.float64)  # [N, V], what the candidate does to the base
+    wanted = (ref.trained - ref.base).astype(np.float64)  # [N, V], what the tune does to it
     effect = float((wanted * wanted).sum())
-    losses = [_loss(x, targets) for x in (logits, ref.trained, ref.base)]
-    gain = losses[2] - losses[1]
-    numbers: dict[str, Any] = {
+    loss, trained_loss, base_loss = (cross_entropy(each, targets) for each in (logits, ref.trained, ref.base))
+    gain = base_loss - trained_loss
+    difference = np.abs(logits - ref.trained)
+    measured: dict[str, Any] = {
         "rows": len(ref.batches),
         "positions": len(logits),
-        "max_difference": float(np.abs(logits - ref.trained).max()),
-        "mean_difference": float(np.abs(logits - ref.trained).mean()),
+        "max_difference": float(difference.max()),
+        "mean_difference": float(difference.mean()),
         "mean_kl": _kl(ref.trained, logits),
         "top1": float((logits.argmax(-1) == ref.trained.argmax(-1)).mean()),
-        "loss": losses[0],
-        "trained_loss": losses[1],
-        "base_loss": losses[2],
+        "loss": loss,
+        "trained_loss": trained_loss,
+        "base_loss": base_loss,
         "base_max_difference": float(np.abs(wanted).max()),
         "base_mean_kl": _kl(ref.trained, ref.base),
-        "share": float((moved * wanted).sum()) / effect if effect else 1.0,
-        "gain_kept": (losses[2] - losses[0]) / gain if gain > 1e-6 else None,
+        "share": float((change * wanted).sum()) / effect if effect else 1.0,
+        "gain_kept": (base_loss - loss) / gain if gain > NO_GAIN else None,
     }
-    verdict = _verdict(numbers, LIMITS.get(storage, {}), effect > 0)
-    return Report(ref.name, candidate, **numbers, verdict=verdict, text=ref.text)
+    verdict = _verdict(measured, LIMITS.get(storage), tuned=effect > 0)
+    return Report(ref.name, candidate, **measured, verdict=verdict, text=ref.text)
 
 
-def _verdict(numbers: dict[str, Any], limits: dict[str, float], tuned: bool) -> str:
-    """passed; failed (lossy, when quantized: said, not refused); inconclusive: the tune is too small to tell; measured:
-    no limits for this storage, or nothing that they could be held to.
+def _verdict(measured: dict[str, Any], limits: Limits | None, tuned: bool) -> Verdict:
+    """measured: numbers by the names of Report's fields; limits: None for a storage that has none; tuned: whether the
+    adapter changes any logit.
     """
-    if not np.isfinite(numbers["max_difference"]):
+    if not np.isfinite(measured["max_difference"]):
         return "failed"
-    if not limits or any(numbers[name] is None for name in limits):
+    if limits is None:
         return "measured"
-    beyond = (numbers[n] < limit if n in AT_LEAST else numbers[n] > limit for n, limit in limits.items())
-    if any(beyond):
-        return "lossy" if limits in (LIMITS["8 bits"], LIMITS["4 bits"]) else "failed"
-    if "gain_kept" in limits:
-        return "passed"  # a share of the tune: it is the measure itself
-    measure = "max_difference" if "max_difference" in limits else "mean_kl"
-    unclear = tuned and numbers[f"base_{measure}"] < MARGIN * numbers[measure]
-    return "inconclusive" if unclear else "passed"
+    if limits.gain_kept is not None and measured["gain_kept"] is None:
+        return "measured"  # the loss did not fall: there is no share to hold to the limit
+    if limits.broken_by(measured):
+        return "lossy" if limits.lossy else "failed"
+    if limits.gain_kept is not None:
+        return "passed"  # judged by a share of the tune, which cannot pass by chance
+    quantity = "mean_kl" if limits.max_difference is None else "max_difference"
+    if tuned and measured[f"base_{quantity}"] < MARGIN * measured[quantity]:
+        return "inconclusive"
+    return "passed"
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """[N, V] -> [N, V] float64."""
     x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
+    x -= x.max(-1, keepdims=True)  # so that exp cannot overflow
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 def _kl(true: np.ndarray, other: np.ndarray) -> float:
+    """KL(true || other) of two arrays of logits [N, V], in nats, mean over N."""
     p, q = _log_softmax(true), _log_softmax(other)
     return float((np.exp(p) * (p - q)).sum(-1).mean())
 
 
-def _loss(logits: np.ndarray, targets: np.ndarray) -> float:
+def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Mean over N of -log p(target), in nats. logits: [N, V]; targets: [N]."""
     return float(-_log_softmax(logits)[np.arange(len(targets)), targets].mean())
-
-
-def has_transformers() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers"))
-
-
-def has_peft() -> bool:
-    return has_transformers() and importlib.util.find_spec("peft") is not None
-
-
-def transformers_version() -> str:
-    return importlib.metadata.version("transformers")
-
-
-def _quiet() -> None:
-    """Before PyTorch is loaded. The other library's progress bars and its notes on its own future would only confuse
-    here. And PyTorch makes a folder for what it compiles, among the temporary files, and leaves it there; nothing is
-    compiled here, and no folder needs to be made where it is one that is there.
-    """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def _model_class(config: Any) -> Any:
-    """transformers' class of a configuration: the one that its checkpoint names."""
-    import transformers
-
-    name = next(iter(config.architectures or []), "")
-    found = getattr(transformers, str(name), None)
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found
-    return transformers.AutoModelForCausalLM
-
-
-def _not_loaded(library: str, folder: Path, error: Exception) -> UserError:
-    """For an error of a library that reads a folder: it raises whatever its parts raise."""
-    reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
-    return UserError(
-        f"{library} {importlib.metadata.version(library)} does not load {folder} ({reason})",
-        "Either it is not as it was written, or this version wants something else (a bug, then: please report it).",
-    )
-
-
-def transformers_runner(folder: Path) -> TorchRunner:
-    """An exported folder, run by transformers in float32. Raises UserError for missing or unexpected tensors."""
-    return TorchRunner(transformers_model(folder).eval())
-
-
-def transformers_model(folder: Path) -> Any:
-    """Load an exported folder with transformers, in float32. Raises UserError for missing or unexpected tensors."""
-    _quiet()
-    import torch
-    from transformers import AutoConfig
-
-    try:
-        # Without trust_remote_code=False the library would ask the user whether to run code that lies in the folder.
-        kind = _model_class(AutoConfig.from_pretrained(str(folder), trust_remote_code=False))
-        model, info = kind.from_pretrained(
-            str(folder), dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
-    except ImportError:  # a part of it is in a library that is not installed
-        raise
-    except Exception as error:
-        raise _not_loaded("transformers", folder, error) from error
-    wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-    # transformers leaves out blocks that predict further tokens, but knows them by the numbers of some checkpoints.
-    settings = read_json(folder / "config.json", "a model folder")
-    unknown = [name for name in wrong.pop("unexpected_keys", []) if not mtp.belongs(name, settings)]
-    wrong |= {"unexpected_keys": unknown} if unknown else {}
-    if wrong:
-        names = "; ".join(f"{key.partition('_')[0]}: {', '.join(map(str, found[:3]))}" for key, found in wrong.items())
-        raise UserError(
-            f"{folder} does not load whole in transformers {transformers_version()} ({names})",
-            "Either it is not as it was written, or this version names the family's tensors otherwise than mlxtune "
-            "does (a bug, then: please report it). --no-verify exports without running it.",
-        )
-    return model
-
-
-def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> TorchRunner:
-    """The exported adapter on the dense float32 form of the base it was trained on, through transformers and PEFT.
-
-    base: tensors under Hugging Face's names, handed over in memory; nothing is written.
-    """
-    _quiet()
-    import torch
-    from peft import PeftModel
-    from transformers import AutoConfig
-
-    built = AutoConfig.for_model(**config)
-    state = {name: torch.from_numpy(np.array(base.pop(name))) for name in list(base)}
-    model, info = _model_class(built).from_pretrained(
-        None, config=built, state_dict=state, dtype=torch.float32, output_loading_info=True
-    )
-    # What MLX never had (a vision tower) is not what the adapter is on.
-    if info["unexpected_keys"] or info["mismatched_keys"]:
-        wrong = [*info["unexpected_keys"], *info["mismatched_keys"]]
-        names = ", ".join(map(str, wrong[:3]))
-        raise UserError(
-            f"the base does not fit the model of transformers {transformers_version()} ({names})",
-            "This version names the family's tensors otherwise than mlxtune does, which is a bug: please report it.",
-        )
-    name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-    saved = read_header(folder / adapter_folder.WEIGHTS_FILE).get(f"{adapter_folder.PREFIX}{name}.weight")
-    if saved and saved["shape"][0] > len(model.get_input_embeddings().weight):  # tokens were added
-        model.resize_token_embeddings(saved["shape"][0], mean_resizing=False)
-    try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
-    except Exception as error:
-        raise _not_loaded("PEFT", folder, error) from error
-    return TorchRunner(adapted.eval())
-
-
-def text_part(model: Any) -> Any:
-    """What answers on text alone: the model itself, but for Llama 4, whose wrapper wants an image (transformers 5)."""
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return whole.language_model if whole.config.model_type == "llama4" else model
-
-
-@dataclass(frozen=True)
-class TorchRunner:
-    """The same by a model of transformers, or PEFT's around one."""
-
-    model: Any
-
-    def __call__(self, batch: Batch) -> np.ndarray:
-        import torch
-
-        positions, _ = batch.supervised()
-        with torch.no_grad():
-            logits = text_part(self.model)(torch.from_numpy(batch.ids[:, :-1].astype(np.int64))).logits
-        rows: np.ndarray = logits.reshape(-1, logits.shape[-1])[torch.from_numpy(positions.astype(np.int64))]
-        return rows.float().numpy()  # type: ignore[attr-defined]

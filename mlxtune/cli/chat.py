@@ -1,0 +1,145 @@
+"""mlxtune generate, chat."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from mlxtune_convert.shown import shown_name
+
+from mlxtune.cli import common, tuned
+from mlxtune.cli.options import Command, Need, OptionFor
+from mlxtune.errors import UserError
+
+if TYPE_CHECKING:
+    from mlxtune.cli.talk import Talk
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How the next token is chosen: the fields of `Sampling`."""
+    with_chance = Need("temperature", hint="Add, say, --temperature 0.7.")
+    above_0 = click.FloatRange(0.0, 1.0, min_open=True)
+    penalty = click.FloatRange(min=1.0)
+    for option in (
+        click.option("--seed", type=int, default=0, show_default=True, help="Of the random choices."),
+        click.option("--repetition-penalty", type=penalty, default=1.0, show_default=True, help="1: none."),
+        click.option(
+            "--top-p", type=above_0, default=1.0, show_default=True, cls=OptionFor, needs=with_chance, help="Nucleus."
+        ),
+        click.option(
+            "--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0: no chance."
+        ),
+        click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command(cls=Command)
+@common.model_option()
+@common.adapter_option
+@click.option("--prompt", required=True, metavar="TEXT", help="The user's message.")
+@click.option("--system", metavar="TEXT", help="A system prompt.")
+@click.option("--raw", is_flag=True, help="Into a file or pipe: control characters as the model says them.")
+@sampling_options
+def generate(model: str, adapter: Path | None, prompt: str, system: str | None, raw: bool, **sampling: Any) -> None:
+    """Answer one prompt; standard output is the answer alone.
+
+    A model that thinks first does so on standard error: its thought is what its chat template, or <think>, marks as
+    one. Control characters, which a terminal would obey, are shown by their numbers: \\x1b.
+
+    \b
+    mlxtune generate --model model --adapter run --prompt "Where is my order?"
+    """
+    from mlxtune.cli.talk import Talk
+    from mlxtune.evaluate.generate import Refused, Sampling
+
+    if raw and sys.stdout.isatty():
+        raise UserError("--raw would let the model command this terminal", "Send the answer into a file: > answer.txt")
+    talk = Talk(tuned.load_model(model, adapter), adapter, Sampling(**sampling), raw)
+    talk.system = system
+    try:
+        if not talk.ask(prompt):
+            raise KeyboardInterrupt
+    except Refused as error:
+        raise UserError(error.message, "Leave out --system, or say it in --prompt." if error.system else "") from error
+
+
+HELP = "/system TEXT  set the system prompt    /reset  forget the conversation    /quit  leave"
+
+
+@click.command(cls=Command)
+@common.model_option()
+@common.adapter_option
+@click.option("--system", metavar="TEXT", help="A system prompt.")
+@sampling_options
+def chat(model: str, adapter: Path | None, system: str | None, **sampling: Any) -> None:
+    """Talk with a model. Ctrl-C stops an answer, not the program; Ctrl-D leaves.
+
+    A model that thinks first does so in dim letters, on standard error. The conversation keeps thought and answer
+    apart, as the chat template wants them.
+
+    \b
+    mlxtune chat --model model --adapter run --temperature 0.7
+    """
+    from mlxtune.cli.talk import Talk
+    from mlxtune.evaluate.generate import Refused, Sampling
+    from mlxtune.machine import backend
+    from mlxtune.machine.gpu_errors import recognise
+
+    console = common.console()
+    with console.status(f"loading {model}"):
+        talk = Talk(tuned.load_model(model, adapter), adapter, Sampling(**sampling))
+    try:
+        talk.instruct(system)
+    except Refused as error:
+        raise UserError(error.message, "Leave out --system, or say it in a message." if error.system else "") from error
+    console.print(HELP, style="dim")
+    while (line := _read_line()) is not None:
+        command, _, rest = line.strip().partition(" ")
+        if command in ("/quit", "/exit"):
+            return
+        try:
+            if command.startswith("/"):
+                console.print(_obeyed(talk, command, rest.strip()), style="dim")
+            elif line.strip():
+                talk.ask(line)
+        except UserError as error:
+            what = "it stays as it was" if command == "/system" else "this message is not kept"
+            click.echo(f"error: {shown_name(error.message)} ({what})", err=True)
+        except (RuntimeError, MemoryError) as error:
+            failure = recognise(error)
+            if failure is None or failure.final:
+                raise
+            click.echo(f"error: {failure} (this message is not kept)\n  {failure.hint('chat')}", err=True)
+            backend.recover()
+
+
+def _obeyed(talk: Talk, command: str, rest: str) -> str:
+    """Do what a command says, and return what to print. rest: what follows it. Raises UserError for a system prompt
+    that the template refuses.
+    """
+    if command == "/reset":
+        talk.instruct(talk.system)
+        return "the conversation is forgotten"
+    if command == "/system":
+        talk.instruct(rest or None)
+        return f"system prompt: {talk.system or 'none'}; the conversation is forgotten"
+    return HELP
+
+
+def _read_line() -> str | None:
+    """A line from the user; None at the end of input. Ctrl-C on an empty prompt gives a fresh one."""
+    import readline  # noqa: F401  # gives input() editing and history
+
+    try:
+        return input("> ")
+    except KeyboardInterrupt:
+        click.echo()
+        return ""
+    except EOFError:
+        click.echo()
+        return None

@@ -1,0 +1,80 @@
+"""Options that refuse themselves where they would do nothing: silence is the worst fault.
+
+    @click.command(cls=Command)
+    @click.option("--push", metavar="USER/REPO")
+    @click.option("--public", is_flag=True, cls=OptionFor, needs=Need("push", why="nothing is uploaded"))
+
+and `mlxtune export --public` without --push ends with
+
+    error: --public has no effect without --push: nothing is uploaded
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from mlxtune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Need:
+    """Beside which values of another option an option means something."""
+
+    other: str  # the other option's parameter ("target")
+    values: tuple[Any, ...] = ()  # its values that will do; (): any but none, False and 0
+    why: str = ""  # what is so elsewhere: "nothing is quantized"
+    hint: str = ""  # what to do instead; "": the values that will do are named
+
+    def met_by(self, value: Any) -> bool:
+        """Whether this value of the other option will do."""
+        return value in self.values if self.values else bool(value)
+
+
+class OptionFor(click.Option):
+    """An option that means something only beside another. Its command must be a `Command`."""
+
+    def __init__(self, *args: Any, needs: Need, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.needs = needs
+
+    def refuse_if_idle(self, context: click.Context) -> None:
+        """Raise UserError when it was given and would do nothing. Its default, said aloud, is no claim to anything."""
+        assert self.name is not None
+        given = context.get_parameter_source(self.name) is ParameterSource.COMMANDLINE
+        if not given or context.params[self.name] == self.get_default(context):
+            return
+        value = context.params[self.needs.other]
+        if self.needs.met_by(value):
+            return
+        (other,) = (option.opts[0] for option in context.command.params if option.name == self.needs.other)
+        why = f": {self.needs.why}" if self.needs.why else ""
+        hint = self.needs.hint
+        if not hint and self.needs.values:
+            hint = f"It is for: {', '.join(str(fitting) for fitting in self.needs.values)}."
+        raise UserError(f"{self.opts[0]} has no effect {_beside(other, value)}{why}", hint)
+
+
+def _beside(other: str, value: Any) -> str:
+    """In words: without --push, with --no-verify, with --to hf, at --temperature 0."""
+    if value is None or value is False:
+        return f"without {other}"
+    if value is True:
+        return f"with {other}"
+    if isinstance(value, int | float):
+        return f"at {other} {value:g}"
+    return f"with {other} {value}"
+
+
+class Command(click.Command):
+    """A command that asks its options, once all are known, whether they mean something."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        left = super().parse_args(context, args)
+        for option in self.params:
+            if isinstance(option, OptionFor):
+                option.refuse_if_idle(context)
+        return left
