@@ -167,6 +167,8 @@ def _over_root_of_rank(alpha: float, rank: int) -> float:
 class Variant:
     """A kind of adapter that lora.variant can name."""
 
+    # As people write it.
+    title: str
     # Adapts a linear layer.
     linear: type[LoRALinear]
     # Adapts a layer of experts; None: it has no form for them.
@@ -176,9 +178,9 @@ class Variant:
 
 
 VARIANTS = {
-    "lora": Variant(LoRALinear, LoRASwitchLinear, _over_rank),
-    "rslora": Variant(LoRALinear, LoRASwitchLinear, _over_root_of_rank),
-    "dora": Variant(DoRALinear, None, _over_rank),
+    "lora": Variant("LoRA", LoRALinear, LoRASwitchLinear, _over_rank),
+    "rslora": Variant("rsLoRA", LoRALinear, LoRASwitchLinear, _over_root_of_rank),
+    "dora": Variant("DoRA", DoRALinear, None, _over_rank),
 }
 
 
