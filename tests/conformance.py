@@ -61,7 +61,7 @@ def measure(family: str, root: Path) -> Row:
     row = Row(family)
     config = json.loads((original / "config.json").read_text())
     try:
-        convert.convert(str(original), folder, convert.Target.of(16, None, None), "float32")
+        convert.convert(str(original), folder, convert.Quantization.of(16, None, None), "float32")
         loaded = load(str(folder), "float32")
         theirs = reference(original)
         untrained = logits(theirs)
@@ -93,7 +93,7 @@ def measure(family: str, root: Path) -> Row:
     row.hf = apart(logits(merged), ours)
     out = root / f"{family}-peft"
     out.mkdir()
-    files.write_adapter(out, peft.from_model(model, spec, config, ""))
+    files.write_adapter(out, peft.from_model(model, spec.config, config, ""))
     adapted = logits(with_adapter(theirs, out))
     row.peft, row.step = apart(adapted, ours), abs(cross_entropy(adapted) - cross_entropy(ours))
     peft.import_adapter(out, root / f"{family}-back", str(folder), False)

@@ -68,7 +68,7 @@ def curve(run: Run, folder: Path, out: str = "") -> list[float]:
         tiny.write_jsonl(folder / "data" / "train.jsonl", tiny.conversations(40))
     model = folder / f"{run.bits}-bit-{run.dtype}"
     if not model.exists():
-        target = convert.Target.of(run.bits, 32 if run.bits < 16 else None, None)
+        target = convert.Quantization.of(run.bits, 32 if run.bits < 16 else None, None)
         convert.convert(str(folder / "hf"), model, target, run.dtype)
     flags = {"model.path": str(model), "data.path": str(folder / "data"), "train.dtype": run.dtype}
     resolved = resolve.load(run.recipe, (*SETTINGS, "train.steps=20", "train.epochs=null"), flags)

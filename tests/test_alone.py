@@ -28,7 +28,7 @@ from test_variants import KINDS, adapted
 
 from mlxtune.adapter import peft
 from mlxtune.adapter.layers import LINEAR, SWITCH
-from mlxtune.model.convert import Target, convert
+from mlxtune.model.convert import Quantization, convert
 from mlxtune.model.load import load
 from mlxtune.ship.artefacts import Peft
 from mlxtune.ship.export import ship
@@ -38,7 +38,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning"),  # they do match
     pytest.mark.filterwarnings("ignore:.*target_parameters.*:UserWarning"),
 ]
-DENSE = Target.of(16, None, None)
+DENSE = Quantization.of(16, None, None)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"llama {kind}": ("llama", section) for kind, section in KINDS.items()},
     "tied": ("tied", {"targets": ["q_proj"], "train_also": ["embeddings", "norms"]}),
@@ -63,7 +63,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         changes = {"tie_word_embeddings": True} if name == "tied" else {}
         hf = tiny.make_model(root / f"{name}-hf", "llama" if name == "tied" else name, **changes)
         made[name] = root / name
-        convert(str(hf), made[name], Target.of(4, 32, "affine") if name in ("qwen3_moe", "qwen3_5_text") else DENSE)
+        convert(
+            str(hf), made[name], Quantization.of(4, 32, "affine") if name in ("qwen3_moe", "qwen3_5_text") else DENSE
+        )
     return made
 
 

@@ -104,7 +104,7 @@ def test_a_hub_dataset_gives_the_same_rows_as_its_file(
         return load("parquet", data_files={"train": str(path)}, streaming=streaming)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    (found,) = sources.find(SourceSection(path="acme/rows"), stream)["train"]
+    (found,) = sources.files_by_split(SourceSection(path="acme/rows"), stream)["train"]
     rows = list(found.read())
     assert plain(iter(rows)) == ROWS
     assert [row.row for row in rows] == [1, 2]

@@ -26,7 +26,7 @@ PROCESSORS = {
     "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
     "video_preprocessor_config.json": {"video_processor_type": "Qwen2VLVideoProcessor"},
 }
-DENSE = convert.Target.of(16, None, None)
+DENSE = convert.Quantization.of(16, None, None)
 MARKER = "it was run"
 
 

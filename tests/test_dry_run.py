@@ -128,4 +128,4 @@ def test_a_run_and_its_dry_run_are_given_the_same(mlx_model: Path, data: Path) -
         return given.model_config, given.dtype, given.limit, given.narrower, classes
 
     assert facts(read.given) == facts(opened.given)
-    assert read.spec == opened.spec and read.changes == opened.changes
+    assert read.adapter == opened.adapter and read.changes == opened.changes

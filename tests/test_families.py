@@ -139,7 +139,7 @@ def test_a_converted_folder_is_plain_mlx_lms(family: str, tmp_path: Path) -> Non
     from mlx_lm.models.cache import make_prompt_cache
 
     hf = tiny.make_model(tmp_path / "hf", family)
-    convert.convert(str(hf), tmp_path / "mlx", convert.Target.of(16, None, None))
+    convert.convert(str(hf), tmp_path / "mlx", convert.Quantization.of(16, None, None))
     ids = mx.array(conformance.IDS)
     wanted = conformance.logits(conformance.reference(hf))
     theirs, _ = mlx_lm.load(str(tmp_path / "mlx"))

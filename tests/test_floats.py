@@ -30,7 +30,7 @@ ALL_WAYS = ("train.steps=8", "train.eval_every=8", "train.save_every=8", "train.
 
 
 def converted(hf: Path, out: Path, bits: int, dtype: str) -> Path:
-    target = convert.Target.of(bits, 32 if bits < 16 else None, None)
+    target = convert.Quantization.of(bits, 32 if bits < 16 else None, None)
     convert.convert(str(hf), out, target, dtype)
     return out
 

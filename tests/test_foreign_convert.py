@@ -18,7 +18,7 @@ import tiny
 import zoo
 from mlxtune_convert.errors import UserError
 
-from mlxtune.model.convert import Target, convert
+from mlxtune.model.convert import Quantization, convert
 from mlxtune.model.load import load
 
 IDS = np.random.default_rng(5).integers(3, 250, (2, 24))
@@ -108,7 +108,7 @@ def test_dequantized_it_is_the_model_of_the_plain_formula(
 @pytest.mark.parametrize("name", MODELS)
 def test_without_options_it_becomes_four_bits(name: str, made: Callable[[str], Folders], tmp_path: Path) -> None:
     source, plain = made(name)
-    done = convert(str(source), tmp_path / "mlx", Target.of(None, None, None))
+    done = convert(str(source), tmp_path / "mlx", Quantization.of(None, None, None))
     config = no_trace_of_it(tmp_path / "mlx")
     assert (config["quantization"]["bits"], config["quantization"]["group_size"]) == (4, 64)
     said = done.notes[0]
@@ -117,7 +117,7 @@ def test_without_options_it_becomes_four_bits(name: str, made: Callable[[str], F
         assert np.abs(ours(tmp_path / "mlx") - theirs(plain)).max() < 5e-3
         return
     assert said.endswith("dequantized, then quantized as asked")
-    direct = convert(str(plain), tmp_path / "direct", Target.of(None, None, None), "bfloat16")
+    direct = convert(str(plain), tmp_path / "direct", Quantization.of(None, None, None), "bfloat16")
     # Of tiny matrices, some of a width that stays in 16 bits; DeepSeek's routers keep float32 where nobody casts them.
     assert abs(direct.bits_per_weight - done.bits_per_weight) < 0.05 and done.bits_per_weight < 7
     assert np.abs(ours(tmp_path / "mlx") - ours(tmp_path / "direct")).max() < 1e-5
@@ -129,7 +129,7 @@ def test_kept_codes_find_their_way_into_every_family(kind: str, changes: dict[st
     the way."""
     folder = tiny.make_model(tmp_path / "src", kind, **changes)
     plain = foreign.quantized(folder, foreign.gptq(4, 32), GPTQ)
-    done = convert(str(folder), tmp_path / "mlx", Target.of(None, None, None))
+    done = convert(str(folder), tmp_path / "mlx", Quantization.of(None, None, None))
     assert done.notes[0].startswith("GPTQ (4 bits, groups of 32): its codes are kept; ")
     quantization = json.loads((tmp_path / "mlx" / "config.json").read_text())["quantization"]
     assert (quantization["bits"], quantization["group_size"]) == (4, 32)
@@ -138,7 +138,7 @@ def test_kept_codes_find_their_way_into_every_family(kind: str, changes: dict[st
 
 def test_sixteen_bits_are_the_type_of_the_config_rounded_once(made: Callable[[str], Folders], tmp_path: Path) -> None:
     source, plain = made("llama nf4")
-    convert(str(source), tmp_path / "mlx", Target.of(16, None, None))
+    convert(str(source), tmp_path / "mlx", Quantization.of(16, None, None))
     name = "model.layers.0.mlp.up_proj.weight"
     got, exact = (mx.load(str(folder / "model.safetensors"))[name] for folder in (tmp_path / "mlx", plain))
     assert got.dtype == mx.bfloat16
@@ -149,7 +149,7 @@ def test_options_ask_for_other_bits_and_what_was_left_is_quantized_too(
     made: Callable[[str], Folders], tmp_path: Path
 ) -> None:
     source, _ = made("qwen3 awq")
-    done = convert(str(source), tmp_path / "mlx", Target.of(8, 32, None))
+    done = convert(str(source), tmp_path / "mlx", Quantization.of(8, 32, None))
     assert done.notes == ["AWQ (4 bits, groups of 64): dequantized, then quantized as asked"]
     assert 9 <= done.bits_per_weight < 9.1
 
@@ -158,7 +158,7 @@ def test_a_model_that_only_the_config_calls_quantized_is_read_as_it_is(tmp_path:
     folder = tiny.make_model(tmp_path / "src")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": FP8}))
-    done = convert(str(folder), tmp_path / "mlx", Target.of(16, None, None))
+    done = convert(str(folder), tmp_path / "mlx", Quantization.of(16, None, None))
     assert "no tensor is quantized" in done.notes[0]
     no_trace_of_it(tmp_path / "mlx")
     np.testing.assert_array_equal(ours(tmp_path / "mlx"), ours(tiny.make_model(tmp_path / "same")))
@@ -171,7 +171,7 @@ def test_what_mlx_quantized_once_loses_an_older_declaration(mlx_model: Path, tmp
     declared = {"quantization_config": FP8, "text_config": {"quantization_config": FP8}}
     (folder / "config.json").write_text(json.dumps({**config, **declared}))
     (folder / "mlxtune_source.json").unlink()
-    convert(str(folder), tmp_path / "mlx", Target.of(None, None, None))
+    convert(str(folder), tmp_path / "mlx", Quantization.of(None, None, None))
     config = no_trace_of_it(tmp_path / "mlx")
     assert config["quantization_config"] == config["quantization"]
     np.testing.assert_array_equal(ours(tmp_path / "mlx"), ours(mlx_model))
@@ -182,7 +182,7 @@ def test_an_empty_entry_in_the_config_means_not_quantized(empty: Any, tmp_path: 
     folder = tiny.make_model(tmp_path / "src")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": empty}))
-    assert convert(str(folder), tmp_path / "mlx", Target.of(None, None, None)).bits_per_weight < 6
+    assert convert(str(folder), tmp_path / "mlx", Quantization.of(None, None, None)).bits_per_weight < 6
 
 
 def test_mxfp4_of_gpt_oss_keeps_its_codes(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_mxfp4_of_gpt_oss_keeps_its_codes(tmp_path: Path) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
-    done = convert(str(folder), tmp_path / "mlx", Target.of(None, None, None))
+    done = convert(str(folder), tmp_path / "mlx", Quantization.of(None, None, None))
     assert done.notes[0].startswith("MXFP4: its codes are kept")
     assert no_trace_of_it(tmp_path / "mlx")["quantization"]["mode"] == "mxfp4"
     kept = mx.load(str(tmp_path / "mlx" / "model.safetensors"))["model.layers.0.mlp.experts.down_proj.weight"]
@@ -209,7 +209,7 @@ def test_gpt_oss_that_only_the_config_calls_mxfp4_becomes_four_bits(tmp_path: Pa
     folder = tiny.make_model(tmp_path / "src", "gpt_oss", dtype="bfloat16", intermediate_size=64)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
-    done = convert(str(folder), tmp_path / "mlx", Target.of(None, None, None))
+    done = convert(str(folder), tmp_path / "mlx", Quantization.of(None, None, None))
     assert "no tensor is quantized" in done.notes[0]
     assert no_trace_of_it(tmp_path / "mlx")["quantization"]["mode"] == "affine"
     assert done.bits_per_weight < 5
@@ -222,5 +222,5 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     whole = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 2 * whole))
     with pytest.raises(UserError, match="not enough disk space"):
-        convert(str(source), tmp_path / "mlx", Target.of(None, None, None))
+        convert(str(source), tmp_path / "mlx", Quantization.of(None, None, None))
     tiny.nothing_written(tmp_path / "mlx")

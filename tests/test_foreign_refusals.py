@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from test_foreign_formats import AWQ, BNB, FORMS, FP8, GPTQ, INT4, MODELOPT, WEIGHT, opened
 
 from mlxtune.model import hub
-from mlxtune.model.convert import Target, convert
+from mlxtune.model.convert import Quantization, convert
 from mlxtune.model.load import load, open_model
 from mlxtune.ship.merge import open_merged
 
@@ -300,7 +300,7 @@ def test_a_type_that_mlx_lm_does_not_know_is_refused_before_hours_of_work(
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(UserError, match=said):
-            convert(str(folder), tmp_path / "mlx", Target.of(None, None, None))
+            convert(str(folder), tmp_path / "mlx", Quantization.of(None, None, None))
         tiny.nothing_written(tmp_path / "mlx")
 
 

@@ -67,7 +67,7 @@ def test_a_wrapper_leaves_with_the_towers_of_its_original(text: Path, tmp_path: 
     config = json.loads((text / "config.json").read_text())
     (whole / "config.json").write_text(json.dumps({"model_type": "gemma3n", "text_config": config}))
     tiny.make_tokenizer(whole)
-    convert.convert(str(whole), tmp_path / "mlx", convert.Target.of(16, None, None))
+    convert.convert(str(whole), tmp_path / "mlx", convert.Quantization.of(16, None, None))
     ours = np.array(load(str(tmp_path / "mlx"), "float32").model(mx.array(conformance.IDS)))
     assert conformance.apart(ours, conformance.logits(conformance.reference(text))) < 5e-5
     ship(Request(tmp_path / "mlx", None, tmp_path / "out", base=whole), HuggingFace())

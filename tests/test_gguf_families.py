@@ -197,6 +197,14 @@ RESPELLED = (
 )
 
 
+def test_every_family_that_a_gguf_is_written_for_is_compared_with_llama_cpp() -> None:
+    compared = {name.split()[0] for name in SHAPES}
+    for family in gguf_families.FAMILIES:
+        name = family.model_type.removesuffix("_text")  # of a vision model its text part
+        if name != "gemma4_unified":  # is gemma4 in llama.cpp and by its table
+            assert compared & {family.model_type, name}, f"{family.model_type} needs a line in SHAPES"
+
+
 def test_the_names_are_those_of_llama_cpps_own_table() -> None:
     """gguf, llama.cpp's own Python package, maps names in one direction; a map holds those of one architecture."""
     architectures = {name: number for number, name in gguf_names.MODEL_ARCH_NAMES.items()}

@@ -174,7 +174,7 @@ def test_an_imported_model_can_be_requantized_on_request_with_a_warning(smollm2_
 def test_any_quantized_type_can_be_read(kind: str, tmp_path: Path) -> None:
     """Its values by the gguf package: exact where MLX has the codes, else rounded to 16 bits, which is said."""
     file = write_gguf(tmp_path / "m.gguf", kind)
-    done = convert.convert(str(file), tmp_path / "mlx", convert.Target.of(None, None, None))
+    done = convert.convert(str(file), tmp_path / "mlx", convert.Quantization.of(None, None, None))
     assert bool(done.notes) == (kind != "MXFP4")
     model, _ = open_model(tmp_path / "mlx")
     layer = model.layers[0].mlp.up_proj

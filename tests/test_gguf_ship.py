@@ -128,7 +128,7 @@ def test_kept_codes_are_proven_and_refuse_an_adapter(mlx_model: Path, run: Path,
 def test_floats_are_kept_in_the_type_that_holds_them_there_and_back(dtype: str, kind: str, tmp_path: Path) -> None:
     model = tiny.make_model(tmp_path / "hf", dtype=dtype)
     ship(Request(model, None, tmp_path / "one.gguf"), Gguf("keep"))
-    convert.convert(str(tmp_path / "one.gguf"), tmp_path / "mlx", convert.Target.of(16, None, None))
+    convert.convert(str(tmp_path / "one.gguf"), tmp_path / "mlx", convert.Quantization.of(16, None, None))
     ship(Request(tmp_path / "mlx", None, tmp_path / "two.gguf"), Gguf("keep"))
     one, two = (container.read(tmp_path / name) for name in ("one.gguf", "two.gguf"))
     assert one.tensors["blk.0.ffn_up.weight"].kind == kind
@@ -148,7 +148,7 @@ def test_an_adapter_beside_its_base_is_the_tuned_model(arch: str, held_out: Sequ
     assert np.abs(llama_logits(tmp_path / "base.gguf", tmp_path / "lora.gguf") - ours).max() < 1e-4
     assert np.abs(llama_logits(tmp_path / "base.gguf") - ours).max() > 0.05
     # and back: the very same factors
-    convert.convert(str(tmp_path / "lora.gguf"), tmp_path / "back", convert.Target.of(None, None, None))
+    convert.convert(str(tmp_path / "lora.gguf"), tmp_path / "back", convert.Quantization.of(None, None, None))
     before, after = (mx.load(str(tmp_path / name / "adapters.safetensors")) for name in ("run", "back"))
     assert before.keys() == after.keys()
     assert all(mx.array_equal(before[name], after[name]).item() for name in before)
@@ -173,7 +173,7 @@ def test_ranks_and_scales_that_differ_are_folded(tmp_path: Path) -> None:
     opened = container.read(file)
     alpha = opened.get("adapter.lora.alpha")
     assert alpha == 8.0
-    done = convert.convert(str(file), tmp_path / "back", convert.Target.of(None, None, None))
+    done = convert.convert(str(file), tmp_path / "back", convert.Quantization.of(None, None, None))
     spec = AdapterConfig.read(tmp_path / "back")
     assert done.notes == [] and {path: rank for path, (rank, _) in spec.modules.items()} == {
         path: update.rank for path, update in updates.items()

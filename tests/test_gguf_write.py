@@ -30,7 +30,7 @@ def test_a_file_that_goes_back_as_it_came_keeps_its_own_number(type_: str, numbe
     with container.Writer(tmp_path / "came.gguf", fields, shapes) as writer:
         for name, tensor in file.tensors.items():
             writer.add(name, tensor.kind, file.rows(name))
-    convert.convert(str(tmp_path / "came.gguf"), tmp_path / "mlx", convert.Target.of(None, None, None))
+    convert.convert(str(tmp_path / "came.gguf"), tmp_path / "mlx", convert.Quantization.of(None, None, None))
     ship(Request(tmp_path / "mlx", None, tmp_path / "back.gguf"), Gguf(type_))
     assert container.read(tmp_path / "back.gguf").get("general.file_type") == number
 

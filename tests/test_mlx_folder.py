@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from test_variants import adapted
 
 from mlxtune.model.arrays import to_numpy
-from mlxtune.model.convert import Target, convert
+from mlxtune.model.convert import Quantization, convert
 from mlxtune.ship.artefacts import HuggingFace
 from mlxtune.ship.export import ship
 from mlxtune.ship.request import Request
@@ -88,10 +88,10 @@ def test_an_entry_that_cannot_be_the_tensors_is_refused_by_the_layers_name(tmp_p
             folder.matrix("layer", np.dtype(np.float32))
 
 
-EXPORTS: dict[str, tuple[str, Target, str | None]] = {
-    "experts, 4 bits": ("qwen3_moe", Target.of(4, 32, None), None),
-    "norms and prefixes, 6 bits": ("qwen3_5_text", Target.of(6, None, None), "bfloat16"),
-    "turned, mxfp8": ("gpt2", Target.of(8, None, "mxfp8"), None),
+EXPORTS: dict[str, tuple[str, Quantization, str | None]] = {
+    "experts, 4 bits": ("qwen3_moe", Quantization.of(4, 32, None), None),
+    "norms and prefixes, 6 bits": ("qwen3_5_text", Quantization.of(6, None, None), "bfloat16"),
+    "turned, mxfp8": ("gpt2", Quantization.of(8, None, "mxfp8"), None),
 }
 
 
@@ -156,7 +156,7 @@ def test_the_towers_of_a_wrapper_come_from_its_original(tmp_path: Path) -> None:
     """The text part out of MLX's codes, the rest as the original has it; without it one line says what is missing."""
     hf, model, out = (tmp_path / name for name in ("hf", "model", "out"))
     tiny.make_model(hf, "gemma3")
-    convert(str(hf), model, Target.of(4, 32, None))
+    convert(str(hf), model, Quantization.of(4, 32, None))
     with pytest.raises(UserError, match="lacks tensors that transformers needs"):
         fence.to_hf(model, out)
     tiny.nothing_written(out)
@@ -212,7 +212,7 @@ def mutated(draw: random.Random, value: Any, outer: bool = True) -> Any:
 def test_absurd_configurations_are_refused_or_carried_and_leave_nothing_half(tmp_path: Path) -> None:
     """One key of one file lost or of another type, 40 times: never an exception of another kind."""
     hf, whole = tmp_path / "hf", tmp_path / "whole"
-    convert(str(tiny.make_model(hf, "qwen3_moe")), whole / "model", Target.of(4, 32, None))
+    convert(str(tiny.make_model(hf, "qwen3_moe")), whole / "model", Quantization.of(4, 32, None))
     adapted(whole / "model", whole / "run", targets="all-linear")
     fence.to_peft(whole / "run", whole / "peft", whole / "model")
     fence.to_hf(whole / "model", whole / "hf")

@@ -214,7 +214,7 @@ def test_adapters_of_single_experts_are_stacked_and_those_that_lack_are_zero(
     assert len(result.notes) == 6 and "1 of 4 experts of model.layers.0" in result.notes[0]
     saved = load_file(
         tmp_path / "few" / adapter_files.OWN_FILE
-        if result.spec.modules
+        if result.saved.modules
         else tmp_path / "few" / adapter_files.ADAPTER_FILE
     )
     stacked = [array for name, array in saved.items() if "switch_mlp" in name]
@@ -267,7 +267,7 @@ def test_a_base_untied_as_the_refusal_says_takes_the_adapter(
     monkeypatch.chdir(tmp_path)
     exec(adapter_files.UNTIE.split("`")[1], {"m": hf(models["tied"]), "torch": torch})
     tiny.make_tokenizer(tmp_path / "untied")
-    conversion.convert("untied", tmp_path / "base", conversion.Target.of(16, None, None))
+    conversion.convert("untied", tmp_path / "base", conversion.Quantization.of(16, None, None))
     peft.import_adapter(tmp_path / "peft", tmp_path / "ours", str(tmp_path / "base"), False)
     got = ours(tmp_path / "base", tmp_path / "ours")
     np.testing.assert_allclose(got, wanted, atol=1e-5 + 1e-6 * np.abs(wanted).max())
@@ -309,7 +309,7 @@ def test_one_matrix_for_both_becomes_two_where_the_model_has_two(models: dict[st
         ours(models["llama"], tmp_path / "alone")
     assert "--base MODEL" in str(refused.value.hint)
     made_of = peft.import_adapter(adapter, tmp_path / "two", str(models["llama"]), False)
-    assert set(made_of.spec.trained) == {"model.embed_tokens", "lm_head"}
+    assert set(made_of.saved.trained) == {"model.embed_tokens", "lm_head"}
     saved = load_file(tmp_path / "two" / adapter_files.OWN_FILE)
     assert saved["lm_head.weight"].tobytes() == saved["model.embed_tokens.weight"].tobytes()
 

@@ -17,6 +17,9 @@ import tiny
 from mlxtune_convert import fence
 from mlxtune_convert.mlx_folder import MlxFolder
 
+from mlxtune.adapter import attach
+from mlxtune.adapter.plan import AdapterPlan
+from mlxtune.config.schema import LoraSection
 from mlxtune.model import convert, reopened
 from mlxtune.model.load import load
 from mlxtune.ship import merge
@@ -24,6 +27,7 @@ from mlxtune.ship.artefacts import HuggingFace
 from mlxtune.ship.export import ship
 from mlxtune.ship.request import Request
 
+IDS = mx.array([[5, 9, 77, 120, 33, 8, 250, 91]])
 HALVES = ("embed_q", "unembed_out")
 # How each of mlx-lm's layers that keep codes is read. The last two also turn what they multiply; nothing adapts them.
 READ = {
@@ -39,7 +43,7 @@ READ = {
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mla")
     source = tiny.make_model(folder / "source", "deepseek_v3")
-    convert.convert(str(source), folder / "model", convert.Target.of(8, 32, None))
+    convert.convert(str(source), folder / "model", convert.Quantization.of(8, 32, None))
     packed = [half for half in HALVES if f"model.layers.0.self_attn.{half}" in _packed(folder / "model")]
     assert packed == ["unembed_out"]
     return folder / "model"
@@ -73,10 +77,22 @@ def test_a_quantized_model_is_fused_to_other_bits(bits: int, quantized: Path, tm
 
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_quantized_model_is_quantized_again(bits: int, quantized: Path, tmp_path: Path) -> None:
-    out = convert.convert(str(quantized), tmp_path / "out", convert.Target.of(bits, 32 if bits < 16 else None, None))
+    out = convert.convert(
+        str(quantized), tmp_path / "out", convert.Quantization.of(bits, 32 if bits < 16 else None, None)
+    )
     before, after = (reopened.logits(load(str(path), read=False)) for path in (quantized, tmp_path / "out"))
     assert np.abs(after - before).max() <= (1e-4 if bits == 16 else 1.0) * np.abs(before).max()
     assert out.bits_per_weight == pytest.approx(_stored_bits(tmp_path / "out"))
+
+
+def test_a_packed_half_is_trained_in_full_as_the_matrix_that_it_stands_for(quantized: Path) -> None:
+    model = load(str(quantized), "float32").model
+    before = np.array(model(IDS))
+    attach.attach(
+        model, AdapterPlan.of(model, LoraSection(targets=["q_a_proj"], train_also=["layers.0.self_attn.unembed_out"]))
+    )
+    assert attach.trained_tensors(model)["model.layers.0.self_attn.unembed_out.weight"].shape == (4, 16, 32)
+    np.testing.assert_allclose(np.array(model(IDS)), before, atol=1e-5)
 
 
 def _stored_bits(folder: Path) -> float:

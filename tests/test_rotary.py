@@ -15,6 +15,7 @@ import tiny
 import zoo
 
 from mlxtune.model.corrections import corrected, rotary
+from mlxtune.model.corrections.families import family_of
 from mlxtune.model.corrections.reference import described
 from mlxtune.model.load import load
 
@@ -51,7 +52,7 @@ ONLY = {  # settings that a family alone has, or the only ones it has
     "gemma4_text": {"default", "proportional", "linear"},
 }
 HEADS = {"mixtral": {"head_dim": 16}}  # which transformers cannot do without where it scales
-FAMILIES = sorted(set(zoo.SHAPES) & corrected.COMPARED)
+FAMILIES = sorted(family for family in zoo.SHAPES if family_of(family).rotary_compared)
 
 
 def of_family(family: str, setting: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from training import losses, tune
 
 from mlxtune.cli import cli
 from mlxtune.data.dataset.batches import collate
-from mlxtune.model.convert import Target, convert
+from mlxtune.model.convert import Quantization, convert
 from mlxtune.ship.artefacts import Peft
 from mlxtune.ship.export import ship
 from mlxtune.ship.request import Request
@@ -118,7 +118,7 @@ def test_an_adapter_that_peft_continued_goes_on_here_as_if_it_had_never_left(
     """Each stage begins with a fresh optimizer; its losses are those of the same stage without the journey."""
     what = CASES[case]
     hf, model = tiny.make_model(tmp_path / "hf", what.family, **what.changes), tmp_path / "model"
-    convert(str(hf), model, Target.of(what.bits, 32 if what.bits == 4 else None, None))
+    convert(str(hf), model, Quantization.of(what.bits, 32 if what.bits == 4 else None, None))
     first, stayed, ended = (tmp_path / name for name in ("first", "stayed", "ended"))
     tune(model, rows, first, *PLAIN, "train.steps=10", *what.lora)
     go_on = (*PLAIN, f"train.steps={STEPS}")

@@ -24,7 +24,7 @@ from training import tune
 
 from mlxtune.config import resolve as configuration
 from mlxtune.errors import UserError
-from mlxtune.model.convert import Target, convert
+from mlxtune.model.convert import Quantization, convert
 from mlxtune.model.corrections import corrected
 from mlxtune.model.corrections.reference import completed, described
 from mlxtune.model.load import load, open_model
@@ -108,7 +108,7 @@ def test_a_head_is_not_lost_where_no_key_says_that_it_is_tied(family: str, tmp_p
         del config["rope_parameters"]
         config["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config))
-    convert(str(folder), tmp_path / "mlx", Target.of(16, None, None))
+    convert(str(folder), tmp_path / "mlx", Quantization.of(16, None, None))
     ours = conformance.mlx_logits(load(str(tmp_path / "mlx"), "float32").model)
     assert conformance.apart(ours, conformance.logits(conformance.reference(folder))) < 1e-5
 
@@ -122,7 +122,7 @@ def test_a_head_of_its_own_is_kept_though_the_configuration_calls_it_tied(family
     for part in parts:
         part["tie_word_embeddings"] = True
     (folder / "config.json").write_text(json.dumps(config))
-    convert(str(folder), tmp_path / "mlx", Target.of(16, None, None))
+    convert(str(folder), tmp_path / "mlx", Quantization.of(16, None, None))
     wanted = conformance.logits(conformance.reference(folder))
     assert conformance.apart(conformance.mlx_logits(load(str(tmp_path / "mlx"), "float32").model), wanted) < 1e-5
     weights = load_file(folder / "model.safetensors")
@@ -245,7 +245,7 @@ def test_a_note_of_a_corrected_model_is_said_by_convert_and_at_the_start_of_trai
     """By a run, and by the plan that --dry-run prints."""
     note = "mlx-lm lets this model see all of a row, transformers 8 tokens"
     folder = tiny.make_model(tmp_path / "model", "mistral", **WINDOW)
-    assert note in "".join(convert(str(folder), tmp_path / "mlx", Target.of(16, None, None)).notes)
+    assert note in "".join(convert(str(folder), tmp_path / "mlx", Quantization.of(16, None, None)).notes)
     events = tune(tmp_path / "mlx", data, tmp_path / "run", "train.steps=1", "train.accumulate=1")
     assert [event for event in events if event["kind"] == "note" and note in event["text"]]
     settings = {"model.path": str(tmp_path / "mlx"), "data.path": str(data)}

@@ -28,7 +28,7 @@ def files(found: dict[str, list[sources.Source]]) -> dict[str, list[str]]:
 
 
 def find(path: Path) -> dict[str, list[sources.Source]]:
-    return sources.find(SourceSection(path=str(path)))
+    return sources.files_by_split(SourceSection(path=str(path)))
 
 
 @pytest.mark.parametrize("name", VALID)
@@ -96,7 +96,7 @@ def test_a_hub_datasets_validation_split_is_used_by_any_of_its_names(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub(monkeypatch, "train", name, "test", "train_sft")
-    found = sources.find(SourceSection(path="acme/rows"))
+    found = sources.files_by_split(SourceSection(path="acme/rows"))
     texts: dict[str, Any] = {split: [row.text for row in own[0].read()] for split, own in found.items()}  # type: ignore[union-attr]
     assert texts == {"train": ["train"], "valid": [name], "test": ["test"]}
     assert sources.unused(found) == ("train_sft",)
@@ -105,4 +105,4 @@ def test_a_hub_datasets_validation_split_is_used_by_any_of_its_names(
 def test_two_validation_splits_of_a_hub_dataset_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     hub(monkeypatch, "train", "validation", "dev")
     with pytest.raises(UserError, match="acme/rows has both validation and dev"):
-        sources.find(SourceSection(path="acme/rows"))
+        sources.files_by_split(SourceSection(path="acme/rows"))

@@ -93,7 +93,7 @@ def test_the_file_that_config_json_names_comes_before_both(name: str, sharded: P
     (sharded / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
     as_transformers(sharded)
     # The converted folder has the usual names, so the key must not follow.
-    convert.convert(str(sharded), sharded.parent / "mlx", convert.Target.of(16, None, None))
+    convert.convert(str(sharded), sharded.parent / "mlx", convert.Quantization.of(16, None, None))
     assert "transformers_weights" not in (sharded.parent / "mlx" / "config.json").read_text()
 
 
@@ -104,7 +104,7 @@ def test_a_torn_stray_does_not_matter(sharded: Path) -> None:
 
 def test_convert_says_what_it_does_not_read(sharded: Path, other: dict, tmp_path: Path) -> None:
     save(sharded / STRAYS[0], other)
-    done = convert.convert(str(sharded), tmp_path / "mlx", convert.Target.of(16, None, None))
+    done = convert.convert(str(sharded), tmp_path / "mlx", convert.Quantization.of(16, None, None))
     assert [note for note in done.notes if f"{STRAYS[0]} in {sharded} is not read" in note]
     ours, theirs = load_file(tmp_path / "mlx" / "model.safetensors"), weights_of(sharded).files
     for name, array in (pair for file in theirs for pair in load_file(file).items()):

@@ -223,10 +223,9 @@ def new_artefact(destination: Path, main: str, force: bool = False, sources: Seq
     try:
         with explained(destination), new_folder(folder) as work:
             yield work
-            places = {
-                file: destination if file.name == main else destination.with_suffix(f".{file.name}")
-                for file in sorted(work.iterdir(), key=lambda file: file.name == main)
-            }
+            places = {}
+            for file in sorted(work.iterdir(), key=lambda file: file.name == main):  # the main one last
+                places[file] = destination if file.name == main else destination.with_suffix(f".{file.name}")
             for place in places.values():
                 refuse_existing(place, force)
             for file, place in places.items():
@@ -273,6 +272,7 @@ def flush_open(handle: int) -> None:
 
 
 def _remove(path: Path) -> None:
+    """Take a file or folder away, if it is there and can be."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -25,6 +25,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlxtune.adapter.dropout import DropoutKeys
@@ -224,19 +225,27 @@ def trained_in_full(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     return layer
 
 
+# What a quantized layer becomes when its matrix is dense.
+DENSE: dict[type, Any] = {
+    nn.QuantizedLinear: nn.Linear,
+    nn.QuantizedEmbedding: nn.Embedding,
+    QuantizedSwitchLinear: SwitchLinear,
+    QuantizedMultiLinear: MultiLinear,
+}
+
+
 def dense_copy(module: nn.Module) -> Any:
     """A layer of its own with the same parameters, the matrix of a quantized one made dense (float32)."""
-    dense = {nn.QuantizedLinear: nn.Linear, nn.QuantizedEmbedding: nn.Embedding, QuantizedSwitchLinear: SwitchLinear}
-    kind = next((dense[kind] for kind in dense if isinstance(module, kind)), None)
-    if kind is None:
-        layer = copy.copy(module)
-        layer._no_grad = set()
-        return layer
-    layer = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    layer.weight = dense_weight(module)
-    if "bias" in module:
-        layer.bias = module.bias
+    for quantized, dense in DENSE.items():
+        if isinstance(module, quantized):
+            layer = dense.__new__(dense)
+            nn.Module.__init__(layer)
+            layer.weight = dense_weight(module)
+            if "bias" in module:
+                layer.bias = module.bias
+            return layer
+    layer = copy.copy(module)
+    layer._no_grad = set()
     return layer
 
 

@@ -23,22 +23,20 @@ from mlxtune.model.hub import resolve
 
 
 def from_model(model: nn.Module, saved: AdapterConfig, config: dict[str, Any], base: str) -> adapter_folder.Adapter:
-    """The adapter on a model as PEFT names it. config: of the original model; base: its name on the hub, or "".
+    """The adapter on a model as PEFT names it.
 
-    Raises UserError for what PEFT cannot express, saying what can.
+    saved: what the adapter's folder says of it; config: of the original model; base: its name on the hub, or "". Raises
+    UserError for what PEFT cannot express, saying what can.
     """
     layout = families.by_model_type(config)
-    updates = {
-        path: adapter_folder.Update(
-            to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale, to_numpy(layer.m) if "m" in layer else None
-        )
-        for path, layer in attach.adapted_layers(model).items()
-    }
-    trained = {
-        f"{path}.{name}": to_numpy(value)
-        for path, layer in attach.layers_in_full(model).items()
-        for name, value in own_parameters(layer).items()
-    }
+    updates = {}
+    for path, layer in attach.adapted_layers(model).items():
+        length = to_numpy(layer.m) if "m" in layer else None  # DoRA's
+        updates[path] = adapter_folder.Update(to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale, length)
+    trained = {}
+    for path, layer in attach.layers_in_full(model).items():
+        for name, value in own_parameters(layer).items():
+            trained[f"{path}.{name}"] = to_numpy(value)
     ours = adapter_folder.Adapter(updates, trained, saved.dropout, saved.variant == "rslora")
     return crossing.to_peft(ours, layout, base, bool(heads(model)))
 
@@ -74,10 +72,13 @@ def refuse_several(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import made. layers: how many are adapted or trained; spec: what it is; notes: what there is to say."""
+    """What an import made."""
 
+    # How many layers are adapted or trained in full.
     layers: int
-    spec: AdapterConfig
+    # What was written into adapter_config.json.
+    saved: AdapterConfig
+    # Lines that a person must read.
     notes: tuple[str, ...] = ()
 
 
@@ -91,16 +92,16 @@ def import_adapter(folder: Path, destination: Path, model: str | None, force: bo
     base = Base.of(resolve(model)) if model is not None else base_model.named(folder, notes, Base.of)
     ours = base_model.read(folder, base, notes)
     with new_folder(destination, force, [folder, *([base.path] if base is not None else [])]) as work:
-        spec = save_adapter(work, ours, None if base is None else len(base.model.layers))
+        saved = save_adapter(work, ours, None if base is None else len(base.model.layers))
         Changes.of_files(folder).save(work)
         if base is not None:
-            _must_fit(base, work, spec, folder)
-    return Imported(len(ours.updates) + len(spec.trained), spec, tuple(notes))
+            _must_fit(base, work, saved, folder)
+    return Imported(len(ours.updates) + len(saved.trained), saved, tuple(notes))
 
 
-def _must_fit(base: Base, work: Path, spec: AdapterConfig, folder: Path) -> None:
+def _must_fit(base: Base, work: Path, saved: AdapterConfig, folder: Path) -> None:
     """Load an adapter that was just written as it will be used. folder: where it comes from."""
-    spec.check_head(bool(base.own_head), folder)
+    saved.check_head(bool(base.own_head), folder)
     try:
         adapter_files.load_adapter(base.model, work, base.config)
     except UserError as error:

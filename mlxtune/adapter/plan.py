@@ -13,9 +13,8 @@ from mlxtune_convert.adapters import AdapterConfig
 from mlxtune.adapter.layers import EMBEDDING, LINEAR, SWITCH, VARIANTS, own_parameters
 from mlxtune.config.schema import LoraSection
 from mlxtune.errors import UserError, did_you_mean
+from mlxtune.model.corrections.families import READ_BY_BLOCK
 from mlxtune.model.corrections.shared_keys import UNUSED, shares
-
-READ_BY_BLOCK = (".prediction_coefs", ".correction_coefs")  # of Gemma 3n's AltUp, a few numbers each
 
 
 @dataclass(frozen=True)

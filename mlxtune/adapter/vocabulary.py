@@ -1,4 +1,16 @@
-"""Tokens that a model did not have: chosen with the template, given rows in the embedding and the head."""
+"""Tokens that a model did not have: chosen with the template, given rows in the embedding and the head.
+
+Example: a base model knows 257 tokens, `data.template: chatml` needs <|im_start|> and <|im_end|>, and
+`lora.train_also: [embeddings, head]` trains every row. The tokenizer then makes 257 and 258, and both matrices get the
+rows 257 and 258, at the mean of the others.
+
+Who does what, when:
+
+    a run reads its data    run_tokenizer             puts the tokens into the tokenizer, or refuses
+    a run loads its model   add_rows_for_new_tokens   decides on the rows; a run that starts from an adapter gets its
+    an adapter is loaded    add_rows_of_adapter       as many rows as the adapter's matrices have
+    both of these           append_rows               the rows themselves
+"""
 
 from __future__ import annotations
 
@@ -79,8 +91,12 @@ def add_rows_for_new_tokens(loaded: Loaded, config: Config, changes: Changes) ->
 def add_rows_of_adapter(model: nn.Module, adapter: Path, config: dict[str, Any]) -> None:
     """Give a base, and its config.json, the rows for the tokens that an adapter was trained with."""
     file = adapter / OWN_FILE
-    saved = read_header(file) if Changes.read(adapter).tokens and file.is_file() else {}
-    rows = max((saved[f"{p}.weight"]["shape"][0] for p in matrices(model, config) if f"{p}.weight" in saved), default=0)
+    if not Changes.read(adapter).tokens or not file.is_file():
+        return
+    saved, rows = read_header(file), 0
+    for path in matrices(model, config):
+        if f"{path}.weight" in saved:
+            rows = max(rows, saved[f"{path}.weight"]["shape"][0])
     if rows > (vocabulary(config) or 0):
         append_rows(model, config, rows)
 
@@ -88,16 +104,18 @@ def add_rows_of_adapter(model: nn.Module, adapter: Path, config: dict[str, Any])
 def append_rows(model: nn.Module, config: dict[str, Any], rows: int, fresh: Sequence[int] = ()) -> None:
     """Give embedding and head so many rows; the new ones, and those in `fresh`, are the mean of the rows before them.
 
+    fresh: ids of tokens; a model may have rows for them already, as padding. Quantized layers become dense.
+
     At the mean a new token's logit is an average of the others', which bounds how far it moves what the model says;
     rows near zero can be the most likely of all (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language
-    Models", nlp.stanford.edu/~johnhew/vocab-expansion.html). Quantized layers become dense.
+    Models", nlp.stanford.edu/~johnhew/vocab-expansion.html).
     """
     modules, dtype = dict(model.named_modules()), model_dtype(model)
     for path in matrices(model, config):
         layer = dense_copy(modules[path])
         for name, value in own_parameters(layer).items():
             value = value.astype(mx.float32)
-            mean = value[: min([len(value), *fresh])].mean(axis=0, keepdims=True)
+            mean = value[: min([len(value), *fresh])].mean(axis=0, keepdims=True)  # [1, width]; [1] of a head's bias
             value = mx.concatenate([value, mx.repeat(mean, rows - len(value), axis=0)])
             if fresh:
                 value[mx.array(list(fresh))] = mean

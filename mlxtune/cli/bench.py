@@ -74,7 +74,7 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         if model is None:
             model = str(Path(folder) / "model")
-            convert.convert(str(fetch()), Path(model), convert.Target.of(None, None, None))
+            convert.convert(str(fetch()), Path(model), convert.Quantization.of(None, None, None))
         flags = {"model.path": model, "data.path": data or str(story.data_folder()), "train.epochs": 1.0}
         resolved = configuration.load(None, (*DEMO, *settings), flags)
         ratio = None

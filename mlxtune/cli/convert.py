@@ -71,7 +71,7 @@ def convert(
     from mlxtune.model import convert as conversion
     from mlxtune.model import hub
 
-    target = conversion.Target.of(int(bits) if bits else None, group_size, mode)
+    quantization = conversion.Quantization.of(int(bits) if bits else None, group_size, mode)
     console = common.console()
     with console.status(f"looking for {src}"):
         folder = hub.resolve(src, code)
@@ -83,15 +83,15 @@ def convert(
         made = peft.import_adapter(folder, dst, str(base) if base else None, force)
         for note in made.notes:
             common.note(note)
-        trained_on = f", trained on {made.spec.base}" if made.spec.base else ""
-        common.stdout().print(f"{dst}: an adapter of {made.layers} layers ({made.spec.variant}{trained_on})")
+        trained_on = f", trained on {made.saved.base}" if made.saved.base else ""
+        common.stdout().print(f"{dst}: an adapter of {made.layers} layers ({made.saved.variant}{trained_on})")
         return
 
     peft.refuse_several(folder)
     if peft.has_weights(folder):
         common.note("the adapter beside the model is left out: in a folder of its own it can be converted.")
     with console.status(f"converting {src}"):
-        done = conversion.convert(src, dst, target, dtype, force, base, code)
+        done = conversion.convert(src, dst, quantization, dtype, force, base, code)
     for note in done.notes:
         common.note(note)
     common.stdout().print(f"{dst}: {size(done.total_bytes)}, {done.bits_per_weight:.2f} bits per weight")

@@ -71,7 +71,7 @@ def _renderer(model: str, config: Config) -> Renderer:
     from mlxtune.data.template.tokenizer_changes import preview_tokenizer
     from mlxtune.model import hub
 
-    sources.glance(config.data)
+    sources.require_readable(config.data)
     return Renderer(preview_tokenizer(hub.resolve(model), config), config.data)
 
 
@@ -154,7 +154,7 @@ def convert(
         raise UserError(f"{out}: JSON Lines are written", "Give it a name that ends with .jsonl.")
     section = config.load(None, settings, {"data.path": source}).data
     (given,) = section.mixture()
-    found = sources.find(given)
+    found = sources.files_by_split(given)
     if split not in found:
         raise UserError(f"{source} has no {split} file", f"It has: {', '.join(found)}.")
     rows = chain.from_iterable(one.read() for one in found[split])

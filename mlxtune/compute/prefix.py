@@ -39,7 +39,7 @@ from mlxtune.model.prefix_cache import PrefixCache
 # Up to 8 queries MLX's attention on Metal has kernels of its own, for generation. A gradient takes none of them (in
 # MLX's source `is_training` turns them off), so nothing is known to fail below 9; staying above costs a few tokens.
 MIN_SUFFIX = 9
-GRAIN = 16  # a batch may share more than the run does: by multiples of this tokens, so that shapes stay few
+GRAIN = 16  # a batch may share more than the run does: in multiples of so many tokens, so that shapes stay few
 MIN_SAVED = 0.04  # share of a batch's tokens; below, the second pass costs what it saves
 WORTH_SAYING = 8  # tokens: any chat template begins its rows with some
 
@@ -60,11 +60,11 @@ def shared_by_batch(batch: Batch) -> int:
     if len(batch.rows) < 2:
         return 0
     same = (batch.ids == batch.ids[:1]).all(axis=0)  # [T]: whether all rows have the same token there
-    common = len(same) if same.all() else int(same.argmin())
+    alike = len(same) if same.all() else int(same.argmin())
     first_target = 1 + int(batch.mask[:, 1:].argmax(axis=1).min())  # rows without a target do not reach a batch
     shortest = int(batch.lengths.min())
     # A row's last token predicts nothing, and at least one token that predicts must follow the prefix.
-    return max(0, min(common, first_target - 1, shortest - 2))
+    return max(0, min(alike, first_target - 1, shortest - 2))
 
 
 def shared_by_run(examples: Sequence[Example]) -> int:

@@ -73,7 +73,7 @@ def tell(
     named = source or "SmolLM2-135M-Instruct, code for code as in its 4-bit GGUF file"
     with chapter(console, f"1. The model: {named}"):
         file = source or str(embedded.fetch())
-        converted = convert.convert(file, model, convert.Target.of(None, None, None))
+        converted = convert.convert(file, model, convert.Quantization.of(None, None, None))
         console.print(f"{model}: {size(converted.total_bytes)}, {converted.bits_per_weight:.2f} bits per weight")
     flags = {"model.path": str(model), "data.path": str(data_folder()), "train.steps": steps or STEPS}
     settings = resolve.load("quick", (*SETTINGS, f"train.eval_every={max(1, (steps or STEPS) // 2)}"), flags)

@@ -19,7 +19,7 @@ def held_out(
 
     tokenizer: as the run changed it; it gets the template that `config` chooses, which may be another one. folder: of
     the model, for messages. own: the data is the run's own, of which the validation rows (or `split`) were
-    held out; else the user named it, and a single file counts whole. local_only: as `sources.find`.
+    held out; else the user named it, and a single file counts whole. local_only: as `sources.files_by_split`.
 
     Raises UserError for a split that the data lacks.
     """

@@ -69,7 +69,7 @@ def base(shop: Workshop, dtype: mx.Dtype) -> Path:
 
 
 def convert_base(source: Path, out: Path) -> None:
-    convert.convert(str(source), out, convert.Target.of(model.BITS, model.GROUP_SIZE, None))
+    convert.convert(str(source), out, convert.Quantization.of(model.BITS, model.GROUP_SIZE, None))
 
 
 def data(shop: Workshop) -> Path:

@@ -39,7 +39,7 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     optimizer = optim.build(job.section, job.model.trainable_parameters())
     state = _first_state(job, optimizer, resumed)
     saved = resumed.state if resumed else None
-    whole = LastWhole(job.folder, job.identity, job.section.keep_last, job.spec.file, saved)
+    whole = LastWhole(job.folder, job.identity, job.section.keep_last, job.adapter.file, saved)
     leaving = Leaving(job, events, whole)
     try:
         return _Loop(job, events, optimizer, leaving, state).run()
@@ -188,7 +188,7 @@ class _Loop:
             self.whole.save_adapter()
             return
         with self.whole.writing:
-            checkpoint.save_best(job.folder.checkpoints, state, job.model, job.spec.file)
+            checkpoint.save_best(job.folder.checkpoints, state, job.model, job.adapter.file)
 
     def _finish(self) -> None:
         """After the last step: say why it was the last, and leave the adapter."""
@@ -262,7 +262,7 @@ class _Loop:
             return ""
         wants_last = job.section.keep == "last"
         if job.ranks.first and (wants_last or job.folder.adapter is None):
-            adapter_files.save_tensors(job.model, job.folder.path, job.spec.file)
+            adapter_files.save_tensors(job.model, job.folder.path, job.adapter.file)
         return f"The adapter of step {step} {'' if wants_last else 'or better '}is kept. "
 
     # What another thread, or a computation in progress, calls

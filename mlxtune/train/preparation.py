@@ -50,7 +50,7 @@ class Attached:
     """A model with its adapter on it, and the batches that the configuration asks for."""
 
     loaded: Loaded  # the model, and its tokenizer with the template of the run
-    spec: AdapterPlan  # what trains
+    adapter: AdapterPlan  # what trains
     dropout: DropoutKeys  # to be set before each forward pass
     changes: Changes  # of the tokenizer, which the run's folder must keep
     plan: Plan  # the batches, not yet made to fit the memory
@@ -93,7 +93,7 @@ def prepare(
     listener({"kind": "doing", "what": READING})
     made = attached(config, data, ranks, adapter_of=folder if resume else None)
     if config.lora.start_from and not resume:
-        adapter_files.load_tensors(made.loaded.model, Path(config.lora.start_from) / made.spec.file)
+        adapter_files.load_tensors(made.loaded.model, Path(config.lora.start_from) / made.adapter.file)
     backend.wire(lasting_bytes(made.loaded.model))
     mx.reset_peak_memory()  # from here on it is the run's: the proof is a part of it
     chosen = choose(made.given, config, made.plan, ranks, listener)
@@ -133,17 +133,17 @@ def attached(
     vocabulary.add_rows_for_new_tokens(loaded, config, data.changes)
     loaded.check_ids([[data.train.highest, data.valid.highest]])
     if adapter_of is not None and ranks.first:
-        spec = AdapterPlan.read(adapter_of.path, loaded.model)
+        plan = AdapterPlan.read(adapter_of.path, loaded.model)
     else:
-        spec = adapter_plan(config, loaded.model)
-    dropout = attach.attach(loaded.model, spec, config.train.seed)
+        plan = adapter_plan(config, loaded.model)
+    dropout = attach.attach(loaded.model, plan, config.train.seed)
     if config.train.neftune_alpha:
         dropout.noise_alpha = config.train.neftune_alpha
         add_noise(loaded.model, dropout)
     batches = Plan(data.train, config.train, config.data.group_by_prefix)
     narrower = floats.narrower(loaded.own, loaded.dtype)
     given = Given(loaded.model, loaded.config, loaded.dtype, _limit(config, ranks), narrower)
-    return Attached(loaded, spec, dropout, data.changes, batches, given)
+    return Attached(loaded, plan, dropout, data.changes, batches, given)
 
 
 def adapter_plan(config: Config, model: nn.Module) -> AdapterPlan:
@@ -199,7 +199,7 @@ def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: R
         evaluation=Evaluation(loaded, config, chosen.way, valid, ranks),
         place=data.train.place,
         identity=Identity.of(config, dtype_name(loaded.dtype), *digests, loaded.path),
-        spec=made.spec,
+        adapter=made.adapter,
         ranks=ranks,
         predicted=chosen.memory.total if isinstance(chosen.memory, Memory) else None,
     )
@@ -224,7 +224,7 @@ def _notes(made: Attached, chosen: Fitted, data: Data, ranks: Ranks) -> list[str
         notes.append(f"going on from {config.lora.start_from}: its kind, ranks, scales and targets are kept")
     steps = chosen.rows.steps
     notes.append(f"{train.rows} training rows{train.also}, {valid.rows} held out{valid.also}, {steps} steps")
-    what = attach.describe(made.spec, loaded.model)
+    what = attach.describe(made.adapter, loaded.model)
     notes.append(f"training {what} on {_where(loaded, ranks)}")
     notes.append(_ways_out(loaded))
     notes.append(f"computed: {fast_ways.describe(chosen.way)}")

@@ -138,7 +138,7 @@ class _Run:
             raise folder.taken()
         try:
             folder.events.unlink(missing_ok=True)  # of a run that was killed before it saved anything
-            adapter_files.save_config(folder.path, prepared.job.spec)
+            adapter_files.save_config(folder.path, prepared.job.adapter)
             prepared.changes.save(folder.path)
             return self._written(prepared.job, None)
         except BaseException:

@@ -40,7 +40,7 @@ def read_data(
     Raises UserError before any weight is read; for a typing error in the rows, before a model is downloaded.
     """
     model_is_here = Path(config.model.path).expanduser().exists()
-    sources.glance(config.data, not model_is_here, local.data)
+    sources.require_readable(config.data, not model_is_here, local.data)
     folder = hub.resolve(config.model.path, local_only=local.model)
     tokenizer, changes = vocabulary.run_tokenizer(folder, config)
     config = with_date(config, tokenizer)

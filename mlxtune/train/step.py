@@ -64,7 +64,7 @@ class Job:
     evaluation: Evaluation  # of the validation rows, and of the prompts to answer
     place: Callable[[int], str]  # number of a training row -> what messages call it
     identity: Identity  # of the run: what a checkpoint is compared with
-    spec: AdapterPlan  # what trains
+    adapter: AdapterPlan  # what trains
     ranks: Ranks = ALONE  # the processes that share the run
     predicted: int | None = None  # bytes at the run's peak; None where nobody can say
 

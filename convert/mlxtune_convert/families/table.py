@@ -1,6 +1,6 @@
 """The table of all model families, by model_type of config.json.
 
-**To add a family**, touch two places and see a test:
+**To add a family**, touch two places and a test:
 
 1. One entry in the module here whose models are nearest (`grep -rn '"gemma2"' families` finds the whole of a family).
    `ModelFamily` explains each field; an empty one says "all as in Llama". Begin with `hf=Layout()`; what its files
@@ -8,8 +8,9 @@
    `gguf=entry(...)` where llama.cpp has the architecture (`gguf/family.py`). A setting that mlx-lm does not heed goes
    to `computes` or `checks`, one that it spells in another way to `config_first` or `config_last`.
 2. A tiny model of it in tests/zoo.py. The tests run over that table: tests/conformance.py compares logits of every
-   way in and out with transformers and writes the family's row of tests/families.md, tests/test_gguf_families.py
-   compares with llama.cpp, tests/sweep.py changes every setting and finds those that mlx-lm does not heed.
+   way in and out with transformers (`python tests/conformance.py > tests/families.md` adds the family's row), and
+   tests/sweep.py changes every setting and finds those that mlx-lm does not heed.
+3. With `gguf`, a line in SHAPES of tests/test_gguf_families.py, which compares with llama.cpp.
 
 A family that cannot leave as Hugging Face's files gets `not_exported` with the reason instead of `hf`.
 """

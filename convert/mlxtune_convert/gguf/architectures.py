@@ -9,6 +9,8 @@ from mlxtune_convert.gguf.family import Family
 
 # In the order of the table: of several with one architecture of llama.cpp, the plain one comes first.
 FAMILIES: tuple[Family, ...] = tuple(family.gguf for family in table.FAMILIES.values() if family.gguf is not None)
+# Of several, these keys tell: experts make a Mixtral of a llama, a sliding window an Olmo 3 of an Olmo 2.
+MARKS = ("expert_count", "attention.sliding_window")
 
 
 def by_model_type(model_type: str) -> Family:
@@ -33,9 +35,8 @@ def of_file(file: File) -> Family:
             f"GGUF files of the {str(name)[:40]} architecture cannot be converted yet (covered: {covered})",
             CONVERT_ORIGINAL,
         )
-    # One architecture for several: experts make a Mixtral of a llama, a sliding window an Olmo 3 of an Olmo 2.
     for family in matching:
-        told = [key for key in family.keys if key in ("expert_count", "attention.sliding_window")]
-        if told and all(file.get(f"{name}.{key}") for key in told):
+        marks = [key for key in family.keys if key in MARKS]
+        if marks and all(file.get(f"{name}.{key}") for key in marks):
             return family
     return matching[0]

@@ -13,6 +13,7 @@ from typing import Any
 
 COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers", "mtp_num_layers")
 SWITCH = "use_mtp"
+SHARED = -1  # in place of a block's number
 BLOCK = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
 JOINING = (".eh_proj.", ".enorm.", ".hnorm.")
 NAMED = re.compile(r"(?:^|\.)mtp[^.]*(?:\.layers)?\.(?:(\d+)\.)?")
@@ -25,17 +26,23 @@ def belongs(name: str, config: dict[str, Any]) -> bool:
 
 def count(names: Iterable[str], config: dict[str, Any]) -> int:
     """How many such blocks these tensors are of. config: of the model, which counts its ordinary blocks."""
-    return len({place for name in names if (place := _place(name, config)) is not None and place >= 0}) or int(
-        any(belongs(name, config) for name in names)
-    )
+    found = {_place(name, config) for name in names} - {None}
+    numbered = found - {SHARED}
+    if numbered:
+        return len(numbered)
+    return 1 if found else 0  # tensors that bear no number are of one block
 
 
 def behind(names: Iterable[str], config: dict[str, Any]) -> set[int]:
     """The numbers of the blocks behind the last one that predict further tokens. They are known by what joins the last
     block's output with the next token; a block without that is an ordinary one that config.json does not count.
     """
-    found = ((name, _place(name, config)) for name in names if BLOCK.match(name))
-    return {place for name, place in found if place is not None and any(part in name for part in JOINING)}
+    found = set()
+    for name in names:
+        place = _place(name, config) if BLOCK.match(name) else None
+        if place is not None and any(part in name for part in JOINING):
+            found.add(place)
+    return found
 
 
 def counted(config: dict[str, Any], blocks: int) -> dict[str, Any]:
@@ -54,10 +61,10 @@ def number(name: str) -> int | None:
 
 
 def _place(name: str, config: dict[str, Any]) -> int | None:
-    """The number of the block that a tensor is of; -1 for what several share; None for any other tensor."""
+    """The number of the block that a tensor is of; SHARED for what several share; None for any other tensor."""
     named = NAMED.search(name)
     if named is not None:
-        return int(named[1]) if named[1] else -1
+        return int(named[1]) if named[1] else SHARED
     block, text = number(name), config.get("text_config")
     layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
     return block if block is not None and isinstance(layers, int) and block >= layers else None

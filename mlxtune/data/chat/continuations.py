@@ -87,28 +87,31 @@ def _departed(row: TurnPlaces, prompt: str, whole: str, first: int, last: int, m
     if not prompt.endswith(asked.text):
         raise row.uncertain(first)
     parting = _parting(row, first, asked, shown, marked)
-    out = Continuation(prompt, parting.rest)
-    form, thought = row.template.thought, row.thought_of(first)
-    if parting.shows_thought and form.closes(parting.surplus):
-        out.prompt_shuts_thought = True
-        return out
-    surplus_opens = form.opened(parting.surplus)
-    prompt_only_opens = parting.prompt_opens and not parting.surplus.strip()
-    if surplus_opens and thought and not parting.shows_thought:
-        out.keeps_thought = True
-        out.kinds.append("thought kept")
-        out.rest = _kept_thought(row, first, surplus_opens, parting.rest)
-    elif not thought and (surplus_opens or prompt_only_opens):
-        out.kinds.append("thought closed")
-        if surplus_opens and not parting.rest.lstrip().startswith(form.close):
-            out.rest = form.closed(surplus_opens) + parting.rest
-    else:
-        out.kinds.append("context differs")
+    if parting.shows_thought and row.template.thought.closes(parting.surplus):
+        return Continuation(prompt, parting.rest, prompt_shuts_thought=True)
+    out = _behind_surplus(row, first, prompt, parting)
+    if "context differs" in out.kinds:  # no thought was put in or closed: the template prints the row's own
         return out
     has_calls = row.messages[first].get("tool_calls")
     if not has_calls and not _reads_back(row, first, last, parting.prompt_opens, out.rest, marked):
         out.kinds.append("not read back")
     return out
+
+
+def _behind_surplus(row: TurnPlaces, first: int, prompt: str, parting: _Parting) -> Continuation:
+    """The turn behind what the prompt has beyond it: a thought that the prompt opens goes on, or is closed at once."""
+    form, thought = row.template.thought, row.thought_of(first)
+    surplus_opens = form.opened(parting.surplus)
+    only_opens = bool(parting.prompt_opens) and not parting.surplus.strip()
+    if surplus_opens and thought and not parting.shows_thought:
+        rest = _kept_thought(row, first, surplus_opens, parting.rest)
+        return Continuation(prompt, rest, ["thought kept"], keeps_thought=True)
+    if not thought and (surplus_opens or only_opens):
+        rest = parting.rest
+        if surplus_opens and not rest.lstrip().startswith(form.close):
+            rest = form.closed(surplus_opens) + rest
+        return Continuation(prompt, rest, ["thought closed"])
+    return Continuation(prompt, parting.rest, ["context differs"])
 
 
 def _parting(row: TurnPlaces, first: int, asked: Tail, shown: Tail, marked: Tail) -> _Parting:

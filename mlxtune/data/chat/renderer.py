@@ -260,20 +260,22 @@ class Renderer:
     # Rows.
 
     def _rows_of_turns(self, sheet: _Sheet) -> Iterator[Row]:
+        """The examples of a conversation in the order of their last turns, and the turns that are too long for one."""
         drafts = sorted(sheet.drafts, key=lambda draft: draft.turns[-1].index)
         limit = self.section.max_tokens
         once = min(self._tokens_once(sheet.whole, drafts), limit)
-        only_example = len(drafts) + len(sheet.beyond) == 1
-        left_out = sheet.kinds  # told with the first example
+        left_out = tuple(sheet.kinds)  # told with the first example
         for draft in drafts:
-            part = 0 if only_example else _number_of(draft.turns[-1], sheet.record)
-            row = Row(sheet.record, part=part, kinds=tuple(left_out), once=once)
+            part = _part_of(sheet, draft.turns[-1])
+            row = Row(sheet.record, part=part, kinds=left_out, once=once)
             yield self._row_of(draft, sheet.whole, row)
-            left_out = []
+            left_out = ()
+        too_long = NO_TARGET.format(limit)
         for turn in sorted(sheet.beyond, key=lambda turn: turn.index):
-            part = 0 if only_example else _number_of(turn, sheet.record)
-            kinds = [(kind, turn.index) for kind in (*turn.kinds, "cut")]
-            yield Row(sheet.record, dropped=NO_TARGET.format(limit), part=part, kinds=tuple(kinds), turns=1)
+            kinds = [(kind, turn.index) for kind in turn.kinds]
+            kinds.append(("cut", turn.index))
+            part = _part_of(sheet, turn)
+            yield Row(sheet.record, dropped=too_long, part=part, kinds=tuple(kinds), turns=1)
 
     def _row_of(self, draft: Draft, whole: str, row: Row) -> Row:
         """A row with what its draft says. whole: the text of the record rendered once."""
@@ -325,10 +327,15 @@ class Renderer:
         return replace(row, example=None, dropped=reason)
 
 
-def _number_of(turn: AskedTurn, record: Record | Bad) -> int:
-    """Which assistant turn of its record it is, counted from 1."""
-    messages = record.messages or [] if isinstance(record, Record) else []
-    return len([message for message in messages[: turn.index + 1] if message["role"] == "assistant"])
+def _part_of(sheet: _Sheet, turn: AskedTurn) -> int:
+    """Which assistant turn of its record it is, counted from 1; 0 for the record's only example."""
+    if len(sheet.drafts) + len(sheet.beyond) == 1:
+        return 0
+    messages = sheet.record.messages if isinstance(sheet.record, Record) else None
+    number = 0
+    for message in (messages or [])[: turn.index + 1]:
+        number += message["role"] == "assistant"
+    return number
 
 
 def _otherwise_in(whole: str, draft: Draft, turns: list[AskedTurn]) -> int:

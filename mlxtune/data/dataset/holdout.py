@@ -23,7 +23,7 @@ from mlxtune.config.schema import DataSection
 from mlxtune.data.chat.renderer import Renderer
 from mlxtune.data.dataset import duplicates, row_cache
 from mlxtune.data.dataset.examples import Examples
-from mlxtune.data.dataset.sources import Source, find
+from mlxtune.data.dataset.sources import Source, files_by_split
 from mlxtune.data.dataset.store_writing import Progress
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad
@@ -85,7 +85,7 @@ def rows_of_split(
     content puts it. Raises UserError naming the splits there are.
     """
     (source,) = section.mixture()
-    found = find(source, section.hub == "stream")
+    found = files_by_split(source, section.hub == "stream")
     if split is None:
         return _all_rows(found["train"])
     if split in found and (split != "train" or "valid" in found):

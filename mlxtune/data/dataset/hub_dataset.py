@@ -13,7 +13,7 @@ from mlxtune.errors import UserError
 def splits_of(source: SourceSection, stream: bool, local_only: str) -> dict[str, Any]:
     """Split, as the dataset names it -> its rows. The path is OWNER/NAME, or OWNER/NAME:SUBSET.
 
-    stream: read row by row; local_only: as `sources.find`.
+    stream: read row by row; local_only: as `sources.files_by_split`.
     """
     if local_only:
         return _cached(source, stream, local_only)

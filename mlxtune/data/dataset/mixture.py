@@ -26,7 +26,7 @@ from mlxtune.config.schema import DataSection, SourceSection
 from mlxtune.data.chat.renderer import Renderer
 from mlxtune.data.dataset import duplicates, holdout, row_cache
 from mlxtune.data.dataset.examples import Examples
-from mlxtune.data.dataset.sources import Source, find, unused_note
+from mlxtune.data.dataset.sources import Source, files_by_split, unused_note
 from mlxtune.data.dataset.store import DAMAGED, Store
 from mlxtune.data.dataset.store_writing import Progress
 from mlxtune.data.rows.readers import place
@@ -46,7 +46,7 @@ def read(
     """The examples of "train", "valid" and, where there is one, "test".
 
     tokenizer: with the chat template that is used; whole: a single file counts whole, as "train", and nothing is held
-    out; local_only: as `sources.find`. Raises UserError for anything that is wrong with the data.
+    out; local_only: as `sources.files_by_split`. Raises UserError for anything that is wrong with the data.
     """
     mixture = section.mixture()
     if section.hub == "stream" and any(source.cap is None for source in mixture):
@@ -98,7 +98,7 @@ class _Tokenized:
 def _tokenized(section: DataSection, renderer: Renderer, progress: Progress, local_only: str) -> _Tokenized:
     found = _Tokenized()
     for number, source in enumerate(section.mixture()):
-        by_split = find(source, section.hub == "stream", local_only)
+        by_split = files_by_split(source, section.hub == "stream", local_only)
         note = unused_note(source, by_split)
         if note:
             found.unused.append(note)

@@ -44,16 +44,16 @@ class Source:
     beside: tuple[str, ...] = ()  # of the first train source: data files or splits beside it that nothing uses
 
 
-def glance(section: DataSection, whole: bool = False, local_only: str = "") -> None:
-    """Raise UserError when a source is missing or its first row has no known format; whole: when any row is bad.
-    local_only: as `find`.
+def require_readable(section: DataSection, all_rows: bool = False, local_only: str = "") -> None:
+    """Raise UserError when a source is missing or its first row has no known format; all_rows: when any row is bad.
+    local_only: as `files_by_split`.
     """
     if not section.path and not section.sources:
         raise UserError("no data given", "Name a folder or file: --data PATH (or data.path in the configuration).")
     for source in section.mixture():
-        for files in find(source, section.hub == "stream", local_only).values():
+        for files in files_by_split(source, section.hub == "stream", local_only).values():
             for file in files:
-                if whole:
+                if all_rows:
                     _require_good(file)
                 else:
                     next(file.read(), None)
@@ -75,7 +75,7 @@ def is_hub_id(path: str) -> bool:
     return path.count("/") == 1 and path[0] not in "./~" and not kind_of(here) and not here.exists()
 
 
-def find(source: SourceSection, stream: bool = False, local_only: str = "") -> dict[str, list[Source]]:
+def files_by_split(source: SourceSection, stream: bool = False, local_only: str = "") -> dict[str, list[Source]]:
     """The files of each split of a folder with train, valid and test files, one file ("train"), or a hub dataset.
 
     stream: read a hub dataset row by row, up to the source's cap; local_only: not "": the hub is not asked, and this is
@@ -92,7 +92,7 @@ def find(source: SourceSection, stream: bool = False, local_only: str = "") -> d
 
 
 def unused(found: dict[str, list[Source]]) -> tuple[str, ...]:
-    """The data files, or splits of a hub dataset, that stand beside what `find` found and that nothing reads."""
+    """The data files, or splits of a hub dataset, that stand beside those found and that nothing reads."""
     return found["train"][0].beside
 
 

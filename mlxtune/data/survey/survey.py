@@ -37,7 +37,7 @@ def survey(config: Config, renderer: Renderer, progress: Progress) -> dict[str, 
     """
     splits: dict[str, SplitSurvey] = {}
     for number, source in enumerate(config.data.mixture(), 1):
-        found = sources.find(source, config.data.hub == "stream")
+        found = sources.files_by_split(source, config.data.hub == "stream")
         for split, files in found.items():
             name = split if config.data.sources is None else f"{split} {number}"
             out = SplitSurvey(name, files[0].name, several=len(files) > 1)

@@ -40,13 +40,13 @@ class Probe:
     def __init__(self, template: Template, messages: Messages, tools: Any) -> None:
         self.template, self.messages, self.tools = template, messages, tools
         self.prompt = template.text(messages, tools, prompt=True)
-        self.context_length = common_prefix(self.prompt, template.attempt(messages, tools))
-        taken = set(MARKS.findall(self.prompt))
-        spare = (mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in taken)
-        self.thought, self.content = next(spare), next(spare)
-        # transformers renames a field that the template does not read; older versions do not.
+        context = template.attempt(messages, tools)
+        self.context_length = common_prefix(self.prompt, context)
+        self.thought, self.content = _unused_marks(self.prompt)
+        # Fields that the template reads come first: transformers renames another one, older versions do not.
         source = str(template.tokenizer.chat_template)
-        self.keys = sorted(THINKING_KEYS, key=lambda key: key not in source)
+        read = [key for key in THINKING_KEYS if key in source]
+        self.keys = [*read, *(key for key in THINKING_KEYS if key not in read)]
 
     def answered(self, **answer: Any) -> tuple[str, str]:
         """(end of the prompt that this answer is printed without, what follows the prompt); ("", "") where the answer
@@ -110,3 +110,10 @@ class Probe:
             key=THINKING_KEYS[0] if strips_thought else "",
             opened=opened,
         )
+
+
+def _unused_marks(text: str) -> tuple[str, str]:
+    """Two private-use characters that a text does not hold."""
+    taken = set(MARKS.findall(text))
+    spare = (mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in taken)
+    return next(spare), next(spare)

@@ -57,6 +57,7 @@ class _Generator(CodeGenerator):
 
 
 def _require(length: float) -> None:
+    """Raise TooLong for a text that would be too long."""
     if length > LONGEST:
         raise TooLong(f"it makes a text or list of {length:,.0f} characters or entries")
 
@@ -161,44 +162,65 @@ Length = Callable[[Any, tuple[Any, ...]], float]
 
 
 def _widened(text: Any, args: tuple[Any, ...]) -> float:
+    """center and its like: blanks are put around, as many as a number says."""
     return _printed(text) + sum(arg for arg in args if isinstance(arg, int))
 
 
 def _per_line(text: Any, args: tuple[Any, ...]) -> float:
-    added = sum(arg if isinstance(arg, int) else _size(arg) for arg in args)
+    """indent and its like: something is put into each line, a text or as many blanks as a number says."""
+    added = 0
+    for arg in args:
+        added += arg if isinstance(arg, int) else _size(arg)
     lines = str(text).count("\n") + str(text).count("\t") + 1
     return _printed(text) + lines * added
 
 
 def _replaced(text: Any, args: tuple[Any, ...]) -> float:
+    """replace: a new text as often as the old one may be there."""
     old, new = (*args, "", "")[:2]
-    most = len(text) // max(1, len(old)) + 1 if isinstance(text, str) and isinstance(old, str) else 0
-    if most * _size(new) + _size(text) > LONGEST:
-        most = text.count(old)
-    return most * _size(new) + _size(text)
+    places = 0
+    if isinstance(text, str) and isinstance(old, str):
+        places = len(text) // max(1, len(old)) + 1
+    if places * _size(new) + _size(text) > LONGEST:
+        places = text.count(old)  # exact, but slower
+    return places * _size(new) + _size(text)
 
 
 def _between(parts: Any, separator: Any) -> float:
-    whole = isinstance(parts, list | tuple)
-    return _printed(parts) + _size(separator) * len(parts) if whole else 0
+    """join: the parts, and the separator between them."""
+    if not isinstance(parts, list | tuple):
+        return 0
+    return _printed(parts) + _size(separator) * len(parts)
 
 
 def _formatted(text: Any, args: tuple[Any, ...]) -> float:
     """Each field may print all arguments, and be as wide as any number in the text or among the arguments."""
-    fields = str(text).count("%") + str(text).count("{")
-    widths = sum(map(int, (number[:12] for number in NUMBER.findall(str(text)))))
-    numbers = sum(arg for arg in _flat(args) if isinstance(arg, int))
-    return _size(text) + widths + fields * (_printed(args) + (numbers if "*" in str(text) or "{" in str(text) else 0))
+    written = str(text)
+    fields = written.count("%") + written.count("{")
+    widths = 0
+    for number in NUMBER.findall(written):
+        widths += int(number[:12])  # more digits say no more: the limit is passed
+    of_each = _printed(args)
+    if "*" in written or "{" in written:  # a field may be as wide as an argument says
+        of_each += sum(arg for arg in _flat(args) if isinstance(arg, int))
+    return _size(text) + widths + fields * of_each
 
 
 def _flat(args: Iterable[Any]) -> list[Any]:
+    """The arguments, with the entries of lists and objects instead of these."""
     found: list[Any] = []
     for arg in args:
-        found += arg if isinstance(arg, list | tuple) else arg.values() if isinstance(arg, dict) else [arg]
+        if isinstance(arg, list | tuple):
+            found += arg
+        elif isinstance(arg, dict):
+            found += arg.values()
+        else:
+            found.append(arg)
     return found
 
 
 def _wrapped(text: Any, args: tuple[Any, ...]) -> float:
+    """wordwrap: what ends a line, behind each character at most."""
     return _size(text) * (1 + sum(map(_size, args)))
 
 

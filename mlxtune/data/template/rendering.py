@@ -54,9 +54,8 @@ def in_time(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-Print = Callable[
-    [list[dict[str, Any]], Any, bool], str
-]  # (prepared messages, tools, with what asks for a turn) -> text
+# (prepared messages, tools, with what asks for a turn) -> text
+Print = Callable[[list[dict[str, Any]], Any, bool], str]
 
 
 def prepared(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -70,50 +69,61 @@ def prepared(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def printer(tokenizer: Any, source: str, variables: dict[str, Any]) -> Print:
     """What prints prepared messages with a template's source and its variables."""
     if _compile is None:
-
-        def slow(messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
-            return str(
-                tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                    chat_template=source,
-                    **variables,
-                )
-            )
-
-        return slow
+        return _printer_of_library(tokenizer, source, variables)
     compiled = compile_bounded(source, _compile("").environment)
     known = _plain({**tokenizer.special_tokens_map, **variables})
 
-    def fast(messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
+    def print_compiled(messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
         if not messages:
             raise ValueError("an empty conversation")
-        return str(
-            compiled.render(
-                messages=messages, tools=_plain(tools), documents=None, add_generation_prompt=prompt, **known
-            )
+        text = compiled.render(
+            messages=messages, tools=_plain(tools), documents=None, add_generation_prompt=prompt, **known
         )
+        return str(text)
 
-    return fast
+    return print_compiled
+
+
+def _printer_of_library(tokenizer: Any, source: str, variables: dict[str, Any]) -> Print:
+    """The same by the tokenizer's own `apply_chat_template`, which is slow."""
+
+    def print_by_library(messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
+        text = tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            chat_template=source,
+            **variables,
+        )
+        return str(text)
+
+    return print_by_library
 
 
 class Remembered:
     """What a template printed for conversations of marks: rows of the same shape have the same ones.
 
     A shape is a number that stands for some marked messages (and tools), each made of the number of the messages before
-    and the last message. Numbers are never given twice, so either table can be emptied when it has grown.
+    and the last message. For example
+
+        no messages, no tools                  1
+        user U                                 2    of 1 and this message
+        user U, assistant A                    3    of 2 and this message
+        user U, assistant A with a call C      4    of 2 and this message
+
+    Two rows of a question and an answer have shape 3, and the template prints their marks once. Numbers are never given
+    twice, so either table can be emptied when it has grown.
     """
 
     SHAPES = 100_000  # messages that are told apart
     CHARACTERS = 50_000_000  # of rendered texts
 
     def __init__(self) -> None:
-        self._next = itertools.count(1)
-        self._shapes: dict[tuple[int, str], int] = {}
-        self._texts: dict[tuple[int, bool], str] = {}
-        self._characters = 0
+        self._next = itertools.count(1)  # the numbers that are not given yet
+        self._shapes: dict[tuple[int, str], int] = {}  # (shape of the messages before, message) -> shape
+        self._texts: dict[tuple[int, bool], str] = {}  # (shape, with what asks for a turn) -> text
+        self._characters = 0  # of all texts
 
     def shape(self, before: int, message: str) -> int:
         """The number of the messages of shape `before` with one more; before 0: of none."""

@@ -1,7 +1,10 @@
 """The activation that a configuration names, where mlx-lm's model of the family has another one built in.
 
-mlx-lm computes one activation for a family whatever config.json says, and for some families it is not the one that
-their official configurations name (both are forms of GELU).
+mlx-lm computes one activation for a family whatever config.json says (`families.Family.activation`), and for some
+families it is not the one that their official configurations name. Example: starcoder2's config.json names
+gelu_pytorch_tanh; mlx-lm computes down(gelu(up(x))), transformers down(gelu_tanh(up(x))). Of 1 the two forms of GELU
+make 0.84134 and 0.84119: little, but in every layer. So the feed-forward module gets a class whose call computes
+transformers'.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchGLU
 from mlxtune_convert.hf.unheeded import ACTIVATION_KEYS
+
+from mlxtune.model.corrections.families import family_of
 
 
 def _squared(x: mx.array) -> mx.array:
@@ -28,17 +33,6 @@ FUNCTIONS: dict[str, Function] = {  # by transformers' name
     "gelu_pytorch_tanh": nn.gelu_approx,
     "relu": nn.relu,
     "relu2": _squared,
-}
-_SILU = (
-    "cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe exaone4 glm glm4 glm4_moe granite granitemoe "
-    "helium hunyuan_v1_dense llama ministral3 mistral mixtral olmo2 olmo3 olmoe phi3 phimoe qwen2 qwen2_moe qwen3 "
-    "qwen3_moe seed_oss smollm3 stablelm"
-)
-BUILT_IN: dict[str, Function] = {  # what mlx-lm computes in the feed-forward layers of a family
-    **dict.fromkeys(_SILU.split(), nn.silu),
-    **dict.fromkeys(("gemma", "starcoder2", "gpt_bigcode"), nn.gelu),
-    **dict.fromkeys(("gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi"), nn.gelu_approx),
-    "nemotron": _squared,
 }
 # Layers of a feed-forward module, in the order in which they are applied.
 _PLAIN = (("c_fc", "c_proj"), ("fc1", "fc2"), ("dense_h_to_4h", "dense_4h_to_h"), ("up_proj", "down_proj"))
@@ -56,7 +50,10 @@ def wanted(config: Any) -> Function | None:
     config: transformers' configuration object, of the text part.
     """
     function = FUNCTIONS.get(name_of(config))
-    return None if function is BUILT_IN.get(config.model_type, function) else function
+    built_in = family_of(config.model_type).activation
+    if not built_in or function is FUNCTIONS[built_in]:
+        return None
+    return function
 
 
 def put(block: nn.Module, function: Function) -> None:

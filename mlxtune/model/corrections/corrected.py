@@ -3,6 +3,11 @@
 mlx-lm's classes ignore rotary settings that their family can have (a scaling, a factor of YaRN, a short row under
 longrope), or refuse them. Each layer's own rotary module is tried on a few positions; what turns them as transformers'
 formulas do stays, else a `Rotary` takes its place.
+
+Example: Qwen 2 MoE with rope_scaling {"type": "yarn", "factor": 4}. mlx-lm's class takes "linear" alone and would
+raise, so `readable` leaves the scaling out of what it is built from. Its rotary modules then turn unscaled, where
+transformers' formula turns the slowest pairs at a quarter of that: `_same` sees it, and `correct` puts a `Rotary`
+there. `notes` says that other programs built on mlx-lm compute another model.
 """
 
 from __future__ import annotations
@@ -17,26 +22,10 @@ from mlxtune_convert.hf.families import differs
 
 from mlxtune.model.arrays import scalar
 from mlxtune.model.corrections import activations, windows
+from mlxtune.model.corrections.families import family_of
 from mlxtune.model.corrections.reference import described, refusal
 from mlxtune.model.corrections.rotary import Rotary, Rotation, rotation
 
-# Families whose rotary modules were compared with transformers' in every setting (tests/test_rotary.py).
-_COMPARED = (
-    "apertus cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe exaone4 falcon_h1 gemma gemma2 gemma3_text "
-    "gemma4_text glm glm4 glm4_moe gpt_neox gpt_oss granite granitemoe granitemoehybrid helium hunyuan_v1_dense lfm2 "
-    "lfm2_moe llama llama4_text ministral3 mistral mixtral nemotron olmo2 olmo3 olmoe phi phi3 phimoe qwen2 qwen2_moe "
-    "qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 stablelm starcoder2"
-)
-COMPARED = frozenset(_COMPARED.split())
-# rope_type that mlx-lm's class of a family takes; with any other it raises, or reads what is not there.
-TAKEN = {
-    "deepseek_v2": ("yarn",),
-    "hunyuan_v1_dense": ("alpha",),
-    "nemotron": ("linear",),
-    "phi3": ("longrope", "linear"),
-    "phimoe": ("longrope",),
-    "qwen2_moe": ("linear",),
-}
 _NAMES = ("rope", "rotary_emb")  # of a rotary module in an attention layer of mlx-lm
 _TOKENS = 8
 _FAR = 1000  # a position at which slightly other frequencies show
@@ -58,7 +47,7 @@ def correct(model: nn.Module, config: dict[str, Any]) -> None:
             windows.add(block[windows.ATTENTION], size)
         if activation is not None:
             activations.put(block, activation)
-    if text.model_type not in COMPARED:
+    if not family_of(text.model_type).rotary_compared:
         return
     for layer, parent, name in rotary_modules(model):
         wanted = rotation(text, layer)
@@ -90,7 +79,7 @@ def notes(model: nn.Module, config: dict[str, Any]) -> list[str]:
             f"mlx-lm computes {scaled or 'these'} rotary embeddings otherwise than transformers: mlxtune computes "
             "transformers', but to mlx_lm and the apps built on it this folder is another model"
         )
-    elif scaled and text is not None and text.model_type not in COMPARED:
+    elif scaled and text is not None and not family_of(text.model_type).rotary_compared:
         out.append(f"{scaled} rotary embeddings of {text.model_type} are not compared with transformers' here")
     if text is not None and any(activations.has(module) for module in model.modules()):
         out.append(
@@ -114,12 +103,13 @@ def _scalings(text: Any) -> list[str]:
 
 def readable(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration to build mlx-lm's model from: without a rotary scaling that its class refuses."""
-    kind = str(config.get("model_type"))
-    if kind not in TAKEN:
+    kind = config.get("model_type")
+    taken = family_of(kind).rope_types
+    if taken is None:
         return config
     scaling = config.get("rope_scaling") or {}
     own = "alpha" if scaling.get("alpha") else scaling.get("type") or scaling.get("rope_type")
-    if own in TAKEN[kind]:
+    if own in taken:
         return config
     if kind == "deepseek_v2":  # it cannot be without; this one does nothing
         return {**config, "rope_scaling": {"type": "yarn", "factor": 1.0}}

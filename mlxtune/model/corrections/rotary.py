@@ -3,6 +3,10 @@
 They are those of `transformers.modeling_rope_utils`, in float32 and in its order of operations. A family differs in
 one thing: whether an unscaled rotation heeds `partial_rotary_factor`.
 
+Example: a head with D = 4 and rope_theta 10000 has two pairs, with 1 and 0.01 radians per position. At position 3 the
+first is turned by 3 radians, the second by 0.03. Linear scaling by 2 makes these 1.5 and 0.015; YaRN leaves the fast
+first pair and slows the second down; longrope has a factor for each pair, and other ones for long rows.
+
 Legend: D numbers of a head that are rotated, D/2 pairs of them.
 """
 
@@ -18,29 +22,23 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxtune.model.arrays import scalar
+from mlxtune.model.corrections.families import family_of
 
-# Families whose unscaled rotation turns a part of each head.
-_PARTIAL = (
-    "glm glm4 glm4_moe glm4_moe_lite gpt_neox nemotron phi phi3 qwen3_5_text qwen3_5_moe_text qwen3_next solar_open "
-    "stablelm"
-)
-PARTIAL = frozenset(_PARTIAL.split())
-
-Settings = dict[str, Any]
-Frequencies = tuple[np.ndarray, float]
+Settings = dict[str, Any]  # a set of rotary settings, as in config.json's rope_parameters
+Frequencies = tuple[np.ndarray, float]  # [D/2] radians per position, and the scale of what is rotated
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """frequencies: [D/2] float32, radians per position of each pair; scale: of what is rotated.
+    """How the D rotated numbers of a head turn with their position."""
 
-    limit: the longest row, in tokens, for which they hold, None: any; beyond: length of a longer row -> its
-    frequencies and scale.
-    """
-
+    # [D/2] float32, radians per position of each pair.
     frequencies: np.ndarray
+    # What is rotated is multiplied by it.
     scale: float = 1.0
+    # The longest row, in tokens, for which the two hold; None: any.
     limit: int | None = None
+    # Length of a longer row, in tokens -> its frequencies and scale.
     beyond: Callable[[int], Frequencies] | None = None
 
     def of_length(self, tokens: int) -> Frequencies:
@@ -71,7 +69,7 @@ def rotation(config: Any, layer: int) -> Rotation | None:
         return None
     width = getattr(of_layer, "head_dim", None) or config.hidden_size // config.num_attention_heads
     part = settings.get("partial_rotary_factor", 1.0)
-    if rule is _default and config.model_type not in PARTIAL:
+    if rule is _default and not family_of(config.model_type).rotates_part:
         part = 1.0
     truncated = sets.get("truncate", True)  # not of the layer's set, there too
     return rule({**settings, "truncate": truncated}, config, width if rule is _proportional else int(width * part))
@@ -87,9 +85,10 @@ def _kind(config: Any, settings: Settings) -> str:
 
 def _rotates(config: Any, layer: int) -> bool:
     """Whether a layer rotates at all, by the settings that some families have for it."""
-    if config.model_type in ("smollm3", "llama4_text"):
-        return bool(config.no_rope_layers[layer])
-    if config.model_type in ("exaone4", "cohere2") and config.sliding_window:
+    rotated = family_of(config.model_type).rotated
+    if rotated == "no_rope_layers":
+        return bool(config.no_rope_layers[layer])  # 1 where a layer rotates, in spite of its name
+    if rotated == "windowed" and config.sliding_window:
         return bool(config.layer_types[layer] == "sliding_attention")
     return True
 

@@ -1,7 +1,12 @@
 """Attention windows that transformers has and mlx-lm's model of the family leaves out.
 
-A row that is no longer than the window is the same either way. The families here are those that mlx-lm runs with full
-attention whatever the configuration says; it windows the others itself.
+With a window of 3, position 4 of a row sees these positions (x):
+
+    transformers   . . x x x
+    mlx-lm         x x x x x
+
+so a row that is no longer than the window is the same either way. The families are those that mlx-lm runs with full
+attention whatever the configuration says (`families.Family.lacks_windows`); it windows the others itself.
 """
 
 from __future__ import annotations
@@ -13,9 +18,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_causal_mask
 
-_WITHOUT = "gemma2 minimax ministral3 mistral mixtral phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe smollm3 starcoder2"
-WITHOUT = frozenset(_WITHOUT.split())
-ATTENTION = "self_attn"  # of a block, in each of these families
+from mlxtune.model.corrections.families import family_of
+
+ATTENTION = "self_attn"  # name of the attention in a block, in each family that lacks windows
 
 
 def window(config: Any, layer: int) -> int | None:
@@ -25,7 +30,7 @@ def window(config: Any, layer: int) -> int | None:
     """
     size = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
-    if config.model_type not in WITHOUT or not size:
+    if not family_of(config.model_type).lacks_windows or not size:
         return None
     return int(size) if not kinds or kinds[layer] == "sliding_attention" else None
 
