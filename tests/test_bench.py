@@ -19,6 +19,7 @@ from mlxtune.config import resolve
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
+from mlxtune.model.load import open_model
 from mlxtune.train.run_data import read_data
 
 
@@ -135,3 +136,10 @@ def test_ratios_are_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pairs_without_a_competitor_are_refused() -> None:
     tiny.one_clear_line(tiny.mlxtune("bench", "--pairs", "5"), "--pairs has no effect without --against")
+
+
+def test_mlx_lms_trainer_is_not_measured_with_one_rank_in_place_of_several(mlx_model: Path) -> None:
+    settings = resolve.load(None, ("lora.ranks={down_proj: 2}",), {"model.path": str(mlx_model), "data.path": "-"})
+    model, _ = open_model(mlx_model)
+    with pytest.raises(UserError, match=r"lora\.ranks: mlx-lm's trainer has one rank for all layers"):
+        theirs._attach(model, settings)

@@ -19,7 +19,8 @@ from mlxtune_convert.gguf import metadata as gguf_config
 from safetensors.numpy import load_file, save_file
 
 from mlxtune.adapter.layers import LoRALinear
-from mlxtune.data.chat.masking import Example, tokenized_all
+from mlxtune.data.chat.masking import Example, tokenized_texts
+from mlxtune.data.template.template import Template
 from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import to_numpy
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*tied weights mapping:UserWarni
 def rows(model: Path) -> list[Example]:
     """Two texts of 60 tokens, in a byte tokenizer."""
     texts = ["The quick brown fox jumps over the lazy dog while it rains.!", "0123456789" * 6]
-    return tokenized_all(load_tokenizer(model), texts, [None, None])
+    return tokenized_texts(Template(load_tokenizer(model)), texts)
 
 
 def seeing(folder: Path) -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import peaks
 import pytest
 import zoo
@@ -18,7 +19,7 @@ from mlxtune.compute.memory import block_call, blocks, prediction
 from mlxtune.compute.memory.graph import traced
 from mlxtune.compute.memory.kernels import Device, tiled
 from mlxtune.compute.memory.ledger import Ledger
-from mlxtune.compute.memory.strides import strides_as
+from mlxtune.compute.memory.strides import of_view, strides_as
 from mlxtune.config.schema import LoraSection
 from mlxtune.machine import backend
 from mlxtune.train.preparation import lasting_bytes
@@ -273,6 +274,31 @@ def test_a_reshape_copies_what_does_not_lie_in_order() -> None:
     assert strides_as((2, 3, 4), (12, 4, 1), (6, 4)) == (4, 1)
     assert strides_as((2, 3, 4), (12, 1, 3), (2, 12)) is None  # the last two axes were swapped
     assert strides_as((2, 8), (16, 1), (2, 2, 4)) == (16, 4, 1)  # a half of the columns, divided into heads
+
+
+def test_views_lie_in_memory_as_numpy_lays_them() -> None:
+    """An array [3, 1, 4] that was transposed before, so that its strides are not those of its rows."""
+    array = np.zeros((4, 1, 3), np.float32).transpose(2, 1, 0)
+    views = [
+        ("Transpose", [(2, 0, 1)], array.transpose(2, 0, 1)),
+        ("Broadcast", [], np.broadcast_to(array, (2, 3, 5, 4))),
+        ("ExpandDims", [(1,)], array[:, None]),
+        ("Squeeze", [(1,)], array[:, 0]),
+        ("Slice", [(0, 0, 0), (3, 1, 4), (2, 1, 3)], array[::2, :, ::3]),
+    ]
+
+    def strides_of(view: np.ndarray) -> list[int]:
+        """In elements, of the axes that have more than one place: of the others they mean nothing."""
+        pairs = zip(view.shape, view.strides, strict=True)
+        return [stride // view.itemsize for length, stride in pairs if length > 1]
+
+    own = tuple(stride // array.itemsize for stride in array.strides)
+    for name, arguments, view in views:
+        found = of_view(name, arguments, array.shape, own, view.shape)
+        assert found is not None
+        kept = [stride for length, stride in zip(view.shape, found, strict=True) if length > 1]
+        assert kept == strides_of(view), name
+    assert of_view("Contiguous", [], array.shape, own, array.shape) is None
 
 
 def test_only_what_stays_is_wired_and_only_on_metal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,9 +67,9 @@ def test_a_format_names_every_column_that_its_parser_reads(name: str) -> None:
     """What it does not name would be taken for a column of the user's own, and be written out beside the messages."""
     known = formats.FORMATS[name]
     values: dict[str, Any] = {"messages": ASKED, "conversations": ASKED, "instances": [{"output": "A"}]}
-    row = Asked({column: values.get(column, "Q") for column in known.told_by})
+    row = Asked({column: values.get(column, "Q") for column in known.required})
     assert known.parse(row)
-    own = {*known.told_by, *known.optional}
+    own = {*known.required, *known.optional}
     assert row.columns <= {*own, *formats.COMMON}
     assert own <= row.columns | {"response"} and own <= formats.USED  # response: read where it is there
 

@@ -219,7 +219,7 @@ def test_a_checkpoint_that_loses_a_moment_is_seen(right: Workshop, monkeypatch: 
         factor = optimizer.state["model"]["layers"][1]["mlp"]["up_proj"]["lora_a"]
         factor["v"] = mx.zeros_like(factor["v"])
 
-    monkeypatch.setattr(checkpoint, "restore", restore)
+    monkeypatch.setattr(checkpoint, "load_into", restore)
     result = outcome("checkpoint and resume", right)
     assert result.status == FAILED and result.value is not None and result.value > 0
     assert "differs" in result.said

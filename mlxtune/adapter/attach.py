@@ -77,7 +77,9 @@ def _kind(variant: str, path: str, layer: nn.Module) -> type[AdaptedLayer]:
     if not isinstance(layer, SWITCH):
         return forms.linear
     if forms.experts is None:
-        raise UserError(f"DoRA has no form for expert layers ({path})", "Name other lora.targets, or use lora.")
+        raise UserError(
+            f"{forms.title} has no form for expert layers ({path})", "Name other lora.targets, or use lora."
+        )
     return forms.experts
 
 

@@ -59,6 +59,7 @@ class LoRALinear(nn.Module):
         return mx.addmm(y, self.scale * z, self.lora_b.astype(x.dtype))
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [..., in] -> [..., out]."""
         return self._added(self.linear(x), x)
 
     def delta(self) -> mx.array:
@@ -86,6 +87,7 @@ class DoRALinear(LoRALinear):
         mx.eval(self._squares, self.m)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [..., in] -> [..., out]."""
         y = self.linear(x)
         if self.scale == 0:  # switched off
             return y
@@ -105,7 +107,7 @@ class DoRALinear(LoRALinear):
         return mx.sqrt(self._squares + 2 * self.scale * cross + self.scale**2 * own)
 
     def merged(self, weight: mx.array) -> mx.array:
-        """m times the direction of the rows of W + s BA."""
+        """m times the direction of the rows of W + s BA, [out, in]."""
         moved = weight + self.delta()
         return moved * (self.m / mx.linalg.norm(moved, axis=1))[:, None]
 
@@ -128,6 +130,10 @@ class LoRASwitchLinear(nn.Module):
         self._dropout = dropout
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """x [..., 1 or K, 1, in], indices [..., K] of the K experts that each token goes to -> [..., K, 1, out].
+
+        sorted_indices: mlx-lm has sorted the N = tokens x K rows by expert: x is [N, 1, in] then, indices [N].
+        """
         z = self._dropout.apply(x, self._index)
         for factor in (self.lora_a, self.lora_b):
             z = self._product(z, factor.astype(x.dtype).swapaxes(-1, -2), indices, sorted_indices)
@@ -161,6 +167,8 @@ def _over_root_of_rank(alpha: float, rank: int) -> float:
 class Variant:
     """A kind of adapter that lora.variant can name."""
 
+    # As people write it.
+    title: str
     # Adapts a linear layer.
     linear: type[LoRALinear]
     # Adapts a layer of experts; None: it has no form for them.
@@ -170,9 +178,9 @@ class Variant:
 
 
 VARIANTS = {
-    "lora": Variant(LoRALinear, LoRASwitchLinear, _over_rank),
-    "rslora": Variant(LoRALinear, LoRASwitchLinear, _over_root_of_rank),
-    "dora": Variant(DoRALinear, None, _over_rank),
+    "lora": Variant("LoRA", LoRALinear, LoRASwitchLinear, _over_rank),
+    "rslora": Variant("rsLoRA", LoRALinear, LoRASwitchLinear, _over_root_of_rank),
+    "dora": Variant("DoRA", DoRALinear, None, _over_rank),
 }
 
 
@@ -202,7 +210,7 @@ class TrainedInFull:
         return out.astype(self.frozen.dtype) if isinstance(out, mx.array) else out
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """A tied head."""
+        """A tied head: x [..., width] -> logits [..., vocabulary]."""
         return x @ self.weight.astype(x.dtype).T  # type: ignore[attr-defined]
 
 
@@ -250,5 +258,5 @@ def dense_copy(module: nn.Module) -> Any:
 
 
 def own_parameters(module: nn.Module) -> dict[str, mx.array]:
-    """A module's own arrays, those of its children and its buffers excluded."""
+    """A module's own arrays by name, of any shape; those of its children and its buffers are not among them."""
     return {name: value for name, value in module.items() if isinstance(value, mx.array) and not name.startswith("_")}

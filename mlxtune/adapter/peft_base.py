@@ -32,6 +32,7 @@ class Layers:
         return "scales" in self._modules[path]
 
     def matrix(self, path: str) -> np.ndarray:
+        """[out, in] or [experts, out, in], float32."""
         return to_numpy(dense_weight(self._modules[path]))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,13 +205,12 @@ def trained_paths(model: nn.Module, names: list[str], adapted: set[str]) -> tupl
     }
     chosen: set[str] = set()
     for name in names:
-        paths = groups.get(name) or [p for p in leaves if re.search(rf"(^|\.){re.escape(name)}(\.|$)", p)]
+        paths = groups.get(name) or _below(leaves, name)
         if not paths:
-            hint = "It is tied to the embedding here: use embeddings." if name == "head" else ""
-            raise UserError(
-                f"lora.train_also: this model has no {name!r}",
-                hint or "Use norms, embeddings, head, or a module's path such as layers.0.mlp.",
-            )
+            hint = "Use norms, embeddings, head, or a module's path such as layers.0.mlp."
+            if name == "head":
+                hint = "It is tied to the embedding here: use embeddings."
+            raise UserError(f"lora.train_also: this model has no {name!r}", hint)
         # An adapter and full training of one matrix would be two answers to one question; full training wins by name.
         both = [path for path in paths if path in adapted]
         if both and name not in groups:
@@ -220,3 +219,9 @@ def trained_paths(model: nn.Module, names: list[str], adapted: set[str]) -> tupl
             )
         chosen.update(path for path in paths if path not in adapted)
     return tuple(path for path in leaves if path in chosen)
+
+
+def _below(paths: Iterable[str], name: str) -> list[str]:
+    """The paths that a module's name is a part of: layers.1 is in model.layers.1.mlp, not in model.layers.11.mlp."""
+    part = re.compile(rf"(^|\.){re.escape(name)}(\.|$)")
+    return [path for path in paths if part.search(path)]

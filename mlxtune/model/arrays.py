@@ -19,12 +19,12 @@ def scalar(array: mx.array) -> float:
 
 
 def named(tree: Any) -> dict[str, mx.array]:
-    """The arrays of a parameter tree under their dotted names."""
+    """The arrays of a parameter tree under their dotted names, of any shape."""
     return dict(tree_flatten(tree))
 
 
 def to_numpy(array: mx.array) -> np.ndarray:
-    """The same bits; bfloat16 as ml_dtypes' type, which numpy does not have itself.
+    """The same bits and shape; bfloat16 as ml_dtypes' type, which numpy does not have itself.
 
     Of an evaluated array the bytes are read and nothing is computed, so that this can be done while another thread of
     the process is inside a computation, or after the device gave up.
@@ -40,7 +40,7 @@ def to_numpy(array: mx.array) -> np.ndarray:
 
 
 def save_arrays(file: Path, arrays: dict[str, mx.array]) -> None:
-    """Write a safetensors file under a temporary name, then rename it: never half a file.
+    """Write a safetensors file of arrays of any shape under a temporary name, then rename it: never half a file.
 
     A full disk raises OSError; MLX's own writer would raise a RuntimeError that does not say why.
     """

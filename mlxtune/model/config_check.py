@@ -80,25 +80,36 @@ def check_arguments(path: Path, config: dict[str, Any], arguments: type, names: 
     config: normalised; arguments: mlx-lm's class for it; names: of the tensors.
     """
     where = f"{path / 'config.json'}: "
+    _require_needed(config, arguments, where)
     try:
         hints = typing.get_type_hints(arguments)
     except Exception:  # an annotation that is no type
         hints = {}
-    fields = dataclasses.fields(arguments) if dataclasses.is_dataclass(arguments) else ()
-    own = [field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING for field in fields]
-    lacking = [field.name for field, needed in zip(fields, own, strict=True) if needed and field.name not in config]
-    if lacking:
-        raise UserError(
-            f"{where}lacks {', '.join(lacking)}, which mlx-lm needs for models of type {config.get('model_type')}"
-        )
     for key, hint in hints.items():
         if config.get(key) is not None:
             _typed(config[key], hint, key, f"{where}{key}")
     inner = config.get("text_config")
-    for part, inside in ((config, ""), (inner if isinstance(inner, dict) else {}, "text_config.")):
+    parts = [(config, "")]
+    if isinstance(inner, dict):
+        parts.append((inner, "text_config."))
+    for part, inside in parts:
         counts = [key for key in LAYERS if key in part and (key in hints or inside)]
-        for key in counts[:1]:
-            _check_blocks(part, key, f"{where}{inside}", names)
+        if counts:
+            _check_blocks(part, counts[0], f"{where}{inside}", names)
+
+
+def _require_needed(config: dict[str, Any], arguments: type, where: str) -> None:
+    """Raise UserError for what the family's arguments have no default for and the configuration lacks."""
+    fields = dataclasses.fields(arguments) if dataclasses.is_dataclass(arguments) else ()
+    lacking = []
+    for field in fields:
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and field.name not in config:
+            lacking.append(field.name)
+    if lacking:
+        raise UserError(
+            f"{where}lacks {', '.join(lacking)}, which mlx-lm needs for models of type {config.get('model_type')}"
+        )
 
 
 def _require_shallow(config: dict[str, Any], where: str) -> None:
@@ -160,23 +171,32 @@ def _number(value: Any, kind: type, key: str, where: str, none: bool = False) ->
     """Raise UserError unless the value is a number that a model can have there."""
     if value is None and none:
         return
-    low, high = (1 if key in SIZES else 0), LARGEST
-    if COUNTED.search(key):
-        high = DEEPEST
-    elif MANY_EXPERTS.search(key):
-        high = EXPERTS
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if kind is int:
-        low = -1 if SIGNED.search(key) else low
-        if not whole or value != int(value) or not low <= value <= high:
+        low, high = _whole_range(key)
+        if not finite or value != int(value) or not low <= value <= high:
             raise UserError(f"{where} is {_shown(value)}, allowed is a whole number from {low} to {high:,}")
         return
-    if not whole:
+    if not finite:
         raise UserError(f"{where} is {_shown(value)}, allowed is a finite number")
     if SMALL.search(key) and not 0 <= value < 1:
         raise UserError(f"{where} is {_shown(value)}, allowed is a number from 0 to below 1")
     if POSITIVE.search(key) and value <= 0:
         raise UserError(f"{where} is {_shown(value)}, allowed is a number above 0")
+
+
+def _whole_range(key: str) -> tuple[int, int]:
+    """The smallest and the largest whole number that a model can have under a key."""
+    low, high = 0, LARGEST
+    if SIGNED.search(key):
+        low = -1
+    elif key in SIZES:
+        low = 1
+    if COUNTED.search(key):
+        high = DEEPEST
+    elif MANY_EXPERTS.search(key):
+        high = EXPERTS
+    return low, high
 
 
 def _check_products(part: dict[str, Any], where: str) -> None:

@@ -109,31 +109,38 @@ def _refuse_unread(name: str, info: ModelInfo) -> None:
 def _weights(name: str, info: ModelInfo) -> list[RepoSibling]:
     """The weight files of a repository, as `tensors.weights_of` chooses them in a folder. Refuses one without any."""
     files = info.siblings or []
-    stored = any(file.rfilename.endswith(".safetensors") for file in files)
-    chosen = _chosen({file.rfilename for file in files}, lambda file: _small(name, file, info.sha)) if stored else None
+    names = {file.rfilename for file in files}
+    chosen = None
+    if any(file.endswith(".safetensors") for file in names):
+        chosen = _chosen(names, lambda file: _small(name, file, info.sha))
+    if chosen is not None:
+        missing = sorted(chosen - names)
+        if missing:
+            raise UserError(f"{name} lacks {len(missing)} of its {len(chosen)} weight files, first {missing[0]}")
+        return [file for file in files if file.rfilename in chosen]
     weights = [file for file in files if WEIGHTS.fullmatch(file.rfilename)]
     weights = weights or [file for file in files if file.rfilename == ADAPTER]
-    if not weights and chosen is None:
+    if not weights:
         pickled = [file.rfilename for file in files if file.rfilename.endswith((".bin", ".pt", ".pth"))]
         why = f": only pickled weights ({pickled[0]}), which are never loaded" if pickled else ""
         raise UserError(f"{name} has no model*.safetensors{why}", "Choose a repository with safetensors weights.")
-    if chosen is None:
-        return weights
-    missing = sorted(chosen - {file.rfilename for file in files})
-    if missing:
-        raise UserError(f"{name} lacks {len(missing)} of its {len(chosen)} weight files, first {missing[0]}")
-    return [file for file in files if file.rfilename in chosen]
+    return weights
 
 
 def _chosen(names: set[str], read: Callable[[str], Path]) -> set[str] | None:
     """The files that are a model's weights; None where they go by their names alone. names: of all its files; read:
     the path of one of them.
     """
-    asked = read_json(read("config.json"), "a model").get("transformers_weights") if "config.json" in names else None
-    chosen = asked if isinstance(asked, str) else next((name for name in (SINGLE, INDEX) if name in names), None)
-    if chosen is None or not chosen.endswith(".json"):
-        return None if chosen is None else {chosen}
-    return set(read_index(read(chosen)).values())
+    chosen = next((name for name in (SINGLE, INDEX) if name in names), None)
+    if "config.json" in names:
+        asked = read_json(read("config.json"), "a model").get("transformers_weights")
+        if isinstance(asked, str):
+            chosen = asked
+    if chosen is None:
+        return None
+    if chosen.endswith(".json"):  # an index of many files
+        return set(read_index(read(chosen)).values())
+    return {chosen}
 
 
 def _small(name: str, file: str, revision: str | None) -> Path:

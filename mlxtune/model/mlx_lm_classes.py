@@ -84,6 +84,7 @@ def _text(error: BaseException) -> str:
 class Readable:
     """mlx-lm's class of a model's arguments, made from what that class can read of a configuration."""
 
+    # The class; mlx-lm calls its `from_dict`.
     arguments: Any
 
     def from_dict(self, config: dict[str, Any]) -> Any:

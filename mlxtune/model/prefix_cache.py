@@ -25,6 +25,7 @@ class PrefixCache:
         self._fetched: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """New keys and values, [B, heads, N, width] -> all that the queries see, [B, heads, P + N, width]."""
         if not self.state:
             self.recorded = [keys, values]
             self._fetched = keys, values
@@ -35,7 +36,7 @@ class PrefixCache:
         return self._fetched
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """What the last layer that has its own fetched, for those that share it (Gemma 3n)."""
+        """What the last layer with its own fetched, [B, heads, P + N, width], for those that share it (Gemma 3n)."""
         assert self._fetched is not None
         return self._fetched
 

@@ -18,7 +18,7 @@ import numpy as np
 from mlxtune_convert.gguf import adapter_file, container, ggml, metadata
 from mlxtune_convert.gguf.architectures import by_model_type
 from mlxtune_convert.gguf.container import Field
-from mlxtune_convert.gguf.family import Family
+from mlxtune_convert.gguf.family import GgufFamily
 from mlxtune_convert.gguf.model_write import GgufPlan, Value, with_tokenizer_changes
 from mlxtune_convert.gguf.quant_blocks import Codes
 from mlxtune_convert.gguf.tensor_types import KEEP, TYPES
@@ -161,7 +161,7 @@ class GgufAdapter(Artefact):
         return f"gguf-lora of {len(attach.adapted_layers(model.unread().model))} modules"
 
 
-def _family(model: MergedModel) -> Family:
+def _family(model: MergedModel) -> GgufFamily:
     """What llama.cpp knows of the architecture. Raises UserError for one that it does not know."""
     return by_model_type(metadata.text_of(model.facts.config)["model_type"])
 
@@ -211,7 +211,7 @@ def _fields_of_run(fields: dict[str, Field], model: MergedModel) -> dict[str, Fi
     return with_tokenizer_changes(fields, changes, tokenizer.eos_token_id)
 
 
-def _storage_of(type_: str, family: Family) -> str:
+def _storage_of(type_: str, family: GgufFamily) -> str:
     """The name of an export's limits in `verify.LIMITS`."""
     if type_ == "f32":
         return "float32, tabled GELU" if family.tabled_gelu else "float32"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxtune_convert.gguf.family import Family
+from mlxtune_convert.gguf.family import GgufFamily
 from mlxtune_convert.hf.rules import Layout
 
 Config = dict[str, Any]  # a config.json, or the text part inside of a vision model's
@@ -21,7 +21,7 @@ class ModelFamily:
     # --- its tensors
     hf: Layout | None = None  # in Hugging Face's files and in MLX's; None: none was compared, so no export
     hf_of: Callable[[Config], Layout] | None = None  # the same where it depends on the configuration
-    gguf: Family | None = None  # llama.cpp's names and keys; None: no GGUF of it
+    gguf: GgufFamily | None = None  # llama.cpp's names and keys; None: no GGUF of it
 
     no_biases: bool = False  # its matrices have none, unless attention_bias or mlp_bias says so
     mxfp4: bool = False  # it is published with MXFP4 codes, which mlx-lm reads as they are

@@ -8,7 +8,7 @@ from typing import Any
 from mlxtune_convert.families.changes import fixed
 from mlxtune_convert.families.checks import BOTH_KINDS, regular_windows
 from mlxtune_convert.families.family import Config, ModelFamily
-from mlxtune_convert.gguf.family import QK_NORM, WINDOW, Family, entry
+from mlxtune_convert.gguf.family import QK_NORM, WINDOW, GgufFamily, entry
 from mlxtune_convert.hf.family_rules import LAYER, MOVED, VISION, conv, nested
 from mlxtune_convert.hf.rules import Layout, Rule
 
@@ -91,7 +91,7 @@ def _gemma4_keys(config: Config) -> dict[str, Any]:
     }
 
 
-def _gemma4_gguf(model_type: str) -> Family:
+def _gemma4_gguf(model_type: str) -> GgufFamily:
     return entry(
         model_type,
         "Gemma4",

@@ -12,6 +12,9 @@
    tests/sweep.py changes every setting and finds those that mlx-lm does not heed.
 3. With `gguf`, a line in SHAPES of tests/test_gguf_families.py, which compares with llama.cpp.
 
+Where mlx-lm computes otherwise than transformers and mlxtune mends that in memory, the entry is one of
+mlxtune/model/corrections/families.py: this package knows no MLX.
+
 A family that cannot leave as Hugging Face's files gets `not_exported` with the reason instead of `hf`.
 """
 

@@ -15,7 +15,7 @@ import numpy as np
 from mlxtune_convert.errors import UserError
 from mlxtune_convert.gguf.architectures import FAMILIES
 from mlxtune_convert.gguf.container import FLOATS, Field, File, Writer
-from mlxtune_convert.gguf.family import Family, uninterleave
+from mlxtune_convert.gguf.family import GgufFamily, uninterleave
 from mlxtune_convert.gguf.tensor_name import TensorName
 from mlxtune_convert.peft.adapter_folder import Update
 
@@ -30,7 +30,7 @@ A, B = ".lora_a", ".lora_b"  # what follows the name of the adapted tensor
 
 
 def write_adapter(
-    path: Path, family: Family, config: dict[str, Any], updates: dict[str, Update], base_name: str
+    path: Path, family: GgufFamily, config: dict[str, Any], updates: dict[str, Update], base_name: str
 ) -> None:
     """Write one GGUF adapter, float32. config: of the base; updates: by module path in MLX.
 
@@ -60,7 +60,7 @@ def _alpha(updates: dict[str, Update]) -> float:
     return float(max(found, key=found.count))
 
 
-def adapter_tensors(family: Family, config: dict[str, Any], updates: dict[str, Update]) -> dict[str, np.ndarray]:
+def adapter_tensors(family: GgufFamily, config: dict[str, Any], updates: dict[str, Update]) -> dict[str, np.ndarray]:
     """The tensors of an adapter file under GGUF's names, float32."""
     alpha = _alpha(updates)
     out = {}
@@ -165,7 +165,7 @@ def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     return a[:-2] == b[:-2] and a[-2] == b[-1]
 
 
-def _family(file: File, names: list[str]) -> Family:
+def _family(file: File, names: list[str]) -> GgufFamily:
     """The family of the file's architecture that has all of these tensors."""
     architecture = file.get("general.architecture")
     error = UserError(f"{file.path}: adapters for {str(architecture)[:40]} are not known")

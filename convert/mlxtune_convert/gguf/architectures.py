@@ -5,15 +5,15 @@ from __future__ import annotations
 from mlxtune_convert.errors import CONVERT_ORIGINAL, UserError
 from mlxtune_convert.families import table
 from mlxtune_convert.gguf.container import File
-from mlxtune_convert.gguf.family import Family
+from mlxtune_convert.gguf.family import GgufFamily
 
 # In the order of the table: of several with one architecture of llama.cpp, the plain one comes first.
-FAMILIES: tuple[Family, ...] = tuple(family.gguf for family in table.FAMILIES.values() if family.gguf is not None)
+FAMILIES: tuple[GgufFamily, ...] = tuple(family.gguf for family in table.FAMILIES.values() if family.gguf is not None)
 # Of several, these keys tell: experts make a Mixtral of a llama, a sliding window an Olmo 3 of an Olmo 2.
 MARKS = ("expert_count", "attention.sliding_window")
 
 
-def by_model_type(model_type: str) -> Family:
+def by_model_type(model_type: str) -> GgufFamily:
     """The family of a config.json. Raises UserError naming what is covered and what works instead."""
     for family in FAMILIES:
         if family.model_type == model_type:
@@ -25,7 +25,7 @@ def by_model_type(model_type: str) -> Family:
     )
 
 
-def of_file(file: File) -> Family:
+def of_file(file: File) -> GgufFamily:
     """The family of a GGUF model. Raises UserError naming what is covered."""
     name = file.get("general.architecture")
     matching = [family for family in FAMILIES if family.gguf == name and not family.written_only]

@@ -95,7 +95,7 @@ Values = Callable[[dict[str, Any]], dict[str, Any]]  # config.json -> GGUF keys 
 
 
 @dataclass(frozen=True)
-class Family:
+class GgufFamily:
     """One model_type as llama.cpp has it. Several may be one architecture of llama.cpp."""
 
     model_type: str  # of config.json
@@ -225,9 +225,9 @@ def entry(
     parameters: str = "",
     outside: str = "",
     **more: Any,
-) -> Family:
+) -> GgufFamily:
     """A family from tables as text (see the module). architecture: transformers' class without "ForCausalLM"."""
-    return Family(
+    return GgufFamily(
         model_type,
         f"{architecture}ForCausalLM",
         gguf,

@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxtune_convert.errors import CONVERT_ORIGINAL, UserError
 from mlxtune_convert.gguf.container import F32, Field, File
-from mlxtune_convert.gguf.family import FLOAT_KEYS, Family
+from mlxtune_convert.gguf.family import FLOAT_KEYS, GgufFamily
 from mlxtune_convert.gguf.tensor_name import TensorName
 from mlxtune_convert.gguf.windows import windowed_layers
 
@@ -51,7 +51,7 @@ def rotary_dim(config: dict[str, Any]) -> int:
     return int(head_dim(config) * float(config.get("partial_rotary_factor") or 1.0))
 
 
-def metadata(family: Family, config: dict[str, Any]) -> dict[str, Field]:
+def metadata(family: GgufFamily, config: dict[str, Any]) -> dict[str, Field]:
     """The architecture's keys. config: as `configs.normalise` gives it.
 
     Raises UserError for a setting that llama.cpp's architecture cannot express.
@@ -74,7 +74,7 @@ def metadata(family: Family, config: dict[str, Any]) -> dict[str, Field]:
     return fields
 
 
-def _check(family: Family, config: dict[str, Any]) -> None:
+def _check(family: GgufFamily, config: dict[str, Any]) -> None:
     """Raise UserError for settings that llama.cpp computes in one way alone, and the configuration in another."""
     wrong = []
     for key, value in family.fixed.items():
@@ -165,7 +165,7 @@ def _llama3(width: int, base: float, factor: float, low: float, high: float, ori
     return np.where(waves < original / high, 1.0, np.where(waves > original / low, factor, smooth)).astype(np.float32)
 
 
-def config(family: Family, file: File, vocab_size: int) -> dict[str, Any]:
+def config(family: GgufFamily, file: File, vocab_size: int) -> dict[str, Any]:
     """config.json as transformers writes it for this family. Raises UserError for a missing or unknown setting.
 
     vocab_size: tokens of the file's vocabulary, for files that do not say it.
@@ -201,7 +201,7 @@ def config(family: Family, file: File, vocab_size: int) -> dict[str, Any]:
     return {**out, "torch_dtype": "float16", **family.fixed}
 
 
-def _setting(family: Family, file: File, key: str, default: Any = None) -> Any:
+def _setting(family: GgufFamily, file: File, key: str, default: Any = None) -> Any:
     """One value of the architecture's metadata. Raises UserError where there is none, and no default."""
     name = f"{family.gguf}.{key}"
     found = file.get(name, default)
@@ -219,7 +219,7 @@ def _require_numbers(file: File, out: dict[str, Any]) -> None:
             raise UserError(f"{file.path}: {name} is {str(out[name])[:40]}", "Only one number for all layers is known.")
 
 
-def _read_scaling(family: Family, file: File, config: dict[str, Any]) -> dict[str, Any] | None:
+def _read_scaling(family: GgufFamily, file: File, config: dict[str, Any]) -> dict[str, Any] | None:
     """rope_scaling of config.json, out of a rotary table in the file or of its metadata; None without."""
     width = rotary_dim(config)
     for name in ROPE_TENSORS:
@@ -247,7 +247,7 @@ def _read_scaling(family: Family, file: File, config: dict[str, Any]) -> dict[st
     return found
 
 
-def _read_longrope(family: Family, file: File) -> dict[str, Any]:
+def _read_longrope(family: GgufFamily, file: File) -> dict[str, Any]:
     found: dict[str, Any] = {"rope_type": "longrope", "type": "longrope"}
     for name, key in ((LONG, "long_factor"), (SHORT, "short_factor")):
         found[key] = file.rows(f"{name}.weight").astype(float).tolist()

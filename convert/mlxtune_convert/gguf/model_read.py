@@ -18,7 +18,7 @@ from mlxtune_convert.files import write_json
 from mlxtune_convert.gguf import container, metadata, tokenizer_read
 from mlxtune_convert.gguf.architectures import of_file
 from mlxtune_convert.gguf.container import FLOATS, File
-from mlxtune_convert.gguf.family import Family, uninterleave
+from mlxtune_convert.gguf.family import GgufFamily, uninterleave
 from mlxtune_convert.gguf.metadata import is_rope_tensor
 from mlxtune_convert.gguf.quant_blocks import MAPPED, Codes, from_blocks
 from mlxtune_convert.gguf.tensor_name import SHARED_GATE, TensorName
@@ -34,7 +34,7 @@ class Gguf:
     """An opened GGUF model, of which all can be converted."""
 
     file: File  # its header; tensors are read when they are asked for
-    family: Family  # what llama.cpp knows of its architecture
+    family: GgufFamily  # what llama.cpp knows of its architecture
     config: dict[str, Any]  # config.json as transformers would have it
 
     @property
@@ -88,7 +88,7 @@ def open_gguf(path: Path) -> Gguf:
     return Gguf(file, family, config)
 
 
-def _require_all_tensors(file: File, family: Family) -> None:
+def _require_all_tensors(file: File, family: GgufFamily) -> None:
     layers = file.get(f"{family.gguf}.block_count")
     if not isinstance(layers, int) or not 0 < layers <= len(file.tensors):
         raise UserError(

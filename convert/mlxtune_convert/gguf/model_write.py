@@ -9,8 +9,8 @@ as a stream of (MLX name, value), where a value is
 so that whoever has MLX reads and merges them one by one, and nothing here needs MLX. One tensor on its way:
 
     model.layers.0.self_attn.q_proj.weight        MLX's name; Codes of 4 bits, [64, 64] when dense
-    blk.0.attn_q.weight                           llama.cpp's name (`Family.gguf_name`)
-    rows in llama.cpp's order                     pairs of rotary rows side by side (`Family.row_order`)
+    blk.0.attn_q.weight                           llama.cpp's name (`GgufFamily.gguf_name`)
+    rows in llama.cpp's order                     pairs of rotary rows side by side (`GgufFamily.row_order`)
     Q4_1, 64 rows of 40 bytes                     the type that --type asks for (`Choice.store`), and its blocks
 
 Types are chosen tensor by tensor, because `keep` and the block types look at the values (whether codes can be carried
@@ -31,7 +31,7 @@ from mlxtune_convert.files import require_space
 from mlxtune_convert.gguf import container, metadata, tokenizer_write
 from mlxtune_convert.gguf.architectures import by_model_type
 from mlxtune_convert.gguf.container import Field, File, Writer
-from mlxtune_convert.gguf.family import Family
+from mlxtune_convert.gguf.family import GgufFamily
 from mlxtune_convert.gguf.model_read import HEADER_FILE
 from mlxtune_convert.gguf.quant_blocks import Codes
 from mlxtune_convert.gguf.tensor_types import Choice, columns_moved, gguf_shape
@@ -52,7 +52,7 @@ BYTES_PER_WEIGHT_ELSE = 0.8
 class GgufPlan:
     """What a GGUF model file will hold."""
 
-    family: Family  # what llama.cpp knows of the model's architecture
+    family: GgufFamily  # what llama.cpp knows of the model's architecture
     choice: Choice  # which type each tensor gets; while tensors are made it notes what it chose
     config: dict[str, Any]  # config.json, of its text part alone
     fields: dict[str, Field]  # the file's metadata in its order

@@ -27,7 +27,7 @@ class TensorName:
 
     @staticmethod
     def of(name: str) -> TensorName:
-        """Any text is some name: whether an architecture has it, its `Family` says."""
+        """Any text is some name: whether an architecture has it, its `GgufFamily` says."""
         match = _BLOCK.fullmatch(name)
         block, rest = (int(match[1]), match[2]) if match else (None, name)
         stem, dot, suffix = rest.rpartition(".")

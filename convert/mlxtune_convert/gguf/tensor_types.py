@@ -76,7 +76,7 @@ class Choice:
         """(GGUF type, rows) of one tensor by its GGUF name.
 
         value: codes of a quantized matrix, else float32 of `shape` (outermost first, in weights); order: [shape[0]]
-        int, see `Family.row_order`. rows: floats, or uint8 blocks, each row of weights whole in one row of bytes.
+        int, see `GgufFamily.row_order`. rows: floats, or uint8 blocks, each row of weights whole in one row of bytes.
         """
         parts = TensorName.of(name)
         if parts.suffix != "weight" or len(shape) < 2 or parts.stem.startswith(FLOAT32):

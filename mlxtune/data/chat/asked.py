@@ -20,9 +20,10 @@ from mlxtune.data.chat import damage, turns
 from mlxtune.data.chat.continuations import continuation
 from mlxtune.data.chat.damage import Damage
 from mlxtune.data.chat.turn_places import TurnPlaces
-from mlxtune.data.template.template import THINKING_KEYS, Messages, Template, TemplateError
+from mlxtune.data.rows.messages import THINKING_KEYS
+from mlxtune.data.template.template import Messages, Template, TemplateError
 
-# What is to be told of a turn. The key is kept with the row; the words are for people.
+# Remarks on how a turn is trained. The key is kept with the row; the words are for people.
 KINDS = {
     "joined": "answers in a row that the template prints as one turn, trained as one",
     "joined, untrained": "answers joined into one turn, not trained because one of them has weight 0",
@@ -46,7 +47,7 @@ class AskedTurn:
     prompt: str  # what the template prints to ask for it
     target: str  # what the model must produce from there, end-of-turn token included
     trailing: str = ""  # what the template prints behind it; context that is never trained
-    kinds: tuple[str, ...] = ()  # what is to be told of it: keys of KINDS
+    kinds: tuple[str, ...] = ()  # remarks on it: keys of KINDS
     damage: tuple[Damage, ...] = ()  # what the template does not print of it, or of its context
 
     @property
@@ -88,15 +89,15 @@ class _Row(TurnPlaces):
         except TemplateError:
             return self.unasked(first, last)
         marked = self.marked_tail(first, last)
-        found = continuation(self, prompt, whole, first, last, marked)
-        if found.prompt_shuts_thought:
+        behind = continuation(self, prompt, whole, first, last, marked)
+        if behind.prompt_shuts_thought:
             return self.without_thought(first, last)
-        kinds = ["joined", *found.kinds] if last > first else found.kinds
-        prompt_opens = self.template.thought.opened(found.prompt)
+        kinds = ["joined", *behind.kinds] if last > first else behind.kinds
+        prompt_opens = self.template.thought.opened(behind.prompt)
         if prompt_opens and not self.thought_of(first) and "thought closed" not in kinds:
             kinds.append("thought closed")
-        target = self.up_to_end(found.rest, first, last, marked)
-        trailing = found.rest[len(target) :]
+        target = self.up_to_end(behind.rest, first, last, marked)
+        trailing = behind.rest[len(target) :]
         has_calls = bool(self.messages[last].get("tool_calls"))
         stop = self.template.header_that_ends(calls=has_calls)
         if stop:
@@ -105,9 +106,9 @@ class _Row(TurnPlaces):
             kinds.append("stop added")
         lost = [
             *damage.of_context(self, first),
-            *damage.of_turn(self, first, last, marked, target, found.keeps_thought),
+            *damage.of_turn(self, first, last, marked, target, behind.keeps_thought),
         ]
-        return AskedTurn(last, found.prompt, target, trailing, tuple(kinds), tuple(lost))
+        return AskedTurn(last, behind.prompt, target, trailing, tuple(kinds), tuple(lost))
 
     def without_thought(self, first: int, last: int) -> AskedTurn:
         """The turn's text alone, where the prompt has closed the thought that the row has."""

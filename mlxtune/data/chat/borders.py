@@ -92,19 +92,19 @@ class Borders:
         if not text:
             return []
         if text not in self._pieces:
-            found = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             if len(text) > LONGEST_PIECE:
-                return found
+                return ids
             if len(self._pieces) > REMEMBERED:
                 self._pieces.clear()
-            self._pieces[text] = found
+            self._pieces[text] = ids
         return self._pieces[text]
 
     def cuts(self, text: str) -> list[int]:
         """Where special tokens begin in a text."""
         return [match.start() for match in self.template.special.finditer(text)]
 
-    def place(self, found: Tokens, cuts: list[int], end: int) -> int | None:
+    def place(self, tokens: Tokens, cuts: list[int], end: int) -> int | None:
         """How many of a text's tokens are the prompt that is its first `end` characters; None when the prompt by itself
         has other tokens.
 
@@ -114,15 +114,15 @@ class Borders:
         cuts_before = bisect_right(cuts, end - 1)
         if cuts_before:
             last_cut = cuts[cuts_before - 1]
-            special = found.special_from(last_cut)
+            special = tokens.special_from(last_cut)
             if special is not None:  # else the tokenizer sees no special token there: the whole prompt is compared
                 start, first = last_cut, special
-        alone = self.ids(found.text[start:end])
-        if found.ids[first : first + len(alone)].tolist() != alone:
+        alone = self.ids(tokens.text[start:end])
+        if tokens.ids[first : first + len(alone)].tolist() != alone:
             return None
         return first + len(alone)
 
-    def apart(self, target: str) -> list[int]:
+    def target_by_itself(self, target: str) -> list[int]:
         """The tokens of a target whose first token would otherwise straddle the end of its prompt. A tokenizer may put
         a blank before a text by itself, so the target is looked at behind another character.
         """
@@ -131,10 +131,10 @@ class Borders:
         if not beginning:
             return self.ids(target)
         for sentinel in SENTINELS:
-            (found,) = self.tokens([sentinel + target])
+            (tokens,) = self.tokens([sentinel + target])
             alone = self.ids(sentinel)
-            if found.ids[: len(alone)].tolist() == alone and self._decoded(found.ids, alone).startswith(beginning):
-                return found.ids[len(alone) :].tolist()
+            if tokens.ids[: len(alone)].tolist() == alone and self._decoded(tokens.ids, alone).startswith(beginning):
+                return tokens.ids[len(alone) :].tolist()
         return self.ids(target)
 
     def _decoded(self, ids: Any, before: list[int]) -> str:

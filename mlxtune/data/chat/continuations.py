@@ -36,7 +36,7 @@ class Continuation:
 
     prompt: str  # what the template prints to ask for the turn
     rest: str  # what must be produced behind the prompt, and what the template prints behind that
-    kinds: list[str] = field(default_factory=list)  # what is to be told of the turn: keys of asked.KINDS
+    kinds: list[str] = field(default_factory=list)  # remarks on the turn: keys of asked.KINDS
     keeps_thought: bool = False  # `rest` holds a thought that the template drops
     prompt_shuts_thought: bool = False  # the prompt has closed the thought that the message has: nothing fits behind it
 

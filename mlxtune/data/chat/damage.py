@@ -14,8 +14,8 @@ from mlxtune.data.chat.conversation import Conversation
 from mlxtune.data.chat.marks import CALLS, CONTENT, THINKING, thinking_parts
 from mlxtune.data.chat.pieces import Piece
 from mlxtune.data.chat.turn_places import Tail, TurnPlaces
+from mlxtune.data.rows.messages import THINKING_KEYS
 from mlxtune.data.template.probes import MARKS
-from mlxtune.data.template.template import THINKING_KEYS
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Asked turns -> the fewest examples that hold them, and the places of the turns among an example's tokens.
 
 A draft is an example before it is cut: the text of its last turn, in which earlier turns stand as they are asked for,
-token for token. Which turns can stand in it is told by the texts first, and then by the tokens.
+token for token. Which turns can stand in it is known by the texts first, and then by the tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Draft:
     turns: list[AskedTurn]  # in the text's order
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # [T] the tokens
     places: dict[int, tuple[int, int]] = field(default_factory=dict)  # index of a turn -> its target tokens [from, to)
-    apart: bool = False  # the last turn is tokenized apart from its prompt
+    tokenized_apart: bool = False  # the last turn is tokenized apart from its prompt
 
     @property
     def text(self) -> str:
@@ -34,7 +34,7 @@ class Draft:
 
 
 def drafts_of(turns: Sequence[AskedTurn], each_alone: bool) -> list[Draft]:
-    """The fewest examples that hold some turns, as far as their texts tell, that of the last turn first.
+    """The fewest examples that hold some turns, as far as their texts show, that of the last turn first.
 
     each_alone: every turn has an example of its own (data.expand_turns=all).
     """
@@ -59,41 +59,41 @@ def place_last_turns(borders: Borders, drafts: list[Draft]) -> list[Tokens]:
     """Tokenize some drafts and place the last turn of each; return for each the tokens that hold the turns before it.
     Where a token would straddle the end of the last prompt, prompt and target are tokenized apart.
     """
-    found = borders.tokens([draft.text for draft in drafts])
+    tokens = borders.tokens([draft.text for draft in drafts])
     straddled: list[int] = []  # numbers of drafts
     for number, draft in enumerate(drafts):
         last = draft.turns[-1]
-        start = borders.place(found[number], borders.cuts(draft.text), len(last.prompt))
+        start = borders.place(tokens[number], borders.cuts(draft.text), len(last.prompt))
         if start is None:
             straddled.append(number)
         else:
-            draft.ids = found[number].ids
-            draft.places[last.index] = (start, found[number].after(len(last.text)))
+            draft.ids = tokens[number].ids
+            draft.places[last.index] = (start, tokens[number].after(len(last.text)))
     prompts = borders.tokens([drafts[number].turns[-1].prompt for number in straddled])
     for number, prompt in zip(straddled, prompts, strict=True):
         _place_apart(borders, drafts[number], prompt)
-        found[number] = prompt
-    return found
+        tokens[number] = prompt
+    return tokens
 
 
 def _place_apart(borders: Borders, draft: Draft, prompt: Tokens) -> None:
     """Give a draft the tokens of its last prompt, and behind them those of its target by itself."""
     last = draft.turns[-1]
-    target = borders.apart(last.target)
+    target = borders.target_by_itself(last.target)
     start = len(prompt.ids)
     draft.ids = np.array([*prompt.ids, *target, *borders.ids(last.trailing)], np.int32)
     draft.places[last.index] = (start, start + len(target))
-    draft.apart = True
+    draft.tokenized_apart = True
 
 
-def place_earlier_turns(borders: Borders, draft: Draft, found: Tokens) -> None:
+def place_earlier_turns(borders: Borders, draft: Draft, tokens: Tokens) -> None:
     """Find the turns before a draft's last one among its tokens; those that cannot stay are taken out."""
     earlier = draft.turns[:-1]
     if not earlier:
         return
-    cuts = borders.cuts(found.text)
+    cuts = borders.cuts(tokens.text)
     for turn in earlier:
-        start = borders.place(found, cuts, len(turn.prompt))
+        start = borders.place(tokens, cuts, len(turn.prompt))
         if start is not None:
-            draft.places[turn.index] = (start, found.after(len(turn.text)))
+            draft.places[turn.index] = (start, tokens.after(len(turn.text)))
     draft.turns = [turn for turn in draft.turns if turn.index in draft.places]

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
+from mlxtune.data.rows.messages import THINKING_KEYS
 from mlxtune.data.rows.tool_calls import with_arguments
 from mlxtune.data.template.probes import MARKS
-from mlxtune.data.template.template import THINKING_KEYS, Messages
+from mlxtune.data.template.template import Messages
 
 CONTENT, THINKING, CALLS = range(3)  # what a mark stands for; each further tool call has a kind of its own
 KEPT = ("role", "name", "id", "tool_call_id", "type")  # what templates compare, count or look up

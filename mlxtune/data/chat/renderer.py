@@ -53,7 +53,7 @@ class Row:
     shortened: bool = False  # cut at data.max_tokens
     text: str = ""  # the rendered text that the example was made of
     damage: tuple[Damage, ...] = ()  # what of the record the template does not print
-    kinds: tuple[tuple[str, int], ...] = ()  # (what is to be told of a turn, its message): keys of asked.KINDS
+    kinds: tuple[tuple[str, int], ...] = ()  # (a remark on a turn: a key of asked.KINDS, its message)
     starts: tuple[int, ...] = ()  # where the targets of each of its turns begin, in tokens
     ends: tuple[tuple[int, int], ...] = ()  # (the message of a turn, the token after its targets)
     turns: int = 0  # assistant turns that are trained in this example; of a dropped one, that it would have trained
@@ -62,6 +62,7 @@ class Row:
 
     @property
     def place(self) -> str:
+        """Where the example is from, in words."""
         where = place(self.record.file, self.record.row)
         return f"{where} turn {self.part}" if self.part else where
 
@@ -232,7 +233,7 @@ class Renderer:
             unsettled = [sheet for sheet in unsettled if sheet.waiting]
 
     def _next_drafts(self, sheet: _Sheet) -> list[Draft]:
-        """Examples for the waiting turns. Of many and long ones that of the last turn alone comes first: it then tells
+        """Examples for the waiting turns. Of many and long ones that of the last turn alone comes first: it then shows
         which prompts are too long.
         """
         if sheet.longest is not None:
@@ -261,7 +262,7 @@ class Renderer:
         drafts = sorted(sheet.drafts, key=lambda draft: draft.turns[-1].index)
         limit = self.section.max_tokens
         once = min(self._tokens_once(sheet.whole, drafts), limit)
-        left_out = tuple(sheet.kinds)  # told with the first example
+        left_out = tuple(sheet.kinds)  # remarks that the first example has
         for draft in drafts:
             part = _part_of(sheet, draft.turns[-1])
             row = Row(sheet.record, part=part, kinds=left_out, once=once)
@@ -284,7 +285,7 @@ class Renderer:
         kinds = [*row.kinds]
         for turn in draft.turns:
             kinds += [(kind, turn.index) for kind in turn.kinds]
-        if draft.apart:
+        if draft.tokenized_apart:
             kinds.append(("apart", draft.turns[-1].index))
         kinds += [("cut", index) for index, end in ends if end > limit]
         trained = [turn for turn in draft.turns if draft.places[turn.index][0] < limit]
@@ -304,7 +305,7 @@ class Renderer:
     def _tokens_once(self, whole: str, drafts: list[Draft]) -> int:
         """How many tokens the record has when it is rendered once."""
         last = drafts[-1]
-        if not last.apart and whole.startswith(last.text):
+        if not last.tokenized_apart and whole.startswith(last.text):
             return len(last.ids) + len(self.borders.ids(whole[len(last.text) :]))
         return len(self.borders.ids(whole))
 
@@ -338,7 +339,7 @@ def _part_of(sheet: _Sheet, turn: AskedTurn) -> int:
 def _otherwise_in(whole: str, draft: Draft, turns: list[AskedTurn]) -> int:
     """How many of some turns of an example stand otherwise in the whole text."""
     if whole.startswith(draft.text):
-        return int(draft.apart and draft.turns[-1] in turns)
+        return int(draft.tokenized_apart and draft.turns[-1] in turns)
     return len([turn for turn in turns if not whole.startswith(turn.text)])
 
 

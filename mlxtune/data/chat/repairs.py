@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from mlxtune.data.rows.messages import WEIGHTS
+from mlxtune.data.rows.messages import THINKING_KEYS, WEIGHTS
 from mlxtune.data.rows.tool_calls import parsed_arguments, with_arguments, with_short_ids
-from mlxtune.data.template.template import THINKING_KEYS, Messages, Template
+from mlxtune.data.template.template import Messages, Template
 
 
 def weight(message: dict[str, Any]) -> int:

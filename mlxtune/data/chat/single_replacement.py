@@ -29,9 +29,9 @@ def span_of(conversation: Conversation, text: str, index: int) -> tuple[int, int
     """
     following = conversation.messages[index + 1 :]
     for later in (following, []):
-        found = _Replaced(conversation, text, index, later).span()
-        if found is not None:
-            return found
+        span = _Replaced(conversation, text, index, later).span()
+        if span is not None:
+            return span
     raise conversation.uncertain(index)
 
 
@@ -50,7 +50,7 @@ class _Replaced:
             self.shown = self.template.text(conversation.messages[: index + 1], conversation.tools)
 
     def span(self) -> tuple[int, int] | None:
-        """The turn's characters; None where the renderings do not tell."""
+        """The turn's characters; None where the renderings do not show it."""
         single = self.conversation.attempt([*self.earlier, self.turn, *self.later])
         before, mark, after = single.partition(self.mark)
         context_end = common_prefix(self.shown, self.conversation.attempt(self.earlier))
@@ -90,7 +90,7 @@ class _Replaced:
     def closing(self, end: int) -> str:
         """What the template prints between the turn and the content of the next message; "" where it is not there."""
         marks = unused_marks(self.mark, self.later)
-        marked = [with_marks(message, own) for message, own in zip(self.later, marks, strict=True)]
+        marked = [with_marks(message, its_marks) for message, its_marks in zip(self.later, marks, strict=True)]
         behind = self.conversation.attempt([*self.earlier, self.turn, *marked]).partition(self.mark)[2]
         closing = MARKS.split(behind)[0]
         if not self.shown.startswith(closing, end):

@@ -67,7 +67,7 @@ def _counted(count: int, what: str) -> str:
 
 @dataclass
 class Kinds:
-    """What is to be told of turns, by kind (a key of asked.KINDS)."""
+    """Remarks on turns, by kind (a key of asked.KINDS)."""
 
     counts: dict[str, int] = field(default_factory=dict)  # kind -> how many turns are of it
     rows: dict[str, list[Any]] = field(default_factory=dict)  # kind -> names of the first rows that hold one

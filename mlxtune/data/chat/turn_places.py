@@ -22,8 +22,9 @@ from mlxtune.data.chat.conversation import Conversation
 from mlxtune.data.chat.marks import THINKING, thinking_parts
 from mlxtune.data.chat.pieces import trimmed_ways
 from mlxtune.data.chat.turn_ends import up_to_end_token
+from mlxtune.data.rows.messages import THINKING_KEYS
 from mlxtune.data.template.probes import MARKS
-from mlxtune.data.template.template import THINKING_KEYS, Template
+from mlxtune.data.template.template import Template
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,10 @@ class TurnPlaces(Conversation):
         """The end of `whole`, the first `last + 1` messages as they are, that no text of the context can be in. Raises
         TemplateError when the rendering with marks for the context does not end so.
         """
-        found = self._tail_of(self.real_after(first, last + 1), first, last)
-        if found is None or not whole.endswith(found.text):
+        tail = self._tail_of(self.real_after(first, last + 1), first, last)
+        if tail is None or not whole.endswith(tail.text):
             raise self.uncertain(first)
-        return found
+        return tail
 
     def _tail_of(self, rendered: str, first: int, last: int) -> Tail | None:
         if not rendered:
@@ -198,7 +199,7 @@ def _printed_length(rest: str, at: int, text: str, follows: str) -> int | None:
 
 def _last_token(template: Template, text: str) -> str:
     """The special token that a text ends with; "" for none."""
-    found = list(template.special.finditer(text))
-    if found and found[-1].end() == len(text):
-        return found[-1].group()
+    tokens = list(template.special.finditer(text))
+    if tokens and tokens[-1].end() == len(text):
+        return tokens[-1].group()
     return ""

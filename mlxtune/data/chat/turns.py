@@ -72,6 +72,7 @@ class RenderedConversation(Conversation):
         self.text = self.whole(len(messages))
 
     def located(self) -> LocatedTurns:
+        """The spans of all assistant turns, and what of the messages is not printed."""
         out = LocatedTurns(self.text)
         marked = self.marked_whole(len(self.messages))
         pieces = cut_at_marks(marked, self.owners)
@@ -90,7 +91,9 @@ class RenderedConversation(Conversation):
             previous_end = places[number - 1][1] if number else 0
             next_start = places[number + 1][0] if number + 1 < len(places) else len(self.text)
             learned_start = start
-            if piece.index not in seen:  # behind a message's first piece, all of its text is learned
+            # Only a message's first piece has a header before it. A later one, such as a content that the template
+            # prints behind the tools' results, begins with itself.
+            if piece.index not in seen:
                 learned_start -= self.learned_before_content(piece.index, self.text[previous_end:start])
             learned_end = end + self.learned_after_content(piece, self.text[end:next_start])
             out.spans.append((piece.index, learned_start, learned_end))
@@ -195,10 +198,10 @@ class RenderedConversation(Conversation):
         """
         role_before = self.messages[index - 1]["role"] if index else ""
         key = (role_before, opening)
-        known = self.template.prompt_lengths
-        if key not in known:
-            known[key] = self.prompt_length(self.marked[:index], opening)
-        return len(opening) - known[key]
+        lengths = self.template.prompt_lengths
+        if key not in lengths:
+            lengths[key] = self.prompt_length(self.marked[:index], opening)
+        return len(opening) - lengths[key]
 
     def prompt_length(self, earlier: Messages, opening: str) -> int:
         """How many characters of `opening` the template prints when it asks for a turn.
@@ -218,7 +221,7 @@ class RenderedConversation(Conversation):
     def header_length(self, earlier: Messages, opening: str) -> int:
         """The same for a template that prints nothing to ask with: all that stands before a plain turn's content."""
         marks = unused_marks(ASSISTANT, earlier)
-        before = [with_marks(message, own) for message, own in zip(earlier, marks, strict=True)]
+        before = [with_marks(message, its_marks) for message, its_marks in zip(earlier, marks, strict=True)]
         plain = self.attempt([*before, {"role": "assistant", "content": ASSISTANT}])
         if ASSISTANT not in plain:
             return len(opening)

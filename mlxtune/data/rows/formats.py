@@ -1,11 +1,11 @@
 """Rows of any known format -> conversations.
 
-The format of a file is told by the columns of its first row; every other row must then fit it. A row that does not
+The format of a file is shown by the columns of its first row; every other row must then fit it. A row that does not
 becomes a `Bad` row with its line: nothing is skipped in silence.
 
 To add a format:
 1. write its parser in `parsers.py`: a row -> the conversations or texts in it;
-2. give it an entry in FORMATS below: its name, the columns that tell it, and all columns that it reads;
+2. give it an entry in FORMATS below: its name, the columns that show it, and what else it reads;
 3. add a row of it to tests/test_records.py, and one that is wrong with the words of its error.
 """
 
@@ -27,7 +27,7 @@ from mlxtune.errors import UserError
 class Format:
     """A way to write conversations or texts as rows."""
 
-    told_by: tuple[str, ...]  # the columns that tell the format: a first row that has all of them is of it
+    required: tuple[str, ...]  # the columns that show the format: a first row that has all of them is of it
     parse: Callable[[dict[str, Any]], list[Parsed]]  # raises RowError for a row that does not fit
     optional: tuple[str, ...] = ()  # what else it reads, beside COMMON
 
@@ -43,7 +43,7 @@ FORMATS = {  # tried in this order
     "text": Format(("text",), parsers.plain_text),
 }
 # Columns that some format reads; what else a row has stays beside its conversation.
-USED = {*COMMON, *(name for known in FORMATS.values() for name in (*known.told_by, *known.optional))}
+USED = set(COMMON).union(*(known.required + known.optional for known in FORMATS.values()))
 EMPTY = {  # what a file without rows lacks
     ".jsonl": "Each line of a .jsonl file is one example.",
     ".json": "A .json file holds a list of examples.",
@@ -98,7 +98,7 @@ def parse(
     source: str, rows: Iterable[tuple[int, dict[str, Any]] | Bad], columns: Mapping[str, str] = {}
 ) -> Iterator[Record | Bad]:
     """Numbered raw rows -> records; `source` names them. Raises UserError as `read` does."""
-    name = ""  # of the format, once a row has told it
+    name = ""  # of the format, once a row has shown it
     is_empty, all_fit = True, True
     unseen = set(columns)
     for item in rows:
@@ -115,8 +115,9 @@ def parse(
         row = dict(zip(names, raw.values(), strict=True))
         name = name or _format_of_first_row(source, number, row, columns)
         try:
-            found = FORMATS[name].parse(row)
-            _check_characters([part for parsed in found for part in parsed])
+            conversations = FORMATS[name].parse(row)
+            for parsed in conversations:
+                _check_characters([*parsed])
         except RowError as error:
             all_fit = False
             yield Bad(source, number, f"{error} (format: {name})")
@@ -125,7 +126,7 @@ def parse(
             yield Bad(source, number, "nested too deeply")
             continue
         others = {key: value for key, value in row.items() if key not in USED}
-        for parsed in found:
+        for parsed in conversations:
             yield Record(source, number, name, *parsed, others)
     if unseen and name and all_fit:
         raise UserError(f"{source}: no row has the column {', '.join(sorted(unseen))} that data.columns names")
@@ -162,7 +163,7 @@ def require_good(bad: list[Bad], total: int) -> None:
 def _format_of(row: Mapping[str, Any]) -> str:
     """The first known format whose columns a row has; "" for none."""
     for name, known in FORMATS.items():
-        if all(column in row for column in known.told_by):
+        if all(column in row for column in known.required):
             return name
     return ""
 
@@ -183,7 +184,7 @@ def _format_of_first_row(source: str, number: int, row: dict[str, Any], columns:
     else:
         example = f"{{{names[0]}: prompt, {names[1]}: completion}}" if len(names) > 1 else "{NAME: text}"
         hint = f"Rename columns with --set 'data.columns={example}'."
-    known = "; ".join(" + ".join(known.told_by) for known in FORMATS.values())
+    known = "; ".join(" + ".join(known.required) for known in FORMATS.values())
     raise UserError(message, f"Known: {known}. {hint}")
 
 

@@ -10,9 +10,9 @@ from mlxtune.data.rows.values import RowError, from_json, listed
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Keys of a message, each 0 or 1: 0 leaves an assistant turn unsupervised. Several programs have a name of their own.
 WEIGHTS = ("weight", "train", "training", "loss", "loss_mask", "trainable")
-THINKING = ("reasoning_content", "reasoning", "thinking")
+THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")  # where a message may have its thought
 KNOWN = {  # keys that something reads: this program, or the chat templates
-    *("role", "content", "name", "tool_calls", "tool_call_id", *THINKING, *WEIGHTS),
+    *("role", "content", "name", "tool_calls", "tool_call_id", *THINKING_KEYS, *WEIGHTS),
     *("instruction", "input"),  # ours, of an Alpaca row
 }
 IDLE = {  # keys of exports that say when, by whom and with what id a message was made: nothing to learn from
@@ -85,7 +85,7 @@ def _text(index: int, message: dict[str, Any]) -> str:
             if other := _other_than_text(part):
                 raise RowError(f"{whose} holds {other}; text alone is trained on: remove that part, or the row")
         return "".join(part["text"] for part in content)
-    if content is None and any(message.get(key) for key in ("tool_calls", *THINKING)):
+    if content is None and any(message.get(key) for key in ("tool_calls", *THINKING_KEYS)):
         return ""
     if content is None:
         found = "nothing"

@@ -23,7 +23,7 @@ from mlxtune.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 ZIPPED = tuple(f"{suffix}.gz" for suffix in SUFFIXES[:4])
-MARKED = {  # byte order marks, the longer ones first
+BYTE_ORDER_MARKS = {  # what a file begins with -> its encoding, the longer ones first
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -108,12 +108,12 @@ def _encoding(path: Path, file: IO[bytes]) -> str:
     """How a text file is encoded, by its first bytes. Raises UserError for UTF-16 that does not say which one it is."""
     start = file.read(4)
     file.seek(0)
-    if 0 in start and not start.startswith(tuple(MARKED)):
+    if 0 in start and not start.startswith(tuple(BYTE_ORDER_MARKS)):
         raise UserError(
             f"{path}: not UTF-8: a NUL byte is among the first four, as in UTF-16 without a byte order mark",
             "Save it as UTF-8.",
         )
-    for mark, encoding in MARKED.items():
+    for mark, encoding in BYTE_ORDER_MARKS.items():
         if start.startswith(mark):
             return encoding
     return "utf-8-sig"

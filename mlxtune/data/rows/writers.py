@@ -11,7 +11,7 @@ from mlxtune_convert.files import json_text, new_file
 
 from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
-from mlxtune.data.rows.messages import IDLE, THINKING
+from mlxtune.data.rows.messages import IDLE, THINKING_KEYS
 from mlxtune.data.rows.readers import Bad
 from mlxtune.data.rows.tool_calls import parsed_arguments
 from mlxtune.data.rows.values import RowError
@@ -53,7 +53,7 @@ def to_sharegpt(record: Record) -> dict[str, Any]:
 
 def _sharegpt_turns(index: int, message: dict[str, Any], before: dict[str, Any]) -> list[dict[str, Any]]:
     """The turns of one message. index: its number, from 1; before: the message before it, empty for none."""
-    lost = set(message) & set(THINKING)
+    lost = set(message) & set(THINKING_KEYS)
     if lost:
         raise RowError(f"ShareGPT has no place for {', '.join(sorted(lost))} of message {index}")
     others, text, calls = _beside(message), message["content"], message.get("tool_calls")

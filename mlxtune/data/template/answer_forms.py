@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mlxtune.data.rows.messages import THINKING_KEYS
 from mlxtune.data.template.probes import MARKS, tool_call
-from mlxtune.data.template.template import THINKING_KEYS, Messages, Template
+from mlxtune.data.template.template import Messages, Template
 from mlxtune.data.template.texts import common_prefix
 
 TAGS = ("<think>\n", "\n</think>\n\n")  # around a thought, where the template has no text of its own for it

@@ -66,10 +66,10 @@ def _without_next_header(template: Template, between: str) -> str:
 
 def _closing_tokens(template: Template, text: str) -> list[re.Match[str]]:
     """The special tokens in template text behind an answer, but for those that begin a message."""
-    found = list(template.special.finditer(text))
+    tokens = list(template.special.finditer(text))
     openers = _tokens_before_first_text(template)
-    closers = [match for match in found if match.group() not in openers]
-    return closers or found
+    closers = [match for match in tokens if match.group() not in openers]
+    return closers or tokens
 
 
 def _preferred(template: Template, closers: list[re.Match[str]]) -> re.Match[str]:
@@ -115,7 +115,7 @@ def header_that_ends(template: Template, calls: bool) -> str:
 
 def _tokens_behind_answers(template: Template) -> set[str]:
     """The special tokens that stand between an answer and the message of the roles that follow one."""
-    found: set[str] = set()
+    tokens: set[str] = set()
     answers_and_followers = (
         (assistant(ASSISTANT), user(NEXT)),
         (assistant(ASSISTANT, tool_calls=[tool_call({})]), tool_result(NEXT)),
@@ -123,5 +123,5 @@ def _tokens_behind_answers(template: Template) -> set[str]:
     for answer, follower in answers_and_followers:
         shown = template.attempt([user(USER), answer, follower])
         alone = template.attempt([user(USER), answer])
-        found |= set(template.special.findall(shown[common_prefix(shown, alone) :]))
-    return found
+        tokens |= set(template.special.findall(shown[common_prefix(shown, alone) :]))
+    return tokens

@@ -71,13 +71,13 @@ def printer(tokenizer: Any, source: str, variables: dict[str, Any]) -> Print:
     if _compile is None:
         return _printer_of_library(tokenizer, source, variables)
     compiled = compile_bounded(source, _compile("").environment)
-    known = _plain({**tokenizer.special_tokens_map, **variables})
+    fixed = _plain({**tokenizer.special_tokens_map, **variables})
 
     def print_compiled(messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
         if not messages:
             raise ValueError("an empty conversation")
         text = compiled.render(
-            messages=messages, tools=_plain(tools), documents=None, add_generation_prompt=prompt, **known
+            messages=messages, tools=_plain(tools), documents=None, add_generation_prompt=prompt, **fixed
         )
         return str(text)
 

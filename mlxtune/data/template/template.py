@@ -23,8 +23,6 @@ from mlxtune.data.template.texts import common_prefix
 from mlxtune.data.template.thought import TAG, Thought
 from mlxtune.errors import UserError
 
-THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")  # where a message may have its thought
-
 Messages = list[dict[str, Any]]
 
 

@@ -79,6 +79,7 @@ class Gated(nn.Module):
         self.function = function
 
     def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
+        """x and gate of one shape, [..., width of an expert] -> the same shape."""
         return self.function(gate) * x
 
 

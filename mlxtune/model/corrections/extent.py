@@ -4,6 +4,9 @@ Such a model turns every position of a row otherwise once the row is longer than
 counts, and the longest row decides for all; run after a prefix, the prefix is turned as the short row that it is. So
 rows within the limit keep together and are padded no further than it, longer ones are computed one by one, and no
 prefix is shared where there are any.
+
+Example: a limit of 4096, and a batch of rows of 100, 5000, 300 and 6000 tokens, padded to 6000. Its parts are rows 0
+and 2, padded to 4097 (a row's last token is seen by nobody), row 1 with its 5000, and row 3 with its 6000.
 """
 
 from __future__ import annotations

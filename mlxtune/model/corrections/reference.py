@@ -1,6 +1,8 @@
 """What transformers reads in a config.json: its own configuration class is asked, for what the file leaves out.
 
 mlx-lm takes defaults of its own where a key is missing (a tied head, another rotary base), which is another model.
+Example: a Qwen 2 whose config.json lacks tie_word_embeddings. transformers' class says false, mlx-lm's true: it would
+drop the head. So `completed` writes "tie_word_embeddings": false before mlx-lm reads it.
 The classes need no torch.
 """
 

@@ -168,12 +168,12 @@ def _llama3(settings: Settings, config: Any, width: int) -> Rotation:
     known, factor = settings["original_max_position_embeddings"], np.float32(settings["factor"])
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]
     plain = 1 / _powers(settings["rope_theta"], width)
-    lengths = np.float32(2 * math.pi) / plain
-    divided = np.where(lengths > known / low, plain / factor, plain)
-    smooth = (np.float32(known) / lengths - np.float32(low)) / np.float32(high - low)
-    between = ~(lengths < known / high) & ~(lengths > known / low)
-    mixed = (1 - smooth) * divided / factor + smooth * divided
-    return Rotation(np.where(between, mixed, divided).astype(np.float32))
+    lengths = np.float32(2 * math.pi) / plain  # positions for a whole turn
+    is_low, is_high = lengths > known / low, lengths < known / high
+    divided = np.where(is_low, plain / factor, plain)
+    part = (np.float32(known) / lengths - np.float32(low)) / np.float32(high - low)  # 0 at low, 1 at high
+    mixed = (1 - part) * divided / factor + part * divided
+    return Rotation(np.where(~is_low & ~is_high, mixed, divided).astype(np.float32))
 
 
 def _longrope(settings: Settings, config: Any, width: int) -> Rotation:

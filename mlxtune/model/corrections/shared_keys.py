@@ -1,5 +1,12 @@
 """Gemma 3n's later blocks attend to the keys and values of earlier ones.
 
+Example: 4 blocks, the last 2 of which share (num_kv_shared_layers):
+
+    block                  0      1      2          3
+    attention              local  full   local      full
+    keys and values        own    own    block 0's  block 1's
+    mlx-lm without cache   own    own    own        own
+
 mlx-lm hands these on in its cache alone: without one, as in training, every block would use its own, which is another
 model. It also insists on the projections that the later blocks do not use; Google's files have them, those that
 transformers saves do not.
@@ -49,7 +56,7 @@ def handed_on(model: nn.Module) -> None:
 
 
 def with_unused(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """The weights, with zeros for what a Gemma 3n's sharing blocks lack and do not use."""
+    """The weights, with zeros of the right shape for what a Gemma 3n's sharing blocks lack and do not use."""
     out = dict(weights)
     for number, block in enumerate(getattr(model, "layers", ())):
         if not shares(block):

@@ -1,7 +1,13 @@
 """A head that the files hold beside the embedding, though config.json calls the two one matrix.
 
 transformers looks into the files: where both are there and differ, they stay two. mlx-lm goes by config.json and would
-drop the head.
+drop the head:
+
+    config.json    tie_word_embeddings: true
+    files          model.embed_tokens.weight and lm_head.weight, which differ
+    transformers   logits = hidden states times lm_head
+    mlx-lm         logits = hidden states times embed_tokens
+    here           config.json is read as if it said false
 """
 
 from __future__ import annotations
