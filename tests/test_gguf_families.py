@@ -13,7 +13,7 @@ import pytest
 import tiny
 import zoo
 from mlxtune_convert.gguf import architectures as gguf_families
-from mlxtune_convert.gguf import metadata, model_read, quant_blocks, tensor_types
+from mlxtune_convert.gguf import container, metadata, model_read, quant_blocks, tensor_types
 from mlxtune_convert.gguf.model_write import GgufPlan
 
 from mlxtune.adapter import adapter_files, attach
@@ -195,6 +195,17 @@ RESPELLED = (
     ("e_score_correction_bias", "e_score_correction.bias"),
     ("dt_bias", "dt_proj.bias"),
 )
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rope_scaling_without_a_factor_is_of_factor_one_as_in_llama_cpp(kind: str, tmp_path: Path) -> None:
+    said = {"type": kind, "attn_factor": 1.5}
+    fields = {f"llama.rope.scaling.{key}": container.Field.of(value) for key, value in said.items()}
+    file = container.File(tmp_path / "model.gguf", fields, {}, 0)
+    config = {"head_dim": 8, "rope_theta": 1e4}
+    found = metadata._read_scaling(gguf_families.by_model_type("llama"), file, config)
+    attention = {"attention_factor": 1.5} if kind == "yarn" else {}  # times 0.1 ln 1 + 1
+    assert found == {"rope_type": kind, "type": kind, "factor": 1.0, **attention}
 
 
 def test_every_family_that_a_gguf_is_written_for_is_compared_with_llama_cpp() -> None:

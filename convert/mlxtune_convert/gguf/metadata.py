@@ -23,6 +23,7 @@ SCALING = {  # GGUF key -> config.json key, of linear and YaRN scaling
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
+WITHOUT = {"factor": 1.0}  # what llama.cpp takes where a file does not say it (llama-model.cpp)
 # Llama 3's published sets: factor, low and high frequency factor, original context.
 _LLAMA3 = tuple(product((8.0, 32.0, 16.0, 4.0, 2.0), (1.0,), (4.0, 1.0), (8192, 4096, 2048, 16384, 131072)))
 
@@ -238,12 +239,12 @@ def _read_scaling(family: GgufFamily, file: File, config: dict[str, Any]) -> dic
         )
     found = {"rope_type": kind, "type": kind}
     for key, name in SCALING.items():
-        value = file.get(f"{family.gguf}.rope.scaling.{key}")
+        value = file.get(f"{family.gguf}.rope.scaling.{key}", WITHOUT.get(key))
         if value is not None:
             found[name] = value
     factor = file.get(f"{family.gguf}.rope.scaling.attn_factor")
     if kind == "yarn" and factor not in (None, 1.0):
-        found["attention_factor"] = factor * (0.1 * math.log(max(found.get("factor", 1.0), 1.0)) + 1)
+        found["attention_factor"] = factor * (0.1 * math.log(max(found["factor"], 1.0)) + 1)
     return found
 
 
