@@ -13,7 +13,7 @@ import pytest
 import tiny
 import zoo
 from mlxtune_convert.gguf import architectures as gguf_families
-from mlxtune_convert.gguf import metadata, model_read, quant_blocks, tensor_types
+from mlxtune_convert.gguf import container, metadata, model_read, quant_blocks, tensor_types
 from mlxtune_convert.gguf.model_write import GgufPlan
 
 from mlxtune.adapter import adapter_files, attach
@@ -195,6 +195,27 @@ RESPELLED = (
     ("e_score_correction_bias", "e_score_correction.bias"),
     ("dt_bias", "dt_proj.bias"),
 )
+
+
+@pytest.mark.parametrize(
+    "said, kind, read",
+    [
+        ({"scaling.type": "linear"}, "linear", {"factor": 1.0}),
+        ({"scaling.type": "yarn", "scaling.attn_factor": 1.5}, "yarn", {"factor": 1.0, "attention_factor": 1.5}),
+        ({"scaling.factor": 4.0}, "linear", {"factor": 4.0}),  # before there were types
+        ({"scale_linear": 2.0}, "linear", {"factor": 2.0}),  # before that
+        ({"scaling.factor": 1.0}, "", {}),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, "", {}),
+    ],
+)
+def test_rope_scaling_that_a_file_says_in_part_is_what_llama_cpp_makes_of_it(
+    said: dict[str, Any], kind: str, read: dict[str, float], tmp_path: Path
+) -> None:
+    """llama-model.cpp: linear where no type is said, a factor of 1 where none is, `scale_linear` its older name."""
+    fields = {f"llama.rope.{key}": container.Field.of(value) for key, value in said.items()}
+    file = container.File(tmp_path / "model.gguf", fields, {}, 0)
+    found = metadata._read_scaling(gguf_families.by_model_type("llama"), file, {"head_dim": 8, "rope_theta": 1e4})
+    assert found == ({"rope_type": kind, "type": kind, **read} if kind else None)
 
 
 def test_every_family_that_a_gguf_is_written_for_is_compared_with_llama_cpp() -> None:

@@ -229,21 +229,26 @@ def _read_scaling(family: GgufFamily, file: File, config: dict[str, Any]) -> dic
         return _read_longrope(family, file)
     if f"{FREQUENCIES}.weight" in file.tensors:
         return _read_llama3(file, width, config["rope_theta"])
-    kind = file.get(f"{family.gguf}.rope.scaling.type", "none")
+    # As in llama.cpp (llama-model.cpp): the factor under its older name too, 1 without any, linear without a type.
+    place = f"{family.gguf}.rope"
+    factor = file.get(f"{place}.scaling.factor", file.get(f"{place}.scale_linear")) or 1.0
+    kind = file.get(f"{place}.scaling.type", "none" if factor == 1.0 else "linear")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
         raise UserError(
             f"{file.path}: rope scaling of type {str(kind)[:40]!r} cannot be converted from GGUF", CONVERT_ORIGINAL
         )
-    found = {"rope_type": kind, "type": kind}
+    attention = file.get(f"{place}.scaling.attn_factor") or 1.0
+    if not isinstance(factor, int | float) or not isinstance(attention, int | float):
+        raise UserError(f"{file.path}: a factor of its rope scaling is no number", CONVERT_ORIGINAL)
+    found = {"rope_type": kind, "type": kind, "factor": factor}
     for key, name in SCALING.items():
-        value = file.get(f"{family.gguf}.rope.scaling.{key}")
+        value = file.get(f"{place}.scaling.{key}")
         if value is not None:
-            found[name] = value
-    factor = file.get(f"{family.gguf}.rope.scaling.attn_factor")
-    if kind == "yarn" and factor not in (None, 1.0):
-        found["attention_factor"] = factor * (0.1 * math.log(max(found.get("factor", 1.0), 1.0)) + 1)
+            found.setdefault(name, value)
+    if kind == "yarn" and attention != 1.0:
+        found["attention_factor"] = attention * (0.1 * math.log(max(factor, 1.0)) + 1)
     return found
 
 
