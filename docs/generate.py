@@ -71,9 +71,9 @@ def type_in_words(annotation: Any) -> str:
 
 
 def limits_in_words(metadata: typing.Iterable[Any]) -> str:
-    """[Ge(1), Lt(5)] -> " >= 1 < 5"."""
-    found = [f" {sign} {getattr(one, name)}" for one in metadata for kind, name, sign in SIGNS if isinstance(one, kind)]
-    return "".join(found)
+    """[Ge(1), Lt(5)] -> " >= 1 and < 5"."""
+    found = [f"{sign} {getattr(one, name)}" for one in metadata for kind, name, sign in SIGNS if isinstance(one, kind)]
+    return " " + " and ".join(found) if found else ""
 
 
 def default_in_words(field: FieldInfo) -> str:

@@ -38,7 +38,7 @@ def test_every_key_of_the_configuration_has_a_line_with_its_meaning() -> None:
 @pytest.mark.parametrize(
     ("key", "cells"),
     [
-        ("data.valid_fraction", ["number > 0 < 1", "`0.1`"]),
+        ("data.valid_fraction", ["number > 0 and < 1", "`0.1`"]),
         ("lora.layers", ["`all` or integer", "`all`"]),
         ("data.cap", ["integer >= 1", ""]),
     ],

@@ -30,7 +30,9 @@ OWN_TYPE = "mlxtune"
 LARGEST_RANK = 1 << 16  # more than any layer is wide
 # Each variant of LoRA -> the tensors that it saves of an adapted layer.
 VARIANTS = {"lora": ("lora_a", "lora_b"), "rslora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
-FACTORS = ("lora_a", "lora_b", "m")  # of any variant
+FACTORS = tuple(dict.fromkeys(name for names in VARIANTS.values() for name in names))  # of any variant
+# The variants that mlx-lm's own files hold, under its word for them. Another goes into a file that mlx-lm refuses.
+MLX_LM_TYPES = {"lora": "lora", "rslora": "lora", "dora": "dora"}
 # PEFT's own merge_and_unload puts the update of one into the other where they are one matrix.
 UNTIE = (
     "Train it with ensure_weight_tying, or make a base with two: load the original model in transformers as m, then "
@@ -81,7 +83,8 @@ class AdapterConfig:
     @property
     def file(self) -> str:
         """mlx-lm's name where its layout holds the whole adapter, else our own."""
-        return OWN_FILE if self.modules or self.trained else ADAPTER_FILE
+        held = self.variant in MLX_LM_TYPES and not self.modules and not self.trained
+        return ADAPTER_FILE if held else OWN_FILE
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -133,8 +136,10 @@ class AdapterConfig:
 
     def save(self, folder: Path) -> None:
         """Write adapter_config.json, as mlx-lm reads it where it can hold the adapter."""
-        out: dict[str, Any] = {"fine_tune_type": "dora" if self.variant == "dora" else "lora"}
-        if self.file == OWN_FILE:
+        out: dict[str, Any] = {}
+        if self.file == ADAPTER_FILE:
+            out = {"fine_tune_type": MLX_LM_TYPES[self.variant]}
+        else:
             chosen = {path: {"rank": rank, "scale": scale} for path, (rank, scale) in self.modules.items()}
             out = {"fine_tune_type": OWN_TYPE, "dropout": self.dropout, "modules": chosen}
             out |= {"trained": list(self.trained), "own_head": self.own_head}

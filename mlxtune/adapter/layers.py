@@ -2,9 +2,13 @@
 
 A new variant of LoRA touches three places:
 
-1. here its class, and its line in VARIANTS;
+1. here its class, and its line in VARIANTS (with a scale of 0 it must give the base: `attach.switched_off`);
 2. config/schema.py: its name in `LoraSection.variant`;
-3. mlxtune_convert/adapters.py: its name in VARIANTS with the tensors that it saves.
+3. mlxtune_convert/adapters.py: its name in VARIANTS with the tensors that it saves; what mlx-lm would misread is then
+   written into a file of our own, and PEFT and GGUF refuse tensors that they have no place for.
+
+KINDS of tests/test_variants.py holds every variant to what all must do. A class of its own for experts also needs its
+graph: compute/memory/kernels.
 
 PEFT and GGUF put adapters otherwise: what a variant has beyond lora_a and lora_b is carried over, or refused, in
 mlxtune_convert/peft and ship/gguf.py.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlxtune_convert.adapters import OTHER_MODEL, AdapterConfig, save_adapter
+from mlxtune_convert.adapters import FACTORS, OTHER_MODEL, AdapterConfig, save_adapter
 from mlxtune_convert.files import contents, new_folder, read_json
 from mlxtune_convert.hf import families
 from mlxtune_convert.peft import adapter_folder, base_model, crossing
@@ -21,6 +21,8 @@ from mlxtune.errors import UserError
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.hub import resolve
 
+IN_PEFT = {"lora_a", "lora_b", "m"}  # of a variant's tensors, those that PEFT has a place for
+
 
 def from_model(model: nn.Module, saved: AdapterConfig, config: dict[str, Any], base: str) -> adapter_folder.Adapter:
     """The adapter on a model as PEFT names it.
@@ -31,6 +33,9 @@ def from_model(model: nn.Module, saved: AdapterConfig, config: dict[str, Any], b
     layout = families.by_model_type(config)
     updates = {}
     for path, layer in attach.adapted_layers(model).items():
+        if any(name in layer for name in set(FACTORS) - IN_PEFT):
+            problem = f"PEFT has no form for adapters of the variant {saved.variant}"
+            raise UserError(problem, "Export a merged model: --to hf.")
         length = to_numpy(layer.m) if "m" in layer else None  # DoRA's
         updates[path] = adapter_folder.Update(to_numpy(layer.lora_a), to_numpy(layer.lora_b), layer.scale, length)
     trained = {}

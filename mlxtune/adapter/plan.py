@@ -23,13 +23,14 @@ class LastBlocks:
 
     # Paths inside a block, such as self_attn.q_proj; a layer outside the blocks by its path in the model.
     keys: tuple[str, ...]
-    # How many blocks, from the last one back. Not each of them has a layer for every key.
+    # How many blocks, from the last one back. Some of them may lack a layer for some of the keys.
     count: int
 
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """What trains on one model, layer by layer. `attach` builds it, an adapter folder keeps it.
+    """What trains on one model, layer by layer. `of` or `read` makes it, `attach` puts it on a model,
+    an adapter folder keeps it.
 
     lora.layers=1, lora.targets=[q_proj, lm_head] and rank 8 with alpha 16 on a model of two blocks is
 

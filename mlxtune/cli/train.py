@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 @common.settings_option
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its configuration.")
 @click.option(
-    "--resume-anyway", is_flag=True, help="The same, with keys changed that only say how long, how often, what is kept."
+    "--resume-anyway",
+    is_flag=True,
+    help="The same, with keys changed that only say how long, how often, or who is told.",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; train nothing.")
 def train(

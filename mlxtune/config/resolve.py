@@ -1,9 +1,9 @@
-"""The configuration of a run: every default, unit and meaning, stated once.
+"""A run's configuration, resolved: flags, --set, a file, and the defaults of `schema`.
 
 A run is described by five sections (`model`, `data`, `lora`, `train`, `fast`). Values come, strongest first, from
-command-line flags, then `--set section.key=value`, then a YAML file, then the defaults below. Of two keys that exclude
-each other (steps, epochs), the one on the command line replaces the one in the file. An unknown key is an error that
-names its nearest neighbour; a key whose value could have no effect is one too.
+command-line flags, then `--set section.key=value`, then a YAML file, then the defaults of the schema. Of two keys that
+exclude each other (steps, epochs), the one on the command line replaces the one in the file. An unknown key is an error
+that names its nearest neighbour; a key whose value could have no effect is one too.
 """
 
 from __future__ import annotations

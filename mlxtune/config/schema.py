@@ -55,7 +55,7 @@ class DataSection(Section):
     hub: Literal["download", "stream"] = Field(
         "download", description="a hub dataset as a whole, or row by row up to cap"
     )
-    max_tokens: int = Field(2048, ge=8, description="longest row in tokens; longer rows keep their start")
+    max_tokens: int = Field(2048, ge=8, description="longest example in tokens; longer ones keep their start")
     valid_fraction: float = Field(0.1, gt=0, lt=1, description="share of rows held out when there is no valid file")
     dedup: Literal["none", "exact", "near"] = Field(
         "none", description="training rows left out: none, equal ones, or those that share most of their words too"
@@ -147,7 +147,9 @@ class TrainSection(Section):
         None, ge=1, description="rows per batch, and examples per micro-batch (default 4 unless batch_tokens)"
     )
     batch_tokens: int | None = Field(
-        None, ge=16, description="padded tokens per batch of at least one row, and per micro-batch (or batch_rows)"
+        None,
+        ge=16,
+        description="at most so many padded tokens per batch (one row at least) and micro-batch; instead of batch_rows",
     )
     accumulate: int = Field(1, ge=1, description="batches of rows per optimizer step")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")

@@ -1,1 +1,1 @@
-"""Models: loading them from anywhere, the adapter on top, and the split between trunk and head."""
+"""Models: loaded from anywhere, converted, and corrected to compute what transformers computes."""

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlxtune_convert.adapters import FACTORS
 from mlxtune_convert.gguf import adapter_file, container, ggml, metadata
 from mlxtune_convert.gguf.architectures import by_model_type
 from mlxtune_convert.gguf.container import Field
@@ -178,8 +179,9 @@ def _refuse_other_programs_model(model: MergedModel) -> None:
 
 def _refuse_more_than_lora(tuned: nn.Module) -> None:
     """Raise UserError for an adapter with more in it than pairs of factors."""
-    is_dora = any("m" in layer for layer in attach.adapted_layers(tuned).values())
-    if is_dora or attach.layers_in_full(tuned):
+    more_than_pairs = set(FACTORS) - {"lora_a", "lora_b"}
+    beyond = any(name in layer for layer in attach.adapted_layers(tuned).values() for name in more_than_pairs)
+    if beyond or attach.layers_in_full(tuned):
         raise UserError(
             "a GGUF adapter holds LoRA and rsLoRA only: neither DoRA nor layers trained in full (lora.train_also)",
             "Export the merged model: --to gguf --type f16 or q8_0.",

@@ -82,7 +82,7 @@ class Limits:
         return too_large or too_small
 
 
-# By storage, as `Artefact.storage` names it; README ("Proofs") says what they mean to a user.
+# By storage, as `Artefact.storage` names it; README ("Shipping") says what they mean to a user.
 LIMITS = {
     "float32": Limits(max_difference=1e-3),
     "float16": Limits(mean_kl=1e-3, top1=0.99),

@@ -36,7 +36,7 @@ STATE_FILE = "state.json"
 STEP = re.compile(r"step-\d{7,}")
 LEFT = re.compile(r"\.(step-\d+|best)\.(partial|old)-\d+(-[0-9a-f]+)?")  # by a process that was killed while it wrote
 RESTART = "Start again without --resume, into another folder."
-MOST_HALVED = 64  # times that a micro-batch is cut in two: more has no effect on any
+MOST_HALVED = 64  # times that a micro-batch is cut in two; more cuts change nothing
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class State:
     evaluated: int = -1  # the last step that was evaluated; -1: none was, 0: the adapter as it began
     best_loss: float | None = None  # the lowest validation loss so far, nats a token; None: not evaluated
     best_step: int = 0  # the step that had it
-    stale: int = 0  # evaluations since then, none of them better
+    stale: int = 0  # evaluations since the best one
     skipped: int = 0  # steps left out for numbers that were not finite
     halved: int = 0  # how often micro-batches are cut in two for want of memory, as in `Division`
     checkpointed: bool = False  # every block is checkpointed for want of memory, as in `Division`
@@ -140,7 +140,7 @@ def newest(checkpoints: Path, skipped: Callable[[str], None]) -> Saved:
             for broken in torn:
                 shutil.rmtree(broken)
             return saved
-        skipped(f"{folder} is incomplete ({reason}): using the checkpoint before it")
+        skipped(f"{folder} cannot be used ({reason}): using the checkpoint before it")
     none_whole = f": {len(torn)} are there, none of them whole" if torn else ""
     raise UserError(f"{checkpoints.parent} has no checkpoint to resume from{none_whole}", RESTART)
 

@@ -144,7 +144,7 @@ class _Loop:
             return True
         if section.save_minutes and self.whole.unsaved_seconds >= 60 * section.save_minutes:
             return True
-        # A run that saves nothing on its way leaves its adapter alone; one that saved something leaves its end too.
+        # A run without checkpoints leaves only its adapter. One that saved a checkpoint also saves one at the end.
         return ended and (section.save_every > 0 or self.whole.saved is not None)
 
     # What happens between two steps

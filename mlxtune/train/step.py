@@ -1,4 +1,5 @@
-"""One optimizer step, a pure function of (parameters, optimizer state, seed, number of the step).
+"""One optimizer step: what it makes of parameters and optimizer state follows from the run's plan, its seed and the
+number of the step alone.
 
 Its loss is the sum over its supervised tokens divided once by their number, over all of its micro-batches and all
 processes: accumulating changes memory, not the gradient.
@@ -169,8 +170,8 @@ class StepFunction:
         return losses, gradients
 
     def _note_steps_before(self, number: int) -> None:
-        """Note the signatures of the steps before, where a run goes on or steps were divided: what is compiled, and so
-        the last bits, is then what it would be in a run that began with step 1 (`Gradients.count_use`).
+        """Note the signatures of the steps before, where a run goes on or steps were divided. The same graphs are then
+        compiled as in a run that began with step 1, so that the bits are equal (`Gradients.count_use`).
         """
         if self.job.way.compiled:
             for before in range(self._noted + 1, number):

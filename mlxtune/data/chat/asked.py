@@ -32,7 +32,7 @@ KINDS = {
     "thought closed": "a turn without a thought behind a prompt that opens one, trained to close it",
     "thought kept": "a thought that the template drops behind a prompt that opens one, trained",
     "not read back": "a turn that the template does not read back as the row has it, trained all the same",
-    "context differs": "a turn before which the template prints another context once it is there, trained as asked",
+    "context differs": "a turn whose context the template prints differently once the turn is there, trained as asked",
     "stop added": "a turn ended with the stop token that the template prints behind no last turn",
     "apart": "a turn whose first token would straddle the end of its prompt, tokenized apart from it",
     "cut": "a turn that data.max_tokens cuts off, whole or its end",

@@ -1,7 +1,7 @@
 """Texts -> token ids, and the mask of what the model must produce.
 
-`turns` finds the characters; here they become tokens by the tokenizer's own offsets. A token that straddles the border
-of an answer belongs to the answer. For example (ChatML, the answer is `Hello` and its end token):
+`turns` or `asked` finds the characters; here they become tokens by the tokenizer's own offsets. A token that straddles
+the border of an answer belongs to the answer. For example (ChatML, the answer is `Hello` and its end token):
 
     tokens    <|im_start|>  assistant  \\n  Hel  lo  <|im_end|>  \\n
     mask           0            0       0    1   1       1        0

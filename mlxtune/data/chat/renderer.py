@@ -7,8 +7,8 @@ with thoughts, the first two in one stretch of tool use (its template drops thou
     example 1    question, [thought, call], result, [thought, answer]       turns 1 and 2
     example 2    question, call, result, answer, question, [thought, answer]       turn 3
 
-The way of a record: `_sheet` finds what is to be trained of it, `_settle` puts its turns into drafts, `_finished` makes
-rows of the drafts and cuts them at data.max_tokens.
+The way of a record: `_sheet` finds what is to be trained of it, `_settle` puts its turns into drafts, `_rows_of_turns`
+makes rows of the drafts and cuts them at data.max_tokens.
 """
 
 from __future__ import annotations

@@ -235,7 +235,8 @@ class RenderedConversation(Conversation):
         """
         if any(stop in closing for stop in self.template.stops):
             return up_to_end_token(self.template, closing, "")
-        # Another token may end this turn, a tool call's say: it is what stands behind the message when it is the last.
+        # Another token may end this turn, such as that of a tool call. When the message is the last one, the text
+        # behind it ends with that token.
         kinds = {min(kind, CALLS) for kind in piece.kinds}
         alone: dict[str, Any] = {"content": ""}
         for key, value in self.marked[piece.index].items():

@@ -182,8 +182,8 @@ class Plan:
         self._starts.append(self._starts[-1] + len(steps))
 
     def _batches(self, order: list[int]) -> list[list[int]]:
-        """The batches of rows of an epoch's order: first those of groups, then those of buckets. A batch comes where
-        its rows come on average, so the order keeps its meaning.
+        """The batches of rows of an epoch's order: first those of groups, then those of buckets. Batches are
+        sorted by the mean position of their rows in the order, so the order keeps its meaning.
         """
         place = np.empty(self.rows)  # of each row in the order; later places win where a row comes twice
         place[order] = np.arange(len(order))

@@ -120,8 +120,10 @@ class Template:
         return bool(self.stops) and not self.end_of_turn
 
     def header_that_ends(self, calls: bool) -> str:
-        """What a model stops with whose turns have no end token ("" where they have one): the beginning of the header
-        that follows, up to and with its first special token. calls: behind tool calls, else behind a text.
+        """For models whose turns have no end token, the text that stops them ("" for others): the beginning of the
+        header that follows, up to and with its first special token. See the example of GLM in `ends`.
+
+        calls: behind tool calls, else behind a text.
         """
         if not self.stops_at_headers:
             return ""
