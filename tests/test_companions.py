@@ -125,9 +125,8 @@ def test_code_is_left_out_with_the_keys_that_name_it_in_one_note(with_code: Path
     done = convert.convert(str(with_code), tmp_path / "mlx", DENSE)
     assert [note for note in done.notes if "code of its own" in note and "--trust-remote-code copies it" in note]
     adapter = adapter_of(tmp_path / "mlx", tmp_path / "run")
-    request = Request(tmp_path / "mlx", adapter, tmp_path / "hf", base=with_code)
-    ship(request, HuggingFace())
-    assert request.notes == [convert.CODE_LEFT_OUT]
+    shipped = ship(Request(tmp_path / "mlx", adapter, tmp_path / "hf", base=with_code), HuggingFace())
+    assert shipped.notes == [convert.CODE_LEFT_OUT]
     for folder in (tmp_path / "mlx", tmp_path / "hf"):
         assert not list(folder.glob("*.py"))
         assert not companions.code_of(folder)

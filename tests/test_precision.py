@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_map
 from ways import BATCH, SHAPES, make
 
-from mlxtune.adapter.layers import trained
+from mlxtune.adapter.layers import trained_in_full
 from mlxtune.compute import proof
 from mlxtune.compute.loss import Way
 from mlxtune.compute.precision import copies, in_float32
@@ -48,7 +48,7 @@ def test_the_model_computes_as_if_it_had_been_cast(kind: str, dtype: mx.Dtype, b
 
 def test_every_parameter_is_the_same_array_after_also_when_the_work_failed() -> None:
     model = base_in(mx.bfloat16, "llama")
-    model.model.embed_tokens = trained(model.model.embed_tokens, mx.bfloat16)
+    model.model.embed_tokens = trained_in_full(model.model.embed_tokens, mx.bfloat16)
     before = {name: id(array) for name, array in named(model.parameters()).items()}
     kinds = [type(block) for block in model.layers]
     with pytest.raises(ZeroDivisionError), in_float32(model):

@@ -34,6 +34,8 @@ DEFAULT_ROWS = 4
 EVALUATION_TOKENS = 4096  # of a batch of an evaluation, padded, at most
 DEFAULT_EPOCHS = 1.0
 PAD = 0  # any id: causal attention keeps padding on the right out of every supervised position
+# Each bucket is a shape, and fewer pad more: 7,473 lognormal lengths (median 207, sigma 0.27, like word problems) are
+# padded by 2.5% with 24 widths, by 5.4% with 12; of chats (median 400, sigma 1, up to 4096) by 7.1% and 15%.
 MAX_BUCKETS = 24
 
 

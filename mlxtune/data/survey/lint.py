@@ -50,14 +50,17 @@ class RowTexts:
     @staticmethod
     def of(record: Record) -> RowTexts:
         messages = record.messages or []
-        whole = "\n".join([record.text or "", *(str(message.get("content") or "") for message in messages)])
+        texts = [record.text or ""]
+        for message in messages:
+            texts.append(str(message.get("content") or ""))
         for message in messages:
             for key in ("reasoning_content", "tool_calls"):
                 if message.get(key):
-                    whole += f"\n{message[key]}"
+                    texts.append(str(message[key]))
         turns = [message for message in messages if message["role"] == "assistant"]
         answers = [str(message["content"]) for message in turns if not message.get("tool_calls")]
         ends_with_answer = bool(turns) and not turns[-1].get("tool_calls")
+        whole = "\n".join(texts)
         return RowTexts(whole, answers, len(answers) < len(turns), ends_with_answer)
 
 
