@@ -101,7 +101,7 @@ def test_both_wheels_have_one_version_and_the_small_one_asks_for_a_part_of_what_
         {need.name.replace("_", "-"): need.specifier for need in map(Requirement, found[name].requires or [])}
         for name in ("mlxtune", "mlxtune-convert")
     )
-    assert set(small_needs) == {"numpy", "safetensors", "ml-dtypes", "gguf", "click"}
+    assert set(small_needs) == {"numpy", "safetensors", "ml-dtypes", "gguf", "click", "rich"}
     assert small_needs == {name: needs[name] for name in small_needs}
     for script in ("mlxtune", "mlxtune-convert"):
         said = alone.done(python.with_name(script), "--version", cwd=tmp_path, PYTHONPATH=LIBRARIES)
