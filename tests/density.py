@@ -37,7 +37,7 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 ARRAY = re.compile(r"\b(mx\.array|np\.ndarray|NDArray|torch\.Tensor)\b")
 # A shape as this project writes them, [rows, width] or [N], or in words.
-SHAPE = re.compile(r"\[\w[\w+*/. -]*(, [\w+*/. -]+)*\]|\bscalars?\b|\bshapes?\b", re.IGNORECASE)
+SHAPE = re.compile(r"\[[\w.][\w+*/. -]*(, [\w+*/. -]+)*\]|\bscalars?\b|\bshapes?\b", re.IGNORECASE)
 FOR_TOOLS = ("type:", "noqa", "mypy:", "pragma:")  # how comments begin that explain nothing
 
 
@@ -142,6 +142,11 @@ def shapeless_arrays(source: Source) -> list[str]:
     return [
         source.place(function, name) for name, function in _with_arrays(source) if not _says_shape(source, function)
     ]
+
+
+def array_functions(source: Source) -> int:
+    """How many public functions of a file take or give an array."""
+    return len(_with_arrays(source))
 
 
 def _with_arrays(source: Source) -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:

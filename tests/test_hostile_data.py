@@ -147,6 +147,14 @@ def test_a_template_without_end_is_refused_after_a_while(
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_what_a_template_says_of_a_row_is_short_however_long_the_row_is(tokenizer: Any) -> None:
+    """A refusal is kept with its row, and counted by its words."""
+    tokenizer.chat_template = "{{ raise_exception('no: ' ~ messages[0].content) }}"
+    with pytest.raises(TemplateError, match=r"refuses this conversation: no: .*\.\.\.$") as refused:
+        Template(tokenizer).text([{"role": "user", "content": "a word " * 100_000}])
+    assert len(str(refused.value)) < 300
+
+
 @pytest.mark.parametrize("other_release", [False, True], ids=["transformers as it is", "another release of it"])
 def test_a_template_that_makes_too_much_of_a_conversation_is_refused(
     other_release: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch

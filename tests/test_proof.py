@@ -16,8 +16,8 @@ from ways import BATCH, SHAPES, batch, make
 from mlxtune.compute import checkpointing, loss, prefix, proof
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
-from mlxtune.compute.prefix import PrefixCache
 from mlxtune.compute.proof import Room, Verdict
+from mlxtune.model.prefix_cache import PrefixCache
 
 OTHER_ORDER = 3e-6  # relative size of what another order of a float32 sum changes, at its worst
 ROWS = batch(17, [30, 27])

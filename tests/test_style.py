@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import density
 import pytest
 from conftest import LONG
 from mlxtune_convert.sizes import size
@@ -87,3 +88,15 @@ def test_every_python_file_is_short_enough_to_read() -> None:
 def test_the_files_that_begin_first_are_there() -> None:
     assert len(set(LONG)) == len(LONG) > 10
     assert [name for name in LONG if not (ROOT / "tests" / f"test_{name}.py").is_file()] == []
+
+
+def test_every_field_of_a_dataclass_is_explained_where_it_stands() -> None:
+    sources = [density.Source.of(path) for path in FILES if path.suffix == ".py" and "tests" not in path.parts]
+    assert sum(density.fields(source) for source in sources) > 500
+    assert [place for source in sources for place in density.unexplained_fields(source)] == []
+
+
+def test_public_functions_say_the_shapes_of_their_arrays() -> None:
+    sources = [density.Source.of(path) for path in FILES if path.suffix == ".py" and "tests" not in path.parts]
+    assert sum(density.array_functions(source) for source in sources) > 100
+    assert [place for source in sources for place in density.shapeless_arrays(source)] == []

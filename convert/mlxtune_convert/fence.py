@@ -21,6 +21,7 @@ from mlxtune_convert.hf import companions, model_folder, mtp
 from mlxtune_convert.mlx_folder import MlxFolder, base_of, source_of
 from mlxtune_convert.peft import adapter_folder, base_model, crossing
 from mlxtune_convert.peft.base_model import Base
+from mlxtune_convert.peft.tensors import WEIGHTS_FILE
 from mlxtune_convert.sizes import size
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
@@ -183,7 +184,7 @@ def check(export: Path, source: Path, base_path: Path | None = None, adapter: Pa
     source: the MLX adapter (or GGUF adapter) of a PEFT adapter, the MLX model of a Hugging Face folder; base_path: as
     in `to_peft`; adapter: what was merged into a Hugging Face folder. Raises UserError when a tensor is another one.
     """
-    if (export / adapter_folder.WEIGHTS_FILE).is_file():
+    if (export / WEIGHTS_FILE).is_file():
         if adapter is not None:
             raise UserError("--adapter has no effect here: nothing is merged in a PEFT adapter", "Leave it out.")
         if base_path is None:

@@ -10,7 +10,8 @@ import mlx.nn as nn
 from mlxtune_convert.adapters import FACTORS, OTHER_MODEL, AdapterConfig, save_adapter
 from mlxtune_convert.files import contents, new_folder, read_json
 from mlxtune_convert.hf import families
-from mlxtune_convert.peft import adapter_folder, base_model, crossing
+from mlxtune_convert.peft import adapter_folder, base_model, crossing, settings
+from mlxtune_convert.peft.tensors import WEIGHTS_FILE
 
 from mlxtune.adapter import adapter_files, attach
 from mlxtune.adapter.layers import own_parameters
@@ -55,11 +56,11 @@ def is_adapter(path: Path) -> bool:
 
 def has_weights(path: Path) -> bool:
     """Whether a folder holds the tensors of a PEFT adapter, whatever else is there."""
-    return any((path / name).is_file() for name in (adapter_folder.WEIGHTS_FILE, "adapter_model.bin"))
+    return any((path / name).is_file() for name in (WEIGHTS_FILE, "adapter_model.bin"))
 
 
 def _says_peft(path: Path) -> bool:
-    file = path / adapter_folder.CONFIG_FILE
+    file = path / settings.CONFIG_FILE
     return file.is_file() and "peft_type" in read_json(file, "a PEFT adapter")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import fmean
 from types import TracebackType
 
-from mlxtune_convert.shown import shown_name
+from mlxtune_convert.shown import brief, shown_name
 from mlxtune_convert.sizes import size
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -136,7 +136,7 @@ class Display:
         elif kind == "start":
             self._start(event["steps"], event["eval_every"])
         elif kind == "note":
-            self.console.print(Text(f"note: {shown_name(event['text'])}", style="yellow"), soft_wrap=True)
+            self.console.print(Text(f"note: {brief(shown_name(event['text']))}", style="yellow"), soft_wrap=True)
         elif kind == "end":
             self._stop()
         if self.meter is not None:

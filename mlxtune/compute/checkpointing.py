@@ -19,9 +19,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from mlxtune.compute.prefix import PrefixCache
 from mlxtune.compute.stages import Stages
 from mlxtune.model.classes import as_classes, calling
+from mlxtune.model.prefix_cache import PrefixCache
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from mlxtune.compute import prefix
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.precision import in_float32
-from mlxtune.config.resolve import Config, TrainSection
+from mlxtune.config.resolve import Config
+from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import lengths_of
 from mlxtune.errors import UserError

@@ -32,7 +32,8 @@ from mlxtune.compute.memory import prediction as memory
 from mlxtune.compute.memory.kernels import Device
 from mlxtune.compute.precision import copies, in_float32
 from mlxtune.compute.proof import FEWEST_TOKENS, MAX_TOKENS, Room
-from mlxtune.config.resolve import Config, TrainSection
+from mlxtune.config.resolve import Config
+from mlxtune.config.schema import TrainSection
 from mlxtune.data.dataset.batches import DEFAULT_ROWS, EVALUATION_TOKENS, Plan, lengths_of
 from mlxtune.errors import UserError
 from mlxtune.machine import backend

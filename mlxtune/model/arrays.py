@@ -14,7 +14,7 @@ from mlxtune_convert.tensors import save_checked
 
 
 def scalar(array: mx.array) -> float:
-    """The value of a one-element array; computes it."""
+    """The value of an array with one element, of any shape; computes it."""
     return float(array.item())  # type: ignore[arg-type]
 
 

@@ -27,6 +27,7 @@ from mlxtune_convert.hf.configs import SOURCE_FILE, unquantized
 from mlxtune_convert.hf.model_folder import vocabulary
 from mlxtune_convert.peft import adapter_folder
 from mlxtune_convert.peft.settings import Settings
+from mlxtune_convert.peft.tensors import WEIGHTS_FILE
 
 from mlxtune.adapter.peft import from_model
 from mlxtune.data.chat.masking import Example
@@ -223,8 +224,8 @@ class Peft(Artefact):
         run = model.request.adapter
         if run is None:
             raise UserError("there is no run to compare them with: --adapter RUN")
-        spec = AdapterConfig.read(run)
-        return from_model(model.unread().model, spec, model.source["config"], model.hub_name or spec.base)
+        saved = AdapterConfig.read(run)
+        return from_model(model.unread().model, saved, model.source["config"], model.hub_name or saved.base)
 
     def storage(self, model: MergedModel) -> str:
         return "float32"
@@ -255,7 +256,7 @@ def of_folder(folder: Path) -> Artefact:
     """The form of an artefact that is already there. Raises UserError for a folder that is no export, or is too large
     to be compared here.
     """
-    if (folder / adapter_folder.WEIGHTS_FILE).is_file():
+    if (folder / WEIGHTS_FILE).is_file():
         Settings.read(folder)  # PEFT is given no key that we do not know: some name modules that it would import
         return Peft()
     if not (folder / "config.json").is_file():

@@ -27,7 +27,7 @@ import numpy as np
 from mlxtune_convert.files import read_json
 from mlxtune_convert.hf import families, mtp
 from mlxtune_convert.hf.configs import unquantized
-from mlxtune_convert.peft import adapter_folder
+from mlxtune_convert.peft.tensors import PREFIX, WEIGHTS_FILE
 from mlxtune_convert.sizes import size
 from mlxtune_convert.tensors import read_header
 
@@ -190,8 +190,9 @@ def _first_names(names: list[Any]) -> str:
 def peft_runner(base: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> TorchRunner:
     """The exported adapter on the dense float32 form of the base it was trained on, through transformers and PEFT.
 
-    base: tensors by Hugging Face's names, handed over in memory and taken out of the dict one by one; nothing is
-    written. config: of the base, without quantization. Raises UserError where they do not fit transformers' model.
+    base: tensors by Hugging Face's names, in the shapes that transformers has; handed over in memory and taken out of
+    the dict one by one, nothing is written. config: of the base, without quantization. Raises UserError where they do
+    not fit transformers' model.
     """
     _quiet()
     import torch
@@ -226,7 +227,7 @@ def _rows_of_saved_embedding(model: Any, folder: Path) -> int:
     """
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    saved = read_header(folder / adapter_folder.WEIGHTS_FILE).get(f"{adapter_folder.PREFIX}{name}.weight")
+    saved = read_header(folder / WEIGHTS_FILE).get(f"{PREFIX}{name}.weight")
     return int(saved["shape"][0]) if saved else 0
 
 

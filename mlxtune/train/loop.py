@@ -95,13 +95,13 @@ class _Loop:
         self.state = state
         self.spikes = Spikes()
         self.alone = job.ranks.size == 1
+        self._reach(state)  # before anything that may fail: from here on there is something to keep
         self.stop = StopRequest(self._on_signal, self._leave_inside_a_step, alone=self.alone)
         self.step = StepFunction(job, optimizer, self._between_micro_batches)
         self.step.divide(Division(state.halved, state.checkpointed))
 
     def run(self) -> State:
         """Take every step that is left. Raises Interrupted after a signal, and whatever a step raises."""
-        self._reach(self.state)
         seconds = 60 * self.job.section.rank_minutes
         with self.stop, self.job.ranks.patience.ends_the_run(seconds, self.leaving.left_alone):
             while True:

@@ -24,8 +24,8 @@ from mlxtune.compute.memory.graph import Graph, traced
 from mlxtune.compute.memory.kernels import Device, standing_in
 from mlxtune.compute.memory.ledger import Ledger
 from mlxtune.compute.memory.linux_attention import OwnAttention
-from mlxtune.compute.prefix import PrefixCache
 from mlxtune.model.arrays import named
+from mlxtune.model.prefix_cache import PrefixCache
 
 QUEUED = 105  # operations ahead of the oldest unfinished one, on the CPU (ten tasks of ten: scheduler.h, encoder.h)
 JOINED = 0.95  # of what the written-out attention keeps, ours keeps at least

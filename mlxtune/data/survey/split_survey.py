@@ -73,17 +73,15 @@ class SplitSurvey:
     answers: Counter[int] = field(default_factory=Counter)  # conversations with so many
     tasks: Counter[str] = field(default_factory=Counter)  # conversations whose first question asks for each
     scripts: Counter[str] = field(default_factory=Counter)  # rows that are written in each
-    systems: Counter[int | None] = field(
-        default_factory=Counter
-    )  # rows with each system prompt, by hash; None: without
+    # Rows with each system prompt, by hash; None: without.
+    systems: Counter[int | None] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)  # examples of so many tokens, uncut
     prefix: np.ndarray | None = None  # [T] token ids that every example begins with; None: there is no example yet
     # Of each of the N rows that could be read:
     names: list[int | str] = field(default_factory=list)  # as `name_of`
     hashes: array[int] = field(default_factory=lambda: array("Q"))  # of the content
-    questions: array[int] = field(
-        default_factory=lambda: array("Q")
-    )  # of the messages before the first answer; 0: none
+    # Of the messages before the first answer; 0: none.
+    questions: array[int] = field(default_factory=lambda: array("Q"))
     signatures: list[np.ndarray] = field(default_factory=list)  # [rows, HASHES] of each chunk of them, while it is read
     findings: dict[str, Finding] = field(default_factory=dict)  # by code
     expansion: Expansion = field(default_factory=Expansion)  # what became of conversations

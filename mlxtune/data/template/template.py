@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 from mlxtune_convert.gguf.tokenizer_write import token_ids
@@ -28,6 +29,9 @@ Messages = list[dict[str, Any]]
 
 class TemplateError(Exception):
     """The template refuses a conversation, or prints it so that turns cannot be told apart; the text says why."""
+
+
+LONGEST_REASON = 200  # letters of what a template says when it refuses a conversation
 
 
 @dataclass
@@ -59,7 +63,9 @@ class Template:
             hint = "Take another one, the model's original, say: data.template."
             raise UserError(f"the chat template cannot be used: {error}", hint) from error
         except Exception as error:  # a template is a stranger's program, and may raise anything
-            raise TemplateError(f"the chat template refuses this conversation: {error}") from error
+            # Its text may be the row's own, of any length, and is kept with the row.
+            reason = shorten(str(error) or type(error).__name__, LONGEST_REASON, placeholder=" ...")
+            raise TemplateError(f"the chat template refuses this conversation: {reason}") from error
         if len(text) > bounded.LONGEST:
             raise TemplateError(f"the chat template makes {len(text):,} characters of this conversation")
         return text
