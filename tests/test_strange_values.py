@@ -97,6 +97,21 @@ def test_an_absurd_rank_or_scale_is_refused_before_anything_is_made_of_it(
             AdapterConfig.read(folder)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fine_tune_type": "mlxtune", "trained": ["norm", {"deep": 1}]},
+        {"fine_tune_type": "mlxtune", "trained": "norm"},
+        {"lora_parameters": {"rank": 4, "scale": 1.0, "keys": [["self_attn.q_proj"]]}},
+    ],
+)
+def test_layers_of_an_adapter_are_named_by_texts(change: dict[str, Any], tmp_path: Path) -> None:
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": {"rank": 4, "scale": 1.0}, **change}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="not an MLX adapter's configuration"):
+        AdapterConfig.read(tmp_path)
+
+
 def test_an_adapter_for_what_is_no_linear_layer_is_refused() -> None:
     spec = AdapterPlan({"model.norm": (2, 1.0)})
     with pytest.raises(UserError, match=r"whose model\.norm is no linear layer"):

@@ -122,11 +122,11 @@ class AdapterConfig:
                 rank,
                 scale,
                 dropout=float(parameters.get("dropout", config.get("dropout", 0.0))),
-                keys=tuple(parameters.get("keys") or _keys_in(folder)),
+                keys=_names(parameters.get("keys") or _keys_in(folder)),
                 num_layers=num_layers,
                 variant=variant,
                 modules=modules,
-                trained=tuple(config.get("trained", ())),
+                trained=_names(config.get("trained", [])),
                 own_head=bool(config.get("own_head", False)),
                 base=str(config.get("base_model", "")),
                 tied=bool(config.get("tied", False)),
@@ -191,6 +191,13 @@ def other_rows(rows: int, known: int) -> str:
 def adapter_file(folder: Path) -> Path | None:
     """The tensors of an adapter folder, or None."""
     return next((folder / name for name in (OWN_FILE, ADAPTER_FILE) if (folder / name).is_file()), None)
+
+
+def _names(found: Any) -> tuple[str, ...]:
+    """A list of layers' names in a configuration. Raises TypeError for anything else."""
+    if not isinstance(found, list | tuple | set) or not all(isinstance(name, str) for name in found):
+        raise TypeError(f"no list of names: {str(found)[:40]}")
+    return tuple(found)
 
 
 def _keys_in(folder: Path) -> list[str]:
