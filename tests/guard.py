@@ -110,8 +110,8 @@ def outputs(words: list[str], folder: Path) -> list[Output]:
 def _stores_in_files(given: dict[str, Any], folder: Path) -> Iterator[str]:
     """The folders for tokenized rows that a configuration, or that of a run, names."""
     files = [folder / str(given[key]) / "config.yaml" for key in ("adapter", "out") if given.get(key)]
-    if given.get("config"):
-        files.append(folder / str(given["config"]))
+    if given.get("file"):  # of -c
+        files.append(folder / str(given["file"]))
     for file in files:
         if file.is_file() and (named := re.search(r"\bcache: ([^,}\n]+)", file.read_text(errors="replace"))):
             yield named[1].strip("'\"")

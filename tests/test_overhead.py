@@ -298,10 +298,10 @@ def test_a_signature_is_compiled_at_its_second_use_and_a_resumed_run_compiles_wh
     def decided(first: int) -> dict[int, int]:
         """Graphs compiled in each step from `first` on, and how many micro-batches ran compiled."""
         step = small(*settings)
-        function, found = step._gradients._function, {}
+        function, found = step._gradients._compiled_for, {}
         ran: list[Any] = []
         monkeypatch.setattr(
-            step._gradients, "_function", lambda signature: ran.append(signature) or function(signature)
+            step._gradients, "_compiled_for", lambda signature: ran.append(signature) or function(signature)
         )
         for number in range(first, step.job.plan.steps + 1):
             ran.clear()
