@@ -78,6 +78,15 @@ def test_a_scale_of_a_whole_tensor_and_many_rows_are_what_mlx_makes_of_them(tmp_
     assert folder.matrix("layer", np.dtype(np.float32)).tobytes() == np.array(whole).tobytes()
 
 
+@pytest.mark.parametrize("lost", ["weight", "scales"])
+def test_a_layer_that_lost_a_part_is_refused_and_not_left_out(lost: str, tmp_path: Path) -> None:
+    parts = dict(zip(PARTS, mx.quantize(mx.ones((4, 64)), 32, 4), strict=True))
+    del parts[lost]
+    tensors = {f"proj.{part}": to_numpy(array) for part, array in parts.items()}
+    with pytest.raises(UserError, match=f"proj has a .* tensor and no {lost}"):
+        folder_of(tmp_path / "model", tensors, {"group_size": 32, "bits": 4})
+
+
 def test_an_entry_that_cannot_be_the_tensors_is_refused_by_the_layers_name(tmp_path: Path) -> None:
     """Another width or mode than the codes have: mlx-lm guesses from the model's widths, which are not known here."""
     parts = mx.quantize(mx.ones((4, 64)), 32, 4)

@@ -65,6 +65,8 @@ class MlxFolder:
                     part = opened.get_slice(name)
                     tensors[name] = Stored(file, part.get_dtype(), tuple(part.get_shape()))
         is_mlx = formats == {"mlx"} or "quantization" in config or (path / SOURCE_FILE).is_file()
+        if is_mlx:
+            _require_whole_layers(path, tensors)
         return MlxFolder(path, config, tensors, is_mlx)
 
     def require_mlx(self) -> None:
@@ -203,6 +205,19 @@ class MlxFolder:
             return None
         scale = parts["global_scale"].astype(np.float32).reshape(-1, 1) / NVFP4_RANGE
         return np.repeat(scale, math.prod(rows) // len(scale), axis=0)
+
+
+def _require_whole_layers(folder: Path, tensors: dict[str, Stored]) -> None:
+    """Raise UserError where a quantized layer lost its codes, or codes lost their scales."""
+    for name, stored in tensors.items():
+        path, _, part = name.rpartition(".")
+        if part == "scales" and f"{path}.weight" not in tensors:
+            lost = "weight"
+        elif part == "weight" and stored.dtype == "U32" and f"{path}.scales" not in tensors:
+            lost = "scales"
+        else:
+            continue
+        raise UserError(f"{folder}: {path} has a {part} tensor and no {lost}", "Convert or download the model again.")
 
 
 def _rounded(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
