@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -288,8 +289,10 @@ def _safetensors(path: Path, chance: random.Random, elsewhere: Path) -> str:
         body = body[:begin] + body[end:]
         del header[name]
         for other in header.values():
-            if "data_offsets" in other and other["data_offsets"][0] >= end:
-                other["data_offsets"] = [place - (end - begin) for place in other["data_offsets"]]
+            with contextlib.suppress(TypeError, LookupError, ValueError):  # damaged before
+                start, stop = other["data_offsets"]
+                if start >= end:
+                    other["data_offsets"] = [start - (end - begin), stop - (end - begin)]
         say = MUST_SAY
     elif what == "rename":
         put = chance.choice(

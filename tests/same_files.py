@@ -116,7 +116,10 @@ def _gguf(path: Path) -> Parts:
     """
     from gguf import GGUFReader
 
-    reader = GGUFReader(path)
+    try:
+        reader = GGUFReader(path)
+    except ValueError:  # a file without the tensors' bytes
+        return _bytes(path)
     found: Parts = {}
     for name, field in reader.fields.items():
         if not name.startswith("GGUF."):
