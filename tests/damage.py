@@ -30,7 +30,15 @@ def damage(path: Path, chance: random.Random, elsewhere: Path) -> str:
     if chance.random() < 0.15:
         return _bytes(path, chance)
     form: Callable[[Path, random.Random, Path], str] = FORMS[path.suffix]
-    return "; ".join(form(path, chance, elsewhere) for _ in range(chance.choice((1, 1, 1, 2, 3))))
+    done = []
+    for _ in range(chance.choice((1, 1, 1, 2, 3))):
+        try:
+            done.append(form(path, chance, elsewhere))
+        except (TypeError, LookupError, ValueError, AttributeError):
+            if not done:
+                raise
+            done.append("damaged already")
+    return "; ".join(done)
 
 
 def _place(path: Path, chance: random.Random, elsewhere: Path) -> str:
