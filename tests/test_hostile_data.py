@@ -147,6 +147,23 @@ def test_a_template_without_end_is_refused_after_a_while(
     assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("source", ["{{ 'a' * 2800000 }}", "{{ messages[0].content * 40 }}"], ids=["own", "copies"])
+def test_a_template_adds_little_to_what_it_is_given_however_long_that_is(source: str, tokenizer: Any) -> None:
+    """Tokens of 60 MB that a template made took 5 GB of memory; a row of that size is its owner's."""
+    long = [{"role": "user", "content": "a word " * 10_000}]
+    tokenizer.chat_template = source
+    with pytest.raises(TemplateError, match=r"makes 2,\d{3},\d{3} characters of this conversation"):
+        Template(tokenizer).text(long)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert len(Template(tokenizer).text([{"role": "user", "content": "a word " * 300_000}])) == 2_100_000
+
+
+def test_a_template_cannot_ask_for_paragraphs_of_nonsense(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ lipsum(99999) }}"
+    with pytest.raises(TemplateError, match="'lipsum' is undefined"):
+        Template(tokenizer).text([{"role": "user", "content": "a"}])
+
+
 def test_what_a_template_says_of_a_row_is_short_however_long_the_row_is(tokenizer: Any) -> None:
     """A refusal is kept with its row, and counted by its words."""
     tokenizer.chat_template = "{{ raise_exception('no: ' ~ messages[0].content) }}"

@@ -37,6 +37,8 @@ def compile_bounded(source: str, environment: Environment) -> Template:
     own.joined = _joined
     own.call = _asking_call(own.call)
     own.finalize = _finalized
+    # Makes any number of paragraphs of nonsense by itself, in minutes; no chat template needs it.
+    own.globals = {name: value for name, value in environment.globals.items() if name != "lipsum"}
     own.filters = {**environment.filters}
     for name, length in LENGTHS.items():
         if name in own.filters:

@@ -32,6 +32,8 @@ class TemplateError(Exception):
 
 
 LONGEST_REASON = 200  # letters of what a template says when it refuses a conversation
+OWN_TEXT = 1 << 20  # characters that a template may add of its own; published ones are at most some 20,000 long
+COPIES = 16  # times that it may print what it is given; real ones print it once
 
 
 @dataclass
@@ -66,9 +68,16 @@ class Template:
             # Its text may be the row's own, of any length, and is kept with the row.
             reason = shorten(str(error) or type(error).__name__, LONGEST_REASON, placeholder=" ...")
             raise TemplateError(f"the chat template refuses this conversation: {reason}") from error
-        if len(text) > bounded.LONGEST:
+        if len(text) > bounded.LONGEST or self._is_swollen(text, messages, tools):
             raise TemplateError(f"the chat template makes {len(text):,} characters of this conversation")
         return text
+
+    def _is_swollen(self, text: str, messages: Messages, tools: Any) -> bool:
+        """Whether most of a long text is the template's own: tokens of a text take a hundred times its memory."""
+        if len(text) <= OWN_TEXT:
+            return False
+        given = json.dumps([messages, tools, self.kwargs], ensure_ascii=False, default=str)
+        return len(text) > OWN_TEXT + COPIES * len(given)
 
     def _printer(self, tools: bool) -> Print:
         """Chat templates may come as several: one of them is for conversations with tools."""
