@@ -133,14 +133,14 @@ def newest(checkpoints: Path, skipped: Callable[[str], None]) -> Saved:
             saved = _read(folder)
         except _Torn as error:
             torn.append(folder)
-            reason = str(error)
+            problem = f"is incomplete ({error})"
         except _Unusable as error:
-            reason = str(error)
+            problem = f"cannot be used ({error})"
         else:
             for broken in torn:
                 shutil.rmtree(broken)
             return saved
-        skipped(f"{folder} cannot be used ({reason}): using the checkpoint before it")
+        skipped(f"{folder} {problem}: using the checkpoint before it")
     none_whole = f": {len(torn)} are there, none of them whole" if torn else ""
     raise UserError(f"{checkpoints.parent} has no checkpoint to resume from{none_whole}", RESTART)
 
