@@ -102,7 +102,9 @@ def test_checkpointed_blocks_draw_the_same_dropout_again(kind: str) -> None:
 def test_twenty_steps_have_the_losses_of_the_plain_loop(kind: str, bits: int, dropout: float) -> None:
     plain = steps(kind, bits, dropout, Way())
     assert plain[-1] < 0.97 * plain[0]
-    np.testing.assert_allclose(steps(kind, bits, dropout, None), plain, rtol=1e-5)
+    # Rounding grows in twenty steps, through the choice of experts most: 1.2e-5 with OpenBLAS's kernels for some
+    # processors, 1e-6 with those for others. A wrong mask or position gives 0.01 and more.
+    np.testing.assert_allclose(steps(kind, bits, dropout, None), plain, rtol=5e-5 if kind == "mixtral" else 1e-5)
 
 
 def choose_for(model: nn.Module, examples: list[Example], config: configuration.Config) -> tuple[Way, list[str]]:
