@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import io
 import random
+import sys
+from typing import Any
 
+import click
 import pytest
 from rich.console import Console
 
+from mlxtune import cli
 from mlxtune.cli.display import Display, Meter
 from mlxtune.durations import clock
 
@@ -124,3 +128,24 @@ def test_other_processes_than_the_first_say_nothing() -> None:
         with Display(Console(file=out, quiet=True, force_terminal=terminal)) as display:
             display({"kind": "doing", "what": "reading the model"})
     assert out.getvalue() == ""
+
+
+def test_a_signal_in_a_displays_own_ending_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich puts a stream of its own in place of standard error while it draws; click cannot write to that one."""
+
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(29, "Illegal seek")
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        sys.stderr = Closed()
+        raise click.Abort
+
+    monkeypatch.setattr(sys, "stderr", sys.stderr)  # put back afterwards
+    monkeypatch.setattr(cli.signals, "unwind_on_signals", lambda: None)
+    monkeypatch.setattr(cli.cli, "main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert (ended.value.code, capsys.readouterr().err) == (130, "stopped\n")

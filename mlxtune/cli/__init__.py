@@ -55,10 +55,12 @@ for _commands in SECTIONS.values():
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line. Exit: 0 done, 2 the user can fix it, 1 our bug, 129, 130 and 143 stopped by a signal."""
     signals.unwind_on_signals()
-    sys.stderr = cast(TextIO, Surviving(sys.stderr))
+    stderr = cast(TextIO, Surviving(sys.stderr))
+    sys.stderr = stderr
     try:
         code = cli.main(args, prog_name="mlxtune", standalone_mode=False)
     except SystemExit as stop:
+        sys.stderr = stderr
         if stop.code in signals.EXIT_CODES.values():
             click.echo("stopped", err=True)
         raise
@@ -66,6 +68,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         sys.stderr.close()
         code = 0
     except (Exception, KeyboardInterrupt) as error:
+        sys.stderr = stderr  # a display that a signal met in its own ending has left its own stream there
         code = _status_of(error, sys.argv[1:] if args is None else args)
         if code is None:
             raise
