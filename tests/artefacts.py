@@ -17,7 +17,6 @@ from mlxtune_convert.adapters import save_adapter
 from mlxtune_convert.gguf import adapter_file
 from mlxtune_convert.gguf.architectures import by_model_type
 from mlxtune_convert.peft.adapter_folder import Adapter, Update
-from safetensors.numpy import load_file, save_file
 from test_gguf_fuzz import model_bytes
 
 RUN_SETTINGS = ("train.steps=4", "train.lr=1e-2", "train.eval_every=2", "train.save_every=2", "lora.rank=2")
@@ -284,7 +283,7 @@ def make_models(root: Path) -> None:
 
 def make(root: Path) -> None:
     """What else the kinds name, of the four that are in `root` already."""
-    _shard(root / "hf")
+    tiny.shard(root / "hf")
     shutil.copytree(root / "mlx", root / "spoken")
     (root / "spoken/chat_template.jinja").write_text(MODELFILE_TEMPLATE)
     settings = json.loads((root / "mlx/tokenizer_config.json").read_text())
@@ -299,17 +298,6 @@ def make(root: Path) -> None:
     _make_parquet(root, rows, pairs)
     model_bytes(root / "model.gguf")
     (root / "c.yaml").write_text(CONFIG.format(root=root))
-
-
-def _shard(model: Path) -> None:
-    """Two files and their index in place of one file."""
-    tensors = load_file(model / "model.safetensors")
-    (model / "model.safetensors").unlink()
-    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    table = {name: shards[place % 2] for place, name in enumerate(sorted(tensors))}
-    for shard in shards:
-        save_file({n: array for n, array in tensors.items() if table[n] == shard}, model / shard, {"format": "pt"})
-    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
 
 
 def _make_adapters(root: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hostile_texts import HOSTILE, JINJA, LINES, LONG, WORDS
+from damaging_texts import HOSTILE, JINJA, LINES, LONG, WORDS
 from mutated_models import TEXTS, VALUES
 from mutated_models import _places as places  # every value of a JSON document
 from test_gguf_fuzz import HUGE, mutated
