@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from mlxtune_convert.shown import brief
 
 from mlxtune.cli import common
 
@@ -144,7 +145,7 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     out = common.stdout()
     max_tokens = config.data.max_tokens
     for note in train.notes("train", max_tokens) + valid.notes("valid", max_tokens):
-        out.print(f"note: {note}")
+        out.print(f"note: {brief(note)}")
     out.print(f"rows: {train.rows} to train on{train.also}, {valid.rows} held out{valid.also}")
     tokens = int(train.lengths.sum())
     targets = int(train.column("targets").sum())
@@ -154,6 +155,6 @@ def _print_plan(config: Config, folder: Path | None) -> None:
         for line in planned.memory.lines():
             out.print(line)
     for note in planned.notes:
-        out.print(f"note: {note}")
+        out.print(f"note: {brief(note)}")
     out.print()
     out.print(Text(planned.config.to_yaml().rstrip()))
