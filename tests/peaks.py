@@ -42,6 +42,9 @@ def build(sizes: dict[str, Any]) -> nn.Module:
     return model
 
 
+GOES = 3  # of the step whose peak is measured
+
+
 def of_step(
     sizes: dict[str, Any], settings: tuple[str, ...], rows: list[Example], bits: int = 0, dtype: mx.Dtype = mx.float32
 ) -> tuple[prediction.Memory, int]:
@@ -66,5 +69,8 @@ def of_step(
     step = StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))
     mx.clear_cache()
     mx.reset_peak_memory()
-    step(max(range(1, plan.steps + 1), key=lambda number: plan.step(number)[0].ids.size))
+    widest = max(range(1, plan.steps + 1), key=lambda number: plan.step(number)[0].ids.size)
+    # A buffer that a thread lets go of early lowers the peak of one go by up to 4%: the peak is the highest of some.
+    for _ in range(GOES):
+        step(widest)
     return predicted, mx.get_peak_memory() - before
