@@ -37,6 +37,8 @@ def more_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "qwen3_moe 8 experts", {**MIXTURE, "num_experts": 8, "num_experts_per_tok": 2})
     monkeypatch.setitem(SHAPES, "qwen3_moe 128 experts deep", {**MIXTURE, "num_hidden_layers": 6})
     monkeypatch.setitem(SHAPES, "qwen3 28 blocks", {"num_hidden_layers": 28})
+    # Every expert is chosen: in 16 bits no near-tie of the router can make two right ways choose differently.
+    monkeypatch.setitem(SHAPES, "gpt_oss all experts", {**SHAPES["gpt_oss"], "num_experts_per_tok": 4})
 
 
 def in_16_bits(kind: str, dtype: mx.Dtype, bits: int = 0) -> nn.Module:
@@ -161,7 +163,7 @@ BUGS: list[tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = [
     (counts_positions_from_one_too_many, "llama", "prefix"),
     (counts_positions_from_one_too_many, "gemma3_text", "checkpointed"),
     (forgets_windows, "gemma3_text", "prefix alone"),
-    (forgets_windows, "gpt_oss", "prefix"),
+    (forgets_windows, "gpt_oss all experts", "prefix"),
     (forgets_the_soft_cap, "gemma2", "head"),
     (takes_the_row_before, "llama", "prefix"),
     (takes_a_token_too_many_into_the_prefix, "llama", "prefix"),
@@ -178,8 +180,6 @@ def test_a_wrong_way_is_refused(
     model = in_16_bits(kind, mx.bfloat16)
     way = ways(model)[name]
     before = proof.prove(model, way, ROWS, mx.bfloat16, room)
-    if kind == "gpt_oss" and not room.raised and "it is unproven" in before.wrong:
-        pytest.skip("with this BLAS a router chooses otherwise for the least noise: in 16 bits nothing is proven of it")
     assert before == Verdict()
     bug(monkeypatch)
     try:
