@@ -54,7 +54,8 @@ def template_for(loaded: Loaded, template_kwargs: dict[str, Any], day: str = "")
 def prompt_ids(loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str = "") -> list[int]:
     """A conversation as the model sees it before it answers; plain text when it has no chat template.
 
-    Raises Refused when the template does, and UserError for a token that the model does not know.
+    Raises Refused when the template does, and UserError for a token that the model does not know, or when there is none
+    at all: nothing can be answered to nothing.
     """
     template = template_for(loaded, template_kwargs, day)
     if template is None:
@@ -63,6 +64,9 @@ def prompt_ids(loaded: Loaded, messages: Messages, template_kwargs: dict[str, An
     else:
         text = prompt_text(template, messages)
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        whose = "the prompt has no text" if template is None else "the chat template makes nothing of this conversation"
+        raise UserError(f"there is nothing to answer: {whose}")
     loaded.check_ids([ids])
     return ids
 
