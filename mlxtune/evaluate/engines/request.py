@@ -59,5 +59,5 @@ class Engine(Protocol):
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """Which requests, by their place, are answered together. Raises UserError for a request that cannot be."""
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """The answers to the requests of one batch of the plan, in their order. Raises UserError where there is none."""
+    def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        """Those to one batch of the plan, in its order. Raises UserError where there is none."""
