@@ -15,7 +15,8 @@ import tiny
 from mlxtune.adapter import adapter_files, attach
 from mlxtune.cli.talk import Talk
 from mlxtune.data.chat import masking
-from mlxtune.evaluate.generate import Sampling, prompt_ids
+from mlxtune.evaluate.engines.sampling import Sampling
+from mlxtune.evaluate.generate import prompt_ids
 from mlxtune.model.load import load
 
 

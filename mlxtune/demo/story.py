@@ -23,7 +23,8 @@ from mlxtune.data.rows import formats
 from mlxtune.demo import model as embedded
 from mlxtune.durations import clock
 from mlxtune.errors import UserError
-from mlxtune.evaluate.generate import Sampling, answer
+from mlxtune.evaluate.engines.sampling import Sampling
+from mlxtune.evaluate.generate import answer
 from mlxtune.evaluate.held_out import held_out
 from mlxtune.evaluate.score import Score, score_examples
 from mlxtune.model import convert

@@ -12,6 +12,7 @@ from mlxtune.compute.loss import Way
 from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.evaluate import generate
+from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.score import Score, score
 from mlxtune.model.linux_cpu import as_powers_of_two
 from mlxtune.model.load import Loaded
@@ -39,7 +40,7 @@ class Evaluation:
 
     def samples(self, between: Callable[[], None]) -> list[dict[str, str]]:
         """{"prompt": ..., "answer": ...} of each prompt; none on other processes than the first."""
-        sampling = generate.Sampling(max_tokens=SAMPLE_TOKENS)
+        sampling = Sampling(max_tokens=SAMPLE_TOKENS)
         data = self.config.data
         answers = []
         for prompt in self.config.train.sample_prompts:

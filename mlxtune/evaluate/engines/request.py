@@ -1,0 +1,63 @@
+"""What is asked of an engine, and what it answers.
+
+    Request("r12", messages, tools, sample=0)   ->   Answer("r12", 0, "Within 30 days.", "", "stop", 6)
+
+Every engine gives each request one answer; which of them run together, it says beforehand (`plan`), so that an
+evaluation that was killed goes on with the very batches it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Messages = Sequence[dict[str, Any]]
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to one prompt."""
+
+    # Of the prompt in its suite.
+    id: str
+    # 0 .. k - 1 where a prompt is answered k times.
+    sample: int
+    # What is judged: without the thought, special tokens and the end token.
+    text: str
+    # What the model thought before; "" where it shows none.
+    thought: str
+    # "stop": the model ended it; "length": it was cut.
+    finish: Finish
+    # Generated, those of the thought and the end token included; 0: not known.
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt that is to be answered once."""
+
+    # Of the prompt in its suite.
+    id: str
+    # The conversation so far; the answer follows.
+    messages: Messages
+    # In OpenAI's form; None for none.
+    tools: list[dict[str, Any]] | None = None
+    # Which answer to this prompt it is, from 0.
+    sample: int = 0
+
+
+class Engine(Protocol):
+    """What gives answers."""
+
+    # What answers, for people: a folder, an address, a file.
+    name: str
+    # What a person must know of how it answers; complete when all is answered.
+    notes: list[str]
+
+    def plan(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Which requests, by their place, are answered together. Raises UserError for a request that cannot be."""
+
+    def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        """Those to one batch of the plan, in its order. Raises UserError where there is none."""
