@@ -158,9 +158,10 @@ def test_answers_to_one_prompt_are_averaged_before_anything_is_counted() -> None
     base = np.zeros((6, 1))
     once = compare_scores(base, np.array([[1], [1], [1], [0], [0], [0]]), graded=False)
     often = compare_scores(base, np.repeat([[1], [1], [1], [0], [0], [0]], 8, axis=1), graded=False)
-    assert (once.difference, once.p) == (0.5, 0.125)
-    assert (often.difference, often.p, often.interval) == (0.5, 0.25, once.interval)
-    assert often.n == 6
+    assert (once.n, once.difference, once.p) == (6, 0.5, 0.125)
+    assert often == once
+    halves = compare_scores(base, np.array([[1, 0], [1, 0], [1, 0], [0, 0], [0, 0], [0, 0]]), graded=False)
+    assert (halves.n, halves.difference, halves.p) == (6, 0.25, 0.25)  # of 8 ways to sign three halves, 2
 
 
 def test_prompts_of_a_group_count_as_one() -> None:

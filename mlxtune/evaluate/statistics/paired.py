@@ -42,8 +42,8 @@ def compare_scores(
 
     Scores of several answers to a prompt are averaged first: they are no prompts of their own.
 
-    0/1 scores of one answer a prompt: McNemar's mid-p; of several, or with groups: sign flips. Interval: Bonett-Price;
-    with groups, and of graded scores: the bootstrap.
+    0/1 scores: McNemar's mid-p and Bonett-Price's interval; where several answers to a prompt were averaged to
+    something between, sign flips. Graded scores, and prompts in groups: sign flips and the bootstrap.
 
     base: [n, answers of a prompt], tuned: [n, answers of a prompt], whose number may differ; graded: scores may be
     other than 0 and 1; groups: [n] names, None: a group of its own; draws, seed: of the resampling.
@@ -51,14 +51,14 @@ def compare_scores(
     base, tuned = np.asarray(base, float), np.asarray(tuned, float)
     before, after = base.mean(axis=1), tuned.mean(axis=1)
     differences = after - before
-    sums, sizes = _grouped(differences, groups)
-    grouped = len(sums) < len(differences)
-    single = base.shape[1] == tuned.shape[1] == 1
-    if graded or grouped or not single:
-        p = sign_flips(sums, draws, seed)
-    else:
+    sums, sizes = grouped(differences, groups)
+    in_groups = len(sums) < len(differences)
+    are_coins = not graded and not in_groups and np.isin(differences, (-1, 0, 1)).all()
+    if are_coins:
         p = mcnemar_midp(int((differences > 0).sum()), int((differences < 0).sum()))
-    interval = bootstrap(sums, sizes, draws, seed) if graded or grouped else bonett_price(differences)
+    else:
+        p = sign_flips(sums, draws, seed)
+    interval = bootstrap(sums, sizes, draws, seed) if graded or in_groups else bonett_price(differences)
     smallest = _smallest_graded(sums, sizes) if graded else smallest_difference(len(sums))
     return Comparison(
         n=len(differences),
@@ -71,7 +71,7 @@ def compare_scores(
     )
 
 
-def _grouped(differences: np.ndarray, groups: Sequence[str | None] | None) -> tuple[np.ndarray, np.ndarray]:
+def grouped(differences: np.ndarray, groups: Sequence[str | None] | None) -> tuple[np.ndarray, np.ndarray]:
     """([groups] sums of the differences of each group, [groups] numbers of its prompts), in the order they appear."""
     names: list[tuple[str, object]] = []
     for index in range(len(differences)):
