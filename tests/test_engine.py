@@ -79,6 +79,12 @@ def one_by_one(loaded: Loaded, requests: list[Request], sampling: Sampling) -> l
     return made
 
 
+def until(ends: set[int], tokens: list[int]) -> list[int]:
+    """Up to and with the first of them that ends an answer."""
+    found = [place for place, token in enumerate(tokens) if token in ends]
+    return tokens[: found[0] + 1] if found else tokens
+
+
 def watched_tokens(loaded: Loaded, patch: pytest.MonkeyPatch) -> list[int]:
     """How many tokens each pass of the model computes, as they are made."""
     sizes: list[int] = []
@@ -102,13 +108,20 @@ def test_answers_of_a_batch_are_those_of_one_at_a_time_token_for_token(
     for sampling in (GREEDY, BY_CHANCE):
         plain = one_by_one(loaded, requests, sampling)
         assert len({tuple(tokens) for tokens in plain}) > 6  # else a batch could not be wrong
+        # So that rows leave their batch at different times.
+        ends = generate.end_ids(loaded) | {tokens[2] for tokens in plain[::6] if len(tokens) > 2}
+        plain = [until(ends, tokens) for tokens in plain]
+        assert len({len(tokens) for tokens in plain}) > 1
+        monkeypatch.setattr(generate, "end_ids", lambda _, ends=ends: ends)
         for size in (1, 4, 24):
             in_batches_of(size, monkeypatch)
             engine = Watched(loaded, sampling)
             answers = all_answers(engine, requests)
             assert engine.notes == [] and engine._beginning is not None
+            assert {answer.finish for answer in answers} == {"stop", "length"}
             assert [engine.made[one.id] for one in requests] == plain, (kind, sampling, size)
             assert [answer.id for answer in answers] == [one.id for one in requests]
+        monkeypatch.undo()
 
 
 def test_a_family_whose_caches_hold_one_row_is_answered_one_by_one_and_that_is_said(tmp_path: Path) -> None:
