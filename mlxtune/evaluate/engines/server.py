@@ -143,7 +143,7 @@ class Server:
                 text = response.read(MOST_BYTES + 1)
         except urllib.error.HTTPError as error:
             with error:
-                said = error.read(1000).decode(errors="replace").strip()
+                said = " ".join(error.read(1000).decode(errors="replace").split())
             raise _refusal(self.url + path, error, said) from error
         except TimeoutError as error:
             raise UserError(f"{self.url} gives no answer in {SECONDS:.0f} s") from error
