@@ -143,7 +143,7 @@ class Server:
                 text = response.read(MOST_BYTES + 1)
         except urllib.error.HTTPError as error:
             with error:
-                said = error.read(1000).decode(errors="replace").strip()
+                said = " ".join(error.read(1000).decode(errors="replace").split())
             raise _refusal(self.url + path, error, said) from error
         except TimeoutError as error:
             raise UserError(f"{self.url} gives no answer in {SECONDS:.0f} s") from error
@@ -157,11 +157,9 @@ class Server:
         try:
             reply = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{self.url}{path} replies with what is no JSON", "Addresses end in /v1, mostly."
-            ) from error
+            raise UserError(f"{self.url}{path} replies with what is no JSON", "Most addresses end in /v1.") from error
         if not isinstance(reply, dict):
-            raise UserError(f"{self.url}{path} replies with what is no JSON object", "Addresses end in /v1, mostly.")
+            raise UserError(f"{self.url}{path} replies with what is no JSON object", "Most addresses end in /v1.")
         return reply
 
 
@@ -191,7 +189,7 @@ def _refusal(address: str, error: urllib.error.HTTPError, said: str) -> UserErro
     hints = {
         401: f"A key is read from {KEY}.",
         403: f"A key is read from {KEY}.",
-        404: "Addresses end in /v1, mostly; and the server may not know the model behind #.",
+        404: "Most addresses end in /v1; and the server may not know the model behind #.",
     }
     return UserError(
         f"{address}: {error.code} {error.reason}{': ' + brief(said) if said else ''}", hints.get(error.code, "")
