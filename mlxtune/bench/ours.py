@@ -33,7 +33,7 @@ def measure(settings: Config, data: Data, steps: int) -> Measured:
     job = _job(settings, data)
     dtype = getattr(mx, job.identity.config["train.dtype"])
     base_bytes = nbytes(job.model.parameters()) - nbytes(job.model.trainable_parameters())
-    step = StepFunction(job, optim.build(job.section, job.model.trainable_parameters()))
+    step = StepFunction(job, optim.build(job.section, job.model.trainable_parameters(), job.b_rate))
     timed = _timed(job, step, steps)
     batches: list[Batch] = []
     for number in range(1, steps + 1):

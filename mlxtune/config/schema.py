@@ -119,11 +119,16 @@ class LoraSection(Section):
     variant: Literal["lora", "rslora", "dora"] = Field(
         "lora", description="rslora: scale = alpha / sqrt(rank); dora: trains the length of W's rows as well"
     )
+    b_rate: float = Field(
+        1.0, gt=0, description="LoRA+: learning rate of the factors B over train.lr, which is that of all the rest"
+    )
     train_also: list[str] = Field(
         default_factory=list,
         description="layers trained in full: norms, embeddings, head, or module paths such as layers.11",
     )
-    start_from: str = Field("", description="adapter folder to go on from; it decides everything but lora.dropout")
+    start_from: str = Field(
+        "", description="adapter folder to go on from; it decides all but lora.dropout and lora.b_rate"
+    )
 
     @field_validator("layers", "targets")
     @classmethod

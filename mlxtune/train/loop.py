@@ -36,7 +36,7 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     Raises Interrupted after a signal (everything saved), UserError on a non-finite loss (the last good adapter kept) or
     a failure of the device (everything saved).
     """
-    optimizer = optim.build(job.section, job.model.trainable_parameters())
+    optimizer = optim.build(job.section, job.model.trainable_parameters(), job.b_rate)
     state = _first_state(job, optimizer, resumed)
     saved = resumed.state if resumed else None
     whole = LastWhole(job.folder, job.identity, job.section.keep_last, job.adapter.file, saved)

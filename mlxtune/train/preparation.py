@@ -136,6 +136,7 @@ def attached(
         plan = AdapterPlan.read(adapter_of.path, loaded.model)
     else:
         plan = adapter_plan(config, loaded.model)
+    _refuse_useless_b_rate(config, plan)
     dropout = attach.attach(loaded.model, plan, config.train.seed)
     if config.train.neftune_alpha:
         dropout.noise_alpha = config.train.neftune_alpha
@@ -155,6 +156,15 @@ def adapter_plan(config: Config, model: nn.Module) -> AdapterPlan:
     if adapter_files.adapter_file(start) is None:
         raise UserError(f"{start} has no {plan.file}")
     return replace(plan, dropout=config.lora.dropout)
+
+
+def _refuse_useless_b_rate(config: Config, plan: AdapterPlan) -> None:
+    """Raise UserError for a rate of B where nothing has a factor B."""
+    if config.lora.b_rate != 1 and not plan.modules:
+        raise UserError(
+            f"lora.b_rate {config.lora.b_rate:g} has no effect: this adapter trains layers in full and has no B",
+            "Leave it out; train.lr is the rate of layers that train in full.",
+        )
 
 
 def lasting_bytes(model: nn.Module) -> int:
@@ -202,6 +212,7 @@ def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: R
         adapter=made.adapter,
         ranks=ranks,
         predicted=chosen.memory.total if isinstance(chosen.memory, Memory) else None,
+        b_rate=config.lora.b_rate,
     )
 
 
@@ -226,6 +237,8 @@ def _notes(made: Attached, chosen: Fitted, data: Data, ranks: Ranks) -> list[str
     notes.append(f"{train.rows} training rows{train.also}, {valid.rows} held out{valid.also}, {steps} steps")
     what = attach.describe(made.adapter, loaded.model)
     notes.append(f"training {what} on {_where(loaded, ranks)}")
+    if config.lora.b_rate != 1:
+        notes.append(f"B learns at {config.lora.b_rate:g} times the rate of all the rest (lora.b_rate)")
     notes.append(_ways_out(loaded))
     notes.append(f"computed: {fast_ways.describe(chosen.way)}")
     return notes + unrepeatable(loaded.model, backend.kind())

@@ -68,6 +68,7 @@ class Job:
     adapter: AdapterPlan  # what trains
     ranks: Ranks = ALONE  # the processes that share the run
     predicted: int | None = None  # bytes at the run's peak; None where nobody can say
+    b_rate: float = 1.0  # lora.b_rate: of learning, of B over all the rest
 
 
 class StepFunction:
