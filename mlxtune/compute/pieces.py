@@ -39,6 +39,7 @@ from mlxtune.compute.stages import Stages
 from mlxtune.model.classes import as_classes, calling
 from mlxtune.model.prefix_cache import PrefixCache
 
+TOKENS = 512  # of a piece: fewer make thin matrix products, and read the weights more often
 Span = tuple[int, int]  # (first token of a piece, the one after its last), counted in the pass
 
 
@@ -53,7 +54,7 @@ def recomputed(
 
     A block that is called with more than hidden states, a causal mask and a cache is checkpointed as a whole.
     """
-    memory = _Memory(tokens, max(1, nested), masks, [] if stages is None else stages)
+    memory = _Memory(tokens, max(1, nested), masks, stages)
     try:
         with as_classes([(block, _remembering(type(block), memory)) for block in model.layers]):
             yield
@@ -64,7 +65,7 @@ def recomputed(
 def _remembering(kind: type, memory: _Memory) -> type:
     def note(leaf: Any) -> None:
         if flows(leaf):
-            memory.stages.append(leaf)
+            _later(memory.stages, leaf)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         in_pieces = _in_pieces(self, kind, args, kwargs, memory)
@@ -86,7 +87,7 @@ class _Memory:
     tokens: int  # of a piece, all rows together
     nested: int  # blocks of a group
     masks: Masks  # of the context
-    stages: Stages  # what is to be computed one after the other
+    stages: Stages | None  # what is to be computed one after the other; None: nobody asks
     last: tuple[mx.array, _Call] | None = None  # the newest block's result, and its call
 
     def run(self, pieces: _Pieces) -> mx.array:
@@ -169,10 +170,13 @@ class _Piece(PrefixCache):
     def __init__(self, before: list[mx.array], offset: int) -> None:
         super().__init__(before, offset)
         self.own: list[mx.array] = []  # [keys, values] of the piece, [B, K, tokens, width] each
+        self.all: list[mx.array] = []  # those before it and its own
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.own = [keys, values]
-        return super().update_and_fetch(keys, values)
+        fetched = super().update_and_fetch(keys, values)
+        self.all = list(fetched)
+        return fetched
 
 
 @dataclass
@@ -187,7 +191,7 @@ class _Pieces:
     cache: PrefixCache | None  # of the call
     spans: list[Span]  # the pieces
     masks: Masks  # of the context
-    stages: Stages  # what is to be computed one after the other
+    stages: Stages | None  # what is to be computed one after the other; None: nobody asks
     offset: int = field(init=False)  # P, as it is now: the pass that follows moves the cache
 
     def __post_init__(self) -> None:
@@ -203,10 +207,10 @@ class _Pieces:
             tokens = hidden[:, slice(*span)]
             if outs:
                 tokens = mx.depends([tokens], [outs[-1]])[0]
-            out, own = self._piece(parameters, tokens, known, span)
-            known = [_joined(one, other) for one, other in zip(known, own, strict=True)] if known else own
+            out, cache = self._piece(parameters, tokens, known, span)
+            known = cache.all
             outs.append(out)
-            self.stages.append([out, *known])
+            _later(self.stages, [out, *known])
         records = self.cache is not None and not state
         return mx.concatenate(outs, axis=1), known if records else []
 
@@ -229,8 +233,8 @@ class _Pieces:
             d_own = [d[:, :, first:end].astype(array.dtype) for d, array in zip(d_known, known, strict=True)]
 
             def piece(given: Any, span: Span = span) -> list[mx.array]:
-                out, own = self._piece(*given, span)
-                return [out, *own]
+                out, cache = self._piece(*given, span)
+                return [out, *cache.own]
 
             new, of_tokens, of_known = _gradients(piece, given, [d_out[:, slice(*span)], *d_own])
             for place, gradient in enumerate(of_known):
@@ -238,7 +242,7 @@ class _Pieces:
                 d_known[place] = mx.concatenate([total, d_known[place][:, :, first:]], axis=2)
             d_parameters = new if d_parameters is None else tree_map(mx.add, d_parameters, new)
             d_hidden.insert(0, of_tokens)
-            self.stages.append([of_tokens, d_known[:], d_parameters])
+            _later(self.stages, [of_tokens, *d_known, d_parameters])
         d_state = [_summed_to(d[:, :, : self.offset], like) for d, like in zip(d_known, state, strict=False)]
         return d_parameters, mx.concatenate(d_hidden, axis=1), d_state
 
@@ -246,15 +250,15 @@ class _Pieces:
         """[B, K, P + T, width] each. What else a piece computes nobody asks for, so it is not computed."""
         known = [[array] for array in _for_all_rows(state, hidden)] or [[], []]
         for span in self.spans:
-            _, own = self._piece(parameters, hidden[:, slice(*span)], [], span)
-            for pieces, new in zip(known, own, strict=True):
+            _, cache = self._piece(parameters, hidden[:, slice(*span)], [], span)
+            for pieces, new in zip(known, cache.own, strict=True):
                 pieces.append(new)
         return [mx.concatenate(pieces, axis=2) for pieces in known]
 
     def _piece(
         self, parameters: Any, tokens: mx.array, known: list[mx.array], span: Span
-    ) -> tuple[mx.array, list[mx.array]]:
-        """(the block's result of one piece, its keys and values). known: of all tokens before it, or []."""
+    ) -> tuple[mx.array, _Piece]:
+        """(the block's result of one piece, its cache). known: keys and values of all tokens before it, or []."""
         cache = _Piece(known, self.offset + span[0])
         given = inspect.BoundArguments(self.arguments.signature, self.arguments.arguments.copy())  # type: ignore[arg-type]
         before_piece = known[0].shape[2] if known else 0
@@ -267,7 +271,7 @@ class _Pieces:
             self.block.update(before)
         if not isinstance(out, mx.array) or len(cache.own) != 2:
             raise TypeError("its blocks hand on more than hidden states, keys and values")
-        return out, cache.own
+        return out, cache
 
     def _mask(self, span: Span, before: int) -> Any:
         """Of the queries of a piece, over `before` keys and their own."""
@@ -334,8 +338,10 @@ def _for_all_rows(state: list[mx.array], hidden: mx.array) -> list[mx.array]:
     return [mx.broadcast_to(array, (hidden.shape[0], *array.shape[1:])) for array in state]
 
 
-def _joined(before: mx.array, own: mx.array) -> mx.array:
-    return mx.concatenate([before, own], axis=2)
+def _later(stages: Stages | None, arrays: Any) -> None:
+    """Have arrays computed after those before."""
+    if stages is not None:
+        stages.append(arrays)
 
 
 def _summed_to(gradient: mx.array, like: mx.array) -> mx.array:
