@@ -57,7 +57,7 @@ def _recomputing(kind: type, stages: Stages) -> type:
             stages.append(leaf)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        out = _run(self, kind.__call__, (args, kwargs))
+        out = checkpointed_call(self, kind.__call__, (args, kwargs))
         tree_map(note, out)
         return out
 
@@ -69,7 +69,7 @@ def flows(leaf: Any) -> bool:
     return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
-def _run(block: nn.Module, call: Callable[..., Any], arguments: Any) -> Any:
+def checkpointed_call(block: nn.Module, call: Callable[..., Any], arguments: Any) -> Any:
     """call(block, *arguments), checkpointed.
 
     The arguments are any tree. What a gradient flows into is taken out of it and passed as a list: its arrays, and the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.compute import prefix
+from mlxtune.compute import attention, pieces, prefix
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.precision import in_float32
@@ -30,7 +31,7 @@ def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
     last. Always as many.
     """
     without_prefix = replace(wanted, prefix=None)
-    slower = replace(wanted, powers=False, compiled=False)
+    slower = replace(wanted, powers=False, compiled=False, queries=0)
     head_alone = replace(slower, prefix=None)
     plain = Way()
     return [
@@ -70,6 +71,12 @@ def describe(way: Way) -> str:
         parts.append("every block checkpointed")
     elif way.recompute:
         parts.append(f"one in {way.recompute} blocks checkpointed")
+    if way.tokens:
+        parts.append(f"in pieces of {way.tokens} tokens")
+    if way.nested:
+        parts.append(f"one input kept of {way.nested} blocks")
+    if way.queries:
+        parts.append("no scores of attention kept")
     if way.powers:
         parts.append("exponentials as powers of two")
     if way.compiled:
@@ -87,7 +94,11 @@ def fastest_way(model: nn.Module, examples: Sequence[Example], config: Config) -
     if reason:
         notes.append(f"no shared prefix: {reason}")
     way = Way(split, trained, length, every_nth(config.train))
-    return _for_device(way, model, config), notes
+    if in_pieces(config.train):
+        reason = whole_rows(model, examples, config)
+        if reason:
+            notes.append(f"blocks are checkpointed with whole rows: {reason}")
+    return _for_device(way, model, examples, config), notes
 
 
 def _split(model: nn.Module, example: Example, config: Config) -> tuple[Split | None, bool, str]:
@@ -110,11 +121,12 @@ def expected_way(model: nn.Module, examples: Sequence[Example], config: Config) 
     """The way that a run will take when nothing goes wrong, no weight being read."""
     split = Split(model, "") if config.fast.head == "auto" else None
     length, _ = shared_prefix(model, examples, config)
-    return _for_device(Way(split, prefix=length, recompute=every_nth(config.train)), model, config)
+    return _for_device(Way(split, prefix=length, recompute=every_nth(config.train)), model, examples, config)
 
 
-def _for_device(way: Way, model: nn.Module, config: Config) -> Way:
+def _for_device(way: Way, model: nn.Module, examples: Sequence[Example], config: Config) -> Way:
     """The way with what makes it fast on this device."""
+    queries = attention.queries_at_once() if lengths_of(examples).max() > attention.LONG else 0
     powers = linux_cpu.worth_it() and (way.split is not None or way.prefix is not None)
     many_shapes = bool(_noise(config)) or config.data.group_by_prefix
     compiled = (
@@ -123,7 +135,7 @@ def _for_device(way: Way, model: nn.Module, config: Config) -> Way:
         and not many_shapes
         and prefix.caches_for(model) is not None  # others may go token by token: such graphs grow with the row
     )
-    return replace(way, powers=powers, compiled=compiled)
+    return replace(way, powers=powers, compiled=compiled, queries=queries)
 
 
 def _noise(config: Config) -> str:
@@ -138,7 +150,40 @@ def _noise(config: Config) -> str:
 def every_nth(section: TrainSection) -> int:
     """train.checkpoint_layers as a number; 0: none."""
     every = section.checkpoint_layers
-    return every if isinstance(every, int) else {"none": 0, "all": 1}[every]
+    return every if isinstance(every, int) else {"none": 0, "all": 1, "pieces": 1, "nested": 1}[every]
+
+
+def in_pieces(section: TrainSection) -> bool:
+    """Whether checkpointed blocks are to be computed in pieces (`pieces`)."""
+    return section.checkpoint_layers in ("pieces", "nested")
+
+
+def whole_rows(model: nn.Module, examples: Sequence[Example], config: Config) -> str:
+    """Why this model's blocks cannot be computed in pieces of a row, for people; "": they can."""
+    if config.lora.dropout:
+        return "with lora.dropout each row must see a mask of its own"
+    if prefix.caches_for(model) is None:
+        return "some of this model's layers keep more than keys and values"
+    limit = extent.longest_alike(model)
+    if limit is not None and lengths_of(examples).max() > limit:
+        return f"rows of more than {limit} tokens are rotated otherwise"
+    return ""
+
+
+def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: bool) -> Way:
+    """The way with as many blocks checkpointed as the settings say, each as they say.
+
+    may_divide: whether blocks can be computed in pieces; where not, they are checkpointed as a whole.
+    """
+    way = replace(way, recompute=every_nth(section), tokens=0, nested=0)
+    if not in_pieces(section) or not may_divide:
+        return way
+    nested = 0
+    if section.checkpoint_layers == "nested":
+        # n blocks in groups of g keep n / g inputs, and g more while a group goes back: least where g * g = n.
+        nested = max(2, round(math.sqrt(len(model.layers))))
+    # Not compiled: a compiled graph has the pieces one by one, and gives its stages up.
+    return replace(way, tokens=pieces.TOKENS, nested=nested, compiled=False)
 
 
 def shared_prefix(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[int | None, str]:

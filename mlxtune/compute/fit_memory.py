@@ -25,8 +25,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlxtune_convert.sizes import size
 
-from mlxtune.compute import loss, prefix
-from mlxtune.compute.fast_ways import every_nth
+from mlxtune.compute import loss, pieces, prefix
+from mlxtune.compute.fast_ways import checkpointed, in_pieces, whole_rows
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction as memory
 from mlxtune.compute.memory.kernels import Device
@@ -96,7 +96,9 @@ def _options(way: Way, sizes: Mapping[str, Any], dtype: mx.Dtype) -> memory.RunO
         chunk=0 if way.split is None else loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"]),
         recompute=way.recompute,
         dropout=0.0,
-        device=Device.here(fast=way.powers),
+        device=Device.here(way.powers, way.queries),
+        tokens=way.tokens,
+        nested=way.nested,
         compiled=way.compiled,
         updates=False,
     )
@@ -119,13 +121,18 @@ def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = 
     """
     limit = given.limit
     needed = 0
-    for number, section in enumerate(_smaller_settings(config.train, rows.widths[-1], checkpoints)):
+    taken = way
+    widest = rows.widths[-1]
+    may_divide = False
+    if checkpoints and (widest > pieces.TOKENS or in_pieces(config.train)):
+        may_divide = not whole_rows(given.model, rows.examples, config)
+    for number, section in enumerate(_smaller_settings(config.train, widest, checkpoints, may_divide)):
         if number == 0:
             batches = rows
         else:
             section, batches = _with_batches(section, config, rows)
         tried = config.model_copy(update={"train": section})
-        taken = replace(way, recompute=every_nth(section) if checkpoints else 0)
+        taken = checkpointed(way, section, given.model, may_divide) if checkpoints else replace(way, recompute=0)
         predicted = predict_run(given, taken, tried, batches)
         if isinstance(predicted, memory.NotPredicted):
             notes = []
@@ -136,7 +143,7 @@ def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = 
         if limit is None or needed <= limit:
             return Fitted(taken, tried, batches, predicted, _changed(config.train, section, limit))
     assert limit is not None
-    raise _does_not_fit(given, way, rows, needed, limit, checkpoints)
+    raise _does_not_fit(given, taken, rows, needed, limit, checkpoints)
 
 
 def _with_batches(section: TrainSection, config: Config, rows: Plan) -> tuple[TrainSection, Plan]:
@@ -151,10 +158,10 @@ def _with_batches(section: TrainSection, config: Config, rows: Plan) -> tuple[Tr
 
 
 def _does_not_fit(given: Given, way: Way, rows: Plan, needed: int, limit: int, checkpoints: bool) -> UserError:
-    """needed: bytes of the smallest batch."""
+    """way: the last that was tried; needed: bytes of its smallest batch."""
     least = "row" if rows.rows == len(rows.examples) else "example"
     means = " and checkpointing" if checkpoints else ""
-    longest = _longest_row(given, replace(way, recompute=int(checkpoints)), rows.widths[-1], limit)
+    longest = _longest_row(given, way, rows.widths[-1], limit)
     shorter = f"Lower data.max_tokens to {longest}" if longest else "Lower data.max_tokens"
     smaller = "a smaller model" if "quantization" in given.model_config else "a smaller or a 4-bit model"
     narrower = f"set {given.narrower}, " if given.narrower else ""
@@ -270,14 +277,28 @@ def window_of(model_config: Mapping[str, Any]) -> int:
     return int(sizes.get("sliding_window") or 0) if used else 0
 
 
-def _smaller_settings(section: TrainSection, widest: int, checkpoints: bool = True) -> Iterator[TrainSection]:
+def _smaller_settings(
+    section: TrainSection, widest: int, checkpoints: bool = True, may_divide: bool = False
+) -> Iterator[TrainSection]:
     """The section as it is, then with checkpointing if that may be, then with ever smaller micro-batches and more of
-    them, down to one example of the widest. A step keeps its number of rows.
+    them, down to one example of the widest. A step keeps its number of rows. Then, if blocks may be divided and the
+    widest is more than a piece, in pieces, and nested.
     """
     yield section
-    if checkpoints:
+    asked = section.checkpoint_layers
+    if checkpoints and not in_pieces(section):
         section = section.model_copy(update={"checkpoint_layers": "all"})
         yield section
+    for section in _smaller_batches(section, widest):
+        yield section
+    if may_divide and widest > pieces.TOKENS:
+        for how in ("pieces", "nested"):
+            if asked not in (how, "nested"):
+                yield section.model_copy(update={"checkpoint_layers": how})
+
+
+def _smaller_batches(section: TrainSection, widest: int) -> Iterator[TrainSection]:
+    """Ever smaller micro-batches, and more of them."""
     accumulate = section.accumulate
     tokens = section.batch_tokens
     if tokens:

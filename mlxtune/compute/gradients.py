@@ -10,12 +10,14 @@ many as `prediction.kept_signatures` lets. On the CPU, compiling would start a C
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.compute import loss, prefix, stages
+from mlxtune.compute import attention, loss, pieces, prefix, stages
 from mlxtune.compute.checkpointing import recomputed
 from mlxtune.compute.loss import LossInputs, Way
 from mlxtune.compute.memory import prediction
@@ -122,11 +124,23 @@ class Gradients:
         training = self.model.training
         self.model.train()  # mlx-lm's recurrent layers have kernels for generating that know no gradient
         try:
-            with recomputed(self.model, self.way.recompute, to_compute), as_powers_of_two(self.way.powers):
+            with as_said(self.model, self.way, to_compute):
                 value, gradients = nn.value_and_grad(self.model, summed)()
         finally:
             self.model.train(training)
         return value, gradients
+
+
+@contextmanager
+def as_said(model: nn.Module, way: Way, to_compute: Stages | None = None) -> Iterator[None]:
+    """Inside, the model computes its blocks as `way` says. to_compute: as in `checkpointing.recomputed`."""
+    with as_powers_of_two(way.powers), attention.in_chunks(way.queries) as masks:
+        if way.tokens:
+            blocks = pieces.recomputed(model, way.tokens, way.nested, masks, to_compute)
+        else:
+            blocks = recomputed(model, way.recompute, to_compute)
+        with blocks:
+            yield
 
 
 def rounded_up(count: int) -> int:

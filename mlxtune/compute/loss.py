@@ -54,6 +54,9 @@ class Way:
     recompute: int = 0  # every n-th block keeps its input only, and computes the rest again going back; 0: none does
     powers: bool = False  # exponentials are computed as powers of two, on Linux's CPU (`linux_cpu`)
     compiled: bool = False  # as one compiled function, on a GPU (`gradients`)
+    queries: int = 0  # of attention, whose scores are computed at once and not kept (`attention`); 0: MLX's attention
+    tokens: int = 0  # of a piece in which every checkpointed block is computed (`pieces`); 0: rows as a whole
+    nested: int = 0  # checkpointed blocks that keep one input together (`pieces`); 0: each keeps its own
 
 
 def plain(model: nn.Module, batch: Batch) -> mx.array:

@@ -40,6 +40,7 @@ MAX_TOKENS = 1024  # of each of the proof's rows; more only where a sliding wind
 FEWEST_TOKENS = 32  # their logits take less than a chunk of the head does
 PROBE_TOKENS = 16  # on which checkpointing proves itself
 ROWS = 2  # that a proof is made on
+PARTS = 3  # of each of the rows, where the way computes long ones in parts
 LOGITS_SHARE = 0.06  # of the memory, for the plain way's logits
 COPIES = 3  # of the float32 logits, about, that the plain way has alive at once
 # (loss, gradient) differences allowed, relative. Other orders of summation reach 3e-7 and 2e-5 in float32; a wrong mask
@@ -90,6 +91,7 @@ class Verdict:
 
 def prove(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, room: Room) -> Verdict:
     """What comparing a way with the plain one says. dtype: of the run's activations. Raises whatever the model does."""
+    way = _divided(way, batch)
     if room.checkpointed:
         way = replace(way, recompute=way.recompute or 1)
     with nudged(model):
@@ -104,6 +106,13 @@ def prove(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, room: Room)
         if verdict.wrong or dtype == mx.float32:
             return verdict
         return _finite(model, way, batch, dtype, room.checkpointed)
+
+
+def _divided(way: Way, batch: Batch) -> Way:
+    """The way with chunks and pieces that are short enough for the proof's rows to have several."""
+    rows, width = batch.ids.shape
+    share = max(2, width // PARTS)
+    return replace(way, queries=min(way.queries, share), tokens=min(way.tokens, rows * share))
 
 
 @contextmanager

@@ -169,8 +169,10 @@ class TrainSection(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="activations; auto: float32 on the CPU and for float16 models, else the model's own type"
     )
-    checkpoint_layers: Literal["none", "all"] | int = Field(
-        "none", description="blocks whose activations are computed again instead of kept: none, all, or every n-th"
+    checkpoint_layers: Literal["none", "all", "pieces", "nested"] | int = Field(
+        "none",
+        description="blocks whose activations are computed again instead of kept: none, all, or every n-th; for long "
+        "rows all in pieces of 512 tokens, or nested: in pieces, and of several blocks one input is kept",
     )
     memory_limit: Literal["auto", "off"] | int = Field(
         "auto", description="bytes that the predicted peak must fit; auto: 80% of the device's working set; off: any"
@@ -207,7 +209,10 @@ class TrainSection(Section):
     @classmethod
     def _some(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, int) and value < 1:
-            words = {"checkpoint_layers": "none, all, or n for every n-th block", "memory_limit": "auto, off, or bytes"}
+            words = {
+                "checkpoint_layers": "none, all, pieces, nested, or n for every n-th block",
+                "memory_limit": "auto, off, or bytes",
+            }
             raise ValueError(f"use {words[str(info.field_name)]}")
         return value
 

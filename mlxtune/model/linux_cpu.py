@@ -6,7 +6,7 @@ It has two entrances, and everything else is private to them:
 - `as_powers_of_two(wanted)`, around a training step: exponentials and attention by functions that are fast there.
   `worth_it` says whether they are wanted; a run keeps the answer in `Way.powers`.
 
-(`compute/memory/linux_attention.py` takes down the graph of this attention, to predict its memory.)
+(`compute/memory/own_attention.py` takes down the graph of this attention, to predict its memory.)
 
 Quantized layers. MLX's CPU kernel for quantized matrices is slow for more than a few rows (20 to 70 times slower than
 float32 BLAS), so there a frozen layer builds its float32 matrix, multiplies, and forgets it; the backward pass builds

@@ -20,10 +20,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlxtune.compute.checkpointing import flows
-from mlxtune.compute.memory.graph import Graph, traced
-from mlxtune.compute.memory.kernels import Device, standing_in
+from mlxtune.compute.memory.graph import Graph, Node, traced
+from mlxtune.compute.memory.kernels import Device, standing_in, tiled_attention
 from mlxtune.compute.memory.ledger import Ledger
-from mlxtune.compute.memory.linux_attention import OwnAttention
+from mlxtune.compute.memory.own_attention import OwnAttention, attention_is
 from mlxtune.model.arrays import named
 from mlxtune.model.prefix_cache import PrefixCache
 
@@ -74,9 +74,14 @@ def cost_of(block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, dev
     if key in _known:
         return _known[key]
     called = _traced(block, call, args, kwargs, into, device)
-    if device.powers:
-        # Our own attention is taken down in several passes, which MLX makes one of by joining what is equal. Where it
-        # joins too little, a part of what is kept would be missing: then MLX's attention stands for ours.
+    # Our own attention is taken down in several passes, which MLX makes one of by joining what is equal. Where it joins
+    # too little, a part of what is kept would be missing: then an attention that keeps as much stands for ours.
+    if device.queries:
+        with attention_is(tiled_attention, after=mx.fast.scaled_dot_product_attention):
+            other = _traced(block, call, args, kwargs, into, device)
+        if called.cost.kept < JOINED * other.cost.kept:
+            called = replace(called, cost=replace(called.cost, kept=other.cost.kept))
+    elif device.powers:
         with standing_in(replace(device, powers=False)):
             other = _traced(block, call, args, kwargs, into, device)
         if called.cost.kept < JOINED * other.cost.kept:
@@ -188,8 +193,16 @@ def _cost(graph: Graph, function: _AsFunction, device: Device) -> Cost:
     again = ledger().compute(gradients) + given
     if not gradients:
         kept, back = given, 0
-    slices = sum(graph.sizes[node.outputs[0]] for node in graph.nodes if node.name == "SliceUpdate")
+    slices = sum(graph.sizes[node.outputs[0]] for node in graph.nodes if _is_of_slice(graph, node))
     return Cost(given, kept, forward, back, again, slices, len(graph.nodes))
+
+
+def _is_of_slice(graph: Graph, node: Node) -> bool:
+    """Whether a node makes the gradient of a slice: zeros, in which a part is set."""
+    if node.name != "SliceUpdate":
+        return False
+    before = graph.made.get(node.inputs[0])
+    return before is None or graph.nodes[before].name in ("Full", "Broadcast")
 
 
 def each_leaf(tree: Any, change: Callable[[Any], Any]) -> Any:

@@ -14,7 +14,7 @@ Legend: B rows, H query heads, K key heads, T queries, S keys, D width of a head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +23,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlxtune.adapter.layers import LoRASwitchLinear
-from mlxtune.compute.memory.linux_attention import own_attention
+from mlxtune.compute import attention
+from mlxtune.compute.attention import Chunked, Masks
+from mlxtune.compute.memory.own_attention import Kind, LinuxCpu, OwnAttention
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
 
@@ -39,12 +41,13 @@ class Device:
     kind: str  # "metal", "cuda" or "cpu", as backend.kind() says it
     mlx: tuple[int, ...]  # MLX's version, three numbers
     powers: bool = False  # whether attention is our own, of Linux's CPU (`linux_cpu`)
+    queries: int = 0  # whose scores are computed at once (`attention`); 0: of all
 
     @staticmethod
-    def here(fast: bool = True) -> Device:
-        """This one. fast: whether any of the fast ways is taken, as our own attention is with them alone."""
+    def here(fast: bool = True, queries: int = 0) -> Device:
+        """This one. fast: whether any of the fast ways is taken, as Linux's own attention is with them alone."""
         numbers = tuple(int(part) for part in version("mlx").split(".")[:3] if part.isdigit())
-        return Device(backend.kind(), numbers, fast and linux_cpu.worth_it())
+        return Device(backend.kind(), numbers, fast and linux_cpu.worth_it(), queries)
 
 
 def tiled(device: Device, width: int, mask: Any, sinks: bool) -> bool:
@@ -60,29 +63,44 @@ def tiled(device: Device, width: int, mask: Any, sinks: bool) -> bool:
 
 @contextmanager
 def standing_in(device: Device) -> Iterator[None]:
-    """Inside, mx.fast keeps what the kernels of `device` keep; on the CPU only our own attention is another."""
-    if device.kind == "cpu":
-        with own_attention(device.powers):
-            yield
-        return
-    fast: Any = mx.fast
-    before = {name: getattr(fast, name) for name in ("scaled_dot_product_attention", "rms_norm", "layer_norm")}
-    written_out = before["scaled_dot_product_attention"]
+    """Inside, mx.fast keeps what the kernels of `device` keep; on the CPU only attention of our own is another."""
+    masks = Masks()
+    kinds: list[Kind] = []
+    if device.queries:
+        kinds.append(Chunked(device.queries, device.kind, masks))
+    if device.powers:
+        kinds.append(LinuxCpu())
+    other = linux_cpu.mlx_attention if device.kind == "cpu" else _attention_of(device)
+    with attention.standing_in(OwnAttention(kinds, other) if kinds else other, masks), _norms_of(device):
+        yield
 
-    def attention(
+
+def _attention_of(device: Device) -> Callable[..., mx.array]:
+    """What keeps as much as a GPU's attention does."""
+
+    def attend(
         q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **options: Any
     ) -> mx.array:
         if tiled(device, q.shape[-1], mask, sinks is not None):
-            return _tiled_attention(q, k, v)
-        out: mx.array = written_out(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
-        return out
+            return tiled_attention(q, k, v)
+        return linux_cpu.mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
 
-    fast.scaled_dot_product_attention, fast.rms_norm, fast.layer_norm = attention, _rms_norm, _layer_norm
+    return attend
+
+
+@contextmanager
+def _norms_of(device: Device) -> Iterator[None]:
+    """Inside, norms keep what a GPU's keep; on the CPU they are as they are."""
+    if device.kind == "cpu":
+        yield
+        return
+    fast: Any = mx.fast
+    before = fast.rms_norm, fast.layer_norm
+    fast.rms_norm, fast.layer_norm = _rms_norm, _layer_norm
     try:
         yield
     finally:
-        for name, function in before.items():
-            setattr(fast, name, function)
+        fast.rms_norm, fast.layer_norm = before
 
 
 class TracedSwitch(LoRASwitchLinear):
@@ -98,7 +116,7 @@ class TracedSwitch(LoRASwitchLinear):
         return y + (weight * (z * z).mean()).sum()
 
 
-def _tiled_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+def tiled_attention(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
     """Keeps q, k, v; gives [B, H, T, Dv]; not attention: only its arrays are of its sizes."""
     heads_per_key_head = q.shape[1] // k.shape[1]
     of_keys = (k * k).sum(axis=(2, 3), keepdims=True)

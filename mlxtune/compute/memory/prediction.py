@@ -22,7 +22,7 @@ Legend: B rows, T tokens, N targets, C rows of a chunk, D width, V vocabulary; a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
@@ -134,6 +134,8 @@ class RunOptions:
     accumulated: bool = False  # gradients are summed over several micro-batches
     ram: int = 0  # bytes of the machine's memory, which bounds how many compiled graphs are kept
     updates: bool = True  # whether the optimizer's update follows
+    tokens: int = 0  # of a piece in which every block is computed (`pieces`); 0: rows as a whole
+    nested: int = 0  # blocks that keep one input together; 0: each keeps its own
 
 
 class _Moment(NamedTuple):
@@ -178,7 +180,8 @@ def predict(
         return NotPredicted("its config.json does not say how wide it is")
     width, vocabulary = sizes["hidden_size"], sizes["vocab_size"]
     try:
-        calls, by_token = _costs(model, shape, options)
+        traced_shape = _before_last_piece(shape, options) if options.tokens else shape
+        calls, by_token = _costs(model, traced_shape, options)
     except Exception as error:  # whatever a model's own code raises
         lines = str(error).splitlines() or [""]
         return NotPredicted(f"{type(error).__name__}: {lines[0]}")
@@ -216,8 +219,13 @@ def _in_blocks_and_head(
     if options.device.kind == "cpu":
         in_head, in_block = _dense(model, vocabulary)
     held = options.item * shape.tokens * width  # the embeddings, which the first block keeps
-    if options.device.powers:
+    if options.device.powers and not options.device.queries:
         held += FULL * shape.width**2  # the causal mask, which `linux_cpu` keeps at hand
+    if options.tokens:
+        whole = _whole_rows(calls, shape, options, width)
+        yield from _in_pieces(whole, held, options, in_block)
+        held += sum(block.given for block in whole[max(1, options.nested) - 1 :: max(1, options.nested)])
+        calls = []
     for place, costs in enumerate(calls):
         before = held
         forward = max((cost.forward for cost in costs), default=0)
@@ -231,6 +239,56 @@ def _in_blocks_and_head(
         yield _Moment(activations=backward, dense_copies=in_block)
     chunk = _head_chunk(shape, options, width, vocabulary)
     yield _Moment(activations=held, head_chunk=chunk, dense_copies=in_head)
+
+
+@dataclass(frozen=True)
+class _WholeRows:
+    """Bytes of a block that is computed in pieces."""
+
+    piece: Cost  # of the last one, which has all keys and values before it
+    given: int  # the block's result, of all tokens
+    keys: int  # its keys and values, of all tokens
+
+
+def _before_last_piece(shape: StepSizes, options: RunOptions) -> StepSizes:
+    """The micro-batch as if all tokens before the last piece were a prefix: then the second pass is that piece."""
+    size = max(1, options.tokens // shape.rows)
+    return replace(shape, prefix=max(1, shape.width - size))
+
+
+def _whole_rows(
+    calls: list[list[Cost]], shape: StepSizes, options: RunOptions, width: int
+) -> list[_WholeRows]:
+    """Of each block. calls: the two calls of a block, of the prefix and of the last piece.
+
+    What the first gives is its result [1, P, D], and its keys and values.
+    """
+    before = _before_last_piece(shape, options).prefix
+    whole = []
+    for first, piece in calls:
+        keys_of_token = (first.given - options.item * before * width) / before
+        keys = round(keys_of_token * shape.rows * shape.width)
+        whole.append(_WholeRows(piece, options.item * shape.tokens * width, keys))
+    return whole
+
+
+def _in_pieces(blocks_: list[_WholeRows], held: int, options: RunOptions, in_block: int) -> Iterator[_Moment]:
+    """Every block on its way forward and back. held: the embeddings.
+
+    Forward, the results of the pieces so far stay, and the keys and values. Back, the gradients of the block's result
+    and of its input, the keys and values, and their gradients in float32.
+    """
+    group = max(1, options.nested)
+    for place, block in enumerate(blocks_):
+        forward = block.given + block.keys + block.piece.forward
+        yield _Moment(activations=held + forward, dense_copies=in_block)
+        of_group = min(group, len(blocks_) - place + place % group) - 1  # inputs that are computed again
+        again = of_group * block.given if place % group else 0
+        of_keys = block.keys + round(block.keys * FULL / options.item)
+        back = 2 * block.given + of_keys + max(of_keys, block.piece.again)
+        yield _Moment(activations=held + again + back, dense_copies=in_block)
+        if (place + 1) % group == 0:
+            held += block.given
 
 
 def _head_chunk(shape: StepSizes, options: RunOptions, width: int, vocabulary: int) -> int:
