@@ -106,7 +106,8 @@ def test_prompts_that_were_trained_on_or_chose_the_checkpoint_are_named() -> Non
     (trained, chosen) = overlap_notes(suite, [learned, asked_later], [learned])
     assert trained.startswith("1 of 3 prompts were trained on (r2): ")
     assert chosen.startswith("1 of 3 prompts chose the checkpoint (r2): ")
-    assert overlap_notes(suite, [learned[:2]], []) == []  # nothing was answered
+    unanswered = [learned[1], {"role": "user", "content": "Well?"}, {"role": "assistant", "content": "yes"}]
+    assert overlap_notes(suite, [unanswered, learned[:2]], []) == []
 
 
 def test_two_saved_evaluations_are_compared_prompt_by_prompt(first: Path, tmp_path: Path) -> None:

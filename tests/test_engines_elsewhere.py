@@ -54,7 +54,7 @@ def test_each_answer_by_chance_has_a_seed_of_its_own_that_the_seed_decides() -> 
     [
         ({"renames": "other-7b"}, Sampling(), "was asked for tiny, and says that other-7b answered"),
         ({"ignores_seed": True}, Sampling(temperature=1.0), "ignores the seed"),
-        ({"most_tokens": 2}, Sampling(), "cut answers after 2 tokens, before --max-tokens 512"),
+        ({"most_tokens": 2}, Sampling(), "cuts answers before --max-tokens 512"),
     ],
 )
 def test_what_a_server_does_in_silence_is_said(habits: dict[str, Any], sampling: Sampling, note: str) -> None:

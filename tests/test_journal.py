@@ -27,6 +27,9 @@ class Scripted:
         self.batches, self.most = batches, most
         self.passes = 0
 
+    def work(self) -> dict[str, int]:
+        return {"passes": self.passes}
+
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         return self.batches
 
@@ -34,6 +37,8 @@ class Scripted:
         if self.passes == self.most:
             raise KeyboardInterrupt
         self.passes += 1
+        if "r2" in {request.id for request in requests}:
+            self.notes.append(f"{self.name} is slow")
         beside = "".join(request.id for request in requests)
         return [Answer(one.id, one.sample, f"{self.name} {beside} \u2028 é", "", "stop", 3) for one in requests]
 
@@ -61,6 +66,7 @@ def test_answers_come_back_in_the_order_of_the_requests(tmp_path: Path) -> None:
     assert [answer.id for answer in found["base"]] == [request.id for request in REQUESTS]
     assert passes == 5
     assert evaluated(None)[0] == found
+    assert Journal(tmp_path / "one", IDENTITY).notes == {"base": ["base is slow"], "tuned": ["tuned is slow"]}
 
 
 @pytest.mark.parametrize("cut", range(1, 420, 23))
@@ -97,6 +103,7 @@ def test_a_finished_one_is_read_back_and_nothing_is_computed(tmp_path: Path) -> 
     assert evaluated(tmp_path) == (expected, 0)
     times = [json.loads(line) for line in (tmp_path / TIMES_FILE).read_text().splitlines()]
     assert [time["ids"] for time in times][:2] == [["r3", "r1"], ["r0", "r4"]]
+    assert {time["passes"] for time in times} == {1}
 
 
 def test_another_evaluation_in_the_folder_is_one_clear_line(tmp_path: Path) -> None:
@@ -108,10 +115,10 @@ def test_another_evaluation_in_the_folder_is_one_clear_line(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"holds notes\.txt, and no evaluation"):
         Journal(tmp_path / "other", IDENTITY)
     for plans in ({"base": [[0, 0]]}, {"base": [[]]}, {"base": 3}, [], {"base": [["0"]]}):
-        (tmp_path / PLAN_FILE).write_text(json.dumps({"identity": IDENTITY, "plans": plans}))
+        (tmp_path / PLAN_FILE).write_text(json.dumps({"identity": IDENTITY, "plans": plans, "notes": {}}))
         with pytest.raises(UserError, match="not the plan of an evaluation"):
             Journal(tmp_path, IDENTITY)
-    (tmp_path / PLAN_FILE).write_text(json.dumps({"identity": IDENTITY, "plans": {"base": [[0]]}}))
+    (tmp_path / PLAN_FILE).write_text(json.dumps({"identity": IDENTITY, "plans": {"base": [[0]]}, "notes": {}}))
     with pytest.raises(UserError, match="another number of prompts"):
         evaluated(tmp_path)
 

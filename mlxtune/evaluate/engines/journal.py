@@ -2,7 +2,8 @@
 
 A folder holds
 
-    plan.json       what decides the answers (the evaluation's identity), and which prompts are answered together
+    plan.json       what decides the answers (the evaluation's identity), which prompts are answered together, and the
+                    notes of each side so far
     answers.jsonl   an answer a line, a batch after the other: all of one side, then all of the other
     times.jsonl     how long each batch took, and what was computed: what differs when it is run again
 
@@ -42,6 +43,7 @@ class Journal:
         self.folder = folder
         self.identity = identity
         self.plans: dict[str, list[list[int]]] = {}  # of each side
+        self.notes: dict[str, list[str]] = {}  # of each side: what a person must know of how it answers
         self.found = 0  # how many answers an earlier process left
         self._recorded: list[tuple[str, Answer]] = []  # those, in the file's order
         if folder is not None:
@@ -63,16 +65,20 @@ class Journal:
             return [answer for answer in got if answer is not None]
         answering = engine()
         planned = answering.plan(requests)
-        if side not in self.plans:
-            self.plans[side] = planned
-            self._write_plan()
+        self.plans.setdefault(side, planned)
+        self._note(side, answering)
+        self._write_plan()
         done = len(requests) - got.count(None)
         for places in self.plans[side]:
             if got[places[0]] is not None:
                 continue
-            began = time.perf_counter()
+            began, before = time.perf_counter(), answering.work()
             answers = answering.answers([requests[place] for place in places])
-            self._append(side, answers, time.perf_counter() - began)
+            took = {"seconds": round(time.perf_counter() - began, 3)}
+            done_now = {name: count - before[name] for name, count in answering.work().items()}
+            if self._note(side, answering):
+                self._write_plan()
+            self._append(side, answers, {**took, **done_now})
             for place, answer in zip(places, answers, strict=True):
                 got[place] = answer
             done += len(places)
@@ -94,6 +100,12 @@ class Journal:
             taken += len(places)
         self.found += taken
         return taken
+
+    def _note(self, side: str, engine: Engine) -> bool:
+        """Keep the notes that an engine has by now; whether there are new ones."""
+        before = self.notes.get(side, [])
+        self.notes[side] = list(dict.fromkeys([*before, *engine.notes]))
+        return self.notes[side] != before
 
     def _forget(self) -> None:
         """Cut the answers that belong to no whole batch off the file."""
@@ -118,6 +130,7 @@ class Journal:
             what = _differing(saved.get("identity"), self.identity)
             raise UserError(f"{folder} holds another evaluation: {what} changed", "Choose another --out.")
         self.plans = _plans(folder, saved.get("plans"))
+        self.notes = _notes(folder, saved.get("notes"))
         self._read_answers(folder)
 
     def _read_answers(self, folder: Path) -> None:
@@ -142,7 +155,7 @@ class Journal:
         """Whole or not at all."""
         if self.folder is None:
             return
-        text = json_text({"identity": self.identity, "plans": self.plans}, indent=1) + "\n"
+        text = json_text({"identity": self.identity, "plans": self.plans, "notes": self.notes}) + "\n"
         new = self.folder / NEW_NAME
         with explained(new), new.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -150,13 +163,13 @@ class Journal:
             flush_open(file.fileno())
         new.replace(self.folder / PLAN_FILE)
 
-    def _append(self, side: str, answers: Sequence[Answer], seconds: float) -> None:
-        """Write a batch's answers, and how long they took."""
+    def _append(self, side: str, answers: Sequence[Answer], took: dict[str, float]) -> None:
+        """Write a batch's answers, and what they took."""
         if self.folder is None:
             return
         lines = [json_text({"side": side, **asdict(answer)}) for answer in answers]
-        took = {"side": side, "ids": [answer.id for answer in answers], "seconds": round(seconds, 3)}
-        for name, text in ((ANSWERS_FILE, lines), (TIMES_FILE, [json_text(took)])):
+        times = {"side": side, "ids": [answer.id for answer in answers], **took}
+        for name, text in ((ANSWERS_FILE, lines), (TIMES_FILE, [json_text(times)])):
             with explained(self.folder / name), (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write("".join(line + "\n" for line in text))
                 file.flush()
@@ -167,6 +180,14 @@ def _plans(folder: Path, saved: Any) -> dict[str, list[list[int]]]:
     """Raises UserError for what is no plan."""
     if isinstance(saved, dict) and all(_is_plan(plan) for plan in saved.values()):
         return saved
+    raise UserError(f"{folder / PLAN_FILE}: not the plan of an evaluation", "Choose another --out.")
+
+
+def _notes(folder: Path, saved: Any) -> dict[str, list[str]]:
+    """Raises UserError for what are no notes."""
+    lists = list(saved.values()) if isinstance(saved, dict) else [None]
+    if all(isinstance(some, list) and all(isinstance(note, str) for note in some) for some in lists):
+        return dict(saved)
     raise UserError(f"{folder / PLAN_FILE}: not the plan of an evaluation", "Choose another --out.")
 
 

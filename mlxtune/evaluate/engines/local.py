@@ -54,6 +54,10 @@ class Local:
         self._asked: dict[str, Asked] = {}  # by the prompt's id
         self._beginning: Beginning | None = None  # None: prompts are answered one by one
 
+    def work(self) -> dict[str, int]:
+        """Passes of the model, and the tokens that went through it, padding included."""
+        return {"passes": self.model.passes, "computed": self.model.tokens}
+
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """Prompts of like lengths together, as many as the memory takes; each alone where it cannot be otherwise."""
         for request in requests:

@@ -47,6 +47,9 @@ class Half:
     def notes(self) -> list[str]:
         return self.own.notes
 
+    def work(self) -> dict[str, int]:
+        return self.own.work()
+
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         return self.pair.plan(requests)
 

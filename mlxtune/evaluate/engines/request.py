@@ -59,6 +59,9 @@ class Engine(Protocol):
     def notes(self) -> list[str]:
         """What a person must know of how it answers; complete when all is answered."""
 
+    def work(self) -> dict[str, int]:
+        """What was computed so far, by name; {} where that is not known."""
+
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """Which requests, by their place, are answered together. Raises UserError for a request that cannot be."""
 

@@ -51,33 +51,22 @@ class Server:
         _require_address(address, allow_remote)
         self.sampling = sampling
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
-        self._renamed: set[str] = set()  # names that the server gave the model that answered
-        self._cut: set[int] = set()  # tokens of answers that were cut before --max-tokens
-        self._said: list[str] = []
+        self.notes: list[str] = []
         if sampling.repetition_penalty != 1.0:
             raise UserError("a server takes no repetition penalty", "Leave out --repetition-penalty.")
         if not self.model:
             self.model = self._only_model()
         self.name = f"{self.url}#{self.model}"
 
-    @property
-    def notes(self) -> list[str]:
-        found = list(self._said)
-        if self._renamed:
-            names = ", ".join(sorted(self._renamed))
-            found.append(f"{self.url} was asked for {self.model}, and says that {names} answered")
-        if self._cut:
-            found.append(
-                f"{self.url} cut answers after {min(self._cut)} tokens, before --max-tokens {self.sampling.max_tokens}"
-            )
-        return found
+    def work(self) -> dict[str, int]:
+        return {}
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """As many as are under way at a time. What a seed does is found out by asking the first one twice."""
         if self.sampling.temperature > 0:
             one, other = (self._answer(requests[0]) for _ in range(2))
             if one.text != other.text:
-                self._said.append(f"{self.url} ignores the seed: asked again, it answers otherwise")
+                self._say(f"{self.url} ignores the seed: asked again, it answers otherwise")
         return [list(range(len(requests)))[first : first + AT_ONCE] for first in range(0, len(requests), AT_ONCE)]
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
@@ -112,10 +101,14 @@ class Server:
             ) from error
         named = reply.get("model")
         if isinstance(named, str) and named and named != self.model:
-            self._renamed.add(named)
+            self._say(f"{self.url} was asked for {self.model}, and says that {named} answered")
         if cut and 0 < tokens < sampling.max_tokens:
-            self._cut.add(tokens)
+            self._say(f"{self.url} cuts answers before --max-tokens {sampling.max_tokens}")
         return Answer(request.id, request.sample, text, thought, "length" if cut else "stop", tokens)
+
+    def _say(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _only_model(self) -> str:
         """The name of the model that the server has. Raises UserError where it has several, or none."""
