@@ -17,6 +17,7 @@ from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import MAX_BUCKETS, Plan, collate, in_order
 from mlxtune.data.dataset.cutting import fill
 from mlxtune.data.dataset.measured import ListedExamples
+from mlxtune.data.dataset.sharing import found_sharing
 from mlxtune.data.dataset.widths import widths
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, 103).tolist()
@@ -132,7 +133,8 @@ def test_rows_with_a_common_context_share_batches() -> None:
     """Seven questions on each of six documents: a full batch of four and a rest of three, which fill batches with
     others; every batch but the last is full.
     """
-    plan = Plan(questions_on_documents(), TrainSection(epochs=1, batch_rows=4), sharing=True)
+    examples = questions_on_documents()
+    plan = Plan(examples, TrainSection(epochs=1, batch_rows=4), sharing=found_sharing(examples))
     batches = [batch for step in range(1, plan.steps + 1) for batch in plan.step(step)]
     assert Counter(row for batch in batches for row in batch.rows.tolist()) == Counter(range(52))
     assert [len(batch.rows) for batch in batches] == [4] * 13
@@ -147,7 +149,7 @@ def test_rows_that_a_mixture_draws_more_than_once_keep_their_number_in_groups() 
     examples = [
         Example([*[5] * (60 * (row < 4)), 100 + row, 7, 8], [0] * (61 if row < 4 else 1) + [1, 1]) for row in range(6)
     ]
-    plan = Plan(examples, TrainSection(epochs=1, batch_rows=4), sharing=True)
+    plan = Plan(examples, TrainSection(epochs=1, batch_rows=4), sharing=found_sharing(examples))
     drawn = Counter(row for batch in plan._dealer.batches([0, 1, 2, 3, 4, 5] * 3) for row in batch)
     assert drawn == Counter(dict.fromkeys(range(6), 3))
 
@@ -177,7 +179,9 @@ def test_a_plan_of_rows_that_share_nothing_stays_what_it_was(settings: Any, alon
     """Digests of every batch's rows and shape as planned when a row was one example and nothing was looked for that
     rows share: runs of then can be resumed.
     """
-    plan = Plan(UNLIKE if sharing else EXAMPLES, TrainSection(**settings), sharing=sharing)
+    plan = Plan(EXAMPLES, TrainSection(**settings))
+    if sharing:
+        plan = Plan(UNLIKE, TrainSection(**settings), found_sharing(UNLIKE))
     steps = [plan.step(number) for number in range(1, plan.steps + 1)]
     told = [[[*map(int, batch.ids.shape), batch.rows.tolist()] for batch in step] for step in steps]
     assert hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest() == alone
@@ -216,7 +220,7 @@ BY_TOKENS = [{"batch_tokens": 400}, {"batch_tokens": 64, "accumulate": 3}, {"bat
 @pytest.mark.parametrize("settings", [*BY_ROWS, *BY_TOKENS])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_all_examples_of_a_row_meet_in_one_step_once_per_epoch(settings: dict, grouped: bool) -> None:
-    plan = Plan(EXPANDED, TrainSection(epochs=2, **settings), sharing=grouped)
+    plan = Plan(EXPANDED, TrainSection(epochs=2, **settings), sharing=found_sharing(EXPANDED) if grouped else None)
     for first, last in ((1, plan._starts[1]), (plan._starts[1] + 1, plan.steps)):
         steps = [Counter(rows_of(plan, number, number)) for number in range(first, last + 1)]
         assert sum(steps, Counter()) == Counter(range(len(EXPANDED)))
@@ -249,7 +253,7 @@ def test_a_budget_of_tokens_holds_for_rows_of_many_examples(settings: dict) -> N
             parts = plan._cutter.micro_batches(rows)
             padded = sum(min(w for w in plan.widths if w >= len(EXPANDED[i].ids)) for part in parts for i in part)
             assert len(rows) == 1 or padded <= tokens
-            assert all(len(part) == 1 or len(part) * plan._width(part) <= tokens for part in parts)
+            assert all(len(part) == 1 or len(part) * plan.width(part) <= tokens for part in parts)
     if tokens == 2000:
         assert plan.rows_per_batch > 3
 
@@ -291,7 +295,7 @@ def test_rows_of_several_examples_are_grouped_by_their_first() -> None:
             made.append(Example([*start, *[100 + row] * (6 * turn)], [0] * (59 + 6 * turn) + [1] * 3))
     examples = Rows(made)
     examples.row_of = np.repeat(np.arange(12), counts)
-    plan = Plan(examples, TrainSection(epochs=1, batch_rows=3), sharing=True)
+    plan = Plan(examples, TrainSection(epochs=1, batch_rows=3), sharing=found_sharing(examples))
     batches = [batch for step in range(1, plan.steps + 1) for batch in plan.step(step)]
     assert Counter(row for batch in batches for row in batch.rows.tolist()) == Counter(range(36))
     assert [sorted({row % 2 for row in plan.rows_of_step(step)}) for step in range(1, 5)].count([0]) == 2

@@ -14,7 +14,7 @@ Legend: B examples of a batch, T tokens, N examples, R rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
@@ -25,12 +25,13 @@ from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.cutting import Cutter, fill
 from mlxtune.data.dataset.dealing import Dealer
 from mlxtune.data.dataset.measured import first_examples, measured
-from mlxtune.data.dataset.sharing import found_sharing, nothing_shared
+from mlxtune.data.dataset.sharing import Sharing, nothing_shared
 from mlxtune.data.dataset.widths import widths
 
 DEFAULT_ROWS = 4
 EVALUATION_TOKENS = 4096  # of a batch of an evaluation, padded, at most
 DEFAULT_EPOCHS = 1.0
+DEALT = "by what they begin with"  # changes when rows that share a beginning are dealt in another way
 PAD = 0  # any id: causal attention keeps padding on the right out of every supervised position
 # Each bucket is a shape, and fewer pad more: 7,473 lognormal lengths (median 207, sigma 0.27, like word problems) are
 # padded by 2.5% with 24 widths, by 5.4% with 12; of chats (median 400, sigma 1, up to 4096) by 7.1% and 15%.
@@ -98,8 +99,10 @@ class Plan:
     or several micro-batches (`cutting`).
     """
 
-    def __init__(self, examples: Sequence[Example], section: TrainSection, sharing: bool = False) -> None:
-        """sharing: examples that begin alike meet, and count with what is computed of them; else each counts whole."""
+    def __init__(self, examples: Sequence[Example], section: TrainSection, sharing: Sharing | None = None) -> None:
+        """sharing: what the examples begin with together, so that those that do meet, and count with what is computed
+        of them; None: each counts whole, and only its length decides what it meets.
+        """
         self.examples = measured(examples)
         self.section = section
         self.sharing = sharing
@@ -113,7 +116,7 @@ class Plan:
         first = np.append(starts, len(lengths))  # [R + 1]: row r has the examples first[r] .. first[r + 1] - 1
         bucket = np.searchsorted(self.widths, lengths)
         padded = np.asarray(self.widths)[bucket]  # [N]
-        shared = found_sharing(self.examples, first) if sharing else nothing_shared(len(lengths), self.rows)
+        shared = sharing or nothing_shared(len(lengths), self.rows)
         # What branches off another example is padded but little: not to the width of its bucket.
         computed = np.where(shared.saved > 0, lengths - shared.saved, padded)  # [N]
         beside = np.add.reduceat(computed, starts) - np.maximum.reduceat(padded, starts)  # [R]
@@ -125,7 +128,7 @@ class Plan:
             beside=beside.tolist(),
             sharing=shared,
         )
-        self._cutter = Cutter(padded, computed, first, size, tokens, shared if sharing else None)
+        self._cutter = Cutter(padded, computed, first, size, tokens, sharing)
         self._epochs: list[list[list[list[int]]]] = []  # epoch -> step -> batch -> row
         self._starts = [0]  # first step (0-based) of each planned epoch
         self.steps = self._all_steps()
@@ -137,6 +140,26 @@ class Plan:
         other = copy(self)
         other._cutter = replace(self._cutter, sharing=None)
         return other
+
+    def with_settings(self, section: TrainSection) -> Plan:
+        """The same examples, which share the same, with other sizes of batches."""
+        other = Plan(self.examples, section, self.sharing)
+        return other if self._cutter.sharing else other.computed_whole()
+
+    @property
+    def shares(self) -> bool:
+        """Whether examples meet because they begin alike, for longer than all rows do."""
+        return self.sharing is not None and self.sharing.beyond_all
+
+    @property
+    def dealt(self) -> str:
+        """How rows are put together, as a checkpoint notes it: a run whose rows were dealt otherwise had other steps.
+        "": by length alone.
+        """
+        if self.sharing is None:
+            return ""
+        counted = self.section.batch_tokens and self.sharing.groups[0].tokens
+        return DEALT if self.shares or counted else ""
 
     def _all_steps(self) -> int:
         """The steps of the run: as many as are asked for, or those of its epochs, of which the last may be a part."""
@@ -167,7 +190,7 @@ class Plan:
         batches = []
         for rows in self._of_step(number):
             for examples in self._cutter.micro_batches(rows):
-                batches.append(collate(self.examples, examples, self._width(examples)))
+                batches.append(collate(self.examples, examples, self.width(examples)))
         return batches
 
     def rows_of_step(self, number: int) -> list[int]:
@@ -181,13 +204,25 @@ class Plan:
         return sum(sizes) / len(sizes)
 
     def shapes(self) -> list[tuple[int, int, int]]:
-        """(examples, width, targets) of every micro-batch of the first epoch."""
+        """(examples, width, targets) of every micro-batch of the first epoch. Where examples of a row share, they count
+        as so many of the full width as have the tokens that the rows compute.
+        """
         targets = self.examples.targets
         shapes = []
-        for rows in self._first_epoch():
-            for examples in self._cutter.micro_batches(rows):
-                shapes.append((len(examples), self._width(examples), int(targets[examples].sum())))
+        for examples in self.micro_batches():
+            width = self.width(examples)
+            shapes.append((self._cutter.whole_examples(examples, width), width, int(targets[examples].sum())))
         return shapes
+
+    def micro_batches(self) -> Iterator[list[int]]:
+        """The examples of every micro-batch of the first epoch."""
+        for rows in self._first_epoch():
+            yield from self._cutter.micro_batches(rows)
+
+    @property
+    def divided(self) -> int:
+        """Rows of the first epoch that are too long for all of their examples to be computed together."""
+        return sum(self._cutter.divided(rows) for rows in self._first_epoch())
 
     def _first_epoch(self) -> list[list[int]]:
         """Its batches of rows."""
@@ -202,5 +237,6 @@ class Plan:
         epoch = int(np.searchsorted(self._starts, number - 1, side="right")) - 1
         return self._epochs[epoch][number - 1 - self._starts[epoch]]
 
-    def _width(self, examples: list[int]) -> int:
+    def width(self, examples: list[int]) -> int:
+        """What the examples of a micro-batch are padded to."""
         return int(self._cutter.padded[examples].max())

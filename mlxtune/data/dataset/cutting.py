@@ -2,15 +2,15 @@
 
 Where nothing is shared, examples of similar length go together, as many as the rows or the tokens of a batch allow.
 Where beginnings are shared, the examples of a row stay together, and rows beside each other that begin alike; what is
-counted is what is computed. Three conversations of 3, 2 and 4 turns, of which the first two begin alike, in 1,000 tokens:
+counted is what is computed. Three conversations in micro-batches of 1,000 tokens:
 
-    row 0    turns of 100, 300 and 500 tokens; each repeats all but 10 of the one before    520 computed
-    row 1    of 200 and 400; the second repeats 180, and 80 are those of row 0              420 computed, less 80
-    row 2    of 300, 600, 900 and 950, each beside what the one before had in common        1,400 computed
+    row 0    examples of 100, 300 and 500 tokens, which begin as the next one does but for 10    10 + 10 + 500
+    row 1    of 200 and 400, but for 20; 80 tokens are those of row 0                            20 + 400 - 80
+    row 2    of 300, 600, 900 and 950, but for 50                                                50 + 50 + 50 + 950
 
-    0.1 0.2 0.3 1.1 1.2    860
-    2.1 2.2 2.3            as many of its turns as go together
-    2.4                    repeats what it begins with
+    rows 0 and 1           860
+    row 2 but its last     50 + 50 + 900
+    its last               950
 
 So a row is divided only where it is too long for a micro-batch of its own, and then its beginning is computed again in
 each part of it. Without a number of tokens, as many are allowed as `train.batch_rows` rows of the longest example have:
@@ -74,6 +74,16 @@ class Cutter:
         examples.sort(key=self.padded.__getitem__)
         return fill(examples, self.padded, self.size, self.tokens or None)
 
+    def whole_examples(self, examples: list[int], width: int) -> int:
+        """How many examples of this width have as many tokens as these compute, each row by itself."""
+        if self.sharing is None:
+            return len(examples)
+        tokens = 0
+        for index, following in zip(examples, [*examples[1:], None], strict=True):
+            branches_off = following == index + 1 and self.sharing.saved[index] > 0
+            tokens += int(self.computed[index]) if branches_off else width
+        return -(-tokens // width)
+
     @property
     def most(self) -> int:
         """Tokens of a micro-batch, as they are computed; a single example may have more."""
@@ -81,6 +91,8 @@ class Cutter:
 
     def divided(self, rows: list[int]) -> int:
         """How many of these rows are too long to be computed together with all of their examples."""
+        if self.sharing is None:
+            return 0
         return sum(self._whole(row) > self.most for row in rows)
 
     def _examples(self, row: int) -> range:

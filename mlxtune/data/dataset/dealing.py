@@ -1,8 +1,8 @@
 """Rows -> batches of rows, in the order of an epoch: similar lengths together, and what begins alike.
 
 Rows wait in buckets of similar length until a batch is full, so an epoch has few shapes (one for each bucket, and
-tails) and its order decides which rows meet. For batches of two rows, widths 10 and 30, and an epoch's order a b c d e of rows
-of 4, 30, 9, 10 and 8 tokens:
+tails) and its order decides which rows meet. For batches of two rows, widths 10 and 30, and an epoch's order a b c d e
+of rows of 4, 30, 9, 10 and 8 tokens:
 
     bucket 10    a c | d e        two full batches
     bucket 30    b                the tail; what is left of a narrower bucket would have come first

@@ -27,6 +27,7 @@ import numpy as np
 
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.beginnings import MIN_GROUP_TOKENS, common, first_target, groups
+from mlxtune.data.dataset.measured import first_examples, measured
 
 MAX_DEPTH = 8  # groups inside one another: a system prompt, a document in it, a part of that, ...
 
@@ -48,6 +49,11 @@ class Sharing:
     group_of: list[int]  # [R] number of the innermost group that a row is in
     groups: list[Group]  # the first has all rows; each comes after the one that it is in
 
+    @property
+    def beyond_all(self) -> bool:
+        """Whether anything is shared but what all rows begin with."""
+        return len(self.groups) > 1 or bool(self.saved.any())
+
     def between(self, one: int, other: int) -> int:
         """Tokens that two rows need compute but once, by the innermost group that both are in."""
         a, b = self.group_of[one], self.group_of[other]
@@ -64,19 +70,22 @@ def nothing_shared(examples: int, rows: int) -> Sharing:
     return Sharing(np.zeros(examples, np.int64), [0] * rows, [Group(0, 0, 0)])
 
 
-def found_sharing(examples: Sequence[Example], first: np.ndarray) -> Sharing:
-    """What these examples share. first: [R + 1] row r has the examples first[r] .. first[r + 1] - 1."""
-    return Sharing(_saved(examples, first), *_Search(examples, first[:-1]).groups())
+def found_sharing(examples: Sequence[Example]) -> Sharing:
+    """What the examples of a run share."""
+    known = measured(examples)
+    firsts = first_examples(known.row_of)
+    return Sharing(_saved(known, firsts), *_Search(known, firsts).groups())
 
 
-def _saved(examples: Sequence[Example], first: np.ndarray) -> np.ndarray:
+def _saved(examples: Sequence[Example], firsts: np.ndarray) -> np.ndarray:
     """[N] of each example the tokens that the next one of its row begins with, before its own first target's predictor;
-    of a row's last one none.
+    of a row's last one none. firsts: [R] the first example of each row.
     """
     saved = np.zeros(len(examples), np.int64)
-    for row in np.flatnonzero(np.diff(first) > 1).tolist():
-        following = examples[int(first[row])]
-        for index in range(int(first[row]), int(first[row + 1]) - 1):
+    ends = np.append(firsts[1:], len(examples))
+    for row in np.flatnonzero(ends - firsts > 1).tolist():
+        following = examples[int(firsts[row])]
+        for index in range(int(firsts[row]), int(ends[row]) - 1):
             example, following = following, examples[index + 1]
             may_share = first_target(example) - 1
             saved[index] = common(example.ids[:may_share], following.ids)
