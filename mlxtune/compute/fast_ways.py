@@ -17,6 +17,7 @@ from mlxtune.config.resolve import Config
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import lengths_of
+from mlxtune.data.dataset.forest import MIN_SUFFIX
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
@@ -159,6 +160,6 @@ def shared_prefix(model: nn.Module, examples: Sequence[Example], config: Config)
     if prefix.caches_for(model) is None:
         return None, f"{begin} some of this model's layers keep more than keys and values"
     limit = extent.longest_alike(model)
-    if limit is not None and lengths_of(examples).max() > limit - prefix.MIN_SUFFIX:
+    if limit is not None and lengths_of(examples).max() > limit - MIN_SUFFIX:
         return None, f"{begin} rows of more than {limit} tokens are rotated otherwise"
     return length, ""
