@@ -25,6 +25,7 @@ from mlxtune.compute.loss import Way
 from mlxtune.config import resolve as configuration
 from mlxtune.config.schema import LoraSection
 from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset import forest
 from mlxtune.data.dataset.batches import Plan, collate
 from mlxtune.model import linux_cpu
 from mlxtune.model.arrays import named
@@ -55,7 +56,7 @@ def test_losses_and_gradients_are_those_of_the_plain_way(kind: str, precision: s
 def test_windows_shorter_and_longer_than_prefix_and_suffix(
     kind: str, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix, "MIN_SAVED", 1e-9)
+    monkeypatch.setattr(forest, "MIN_SAVED", 1e-9)
     common, own = lengths
     found = batch(common, [own, own, own])
     assert prefix.length_for_batch(found, common) == common

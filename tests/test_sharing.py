@@ -119,11 +119,10 @@ def test_every_row_comes_once_per_epoch_with_all_of_its_examples_in_one_step(set
     plan = Plan(rows, TrainSection(epochs=2, **settings), found_sharing(rows))
     orders = []
     for first, last in ((1, plan._starts[1]), (plan._starts[1] + 1, plan.steps)):
-        steps = [
-            [int(index) for batch in plan.step(number) for index in batch.rows] for number in range(first, last + 1)
-        ]
+        numbers = range(first, last + 1)
+        steps = [[int(index) for batch in plan.step(number) for index in batch.rows] for number in numbers]
         assert Counter(index for step in steps for index in step) == Counter(range(len(rows)))
-        told = [sorted(plan.rows_of_step(number)) for number in range(first, last + 1)]
+        told = [sorted(plan.rows_of_step(number)) for number in numbers]
         assert told == [sorted({int(rows.row_of[index]) for index in step}) for step in steps]
         orders.append(told)
     assert orders[0] != orders[1]
@@ -154,7 +153,7 @@ def sum_of_pieces_beyond_the_first(plan: Plan, rows: Rows) -> int:
 
 @pytest.mark.parametrize("settings", BY_TOKENS)
 def test_a_budget_of_tokens_counts_what_is_computed(settings: dict[str, int]) -> None:
-    """Within it is every micro-batch of several examples, and none could take the next row as well."""
+    """Every micro-batch of several examples is within it, and rows need far fewer of them than computed whole."""
     rows = conversations(41)
     tokens = settings["batch_tokens"]
     plan = Plan(rows, TrainSection(epochs=1, **settings), found_sharing(rows))

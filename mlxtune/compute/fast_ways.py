@@ -17,6 +17,7 @@ from mlxtune.config.resolve import Config
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import lengths_of
+from mlxtune.data.dataset.forest import MIN_SUFFIX
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
 from mlxtune.model.corrections import extent
@@ -158,6 +159,6 @@ def against_sharing(model: nn.Module, examples: Sequence[Example], config: Confi
     if prefix.caches_for(model) is None:
         return "some of this model's layers keep more than keys and values"
     limit = extent.longest_alike(model)
-    if limit is not None and lengths_of(examples).max() > limit - prefix.MIN_SUFFIX:
+    if limit is not None and lengths_of(examples).max() > limit - MIN_SUFFIX:
         return f"rows of more than {limit} tokens are rotated otherwise"
     return ""

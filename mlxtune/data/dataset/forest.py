@@ -33,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -79,24 +80,37 @@ class Forest:
         return any(each.is_trunk for each in self.passes)
 
 
-def forest_of(rows: Sequence[Sequence[int]], may_share: Sequence[int]) -> Forest:
+def whole(rows: int, width: int) -> Forest:
+    """One pass of `rows` whole rows of `width` tokens."""
+    return Forest((Pass(tuple(range(rows)), 0, width, None),))
+
+
+def behind_one_trunk(rows: int, width: int, length: int) -> Forest:
+    """A trunk of `length` tokens that `rows` rows of `width` tokens leave at its end; 0: there is none."""
+    if not length:
+        return whole(rows, width)
+    suffix = max(MIN_SUFFIX, width - length)
+    return Forest((Pass((0,), 0, length, None, is_trunk=True), Pass(tuple(range(rows)), length, suffix, 0)))
+
+
+def forest_of(rows: Sequence[Any], may_share: Sequence[int]) -> Forest:
     """The passes for the rows of a micro-batch; a single one, of the whole rows, where sharing gains nothing.
 
     rows: token ids of each, [T] of any lengths from 2 on; may_share: how many leading tokens of each may lie in a
     trunk, which ends before the position that predicts the row's first target.
     """
     lengths = [len(row) - 1 for row in rows]  # the last token predicts nothing
-    whole = Forest((Pass(tuple(range(len(rows))), 0, max(lengths), None),))
+    unshared = whole(len(rows), max(lengths))
     beginnings = [np.asarray(row[:most], np.int32) for row, most in zip(rows, may_share, strict=True)]
     trie = _Trie(beginnings)
     trunks, leaving = _trunks(trie)
     if not trunks:
-        return whole
+        return unshared
     branches: list[Pass] = []
     for trunk, members in leaving.items():
         branches += _branches(members, lengths, trunk)
     forest = Forest((*_as_long_as_needed(trunks, branches), *branches))
-    return forest if forest.computed <= (1 - MIN_SAVED) * whole.computed else whole
+    return forest if forest.computed <= (1 - MIN_SAVED) * unshared.computed else unshared
 
 
 class _Trie:
