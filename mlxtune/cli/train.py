@@ -13,6 +13,7 @@ from mlxtune.cli import common
 if TYPE_CHECKING:
     from mlxtune.compute.counted import Epoch
     from mlxtune.config.resolve import Config
+    from mlxtune.data.dataset.examples import Examples
     from mlxtune.train.reach import LocalOnly
 
 
@@ -150,7 +151,7 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     tokens = int(train.lengths.sum())
     targets = int(train.column("targets").sum())
     out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")
-    out.print(f"tokens computed per epoch: {_computed(planned.computed)}")
+    out.print(f"tokens computed per epoch: {_computed(planned.computed, _once(train))}")
     out.print(f"optimizer steps: {planned.plan.steps}")
     if planned.memory:
         for line in planned.memory.lines():
@@ -161,10 +162,22 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     out.print(Text(planned.config.to_yaml().rstrip()))
 
 
-def _computed(epoch: Epoch) -> str:
-    """What an epoch computes, for people: "284,900, 0.07 of the rows' tokens"."""
+def _once(train: Examples) -> int:
+    """Tokens of all conversations, each rendered once; 0 where not all rows are, or an epoch does not take each."""
+    expansion = train.expansion
+    is_all = expansion.tokens == int(train.lengths.sum())
+    return expansion.once if is_all and not train.weights else 0
+
+
+def _computed(epoch: Epoch, once: int) -> str:
+    """What an epoch computes, for people: "284,900, 0.07 of the rows' tokens, 0.59 of each conversation once".
+
+    once: tokens of all conversations, each rendered once; 0: that is not known.
+    """
     about = "" if epoch.exact else "about "
     text = f"{about}{epoch.computed:,}, {epoch.computed / epoch.tokens:.2f} of the rows' tokens"
+    if once:
+        text += f", {epoch.computed / once:.2f} of those of each conversation rendered once"
     if epoch.divided:
         text += f"; {epoch.divided} rows are too long for one micro-batch, and what they begin with counts again"
     return text

@@ -151,8 +151,8 @@ class TrainSection(Section):
     batch_tokens: int | None = Field(
         None,
         ge=16,
-        description="at most so many tokens, as computed and padded, per batch (one row at least) and micro-batch; "
-        "instead of batch_rows",
+        description="at most so many padded tokens per batch (one row at least) and micro-batch, those that rows share "
+        "counted once; instead of batch_rows",
     )
     accumulate: int = Field(1, ge=1, description="batches of rows per optimizer step")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
