@@ -36,6 +36,7 @@ from mlxtune.compute.checkpointing import checkpointed
 from mlxtune.compute.head import Split
 from mlxtune.compute.stages import Stages
 from mlxtune.data.dataset.batches import Batch
+from mlxtune.data.dataset.forest import Forest
 from mlxtune.machine import backend
 
 CHUNK_BYTES = 64 << 20  # of one chunk's float32 logits, before its rows are rounded to whole tiles
@@ -73,13 +74,13 @@ def plain(model: nn.Module, batch: Batch) -> mx.array:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """A micro-batch as the arrays that a fast way takes. (A compiled function is given them in this order.)"""
+    """A micro-batch as what a fast way takes: arrays, and what they are of."""
 
-    ids: mx.array  # [B, T] int32: every row but its last token, which predicts nothing
-    positions: mx.array  # [N] int32: which of the trunk's outputs, all rows' in one list, predict a supervised token
+    ids: list[mx.array]  # of each pass, [rows, width] int32; a row's last token is in none, for it predicts nothing
+    positions: mx.array  # [N] int32: which of the trunk's outputs, all passes' in one list, predict a supervised token
     targets: mx.array  # [N] int32: those tokens
     weights: mx.array | None  # [N, 1] float32: 0 for targets that only fill up, else 1; None: none of them does
-    prefix: int  # tokens that every row begins with, to be computed once
+    passes: Forest  # which rows each of the passes is of
 
 
 def inputs_of(batch: Batch, shared: int | None, count: int = 0) -> LossInputs:
@@ -87,12 +88,9 @@ def inputs_of(batch: Batch, shared: int | None, count: int = 0) -> LossInputs:
 
     shared: the run's common prefix, None: rows are computed whole; count: N is filled up to so many, 0: it is not.
     """
-    positions, targets = batch.supervised()
-    length = 0
-    if shared is not None:
-        length = prefix.length_for_batch(batch, shared)
-    if length:
-        positions = prefix.positions_of_targets(batch, length)
+    passes = prefix.forest_of_batch(batch, shared)
+    positions = prefix.positions_of_targets(batch, passes)
+    _, targets = batch.supervised()
     weights = None
     if count:
         is_real = np.arange(count) < len(targets)
@@ -100,7 +98,8 @@ def inputs_of(batch: Batch, shared: int | None, count: int = 0) -> LossInputs:
         missing = count - len(targets)
         positions = np.pad(positions, (0, missing), mode="edge")
         targets = np.pad(targets, (0, missing), mode="edge")
-    return LossInputs(mx.array(batch.ids[:, :-1]), mx.array(positions), mx.array(targets), weights, length)
+    ids = [mx.array(prefix.tokens_of(batch, each)) for each in passes.passes]
+    return LossInputs(ids, mx.array(positions), mx.array(targets), weights, passes)
 
 
 def of_batch(model: nn.Module, way: Way, batch: Batch, stages: Stages | None = None) -> mx.array:
@@ -129,11 +128,7 @@ def supervised_outputs(model: nn.Module, split: Split | None, inputs: LossInputs
     [N, V].
     """
     forward: Any = model if split is None else split.hidden
-    if not inputs.prefix:
-        outputs: mx.array = forward(inputs.ids)
-    else:
-        outputs = prefix.in_two_passes(forward, model, inputs.ids, inputs.prefix)
-    return outputs.reshape(-1, outputs.shape[-1])[inputs.positions]
+    return prefix.through(forward, model, inputs.passes, inputs.ids)[inputs.positions]
 
 
 def chunk_rows(width: int, vocabulary: int) -> int:

@@ -197,9 +197,7 @@ class _Pieces:
     def __post_init__(self) -> None:
         self.offset = 0 if self.cache is None else self.cache.offset
 
-    def forward(
-        self, parameters: Any, hidden: mx.array, state: list[mx.array]
-    ) -> tuple[mx.array, list[mx.array]]:
+    def forward(self, parameters: Any, hidden: mx.array, state: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
         """(the block's result [B, T, D], its keys and values where a later pass needs them)."""
         known = _for_all_rows(state, hidden)
         outs: list[mx.array] = []
@@ -255,9 +253,7 @@ class _Pieces:
                 pieces.append(new)
         return [mx.concatenate(pieces, axis=2) for pieces in known]
 
-    def _piece(
-        self, parameters: Any, tokens: mx.array, known: list[mx.array], span: Span
-    ) -> tuple[mx.array, _Piece]:
+    def _piece(self, parameters: Any, tokens: mx.array, known: list[mx.array], span: Span) -> tuple[mx.array, _Piece]:
         """(the block's result of one piece, its cache). known: keys and values of all tokens before it, or []."""
         cache = _Piece(known, self.offset + span[0])
         given = inspect.BoundArguments(self.arguments.signature, self.arguments.arguments.copy())  # type: ignore[arg-type]

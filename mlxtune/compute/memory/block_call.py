@@ -152,7 +152,7 @@ class _AsFunction:
 
         def fill_in(leaf: Any) -> Any:
             if isinstance(leaf, PrefixCache):
-                caches.append(PrefixCache([], leaf.offset))
+                caches.append(leaf.with_state([]))
                 return caches[-1]
             return next(next_inputs) if flows(leaf) else leaf
 
@@ -245,7 +245,7 @@ def _signature(block: nn.Module, args: Any, kwargs: Any, into: bool) -> Any:
 def _shown(leaf: Any) -> Any:
     """What of an argument decides the graph."""
     if isinstance(leaf, PrefixCache):
-        return "cache", leaf.offset, tuple((array.shape, array.dtype) for array in leaf.state)
+        return "cache", leaf.offset, leaf.records, tuple((array.shape, array.dtype) for array in leaf.state)
     if isinstance(leaf, mx.array):
         return leaf.shape, leaf.dtype
     return repr(leaf)

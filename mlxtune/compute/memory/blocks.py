@@ -20,6 +20,7 @@ from mlxtune.adapter.layers import LoRASwitchLinear
 from mlxtune.compute import prefix
 from mlxtune.compute.memory.block_call import Blank, Cost, caches_in, cost_of, each_leaf
 from mlxtune.compute.memory.kernels import Device, TracedSwitch, standing_in
+from mlxtune.data.dataset import forest
 from mlxtune.model.classes import as_classes, calling
 from mlxtune.model.linux_cpu import ORIGINALS
 
@@ -102,15 +103,12 @@ def _traced_at(
             cache.recorded = [blank.zeros() for blank in recorded]
         return each_leaf(called.out, _filled_in)
 
-    ids = mx.zeros((rows, width), mx.int32)
     training = model.training
     model.train()
     try:
         with mx.stream(mx.cpu), standing_in(device), _as_exported(model), _noted(blocks, note):
-            if shared:
-                prefix.in_two_passes(model, model, ids, shared)
-            else:
-                model(ids)
+            passes = forest.behind_one_trunk(rows, width, shared)
+            prefix.through(model, model, passes, [mx.zeros((len(p.rows), p.width), mx.int32) for p in passes.passes])
     finally:
         model.train(training)
     return found

@@ -256,9 +256,7 @@ def _before_last_piece(shape: StepSizes, options: RunOptions) -> StepSizes:
     return replace(shape, prefix=max(1, shape.width - size))
 
 
-def _whole_rows(
-    calls: list[list[Cost]], shape: StepSizes, options: RunOptions, width: int
-) -> list[_WholeRows]:
+def _whole_rows(calls: list[list[Cost]], shape: StepSizes, options: RunOptions, width: int) -> list[_WholeRows]:
     """Of each block. calls: the two calls of a block, of the prefix and of the last piece.
 
     What the first gives is its result [1, P, D], and its keys and values.
