@@ -291,7 +291,8 @@ def _smaller_settings(
     if checkpoints and not in_pieces(section):
         section = section.model_copy(update={"checkpoint_layers": "all"})
         yield section
-    for section in _smaller_batches(section, widest):
+    for smaller in _smaller_batches(section, widest):
+        section = smaller
         yield section
     if may_divide and widest > pieces.TOKENS:
         for how in ("pieces", "nested"):

@@ -27,6 +27,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -93,6 +94,7 @@ class _Memory:
     def run(self, pieces: _Pieces) -> mx.array:
         """The block's result [B, T, D], of which a gradient keeps no more than the group's first input."""
         cache, hidden = pieces.cache, pieces.hidden
+        assert hidden is not None
         before = self._before(hidden)
         call = _Call(pieces, pieces.block.trainable_parameters(), cache.state if cache else [], before)
 
@@ -159,7 +161,7 @@ class _Call:
             group.insert(0, group[0].before)
         assert group[0].kept is not None
         hidden = mx.depends([group[0].kept], after)[0]
-        for call, following in zip(group, group[1:], strict=False):
+        for call, following in pairwise(group):
             hidden, _ = call.pieces.forward(call.parameters, hidden, call.state)
             following.again = hidden
 
@@ -209,7 +211,7 @@ class _Pieces:
             known = cache.all
             outs.append(out)
             _later(self.stages, [out, *known])
-        records = self.cache is not None and not state
+        records = self.cache is not None and self.cache.records
         return mx.concatenate(outs, axis=1), known if records else []
 
     def backward(
@@ -231,7 +233,8 @@ class _Pieces:
             d_own = [d[:, :, first:end].astype(array.dtype) for d, array in zip(d_known, known, strict=True)]
 
             def piece(given: Any, span: Span = span) -> list[mx.array]:
-                out, cache = self._piece(*given, span)
+                parameters, tokens, known = given
+                out, cache = self._piece(parameters, tokens, known, span)
                 return [out, *cache.own]
 
             new, of_tokens, of_known = _gradients(piece, given, [d_out[:, slice(*span)], *d_own])
@@ -256,7 +259,7 @@ class _Pieces:
     def _piece(self, parameters: Any, tokens: mx.array, known: list[mx.array], span: Span) -> tuple[mx.array, _Piece]:
         """(the block's result of one piece, its cache). known: keys and values of all tokens before it, or []."""
         cache = _Piece(known, self.offset + span[0])
-        given = inspect.BoundArguments(self.arguments.signature, self.arguments.arguments.copy())  # type: ignore[arg-type]
+        given = inspect.BoundArguments(self.arguments.signature, self.arguments.arguments.copy())
         before_piece = known[0].shape[2] if known else 0
         given.arguments.update({_hidden_name(given): tokens, "mask": self._mask(span, before_piece), "cache": cache})
         before = self.block.trainable_parameters()
