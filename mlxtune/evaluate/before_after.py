@@ -30,8 +30,8 @@ class Answering:
 class Asked:
     """What is asked, and how."""
 
-    suite: Suite
-    sampling: Sampling
+    suite: Suite  # prompts, and their checks
+    sampling: Sampling  # how answers are chosen, and how long they may be
     samples: int = 1  # answers to each prompt
     gates: Sequence[Gate] = ()  # that the result is held to
     notes: Sequence[str] = ()  # what else a person must know of these prompts
