@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from mlxtune.data.rows.formats import Record
+from mlxtune.data.survey.refusals import refuses
 
 SHORT_WORDS = 3  # an answer of fewer words is very short
 LONG_CHARACTERS = 200  # from this length on an answer is expected to end like a sentence
@@ -29,12 +30,6 @@ EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?!example\.)[\w-]{1,63}\.(?!exam
 # UTF-8 read as Latin-1 or Windows-1252; the replacement character; control characters that no text has.
 ENCODING = re.compile(r"\ufffd|Ã[\x80-\xbf©¨¼¶¤±³¡ª«­®¯²]|â€[™œ\x9d“”˜¦]|Â[\xa0»«°·]|[\x00-\x08\x0b\x0e-\x1f]")
 MARKUP = re.compile(r"&(?:amp|lt|gt|quot|nbsp|#\d+);")
-REFUSAL = re.compile(
-    r"\s*(?:i['’]?m sorry|i am sorry|sorry|i apologi[sz]e)?\W{0,3}(?:but )?"
-    r"(?:(?:as an ai\b|i(?:['’]m| am) (?:unable|not able)|i (?:cannot|can['’]?t|won['’]?t|do not have the ability))|"
-    r"i['’]?m sorry, but)",
-    re.IGNORECASE,
-)
 _ENDS = tuple(".!?…\"'”’)]}>`*_|~:;。！？」』】）；：।؟\u200d") + tuple("0123456789")
 
 
@@ -95,7 +90,7 @@ def has_cut_answer(texts: RowTexts) -> bool:
 
 
 def has_refusal(texts: RowTexts) -> bool:
-    return any(REFUSAL.match(answer) for answer in texts.answers)
+    return any(refuses(answer) for answer in texts.answers)
 
 
 def seems_cut_off(answer: str) -> bool:

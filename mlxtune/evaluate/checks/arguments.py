@@ -19,7 +19,7 @@ from mlxtune.errors import did_you_mean
 from mlxtune.evaluate.checks.check import Rule
 
 if TYPE_CHECKING:
-    from mlxtune.evaluate.checks.sandbox.sandbox import Sandbox
+    from mlxtune.evaluate.checks.sandbox.sandbox import Programs
 
 
 class CheckError(Exception):
@@ -35,8 +35,7 @@ class Place:
     """Where checks are written, and what they may lean on."""
 
     folder: Path  # files that a check names lie here, or below
-    run_code: bool = False  # the user allows programs to be run
-    sandbox: Sandbox | None = None  # where they run
+    programs: Programs  # whether programs may be run, and where
     files: dict[Path, bytes] = field(default_factory=dict)  # what was read for checks, which is part of the suite
 
     def read(self, name: str) -> bytes:
@@ -102,7 +101,7 @@ class Arguments:
         """One of some words; default: None where it must be given."""
         value = self._value(name, default)
         if value not in allowed:
-            raise CheckError(f"{name} is {value!r}", did_you_mean(str(value), allowed, "Allowed:").replace(": :", ":"))
+            raise CheckError(f"{name} is {value!r}", did_you_mean(str(value), allowed, "Allowed"))
         return str(value)
 
     def _value(self, name: str, default: Any) -> Any:
