@@ -98,8 +98,9 @@ def _shuffled(text: str, chance: random.Random) -> str:
     parts = re.split(r"(?<=[.!?])\s+", text.strip())
     if len(parts) < 3:
         parts = text.split()
+    before = list(parts)
     chance.shuffle(parts)
-    return " ".join(parts)
+    return " ".join(parts if parts != before else reversed(parts))
 
 
 def _plain(text: str) -> str:

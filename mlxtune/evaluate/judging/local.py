@@ -19,9 +19,10 @@ from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.engines import beginning, proof
 from mlxtune.evaluate.engines.beginning import Beginning
-from mlxtune.evaluate.engines.decode import Counted, own_caches, prefill
+from mlxtune.evaluate.engines.decode import PREFILL, Counted, own_caches, prefill
 from mlxtune.evaluate.engines.request import Messages
 from mlxtune.evaluate.judging.judge import Probabilities
+from mlxtune.model.corrections.extent import longest_alike
 from mlxtune.model.load import Loaded
 
 OPENING = "[["  # of a reply
@@ -49,10 +50,12 @@ class LocalJudge:
             ids, choice = self._as_asked(prompt, labels)
             rows.append(ids)
             choices.append(choice)
-        shared = beginning.shared(rows)
+        limit = longest_alike(self.loaded.model)
+        may_part = limit is None or max(map(len, rows)) <= limit  # else a row's first part would be rotated as short
+        shared = beginning.shared(rows) if may_part else []
         if shared:
             by_length = sorted(rows, key=len)
-            why = proof.wrong_together(self.model, [by_length[0], by_length[-1]], shared)
+            why = proof.wrong_together(Counted(self.model.model), [by_length[0], by_length[-1]], shared)
             if why:
                 self._say(f"the judge's prompts are computed whole: {why}")
                 shared = []
@@ -98,7 +101,7 @@ class LocalJudge:
         caches = begin.under(1) if begin.tokens else own_caches(self.model)
         unseen = ids[begin.tokens : -1]
         if unseen:
-            prefill(self.model, caches, [unseen])
+            prefill(self.model, caches, [unseen], max(PREFILL, len(unseen)))
         logits = self.model(mx.array([ids[-1:]]), caches)[0, -1].astype(mx.float32)
         chances: Probabilities = mx.softmax(logits[mx.array(choice)]).tolist()  # type: ignore[assignment]
         return chances

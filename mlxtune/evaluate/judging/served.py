@@ -1,7 +1,7 @@
 """A server as a judge: the chances of its labels where it tells them, else its reply, read strictly.
 
 The reply has to be [[A]] and nothing else. Anything else is a failure that is counted; no default stands for it, and
-nothing is searched for in prose. Where the server gives `top_logprobs`, they say how likely each label was at its place.
+nothing is searched for in prose. Where the server gives `top_logprobs`, they say how likely each label was there.
 """
 
 from __future__ import annotations
