@@ -155,7 +155,7 @@ class Journal:
         """Whole or not at all."""
         if self.folder is None:
             return
-        text = json_text({"identity": self.identity, "plans": self.plans, "notes": self.notes}, indent=1) + "\n"
+        text = json_text({"identity": self.identity, "plans": self.plans, "notes": self.notes}) + "\n"
         new = self.folder / NEW_NAME
         with explained(new), new.open("w", encoding="utf-8") as file:
             file.write(text)
