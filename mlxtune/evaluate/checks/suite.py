@@ -130,7 +130,10 @@ def _records(path: Path, columns: dict[str, str]) -> Iterator[Record]:
             bad.append(Bad(str(path), record.row, "a row of text has no prompt and no answer"))
         elif not bad:
             yield record
-    require_good(bad, total)
+    try:
+        require_good(bad, total)
+    except UserError as error:  # whose own hint leads to `data check`, which knows nothing of suites
+        raise UserError(error.message, "Mend these rows, or remove them.") from None
 
 
 def _usual_rows(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]] | Bad]:
