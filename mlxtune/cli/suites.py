@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,6 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     from mlxtune.evaluate.checks.suite import read_suite
     from mlxtune.evaluate.comparison.gate import UNMET, Gate, require_known
     from mlxtune.evaluate.engines.sampling import Sampling
-    from mlxtune.machine import backend
 
     model, against = Party(wanted.model, wanted.adapter), None
     model.refuse_idle("--model")
@@ -101,13 +99,12 @@ def ask(wanted: Wanted, as_json: bool) -> None:
         sides = _sides(model, against, sampling, wanted.allow_remote)
         notes = _overlaps(suite.rows, wanted.adapter)
         asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged)
-        computed = f"MLX {version('mlx')} on {backend.kind()}, mlx-lm {version('mlx-lm')}"
         with common.console().status("answering") as status:
 
             def told(side: str, done: int, every: int) -> None:
                 status.update(f"{side}: {done} of {every} answers")
 
-            result = before_after.evaluate(asked, sides, wanted.out, computed, told)
+            result = before_after.evaluate(asked, sides, wanted.out, told).document
     _say(result, as_json)
     unmet = [gate for gate in result.get("gates", []) if not gate["met"]]
     for gate in unmet:

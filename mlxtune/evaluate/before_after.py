@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlxtune.evaluate.engines.journal import Journal, Told
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
 from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.judging.report import Judging, judge_evaluation
+from mlxtune.machine import backend
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Answering:
 class Asked:
     """What is asked, and how."""
 
-    suite: Suite
-    sampling: Sampling
+    suite: Suite  # prompts, and their checks
+    sampling: Sampling  # how answers are chosen, and how long they may be
     samples: int = 1  # answers to each prompt
     gates: Sequence[Gate] = ()  # that the result is held to
     notes: Sequence[str] = ()  # what else a person must know of these prompts
@@ -46,15 +48,24 @@ class Asked:
         return found
 
 
-def evaluate(
-    asked: Asked, sides: Mapping[Side, Answering], out: Path | None, computed: str, told: Told = lambda *_: None
-) -> dict[str, Any]:
-    """The document of an evaluation, as `--json` prints it.
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
 
-    sides: "base", and "tuned" where there are two; out: the folder where it is kept, None for nowhere; computed: by
-    what, for answers differ in their last bits between versions and devices; told: called as answers come. Raises
-    UserError for a folder that holds something else, and whatever the engines raise.
+    document: dict[str, Any]  # as `--json` prints it
+    answers: dict[Side, list[Answer]]  # of each side, in the order of the requests
+
+
+def evaluate(
+    asked: Asked, sides: Mapping[Side, Answering], out: Path | None = None, told: Told = lambda *_: None
+) -> Outcome:
+    """Have every side answer, and compare them.
+
+    sides: "base", and "tuned" where there are two; out: the folder where it is kept, None for nowhere; told: called as
+    answers come. Raises UserError for a folder that holds something else, and whatever the engines raise.
     """
+    # Answers may differ in their last bits between versions and devices.
+    computed = f"MLX {version('mlx')} on {backend.kind()}, mlx-lm {version('mlx-lm')}"
     sampling = {**asdict(asked.sampling), "samples": asked.samples}
     rows = asked.suite.rows
     suite = {"name": asked.suite.path.name, "digest": asked.suite.digest}
@@ -87,7 +98,7 @@ def evaluate(
         summary["gates"] = results(asked.gates, held_to, nothing)
     if out is not None:
         kept.write_results(out, scores, summary)
-    return summary
+    return Outcome(summary, answers)
 
 
 def _notes(

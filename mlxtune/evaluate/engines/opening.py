@@ -10,9 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from mlxtune.evaluate.engines.server import is_address
-
 REPLAY = "replay:"
+ADDRESSES = ("http://", "https://")
 
 Kind = Literal["replay", "server", "model"]
 
@@ -20,7 +19,7 @@ Kind = Literal["replay", "server", "model"]
 def kind_of(spelled: str) -> Kind:
     if spelled.startswith(REPLAY):
         return "replay"
-    return "server" if is_address(spelled) else "model"
+    return "server" if spelled.startswith(ADDRESSES) else "model"
 
 
 def replayed_file(spelled: str) -> Path:

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlxtune_convert.shown import brief
+from mlxtune_convert.sizes import size
 
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.request import Answer, Request
@@ -29,7 +30,7 @@ HERE = ("127.0.0.1", "localhost", "::1")  # hosts that are this machine
 KEY = "MLXTUNE_API_KEY"  # of a server that wants one
 AT_ONCE = 4  # requests under way; servers that take one at a time let the others wait
 SECONDS = 600.0  # that an answer may take
-MOST_BYTES = 64 << 20  # of a reply
+MOST_BYTES = 64_000_000  # of a reply
 LISTED = 8  # models that an error names
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 
@@ -146,7 +147,7 @@ class Server:
                 raise UserError(f"{self.url} gives no answer in {SECONDS:.0f} s") from error
             raise UserError(f"no server answers at {self.url} ({brief(str(reason))})", "Is it running?") from error
         if len(text) > MOST_BYTES:
-            raise UserError(f"{self.url}{path} replies with more than {MOST_BYTES >> 20} MiB")
+            raise UserError(f"{self.url}{path} replies with more than {size(MOST_BYTES)}")
         try:
             reply = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -154,10 +155,6 @@ class Server:
         if not isinstance(reply, dict):
             raise UserError(f"{self.url}{path} replies with what is no JSON object", "Most addresses end in /v1.")
         return reply
-
-
-def is_address(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
 
 
 def _require_address(address: str, allow_remote: bool) -> None:
