@@ -256,9 +256,7 @@ def _before_last_piece(shape: StepSizes, options: RunOptions) -> StepSizes:
     return replace(shape, prefix=max(1, shape.width - size))
 
 
-def _whole_rows(
-    calls: list[list[Cost]], shape: StepSizes, options: RunOptions, width: int
-) -> list[_WholeRows]:
+def _whole_rows(calls: list[list[Cost]], shape: StepSizes, options: RunOptions, width: int) -> list[_WholeRows]:
     """Of each block. calls: the two calls of a block, of the prefix and of the last piece.
 
     What the first gives is its result [1, P, D], and its keys and values.
@@ -282,8 +280,7 @@ def _in_pieces(blocks_: list[_WholeRows], held: int, options: RunOptions, in_blo
     for place, block in enumerate(blocks_):
         forward = block.given + block.keys + block.piece.forward
         yield _Moment(activations=held + forward, dense_copies=in_block)
-        of_group = min(group, len(blocks_) - place + place % group) - 1  # inputs that are computed again
-        again = of_group * block.given if place % group else 0
+        again = place % group * block.given  # the group's inputs up to this one, computed again
         of_keys = block.keys + round(block.keys * FULL / options.item)
         back = 2 * block.given + of_keys + max(of_keys, block.piece.again)
         yield _Moment(activations=held + again + back, dense_copies=in_block)
