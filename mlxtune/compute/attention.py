@@ -117,7 +117,7 @@ class Chunked:
                 # Each chunk waits for the one before: computed ahead, all their scores would be alive at once.
                 queries = mx.depends([queries], [outs[-1]])[0]
             seen = self._seen(mask, q, k, first, end)
-            scores = _scores(queries, k[:, :, seen.first : seen.end], scale, seen.bias)
+            scores = _scores(queries, k[:, :, seen.first : seen.end], scale, seen)
             highest = scores.max(axis=-1, keepdims=True)
             if sinks is not None:
                 highest = mx.maximum(highest, _of_heads(sinks, scores.dtype))
@@ -152,11 +152,13 @@ class Chunked:
             seen = self._seen(mask, q, k, first, end)
             keys, values = k[:, :, seen.first : seen.end], v[:, :, seen.first : seen.end]
             part = slice(first, end)
-            scores = _scores(queries, keys, scale, seen.bias)
+            scores = _scores(queries, keys, scale, seen)
             weights = mx.exp(scores - largest[:, :, part]) * inverse[:, :, part]
             d_out = cotangent[:, :, part]
             d_weights = _product(d_out, values.swapaxes(-1, -2)).astype(wide)
             d_scores = (weights * (d_weights - common[:, :, part])).astype(q.dtype)
+            if seen.rows is not None:  # a row of padding that sees no key has weights all the same
+                d_scores = mx.where(seen.rows, d_scores, mx.array(0.0, q.dtype))
             d_q.append(_product(d_scores, keys) * scale)
             of_keys = _summed_over_queries(d_scores, queries, k) * scale
             of_values = _summed_over_queries(weights.astype(v.dtype), d_out, v)
@@ -179,14 +181,11 @@ class Chunked:
         """What some queries see. mask: None, "causal", or booleans of a shape that broadcasts to [B, H, T, S]."""
         count = k.shape[2]
         if mask is None:
-            return _Seen(0, count, None)
-        wide = _wide(q.dtype)
+            return _Seen(0, count)
         reach = self.masks.reach(mask, q.shape[2], count)
         if reach is not None:
-            return _Seen(*reach.keys(first, end), reach.bias(first, end, wide))
-        rows = mask if mask.shape[-2] == 1 else mask[..., first:end, :]
-        # A row of padding may see no key at all: finite, as in MLX.
-        return _Seen(0, count, mx.where(rows, mx.array(0.0, wide), mx.array(mx.finfo(wide).min, wide)))
+            return _Seen(*reach.keys(first, end), bias=reach.bias(first, end, _wide(q.dtype)))
+        return _Seen(0, count, rows=mask if mask.shape[-2] == 1 else mask[..., first:end, :])
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,8 @@ class _Seen:
 
     first: int  # of them
     end: int  # the one after the last
-    bias: mx.array | None  # what is added to the scores, of a shape that broadcasts to theirs; None: nothing
+    bias: mx.array | None = None  # [C, keys], what is added to the scores; None: nothing
+    rows: mx.array | None = None  # booleans that broadcast to the scores, true where a key is seen; None: all are
 
 
 def queries_at_once() -> int:
@@ -262,10 +262,14 @@ def _with_gradients(
     return result
 
 
-def _scores(q: mx.array, k: mx.array, scale: float, bias: mx.array | None) -> mx.array:
+def _scores(q: mx.array, k: mx.array, scale: float, seen: _Seen) -> mx.array:
     """[B, H, C, keys] in float32 (a test's float64 stays)."""
     scores = _product(q * scale, k.swapaxes(-1, -2)).astype(_wide(q.dtype))
-    return scores if bias is None else scores + bias
+    if seen.bias is not None:
+        return scores + seen.bias
+    if seen.rows is not None:  # finite, as in MLX: a row of padding may see no key at all
+        return mx.where(seen.rows, scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
+    return scores
 
 
 def _product(x: mx.array, matrix: mx.array) -> mx.array:

@@ -291,13 +291,14 @@ def _smaller_settings(
     if checkpoints and not in_pieces(section):
         section = section.model_copy(update={"checkpoint_layers": "all"})
         yield section
+    smallest = section
     for smaller in _smaller_batches(section, widest):
-        section = smaller
-        yield section
+        smallest = smaller
+        yield smaller
     if may_divide and widest > pieces.TOKENS:
         for how in ("pieces", "nested"):
             if asked not in (how, "nested"):
-                yield section.model_copy(update={"checkpoint_layers": how})
+                yield smallest.model_copy(update={"checkpoint_layers": how})
 
 
 def _smaller_batches(section: TrainSection, widest: int) -> Iterator[TrainSection]:

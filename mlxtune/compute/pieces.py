@@ -26,6 +26,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -69,12 +70,12 @@ def _remembering(kind: type, memory: _Memory) -> type:
             _later(memory.stages, leaf)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        in_pieces = _in_pieces(self, kind, args, kwargs, memory)
-        if in_pieces is None:
+        found = _in_pieces(self, kind, args, kwargs, memory)
+        if found is None:
             memory.last = None
             out = checkpointed_call(self, kind.__call__, (args, kwargs))
         else:
-            out = memory.run(in_pieces)
+            out = memory.run(*found)
         tree_map(note, out)
         return out
 
@@ -91,12 +92,15 @@ class _Memory:
     stages: Stages | None  # what is to be computed one after the other; None: nobody asks
     last: tuple[mx.array, _Call] | None = None  # the newest block's result, and its call
 
-    def run(self, pieces: _Pieces) -> mx.array:
+    def run(self, pieces: _Pieces, hidden: mx.array) -> mx.array:
         """The block's result [B, T, D], of which a gradient keeps no more than the group's first input."""
-        cache, hidden = pieces.cache, pieces.hidden
-        assert hidden is not None
-        before = self._before(hidden)
-        call = _Call(pieces, pieces.block.trainable_parameters(), cache.state if cache else [], before)
+        cache = pieces.cache
+        state = [] if cache is None else cache.state
+        call = _Call(pieces, pieces.block.trainable_parameters(), state, self._before(hidden))
+        if call.before is None:
+            call.kept = hidden
+        else:
+            call.place = call.before.place + 1
 
         @mx.custom_function
         def block(parameters: Any, hidden: mx.array, state: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
@@ -137,13 +141,6 @@ class _Call:
     kept: mx.array | None = None  # the input, where it is kept
     place: int = 0  # in its group
     again: mx.array | None = None  # the input, computed again
-
-    def __post_init__(self) -> None:
-        if self.before is None:
-            self.kept = self.pieces.hidden
-        else:
-            self.place = self.before.place + 1
-        self.pieces.hidden = None  # else it would be kept by each of them
 
     def input_again(self, hidden: mx.array, after: list[mx.array]) -> mx.array:
         """The input, not to be computed before `after` is. hidden: the one that would be kept by being used."""
@@ -187,8 +184,8 @@ class _Pieces:
 
     block: nn.Module
     function: Callable[..., Any]  # the block's own call
-    arguments: inspect.BoundArguments  # of the call, the block itself the first
-    hidden: mx.array | None  # [B, T, D], what the block is given
+    # Of the call: the block itself, and the others in their order; hidden states, mask and cache are those of a piece.
+    arguments: inspect.BoundArguments
     mask: Any  # "causal", or booleans that broadcast to [B, heads, T, P + T]
     cache: PrefixCache | None  # of the call
     spans: list[Span]  # the pieces
@@ -233,8 +230,8 @@ class _Pieces:
             d_own = [d[:, :, first:end].astype(array.dtype) for d, array in zip(d_known, known, strict=True)]
 
             def piece(given: Any, span: Span = span) -> list[mx.array]:
-                parameters, tokens, known = given
-                out, cache = self._piece(parameters, tokens, known, span)
+                parameters, tokens, before = given
+                out, cache = self._piece(parameters, tokens, before, span)
                 return [out, *cache.own]
 
             new, of_tokens, of_known = _gradients(piece, given, [d_out[:, slice(*span)], *d_own])
@@ -259,7 +256,8 @@ class _Pieces:
     def _piece(self, parameters: Any, tokens: mx.array, known: list[mx.array], span: Span) -> tuple[mx.array, _Piece]:
         """(the block's result of one piece, its cache). known: keys and values of all tokens before it, or []."""
         cache = _Piece(known, self.offset + span[0])
-        given = inspect.BoundArguments(self.arguments.signature, self.arguments.arguments.copy())
+        given = copy(self.arguments)
+        given.arguments = given.arguments.copy()
         before_piece = known[0].shape[2] if known else 0
         given.arguments.update({_hidden_name(given): tokens, "mask": self._mask(span, before_piece), "cache": cache})
         before = self.block.trainable_parameters()
@@ -285,8 +283,12 @@ class _Pieces:
         return self.mask[..., first:end, keys_end - before - (end - first) : keys_end]
 
 
-def _in_pieces(block: nn.Module, kind: type, args: Any, kwargs: Any, memory: _Memory) -> _Pieces | None:
-    """The call in pieces; None where that cannot be: it is given more than what is known to go token by token."""
+def _in_pieces(
+    block: nn.Module, kind: type, args: Any, kwargs: Any, memory: _Memory
+) -> tuple[_Pieces, mx.array] | None:
+    """(the call in pieces, its hidden states [B, T, D]); None where that cannot be: the block is given more than what
+    is known to go token by token.
+    """
     signature = _signature(kind)
     if signature is None:
         return None
@@ -308,7 +310,8 @@ def _in_pieces(block: nn.Module, kind: type, args: Any, kwargs: Any, memory: _Me
     rows, width, _ = hidden.shape
     size = max(1, memory.tokens // rows) if memory.tokens else width
     spans = [(first, min(width, first + size)) for first in range(0, width, size)]
-    return _Pieces(block, kind.__call__, given, hidden, mask, cache, spans, memory.masks, memory.stages)
+    given.arguments[_hidden_name(given)] = None  # else it would be kept with the call
+    return _Pieces(block, kind.__call__, given, mask, cache, spans, memory.masks, memory.stages), hidden
 
 
 def _signature(kind: type) -> inspect.Signature | None:

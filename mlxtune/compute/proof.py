@@ -110,10 +110,10 @@ def prove(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, room: Room)
 
 
 def _divided(way: Way, batch: Batch) -> Way:
-    """The way with chunks and pieces that are short enough for the proof's rows to have several."""
+    """The way with pieces that are short enough for the proof's rows to have several, of several chunks each."""
     rows, width = batch.ids.shape
-    share = max(2, width // PARTS)
-    return replace(way, queries=min(way.queries, share), tokens=min(way.tokens, rows * share))
+    piece = max(2, width // PARTS)
+    return replace(way, queries=min(way.queries, piece // 2), tokens=min(way.tokens, rows * piece))
 
 
 @contextmanager

@@ -71,7 +71,8 @@ def standing_in(device: Device) -> Iterator[None]:
     if device.powers:
         kinds.append(LinuxCpu())
     other = linux_cpu.mlx_attention if device.kind == "cpu" else _attention_of(device)
-    with attention.standing_in(OwnAttention(kinds, other) if kinds else other, masks), _norms_of(device):
+    attend = OwnAttention(kinds, other) if kinds else other
+    with attention.standing_in(attend, masks), _norms_of(device), _exponentials_of(device):
         yield
 
 
@@ -86,6 +87,18 @@ def _attention_of(device: Device) -> Callable[..., mx.array]:
         return linux_cpu.mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
 
     return attend
+
+
+@contextmanager
+def _exponentials_of(device: Device) -> Iterator[None]:
+    """Inside, an exponential is as many operations as on this device: they decide how far the CPU runs ahead."""
+    functions: Any = mx
+    before = mx.exp
+    functions.exp = linux_cpu.exp if device.powers else linux_cpu.mlx_exp
+    try:
+        yield
+    finally:
+        functions.exp = before
 
 
 @contextmanager

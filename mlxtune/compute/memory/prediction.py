@@ -280,8 +280,7 @@ def _in_pieces(blocks_: list[_WholeRows], held: int, options: RunOptions, in_blo
     for place, block in enumerate(blocks_):
         forward = block.given + block.keys + block.piece.forward
         yield _Moment(activations=held + forward, dense_copies=in_block)
-        of_group = min(group, len(blocks_) - place + place % group) - 1  # inputs that are computed again
-        again = of_group * block.given if place % group else 0
+        again = place % group * block.given  # the group's inputs up to this one, computed again
         of_keys = block.keys + round(block.keys * FULL / options.item)
         back = 2 * block.given + of_keys + max(of_keys, block.piece.again)
         yield _Moment(activations=held + again + back, dense_copies=in_block)
