@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.compute import loss, prefix, stages
+from mlxtune.compute import loss, parts, prefix, stages
 from mlxtune.compute.checkpointing import recomputed
 from mlxtune.compute.loss import LossInputs, Way
 from mlxtune.compute.memory import prediction
@@ -122,7 +122,11 @@ class Gradients:
         training = self.model.training
         self.model.train()  # mlx-lm's recurrent layers have kernels for generating that know no gradient
         try:
-            with recomputed(self.model, self.way.recompute, to_compute), as_powers_of_two(self.way.powers):
+            with (
+                parts.within(self.model, self.way.parts, self.way.recompute),
+                recomputed(self.model, self.way.recompute, to_compute),
+                as_powers_of_two(self.way.powers),
+            ):
                 value, gradients = nn.value_and_grad(self.model, summed)()
         finally:
             self.model.train(training)

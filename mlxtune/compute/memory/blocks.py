@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.adapter.layers import LoRASwitchLinear
-from mlxtune.compute import prefix
+from mlxtune.compute import parts, prefix
 from mlxtune.compute.memory.block_call import Blank, Cost, caches_in, cost_of, each_leaf
 from mlxtune.compute.memory.kernels import Device, TracedSwitch, standing_in
 from mlxtune.model.classes import as_classes, calling
@@ -106,7 +106,13 @@ def _traced_at(
     training = model.training
     model.train()
     try:
-        with mx.stream(mx.cpu), standing_in(device), _as_exported(model), _noted(blocks, note):
+        with (
+            mx.stream(mx.cpu),
+            standing_in(device),
+            _as_exported(model),
+            parts.within(model, device.parts),
+            _noted(blocks, note),
+        ):
             if shared:
                 prefix.in_two_passes(model, model, ids, shared)
             else:
