@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.compute import attention, pieces, prefix
+from mlxtune.compute import attention, parts, pieces, prefix
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.precision import in_float32
@@ -31,12 +31,18 @@ def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
     last. Always as many.
     """
     without_prefix = replace(wanted, prefix=None)
-    slower = replace(wanted, powers=False, compiled=False, queries=0)
+    without_parts = replace(wanted, parts=())
+    slower = replace(without_parts, powers=False, compiled=False, queries=0)
     head_alone = replace(slower, prefix=None)
     plain = Way()
+    without_one = []
+    for part in parts.PARTS:  # also those that are not on: the list is then as long on every rank
+        without_one.append((replace(wanted, parts=tuple(name for name in wanted.parts if name != part)), True))
     return [
         (wanted, True),
         (without_prefix, True),
+        *without_one,
+        (without_parts, True),
         (slower, True),
         (head_alone, True),
         (plain, True),
@@ -47,28 +53,29 @@ def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
 
 def describe(way: Way) -> str:
     """For people: what a way leaves out."""
-    parts = []
+    short_cuts = []
     if way.split is not None:
-        parts.append("the head on supervised tokens only")
+        short_cuts.append("the head on supervised tokens only")
     if way.prefix:
-        parts.append(f"the shared prefix of {way.prefix} tokens once")
+        short_cuts.append(f"the shared prefix of {way.prefix} tokens once")
     elif way.prefix == 0:
-        parts.append("what a batch shares once")
+        short_cuts.append("what a batch shares once")
     if way.recompute == 1:
-        parts.append("every block checkpointed")
+        short_cuts.append("every block checkpointed")
     elif way.recompute:
-        parts.append(f"one in {way.recompute} blocks checkpointed")
+        short_cuts.append(f"one in {way.recompute} blocks checkpointed")
     if way.tokens:
-        parts.append(f"in pieces of {way.tokens} tokens")
+        short_cuts.append(f"in pieces of {way.tokens} tokens")
     if way.nested:
-        parts.append(f"one input kept of {way.nested} blocks")
+        short_cuts.append(f"one input kept of {way.nested} blocks")
     if way.queries:
-        parts.append("no scores of attention kept")
+        short_cuts.append("no scores of attention kept")
+    short_cuts += [parts.PARTS[name].says for name in parts.in_use(way.parts, way.recompute)]
     if way.powers:
-        parts.append("exponentials as powers of two")
+        short_cuts.append("exponentials as powers of two")
     if way.compiled:
-        parts.append("compiled")
-    return ", ".join(parts) or "everything, no short cut"
+        short_cuts.append("compiled")
+    return ", ".join(short_cuts) or "everything, no short cut"
 
 
 def fastest_way(
@@ -118,15 +125,17 @@ def expected_way(model: nn.Module, examples: Sequence[Example], config: Config, 
 
 def _for_device(way: Way, model: nn.Module, examples: Sequence[Example], config: Config) -> Way:
     """The way with what makes it fast on this device."""
+    fast = way.split is not None or way.prefix is not None  # where neither is wanted, the plain way is
+    powers = linux_cpu.worth_it() and fast
     queries = attention.queries_at_once() if lengths_of(examples).max() > attention.LONG else 0
-    powers = linux_cpu.worth_it() and (way.split is not None or way.prefix is not None)
     compiled = (
         backend.policy().compiled
         and way.split is not None
         and not _noise(config)
         and prefix.caches_for(model) is not None  # others may go token by token: such graphs grow with the row
     )
-    return replace(way, powers=powers, compiled=compiled, queries=queries)
+    of_model = parts.of_model(model, config.fast) if fast else ()
+    return replace(way, powers=powers, compiled=compiled, queries=queries, parts=of_model)
 
 
 def _noise(config: Config) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.compute import attention, loss, pieces, prefix, stages
+from mlxtune.compute import attention, loss, parts, pieces, prefix, stages
 from mlxtune.compute.checkpointing import recomputed
 from mlxtune.compute.loss import LossInputs, Way
 from mlxtune.compute.memory import prediction
@@ -146,7 +146,11 @@ class Gradients:
 @contextmanager
 def as_said(model: nn.Module, way: Way, to_compute: Stages | None = None) -> Iterator[None]:
     """Inside, the model computes its blocks as `way` says. to_compute: as in `checkpointing.recomputed`."""
-    with as_powers_of_two(way.powers), attention.in_chunks(way.queries) as masks:
+    with (
+        parts.within(model, way.parts, way.recompute),
+        as_powers_of_two(way.powers),
+        attention.in_chunks(way.queries) as masks,
+    ):
         if way.tokens:
             blocks = pieces.recomputed(model, way.tokens, way.nested, masks, to_compute)
         else:

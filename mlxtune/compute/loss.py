@@ -58,6 +58,7 @@ class Way:
     queries: int = 0  # of attention, whose scores are computed at once and not kept (`attention`); 0: MLX's attention
     tokens: int = 0  # of a piece in which every checkpointed block is computed (`pieces`); 0: rows as a whole
     nested: int = 0  # checkpointed blocks that keep one input together (`pieces`); 0: each keeps its own
+    parts: tuple[str, ...] = ()  # what of the model is computed otherwise, by its names in `parts.PARTS`
 
 
 def plain(model: nn.Module, batch: Batch) -> mx.array:
@@ -118,9 +119,10 @@ def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) ->
     if way.split is None:
         assert inputs.weights is None
         return nn.losses.cross_entropy(_as_float32(outputs), inputs.targets, reduction="sum")
+    kernel = "kernels" in way.parts
     if way.head_trained:
-        return _through_trained_head(model, way.split, outputs, inputs)
-    return _through_frozen_head(way.split, outputs, inputs, stages)
+        return _through_trained_head(model, way.split, outputs, inputs, kernel)
+    return _through_frozen_head(way.split, outputs, inputs, stages, kernel)
 
 
 def supervised_outputs(model: nn.Module, split: Split | None, inputs: LossInputs) -> mx.array:
@@ -151,7 +153,7 @@ def chunks(rows: mx.array, vocabulary: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _through_frozen_head(split: Split, rows: mx.array, inputs: LossInputs, stages: Stages) -> mx.array:
+def _through_frozen_head(split: Split, rows: mx.array, inputs: LossInputs, stages: Stages, kernel: bool) -> mx.array:
     """Loss and gradient of hidden rows [N, D] in one forward pass; the backward pass only scales.
 
     Nothing in the head may be trainable: gradients to what a custom function closes over are silently zero.
@@ -167,7 +169,7 @@ def _through_frozen_head(split: Split, rows: mx.array, inputs: LossInputs, stage
             if gradients:
                 # Each chunk waits for the one before: computed ahead, all their logits would be alive at once.
                 part = mx.depends([part], [total, gradients[-1]])[0]
-            loss, gradient = mx.value_and_grad(_chunk_loss(split, inputs, chunk))(part)
+            loss, gradient = mx.value_and_grad(_chunk_loss(split, inputs, chunk, kernel))(part)
             total = total + loss
             gradients.append(gradient)
             stages.append([total, gradient])
@@ -181,24 +183,26 @@ def _through_frozen_head(split: Split, rows: mx.array, inputs: LossInputs, stage
     return out[0]
 
 
-def _through_trained_head(model: nn.Module, split: Split, rows: mx.array, inputs: LossInputs) -> mx.array:
+def _through_trained_head(model: nn.Module, split: Split, rows: mx.array, inputs: LossInputs, kernel: bool) -> mx.array:
     """The loss of hidden rows [N, D]; the chunks' logits are computed again in the backward pass, which gives the
     head's parameters their gradients.
     """
     total = mx.array(0.0, _as_float32(rows[:0]).dtype)
     for chunk in chunks(rows, split.vocabulary):
         part = mx.depends([rows[chunk]], [total])[0]
-        total = total + checkpointed(model, _chunk_loss(split, inputs, chunk))(part)
+        total = total + checkpointed(model, _chunk_loss(split, inputs, chunk, kernel))(part)
     return total
 
 
-def _chunk_loss(split: Split, inputs: LossInputs, chunk: slice) -> Callable[[mx.array], mx.array]:
+def _chunk_loss(split: Split, inputs: LossInputs, chunk: slice, kernel: bool) -> Callable[[mx.array], mx.array]:
     """[C, D] hidden rows -> the sum of their losses.
 
     For one position, with the logits z and the target t:
 
         loss      log(sum_i exp(z_i)) - z_t  =  log(sum_i exp(z_i - m)) + m - z_t     m: the largest logit, so that no
         gradient  softmax(z) - one_hot(t)                                             exponential overflows
+
+    kernel: whether MLX's own does it, which on a GPU takes 16-bit logits as they are and keeps nothing beside them.
     """
     targets = inputs.targets[chunk]
     weights = None if inputs.weights is None else inputs.weights[chunk]
@@ -221,6 +225,9 @@ def _chunk_loss(split: Split, inputs: LossInputs, chunk: slice) -> Callable[[mx.
         return scale * outputs[1].at[mx.arange(targets.size), targets].subtract(1)
 
     def loss(rows: mx.array) -> mx.array:
+        if kernel:
+            losses = mx.fast.cross_entropy(split.logits(rows), targets)
+            return (losses if weights is None else losses * weights[:, 0]).sum()
         out: Any = cross_entropy(_as_float32(split.logits(rows)))
         return out[0]
 

@@ -236,3 +236,16 @@ class FastSection(Section):
     prefix: Literal["auto", "off"] = Field(
         "auto", description="auto: tokens that all rows of a batch begin with are computed once; off: in every row"
     )
+
+    gated_delta: Literal["auto", "off"] = Field(
+        "auto", description="auto: gated delta layers (Qwen3.5, Kimi) go in chunks; off: token by token, as in mlx-lm"
+    )
+
+    activations: Literal["auto", "off"] = Field(
+        "auto", description="auto: gated activations are computed again in the backward pass; off: kept"
+    )
+
+    kernels: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: on a GPU MLX's kernels for cross-entropy and gated delta layers; off: plain operations",
+    )

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.adapter.layers import LoRASwitchLinear
-from mlxtune.compute import prefix
+from mlxtune.compute import parts, prefix
 from mlxtune.compute.memory.block_call import Blank, Cost, caches_in, cost_of, each_leaf
 from mlxtune.compute.memory.kernels import Device, TracedSwitch, standing_in
 from mlxtune.data.dataset import forest
@@ -106,7 +106,13 @@ def _traced_at(
     training = model.training
     model.train()
     try:
-        with mx.stream(mx.cpu), standing_in(device), _as_exported(model), _noted(blocks, note):
+        with (
+            mx.stream(mx.cpu),
+            standing_in(device),
+            _as_exported(model),
+            parts.within(model, device.parts),
+            _noted(blocks, note),
+        ):
             passes = forest.behind_one_trunk(rows, width, shared)
             prefix.through(model, model, passes, [mx.zeros((len(p.rows), p.width), mx.int32) for p in passes.passes])
     finally:

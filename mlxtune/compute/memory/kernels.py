@@ -27,11 +27,12 @@ from mlxtune.compute import attention
 from mlxtune.compute.attention import Chunked, Masks
 from mlxtune.compute.memory.own_attention import Kind, LinuxCpu, OwnAttention
 from mlxtune.machine import backend
-from mlxtune.model import linux_cpu
+from mlxtune.model import gated_delta, linux_cpu
 
 # MLX's kernels for the backward pass of attention on Metal (sdpa_vjp_* in its metallib): head widths, first version.
 TILED_WIDTHS = frozenset((64, 72, 80, 96, 128, 192, 256, 512))
 TILED_SINCE = (0, 32, 4)
+TOKENS_PER_STATE = 16  # of those that the backward kernel of gated delta layers makes again (GATED_DELTA_CKPT)
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,15 @@ class Device:
     mlx: tuple[int, ...]  # MLX's version, three numbers
     powers: bool = False  # whether attention is our own, of Linux's CPU (`linux_cpu`)
     queries: int = 0  # whose scores are computed at once (`attention`); 0: of all
+    parts: tuple[str, ...] = ()  # what of the model it computes otherwise, by its names in `compute.parts`
 
     @staticmethod
-    def here(fast: bool = True, queries: int = 0) -> Device:
-        """This one. fast: whether any of the fast ways is taken, as Linux's own attention is with them alone."""
+    def here(fast: bool = True, queries: int = 0, parts: tuple[str, ...] = ()) -> Device:
+        """This one. fast: whether any of the fast ways is taken, as Linux's own attention is with them alone; queries,
+        parts: as the fields.
+        """
         numbers = tuple(int(part) for part in version("mlx").split(".")[:3] if part.isdigit())
-        return Device(backend.kind(), numbers, fast and linux_cpu.worth_it(), queries)
+        return Device(backend.kind(), numbers, fast and linux_cpu.worth_it(), queries, parts)
 
 
 def tiled(device: Device, width: int, mask: Any, sinks: bool) -> bool:
@@ -61,9 +65,14 @@ def tiled(device: Device, width: int, mask: Any, sinks: bool) -> bool:
     return width in TILED_WIDTHS and not sinks and (mask is None or isinstance(mask, str))
 
 
+Functions = tuple[tuple[Any, str, Any], ...]  # (module, name, the function that it holds for a while)
+
+
 @contextmanager
 def standing_in(device: Device) -> Iterator[None]:
-    """Inside, mx.fast keeps what the kernels of `device` keep; on the CPU only attention of our own is another."""
+    """Inside, functions keep what they keep on `device`, and can be exported. On the CPU only attention of our own is
+    another one, beside those with gradients of their own.
+    """
     masks = Masks()
     kinds: list[Kind] = []
     if device.queries:
@@ -72,8 +81,28 @@ def standing_in(device: Device) -> Iterator[None]:
         kinds.append(LinuxCpu())
     other = linux_cpu.mlx_attention if device.kind == "cpu" else _attention_of(device)
     attend = OwnAttention(kinds, other) if kinds else other
-    with attention.standing_in(attend, masks), _norms_of(device), _exponentials_of(device):
+    kernels = () if device.kind == "cpu" else _KERNELS
+    with (
+        _replaced(_WITH_OWN_GRADIENT),
+        _replaced(kernels),
+        attention.standing_in(attend, masks),
+        _exponentials_of(device),
+    ):
         yield
+
+
+@contextmanager
+def _replaced(functions: Functions) -> Iterator[None]:
+    """Inside, each name of a module holds the function that stands beside it. Older MLX lacks some of them."""
+    present = [entry for entry in functions if hasattr(entry[0], entry[1])]
+    before = [(module, name, getattr(module, name)) for module, name, _ in present]
+    try:
+        for module, name, other in present:
+            setattr(module, name, other)
+        yield
+    finally:
+        for module, name, own in before:
+            setattr(module, name, own)
 
 
 def _attention_of(device: Device) -> Callable[..., mx.array]:
@@ -99,21 +128,6 @@ def _exponentials_of(device: Device) -> Iterator[None]:
         yield
     finally:
         functions.exp = before
-
-
-@contextmanager
-def _norms_of(device: Device) -> Iterator[None]:
-    """Inside, norms keep what a GPU's keep; on the CPU they are as they are."""
-    if device.kind == "cpu":
-        yield
-        return
-    fast: Any = mx.fast
-    before = fast.rms_norm, fast.layer_norm
-    fast.rms_norm, fast.layer_norm = _rms_norm, _layer_norm
-    try:
-        yield
-    finally:
-        fast.rms_norm, fast.layer_norm = before
 
 
 class TracedSwitch(LoRASwitchLinear):
@@ -147,3 +161,50 @@ def _rms_norm(x: mx.array, weight: mx.array | None, eps: float, **options: Any) 
 def _layer_norm(x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float, **options: Any) -> mx.array:
     y = _rms_norm(x - x.mean(axis=-1, keepdims=True), weight, eps)
     return y if bias is None else y + bias.astype(x.dtype)
+
+
+def _gated_delta(
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Keeps what it is given, and needs some states going back, from which the kernel computes the others again.
+
+    q, k [B, T, K, D], v [B, T, H, V], g and beta [B, T, H], state [B, H, V, D] -> [B, T, H, V], [B, H, V, D].
+    """
+    count = -(-q.shape[1] // TOKENS_PER_STATE)
+    given = _squares(q, k, g)
+    rows, heads, *matrix = state.shape
+    states = mx.broadcast_to((state + given)[:, :, None], (rows, heads, count, *matrix))
+    y = v * beta[..., None] + _squares(states)
+    return y, state * given
+
+
+def _computed_again(function: Any) -> Any:
+    """In place of mx.checkpoint: what is given is kept, and what the function makes of it is not."""
+
+    def call(*arrays: mx.array) -> mx.array:
+        out: mx.array = mx.stop_gradient(function(*arrays))
+        return out + _squares(*arrays).astype(out.dtype)
+
+    return call
+
+
+def _inverse(below: mx.array) -> mx.array:
+    return mx.stop_gradient(gated_delta.inverse_by_blocks(below)) + below
+
+
+def _squares(*arrays: mx.array) -> mx.array:
+    """One number, whose gradient needs all of the arrays."""
+    total = mx.array(0.0)
+    for array in arrays:
+        total = total + (array * array).sum()
+    return total
+
+
+# Functions whose gradients MLX does not export, because they are no operations of its own.
+_WITH_OWN_GRADIENT: Functions = ((mx, "checkpoint", _computed_again), (gated_delta, "inverse", _inverse))
+# What stands for the kernels of a GPU, beside its attention.
+_KERNELS: Functions = (
+    (mx.fast, "rms_norm", _rms_norm),
+    (mx.fast, "layer_norm", _layer_norm),
+    (mx.fast, "gated_delta_update", _gated_delta),
+)

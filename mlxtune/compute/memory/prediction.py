@@ -41,6 +41,8 @@ FULL = 4  # bytes of a float32
 # softmax and the gradient; of hidden rows those gathered, the chunks' gradients, and these joined. (Tests hold the
 # whole prediction against measured peaks.)
 LOGITS_COPIES, HIDDEN_COPIES = 4, 3
+# With MLX's kernel for cross-entropy: logits and gradient as the head gives them, and one more where it scales them.
+KERNEL_LOGITS_COPIES = 3
 # In units of what trains: AdamW's two moments and the gradients stay; at the update the next values and moments come,
 # while the ones before are kept for the case that the step fails (`train.last_whole`).
 MOMENTS, GRADIENTS, NEXT_STATE = 2, 1, 3
@@ -295,7 +297,10 @@ def _head_chunk(shape: StepSizes, options: RunOptions, width: int, vocabulary: i
         hidden_rows = shape.targets
     else:
         rows = hidden_rows = shape.tokens
-    return LOGITS_COPIES * rows * vocabulary * FULL + HIDDEN_COPIES * hidden_rows * width * options.item
+    of_logit = LOGITS_COPIES * FULL
+    if options.chunk and "kernels" in options.device.parts:
+        of_logit = KERNEL_LOGITS_COPIES * options.item
+    return of_logit * rows * vocabulary + HIDDEN_COPIES * hidden_rows * width * options.item
 
 
 def _back(cost: Cost, traced: int, options: RunOptions) -> int:
