@@ -52,6 +52,7 @@ class Outcome:
 
     document: dict[str, Any]  # as `--json` prints it
     answers: dict[Side, list[Answer]]  # of each side, in the order of the requests
+    found: int  # how many of them an earlier process had left
 
 
 def evaluate(
@@ -87,7 +88,7 @@ def evaluate(
         summary["gates"] = results(asked.gates, summary["checks"])
     if out is not None:
         kept.write_results(out, scores, summary)
-    return Outcome(summary, answers)
+    return Outcome(summary, answers, journal.found)
 
 
 def _notes(
