@@ -16,6 +16,7 @@ from mlxtune.evaluate.comparison.summary import document
 from mlxtune.evaluate.engines.journal import Journal, Told
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
 from mlxtune.evaluate.engines.sampling import Sampling
+from mlxtune.evaluate.judging.report import Judging, judge_evaluation
 from mlxtune.machine import backend
 
 
@@ -37,6 +38,7 @@ class Asked:
     samples: int = 1  # answers to each prompt
     gates: Sequence[Gate] = ()  # that the result is held to
     notes: Sequence[str] = ()  # what else a person must know of these prompts
+    judging: Judging | None = None  # by whom the answers are compared; None: by nobody
 
     def requests(self) -> list[Request]:
         found = []
@@ -84,8 +86,17 @@ def evaluate(
     described = {side: answering.described for side, answering in sides.items()}
     provenance = {"suite": suite, "sides": described, "sampling": sampling, "computed by": computed}
     summary = document(len(rows), scores, provenance, _notes(asked, journal, answers, scores))
+    held_to = dict(summary["checks"])  # what gates may name
+    nothing: dict[str, str] = {}  # why something of these may be missing
+    if asked.judging is not None:
+        judged = judge_evaluation(asked.judging, rows, answers)
+        summary["judge"] = judged.document
+        held_to |= judged.held_to
+        nothing = dict.fromkeys(asked.judging.names, "gave no verdicts")
+        if out is not None:
+            kept.write_lines(out / kept.VERDICTS, judged.lines)
     if asked.gates:
-        summary["gates"] = results(asked.gates, summary["checks"])
+        summary["gates"] = results(asked.gates, held_to, nothing)
     if out is not None:
         kept.write_results(out, scores, summary)
     return Outcome(summary, answers, journal.found)
