@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mlxtune.config import resolve as configuration
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import collate
 from mlxtune.evaluate import generate
+from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.score import score
 from mlxtune.model.corrections import extent
 from mlxtune.model.load import load
@@ -137,10 +137,16 @@ def test_no_prefix_is_shared_where_a_row_is_longer_than_the_limit(tmp_path: Path
 
 @pytest.mark.parametrize("tokens", [LIMIT, LIMIT + 1])
 def test_a_long_prompt_is_read_at_once(tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In parts, which mlx-lm makes of 2,048 tokens, the first would be rotated as the short row that it is."""
+    """In parts, as prompts are read otherwise, the first would be rotated as the short row that it is."""
     loaded = load(str(tiny.make_model(tmp_path / "model", "phi3", **LONGROPE)), "float32")
-    seen: dict[str, Any] = {}
-    module = importlib.import_module("mlx_lm.generate")  # the package has a function of that name
-    monkeypatch.setattr(module, "stream_generate", lambda *args, **given: seen.update(given) or [])
-    list(generate.tokens(loaded, [5] * tokens, generate.Sampling(max_tokens=1)))
-    assert seen.get("prefill_step_size") == (tokens if tokens > LIMIT else None)
+    monkeypatch.setattr(generate, "PREFILL", 16)
+    widths: list[int] = []
+    plain = type(loaded.model).__call__
+
+    def watched(self: Any, ids: mx.array, **given: Any) -> mx.array:
+        widths.append(ids.shape[1])
+        return plain(self, ids, **given)
+
+    monkeypatch.setattr(type(loaded.model), "__call__", watched)
+    list(generate.tokens(loaded, [5] * tokens, Sampling(max_tokens=1)))
+    assert widths == ([16, 16, 16, 15, 1] if tokens == LIMIT else [tokens - 1, 1])

@@ -20,7 +20,8 @@ from mlxtune.cli.display import Display
 from mlxtune.config import resolve
 from mlxtune.data.template.tokenizer_changes import Changes, tokenizer_of
 from mlxtune.errors import Interrupted, UserError
-from mlxtune.evaluate.generate import Sampling, answer
+from mlxtune.evaluate.engines.sampling import Sampling
+from mlxtune.evaluate.generate import answer
 from mlxtune.model.load import load
 from mlxtune.train.run import tune as train
 from mlxtune.train.run_data import read_data

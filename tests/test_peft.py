@@ -227,7 +227,8 @@ def test_whoever_has_only_the_export_gets_the_same_answers(models: dict[str, Pat
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from mlxtune.evaluate.generate import Sampling, answer
+    from mlxtune.evaluate.engines.sampling import Sampling
+    from mlxtune.evaluate.generate import answer
     from mlxtune.model.load import Loaded
     from mlxtune.ship.artefacts import HuggingFace
     from mlxtune.ship.export import ship

@@ -20,7 +20,8 @@ import tiny
 from mlxtune.cli.talk import Talk
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
-from mlxtune.evaluate.generate import Refused, Sampling, answer
+from mlxtune.evaluate.engines.sampling import Sampling
+from mlxtune.evaluate.generate import Refused, answer
 from mlxtune.model.load import Loaded, load
 
 T, C = "Let me see.", "It is so."

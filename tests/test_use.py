@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -15,7 +16,8 @@ import tiny
 from mlxtune.adapter import adapter_files, attach
 from mlxtune.cli.talk import Talk
 from mlxtune.data.chat import masking
-from mlxtune.evaluate.generate import Sampling, prompt_ids
+from mlxtune.evaluate.engines.sampling import Sampling
+from mlxtune.evaluate.generate import prompt_ids
 from mlxtune.model.load import load
 
 
@@ -43,7 +45,8 @@ def test_sampling_repeats_with_its_seed_and_changes_with_it(mlx_model: Path) -> 
     assert sample() == sample()
     assert sample() != sample("--seed", "1")
     assert sample("--top-p", "0.01") != sample()
-    assert sample("--repetition-penalty", "1.9") != sample()
+    cold = ("--temperature", "0.05")  # else chance outweighs the penalty on a model of random weights
+    assert sample("--repetition-penalty", "1.9", *cold) != sample(*cold)
 
 
 def test_the_system_prompt_and_the_runs_template_variables_are_used(
@@ -173,8 +176,11 @@ def test_the_demo_tells_the_whole_story_on_any_model(hf_model: Path, tmp_path: P
     """Two steps on a tiny model: every chapter runs, every artefact is there and proven."""
     result = tiny.mlxtune("demo", "--model", hf_model, "--out", tmp_path / "demo", "--steps", "2")
     assert result.returncode == 0, result.stderr
-    for chapter in range(1, 8):
+    for chapter in range(1, 9):
         assert f"\n{chapter}. " in result.stderr
+    for check in ("json", "schema", "ended", "contains"):
+        assert re.search(rf"^ *{check} +24 .*no", result.stderr, re.MULTILINE), result.stderr
+    assert "24 prompts show differences of a check from" in result.stderr
     for name in ("peft/", "hf/", "gguf/base.", "gguf/tuned."):
         report = json.loads((tmp_path / "demo" / f"{name}verification.json").read_text())
         assert report["verdict"] == "passed"

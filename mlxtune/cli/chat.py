@@ -55,7 +55,8 @@ def generate(model: str, adapter: Path | None, prompt: str, system: str | None, 
     mlxtune generate --model model --adapter run --prompt "Where is my order?"
     """
     from mlxtune.cli.talk import Talk
-    from mlxtune.evaluate.generate import Refused, Sampling
+    from mlxtune.evaluate.engines.sampling import Sampling
+    from mlxtune.evaluate.generate import Refused
 
     if raw and sys.stdout.isatty():
         raise UserError("--raw would let the model command this terminal", "Send the answer into a file: > answer.txt")
@@ -86,7 +87,8 @@ def chat(model: str, adapter: Path | None, system: str | None, **sampling: Any) 
     mlxtune chat --model model --adapter run --temperature 0.7
     """
     from mlxtune.cli.talk import Talk
-    from mlxtune.evaluate.generate import Refused, Sampling
+    from mlxtune.evaluate.engines.sampling import Sampling
+    from mlxtune.evaluate.generate import Refused
     from mlxtune.machine import backend
     from mlxtune.machine.gpu_errors import recognise
 

@@ -28,8 +28,9 @@ def demo(model: str | None, out: Path, steps: int | None, force: bool) -> None:
     \b
     mlxtune demo
     """
+    from mlxtune.cli.comparison_table import draw
     from mlxtune.cli.display import Display
     from mlxtune.demo import story
 
     console = common.console()
-    story.tell(model, out, steps, force, console, Display(console))
+    story.tell(model, out, steps, force, console, Display(console), draw)

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.cli import common, tuned
+from mlxtune.cli import common, suites, tuned
+from mlxtune.cli.options import Command
+from mlxtune.cli.suite_options import suite_options
+from mlxtune.errors import UserError
+from mlxtune.evaluate.engines.opening import kind_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,8 +22,14 @@ if TYPE_CHECKING:
 REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in --json
 
 
-@click.command("eval")
-@common.model_option()
+@click.command("eval", cls=Command)
+@click.option(
+    "--model",
+    required=True,
+    metavar="DIR",
+    help="MLX folder, 16-bit HF folder, or hub id; with --suite also a server of this machine, as in "
+    "http://127.0.0.1:8080/v1#model, or recorded answers: replay:FILE.",
+)
 @common.adapter_option
 @click.option(
     "--data",
@@ -27,19 +37,46 @@ REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in 
     help="Folder, file or hub dataset id.  [default: the run's own, never fetched from the hub]",
 )
 @common.split_option("Of a folder.  [default: valid; a file: all rows]")
+@suite_options
 @common.json_option
 @common.settings_option
 def eval_command(
-    model: str, adapter: Path | None, data: str | None, split: str | None, as_json: bool, settings: tuple[str, ...]
+    model: str,
+    adapter: Path | None,
+    data: str | None,
+    split: str | None,
+    suite: Path | None,
+    as_json: bool,
+    settings: tuple[str, ...],
+    **of_suite: Any,
 ) -> None:
-    """Score the base, and with --adapter the tuned model, on held-out rows.
+    """Score the base, and with --adapter the tuned model, on held-out rows; or, with --suite, by their answers.
 
-    Loss, perplexity and token accuracy over the tokens that training supervises.
+    Without a suite: loss, perplexity and token accuracy over the tokens that training supervises.
+
+    With a suite, both answer its prompts, in the same batches, and its checks say what is right. Each difference comes
+    with its interval, and is called better or worse only where chance is unlikely to give as much (p < 0.05 over all
+    checks together). Exit status 3: a --min-better or --max-worse is not met.
 
     \b
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
+    mlxtune eval --model model --adapter run --suite data/test.jsonl --out evals/first
+    mlxtune eval --model model --adapter run --suite data/test.jsonl --min-better json=0.1
+    mlxtune eval --model tuned --against http://127.0.0.1:1234/v1#base --suite data/test.jsonl
     """
+    if suite is not None:
+        for option, given in (("--data", data), ("--split", split), ("--set", settings)):
+            if given:
+                raise UserError(
+                    f"{option} has no effect with --suite: no loss is computed", "Leave it out, or run eval twice."
+                )
+        suites.ask(suites.Wanted(model=model, adapter=adapter, suite=suite, **of_suite), as_json)
+        return
+    if kind_of(model) != "model":
+        raise UserError(
+            f"--model {model} gives answers, no loss", "Name the prompts that it shall answer: --suite FILE."
+        )
     from mlxtune.adapter.attach import switched_off
     from mlxtune.data.dataset import holdout
     from mlxtune.evaluate.score import score_examples

@@ -13,7 +13,7 @@ from mlxtune.cli import common, tuned
 
 if TYPE_CHECKING:
     from mlxtune.data.template.answers import Plain, Reader, Said
-    from mlxtune.evaluate.generate import Sampling
+    from mlxtune.evaluate.engines.sampling import Sampling
     from mlxtune.model.load import Loaded
 
 

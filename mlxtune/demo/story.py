@@ -1,14 +1,15 @@
-"""The demo, told step by step: convert, measure, tune, measure again, fuse, export."""
+"""The demo, told step by step: convert, measure, tune, measure again, compare, fuse, export."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from mlxtune_convert.files import holds_something, refuse_existing
 from mlxtune_convert.sizes import size
@@ -19,11 +20,17 @@ from rich.text import Text
 
 from mlxtune.adapter import adapter_files
 from mlxtune.config import resolve
-from mlxtune.data.rows import formats
 from mlxtune.demo import model as embedded
 from mlxtune.durations import clock
 from mlxtune.errors import UserError
-from mlxtune.evaluate.generate import Sampling, answer
+from mlxtune.evaluate import before_after
+from mlxtune.evaluate.before_after import Answering, Asked
+from mlxtune.evaluate.checks.check import SuiteRow
+from mlxtune.evaluate.checks.suite import read_suite
+from mlxtune.evaluate.comparison.scores import Side
+from mlxtune.evaluate.engines.pair import Pair
+from mlxtune.evaluate.engines.request import Answer
+from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.held_out import held_out
 from mlxtune.evaluate.score import Score, score_examples
 from mlxtune.model import convert
@@ -39,8 +46,8 @@ from mlxtune.train.run_folder import RunFolder
 
 STEPS = 48
 FOLDERS = ("model", "run", "fused", "peft", "hf", "gguf")  # what the demo makes, and all that --force removes
-SHOWN_ROWS = (8, 14, 19)  # of the validation file: one question each is answered before and after
-ANSWER = Sampling(max_tokens=60)
+SHOWN_ROWS = (0, 7, 18)  # of the test file: what they answer before and after is shown
+ANSWER = Sampling(max_tokens=48)  # as long as the longest answer that is asked for
 SETTINGS = (
     "lora.rank=8",
     "lora.alpha=16",
@@ -62,10 +69,12 @@ def tell(
     force: bool,
     console: Console,
     display: AbstractContextManager[Listener],
+    draw: Callable[[Console, Mapping[str, Any]], None],
 ) -> None:
     """Run the whole story into `out`: model, run, fused, peft, hf and gguf folders.
 
-    display: shows the events of the run, entered around it. Raises UserError at the first thing that fails.
+    display: shows the events of the run, entered around it; draw: prints what an evaluation shows. Raises UserError at
+    the first thing that fails.
     """
     _make_room(out, source, force)
     began = time.perf_counter()
@@ -78,7 +87,7 @@ def tell(
     flags = {"model.path": str(model), "data.path": str(data_folder()), "train.steps": steps or STEPS}
     settings = resolve.load("quick", (*SETTINGS, f"train.eval_every={max(1, (steps or STEPS) // 2)}"), flags)
     with chapter(console, "2. Before: how the model does on rows it never sees in training"):
-        before, answers_before = score_and_answers(load(str(model)), settings)
+        before = validation_score(load(str(model)), settings)
         console.print(f"validation loss {before.loss:.4f}, token accuracy {before.accuracy:.1%}")
     with (
         chapter(console, "3. Tuning: LoRA on the 4-bit base, loss on the assistant's tokens only"),
@@ -88,11 +97,20 @@ def tell(
     with chapter(console, "4. After"):
         tuned = load(str(model))
         adapter_files.load_adapter(tuned.model, run)
-        after, answers_after = score_and_answers(tuned, settings)
-        console.print(comparison(answers_before, answers_after))
+        after = validation_score(tuned, settings)
         fall = 1 - after.loss / before.loss
         console.print(f"validation loss {before.loss:.4f} -> {after.loss:.4f} ({fall:.0%} lower), ", end="")
         console.print(f"token accuracy {before.accuracy:.1%} -> {after.accuracy:.1%}")
+    suite = read_suite(data_folder() / "test.jsonl")
+    with chapter(console, f"5. Is it better? {len(suite.rows)} questions it never saw, answered by both, and checked"):
+        pair = Pair(tuned, run, ANSWER)
+        sides: dict[Side, Answering] = {
+            "base": Answering(lambda: pair.base, {"model": str(model)}, {}),
+            "tuned": Answering(lambda: pair.tuned, {"model": str(model), "adapter": str(run)}, {}),
+        }
+        found = before_after.evaluate(Asked(suite, ANSWER), sides)
+        console.print(side_by_side(suite.rows, found.answers["base"], found.answers["tuned"]))
+        draw(console, found.document)
     examples = held_out(tuned.tokenizer, model, settings)
     base_name = "" if source else embedded.HUB_ID
     _ship(Request(model, run, out, base_name=base_name, examples=examples), console)
@@ -118,16 +136,16 @@ def _make_room(out: Path, source: str | None, force: bool) -> None:
 
 
 def _ship(request: Request, console: Console) -> None:
-    """Chapters 5 to 7. request: with the folder of the whole demo as `out`."""
+    """Chapters 6 to 8. request: with the folder of the whole demo as `out`."""
     out = request.out
-    with chapter(console, "5. Fuse: the adapter folded into the weights, in float32, stored in 16 bits"):
+    with chapter(console, "6. Fuse: the adapter folded into the weights, in float32, stored in 16 bits"):
         fused = ship(replace(request, out=out / "fused"), FusedMlx()).proof
         survival = fused.survival() if isinstance(fused, Report) else ""
         console.print(f"{out / 'fused'}: {survival}", soft_wrap=True)
-    with chapter(console, "6. Ship: a PEFT adapter and a Hugging Face model, each compared with what was trained"):
+    with chapter(console, "7. Ship: a PEFT adapter and a Hugging Face model, each compared with what was trained"):
         _print_proof(replace(request, out=out / "peft"), Peft(), console)
         _print_proof(replace(request, out=out / "hf"), HuggingFace(), console)
-    with chapter(console, "7. llama.cpp: the base as GGUF, code for code, and the adapter beside it"):
+    with chapter(console, "8. llama.cpp: the base as GGUF, code for code, and the adapter beside it"):
         folder = out / "gguf"
         _print_proof(replace(request, adapter=None, out=folder / "base.gguf"), Gguf("keep"), console)
         _print_proof(replace(request, out=folder / "tuned.gguf"), GgufAdapter(ollama=True), console)
@@ -158,21 +176,17 @@ def chapter(console: Console, title: str) -> Iterator[None]:
     console.print(Text(f"({clock(time.perf_counter() - began)})", style="dim"))
 
 
-def score_and_answers(loaded: Loaded, settings: resolve.Config) -> tuple[Score, list[tuple[str, str]]]:
-    """(validation score, (question, answer) pairs) of a model."""
-    score = score_examples(loaded, settings, held_out(loaded.tokenizer, loaded.path, settings))
-    rows = [row for row in formats.read(data_folder() / "valid.jsonl") if isinstance(row, formats.Record)]
-    answers = []
-    for index in SHOWN_ROWS:
-        conversation = (rows[index].messages or [])[:2]  # system prompt and first question
-        answers.append((conversation[1]["content"], answer(loaded, conversation, ANSWER, {})))
-    return score, answers
+def validation_score(loaded: Loaded, settings: resolve.Config) -> Score:
+    return score_examples(loaded, settings, held_out(loaded.tokenizer, loaded.path, settings))
 
 
-def comparison(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> Table:
+def side_by_side(rows: Sequence[SuiteRow], before: Sequence[Answer], after: Sequence[Answer]) -> Table:
+    """A few questions with both answers. before, after: one for each row."""
     table = Table("asked", "before", "after", box=box.ROUNDED, show_lines=True)
-    for (question, old), (_, new) in zip(before, after, strict=True):
-        table.add_row(Text(question), Text(old.strip(), style="dim"), Text(new.strip(), style="green"))
+    for index in SHOWN_ROWS:
+        question = rows[index].messages[-1]["content"]
+        old, new = before[index].text.strip(), after[index].text.strip()
+        table.add_row(Text(question), Text(old, style="dim"), Text(new, style="green"))
     return table
 
 
@@ -180,6 +194,7 @@ def closing(model: Path, run: Path) -> list[str]:
     """The demo's last lines."""
     commands = {
         f"mlxtune chat --model {model} --adapter {run}": "talk with what was just trained",
+        f"mlxtune eval --model {model} --adapter {run} --suite YOUR_TEST.jsonl": "ask your own questions, and check",
         f"mlxtune data show --model {model} --data YOUR.jsonl": "see what a model would learn from your rows",
         "mlxtune convert OWNER/NAME my-model": "pull a larger model, quantized to 4 bits",
         "mlxtune train -c qlora --model my-model --data YOUR.jsonl --out my-run": "tune it",

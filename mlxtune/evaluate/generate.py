@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import date
 from textwrap import shorten
 from typing import Any
 
-import mlx.core as mx
+import numpy as np
 
 from mlxtune.data.template.answers import Plain, Reader
 from mlxtune.data.template.template import Messages, Template, TemplateError
 from mlxtune.errors import UserError
+from mlxtune.evaluate.engines.decode import PREFILL, Counted, decode, own_caches
+from mlxtune.evaluate.engines.sampling import Chooser, Sampling, row_key
 from mlxtune.model.corrections.extent import longest_alike
 from mlxtune.model.load import Loaded
 
-PENALTY_TOKENS = 64  # that the repetition penalty looks back
 MARK = 0xE000  # the first private-use character: no message contains one
 CUT = "\ufffd"  # what bytes that are no whole character yet are decoded to
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the tokens of an answer are chosen."""
-
-    max_tokens: int = 512  # of an answer, its thought included
-    temperature: float = 0.0  # 0: always the most likely token
-    top_p: float = 1.0  # nucleus: of the most likely tokens, as many as have this probability together; 1: all
-    repetition_penalty: float = 1.0  # divides the logits of the last PENALTY_TOKENS tokens; 1: none
-    seed: int = 0  # of the random choices
 
 
 class Refused(UserError):
@@ -51,26 +40,30 @@ def template_for(loaded: Loaded, template_kwargs: dict[str, Any], day: str = "")
     return loaded.templates.of(template_kwargs, its_day)
 
 
-def prompt_ids(loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str = "") -> list[int]:
+def prompt_ids(
+    loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str = "", tools: Any = None
+) -> list[int]:
     """A conversation as the model sees it before it answers; plain text when it has no chat template.
 
-    Raises Refused when the template does, and UserError for a token that the model does not know.
+    Raises Refused when the template does, and UserError for a token that the model does not know, and for no token.
     """
     template = template_for(loaded, template_kwargs, day)
     if template is None:
         text = "\n\n".join(message["content"] for message in messages)
         ids = list(loaded.tokenizer(text)["input_ids"])
     else:
-        text = prompt_text(template, messages)
+        text = prompt_text(template, messages, tools)
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
     loaded.check_ids([ids])
+    if not ids:
+        raise UserError("nothing is asked: the prompt has no tokens")
     return ids
 
 
-def prompt_text(template: Template, messages: Messages) -> str:
+def prompt_text(template: Template, messages: Messages, tools: Any = None) -> str:
     """The same as text. Raises Refused."""
     try:
-        text = template.text(messages, prompt=True)
+        text = template.text(messages, tools, prompt=True)
     except TemplateError as error:
         raise _refusal(template, messages, error) from error
     lost = _lost_roles(template, messages)
@@ -142,27 +135,20 @@ def end_ids(loaded: Loaded) -> set[int]:
 
 def tokens(loaded: Loaded, ids: list[int], sampling: Sampling) -> Iterator[int]:
     """The answer's token ids, the one that ends it included."""
-    from mlx_lm.generate import stream_generate
-    from mlx_lm.sample_utils import make_logits_processors, make_sampler
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    yield from one_by_one(Counted(loaded.model), ids, row_key(sampling.seed), sampling, end_ids(loaded))
 
-    mx.random.seed(sampling.seed)
-    penalty = sampling.repetition_penalty if sampling.repetition_penalty != 1.0 else None
-    top_p = sampling.top_p if sampling.top_p < 1 else 0.0  # mlx-lm's way to say all
-    limit = longest_alike(loaded.model)
-    in_parts: dict[str, int] = {}
-    if limit is not None and len(ids) > limit:  # in parts, the first would be rotated as a short row
-        in_parts = {"prefill_step_size": len(ids)}
-    for piece in stream_generate(
-        loaded.model,
-        TokenizerWrapper(loaded.tokenizer, eos_token_ids=end_ids(loaded)),
-        ids,
-        max_tokens=sampling.max_tokens,
-        sampler=make_sampler(sampling.temperature, top_p),
-        logits_processors=make_logits_processors(repetition_penalty=penalty, repetition_context_size=PENALTY_TOKENS),
-        **in_parts,
-    ):
-        yield piece.token
+
+def one_by_one(model: Counted, ids: list[int], key: np.ndarray, sampling: Sampling, ends: set[int]) -> Iterator[int]:
+    """The same, the plain way: this row alone, through the caches that the model makes for itself.
+
+    key: [2], as `row_key` makes it.
+    """
+    limit = longest_alike(model.model)
+    in_parts = limit is None or len(ids) <= limit  # else the first part would be rotated as a short row
+    at_once = PREFILL if in_parts else len(ids)
+    chooser = Chooser(sampling, [key], [ids])
+    for ((_, token),) in decode(model, [ids], chooser, ends, sampling.max_tokens, own_caches(model), at_once=at_once):
+        yield token
 
 
 def decoded(loaded: Loaded, ids: list[int]) -> str:
@@ -171,13 +157,15 @@ def decoded(loaded: Loaded, ids: list[int]) -> str:
     return text
 
 
-def reader_for(loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str = "") -> Reader | Plain:
+def reader_for(
+    loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str = "", tools: Any = None
+) -> Reader | Plain:
     """What tells thought and answer apart in the model's answer to a conversation, whose prompt was made before."""
     ends = frozenset(decoded(loaded, [index]) for index in end_ids(loaded)) - {""}  # ids without a token
     template = template_for(loaded, template_kwargs, day)
     if template is None:
         return Plain(ends)
-    return Reader(template, messages, ends=ends)
+    return Reader(template, messages, tools, ends)
 
 
 def answer(

@@ -51,13 +51,19 @@ class Request:
 class Engine(Protocol):
     """What gives answers."""
 
-    # What answers, for people: a folder, an address, a file.
-    name: str
-    # What a person must know of how it answers; complete when all is answered.
-    notes: list[str]
+    @property
+    def name(self) -> str:
+        """What answers, for people: a folder, an address, a file."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person must know of how it answers; complete when all is answered."""
+
+    def work(self) -> dict[str, int]:
+        """What was computed so far, by name; {} where that is not known."""
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """Which requests, by their place, are answered together. Raises UserError for a request that cannot be."""
 
-    def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """The answers to the requests of one batch of the plan, in their order. Raises UserError where there is none."""
+    def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        """Those to one batch of the plan, in its order. Raises UserError where there is none."""

@@ -1,0 +1,104 @@
+"""How the result of an evaluation looks on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlxtune_convert.shown import shown_name
+
+from mlxtune.cli import common
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+COLOURS = {"better": "green", "worse": "red"}
+
+
+def draw(out: Console, result: Mapping[str, Any], names: tuple[str, str] = ("base", "tuned")) -> None:
+    """Print a document as `comparison.summary.document` makes it. names: of the two sides."""
+    from mlxtune.evaluate.comparison.summary import UNCORRECTED, what_can_be_shown
+
+    out.print(_table(result["checks"], names))
+    if any("verdict" in check for check in result["checks"].values()):
+        out.print(what_can_be_shown(result), soft_wrap=True)
+        if len(result["checks"]) > 1:
+            out.print(f"{UNCORRECTED}.", soft_wrap=True)
+    _say(result["notes"])
+
+
+def _table(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str]) -> Table:
+    compared = any("verdict" in check for check in checks.values())
+    table = _empty("check", "prompts", names[0], *((names[1], "difference") if compared else ()), "95% interval")
+    if compared:
+        table.add_column("p", justify="right")
+        table.add_column("verdict")
+    for name, check in checks.items():
+        cells = [shown_name(name), str(check["n"]), _score(check, "base")]
+        if "verdict" in check:
+            cells += [_score(check, "tuned"), _points(check, check["difference"])]
+            cells.append(" to ".join(_points(check, end) for end in check["interval"]))
+            cells += [_p(check["p"]), _coloured(check["verdict"])]
+        else:
+            cells += [""] * (2 * compared)
+            cells.append(" to ".join(_share(check, end) for end in check["interval"]))
+        table.add_row(*cells)
+    return table
+
+
+def draw_ranking(out: Console, result: Mapping[str, Any]) -> None:
+    """Print what `comparison.between.compare` says of more than two evaluations."""
+    checks = list(result["ranking"][0]["checks"])
+    table = _empty("evaluation", "wins to expect", "95% interval", "wins", *(shown_name(name) for name in checks))
+    for entry in result["ranking"]:
+        low, high = entry["interval"]
+        means = [f"{entry['checks'][name]:.3f}" for name in checks]
+        wins = f"{entry['wins']:g}"
+        table.add_row(
+            shown_name(entry["evaluation"]), f"{entry['share']:.1%}", f"{low:.1%} to {high:.1%}", wins, *means
+        )
+    out.print(table)
+    out.print(
+        f"Each pair on {result['n']} prompts: who scores higher on more checks wins; a tie is half a win for both. "
+        "Shares by Bradley and Terry, intervals over prompts drawn again.",
+        soft_wrap=True,
+    )
+    _say(result["notes"])
+
+
+def _empty(first: str, *numbers: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column(first)
+    for name in numbers:
+        table.add_column(shown_name(name), justify="right")
+    return table
+
+
+def _say(notes: Sequence[str]) -> None:
+    for note in notes:
+        common.note(str(note))
+
+
+def _share(check: Mapping[str, Any], value: float) -> str:
+    return f"{value:.3f}" if check["graded"] else f"{value:.1%}"
+
+
+def _score(check: Mapping[str, Any], side: str) -> str:
+    return _share(check, check[side])
+
+
+def _points(check: Mapping[str, Any], difference: float) -> str:
+    return f"{difference:+.3f}" if check["graded"] else f"{100 * difference:+.1f}"
+
+
+def _p(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
+
+
+def _coloured(verdict: str) -> Any:
+    from rich.text import Text
+
+    return Text(verdict, style=COLOURS.get(verdict, ""))

@@ -1,0 +1,131 @@
+"""The options of `mlxtune eval` that ask a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlxtune.cli.options import Need, OptionFor
+
+WITH_SUITE = Need("suite", why="the loss needs no answers", hint="Name the prompts: --suite FILE.")
+WITH_CHANCE = Need("temperature", hint="Add, say, --temperature 0.7.")
+A_FOLDER = click.Path(path_type=Path)
+
+
+def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds them all, in the order in which --help lists them."""
+    above_0 = click.FloatRange(0.0, 1.0, min_open=True)
+    options = [
+        click.option("--suite", type=A_FOLDER, metavar="FILE", help="Prompts with checks: answers instead of a loss."),
+        click.option(
+            "--against",
+            metavar="OTHER",
+            cls=OptionFor,
+            needs=WITH_SUITE,
+            help="In place of the base: any of what --model takes. The same model again is an A/A test.",
+        ),
+        click.option(
+            "--against-adapter",
+            type=A_FOLDER,
+            metavar="RUN",
+            cls=OptionFor,
+            needs=Need("against", hint="Name the model that it belongs to: --against DIR."),
+            help="The adapter of --against.",
+        ),
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(min=1),
+            default=512,
+            show_default=True,
+            cls=OptionFor,
+            needs=WITH_SUITE,
+            help="Of an answer.",
+        ),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(min=0.0),
+            default=0.0,
+            show_default=True,
+            cls=OptionFor,
+            needs=WITH_SUITE,
+            help="0: no chance.",
+        ),
+        click.option(
+            "--top-p",
+            type=above_0,
+            default=1.0,
+            show_default=True,
+            cls=OptionFor,
+            needs=WITH_CHANCE,
+            help="Nucleus.",
+        ),
+        click.option(
+            "--samples",
+            type=click.IntRange(min=1),
+            default=1,
+            show_default=True,
+            cls=OptionFor,
+            needs=WITH_CHANCE,
+            help="Answers to each prompt, which are averaged.",
+        ),
+        click.option(
+            "--seed",
+            type=int,
+            default=0,
+            show_default=True,
+            cls=OptionFor,
+            needs=WITH_CHANCE,
+            help="Of the random choices.",
+        ),
+        click.option(
+            "--out",
+            type=A_FOLDER,
+            metavar="FOLDER",
+            cls=OptionFor,
+            needs=WITH_SUITE,
+            help="Keep answers and scores here as they come; the same command goes on with what a kill left.",
+        ),
+        click.option(
+            "--min-better",
+            multiple=True,
+            metavar="CHECK=X",
+            cls=OptionFor,
+            needs=WITH_SUITE,
+            help="Exit status 3 unless CHECK is shown to be better, by X (0 to 1) or more.",
+        ),
+        click.option(
+            "--max-worse",
+            multiple=True,
+            metavar="CHECK=X",
+            cls=OptionFor,
+            needs=WITH_SUITE,
+            help="Exit status 3 where CHECK is worse by more than X.",
+        ),
+        click.option(
+            "--allow-remote",
+            is_flag=True,
+            cls=OptionFor,
+            needs=WITH_SUITE,
+            help="Send the prompts to a server on another machine.",
+        ),
+        click.option(
+            "--run-code",
+            is_flag=True,
+            cls=OptionFor,
+            needs=WITH_SUITE,
+            help="Run the programs of answers, for the check `code`, in a sandbox.",
+        ),
+        click.option(
+            "--unsafe-code",
+            is_flag=True,
+            cls=OptionFor,
+            needs=Need("run_code", why="no program is run"),
+            help="Run them without a sandbox, where there is none.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -1,0 +1,113 @@
+"""A suite asked of one model or two, its checks on their answers, and what that shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlxtune.evaluate.checks.suite import Suite
+from mlxtune.evaluate.comparison import folder as kept
+from mlxtune.evaluate.comparison.gate import Gate, results
+from mlxtune.evaluate.comparison.scores import PromptScores, Side, score_answers
+from mlxtune.evaluate.comparison.summary import document
+from mlxtune.evaluate.engines.journal import Journal, Told
+from mlxtune.evaluate.engines.request import Answer, Engine, Request
+from mlxtune.evaluate.engines.sampling import Sampling
+from mlxtune.machine import backend
+
+
+@dataclass(frozen=True)
+class Answering:
+    """One side of an evaluation."""
+
+    open: Callable[[], Engine]  # called where it has something left to answer
+    described: dict[str, Any]  # what it is, for the document; JSON
+    identity: dict[str, Any]  # what of it decides its answers; JSON
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked, and how."""
+
+    suite: Suite  # prompts, and their checks
+    sampling: Sampling  # how answers are chosen, and how long they may be
+    samples: int = 1  # answers to each prompt
+    gates: Sequence[Gate] = ()  # that the result is held to
+    notes: Sequence[str] = ()  # what else a person must know of these prompts
+
+    def requests(self) -> list[Request]:
+        found = []
+        for row in self.suite.rows:
+            for sample in range(self.samples):
+                found.append(Request(row.id, row.messages, row.tools, sample))
+        return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
+
+    document: dict[str, Any]  # as `--json` prints it
+    answers: dict[Side, list[Answer]]  # of each side, in the order of the requests
+    found: int  # how many of them an earlier process had left
+
+
+def evaluate(
+    asked: Asked, sides: Mapping[Side, Answering], out: Path | None = None, told: Told = lambda *_: None
+) -> Outcome:
+    """Have every side answer, and compare them.
+
+    sides: "base", and "tuned" where there are two; out: the folder where it is kept, None for nowhere; told: called as
+    answers come. Raises UserError for a folder that holds something else, and whatever the engines raise.
+    """
+    # Answers may differ in their last bits between versions and devices.
+    computed = f"MLX {version('mlx')} on {backend.kind()}, mlx-lm {version('mlx-lm')}"
+    sampling = {**asdict(asked.sampling), "samples": asked.samples}
+    rows = asked.suite.rows
+    suite = {"name": asked.suite.path.name, "digest": asked.suite.digest}
+    identity = {
+        "suite": asked.suite.digest,
+        "sampling": sampling,
+        "sides": {side: answering.identity for side, answering in sides.items()},
+        "computed by": computed,
+    }
+    journal = Journal(out, identity)
+    if out is not None:
+        kept.write_prompts(out, rows)
+    answers: dict[Side, list[Answer]] = {}
+    for side, answering in sides.items():
+        answers[side] = journal.answers(side, asked.requests(), answering.open, told)
+    scores = score_answers(rows, answers)
+    described = {side: answering.described for side, answering in sides.items()}
+    provenance = {"suite": suite, "sides": described, "sampling": sampling, "computed by": computed}
+    summary = document(len(rows), scores, provenance, _notes(asked, journal, answers, scores))
+    if asked.gates:
+        summary["gates"] = results(asked.gates, summary["checks"])
+    if out is not None:
+        kept.write_results(out, scores, summary)
+    return Outcome(summary, answers, journal.found)
+
+
+def _notes(
+    asked: Asked, journal: Journal, answers: Mapping[Side, list[Answer]], scores: Sequence[PromptScores]
+) -> list[str]:
+    """What a person must know beside the numbers."""
+    notes = [*asked.suite.notes, *asked.notes]
+    for side in answers:
+        notes += journal.notes.get(side, [])
+    for side, given in answers.items():
+        cut = sum(answer.finish == "length" for answer in given)
+        if cut:
+            notes.append(f"{side}: {cut} of {len(given)} answers were cut after {asked.sampling.max_tokens} tokens")
+        silent = sum(not answer.text.strip() for answer in given)
+        if silent:
+            notes.append(f"{side}: {silent} of {len(given)} answers are empty")
+    applied = {one.check for one in scores}
+    idle = [name for name in asked.suite.names if name not in applied]
+    if idle:
+        notes.append(f"{', '.join(idle)}: applied to no answer")
+    notes += asked.suite.told()
+    return list(dict.fromkeys(notes))

@@ -1,0 +1,170 @@
+"""Answers of a model in this process, several prompts at once where that is proven."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxtune.adapter.attach import switched_off
+from mlxtune.data.template.answers import Plain, Reader
+from mlxtune.errors import UserError
+from mlxtune.evaluate import generate
+from mlxtune.evaluate.engines import applied, beginning, proof, room
+from mlxtune.evaluate.engines.beginning import Beginning
+from mlxtune.evaluate.engines.decode import Counted, decode
+from mlxtune.evaluate.engines.request import Answer, Request
+from mlxtune.evaluate.engines.sampling import Chooser, Sampling, row_key
+from mlxtune.model.corrections.extent import longest_alike
+from mlxtune.model.load import Loaded
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as the model sees it."""
+
+    ids: list[int]  # of the prompt
+    reader: Reader | Plain  # of the answer
+
+
+class Local:
+    """A loaded model as an engine. `plan` must be called before `answers`, with all requests."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        sampling: Sampling,
+        template: tuple[dict[str, Any], str] = ({}, ""),
+        adapter: Path | None = None,
+        is_base: bool = False,
+        rows_at_once: int | None = None,
+    ) -> None:
+        """template: the variables and the day that the chat template is given; adapter: the folder of the one that is
+        on the model, None for none; is_base: it is switched off meanwhile; rows_at_once: how many prompts at most are
+        answered together, None for as many as the memory takes.
+        """
+        self.loaded = loaded
+        self.sampling = sampling
+        self.template = template
+        self.adapter = None if is_base else adapter
+        self.is_base = is_base
+        self.name = str(loaded.path) if self.adapter is None else f"{loaded.path} with {adapter}"
+        self.notes: list[str] = []
+        self.model = Counted(loaded.model)
+        self._most = rows_at_once
+        self._asked: dict[str, Asked] = {}  # by the prompt's id
+        self._beginning: Beginning | None = None  # None: prompts are answered one by one
+
+    def work(self) -> dict[str, int]:
+        """Passes of the model, and the tokens that went through it, padding included."""
+        return {"passes": self.model.passes, "computed": self.model.tokens}
+
+    def plan(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Prompts of like lengths together, as many as the memory takes; each alone where it cannot be otherwise."""
+        for request in requests:
+            if request.id not in self._asked:
+                self._asked[request.id] = self._as_asked(request)
+        prompts = [self._prompt(request) for request in requests]
+        with self._side():
+            if self.adapter is not None:
+                self._say(applied.note_on(self.loaded, self.adapter, prompts[0]))
+            alone = [place for place, prompt in enumerate(prompts) if self._must_be_alone(prompt)]
+            together = [place for place in range(len(prompts)) if place not in set(alone)]
+            together.sort(key=lambda place: len(prompts[place]))
+            rows = self._rows_at_once([prompts[place] for place in together])
+        return [*_even_parts(together, rows), *([place] for place in alone)]
+
+    def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        with self._side():
+            made = self._together(requests) if self._may_share(requests) else [self._alone(one) for one in requests]
+        return [self._read(request, tokens) for request, tokens in zip(requests, made, strict=True)]
+
+    def _as_asked(self, request: Request) -> Asked:
+        """Raises UserError naming the prompt where the template refuses it."""
+        messages = list(request.messages)
+        try:
+            ids = generate.prompt_ids(self.loaded, messages, *self.template, request.tools)
+        except UserError as error:
+            raise UserError(f"prompt {request.id}: {error.message}", error.hint) from error
+        return Asked(ids, generate.reader_for(self.loaded, messages, *self.template, request.tools))
+
+    def _prompt(self, request: Request) -> list[int]:
+        return self._asked[request.id].ids
+
+    @contextlib.contextmanager
+    def _side(self) -> Iterator[None]:
+        """Inside, the model is the one that answers: its base, or with its adapter."""
+        with switched_off(self.loaded.model) if self.is_base else contextlib.nullcontext():
+            yield
+
+    def _must_be_alone(self, prompt: list[int]) -> bool:
+        """A prompt of one token leaves nothing to read in a batch; one whose answer may grow past what a model rotates
+        like short rows is computed as it would be alone (`model.corrections.extent`).
+        """
+        limit = longest_alike(self.loaded.model)
+        return len(prompt) < 2 or (limit is not None and len(prompt) + self.sampling.max_tokens > limit)
+
+    def _rows_at_once(self, prompts: list[list[int]]) -> int:
+        """How many prompts are answered together. Prepares for it: the proof, and the shared beginning.
+
+        prompts: the shortest first, those that must be alone aside.
+        """
+        if len(prompts) < 2:
+            return 1
+        begin = beginning.shared(prompts)
+        why = proof.wrong_together(self.model, [prompts[0], prompts[-1]], begin)
+        if why:
+            self._say(f"prompts are answered one by one: {why}")
+            return 1
+        rows = self._most or room.rows_at_once(self.model, prompts[-1], self.sampling.max_tokens)
+        self._beginning = Beginning.of(self.model, begin)
+        return rows
+
+    def _may_share(self, requests: Sequence[Request]) -> bool:
+        return self._beginning is not None and not any(self._must_be_alone(self._prompt(one)) for one in requests)
+
+    def _together(self, requests: Sequence[Request]) -> list[list[int]]:
+        """The tokens of each answer, computed at once."""
+        assert self._beginning is not None
+        prompts = [self._prompt(request) for request in requests]
+        chooser = Chooser(self.sampling, [self._key(request) for request in requests], prompts)
+        begin = self._beginning
+        ends, most = generate.end_ids(self.loaded), self.sampling.max_tokens
+        made: list[list[int]] = [[] for _ in prompts]
+        for step in decode(self.model, prompts, chooser, ends, most, begin.under(len(prompts)), begin.tokens):
+            for row, token in step:
+                made[row].append(token)
+        return made
+
+    def _alone(self, request: Request) -> list[int]:
+        ends = generate.end_ids(self.loaded)
+        return list(generate.one_by_one(self.model, self._prompt(request), self._key(request), self.sampling, ends))
+
+    def _key(self, request: Request) -> Any:
+        return row_key(self.sampling.seed, request.id, request.sample)
+
+    def _read(self, request: Request, tokens: list[int]) -> Answer:
+        """An answer's tokens as text, its thought apart."""
+        ended = tokens[-1] in generate.end_ids(self.loaded)
+        said = self._asked[request.id].reader.said(generate.decoded(self.loaded, tokens))
+        content = said.content
+        for token in self.loaded.tokenizer.all_special_tokens:
+            content = content.replace(token, "")
+        return Answer(request.id, request.sample, content, said.thought, "stop" if ended else "length", len(tokens))
+
+    def _say(self, note: str) -> None:
+        if note:
+            self.notes.append(note)
+
+
+def _even_parts(places: list[int], most: int) -> list[list[int]]:
+    """Places in parts of `most` at most, none much smaller than another: 33 by 32 gives 17 and 16."""
+    count = -(-len(places) // most)
+    sizes = [len(places) // count + (part < len(places) % count) for part in range(count)]
+    parts, first = [], 0
+    for size in sizes:
+        parts.append(places[first : first + size])
+        first += size
+    return parts

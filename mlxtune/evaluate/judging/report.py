@@ -1,0 +1,164 @@
+"""What a judge says of an evaluation: the part "judge" of its document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Literal
+
+import numpy as np
+
+from mlxtune.evaluate.checks.check import SuiteRow
+from mlxtune.evaluate.comparison.scores import Side, means
+from mlxtune.evaluate.comparison.summary import check_results
+from mlxtune.evaluate.engines.request import Answer
+from mlxtune.evaluate.judging.exam import CONSISTENT, Exam, examine
+from mlxtune.evaluate.judging.judge import RUBRIC, Judge
+from mlxtune.evaluate.judging.length import length_effect
+from mlxtune.evaluate.judging.likert import always_the_same, rate_answers, scores_of
+from mlxtune.evaluate.judging.verdicts import Pair, PairVerdict, first_rate, judge_pairs
+from mlxtune.evaluate.statistics.holm import verdict
+from mlxtune.evaluate.statistics.paired import compare_scores
+from mlxtune.evaluate.statistics.proportions import sign_test
+
+Rate = Literal["pairwise", "likert"]
+RATES: tuple[Rate, ...] = ("pairwise", "likert")
+SHOWN_REFERENCE = ("math", "code")  # tags of prompts whose reference the judge is shown
+LIKES_LONG = 0.8  # share of wins of the longer answer, from which it is said
+FIRST = (0.3, 0.7)  # share of decisions for what is shown first, outside of which a judge is not trusted
+FAILED = 0.1  # share of replies that cannot be read, above which it is said that the others may be a selection
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge said."""
+
+    document: dict[str, Any]  # the part "judge" of the evaluation's document
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of verdicts.jsonl
+    refused: bool = False  # it failed its exam, and gives no verdicts
+
+
+def pairs_of(rows: Sequence[SuiteRow], answers: Mapping[Side, Sequence[Answer]]) -> list[Pair]:
+    """Each prompt's answers of both sides, the first with the first and so on."""
+    found: dict[tuple[Side, str], list[Answer]] = {}
+    for side, given in answers.items():
+        for answer in sorted(given, key=lambda one: one.sample):
+            found.setdefault((side, answer.id), []).append(answer)
+    pairs = []
+    for row in rows:
+        reference = row.reference if set(row.tags) & set(SHOWN_REFERENCE) else None
+        both = zip(found.get(("base", row.id), []), found.get(("tuned", row.id), []), strict=False)
+        for base, tuned in both:
+            pairs.append(Pair(row.id, row.messages, base.text, tuned.text, base.sample, reference, row.group))
+    return pairs
+
+
+def judge_evaluation(
+    judge: Judge,
+    rows: Sequence[SuiteRow],
+    answers: Mapping[Side, Sequence[Answer]],
+    rate: Rate = "pairwise",
+    rubric: str = RUBRIC,
+    anyway: bool = False,
+) -> Judged:
+    """The exam, and verdicts or ratings of a judge that passed it; of any, where `anyway`. Raises UserError where the
+    judge cannot be asked.
+    """
+    exam = examine(judge, rows, rubric)
+    document: dict[str, Any] = {"judge": judge.name, "rate": rate, "exam": exam.as_json()}
+    if not exam.passed and not anyway:
+        return Judged({**document, "notes": [f"{exam.sentence}: no verdicts", *judge.notes]}, refused=True)
+    pairs = pairs_of(rows, answers)
+    if rate == "likert":
+        ratings = rate_answers(judge, pairs, rubric)
+        failed = sum(rating.value is None for rating in ratings)
+        facts = {"ratings": len(ratings), "failed": failed, "criteria": check_results(scores_of(ratings))}
+        said = [always_the_same(ratings), _failures(failed, len(ratings))]
+        lines = [rating.as_json() for rating in ratings]
+    else:
+        verdicts = judge_pairs(judge, pairs, rubric)
+        facts = pairwise_facts(verdicts)
+        said = pairwise_notes(facts)
+        lines = [one.as_json() for one in verdicts]
+    notes = [_of_exam(exam), *said, *judge.notes]
+    return Judged({**document, **facts, "notes": [note for note in notes if note]}, lines)
+
+
+def pairwise_facts(verdicts: Sequence[PairVerdict]) -> dict[str, Any]:
+    """Counts, win rate and what to make of them. Where no verdict could be read, or there is none, no rates."""
+    read = [one for one in verdicts if not one.failed]
+    asked = [one for one in read if not one.identical]
+    counts = {outcome: sum(one.outcome == outcome for one in read) for outcome in ("win", "tie", "loss")}
+    facts: dict[str, Any] = {
+        "pairs": len(verdicts),
+        "identical": sum(one.identical for one in verdicts),
+        "failed": len(verdicts) - len(read),
+        "wins": counts["win"],
+        "ties": counts["tie"],
+        "losses": counts["loss"],
+        "consistency": fmean(one.consistent for one in asked) if asked else None,
+        "first_position": first_rate(asked),
+    }
+    if not read:
+        return facts
+    prompts = _by_prompt(read)
+    # From 0 to 1 against what is left of 1: the difference of two scores, whose interval has no width of nothing.
+    tuned = means([[one.preference for one in some] for some in prompts])
+    compared = compare_scores(1 - tuned, tuned, graded=False, groups=[some[0].pair.group for some in prompts])
+    low, high = compared.interval
+    wins, losses = _decided(prompts)
+    p = sign_test(wins, losses)
+    return {
+        **facts,
+        "win_rate": float(tuned.mean()),
+        "interval": [(1 + low) / 2, (1 + high) / 2],
+        "p": p,
+        "verdict": verdict(wins - losses, p),
+        "length": length_effect(read).as_json(),
+    }
+
+
+def pairwise_notes(facts: Mapping[str, Any]) -> list[str]:
+    """What must be said beside the figures."""
+    notes = [_failures(facts["failed"], facts["pairs"])]
+    if facts["identical"]:
+        notes.append(
+            f"{facts['identical']} of {facts['pairs']} pairs are identical answers: ties, of which nobody was asked"
+        )
+    if facts["consistency"] is not None and facts["consistency"] < CONSISTENT:
+        notes.append(
+            f"only {facts['consistency']:.0%} of the pairs get the same verdict in both orders: not to be trusted"
+        )
+    first = facts["first_position"]
+    if first is not None and not FIRST[0] <= first <= FIRST[1]:
+        notes.append(f"the judge prefers what it is shown first in {first:.0%} of its decisions: not to be trusted")
+    longer = facts.get("length", {}).get("longer_wins")
+    if longer is not None and longer >= LIKES_LONG:
+        notes.append(f"the longer answer wins {longer:.0%} of the decided pairs: see the win rate at equal length")
+    return notes
+
+
+def _by_prompt(verdicts: Sequence[PairVerdict]) -> list[list[PairVerdict]]:
+    found: dict[str, list[PairVerdict]] = {}
+    for one in verdicts:
+        found.setdefault(one.pair.id, []).append(one)
+    return list(found.values())
+
+
+def _decided(prompts: Sequence[Sequence[PairVerdict]]) -> tuple[int, int]:
+    """Prompts that the tuned side wins, and that it loses: by more of its answers, where there are several."""
+    worth = {"win": 1, "tie": 0, "loss": -1}
+    balance = np.array([sum(worth[one.outcome] for one in some) for some in prompts])
+    return int((balance > 0).sum()), int((balance < 0).sum())
+
+
+def _of_exam(exam: Exam) -> str:
+    return "" if exam.passed else f"{exam.sentence}: what it says is shown because of --anyway"
+
+
+def _failures(failed: int, asked: int) -> str:
+    if not failed:
+        return ""
+    text = f"{failed} of {asked} replies of the judge could not be read, and count for nothing"
+    return f"{text}; what is left may be a selection" if failed > FAILED * asked else text

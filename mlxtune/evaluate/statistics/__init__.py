@@ -1,0 +1,1 @@
+"""What the scores of two models on the same prompts can and cannot show: numpy alone, and no model."""
