@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -76,12 +77,12 @@ def evaluate(
         "sides": {side: answering.identity for side, answering in sides.items()},
         "computed by": computed,
     }
-    journal = Journal(out, identity)
-    if out is not None:
-        kept.write_prompts(out, rows)
     answers: dict[Side, list[Answer]] = {}
-    for side, answering in sides.items():
-        answers[side] = journal.answers(side, asked.requests(), answering.open, told)
+    with closing(Journal(out, identity)) as journal:
+        if out is not None:
+            kept.write_prompts(out, rows)
+        for side, answering in sides.items():
+            answers[side] = journal.answers(side, asked.requests(), answering.open, told)
     scores = score_answers(rows, answers)
     described = {side: answering.described for side, answering in sides.items()}
     provenance = {"suite": suite, "sides": described, "sampling": sampling, "computed by": computed}
