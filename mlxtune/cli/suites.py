@@ -96,6 +96,11 @@ def ask(wanted: Wanted, as_json: bool) -> None:
             [wanted.model, wanted.against],
         )
         require_known(gates, [*suite.names, *(judged.names if judged else ())])
+        if not suite.names and judged is None and wanted.out is None:
+            raise UserError(
+                f"{suite.path} has no checks, and nobody judges: nothing would be shown",
+                "Give it checks (a suite.yaml beside it), or --judge; or --out, to keep the answers.",
+            )
         sides = _sides(model, against, sampling, wanted.allow_remote)
         notes = _about_data(suite.rows, wanted.adapter)
         asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged)

@@ -108,6 +108,9 @@ def _notes(
 ) -> list[str]:
     """What a person must know beside the numbers."""
     notes = [*asked.suite.notes, *asked.notes]
+    turns = sum(bool(row.turns) for row in asked.suite.rows)
+    if turns:
+        notes.append(f"{turns} of {len(asked.suite.rows)} prompts have further turns, which are not asked")
     for side in answers:
         notes += journal.notes.get(side, [])
     for side, given in answers.items():
