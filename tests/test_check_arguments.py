@@ -13,6 +13,7 @@ from mlxtune.evaluate.checks.arguments import CheckError, Place
 from mlxtune.evaluate.checks.check import SuiteRow
 from mlxtune.evaluate.checks.kinds import read_checks
 from mlxtune.evaluate.checks.sandbox.sandbox import Programs
+from mlxtune.evaluate.checks.tool_calls import same
 
 TOOLS = [{
     "type": "function",
@@ -76,6 +77,21 @@ def test_a_tool_call_is_right_by_its_name_and_arguments_however_it_is_written(
     last = [{"type": "function", "function": {"name": "book", "arguments": '{"day": "Sunday"}'}}]
     row = SuiteRow("1", [{"role": "user", "content": "Book."}], tools=TOOLS, calls=last)
     assert score(written, text, row) == right
+
+
+def test_values_of_json_are_equal_by_what_they_mean() -> None:
+    assert same(1, 1.0) and same({"a": 1, "b": [2]}, {"b": [2.0], "a": 1}) and same("x", "x")
+    assert not same(True, 1) and not same([0], [False]) and not same([1, 2], [2, 1]) and not same({"a": 1}, {})
+
+
+def test_a_schema_fetches_nothing_even_where_its_parts_have_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda request, *_, **__: asked.append(str(request)))
+    notes: dict[str, Counter[str]] = {}
+    schema = {"$defs": {"a": {"$id": "http://a.example/a"}}, "$ref": "http://b.example/b"}
+    (check,) = read_checks([{"schema": schema}], Place(HERE, Programs()), [], notes)
+    assert check.score(answer_of("1"), ROW) == 0.0 and asked == []
+    assert notes["schema"]["needs the $ref http://b.example/b, which is not in it: counted as failed"] == 1
 
 
 WRONG: list[tuple[Any, str, str]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -11,27 +12,7 @@ from sacrebleu.metrics import CHRF
 from mlxtune.evaluate.checks.overlap import chrf, longest_common, rouge_l
 from mlxtune.evaluate.checks.words import words_of
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "mat",
-    "tree",
-    "Big",
-    "small,",
-    "42",
-    "it's",
-    "x_y",
-    "(and)",
-    "or",
-    "-",
-    "not",
-]
+WORDS = re.findall(r"\S+", "the a cat dog sat ran on under mat tree Big small, 42 it's x_y (and) or - not")
 
 
 def _texts(count: int, longest: int, seed: int) -> list[str]:
@@ -55,6 +36,12 @@ def test_a_subsequence_of_exactly_64_words_and_its_multiples_is_counted_whole() 
         assert longest_common(words, [words, words[::-1], ["x", *words, "y"], words[1:], []]).tolist() == [
             *(length, 1, length, length - 1, 0),
         ]
+
+
+def test_a_word_at_both_ends_of_a_long_text_is_counted_once() -> None:
+    """The carry of the sum goes through a machine word in which nothing stands that is looked for."""
+    between = [str(number) for number in range(150)]
+    assert longest_common(["a", *between, "a"], [["a"], ["a", "a"]]).tolist() == [1, 2]
 
 
 def test_chrf_equals_sacrebleu() -> None:

@@ -78,6 +78,16 @@ def test_a_right_program_passes(boxes: Sandbox, name: str) -> None:
 
 
 WRONG = {
+    "a function of Python's own name": (
+        "def abs(x):\n    return 0\ndef f():\n    return 1",
+        "assert abs(f() - 7) < 1e-6",
+        "AssertionError",
+    ),
+    "an object that says it is a number": (
+        "class Odd:\n    __class__ = int\n    def __eq__(self, x):\n        return True\ndef f():\n    return Odd()",
+        "assert f() == 2",
+        "AssertionError",
+    ),
     "a wrong result": ("def f():\n    return 1", "assert f() == 2", "AssertionError"),
     "an exception": ("def f():\n    return 1 / 0", "assert f() == 2", "ZeroDivisionError: division by zero"),
     "no Python": ("def f(:", "assert f() == 2", "SyntaxError"),
@@ -125,10 +135,11 @@ HOSTILE = {
     "signal ignore": "import signal\nfor number in range(1, 65):\n    try:\n        signal.signal(number,"
     " signal.SIG_IGN)\n"
     "    except (OSError, ValueError):\n        pass\nwhile True:\n    pass",
-    "daemonized child": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n       "
-    " time.sleep(3)\n"
-    "        open({folder!r} + '/late', 'w')\n        while True:\n            time.sleep(1)\n   "
-    " os._exit(0)\ndone = False",
+    "daemonized child": "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+    "        while True:\n            try:\n                open({folder!r} + '/late', 'w')\n"
+    "            except OSError:\n                time.sleep(0.1)\n    os._exit(0)\ndone = False",
+    "equal to all": "class Always:\n    def __eq__(self, other):\n        return True\ndone = Always()\n"
+    "def f():\n    return Always()",
 }  # fmt: skip
 TESTS = "assert done is True or done == 12345, done\nassert f() == 7"
 
