@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def write_rows(file: Path, folder: Path, rows: int, turns: int) -> None:
-    """train.jsonl with the first conversations of so many answers, cut behind the last; valid.jsonl with one of them."""
+    """train.jsonl with the first conversations of so many answers, cut behind the last; valid.jsonl with one."""
     chosen: list[str] = []
     for record in read(file, {}):
         messages = record.messages or [] if isinstance(record, Record) else []

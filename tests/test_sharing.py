@@ -11,7 +11,7 @@ import pytest
 
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
-from mlxtune.data.dataset.batches import Plan, collate
+from mlxtune.data.dataset.batches import Batch, Plan, collate, in_order, side_by_side
 from mlxtune.data.dataset.beginnings import first_target
 from mlxtune.data.dataset.cutting import Cutter
 from mlxtune.data.dataset.dealing import Dealer
@@ -223,6 +223,18 @@ def test_looking_for_what_is_shared_reads_each_example_a_few_times() -> None:
     found = found_sharing(rows)
     assert max(group.depth for group in found.groups) == 2
     assert max(rows.read.values()) <= 2 + 2 * 3 + 1
+
+
+def test_held_out_conversations_are_computed_once_too() -> None:
+    """Each example once; in order of length the same number of tokens at once shares far less."""
+    rows = conversations(12)
+    batches = side_by_side(rows, 1500, found_sharing(rows))
+    assert sorted(index for batch in batches for index in batch.rows.tolist()) == list(range(len(rows)))
+
+    def of_all(batches: list[Batch]) -> int:
+        return sum(computed([rows.examples[index] for index in batch.rows]) for batch in batches)
+
+    assert of_all(batches) < 0.5 * of_all(in_order(rows, 1500))
 
 
 def test_rows_that_share_nothing_are_no_groups() -> None:
