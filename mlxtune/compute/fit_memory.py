@@ -266,8 +266,11 @@ def evaluation_tokens(model: nn.Module, way: Way, rows: Plan) -> int:
     """Padded tokens of a batch of an evaluation, so that it takes no more memory than a step.
 
     It keeps nothing for a backward pass. A step keeps what all blocks need, or where each is computed again, one's.
+    Where beginnings are shared, as many as a step computes: a smaller batch would compute them several times.
     """
     largest = max(count * width for count, width, _ in rows.shapes())
+    if rows.shares and way.prefix is not None:
+        return largest
     times = 1 if way.recompute == 1 else max(1, len(model.layers) // 2)
     return min(EVALUATION_TOKENS, times * largest)
 

@@ -21,6 +21,7 @@ from mlxtune.compute import parts, prefix
 from mlxtune.compute.memory.block_call import Blank, Cost, caches_in, cost_of, each_leaf
 from mlxtune.compute.memory.kernels import Device, TracedSwitch, standing_in
 from mlxtune.data.dataset import forest
+from mlxtune.data.dataset.forest import Forest
 from mlxtune.model.classes import as_classes, calling
 from mlxtune.model.linux_cpu import ORIGINALS
 
@@ -29,20 +30,23 @@ UNROLLED = 4  # operations a token: more are a loop over the tokens
 
 
 def costs(
-    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device
+    model: nn.Module, passes: Forest, trained: list[bool], device: Device, last_whole: bool = False
 ) -> tuple[list[list[Cost]], bool]:
-    """(of each block the costs of its calls, in a step on [rows, width] tokens; whether some go token by token).
+    """(of each block the costs of its calls, in a step of these passes; whether some go token by token).
 
-    A block has two calls where a prefix is shared.
+    A block has a call for each pass.
 
-    trained: for each block, whether a gradient flows into its input. Raises whatever a model's own code raises.
+    trained: for each block, whether a gradient flows into its input; last_whole: whether the last block computes more
+    of a trunk than its keys and values, as it does where it is checkpointed. Raises whatever a model's own code raises.
     """
+    first = passes.passes[0]
+    if passes.shares or prefix.caches_for(model) is not None or first.width <= 2 * FITTED[-1]:
+        return _traced(model, passes, trained, device, last_whole), False
 
     def at(width: int) -> list[list[Cost]]:
-        return _traced_at(model, rows, width, shared, trained, device)
+        return _traced(model, forest.whole(len(first.rows), width), trained, device, last_whole)
 
-    if prefix.caches_for(model) is not None or width <= 2 * FITTED[-1]:
-        return at(width), False
+    width = first.width
     # Blocks that keep a state: where mlx-lm goes from token to token, their graph grows with the row, and would take
     # minutes to look through.
     few, more = at(FITTED[0]), at(FITTED[1])
@@ -87,8 +91,8 @@ def _through(widths: tuple[int, ...], values: list[int], width: int) -> int:
     return round(total)
 
 
-def _traced_at(
-    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device
+def _traced(
+    model: nn.Module, passes: Forest, trained: list[bool], device: Device, last_whole: bool
 ) -> list[list[Cost]]:
     """Of each block the costs of its calls, as in `costs`, every operation looked at."""
     blocks = list(model.layers)
@@ -97,7 +101,9 @@ def _traced_at(
 
     def note(block: nn.Module, call: Any, args: Any, kwargs: Any) -> Any:
         place = places[id(block)]
-        called = cost_of(block, call, args, kwargs, trained[place], device)
+        in_trunk = passes.passes[len(found[place])].is_trunk
+        needed = last_whole or place < len(blocks) - 1 or not in_trunk
+        called = cost_of(block, call, args, kwargs, trained[place], device, needed)
         found[place].append(called.cost)
         for cache, recorded in zip(caches_in((args, kwargs)), called.recorded, strict=True):
             cache.recorded = [blank.zeros() for blank in recorded]
@@ -113,8 +119,8 @@ def _traced_at(
             parts.within(model, device.parts),
             _noted(blocks, note),
         ):
-            passes = forest.behind_one_trunk(rows, width, shared)
-            prefix.through(model, model, passes, [mx.zeros((len(p.rows), p.width), mx.int32) for p in passes.passes])
+            ids = [mx.zeros((len(each.rows), each.width), mx.int32) for each in passes.passes]
+            prefix.through(model, model, passes, ids)
     finally:
         model.train(training)
     return found
