@@ -182,7 +182,7 @@ class _Piece(PrefixCache):
 class _Pieces:
     """A block's call, computed in pieces."""
 
-    block: nn.Module  # that is called
+    block: nn.Module  # whose parameters it takes
     function: Callable[..., Any]  # the block's own call
     # Of the call: the block itself, and the others in their order; hidden states, mask and cache are those of a piece.
     arguments: inspect.BoundArguments

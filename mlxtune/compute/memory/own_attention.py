@@ -38,23 +38,26 @@ class Kind(Protocol):
     def backward(
         self, primals: Any, cotangent: mx.array, outputs: Any, scale: float, mask: Any
     ) -> tuple[mx.array, ...]:
-        """A gradient for each of the primals."""
+        """A gradient for each of the primals: of q [B, H, T, D], of k and v [B, K, S, D], and of sinks [H] if any."""
 
 
 class LinuxCpu:
     """The attention of `linux_cpu`."""
 
     def is_for(self, q: mx.array, mask: Any, sinks: Any) -> bool:
+        """Of queries q [B, H, T, D]."""
         return linux_cpu.is_for(q, mask, sinks)
 
     def forward(
         self, q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Any, sinks: mx.array | None
     ) -> tuple[mx.array, ...]:
+        """q [B, H, T, D], k and v [B, K, S, D] -> as `linux_cpu.forward`."""
         return linux_cpu.forward(q, k, v, scale, linux_cpu.bias_of(mask, q.shape[2], k.shape[2]))
 
     def backward(
         self, primals: Any, cotangent: mx.array, outputs: Any, scale: float, mask: Any
     ) -> tuple[mx.array, ...]:
+        """Of the attention [B, H, T, D] -> as `linux_cpu.backward`."""
         return linux_cpu.backward(primals, cotangent, outputs, scale)
 
 
