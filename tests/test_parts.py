@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -224,6 +225,18 @@ def test_a_function_of_a_familys_own_is_not_replaced(monkeypatch: pytest.MonkeyP
         assert switch_layers.swiglu is other
 
 
+# The last block.
+
+
+@pytest.mark.parametrize("recompute", [0, 1])
+@pytest.mark.parametrize("kind", [*SHAPES, "qwen3_5"])
+def test_the_last_block_ends_on_supervised_positions(kind: str, recompute: int) -> None:
+    model = make(kind)
+    for shared in (None, 0) if kind != "qwen3_5" else (None,):
+        way = way_with(model, "last_block", prefix=shared, recompute=recompute)
+        assert_close(model, way, BATCH, 1e-5, 3e-5, kind)
+
+
 # Cross-entropy.
 
 
@@ -250,6 +263,23 @@ def test_targets_that_only_fill_up_weigh_nothing_in_mlxs_cross_entropy() -> None
     assert filled.weights is not None
     counted = replace(filled, weights=mx.ones_like(filled.weights))
     assert not proof.difference(proof._read(*of(counted)), wanted).within(1e-2, 1e-2)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
+def test_the_parts_inside_one_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX joins equal operations there: what is computed again must not be the first computation's result, kept."""
+    monkeypatch.setitem(SHAPES, "llama deep", deep("llama"))
+    model = make("llama deep")
+    few = batch(17, [80, 70, 40])
+    names = ("activations", "last_block", "kernels")
+    mx.enable_compile()
+    try:
+        assert_close(model, way_with(model, *names, compiled=True), BATCH, 1e-5, 3e-5, "compiled")
+        with_part, without = (peak(model, way_with(model, *on, compiled=True), few) for on in (names[:1], ()))
+    finally:
+        mx.disable_compile()
+    print(with_part / without)
+    assert with_part < 0.9 * without
 
 
 # Proofs.
@@ -299,14 +329,14 @@ def test_a_wrong_part_is_left_out_and_said_while_the_others_stay(monkeypatch: py
     forgets_the_state_at_a_border(monkeypatch)
     config = configuration.load(None, ("train.batch_rows=2",))
     found = choose(Given(make("qwen3_5"), {}, mx.float32), config, Plan(rows(17, [30, 27]), config.train))
-    assert found.way.parts == ("activations",)
+    assert found.way.parts == ("activations", "last_block")
     assert any("does not reproduce" in note and "gated delta layers in chunks" in note for note in found.notes)
 
 
 def test_a_part_that_is_switched_off_is_not_computed_otherwise() -> None:
     config = configuration.load(None, ("fast.gated_delta=off",))
-    assert parts.of_model(make("qwen3_5"), config.fast) == ("activations",)
-    assert parts.of_model(make("llama"), configuration.load(None, ()).fast) == ("activations",)
+    assert parts.of_model(make("qwen3_5"), config.fast, dropout=False) == ("activations", "last_block")
+    assert parts.of_model(make("llama"), configuration.load(None, ()).fast, dropout=True) == ("activations",)
 
 
 # Memory.
@@ -339,6 +369,7 @@ def peak(model: nn.Module, way: Way, rows_: Batch) -> int:
         ("llama", "activations", 0.9),
         ("gemma2", "activations", 0.9),
         ("mixtral", "activations", 0.92),
+        ("llama", "last_block", 0.96),
     ],
 )
 def test_a_part_takes_less_memory(kind: str, part: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def _for_device(way: Way, model: nn.Module, config: Config) -> Way:
         and not many_shapes
         and prefix.caches_for(model) is not None  # others may go token by token: such graphs grow with the row
     )
-    of_model = parts.of_model(model, config.fast) if fast else ()
+    of_model = parts.of_model(model, config.fast, bool(config.lora.dropout)) if fast else ()
     return replace(way, powers=powers, compiled=compiled, parts=of_model)
 
 

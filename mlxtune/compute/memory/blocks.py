@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.adapter.layers import LoRASwitchLinear
-from mlxtune.compute import parts, prefix
+from mlxtune.compute import last_block, parts, prefix
 from mlxtune.compute.memory.block_call import Blank, Cost, caches_in, cost_of, each_leaf
 from mlxtune.compute.memory.kernels import Device, TracedSwitch, standing_in
 from mlxtune.model.classes import as_classes, calling
@@ -28,17 +28,18 @@ UNROLLED = 4  # operations a token: more are a loop over the tokens
 
 
 def costs(
-    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device
+    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device, targets: int = 0
 ) -> tuple[list[list[Cost]], bool]:
     """(of each block the costs of its calls, in a step on [rows, width] tokens; whether some go token by token).
 
     A block has two calls where a prefix is shared.
 
-    trained: for each block, whether a gradient flows into its input. Raises whatever a model's own code raises.
+    trained: for each block, whether a gradient flows into its input; targets: supervised tokens, where the last block
+    ends on them alone (0: on all). Raises whatever a model's own code raises.
     """
 
     def at(width: int) -> list[list[Cost]]:
-        return _traced_at(model, rows, width, shared, trained, device)
+        return _traced_at(model, rows, width, shared, trained, device, targets)
 
     if prefix.caches_for(model) is not None or width <= 2 * FITTED[-1]:
         return at(width), False
@@ -87,7 +88,7 @@ def _through(widths: tuple[int, ...], values: list[int], width: int) -> int:
 
 
 def _traced_at(
-    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device
+    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device, targets: int = 0
 ) -> list[list[Cost]]:
     """Of each block the costs of its calls, as in `costs`, every operation looked at."""
     blocks = list(model.layers)
@@ -113,6 +114,8 @@ def _traced_at(
             parts.within(model, device.parts),
             _noted(blocks, note),
         ):
+            if targets:
+                last_block.give(mx.zeros(targets, mx.int32))
             if shared:
                 prefix.in_two_passes(model, model, ids, shared)
             else:

@@ -268,8 +268,9 @@ def _costs(model: nn.Module, shape: StepSizes, options: RunOptions) -> tuple[lis
         keys = adapted[0]._dropout
     if keys is not None:
         keys.set(0, 0, range(shape.rows), [shape.width] * shape.rows, len(adapted))
+    targets = shape.targets if "last_block" in options.device.parts else 0
     try:
-        return blocks.costs(model, shape.rows, shape.width, shape.prefix, _reached(model), options.device)
+        return blocks.costs(model, shape.rows, shape.width, shape.prefix, _reached(model), options.device, targets)
     finally:
         if keys is not None:
             keys.clear()
