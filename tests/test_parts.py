@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -265,23 +264,6 @@ def test_targets_that_only_fill_up_weigh_nothing_in_mlxs_cross_entropy() -> None
     assert not proof.difference(proof._read(*of(counted)), wanted).within(1e-2, 1e-2)
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
-def test_the_parts_inside_one_compiled_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLX joins equal operations there: what is computed again must not be the first computation's result, kept."""
-    monkeypatch.setitem(SHAPES, "llama deep", deep("llama"))
-    model = make("llama deep")
-    few = batch(17, [80, 70, 40])
-    names = ("activations", "last_block", "kernels")
-    mx.enable_compile()
-    try:
-        assert_close(model, way_with(model, *names, compiled=True), BATCH, 1e-5, 3e-5, "compiled")
-        with_part, without = (peak(model, way_with(model, *on, compiled=True), few) for on in (names[:1], ()))
-    finally:
-        mx.disable_compile()
-    print(with_part / without)
-    assert with_part < 0.9 * without
-
-
 # Proofs.
 
 
@@ -349,15 +331,16 @@ def deep(kind: str) -> dict[str, Any]:
     if kind == "kimi_linear":
         heads = {"kda_layers": [1], "num_heads": 4, "head_dim": 64, "short_conv_kernel_size": 4}
         return {**DELTA[kind], "linear_attn_config": heads}
-    return {**SHAPES[kind], "num_hidden_layers": 4, "intermediate_size": 256}
+    return {**SHAPES[kind], "num_hidden_layers": 4, "intermediate_size": 512}
 
 
 def peak(model: nn.Module, way: Way, rows_: Batch) -> int:
-    """Bytes of loss and gradients over what was there before."""
+    """Bytes of loss and gradients over what was there before: the highest of some goes, as in `peaks`."""
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    mx.eval(Gradients(model, way)(rows_))
+    for _ in range(peaks.GOES):
+        mx.eval(Gradients(model, way)(rows_))
     return mx.get_peak_memory() - before
 
 
@@ -376,7 +359,9 @@ def test_a_part_takes_less_memory(kind: str, part: str, share: float, monkeypatc
     monkeypatch.setitem(SHAPES, f"{kind} deep", deep(kind))
     model = make(f"{kind} deep")
     few = batch(17, [180] if part == "gated_delta" else [80, 70, 40])
-    assert peak(model, way_with(model, part), few) < share * peak(model, way_with(model), few)
+    with_part, without = peak(model, way_with(model, part), few), peak(model, way_with(model), few)
+    print(with_part / without)
+    assert with_part < share * without
 
 
 @pytest.mark.parametrize(
