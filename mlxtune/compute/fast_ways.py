@@ -134,7 +134,7 @@ def _for_device(way: Way, model: nn.Module, examples: Sequence[Example], config:
         and not _noise(config)
         and prefix.caches_for(model) is not None  # others may go token by token: such graphs grow with the row
     )
-    of_model = parts.of_model(model, config.fast) if fast else ()
+    of_model = parts.of_model(model, config.fast, bool(config.lora.dropout)) if fast else ()
     return replace(way, powers=powers, compiled=compiled, queries=queries, parts=of_model)
 
 
@@ -182,8 +182,10 @@ def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: 
     if section.checkpoint_layers == "nested":
         # n blocks in groups of g keep n / g inputs, and g more while a group goes back: least where g * g = n.
         nested = max(2, round(math.sqrt(len(model.layers))))
-    # Not compiled: a compiled graph has the pieces one by one, and gives its stages up.
-    return replace(way, tokens=pieces.TOKENS, nested=nested, compiled=False)
+    # Positions of supervised tokens are counted in whole rows. Not compiled: a compiled graph has the pieces one by one,
+    # and gives its stages up.
+    of_whole_rows = tuple(name for name in way.parts if name != "last_block")
+    return replace(way, tokens=pieces.TOKENS, nested=nested, compiled=False, parts=of_whole_rows)
 
 
 def shared_prefix(

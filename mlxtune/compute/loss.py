@@ -31,7 +31,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.compute import prefix
+from mlxtune.compute import last_block, prefix
 from mlxtune.compute.checkpointing import checkpointed
 from mlxtune.compute.head import Split
 from mlxtune.compute.stages import Stages
@@ -115,7 +115,7 @@ def of_batch(model: nn.Module, way: Way, batch: Batch, stages: Stages | None = N
 
 def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) -> mx.array:
     """As `of_batch`, of a batch that is arrays already. Scalar, float32."""
-    outputs = supervised_outputs(model, way.split, inputs)
+    outputs = supervised_outputs(model, way.split, inputs, "last_block" in way.parts)
     if way.split is None:
         assert inputs.weights is None
         return nn.losses.cross_entropy(_as_float32(outputs), inputs.targets, reduction="sum")
@@ -125,12 +125,21 @@ def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) ->
     return _through_frozen_head(way.split, outputs, inputs, stages, kernel)
 
 
-def supervised_outputs(model: nn.Module, split: Split | None, inputs: LossInputs) -> mx.array:
+def supervised_outputs(
+    model: nn.Module, split: Split | None, inputs: LossInputs, by_last_block: bool = False
+) -> mx.array:
     """Hidden states [N, D] at the positions, for the head still to run on; without a split the logits themselves,
     [N, V].
+
+    by_last_block: whether the trunk itself may give the positions alone (`last_block`); it does where all of them are
+    in one pass.
     """
+    by_last_block = by_last_block and prefix.is_simple(inputs.passes)
+    if by_last_block:
+        last_block.give(inputs.positions)
     forward: Any = model if split is None else split.hidden
-    return prefix.through(forward, model, inputs.passes, inputs.ids)[inputs.positions]
+    outputs = prefix.through(forward, model, inputs.passes, inputs.ids)
+    return outputs if by_last_block else outputs[inputs.positions]
 
 
 def chunk_rows(width: int, vocabulary: int) -> int:

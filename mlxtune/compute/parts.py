@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtune.compute import last_block
+from mlxtune.config.schema import FastSection
 from mlxtune.machine import backend
 from mlxtune.model import gated_delta, gated_mlp
 
@@ -37,6 +38,8 @@ class Part:
     within: Callable[[nn.Module], AbstractContextManager[None]]
     # Whether it brings something where every block is computed again in the backward pass.
     with_all_recomputed: bool = True
+    # Whether it computes the same where each position has a mask of dropout of its own.
+    with_dropout: bool = True
 
 
 def _nothing(_: nn.Module) -> AbstractContextManager[None]:
@@ -55,14 +58,25 @@ PARTS = {
         "MLX's kernels for cross-entropy and gated delta layers", _has_kernels, gated_delta.computed_by_kernel
     ),
     "activations": Part(
-        "gated activations again in the backward pass", gated_mlp.is_in, gated_mlp.computed_again, False
+        "gated activations again in the backward pass",
+        gated_mlp.is_in,
+        gated_mlp.computed_again,
+        with_all_recomputed=False,
+    ),
+    "last_block": Part(
+        "the end of the last block on supervised tokens only", last_block.is_for, last_block.within, with_dropout=False
     ),
 }
 
 
-def of_model(model: nn.Module, section: Any) -> tuple[str, ...]:
-    """The names of the parts that a model has and the configuration's section `fast` leaves on."""
-    return tuple(name for name, part in PARTS.items() if getattr(section, name) == "auto" and part.is_for(model))
+def of_model(model: nn.Module, section: FastSection, dropout: bool) -> tuple[str, ...]:
+    """The names of the parts that a model has and the configuration leaves on. dropout: whether the adapter has any."""
+    names = []
+    for name, part in PARTS.items():
+        allowed = getattr(section, name) == "auto" and (part.with_dropout or not dropout)
+        if allowed and part.is_for(model):
+            names.append(name)
+    return tuple(names)
 
 
 def in_use(names: Sequence[str], recompute: int) -> list[str]:

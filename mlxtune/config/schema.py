@@ -259,6 +259,10 @@ class FastSection(Section):
         "auto", description="auto: gated activations are computed again in the backward pass; off: kept"
     )
 
+    last_block: Literal["auto", "off"] = Field(
+        "auto", description="auto: behind its attention the last block computes supervised tokens only; off: all"
+    )
+
     kernels: Literal["auto", "off"] = Field(
         "auto",
         description="auto: on a GPU MLX's kernels for cross-entropy and gated delta layers; off: plain operations",

@@ -42,6 +42,8 @@ from mlxtune.model.functions import finds_any, in_place_of
 
 CHUNK = 16  # C: of 16, 32 and 64 the fastest and the leanest on the CPU; and a proof on 32 tokens passes a border
 
+FEW = 4  # tokens whose ratios are written out where g is a vector
+
 # MLX's kernels, as they are named in the metallib of 0.32.4: heads of keys and of values, all of this width.
 KERNEL_HEADS = frozenset([(16, 16), (16, 32), (16, 48), (16, 64), (24, 24), (32, 32)])
 KERNEL_WIDTH = 128
@@ -148,11 +150,11 @@ def _gates(
     beta = mx.sigmoid(b)
     if allow_neg_eigval:
         beta = beta * 2.0
-    rate = mx.exp(_wide(A_log))
+    rate = mx.exp(A_log.astype(mx.float32))
     if lower_bound is None:
         softplus: mx.array = nn.softplus(a + dt_bias)
         return -rate * softplus, beta
-    return lower_bound * mx.sigmoid(rate * (_wide(a) + dt_bias)), beta
+    return lower_bound * mx.sigmoid(rate * (a.astype(mx.float32) + dt_bias)), beta
 
 
 def _no_state(q: mx.array, v: mx.array) -> mx.array:
@@ -210,18 +212,32 @@ def _products(x: mx.array, k: mx.array, since_start: mx.array, strictly: bool) -
     """(x_t . k_j) G_t / G_j for j <= t, or strictly j < t, else 0: [..., C, C]. x, k [..., C, D], since_start
     [..., C, 1 or D].
     """
-    seen = mx.tril(mx.ones((CHUNK, CHUNK), mx.bool_), -1 if strictly else 0)
     if since_start.shape[-1] == 1:
+        seen = mx.tril(mx.ones((CHUNK, CHUNK), mx.bool_), -1 if strictly else 0)
         between = since_start - since_start.swapaxes(-1, -2)
         return (x @ k.swapaxes(-1, -2)) * mx.exp(mx.where(seen, between, -mx.inf))
+    # Each channel fades at its own pace: no single number stands between two tokens. With the tokens before a few, G_t
+    # / G_j is cut in two where the few begin, so that neither part is larger than 1, and each goes to its own side of a
+    # matrix product; among the few themselves it is written out.
+    blocks = []
+    for start in range(0, CHUNK, FEW):
+        few, before = slice(start, start + FEW), slice(0, start)
+        at_start = since_start[..., max(start - 1, 0) : max(start, 1), :]
+        faded_x = x[..., few, :] * mx.exp(since_start[..., few, :] - at_start)
+        faded_k = k[..., before, :] * mx.exp(at_start - since_start[..., before, :])
+        own = _products_by_channel(x[..., few, :], k[..., few, :], since_start[..., few, :], strictly)
+        unseen = mx.zeros((*own.shape[:-1], CHUNK - start - FEW), own.dtype)
+        blocks.append(mx.concatenate([faded_x @ faded_k.swapaxes(-1, -2), own, unseen], axis=-1))
+    return mx.concatenate(blocks, axis=-2)
 
-    def by_channel(x: mx.array, k: mx.array, since_start: mx.array) -> mx.array:
-        between = since_start[..., :, None, :] - since_start[..., None, :, :]  # [..., C, C, D]
-        ratios = mx.exp(mx.where(seen[..., None], between, -mx.inf))
-        return (x[..., :, None, :] * k[..., None, :, :] * ratios).sum(axis=-1)
 
-    out: mx.array = mx.checkpoint(by_channel)(x, k, since_start)  # arrays [..., C, C, D] are not for keeping
-    return out
+def _products_by_channel(x: mx.array, k: mx.array, since_start: mx.array, strictly: bool) -> mx.array:
+    """As `_products`, written out: x, k and since_start [..., few, D] -> [..., few, few]."""
+    tokens = x.shape[-2]
+    seen = mx.tril(mx.ones((tokens, tokens), mx.bool_), -1 if strictly else 0)
+    between = since_start[..., :, None, :] - since_start[..., None, :, :]  # [..., few, few, D]
+    ratios = mx.exp(mx.where(seen[..., None], between, -mx.inf))
+    return (x[..., :, None, :] * k[..., None, :, :] * ratios).sum(axis=-1)
 
 
 def inverse_by_blocks(below: mx.array) -> mx.array:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.adapter.layers import LoRASwitchLinear
-from mlxtune.compute import parts, prefix
+from mlxtune.compute import last_block, parts, prefix
 from mlxtune.compute.memory.block_call import Blank, Cost, caches_in, cost_of, each_leaf
 from mlxtune.compute.memory.kernels import Device, TracedSwitch, standing_in
 from mlxtune.data.dataset import forest
@@ -30,21 +30,27 @@ UNROLLED = 4  # operations a token: more are a loop over the tokens
 
 
 def costs(
-    model: nn.Module, passes: Forest, trained: list[bool], device: Device, last_whole: bool = False
+    model: nn.Module,
+    passes: Forest,
+    trained: list[bool],
+    device: Device,
+    last_whole: bool = False,
+    targets: int = 0,
 ) -> tuple[list[list[Cost]], bool]:
     """(of each block the costs of its calls, in a step of these passes; whether some go token by token).
 
     A block has a call for each pass.
 
     trained: for each block, whether a gradient flows into its input; last_whole: whether the last block computes more
-    of a trunk than its keys and values, as it does where it is checkpointed. Raises whatever a model's own code raises.
+    of a trunk than its keys and values, as it does where it is checkpointed; targets: supervised tokens, where the last
+    block ends on them alone (0: on all). Raises whatever a model's own code raises.
     """
     first = passes.passes[0]
     if passes.shares or prefix.caches_for(model) is not None or first.width <= 2 * FITTED[-1]:
-        return _traced(model, passes, trained, device, last_whole), False
+        return _traced(model, passes, trained, device, last_whole, targets), False
 
     def at(width: int) -> list[list[Cost]]:
-        return _traced(model, forest.whole(len(first.rows), width), trained, device, last_whole)
+        return _traced(model, forest.whole(len(first.rows), width), trained, device, last_whole, targets)
 
     width = first.width
     # Blocks that keep a state: where mlx-lm goes from token to token, their graph grows with the row, and would take
@@ -92,7 +98,7 @@ def _through(widths: tuple[int, ...], values: list[int], width: int) -> int:
 
 
 def _traced(
-    model: nn.Module, passes: Forest, trained: list[bool], device: Device, last_whole: bool
+    model: nn.Module, passes: Forest, trained: list[bool], device: Device, last_whole: bool, targets: int
 ) -> list[list[Cost]]:
     """Of each block the costs of its calls, as in `costs`, every operation looked at."""
     blocks = list(model.layers)
@@ -119,6 +125,8 @@ def _traced(
             parts.within(model, device.parts),
             _noted(blocks, note),
         ):
+            if targets:
+                last_block.give(mx.zeros(targets, mx.int32))
             ids = [mx.zeros((len(each.rows), each.width), mx.int32) for each in passes.passes]
             prefix.through(model, model, passes, ids)
     finally:

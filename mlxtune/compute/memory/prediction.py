@@ -34,6 +34,7 @@ from mlxtune.adapter.plan import block_paths, outside_blocks
 from mlxtune.compute.memory import blocks
 from mlxtune.compute.memory.block_call import Cost
 from mlxtune.compute.memory.kernels import Device
+from mlxtune.compute.prefix import is_simple
 from mlxtune.data.dataset.forest import Forest, behind_one_trunk
 from mlxtune.model.arrays import named
 
@@ -339,8 +340,10 @@ def _costs(model: nn.Module, shape: StepSizes, options: RunOptions) -> tuple[lis
     if keys is not None:
         keys.set(0, 0, range(shape.rows), [shape.width] * shape.rows, len(adapted))
     last_whole = bool(options.recompute) and (len(model.layers) - 1) % options.recompute == 0
+    at_the_end = "last_block" in options.device.parts and is_simple(shape.passes)
+    targets = shape.targets if at_the_end else 0
     try:
-        return blocks.costs(model, shape.passes, _reached(model), options.device, last_whole)
+        return blocks.costs(model, shape.passes, _reached(model), options.device, last_whole, targets)
     finally:
         if keys is not None:
             keys.clear()
