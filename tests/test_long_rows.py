@@ -242,7 +242,7 @@ def peak_of(model: Any, way: Way, tokens: int) -> int:
     mx.reset_peak_memory()
     proof.sums_of(model, way, found)
     peak = mx.get_peak_memory() - before
-    linux_cpu._causal.cache_clear()  # a mask [T, T], which the next measurement must not find
+    linux_cpu._squares.clear()  # a mask [T, T], which the next measurement must not find
     return peak
 
 

@@ -182,8 +182,8 @@ def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: 
     if section.checkpoint_layers == "nested":
         # n blocks in groups of g keep n / g inputs, and g more while a group goes back: least where g * g = n.
         nested = max(2, round(math.sqrt(len(model.layers))))
-    # Positions of supervised tokens are counted in whole rows. Not compiled: a compiled graph has the pieces one by one,
-    # and gives its stages up.
+    # The last block counts supervised tokens in whole rows, so it is not cut. Not compiled: a compiled graph has the
+    # pieces one by one, and gives its stages up.
     of_whole_rows = tuple(name for name in way.parts if name != "last_block")
     return replace(way, tokens=pieces.TOKENS, nested=nested, compiled=False, parts=of_whole_rows)
 
