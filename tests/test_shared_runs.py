@@ -13,7 +13,7 @@ from training import SETTINGS, losses, tune
 from mlxtune.bench import children, parts
 from mlxtune.bench.figures import Measured
 from mlxtune.cli.bench import _print_parts
-from mlxtune.compute import counted
+from mlxtune.compute import counted, fast_ways
 from mlxtune.compute.prefix import forest_of_batch, is_simple
 from mlxtune.config import resolve
 from mlxtune.data.chat.masking import Example
@@ -82,6 +82,15 @@ def test_where_nothing_is_shared_rows_are_dealt_by_length_alone(hf_model: Path, 
     plan, apart = (plan_of(hf_model, talks, *EXPANDED, *more) for more in ((), (setting,)))
     assert plan.shares and plan.dealt == DEALT and len(plan.step(1)) <= 2
     assert not apart.shares and apart.dealt == "" and len(apart.step(1)) == 4
+
+
+def test_why_turns_of_a_conversation_are_not_computed_once_is_said(hf_model: Path, talks: Path) -> None:
+    """Also where no row begins as all others do; rows of one example each need no word."""
+    examples = plan_of(hf_model, talks, *EXPANDED).examples
+    config = resolve.load(None, ("lora.dropout=0.1",))
+    reason = "examples of one row begin alike, but with lora.dropout each row must see noise of its own"
+    assert fast_ways.shared_prefix(None, examples, config) == (None, reason)  # type: ignore[arg-type]
+    assert fast_ways.shared_prefix(None, list(examples), config) == (None, "")  # type: ignore[arg-type]
 
 
 def test_a_dry_run_says_what_will_be_computed(hf_model: Path, talks: Path) -> None:
