@@ -31,6 +31,7 @@ def chat(*texts: str, **others: Any) -> dict[str, Any]:
 FORMS: list[tuple[dict[str, Any], list[str], str | None]] = [  # a row, the texts of its prompt, its reference
     (chat("Hi", "Hello"), ["Hi"], "Hello"),
     (chat("Hi", "Hello", "Bye?", "Bye"), ["Hi", "Hello", "Bye?"], "Bye"),
+    (chat("Hi", "<think>\nA greeting.\n</think>\n\nHello"), ["Hi"], "Hello"),
     (chat("Hi"), ["Hi"], None),
     (chat("Hi", reference="Hello"), ["Hi"], "Hello"),
     (chat("Hi", "Hello", reference=5), ["Hi"], "5"),

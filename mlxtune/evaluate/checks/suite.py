@@ -32,6 +32,7 @@ from mlxtune.evaluate.checks.check import Check, SuiteRow
 from mlxtune.evaluate.checks.kinds import read_checks
 from mlxtune.evaluate.checks.layouts import as_usual
 from mlxtune.evaluate.checks.sandbox.sandbox import Programs
+from mlxtune.evaluate.checks.words import without_thought
 from mlxtune.evaluate.engines.request import Answer
 
 SETTINGS = ("checks", "system", "rubric", "columns")  # of a suite's YAML file
@@ -172,7 +173,7 @@ def _row(
         messages = [{"role": "system", "content": settings["system"]}, *messages]
     reference = _text_or_number(fields.get("reference"), "reference", spot)
     if reference is None and answer is not None and answer["content"]:
-        reference = str(answer["content"])
+        reference = without_thought(str(answer["content"]))
     try:
         own = read_checks(fields.get("checks") or [], where, common, of_checks)
     except CheckError as error:
