@@ -145,13 +145,13 @@ def test_an_error_of_the_gpu_is_not_the_models_fault(monkeypatch: pytest.MonkeyP
 
 def test_all_ranks_take_the_way_that_each_has_proven() -> None:
     class Two(Ranks):
-        """The other rank comes to the third way."""
+        """The other rank comes to the fourth way."""
 
         def highest(self, number: int) -> int:
-            return max(number, 3)
+            return max(number, 4)
 
         def lowest(self, number: int) -> int:
-            return min(number, 3)
+            return min(number, 4)
 
     found = chosen(make("llama"), "llama", ranks=Two())
     assert found.way.split is not None and found.way.prefix is None

@@ -29,12 +29,14 @@ def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
     """(way, whether its blocks may be checkpointed to fit the memory): what to try, the fastest first, the plain way
     last. Always as many.
     """
-    without_prefix = replace(wanted, prefix=None)
-    slower = replace(wanted, powers=False, compiled=False)
+    whole = replace(wanted, frozen=0)
+    without_prefix = replace(whole, prefix=None)
+    slower = replace(whole, powers=False, compiled=False)
     head_alone = replace(slower, prefix=None)
     plain = Way()
     return [
         (wanted, True),
+        (whole, True),
         (without_prefix, True),
         (slower, True),
         (head_alone, True),
@@ -66,6 +68,8 @@ def describe(way: Way) -> str:
         parts.append(f"the shared prefix of {way.prefix} tokens once")
     elif way.prefix == 0:
         parts.append("what a batch shares once")
+    if way.frozen:
+        parts.append(f"the first {way.frozen} blocks once for each row")
     if way.recompute == 1:
         parts.append("every block checkpointed")
     elif way.recompute:

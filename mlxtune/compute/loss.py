@@ -35,6 +35,7 @@ from mlxtune.compute import prefix
 from mlxtune.compute.checkpointing import checkpointed
 from mlxtune.compute.head import Split
 from mlxtune.compute.stages import Stages
+from mlxtune.compute.trunk import Feed, left_out
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.machine import backend
 
@@ -54,6 +55,7 @@ class Way:
     recompute: int = 0  # every n-th block keeps its input only, and computes the rest again going back; 0: none does
     powers: bool = False  # exponentials are computed as powers of two, on Linux's CPU (`linux_cpu`)
     compiled: bool = False  # as one compiled function, on a GPU (`gradients`)
+    frozen: int = 0  # the outputs of so many first blocks are computed once for each row (`trunk`); 0: of none
 
 
 def plain(model: nn.Module, batch: Batch) -> mx.array:
@@ -77,9 +79,10 @@ class LossInputs:
     targets: mx.array  # [N] int32: those tokens
     weights: mx.array | None  # [N, 1] float32: 0 for targets that only fill up, else 1; None: none of them does
     prefix: int  # tokens that every row begins with, to be computed once
+    states: mx.array | None = None  # [B, T, D]: what the frozen blocks give; None: no block is left out
 
 
-def inputs_of(batch: Batch, shared: int | None, count: int = 0) -> LossInputs:
+def inputs_of(batch: Batch, shared: int | None, count: int = 0, states: mx.array | None = None) -> LossInputs:
     """The arrays of a micro-batch: `LossInputs` has their shapes.
 
     shared: the run's common prefix, None: rows are computed whole; count: N is filled up to so many, 0: it is not.
@@ -97,22 +100,30 @@ def inputs_of(batch: Batch, shared: int | None, count: int = 0) -> LossInputs:
         missing = count - len(targets)
         positions = np.pad(positions, (0, missing), mode="edge")
         targets = np.pad(targets, (0, missing), mode="edge")
-    return LossInputs(mx.array(batch.ids[:, :-1]), mx.array(positions), mx.array(targets), weights, length)
+    return LossInputs(mx.array(batch.ids[:, :-1]), mx.array(positions), mx.array(targets), weights, length, states)
 
 
-def of_batch(model: nn.Module, way: Way, batch: Batch, stages: Stages | None = None) -> mx.array:
+def of_batch(
+    model: nn.Module, way: Way, batch: Batch, stages: Stages | None = None, states: mx.array | None = None
+) -> mx.array:
     """The same sum as `plain`, computed as `way` says. Scalar, float32.
 
     stages: gets the arrays that are to be computed one after the other before the rest; None: they are not asked for.
+    states: as in `LossInputs`.
     """
-    if way.split is None and way.prefix is None:
+    if way.split is None and way.prefix is None and states is None:
         return plain(model, batch)
-    return of_inputs(model, way, inputs_of(batch, way.prefix), [] if stages is None else stages)
+    return of_inputs(model, way, inputs_of(batch, way.prefix, states=states), [] if stages is None else stages)
 
 
 def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) -> mx.array:
     """As `of_batch`, of a batch that is arrays already. Scalar, float32."""
-    outputs = supervised_outputs(model, way.split, inputs)
+    if inputs.states is None:
+        outputs = supervised_outputs(model, way.split, inputs)
+    else:
+        feed = Feed(inputs.states)
+        with left_out(model, way.frozen, feed):
+            outputs = supervised_outputs(model, way.split, inputs, feed)
     if way.split is None:
         assert inputs.weights is None
         return nn.losses.cross_entropy(_as_float32(outputs), inputs.targets, reduction="sum")
@@ -121,15 +132,15 @@ def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) ->
     return _through_frozen_head(way.split, outputs, inputs, stages)
 
 
-def supervised_outputs(model: nn.Module, split: Split | None, inputs: LossInputs) -> mx.array:
+def supervised_outputs(model: nn.Module, split: Split | None, inputs: LossInputs, feed: Feed | None = None) -> mx.array:
     """Hidden states [N, D] at the positions, for the head still to run on; without a split the logits themselves,
-    [N, V].
+    [N, V]. feed: of blocks that are left out, which is told of each pass.
     """
     forward: Any = model if split is None else split.hidden
     if not inputs.prefix:
         outputs: mx.array = forward(inputs.ids)
     else:
-        outputs = prefix.in_two_passes(forward, model, inputs.ids, inputs.prefix)
+        outputs = prefix.in_two_passes(forward, model, inputs.ids, inputs.prefix, feed)
     return outputs.reshape(-1, outputs.shape[-1])[inputs.positions]
 
 

@@ -31,6 +31,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from mlxtune.compute.trunk import Feed
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.data.dataset.beginnings import common, first_target
@@ -108,10 +109,10 @@ def positions_of_targets(batch: Batch, length: int) -> np.ndarray:
     return (row * width + column - length).astype(np.int32)
 
 
-def in_two_passes(forward: Any, model: nn.Module, ids: mx.array, length: int) -> mx.array:
+def in_two_passes(forward: Any, model: nn.Module, ids: mx.array, length: int, feed: Feed | None = None) -> mx.array:
     """[B, T] tokens -> output [B, T - P, D] of the suffixes, padded to MIN_SUFFIX tokens at least.
 
-    forward: the trunk or the model, called as forward(ids, cache=...); length: P.
+    forward: the trunk or the model, called as forward(ids, cache=...); length: P; feed: told of each pass.
     """
     layers = caches_for(model)
     assert layers is not None
@@ -119,8 +120,12 @@ def in_two_passes(forward: Any, model: nn.Module, ids: mx.array, length: int) ->
     missing = MIN_SUFFIX - suffix.shape[1]
     if missing > 0:
         suffix = mx.pad(suffix, [(0, 0), (0, missing)])
+    if feed is not None:
+        feed.take([0], 0, length)
     forward(ids[:1, :length], cache=layers)
     for cache in layers:
         cache.state, cache.offset, cache.recorded = cache.recorded, length, []
+    if feed is not None:
+        feed.take(range(len(suffix)), length, suffix.shape[1])
     out: mx.array = forward(suffix, cache=layers)
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlxtune.adapter.layers import LoRASwitchLinear
 from mlxtune.compute import prefix
 from mlxtune.compute.memory.block_call import Blank, Cost, caches_in, cost_of, each_leaf
 from mlxtune.compute.memory.kernels import Device, TracedSwitch, standing_in
+from mlxtune.compute.trunk import Feed, left_out, states_of
 from mlxtune.model.classes import as_classes, calling
 from mlxtune.model.linux_cpu import ORIGINALS
 
@@ -28,17 +29,18 @@ UNROLLED = 4  # operations a token: more are a loop over the tokens
 
 
 def costs(
-    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device
+    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device, frozen: int = 0
 ) -> tuple[list[list[Cost]], bool]:
     """(of each block the costs of its calls, in a step on [rows, width] tokens; whether some go token by token).
 
-    A block has two calls where a prefix is shared.
+    A block has two calls where a prefix is shared. The first `frozen` blocks are called once, on one whole row, before
+    the others.
 
     trained: for each block, whether a gradient flows into its input. Raises whatever a model's own code raises.
     """
 
     def at(width: int) -> list[list[Cost]]:
-        return _traced_at(model, rows, width, shared, trained, device)
+        return _traced_at(model, rows, width, shared, trained, device, frozen)
 
     if prefix.caches_for(model) is not None or width <= 2 * FITTED[-1]:
         return at(width), False
@@ -87,7 +89,7 @@ def _through(widths: tuple[int, ...], values: list[int], width: int) -> int:
 
 
 def _traced_at(
-    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device
+    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device, frozen: int
 ) -> list[list[Cost]]:
     """Of each block the costs of its calls, as in `costs`, every operation looked at."""
     blocks = list(model.layers)
@@ -106,9 +108,14 @@ def _traced_at(
     training = model.training
     model.train()
     try:
-        with mx.stream(mx.cpu), standing_in(device), _as_exported(model), _noted(blocks, note):
+        with mx.stream(mx.cpu), standing_in(device), _as_exported(model), _noted(blocks, note), ExitStack() as stack:
+            feed = None
+            if frozen:
+                states = states_of(model, frozen, ids[:1])
+                feed = Feed(mx.zeros((rows, *states.shape[1:]), states.dtype))
+                stack.enter_context(left_out(model, frozen, feed))
             if shared:
-                prefix.in_two_passes(model, model, ids, shared)
+                prefix.in_two_passes(model, model, ids, shared, feed)
             else:
                 model(ids)
     finally:

@@ -79,6 +79,7 @@ class Memory:
     head_chunk: int  # the logits of a chunk, and the hidden rows that go with them
     dense_copies: int  # of quantized matrices, on the CPU
     update: int  # the next adapter and moments, where the peak is there
+    trunk_cache: int = 0  # states of rows that are kept in memory
     graphs: int = 0  # compiled graphs, in the host's memory, so not in the total
     by_token: bool = False  # some blocks go token by token
 
@@ -134,6 +135,7 @@ class RunOptions:
     accumulated: bool = False  # gradients are summed over several micro-batches
     ram: int = 0  # bytes of the machine's memory, which bounds how many compiled graphs are kept
     updates: bool = True  # whether the optimizer's update follows
+    frozen: int = 0  # how many of the first blocks are left out, their states being at hand
 
 
 class _Moment(NamedTuple):
@@ -216,11 +218,16 @@ def _in_blocks_and_head(
     if options.device.kind == "cpu":
         in_head, in_block = _dense(model, vocabulary)
     held = options.item * shape.tokens * width  # the embeddings, which the first block keeps
+    if options.frozen:
+        held = options.item * shape.rows * shape.width * width  # the states, of all rows' tokens
     if options.device.powers:
         held += FULL * shape.width**2  # the causal mask, which `linux_cpu` keeps at hand
     for place, costs in enumerate(calls):
         before = held
         forward = max((cost.forward for cost in costs), default=0)
+        if place < options.frozen:  # for one row, after which the states of all are joined
+            yield _Moment(activations=before + max(forward, before), dense_copies=in_block)
+            continue
         yield _Moment(activations=before + forward, dense_copies=in_block)
         if options.recompute and place % options.recompute == 0:  # it is checkpointed
             held += sum(cost.given for cost in costs)
@@ -264,7 +271,9 @@ def _costs(model: nn.Module, shape: StepSizes, options: RunOptions) -> tuple[lis
     if keys is not None:
         keys.set(0, 0, range(shape.rows), [shape.width] * shape.rows, len(adapted))
     try:
-        return blocks.costs(model, shape.rows, shape.width, shape.prefix, _reached(model), options.device)
+        return blocks.costs(
+            model, shape.rows, shape.width, shape.prefix, _reached(model), options.device, options.frozen
+        )
     finally:
         if keys is not None:
             keys.clear()
