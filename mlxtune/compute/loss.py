@@ -56,6 +56,7 @@ class Way:
     powers: bool = False  # exponentials are computed as powers of two, on Linux's CPU (`linux_cpu`)
     compiled: bool = False  # as one compiled function, on a GPU (`gradients`)
     frozen: int = 0  # the outputs of so many first blocks are computed once for each row (`trunk`); 0: of none
+    beside: int = 0  # results that each of those blocks gives beside its hidden states
 
 
 def plain(model: nn.Module, batch: Batch) -> mx.array:
@@ -122,7 +123,7 @@ def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) ->
         outputs = supervised_outputs(model, way.split, inputs)
     else:
         feed = Feed(inputs.states)
-        with left_out(model, way.frozen, feed):
+        with left_out(model, way.frozen, feed, way.beside):
             outputs = supervised_outputs(model, way.split, inputs, feed)
     if way.split is None:
         assert inputs.weights is None

@@ -52,9 +52,9 @@ class _Reached(Exception):
     """The forward pass came to its last frozen block. The argument: what it gave."""
 
 
-def states_of(model: nn.Module, frozen: int, ids: mx.array) -> mx.array:
-    """[B, T] tokens -> [B, T, D] that the last of the first `frozen` blocks gives. Raises ValueError for blocks that
-    give anything else.
+def states_of(model: nn.Module, frozen: int, ids: mx.array) -> tuple[mx.array, int]:
+    """[B, T] tokens -> ([B, T, D] that the last of the first `frozen` blocks gives, how many results it gives beside:
+    Gemma 4's blocks give their keys and values to the trunk). Raises ValueError for blocks that give anything else.
     """
     block = model.layers[frozen - 1]
     kind = type(block)
@@ -66,10 +66,11 @@ def states_of(model: nn.Module, frozen: int, ids: mx.array) -> mx.array:
         try:
             model(ids)
         except _Reached as reached:
-            states = reached.args[0]
+            (given,) = reached.args
+    states, *beside = given if isinstance(given, tuple) else (given,)
     if not isinstance(states, mx.array) or states.ndim != 3 or states.shape[:2] != ids.shape:
         raise ValueError("its blocks hand on more than one hidden state of each token")
-    return states
+    return states, len(beside)
 
 
 class Feed:
@@ -105,15 +106,16 @@ def padded(states: mx.array, width: int) -> mx.array:
 
 
 @contextmanager
-def left_out(model: nn.Module, frozen: int, feed: Feed) -> Iterator[None]:
-    """Inside, the model's first `frozen` blocks give what `feed` says, whatever they are called with.
+def left_out(model: nn.Module, frozen: int, feed: Feed, beside: int = 0) -> Iterator[None]:
+    """Inside, the model's first `frozen` blocks give what `feed` says, whatever they are called with; and None for what
+    they give beside: a later block that needs it fails.
 
     After, the feed is empty: a class is part of a cycle, so those made here live on until Python looks for cycles, and
     they know the feed.
     """
 
-    def call(*_: Any, **__: Any) -> mx.array | None:
-        return feed.now
+    def call(*_: Any, **__: Any) -> Any:
+        return (feed.now, *[None] * beside) if beside else feed.now
 
     try:
         with as_classes([(block, calling(type(block), call)) for block in model.layers[:frozen]]):

@@ -23,7 +23,7 @@ import mlx.nn as nn
 from mlxtune.compute import prefix
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction
-from mlxtune.compute.trunk import frozen_blocks
+from mlxtune.compute.trunk import frozen_blocks, states_of
 from mlxtune.compute.trunk_states import Budget
 from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import Plan, lengths_of
@@ -31,6 +31,7 @@ from mlxtune.errors import UserError
 
 MIN_SAVED = 0.1  # share of all that goes through blocks in a run; below, keeping states is not worth their bytes
 SPARE_SHARE = 0.5  # of the memory that the plan leaves: the prediction may be off, and other programs want some
+ANY = mx.zeros((1, 2), mx.int32)  # tokens on which a model says what its blocks give; nothing is computed
 DISK_SHARE = 0.25  # of what is free on the disk, with `train.trunk_cache: auto`
 
 
@@ -43,21 +44,25 @@ def with_kept_trunk(way: Way, model: nn.Module, config: Config, rows: Plan) -> t
     if asked == "off":
         return way, []
     frozen = frozen_blocks(model)
-    against = _against(way, model, config, rows, frozen)
+    against, worth_saying, beside = _against(way, model, config, rows, frozen), False, 0
+    if not against and config.train.neftune_alpha:
+        against, worth_saying = "with train.neftune_alpha each row has noise of its own in every epoch", True
     if not against:
-        return replace(way, frozen=frozen), []
+        try:
+            _, beside = states_of(model, frozen, ANY)
+        except ValueError as error:
+            against, worth_saying = str(error), True
+    if not against:
+        return replace(way, frozen=frozen, beside=beside), []
     if asked != "auto":
         raise UserError(f"train.trunk_cache {asked} has no effect: {against}", "Leave it out.")
-    noise = config.train.neftune_alpha > 0 and frozen > 0 and rows.passes > 1
-    return way, [f"the first {frozen} blocks are computed anew in each epoch: {against}"] if noise else []
+    return way, [f"the first {frozen} blocks are computed anew in each epoch: {against}"] if worth_saying else []
 
 
 def _against(way: Way, model: nn.Module, config: Config, rows: Plan, frozen: int) -> str:
-    """What speaks against keeping, in words; "": nothing does."""
+    """What of the adapter and the rows speaks against keeping, in words; "": nothing does."""
     if not frozen:
         return "something trains in the first block or before it"
-    if config.train.neftune_alpha:
-        return "with train.neftune_alpha each row has noise of its own in every epoch"
     if rows.passes <= 1:
         return "no row comes twice (train.epochs, train.steps)"
     usual = rows.passes * sum(_computed(way, count, width) for count, width, _ in rows.shapes())

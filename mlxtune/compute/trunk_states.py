@@ -162,12 +162,12 @@ class RowStates:
         self._model.train()  # as in a step: some layers compute otherwise where they generate
         try:
             with as_powers_of_two(self._powers):
-                states = states_of(self._model, self._frozen, mx.array(ids[None]))[0]
+                states, _ = states_of(self._model, self._frozen, mx.array(ids[None]))
         finally:
             self._model.train(training)
         mx.eval(states)
         self.computed += 1
-        return states
+        return states[0]
 
 
 def _write_all(file: int, data: memoryview, begin: int) -> None:

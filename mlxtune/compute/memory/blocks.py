@@ -111,9 +111,9 @@ def _traced_at(
         with mx.stream(mx.cpu), standing_in(device), _as_exported(model), _noted(blocks, note), ExitStack() as stack:
             feed = None
             if frozen:
-                states = states_of(model, frozen, ids[:1])
+                states, beside = states_of(model, frozen, ids[:1])
                 feed = Feed(mx.zeros((rows, *states.shape[1:]), states.dtype))
-                stack.enter_context(left_out(model, frozen, feed))
+                stack.enter_context(left_out(model, frozen, feed, beside))
             if shared:
                 prefix.in_two_passes(model, model, ids, shared, feed)
             else:
