@@ -55,7 +55,7 @@ def ways(model: nn.Module) -> dict[str, Way]:
     return {
         "alone": alone,
         "head": replace(alone, split=split),
-        # Checkpointed behind a prefix, Gemma 4 loses gradients to the keys that its blocks hand on: the proof refuses it.
+        # Checkpointed behind a prefix, Gemma 4 loses gradients to the keys that its blocks hand on: its proof fails.
         "prefix, checkpointed": replace(alone, split=split, prefix=0, recompute=int(not beside)),
     }
 
