@@ -21,6 +21,7 @@ from mlxtune.compute.memory.kernels import Device, tiled
 from mlxtune.compute.memory.ledger import Ledger
 from mlxtune.compute.memory.strides import of_view, strides_as
 from mlxtune.config.schema import LoraSection
+from mlxtune.data.dataset.forest import whole
 from mlxtune.machine import backend
 from mlxtune.train.preparation import lasting_bytes
 
@@ -88,7 +89,7 @@ def test_blocks_below_the_first_adapter_keep_nothing() -> None:
         model = peaks.build(sizes)
         attach.attach(model, AdapterPlan.of(model, LoraSection(**section)), 0)
         reached = prediction._reached(model)
-        costs, _ = blocks.costs(model, 1, 32, 0, reached, CPU)
+        costs, _ = blocks.costs(model, whole(1, 32), reached, CPU)
         return [cost.kept > cost.given for (cost,) in costs]
 
     assert kept() == [True] * 4
@@ -185,8 +186,8 @@ def test_a_longer_loop_is_extrapolated_from_short_rows() -> None:
     model = peaks.build(sizes_of("qwen3_5"))
     attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
     reached = [False, True]
-    exact = blocks._traced_at(model, 1, 300, 0, reached, CPU)
-    found, by_token = blocks.costs(model, 1, 300, 0, reached, CPU)
+    exact = blocks._traced(model, whole(1, 300), reached, CPU, last_whole=False)
+    found, by_token = blocks.costs(model, whole(1, 300), reached, CPU)
     assert by_token
     for (one,), (other,) in zip(found, exact, strict=True):
         assert one.again == pytest.approx(other.again, rel=0.15)
@@ -218,7 +219,7 @@ def test_no_row_of_scores_is_counted_where_attention_is_tiled() -> None:
     attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
 
     def kept(device: Device, width: int) -> int:
-        (_, (last,)), _ = blocks.costs(model, 1, width, 0, [False, True], device)
+        (_, (last,)), _ = blocks.costs(model, whole(1, width), [False, True], device)
         return last.kept
 
     assert kept(METAL, 512) == pytest.approx(2 * kept(METAL, 256), rel=0.02)

@@ -16,17 +16,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import zoo
+from test_branches import CONVERSATIONS
 from test_choice import chosen, long_rows
 from test_proof import in_16_bits
 from training import losses, tune
 from ways import BATCH, MIXTURES, SHAPES, assert_close, batch, make
 
-from mlxtune.compute import proof, trunk, trunk_choice, trunk_states
+from mlxtune.compute import prefix, proof, trunk, trunk_choice, trunk_states
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.proof import Room, Verdict
 from mlxtune.compute.trunk_states import Budget, RowStates, Store
 from mlxtune.config import resolve
+from mlxtune.data.dataset import forest
 from mlxtune.data.dataset.batches import Plan
 from mlxtune.errors import UserError
 from mlxtune.model.classes import as_classes, calling
@@ -55,8 +57,7 @@ def ways(model: nn.Module) -> dict[str, Way]:
     return {
         "alone": alone,
         "head": replace(alone, split=split),
-        # Checkpointed behind a prefix, Gemma 4 loses gradients to the keys that its blocks hand on: its proof fails.
-        "prefix, checkpointed": replace(alone, split=split, prefix=0, recompute=int(not beside)),
+        "prefix, checkpointed": replace(alone, split=split, prefix=0, recompute=1),
     }
 
 
@@ -69,6 +70,17 @@ def test_losses_and_gradients_are_those_of_the_plain_way(kind: str, precision: s
     assert trunk.frozen_blocks(model) == FROZEN
     for label, way in ways(model).items():
         assert_close(model, way, BATCH, *((1e-12, 1e-6) if precision == "float64" else (1e-6, 3e-5)), label)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_oss", GEMMA4])
+def test_trunks_and_branches_are_fed_each_its_own_rows_and_positions(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two trunks, of which one leaves the other, and branches at several depths."""
+    monkeypatch.setattr(forest, "A_PASS", 4)
+    assert len(prefix.forest_of_batch(CONVERSATIONS, 0).passes) == 9
+    model = make(kind, layers=2)
+    assert_close(model, ways(model)["prefix, checkpointed"], CONVERSATIONS, 1e-6, 3e-5, kind)
 
 
 def rows_change_places(patch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ def measure(who: str, settings: Config, examples: Sequence[Example], rows: int) 
         tokens=tokens,
         supervised=lengths - offsets,
         processed=padded,
+        through_head=padded,
         padding=padded / tokens - 1,
         peak_bytes=mx.get_peak_memory() - base_bytes,
         base_bytes=base_bytes,

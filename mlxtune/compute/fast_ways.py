@@ -17,7 +17,7 @@ from mlxtune.config.resolve import Config
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import lengths_of
-from mlxtune.errors import UserError
+from mlxtune.data.dataset.forest import MIN_SUFFIX
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
 from mlxtune.model.corrections import extent
@@ -46,19 +46,6 @@ def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
     ]
 
 
-def refuse_useless_grouping(config: Config) -> None:
-    """Raise UserError for an option of the fast ways that could have no effect."""
-    if not config.data.group_by_prefix:
-        return
-    against = _noise(config)
-    if not against and config.fast.prefix == "off":
-        against = "fast.prefix: off"
-    if against:
-        raise UserError(
-            f"data.group_by_prefix has no effect with {against}: no shared prefix is computed", "Leave one of them out."
-        )
-
-
 def describe(way: Way) -> str:
     """For people: what a way leaves out."""
     parts = []
@@ -81,13 +68,18 @@ def describe(way: Way) -> str:
     return ", ".join(parts) or "everything, no short cut"
 
 
-def fastest_way(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[Way, list[str]]:
-    """(the fastest way that the configuration and the model allow, what a person must know about it)."""
+def fastest_way(
+    model: nn.Module, examples: Sequence[Example], config: Config, shares: bool = False
+) -> tuple[Way, list[str]]:
+    """(the fastest way that the configuration and the model allow, what a person must know about it).
+
+    shares: as `shared_prefix` takes it.
+    """
     notes = []
     split, trained, note = _split(model, examples[0], config)
     if note:
         notes.append(note)
-    length, reason = shared_prefix(model, examples, config)
+    length, reason = shared_prefix(model, examples, config, shares)
     if reason:
         notes.append(f"no shared prefix: {reason}")
     way = Way(split, trained, length, every_nth(config.train))
@@ -110,21 +102,20 @@ def _split(model: nn.Module, example: Example, config: Config) -> tuple[Split | 
     return split, trained, ""
 
 
-def expected_way(model: nn.Module, examples: Sequence[Example], config: Config) -> Way:
-    """The way that a run will take when nothing goes wrong, no weight being read."""
+def expected_way(model: nn.Module, examples: Sequence[Example], config: Config, shares: bool = False) -> Way:
+    """The way that a run will take when nothing goes wrong, no weight being read. shares: as in `shared_prefix`."""
     split = Split(model, "") if config.fast.head == "auto" else None
-    length, _ = shared_prefix(model, examples, config)
+    length, _ = shared_prefix(model, examples, config, shares)
     return _for_device(Way(split, prefix=length, recompute=every_nth(config.train)), model, config)
 
 
 def _for_device(way: Way, model: nn.Module, config: Config) -> Way:
     """The way with what makes it fast on this device."""
     powers = linux_cpu.worth_it() and (way.split is not None or way.prefix is not None)
-    many_shapes = bool(_noise(config)) or config.data.group_by_prefix
     compiled = (
         backend.policy().compiled
         and way.split is not None
-        and not many_shapes
+        and not _noise(config)
         and prefix.caches_for(model) is not None  # others may go token by token: such graphs grow with the row
     )
     return replace(way, powers=powers, compiled=compiled)
@@ -145,24 +136,33 @@ def every_nth(section: TrainSection) -> int:
     return every if isinstance(every, int) else {"none": 0, "all": 1}[every]
 
 
-def shared_prefix(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[int | None, str]:
+def shared_prefix(
+    model: nn.Module, examples: Sequence[Example], config: Config, shares: bool = False
+) -> tuple[int | None, str]:
     """(tokens that all rows of the run begin with, or None: not to be computed once; why not, if worth saying).
 
-    All that speaks against sharing in a whole run is here. Whether one batch gains by it, `prefix.length_for_batch`
-    decides.
+    shares: some rows meet because they begin alike for longer than all do (`Plan.shares`). Whether one batch gains by
+    it, `prefix.forest_of_batch` decides.
     """
     if config.fast.prefix == "off":
         return None, ""
     length = prefix.shared_by_run(examples)
-    if length < prefix.WORTH_SAYING and not config.data.group_by_prefix:
+    if length < prefix.WORTH_SAYING and not shares:
         return None, ""
-    begin = f"{length} tokens begin every row, but"
+    against = against_sharing(model, examples, config)
+    if against:
+        return None, f"{length} tokens begin every row, but {against}"
+    return length, ""
+
+
+def against_sharing(model: nn.Module, examples: Sequence[Example], config: Config) -> str:
+    """What speaks against computing once what rows share, in words; "": nothing."""
     noise = _noise(config)
     if noise:
-        return None, f"{begin} with {noise} each row must see noise of its own"
+        return f"with {noise} each row must see noise of its own"
     if prefix.caches_for(model) is None:
-        return None, f"{begin} some of this model's layers keep more than keys and values"
+        return "some of this model's layers keep more than keys and values"
     limit = extent.longest_alike(model)
-    if limit is not None and lengths_of(examples).max() > limit - prefix.MIN_SUFFIX:
-        return None, f"{begin} rows of more than {limit} tokens are rotated otherwise"
-    return length, ""
+    if limit is not None and lengths_of(examples).max() > limit - MIN_SUFFIX:
+        return f"rows of more than {limit} tokens are rotated otherwise"
+    return ""

@@ -122,6 +122,8 @@ def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = 
     Raises UserError, naming the setting to change, when no batch is small enough.
     """
     limit = given.limit
+    if way.prefix is None:
+        rows = rows.computed_whole()
     needed = 0
     for number, section in enumerate(_smaller_settings(config.train, rows.widths[-1], checkpoints)):
         if number == 0:
@@ -159,13 +161,13 @@ def _with_budget(given: Given, run: Fitted) -> Fitted:
 
 def _with_batches(section: TrainSection, config: Config, rows: Plan) -> tuple[TrainSection, Plan]:
     """Settings that were made smaller, with a step of as many rows as before, and their batches."""
-    batches = Plan(rows.examples, section, config.data.group_by_prefix)
+    batches = rows.with_settings(section)
     if section.batch_tokens == config.train.batch_tokens or batches.rows == len(rows.examples):
         return section, batches
     # A row of many examples may fill several budgets, and fills as many more of half the size.
     wanted = rows.rows_per_batch * config.train.accumulate / batches.rows_per_batch
     section = section.model_copy(update={"accumulate": max(1, round(wanted))})
-    return section, Plan(rows.examples, section, config.data.group_by_prefix)
+    return section, rows.with_settings(section)
 
 
 def _does_not_fit(given: Given, way: Way, rows: Plan, needed: int, limit: int, checkpoints: bool) -> UserError:

@@ -9,6 +9,7 @@ many as `prediction.kept_signatures` lets. On the CPU, compiling would start a C
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from mlxtune.compute.memory import prediction
 from mlxtune.compute.stages import Stages
 from mlxtune.compute.trunk_states import RowStates
 from mlxtune.data.dataset.batches import Batch
+from mlxtune.data.dataset.forest import Forest
 from mlxtune.machine import backend
 from mlxtune.model.linux_cpu import as_powers_of_two
 
@@ -63,8 +65,8 @@ class Gradients:
         states = self._states.of(batch) if self.way.frozen else None
         if self.way.compiled and self.count_use(batch):
             inputs = loss.inputs_of(batch, self.way.prefix, rounded_up(batch.targets), states)
-            function = self._compiled_for(self._signature(batch))
-            arrays = vars(inputs).values()
+            function = self._compiled_for(self._signature(batch, inputs.passes), inputs.passes)
+            arrays = (inputs.ids, inputs.positions, inputs.targets, inputs.weights, inputs.states)
             value, gradients, to_compute = function(self.model.trainable_parameters(), *arrays)
         else:
 
@@ -76,12 +78,16 @@ class Gradients:
         return value, gradients
 
     def count_use(self, batch: Batch) -> bool:
-        """Count a use of the batch's signature; whether this one is compiled.
+        """Count a use of the batch's signature; whether this one is compiled. A forest of many passes never is: its
+        shapes hardly come twice.
 
         A compiled function's last bits may be others than those of the same operations one by one. So whoever goes on
         with a run counts the batches before, and computes each with the function that an uninterrupted run has for it.
         """
-        signature = self._signature(batch)
+        passes = prefix.forest_of_batch(batch, self.way.prefix)
+        if not prefix.is_simple(passes):
+            return False
+        signature = self._signature(batch, passes)
         self._uses[signature] += 1
         if self._uses[signature] < self.compiled_from:
             return False
@@ -91,23 +97,30 @@ class Gradients:
             del self._compiled[oldest], self._uses[oldest]  # used once more, it may well be for the last time
         return True
 
-    def _signature(self, batch: Batch) -> Signature:
+    def _signature(self, batch: Batch, passes: Forest) -> Signature:
+        """passes: the batch's forest, a simple one."""
         rows, width = batch.ids.shape
-        length = 0
-        if self.way.prefix is not None:
-            length = prefix.length_for_batch(batch, self.way.prefix)
-        return Signature(rows, width, rounded_up(batch.targets), length)
+        return Signature(rows, width, rounded_up(batch.targets), passes.passes[-1].start)
 
-    def _compiled_for(self, signature: Signature) -> Any:
+    def _compiled_for(self, signature: Signature, passes: Forest) -> Any:
         """One function for each signature: a function that goes takes its compiled graph with it."""
         if self._compiled[signature] is None:
-            self._compiled[signature] = mx.compile(self._compiled_body)
+            self._compiled[signature] = mx.compile(functools.partial(self._compiled_body, passes))
             self.traced += 1
         return self._compiled[signature]
 
-    def _compiled_body(self, parameters: Any, *arrays: Any) -> tuple[mx.array, Any, Stages]:
-        """What is compiled: (loss, gradients, stages) of the trainable parameters and the arrays of a `LossInputs`."""
-        inputs = LossInputs(*arrays)
+    def _compiled_body(
+        self,
+        passes: Forest,
+        parameters: Any,
+        ids: list[mx.array],
+        positions: mx.array,
+        targets: mx.array,
+        weights: mx.array | None,
+        states: mx.array | None,
+    ) -> tuple[mx.array, Any, Stages]:
+        """What is compiled: (loss, gradients, stages) of the trainable parameters and what is in a `LossInputs`."""
+        inputs = LossInputs(ids, positions, targets, weights, passes, states)
         to_compute: Stages = []
 
         def summed() -> mx.array:

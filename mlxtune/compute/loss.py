@@ -37,6 +37,7 @@ from mlxtune.compute.head import Split
 from mlxtune.compute.stages import Stages
 from mlxtune.compute.trunk import Feed, left_out
 from mlxtune.data.dataset.batches import Batch
+from mlxtune.data.dataset.forest import Forest
 from mlxtune.machine import backend
 
 CHUNK_BYTES = 64 << 20  # of one chunk's float32 logits, before its rows are rounded to whole tiles
@@ -73,13 +74,13 @@ def plain(model: nn.Module, batch: Batch) -> mx.array:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """A micro-batch as the arrays that a fast way takes. (A compiled function is given them in this order.)"""
+    """A micro-batch as what a fast way takes: arrays, and what they are of."""
 
-    ids: mx.array  # [B, T] int32: every row but its last token, which predicts nothing
-    positions: mx.array  # [N] int32: which of the trunk's outputs, all rows' in one list, predict a supervised token
+    ids: list[mx.array]  # of each pass, [rows, width] int32; a row's last token is in none, for it predicts nothing
+    positions: mx.array  # [N] int32: which of the trunk's outputs, all passes' in one list, predict a supervised token
     targets: mx.array  # [N] int32: those tokens
     weights: mx.array | None  # [N, 1] float32: 0 for targets that only fill up, else 1; None: none of them does
-    prefix: int  # tokens that every row begins with, to be computed once
+    passes: Forest  # which rows each of the passes is of
     states: mx.array | None = None  # [B, T, D]: what the frozen blocks give; None: no block is left out
 
 
@@ -88,12 +89,9 @@ def inputs_of(batch: Batch, shared: int | None, count: int = 0, states: mx.array
 
     shared: the run's common prefix, None: rows are computed whole; count: N is filled up to so many, 0: it is not.
     """
-    positions, targets = batch.supervised()
-    length = 0
-    if shared is not None:
-        length = prefix.length_for_batch(batch, shared)
-    if length:
-        positions = prefix.positions_of_targets(batch, length)
+    passes = prefix.forest_of_batch(batch, shared)
+    positions = prefix.positions_of_targets(batch, passes)
+    _, targets = batch.supervised()
     weights = None
     if count:
         is_real = np.arange(count) < len(targets)
@@ -101,7 +99,8 @@ def inputs_of(batch: Batch, shared: int | None, count: int = 0, states: mx.array
         missing = count - len(targets)
         positions = np.pad(positions, (0, missing), mode="edge")
         targets = np.pad(targets, (0, missing), mode="edge")
-    return LossInputs(mx.array(batch.ids[:, :-1]), mx.array(positions), mx.array(targets), weights, length, states)
+    ids = [mx.array(prefix.tokens_of(batch, each)) for each in passes.passes]
+    return LossInputs(ids, mx.array(positions), mx.array(targets), weights, passes, states)
 
 
 def of_batch(
@@ -138,11 +137,7 @@ def supervised_outputs(model: nn.Module, split: Split | None, inputs: LossInputs
     [N, V]. feed: of blocks that are left out, which is told of each pass.
     """
     forward: Any = model if split is None else split.hidden
-    if not inputs.prefix:
-        outputs: mx.array = forward(inputs.ids)
-    else:
-        outputs = prefix.in_two_passes(forward, model, inputs.ids, inputs.prefix, feed)
-    return outputs.reshape(-1, outputs.shape[-1])[inputs.positions]
+    return prefix.through(forward, model, inputs.passes, inputs.ids, feed)[inputs.positions]
 
 
 def chunk_rows(width: int, vocabulary: int) -> int:

@@ -31,6 +31,7 @@ from mlxtune.compute.stages import Stages
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, collate, lengths_of
 from mlxtune.data.dataset.beginnings import MIN_GROUP_TOKENS, common, groups
+from mlxtune.data.dataset.measured import measured
 from mlxtune.machine import backend
 from mlxtune.model.arrays import dtype_name, named, scalar, to_numpy
 from mlxtune.model.classes import as_classes, calling
@@ -289,7 +290,8 @@ def _not_finite(sums: Sums) -> str:
 
 def rows_for(examples: Sequence[Example], way: Way, grouped: bool, tokens: int = MAX_TOKENS) -> Batch:
     """Two real rows: the longest ones, so that sliding windows are passed where the data passes them, as far as the
-    plain way's logits fit the memory. Where rows are grouped, those that share the most.
+    plain way's logits fit the memory. Where rows are grouped, those that share the most: up to three of one
+    conversation, which branch off a trunk at different depths.
 
     tokens: of a row, at most.
     """
@@ -298,6 +300,9 @@ def rows_for(examples: Sequence[Example], way: Way, grouped: bool, tokens: int =
         fit = int(LOGITS_SHARE * backend.memory_bytes() / logits)
         tokens = min(tokens, max(FEWEST_TOKENS, fit))
     order = np.argsort(-lengths_of(examples), kind="stable").tolist()
+    conversation = _of_one_row(examples) if grouped else []
+    if conversation and way.prefix is not None:
+        return _branching(examples, conversation, tokens)
     shared = way.prefix
     if grouped:
         pairs = [group[:2] for group in groups(examples, MIN_GROUP_TOKENS)]
@@ -309,6 +314,32 @@ def rows_for(examples: Sequence[Example], way: Way, grouped: bool, tokens: int =
         tokens = min(tokens, prefix.widest_that_gains(shared, ROWS))
     chosen = (order * ROWS)[:ROWS]  # a single example twice
     return collate([_cut(examples[index], tokens) for index in chosen], range(ROWS))
+
+
+def _of_one_row(examples: Sequence[Example]) -> list[int]:
+    """The last, the middle and the first example of the row with the longest one among those that have several; []:
+    none has.
+    """
+    known = measured(examples)
+    rows, firsts, counts = np.unique(known.row_of, return_index=True, return_counts=True)
+    if not len(rows) or counts.max() < 2:
+        return []
+    longest = np.where(counts > 1, np.maximum.reduceat(known.lengths, firsts), 0)
+    row = int(longest.argmax())
+    first, last = int(firsts[row]), int(firsts[row] + counts[row]) - 1
+    return sorted({first, (first + last) // 2, last}, reverse=True)
+
+
+def _branching(examples: Sequence[Example], conversation: list[int], tokens: int) -> Batch:
+    """Some examples of one row, cut at different places so that they still part at different depths, and so many of
+    them that no more is computed than of two rows.
+    """
+    parts = (1.0, 0.75, 0.5)  # of `tokens`
+    rows = [_cut(examples[index], int(part * tokens)) for index, part in zip(conversation, parts, strict=False)]
+    batch = collate(rows, range(len(rows)))
+    if len(rows) > ROWS and prefix.forest_of_batch(batch, 0).computed > ROWS * tokens:
+        return collate(rows[:ROWS], range(ROWS))
+    return batch
 
 
 def _cut(example: Example, tokens: int) -> Example:

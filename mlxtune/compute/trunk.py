@@ -85,7 +85,7 @@ class Feed:
         """The pass that comes goes through `width` tokens of some rows, beginning with token `start` of each."""
         states = self._states
         assert states is not None
-        if len(rows) < states.shape[0]:
+        if list(rows) != list(range(states.shape[0])):
             states = states[mx.array(list(rows))]
         self.now = padded(states[:, start : start + width], width)
 

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.compute import prefix
+from mlxtune.compute import counted
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction
 from mlxtune.compute.trunk import frozen_blocks, states_of
@@ -65,7 +65,7 @@ def _against(way: Way, model: nn.Module, config: Config, rows: Plan, frozen: int
         return "something trains in the first block or before it"
     if rows.passes <= 1:
         return "no row comes twice (train.epochs, train.steps)"
-    usual = rows.passes * sum(_computed(way, count, width) for count, width, _ in rows.shapes())
+    usual = rows.passes * counted.first_epoch(rows, way.prefix).computed
     kept = int(lengths_of(rows.examples).sum()) - len(rows.examples)
     # A trained block is passed forward and back.
     trained = len(model.layers) - frozen
@@ -73,12 +73,6 @@ def _against(way: Way, model: nn.Module, config: Config, rows: Plan, frozen: int
     if saved < MIN_SAVED:
         return f"it would save less than {MIN_SAVED:.0%} of the work in the blocks"
     return ""
-
-
-def _computed(way: Way, rows: int, width: int) -> int:
-    """Positions that go through the blocks of a micro-batch of `rows` rows of `width` tokens."""
-    shared = prefix.if_it_gains(way.prefix or 0, rows, width)
-    return shared + rows * (width - 1 - shared)
 
 
 def budget_for(config: Config, rows: Plan, model_config: Mapping[str, Any], dtype: mx.Dtype, spare: int) -> Budget:

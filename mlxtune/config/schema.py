@@ -74,7 +74,9 @@ class DataSection(Section):
     )
     template: str = Field("", description="chatml, alpaca, or a file (default: the tokenizer's own chat template)")
     group_by_prefix: bool = Field(
-        False, description="true: rows that share a long beginning (one document, several questions) share a batch"
+        True,
+        description="true: examples that begin alike (turns of a conversation, questions on a document) meet, so that "
+        "it is computed once; false: only lengths decide what meets",
     )
     template_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra variables of the chat template")
     date: str = Field(
@@ -149,12 +151,13 @@ class TrainSection(Section):
     steps: int | None = Field(None, ge=1, description="optimizer steps (instead of epochs)")
     epochs: float | None = Field(None, gt=0, description="passes over the data (default 1 when steps is not set)")
     batch_rows: int | None = Field(
-        None, ge=1, description="rows per batch, and examples per micro-batch (default 4 unless batch_tokens)"
+        None, ge=1, description="rows per batch, whatever each gives of examples (default 4 unless batch_tokens)"
     )
     batch_tokens: int | None = Field(
         None,
         ge=16,
-        description="at most so many padded tokens per batch (one row at least) and micro-batch; instead of batch_rows",
+        description="at most so many padded tokens per batch (one row at least) and micro-batch, those that rows share "
+        "counted once; instead of batch_rows",
     )
     accumulate: int = Field(1, ge=1, description="batches of rows per optimizer step")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")

@@ -30,7 +30,7 @@ def choose(given: Given, config: Config, rows: Plan, ranks: Ranks = ALONE, liste
     ranks: all take the same way and the same batches; listener: told of each proof, which may last. Raises UserError
     when not even the plain way fits the memory.
     """
-    wanted, notes = fast_ways.fastest_way(given.model, rows.examples, config)
+    wanted, notes = fast_ways.fastest_way(given.model, rows.examples, config, rows.shares)
     wanted, more = trunk_choice.with_kept_trunk(wanted, given.model, config, rows)
     notes += more
     search = _Search(given, config, rows, fast_ways.ways_to_try(wanted), listener)
@@ -111,7 +111,7 @@ class _Search:
     def _proven(self, run: Fitted, room: Room) -> Verdict:
         """Proven on rows of the run that take no more than `room`."""
         examples = self.rows.examples
-        batch = proof.rows_for(examples, run.way, self.config.data.group_by_prefix, room.tokens)
+        batch = proof.rows_for(examples, run.way, self.rows.shares, room.tokens)
         verdict = proof.prove(self.given.model, run.way, batch, self.given.dtype, room)
         if verdict.wrong:
             return verdict

@@ -22,12 +22,14 @@ from mlxtune_convert.ways_out import described
 from mlxtune.adapter import adapter_files, attach, vocabulary
 from mlxtune.adapter.dropout import DropoutKeys, add_noise
 from mlxtune.adapter.plan import AdapterPlan
-from mlxtune.compute import fast_ways, fit_memory, floats, trunk_choice
+from mlxtune.compute import counted, fast_ways, fit_memory, floats, trunk_choice
+from mlxtune.compute.counted import Epoch
 from mlxtune.compute.fit_memory import Fitted, Given
 from mlxtune.compute.memory.prediction import Memory
 from mlxtune.compute.trunk_states import RowStates
 from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import Plan, in_order
+from mlxtune.data.dataset.sharing import found_sharing
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
 from mlxtune.machine import backend, surroundings
@@ -74,6 +76,7 @@ class Planned:
 
     config: Config  # made to fit the memory
     plan: Plan  # its batches
+    computed: Epoch  # what of the first epoch's tokens goes through the model
     memory: Memory | None  # the predicted peak; None: the model is of a kind that cannot be predicted
     notes: list[str]  # what a person must know
 
@@ -111,13 +114,14 @@ def prepare(
 def plan(config: Config, data: Data) -> Planned:
     """What a run would do. Raises UserError for all that `prepare` refuses before it reads a weight."""
     made = attached(config, data, read=False)
-    way = fast_ways.expected_way(made.loaded.model, data.train, config)
+    way = fast_ways.expected_way(made.loaded.model, data.train, config, made.plan.shares)
     way, more = trunk_choice.with_kept_trunk(way, made.loaded.model, config, made.plan)
     run = fit_memory.fit(made.given, way, config, made.plan)
     notes = [*_of_model(made), _ways_out(made.loaded), *more]
+    computed = counted.first_epoch(run.rows, run.way.prefix)
     if isinstance(run.memory, Memory):
-        return Planned(run.config, run.rows, run.memory, notes + run.notes)
-    return Planned(run.config, run.rows, None, notes + (run.notes or [run.memory.note]))
+        return Planned(run.config, run.rows, computed, run.memory, notes + run.notes)
+    return Planned(run.config, run.rows, computed, None, notes + (run.notes or [run.memory.note]))
 
 
 def attached(
@@ -143,7 +147,11 @@ def attached(
     if config.train.neftune_alpha:
         dropout.noise_alpha = config.train.neftune_alpha
         add_noise(loaded.model, dropout)
-    batches = Plan(data.train, config.train, config.data.group_by_prefix)
+    sharing = None
+    wanted = config.data.group_by_prefix and config.fast.prefix == "auto"
+    if wanted and not fast_ways.against_sharing(loaded.model, data.train, config):
+        sharing = found_sharing(data.train)
+    batches = Plan(data.train, config.train, sharing)
     narrower = floats.narrower(loaded.own, loaded.dtype)
     given = Given(loaded.model, loaded.config, loaded.dtype, _limit(config, ranks), narrower)
     return Attached(loaded, plan, dropout, data.changes, batches, given)
@@ -210,7 +218,7 @@ def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: R
         folder=folder,
         evaluation=Evaluation(loaded, config, chosen.way, valid, ranks),
         place=data.train.place,
-        identity=Identity.of(config, dtype_name(loaded.dtype), *digests, loaded.path),
+        identity=Identity.of(config, dtype_name(loaded.dtype), *digests, loaded.path, chosen.rows.dealt),
         adapter=made.adapter,
         ranks=ranks,
         predicted=chosen.memory.total if isinstance(chosen.memory, Memory) else None,

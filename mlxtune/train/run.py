@@ -80,7 +80,6 @@ class _Run:
     def train(self, local: LocalOnly) -> State:
         """The story: look, read, prepare, agree, begin. local: for what the hub is not asked."""
         loggers.require(self.config.train.loggers)
-        fast_ways.refuse_useless_grouping(self.config)
         if self.config.train.keep_awake == "auto":  # on every machine: one that sleeps stops the others
             self.stack.enter_context(surroundings.kept_awake())
         saved = self._checkpoint() if self.resume and self.ranks.first else None

@@ -35,7 +35,8 @@ JOINED = 0.95  # of what the written-out attention keeps, ours keeps at least
 class Cost:
     """Bytes of one call of a block."""
 
-    given: int  # its result
+    given: int  # its result, and the keys and values that it records
+    recorded: int  # those alone
     kept: int  # what stays for the backward pass, the result included
     forward: int  # the most that is alive on the way forward
     back: int  # the most that is alive on the way back, beside what is kept
@@ -68,25 +69,32 @@ class Called:
 _known: dict[Any, Called] = {}  # by what decides a call's graph, and the device
 
 
-def cost_of(block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, device: Device) -> Called:
-    """What call(block, *args, **kwargs) costs. into: whether a gradient is wanted for what the block is given."""
-    key = (_signature(block, args, kwargs, into), device)
+def cost_of(
+    block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, device: Device, output: bool = True
+) -> Called:
+    """What call(block, *args, **kwargs) costs.
+
+    into: whether a gradient is wanted for what the block is given; output: whether its own result is needed, and not
+    only the keys and values that its cache records.
+    """
+    key = (_signature(block, args, kwargs, into), device, output)
     if key in _known:
         return _known[key]
-    called = _traced(block, call, args, kwargs, into, device)
+    called = _traced(block, call, args, kwargs, into, device, output)
     if device.powers:
         # Our own attention is taken down in several passes, which MLX makes one of by joining what is equal. Where it
         # joins too little, a part of what is kept would be missing: then MLX's attention stands for ours.
         with standing_in(replace(device, powers=False)):
-            other = _traced(block, call, args, kwargs, into, device)
-        if called.cost.kept < JOINED * other.cost.kept:
+            other = _traced(block, call, args, kwargs, into, device, output)
+        # Where no result is needed attention is not computed, but ours is taken down with its backward pass.
+        if not output or called.cost.kept < JOINED * other.cost.kept:
             called = other
     _known[key] = called
     return called
 
 
-def _traced(block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, device: Device) -> Called:
-    function = _AsFunction(block, call, args, kwargs, into)
+def _traced(block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, device: Device, output: bool) -> Called:
+    function = _AsFunction(block, call, args, kwargs, into, output)
     before = block.parameters()
     try:
         graph = traced(function.with_gradients, function.arguments())
@@ -99,8 +107,9 @@ def _traced(block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, dev
 class _AsFunction:
     """A block's call as a function of arrays: of its inputs, its trainable parameters and its frozen ones."""
 
-    def __init__(self, block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool) -> None:
+    def __init__(self, block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, output: bool) -> None:
         self.block, self.call, self.args, self.kwargs, self.into = block, call, args, kwargs, into
+        self.output = output
         self.caches = caches_in((args, kwargs))
         self.inputs = [leaf for leaf in _leaves((args, kwargs)) if flows(leaf)]
         for cache in self.caches:
@@ -114,6 +123,7 @@ class _AsFunction:
         self.out: Any = None
         self.recorded: list[list[Blank]] = []
         self.results = 0  # of what `with_gradients` gives, how many arrays at the beginning are no gradients
+        self.outputs = 0  # of those, how many are the call's own result
 
     def arguments(self) -> list[mx.array]:
         """What `with_gradients` is to be called with: arrays of any shape."""
@@ -147,7 +157,7 @@ class _AsFunction:
 
         def fill_in(leaf: Any) -> Any:
             if isinstance(leaf, PrefixCache):
-                caches.append(PrefixCache([], leaf.offset))
+                caches.append(leaf.with_state([]))
                 return caches[-1]
             return next(next_inputs) if flows(leaf) else leaf
 
@@ -157,7 +167,8 @@ class _AsFunction:
         out = self.call(self.block, *args, **kwargs)
         self.out = each_leaf(out, _blank)
         self.recorded = [[_blank(array) for array in cache.recorded] for cache in caches]
-        results = [leaf for leaf in _leaves(out) if flows(leaf)]
+        results = [leaf for leaf in _leaves(out) if flows(leaf) and self.output]
+        self.outputs = len(results)
         for cache in caches:
             results += cache.recorded
         return results
@@ -181,6 +192,7 @@ def _cost(graph: Graph, function: _AsFunction, device: Device) -> Cost:
         return new
 
     given = sum(graph.sizes[array] for array in results)
+    recorded = sum(graph.sizes[array] for array in results[function.outputs :])
     as_it_is = ledger()
     forward = as_it_is.compute(results)
     kept = as_it_is.held
@@ -189,7 +201,7 @@ def _cost(graph: Graph, function: _AsFunction, device: Device) -> Cost:
     if not gradients:
         kept, back = given, 0
     slices = sum(graph.sizes[node.outputs[0]] for node in graph.nodes if node.name == "SliceUpdate")
-    return Cost(given, kept, forward, back, again, slices, len(graph.nodes))
+    return Cost(given, recorded, kept, forward, back, again, slices, len(graph.nodes))
 
 
 def each_leaf(tree: Any, change: Callable[[Any], Any]) -> Any:
@@ -232,7 +244,7 @@ def _signature(block: nn.Module, args: Any, kwargs: Any, into: bool) -> Any:
 def _shown(leaf: Any) -> Any:
     """What of an argument decides the graph."""
     if isinstance(leaf, PrefixCache):
-        return "cache", leaf.offset, tuple((array.shape, array.dtype) for array in leaf.state)
+        return "cache", leaf.offset, leaf.records, tuple((array.shape, array.dtype) for array in leaf.state)
     if isinstance(leaf, mx.array):
         return leaf.shape, leaf.dtype
     return repr(leaf)

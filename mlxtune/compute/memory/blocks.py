@@ -21,6 +21,8 @@ from mlxtune.compute import prefix
 from mlxtune.compute.memory.block_call import Blank, Cost, caches_in, cost_of, each_leaf
 from mlxtune.compute.memory.kernels import Device, TracedSwitch, standing_in
 from mlxtune.compute.trunk import Feed, left_out, states_of
+from mlxtune.data.dataset import forest
+from mlxtune.data.dataset.forest import Forest
 from mlxtune.model.classes import as_classes, calling
 from mlxtune.model.linux_cpu import ORIGINALS
 
@@ -29,21 +31,23 @@ UNROLLED = 4  # operations a token: more are a loop over the tokens
 
 
 def costs(
-    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device, frozen: int = 0
+    model: nn.Module, passes: Forest, trained: list[bool], device: Device, last_whole: bool = False, frozen: int = 0
 ) -> tuple[list[list[Cost]], bool]:
-    """(of each block the costs of its calls, in a step on [rows, width] tokens; whether some go token by token).
+    """(of each block the costs of its calls, in a step of these passes; whether some go token by token).
 
-    A block has two calls where a prefix is shared. The first `frozen` blocks are called once, on one whole row, before
-    the others.
+    A block has a call for each pass. The first `frozen` blocks are called once, on one whole row, before the others.
 
-    trained: for each block, whether a gradient flows into its input. Raises whatever a model's own code raises.
+    trained: for each block, whether a gradient flows into its input; last_whole: whether the last block computes more
+    of a trunk than its keys and values, as it does where it is checkpointed. Raises whatever a model's own code raises.
     """
+    first = passes.passes[0]
+    if passes.shares or prefix.caches_for(model) is not None or first.width <= 2 * FITTED[-1]:
+        return _traced(model, passes, trained, device, last_whole, frozen), False
 
     def at(width: int) -> list[list[Cost]]:
-        return _traced_at(model, rows, width, shared, trained, device, frozen)
+        return _traced(model, forest.whole(len(first.rows), width), trained, device, last_whole, frozen)
 
-    if prefix.caches_for(model) is not None or width <= 2 * FITTED[-1]:
-        return at(width), False
+    width = first.width
     # Blocks that keep a state: where mlx-lm goes from token to token, their graph grows with the row, and would take
     # minutes to look through.
     few, more = at(FITTED[0]), at(FITTED[1])
@@ -88,8 +92,8 @@ def _through(widths: tuple[int, ...], values: list[int], width: int) -> int:
     return round(total)
 
 
-def _traced_at(
-    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device, frozen: int
+def _traced(
+    model: nn.Module, passes: Forest, trained: list[bool], device: Device, last_whole: bool, frozen: int = 0
 ) -> list[list[Cost]]:
     """Of each block the costs of its calls, as in `costs`, every operation looked at."""
     blocks = list(model.layers)
@@ -98,26 +102,27 @@ def _traced_at(
 
     def note(block: nn.Module, call: Any, args: Any, kwargs: Any) -> Any:
         place = places[id(block)]
-        called = cost_of(block, call, args, kwargs, trained[place], device)
+        in_trunk = passes.passes[len(found[place])].is_trunk
+        needed = last_whole or place < len(blocks) - 1 or not in_trunk
+        called = cost_of(block, call, args, kwargs, trained[place], device, needed)
         found[place].append(called.cost)
         for cache, recorded in zip(caches_in((args, kwargs)), called.recorded, strict=True):
             cache.recorded = [blank.zeros() for blank in recorded]
         return each_leaf(called.out, _filled_in)
 
-    ids = mx.zeros((rows, width), mx.int32)
     training = model.training
     model.train()
     try:
         with mx.stream(mx.cpu), standing_in(device), _as_exported(model), _noted(blocks, note), ExitStack() as stack:
+            ids = [mx.zeros((len(each.rows), each.width), mx.int32) for each in passes.passes]
             feed = None
             if frozen:
-                states, beside = states_of(model, frozen, ids[:1])
+                longest = max(each.start + each.width for each in passes.passes)
+                states, beside = states_of(model, frozen, mx.zeros((1, longest), mx.int32))
+                rows = 1 + max(max(each.rows) for each in passes.passes)
                 feed = Feed(mx.zeros((rows, *states.shape[1:]), states.dtype))
                 stack.enter_context(left_out(model, frozen, feed, beside))
-            if shared:
-                prefix.in_two_passes(model, model, ids, shared, feed)
-            else:
-                model(ids)
+            prefix.through(model, model, passes, ids, feed)
     finally:
         model.train(training)
     return found

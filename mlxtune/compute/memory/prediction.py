@@ -34,6 +34,7 @@ from mlxtune.adapter.plan import block_paths, outside_blocks
 from mlxtune.compute.memory import blocks
 from mlxtune.compute.memory.block_call import Cost
 from mlxtune.compute.memory.kernels import Device
+from mlxtune.data.dataset.forest import Forest, behind_one_trunk
 from mlxtune.model.arrays import named
 
 FULL = 4  # bytes of a float32
@@ -61,10 +62,18 @@ class StepSizes:
     width: int  # T: tokens of each row that the model is given
     prefix: int  # how many of them all rows share, computed once
     targets: int  # N: supervised tokens
+    forest: Forest | None = None  # its passes, where they are not those of one prefix that all rows share
+
+    @property
+    def passes(self) -> Forest:
+        """As the micro-batch is computed."""
+        return self.forest or behind_one_trunk(self.rows, self.width, self.prefix)
 
     @property
     def tokens(self) -> int:
         """That go through the blocks."""
+        if self.forest is not None:
+            return self.forest.computed
         return self.rows * (self.width - self.prefix) + self.prefix
 
 
@@ -228,16 +237,26 @@ def _in_blocks_and_head(
         if place < options.frozen:  # for one row, after which the states of all are joined
             yield _Moment(activations=before + max(forward, before), dense_copies=in_block)
             continue
+        of_trunks = _gradients_of_trunks(costs, shape.passes)
         yield _Moment(activations=before + forward, dense_copies=in_block)
         if options.recompute and place % options.recompute == 0:  # it is checkpointed
             held += sum(cost.given for cost in costs)
-            backward = before + max((_back(cost, cost.again, options) for cost in costs), default=0)
+            backward = before + of_trunks + max((_back(cost, cost.again, options) for cost in costs), default=0)
         else:
             held += sum(cost.kept for cost in costs)
-            backward = held + max((_back(cost, cost.back, options) for cost in costs), default=0)
+            backward = held + of_trunks + max((_back(cost, cost.back, options) for cost in costs), default=0)
         yield _Moment(activations=backward, dense_copies=in_block)
     chunk = _head_chunk(shape, options, width, vocabulary)
     yield _Moment(activations=held, head_chunk=chunk, dense_copies=in_head)
+
+
+def _gradients_of_trunks(costs: list[Cost], passes: Forest) -> int:
+    """Bytes of what the branches of a forest give back to their trunks' keys and values in one block: all of it is
+    there before it is added up, of each branch as much as the whole trunk has.
+
+    costs: of the block's calls, one for each pass.
+    """
+    return sum(costs[each.leaves].recorded for each in passes.passes if each.leaves is not None)
 
 
 def _head_chunk(shape: StepSizes, options: RunOptions, width: int, vocabulary: int) -> int:
@@ -270,10 +289,9 @@ def _costs(model: nn.Module, shape: StepSizes, options: RunOptions) -> tuple[lis
         keys = adapted[0]._dropout
     if keys is not None:
         keys.set(0, 0, range(shape.rows), [shape.width] * shape.rows, len(adapted))
+    last_whole = bool(options.recompute) and (len(model.layers) - 1) % options.recompute == 0
     try:
-        return blocks.costs(
-            model, shape.rows, shape.width, shape.prefix, _reached(model), options.device, options.frozen
-        )
+        return blocks.costs(model, shape.passes, _reached(model), options.device, last_whole, options.frozen)
     finally:
         if keys is not None:
             keys.clear()
