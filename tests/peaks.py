@@ -14,6 +14,7 @@ from mlxtune.adapter import attach
 from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.memory import prediction
+from mlxtune.compute.trunk_states import RowStates
 from mlxtune.config import resolve as configuration
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Plan
@@ -65,8 +66,12 @@ def of_step(
     way, predicted = chosen.way, chosen.memory
     assert isinstance(predicted, prediction.Memory), predicted
     assert (way.split is None) == (resolved.fast.head == "off")
-    job = Job(model, way, keys, plan, resolved.train, None, None, str, None, None)  # type: ignore[arg-type]
+    states = RowStates(model, way.frozen, way.powers, chosen.budget)
+    job = Job(model, way, keys, plan, resolved.train, None, None, str, None, None, states=states)  # type: ignore[arg-type]
     step = StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))
+    if way.frozen:  # what is kept fills up in the first epoch
+        for number in range(1, round(plan.steps / plan.passes) + 1):
+            step(number)
     mx.clear_cache()
     mx.reset_peak_memory()
     widest = max(range(1, plan.steps + 1), key=lambda number: plan.step(number)[0].ids.size)

@@ -51,6 +51,7 @@ SETTINGS: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
     ("gemma3_text", {"hidden_activation": "gelu", "sliding_window_pattern": 2, "sliding_window": 64}, (), 0),
     ("llama", {}, ("lora.dropout=0.1", "train.batch_rows=4"), 4),
     ("llama", {}, ("lora.layers=1", "train.batch_rows=4"), 0),
+    ("llama", {}, ("lora.layers=2", "train.batch_rows=4", "train.epochs=2", "fast.prefix=off"), 0),
 ]
 
 

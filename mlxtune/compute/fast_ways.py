@@ -31,16 +31,18 @@ def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
     """(way, whether its blocks may be checkpointed to fit the memory): what to try, the fastest first, the plain way
     last. Always as many.
     """
-    without_prefix = replace(wanted, prefix=None)
-    without_parts = replace(wanted, parts=())
+    whole = replace(wanted, frozen=0)
+    without_prefix = replace(whole, prefix=None)
+    without_parts = replace(whole, parts=())
     slower = replace(without_parts, powers=False, compiled=False, queries=0)
     head_alone = replace(slower, prefix=None)
     plain = Way()
     without_one = []
     for part in parts.PARTS:  # also those that are not on: the list is then as long on every rank
-        without_one.append((replace(wanted, parts=tuple(name for name in wanted.parts if name != part)), True))
+        without_one.append((replace(whole, parts=tuple(name for name in wanted.parts if name != part)), True))
     return [
         (wanted, True),
+        (whole, True),
         (without_prefix, True),
         *without_one,
         (without_parts, True),
@@ -61,6 +63,8 @@ def describe(way: Way) -> str:
         short_cuts.append(f"the shared prefix of {way.prefix} tokens and what else rows share once")
     elif way.prefix == 0:
         short_cuts.append("what rows share once")
+    if way.frozen:
+        short_cuts.append(f"the first {way.frozen} blocks once for each row")
     if way.recompute == 1:
         short_cuts.append("every block checkpointed")
     elif way.recompute:
@@ -183,10 +187,10 @@ def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: 
     if section.checkpoint_layers == "nested":
         # n blocks in groups of g keep n / g inputs, and g more while a group goes back: least where g * g = n.
         nested = max(2, round(math.sqrt(len(model.layers))))
-    # The last block counts supervised tokens in whole rows, so it is not cut. Not compiled: a compiled graph has the
-    # pieces one by one, and gives its stages up.
+    # The last block and what is kept of frozen ones count tokens in whole rows, so neither is used. Not compiled: a
+    # compiled graph has the pieces one by one, and gives its stages up.
     of_whole_rows = tuple(name for name in way.parts if name != "last_block")
-    return replace(way, tokens=pieces.TOKENS, nested=nested, compiled=False, parts=of_whole_rows)
+    return replace(way, tokens=pieces.TOKENS, nested=nested, compiled=False, parts=of_whole_rows, frozen=0)
 
 
 def shared_prefix(

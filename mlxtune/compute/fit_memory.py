@@ -32,6 +32,8 @@ from mlxtune.compute.memory import prediction as memory
 from mlxtune.compute.memory.kernels import Device
 from mlxtune.compute.precision import copies, in_float32
 from mlxtune.compute.proof import FEWEST_TOKENS, MAX_TOKENS, Room
+from mlxtune.compute.trunk_choice import budget_for
+from mlxtune.compute.trunk_states import NOTHING, Budget
 from mlxtune.config.resolve import Config
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.dataset.batches import DEFAULT_ROWS, EVALUATION_TOKENS, Plan, lengths_of
@@ -64,6 +66,7 @@ class Fitted:
     rows: Plan  # the batches of `config`
     memory: memory.Memory | memory.NotPredicted  # its predicted peak
     notes: list[str]  # what a person must know
+    budget: Budget = NOTHING  # what the states of rows may take, where the way leaves blocks out
 
 
 def predict_run(given: Given, way: Way, config: Config, rows: Plan) -> memory.Memory | memory.NotPredicted:
@@ -101,6 +104,7 @@ def _options(way: Way, sizes: Mapping[str, Any], dtype: mx.Dtype) -> memory.RunO
         nested=way.nested,
         compiled=way.compiled,
         updates=False,
+        frozen=way.frozen,
     )
 
 
@@ -140,12 +144,26 @@ def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = 
             notes = []
             if limit is not None:
                 notes.append(f"{predicted.note}; train.memory_limit does nothing")
-            return Fitted(taken, config, rows, predicted, notes)
+            return _with_budget(given, Fitted(taken, config, rows, predicted, notes))
         needed = predicted.total
         if limit is None or needed <= limit:
-            return Fitted(taken, tried, batches, predicted, _changed(config.train, section, limit))
+            return _with_budget(given, Fitted(taken, tried, batches, predicted, _changed(config.train, section, limit)))
     assert limit is not None
     raise _does_not_fit(given, taken, rows, needed, limit, checkpoints)
+
+
+def _with_budget(given: Given, run: Fitted) -> Fitted:
+    """The run with what the states of its rows may take: of the memory, a part of what it leaves of its limit."""
+    if not run.way.frozen:
+        return run
+    spare = 0
+    if isinstance(run.memory, memory.Memory):
+        spare = (given.limit or int(SHARE * backend.working_set_bytes())) - run.memory.total
+    budget = budget_for(run.config, run.rows, given.model_config, given.dtype, spare)
+    if isinstance(run.memory, memory.Memory):
+        run = replace(run, memory=replace(run.memory, trunk_cache=budget.memory))
+    kept = f"kept for later epochs: up to {size(budget.memory)} in memory, {size(budget.disk)} on the disk"
+    return replace(run, budget=budget, notes=[*run.notes, f"what the first {run.way.frozen} blocks give is {kept}"])
 
 
 def _with_batches(section: TrainSection, config: Config, rows: Plan) -> tuple[TrainSection, Plan]:

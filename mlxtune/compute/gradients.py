@@ -23,6 +23,7 @@ from mlxtune.compute.checkpointing import recomputed
 from mlxtune.compute.loss import LossInputs, Way
 from mlxtune.compute.memory import prediction
 from mlxtune.compute.stages import Stages
+from mlxtune.compute.trunk_states import RowStates
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.data.dataset.forest import Forest
 from mlxtune.machine import backend
@@ -48,11 +49,13 @@ class Gradients:
     use of a signature, counted from 1, that is compiled.
     """
 
-    def __init__(self, model: nn.Module, way: Way, compiled_from: int = 1) -> None:
+    def __init__(self, model: nn.Module, way: Way, compiled_from: int = 1, states: RowStates | None = None) -> None:
+        """states: of the run's rows, where blocks are left out; None: they are computed for each micro-batch."""
         self.model = model
         self.way = way
         self.compiled_from = compiled_from
         self.kept = prediction.kept_signatures(len(model.layers), backend.memory_bytes())
+        self._states = states or RowStates(model, way.frozen, way.powers)
         self.traced = 0  # signatures compiled so far, each time they were
         self._uses: Counter[Signature] = Counter()
         # The compiled function of each signature, the one used last at the end; None: to be compiled at its next call.
@@ -61,15 +64,16 @@ class Gradients:
     def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
         """(a scalar, the tree of gradients, each of its parameter's shape)."""
         to_compute: Stages = []
+        states = self._states.of(batch) if self.way.frozen else None
         if self.way.compiled and self.count_use(batch):
-            inputs = loss.inputs_of(batch, self.way.prefix, rounded_up(batch.targets))
+            inputs = loss.inputs_of(batch, self.way.prefix, rounded_up(batch.targets), states)
             function = self._compiled_for(self._signature(batch, inputs.passes), inputs.passes)
-            arrays = (inputs.ids, inputs.positions, inputs.targets, inputs.weights)
+            arrays = (inputs.ids, inputs.positions, inputs.targets, inputs.weights, inputs.states)
             value, gradients, to_compute = function(self.model.trainable_parameters(), *arrays)
         else:
 
             def summed() -> mx.array:
-                return loss.of_batch(self.model, self.way, batch, to_compute)
+                return loss.of_batch(self.model, self.way, batch, to_compute, states)
 
             value, gradients = self._value_and_grad(summed, to_compute)
         stages.compute(to_compute, value, gradients)
@@ -115,9 +119,10 @@ class Gradients:
         positions: mx.array,
         targets: mx.array,
         weights: mx.array | None,
+        states: mx.array | None,
     ) -> tuple[mx.array, Any, Stages]:
         """What is compiled: (loss, gradients, stages) of the trainable parameters and what is in a `LossInputs`."""
-        inputs = LossInputs(ids, positions, targets, weights, passes)
+        inputs = LossInputs(ids, positions, targets, weights, passes, states)
         to_compute: Stages = []
 
         def summed() -> mx.array:

@@ -35,6 +35,7 @@ from mlxtune.compute import last_block, prefix
 from mlxtune.compute.checkpointing import checkpointed
 from mlxtune.compute.head import Split
 from mlxtune.compute.stages import Stages
+from mlxtune.compute.trunk import Feed, left_out
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.data.dataset.forest import Forest
 from mlxtune.machine import backend
@@ -59,6 +60,8 @@ class Way:
     tokens: int = 0  # of a piece in which every checkpointed block is computed (`pieces`); 0: rows as a whole
     nested: int = 0  # checkpointed blocks that keep one input together (`pieces`); 0: each keeps its own
     parts: tuple[str, ...] = ()  # what of the model is computed otherwise, by its names in `parts.PARTS`
+    frozen: int = 0  # the outputs of so many first blocks are computed once for each row (`trunk`); 0: of none
+    beside: int = 0  # results that each of those blocks gives beside its hidden states
 
 
 def plain(model: nn.Module, batch: Batch) -> mx.array:
@@ -82,9 +85,10 @@ class LossInputs:
     targets: mx.array  # [N] int32: those tokens
     weights: mx.array | None  # [N, 1] float32: 0 for targets that only fill up, else 1; None: none of them does
     passes: Forest  # which rows each of the passes is of
+    states: mx.array | None = None  # [B, T, D]: what the frozen blocks give; None: no block is left out
 
 
-def inputs_of(batch: Batch, shared: int | None, count: int = 0) -> LossInputs:
+def inputs_of(batch: Batch, shared: int | None, count: int = 0, states: mx.array | None = None) -> LossInputs:
     """The arrays of a micro-batch: `LossInputs` has their shapes.
 
     shared: the run's common prefix, None: rows are computed whole; count: N is filled up to so many, 0: it is not.
@@ -100,22 +104,31 @@ def inputs_of(batch: Batch, shared: int | None, count: int = 0) -> LossInputs:
         positions = np.pad(positions, (0, missing), mode="edge")
         targets = np.pad(targets, (0, missing), mode="edge")
     ids = [mx.array(prefix.tokens_of(batch, each)) for each in passes.passes]
-    return LossInputs(ids, mx.array(positions), mx.array(targets), weights, passes)
+    return LossInputs(ids, mx.array(positions), mx.array(targets), weights, passes, states)
 
 
-def of_batch(model: nn.Module, way: Way, batch: Batch, stages: Stages | None = None) -> mx.array:
+def of_batch(
+    model: nn.Module, way: Way, batch: Batch, stages: Stages | None = None, states: mx.array | None = None
+) -> mx.array:
     """The same sum as `plain`, computed as `way` says. Scalar, float32.
 
     stages: gets the arrays that are to be computed one after the other before the rest; None: they are not asked for.
+    states: as in `LossInputs`.
     """
-    if way.split is None and way.prefix is None:
+    if way.split is None and way.prefix is None and states is None:
         return plain(model, batch)
-    return of_inputs(model, way, inputs_of(batch, way.prefix), [] if stages is None else stages)
+    return of_inputs(model, way, inputs_of(batch, way.prefix, states=states), [] if stages is None else stages)
 
 
 def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) -> mx.array:
     """As `of_batch`, of a batch that is arrays already. Scalar, float32."""
-    outputs = supervised_outputs(model, way.split, inputs, "last_block" in way.parts)
+    by_last_block = "last_block" in way.parts
+    if inputs.states is None:
+        outputs = supervised_outputs(model, way.split, inputs, by_last_block)
+    else:
+        feed = Feed(inputs.states)
+        with left_out(model, way.frozen, feed, way.beside):
+            outputs = supervised_outputs(model, way.split, inputs, by_last_block, feed)
     if way.split is None:
         assert inputs.weights is None
         return nn.losses.cross_entropy(_as_float32(outputs), inputs.targets, reduction="sum")
@@ -126,19 +139,23 @@ def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) ->
 
 
 def supervised_outputs(
-    model: nn.Module, split: Split | None, inputs: LossInputs, by_last_block: bool = False
+    model: nn.Module,
+    split: Split | None,
+    inputs: LossInputs,
+    by_last_block: bool = False,
+    feed: Feed | None = None,
 ) -> mx.array:
     """Hidden states [N, D] at the positions, for the head still to run on; without a split the logits themselves,
     [N, V].
 
     by_last_block: whether the trunk itself may give the positions alone (`last_block`); it does where all of them are
-    in one pass.
+    in one pass. feed: of blocks that are left out, which is told of each pass.
     """
     by_last_block = by_last_block and prefix.is_simple(inputs.passes)
     if by_last_block:
         last_block.give(inputs.positions)
     forward: Any = model if split is None else split.hidden
-    outputs = prefix.through(forward, model, inputs.passes, inputs.ids)
+    outputs = prefix.through(forward, model, inputs.passes, inputs.ids, feed)
     return outputs if by_last_block else outputs[inputs.positions]
 
 

@@ -35,6 +35,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from mlxtune.compute.trunk import Feed
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset import forest
 from mlxtune.data.dataset.batches import Batch
@@ -150,10 +151,13 @@ def positions_of_targets(batch: Batch, passes: Forest) -> np.ndarray:
     return (begin[row] + column).astype(np.int32)
 
 
-def through(forward: Any, model: nn.Module, passes: Forest, ids: Sequence[mx.array]) -> mx.array:
+def through(
+    forward: Any, model: nn.Module, passes: Forest, ids: Sequence[mx.array], feed: Feed | None = None
+) -> mx.array:
     """The output of all rows, pass after pass, [positions, D]; a trunk gives none.
 
-    forward: the trunk or the model, called as forward(ids, cache=...); ids: of each pass, as `tokens_of` gives them.
+    forward: the trunk or the model, called as forward(ids, cache=...); ids: of each pass, as `tokens_of` gives them;
+    feed: told of each pass.
     """
     if not passes.shares:
         return _flat(forward(ids[0]))
@@ -162,6 +166,8 @@ def through(forward: Any, model: nn.Module, passes: Forest, ids: Sequence[mx.arr
     for each, tokens in zip(passes.passes, ids, strict=True):
         layers = _caches(model, each, [] if each.leaves is None else kept[each.leaves])
         kept.append(layers)
+        if feed is not None:
+            feed.take(each.rows, each.start, each.width)
         output = forward(tokens, cache=layers)
         if not each.is_trunk:
             outputs.append(_flat(output))

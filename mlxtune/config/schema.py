@@ -180,6 +180,12 @@ class TrainSection(Section):
     memory_limit: Literal["auto", "off"] | int = Field(
         "auto", description="bytes that the predicted peak must fit; auto: 80% of the device's working set; off: any"
     )
+    trunk_cache: Literal["auto", "off"] | int = Field(
+        "auto",
+        description="bytes, in memory and then on the disk, for what blocks below the lowest trained one give for each "
+        "row, so that later epochs leave them out; auto: half of the memory that is left, a quarter of the free disk; "
+        "off: they are computed in each epoch",
+    )
     eval_every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0: only at the end")
     save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: none by count")
     save_minutes: float = Field(10.0, ge=0, description="minutes between checkpoints at most; 0: none by time")
@@ -215,13 +221,14 @@ class TrainSection(Section):
         "more where steps are long (20 times its own work, 3 times the longest wait so far)",
     )
 
-    @field_validator("checkpoint_layers", "memory_limit")
+    @field_validator("checkpoint_layers", "memory_limit", "trunk_cache")
     @classmethod
     def _some(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, int) and value < 1:
             words = {
                 "checkpoint_layers": "none, all, pieces, nested, or n for every n-th block",
                 "memory_limit": "auto, off, or bytes",
+                "trunk_cache": "auto, off, or bytes",
             }
             raise ValueError(f"use {words[str(info.field_name)]}")
         return value

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from mlxtune.compute import fast_ways, fit_memory, proof
+from mlxtune.compute import fast_ways, fit_memory, proof, trunk_choice
 from mlxtune.compute.fit_memory import Fitted, Given
 from mlxtune.compute.loss import Way
 from mlxtune.compute.proof import Room, Verdict
@@ -31,6 +31,8 @@ def choose(given: Given, config: Config, rows: Plan, ranks: Ranks = ALONE, liste
     when not even the plain way fits the memory.
     """
     wanted, notes = fast_ways.fastest_way(given.model, rows.examples, config, rows.shares)
+    wanted, more = trunk_choice.with_kept_trunk(wanted, given.model, config, rows)
+    notes += more
     search = _Search(given, config, rows, fast_ways.ways_to_try(wanted), listener)
     number = 0
     while True:

@@ -21,6 +21,7 @@ from mlxtune.machine import backend
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.patience", "train.eval_every", "train.sample_prompts", "train.save_every"),
     *("train.save_minutes", "train.keep_last", "train.on_nonfinite", "train.on_oom", "train.memory_limit"),
+    "train.trunk_cache",
     *("train.loggers", "train.keep_awake", "train.rank_minutes"),
 )
 # Places: what lies there is compared instead.

@@ -22,10 +22,11 @@ from mlxtune_convert.ways_out import described
 from mlxtune.adapter import adapter_files, attach, vocabulary
 from mlxtune.adapter.dropout import DropoutKeys, add_noise
 from mlxtune.adapter.plan import AdapterPlan
-from mlxtune.compute import counted, fast_ways, fit_memory, floats
+from mlxtune.compute import counted, fast_ways, fit_memory, floats, trunk_choice
 from mlxtune.compute.counted import Epoch
 from mlxtune.compute.fit_memory import Fitted, Given
 from mlxtune.compute.memory.prediction import Memory
+from mlxtune.compute.trunk_states import RowStates
 from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import Plan, in_order, side_by_side
 from mlxtune.data.dataset.sharing import found_sharing
@@ -114,8 +115,9 @@ def plan(config: Config, data: Data) -> Planned:
     """What a run would do. Raises UserError for all that `prepare` refuses before it reads a weight."""
     made = attached(config, data, read=False)
     way = fast_ways.expected_way(made.loaded.model, data.train, config, made.plan.shares)
+    way, more = trunk_choice.with_kept_trunk(way, made.loaded.model, config, made.plan)
     run = fit_memory.fit(made.given, way, config, made.plan)
-    notes = [*_of_model(made), _ways_out(made.loaded)]
+    notes = [*_of_model(made), _ways_out(made.loaded), *more]
     computed = counted.first_epoch(run.rows, run.way.prefix)
     if isinstance(run.memory, Memory):
         return Planned(run.config, run.rows, computed, run.memory, notes + run.notes)
@@ -225,6 +227,7 @@ def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: R
         ranks=ranks,
         predicted=chosen.memory.total if isinstance(chosen.memory, Memory) else None,
         b_rate=config.lora.b_rate,
+        states=RowStates(loaded.model, chosen.way.frozen, chosen.way.powers, chosen.budget),
     )
 
 

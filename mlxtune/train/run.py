@@ -92,6 +92,8 @@ class _Run:
         prepared = prepare(self.config, data, self.folder, self.ranks, self.resume, self.listener)
         self.config = prepared.config
         job = prepared.job
+        if job.states is not None:
+            self.stack.callback(job.states.store.close)
         if saved is not None:
             self.notes += saved.identity.refuse_other(job.identity, self.folder.path, self.anyway)
         self.notes += prepared.notes

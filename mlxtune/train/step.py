@@ -24,6 +24,7 @@ from mlxtune.compute.division import Division, TooLarge
 from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.loss import Way
 from mlxtune.compute.prefix import forest_of_batch
+from mlxtune.compute.trunk_states import RowStates
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.dataset.batches import Batch, Plan
 from mlxtune.machine import backend
@@ -69,6 +70,7 @@ class Job:
     adapter: AdapterPlan  # what trains
     ranks: Ranks = ALONE  # the processes that share the run
     predicted: int | None = None  # bytes at the run's peak; None where nobody can say
+    states: RowStates | None = None  # of the frozen blocks, where the way leaves these out; None: nothing is kept
     b_rate: float = 1.0  # lora.b_rate: of learning, of B over all the rest
 
 
@@ -92,7 +94,7 @@ class StepFunction:
     def divide(self, division: Division) -> None:
         """Compute steps in these parts from here on."""
         self.division = division
-        self._gradients = Gradients(self.job.model, division.way(self.job.way), COMPILED_FROM)
+        self._gradients = Gradients(self.job.model, division.way(self.job.way), COMPILED_FROM, self.job.states)
         self._noted = 0  # the last step whose parts' signatures are known to `_gradients`
 
     def __call__(self, number: int) -> dict[str, Any]:

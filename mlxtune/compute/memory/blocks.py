@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -20,6 +20,7 @@ from mlxtune.adapter.layers import LoRASwitchLinear
 from mlxtune.compute import last_block, parts, prefix
 from mlxtune.compute.memory.block_call import Blank, Cost, caches_in, cost_of, each_leaf
 from mlxtune.compute.memory.kernels import Device, TracedSwitch, standing_in
+from mlxtune.compute.trunk import Feed, left_out, states_of
 from mlxtune.data.dataset import forest
 from mlxtune.data.dataset.forest import Forest
 from mlxtune.model.classes import as_classes, calling
@@ -36,10 +37,11 @@ def costs(
     device: Device,
     last_whole: bool = False,
     targets: int = 0,
+    frozen: int = 0,
 ) -> tuple[list[list[Cost]], bool]:
     """(of each block the costs of its calls, in a step of these passes; whether some go token by token).
 
-    A block has a call for each pass.
+    A block has a call for each pass. The first `frozen` blocks are called once, on one whole row, before the others.
 
     trained: for each block, whether a gradient flows into its input; last_whole: whether the last block computes more
     of a trunk than its keys and values, as it does where it is checkpointed; targets: supervised tokens, where the last
@@ -47,10 +49,10 @@ def costs(
     """
     first = passes.passes[0]
     if passes.shares or prefix.caches_for(model) is not None or first.width <= 2 * FITTED[-1]:
-        return _traced(model, passes, trained, device, last_whole, targets), False
+        return _traced(model, passes, trained, device, last_whole, targets, frozen), False
 
     def at(width: int) -> list[list[Cost]]:
-        return _traced(model, forest.whole(len(first.rows), width), trained, device, last_whole, targets)
+        return _traced(model, forest.whole(len(first.rows), width), trained, device, last_whole, targets, frozen)
 
     width = first.width
     # Blocks that keep a state: where mlx-lm goes from token to token, their graph grows with the row, and would take
@@ -98,7 +100,13 @@ def _through(widths: tuple[int, ...], values: list[int], width: int) -> int:
 
 
 def _traced(
-    model: nn.Module, passes: Forest, trained: list[bool], device: Device, last_whole: bool, targets: int
+    model: nn.Module,
+    passes: Forest,
+    trained: list[bool],
+    device: Device,
+    last_whole: bool,
+    targets: int,
+    frozen: int,
 ) -> list[list[Cost]]:
     """Of each block the costs of its calls, as in `costs`, every operation looked at."""
     blocks = list(model.layers)
@@ -124,11 +132,19 @@ def _traced(
             _as_exported(model),
             parts.within(model, device.parts),
             _noted(blocks, note),
+            ExitStack() as stack,
         ):
             if targets:
                 last_block.give(mx.zeros(targets, mx.int32))
             ids = [mx.zeros((len(each.rows), each.width), mx.int32) for each in passes.passes]
-            prefix.through(model, model, passes, ids)
+            feed = None
+            if frozen:
+                longest = max(each.start + each.width for each in passes.passes)
+                states, beside = states_of(model, frozen, mx.zeros((1, longest), mx.int32))
+                rows = 1 + max(max(each.rows) for each in passes.passes)
+                feed = Feed(mx.zeros((rows, *states.shape[1:]), states.dtype))
+                stack.enter_context(left_out(model, frozen, feed, beside))
+            prefix.through(model, model, passes, ids, feed)
     finally:
         model.train(training)
     return found

@@ -91,6 +91,7 @@ class Memory:
     head_chunk: int  # the logits of a chunk, and the hidden rows that go with them
     dense_copies: int  # of quantized matrices, on the CPU
     update: int  # the next adapter and moments, where the peak is there
+    trunk_cache: int = 0  # states of rows that are kept in memory
     graphs: int = 0  # compiled graphs, in the host's memory, so not in the total
     by_token: bool = False  # some blocks go token by token
 
@@ -148,6 +149,7 @@ class RunOptions:
     updates: bool = True  # whether the optimizer's update follows
     tokens: int = 0  # of a piece in which every block is computed (`pieces`); 0: rows as a whole
     nested: int = 0  # blocks that keep one input together; 0: each keeps its own
+    frozen: int = 0  # how many of the first blocks are left out, their states being at hand
 
 
 class _Moment(NamedTuple):
@@ -231,6 +233,8 @@ def _in_blocks_and_head(
     if options.device.kind == "cpu":
         in_head, in_block = _dense(model, vocabulary)
     held = options.item * shape.tokens * width  # the embeddings, which the first block keeps
+    if options.frozen:
+        held = options.item * shape.rows * shape.width * width  # the states, of all rows' tokens
     if options.device.powers and not options.device.queries:
         held += FULL * shape.width**2  # the causal mask, which `linux_cpu` keeps at hand
     if options.tokens:
@@ -239,9 +243,12 @@ def _in_blocks_and_head(
         held += sum(block.given for block in whole[max(1, options.nested) - 1 :: max(1, options.nested)])
         calls = []
     for place, costs in enumerate(calls):
-        of_trunks = _gradients_of_trunks(costs, shape.passes)
         before = held
         forward = max((cost.forward for cost in costs), default=0)
+        if place < options.frozen:  # for one row, after which the states of all are joined
+            yield _Moment(activations=before + max(forward, before), dense_copies=in_block)
+            continue
+        of_trunks = _gradients_of_trunks(costs, shape.passes)
         yield _Moment(activations=before + forward, dense_copies=in_block)
         if options.recompute and place % options.recompute == 0:  # it is checkpointed
             held += sum(cost.given for cost in costs)
@@ -343,7 +350,7 @@ def _costs(model: nn.Module, shape: StepSizes, options: RunOptions) -> tuple[lis
     at_the_end = "last_block" in options.device.parts and is_simple(shape.passes)
     targets = shape.targets if at_the_end else 0
     try:
-        return blocks.costs(model, shape.passes, _reached(model), options.device, last_whole, targets)
+        return blocks.costs(model, shape.passes, _reached(model), options.device, last_whole, targets, options.frozen)
     finally:
         if keys is not None:
             keys.clear()

@@ -216,6 +216,12 @@ class Plan:
         sizes = [len(rows) for rows in self._first_epoch()]
         return sum(sizes) / len(sizes)
 
+    @property
+    def passes(self) -> float:
+        """How many epochs the run takes, in steps of the first one."""
+        self._first_epoch()
+        return self.steps / self._starts[1]
+
     def shapes(self) -> list[tuple[int, int, int]]:
         """(examples, width, targets) of every micro-batch of the first epoch. Where examples of a row share, they count
         as so many of the full width as have the tokens that the rows compute.
