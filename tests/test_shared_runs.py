@@ -13,7 +13,7 @@ from training import SETTINGS, losses, tune
 from mlxtune.bench import children, parts
 from mlxtune.bench.figures import Measured
 from mlxtune.cli.bench import _print_parts
-from mlxtune.compute import counted, fast_ways
+from mlxtune.compute import counted, fast_ways, prefix
 from mlxtune.compute.prefix import forest_of_batch, is_simple
 from mlxtune.config import resolve
 from mlxtune.data.chat.masking import Example
@@ -84,8 +84,11 @@ def test_where_nothing_is_shared_rows_are_dealt_by_length_alone(hf_model: Path, 
     assert not apart.shares and apart.dealt == "" and len(apart.step(1)) == 4
 
 
-def test_why_turns_of_a_conversation_are_not_computed_once_is_said(hf_model: Path, talks: Path) -> None:
-    """Also where no row begins as all others do; rows of one example each need no word."""
+def test_why_turns_of_a_conversation_are_not_computed_once_is_said(
+    hf_model: Path, talks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where rows begin with few tokens in common; rows of one example each then need no word."""
+    monkeypatch.setattr(prefix, "WORTH_SAYING", 99)
     examples = plan_of(hf_model, talks, *EXPANDED).examples
     config = resolve.load(None, ("lora.dropout=0.1",))
     reason = "examples of one row begin alike, but with lora.dropout each row must see noise of its own"
