@@ -54,8 +54,9 @@ def within(model: nn.Module) -> Iterator[None]:
     [1, N, D].
     """
     block = model.layers[-1]
+    ending = calling(type(block), _ending_at_positions(type(block).__call__), ends_at_positions=True)
     try:
-        with as_classes([(block, calling(type(block), _ending_at_positions(type(block).__call__)))]):
+        with as_classes([(block, ending)]):
             yield
     finally:
         _positions.clear()  # until the backward pass is built: a block that is computed again asks for them again
@@ -64,6 +65,11 @@ def within(model: nn.Module) -> Iterator[None]:
 def give(positions: mx.array) -> None:
     """Tell which positions [N] are supervised, of the outputs of all rows put in one list."""
     _positions[:] = [positions]
+
+
+def count() -> int:
+    """How many positions were given; 0: none, the block computes all."""
+    return _positions[0].size if _positions else 0
 
 
 class _WithAttention:

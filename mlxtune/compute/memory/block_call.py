@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlxtune.compute import last_block
 from mlxtune.compute.checkpointing import flows
 from mlxtune.compute.memory.graph import Graph, Node, traced
 from mlxtune.compute.memory.kernels import Device, standing_in, tiled_attention
@@ -251,9 +252,21 @@ def _signature(block: nn.Module, args: Any, kwargs: Any, into: bool) -> Any:
                 settings.append((path, type(module).__name__, name, value))
     flat: Any = tree_flatten((args, kwargs))
     given = [(path, _shown(leaf)) for path, leaf in flat]
-    kind = type(block).__mro__[1]  # below the class that notes its calls
-    raised_from = kind.__dict__.get("raised_from")  # where `precision` has it in float32, in a class made for the while
-    return raised_from or kind, raised_from is not None, tuple(parameters), tuple(settings), tuple(given), into
+    return _kind(block), tuple(parameters), tuple(settings), tuple(given), into
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """The class of a block, and what the classes that were made for the while around it do."""
+    found: list[Any] = []
+    for kind in type(block).__mro__[1:]:  # below the class that notes its calls
+        if "raised_from" in vars(kind):  # `precision` has it in float32
+            found.append("float32")
+        elif "ends_at_positions" in vars(kind):
+            found.append(last_block.count())
+        else:
+            found.append(kind)
+            break
+    return tuple(found)
 
 
 def _shown(leaf: Any) -> Any:
