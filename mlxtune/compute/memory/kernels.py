@@ -67,12 +67,13 @@ def standing_in(device: Device) -> Iterator[None]:
     masks = Masks()
     kinds: list[Kind] = []
     if device.queries:
-        kinds.append(Chunked(device.queries, device.kind, masks))
+        exp = linux_cpu.exp if device.powers else linux_cpu.mlx_exp
+        kinds.append(Chunked(device.queries, device.kind, masks, exp))
     if device.powers:
         kinds.append(LinuxCpu())
     other = linux_cpu.mlx_attention if device.kind == "cpu" else _attention_of(device)
     attend = OwnAttention(kinds, other) if kinds else other
-    with attention.standing_in(attend, masks), _norms_of(device), _exponentials_of(device):
+    with attention.standing_in(attend, masks), _norms_of(device):
         yield
 
 
@@ -87,18 +88,6 @@ def _attention_of(device: Device) -> Callable[..., mx.array]:
         return linux_cpu.mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
 
     return attend
-
-
-@contextmanager
-def _exponentials_of(device: Device) -> Iterator[None]:
-    """Inside, an exponential is as many operations as on this device: they decide how far the CPU runs ahead."""
-    functions: Any = mx
-    before = mx.exp
-    functions.exp = linux_cpu.exp if device.powers else linux_cpu.mlx_exp
-    try:
-        yield
-    finally:
-        functions.exp = before
 
 
 @contextmanager
