@@ -19,6 +19,7 @@ from mlxtune.compute.memory import block_call, blocks, prediction
 from mlxtune.compute.memory.graph import traced
 from mlxtune.compute.memory.kernels import Device, tiled
 from mlxtune.compute.memory.ledger import Ledger
+from mlxtune.compute.memory.step import RunOptions, StepSizes
 from mlxtune.compute.memory.strides import of_view, strides_as
 from mlxtune.config.schema import LoraSection
 from mlxtune.data.dataset.forest import whole
@@ -173,8 +174,8 @@ def test_a_gated_delta_model_is_predicted_as_published() -> None:
     attach.attach(model, AdapterPlan.of(model, LoraSection(rank=8, layers=4)), 0)
     found = {}
     for width in (512, 1024):
-        shape = prediction.StepSizes(1, width - 1, 0, width // 2)
-        predicted = prediction.predict(model, QWEN35_4B, shape, prediction.RunOptions(2, 64, 1, 0.0, METAL))
+        shape = StepSizes(1, width - 1, 0, width // 2)
+        predicted = prediction.predict(model, QWEN35_4B, shape, RunOptions(2, 64, 1, 0.0, METAL))
         assert isinstance(predicted, prediction.Memory) and predicted.by_token
         found[width] = predicted.total / 1e9
     assert 7.3 < found[512] < 16.4
@@ -236,9 +237,7 @@ def test_a_model_that_cannot_be_followed_is_said_and_not_refused(monkeypatch: py
 
     monkeypatch.setattr(block_call, "traced", fails)
     monkeypatch.setattr(block_call, "_known", {})
-    found = prediction.predict(
-        model, sizes_of("llama"), prediction.StepSizes(1, 32, 0, 8), prediction.RunOptions(4, 64, 0, 0.0, CPU)
-    )
+    found = prediction.predict(model, sizes_of("llama"), StepSizes(1, 32, 0, 8), RunOptions(4, 64, 0, 0.0, CPU))
     assert isinstance(found, prediction.NotPredicted)
     assert "not predicted" in found.note and "primitive New" in found.note
 
@@ -249,9 +248,7 @@ def test_the_model_is_itself_again_after_a_prediction() -> None:
     kinds, attention = [type(module) for _, module in model.named_modules()], mx.fast.scaled_dot_product_attention
     ids = mx.array([[3, 4, 5]])
     before = model(ids)
-    prediction.predict(
-        model, sizes_of("mixtral"), prediction.StepSizes(1, 32, 0, 8), prediction.RunOptions(4, 64, 1, 0.0, METAL)
-    )
+    prediction.predict(model, sizes_of("mixtral"), StepSizes(1, 32, 0, 8), RunOptions(4, 64, 1, 0.0, METAL))
     assert [type(module) for _, module in model.named_modules()] == kinds
     assert mx.fast.scaled_dot_product_attention is attention
     assert mx.array_equal(model(ids), before)

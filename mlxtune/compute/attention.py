@@ -20,7 +20,7 @@ Legend: B rows, H query heads, K key heads, T queries, S keys, D width of a head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +94,7 @@ class Chunked:
     queries: int  # C
     kind: str  # of the device, as backend.kind() says it
     masks: Masks  # that were made inside
+    exp: Callable[[mx.array], mx.array] = mx.exp  # the exponential that the device is fast with
 
     def is_for(self, q: mx.array, mask: Any, sinks: Any) -> bool:
         """Whether attention of queries q [B, H, T, D] is computed here."""
@@ -121,10 +122,10 @@ class Chunked:
             highest = scores.max(axis=-1, keepdims=True)
             if sinks is not None:
                 highest = mx.maximum(highest, _of_heads(sinks, scores.dtype))
-            weights = mx.exp(scores - highest)
+            weights = self.exp(scores - highest)
             total = weights.sum(axis=-1, keepdims=True)
             if sinks is not None:
-                total = total + mx.exp(_of_heads(sinks, scores.dtype) - highest)
+                total = total + self.exp(_of_heads(sinks, scores.dtype) - highest)
             one_over = mx.reciprocal(total)
             outs.append(_product((weights * one_over).astype(v.dtype), v[:, :, seen.first : seen.end]))
             largest.append(highest)
@@ -153,7 +154,7 @@ class Chunked:
             keys, values = k[:, :, seen.first : seen.end], v[:, :, seen.first : seen.end]
             part = slice(first, end)
             scores = _scores(queries, keys, scale, seen)
-            weights = mx.exp(scores - largest[:, :, part]) * inverse[:, :, part]
+            weights = self.exp(scores - largest[:, :, part]) * inverse[:, :, part]
             d_out = cotangent[:, :, part]
             d_weights = _product(d_out, values.swapaxes(-1, -2)).astype(wide)
             d_scores = (weights * (d_weights - common[:, :, part])).astype(q.dtype)
@@ -167,7 +168,7 @@ class Chunked:
         gradients = mx.concatenate(d_q, axis=2), d_k.astype(k.dtype), d_v.astype(v.dtype)
         if not sinks:
             return gradients
-        of_sink = mx.exp(_of_heads(sinks[0], wide) - largest) * inverse
+        of_sink = self.exp(_of_heads(sinks[0], wide) - largest) * inverse
         d_sinks = -(of_sink * common).sum(axis=(0, 2, 3))
         return *gradients, d_sinks.astype(sinks[0].dtype)
 
@@ -212,7 +213,7 @@ def in_chunks(queries: int) -> Iterator[Masks]:
         yield Masks()
         return
     other = mx.fast.scaled_dot_product_attention
-    chunked = Chunked(queries, backend.kind(), Masks())
+    chunked = Chunked(queries, backend.kind(), Masks(), mx.exp)
 
     def attention(
         q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, sinks: Any = None, **options: Any

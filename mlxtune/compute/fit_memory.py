@@ -30,6 +30,7 @@ from mlxtune.compute.fast_ways import checkpointed, in_pieces, whole_rows
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction as memory
 from mlxtune.compute.memory.kernels import Device
+from mlxtune.compute.memory.step import RunOptions, StepSizes
 from mlxtune.compute.precision import copies, in_float32
 from mlxtune.compute.proof import FEWEST_TOKENS, MAX_TOKENS, Room
 from mlxtune.compute.trunk_choice import budget_for
@@ -90,7 +91,7 @@ def predict_run(given: Given, way: Way, config: Config, rows: Plan) -> memory.Me
     return memory.predict(given.model, given.model_config, _heaviest(way, rows), options)
 
 
-def _heaviest(way: Way, rows: Plan) -> memory.StepSizes:
+def _heaviest(way: Way, rows: Plan) -> StepSizes:
     """The micro-batch of the first epoch through which most tokens go, with the most targets that any has.
 
     Where examples share, those that would be the largest without it are looked at one after the other, until the next
@@ -105,7 +106,7 @@ def _heaviest(way: Way, rows: Plan) -> memory.StepSizes:
     def positions(examples: list[int]) -> int:
         return len(examples) * (rows.width(examples) - 1)
 
-    most, heaviest = 0, memory.StepSizes(1, rows.widths[-1] - 1, 0, targets)
+    most, heaviest = 0, StepSizes(1, rows.widths[-1] - 1, 0, targets)
     for examples in sorted(rows.micro_batches(), key=positions, reverse=True)[:LOOKED_AT]:
         if positions(examples) <= most:
             break
@@ -114,9 +115,9 @@ def _heaviest(way: Way, rows: Plan) -> memory.StepSizes:
         if passes.computed > most:
             most = passes.computed
             if prefix.is_simple(passes):
-                heaviest = memory.StepSizes(len(examples), width - 1, passes.passes[-1].start, targets)
+                heaviest = StepSizes(len(examples), width - 1, passes.passes[-1].start, targets)
             else:
-                heaviest = memory.StepSizes(len(examples), width - 1, 0, targets, _of_few_shapes(passes))
+                heaviest = StepSizes(len(examples), width - 1, 0, targets, _of_few_shapes(passes))
     return heaviest
 
 
@@ -139,14 +140,14 @@ def _rounded(number: int, grain: int) -> int:
     return max(1, round(number / grain)) * grain
 
 
-def _step_sizes(way: Way, count: int, width: int, targets: int) -> memory.StepSizes:
+def _step_sizes(way: Way, count: int, width: int, targets: int) -> StepSizes:
     """Of a micro-batch of `count` rows of `width` tokens."""
     shared = prefix.if_it_gains(way.prefix or 0, count, width)
-    return memory.StepSizes(count, width - 1, shared, targets)
+    return StepSizes(count, width - 1, shared, targets)
 
 
-def _options(way: Way, sizes: Mapping[str, Any], dtype: mx.Dtype) -> memory.RunOptions:
-    return memory.RunOptions(
+def _options(way: Way, sizes: Mapping[str, Any], dtype: mx.Dtype) -> RunOptions:
+    return RunOptions(
         item=dtype.size,
         chunk=0 if way.split is None else loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"]),
         recompute=way.recompute,

@@ -76,18 +76,14 @@ def standing_in(device: Device) -> Iterator[None]:
     masks = Masks()
     kinds: list[Kind] = []
     if device.queries:
-        kinds.append(Chunked(device.queries, device.kind, masks))
+        exp = linux_cpu.exp if device.powers else linux_cpu.mlx_exp
+        kinds.append(Chunked(device.queries, device.kind, masks, exp))
     if device.powers:
         kinds.append(LinuxCpu())
     other = linux_cpu.mlx_attention if device.kind == "cpu" else _attention_of(device)
     attend = OwnAttention(kinds, other) if kinds else other
     kernels = () if device.kind == "cpu" else _KERNELS
-    with (
-        _replaced(_WITH_OWN_GRADIENT),
-        _replaced(kernels),
-        attention.standing_in(attend, masks),
-        _exponentials_of(device),
-    ):
+    with _replaced(_WITH_OWN_GRADIENT), _replaced(kernels), attention.standing_in(attend, masks):
         yield
 
 
@@ -116,18 +112,6 @@ def _attention_of(device: Device) -> Callable[..., mx.array]:
         return linux_cpu.mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
 
     return attend
-
-
-@contextmanager
-def _exponentials_of(device: Device) -> Iterator[None]:
-    """Inside, an exponential is as many operations as on this device: they decide how far the CPU runs ahead."""
-    functions: Any = mx
-    before = mx.exp
-    functions.exp = linux_cpu.exp if device.powers else linux_cpu.mlx_exp
-    try:
-        yield
-    finally:
-        functions.exp = before
 
 
 class TracedSwitch(LoRASwitchLinear):

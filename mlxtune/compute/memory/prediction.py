@@ -22,8 +22,8 @@ Legend: B rows, T tokens, N targets, C rows of a chunk, D width, V vocabulary; a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.nn as nn
 from mlxtune_convert.sizes import size
@@ -31,14 +31,13 @@ from mlxtune_convert.sizes import size
 from mlxtune.adapter import attach
 from mlxtune.adapter.layers import EMBEDDING, dense_shape
 from mlxtune.adapter.plan import block_paths, outside_blocks
-from mlxtune.compute.memory import blocks
+from mlxtune.compute.memory import blocks, in_pieces
 from mlxtune.compute.memory.block_call import Cost
-from mlxtune.compute.memory.kernels import Device
+from mlxtune.compute.memory.step import FULL, Moment, RunOptions, StepSizes
 from mlxtune.compute.prefix import is_simple
-from mlxtune.data.dataset.forest import Forest, behind_one_trunk
+from mlxtune.data.dataset.forest import Forest
 from mlxtune.model.arrays import named
 
-FULL = 4  # bytes of a float32
 # Arrays of one shape alive at once, as `loss` makes them: of a chunk's logits they themselves, their exponentials, the
 # softmax and the gradient; of hidden rows those gathered, the chunks' gradients, and these joined. (Tests hold the
 # whole prediction against measured peaks.)
@@ -58,27 +57,6 @@ GRAPH_BYTES, SCALARS = 500_000, 118
 BUFFERS = 499_000  # that Metal gives a process
 GRAPH_SHARE = 0.01  # of the machine's memory, that compiled signatures may take
 LEAST_KEPT = 4  # compiled signatures, however little memory there is: fewer would be compiled again and again
-
-
-@dataclass(frozen=True)
-class StepSizes:
-    """The micro-batch that decides a model's memory."""
-
-    rows: int  # B
-    width: int  # T: tokens of each row that the model is given
-    prefix: int  # how many of them all rows share, computed once
-    targets: int  # N: supervised tokens
-    forest: Forest | None = None  # its passes, where they are not those of one prefix that all rows share
-
-    @property
-    def passes(self) -> Forest:
-        """As the micro-batch is computed."""
-        return self.forest or behind_one_trunk(self.rows, self.width, self.prefix)
-
-    @property
-    def tokens(self) -> int:
-        """That go through the blocks."""
-        return self.passes.computed
 
 
 @dataclass(frozen=True)
@@ -135,33 +113,6 @@ class NotPredicted:
         return f"the memory of this model is not predicted: {self.reason}"
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What of a run decides its memory, beside the model and the batches."""
-
-    item: int  # bytes of one number of an activation
-    chunk: int  # C: rows of a chunk of the head; 0: logits are computed for every token
-    recompute: int  # every n-th block is checkpointed; 0: none
-    dropout: float  # lora.dropout
-    device: Device  # what computes
-    compiled: bool = False  # as one graph
-    accumulated: bool = False  # gradients are summed over several micro-batches
-    ram: int = 0  # bytes of the machine's memory, which bounds how many compiled graphs are kept
-    updates: bool = True  # whether the optimizer's update follows
-    tokens: int = 0  # of a piece in which every block is computed (`pieces`); 0: rows as a whole
-    nested: int = 0  # blocks that keep one input together; 0: each keeps its own
-    frozen: int = 0  # how many of the first blocks are left out, their states being at hand
-
-
-class _Moment(NamedTuple):
-    """Bytes of what differs from moment to moment of a step; the largest sum is the peak."""
-
-    activations: int = 0
-    head_chunk: int = 0
-    dense_copies: int = 0
-    update: int = 0
-
-
 def graph_bytes(count: int) -> int:
     """Host memory of one compiled signature of a model with `count` blocks."""
     return GRAPH_BYTES * count
@@ -195,15 +146,15 @@ def predict(
         return NotPredicted("its config.json does not say how wide it is")
     width, vocabulary = sizes["hidden_size"], sizes["vocab_size"]
     try:
-        traced_shape = _before_last_piece(shape, options) if options.tokens else shape
+        traced_shape = in_pieces.before_last_piece(shape, options) if options.tokens else shape
         calls, by_token = _costs(model, traced_shape, options)
     except Exception as error:  # whatever a model's own code raises
         lines = str(error).splitlines() or [""]
         return NotPredicted(f"{type(error).__name__}: {lines[0]}")
     trainable = sum(array.nbytes for array in named(model.trainable_parameters()).values())
-    moments = [_Moment(), *_in_blocks_and_head(model, calls, shape, options, width, vocabulary)]
+    moments = [Moment(), *_in_blocks_and_head(model, calls, shape, options, width, vocabulary)]
     if options.updates:
-        moments.append(_Moment(update=NEXT_STATE * trainable))
+        moments.append(Moment(update=NEXT_STATE * trainable))
     peak = max(moments, key=sum)
     graphs = 0
     if options.compiled:
@@ -228,7 +179,7 @@ def _in_blocks_and_head(
     options: RunOptions,
     width: int,
     vocabulary: int,
-) -> Iterator[_Moment]:
+) -> Iterator[Moment]:
     """Every block on its way forward and back, then a chunk of the head. calls: what the calls of each block cost."""
     in_head, in_block = 0, 0
     if options.device.kind == "cpu":
@@ -239,18 +190,18 @@ def _in_blocks_and_head(
     if options.device.powers and not options.device.queries:
         held += FULL * shape.width**2  # the causal mask, which `linux_cpu` keeps at hand
     if options.tokens:
-        whole = _whole_rows(calls, shape, options, width)
-        yield from _in_pieces(whole, held, options, in_block)
+        whole = in_pieces.whole_rows(calls, shape, options, width)
+        yield from in_pieces.moments(whole, held, options, in_block)
         held += sum(block.given for block in whole[max(1, options.nested) - 1 :: max(1, options.nested)])
         calls = []
     for place, costs in enumerate(calls):
         before = held
         forward = max((cost.forward for cost in costs), default=0)
         if place < options.frozen:  # for one row, after which the states of all are joined
-            yield _Moment(activations=before + max(forward, before), dense_copies=in_block)
+            yield Moment(activations=before + max(forward, before), dense_copies=in_block)
             continue
         of_trunks = _gradients_of_trunks(costs, shape.passes)
-        yield _Moment(activations=before + forward, dense_copies=in_block)
+        yield Moment(activations=before + forward, dense_copies=in_block)
         if options.recompute and place % options.recompute == 0:  # it is checkpointed
             held += sum(cost.given for cost in costs)
             going_back = [_back(cost, cost.again, options) for cost in costs]
@@ -258,52 +209,9 @@ def _in_blocks_and_head(
         else:
             held += sum(cost.kept for cost in costs)
             backward = held + of_trunks + max((_back(cost, cost.back, options) for cost in costs), default=0)
-        yield _Moment(activations=backward, dense_copies=in_block)
+        yield Moment(activations=backward, dense_copies=in_block)
     chunk = _head_chunk(shape, options, width, vocabulary)
-    yield _Moment(activations=held, head_chunk=chunk, dense_copies=in_head)
-
-
-@dataclass(frozen=True)
-class _WholeRows:
-    """Bytes of a block that is computed in pieces."""
-
-    piece: Cost  # of the last one, which has all keys and values before it
-    given: int  # the block's result, of all tokens
-    keys: int  # its keys and values, of all tokens
-
-
-def _before_last_piece(shape: StepSizes, options: RunOptions) -> StepSizes:
-    """The micro-batch as if all tokens before the last piece were a prefix: then the second pass is that piece."""
-    size = max(1, options.tokens // shape.rows)
-    return replace(shape, prefix=max(1, shape.width - size), forest=None)
-
-
-def _whole_rows(calls: list[list[Cost]], shape: StepSizes, options: RunOptions, width: int) -> list[_WholeRows]:
-    """Of each block. calls: the two calls of a block, of the prefix and of the last piece."""
-    before = _before_last_piece(shape, options).prefix
-    whole = []
-    for first, piece in calls:
-        keys = round(first.recorded / before * shape.rows * shape.width)
-        whole.append(_WholeRows(piece, options.item * shape.tokens * width, keys))
-    return whole
-
-
-def _in_pieces(blocks_: list[_WholeRows], held: int, options: RunOptions, in_block: int) -> Iterator[_Moment]:
-    """Every block on its way forward and back. held: the embeddings.
-
-    Forward, the results of the pieces so far stay, and the keys and values. Back, the gradients of the block's result
-    and of its input, the keys and values, and their gradients in float32.
-    """
-    group = max(1, options.nested)
-    for place, block in enumerate(blocks_):
-        forward = block.given + block.keys + block.piece.forward
-        yield _Moment(activations=held + forward, dense_copies=in_block)
-        again = place % group * block.given  # the group's inputs up to this one, computed again
-        of_keys = block.keys + round(block.keys * FULL / options.item)
-        back = 2 * block.given + of_keys + max(of_keys, block.piece.again)
-        yield _Moment(activations=held + again + back, dense_copies=in_block)
-        if (place + 1) % group == 0:
-            held += block.given
+    yield Moment(activations=held, head_chunk=chunk, dense_copies=in_head)
 
 
 def _together(going_back: list[int], passes: Forest) -> int:
