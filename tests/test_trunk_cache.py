@@ -84,6 +84,16 @@ def test_trunks_and_branches_are_fed_each_its_own_rows_and_positions(
     assert_close(model, ways(model)["prefix, checkpointed"], CONVERSATIONS, 1e-6, 3e-5, kind)
 
 
+def test_dropout_above_the_cut_is_what_it_is_without() -> None:
+    """Masks are keyed by seed, step, row and layer; frozen blocks have none."""
+    model = make("llama", dropout=0.3, layers=2)
+    plain, _ = proof.sums_of(model, Way(), BATCH)
+    model.dropout_keys.set(7, 3, BATCH.rows.tolist(), (BATCH.lengths - 1).tolist(), 14)
+    dropped, _ = proof.sums_of(model, Way(), BATCH)
+    assert abs(dropped - plain) > 1e-3 * plain
+    assert_close(model, Way(frozen=FROZEN), BATCH, 1e-6, 3e-5, "dropout")
+
+
 def rows_change_places(patch: pytest.MonkeyPatch) -> None:
     """Each row is given the states of another."""
     real = RowStates.of

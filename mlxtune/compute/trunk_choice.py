@@ -32,8 +32,8 @@ from mlxtune.errors import UserError
 
 MIN_SAVED = 0.1  # share of all that goes through blocks in a run; below, keeping states is not worth their bytes
 SPARE_SHARE = 0.5  # of the memory that the plan leaves: the prediction may be off, and other programs want some
-ANY = mx.zeros((1, 2), mx.int32)  # tokens on which a model says what its blocks give; nothing is computed
 DISK_SHARE = 0.25  # of what is free on the disk, with `train.trunk_cache: auto`
+ANY = mx.zeros((1, 2), mx.int32)  # tokens on which a model says what its blocks give; nothing is computed
 
 
 def with_kept_trunk(
@@ -68,8 +68,8 @@ def _against(way: Way, model: nn.Module, rows: Plan, frozen: int, processes: int
         return "something trains in the first block or before it"
     if rows.passes <= 1:
         return "no row comes twice (train.epochs, train.steps)"
-    # Each process keeps the rows that came to it: of n, a share of 1 - (1 - 1/n)^E has computed a row after E epochs.
     usual = rows.passes * counted.first_epoch(rows, way.prefix).computed
+    # Each process keeps the rows that came to it: of n, a share of 1 - (1 - 1/n)^E has computed a row after E epochs.
     kept = _positions(rows) * processes * (1 - (1 - 1 / processes) ** rows.passes)
     # A trained block is passed forward and back.
     trained = len(model.layers) - frozen
