@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import mlx.nn as nn
 import pytest
 import zoo
 from test_branches import CONVERSATIONS
-from test_choice import chosen, long_rows
+from test_choice import chosen, long_rows, sizes
 from test_proof import in_16_bits
 from training import losses, tune
 from ways import BATCH, MIXTURES, SHAPES, assert_close, batch, make
@@ -81,6 +82,16 @@ def test_trunks_and_branches_are_fed_each_its_own_rows_and_positions(
     assert len(prefix.forest_of_batch(CONVERSATIONS, 0).passes) == 9
     model = make(kind, layers=2)
     assert_close(model, ways(model)["prefix, checkpointed"], CONVERSATIONS, 1e-6, 3e-5, kind)
+
+
+def test_dropout_above_the_cut_is_what_it_is_without() -> None:
+    """Masks are keyed by seed, step, row and layer; frozen blocks have none."""
+    model = make("llama", dropout=0.3, layers=2)
+    plain, _ = proof.sums_of(model, Way(), BATCH)
+    model.dropout_keys.set(7, 3, BATCH.rows.tolist(), (BATCH.lengths - 1).tolist(), 14)
+    dropped, _ = proof.sums_of(model, Way(), BATCH)
+    assert abs(dropped - plain) > 1e-3 * plain
+    assert_close(model, Way(frozen=FROZEN), BATCH, 1e-6, 3e-5, "dropout")
 
 
 def rows_change_places(patch: pytest.MonkeyPatch) -> None:
@@ -291,7 +302,7 @@ def test_noise_at_the_embedding_is_named_where_blocks_could_have_been_left_out()
 
 
 def test_what_rows_share_is_counted_before_they_are_computed_one_by_one() -> None:
-    """8 rows of about 200 tokens, 40 of them shared: 2 batches compute 1,320 positions, each row alone 1,570. Three
+    """8 rows of about 200 tokens, 40 of them shared: 2 batches compute 1,320 positions, each row alone 1,564. Three
     quarters of the passes through blocks are forward and back through the two trained ones.
     """
     model = make("llama", layers=2)
@@ -300,3 +311,28 @@ def test_what_rows_share_is_counted_before_they_are_computed_one_by_one() -> Non
         for epochs in ("1.5", "2"):
             found[settings, epochs] = chosen(model, "llama", f"train.epochs={epochs}", *settings).way.frozen
     assert list(found.values()) == [FROZEN, FROZEN, 0, FROZEN]
+
+
+def test_rows_that_wander_between_processes_are_kept_where_that_still_pays() -> None:
+    """With four processes a row of one and a half epochs was computed by 1.4 of them, on average."""
+    model = make("llama", layers=2)
+    for processes, epochs, frozen in ((1, 1.5, FROZEN), (4, 1.5, 0), (4, 6, FROZEN)):
+        config = resolve.load(None, (f"train.epochs={epochs}", "train.batch_rows=4"))
+        plan = Plan(long_rows(), config.train)
+        way, _ = trunk_choice.with_kept_trunk(Way(), model, config, plan, processes)
+        assert way.frozen == frozen, (processes, epochs)
+
+
+def test_what_has_no_room_is_said_and_a_place_for_files_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 rows of 1,564 positions, width 64, float32: 400,384 bytes."""
+    config = resolve.load(None, ("train.epochs=3", "train.batch_rows=4"))
+    known = config, Plan(long_rows(), config.train), sizes("llama"), mx.float32
+
+    def nowhere() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    for spare, memory in ((10**9, 400_384), (200_000, 100_000), (-5, 0)):
+        budget, text = trunk_choice.budget_for(*known, spare)
+        assert budget == Budget(memory, 0)
+        assert ("all rows would take" in text) == (memory < 400_384)

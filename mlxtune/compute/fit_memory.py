@@ -212,10 +212,9 @@ def _with_budget(given: Given, run: Fitted) -> Fitted:
     spare = 0
     if isinstance(run.memory, memory.Memory):
         spare = (given.limit or int(SHARE * backend.working_set_bytes())) - run.memory.total
-    budget = budget_for(run.config, run.rows, given.model_config, given.dtype, spare)
+    budget, kept = budget_for(run.config, run.rows, given.model_config, given.dtype, spare)
     if isinstance(run.memory, memory.Memory):
         run = replace(run, memory=replace(run.memory, trunk_cache=budget.memory))
-    kept = f"kept for later epochs: up to {size(budget.memory)} in memory, {size(budget.disk)} on the disk"
     return replace(run, budget=budget, notes=[*run.notes, f"what the first {run.way.frozen} blocks give is {kept}"])
 
 

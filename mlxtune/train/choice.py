@@ -31,7 +31,7 @@ def choose(given: Given, config: Config, rows: Plan, ranks: Ranks = ALONE, liste
     when not even the plain way fits the memory.
     """
     wanted, notes = fast_ways.fastest_way(given.model, rows.examples, config, rows.shares)
-    wanted, more = trunk_choice.with_kept_trunk(wanted, given.model, config, rows)
+    wanted, more = trunk_choice.with_kept_trunk(wanted, given.model, config, rows, ranks.size)
     notes += more
     search = _Search(given, config, rows, fast_ways.ways_to_try(wanted), listener)
     number = 0
