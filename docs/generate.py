@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from mlxtune.cli import SECTIONS, cli
 from mlxtune.config.resolve import Config, recipe_names
 from mlxtune.config.schema import Section, SourceSection
+from mlxtune.evaluate.checks.kinds import KINDS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -168,7 +169,48 @@ def files() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"configuration.md": configuration, "commands.md": commands, "files.md": files}
+CHECKS = """# Suites and checks
+
+<!-- Written by docs/generate.py out of mlxtune/evaluate/checks: change that, then run `make docs`. -->
+
+A suite is a file of prompts with what is right about the answers to them (`mlxtune eval --suite FILE`). Any row that
+training reads is one: the conversation up to its last answer, and that answer as the reference. More keys of a row, all
+optional: `id`, `reference`, `checks`, `tags`, `group`. For example
+
+```json
+{"prompt": "I want my money back for order 12.", "reference": "...", "id": "r12", "tags": ["refunds"],
+ "checks": [{"schema": "reply.json"}, {"contains": ["refund", "credit"], "any": true}, {"length": {"max_words": 60}}]}
+```
+
+What holds for all rows stands beside it, in a file of the same name that ends in `.yaml`, or in `suite.yaml`:
+
+```yaml
+system: You answer for a shop.       # of rows that have no system prompt
+checks: [json, no_repeat]            # before each row's own
+rubric: Prefer short answers.        # for a judge
+columns: {question: prompt, answer: completion}   # the file's name of a column: the name meant
+```
+
+HumanEval's own file, MT-Bench's `question.jsonl` and BFCL's rows are read as suites, too. Two suites come with mlxtune:
+a hundred basic questions, and pairs of requests to refuse and harmless ones to answer (`mlxtune/evaluate/suites`).
+
+A check is `{KIND: main argument, other: argument, ...}`, or the name alone where it needs none. Its name in results is
+its kind; the second one of a row is `KIND-2`. Files that a check names lie beside the suite. Thoughts and special
+tokens are not part of an answer.
+"""
+
+
+def checks() -> str:
+    """docs/checks.md: every kind of check with its arguments and when an answer passes."""
+    lines = [CHECKS, "| check | other arguments | what it asks of an answer |", "| --- | --- | --- |"]
+    for name, kind in KINDS.items():
+        meaning = " ".join((kind.build.__doc__ or "").split()).replace("|", "\\|")
+        options = ", ".join(f"`{option}`" for option in kind.options)
+        lines.append(f"| `{name}` | {options} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"configuration.md": configuration, "commands.md": commands, "files.md": files, "checks.md": checks}
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1]) if sys.argv[1:] else HERE  # a test writes them elsewhere

@@ -141,6 +141,27 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return load(str(tiny.make_model(tmp_path_factory.mktemp("engine") / "llama")), "float32")
 
 
+def test_a_thought_is_parted_from_the_answer_as_the_template_prints_it(llama: Loaded) -> None:
+    template = (Path(__file__).parent / "templates" / "qwen.jinja").read_text()
+    before, llama.tokenizer.chat_template = llama.tokenizer.chat_template, template
+    llama.__dict__.pop("templates", None)  # what was learnt about the other template
+    try:
+        engine = Local(llama, GREEDY)
+        (request,) = asked(1)
+        engine.plan([request])
+        for text, expected in (
+            ("<think>\nHm.\n</think>\n\nYes<|im_end|>", ("Yes", "Hm.", "stop")),
+            ("<think>\nHm.\n</think>\n\nYes", ("Yes", "Hm.", "length")),
+            ("No<|endoftext|><|im_end|>", ("No", "", "stop")),
+        ):
+            ids = llama.tokenizer(text, add_special_tokens=False)["input_ids"]
+            answer = engine._read(request, ids)
+            assert (answer.text, answer.thought, answer.finish, answer.tokens) == (*expected, len(ids))
+    finally:
+        llama.tokenizer.chat_template = before
+        llama.__dict__.pop("templates", None)
+
+
 def test_a_batch_that_gives_other_logits_is_refused_by_the_proof(
     llama: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,10 @@ import tiny
 from fake_server import FakeServer
 from safetensors.numpy import load_file, save_file
 
+from mlxtune.demo.story import data_folder
+from mlxtune.evaluate.checks.suite import read_suite
+from mlxtune.evaluate.comparison.overlap import overlap_notes
+
 CHECKS: list[Any] = ["ended", {"contains": "e"}, {"contains": "\ufffd"}]  # many answers of a tiny model are no text
 SMALL = ("--max-tokens", "8")
 
@@ -24,8 +28,10 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for number, row in enumerate(tiny.conversations(34)[22:]):
         messages = [{"role": "system", "content": "You count things."}, *row["messages"]]
-        rows.append({"id": f"p{number}", "messages": messages, "checks": CHECKS})
-    return tiny.write_jsonl(tmp_path_factory.mktemp("suite") / "suite.jsonl", rows)
+        rows.append({"id": f"p{number}", "messages": messages})
+    folder = tmp_path_factory.mktemp("suite")
+    (folder / "suite.yaml").write_text(json.dumps({"checks": CHECKS}))
+    return tiny.write_jsonl(folder / "suite.jsonl", rows)
 
 
 def asked(model: Path | str, suite: Path, *options: Path | str) -> dict[str, Any]:
@@ -68,6 +74,7 @@ def test_rows_that_were_trained_on_or_chose_the_checkpoint_are_said(mlx_model: P
     notes = " ".join(asked(mlx_model, suite, "--adapter", run, *SMALL)["notes"])
     assert "2 of 12 prompts were trained on (p0, p1)" in notes
     assert "6 of 12 prompts chose the checkpoint (p2, p3, p4, p5, p6, ...)" in notes
+    assert "of 24 training answers 24 pass contains" in notes  # "The answer is 7." and so on
 
 
 def test_a_model_against_itself_gives_the_same_bytes_from_both_sides(
@@ -169,6 +176,17 @@ def test_an_evaluation_that_was_killed_three_times_ends_with_the_same_bytes(
     assert len(set(kept)) == len(kept) >= 9  # what was kept was not computed again
 
 
+def test_the_demos_questions_are_no_training_rows_and_their_answers_pass_every_check() -> None:
+    folder = data_folder()
+    suite = read_suite(folder / "test.jsonl")
+    assert (len(suite.rows), list(suite.names)) == (24, ["json", "schema", "ended", "contains"])
+    assert suite.notes == []  # among them: a reference that does not pass
+    splits = {}
+    for name in ("train", "valid"):
+        splits[name] = [row["messages"] for row in map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())]
+    assert overlap_notes(suite.rows, splits["train"], splits["valid"]) == []
+
+
 def test_a_gate_that_is_not_met_ends_with_status_3(mlx_model: Path, suite: Path, tmp_path: Path) -> None:
     """Against recorded answers: every prompt ended, and none."""
     for name, finish in (("good", "stop"), ("bad", "length")):
@@ -200,6 +218,20 @@ def test_a_server_and_recorded_answers_may_stand_on_either_side(mlx_model: Path,
         process = tiny.started("eval", "--model", fake.url, "--suite", suite)
         _, told = process.communicate()
         assert process.returncode == 2 and "has several models" in told
+
+
+def test_what_is_not_asked_and_what_is_not_known_of_a_prompt_is_said(hf_model: Path, tmp_path: Path) -> None:
+    """Turns behind the first answer; a model without a chat template."""
+    model = tmp_path / "model"
+    shutil.copytree(hf_model, model)
+    tiny.make_tokenizer(model, chat=False)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    rows = [{"question_id": 1, "turns": ["One", "And two?"]}, {"question_id": 2, "turns": ["Two"]}]
+    suite = tiny.write_jsonl(tmp_path / "suite.jsonl", rows)
+    tiny.one_clear_line(tiny.mlxtune("eval", "--model", model, "--suite", suite), "has no checks, and nobody judges")
+    notes = " ".join(asked(model, suite, *SMALL, "--out", tmp_path / "kept")["notes"])
+    assert "1 of 2 prompts have further turns, which are not asked" in notes
+    assert "has no chat template: prompts are given to it as plain text" in notes
 
 
 def test_a_model_alone_is_called_the_base(mlx_model: Path, suite: Path) -> None:

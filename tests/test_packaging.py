@@ -63,6 +63,8 @@ def test_the_wheel_holds_every_file_of_both_packages_the_recipes_and_the_demo_da
     assert {
         "mlxtune/demo/data/train.jsonl",
         "mlxtune/demo/data/valid.jsonl",
+        "mlxtune/evaluate/suites/basics.jsonl",
+        "mlxtune/evaluate/suites/safety.jsonl",
         "mlxtune_convert/peft/adapter_folder.py",
     } <= expected
     assert {name for name in names if ".dist-info/" not in name} == expected

@@ -184,6 +184,9 @@ class Display:
         meter.update(event)
         for sample in event.get("samples", ()):
             self.console.print(Text(f"  {sample['prompt']!r}: {sample['answer']!r}", style="dim"), soft_wrap=True)
+        if checks := event.get("checks"):
+            said = ", ".join(f"{name} {value:.1%}" for name, value in checks.items())
+            self.console.print(Text(f"  {said}"), soft_wrap=True)
         if self._live is not None and self._task is not None:
             self._progress.update(self._task, completed=meter.step)
             self._live.update(self._draw())

@@ -96,15 +96,23 @@ def ask(wanted: Wanted, as_json: bool) -> None:
             [wanted.model, wanted.against],
         )
         require_known(gates, [*suite.names, *(judged.names if judged else ())])
+        if not suite.names and judged is None and wanted.out is None:
+            raise UserError(
+                f"{suite.path} has no checks, and nobody judges: nothing would be shown",
+                "Give it checks (a suite.yaml beside it), or --judge; or --out, to keep the answers.",
+            )
         sides = _sides(model, against, sampling, wanted.allow_remote)
-        notes = _overlaps(suite.rows, wanted.adapter)
+        notes = _about_data(suite.rows, wanted.adapter)
         asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged)
         with common.console().status("answering") as status:
 
             def told(side: str, done: int, every: int) -> None:
                 status.update(f"{side}: {done} of {every} answers")
 
-            result = before_after.evaluate(asked, sides, wanted.out, told).document
+            outcome = before_after.evaluate(asked, sides, wanted.out, told)
+    result = outcome.document
+    if outcome.found:
+        common.note(f"{wanted.out}: {outcome.found} answers were there already, and are kept")
     _say(result, as_json)
     unmet = [gate for gate in result.get("gates", []) if not gate["met"]]
     for gate in unmet:
@@ -124,9 +132,12 @@ def _say(result: dict[str, Any], as_json: bool) -> None:
             judging.draw(common.stdout(), result["judge"])
 
 
-def _overlaps(rows: Sequence[SuiteRow], adapter: Path | None) -> list[str]:
-    """What must be said of prompts that the run was trained on, or that chose its checkpoint."""
+def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> list[str]:
+    """What must be said of a suite beside the run's own data: prompts that were trained on, or that chose the
+    checkpoint, and how many training answers pass the checks of all rows.
+    """
     from mlxtune.data.dataset import conversations
+    from mlxtune.evaluate.checks.on_data import checks_on_data
     from mlxtune.evaluate.comparison.overlap import overlap_notes
     from mlxtune.train import reach
     from mlxtune.train.run_folder import RunFolder
@@ -138,8 +149,11 @@ def _overlaps(rows: Sequence[SuiteRow], adapter: Path | None) -> list[str]:
         found = conversations.by_split(config.data, config.train.seed, reach.compared(config.data))
     except UserError as error:
         return [f"whether these prompts were trained on is not known: {error.message}"]
-    chose = found["valid"] if config.train.keep == "best" else []
-    return overlap_notes(rows, found["train"], chose)
+    trained = [record.messages or [] for record in found["train"]]
+    chose = [record.messages or [] for record in found["valid"]] if config.train.keep == "best" else []
+    of_all_rows = [check for check in rows[0].checks if all(check in row.checks for row in rows)]
+    shares = checks_on_data(found["train"], of_all_rows)
+    return [*overlap_notes(rows, trained, chose), *(str(share) for share in shares if share.of)]
 
 
 def _sides(model: Party, against: Party | None, sampling: Sampling, allow_remote: bool) -> dict[Side, Answering]:

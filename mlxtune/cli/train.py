@@ -86,6 +86,9 @@ def train(
     best = ""
     if state.best_loss is not None:
         best = f", best validation loss {state.best_loss:.4f} at step {state.best_step}"
+        if state.best_check is not None:
+            by = f"{config.train.keep_by} {state.best_check:.3f}"
+            best = f", best {by} at step {state.best_step}, where the validation loss is {state.best_loss:.4f}"
     common.stdout().print(f"{folder}: {state.step} steps{best}")
 
 
@@ -132,12 +135,14 @@ def _print_plan(config: Config, folder: Path | None) -> None:
 
     from mlxtune.compute import fast_ways
     from mlxtune.train import loggers, preparation
+    from mlxtune.train.evaluation import suite_of
     from mlxtune.train.run_data import read_data
     from mlxtune.train.run_folder import RunFolder
 
     if folder is not None:
         RunFolder(folder).require_free()
     loggers.require(config.train.loggers)
+    suite_of(config)
     fast_ways.refuse_useless_grouping(config)
     data, config = read_data(config)
     planned = preparation.plan(config, data)

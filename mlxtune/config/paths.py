@@ -22,7 +22,11 @@ def with_absolute_paths(config: Config) -> Config:
     data = data.model_copy(update={"path": _absolute(data.path), "sources": sources or None, "template": template})
     model = config.model.model_copy(update={"path": _absolute(config.model.path)})
     lora = config.lora.model_copy(update={"start_from": _absolute(config.lora.start_from)})
-    return config.model_copy(update={"model": model, "data": data, "lora": lora})
+    prompts = config.train.sample_prompts
+    if isinstance(prompts, str):
+        prompts = _absolute(prompts)
+    train = config.train.model_copy(update={"sample_prompts": prompts})
+    return config.model_copy(update={"model": model, "data": data, "lora": lora, "train": train})
 
 
 def _absolute(path: str) -> str:

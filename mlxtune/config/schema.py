@@ -176,7 +176,7 @@ class TrainSection(Section):
     keep: Literal["best", "last"] = Field("best", description="which adapter RUN/adapters.safetensors holds at the end")
     keep_last: int = Field(2, ge=1, description="how many checkpoints stay")
     patience: int = Field(
-        0, ge=0, description="evaluations in a row without a lower validation loss that end the run; 0: none do"
+        0, ge=0, description="evaluations in a row that are not better (train.keep_by) and end the run; 0: none do"
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="a loss or gradient that is no number: stop, or leave the step out (at most 10 of a run)"
@@ -184,8 +184,15 @@ class TrainSection(Section):
     on_oom: Literal["stop", "smaller"] = Field(
         "stop", description="out of memory in a step: save and stop, or compute it, and those to come, in smaller parts"
     )
-    sample_prompts: list[str] = Field(
-        default_factory=list, description="answered greedily at each evaluation; kept in events.jsonl"
+    sample_prompts: list[str] | str = Field(
+        default_factory=list,
+        description="answered greedily at each evaluation and kept in events.jsonl: prompts, or the file of a suite, "
+        "whose checks are then asked too",
+    )
+    keep_by: str = Field(
+        "loss",
+        description="what the best adapter is best in: loss, or a check of the suite that sample_prompts names "
+        "(of equals the one with the lower loss)",
     )
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="where the numbers go as well: tensorboard, wandb, trackio"
@@ -204,6 +211,13 @@ class TrainSection(Section):
         if isinstance(value, int) and value < 1:
             words = {"checkpoint_layers": "none, all, or n for every n-th block", "memory_limit": "auto, off, or bytes"}
             raise ValueError(f"use {words[str(info.field_name)]}")
+        return value
+
+    @field_validator("keep_by")
+    @classmethod
+    def _asked(cls, value: str, info: ValidationInfo) -> str:
+        if value != "loss" and not isinstance(info.data.get("sample_prompts", ""), str):
+            raise ValueError("use loss, or name a suite in sample_prompts and one of its checks here")
         return value
 
     @field_validator("epochs", "batch_tokens")

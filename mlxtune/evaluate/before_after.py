@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +55,7 @@ class Outcome:
 
     document: dict[str, Any]  # as `--json` prints it
     answers: dict[Side, list[Answer]]  # of each side, in the order of the requests
+    found: int  # how many of them an earlier process had left
 
 
 def evaluate(
@@ -75,12 +77,12 @@ def evaluate(
         "sides": {side: answering.identity for side, answering in sides.items()},
         "computed by": computed,
     }
-    journal = Journal(out, identity)
-    if out is not None:
-        kept.write_prompts(out, rows)
     answers: dict[Side, list[Answer]] = {}
-    for side, answering in sides.items():
-        answers[side] = journal.answers(side, asked.requests(), answering.open, told)
+    with closing(Journal(out, identity)) as journal:
+        if out is not None:
+            kept.write_prompts(out, rows)
+        for side, answering in sides.items():
+            answers[side] = journal.answers(side, asked.requests(), answering.open, told)
     scores = score_answers(rows, answers)
     described = {side: answering.described for side, answering in sides.items()}
     provenance = {"suite": suite, "sides": described, "sampling": sampling, "computed by": computed}
@@ -98,7 +100,7 @@ def evaluate(
         summary["gates"] = results(asked.gates, held_to, nothing)
     if out is not None:
         kept.write_results(out, scores, summary)
-    return Outcome(summary, answers)
+    return Outcome(summary, answers, journal.found)
 
 
 def _notes(
@@ -106,6 +108,9 @@ def _notes(
 ) -> list[str]:
     """What a person must know beside the numbers."""
     notes = [*asked.suite.notes, *asked.notes]
+    turns = sum(bool(row.turns) for row in asked.suite.rows)
+    if turns:
+        notes.append(f"{turns} of {len(asked.suite.rows)} prompts have further turns, which are not asked")
     for side in answers:
         notes += journal.notes.get(side, [])
     for side, given in answers.items():

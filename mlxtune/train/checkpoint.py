@@ -3,7 +3,7 @@
     RUN/checkpoints/step-0000100/adapters.safetensors    the adapter's tensors, under the adapter's own file name
                                  optimizer.safetensors   AdamW's two moments of each, its step and its rate
                                  state.json              `State`, `Identity`, and the digests of the two other files
-    RUN/checkpoints/best/        the adapter with the lowest validation loss, where RUN holds the last one
+    RUN/checkpoints/best/        the best adapter (train.keep_by), where RUN holds the last one
 
 A folder appears whole or not at all. The digests show when a checkpoint is torn, and the one before is used.
 """
@@ -45,12 +45,21 @@ class State:
 
     step: int = 0  # steps that were taken, the skipped ones among them; 0: none yet
     evaluated: int = -1  # the last step that was evaluated; -1: none was, 0: the adapter as it began
-    best_loss: float | None = None  # the lowest validation loss so far, nats a token; None: not evaluated
-    best_step: int = 0  # the step that had it
+    best_loss: float | None = None  # validation loss of the best step so far, nats a token; None: not evaluated
+    best_step: int = 0  # the best one by train.keep_by: by loss, the one with the lowest
+    best_check: float | None = None  # what it has in the check that train.keep_by names; None: kept by loss
     stale: int = 0  # evaluations since the best one
     skipped: int = 0  # steps left out for numbers that were not finite
     halved: int = 0  # how often micro-batches are cut in two for want of memory, as in `Division`
     checkpointed: bool = False  # every block is checkpointed for want of memory, as in `Division`
+
+    def is_beaten_by(self, loss: float, check: float | None) -> bool:
+        """Whether an evaluation is better than the best so far. check: what decides first; None: the loss alone."""
+        if self.best_loss is None:
+            return True
+        if check is not None and self.best_check is not None and check != self.best_check:
+            return check > self.best_check
+        return loss < self.best_loss
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> State:
@@ -63,8 +72,9 @@ class State:
                 raise ValueError("a count is none")
         if type(state.checkpointed) is not bool or state.halved > MOST_HALVED:
             raise ValueError("no division of steps")
-        if state.best_loss is not None and not math.isfinite(state.best_loss):
-            raise ValueError("no loss")
+        for best in (state.best_loss, state.best_check):
+            if best is not None and not math.isfinite(best):
+                raise ValueError("no loss, or no score")
         return state
 
 

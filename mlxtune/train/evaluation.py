@@ -6,12 +6,19 @@ Both take a while. `between` is called now and then, and may raise to break off.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
 
 from mlxtune.compute.loss import Way
 from mlxtune.config.resolve import Config
-from mlxtune.data.dataset.batches import Batch
+from mlxtune.data.dataset.batches import DEFAULT_ROWS, Batch
+from mlxtune.errors import UserError, did_you_mean
 from mlxtune.evaluate import generate
+from mlxtune.evaluate.checks.suite import Suite, read_suite
+from mlxtune.evaluate.comparison.scores import by_check, score_answers
+from mlxtune.evaluate.engines.local import Local
+from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.score import Score, score
 from mlxtune.model.linux_cpu import as_powers_of_two
@@ -19,6 +26,36 @@ from mlxtune.model.load import Loaded
 from mlxtune.train.ranks import ALONE, Ranks
 
 SAMPLE_TOKENS = 128  # the most of an answer to train.sample_prompts
+
+
+def suite_of(config: Config) -> Suite | None:
+    """The suite that train.sample_prompts names; None where it lists prompts.
+
+    Raises UserError for a file that is none, for checks that would run programs, and for a train.keep_by that it lacks.
+    """
+    section = config.train
+    if isinstance(section.sample_prompts, list):
+        return None
+    try:
+        suite = read_suite(Path(section.sample_prompts))
+    except UserError as error:
+        runs = "--run-code" in error.hint
+        hint = "Checks that run programs are asked by `mlxtune eval --suite` alone." if runs else error.hint
+        raise UserError(f"train.sample_prompts: {error.message}", hint) from error
+    if section.keep_by != "loss" and section.keep_by not in suite.names:
+        raise UserError(
+            f"train.keep_by: {suite.path} has no check {section.keep_by}",
+            did_you_mean(section.keep_by, ["loss", *suite.names]),
+        )
+    return suite
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a model says to train.sample_prompts."""
+
+    answers: list[dict[str, str]] = field(default_factory=list)  # {"prompt": ..., "answer": ...} of each
+    checks: dict[str, float] = field(default_factory=dict)  # of a suite: the mean score of each check
 
 
 @dataclass(frozen=True)
@@ -30,6 +67,7 @@ class Evaluation:
     way: Way  # how the loss is computed
     batches: Sequence[Batch]  # of the validation rows, this process's part
     ranks: Ranks = ALONE  # the processes that share the run
+    suite: Suite | None = None  # that train.sample_prompts names
 
     def score(self, between: Callable[[], None]) -> Score:
         """Of all validation rows, the same on every process."""
@@ -38,8 +76,10 @@ class Evaluation:
         loss_sum, tokens, correct = self.ranks.sum_numbers(own.loss_sum, own.tokens, own.correct)
         return Score(loss_sum, round(tokens), round(correct))
 
-    def samples(self, between: Callable[[], None]) -> list[dict[str, str]]:
-        """{"prompt": ..., "answer": ...} of each prompt; none on other processes than the first."""
+    def samples(self, between: Callable[[], None]) -> Samples:
+        """No answers on other processes than the first; the checks' scores on all of them."""
+        if self.suite is not None:
+            return self._asked(self.suite, between)
         sampling = Sampling(max_tokens=SAMPLE_TOKENS)
         data = self.config.data
         answers = []
@@ -50,4 +90,30 @@ class Evaluation:
                 answer = generate.answer(self.loaded, question, sampling, data.template_kwargs, data.date)
                 answers.append({"prompt": prompt, "answer": answer})
             self.ranks.meet()
-        return answers
+        return Samples(answers)
+
+    def _asked(self, suite: Suite, between: Callable[[], None]) -> Samples:
+        """The suite's prompts answered, and its checks on the answers."""
+        data = self.config.data
+        requests = [Request(row.id, row.messages, row.tools) for row in suite.rows]
+        # As many at once as a training step has rows: they need less than that step does.
+        rows = self.config.train.batch_rows or DEFAULT_ROWS
+        engine = Local(
+            self.loaded, Sampling(max_tokens=SAMPLE_TOKENS), (data.template_kwargs, data.date), rows_at_once=rows
+        )
+        plan = engine.plan(requests) if self.ranks.first else []
+        found: dict[str, Answer] = {}
+        for number in range(self.ranks.highest(len(plan))):
+            between()
+            if self.ranks.first:
+                for answer in engine.answers([requests[place] for place in plan[number]]):
+                    found[answer.id] = answer
+            self.ranks.meet()
+        means = dict.fromkeys(suite.names, 0.0)  # also of a check that applies to no answer
+        answers = []
+        if self.ranks.first:
+            scores = score_answers(suite.rows, {"base": found.values()})
+            means |= {name: fmean(fmean(one.base) for one in some) for name, some in by_check(scores).items()}
+            for row in suite.rows:
+                answers.append({"prompt": str(row.messages[-1]["content"]), "answer": found[row.id].text})
+        return Samples(answers, dict(zip(means, self.ranks.sum_numbers(*means.values()), strict=True)))

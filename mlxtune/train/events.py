@@ -4,7 +4,7 @@ An event is a dictionary with its `kind`:
 
     begin        also of a resumed run: `step` is where it goes on, `computed` the way in words; `steps`, `model`
     train        one optimizer step, with the numbers of `StepFunction`
-    eval         `loss` and `tokens` of the validation rows after `step`, and `samples`
+    eval         `loss` and `tokens` of the validation rows after `step`, `samples`, and a suite's `checks`
     checkpoint   `step`, and the `path` of its folder in RUN
     note         `text`: something that a person must know
     end          `state`: finished, interrupted or failed; after `step`

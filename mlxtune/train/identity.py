@@ -25,7 +25,7 @@ MAY_CHANGE = (
 )
 # Places: what lies there is compared instead.
 MAY_MOVE = ("model.path", "data.path", "data.cache", "lora.start_from")
-PLACES = (*MAY_MOVE, "data.template")  # the keys that may hold a path
+PLACES = (*MAY_MOVE, "data.template", "train.sample_prompts")  # the keys that may hold a path
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file; a byte that differs elsewhere differs unseen
 # Fields of an Identity that must not change, and what they are called in messages.
 FIXED = {"train": "the training examples", "valid": "the held-out examples", "model": "the base model"}

@@ -82,7 +82,8 @@ def numbers_of(event: Event) -> dict[str, float]:
         curves = {f"train/{name}": event[name] for name in ("loss", "lr", "grad_norm", "peak_bytes")}
         return {**curves, "train/tokens_per_second": event["tokens"] / max(event["seconds"], 1e-9)}
     if event["kind"] == "eval" and event["loss"] is not None:
-        return {"valid/loss": event["loss"]}
+        checks = {f"valid/{name}": value for name, value in event.get("checks", {}).items()}
+        return {"valid/loss": event["loss"], **checks}
     return {}
 
 

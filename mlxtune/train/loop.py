@@ -161,20 +161,25 @@ class _Loop:
             self._reach(self.state)
             return
         fields: dict[str, Any] = {"step": self.state.step, "loss": scored.loss, "tokens": scored.tokens}
-        if samples:
-            fields["samples"] = samples
+        if samples.answers:
+            fields["samples"] = samples.answers
+        if samples.checks:
+            fields["checks"] = samples.checks
         self.events.emit("eval", **fields)
-        self._reach(self._evaluated(scored.loss))
+        self._reach(self._evaluated(scored.loss, samples.checks.get(self.job.section.keep_by)))
 
-    def _evaluated(self, loss: float) -> State:
-        """The state after an evaluation with this loss, the adapter being kept when it is the best so far."""
+    def _evaluated(self, loss: float, check: float | None) -> State:
+        """The state after an evaluation with this loss, the adapter being kept when it is the best so far.
+
+        check: what the check that train.keep_by names gives; None: the loss decides.
+        """
         state = replace(self.state, evaluated=self.state.step)
         if state.step == 0:  # nothing was trained
             return state
         if not math.isfinite(loss):
             self.events.emit("note", text=f"step {state.step}: the validation loss is not finite")
-        elif state.best_loss is None or loss < state.best_loss:
-            state = replace(state, best_loss=loss, best_step=state.step, stale=0)
+        elif state.is_beaten_by(loss, check):
+            state = replace(state, best_loss=loss, best_check=check, best_step=state.step, stale=0)
             self._keep_best(state)
             return state
         return replace(state, stale=state.stale + 1)
@@ -194,10 +199,14 @@ class _Loop:
         """After the last step: say why it was the last, and leave the adapter."""
         state, steps = self.state, self.job.plan.steps
         if self._is_out_of_patience():
-            since = f"no better validation loss in {state.stale} evaluations (train.patience)"
+            by = "validation loss" if state.best_check is None else self.job.section.keep_by
+            since = f"no better {by} in {state.stale} evaluations (train.patience)"
             self.events.emit("note", text=f"stopped after step {state.step} of {steps}: {since}")
         self.leaving.keep_adapter()
-        self.events.emit("end", step=state.step, state="finished", best_loss=state.best_loss, best_step=state.best_step)
+        best: dict[str, Any] = {"best_loss": state.best_loss, "best_step": state.best_step}
+        if state.best_check is not None:
+            best["best_check"] = state.best_check
+        self.events.emit("end", step=state.step, state="finished", **best)
 
     # A step, and what may be wrong with it
 

@@ -34,7 +34,7 @@ from mlxtune.model.arrays import dtype_name, named
 from mlxtune.model.corrections import corrected
 from mlxtune.model.load import Loaded, load, source_of
 from mlxtune.train.choice import choose
-from mlxtune.train.evaluation import Evaluation
+from mlxtune.train.evaluation import Evaluation, suite_of
 from mlxtune.train.events import Listener, nobody
 from mlxtune.train.identity import Identity
 from mlxtune.train.ranks import ALONE, Ranks
@@ -196,7 +196,7 @@ def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: R
         plan=chosen.rows,
         section=config.train,
         folder=folder,
-        evaluation=Evaluation(loaded, config, chosen.way, valid, ranks),
+        evaluation=Evaluation(loaded, config, chosen.way, valid, ranks, suite_of(config)),
         place=data.train.place,
         identity=Identity.of(config, dtype_name(loaded.dtype), *digests, loaded.path),
         adapter=made.adapter,

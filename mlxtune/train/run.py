@@ -16,6 +16,7 @@ from mlxtune.config.resolve import Config
 from mlxtune.machine import backend, surroundings
 from mlxtune.train import events, loggers, loop
 from mlxtune.train.checkpoint import Saved, State
+from mlxtune.train.evaluation import suite_of
 from mlxtune.train.events import Events, Listener, nobody
 from mlxtune.train.lock import UNLOCKED
 from mlxtune.train.preparation import Prepared, prepare
@@ -80,6 +81,7 @@ class _Run:
     def train(self, local: LocalOnly) -> State:
         """The story: look, read, prepare, agree, begin. local: for what the hub is not asked."""
         loggers.require(self.config.train.loggers)
+        suite_of(self.config)  # what is wrong with it is said before the model is read
         fast_ways.refuse_useless_grouping(self.config)
         if self.config.train.keep_awake == "auto":  # on every machine: one that sleeps stops the others
             self.stack.enter_context(surroundings.kept_awake())

@@ -1,8 +1,6 @@
-"""The conversations of a run's data, as they stand in its files: for who compares texts, not tokens."""
+"""The rows of a run's data, as they stand in its files: for who compares texts, not tokens."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -11,16 +9,14 @@ from mlxtune.data.dataset import duplicates, holdout
 from mlxtune.data.dataset.sources import files_by_split
 from mlxtune.data.rows.formats import Record
 
-Conversation = list[dict[str, Any]]
 
-
-def by_split(section: DataSection, seed: int, local_only: str = "") -> dict[str, list[Conversation]]:
-    """The messages of each readable row of each split; there is always "train" and "valid".
+def by_split(section: DataSection, seed: int, local_only: str = "") -> dict[str, list[Record]]:
+    """The conversations of each split, rows that cannot be read aside; there is always "train" and "valid".
 
     seed: of the run, by which rows are held out. Here that is done among all rows, in training among those that give
     examples: where some do not, a row at the border may be on the other side. local_only: as `files_by_split`.
     """
-    found: dict[str, list[Conversation]] = {"train": [], "valid": []}
+    found: dict[str, list[Record]] = {"train": [], "valid": []}
     undivided: list[Record] = []
     for source in section.mixture():
         splits = files_by_split(source, section.hub == "stream", local_only)
@@ -29,11 +25,10 @@ def by_split(section: DataSection, seed: int, local_only: str = "") -> dict[str,
             if split == "train" and "valid" not in splits:
                 undivided += records
             else:
-                found.setdefault(split, []).extend(record.messages for record in records if record.messages)
+                found.setdefault(split, []).extend(records)
     hashes = np.array([duplicates.content_hash(record) for record in undivided], np.uint64)
     highest = holdout.limit(hashes, section.valid_fraction, seed) if undivided else None
     for record, number in zip(undivided, holdout.seeded(hashes, seed), strict=True):
         held_out = highest is not None and int(number) <= highest
-        if record.messages:
-            found["valid" if held_out else "train"].append(record.messages)
-    return found
+        found["valid" if held_out else "train"].append(record)
+    return {split: [record for record in records if record.messages] for split, records in found.items()}

@@ -45,7 +45,9 @@ def find_json(text: str) -> Any:
 
 
 def values_in(text: str) -> Iterator[Any]:
-    """The objects and lists that stand in a text, one after the other; none inside of another."""
+    """The objects and lists that stand in a text, one after the other; none inside of another, nor inside of brackets
+    that hold something else: of `{"a": {"b": 1}, "c": NaN}` nothing is JSON.
+    """
     start = 0
     for _ in range(MOST_STARTS):
         bracket = _BRACKET.search(text, start)
@@ -55,9 +57,21 @@ def values_in(text: str) -> Iterator[Any]:
             value, start = _DECODER.raw_decode(text, bracket.start())
             yield _whole_characters(value, text)
         except (ValueError, RecursionError, NotJson):
-            start = max(start, bracket.start()) + 1
+            start = _closed(text, bracket.start())
 
 
+def _closed(text: str, start: int) -> int:
+    """The place behind the bracket that closes the one at `start`; the end of the text where none does."""
+    depth = 0
+    for match in _NESTED.finditer(text, start):
+        if match[0][0] != '"':
+            depth += 1 if match[0] in "{[" else -1
+        if depth == 0:
+            return match.end()
+    return len(text)
+
+
+_NESTED = re.compile(r'"(?:\\.|[^"\\\n])*"|[{}\[\]]')  # texts in quotes, and brackets
 _BRACKET = re.compile(r"[{\[]")
 
 

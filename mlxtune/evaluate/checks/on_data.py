@@ -9,6 +9,7 @@ from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.messages import WEIGHTS
 from mlxtune.data.rows.readers import Bad
 from mlxtune.evaluate.checks.check import Check, SuiteRow
+from mlxtune.evaluate.checks.words import without_thought
 from mlxtune.evaluate.engines.request import Answer
 
 
@@ -41,7 +42,7 @@ def checks_on_data(records: Iterable[Record | Bad], checks: Sequence[Check]) -> 
             if message["role"] != "assistant" or not message["content"] or unlearned:
                 continue
             row = SuiteRow(f"{record.row}.{place}", record.messages[:place], record.tools)
-            answer = Answer(row.id, 0, str(message["content"]), "", "stop", 0)
+            answer = Answer(row.id, 0, without_thought(str(message["content"])), "", "stop", 0)
             for check in checks:
                 if check.name in shares and (score := check.score(answer, row)) is not None:
                     shares[check.name].passed += score

@@ -17,7 +17,7 @@ ALLOW = "Read the file, then allow it with --run-code: it runs with your own rig
 
 
 def _python(arguments: Arguments, place: Place) -> Rule:
-    """What a function, FILE:FUNCTION, gives for (answer, row): true or false; with `graded` a number from 0 to 1."""
+    """A function of yours, FILE:FUNCTION, says true of (answer, row); with `graded` it gives a number from 0 to 1."""
     name, colon, function_name = arguments.text("python").rpartition(":")
     if not colon or not name:
         raise CheckError(f"python is {function_name!r}", "It is FILE:FUNCTION, such as checks.py:is_polite.")

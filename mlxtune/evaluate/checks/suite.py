@@ -32,6 +32,7 @@ from mlxtune.evaluate.checks.check import Check, SuiteRow
 from mlxtune.evaluate.checks.kinds import read_checks
 from mlxtune.evaluate.checks.layouts import as_usual
 from mlxtune.evaluate.checks.sandbox.sandbox import Programs
+from mlxtune.evaluate.checks.words import without_thought
 from mlxtune.evaluate.engines.request import Answer
 
 SETTINGS = ("checks", "system", "rubric", "columns")  # of a suite's YAML file
@@ -130,7 +131,10 @@ def _records(path: Path, columns: dict[str, str]) -> Iterator[Record]:
             bad.append(Bad(str(path), record.row, "a row of text has no prompt and no answer"))
         elif not bad:
             yield record
-    require_good(bad, total)
+    try:
+        require_good(bad, total)
+    except UserError as error:  # whose own hint leads to `data check`, which knows nothing of suites
+        raise UserError(error.message, "Mend these rows, or remove them.") from None
 
 
 def _usual_rows(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]] | Bad]:
@@ -169,7 +173,7 @@ def _row(
         messages = [{"role": "system", "content": settings["system"]}, *messages]
     reference = _text_or_number(fields.get("reference"), "reference", spot)
     if reference is None and answer is not None and answer["content"]:
-        reference = str(answer["content"])
+        reference = without_thought(str(answer["content"]))
     try:
         own = read_checks(fields.get("checks") or [], where, common, of_checks)
     except CheckError as error:

@@ -38,12 +38,12 @@ def against(expected: list[str], is_right: Callable[[str, str], bool], every: bo
 
 
 def _exact(arguments: Arguments, place: Place) -> Rule:
-    """Equal to one of the texts, or to the reference, but for spaces."""
+    """The answer is one of the texts, or the reference, but for spaces."""
     return against(_given(arguments), lambda answer, text: plain(answer) == plain(text), every=False)
 
 
 def _iexact(arguments: Arguments, place: Place) -> Rule:
-    """The same, whatever letters are capitals."""
+    """As `exact`, whatever letters are capitals."""
     return against(_given(arguments), lambda answer, text: _folded(answer) == _folded(text), every=False)
 
 
@@ -63,7 +63,7 @@ def _contains(arguments: Arguments, place: Place) -> Rule:
 
 
 def _icontains(arguments: Arguments, place: Place) -> Rule:
-    """The same, whatever letters are capitals."""
+    """As `contains`, whatever letters are capitals."""
     every = not arguments.flag("any")
     return against(arguments.texts(arguments.kind), lambda answer, text: _folded(text) in _folded(answer), every)
 
@@ -126,7 +126,7 @@ def _ended(arguments: Arguments, place: Place) -> Rule:
 
 
 def _no_repeat(arguments: Arguments, place: Place) -> Rule:
-    """The answer does not go round in a circle."""
+    """No passage stands four times in a row, and most lines stand there once."""
     return Rule(lambda answer, row: float(not repeats(answer.text)))
 
 

@@ -13,13 +13,15 @@ from mlxtune.compute.precision import in_float32
 from mlxtune.errors import UserError
 from mlxtune.model.load import Loaded
 
+TOKENS = 64  # of the prompt: logits of a long one would fill the memory
+
 
 def note_on(loaded: Loaded, adapter: Path, ids: Sequence[int]) -> str:
     """What must be known of an adapter that changes no logit of a prompt; "" for one that does.
 
     loaded: with the adapter on it; ids: of the prompt. Raises UserError for an adapter that should change some.
     """
-    tokens = mx.array([list(ids)])
+    tokens = mx.array([list(ids)[:TOKENS]])
     with in_float32(loaded.model):
         tuned = loaded.model(tokens)
         with attach.switched_off(loaded.model):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxtune_convert.hf.chat_templates import unread
+
 from mlxtune.adapter.attach import switched_off
 from mlxtune.data.template.answers import Plain, Reader
 from mlxtune.errors import UserError
@@ -39,9 +41,11 @@ class Local:
         template: tuple[dict[str, Any], str] = ({}, ""),
         adapter: Path | None = None,
         is_base: bool = False,
+        rows_at_once: int | None = None,
     ) -> None:
         """template: the variables and the day that the chat template is given; adapter: the folder of the one that is
-        on the model, None for none; is_base: it is switched off meanwhile.
+        on the model, None for none; is_base: it is switched off meanwhile; rows_at_once: how many prompts at most are
+        answered together, None for as many as the memory takes.
         """
         self.loaded = loaded
         self.sampling = sampling
@@ -51,6 +55,7 @@ class Local:
         self.name = str(loaded.path) if self.adapter is None else f"{loaded.path} with {adapter}"
         self.notes: list[str] = []
         self.model = Counted(loaded.model)
+        self._most = rows_at_once
         self._asked: dict[str, Asked] = {}  # by the prompt's id
         self._beginning: Beginning | None = None  # None: prompts are answered one by one
 
@@ -63,6 +68,10 @@ class Local:
         for request in requests:
             if request.id not in self._asked:
                 self._asked[request.id] = self._as_asked(request)
+        for note in unread(self.loaded.path):
+            self._say(note)
+        if self.loaded.tokenizer.chat_template is None:
+            self._say(f"{self.loaded.path} has no chat template: prompts are given to it as plain text")
         prompts = [self._prompt(request) for request in requests]
         with self._side():
             if self.adapter is not None:
@@ -115,7 +124,7 @@ class Local:
         if why:
             self._say(f"prompts are answered one by one: {why}")
             return 1
-        rows = room.rows_at_once(self.model, prompts[-1], self.sampling.max_tokens)
+        rows = self._most or room.rows_at_once(self.model, prompts[-1], self.sampling.max_tokens)
         self._beginning = Beginning.of(self.model, begin)
         return rows
 

@@ -236,6 +236,7 @@ def serve() -> None:
         select.select([0], [], [])
         runner = os.fork()
         if runner == 0:
+            _libc.prctl(DIE_WITH_PARENT, 9, 0, 0, 0)  # and with it go the leashes of its boxes
             try:
                 _run_one()
             except BaseException as error:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 PROGRAM = "/usr/bin/sandbox-exec"
 SYSTEM = (
@@ -41,6 +42,8 @@ def profile(python: str, readable: list[str], folder: str) -> str:
             "(deny default)",
             f"(allow process-exec (subpath {_text(python)}))",
             "(deny process-fork)",
+            "(allow signal (target self))",
+            "(allow process-info* (target self))",
             "(allow sysctl-read)",
             '(allow mach-lookup (global-name "com.apple.system.notification_center"))',
             "(allow file-read-metadata)",
@@ -55,7 +58,10 @@ def profile(python: str, readable: list[str], folder: str) -> str:
 def command(folder: str) -> list[str]:
     """What is put before the command of a box whose folder this is."""
     python = os.path.realpath(sys.base_prefix)  # a framework's Python starts another one that lies inside
-    readable = sorted({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, os.path.dirname(__file__))})
+    cellars = [parent for parent in Path(python).parents if parent.name == "Cellar"]
+    libraries = [place for cellar in cellars for place in (cellar, cellar.parent / "opt", cellar.parent / "lib")]
+    readable = [str(place) for place in libraries]  # of Homebrew's Python
+    readable += sorted({os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, os.path.dirname(__file__))})
     return [PROGRAM, "-p", profile(python, readable, os.path.realpath(folder))]
 
 

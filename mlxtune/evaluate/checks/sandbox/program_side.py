@@ -48,8 +48,7 @@ def run(source: str, lines: Lines) -> None:
     try:
         exec(compile(source, f"{NAME}.py", "exec"), module.__dict__)
         defined = {name: value for name, value in vars(module).items() if not name.startswith("__")}
-        said: Any = {name: pack(value, kept.keep) for name, value in defined.items()}
-        lines.send({"defined": said})
+        lines.send({"defined": {name: _packed(value, kept) for name, value in defined.items()}})
     except BaseException as error:
         lines.send(_raised(error))
         return
@@ -59,6 +58,14 @@ def run(source: str, lines: Lines) -> None:
         except EOFError:
             return
         lines.send(_answer(asked, kept))
+
+
+def _packed(value: Any, kept: _Kept) -> Any:
+    """A value to send; one that holds itself, which no text can, is kept."""
+    try:
+        return pack(value, kept.keep)
+    except RecursionError:
+        return kept.keep(value)
 
 
 def _answer(asked: dict[str, Any], kept: _Kept) -> dict[str, Any]:

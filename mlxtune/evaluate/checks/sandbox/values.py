@@ -52,35 +52,36 @@ def pack(value: Any, keep: Callable[[Any], Any]) -> Any:
     """
     if value is None or value is True or value is False:
         return value
-    if isinstance(value, str):
+    kind = type(value)  # an object may claim another class
+    if issubclass(kind, str):
         return str.__getitem__(value, slice(None))
-    if isinstance(value, int):
+    if issubclass(kind, int):
         number = int.__index__(value)
         return number if -SMALL < number < SMALL else {"int": hex(number)}
-    if isinstance(value, float):
+    if issubclass(kind, float):
         return {"float": float.hex(value)}
-    if isinstance(value, complex):
-        return {"complex": [float.hex(value.real), float.hex(value.imag)]}
-    if isinstance(value, list):
+    if issubclass(kind, complex):
+        return {"complex": str(complex.__pos__(value))}
+    if issubclass(kind, list):
         return [pack(item, keep) for item in list.__iter__(value)]
-    if isinstance(value, dict):
+    if issubclass(kind, dict):
         return {"dict": [[pack(key, keep), pack(item, keep)] for key, item in dict.items(value)]}
-    for kind in SEVERAL:
-        if isinstance(value, kind):
-            return {kind.__name__: [pack(item, keep) for item in kind.__iter__(value)]}
-    if isinstance(value, bytes):
+    for several in SEVERAL:
+        if issubclass(kind, several):
+            return {several.__name__: [pack(item, keep) for item in several.__iter__(value)]}
+    if issubclass(kind, bytes):
         return {"bytes": bytes.hex(value)}
-    if type(value) is range:
+    if kind is range:
         return {"range": [value.start, value.stop, value.step]}
-    if type(value) in (Fraction, Decimal):
-        return {type(value).__name__: str(value)}
+    if kind in (Fraction, Decimal):
+        return {kind.__name__: str(value)}
     return keep(value)
 
 
 _PLAIN: dict[str, Callable[[Any], Any]] = {
     "int": lambda text: int(text, 16),
     "float": float.fromhex,
-    "complex": lambda parts: complex(*map(float.fromhex, parts)),
+    "complex": complex,
     "bytes": bytes.fromhex,
     "range": lambda parts: range(*parts),
     "Fraction": Fraction,

@@ -1,0 +1,114 @@
+"""A suite in train.sample_prompts: its checks are asked at each evaluation, and may choose the adapter that is kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from training import options, tensors, tune
+
+from mlxtune.train import evaluation
+from mlxtune.train.checkpoint import State
+from mlxtune.train.evaluation import Evaluation
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [{**row, "checks": ["ended", {"contains": "e"}]} for row in tiny.conversations(33)[30:]]
+    return tiny.write_jsonl(tmp_path_factory.mktemp("suite") / "suite.jsonl", rows)
+
+
+def test_the_suite_is_asked_as_eval_asks_it(mlx_model: Path, data: Path, suite: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    found = tune(
+        *(mlx_model, data, run, f"train.sample_prompts={suite}", "train.keep=last"),
+        *("train.steps=6", "train.eval_every=0", "train.save_every=0"),
+    )
+    first, last = [event for event in found if event["kind"] == "eval"]
+    assert list(last["checks"]) == ["ended", "contains"]
+    said = tiny.done(
+        *("eval", "--model", mlx_model, "--adapter", run, "--suite", suite, "--max-tokens", "128"),
+        *("--out", tmp_path / "evaluation", "--json"),
+    )
+    checks = json.loads(said.stdout)["checks"]
+    lines = [json.loads(line) for line in (tmp_path / "evaluation" / "answers.jsonl").read_text().splitlines()]
+    for event, side in ((first, "base"), (last, "tuned")):
+        assert event["checks"] == {name: pytest.approx(checks[name][side]) for name in checks}
+        texts = {line["id"]: line["text"] for line in lines if line["side"] == side}
+        assert [sample["answer"] for sample in event["samples"]] == [texts[id] for id in ("1", "2", "3")]
+        assert event["samples"][1]["prompt"] == tiny.conversations(33)[31]["messages"][0]["content"]
+
+
+def scripted(patch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Let the check `contains` give these values, one evaluation after the other."""
+    given = iter(values)
+    patch.setattr(evaluation, "SAMPLE_TOKENS", 4)
+    real = Evaluation.samples
+    patch.setattr(Evaluation, "samples", lambda *of: replace(real(*of), checks={"contains": next(given)}))
+
+
+def test_the_check_that_is_named_chooses_the_adapter(
+    mlx_model: Path, data: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss falls from step to step; the check is best after step 4, and equal once more after step 6, where the
+    loss decides.
+    """
+    settings = (
+        *(f"train.sample_prompts={suite}", "train.keep_by=contains", "train.steps=8", "train.eval_every=2"),
+        *("train.keep_last=9", "train.warmup_steps=0", "train.lr=1e-3"),
+    )
+    for values, best in (([0.9, 0.2, 0.8, 0.5, 0.4], 4), ([0.0, 0.2, 0.8, 0.8, 0.4], 6)):
+        with monkeypatch.context() as patch:
+            scripted(patch, values)
+            run = tmp_path / f"run{best}"
+            found = tune(mlx_model, data, run, *settings)
+        losses = [event["loss"] for event in found if event["kind"] == "eval"]
+        assert losses == sorted(losses, reverse=True)
+        assert (found[-1]["best_step"], found[-1]["best_check"]) == (best, 0.8)
+        kept = tensors(run / "adapters.safetensors")
+        assert kept == tensors(run / "checkpoints" / f"step-{best:07d}" / "adapters.safetensors")
+
+
+def test_patience_counts_evaluations_that_are_not_better_in_the_check(
+    mlx_model: Path, data: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [0.1, 0.8, 0.7, 0.6, 0.9])
+    found = tune(
+        *(mlx_model, data, tmp_path / "run", f"train.sample_prompts={suite}", "train.keep_by=contains"),
+        *("train.patience=2", "train.steps=8", "train.eval_every=2", "train.save_every=0"),
+    )
+    notes = [event["text"] for event in found if event["kind"] == "note"]
+    assert any("no better contains in 2 evaluations (train.patience)" in note for note in notes)
+    assert max(event["step"] for event in found if event["kind"] == "train") == 6
+
+
+def test_a_state_that_was_saved_before_checks_could_choose_is_read() -> None:
+    state = State.of({"step": 4, "best_loss": 2.0, "best_step": 4})
+    assert state.is_beaten_by(1.9, None) and not state.is_beaten_by(2.0, None)
+    with pytest.raises(ValueError, match="no score"):
+        State.of({"best_check": float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("train.keep_by=contains",), "use loss, or name a suite in sample_prompts"),
+        (("train.sample_prompts=SUITE", "train.keep_by=contain"), "Did you mean contains?"),
+        (("train.sample_prompts=none.jsonl",), "train.sample_prompts: no data file none.jsonl"),
+        (("train.sample_prompts=RUNS",), "Checks that run programs are asked by `mlxtune eval --suite` alone"),
+    ],
+)
+def test_a_suite_that_cannot_be_asked_is_said_before_the_model_is_read(
+    settings: tuple[str, ...], message: str, data: Path, suite: Path, tmp_path: Path
+) -> None:
+    runs: list[Any] = [{**tiny.conversations(1)[0], "checks": [{"code": "assert True"}]}]
+    places = {"SUITE": str(suite), "RUNS": str(tiny.write_jsonl(tmp_path / "runs.jsonl", runs))}
+    given = [text.replace(name, place) for text in settings for name, place in places.items() if name in text]
+    words = options(tmp_path / "no-model", data, tmp_path / "run", *(given or settings))
+    if len(settings) == 2:
+        words += ["--set", settings[1]]
+    tiny.refused(tmp_path / "run", *words, expected=(message,))
