@@ -21,7 +21,7 @@ from mlxtune.evaluate.judging.exam import examine
 from mlxtune.evaluate.judging.judge import Probabilities
 from mlxtune.evaluate.judging.local import LocalJudge
 from mlxtune.machine import backend
-from mlxtune.model.load import load
+from mlxtune.model.load import Loaded, load
 
 DEMO = Path(__file__).resolve().parent.parent / "mlxtune" / "demo" / "data" / "test.jsonl"
 
@@ -29,8 +29,10 @@ DEMO = Path(__file__).resolve().parent.parent / "mlxtune" / "demo" / "data" / "t
 class Watched(LocalJudge):
     """Keeps what it said, and counts the tokens of its prompts."""
 
-    said: Counter[str] = Counter()
-    asked = 0
+    def __init__(self, loaded: Loaded) -> None:
+        super().__init__(loaded)
+        self.said: Counter[str] = Counter()  # label -> how often it was the likeliest
+        self.asked = 0  # tokens of all prompts
 
     def label_probabilities(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[Probabilities | None]:
         replies = super().label_probabilities(prompts, labels)
