@@ -21,8 +21,9 @@ from typing import Any
 
 from mlxtune.data.rows.tool_calls import parsed_arguments
 from mlxtune.evaluate.checks.arguments import Arguments, CheckError, Kind, Place
+from mlxtune.evaluate.checks.blocks import blocks_in
 from mlxtune.evaluate.checks.check import Rule, Score, SuiteRow
-from mlxtune.evaluate.checks.json_texts import FENCE, values_in
+from mlxtune.evaluate.checks.json_texts import values_in
 from mlxtune.evaluate.checks.patterns import TOO_SLOW, TooSlow, compiled, found
 from mlxtune.evaluate.checks.schemas import Schema
 from mlxtune.evaluate.engines.request import Answer
@@ -44,7 +45,8 @@ class Call:
 
 def calls_in(text: str) -> list[Call]:
     """The calls of an answer, in their order; none where it has none."""
-    tagged = [_tagged_call(match) for match in _TAGGED.finditer(text)]
+    # Up to the last closing: behind it, each opening would be searched for one to the end of the text.
+    tagged = [_tagged_call(match) for match in _TAGGED.finditer(text[: _behind_last("</function>", text)])]
     if tagged:
         return tagged[:MOST_CALLS]
     out: list[Call] = []
@@ -53,9 +55,16 @@ def calls_in(text: str) -> list[Call]:
     return (out or _python_calls(text))[:MOST_CALLS]
 
 
+def _behind_last(closing: str, text: str) -> int:
+    """The place behind the last closing of a text; 0 where there is none."""
+    place = text.rfind(closing)
+    return place + len(closing) if place >= 0 else 0
+
+
 def _tagged_call(match: re.Match[str]) -> Call:
     name, body = match[1], match[2]
-    parameters = {key: _value_of(value) for key, value in _PARAMETER.findall(body)}
+    written = _PARAMETER.findall(body[: _behind_last("</parameter>", body)])
+    parameters = {key: _value_of(value) for key, value in written}
     if parameters:
         return Call(name, parameters)
     arguments = next(values_in(body), None)
@@ -85,9 +94,9 @@ def _calls_of(value: Any) -> Iterator[Call]:
 
 def _python_calls(text: str) -> list[Call]:
     """Of `[f(a=1), g(b="x")]`, which is read and never run."""
-    blocks = [match[3] for match in FENCE.finditer(text)]
+    blocks = [block.text for block in blocks_in(text)]
     for candidate in (text, *blocks):
-        match = _PYTHON.search(candidate)
+        match = _PYTHON.search(candidate[: _behind_last("]", candidate)])
         if match is None:
             continue
         try:
