@@ -66,6 +66,15 @@ CALLS: list[tuple[Any, str, float]] = [
      '{"name": "book", "arguments": {"day": "Mon"}}', 1),
     ({"tool_call": True, "possible": [{"book": {"day": ["Mon", "Monday"], "seats": [1, ""]}}]},
      '{"name": "book", "arguments": {"day": "Mon", "seats": 2}}', 0),
+    ({"tool_call": True, "possible": [{"book": {"day": ["New York, NY"]}}]},
+     '{"name": "book", "arguments": {"day": "new york NY"}}', 1),
+    ({"tool_call": True, "possible": [{"book": {"day": [{"low": [3, 4], "high": [9, ""]}]}}]},
+     '{"name": "book", "arguments": {"day": {"low": 4}}}', 1),
+    ({"tool_call": True, "possible": [{"book": {"day": [{"low": [3, 4], "high": [9, ""]}]}}]},
+     '{"name": "book", "arguments": {"day": {"high": 9}}}', 0),
+    ({"tool_call": True, "possible": [{"book": {"day": [[{"field": ["age"]}, {"field": ["job"]}]]}}]},
+     '{"name": "book", "arguments": {"day": [{"field": "age"}, {"field": "job"}]}}', 1),
+    ({"tool_call": CALL, "valid": True}, '{"name": "book", "arguments": {"day": "Monday", "seats": 2}}', 1),
     ("tool_call", '{"name": "book", "arguments": {"day": "Sunday"}}', 1),  # as the row's last answer does
     ("tool_call", '{"name": "book", "arguments": {"day": "Monday"}}', 0),
 ]  # fmt: skip
