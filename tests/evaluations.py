@@ -36,13 +36,13 @@ def answers(suite: Sequence[SuiteRow], texts: Sequence[str]) -> list[Answer]:
 
 
 def write(
-    path: Path, suite: Sequence[SuiteRow], base: Sequence[str], tuned: Sequence[str] | None = None, **provenance: Any
+    path: Path, prompts: Sequence[SuiteRow], base: Sequence[str], tuned: Sequence[str] | None = None, **provenance: Any
 ) -> Path:
     """A folder as `eval --suite --out` writes it. base, tuned: texts of the answers; provenance: replaces keys."""
     path.mkdir(parents=True)
-    given: dict[Side, list[Answer]] = {"base": answers(suite, base)}
+    given: dict[Side, list[Answer]] = {"base": answers(prompts, base)}
     if tuned is not None:
-        given["tuned"] = answers(suite, tuned)
+        given["tuned"] = answers(prompts, tuned)
     lines = [
         {
             "side": side,
@@ -56,10 +56,10 @@ def write(
         for side, some in given.items()
         for one in some
     ]
-    folders.write_prompts(path, suite)
+    folders.write_prompts(path, prompts)
     folders.write_lines(path / folders.ANSWERS, lines)
-    scores = score_answers(suite, given)
+    scores = score_answers(prompts, given)
     facts = {"suite": {"digest": "5eed"}, "sides": {side: {"name": f"{path.name} {side}"} for side in given}}
-    summary = document(len(suite), scores, {**facts, **provenance}, provenance.pop("notes", ()))
+    summary = document(len(prompts), scores, {**facts, **provenance}, provenance.pop("notes", ()))
     folders.write_results(path, scores, summary)
     return path

@@ -38,6 +38,7 @@ def commands(model: Path) -> Iterator[str]:
     yield "mlxtune train --resume-anyway --out run --set train.steps=4"
     yield "mlxtune runs ."
     yield f"mlxtune eval {tuned}"
+    yield f"mlxtune eval {tuned} --suite data/valid.jsonl --out evaluation --max-tokens 8"
     yield f"mlxtune generate {tuned} --prompt Hello --max-tokens 8"
     yield f"mlxtune chat {tuned} --max-tokens 8"
     yield f"mlxtune fuse {tuned} --out fused"

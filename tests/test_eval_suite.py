@@ -220,6 +220,20 @@ def test_a_server_and_recorded_answers_may_stand_on_either_side(mlx_model: Path,
         assert process.returncode == 2 and "has several models" in told
 
 
+def test_what_is_not_asked_and_what_is_not_known_of_a_prompt_is_said(hf_model: Path, tmp_path: Path) -> None:
+    """Turns behind the first answer; a model without a chat template."""
+    model = tmp_path / "model"
+    shutil.copytree(hf_model, model)
+    tiny.make_tokenizer(model, chat=False)
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    rows = [{"question_id": 1, "turns": ["One", "And two?"]}, {"question_id": 2, "turns": ["Two"]}]
+    suite = tiny.write_jsonl(tmp_path / "suite.jsonl", rows)
+    tiny.one_clear_line(tiny.mlxtune("eval", "--model", model, "--suite", suite), "has no checks, and nobody judges")
+    notes = " ".join(asked(model, suite, *SMALL, "--out", tmp_path / "kept")["notes"])
+    assert "1 of 2 prompts have further turns, which are not asked" in notes
+    assert "has no chat template: prompts are given to it as plain text" in notes
+
+
 def test_a_model_alone_is_called_the_base(mlx_model: Path, suite: Path) -> None:
     found = asked(mlx_model, suite, *SMALL)
     assert list(found["sides"]) == ["base"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,16 @@ PLANS = {"base": [[3, 1], [0, 4], [2]], "tuned": [[0, 1, 2], [3, 4]]}
 
 def evaluated(folder: Path | None, most: int = 99, plans: dict[str, list[list[int]]] = PLANS) -> tuple[Any, int]:
     """(The answers of both sides, how many batches were computed). most: batches until it is killed."""
-    journal = Journal(folder, IDENTITY)
     engines: list[Scripted] = []
     found = {}
-    for side, batches in plans.items():
+    with closing(Journal(folder, IDENTITY)) as journal:
+        for side, batches in plans.items():
 
-        def engine(side: str = side, batches: list[list[int]] = batches) -> Scripted:
-            engines.append(Scripted(side, batches, most - sum(one.passes for one in engines)))
-            return engines[-1]
+            def engine(side: str = side, batches: list[list[int]] = batches) -> Scripted:
+                engines.append(Scripted(side, batches, most - sum(one.passes for one in engines)))
+                return engines[-1]
 
-        found[side] = journal.answers(side, REQUESTS, engine)
+            found[side] = journal.answers(side, REQUESTS, engine)
     return found, sum(one.passes for one in engines)
 
 
@@ -66,7 +67,8 @@ def test_answers_come_back_in_the_order_of_the_requests(tmp_path: Path) -> None:
     assert [answer.id for answer in found["base"]] == [request.id for request in REQUESTS]
     assert passes == 5
     assert evaluated(None)[0] == found
-    assert Journal(tmp_path / "one", IDENTITY).notes == {"base": ["base is slow"], "tuned": ["tuned is slow"]}
+    with closing(Journal(tmp_path / "one", IDENTITY)) as journal:
+        assert journal.notes == {"base": ["base is slow"], "tuned": ["tuned is slow"]}
 
 
 @pytest.mark.parametrize("cut", range(1, 420, 23))
@@ -121,6 +123,26 @@ def test_another_evaluation_in_the_folder_is_one_clear_line(tmp_path: Path) -> N
     (tmp_path / PLAN_FILE).write_text(json.dumps({"identity": IDENTITY, "plans": {"base": [[0]]}, "notes": {}}))
     with pytest.raises(UserError, match="another number of prompts"):
         evaluated(tmp_path)
+
+
+def test_one_process_at_a_time_answers_into_a_folder(tmp_path: Path) -> None:
+    with closing(Journal(tmp_path, IDENTITY)), pytest.raises(UserError, match="another process is answering into"):
+        Journal(tmp_path, IDENTITY)
+    Journal(tmp_path, IDENTITY).close()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / ANSWERS_FILE).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "linked" / PLAN_FILE).write_bytes((tmp_path / PLAN_FILE).read_bytes())
+    with pytest.raises(UserError, match="is a link"):
+        Journal(tmp_path / "linked", IDENTITY)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_answers_that_somebody_else_keeps_are_not_added_to(tmp_path: Path) -> None:
+    (tmp_path / ANSWERS_FILE).write_text("mine\n")
+    with pytest.raises(UserError, match=r"holds answers\.jsonl, and no evaluation"):
+        Journal(tmp_path, IDENTITY)
+    (tmp_path / ANSWERS_FILE).write_text("")  # of a process that was killed before it had a plan
+    assert evaluated(tmp_path)[1] == 5
 
 
 def test_a_line_that_is_no_answer_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mlxtune.evaluate.checks.check import SuiteRow
 from mlxtune.evaluate.judging.exam import exam_pairs, examine
 from mlxtune.evaluate.judging.judge import CRITERIA, PAIR_LABELS, SCALE, marker_of, pair_prompt, rating_prompt
 from mlxtune.evaluate.judging.length import at_equal_length
-from mlxtune.evaluate.judging.report import Judged, Rate, judge_evaluation, pairs_of, pairwise_facts
+from mlxtune.evaluate.judging.report import Judged, Judging, Rate, judge_evaluation, pairs_of, pairwise_facts
 from mlxtune.evaluate.judging.served import ServedJudge, strictly
 from mlxtune.evaluate.judging.verdicts import Pair, PairVerdict, judge_pairs
 
@@ -36,7 +36,7 @@ def judged(
 ) -> Judged:
     rows = suite()
     sides = {"base": evaluations.answers(rows, base), "tuned": evaluations.answers(rows, tuned)}
-    return judge_evaluation(judge, rows, sides, rate, anyway=anyway)  # type: ignore[arg-type]
+    return judge_evaluation(Judging(lambda: judge, rate, anyway=anyway), rows, sides)  # type: ignore[arg-type]
 
 
 def is_good(answer: str, request: str) -> bool:

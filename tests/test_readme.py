@@ -35,6 +35,9 @@ ELSEWHERE = {
     "pip install mlxtune-": "test_packaging.py::test_the_installed_command_runs",
     "mlxtune demo": "test_use.py::test_the_demo_tells_the_whole_story_on_any_model",
     "mlxtune doctor --test": "test_selftest.py::test_the_command_passes_offline_and_leaves_nothing_behind",
+    "mlxtune eval --model model --adapter run --suite data/test.jsonl --judge": "test_judge_command.py::"
+    "test_ratings_go_by_criterion_and_by_the_users_own_rubric",
+    "mlxtune rate": "test_rate.py::test_a_person_decides_stops_and_goes_on",
     "mlxtune compare": "test_comparison.py::test_three_evaluations_are_ranked_by_the_wins_on_each_prompt",
     "mlxtune bench": "test_bench.py::test_the_command_prints_one_json_document",
     "mlx.distributed_config": MACHINES,

@@ -20,7 +20,7 @@ def draw(out: Console, result: Mapping[str, Any], names: tuple[str, str] = ("bas
     """Print a document as `comparison.summary.document` makes it. names: of the two sides."""
     from mlxtune.evaluate.comparison.summary import UNCORRECTED, what_can_be_shown
 
-    out.print(_table(result["checks"], names))
+    out.print(table_of(result["checks"], names))
     if any("verdict" in check for check in result["checks"].values()):
         out.print(what_can_be_shown(result), soft_wrap=True)
         if len(result["checks"]) > 1:
@@ -28,7 +28,8 @@ def draw(out: Console, result: Mapping[str, Any], names: tuple[str, str] = ("bas
     _say(result["notes"])
 
 
-def _table(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str]) -> Table:
+def table_of(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str]) -> Table:
+    """checks: as `comparison.summary.check_results` gives them; names: of the two sides."""
     compared = any("verdict" in check for check in checks.values())
     table = _empty("check", "prompts", names[0], *((names[1], "difference") if compared else ()), "95% interval")
     if compared:

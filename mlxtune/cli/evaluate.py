@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxtune.cli import common, suites, tuned
+from mlxtune.cli.judging import judge_options
 from mlxtune.cli.options import Command
 from mlxtune.cli.suite_options import suite_options
 from mlxtune.errors import UserError
@@ -38,6 +39,7 @@ REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in 
 )
 @common.split_option("Of a folder.  [default: valid; a file: all rows]")
 @suite_options
+@judge_options
 @common.json_option
 @common.settings_option
 def eval_command(
@@ -58,12 +60,16 @@ def eval_command(
     with its interval, and is called better or worse only where chance is unlikely to give as much (p < 0.05 over all
     checks together). Exit status 3: a --min-better or --max-worse is not met.
 
+    A judge is examined first, on references against worse texts; one that fails gives no verdicts. It is asked about
+    each pair in both orders. Gates may name it: --min-better judge=0.1 (wins minus losses), or a criterion of likert.
+
     \b
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
     mlxtune eval --model model --adapter run --suite data/test.jsonl --out evals/first
     mlxtune eval --model model --adapter run --suite data/test.jsonl --min-better json=0.1
     mlxtune eval --model tuned --against http://127.0.0.1:1234/v1#base --suite data/test.jsonl
+    mlxtune eval --model model --adapter run --suite data/test.jsonl --judge judge-model --rate likert
     """
     if suite is not None:
         for option, given in (("--data", data), ("--split", split), ("--set", settings)):

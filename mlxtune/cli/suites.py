@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from mlxtune_convert.files import digest, json_text
 
-from mlxtune.cli import common, tuned
+from mlxtune.cli import common, judging, tuned
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlxtune.evaluate.comparison.scores import Side
     from mlxtune.evaluate.engines.request import Engine
     from mlxtune.evaluate.engines.sampling import Sampling
+    from mlxtune.evaluate.judging.report import Rate
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Wanted:
     allow_remote: bool  # prompts may go to another machine
     run_code: bool  # programs of answers are run
     unsafe_code: bool  # without a sandbox
+    judge: str | None  # a model or a server that compares the answers; None: nobody
+    rate: Rate  # how it judges
+    rubric: Path | None  # the file of what it is told; None: the suite's
+    anyway: bool  # its verdicts count though it fails its exam
 
 
 def ask(wanted: Wanted, as_json: bool) -> None:
@@ -75,15 +80,30 @@ def ask(wanted: Wanted, as_json: bool) -> None:
         against.refuse_idle("--against")
     gates = [Gate.read("min-better", text) for text in wanted.min_better]
     gates += [Gate.read("max-worse", text) for text in wanted.max_worse]
-    if gates and against is None and wanted.adapter is None:
-        raise UserError("a gate needs two sides to compare", "Add --adapter RUN, or --against OTHER.")
+    if (gates or wanted.judge) and against is None and wanted.adapter is None:
+        what = "a gate" if gates else "a judge"
+        raise UserError(f"{what} needs two sides to compare", "Add --adapter RUN, or --against OTHER.")
     sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.top_p, seed=wanted.seed)
     with Programs(wanted.run_code, wanted.unsafe_code) as programs:
         suite = read_suite(wanted.suite, programs)
-        require_known(gates, suite.names)
+        judged = judging.judging(
+            wanted.judge,
+            wanted.rate,
+            wanted.rubric,
+            wanted.anyway,
+            wanted.allow_remote,
+            suite.rubric,
+            [wanted.model, wanted.against],
+        )
+        require_known(gates, [*suite.names, *(judged.names if judged else ())])
+        if not suite.names and judged is None and wanted.out is None:
+            raise UserError(
+                f"{suite.path} has no checks, and nobody judges: nothing would be shown",
+                "Give it checks (a suite.yaml beside it), or --judge; or --out, to keep the answers.",
+            )
         sides = _sides(model, against, sampling, wanted.allow_remote)
         notes = _about_data(suite.rows, wanted.adapter)
-        asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes)
+        asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged)
         with common.console().status("answering") as status:
 
             def told(side: str, done: int, every: int) -> None:
@@ -108,6 +128,8 @@ def _say(result: dict[str, Any], as_json: bool) -> None:
         click.echo(json_text(result))
     else:
         comparison_table.draw(common.stdout(), result)
+        if "judge" in result:
+            judging.draw(common.stdout(), result["judge"])
 
 
 def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> list[str]:

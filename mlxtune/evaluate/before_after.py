@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from mlxtune.evaluate.comparison.summary import document
 from mlxtune.evaluate.engines.journal import Journal, Told
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
 from mlxtune.evaluate.engines.sampling import Sampling
+from mlxtune.evaluate.judging.report import Judging, judge_evaluation
 from mlxtune.machine import backend
 
 
@@ -37,6 +39,7 @@ class Asked:
     samples: int = 1  # answers to each prompt
     gates: Sequence[Gate] = ()  # that the result is held to
     notes: Sequence[str] = ()  # what else a person must know of these prompts
+    judging: Judging | None = None  # by whom the answers are compared; None: by nobody
 
     def requests(self) -> list[Request]:
         found = []
@@ -74,18 +77,27 @@ def evaluate(
         "sides": {side: answering.identity for side, answering in sides.items()},
         "computed by": computed,
     }
-    journal = Journal(out, identity)
-    if out is not None:
-        kept.write_prompts(out, rows)
     answers: dict[Side, list[Answer]] = {}
-    for side, answering in sides.items():
-        answers[side] = journal.answers(side, asked.requests(), answering.open, told)
+    with closing(Journal(out, identity)) as journal:
+        if out is not None:
+            kept.write_prompts(out, rows)
+        for side, answering in sides.items():
+            answers[side] = journal.answers(side, asked.requests(), answering.open, told)
     scores = score_answers(rows, answers)
     described = {side: answering.described for side, answering in sides.items()}
     provenance = {"suite": suite, "sides": described, "sampling": sampling, "computed by": computed}
     summary = document(len(rows), scores, provenance, _notes(asked, journal, answers, scores))
+    held_to = dict(summary["checks"])  # what gates may name
+    nothing: dict[str, str] = {}  # why something of these may be missing
+    if asked.judging is not None:
+        judged = judge_evaluation(asked.judging, rows, answers)
+        summary["judge"] = judged.document
+        held_to |= judged.held_to
+        nothing = dict.fromkeys(asked.judging.names, "gave no verdicts")
+        if out is not None:
+            kept.write_lines(out / kept.VERDICTS, judged.lines)
     if asked.gates:
-        summary["gates"] = results(asked.gates, summary["checks"])
+        summary["gates"] = results(asked.gates, held_to, nothing)
     if out is not None:
         kept.write_results(out, scores, summary)
     return Outcome(summary, answers, journal.found)
@@ -96,6 +108,9 @@ def _notes(
 ) -> list[str]:
     """What a person must know beside the numbers."""
     notes = [*asked.suite.notes, *asked.notes]
+    turns = sum(bool(row.turns) for row in asked.suite.rows)
+    if turns:
+        notes.append(f"{turns} of {len(asked.suite.rows)} prompts have further turns, which are not asked")
     for side in answers:
         notes += journal.notes.get(side, [])
     for side, given in answers.items():

@@ -58,16 +58,20 @@ def require_known(gates: Sequence[Gate], checks: Collection[str]) -> None:
             )
 
 
-def results(gates: Sequence[Gate], checks: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def results(
+    gates: Sequence[Gate], checks: Mapping[str, Mapping[str, Any]], nothing: Mapping[str, str]
+) -> list[dict[str, Any]]:
     """Of each gate whether it is met, for the document; a check that applied to no prompt meets none.
 
-    checks: as `summary.check_results` gives them.
+    checks: as `summary.check_results` gives them; nothing: name -> why there is none of that name, where more is known.
     """
     found = []
     for gate in gates:
         result = checks.get(gate.check)
         met = result is not None and gate.met(result)
-        why = f"{gate.check} applied to no prompt" if result is None else gate.unmet(result)
+        why = f"{gate.check} {nothing.get(gate.check, 'applied to no prompt')}"
+        if result is not None:
+            why = gate.unmet(result)
         entry = {"gate": gate.kind, "check": gate.check, "limit": gate.limit, "met": met}
         found.append(entry if met else {**entry, "why": why})
     return found

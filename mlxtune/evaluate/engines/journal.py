@@ -15,15 +15,16 @@ Example: plan [[r3, r1], [r2]], and answers.jsonl ends within the line of r1. Bo
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from mlxtune_convert.files import contents, explained, flush_open, json_text, read_json, refuse_special
+from mlxtune_convert.files import contents, explained, flush_open, json_text, read_json
 
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
@@ -46,10 +47,16 @@ class Journal:
         self.notes: dict[str, list[str]] = {}  # of each side: what a person must know of how it answers
         self.found = 0  # how many answers an earlier process left
         self._recorded: list[tuple[str, Answer]] = []  # those, in the file's order
+        self._lock: IO[bytes] | None = None  # the open file of answers: one process at a time adds to it
         if folder is not None:
             with explained(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             self._open(folder)
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
     def answers(
         self, side: str, requests: Sequence[Request], engine: Callable[[], Engine], told: Told = lambda *_: None
@@ -119,12 +126,20 @@ class Journal:
 
     def _open(self, folder: Path) -> None:
         """Take what an earlier process left."""
-        if not (folder / PLAN_FILE).exists():
-            left = [path for path in contents(folder) if path.name != NEW_NAME]
-            if left:
-                raise UserError(f"{folder} holds {left[0].name}, and no evaluation", "Choose another --out.")
-            self._write_plan()
-            return
+        is_new = not (folder / PLAN_FILE).exists()
+        if is_new:
+            _require_nothing(folder)
+        self._lock = _locked(folder / ANSWERS_FILE)
+        try:
+            if is_new:
+                self._write_plan()
+            else:
+                self._read(folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, folder: Path) -> None:
         saved = read_json(folder / PLAN_FILE, "the plan of an evaluation")
         if saved.get("identity") != json.loads(json_text(self.identity)):
             what = _differing(saved.get("identity"), self.identity)
@@ -135,9 +150,6 @@ class Journal:
 
     def _read_answers(self, folder: Path) -> None:
         file = folder / ANSWERS_FILE
-        if not file.exists():
-            return
-        refuse_special(file)
         data = file.read_bytes()
         whole, _, torn = data.rpartition(b"\n")
         if torn:
@@ -174,6 +186,33 @@ class Journal:
                 file.write("".join(line + "\n" for line in text))
                 file.flush()
                 flush_open(file.fileno())
+
+
+def _require_nothing(folder: Path) -> None:
+    """Raise UserError for a folder that holds more than what a process leaves that was killed before it had a plan."""
+    for path in contents(folder):
+        begun = path.name == ANSWERS_FILE and path.stat().st_size == 0
+        if path.name != NEW_NAME and not begun:
+            raise UserError(f"{folder} holds {path.name}, and no evaluation", "Choose another --out.")
+
+
+def _locked(file: Path) -> IO[bytes]:
+    """A file, held by this process until it is closed. Raises UserError where another one holds it, and for a link."""
+    if file.is_symlink():
+        raise UserError(f"{file} is a link", "An evaluation's files are its own: choose another --out.")
+    with explained(file):
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    opened = os.fdopen(handle, "r+b")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        opened.close()
+        raise UserError(
+            f"another process is answering into {file.parent}", "Wait for it, or choose another --out."
+        ) from error
+    except OSError:  # a volume without locks
+        pass
+    return opened
 
 
 def _plans(folder: Path, saved: Any) -> dict[str, list[list[int]]]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxtune_convert.hf.chat_templates import unread
+
 from mlxtune.adapter.attach import switched_off
 from mlxtune.data.template.answers import Plain, Reader
 from mlxtune.errors import UserError
@@ -66,6 +68,10 @@ class Local:
         for request in requests:
             if request.id not in self._asked:
                 self._asked[request.id] = self._as_asked(request)
+        for note in unread(self.loaded.path):
+            self._say(note)
+        if self.loaded.tokenizer.chat_template is None:
+            self._say(f"{self.loaded.path} has no chat template: prompts are given to it as plain text")
         prompts = [self._prompt(request) for request in requests]
         with self._side():
             if self.adapter is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 
-from mlxtune.evaluate.engines.decode import PREFILL, Caches, Counted, own_caches, prefill
+from mlxtune.evaluate.engines.decode import Caches, Counted, own_caches, prefill
 from mlxtune.machine import backend
 
 MOST_ROWS = 32  # more of them gain little: the products are then as large as the device takes at once
@@ -31,7 +31,7 @@ def rows_at_once(model: Counted, longest: Sequence[int], most: int, budget: int 
         budget = int(SHARE * backend.working_set_bytes()) - before
     mx.reset_peak_memory()
     caches = own_caches(model)
-    prefill(model, caches, [longest[:-1] or longest], max(PREFILL, len(longest)))
+    prefill(model, caches, [longest[:-1] or longest])
     mx.eval(model(mx.array([longest[-1:]]), caches)[:, -1])
     taken = mx.get_peak_memory() - before + GROWING * most * bytes_a_token(caches)
     return max(1, min(MOST_ROWS, budget // max(1, taken)))

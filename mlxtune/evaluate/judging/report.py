@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from mlxtune.evaluate.comparison.scores import Side, means
 from mlxtune.evaluate.comparison.summary import check_results
 from mlxtune.evaluate.engines.request import Answer
 from mlxtune.evaluate.judging.exam import CONSISTENT, Exam, examine
-from mlxtune.evaluate.judging.judge import RUBRIC, Judge
+from mlxtune.evaluate.judging.judge import CRITERIA, RUBRIC, Judge
 from mlxtune.evaluate.judging.length import length_effect
 from mlxtune.evaluate.judging.likert import always_the_same, rate_answers, scores_of
 from mlxtune.evaluate.judging.verdicts import Pair, PairVerdict, first_rate, judge_pairs
@@ -23,11 +23,27 @@ from mlxtune.evaluate.statistics.paired import compare_scores
 from mlxtune.evaluate.statistics.proportions import sign_test
 
 Rate = Literal["pairwise", "likert"]
-RATES: tuple[Rate, ...] = ("pairwise", "likert")
+JUDGE = "judge"  # the name of its pairwise result, for gates
 SHOWN_REFERENCE = ("math", "code")  # tags of prompts whose reference the judge is shown
 LIKES_LONG = 0.8  # share of wins of the longer answer, from which it is said
 FIRST = (0.3, 0.7)  # share of decisions for what is shown first, outside of which a judge is not trusted
 FAILED = 0.1  # share of replies that cannot be read, above which it is said that the others may be a selection
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What is wanted of a judge."""
+
+    open: Callable[[], Judge]  # called when all is answered
+    rate: Rate = "pairwise"  # which of two answers is better, or each answer from 1 to 5
+    rubric: str = RUBRIC  # what it is told to be good
+    anyway: bool = False  # its verdicts are wanted though it fails its exam
+    notes: tuple[str, ...] = ()  # what must be said of it in any case
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its results, as gates may name them."""
+        return (JUDGE,) if self.rate == "pairwise" else tuple(CRITERIA)
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,13 @@ class Judged:
     document: dict[str, Any]  # the part "judge" of the evaluation's document
     lines: list[dict[str, Any]] = field(default_factory=list)  # of verdicts.jsonl
     refused: bool = False  # it failed its exam, and gives no verdicts
+
+    @property
+    def held_to(self) -> dict[str, Any]:
+        """Name -> what a gate looks at: "difference" and "verdict". Empty where it gives no verdicts."""
+        if "difference" in self.document:
+            return {JUDGE: self.document}
+        return dict(self.document.get("criteria", {}))
 
 
 def pairs_of(rows: Sequence[SuiteRow], answers: Mapping[Side, Sequence[Answer]]) -> list[Pair]:
@@ -54,34 +77,31 @@ def pairs_of(rows: Sequence[SuiteRow], answers: Mapping[Side, Sequence[Answer]])
     return pairs
 
 
-def judge_evaluation(
-    judge: Judge,
-    rows: Sequence[SuiteRow],
-    answers: Mapping[Side, Sequence[Answer]],
-    rate: Rate = "pairwise",
-    rubric: str = RUBRIC,
-    anyway: bool = False,
-) -> Judged:
-    """The exam, and verdicts or ratings of a judge that passed it; of any, where `anyway`. Raises UserError where the
-    judge cannot be asked.
+def judge_evaluation(wanted: Judging, rows: Sequence[SuiteRow], answers: Mapping[Side, Sequence[Answer]]) -> Judged:
+    """The exam, and verdicts or ratings of a judge that passed it; of any, where wanted anyway. Raises UserError where
+    the judge cannot be asked.
     """
-    exam = examine(judge, rows, rubric)
-    document: dict[str, Any] = {"judge": judge.name, "rate": rate, "exam": exam.as_json()}
-    if not exam.passed and not anyway:
-        return Judged({**document, "notes": [f"{exam.sentence}: no verdicts", *judge.notes]}, refused=True)
+    judge = wanted.open()
+    exam = examine(judge, rows, wanted.rubric)
+    document: dict[str, Any] = {"judge": judge.name, "rate": wanted.rate, "rubric": wanted.rubric}
+    document |= {"exam": exam.as_json(), "refused": not exam.passed and not wanted.anyway}
+    if document["refused"]:
+        return Judged(
+            {**document, "notes": [f"{exam.sentence}: no verdicts", *wanted.notes, *judge.notes]}, refused=True
+        )
     pairs = pairs_of(rows, answers)
-    if rate == "likert":
-        ratings = rate_answers(judge, pairs, rubric)
+    if wanted.rate == "likert":
+        ratings = rate_answers(judge, pairs, wanted.rubric)
         failed = sum(rating.value is None for rating in ratings)
         facts = {"ratings": len(ratings), "failed": failed, "criteria": check_results(scores_of(ratings))}
         said = [always_the_same(ratings), _failures(failed, len(ratings))]
         lines = [rating.as_json() for rating in ratings]
     else:
-        verdicts = judge_pairs(judge, pairs, rubric)
+        verdicts = judge_pairs(judge, pairs, wanted.rubric)
         facts = pairwise_facts(verdicts)
         said = pairwise_notes(facts)
         lines = [one.as_json() for one in verdicts]
-    notes = [_of_exam(exam), *said, *judge.notes]
+    notes = [_of_exam(exam), *said, *wanted.notes, *judge.notes]
     return Judged({**document, **facts, "notes": [note for note in notes if note]}, lines)
 
 
@@ -112,6 +132,7 @@ def pairwise_facts(verdicts: Sequence[PairVerdict]) -> dict[str, Any]:
     return {
         **facts,
         "win_rate": float(tuned.mean()),
+        "difference": (wins - losses) / len(prompts),
         "interval": [(1 + low) / 2, (1 + high) / 2],
         "p": p,
         "verdict": verdict(wins - losses, p),
