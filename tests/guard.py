@@ -97,6 +97,8 @@ def outputs(words: list[str], folder: Path) -> list[Output]:
         found += [Output(run, RUN_FILES) for run in out] or [Output(folder / "runs", ("*",))]
     elif name == "demo":
         found += [Output(folder / given.get("out", "demo"), FOLDERS)]
+    elif name == "rate":
+        found += [Output(folder / str(first), ("ratings.*.jsonl",)) for first in (given.get("evaluations") or ())[:1]]
     elif name == "verify" and isinstance(given.get("export"), str):
         found += [Output(folder / given["export"], PROOF_FILES)]
     else:

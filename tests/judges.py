@@ -79,6 +79,7 @@ class JudgingServer(FakeServer):
         choice: dict[str, Any] = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         if self.chances is not None:
             told = [{"token": token, "logprob": chance} for token, chance in self.chances.items()]
-            places = [{"token": token, "top_logprobs": told} for token in ("[[", text.strip("[]"), "]]")]
+            tokens = re.findall(r"\[\[|\]\]|[^\s\[\]]+", text)
+            places = [{"token": token, "top_logprobs": told} for token in tokens]
             choice["logprobs"] = {"content": places}
         return {"model": asked["model"], "choices": [choice], "usage": {"completion_tokens": 3}}

@@ -97,6 +97,8 @@ def test_the_guard_sees_what_is_left_in_a_home_among_temporary_files_and_in_the_
         ("verify theirs --model theirs", ["theirs/verification.json"]),
         ("demo --out d", ["d/model/config.json", "d/gguf/base.gguf"]),
         ("data convert theirs/file rows.jsonl", ["rows.jsonl"]),
+        ("eval --model theirs --suite s.jsonl --out evals/e", ["evals/e/answers.jsonl", "evals/e/summary.json"]),
+        ("rate theirs --rater anna", ["theirs/ratings.anna.jsonl"]),
     ],
 )
 def test_the_guard_allows_what_a_command_line_declares_and_nothing_beside_it(
@@ -112,8 +114,8 @@ def test_the_guard_allows_what_a_command_line_declares_and_nothing_beside_it(
 def test_every_output_of_a_command_is_known_to_the_guard() -> None:
     """By the names that its options and arguments have; a new one must find its way into `guard.outputs`."""
     writing = {" ".join(path): {one.name for one in command.params} for path, command in COMMANDS.items()}
-    known = {name for name, given in writing.items() if given & {"out", "dst"} or name == "verify"}
-    assert known == {"convert", "data convert", "train", "fuse", "export", "verify", "demo"}
+    known = {name for name, given in writing.items() if given & {"out", "dst"} or name in ("verify", "rate")}
+    assert known == {"convert", "data convert", "train", "eval", "rate", "fuse", "export", "verify", "demo"}
 
 
 def greedy(path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from judges import JudgingServer, Scripted, Silent, always_first, by_length, knowing, sections
 
 from mlxtune.evaluate.checks.check import SuiteRow
-from mlxtune.evaluate.judging.exam import exam_pairs, examine
+from mlxtune.evaluate.judging import judge as judge_module
+from mlxtune.evaluate.judging.exam import Exam, exam_pairs, examine
 from mlxtune.evaluate.judging.judge import CRITERIA, PAIR_LABELS, SCALE, marker_of, pair_prompt, rating_prompt
 from mlxtune.evaluate.judging.length import at_equal_length
 from mlxtune.evaluate.judging.report import Judged, Judging, Rate, judge_evaluation, pairs_of, pairwise_facts
@@ -165,6 +166,8 @@ def test_the_exam_asks_of_four_kinds_of_damage_and_needs_references() -> None:
     assert exam_pairs(suite(1)) == [] == exam_pairs([SuiteRow("r1", ASKED)] * 9)
     exam = examine(Scripted(always_first), suite(1))
     assert not exam.passed and "fewer than 5" in exam.sentence
+    borders = [Exam(20, right, consistent, 0, None).passed for right, consistent in ((16, 12), (15, 20), (20, 11))]
+    assert borders == [True, False, False]
 
 
 HOSTILE = [
@@ -190,6 +193,11 @@ def test_a_text_cannot_leave_its_place(text: str) -> None:
     known = marker_of([ASKED[0]["content"], text, "plain"])
     assert known not in first[0]["content"]
     assert marker_of(["x", known]) != known and marker_of([text]) not in text
+
+
+def test_a_word_that_a_text_contains_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_module, "MARKER", 1)
+    assert marker_of(["0123456789abcde"]) == "f"
 
 
 def test_a_conversation_is_shown_with_who_said_what_and_references_only_where_they_help() -> None:
@@ -223,6 +231,8 @@ def test_a_server_that_replies_strictly_is_read_and_its_chances_where_it_tells_t
     with JudgingServer(lambda _: "[[A]]", chances) as server:
         (reply,) = ServedJudge(server.url).label_probabilities([pair_prompt(ASKED, "a", "b")], PAIR_LABELS)
         assert reply == pytest.approx([0.6 / 0.9, 0.3 / 0.9, 0.0])
+    with JudgingServer(lambda _: "A good answer is the first one.", chances) as server:  # an article, no verdict
+        assert ServedJudge(server.url).label_probabilities([pair_prompt(ASKED, "a", "b")], PAIR_LABELS) == [None]
     with JudgingServer(lambda _: "[[4]]", {"4": math.log(0.6), "5": math.log(0.4)}) as server:
         (reply,) = ServedJudge(server.url).label_probabilities([rating_prompt(ASKED, "a", "accuracy")], SCALE)
         assert reply == pytest.approx([0, 0, 0, 0.6, 0.4])

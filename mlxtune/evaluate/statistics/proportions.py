@@ -60,7 +60,7 @@ def bonett_price(differences: np.ndarray) -> Interval:
 
     Two prompts are added, one "better" and one "worse". Without them three equal pairs out of three would give [0, 0].
     Agresti and Min (2005) add half of each; that covers the truth in as few as 86% of cases, instead of 95%, where
-    changes go one way only, as after learning a format. This one does in 92% at least, from 12 prompts on.
+    changes go one way only, as after learning a format. This one does in some 92% at least, from 12 prompts on.
 
     differences: [n], each -1, 0 or 1; or between these where several answers to a prompt were averaged.
     """
