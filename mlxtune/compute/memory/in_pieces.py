@@ -25,7 +25,7 @@ def before_last_piece(shape: StepSizes, options: RunOptions) -> StepSizes:
 
 
 def whole_rows(calls: list[list[Cost]], shape: StepSizes, options: RunOptions, width: int) -> list[WholeRows]:
-    """Of each block. calls: the two calls of a block, of the prefix and of the last piece; width: of the hidden states."""
+    """Of each block. calls: its two calls, of the prefix and of the last piece; width: of the hidden states."""
     before = before_last_piece(shape, options).prefix
     whole = []
     for first, piece in calls:
