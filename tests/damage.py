@@ -210,7 +210,7 @@ def _yaml(path: Path, chance: random.Random, elsewhere: Path) -> str:
         try:
             whole = yaml.safe_load(path.read_text())
             text, what = change(whole, chance, elsewhere)
-        except (yaml.YAMLError, RecursionError, ValueError, TypeError):  # or what JSON cannot hold
+        except (yaml.YAMLError, RecursionError, OverflowError, ValueError, TypeError):  # or what JSON cannot hold
             return "damaged already"
         lines = [text]
     path.write_text("\n".join([*lines, ""]))

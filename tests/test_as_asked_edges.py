@@ -106,6 +106,9 @@ def test_another_end_token_in_the_generation_config_is_not_answered_from_the_cac
     both = load_tokenizer(folder).convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": both}))
     assert targets() == "A<|im_end|><|endoftext|>"
+    nested = '{"a":' * 100_000 + "1" + "}" * 100_000  # which Python refuses to read: the file names no end then
+    (folder / "generation_config.json").write_text(nested)
+    assert targets() == "A<|im_end|>"
 
 
 IDS = (

@@ -14,12 +14,18 @@ import pytest
 
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
-from mlxtune.data.dataset.batches import MAX_BUCKETS, Plan, collate, fill, in_order
+from mlxtune.data.dataset.batches import MAX_BUCKETS, Plan, collate, in_order
+from mlxtune.data.dataset.cutting import fill
 from mlxtune.data.dataset.measured import ListedExamples
+from mlxtune.data.dataset.sharing import found_sharing
 from mlxtune.data.dataset.widths import widths
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, 103).tolist()
 EXAMPLES = [Example(list(range(1, length + 1)), [0] * (length - 3) + [1] * 3) for length in LENGTHS]
+
+
+# Of the same lengths, no two with a first token in common.
+UNLIKE = [Example([1000 + row, *example.ids[1:]], example.mask) for row, example in enumerate(EXAMPLES)]
 
 
 def rows_of(plan: Plan, first: int, last: int) -> list[int]:
@@ -114,23 +120,26 @@ def test_an_order_keeps_its_meaning() -> None:
     """Rows in order of length (a curriculum): batches come in that order too."""
     plan = Plan(EXAMPLES, TrainSection(batch_rows=8))
     order = sorted(range(103), key=LENGTHS.__getitem__)
-    places = [np.mean([order.index(row) for row in batch]) for batch in plan._batches(order)]
+    places = [np.mean([order.index(row) for row in batch]) for batch in plan._dealer.batches(order)]
     assert places == sorted(places)
 
 
+def documents_of(batch: Any) -> list[tuple[int, ...]]:
+    """The document of each row of a batch of `questions_on_documents`, as its tokens."""
+    return [tuple(row[:62].tolist()) for row in batch.ids]
+
+
 def test_rows_with_a_common_context_share_batches() -> None:
-    """Six documents, seven questions on each, among rows that stand alone; contexts differ from their first token."""
-    draw = np.random.default_rng(3)
-    documents = [[1, 2, *draw.integers(10, 99, 60).tolist()] for _ in range(6)]
-    examples = [
-        Example([*documents[index % 6], 100 + index, 7, 8], [0] * 63 + [1, 1])
-        for index in draw.permutation(42).tolist()
-    ] + [Example([1, 2, 200 + index, *[9] * 50], [0] * 3 + [1] * 50) for index in range(10)]
-    plan = Plan(examples, TrainSection(epochs=1, batch_rows=4), grouped=True)
+    """Seven questions on each of six documents: a full batch of four and a rest of three, which fill batches with
+    others; every batch but the last is full.
+    """
+    examples = questions_on_documents()
+    plan = Plan(examples, TrainSection(epochs=1, batch_rows=4), sharing=found_sharing(examples))
     batches = [batch for step in range(1, plan.steps + 1) for batch in plan.step(step)]
     assert Counter(row for batch in batches for row in batch.rows.tolist()) == Counter(range(52))
-    shared = [batch for batch in batches if (batch.ids[:, :62] == batch.ids[:1, :62]).all() and len(batch.rows) > 1]
-    assert sum(len(batch.rows) for batch in shared) == 42  # 4 + 3 rows of every document
+    assert [len(batch.rows) for batch in batches] == [4] * 13
+    alike = [max(Counter(documents_of(batch)).values()) for batch in batches]
+    assert alike.count(4) == 6 and max(alike.count(3), alike.count(2)) >= 2
     first = [frozenset(batch) for batch in plan._epochs[0][0]]
     plan._plan_epoch()
     assert first != [frozenset(batch) for batch in plan._epochs[1][0]]
@@ -140,8 +149,8 @@ def test_rows_that_a_mixture_draws_more_than_once_keep_their_number_in_groups() 
     examples = [
         Example([*[5] * (60 * (row < 4)), 100 + row, 7, 8], [0] * (61 if row < 4 else 1) + [1, 1]) for row in range(6)
     ]
-    plan = Plan(examples, TrainSection(epochs=1, batch_rows=4), grouped=True)
-    drawn = Counter(row for batch in plan._batches([0, 1, 2, 3, 4, 5] * 3) for row in batch)
+    plan = Plan(examples, TrainSection(epochs=1, batch_rows=4), sharing=found_sharing(examples))
+    drawn = Counter(row for batch in plan._dealer.batches([0, 1, 2, 3, 4, 5] * 3) for row in batch)
     assert drawn == Counter(dict.fromkeys(range(6), 3))
 
 
@@ -156,26 +165,26 @@ def questions_on_documents() -> list[Example]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "alone", "grouped"),
+    ("settings", "alone"),
     [
-        ({"epochs": 2, "batch_rows": 8}, "fb6c7de8c3327a61", "eecc60ca7e9cf868"),
-        ({"epochs": 2, "batch_tokens": 512}, "43a675ee9f36d88e", "e26a066e82cf80fd"),
-        ({"epochs": 2, "batch_rows": 4, "accumulate": 3}, "9fd0bc7bb17a9c45", "9a73a48bbbc918a8"),
-        ({"epochs": 2, "batch_tokens": 150, "accumulate": 2, "seed": 5}, "edfabf2af01f9e56", "c127c7e91fb5f68d"),
-        ({"steps": 40}, "5c29fcd70e24f83f", "bd010f614b30703f"),
+        ({"epochs": 2, "batch_rows": 8}, "fb6c7de8c3327a61"),
+        ({"epochs": 2, "batch_tokens": 512}, "43a675ee9f36d88e"),
+        ({"epochs": 2, "batch_rows": 4, "accumulate": 3}, "9fd0bc7bb17a9c45"),
+        ({"epochs": 2, "batch_tokens": 150, "accumulate": 2, "seed": 5}, "edfabf2af01f9e56"),
+        ({"steps": 40}, "5c29fcd70e24f83f"),
     ],
 )
-def test_a_plan_of_rows_with_one_example_each_stays_what_it_was(settings: Any, alone: str, grouped: str) -> None:
-    """Digests of every batch's rows and shape as planned when a row was one example: runs of then can be resumed."""
-
-    def digest(plan: Plan) -> str:
-        steps = [plan.step(number) for number in range(1, plan.steps + 1)]
-        told = [[[*map(int, batch.ids.shape), batch.rows.tolist()] for batch in step] for step in steps]
-        return hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest()
-
-    section = TrainSection(**settings)
-    assert digest(Plan(EXAMPLES, section)) == alone
-    assert digest(Plan(questions_on_documents(), section, grouped=True)) == grouped
+@pytest.mark.parametrize("sharing", [False, True])
+def test_a_plan_of_rows_that_share_nothing_stays_what_it_was(settings: Any, alone: str, sharing: bool) -> None:
+    """Digests of every batch's rows and shape as planned when a row was one example and nothing was looked for that
+    rows share: runs of then can be resumed.
+    """
+    plan = Plan(EXAMPLES, TrainSection(**settings))
+    if sharing:
+        plan = Plan(UNLIKE, TrainSection(**settings), found_sharing(UNLIKE))
+    steps = [plan.step(number) for number in range(1, plan.steps + 1)]
+    told = [[[*map(int, batch.ids.shape), batch.rows.tolist()] for batch in step] for step in steps]
+    assert hashlib.blake2b(json.dumps(told).encode(), digest_size=8).hexdigest() == alone
 
 
 def test_a_small_plan_stays_what_it_was() -> None:
@@ -211,7 +220,7 @@ BY_TOKENS = [{"batch_tokens": 400}, {"batch_tokens": 64, "accumulate": 3}, {"bat
 @pytest.mark.parametrize("settings", [*BY_ROWS, *BY_TOKENS])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_all_examples_of_a_row_meet_in_one_step_once_per_epoch(settings: dict, grouped: bool) -> None:
-    plan = Plan(EXPANDED, TrainSection(epochs=2, **settings), grouped=grouped)
+    plan = Plan(EXPANDED, TrainSection(epochs=2, **settings), sharing=found_sharing(EXPANDED) if grouped else None)
     for first, last in ((1, plan._starts[1]), (plan._starts[1] + 1, plan.steps)):
         steps = [Counter(rows_of(plan, number, number)) for number in range(first, last + 1)]
         assert sum(steps, Counter()) == Counter(range(len(EXPANDED)))
@@ -241,10 +250,10 @@ def test_a_budget_of_tokens_holds_for_rows_of_many_examples(settings: dict) -> N
     tokens = settings["batch_tokens"]
     for step in plan._epochs[0]:
         for rows in step:
-            parts = plan._micro_batches(rows)
+            parts = plan._cutter.micro_batches(rows)
             padded = sum(min(w for w in plan.widths if w >= len(EXPANDED[i].ids)) for part in parts for i in part)
             assert len(rows) == 1 or padded <= tokens
-            assert all(len(part) == 1 or len(part) * plan._width(part) <= tokens for part in parts)
+            assert all(len(part) == 1 or len(part) * plan.width(part) <= tokens for part in parts)
     if tokens == 2000:
         assert plan.rows_per_batch > 3
 
@@ -254,7 +263,7 @@ def test_rows_meet_in_buckets_and_batches_come_where_their_rows_are_on_average()
     examples = [Example([7] * length, [0] * (length - 1) + [1]) for length in (4, 30, 9, 10, 8)]
     plan = Plan(examples, TrainSection(epochs=1, batch_rows=2))
     assert plan.widths == widths([4, 30, 9, 10, 8], 2) == [10, 30]
-    assert plan._batches([0, 1, 2, 3, 4]) == [[0, 2], [1], [3, 4]]
+    assert plan._dealer.batches([0, 1, 2, 3, 4]) == [[0, 2], [1], [3, 4]]
 
 
 def test_as_many_rows_share_a_batch_as_fit_its_tokens() -> None:
@@ -263,8 +272,8 @@ def test_as_many_rows_share_a_batch_as_fit_its_tokens() -> None:
     examples.row_of = np.array([0, 0, 1, 2])
     plan = Plan(examples, TrainSection(epochs=1, batch_tokens=50))
     assert plan.widths == [10, 20]
-    assert plan._batches([0, 1, 2]) == [[0, 1], [2]]
-    assert plan._batches([1, 2, 0]) == [[1, 2], [0]]
+    assert plan._dealer.batches([0, 1, 2]) == [[0, 1], [2]]
+    assert plan._dealer.batches([1, 2, 0]) == [[1, 2], [0]]
 
 
 def test_the_examples_of_a_batch_of_rows_are_padded_little() -> None:
@@ -286,7 +295,7 @@ def test_rows_of_several_examples_are_grouped_by_their_first() -> None:
             made.append(Example([*start, *[100 + row] * (6 * turn)], [0] * (59 + 6 * turn) + [1] * 3))
     examples = Rows(made)
     examples.row_of = np.repeat(np.arange(12), counts)
-    plan = Plan(examples, TrainSection(epochs=1, batch_rows=3), grouped=True)
+    plan = Plan(examples, TrainSection(epochs=1, batch_rows=3), sharing=found_sharing(examples))
     batches = [batch for step in range(1, plan.steps + 1) for batch in plan.step(step)]
     assert Counter(row for batch in batches for row in batch.rows.tolist()) == Counter(range(36))
     assert [sorted({row % 2 for row in plan.rows_of_step(step)}) for step in range(1, 5)].count([0]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,15 @@ CALLS: list[tuple[Any, str, float]] = [
      '{"name": "book", "arguments": {"day": "Mon"}}', 1),
     ({"tool_call": True, "possible": [{"book": {"day": ["Mon", "Monday"], "seats": [1, ""]}}]},
      '{"name": "book", "arguments": {"day": "Mon", "seats": 2}}', 0),
+    ({"tool_call": True, "possible": [{"book": {"day": ["New York, NY"]}}]},
+     '{"name": "book", "arguments": {"day": "new york NY"}}', 1),
+    ({"tool_call": True, "possible": [{"book": {"day": [{"low": [3, 4], "high": [9, ""]}]}}]},
+     '{"name": "book", "arguments": {"day": {"low": 4}}}', 1),
+    ({"tool_call": True, "possible": [{"book": {"day": [{"low": [3, 4], "high": [9, ""]}]}}]},
+     '{"name": "book", "arguments": {"day": {"high": 9}}}', 0),
+    ({"tool_call": True, "possible": [{"book": {"day": [[{"field": ["age"]}, {"field": ["job"]}]]}}]},
+     '{"name": "book", "arguments": {"day": [{"field": "age"}, {"field": "job"}]}}', 1),
+    ({"tool_call": CALL, "valid": True}, '{"name": "book", "arguments": {"day": "Monday", "seats": 2}}', 1),
     ("tool_call", '{"name": "book", "arguments": {"day": "Sunday"}}', 1),  # as the row's last answer does
     ("tool_call", '{"name": "book", "arguments": {"day": "Monday"}}', 0),
 ]  # fmt: skip
@@ -77,6 +87,37 @@ def test_a_tool_call_is_right_by_its_name_and_arguments_however_it_is_written(
     last = [{"type": "function", "function": {"name": "book", "arguments": '{"day": "Sunday"}'}}]
     row = SuiteRow("1", [{"role": "user", "content": "Book."}], tools=TOOLS, calls=last)
     assert score(written, text, row) == right
+
+
+STRANGE = {
+    "half a character": "\ud83d x",
+    "nothing seen": "\0\u202e\u200b",
+    "openings of blocks": "```a\n" * 2000,
+    "brackets": '[{"a":' * 2000,
+    "digits": "1" * 9999,
+    "numbers": "1 1/" * 2000,
+    "boxes": "\\boxed{" * 2000,
+    "calls": "<function=f><parameter=a>" * 2000,
+    "a call of Python": "[f(a=" + "(" * 2000,
+    "elements": "<a>" * 2000,
+    "marks": "e" + "\u0301" * 2000,
+    "apologies": "sorry i am afraid as an ai " * 500,
+}
+ANY = [
+    *("exact", "iexact", "ended", "no_repeat", "json", "xml", "number", "choice", "refusal", "no_refusal", "similar"),
+    *({kind: "x"} for kind in ("contains", "icontains", "not_contains", "starts", "ends", "regex", "not_regex")),
+    *({"length": {"max_words": 3}}, {"json": {"loose": True}}, {"schema": {}, "loose": True}, {"xml": {"loose": True}}),
+    *({"language": "de"}, {"similar": "x", "by": "chrf"}, {"tool_call": CALL}, {"number": 5, "find": "flexible"}),
+]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_no_text_makes_a_check_fail_itself_or_take_long(name: str) -> None:
+    begun = time.process_time()
+    for written in ANY:
+        found = score(written, STRANGE[name])
+        assert found is None or 0 <= found <= 1, written
+    assert time.process_time() - begun < 5  # some 0.2 s; a search that is quadratic takes minutes
 
 
 def test_values_of_json_are_equal_by_what_they_mean() -> None:

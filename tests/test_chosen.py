@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from mlxtune.cli import cli
 from mlxtune.config import resolve
-from mlxtune.data.template.tokenizer_changes import Changes
+from mlxtune.data.template.tokenizer_changes import Changes, tokenizer_of
+from mlxtune.errors import UserError
 from mlxtune.train.run_data import read_data
 
 NEW = {"<|im_end|>": 257, "<|im_start|>": 258}  # after an end token and the bytes
@@ -59,6 +60,13 @@ def test_rows_are_looked_at_with_the_template_of_the_adapter_that_a_run_would_st
     arguments = ["data", "show", "--model", str(tmp_path), "--data", str(data), *options]
     row = json.loads(CliRunner().invoke(cli, arguments, catch_exceptions=False).stdout)
     assert row["text"].startswith("[user]") and "[assistant]" in row["text"]
+
+
+def test_an_end_token_that_the_tokenizer_does_not_have_is_refused(tmp_path: Path) -> None:
+    tiny.make_plain_tokenizer(tmp_path)
+    Changes(eos_token="../../etc").save(tmp_path)
+    with pytest.raises(UserError, match=r"its tokenizer does not have '../../etc', which ends the adapter's answers"):
+        tokenizer_of(tmp_path, tmp_path)
 
 
 def test_a_runs_template_is_set_once_however_many_files_are_read(

@@ -66,7 +66,7 @@ def test_targets_are_filled_up_by_less_than_a_quarter_and_to_few_numbers(count: 
     assert len({rounded_up(n) for n in range(1, 5001)}) < 32
 
 
-def test_on_a_gpu_the_step_is_compiled_unless_batches_would_have_too_many_shapes(
+def test_on_a_gpu_the_step_is_compiled_unless_rows_see_noise_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(backend, "kind", lambda: "metal")
@@ -75,5 +75,5 @@ def test_on_a_gpu_the_step_is_compiled_unless_batches_would_have_too_many_shapes
         return fast_ways.fastest_way(make("llama"), rows(17, [12, 9]), configuration.load(None, settings))[0]
 
     assert wanted().compiled and not wanted().powers
-    for setting in ("lora.dropout=0.1", "train.neftune_alpha=5", "data.group_by_prefix=true", "fast.head=off"):
+    for setting in ("lora.dropout=0.1", "train.neftune_alpha=5", "fast.head=off"):
         assert not wanted(setting).compiled, setting

@@ -23,6 +23,7 @@ def step(number: int, **fields: float) -> dict:
         "loss": 2.0,
         "lr": 1e-4,
         "tokens": 100,
+        "computed_tokens": 98,
         "seconds": 0.5,
         "peak_bytes": 1 << 30,
         **fields,
@@ -84,6 +85,19 @@ def test_without_a_terminal_the_numbers_come_as_plain_lines() -> None:
     assert lines[1] == "step 0: validation loss 3.5000 (1,200 tokens)"
     assert "step 2/2  loss 1.8000  valid loss 3.5000  tokens/s 200  lr 1.00e-04  peak memory 1.07 GB" in lines[-2]
     assert "\x1b" not in out.getvalue()
+
+
+def test_what_was_computed_of_the_tokens_is_shown_where_it_is_less_than_all() -> None:
+    """Steps that compute 98 and 25 of 100 tokens: 123 of 200; the first alone is not worth a word."""
+    display = Display(Console(file=io.StringIO()))
+    assert display.saved == ""
+    display({"kind": "start", "steps": 2, "eval_every": 0})
+    display(step(1))
+    assert display.saved == "" and display.meter is not None
+    assert "computed" not in dict(display.meter.fields())
+    display(step(2, computed_tokens=25))
+    assert display.saved == "computed 0.61 of the tokens"
+    assert dict(display.meter.fields())["computed"] == "0.61 of the tokens"
 
 
 def test_a_terminal_shows_a_bar_and_the_same_numbers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,20 @@ def test_an_evaluation_that_was_killed_three_times_ends_with_the_same_bytes(
     times = [json.loads(line) for line in (killed / "times.jsonl").read_text().splitlines()]
     kept = [(line["side"], *line["ids"]) for line in times]
     assert len(set(kept)) == len(kept) >= 9  # what was kept was not computed again
+
+
+def test_ctrl_c_ends_an_evaluation_that_says_how_it_goes_on(mlx_model: Path, suite: Path, tmp_path: Path) -> None:
+    out = tmp_path / "evaluation"
+    words = ("eval", "--model", mlx_model, "--suite", suite, *SMALL, "--out", out)
+    process = tiny.started(*words, code=SLOW_BATCHES_OF_2)
+    while not (out / "answers.jsonl").exists() or not (out / "answers.jsonl").stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode == 130
+    assert f"{out} keeps the answers so far: the same command goes on" in told and "Traceback" not in told
+    assert "answers were there already" in tiny.done(*words).stderr
 
 
 def test_the_demos_questions_are_no_training_rows_and_their_answers_pass_every_check() -> None:

@@ -18,15 +18,15 @@ from ways import BATCH, MIXTURES, SHAPES, assert_close, batch, make, rows, steps
 from mlxtune.adapter import attach
 from mlxtune.adapter.layers import LoRALinear
 from mlxtune.adapter.plan import AdapterPlan
-from mlxtune.compute import fast_ways, loss, prefix, proof
+from mlxtune.compute import loss, parts, prefix, proof
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.config import resolve as configuration
 from mlxtune.config.schema import LoraSection
 from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset import forest
 from mlxtune.data.dataset.batches import Plan, collate
-from mlxtune.errors import UserError
 from mlxtune.model import linux_cpu
 from mlxtune.model.arrays import named
 from mlxtune.train.choice import choose
@@ -56,7 +56,7 @@ def test_losses_and_gradients_are_those_of_the_plain_way(kind: str, precision: s
 def test_windows_shorter_and_longer_than_prefix_and_suffix(
     kind: str, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix, "MIN_SAVED", 1e-9)
+    monkeypatch.setattr(forest, "MIN_SAVED", 1e-9)
     common, own = lengths
     found = batch(common, [own, own, own])
     assert prefix.length_for_batch(found, common) == common
@@ -116,7 +116,8 @@ def chosen(model: nn.Module, *settings: str, examples: list[Example] | None = No
     resolved = configuration.load(None, settings)
     way, notes = choose_for(model, examples or rows(17, [12, 9, 4, 15]), resolved)
     assert way.powers == (linux_cpu.worth_it() and (way.split is not None or way.prefix is not None))
-    return replace(way, powers=False), "\n".join(notes)
+    assert set(way.parts) <= set(parts.PARTS)
+    return replace(way, powers=False, parts=()), "\n".join(notes)
 
 
 def test_a_proof_leaves_every_bit_of_the_adapter_as_it_was() -> None:
@@ -208,9 +209,3 @@ def test_rows_supervised_from_the_start_share_nothing() -> None:
     assert prefix.shared_by_batch(collate([whole, whole], [0, 1])) == 0
     same = Example(list(range(5, 25)), [0] * 19 + [1])  # equal rows: the predictor of the target stays
     assert prefix.shared_by_run([same, same]) == prefix.shared_by_batch(collate([same, same], [0, 1])) == 18
-
-
-@pytest.mark.parametrize("setting", ["lora.dropout=0.1", "fast.prefix=off"])
-def test_grouping_rows_for_a_prefix_that_is_off_is_refused(setting: str) -> None:
-    with pytest.raises(UserError, match=r"data\.group_by_prefix has no effect"):
-        fast_ways.refuse_useless_grouping(configuration.load(None, ("data.group_by_prefix=true", setting)))

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlxtune.adapter.plan import linear_paths
 from mlxtune.compute import prefix
+from mlxtune.data.dataset.forest import behind_one_trunk
 from mlxtune.model import convert
 from mlxtune.model.load import load, open_model
 from mlxtune.ship.artefacts import HuggingFace
@@ -43,7 +44,9 @@ def test_a_shared_prefix_is_shared_by_the_blocks_that_have_no_keys_of_their_own(
     model = load(str(text), "float32").model
     ids = mx.array(np.concatenate([np.tile(conformance.IDS[:1, :10], (2, 1)), conformance.IDS[:, 10:]], 1))
     whole = np.array(model(ids))[:, 10:]
-    assert conformance.apart(np.array(prefix.in_two_passes(model, model, ids, 10)), whole) < 1e-4
+    passes = behind_one_trunk(2, ids.shape[1], 10)
+    suffixes = prefix.through(model, model, passes, [ids[:1, :10], ids[:, 10:]])
+    assert conformance.apart(np.array(suffixes).reshape(whole.shape), whole) < 1e-4
 
 
 def test_no_adapter_is_on_what_a_sharing_block_does_not_use(text: Path) -> None:

@@ -19,8 +19,10 @@ from mlxtune.compute.memory import block_call, blocks, prediction
 from mlxtune.compute.memory.graph import traced
 from mlxtune.compute.memory.kernels import Device, tiled
 from mlxtune.compute.memory.ledger import Ledger
+from mlxtune.compute.memory.step import RunOptions, StepSizes
 from mlxtune.compute.memory.strides import of_view, strides_as
 from mlxtune.config.schema import LoraSection
+from mlxtune.data.dataset.forest import whole
 from mlxtune.machine import backend
 from mlxtune.train.preparation import lasting_bytes
 
@@ -88,7 +90,7 @@ def test_blocks_below_the_first_adapter_keep_nothing() -> None:
         model = peaks.build(sizes)
         attach.attach(model, AdapterPlan.of(model, LoraSection(**section)), 0)
         reached = prediction._reached(model)
-        costs, _ = blocks.costs(model, 1, 32, 0, reached, CPU)
+        costs, _ = blocks.costs(model, whole(1, 32), reached, CPU)
         return [cost.kept > cost.given for (cost,) in costs]
 
     assert kept() == [True] * 4
@@ -172,8 +174,8 @@ def test_a_gated_delta_model_is_predicted_as_published() -> None:
     attach.attach(model, AdapterPlan.of(model, LoraSection(rank=8, layers=4)), 0)
     found = {}
     for width in (512, 1024):
-        shape = prediction.StepSizes(1, width - 1, 0, width // 2)
-        predicted = prediction.predict(model, QWEN35_4B, shape, prediction.RunOptions(2, 64, 1, 0.0, METAL))
+        shape = StepSizes(1, width - 1, 0, width // 2)
+        predicted = prediction.predict(model, QWEN35_4B, shape, RunOptions(2, 64, 1, 0.0, METAL))
         assert isinstance(predicted, prediction.Memory) and predicted.by_token
         found[width] = predicted.total / 1e9
     assert 7.3 < found[512] < 16.4
@@ -185,8 +187,8 @@ def test_a_longer_loop_is_extrapolated_from_short_rows() -> None:
     model = peaks.build(sizes_of("qwen3_5"))
     attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
     reached = [False, True]
-    exact = blocks._traced_at(model, 1, 300, 0, reached, CPU)
-    found, by_token = blocks.costs(model, 1, 300, 0, reached, CPU)
+    exact = blocks._traced(model, whole(1, 300), reached, CPU, last_whole=False)
+    found, by_token = blocks.costs(model, whole(1, 300), reached, CPU)
     assert by_token
     for (one,), (other,) in zip(found, exact, strict=True):
         assert one.again == pytest.approx(other.again, rel=0.15)
@@ -218,7 +220,7 @@ def test_no_row_of_scores_is_counted_where_attention_is_tiled() -> None:
     attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
 
     def kept(device: Device, width: int) -> int:
-        (_, (last,)), _ = blocks.costs(model, 1, width, 0, [False, True], device)
+        (_, (last,)), _ = blocks.costs(model, whole(1, width), [False, True], device)
         return last.kept
 
     assert kept(METAL, 512) == pytest.approx(2 * kept(METAL, 256), rel=0.02)
@@ -235,9 +237,7 @@ def test_a_model_that_cannot_be_followed_is_said_and_not_refused(monkeypatch: py
 
     monkeypatch.setattr(block_call, "traced", fails)
     monkeypatch.setattr(block_call, "_known", {})
-    found = prediction.predict(
-        model, sizes_of("llama"), prediction.StepSizes(1, 32, 0, 8), prediction.RunOptions(4, 64, 0, 0.0, CPU)
-    )
+    found = prediction.predict(model, sizes_of("llama"), StepSizes(1, 32, 0, 8), RunOptions(4, 64, 0, 0.0, CPU))
     assert isinstance(found, prediction.NotPredicted)
     assert "not predicted" in found.note and "primitive New" in found.note
 
@@ -248,9 +248,7 @@ def test_the_model_is_itself_again_after_a_prediction() -> None:
     kinds, attention = [type(module) for _, module in model.named_modules()], mx.fast.scaled_dot_product_attention
     ids = mx.array([[3, 4, 5]])
     before = model(ids)
-    prediction.predict(
-        model, sizes_of("mixtral"), prediction.StepSizes(1, 32, 0, 8), prediction.RunOptions(4, 64, 1, 0.0, METAL)
-    )
+    prediction.predict(model, sizes_of("mixtral"), StepSizes(1, 32, 0, 8), RunOptions(4, 64, 1, 0.0, METAL))
     assert [type(module) for _, module in model.named_modules()] == kinds
     assert mx.fast.scaled_dot_product_attention is attention
     assert mx.array_equal(model(ids), before)

@@ -114,8 +114,8 @@ def counts_positions_from_one_too_many(patch: pytest.MonkeyPatch) -> None:
     real = PrefixCache.make_mask
 
     class Moved(PrefixCache):
-        def __init__(self, state: list[mx.array] | None = None, offset: int = 0) -> None:
-            super().__init__(state, offset)
+        def __init__(self, *known: Any) -> None:
+            super().__init__(*known)
 
         @property
         def offset(self) -> int:

@@ -214,6 +214,27 @@ def test_a_sandbox_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch
     assert "--unsafe-code" in refused.value.hint
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are what Linux has")
+def test_where_the_system_allows_no_sandbox_programs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = json.dumps({"fault": "unshare: Operation not permitted"})
+    monkeypatch.setattr(sandbox, "SERVE", f"print({said!r})")
+    with pytest.raises(UserError) as refused:
+        open_sandbox()
+    assert refused.value.message == (
+        "there is no sandbox for programs here: this Linux allows no namespaces (unshare: Operation not permitted)"
+    )
+    assert "--unsafe-code" in refused.value.hint
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a server is what Linux has")
+def test_a_sandbox_that_is_gone_is_no_verdict_on_a_program(boxes: Sandbox) -> None:
+    with open_sandbox() as other:
+        assert isinstance(other, sandbox.Served)
+        other._process.kill()
+        with pytest.raises(UserError, match="the sandbox failed: its process ended"):
+            other.run(*RIGHT["a function"])
+
+
 def test_without_a_sandbox_programs_are_judged_alike_where_the_user_says_so() -> None:
     before = _running()
     with Programs(unsafe=True) as programs:

@@ -134,7 +134,7 @@ def wrong_base(patch: Patch) -> None:
 
 def offset_lost_in_the_second_run(patch: Patch) -> None:
     real = prefix.PrefixCache.__init__
-    patch.setattr(prefix.PrefixCache, "__init__", lambda self, state=None, offset=0: real(self, state))
+    patch.setattr(prefix.PrefixCache, "__init__", lambda self, state=None, *known: real(self, state, 0, *known[1:]))
 
 
 def last_row_of_a_chunk_left_out(patch: Patch) -> None:

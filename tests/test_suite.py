@@ -122,6 +122,14 @@ def test_columns_may_have_other_names(tmp_path: Path) -> None:
     assert {text: row.checks[0].score(Answer("1", 0, text, "", "stop", 1), row) for text in said} == said
 
 
+def test_a_file_with_other_columns_is_told_where_to_name_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        suite_of(tmp_path, {"question": "a", "answer": "b"})
+    said = refused.value.hint.partition("In suite.yaml beside it: `")[2]
+    assert said == "columns: {question: prompt, answer: completion}`."
+    assert suite_of(tmp_path, {"question": "a", "answer": "b"}, settings=said.rstrip("`.")).rows[0].reference == "b"
+
+
 def test_the_digest_changes_with_all_that_the_suite_is_made_of(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"type": "object"}')
     row = chat("a", checks=[{"schema": "a.json"}])
@@ -154,6 +162,7 @@ WRONG: list[tuple[list[Any], str, str, str]] = [  # rows, settings, the message 
      ": the check similar is graded in some rows, and true or false in others", "Give `min` (similar)"),
     ([{"turns": [], "question_id": 1}], "", " line 1: its columns are those of a benchmark, but not its values", ""),
     ([], "", ": no rows", ""),
+    ([{"question": "a", "answer": "b"}], "", " line 1: no known row format has the keys question, answer", "Known: "),
     ([chat("a")], "checks: [exact]", ": the check exact needs a reference to compare with, and no row has one", ""),
     ([chat("a")], "check: [json]", "suite.yaml: unknown key check", "Did you mean checks? There are: checks, system"),
     ([chat("a")], "checks: [jsn]", "suite.yaml: unknown check 'jsn'", "Did you mean json?"),

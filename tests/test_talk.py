@@ -143,6 +143,15 @@ def test_a_template_that_leaves_a_text_out_is_refused(template: str, what: str, 
         conversation.instruct("Be brief.")
 
 
+def test_a_template_that_makes_nothing_of_a_conversation_is_said(prompts: Any) -> None:
+    tokenizer = talk.tokenizer_for("bare")
+    tokenizer.chat_template = "{% if false %}{{ messages }}{% endif %}"
+    prompts(C)
+    conversation = Talk(loaded(tokenizer), None, Sampling())
+    with pytest.raises(UserError, match="nothing to answer: the chat template makes nothing of this conversation"):
+        conversation.ask("One?")
+
+
 def test_an_answer_that_the_template_does_not_take_back_is_not_kept(prompts: Any, capfd: Any) -> None:
     """An empty one, here; the conversation goes on without it."""
     tokenizer = talk.tokenizer_for("qwen")

@@ -88,6 +88,7 @@ def test_the_file_of_an_older_run_written_again_loads_equal(tmp_path: Path) -> N
         (f"a: -{'9' * 5000}\n", "line 1: not valid YAML (a number of 5,001 digits)"),
         ("a: 1\n---\nb: 2\n", "line 2: not valid YAML ("),
         ("a: \ud800\n", "not valid YAML ("),
+        ('a: "\\UFFFFFFFF"\n', "not valid YAML ("),
     ],
 )
 def test_what_stands_for_something_else_is_refused_with_its_line(text: str, problem: str) -> None:

@@ -70,8 +70,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 MIXTURES = ("mixtral", "gpt_oss")
 
 
-def make(kind: str, dtype: mx.Dtype = mx.float32, bits: int = 0, dropout: float = 0.0) -> nn.Module:
-    """A two-layer model of mlx-lm with keyed random weights and an adapter that is not zero."""
+def make(
+    kind: str, dtype: mx.Dtype = mx.float32, bits: int = 0, dropout: float = 0.0, layers: Any = "all"
+) -> nn.Module:
+    """A two-layer model of mlx-lm with keyed random weights and an adapter that is not zero. layers: lora.layers."""
     name = kind.split()[0]
     module = importlib.import_module(f"mlx_lm.models.{name}")
     model: nn.Module = module.Model(module.ModelArgs.from_dict({"model_type": name, **COMMON, **SHAPES[kind]}))
@@ -83,7 +85,7 @@ def make(kind: str, dtype: mx.Dtype = mx.float32, bits: int = 0, dropout: float 
     if bits:
         nn.quantize(model, 32, bits)
         multiply_densely(model)
-    keys = attach.attach(model, AdapterPlan.of(model, LoraSection(rank=2, dropout=dropout)), 0)
+    keys = attach.attach(model, AdapterPlan.of(model, LoraSection(rank=2, dropout=dropout, layers=layers)), 0)
     for index, layer in enumerate(attach.adapted_layers(model).values()):
         layer.lora_b = 0.05 * mx.random.normal(layer.lora_b.shape, key=mx.random.key(1000 + index))
     model.update(tree_map(lambda a: a.astype(dtype) if mx.issubdtype(a.dtype, mx.floating) else a, model.parameters()))

@@ -12,11 +12,12 @@ from dataclasses import asdict, replace
 from mlxtune.bench import ours
 from mlxtune.bench.children import REFUSED
 from mlxtune.bench.figures import OURS, Measured
-from mlxtune.compute import fast_ways
+from mlxtune.bench.limits import mlx_limits_kept
 from mlxtune.config import resolve
-from mlxtune.data.dataset.batches import DEFAULT_ROWS, Batch, Plan
+from mlxtune.data.dataset.batches import DEFAULT_ROWS, Batch
 from mlxtune.errors import UserError
 from mlxtune.machine.gpu_errors import recognise
+from mlxtune.train.preparation import attached
 from mlxtune.train.run_data import read_data
 
 
@@ -39,9 +40,9 @@ def main(who: str, file: str, rows: int) -> int:
 def _measured(who: str, file: str, count: int) -> Measured:
     """count: rows of the data to measure with, at least."""
     settings = resolve.load(file)
-    fast_ways.refuse_useless_grouping(settings)
     data, settings = read_data(settings)
-    plan = Plan(data.train, settings.train, settings.data.group_by_prefix)
+    with mlx_limits_kept():
+        plan = attached(settings, data, read=False).plan
     rows, steps = 0, 0
     batches: list[Batch] = []
     while rows < count and steps < plan.steps:

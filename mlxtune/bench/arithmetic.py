@@ -39,22 +39,22 @@ class Work:
     """Of some batches. A row's last token predicts nothing, so it counts nowhere."""
 
     tokens: int  # real ones
-    padded: int  # with padding
-    processed: int  # through the trunk: a shared prefix once
+    padded: int  # with padding, each row computed whole
+    processed: int  # through the trunk: what rows begin with once
+    through_head: int  # through the head
     supervised: int  # whose loss is counted
     head_saved: float  # share of the plain way's elements that the head apart from the trunk left out
-    prefix_saved: float  # share of them that the shared prefix left out
+    prefix_saved: float  # share of them that was left out because rows begin alike
     needed: int  # operations
 
 
-def of(model: nn.Module, way: Way, batches: Sequence[Batch]) -> Work:
-    """What these batches need when they are computed as `way` says."""
-    saved = 0  # tokens, by the prefix
-    for batch in batches:
-        if way.prefix is not None:
-            length = prefix.length_for_batch(batch, way.prefix)
-            saved += length * (len(batch.rows) - 1)
-    padded = sum(batch.ids.size - len(batch.rows) for batch in batches)
+def of(model: nn.Module, way: Way, batches: Sequence[Batch], whole: Sequence[Batch]) -> Work:
+    """What these batches need when they are computed as `way` says. whole: the same rows, in the batches of a plan that
+    shares nothing.
+    """
+    processed = sum(prefix.forest_of_batch(batch, way.prefix).computed for batch in batches)
+    padded = sum(batch.ids.size - len(batch.rows) for batch in whole)
+    saved = padded - processed  # tokens
     supervised = sum(batch.targets for batch in batches)
     trunk, head = _elements(model, way)
     plain = padded * (trunk + head)
@@ -62,11 +62,12 @@ def of(model: nn.Module, way: Way, batches: Sequence[Batch]) -> Work:
     return Work(
         tokens=sum(batch.tokens - len(batch.rows) for batch in batches),
         padded=padded,
-        processed=padded - saved,
+        processed=processed,
+        through_head=through_head,
         supervised=supervised,
         head_saved=(padded - through_head) * head / plain,
         prefix_saved=saved * trunk / plain,
-        needed=OPERATIONS * ((padded - saved) * trunk + through_head * head),
+        needed=OPERATIONS * (processed * trunk + through_head * head),
     )
 
 

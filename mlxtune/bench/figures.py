@@ -15,15 +15,16 @@ class Measured:
     rows: int  # examples trained on, of which a row of the data may give several
     steps: int  # counted ones
     seconds: float  # of the counted steps together
-    tokens: int  # real ones, padding apart; a row's last token predicts nothing and is not among them
+    tokens: int  # of the rows, padding apart; a row's last token predicts nothing and is not among them
     supervised: int  # tokens whose loss is counted
-    processed: int  # tokens that went through the trunk
-    padding: float  # share of padding, over the real tokens
+    processed: int  # tokens that went through the trunk, padding included
+    padding: float  # share of padding, over the rows' tokens, where each row is computed whole
     peak_bytes: int  # over the model's own
     base_bytes: int  # of the model's own weights
     device: str  # its kind and name, the activations' type and MLX's version, for people
     head_saved: float = 0.0  # share of the plain way's arithmetic that the head apart from the trunk left out
-    prefix_saved: float = 0.0  # share of it that the shared prefix left out
+    prefix_saved: float = 0.0  # share of it that was left out because rows begin alike
+    through_head: int = 0  # positions that went through the head
     utilisation: float = 0.0  # needed arithmetic per second, over that of a large matrix product
     computed: str = ""  # what our way leaves out, for people
     unit: str = "row"  # what to call one of `rows`: "row", or "example" where a row gives several
@@ -39,3 +40,8 @@ class Measured:
     @property
     def seconds_per_row(self) -> float:
         return self.seconds / self.rows
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Of the rows' tokens, computed or not."""
+        return self.seconds / self.tokens

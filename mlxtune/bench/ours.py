@@ -33,12 +33,13 @@ def measure(settings: Config, data: Data, steps: int) -> Measured:
     job = _job(settings, data)
     dtype = getattr(mx, job.identity.config["train.dtype"])
     base_bytes = nbytes(job.model.parameters()) - nbytes(job.model.trainable_parameters())
-    step = StepFunction(job, optim.build(job.section, job.model.trainable_parameters()))
+    step = StepFunction(job, optim.build(job.section, job.model.trainable_parameters(), job.b_rate))
     timed = _timed(job, step, steps)
-    batches: list[Batch] = []
+    batches, whole = list[Batch](), list[Batch]()
     for number in range(1, steps + 1):
         batches += job.plan.step(number)
-    work = arithmetic.of(job.model, job.way, batches)
+        whole += job.plan.computed_whole().step(number)
+    work = arithmetic.of(job.model, job.way, batches, whole)
     return Measured(
         OURS,
         rows=sum(len(batch.rows) for batch in batches),
@@ -53,6 +54,7 @@ def measure(settings: Config, data: Data, steps: int) -> Measured:
         device=arithmetic.device(dtype),
         head_saved=work.head_saved,
         prefix_saved=work.prefix_saved,
+        through_head=work.through_head,
         utilisation=work.needed / timed.seconds / arithmetic.matmul_peak(dtype),
         computed=fast_ways.describe(job.way),
         update=steps * _update_seconds(step) / timed.seconds,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from mlxtune_convert.shown import brief
 from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
@@ -14,6 +15,7 @@ from mlxtune.cli.options import Command, Need, OptionFor
 
 if TYPE_CHECKING:
     from mlxtune.bench.figures import Measured
+    from mlxtune.bench.parts import Thrown
 
 DEMO = ("lora.rank=8", "lora.alpha=16")
 
@@ -36,6 +38,7 @@ DEMO = ("lora.rank=8", "lora.alpha=16")
     needs=Need("against", hint="Add --against mlx-lm."),
     help="Measurements of each.  [default: 5]",
 )
+@click.option("--parts", is_flag=True, help="Also with each part of the fast way switched: what it brings here.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @common.settings_option
 def bench(
@@ -44,6 +47,7 @@ def bench(
     rows: int,
     against: str | None,
     pairs: int | None,
+    parts: bool,
     as_json: bool,
     settings: tuple[str, ...],
 ) -> None:
@@ -58,12 +62,14 @@ def bench(
 
     \b
     mlxtune bench
+    mlxtune bench --model model --data data --parts
     mlxtune bench --model model --data data --against mlx-lm --set train.checkpoint_layers=all
     """
     import tempfile
     from dataclasses import asdict
 
     from mlxtune.bench import children
+    from mlxtune.bench import parts as switched
     from mlxtune.bench.figures import OURS
     from mlxtune.config import resolve as configuration
     from mlxtune.demo import story
@@ -78,22 +84,54 @@ def bench(
         flags = {"model.path": model, "data.path": data or str(story.data_folder()), "train.epochs": 1.0}
         resolved = configuration.load(None, (*DEMO, *settings), flags)
         ratio = None
-        if against is None:
-            found = [children.measure(resolved, rows, OURS)]
-        else:
+        thrown: list[Thrown] = []
+        if parts:
+            thrown = switched.measure(resolved, rows, lambda line: console.print(line))
+        if against is not None:
             found, ratio = children.compare(resolved, rows, pairs or 5, lambda line: console.print(line), against)
+        elif thrown and thrown[0].measured:
+            found = [thrown[0].measured]
+        else:
+            found = [children.measure(resolved, rows, OURS)]
     if as_json:
-        click.echo(json.dumps({"measured": [asdict(one) for one in found], "ratio": ratio}))
+        measured = [asdict(one) for one in found]
+        click.echo(json.dumps({"measured": measured, "ratio": ratio, "parts": [asdict(one) for one in thrown]}))
         return
     out = common.stdout()
     for who in dict.fromkeys(one.who for one in found):
         own = sorted((one for one in found if one.who == who), key=lambda one: one.seconds)
         _print(own[len(own) // 2])
+    if thrown:
+        _print_parts(thrown)
     if ratio is not None:
         out.print(
             f"time {ratio['time']:.2f} of {against}'s (single pairs {ratio['time_lowest']:.2f} to "
             f"{ratio['time_highest']:.2f}, {ratio['pairs']} pairs), peak memory {ratio['peak']:.2f} of its"
         )
+
+
+def _print_parts(thrown: list[Thrown]) -> None:
+    """A line for each switch: time for each token of the rows and peak memory, as multiples of those of the run as
+    configured, and the share of the rows' tokens that is computed.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    usual = [one.measured for one in thrown if one.measured and not one.setting]
+    seconds = sum(one.seconds_per_token for one in usual) / len(usual)
+    peak = max(one.peak_bytes for one in usual)
+    table = Table.grid(padding=(0, 3))
+    table.add_column(no_wrap=True)
+    table.add_row("", "time", "peak memory", "computed")
+    for one in thrown:
+        name = Text(one.setting or "as configured")
+        if one.measured is None:
+            table.add_row(name, Text(brief(one.refused)))
+            continue
+        time = f"x {one.measured.seconds_per_token / seconds:.2f}"
+        computed = f"{one.measured.processed / one.measured.tokens:.2f}"
+        table.add_row(name, time, f"x {one.measured.peak_bytes / peak:.2f}", computed)
+    common.stdout().print(table)
 
 
 def _print(one: Measured) -> None:
@@ -103,6 +141,10 @@ def _print(one: Measured) -> None:
     out.print(
         f"  {one.steps / one.seconds:.3f} steps/s, {one.supervised / one.seconds:,.0f} supervised and "
         f"{one.processed / one.seconds:,.0f} processed tokens/s, padding {one.padding:.1%}"
+    )
+    out.print(
+        f"  {one.tokens:,} tokens in the {one.unit}s, {one.processed:,} computed ({one.processed / one.tokens:.2f}), "
+        f"{one.through_head:,} through the head ({one.through_head / one.tokens:.2f})"
     )
     out.print(f"  peak memory {size(one.peak_bytes)} over the model's {size(one.base_bytes)}")
     if one.first_seconds:
@@ -117,6 +159,6 @@ def _print(one: Measured) -> None:
     if one.computed:
         out.print(f"  {one.computed}")
         out.print(
-            f"  work left out: {one.head_saved:.0%} by the head, {one.prefix_saved:.0%} by the prefix; "
+            f"  work left out: {one.head_saved:.0%} by the head, {one.prefix_saved:.0%} by what begins alike; "
             f"{one.utilisation:.0%} of this machine's matrix product speed"
         )

@@ -20,6 +20,7 @@ from mlxtune.durations import clock
 from mlxtune.train.events import Event
 
 PLAIN_SECONDS = 5.0  # between two plain lines
+MUCH_COMPUTED = 0.95  # of the rows' tokens: a run that computes more saves nothing that is worth a word
 OLD = 0.8  # of a running mean: the share of what it was before
 
 
@@ -38,7 +39,8 @@ class Meter:
         self.loss: float | None = None  # a running mean; None: no step was taken
         self.valid: list[float] = []  # validation losses that are finite
         self.lr = 0.0
-        self.tokens_per_second = 0.0  # a running mean; 0: no step was taken
+        self.tokens_per_second = 0.0  # of the rows; a running mean; 0: no step was taken
+        self.tokens = self.computed_tokens = 0  # of the rows, and those that went through the model, of all steps
         self.peak_bytes = 0
 
     def update(self, event: Event) -> None:
@@ -56,12 +58,21 @@ class Meter:
     def _add_step(self, event: Event) -> None:
         self.step, self.lr, self.peak_bytes = event["step"], event["lr"], event["peak_bytes"]
         rate = event["tokens"] / max(event["seconds"], 1e-9)
+        self.tokens += event["tokens"]
+        self.computed_tokens += event["computed_tokens"]
         if self.loss is None:
             self.loss, self.tokens_per_second = event["loss"], rate
             return
         # Running means: single steps differ by their rows more than by what was learned.
         self.loss = OLD * self.loss + (1 - OLD) * event["loss"]
         self.tokens_per_second = OLD * self.tokens_per_second + (1 - OLD) * rate
+
+    @property
+    def saved(self) -> str:
+        """How much was computed of the rows' tokens, for people; "": nearly all, or more."""
+        if self.computed_tokens >= MUCH_COMPUTED * self.tokens:
+            return ""
+        return f"{self.computed_tokens / self.tokens:.2f} of the tokens"
 
     def eta_seconds(self) -> float | None:
         """Time left: of steps, evaluations and checkpoints as many as are still to come, each as long as it took on
@@ -97,6 +108,7 @@ class Meter:
         if self.tokens_per_second:
             out += [
                 ("tokens/s", f"{self.tokens_per_second:,.0f}"),
+                *([("computed", self.saved)] if self.saved else []),
                 ("lr", f"{self.lr:.2e}"),
                 ("peak memory", size(self.peak_bytes)),
             ]
@@ -119,6 +131,13 @@ class Display:
         )
         self._task: TaskID | None = None
         self._last_line = 0.0  # when the last plain line was printed, in seconds of the clock; 0: never
+
+    @property
+    def saved(self) -> str:
+        """What was computed of the rows' tokens, for people; "": all of them, or no step was taken."""
+        if self.meter is None or not self.meter.saved:
+            return ""
+        return f"computed {self.meter.saved}"
 
     def __enter__(self) -> Display:
         return self

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,8 @@ def ask(wanted: Wanted, as_json: bool) -> None:
             def told(side: str, done: int, every: int) -> None:
                 status.update(f"{side}: {done} of {every} answers")
 
-            outcome = before_after.evaluate(asked, sides, wanted.out, told)
+            with _kept(wanted.out):
+                outcome = before_after.evaluate(asked, sides, wanted.out, told)
     result = outcome.document
     if outcome.found:
         common.note(f"{wanted.out}: {outcome.found} answers were there already, and are kept")
@@ -119,6 +121,17 @@ def ask(wanted: Wanted, as_json: bool) -> None:
         click.echo(f"gate not met: {gate['why']}", err=True)
     if unmet:
         click.get_current_context().exit(UNMET)
+
+
+@contextmanager
+def _kept(out: Path | None) -> Iterator[None]:
+    """Inside, whoever stops the command is told that nothing is lost, as where a device fails. out: of the answers."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, RuntimeError, MemoryError):
+        if out is not None:
+            common.note(f"{out} keeps the answers so far: the same command goes on")
+        raise
 
 
 def _say(result: dict[str, Any], as_json: bool) -> None:

@@ -11,7 +11,9 @@ from mlxtune_convert.shown import brief
 from mlxtune.cli import common
 
 if TYPE_CHECKING:
+    from mlxtune.compute.counted import Epoch
     from mlxtune.config.resolve import Config
+    from mlxtune.data.dataset.examples import Examples
     from mlxtune.train.reach import LocalOnly
 
 
@@ -89,7 +91,8 @@ def train(
         if state.best_check is not None:
             by = f"{config.train.keep_by} {state.best_check:.3f}"
             best = f", best {by} at step {state.best_step}, where the validation loss is {state.best_loss:.4f}"
-    common.stdout().print(f"{folder}: {state.step} steps{best}")
+    saved = f", {display.saved}" if display.saved else ""
+    common.stdout().print(f"{folder}: {state.step} steps{best}{saved}")
 
 
 def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict[str, str | None]) -> Config:
@@ -133,7 +136,6 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     """What would be done, without reading a weight."""
     from rich.text import Text
 
-    from mlxtune.compute import fast_ways
     from mlxtune.train import loggers, preparation
     from mlxtune.train.evaluation import suite_of
     from mlxtune.train.run_data import read_data
@@ -143,7 +145,6 @@ def _print_plan(config: Config, folder: Path | None) -> None:
         RunFolder(folder).require_free()
     loggers.require(config.train.loggers)
     suite_of(config)
-    fast_ways.refuse_useless_grouping(config)
     data, config = read_data(config)
     planned = preparation.plan(config, data)
     train, valid = data.train, data.valid
@@ -155,6 +156,7 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     tokens = int(train.lengths.sum())
     targets = int(train.column("targets").sum())
     out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")
+    out.print(f"tokens computed per epoch: {_computed(planned.computed, _once(train))}")
     out.print(f"optimizer steps: {planned.plan.steps}")
     if planned.memory:
         for line in planned.memory.lines():
@@ -163,3 +165,24 @@ def _print_plan(config: Config, folder: Path | None) -> None:
         out.print(f"note: {brief(note)}")
     out.print()
     out.print(Text(planned.config.to_yaml().rstrip()))
+
+
+def _once(train: Examples) -> int:
+    """Tokens of all conversations, each rendered once; 0 where not all rows are, or an epoch does not take each."""
+    expansion = train.expansion
+    is_all = expansion.tokens == int(train.lengths.sum())
+    return expansion.once if is_all and not train.weights else 0
+
+
+def _computed(epoch: Epoch, once: int) -> str:
+    """What an epoch computes, for people: "284,900, 0.07 of the rows' tokens, 0.59 of each conversation once".
+
+    once: tokens of all conversations, each rendered once; 0: that is not known.
+    """
+    about = "" if epoch.exact else "about "
+    text = f"{about}{epoch.computed:,}, {epoch.computed / epoch.tokens:.2f} of the rows' tokens"
+    if once:
+        text += f", {epoch.computed / once:.2f} of those of each conversation rendered once"
+    if epoch.divided:
+        text += f"; {epoch.divided} rows are too long for one micro-batch, and what they begin with counts again"
+    return text

@@ -57,7 +57,7 @@ def _recomputing(kind: type, stages: Stages) -> type:
             stages.append(leaf)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        out = _run(self, kind.__call__, (args, kwargs))
+        out = checkpointed_call(self, kind.__call__, (args, kwargs))
         tree_map(note, out)
         return out
 
@@ -69,7 +69,7 @@ def flows(leaf: Any) -> bool:
     return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
-def _run(block: nn.Module, call: Callable[..., Any], arguments: Any) -> Any:
+def checkpointed_call(block: nn.Module, call: Callable[..., Any], arguments: Any) -> Any:
     """call(block, *arguments), checkpointed.
 
     The arguments are any tree. What a gradient flows into is taken out of it and passed as a list: its arrays, and the
@@ -85,10 +85,9 @@ def _run(block: nn.Module, call: Callable[..., Any], arguments: Any) -> Any:
             caches.append(leaf)
 
     tree_map(take_out, arguments)
-    offsets = [cache.offset for cache in caches]  # as they are now: the second run comes after the passes moved them
 
     def run(inputs: list[mx.array], states: list[list[mx.array]]) -> Any:
-        inner = [PrefixCache(state, offset) for state, offset in zip(states, offsets, strict=True)]
+        inner = [cache.with_state(state) for cache, state in zip(caches, states, strict=True)]
         next_inputs, next_caches = iter(inputs), iter(inner)
 
         def fill_in(leaf: Any) -> Any:
@@ -100,10 +99,19 @@ def _run(block: nn.Module, call: Callable[..., Any], arguments: Any) -> Any:
 
         args, kwargs = tree_map(fill_in, arguments)
         out = call(block, *args, **kwargs)
-        return out, [cache.recorded for cache in inner]
+        return out, [[_apart(array) for array in cache.recorded] for cache in inner]
 
     states = [cache.state for cache in caches]
     out, recorded = checkpointed(block, run)(inputs, states)
     for cache, keys_and_values in zip(caches, recorded, strict=True):
         cache.recorded = keys_and_values
     return out
+
+
+def _apart(array: mx.array) -> mx.array:
+    """The same numbers as an array of its own, not copied.
+
+    A block of Gemma 4 returns the keys and values that its cache records. Of an array that is among a function's
+    results twice, `mx.checkpoint` takes one gradient and loses the other.
+    """
+    return mx.squeeze(mx.expand_dims(array, 0), 0)

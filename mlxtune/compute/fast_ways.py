@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.compute import prefix
+from mlxtune.compute import attention, parts, pieces, prefix
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.precision import in_float32
@@ -17,7 +18,8 @@ from mlxtune.config.resolve import Config
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import lengths_of
-from mlxtune.errors import UserError
+from mlxtune.data.dataset.forest import MIN_SUFFIX
+from mlxtune.data.dataset.measured import measured
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
 from mlxtune.model.corrections import extent
@@ -29,13 +31,21 @@ def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
     """(way, whether its blocks may be checkpointed to fit the memory): what to try, the fastest first, the plain way
     last. Always as many.
     """
-    without_prefix = replace(wanted, prefix=None)
-    slower = replace(wanted, powers=False, compiled=False)
+    whole = replace(wanted, frozen=0)
+    without_prefix = replace(whole, prefix=None)
+    without_parts = replace(whole, parts=())
+    slower = replace(without_parts, powers=False, compiled=False, queries=0)
     head_alone = replace(slower, prefix=None)
     plain = Way()
+    without_one = []
+    for part in parts.PARTS:  # also those that are not on: the list is then as long on every rank
+        without_one.append((replace(whole, parts=tuple(name for name in wanted.parts if name != part)), True))
     return [
         (wanted, True),
+        (whole, True),
         (without_prefix, True),
+        *without_one,
+        (without_parts, True),
         (slower, True),
         (head_alone, True),
         (plain, True),
@@ -44,50 +54,55 @@ def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
     ]
 
 
-def refuse_useless_grouping(config: Config) -> None:
-    """Raise UserError for an option of the fast ways that could have no effect."""
-    if not config.data.group_by_prefix:
-        return
-    against = _noise(config)
-    if not against and config.fast.prefix == "off":
-        against = "fast.prefix: off"
-    if against:
-        raise UserError(
-            f"data.group_by_prefix has no effect with {against}: no shared prefix is computed", "Leave one of them out."
-        )
-
-
 def describe(way: Way) -> str:
     """For people: what a way leaves out."""
-    parts = []
+    short_cuts = []
     if way.split is not None:
-        parts.append("the head on supervised tokens only")
+        short_cuts.append("the head on supervised tokens only")
     if way.prefix:
-        parts.append(f"the shared prefix of {way.prefix} tokens once")
+        short_cuts.append(f"the shared prefix of {way.prefix} tokens and what else rows share once")
     elif way.prefix == 0:
-        parts.append("what a batch shares once")
+        short_cuts.append("what rows share once")
+    if way.frozen:
+        short_cuts.append(f"the first {way.frozen} blocks once for each row")
     if way.recompute == 1:
-        parts.append("every block checkpointed")
+        short_cuts.append("every block checkpointed")
     elif way.recompute:
-        parts.append(f"one in {way.recompute} blocks checkpointed")
+        short_cuts.append(f"one in {way.recompute} blocks checkpointed")
+    if way.tokens:
+        short_cuts.append(f"in pieces of {way.tokens} tokens")
+    if way.nested:
+        short_cuts.append(f"one input kept of {way.nested} blocks")
+    if way.queries:
+        short_cuts.append("no scores of attention kept")
+    short_cuts += [parts.PARTS[name].says for name in parts.in_use(way.parts, way.recompute)]
     if way.powers:
-        parts.append("exponentials as powers of two")
+        short_cuts.append("exponentials as powers of two")
     if way.compiled:
-        parts.append("compiled")
-    return ", ".join(parts) or "everything, no short cut"
+        short_cuts.append("compiled")
+    return ", ".join(short_cuts) or "everything, no short cut"
 
 
-def fastest_way(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[Way, list[str]]:
-    """(the fastest way that the configuration and the model allow, what a person must know about it)."""
+def fastest_way(
+    model: nn.Module, examples: Sequence[Example], config: Config, shares: bool = False
+) -> tuple[Way, list[str]]:
+    """(the fastest way that the configuration and the model allow, what a person must know about it).
+
+    shares: as `shared_prefix` takes it.
+    """
     notes = []
     split, trained, note = _split(model, examples[0], config)
     if note:
         notes.append(note)
-    length, reason = shared_prefix(model, examples, config)
+    length, reason = shared_prefix(model, examples, config, shares)
     if reason:
         notes.append(f"no shared prefix: {reason}")
     way = Way(split, trained, length, every_nth(config.train))
-    return _for_device(way, model, config), notes
+    if in_pieces(config.train):
+        reason = whole_rows(model, examples, config)
+        if reason:
+            notes.append(f"blocks are checkpointed with whole rows: {reason}")
+    return _for_device(way, model, examples, config), notes
 
 
 def _split(model: nn.Module, example: Example, config: Config) -> tuple[Split | None, bool, str]:
@@ -106,24 +121,26 @@ def _split(model: nn.Module, example: Example, config: Config) -> tuple[Split | 
     return split, trained, ""
 
 
-def expected_way(model: nn.Module, examples: Sequence[Example], config: Config) -> Way:
-    """The way that a run will take when nothing goes wrong, no weight being read."""
+def expected_way(model: nn.Module, examples: Sequence[Example], config: Config, shares: bool = False) -> Way:
+    """The way that a run will take when nothing goes wrong, no weight being read. shares: as in `shared_prefix`."""
     split = Split(model, "") if config.fast.head == "auto" else None
-    length, _ = shared_prefix(model, examples, config)
-    return _for_device(Way(split, prefix=length, recompute=every_nth(config.train)), model, config)
+    length, _ = shared_prefix(model, examples, config, shares)
+    return _for_device(Way(split, prefix=length, recompute=every_nth(config.train)), model, examples, config)
 
 
-def _for_device(way: Way, model: nn.Module, config: Config) -> Way:
+def _for_device(way: Way, model: nn.Module, examples: Sequence[Example], config: Config) -> Way:
     """The way with what makes it fast on this device."""
-    powers = linux_cpu.worth_it() and (way.split is not None or way.prefix is not None)
-    many_shapes = bool(_noise(config)) or config.data.group_by_prefix
+    fast = way.split is not None or way.prefix is not None  # where neither is wanted, the plain way is
+    powers = linux_cpu.worth_it() and fast
+    queries = attention.queries_at_once() if lengths_of(examples).max() > attention.LONG else 0
     compiled = (
         backend.policy().compiled
         and way.split is not None
-        and not many_shapes
+        and not _noise(config)
         and prefix.caches_for(model) is not None  # others may go token by token: such graphs grow with the row
     )
-    return replace(way, powers=powers, compiled=compiled)
+    of_model = parts.of_model(model, config.fast, bool(config.lora.dropout)) if fast else ()
+    return replace(way, powers=powers, compiled=compiled, queries=queries, parts=of_model)
 
 
 def _noise(config: Config) -> str:
@@ -138,27 +155,72 @@ def _noise(config: Config) -> str:
 def every_nth(section: TrainSection) -> int:
     """train.checkpoint_layers as a number; 0: none."""
     every = section.checkpoint_layers
-    return every if isinstance(every, int) else {"none": 0, "all": 1}[every]
+    return every if isinstance(every, int) else {"none": 0, "all": 1, "pieces": 1, "nested": 1}[every]
 
 
-def shared_prefix(model: nn.Module, examples: Sequence[Example], config: Config) -> tuple[int | None, str]:
+def in_pieces(section: TrainSection) -> bool:
+    """Whether checkpointed blocks are to be computed in pieces (`pieces`)."""
+    return section.checkpoint_layers in ("pieces", "nested")
+
+
+def whole_rows(model: nn.Module, examples: Sequence[Example], config: Config) -> str:
+    """Why this model's blocks cannot be computed in pieces of a row, for people; "": they can."""
+    if config.lora.dropout:
+        return "with lora.dropout each row must see a mask of its own"
+    if prefix.caches_for(model) is None:
+        return "some of this model's layers keep more than keys and values"
+    limit = extent.longest_alike(model)
+    if limit is not None and lengths_of(examples).max() > limit:
+        return f"rows of more than {limit} tokens are rotated otherwise"
+    return ""
+
+
+def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: bool) -> Way:
+    """The way with as many blocks checkpointed as the settings say, each as they say.
+
+    may_divide: whether blocks can be computed in pieces; where not, they are checkpointed as a whole.
+    """
+    way = replace(way, recompute=every_nth(section), tokens=0, nested=0)
+    if not in_pieces(section) or not may_divide:
+        return way
+    nested = 0
+    if section.checkpoint_layers == "nested":
+        # n blocks in groups of g keep n / g inputs, and g more while a group goes back: least where g * g = n.
+        nested = max(2, round(math.sqrt(len(model.layers))))
+    # The last block and what is kept of frozen ones count tokens in whole rows, so neither is used. Not compiled: a
+    # compiled graph has the pieces one by one, and gives its stages up.
+    of_whole_rows = tuple(name for name in way.parts if name != "last_block")
+    return replace(way, tokens=pieces.TOKENS, nested=nested, compiled=False, parts=of_whole_rows, frozen=0)
+
+
+def shared_prefix(
+    model: nn.Module, examples: Sequence[Example], config: Config, shares: bool = False
+) -> tuple[int | None, str]:
     """(tokens that all rows of the run begin with, or None: not to be computed once; why not, if worth saying).
 
-    All that speaks against sharing in a whole run is here. Whether one batch gains by it, `prefix.length_for_batch`
-    decides.
+    shares: some rows meet because they begin alike for longer than all do (`Plan.shares`). Whether one batch gains by
+    it, `prefix.forest_of_batch` decides.
     """
     if config.fast.prefix == "off":
         return None, ""
     length = prefix.shared_by_run(examples)
-    if length < prefix.WORTH_SAYING and not config.data.group_by_prefix:
-        return None, ""
-    begin = f"{length} tokens begin every row, but"
+    by_all = length >= prefix.WORTH_SAYING
+    several = int(measured(examples).row_of[-1]) + 1 < len(examples)  # of a row, which begin alike
+    against = against_sharing(model, examples, config) if by_all or shares or several else ""
+    if against:
+        alike = f"{length} tokens begin every row" if by_all else "examples of one row begin alike"
+        return None, f"{alike}, but {against}"
+    return (length, "") if by_all or shares else (None, "")
+
+
+def against_sharing(model: nn.Module, examples: Sequence[Example], config: Config) -> str:
+    """What speaks against computing once what rows share, in words; "": nothing."""
     noise = _noise(config)
     if noise:
-        return None, f"{begin} with {noise} each row must see noise of its own"
+        return f"with {noise} each row must see noise of its own"
     if prefix.caches_for(model) is None:
-        return None, f"{begin} some of this model's layers keep more than keys and values"
+        return "some of this model's layers keep more than keys and values"
     limit = extent.longest_alike(model)
-    if limit is not None and lengths_of(examples).max() > limit - prefix.MIN_SUFFIX:
-        return None, f"{begin} rows of more than {limit} tokens are rotated otherwise"
-    return length, ""
+    if limit is not None and lengths_of(examples).max() > limit - MIN_SUFFIX:
+        return f"rows of more than {limit} tokens are rotated otherwise"
+    return ""

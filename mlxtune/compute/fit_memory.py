@@ -25,20 +25,29 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlxtune_convert.sizes import size
 
-from mlxtune.compute import loss, prefix
-from mlxtune.compute.fast_ways import every_nth
+from mlxtune.compute import loss, parts, pieces, prefix
+from mlxtune.compute.fast_ways import checkpointed, in_pieces, whole_rows
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction as memory
 from mlxtune.compute.memory.kernels import Device
+from mlxtune.compute.memory.step import RunOptions, StepSizes
 from mlxtune.compute.precision import copies, in_float32
 from mlxtune.compute.proof import FEWEST_TOKENS, MAX_TOKENS, Room
+from mlxtune.compute.trunk_choice import budget_for
+from mlxtune.compute.trunk_states import NOTHING, Budget
 from mlxtune.config.resolve import Config
 from mlxtune.config.schema import TrainSection
-from mlxtune.data.dataset.batches import DEFAULT_ROWS, EVALUATION_TOKENS, Plan, lengths_of
+from mlxtune.data.dataset.batches import DEFAULT_ROWS, EVALUATION_TOKENS, Plan, collate, lengths_of
+from mlxtune.data.dataset.forest import Forest, Pass
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.model.arrays import named
 
+LOOKED_AT = 64  # micro-batches, some milliseconds each, for the one through which most tokens go
+DEPTHS, WIDTH_GRAIN = (
+    8,
+    16,
+)  # of a forest's branches: to how many depths, and to what multiple of tokens, for its memory
 PAST_WINDOW = 64  # tokens of the proof's rows beyond a sliding window, where the data has them
 PROOF_SHARE = 0.85  # of the run's predicted peak, that a proof may take: a prediction may be off by 15%
 SHARE = 0.8  # of the device's working set: the rest is for the system, and for what the prediction does not see
@@ -64,6 +73,7 @@ class Fitted:
     rows: Plan  # the batches of `config`
     memory: memory.Memory | memory.NotPredicted  # its predicted peak
     notes: list[str]  # what a person must know
+    budget: Budget = NOTHING  # what the states of rows may take, where the way leaves blocks out
 
 
 def predict_run(given: Given, way: Way, config: Config, rows: Plan) -> memory.Memory | memory.NotPredicted:
@@ -71,9 +81,6 @@ def predict_run(given: Given, way: Way, config: Config, rows: Plan) -> memory.Me
     sizes = memory.sizes_of(given.model_config)
     if sizes is None:
         return memory.NotPredicted("its config.json does not say how wide it is")
-    shapes = rows.shapes()
-    count, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
-    targets = max(targets for _, _, targets in shapes)
     options = replace(
         _options(way, sizes, given.dtype),
         dropout=config.lora.dropout,
@@ -81,24 +88,76 @@ def predict_run(given: Given, way: Way, config: Config, rows: Plan) -> memory.Me
         ram=backend.memory_bytes(),
         updates=True,
     )
-    return memory.predict(given.model, given.model_config, _step_sizes(way, count, width, targets), options)
+    return memory.predict(given.model, given.model_config, _heaviest(way, rows), options)
 
 
-def _step_sizes(way: Way, count: int, width: int, targets: int) -> memory.StepSizes:
+def _heaviest(way: Way, rows: Plan) -> StepSizes:
+    """The micro-batch of the first epoch through which most tokens go, with the most targets that any has.
+
+    Where examples share, those that would be the largest without it are looked at one after the other, until the next
+    one is smaller even whole.
+    """
+    shapes = rows.shapes()
+    targets = max(targets for _, _, targets in shapes)
+    if way.prefix is None:
+        count, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
+        return _step_sizes(way, count, width, targets)
+
+    def positions(examples: list[int]) -> int:
+        return len(examples) * (rows.width(examples) - 1)
+
+    most, heaviest = 0, StepSizes(1, rows.widths[-1] - 1, 0, targets)
+    for examples in sorted(rows.micro_batches(), key=positions, reverse=True)[:LOOKED_AT]:
+        if positions(examples) <= most:
+            break
+        width = rows.width(examples)
+        passes = prefix.forest_of_batch(collate(rows.examples, examples, width), way.prefix)
+        if passes.computed > most:
+            most = passes.computed
+            if prefix.is_simple(passes):
+                heaviest = StepSizes(len(examples), width - 1, passes.passes[-1].start, targets)
+            else:
+                heaviest = StepSizes(len(examples), width - 1, 0, targets, _of_few_shapes(passes))
+    return heaviest
+
+
+def _of_few_shapes(passes: Forest) -> Forest:
+    """A forest whose passes are rounded to few widths and depths, for each shape's graph is looked through."""
+    rounded: list[Pass] = []
+    for each in passes.passes:
+        if each.leaves is None or each.is_trunk:
+            rounded.append(each)
+            continue
+        trunk = passes.passes[each.leaves]
+        end = trunk.start + trunk.width
+        start = min(end, _rounded(each.start, max(FEWEST_TOKENS, end // DEPTHS)))
+        rounded.append(replace(each, start=start, width=_rounded(each.width, WIDTH_GRAIN)))
+    return Forest(tuple(rounded))
+
+
+def _rounded(number: int, grain: int) -> int:
+    """To the nearest multiple, but not to zero."""
+    return max(1, round(number / grain)) * grain
+
+
+def _step_sizes(way: Way, count: int, width: int, targets: int) -> StepSizes:
     """Of a micro-batch of `count` rows of `width` tokens."""
     shared = prefix.if_it_gains(way.prefix or 0, count, width)
-    return memory.StepSizes(count, width - 1, shared, targets)
+    return StepSizes(count, width - 1, shared, targets)
 
 
-def _options(way: Way, sizes: Mapping[str, Any], dtype: mx.Dtype) -> memory.RunOptions:
-    return memory.RunOptions(
+def _options(way: Way, sizes: Mapping[str, Any], dtype: mx.Dtype) -> RunOptions:
+    return RunOptions(
         item=dtype.size,
         chunk=0 if way.split is None else loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"]),
         recompute=way.recompute,
         dropout=0.0,
-        device=Device.here(fast=way.powers),
+        device=Device.here(way.powers, way.queries, tuple(parts.in_use(way.parts, way.recompute))),
+        tokens=way.tokens,
+        nested=way.nested,
         compiled=way.compiled,
         updates=False,
+        frozen=way.frozen,
     )
 
 
@@ -118,43 +177,63 @@ def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = 
     Raises UserError, naming the setting to change, when no batch is small enough.
     """
     limit = given.limit
+    if way.prefix is None:
+        rows = rows.computed_whole()
     needed = 0
-    for number, section in enumerate(_smaller_settings(config.train, rows.widths[-1], checkpoints)):
+    taken = way
+    widest = rows.widths[-1]
+    may_divide = False
+    if checkpoints and (widest > pieces.TOKENS or in_pieces(config.train)):
+        may_divide = not whole_rows(given.model, rows.examples, config)
+    for number, section in enumerate(_smaller_settings(config.train, widest, checkpoints, may_divide)):
         if number == 0:
             batches = rows
         else:
             section, batches = _with_batches(section, config, rows)
         tried = config.model_copy(update={"train": section})
-        taken = replace(way, recompute=every_nth(section) if checkpoints else 0)
+        taken = checkpointed(way, section, given.model, may_divide) if checkpoints else replace(way, recompute=0)
         predicted = predict_run(given, taken, tried, batches)
         if isinstance(predicted, memory.NotPredicted):
             notes = []
             if limit is not None:
                 notes.append(f"{predicted.note}; train.memory_limit does nothing")
-            return Fitted(taken, config, rows, predicted, notes)
+            return _with_budget(given, Fitted(taken, config, rows, predicted, notes))
         needed = predicted.total
         if limit is None or needed <= limit:
-            return Fitted(taken, tried, batches, predicted, _changed(config.train, section, limit))
+            return _with_budget(given, Fitted(taken, tried, batches, predicted, _changed(config.train, section, limit)))
     assert limit is not None
-    raise _does_not_fit(given, way, rows, needed, limit, checkpoints)
+    raise _does_not_fit(given, taken, rows, needed, limit, checkpoints)
+
+
+def _with_budget(given: Given, run: Fitted) -> Fitted:
+    """The run with what the states of its rows may take: of the memory, a part of what it leaves of its limit."""
+    if not run.way.frozen:
+        return run
+    spare = 0
+    if isinstance(run.memory, memory.Memory):
+        spare = (given.limit or int(SHARE * backend.working_set_bytes())) - run.memory.total
+    budget, kept = budget_for(run.config, run.rows, given.model_config, given.dtype, spare)
+    if isinstance(run.memory, memory.Memory):
+        run = replace(run, memory=replace(run.memory, trunk_cache=budget.memory))
+    return replace(run, budget=budget, notes=[*run.notes, f"what the first {run.way.frozen} blocks give is {kept}"])
 
 
 def _with_batches(section: TrainSection, config: Config, rows: Plan) -> tuple[TrainSection, Plan]:
     """Settings that were made smaller, with a step of as many rows as before, and their batches."""
-    batches = Plan(rows.examples, section, config.data.group_by_prefix)
+    batches = rows.with_settings(section)
     if section.batch_tokens == config.train.batch_tokens or batches.rows == len(rows.examples):
         return section, batches
     # A row of many examples may fill several budgets, and fills as many more of half the size.
     wanted = rows.rows_per_batch * config.train.accumulate / batches.rows_per_batch
     section = section.model_copy(update={"accumulate": max(1, round(wanted))})
-    return section, Plan(rows.examples, section, config.data.group_by_prefix)
+    return section, rows.with_settings(section)
 
 
 def _does_not_fit(given: Given, way: Way, rows: Plan, needed: int, limit: int, checkpoints: bool) -> UserError:
-    """needed: bytes of the smallest batch."""
+    """way: the last that was tried; needed: bytes of its smallest batch."""
     least = "row" if rows.rows == len(rows.examples) else "example"
     means = " and checkpointing" if checkpoints else ""
-    longest = _longest_row(given, replace(way, recompute=int(checkpoints)), rows.widths[-1], limit)
+    longest = _longest_row(given, way, rows.widths[-1], limit)
     shorter = f"Lower data.max_tokens to {longest}" if longest else "Lower data.max_tokens"
     smaller = "a smaller model" if "quantization" in given.model_config else "a smaller or a 4-bit model"
     narrower = f"set {given.narrower}, " if given.narrower else ""
@@ -257,8 +336,11 @@ def evaluation_tokens(model: nn.Module, way: Way, rows: Plan) -> int:
     """Padded tokens of a batch of an evaluation, so that it takes no more memory than a step.
 
     It keeps nothing for a backward pass. A step keeps what all blocks need, or where each is computed again, one's.
+    Where beginnings are shared, as many as a step computes: a smaller batch would compute them several times.
     """
     largest = max(count * width for count, width, _ in rows.shapes())
+    if rows.shares and way.prefix is not None:
+        return largest
     times = 1 if way.recompute == 1 else max(1, len(model.layers) // 2)
     return min(EVALUATION_TOKENS, times * largest)
 
@@ -270,14 +352,30 @@ def window_of(model_config: Mapping[str, Any]) -> int:
     return int(sizes.get("sliding_window") or 0) if used else 0
 
 
-def _smaller_settings(section: TrainSection, widest: int, checkpoints: bool = True) -> Iterator[TrainSection]:
+def _smaller_settings(
+    section: TrainSection, widest: int, checkpoints: bool = True, may_divide: bool = False
+) -> Iterator[TrainSection]:
     """The section as it is, then with checkpointing if that may be, then with ever smaller micro-batches and more of
-    them, down to one example of the widest. A step keeps its number of rows.
+    them, down to one example of the widest. A step keeps its number of rows. Then, if blocks may be divided and the
+    widest is more than a piece, in pieces, and nested.
     """
     yield section
-    if checkpoints:
+    asked = section.checkpoint_layers
+    if checkpoints and not in_pieces(section):
         section = section.model_copy(update={"checkpoint_layers": "all"})
         yield section
+    smallest = section
+    for smaller in _smaller_batches(section, widest):
+        smallest = smaller
+        yield smaller
+    if may_divide and widest > pieces.TOKENS:
+        for how in ("pieces", "nested"):
+            if asked not in (how, "nested"):
+                yield smallest.model_copy(update={"checkpoint_layers": how})
+
+
+def _smaller_batches(section: TrainSection, widest: int) -> Iterator[TrainSection]:
+    """Ever smaller micro-batches, and more of them."""
     accumulate = section.accumulate
     tokens = section.batch_tokens
     if tokens:

@@ -9,18 +9,23 @@ many as `prediction.kept_signatures` lets. On the CPU, compiling would start a C
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.compute import loss, prefix, stages
+from mlxtune.compute import attention, loss, parts, pieces, prefix, stages
 from mlxtune.compute.checkpointing import recomputed
 from mlxtune.compute.loss import LossInputs, Way
 from mlxtune.compute.memory import prediction
 from mlxtune.compute.stages import Stages
+from mlxtune.compute.trunk_states import RowStates
 from mlxtune.data.dataset.batches import Batch
+from mlxtune.data.dataset.forest import Forest
 from mlxtune.machine import backend
 from mlxtune.model.linux_cpu import as_powers_of_two
 
@@ -44,11 +49,13 @@ class Gradients:
     use of a signature, counted from 1, that is compiled.
     """
 
-    def __init__(self, model: nn.Module, way: Way, compiled_from: int = 1) -> None:
+    def __init__(self, model: nn.Module, way: Way, compiled_from: int = 1, states: RowStates | None = None) -> None:
+        """states: of the run's rows, where blocks are left out; None: they are computed for each micro-batch."""
         self.model = model
         self.way = way
         self.compiled_from = compiled_from
         self.kept = prediction.kept_signatures(len(model.layers), backend.memory_bytes())
+        self._states = states or RowStates(model, way.frozen, way.powers)
         self.traced = 0  # signatures compiled so far, each time they were
         self._uses: Counter[Signature] = Counter()
         # The compiled function of each signature, the one used last at the end; None: to be compiled at its next call.
@@ -57,27 +64,32 @@ class Gradients:
     def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
         """(a scalar, the tree of gradients, each of its parameter's shape)."""
         to_compute: Stages = []
+        states = self._states.of(batch) if self.way.frozen else None
         if self.way.compiled and self.count_use(batch):
-            inputs = loss.inputs_of(batch, self.way.prefix, rounded_up(batch.targets))
-            function = self._compiled_for(self._signature(batch))
-            arrays = vars(inputs).values()
+            inputs = loss.inputs_of(batch, self.way.prefix, rounded_up(batch.targets), states)
+            function = self._compiled_for(self._signature(batch, inputs.passes), inputs.passes)
+            arrays = (inputs.ids, inputs.positions, inputs.targets, inputs.weights, inputs.states)
             value, gradients, to_compute = function(self.model.trainable_parameters(), *arrays)
         else:
 
             def summed() -> mx.array:
-                return loss.of_batch(self.model, self.way, batch, to_compute)
+                return loss.of_batch(self.model, self.way, batch, to_compute, states)
 
             value, gradients = self._value_and_grad(summed, to_compute)
         stages.compute(to_compute, value, gradients)
         return value, gradients
 
     def count_use(self, batch: Batch) -> bool:
-        """Count a use of the batch's signature; whether this one is compiled.
+        """Count a use of the batch's signature; whether this one is compiled. A forest of many passes never is: its
+        shapes hardly come twice.
 
         A compiled function's last bits may be others than those of the same operations one by one. So whoever goes on
         with a run counts the batches before, and computes each with the function that an uninterrupted run has for it.
         """
-        signature = self._signature(batch)
+        passes = prefix.forest_of_batch(batch, self.way.prefix)
+        if not prefix.is_simple(passes):
+            return False
+        signature = self._signature(batch, passes)
         self._uses[signature] += 1
         if self._uses[signature] < self.compiled_from:
             return False
@@ -87,23 +99,30 @@ class Gradients:
             del self._compiled[oldest], self._uses[oldest]  # used once more, it may well be for the last time
         return True
 
-    def _signature(self, batch: Batch) -> Signature:
+    def _signature(self, batch: Batch, passes: Forest) -> Signature:
+        """passes: the batch's forest, a simple one."""
         rows, width = batch.ids.shape
-        length = 0
-        if self.way.prefix is not None:
-            length = prefix.length_for_batch(batch, self.way.prefix)
-        return Signature(rows, width, rounded_up(batch.targets), length)
+        return Signature(rows, width, rounded_up(batch.targets), passes.passes[-1].start)
 
-    def _compiled_for(self, signature: Signature) -> Any:
+    def _compiled_for(self, signature: Signature, passes: Forest) -> Any:
         """One function for each signature: a function that goes takes its compiled graph with it."""
         if self._compiled[signature] is None:
-            self._compiled[signature] = mx.compile(self._compiled_body)
+            self._compiled[signature] = mx.compile(functools.partial(self._compiled_body, passes))
             self.traced += 1
         return self._compiled[signature]
 
-    def _compiled_body(self, parameters: Any, *arrays: Any) -> tuple[mx.array, Any, Stages]:
-        """What is compiled: (loss, gradients, stages) of the trainable parameters and the arrays of a `LossInputs`."""
-        inputs = LossInputs(*arrays)
+    def _compiled_body(
+        self,
+        passes: Forest,
+        parameters: Any,
+        ids: list[mx.array],
+        positions: mx.array,
+        targets: mx.array,
+        weights: mx.array | None,
+        states: mx.array | None,
+    ) -> tuple[mx.array, Any, Stages]:
+        """What is compiled: (loss, gradients, stages) of the trainable parameters and what is in a `LossInputs`."""
+        inputs = LossInputs(ids, positions, targets, weights, passes, states)
         to_compute: Stages = []
 
         def summed() -> mx.array:
@@ -122,11 +141,27 @@ class Gradients:
         training = self.model.training
         self.model.train()  # mlx-lm's recurrent layers have kernels for generating that know no gradient
         try:
-            with recomputed(self.model, self.way.recompute, to_compute), as_powers_of_two(self.way.powers):
+            with as_said(self.model, self.way, to_compute):
                 value, gradients = nn.value_and_grad(self.model, summed)()
         finally:
             self.model.train(training)
         return value, gradients
+
+
+@contextmanager
+def as_said(model: nn.Module, way: Way, to_compute: Stages | None = None) -> Iterator[None]:
+    """Inside, the model computes its blocks as `way` says. to_compute: as in `checkpointing.recomputed`."""
+    with (
+        parts.within(model, way.parts, way.recompute),
+        as_powers_of_two(way.powers),
+        attention.in_chunks(way.queries) as masks,
+    ):
+        if way.tokens:
+            blocks = pieces.recomputed(model, way.tokens, way.nested, masks, to_compute)
+        else:
+            blocks = recomputed(model, way.recompute, to_compute)
+        with blocks:
+            yield
 
 
 def rounded_up(count: int) -> int:

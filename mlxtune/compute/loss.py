@@ -31,11 +31,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.compute import prefix
+from mlxtune.compute import last_block, prefix
 from mlxtune.compute.checkpointing import checkpointed
 from mlxtune.compute.head import Split
 from mlxtune.compute.stages import Stages
+from mlxtune.compute.trunk import Feed, left_out
 from mlxtune.data.dataset.batches import Batch
+from mlxtune.data.dataset.forest import Forest
 from mlxtune.machine import backend
 
 CHUNK_BYTES = 64 << 20  # of one chunk's float32 logits, before its rows are rounded to whole tiles
@@ -54,6 +56,12 @@ class Way:
     recompute: int = 0  # every n-th block keeps its input only, and computes the rest again going back; 0: none does
     powers: bool = False  # exponentials are computed as powers of two, on Linux's CPU (`linux_cpu`)
     compiled: bool = False  # as one compiled function, on a GPU (`gradients`)
+    queries: int = 0  # of attention, whose scores are computed at once and not kept (`attention`); 0: MLX's attention
+    tokens: int = 0  # of a piece in which every checkpointed block is computed (`pieces`); 0: rows as a whole
+    nested: int = 0  # checkpointed blocks that keep one input together (`pieces`); 0: each keeps its own
+    parts: tuple[str, ...] = ()  # what of the model is computed otherwise, by its names in `parts.PARTS`
+    frozen: int = 0  # the outputs of so many first blocks are computed once for each row (`trunk`); 0: of none
+    beside: int = 0  # results that each of those blocks gives beside its hidden states
 
 
 def plain(model: nn.Module, batch: Batch) -> mx.array:
@@ -70,26 +78,24 @@ def plain(model: nn.Module, batch: Batch) -> mx.array:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """A micro-batch as the arrays that a fast way takes. (A compiled function is given them in this order.)"""
+    """A micro-batch as what a fast way takes: arrays, and what they are of."""
 
-    ids: mx.array  # [B, T] int32: every row but its last token, which predicts nothing
-    positions: mx.array  # [N] int32: which of the trunk's outputs, all rows' in one list, predict a supervised token
+    ids: list[mx.array]  # of each pass, [rows, width] int32; a row's last token is in none, for it predicts nothing
+    positions: mx.array  # [N] int32: which of the trunk's outputs, all passes' in one list, predict a supervised token
     targets: mx.array  # [N] int32: those tokens
     weights: mx.array | None  # [N, 1] float32: 0 for targets that only fill up, else 1; None: none of them does
-    prefix: int  # tokens that every row begins with, to be computed once
+    passes: Forest  # which rows each of the passes is of
+    states: mx.array | None = None  # [B, T, D]: what the frozen blocks give; None: no block is left out
 
 
-def inputs_of(batch: Batch, shared: int | None, count: int = 0) -> LossInputs:
+def inputs_of(batch: Batch, shared: int | None, count: int = 0, states: mx.array | None = None) -> LossInputs:
     """The arrays of a micro-batch: `LossInputs` has their shapes.
 
     shared: the run's common prefix, None: rows are computed whole; count: N is filled up to so many, 0: it is not.
     """
-    positions, targets = batch.supervised()
-    length = 0
-    if shared is not None:
-        length = prefix.length_for_batch(batch, shared)
-    if length:
-        positions = prefix.positions_of_targets(batch, length)
+    passes = prefix.forest_of_batch(batch, shared)
+    positions = prefix.positions_of_targets(batch, passes)
+    _, targets = batch.supervised()
     weights = None
     if count:
         is_real = np.arange(count) < len(targets)
@@ -97,40 +103,60 @@ def inputs_of(batch: Batch, shared: int | None, count: int = 0) -> LossInputs:
         missing = count - len(targets)
         positions = np.pad(positions, (0, missing), mode="edge")
         targets = np.pad(targets, (0, missing), mode="edge")
-    return LossInputs(mx.array(batch.ids[:, :-1]), mx.array(positions), mx.array(targets), weights, length)
+    ids = [mx.array(prefix.tokens_of(batch, each)) for each in passes.passes]
+    return LossInputs(ids, mx.array(positions), mx.array(targets), weights, passes, states)
 
 
-def of_batch(model: nn.Module, way: Way, batch: Batch, stages: Stages | None = None) -> mx.array:
+def of_batch(
+    model: nn.Module, way: Way, batch: Batch, stages: Stages | None = None, states: mx.array | None = None
+) -> mx.array:
     """The same sum as `plain`, computed as `way` says. Scalar, float32.
 
     stages: gets the arrays that are to be computed one after the other before the rest; None: they are not asked for.
+    states: as in `LossInputs`.
     """
-    if way.split is None and way.prefix is None:
+    if way.split is None and way.prefix is None and states is None:
         return plain(model, batch)
-    return of_inputs(model, way, inputs_of(batch, way.prefix), [] if stages is None else stages)
+    return of_inputs(model, way, inputs_of(batch, way.prefix, states=states), [] if stages is None else stages)
 
 
 def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) -> mx.array:
     """As `of_batch`, of a batch that is arrays already. Scalar, float32."""
-    outputs = supervised_outputs(model, way.split, inputs)
+    by_last_block = "last_block" in way.parts
+    if inputs.states is None:
+        outputs = supervised_outputs(model, way.split, inputs, by_last_block)
+    else:
+        feed = Feed(inputs.states)
+        with left_out(model, way.frozen, feed, way.beside):
+            outputs = supervised_outputs(model, way.split, inputs, by_last_block, feed)
     if way.split is None:
         assert inputs.weights is None
         return nn.losses.cross_entropy(_as_float32(outputs), inputs.targets, reduction="sum")
+    kernel = "kernels" in way.parts
     if way.head_trained:
-        return _through_trained_head(model, way.split, outputs, inputs)
-    return _through_frozen_head(way.split, outputs, inputs, stages)
+        return _through_trained_head(model, way.split, outputs, inputs, kernel)
+    return _through_frozen_head(way.split, outputs, inputs, stages, kernel)
 
 
-def supervised_outputs(model: nn.Module, split: Split | None, inputs: LossInputs) -> mx.array:
+def supervised_outputs(
+    model: nn.Module,
+    split: Split | None,
+    inputs: LossInputs,
+    by_last_block: bool = False,
+    feed: Feed | None = None,
+) -> mx.array:
     """Hidden states [N, D] at the positions, for the head still to run on; without a split the logits themselves,
     [N, V].
+
+    by_last_block: whether the trunk itself may give the positions alone (`last_block`); it does where all of them are
+    in one pass. feed: of blocks that are left out, which is told of each pass.
     """
+    by_last_block = by_last_block and prefix.is_simple(inputs.passes)
+    if by_last_block:
+        last_block.give(inputs.positions)
     forward: Any = model if split is None else split.hidden
-    if not inputs.prefix:
-        outputs: mx.array = forward(inputs.ids)
-    else:
-        outputs = prefix.in_two_passes(forward, model, inputs.ids, inputs.prefix)
-    return outputs.reshape(-1, outputs.shape[-1])[inputs.positions]
+    outputs = prefix.through(forward, model, inputs.passes, inputs.ids, feed)
+    return outputs if by_last_block else outputs[inputs.positions]
 
 
 def chunk_rows(width: int, vocabulary: int) -> int:
@@ -153,7 +179,7 @@ def chunks(rows: mx.array, vocabulary: int) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _through_frozen_head(split: Split, rows: mx.array, inputs: LossInputs, stages: Stages) -> mx.array:
+def _through_frozen_head(split: Split, rows: mx.array, inputs: LossInputs, stages: Stages, kernel: bool) -> mx.array:
     """Loss and gradient of hidden rows [N, D] in one forward pass; the backward pass only scales.
 
     Nothing in the head may be trainable: gradients to what a custom function closes over are silently zero.
@@ -169,7 +195,7 @@ def _through_frozen_head(split: Split, rows: mx.array, inputs: LossInputs, stage
             if gradients:
                 # Each chunk waits for the one before: computed ahead, all their logits would be alive at once.
                 part = mx.depends([part], [total, gradients[-1]])[0]
-            loss, gradient = mx.value_and_grad(_chunk_loss(split, inputs, chunk))(part)
+            loss, gradient = mx.value_and_grad(_chunk_loss(split, inputs, chunk, kernel))(part)
             total = total + loss
             gradients.append(gradient)
             stages.append([total, gradient])
@@ -183,24 +209,26 @@ def _through_frozen_head(split: Split, rows: mx.array, inputs: LossInputs, stage
     return out[0]
 
 
-def _through_trained_head(model: nn.Module, split: Split, rows: mx.array, inputs: LossInputs) -> mx.array:
+def _through_trained_head(model: nn.Module, split: Split, rows: mx.array, inputs: LossInputs, kernel: bool) -> mx.array:
     """The loss of hidden rows [N, D]; the chunks' logits are computed again in the backward pass, which gives the
     head's parameters their gradients.
     """
     total = mx.array(0.0, _as_float32(rows[:0]).dtype)
     for chunk in chunks(rows, split.vocabulary):
         part = mx.depends([rows[chunk]], [total])[0]
-        total = total + checkpointed(model, _chunk_loss(split, inputs, chunk))(part)
+        total = total + checkpointed(model, _chunk_loss(split, inputs, chunk, kernel))(part)
     return total
 
 
-def _chunk_loss(split: Split, inputs: LossInputs, chunk: slice) -> Callable[[mx.array], mx.array]:
+def _chunk_loss(split: Split, inputs: LossInputs, chunk: slice, kernel: bool) -> Callable[[mx.array], mx.array]:
     """[C, D] hidden rows -> the sum of their losses.
 
     For one position, with the logits z and the target t:
 
         loss      log(sum_i exp(z_i)) - z_t  =  log(sum_i exp(z_i - m)) + m - z_t     m: the largest logit, so that no
         gradient  softmax(z) - one_hot(t)                                             exponential overflows
+
+    kernel: whether MLX's own does it, which on a GPU takes 16-bit logits as they are and keeps nothing beside them.
     """
     targets = inputs.targets[chunk]
     weights = None if inputs.weights is None else inputs.weights[chunk]
@@ -223,6 +251,9 @@ def _chunk_loss(split: Split, inputs: LossInputs, chunk: slice) -> Callable[[mx.
         return scale * outputs[1].at[mx.arange(targets.size), targets].subtract(1)
 
     def loss(rows: mx.array) -> mx.array:
+        if kernel:
+            losses = mx.fast.cross_entropy(split.logits(rows), targets)
+            return (losses if weights is None else losses * weights[:, 0]).sum()
         out: Any = cross_entropy(_as_float32(split.logits(rows)))
         return out[0]
 

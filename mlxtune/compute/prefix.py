@@ -1,6 +1,6 @@
-"""A prefix that all rows of a batch share, computed once (system prompt, tool definitions).
+"""What rows of a micro-batch begin with in common, computed once: system prompts, the history of a conversation.
 
-    row 1   S S S S S S u u u a a a       S: the prefix, P = 6 tokens that every row begins with
+    row 1   S S S S S S u u u a a a       S: the prefix, P = 6 tokens that both rows begin with
     row 2   S S S S S S v v a a a .       u, v: what else is asked; a: supervised; .: padding
 
     1st pass    [1, P]       S S S S S S              every layer records its keys and values: [1, heads, P, width]
@@ -13,12 +13,16 @@ Of B * T tokens P + B * (T - P) are computed. The recorded keys and values stay 
 the prefix exactly: each row adds its part. The last token of the prefix is never the one that predicts a target, for
 the first pass gives no output.
 
-The second pass goes through the `cache` argument that mlx-lm's models take. Rejected: packing all rows into one
-sequence with a block mask, which no model's own forward takes.
+In general there are several trunks, which rows leave at several depths: `data/dataset/forest.py` says which passes
+there are (begin with its picture). A pass takes the first tokens of what its trunk recorded, as many as lie before it;
+so one number says where its positions begin, and masks are those of any cache.
 
-May a prefix be shared at all? `fast_ways.shared_prefix` decides that for a run, `length_for_batch` for one batch.
+A pass goes through the `cache` argument that mlx-lm's models take. Rejected: packing all rows into one sequence with a
+block mask, which no model's own forward takes.
 
-Legend: B rows, T tokens, P prefix tokens, N supervised positions.
+May anything be shared at all? `fast_ways.shared_prefix` decides that for a run, `forest_of_batch` for one micro-batch.
+
+Legend: B rows, T tokens, P prefix tokens, N supervised positions, D width.
 """
 
 from __future__ import annotations
@@ -31,17 +35,19 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from mlxtune.compute.trunk import Feed
 from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset import forest
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.data.dataset.beginnings import common, first_target
+from mlxtune.data.dataset.forest import Forest, Pass
 from mlxtune.model.prefix_cache import PrefixCache
 
-# Up to 8 queries MLX's attention on Metal has kernels of its own, for generation. A gradient takes none of them (in
-# MLX's source `is_training` turns them off), so nothing is known to fail below 9; staying above costs a few tokens.
-MIN_SUFFIX = 9
 GRAIN = 16  # a batch may share more than the run does: in multiples of so many tokens, so that shapes stay few
-MIN_SAVED = 0.04  # share of a batch's tokens; below, the second pass costs what it saves
 WORTH_SAYING = 8  # tokens: any chat template begins its rows with some
+# Of one trunk that all rows leave at its end a GPU compiles the few shapes, and there are two passes. Any other forest
+# must save this share of what that one computes.
+WORTH_A_FOREST = 0.1
 
 
 def caches_for(model: nn.Module) -> list[PrefixCache] | None:
@@ -55,16 +61,22 @@ def caches_for(model: nn.Module) -> list[PrefixCache] | None:
     return [PrefixCache() for _ in own]
 
 
+def may_share(batch: Batch) -> np.ndarray:
+    """[B] how many leading tokens of each row may lie in a trunk: those before the position that predicts its first
+    target.
+    """
+    first_targets = 1 + batch.mask[:, 1:].argmax(axis=1)  # rows without a target do not reach a batch
+    # A row's last token predicts nothing, and at least one token that predicts must follow the trunk.
+    return np.maximum(0, np.minimum(first_targets - 1, batch.lengths - 2))
+
+
 def shared_by_batch(batch: Batch) -> int:
     """Tokens that begin every row of a batch and lie before the position that predicts the first target."""
     if len(batch.rows) < 2:
         return 0
     same = (batch.ids == batch.ids[:1]).all(axis=0)  # [T]: whether all rows have the same token there
     alike = len(same) if same.all() else int(same.argmin())
-    first_target = 1 + int(batch.mask[:, 1:].argmax(axis=1).min())  # rows without a target do not reach a batch
-    shortest = int(batch.lengths.min())
-    # A row's last token predicts nothing, and at least one token that predicts must follow the prefix.
-    return max(0, min(alike, first_target - 1, shortest - 2))
+    return min(alike, int(may_share(batch).min()))
 
 
 def shared_by_run(examples: Sequence[Example]) -> int:
@@ -82,7 +94,7 @@ def widest_that_gains(length: int, rows: int) -> int:
 
     It saves length * (rows - 1) of rows * width tokens, and that must be MIN_SAVED of them.
     """
-    return int(length * (rows - 1) / (MIN_SAVED * rows))
+    return int(length * (rows - 1) / (forest.MIN_SAVED * rows))
 
 
 def if_it_gains(length: int, rows: int, width: int) -> int:
@@ -91,8 +103,8 @@ def if_it_gains(length: int, rows: int, width: int) -> int:
 
 
 def length_for_batch(batch: Batch, of_run: int) -> int:
-    """The prefix length for a batch: at least what the whole run shares, and more in steps of GRAIN; 0 where the gain
-    is nil.
+    """The length of the prefix that all rows of a batch share: at least what the whole run shares, and more in steps of
+    GRAIN; 0 where the gain is nil.
     """
     length = shared_by_batch(batch)
     if length > of_run:
@@ -101,26 +113,78 @@ def length_for_batch(batch: Batch, of_run: int) -> int:
     return if_it_gains(length, rows, width)
 
 
-def positions_of_targets(batch: Batch, length: int) -> np.ndarray:
-    """[N] flat positions, in what `in_two_passes` returns, of what predicts a supervised token."""
-    row, column = np.nonzero(batch.mask[:, 1:])
-    width = max(MIN_SUFFIX, batch.ids.shape[1] - 1 - length)  # of a suffix, as `in_two_passes` pads it
-    return (row * width + column - length).astype(np.int32)
+def forest_of_batch(batch: Batch, of_run: int | None) -> Forest:
+    """The passes of a micro-batch.
 
-
-def in_two_passes(forward: Any, model: nn.Module, ids: mx.array, length: int) -> mx.array:
-    """[B, T] tokens -> output [B, T - P, D] of the suffixes, padded to MIN_SUFFIX tokens at least.
-
-    forward: the trunk or the model, called as forward(ids, cache=...); length: P.
+    of_run: tokens that all rows of the run begin with; None: rows are computed whole.
     """
+    rows, width = batch.ids.shape
+    if of_run is None or rows < 2:
+        return forest.whole(rows, width - 1)
+    simple = forest.behind_one_trunk(rows, width - 1, length_for_batch(batch, of_run))
+    ids = [batch.ids[row, :length] for row, length in enumerate(batch.lengths)]
+    best = forest.forest_of(ids, may_share(batch).tolist())
+    return best if best.shares and best.computed <= (1 - WORTH_A_FOREST) * simple.computed else simple
+
+
+def is_simple(passes: Forest) -> bool:
+    """Whether a forest is whole rows, or rows that leave one trunk at its end, all in one pass."""
+    return len(passes.passes) - passes.shares == 1
+
+
+def tokens_of(batch: Batch, each: Pass) -> np.ndarray:
+    """[rows, width] int32: what goes through the model in one pass."""
+    ids = batch.ids[list(each.rows), each.start : each.start + each.width]
+    missing = each.width - ids.shape[1]
+    return np.pad(ids, [(0, 0), (0, missing)])
+
+
+def positions_of_targets(batch: Batch, passes: Forest) -> np.ndarray:
+    """[N] flat positions, in what `through` returns, of what predicts a supervised token."""
+    begin = np.zeros(len(batch.rows), np.int64)  # [B]: where position 0 of each row would be
+    before = 0  # positions of the passes before
+    for each in passes.passes:
+        if not each.is_trunk:
+            begin[list(each.rows)] = before + each.width * np.arange(len(each.rows)) - each.start
+            before += each.computed
+    row, column = np.nonzero(batch.mask[:, 1:])
+    return (begin[row] + column).astype(np.int32)
+
+
+def through(
+    forward: Any, model: nn.Module, passes: Forest, ids: Sequence[mx.array], feed: Feed | None = None
+) -> mx.array:
+    """The output of all rows, pass after pass, [positions, D]; a trunk gives none.
+
+    forward: the trunk or the model, called as forward(ids, cache=...); ids: of each pass, as `tokens_of` gives them;
+    feed: told of each pass.
+    """
+    if not passes.shares:
+        return _flat(forward(ids[0]))
+    kept: list[list[PrefixCache]] = []  # of each pass, one for every layer
+    outputs: list[mx.array] = []
+    for each, tokens in zip(passes.passes, ids, strict=True):
+        layers = _caches(model, each, [] if each.leaves is None else kept[each.leaves])
+        kept.append(layers)
+        if feed is not None:
+            feed.take(each.rows, each.start, each.width)
+        output = forward(tokens, cache=layers)
+        if not each.is_trunk:
+            outputs.append(_flat(output))
+    return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _caches(model: nn.Module, each: Pass, trunk: list[PrefixCache]) -> list[PrefixCache]:
+    """The caches of a pass. trunk: those of the pass that it leaves; []: it begins at the rows' beginning."""
     layers = caches_for(model)
     assert layers is not None
-    suffix = ids[:, length:]
-    missing = MIN_SUFFIX - suffix.shape[1]
-    if missing > 0:
-        suffix = mx.pad(suffix, [(0, 0), (0, missing)])
-    forward(ids[:1, :length], cache=layers)
-    for cache in layers:
-        cache.state, cache.offset, cache.recorded = cache.recorded, length, []
-    out: mx.array = forward(suffix, cache=layers)
-    return out
+    for place, layer in enumerate(layers):
+        layer.offset, layer.records = each.start, each.is_trunk
+        if trunk:
+            layer.state = [array[:, :, : each.start] for array in trunk[place].recorded]
+    return layers
+
+
+def _flat(output: mx.array) -> mx.array:
+    """[B, T, D] -> [B * T, D]."""
+    return output.reshape(-1, output.shape[-1])

@@ -31,6 +31,7 @@ from mlxtune.compute.stages import Stages
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, collate, lengths_of
 from mlxtune.data.dataset.beginnings import MIN_GROUP_TOKENS, common, groups
+from mlxtune.data.dataset.measured import measured
 from mlxtune.machine import backend
 from mlxtune.model.arrays import dtype_name, named, scalar, to_numpy
 from mlxtune.model.classes import as_classes, calling
@@ -40,6 +41,7 @@ MAX_TOKENS = 1024  # of each of the proof's rows; more only where a sliding wind
 FEWEST_TOKENS = 32  # their logits take less than a chunk of the head does
 PROBE_TOKENS = 16  # on which checkpointing proves itself
 ROWS = 2  # that a proof is made on
+PARTS = 3  # of each of the rows, where the way computes long ones in parts
 LOGITS_SHARE = 0.06  # of the memory, for the plain way's logits
 COPIES = 3  # of the float32 logits, about, that the plain way has alive at once
 # (loss, gradient) differences allowed, relative. Other orders of summation reach 3e-7 and 2e-5 in float32; a wrong mask
@@ -90,6 +92,7 @@ class Verdict:
 
 def prove(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, room: Room) -> Verdict:
     """What comparing a way with the plain one says. dtype: of the run's activations. Raises whatever the model does."""
+    way = _divided(way, batch)
     if room.checkpointed:
         way = replace(way, recompute=way.recompute or 1)
     with nudged(model):
@@ -104,6 +107,13 @@ def prove(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, room: Room)
         if verdict.wrong or dtype == mx.float32:
             return verdict
         return _finite(model, way, batch, dtype, room.checkpointed)
+
+
+def _divided(way: Way, batch: Batch) -> Way:
+    """The way with pieces that are short enough for the proof's rows to have several, of several chunks each."""
+    rows, width = batch.ids.shape
+    piece = max(2, width // PARTS)
+    return replace(way, queries=min(way.queries, piece // 2), tokens=min(way.tokens, rows * piece))
 
 
 @contextmanager
@@ -289,7 +299,8 @@ def _not_finite(sums: Sums) -> str:
 
 def rows_for(examples: Sequence[Example], way: Way, grouped: bool, tokens: int = MAX_TOKENS) -> Batch:
     """Two real rows: the longest ones, so that sliding windows are passed where the data passes them, as far as the
-    plain way's logits fit the memory. Where rows are grouped, those that share the most.
+    plain way's logits fit the memory. Where rows are grouped, those that share the most: up to three of one
+    conversation, which branch off a trunk at different depths.
 
     tokens: of a row, at most.
     """
@@ -298,6 +309,9 @@ def rows_for(examples: Sequence[Example], way: Way, grouped: bool, tokens: int =
         fit = int(LOGITS_SHARE * backend.memory_bytes() / logits)
         tokens = min(tokens, max(FEWEST_TOKENS, fit))
     order = np.argsort(-lengths_of(examples), kind="stable").tolist()
+    conversation = _of_one_row(examples) if grouped else []
+    if conversation and way.prefix is not None:
+        return _branching(examples, conversation, tokens)
     shared = way.prefix
     if grouped:
         pairs = [group[:2] for group in groups(examples, MIN_GROUP_TOKENS)]
@@ -309,6 +323,32 @@ def rows_for(examples: Sequence[Example], way: Way, grouped: bool, tokens: int =
         tokens = min(tokens, prefix.widest_that_gains(shared, ROWS))
     chosen = (order * ROWS)[:ROWS]  # a single example twice
     return collate([_cut(examples[index], tokens) for index in chosen], range(ROWS))
+
+
+def _of_one_row(examples: Sequence[Example]) -> list[int]:
+    """The last, the middle and the first example of the row with the longest one among those that have several; []:
+    none has.
+    """
+    known = measured(examples)
+    rows, firsts, counts = np.unique(known.row_of, return_index=True, return_counts=True)
+    if not len(rows) or counts.max() < 2:
+        return []
+    longest = np.where(counts > 1, np.maximum.reduceat(known.lengths, firsts), 0)
+    row = int(longest.argmax())
+    first, last = int(firsts[row]), int(firsts[row] + counts[row]) - 1
+    return sorted({first, (first + last) // 2, last}, reverse=True)
+
+
+def _branching(examples: Sequence[Example], conversation: list[int], tokens: int) -> Batch:
+    """Some examples of one row, cut at different places so that they still part at different depths, and so many of
+    them that no more is computed than of two rows.
+    """
+    parts = (1.0, 0.75, 0.5)  # of `tokens`
+    rows = [_cut(examples[index], int(part * tokens)) for index, part in zip(conversation, parts, strict=False)]
+    batch = collate(rows, range(len(rows)))
+    if len(rows) > ROWS and prefix.forest_of_batch(batch, 0).computed > ROWS * tokens:
+        return collate(rows[:ROWS], range(ROWS))
+    return batch
 
 
 def _cut(example: Example, tokens: int) -> Example:

@@ -74,7 +74,9 @@ class DataSection(Section):
     )
     template: str = Field("", description="chatml, alpaca, or a file (default: the tokenizer's own chat template)")
     group_by_prefix: bool = Field(
-        False, description="true: rows that share a long beginning (one document, several questions) share a batch"
+        True,
+        description="true: examples that begin alike (turns of a conversation, questions on a document) meet, so that "
+        "it is computed once; false: only lengths decide what meets",
     )
     template_kwargs: dict[str, Any] = Field(default_factory=dict, description="extra variables of the chat template")
     date: str = Field(
@@ -119,11 +121,16 @@ class LoraSection(Section):
     variant: Literal["lora", "rslora", "dora"] = Field(
         "lora", description="rslora: scale = alpha / sqrt(rank); dora: trains the length of W's rows as well"
     )
+    b_rate: float = Field(
+        1.0, gt=0, description="LoRA+: learning rate of the factors B over train.lr, which is that of all the rest"
+    )
     train_also: list[str] = Field(
         default_factory=list,
         description="layers trained in full: norms, embeddings, head, or module paths such as layers.11",
     )
-    start_from: str = Field("", description="adapter folder to go on from; it decides everything but lora.dropout")
+    start_from: str = Field(
+        "", description="adapter folder to go on from; it decides all but lora.dropout and lora.b_rate"
+    )
 
     @field_validator("layers", "targets")
     @classmethod
@@ -144,12 +151,13 @@ class TrainSection(Section):
     steps: int | None = Field(None, ge=1, description="optimizer steps (instead of epochs)")
     epochs: float | None = Field(None, gt=0, description="passes over the data (default 1 when steps is not set)")
     batch_rows: int | None = Field(
-        None, ge=1, description="rows per batch, and examples per micro-batch (default 4 unless batch_tokens)"
+        None, ge=1, description="rows per batch, whatever each gives of examples (default 4 unless batch_tokens)"
     )
     batch_tokens: int | None = Field(
         None,
         ge=16,
-        description="at most so many padded tokens per batch (one row at least) and micro-batch; instead of batch_rows",
+        description="at most so many padded tokens per batch (one row at least) and micro-batch, those that rows share "
+        "counted once; instead of batch_rows",
     )
     accumulate: int = Field(1, ge=1, description="batches of rows per optimizer step")
     lr: float = Field(2e-4, gt=0, description="peak learning rate")
@@ -164,11 +172,19 @@ class TrainSection(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="activations; auto: float32 on the CPU and for float16 models, else the model's own type"
     )
-    checkpoint_layers: Literal["none", "all"] | int = Field(
-        "none", description="blocks whose activations are computed again instead of kept: none, all, or every n-th"
+    checkpoint_layers: Literal["none", "all", "pieces", "nested"] | int = Field(
+        "none",
+        description="blocks whose activations are computed again instead of kept: none, all, or every n-th; for long "
+        "rows all in pieces of 512 tokens, or nested: in pieces, and of several blocks one input is kept",
     )
     memory_limit: Literal["auto", "off"] | int = Field(
         "auto", description="bytes that the predicted peak must fit; auto: 80% of the device's working set; off: any"
+    )
+    trunk_cache: Literal["auto", "off"] | int = Field(
+        "auto",
+        description="bytes, in memory and then on the disk, for what blocks below the lowest trained one give for each "
+        "row, so that later epochs leave them out; auto: half of the memory that is left, a quarter of the free disk; "
+        "off: they are computed in each epoch",
     )
     eval_every: int = Field(50, ge=0, description="optimizer steps between evaluations; 0: only at the end")
     save_every: int = Field(100, ge=0, description="optimizer steps between checkpoints; 0: none by count")
@@ -205,11 +221,15 @@ class TrainSection(Section):
         "more where steps are long (20 times its own work, 3 times the longest wait so far)",
     )
 
-    @field_validator("checkpoint_layers", "memory_limit")
+    @field_validator("checkpoint_layers", "memory_limit", "trunk_cache")
     @classmethod
     def _some(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, int) and value < 1:
-            words = {"checkpoint_layers": "none, all, or n for every n-th block", "memory_limit": "auto, off, or bytes"}
+            words = {
+                "checkpoint_layers": "none, all, pieces, nested, or n for every n-th block",
+                "memory_limit": "auto, off, or bytes",
+                "trunk_cache": "auto, off, or bytes",
+            }
             raise ValueError(f"use {words[str(info.field_name)]}")
         return value
 
@@ -236,4 +256,21 @@ class FastSection(Section):
 
     prefix: Literal["auto", "off"] = Field(
         "auto", description="auto: tokens that all rows of a batch begin with are computed once; off: in every row"
+    )
+
+    gated_delta: Literal["auto", "off"] = Field(
+        "auto", description="auto: gated delta layers (Qwen3.5, Kimi) go in chunks; off: token by token, as in mlx-lm"
+    )
+
+    activations: Literal["auto", "off"] = Field(
+        "auto", description="auto: gated activations are computed again in the backward pass; off: kept"
+    )
+
+    last_block: Literal["auto", "off"] = Field(
+        "auto", description="auto: behind its attention the last block computes supervised tokens only; off: all"
+    )
+
+    kernels: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: on a GPU MLX's kernels for cross-entropy and gated delta layers; off: plain operations",
     )

@@ -156,7 +156,7 @@ def parse_yaml(text: str, source: str, key: str = "") -> Document:
         return replace(document, value=yaml.constructor.construct_document(root))
     except MaxDepthExceededError as error:
         raise UserError(f"{source}: not valid YAML (nested too deeply)") from error
-    except (YAMLError, ValueError) as error:
+    except (YAMLError, ValueError, OverflowError) as error:  # OverflowError: an escape beyond the last character
         mark = getattr(error, "problem_mark", None)
         where = f"{source} line {mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -47,7 +47,7 @@ from mlxtune.train.run_folder import RunFolder
 STEPS = 48
 FOLDERS = ("model", "run", "fused", "peft", "hf", "gguf")  # what the demo makes, and all that --force removes
 SHOWN_ROWS = (0, 7, 18)  # of the test file: what they answer before and after is shown
-ANSWER = Sampling(max_tokens=48)  # as long as the longest answer that is asked for
+ANSWER = Sampling(max_tokens=48)  # the longest answer that is asked for has as many
 SETTINGS = (
     "lora.rank=8",
     "lora.alpha=16",

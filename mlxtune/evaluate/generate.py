@@ -45,7 +45,8 @@ def prompt_ids(
 ) -> list[int]:
     """A conversation as the model sees it before it answers; plain text when it has no chat template.
 
-    Raises Refused when the template does, and UserError for a token that the model does not know, and for no token.
+    Raises Refused when the template does, and UserError for a token that the model does not know, or when there is none
+    at all: nothing can be answered to nothing.
     """
     template = template_for(loaded, template_kwargs, day)
     if template is None:
@@ -54,9 +55,10 @@ def prompt_ids(
     else:
         text = prompt_text(template, messages, tools)
         ids = list(loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
-    loaded.check_ids([ids])
     if not ids:
-        raise UserError("nothing is asked: the prompt has no tokens")
+        whose = "the prompt has no text" if template is None else "the chat template makes nothing of this conversation"
+        raise UserError(f"there is nothing to answer: {whose}")
+    loaded.check_ids([ids])
     return ids
 
 

@@ -6,7 +6,7 @@ It has two entrances, and everything else is private to them:
 - `as_powers_of_two(wanted)`, around a training step: exponentials and attention by functions that are fast there.
   `worth_it` says whether they are wanted; a run keeps the answer in `Way.powers`.
 
-(`compute/memory/linux_attention.py` takes down the graph of this attention, to predict its memory.)
+(`compute/memory/own_attention.py` takes down the graph of this attention, to predict its memory.)
 
 Quantized layers. MLX's CPU kernel for quantized matrices is slow for more than a few rows (20 to 70 times slower than
 float32 BLAS), so there a frozen layer builds its float32 matrix, multiplies, and forgets it; the backward pass builds
@@ -21,7 +21,6 @@ Legend: B rows, H query heads, K key heads, T queries, S keys, D width of a head
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from collections.abc import Iterator
@@ -271,10 +270,14 @@ def bias_of(mask: Any, queries: int, keys: int) -> mx.array | None:
     return mx.where(mask, 0.0, mx.finfo(mx.float32).min)
 
 
-@functools.lru_cache(maxsize=2)  # a prefix and its suffixes
+_squares: list[mx.array] = []  # the largest causal mask so far, [N, N]
+
+
 def _causal(queries: int, keys: int) -> mx.array:
-    """[T, S], aligned bottom right; computed once, for a step's layers all ask for it."""
-    reachable = mx.arange(keys)[None] <= mx.arange(keys - queries, keys)[:, None]
-    bias = mx.where(reachable, 0.0, -mx.inf)
-    mx.eval(bias)
-    return bias
+    """[T, S], aligned bottom right: a corner of one mask, for the layers and passes of a step all ask for some."""
+    if not _squares or _squares[0].shape[0] < keys:
+        place = mx.arange(keys)
+        square = mx.where(place[None] <= place[:, None], 0.0, -mx.inf)
+        mx.eval(square)
+        _squares[:] = [square]
+    return _squares[0][keys - queries : keys, :keys]

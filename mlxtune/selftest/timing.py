@@ -67,7 +67,7 @@ def _measured(shop: Workshop) -> Parts:
     job, what = _job(shop)
     (batch,) = job.plan.step(1)
     gradients = Gradients(job.model, job.way)
-    step = StepFunction(job, optim.build(job.section, job.model.trainable_parameters()))
+    step = StepFunction(job, optim.build(job.section, job.model.trainable_parameters(), job.b_rate))
     works = (
         partial(_called, gradients, _one_target_each(batch)),
         partial(_called, gradients, batch),

@@ -95,7 +95,7 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
         PLAIN: [plain],
         HEAD: [head],
         PREFIX: [shared],
-        CHECKPOINTED: [replace(plain, recompute=1), replace(plain, recompute=2)],
+        CHECKPOINTED: [replace(plain, recompute=1), replace(plain, recompute=2), *_in_pieces(model, plain, rows)],
         POWERS: [replace(head, powers=True)] if linux_cpu.worth_it() and dtype == mx.float32 else [],
         COMPILED: [replace(head, compiled=True)] if backend.policy().compiled else [],
     }
@@ -108,6 +108,14 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
         if way not in known and _in_a_run(way):
             together.append(way)
     return {**alone, TOGETHER: together}
+
+
+def _in_pieces(model: nn.Module, plain: Way, rows: Batch) -> list[Way]:
+    """With pieces and chunks of queries that are shorter than the rows, where the model's blocks allow pieces."""
+    count, width = rows.ids.shape
+    if prefix.caches_for(model) is None or width < 4:
+        return []
+    return [replace(plain, recompute=1, tokens=count * width // 2, nested=2, queries=width // 4)]
 
 
 def _in_a_run(way: Way) -> bool:

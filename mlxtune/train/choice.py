@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from mlxtune.compute import fast_ways, fit_memory, proof
+from mlxtune.compute import fast_ways, fit_memory, proof, trunk_choice
 from mlxtune.compute.fit_memory import Fitted, Given
 from mlxtune.compute.loss import Way
 from mlxtune.compute.proof import Room, Verdict
@@ -30,7 +30,9 @@ def choose(given: Given, config: Config, rows: Plan, ranks: Ranks = ALONE, liste
     ranks: all take the same way and the same batches; listener: told of each proof, which may last. Raises UserError
     when not even the plain way fits the memory.
     """
-    wanted, notes = fast_ways.fastest_way(given.model, rows.examples, config)
+    wanted, notes = fast_ways.fastest_way(given.model, rows.examples, config, rows.shares)
+    wanted, more = trunk_choice.with_kept_trunk(wanted, given.model, config, rows, ranks.size)
+    notes += more
     search = _Search(given, config, rows, fast_ways.ways_to_try(wanted), listener)
     number = 0
     while True:
@@ -109,7 +111,7 @@ class _Search:
     def _proven(self, run: Fitted, room: Room) -> Verdict:
         """Proven on rows of the run that take no more than `room`."""
         examples = self.rows.examples
-        batch = proof.rows_for(examples, run.way, self.config.data.group_by_prefix, room.tokens)
+        batch = proof.rows_for(examples, run.way, self.rows.shares, room.tokens)
         verdict = proof.prove(self.given.model, run.way, batch, self.given.dtype, room)
         if verdict.wrong:
             return verdict

@@ -6,10 +6,11 @@ Both take a while. `between` is called now and then, and may raise to break off.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
+from mlxtune.compute.gradients import as_said
 from mlxtune.compute.loss import Way
 from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import DEFAULT_ROWS, Batch
@@ -21,7 +22,6 @@ from mlxtune.evaluate.engines.local import Local
 from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.score import Score, score
-from mlxtune.model.linux_cpu import as_powers_of_two
 from mlxtune.model.load import Loaded
 from mlxtune.train.ranks import ALONE, Ranks
 
@@ -71,8 +71,9 @@ class Evaluation:
 
     def score(self, between: Callable[[], None]) -> Score:
         """Of all validation rows, the same on every process."""
-        with as_powers_of_two(self.way.powers):
-            own = score(self.loaded.model, self.way.split, self.batches, self.way.prefix, between)
+        model = self.loaded.model
+        with as_said(model, replace(self.way, recompute=0)):
+            own = score(model, self.way.split, self.batches, self.way.prefix, between)
         loss_sum, tokens, correct = self.ranks.sum_numbers(own.loss_sum, own.tokens, own.correct)
         return Score(loss_sum, round(tokens), round(correct))
 

@@ -44,7 +44,7 @@ def _smaller(section: TrainSection) -> list[str]:
     settings = []
     if section.on_oom == "stop":
         settings.append("train.on_oom=smaller")
-    if section.checkpoint_layers not in ("all", 1):
+    if section.checkpoint_layers not in ("all", "pieces", "nested", 1):
         settings.append("train.checkpoint_layers=all")
     rows = section.batch_rows
     if rows is None and not section.batch_tokens:

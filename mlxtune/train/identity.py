@@ -21,6 +21,7 @@ from mlxtune.machine import backend
 MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.patience", "train.eval_every", "train.sample_prompts", "train.save_every"),
     *("train.save_minutes", "train.keep_last", "train.on_nonfinite", "train.on_oom", "train.memory_limit"),
+    "train.trunk_cache",
     *("train.loggers", "train.keep_awake", "train.rank_minutes"),
 )
 # Places: what lies there is compared instead.
@@ -41,22 +42,24 @@ class Identity:
     model: str  # digest of the base model (`of_model`)
     mlx: str  # MLX's version and device
     blas: str = ""  # as `backend.multiplies`; "" also in checkpoints of versions that did not note it
+    # How rows are put together (`Plan.dealt`); "" also in checkpoints of versions that knew lengths alone.
+    dealt: str = ""
 
     @classmethod
-    def of(cls, config: Config, dtype: str, train: str, valid: str, model: Path) -> Identity:
-        """dtype: of the activations, on this device; train, valid: digests; model: its folder."""
+    def of(cls, config: Config, dtype: str, train: str, valid: str, model: Path, dealt: str) -> Identity:
+        """dtype: of the activations, on this device; train, valid: digests; model: its folder; dealt: `Plan.dealt`."""
         flat = _flat(config)
         flat["train.dtype"] = dtype
         for source in flat["data.sources"] or ():
             del source["path"]  # as in MAY_MOVE
         mlx = f"{version('mlx')} on {backend.kind()}"
-        return cls(flat, train, valid, of_model(model), mlx, backend.multiplies())
+        return cls(flat, train, valid, of_model(model), mlx, backend.multiplies(), dealt)
 
     @classmethod
     def of_saved(cls, saved: dict[str, Any]) -> Identity:
         """As a checkpoint holds it. Raises TypeError for what is none."""
         found = cls(**saved)
-        texts = (found.train, found.valid, found.model, found.mlx, found.blas)
+        texts = (found.train, found.valid, found.model, found.mlx, found.blas, found.dealt)
         if not isinstance(found.config, dict) or not all(isinstance(text, str) for text in texts):
             raise TypeError("no identity of a run")
         return found
@@ -78,6 +81,12 @@ class Identity:
             raise UserError(
                 f"{run} cannot be resumed, for this changed: {'; '.join(fixed)}",
                 "Put it back; or begin a new run from this one's adapter: --set lora.start_from=RUN.",
+            )
+        if self.dealt != now.dealt:
+            raise UserError(
+                f"{run} cannot be resumed: the version of mlxtune that began it put rows together otherwise "
+                f"({self.dealt or 'by length alone'}), so that steps to come would hold rows that it has trained on",
+                "Go on with that version; or begin a new run from this one's adapter: --set lora.start_from=RUN.",
             )
         allowed = [text for key, text in changed.items() if key in MAY_CHANGE]
         if allowed and not anyway:

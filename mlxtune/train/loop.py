@@ -36,7 +36,7 @@ def run(job: Job, events: Events, resumed: Saved | None = None) -> State:
     Raises Interrupted after a signal (everything saved), UserError on a non-finite loss (the last good adapter kept) or
     a failure of the device (everything saved).
     """
-    optimizer = optim.build(job.section, job.model.trainable_parameters())
+    optimizer = optim.build(job.section, job.model.trainable_parameters(), job.b_rate)
     state = _first_state(job, optimizer, resumed)
     saved = resumed.state if resumed else None
     whole = LastWhole(job.folder, job.identity, job.section.keep_last, job.adapter.file, saved)
@@ -227,8 +227,15 @@ class _Loop:
             return
         self._reach(replace(self.state, step=number))
         self.events.emit("train", **event)
+        self._tell_of_states()
         if spike := self.spikes.add(event["loss"]):
             self.events.emit("note", text=f"step {number}: the loss jumped to {spike}; {self.step.rows(number)}")
+
+    def _tell_of_states(self) -> None:
+        """Say what went wrong with keeping rows' states, which costs time alone."""
+        states = self.job.states
+        while states is not None and states.store.notes:
+            self.events.emit("note", text=states.store.notes.pop(0))
 
     def _divided(self, error: TooLarge) -> State:
         """The state with steps in smaller parts from here on. Raises the error where they cannot be smaller."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
-from mlx.utils import tree_map
+from mlx.utils import tree_map, tree_map_with_path
 
 from mlxtune.config.schema import TrainSection
 from mlxtune.machine import backend
@@ -33,9 +33,46 @@ def learning_rate(section: TrainSection, step: int, steps: int) -> float:
     return section.lr * share
 
 
-def build(section: TrainSection, parameters: Any) -> optimizers.AdamW:
-    """The optimizer with its state made now: made lazily, it would raise the first step's peak memory."""
-    optimizer = optimizers.AdamW(section.lr, weight_decay=section.weight_decay, bias_correction=True)
+class AdamW(optimizers.AdamW):
+    """AdamW with a rate of its own for the factors B of an adapter: LoRA+ (Hayou, Ghosh and Yu 2024, arXiv:2402.12354).
+
+    B starts at zero and A does not, so one rate for both moves A too much or B too little. With a rate of 1e-4 and
+    b_rate 16 a step learns
+
+        lora_b        at 1.6e-3, and decays by 1.6e-3 * weight_decay, as in a parameter group of its own
+        all the rest  at 1e-4: lora_a, DoRA's lengths, layers that train in full (norms and embeddings too)
+    """
+
+    def __init__(self, section: TrainSection, b_rate: float) -> None:
+        """b_rate: B's rate over the one of all the rest."""
+        super().__init__(section.lr, weight_decay=section.weight_decay, bias_correction=True)
+        self.b_rate = b_rate
+
+    def apply_gradients(self, gradients: Any, parameters: Any) -> Any:
+        """The parameters after a step, a tree like `gradients`."""
+        if not self._initialized:
+            self.init(gradients)
+        self.state["step"] = self.step + 1
+        rate = self.state["learning_rate"]
+        rate_of_b = rate * self.b_rate
+
+        def updated(path: str, gradient: mx.array, parameter: mx.array, state: Any) -> mx.array:
+            is_b = path.rpartition(".")[2] == "lora_b"
+            self.state["learning_rate"] = rate_of_b if is_b else rate
+            new: mx.array = self.apply_single(gradient, parameter, state)
+            return new
+
+        new = tree_map_with_path(updated, gradients, parameters, self.state)
+        self.state["learning_rate"] = rate
+        return new
+
+
+def build(section: TrainSection, parameters: Any, b_rate: float = 1.0) -> AdamW:
+    """The optimizer with its state made now: made lazily, it would raise the first step's peak memory.
+
+    b_rate: as in `AdamW`.
+    """
+    optimizer = AdamW(section, b_rate)
     optimizer.init(parameters)
     mx.eval(optimizer.state)
     return optimizer
@@ -63,7 +100,7 @@ class Update:
     ones. Number of targets and rate are arrays, so that the function is compiled once for the run.
     """
 
-    def __init__(self, optimizer: optimizers.AdamW, clip_norm: float) -> None:
+    def __init__(self, optimizer: AdamW, clip_norm: float) -> None:
         self.optimizer = optimizer
         self.clip_norm = clip_norm
         self._function = compiled(self._updated)

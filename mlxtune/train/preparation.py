@@ -22,11 +22,14 @@ from mlxtune_convert.ways_out import described
 from mlxtune.adapter import adapter_files, attach, vocabulary
 from mlxtune.adapter.dropout import DropoutKeys, add_noise
 from mlxtune.adapter.plan import AdapterPlan
-from mlxtune.compute import fast_ways, fit_memory, floats
+from mlxtune.compute import counted, fast_ways, fit_memory, floats, trunk_choice
+from mlxtune.compute.counted import Epoch
 from mlxtune.compute.fit_memory import Fitted, Given
 from mlxtune.compute.memory.prediction import Memory
+from mlxtune.compute.trunk_states import RowStates
 from mlxtune.config.resolve import Config
-from mlxtune.data.dataset.batches import Plan, in_order
+from mlxtune.data.dataset.batches import Plan, in_order, side_by_side
+from mlxtune.data.dataset.sharing import found_sharing
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
 from mlxtune.machine import backend, surroundings
@@ -73,6 +76,7 @@ class Planned:
 
     config: Config  # made to fit the memory
     plan: Plan  # its batches
+    computed: Epoch  # what of the first epoch's tokens goes through the model
     memory: Memory | None  # the predicted peak; None: the model is of a kind that cannot be predicted
     notes: list[str]  # what a person must know
 
@@ -110,12 +114,14 @@ def prepare(
 def plan(config: Config, data: Data) -> Planned:
     """What a run would do. Raises UserError for all that `prepare` refuses before it reads a weight."""
     made = attached(config, data, read=False)
-    way = fast_ways.expected_way(made.loaded.model, data.train, config)
+    way = fast_ways.expected_way(made.loaded.model, data.train, config, made.plan.shares)
+    way, more = trunk_choice.with_kept_trunk(way, made.loaded.model, config, made.plan)
     run = fit_memory.fit(made.given, way, config, made.plan)
-    notes = [*_of_model(made), _ways_out(made.loaded)]
+    notes = [*_of_model(made), _ways_out(made.loaded), *more]
+    computed = counted.first_epoch(run.rows, run.way.prefix)
     if isinstance(run.memory, Memory):
-        return Planned(run.config, run.rows, run.memory, notes + run.notes)
-    return Planned(run.config, run.rows, None, notes + (run.notes or [run.memory.note]))
+        return Planned(run.config, run.rows, computed, run.memory, notes + run.notes)
+    return Planned(run.config, run.rows, computed, None, notes + (run.notes or [run.memory.note]))
 
 
 def attached(
@@ -136,11 +142,16 @@ def attached(
         plan = AdapterPlan.read(adapter_of.path, loaded.model)
     else:
         plan = adapter_plan(config, loaded.model)
+    _refuse_useless_b_rate(config, plan)
     dropout = attach.attach(loaded.model, plan, config.train.seed)
     if config.train.neftune_alpha:
         dropout.noise_alpha = config.train.neftune_alpha
         add_noise(loaded.model, dropout)
-    batches = Plan(data.train, config.train, config.data.group_by_prefix)
+    sharing = None
+    wanted = config.data.group_by_prefix and config.fast.prefix == "auto"
+    if wanted and not fast_ways.against_sharing(loaded.model, data.train, config):
+        sharing = found_sharing(data.train)
+    batches = Plan(data.train, config.train, sharing)
     narrower = floats.narrower(loaded.own, loaded.dtype)
     given = Given(loaded.model, loaded.config, loaded.dtype, _limit(config, ranks), narrower)
     return Attached(loaded, plan, dropout, data.changes, batches, given)
@@ -155,6 +166,15 @@ def adapter_plan(config: Config, model: nn.Module) -> AdapterPlan:
     if adapter_files.adapter_file(start) is None:
         raise UserError(f"{start} has no {plan.file}")
     return replace(plan, dropout=config.lora.dropout)
+
+
+def _refuse_useless_b_rate(config: Config, plan: AdapterPlan) -> None:
+    """Raise UserError for a rate of B where nothing has a factor B."""
+    if config.lora.b_rate != 1 and not plan.modules:
+        raise UserError(
+            f"lora.b_rate {config.lora.b_rate:g} has no effect: this adapter trains layers in full and has no B",
+            "Leave it out; train.lr is the rate of layers that train in full.",
+        )
 
 
 def lasting_bytes(model: nn.Module) -> int:
@@ -187,7 +207,11 @@ def _limit(config: Config, ranks: Ranks) -> int | None:
 def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: Ranks) -> Job:
     loaded, config = made.loaded, chosen.config
     tokens = fit_memory.evaluation_tokens(loaded.model, chosen.way, chosen.rows)
-    valid = ranks.own_items(in_order(data.valid, tokens))
+    if chosen.rows.shares and chosen.way.prefix is not None:
+        held_out = side_by_side(data.valid, tokens, found_sharing(data.valid))
+    else:
+        held_out = in_order(data.valid, tokens)
+    valid = ranks.own_items(held_out)
     digests = data.train.digest(), data.valid.digest()
     return Job(
         model=loaded.model,
@@ -198,10 +222,12 @@ def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: R
         folder=folder,
         evaluation=Evaluation(loaded, config, chosen.way, valid, ranks, suite_of(config)),
         place=data.train.place,
-        identity=Identity.of(config, dtype_name(loaded.dtype), *digests, loaded.path),
+        identity=Identity.of(config, dtype_name(loaded.dtype), *digests, loaded.path, chosen.rows.dealt),
         adapter=made.adapter,
         ranks=ranks,
         predicted=chosen.memory.total if isinstance(chosen.memory, Memory) else None,
+        b_rate=config.lora.b_rate,
+        states=RowStates(loaded.model, chosen.way.frozen, chosen.way.powers, chosen.budget),
     )
 
 
@@ -226,6 +252,8 @@ def _notes(made: Attached, chosen: Fitted, data: Data, ranks: Ranks) -> list[str
     notes.append(f"{train.rows} training rows{train.also}, {valid.rows} held out{valid.also}, {steps} steps")
     what = attach.describe(made.adapter, loaded.model)
     notes.append(f"training {what} on {_where(loaded, ranks)}")
+    if config.lora.b_rate != 1:
+        notes.append(f"B learns at {config.lora.b_rate:g} times the rate of all the rest (lora.b_rate)")
     notes.append(_ways_out(loaded))
     notes.append(f"computed: {fast_ways.describe(chosen.way)}")
     return notes + unrepeatable(loaded.model, backend.kind())

@@ -24,7 +24,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlxtune.compute.prefix import forest_of_batch, is_simple
 from mlxtune.data.dataset.batches import Batch
+from mlxtune.data.dataset.beginnings import common
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import named, to_numpy
 from mlxtune.train.patience import Patience
@@ -78,36 +80,44 @@ class Ranks:
         """Whether this process writes and draws."""
         return self.group is None or self.group.rank() == 0
 
-    def own_batches(self, batches: Sequence[Batch]) -> list[Batch]:
-        """This rank's part of a step: whole micro-batches, or where there are fewer than ranks, every n-th example."""
+    def own_batches(self, batches: Sequence[Batch], of_run: int | None = None) -> list[Batch]:
+        """This rank's part of a step: whole micro-batches, or where there are fewer than ranks, some examples of each.
+
+        of_run: tokens that all rows begin with, as `Way.prefix` has them; None: examples are computed whole.
+        """
         if self.group is None:
             return list(batches)
         if len(batches) >= self.size:
-            return self._whole_batches(batches)
-        return self._parts_of_each(batches)
+            return self._whole_batches(batches, of_run)
+        return self._parts_of_each(batches, of_run)
 
-    def _whole_batches(self, batches: Sequence[Batch]) -> list[Batch]:
+    def _whole_batches(self, batches: Sequence[Batch], of_run: int | None) -> list[Batch]:
         """Those of the micro-batches that are this rank's: the largest first, each to the rank that has least to do."""
+        computed = [batch.ids.size if of_run is None else forest_of_batch(batch, of_run).computed for batch in batches]
         mine = []
-        tokens = [0] * self.size  # padded ones that each rank has so far
-        for batch in sorted(batches, key=lambda batch: -batch.ids.size):
+        tokens = [0] * self.size  # that each rank computes so far, padding included
+        for number in sorted(range(len(batches)), key=lambda number: -computed[number]):
             idle = tokens.index(min(tokens))
-            tokens[idle] += batch.ids.size
+            tokens[idle] += computed[number]
             if idle == self.group.rank():
-                mine.append(batch)
+                mine.append(batches[number])
         return mine
 
-    def _parts_of_each(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Every n-th example of the micro-batches, counted through all of them, that is this rank's.
+    def _parts_of_each(self, batches: Sequence[Batch], of_run: int | None) -> list[Batch]:
+        """Every n-th example of the micro-batches, counted through all of them, that is this rank's. Of a micro-batch
+        whose examples share more than one beginning, examples that follow each other: they are those that share.
 
         two ranks, batches of 3 and 2 examples:  a b c | d e  ->  rank 0 takes a c | e,  rank 1 takes b | d
         """
         mine = []
         dealt = 0  # examples of the batches before
         for batch in batches:
-            first = (self.group.rank() - dealt) % self.size
-            part = batch.part(slice(first, None, self.size))
-            dealt += len(batch.rows)
+            if is_simple(forest_of_batch(batch, of_run)):
+                first = (self.group.rank() - dealt) % self.size
+                part = batch.part(slice(first, None, self.size))
+                dealt += len(batch.rows)
+            else:
+                part = batch.part(_run_of(batch, self.group.rank(), self.size))
             if len(part.rows):
                 mine.append(part)
         return mine
@@ -240,6 +250,21 @@ class Ranks:
                     f"the {self.size} processes do not have the same {name}",
                     "Give every machine the same files, options and versions.",
                 )
+
+
+def _run_of(batch: Batch, rank: int, ranks: int) -> slice:
+    """The examples of a micro-batch that one of several ranks takes: each about as many tokens that its example before
+    does not begin with.
+
+    Lengths of 100, 300, 310 and 200 tokens, which share 90, 300 and 0 with the one before: 100 + 210 | 10 + 200.
+    """
+    new = batch.lengths.copy()
+    for row in range(1, len(new)):
+        before = batch.ids[row - 1, : batch.lengths[row - 1]]
+        new[row] -= common(before, batch.ids[row, : batch.lengths[row]])
+    middles = np.cumsum(new) - new / 2
+    borders = np.searchsorted(middles, np.arange(ranks + 1) * new.sum() / ranks)
+    return slice(int(borders[rank]), int(borders[rank + 1]))
 
 
 def _ordered(tree: Any) -> dict[str, mx.array]:

@@ -82,7 +82,6 @@ class _Run:
         """The story: look, read, prepare, agree, begin. local: for what the hub is not asked."""
         loggers.require(self.config.train.loggers)
         suite_of(self.config)  # what is wrong with it is said before the model is read
-        fast_ways.refuse_useless_grouping(self.config)
         if self.config.train.keep_awake == "auto":  # on every machine: one that sleeps stops the others
             self.stack.enter_context(surroundings.kept_awake())
         saved = self._checkpoint() if self.resume and self.ranks.first else None
@@ -93,6 +92,8 @@ class _Run:
         prepared = prepare(self.config, data, self.folder, self.ranks, self.resume, self.listener)
         self.config = prepared.config
         job = prepared.job
+        if job.states is not None:
+            self.stack.callback(job.states.store.close)
         if saved is not None:
             self.notes += saved.identity.refuse_other(job.identity, self.folder.path, self.anyway)
         self.notes += prepared.notes

@@ -23,6 +23,8 @@ from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute.division import Division, TooLarge
 from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.loss import Way
+from mlxtune.compute.prefix import forest_of_batch
+from mlxtune.compute.trunk_states import RowStates
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.dataset.batches import Batch, Plan
 from mlxtune.machine import backend
@@ -68,6 +70,8 @@ class Job:
     adapter: AdapterPlan  # what trains
     ranks: Ranks = ALONE  # the processes that share the run
     predicted: int | None = None  # bytes at the run's peak; None where nobody can say
+    states: RowStates | None = None  # of the frozen blocks, where the way leaves these out; None: nothing is kept
+    b_rate: float = 1.0  # lora.b_rate: of learning, of B over all the rest
 
 
 class StepFunction:
@@ -83,13 +87,14 @@ class StepFunction:
         self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
         self._longest_alike = extent.longest_alike(job.model)
         self._computing = 0  # examples in the part under way
+        self._positions = 0  # that went through the model in the step under way, padding included, in this process
         self._trusted = True  # the predicted peak: no step was far beyond it
         self.divide(Division())
 
     def divide(self, division: Division) -> None:
         """Compute steps in these parts from here on."""
         self.division = division
-        self._gradients = Gradients(self.job.model, division.way(self.job.way), COMPILED_FROM)
+        self._gradients = Gradients(self.job.model, division.way(self.job.way), COMPILED_FROM, self.job.states)
         self._noted = 0  # the last step whose parts' signatures are known to `_gradients`
 
     def __call__(self, number: int) -> dict[str, Any]:
@@ -101,7 +106,8 @@ class StepFunction:
         batches = self.job.plan.step(number)
         targets = sum(batch.targets for batch in batches)
         with backend.memory_held_to(self._queued_bytes()):
-            losses, gradients = self._summed(number, self.job.ranks.own_batches(batches))
+            self._positions = 0
+            losses, gradients = self._summed(number, self.job.ranks.own_batches(batches, self.job.way.prefix))
         gradients = self.job.ranks.sum_tree(gradients)
         before = self.job.model.trainable_parameters()
         rate = optim.learning_rate(self.job.section, number, self.job.plan.steps)
@@ -109,7 +115,8 @@ class StepFunction:
         del gradients, before  # the update takes the gradients' memory
         norm_value, *loss_sums = _computed(parameters, state, [norm, *losses])
         self._judge_prediction(peak)
-        mean = self.job.ranks.sum_numbers(sum(loss_sums))[0] / targets
+        loss, positions = self.job.ranks.sum_numbers(sum(loss_sums), self._positions)
+        mean = loss / targets
         if not (math.isfinite(mean) and math.isfinite(norm_value)):
             raise NonFinite(mean, self.rows(number, loss_sums), self.job.identity.config["train.dtype"])
         self.job.model.update(parameters)
@@ -120,6 +127,7 @@ class StepFunction:
             "lr": rate,
             "grad_norm": norm_value,
             "tokens": sum(batch.tokens for batch in batches),
+            "computed_tokens": int(positions),
             "supervised_tokens": targets,
             "seconds": time.perf_counter() - began,
             "peak_bytes": mx.get_peak_memory(),
@@ -175,7 +183,7 @@ class StepFunction:
         """
         if self.job.way.compiled:
             for before in range(self._noted + 1, number):
-                for batch in self.job.ranks.own_batches(self.job.plan.step(before)):
+                for batch in self.job.ranks.own_batches(self.job.plan.step(before), self.job.way.prefix):
                     for part in self._parts(batch):
                         self._gradients.count_use(part)
         self._noted = max(self._noted, number)
@@ -200,6 +208,7 @@ class StepFunction:
                     if gradients is not None:
                         self.between()
                     self._computing = len(part.rows)
+                    self._positions += forest_of_batch(part, self.job.way.prefix).computed
                     self._set_noise(number, part)
                     value, new = self._gradients(part)
                     gradients = new if gradients is None else self._added(gradients, new)

@@ -150,7 +150,7 @@ def _state(weights: Weights, state: str) -> dict[str, Any]:
         values = json.loads(weights.array(state).tobytes())
         sizes = [*values["shape"], values["blocksize"], values.setdefault("nested_blocksize", 256)]
         float(values.setdefault("nested_offset", 0.0))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise weights.wrong(state, f"does not describe a weight ({type(error).__name__})") from error
     if not all(type(size) is int and size > 0 for size in sizes):
         raise weights.wrong(state, "does not describe a weight (its sizes are no positive numbers)")

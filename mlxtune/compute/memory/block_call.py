@@ -19,11 +19,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from mlxtune.compute import last_block
 from mlxtune.compute.checkpointing import flows
-from mlxtune.compute.memory.graph import Graph, traced
-from mlxtune.compute.memory.kernels import Device, standing_in
+from mlxtune.compute.memory.graph import Graph, Node, traced
+from mlxtune.compute.memory.kernels import Device, standing_in, tiled_attention
 from mlxtune.compute.memory.ledger import Ledger
-from mlxtune.compute.memory.linux_attention import OwnAttention
+from mlxtune.compute.memory.own_attention import OwnAttention, attention_is
 from mlxtune.model.arrays import named
 from mlxtune.model.prefix_cache import PrefixCache
 
@@ -35,7 +36,8 @@ JOINED = 0.95  # of what the written-out attention keeps, ours keeps at least
 class Cost:
     """Bytes of one call of a block."""
 
-    given: int  # its result
+    given: int  # its result, and the keys and values that it records
+    recorded: int  # those alone
     kept: int  # what stays for the backward pass, the result included
     forward: int  # the most that is alive on the way forward
     back: int  # the most that is alive on the way back, beside what is kept
@@ -68,25 +70,39 @@ class Called:
 _known: dict[Any, Called] = {}  # by what decides a call's graph, and the device
 
 
-def cost_of(block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, device: Device) -> Called:
-    """What call(block, *args, **kwargs) costs. into: whether a gradient is wanted for what the block is given."""
-    key = (_signature(block, args, kwargs, into), device)
+def cost_of(
+    block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, device: Device, output: bool = True
+) -> Called:
+    """What call(block, *args, **kwargs) costs.
+
+    into: whether a gradient is wanted for what the block is given; output: whether its own result is needed, and not
+    only the keys and values that its cache records.
+    """
+    key = (_signature(block, args, kwargs, into), device, output)
     if key in _known:
         return _known[key]
-    called = _traced(block, call, args, kwargs, into, device)
-    if device.powers:
-        # Our own attention is taken down in several passes, which MLX makes one of by joining what is equal. Where it
-        # joins too little, a part of what is kept would be missing: then MLX's attention stands for ours.
+    called = _traced(block, call, args, kwargs, into, device, output)
+    # Our own attention is taken down in several passes, which MLX makes one of by joining what is equal. Where it
+    # joins too little, a part of what is kept would be missing: then an attention that keeps as much stands for ours.
+    # Where no result is needed attention is not computed, but ours is taken down with its backward pass.
+    if device.queries:
+        with attention_is(tiled_attention, after=mx.fast.scaled_dot_product_attention):
+            other = _traced(block, call, args, kwargs, into, device, output)
+        if not output:
+            called = other
+        elif called.cost.kept < JOINED * other.cost.kept:
+            called = replace(called, cost=replace(called.cost, kept=other.cost.kept))
+    elif device.powers:
         with standing_in(replace(device, powers=False)):
-            other = _traced(block, call, args, kwargs, into, device)
-        if called.cost.kept < JOINED * other.cost.kept:
+            other = _traced(block, call, args, kwargs, into, device, output)
+        if not output or called.cost.kept < JOINED * other.cost.kept:
             called = other
     _known[key] = called
     return called
 
 
-def _traced(block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, device: Device) -> Called:
-    function = _AsFunction(block, call, args, kwargs, into)
+def _traced(block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, device: Device, output: bool) -> Called:
+    function = _AsFunction(block, call, args, kwargs, into, output)
     before = block.parameters()
     try:
         graph = traced(function.with_gradients, function.arguments())
@@ -99,8 +115,9 @@ def _traced(block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, dev
 class _AsFunction:
     """A block's call as a function of arrays: of its inputs, its trainable parameters and its frozen ones."""
 
-    def __init__(self, block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool) -> None:
+    def __init__(self, block: nn.Module, call: Any, args: Any, kwargs: Any, into: bool, output: bool) -> None:
         self.block, self.call, self.args, self.kwargs, self.into = block, call, args, kwargs, into
+        self.output = output
         self.caches = caches_in((args, kwargs))
         self.inputs = [leaf for leaf in _leaves((args, kwargs)) if flows(leaf)]
         for cache in self.caches:
@@ -114,6 +131,7 @@ class _AsFunction:
         self.out: Any = None
         self.recorded: list[list[Blank]] = []
         self.results = 0  # of what `with_gradients` gives, how many arrays at the beginning are no gradients
+        self.outputs = 0  # of those, how many are the call's own result
 
     def arguments(self) -> list[mx.array]:
         """What `with_gradients` is to be called with: arrays of any shape."""
@@ -147,7 +165,7 @@ class _AsFunction:
 
         def fill_in(leaf: Any) -> Any:
             if isinstance(leaf, PrefixCache):
-                caches.append(PrefixCache([], leaf.offset))
+                caches.append(leaf.with_state([]))
                 return caches[-1]
             return next(next_inputs) if flows(leaf) else leaf
 
@@ -157,7 +175,8 @@ class _AsFunction:
         out = self.call(self.block, *args, **kwargs)
         self.out = each_leaf(out, _blank)
         self.recorded = [[_blank(array) for array in cache.recorded] for cache in caches]
-        results = [leaf for leaf in _leaves(out) if flows(leaf)]
+        results = [leaf for leaf in _leaves(out) if flows(leaf) and self.output]
+        self.outputs = len(results)
         for cache in caches:
             results += cache.recorded
         return results
@@ -181,6 +200,7 @@ def _cost(graph: Graph, function: _AsFunction, device: Device) -> Cost:
         return new
 
     given = sum(graph.sizes[array] for array in results)
+    recorded = sum(graph.sizes[array] for array in results[function.outputs :])
     as_it_is = ledger()
     forward = as_it_is.compute(results)
     kept = as_it_is.held
@@ -188,8 +208,16 @@ def _cost(graph: Graph, function: _AsFunction, device: Device) -> Cost:
     again = ledger().compute(gradients) + given
     if not gradients:
         kept, back = given, 0
-    slices = sum(graph.sizes[node.outputs[0]] for node in graph.nodes if node.name == "SliceUpdate")
-    return Cost(given, kept, forward, back, again, slices, len(graph.nodes))
+    slices = sum(graph.sizes[node.outputs[0]] for node in graph.nodes if _is_of_slice(graph, node))
+    return Cost(given, recorded, kept, forward, back, again, slices, len(graph.nodes))
+
+
+def _is_of_slice(graph: Graph, node: Node) -> bool:
+    """Whether a node makes the gradient of a slice: zeros, in which a part is set."""
+    if node.name != "SliceUpdate":
+        return False
+    before = graph.made.get(node.inputs[0])
+    return before is None or graph.nodes[before].name in ("Full", "Broadcast")
 
 
 def each_leaf(tree: Any, change: Callable[[Any], Any]) -> Any:
@@ -224,15 +252,27 @@ def _signature(block: nn.Module, args: Any, kwargs: Any, into: bool) -> Any:
                 settings.append((path, type(module).__name__, name, value))
     flat: Any = tree_flatten((args, kwargs))
     given = [(path, _shown(leaf)) for path, leaf in flat]
-    kind = type(block).__mro__[1]  # below the class that notes its calls
-    raised_from = kind.__dict__.get("raised_from")  # where `precision` has it in float32, in a class made for the while
-    return raised_from or kind, raised_from is not None, tuple(parameters), tuple(settings), tuple(given), into
+    return _kind(block), tuple(parameters), tuple(settings), tuple(given), into
+
+
+def _kind(block: nn.Module) -> tuple[Any, ...]:
+    """The class of a block, and what the classes that were made for the while around it do."""
+    found: list[Any] = []
+    for kind in type(block).__mro__[1:]:  # below the class that notes its calls
+        if "raised_from" in vars(kind):  # `precision` has it in float32
+            found.append("float32")
+        elif "ends_at_positions" in vars(kind):
+            found.append(last_block.count())
+        else:
+            found.append(kind)
+            break
+    return tuple(found)
 
 
 def _shown(leaf: Any) -> Any:
     """What of an argument decides the graph."""
     if isinstance(leaf, PrefixCache):
-        return "cache", leaf.offset, tuple((array.shape, array.dtype) for array in leaf.state)
+        return "cache", leaf.offset, leaf.records, tuple((array.shape, array.dtype) for array in leaf.state)
     if isinstance(leaf, mx.array):
         return leaf.shape, leaf.dtype
     return repr(leaf)

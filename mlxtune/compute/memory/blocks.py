@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -17,9 +17,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxtune.adapter.layers import LoRASwitchLinear
-from mlxtune.compute import prefix
+from mlxtune.compute import last_block, parts, prefix
 from mlxtune.compute.memory.block_call import Blank, Cost, caches_in, cost_of, each_leaf
 from mlxtune.compute.memory.kernels import Device, TracedSwitch, standing_in
+from mlxtune.compute.trunk import Feed, left_out, states_of
+from mlxtune.data.dataset import forest
+from mlxtune.data.dataset.forest import Forest
 from mlxtune.model.classes import as_classes, calling
 from mlxtune.model.linux_cpu import ORIGINALS
 
@@ -28,20 +31,30 @@ UNROLLED = 4  # operations a token: more are a loop over the tokens
 
 
 def costs(
-    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device
+    model: nn.Module,
+    passes: Forest,
+    trained: list[bool],
+    device: Device,
+    last_whole: bool = False,
+    targets: int = 0,
+    frozen: int = 0,
 ) -> tuple[list[list[Cost]], bool]:
-    """(of each block the costs of its calls, in a step on [rows, width] tokens; whether some go token by token).
+    """(of each block the costs of its calls, in a step of these passes; whether some go token by token).
 
-    A block has two calls where a prefix is shared.
+    A block has a call for each pass. The first `frozen` blocks are called once, on one whole row, before the others.
 
-    trained: for each block, whether a gradient flows into its input. Raises whatever a model's own code raises.
+    trained: for each block, whether a gradient flows into its input; last_whole: whether the last block computes more
+    of a trunk than its keys and values, as it does where it is checkpointed; targets: supervised tokens, where the last
+    block ends on them alone (0: on all). Raises whatever a model's own code raises.
     """
+    first = passes.passes[0]
+    if passes.shares or prefix.caches_for(model) is not None or first.width <= 2 * FITTED[-1]:
+        return _traced(model, passes, trained, device, last_whole, targets, frozen), False
 
     def at(width: int) -> list[list[Cost]]:
-        return _traced_at(model, rows, width, shared, trained, device)
+        return _traced(model, forest.whole(len(first.rows), width), trained, device, last_whole, targets, frozen)
 
-    if prefix.caches_for(model) is not None or width <= 2 * FITTED[-1]:
-        return at(width), False
+    width = first.width
     # Blocks that keep a state: where mlx-lm goes from token to token, their graph grows with the row, and would take
     # minutes to look through.
     few, more = at(FITTED[0]), at(FITTED[1])
@@ -86,8 +99,14 @@ def _through(widths: tuple[int, ...], values: list[int], width: int) -> int:
     return round(total)
 
 
-def _traced_at(
-    model: nn.Module, rows: int, width: int, shared: int, trained: list[bool], device: Device
+def _traced(
+    model: nn.Module,
+    passes: Forest,
+    trained: list[bool],
+    device: Device,
+    last_whole: bool,
+    targets: int,
+    frozen: int,
 ) -> list[list[Cost]]:
     """Of each block the costs of its calls, as in `costs`, every operation looked at."""
     blocks = list(model.layers)
@@ -96,21 +115,36 @@ def _traced_at(
 
     def note(block: nn.Module, call: Any, args: Any, kwargs: Any) -> Any:
         place = places[id(block)]
-        called = cost_of(block, call, args, kwargs, trained[place], device)
+        in_trunk = passes.passes[len(found[place])].is_trunk
+        needed = last_whole or place < len(blocks) - 1 or not in_trunk
+        called = cost_of(block, call, args, kwargs, trained[place], device, needed)
         found[place].append(called.cost)
         for cache, recorded in zip(caches_in((args, kwargs)), called.recorded, strict=True):
             cache.recorded = [blank.zeros() for blank in recorded]
         return each_leaf(called.out, _filled_in)
 
-    ids = mx.zeros((rows, width), mx.int32)
     training = model.training
     model.train()
     try:
-        with mx.stream(mx.cpu), standing_in(device), _as_exported(model), _noted(blocks, note):
-            if shared:
-                prefix.in_two_passes(model, model, ids, shared)
-            else:
-                model(ids)
+        with (
+            mx.stream(mx.cpu),
+            standing_in(device),
+            _as_exported(model),
+            parts.within(model, device.parts),
+            _noted(blocks, note),
+            ExitStack() as stack,
+        ):
+            if targets:
+                last_block.give(mx.zeros(targets, mx.int32))
+            ids = [mx.zeros((len(each.rows), each.width), mx.int32) for each in passes.passes]
+            feed = None
+            if frozen:
+                longest = max(each.start + each.width for each in passes.passes)
+                states, beside = states_of(model, frozen, mx.zeros((1, longest), mx.int32))
+                rows = 1 + max(max(each.rows) for each in passes.passes)
+                feed = Feed(mx.zeros((rows, *states.shape[1:]), states.dtype))
+                stack.enter_context(left_out(model, frozen, feed, beside))
+            prefix.through(model, model, passes, ids, feed)
     finally:
         model.train(training)
     return found

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.nn as nn
 from mlxtune_convert.sizes import size
@@ -31,19 +31,25 @@ from mlxtune_convert.sizes import size
 from mlxtune.adapter import attach
 from mlxtune.adapter.layers import EMBEDDING, dense_shape
 from mlxtune.adapter.plan import block_paths, outside_blocks
-from mlxtune.compute.memory import blocks
+from mlxtune.compute.memory import blocks, in_pieces
 from mlxtune.compute.memory.block_call import Cost
-from mlxtune.compute.memory.kernels import Device
+from mlxtune.compute.memory.step import FULL, Moment, RunOptions, StepSizes
+from mlxtune.compute.prefix import is_simple
+from mlxtune.data.dataset.forest import Forest
 from mlxtune.model.arrays import named
 
-FULL = 4  # bytes of a float32
 # Arrays of one shape alive at once, as `loss` makes them: of a chunk's logits they themselves, their exponentials, the
 # softmax and the gradient; of hidden rows those gathered, the chunks' gradients, and these joined. (Tests hold the
 # whole prediction against measured peaks.)
 LOGITS_COPIES, HIDDEN_COPIES = 4, 3
+# With MLX's kernel for cross-entropy: logits and gradient as the head gives them, and one more where it scales them.
+KERNEL_LOGITS_COPIES = 3
 # In units of what trains: AdamW's two moments and the gradients stay; at the update the next values and moments come,
 # while the ones before are kept for the case that the step fails (`train.last_whole`).
 MOMENTS, GRADIENTS, NEXT_STATE = 2, 1, 3
+# Of what the branches of a forest need to be computed again in a block, what is there at the same time as the two that
+# need most, measured on the CPU. (A pass that is not computed again goes back alone.)
+AT_A_TIME = 0.65
 # MLX's CPU code unpacks a quantized matrix in several steps, twice for a chunk of the head: forward and backward.
 DENSE_COPIES = 4
 # A compiled signature, measured on Qwen3's shape (12 blocks): host memory a block; small arrays a block, each a buffer.
@@ -51,21 +57,6 @@ GRAPH_BYTES, SCALARS = 500_000, 118
 BUFFERS = 499_000  # that Metal gives a process
 GRAPH_SHARE = 0.01  # of the machine's memory, that compiled signatures may take
 LEAST_KEPT = 4  # compiled signatures, however little memory there is: fewer would be compiled again and again
-
-
-@dataclass(frozen=True)
-class StepSizes:
-    """The micro-batch that decides a model's memory."""
-
-    rows: int  # B
-    width: int  # T: tokens of each row that the model is given
-    prefix: int  # how many of them all rows share, computed once
-    targets: int  # N: supervised tokens
-
-    @property
-    def tokens(self) -> int:
-        """That go through the blocks."""
-        return self.rows * (self.width - self.prefix) + self.prefix
 
 
 @dataclass(frozen=True)
@@ -79,6 +70,7 @@ class Memory:
     head_chunk: int  # the logits of a chunk, and the hidden rows that go with them
     dense_copies: int  # of quantized matrices, on the CPU
     update: int  # the next adapter and moments, where the peak is there
+    trunk_cache: int = 0  # states of rows that are kept in memory
     graphs: int = 0  # compiled graphs, in the host's memory, so not in the total
     by_token: bool = False  # some blocks go token by token
 
@@ -121,30 +113,6 @@ class NotPredicted:
         return f"the memory of this model is not predicted: {self.reason}"
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What of a run decides its memory, beside the model and the batches."""
-
-    item: int  # bytes of one number of an activation
-    chunk: int  # C: rows of a chunk of the head; 0: logits are computed for every token
-    recompute: int  # every n-th block is checkpointed; 0: none
-    dropout: float  # lora.dropout
-    device: Device  # what computes
-    compiled: bool = False  # as one graph
-    accumulated: bool = False  # gradients are summed over several micro-batches
-    ram: int = 0  # bytes of the machine's memory, which bounds how many compiled graphs are kept
-    updates: bool = True  # whether the optimizer's update follows
-
-
-class _Moment(NamedTuple):
-    """Bytes of what differs from moment to moment of a step; the largest sum is the peak."""
-
-    activations: int = 0
-    head_chunk: int = 0
-    dense_copies: int = 0
-    update: int = 0
-
-
 def graph_bytes(count: int) -> int:
     """Host memory of one compiled signature of a model with `count` blocks."""
     return GRAPH_BYTES * count
@@ -178,14 +146,15 @@ def predict(
         return NotPredicted("its config.json does not say how wide it is")
     width, vocabulary = sizes["hidden_size"], sizes["vocab_size"]
     try:
-        calls, by_token = _costs(model, shape, options)
+        traced_shape = in_pieces.before_last_piece(shape, options) if options.tokens else shape
+        calls, by_token = _costs(model, traced_shape, options)
     except Exception as error:  # whatever a model's own code raises
         lines = str(error).splitlines() or [""]
         return NotPredicted(f"{type(error).__name__}: {lines[0]}")
     trainable = sum(array.nbytes for array in named(model.trainable_parameters()).values())
-    moments = [_Moment(), *_in_blocks_and_head(model, calls, shape, options, width, vocabulary)]
+    moments = [Moment(), *_in_blocks_and_head(model, calls, shape, options, width, vocabulary)]
     if options.updates:
-        moments.append(_Moment(update=NEXT_STATE * trainable))
+        moments.append(Moment(update=NEXT_STATE * trainable))
     peak = max(moments, key=sum)
     graphs = 0
     if options.compiled:
@@ -210,37 +179,79 @@ def _in_blocks_and_head(
     options: RunOptions,
     width: int,
     vocabulary: int,
-) -> Iterator[_Moment]:
+) -> Iterator[Moment]:
     """Every block on its way forward and back, then a chunk of the head. calls: what the calls of each block cost."""
     in_head, in_block = 0, 0
     if options.device.kind == "cpu":
         in_head, in_block = _dense(model, vocabulary)
     held = options.item * shape.tokens * width  # the embeddings, which the first block keeps
-    if options.device.powers:
+    if options.frozen:
+        held = options.item * shape.rows * shape.width * width  # the states, of all rows' tokens
+    if options.device.powers and not options.device.queries:
         held += FULL * shape.width**2  # the causal mask, which `linux_cpu` keeps at hand
+    if options.tokens:
+        whole = in_pieces.whole_rows(calls, shape, options, width)
+        yield from in_pieces.moments(whole, held, options, in_block)
+        held += sum(block.given for block in whole[max(1, options.nested) - 1 :: max(1, options.nested)])
+        calls = []
     for place, costs in enumerate(calls):
         before = held
         forward = max((cost.forward for cost in costs), default=0)
-        yield _Moment(activations=before + forward, dense_copies=in_block)
+        if place < options.frozen:  # for one row, after which the states of all are joined
+            yield Moment(activations=before + max(forward, before), dense_copies=in_block)
+            continue
+        of_trunks = _gradients_of_trunks(costs, shape.passes)
+        yield Moment(activations=before + forward, dense_copies=in_block)
         if options.recompute and place % options.recompute == 0:  # it is checkpointed
             held += sum(cost.given for cost in costs)
-            backward = before + max((_back(cost, cost.again, options) for cost in costs), default=0)
+            going_back = [_back(cost, cost.again, options) for cost in costs]
+            backward = before + of_trunks + _together(going_back, shape.passes)
         else:
             held += sum(cost.kept for cost in costs)
-            backward = held + max((_back(cost, cost.back, options) for cost in costs), default=0)
-        yield _Moment(activations=backward, dense_copies=in_block)
+            backward = held + of_trunks + max((_back(cost, cost.back, options) for cost in costs), default=0)
+        yield Moment(activations=backward, dense_copies=in_block)
     chunk = _head_chunk(shape, options, width, vocabulary)
-    yield _Moment(activations=held, head_chunk=chunk, dense_copies=in_head)
+    yield Moment(activations=held, head_chunk=chunk, dense_copies=in_head)
+
+
+def _together(going_back: list[int], passes: Forest) -> int:
+    """The most bytes at a time that the passes need on their way back through one checkpointed block, of what each
+    needs.
+
+    They are computed again when MLX comes to them, several at a time, for branches do not wait for each other. Only a
+    trunk that begins at the rows' beginning waits for all that leave it.
+    """
+    leaving = []
+    for needed, each in zip(going_back, passes.passes, strict=False):  # a block that is never called needs nothing
+        if each.leaves is not None:
+            leaving.append(needed)
+    leaving.sort(reverse=True)
+    together = sum(leaving[:2]) + int(AT_A_TIME * sum(leaving[2:]))
+    return max(max(going_back, default=0), together)
+
+
+def _gradients_of_trunks(costs: list[Cost], passes: Forest) -> int:
+    """Bytes of what the branches of a forest give back to their trunks' keys and values in one block: all of it is
+    there before it is added up, of each branch as much as the whole trunk has.
+
+    costs: of the block's calls, one for each pass.
+    """
+    return sum(costs[each.leaves].recorded for each in passes.passes if each.leaves is not None)
 
 
 def _head_chunk(shape: StepSizes, options: RunOptions, width: int, vocabulary: int) -> int:
-    """Bytes of the logits [C, V], and of the hidden rows that go with them: [N, D], or [B * T, D] without a chunk."""
+    """Bytes of the logits [C, V], and of the hidden rows that go with them: [N, D], or without a chunk those of all
+    tokens but a trunk's.
+    """
     if options.chunk:
         rows = min(options.chunk, shape.targets) or shape.tokens
         hidden_rows = shape.targets
     else:
-        rows = hidden_rows = shape.tokens
-    return LOGITS_COPIES * rows * vocabulary * FULL + HIDDEN_COPIES * hidden_rows * width * options.item
+        rows = hidden_rows = sum(each.computed for each in shape.passes.passes if not each.is_trunk)
+    of_logit = LOGITS_COPIES * FULL
+    if options.chunk and "kernels" in options.device.parts:
+        of_logit = KERNEL_LOGITS_COPIES * options.item
+    return of_logit * rows * vocabulary + HIDDEN_COPIES * hidden_rows * width * options.item
 
 
 def _back(cost: Cost, traced: int, options: RunOptions) -> int:
@@ -263,8 +274,11 @@ def _costs(model: nn.Module, shape: StepSizes, options: RunOptions) -> tuple[lis
         keys = adapted[0]._dropout
     if keys is not None:
         keys.set(0, 0, range(shape.rows), [shape.width] * shape.rows, len(adapted))
+    last_whole = bool(options.recompute) and (len(model.layers) - 1) % options.recompute == 0
+    at_the_end = "last_block" in options.device.parts and is_simple(shape.passes)
+    targets = shape.targets if at_the_end else 0
     try:
-        return blocks.costs(model, shape.rows, shape.width, shape.prefix, _reached(model), options.device)
+        return blocks.costs(model, shape.passes, _reached(model), options.device, last_whole, targets, options.frozen)
     finally:
         if keys is not None:
             keys.clear()

@@ -109,7 +109,7 @@ class Template:
         file = Path(str(self.tokenizer.name_or_path)) / "generation_config.json"
         try:
             ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, RecursionError, AttributeError):
             ids = None
         for index in token_ids(ids):
             named.add(self.tokenizer.convert_ids_to_tokens(index))

@@ -29,12 +29,19 @@ class Changes(tokenizer_changes.Changes):
             return super().of_files(made)
 
     def apply(self, tokenizer: Any, folder: Path) -> None:
-        """Change a tokenizer so. folder: where it is from. Raises UserError when a token gets another id there."""
+        """Change a tokenizer so. folder: where it is from. Raises UserError when a token gets another id there, or the
+        token that ends an answer has none.
+        """
         add(tokenizer, sorted(self.tokens, key=lambda token: self.tokens[token]), folder)
         wrong = [token for token, index in self.tokens.items() if tokenizer.convert_tokens_to_ids(token) != index]
         if wrong:
             raise UserError(
                 f"{folder}: its tokenizer has another number for {wrong[0]} than the adapter was trained with",
+                "Use the model that the adapter was trained on.",
+            )
+        if self.eos_token and self.eos_token not in tokenizer.get_vocab():
+            raise UserError(
+                f"{folder}: its tokenizer does not have {self.eos_token!r}, which ends the adapter's answers",
                 "Use the model that the adapter was trained on.",
             )
         tokenizer.chat_template = self.chat_template or tokenizer.chat_template

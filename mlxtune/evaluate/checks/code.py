@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 
 from mlxtune.evaluate.checks.arguments import Arguments, CheckError, Kind, Place
+from mlxtune.evaluate.checks.blocks import blocks_in
 from mlxtune.evaluate.checks.check import Rule, Score, SuiteRow
-from mlxtune.evaluate.checks.json_texts import FENCE
 from mlxtune.evaluate.checks.sandbox.sandbox import SECONDS
 from mlxtune.evaluate.engines.request import Answer
 
 MOST_SECONDS = 60.0  # that a suite may ask for
 PYTHON = ("python", "python3", "py", "")  # languages of a fenced block that is taken for Python
 ALLOW = "Allow it with --run-code: programs then run in a sandbox."
-_OPEN_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[ \t]*(?:python3?|py)?[ \t]*\n(.*)\Z", re.MULTILINE | re.DOTALL)
 # Where a model goes on behind the function that it had to complete: what stands at the left edge of a line.
 _NEXT = re.compile(r"^(?:def |class |if |print|@|#|assert |```)", re.MULTILINE)
 
@@ -24,9 +23,7 @@ def program_of(text: str, prompt: str = "", entry: str = "") -> str:
     prompt: its beginning, which the answer completes, as in HumanEval; entry: the function that must be in it. An
     answer that defines it is put behind the prompt, of which it may need the imports; another one is the prompt's rest.
     """
-    blocks = [match[3] for match in FENCE.finditer(text) if match[2].lower() in PYTHON]
-    if not blocks and (cut := _OPEN_FENCE.search(text)):  # a block that was begun and never closed
-        blocks = [cut[1]]
+    blocks = [block.text for block in blocks_in(text) if block.language.lower() in PYTHON]
     defining = [block for block in blocks if _defines(block, entry)]
     if defining and entry:
         code = defining[-1]

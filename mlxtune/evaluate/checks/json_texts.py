@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-# A block of Markdown: ``` or ~~~, a language, and the text up to the same mark on a line of its own.
-FENCE = re.compile(r"^[ \t]*(```|~~~)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.MULTILINE | re.DOTALL)
+from mlxtune.evaluate.checks.blocks import blocks_in
+
 MOST_STARTS = 200  # brackets that are tried as the beginning of a JSON text
 
 
@@ -33,7 +33,7 @@ def find_json(text: str) -> Any:
     """The same, or the JSON of the only fenced block, or the first object or list that stands in the text. Raises
     NotJson.
     """
-    blocks = [match[3] for match in FENCE.finditer(text)]
+    blocks = [block.text for block in blocks_in(text) if block.is_closed]
     for candidate in (text, *(blocks if len(blocks) == 1 else [])):
         try:
             return read_json(candidate)

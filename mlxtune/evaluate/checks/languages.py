@@ -12,8 +12,8 @@ from collections import Counter
 from mlxtune.data.survey.subjects import SCRIPTS
 from mlxtune.errors import did_you_mean
 from mlxtune.evaluate.checks.arguments import Arguments, CheckError, Kind, Place
+from mlxtune.evaluate.checks.blocks import without_blocks
 from mlxtune.evaluate.checks.check import Rule, Score, SuiteRow
-from mlxtune.evaluate.checks.json_texts import FENCE
 from mlxtune.evaluate.checks.words import words_of
 from mlxtune.evaluate.engines.request import Answer
 
@@ -79,7 +79,7 @@ LEAST = 2  # common words that tell a language, in a text of more than SHORT
 SHORT = 4  # words of a text of which one is enough
 _WORDS = {code: frozenset(text.split()) for code, text in COMMON.items()}
 _LETTERS = {name: re.compile(f"[{letters}]") for name, letters in SCRIPTS.items()}
-_LEFT_OUT = re.compile(r"`[^`\n]*`|https?://\S+|\S+@\S+")  # code, addresses: of no language
+_LEFT_OUT = re.compile(r"`[^`\n]*`|https?://\S+|(?<!\S)\S+@\S+")  # code, addresses: of no language
 _SIGNS = {  # letters that some of these languages have and the others hardly: each counts as a word
     "de": "ßäöü",
     "fr": "çœêù",
@@ -95,7 +95,7 @@ _SIGNS = {  # letters that some of these languages have and the others hardly: e
 
 def language_of(text: str) -> str:
     """The code of the language that a text is written in; "" where it cannot be told."""
-    text = _LEFT_OUT.sub(" ", FENCE.sub(" ", text))
+    text = _LEFT_OUT.sub(" ", without_blocks(text))
     script = script_of(text)
     if script in ("Latin", "Cyrillic"):
         return _by_words(text, script)

@@ -7,8 +7,9 @@ from typing import Any
 from xml.parsers import expat
 
 from mlxtune.evaluate.checks.arguments import Arguments, CheckError, Kind, Place
+from mlxtune.evaluate.checks.blocks import blocks_in
 from mlxtune.evaluate.checks.check import Rule, Score, SuiteRow
-from mlxtune.evaluate.checks.json_texts import FENCE, NotJson, find_json, read_json
+from mlxtune.evaluate.checks.json_texts import NotJson, find_json, read_json
 from mlxtune.evaluate.checks.schemas import Schema
 from mlxtune.evaluate.engines.request import Answer
 
@@ -64,8 +65,8 @@ def _xml(arguments: Arguments, place: Place) -> Rule:
 
     def judge(answer: Answer, row: SuiteRow) -> Score:
         candidates = [answer.text.strip()]
-        blocks = [match[3].strip() for match in FENCE.finditer(answer.text)]
-        if loose and len(blocks) == 1:
+        blocks = [block.text.strip() for block in blocks_in(answer.text) if loose and block.is_closed]
+        if len(blocks) == 1:
             candidates += blocks
         for text in candidates:
             elements = elements_of(text)

@@ -17,6 +17,7 @@ What holds for all rows stands in a file of the same name that ends in .yaml, or
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -123,18 +124,25 @@ def _records(path: Path, columns: dict[str, str]) -> Iterator[Record]:
     """The rows of a file as conversations. Raises UserError for those that cannot be read."""
     bad: list[Bad] = []
     total = 0
-    for record in parse(str(path), _usual_rows(path, columns)):
-        total += 1
-        if isinstance(record, Bad):
-            bad.append(record)
-        elif record.messages is None:
-            bad.append(Bad(str(path), record.row, "a row of text has no prompt and no answer"))
-        elif not bad:
-            yield record
     try:
+        for record in parse(str(path), _usual_rows(path, columns)):
+            total += 1
+            if isinstance(record, Bad):
+                bad.append(record)
+            elif record.messages is None:
+                bad.append(Bad(str(path), record.row, "a row of text has no prompt and no answer"))
+            elif not bad:
+                yield record
         require_good(bad, total)
-    except UserError as error:  # whose own hint leads to `data check`, which knows nothing of suites
-        raise UserError(error.message, "Mend these rows, or remove them.") from None
+    except UserError as error:
+        raise UserError(error.message, _hint_of_suites(error.hint)) from None
+
+
+def _hint_of_suites(hint: str) -> str:
+    """What to do about rows that cannot be read, where training's own hint names its settings or its commands."""
+    if "data check" in hint:
+        return "Mend these rows, or remove them."
+    return re.sub(r"Rename columns with --set 'data\.columns=(.*)'", r"In suite.yaml beside it: `columns: \1`", hint)
 
 
 def _usual_rows(path: Path, columns: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]] | Bad]:

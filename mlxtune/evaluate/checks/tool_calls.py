@@ -15,14 +15,16 @@ import ast
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mlxtune.data.rows.tool_calls import parsed_arguments
 from mlxtune.evaluate.checks.arguments import Arguments, CheckError, Kind, Place
+from mlxtune.evaluate.checks.blocks import blocks_in
 from mlxtune.evaluate.checks.check import Rule, Score, SuiteRow
-from mlxtune.evaluate.checks.json_texts import FENCE, values_in
+from mlxtune.evaluate.checks.json_texts import values_in
 from mlxtune.evaluate.checks.patterns import TOO_SLOW, TooSlow, compiled, found
 from mlxtune.evaluate.checks.schemas import Schema
 from mlxtune.evaluate.engines.request import Answer
@@ -44,7 +46,8 @@ class Call:
 
 def calls_in(text: str) -> list[Call]:
     """The calls of an answer, in their order; none where it has none."""
-    tagged = [_tagged_call(match) for match in _TAGGED.finditer(text)]
+    # Up to the last closing: behind it, each opening would be searched for one to the end of the text.
+    tagged = [_tagged_call(match) for match in _TAGGED.finditer(text[: _behind_last("</function>", text)])]
     if tagged:
         return tagged[:MOST_CALLS]
     out: list[Call] = []
@@ -53,9 +56,16 @@ def calls_in(text: str) -> list[Call]:
     return (out or _python_calls(text))[:MOST_CALLS]
 
 
+def _behind_last(closing: str, text: str) -> int:
+    """The place behind the last closing of a text; 0 where there is none."""
+    place = text.rfind(closing)
+    return place + len(closing) if place >= 0 else 0
+
+
 def _tagged_call(match: re.Match[str]) -> Call:
     name, body = match[1], match[2]
-    parameters = {key: _value_of(value) for key, value in _PARAMETER.findall(body)}
+    written = _PARAMETER.findall(body[: _behind_last("</parameter>", body)])
+    parameters = {key: _value_of(value) for key, value in written}
     if parameters:
         return Call(name, parameters)
     arguments = next(values_in(body), None)
@@ -85,9 +95,9 @@ def _calls_of(value: Any) -> Iterator[Call]:
 
 def _python_calls(text: str) -> list[Call]:
     """Of `[f(a=1), g(b="x")]`, which is read and never run."""
-    blocks = [match[3] for match in FENCE.finditer(text)]
+    blocks = [block.text for block in blocks_in(text)]
     for candidate in (text, *blocks):
-        match = _PYTHON.search(candidate)
+        match = _PYTHON.search(candidate[: _behind_last("]", candidate)])
         if match is None:
             continue
         try:
@@ -111,23 +121,24 @@ class Expected:
     """A call that must be made."""
 
     name: str  # of the tool
-    arguments: dict[str, Any]  # name -> value, or one of {"any": true}, {"in": [...]}, {"regex": "..."}
+    arguments: dict[str, Callable[[Any], bool]]  # name -> whether a value is right
     optional: frozenset[str] = frozenset()  # arguments that may be left away
 
     def is_met(self, call: Call) -> bool:
         """Raises TooSlow."""
         if call.name != self.name or not call.arguments.keys() <= self.arguments.keys():
             return False
-        for name, wanted in self.arguments.items():
+        for name, is_right in self.arguments.items():
             if name not in call.arguments:
                 if name not in self.optional:
                     return False
-            elif not _is_wanted(wanted, call.arguments[name]):
+            elif not is_right(call.arguments[name]):
                 return False
         return True
 
 
 def _is_wanted(wanted: Any, value: Any) -> bool:
+    """Whether a value is the wanted one, or what {"any": true}, {"in": [...]} or {"regex": "..."} stands for."""
     if isinstance(wanted, dict) and len(wanted) == 1:
         if wanted == {"any": True}:
             return True
@@ -136,6 +147,28 @@ def _is_wanted(wanted: Any, value: Any) -> bool:
         if isinstance(wanted.get("regex"), str):
             return isinstance(value, str) and found(compiled(wanted["regex"]), value)
     return same(wanted, value)
+
+
+def _is_possible(allowed: list[Any], value: Any) -> bool:
+    """Whether a value is like one of BFCL's. Inside of an object, each key has such a list again."""
+    return any(_is_like(one, value) for one in allowed)
+
+
+def _is_like(one: Any, value: Any) -> bool:
+    """As BFCL compares: texts but for capitals, spaces and some signs (its ast_checker.py)."""
+    if isinstance(one, str) and isinstance(value, str):
+        return _loosely(one) == _loosely(value)
+    if isinstance(one, dict) and isinstance(value, dict):
+        left_away = [inner for key, inner in one.items() if key not in value]
+        given = value.keys() <= one.keys() and all(_is_possible(one[key], inner) for key, inner in value.items())
+        return given and all("" in inner for inner in left_away)
+    if isinstance(one, list | tuple) and isinstance(value, list | tuple):
+        return len(one) == len(value) and all(map(_is_like, one, value))
+    return same(one, value)
+
+
+def _loosely(text: str) -> str:
+    return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')
 
 
 def same(one: Any, other: Any) -> bool:
@@ -152,8 +185,8 @@ def same(one: Any, other: Any) -> bool:
 def _tool_call(arguments: Arguments, place: Place) -> Rule:
     """The answer calls what the row's last answer calls, or {"name": ..., "arguments": {...}}, or a list of them in any
     order; [] for no call. An argument may be {"any": true}, {"in": [...]} or {"regex": "..."}; those named in
-    `optional` may be left away. `possible` is the ground_truth of a BFCL row. Where the row has tools, each call must
-    name one, with arguments that its schema accepts; with `valid` any such calls will do.
+    `optional` may be left away. `possible` is the ground_truth of a BFCL row. With `valid`, or where nothing is
+    expected: each call names a tool of the row, with arguments that its schema accepts.
     """
     wanted: list[Expected] | None = None
     if arguments.has("tool_call") and arguments.has("possible"):
@@ -172,7 +205,8 @@ def _tool_call(arguments: Arguments, place: Place) -> Rule:
         if expected is None and not row.tools:
             return None
         calls = calls_in(answer.text)
-        if row.tools and not all(known.accept(call, row.tools) for call in calls):
+        needs_schema = must_be_valid or expected is None
+        if needs_schema and not all(known.accept(call, row.tools or []) for call in calls):
             return 0.0
         if expected is None:
             return float(bool(calls))
@@ -197,8 +231,13 @@ def _expected(given: Any, arguments: Arguments) -> list[Expected]:
         for value in by_name.values():
             if isinstance(value, dict) and len(value) == 1 and isinstance(value.get("regex"), str):
                 compiled(value["regex"])
-        out.append(Expected(one["name"], by_name, optional))
+        out.append(Expected(one["name"], _each(_is_wanted, by_name), optional))
     return out
+
+
+def _each(is_right: Callable[[Any, Any], bool], wanted: dict[str, Any]) -> dict[str, Callable[[Any], bool]]:
+    """Name -> whether a value is right, by what is wanted of it."""
+    return {name: partial(is_right, value) for name, value in wanted.items()}
 
 
 def _possible(given: Any) -> list[Expected]:
@@ -216,7 +255,7 @@ def _possible(given: Any) -> list[Expected]:
         if not isinstance(values, dict) or not all(isinstance(value, list) for value in values.values()):
             raise wrong
         optional = frozenset(key for key, value in values.items() if "" in value)
-        out.append(Expected(name, {key: {"in": value} for key, value in values.items()}, optional))
+        out.append(Expected(name, _each(_is_possible, values), optional))
     return out
 
 
@@ -224,7 +263,7 @@ def _of_row(row: SuiteRow) -> list[Expected]:
     out = []
     for call in row.calls or []:
         function = call.get("function", call)
-        out.append(Expected(function["name"], parsed_arguments(function.get("arguments", {}))))
+        out.append(Expected(function["name"], _each(same, parsed_arguments(function.get("arguments", {})))))
     return out
 
 

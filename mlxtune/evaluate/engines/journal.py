@@ -158,7 +158,7 @@ class Journal:
             try:
                 row = json.loads(line)
                 self._recorded.append((row["side"], Answer(*(row[key] for key in KEYS))))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise UserError(
                     f"{file} line {number}: not an answer", "Choose another --out, and begin anew."
                 ) from error
