@@ -56,15 +56,24 @@ def ended(words: list[str | Path], status: int = 0) -> tuple[str, str]:
 
 
 def test_verdicts_stand_in_the_document_in_the_folder_and_on_the_terminal(folder: Path, tmp_path: Path) -> None:
+    """Also where the evaluation was killed while the judge was asked: the same bytes, and few replies are asked for."""
     out = tmp_path / "evaluation"
     with JudgingServer(prefers_good) as server:
         found = json.loads(ended(words(folder, server, "--json", "--out", out))[0])["judge"]
-        said, _ = ended(words(folder, server))
+        whole = {path.name: path.read_bytes() for path in out.iterdir()}
+        asked = len(server.asked)
+        (out / "judge.jsonl").write_bytes(whole["judge.jsonl"][:-300])
+        for name in ("verdicts.jsonl", "summary.json", "scores.jsonl"):
+            (out / name).unlink()
+        said, _ = ended(words(folder, server, "--out", out))
+        assert asked == 40 + 22 and len(server.asked) == asked + 22  # the portion of the exam was whole
     assert (found["wins"], found["ties"], found["losses"], found["identical"]) == (11, 1, 0, 1)
     assert (found["verdict"], found["exam"]["passed"], found["refused"]) == ("better", True, False)
     assert found["win_rate"] == pytest.approx(11.5 / 12) and found["difference"] == pytest.approx(11 / 12)
     lines = [json.loads(line) for line in (out / "verdicts.jsonl").read_text().splitlines()]
     assert [line["outcome"] for line in lines] == ["tie", *["win"] * 11]
+    for name in ("verdicts.jsonl", "summary.json", "scores.jsonl", "answers.jsonl"):
+        assert (out / name).read_bytes() == whole[name], name
     assert json.loads((out / "summary.json").read_text())["judge"] == found
     assert "11 wins, 1 ties, 0 losses of the tuned answers in 12 pairs: better" in said
 
@@ -119,6 +128,7 @@ def test_a_small_model_as_its_own_judge_fails_the_exam_and_that_is_said(mlx_mode
     [
         (("--judge", "replay:x.jsonl"), "recorded answers cannot judge"),
         (("--judge", "nowhere"), "nowhere"),
+        (("--judge", "."), "--judge .: no model is there"),
         (("--judge", "http://127.0.0.1:9/v1#m", "--rubric", "none.txt"), "--rubric none.txt"),
         (("--judge", "http://192.0.2.1/v1#m"), "192.0.2.1 is another machine"),
         (("--rate", "likert"), "--rate has no effect without --judge: nobody judges"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import evaluations
@@ -14,9 +15,11 @@ from judges import JudgingServer, Scripted, Silent, always_first, by_length, kno
 
 from mlxtune.evaluate.checks.check import SuiteRow
 from mlxtune.evaluate.judging import judge as judge_module
+from mlxtune.evaluate.judging import remembered
 from mlxtune.evaluate.judging.exam import Exam, exam_pairs, examine
 from mlxtune.evaluate.judging.judge import CRITERIA, PAIR_LABELS, SCALE, marker_of, pair_prompt, rating_prompt
 from mlxtune.evaluate.judging.length import at_equal_length
+from mlxtune.evaluate.judging.remembered import Remembered
 from mlxtune.evaluate.judging.report import Judged, Judging, Rate, judge_evaluation, pairs_of, pairwise_facts
 from mlxtune.evaluate.judging.served import ServedJudge, strictly
 from mlxtune.evaluate.judging.verdicts import Pair, PairVerdict, judge_pairs
@@ -236,6 +239,29 @@ def test_a_server_that_replies_strictly_is_read_and_its_chances_where_it_tells_t
     with JudgingServer(lambda _: "[[4]]", {"4": math.log(0.6), "5": math.log(0.4)}) as server:
         (reply,) = ServedJudge(server.url).label_probabilities([rating_prompt(ASKED, "a", "accuracy")], SCALE)
         assert reply == pytest.approx([0, 0, 0, 0.6, 0.4])
+
+
+def test_replies_are_kept_and_only_a_portion_that_is_not_whole_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remembered, "PORTION", 4)
+    prompts = [pair_prompt(ASKED, "a" * n, "b" * 5) for n in range(10)]
+    file = tmp_path / "judge.jsonl"
+    judge = Scripted(by_length)
+    judge.notes.append("noted")
+    whole = Remembered(judge, file, "one").label_probabilities(prompts, PAIR_LABELS)
+    assert whole == Scripted(by_length).label_probabilities(prompts, PAIR_LABELS) and len(judge.prompts) == 10
+    text = file.read_bytes()
+    assert text.count(b"\n") == 11
+    file.write_bytes(text[: text.index(b"\n", 600) + 20])  # within a line of the second portion
+    again = Scripted(by_length)
+    second = Remembered(again, file, "one")
+    assert second.label_probabilities(prompts, PAIR_LABELS) == whole and second.notes == ["noted"]
+    assert [len(sections(prompt)["Answer A"]) for prompt in again.prompts] == [4, 5, 6, 7, 8, 9]
+    none = Scripted(by_length)
+    assert Remembered(none, file, "one").label_probabilities(prompts, PAIR_LABELS) == whole and none.prompts == []
+    Remembered(none, file, "another").label_probabilities(prompts, PAIR_LABELS)
+    assert len(none.prompts) == 10
 
 
 def test_a_thought_before_the_reply_is_no_part_of_it_and_marks_of_templates_are_broken_up() -> None:

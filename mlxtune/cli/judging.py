@@ -89,6 +89,7 @@ def judging(
     from mlxtune.evaluate.judging.report import Judging
     from mlxtune.evaluate.judging.served import ServedJudge
     from mlxtune.model.hub import resolve
+    from mlxtune.train.identity import of_model
 
     told = of_suite or RUBRIC
     if rubric is not None:
@@ -98,11 +99,13 @@ def judging(
         raise UserError(f"--judge {judge}: recorded answers cannot judge", "Name a model's folder, or a server.")
     if kind == "server":
         server = ServedJudge(judge, allow_remote)
-        return Judging(lambda: server, rate, told, anyway, (OWN,) if judge in judged else ())
+        return Judging(lambda: server, rate, told, anyway, (OWN,) if judge in judged else (), server.name)
     folder = resolve(judge)
     require_folder(folder)
     judges_itself = any(folder == resolve(one) for one in judged if one and kind_of(one) == "model")
-    return Judging(_opener(judge), rate, told, anyway, (OWN,) if judges_itself else ())
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--judge {judge}: no model is there", "Name a model's folder, a hub id, or a server.")
+    return Judging(_opener(judge), rate, told, anyway, (OWN,) if judges_itself else (), of_model(folder))
 
 
 def _opener(model: str) -> Callable[[], Judge]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,8 @@ def evaluate(
     held_to = dict(summary["checks"])  # what gates may name
     nothing: dict[str, str] = {}  # why something of these may be missing
     if asked.judging is not None:
-        judged = judge_evaluation(asked.judging, rows, answers)
+        kept_at = None if out is None else out / kept.REPLIES
+        judged = judge_evaluation(replace(asked.judging, kept=kept_at), rows, answers)
         summary["judge"] = judged.document
         held_to |= judged.held_to
         nothing = dict.fromkeys(asked.judging.names, "gave no verdicts")

@@ -6,7 +6,7 @@
     summary.json    what `--json` prints
     times.jsonl     all that is not the same bytes when the evaluation is run again
 
-Optional: verdicts.jsonl of a judge, ratings.*.jsonl of people. Everything is paired by the prompt's id.
+Optional: judge.jsonl and verdicts.jsonl of a judge, ratings.*.jsonl of people. Everything is paired by the prompt's id.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mlxtune.evaluate.comparison.scores import SIDES, PromptScores, Side
 from mlxtune.evaluate.engines.request import Answer
 
 PROMPTS, ANSWERS, SCORES, SUMMARY = "prompts.jsonl", "answers.jsonl", "scores.jsonl", "summary.json"
-VERDICTS, TIMES = "verdicts.jsonl", "times.jsonl"
+VERDICTS, REPLIES, TIMES = "verdicts.jsonl", "judge.jsonl", "times.jsonl"
 EXPECTED = "a folder that `mlxtune eval --suite SUITE --out FOLDER` wrote to its end"
 DAMAGED = "The folder is damaged, or was changed by hand: run the evaluation again."
 

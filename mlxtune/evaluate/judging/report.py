@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from mlxtune.evaluate.judging.exam import CONSISTENT, Exam, examine
 from mlxtune.evaluate.judging.judge import CRITERIA, RUBRIC, Judge
 from mlxtune.evaluate.judging.length import length_effect
 from mlxtune.evaluate.judging.likert import always_the_same, rate_answers, scores_of
+from mlxtune.evaluate.judging.remembered import Remembered
 from mlxtune.evaluate.judging.verdicts import Pair, PairVerdict, first_rate, judge_pairs
 from mlxtune.evaluate.statistics.holm import verdict
 from mlxtune.evaluate.statistics.paired import compare_scores
@@ -39,6 +41,8 @@ class Judging:
     rubric: str = RUBRIC  # what it is told to be good
     anyway: bool = False  # its verdicts are wanted though it fails its exam
     notes: tuple[str, ...] = ()  # what must be said of it in any case
+    identity: str = ""  # what of the judge decides its replies
+    kept: Path | None = None  # the file where its replies are kept as they come; None: nowhere
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,6 +86,8 @@ def judge_evaluation(wanted: Judging, rows: Sequence[SuiteRow], answers: Mapping
     the judge cannot be asked.
     """
     judge = wanted.open()
+    if wanted.kept is not None:
+        judge = Remembered(judge, wanted.kept, wanted.identity)
     exam = examine(judge, rows, wanted.rubric)
     document: dict[str, Any] = {"judge": judge.name, "rate": wanted.rate, "rubric": wanted.rubric}
     document |= {"exam": exam.as_json(), "refused": not exam.passed and not wanted.anyway}
