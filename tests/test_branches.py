@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
+import peaks
 import pytest
 import zoo
 from mlx_lm.models.base import create_causal_mask
@@ -19,6 +20,7 @@ from mlxtune.compute.proof import Room, Verdict
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset import forest
 from mlxtune.data.dataset.batches import Batch, collate
+from mlxtune.data.dataset.measured import ListedExamples
 from mlxtune.model import linux_cpu
 from mlxtune.model.prefix_cache import PrefixCache
 
@@ -117,6 +119,25 @@ def test_some_of_the_random_forests_have_several_trunks() -> None:
     passes = [prefix.forest_of_batch(random_batch(seed), 0).passes for seed in range(8)]
     trunks = [sum(each.is_trunk for each in found) for found in passes]
     assert sum(count > 1 for count in trunks) >= 3
+
+
+class Rows(ListedExamples):
+    """Examples of rows that give several."""
+
+    row_of: np.ndarray = np.zeros(0)  # [N] the row of each
+
+
+@pytest.mark.parametrize("tokens", [1024, 120])
+def test_a_proof_has_branches_at_several_depths_where_a_row_gives_several_examples(tokens: int) -> None:
+    """Cut to fewer tokens than the history has, too."""
+    rows = Rows([*peaks.examples(3), *peaks.conversation(6), *peaks.conversation(2)])
+    rows.row_of = np.array([0, 1, 2, *[3] * 6, *[4] * 2])
+    batch = proof.rows_for(rows, Way(prefix=0), True, tokens)
+    passes = prefix.forest_of_batch(batch, 0)
+    assert len(batch.rows) == 3 and batch.ids.shape[1] <= tokens
+    trunk, *branches = passes.passes
+    assert trunk.is_trunk and min(each.start for each in branches) < trunk.width == max(each.start for each in branches)
+    assert batch.mask[:, 1:].any(axis=1).all()
 
 
 # Faults that are planted.
