@@ -245,7 +245,7 @@ def inverse_by_blocks(below: mx.array) -> mx.array:
 
     Blocks of one number on the diagonal are their own inverse. Two neighbours make a block of twice the size, until one
     is left:  inverse of (A 0; L D) = (A^-1 0; -D^-1 L A^-1 D^-1). (The series I - L + L^2 - ... would be simpler, but
-    its terms reach 1e8 where keys repeat, and cancel.)
+    where keys repeat its terms reach thousands, and cancel.)
     """
     size = below.shape[-1]
     place = mx.arange(size)
