@@ -72,7 +72,7 @@ def describe(way: Way) -> str:
     elif way.recompute:
         parts.append(f"one in {way.recompute} blocks checkpointed")
     if way.tokens:
-        parts.append(f"in pieces of {way.tokens} tokens")
+        parts.append(f"in pieces of up to {way.tokens} tokens")
     if way.nested:
         parts.append(f"one input kept of {way.nested} blocks")
     if way.queries:

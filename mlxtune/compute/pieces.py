@@ -1,7 +1,7 @@
 """Checkpointed blocks for long rows: given a row piece by piece, and of several blocks the first one's input kept.
 
 A checkpointed block keeps its input alone, but while it is computed it needs the arrays of all its tokens: of 32,768
-tokens and an MLP of width 14,336, 1.9 GB in float32 for each of its arrays. In pieces of 512 tokens it needs the arrays
+tokens and an MLP of width 14,336, 1.9 GB in float32 for each of its arrays. In pieces of 512 tokens, or a little less, it needs the arrays
 of one piece, and the keys and values of the tokens before, as when a model generates:
 
     forward    [tokens 0 .. 511] -> keys, values -> [tokens 512 .. 1023] -> keys, values -> [1024 .. 1535]
@@ -62,6 +62,16 @@ def recomputed(
             yield
     finally:
         memory.last = None  # classes are freed late, and with them what they know
+
+
+def size_of(tokens: int, rows: int, width: int) -> int:
+    """Tokens of each row in a piece, of which each row has `width`; tokens: of a piece of all rows, at most.
+
+    Pieces are about as long as each other: a last one of a token or two would be computed by other kernels.
+    """
+    most = max(1, tokens // rows)
+    count = -(-width // most)
+    return -(-width // count)
 
 
 def _remembering(kind: type, memory: _Memory) -> type:
@@ -308,7 +318,7 @@ def _in_pieces(
     if found:
         return None
     rows, width, _ = hidden.shape
-    size = max(1, memory.tokens // rows) if memory.tokens else width
+    size = size_of(memory.tokens, rows, width)
     spans = [(first, min(width, first + size)) for first in range(0, width, size)]
     given.arguments[_hidden_name(given)] = None  # else it would be kept with the call
     return _Pieces(block, kind.__call__, given, mask, cache, spans, memory.masks, memory.stages), hidden

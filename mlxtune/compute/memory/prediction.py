@@ -34,6 +34,7 @@ from mlxtune.adapter.plan import block_paths, outside_blocks
 from mlxtune.compute.memory import blocks
 from mlxtune.compute.memory.block_call import Cost
 from mlxtune.compute.memory.kernels import Device
+from mlxtune.compute.pieces import size_of
 from mlxtune.model.arrays import named
 
 FULL = 4  # bytes of a float32
@@ -252,7 +253,7 @@ class _WholeRows:
 
 def _before_last_piece(shape: StepSizes, options: RunOptions) -> StepSizes:
     """The micro-batch as if all tokens before the last piece were a prefix: then the second pass is that piece."""
-    size = max(1, options.tokens // shape.rows)
+    size = size_of(options.tokens, shape.rows, shape.width)
     return replace(shape, prefix=max(1, shape.width - size))
 
 
