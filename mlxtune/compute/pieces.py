@@ -1,7 +1,7 @@
 """Checkpointed blocks for long rows: given a row piece by piece, and of several blocks the first one's input kept.
 
 A checkpointed block keeps its input alone, but while it is computed it needs the arrays of all its tokens: of 32,768
-tokens and an MLP of width 14,336, 1.9 GB in float32 for each of its arrays. In pieces of 512 tokens, or a little less, it needs the arrays
+tokens and an MLP of width 14,336, 1.9 GB in float32 for each of its arrays. In pieces of 512 tokens it needs the arrays
 of one piece, and the keys and values of the tokens before, as when a model generates:
 
     forward    [tokens 0 .. 511] -> keys, values -> [tokens 512 .. 1023] -> keys, values -> [1024 .. 1535]
