@@ -156,6 +156,7 @@ WRONG = {
     "shared prefix once, float32": no_mask_over_a_prefix,
     "shared prefix once, bfloat16": no_mask_over_a_prefix,
     "blocks checkpointed, float32": parameters_closed_over,
+    "blocks in pieces of rows, float32": offset_lost_in_the_second_run,
     "powers of two, float32": wrong_base,
     "all of these combined, float32": offset_lost_in_the_second_run,
     "a trained head, every way, float32": last_row_of_a_chunk_left_out,

@@ -70,7 +70,7 @@ def describe(way: Way) -> str:
     elif way.recompute:
         short_cuts.append(f"one in {way.recompute} blocks checkpointed")
     if way.tokens:
-        short_cuts.append(f"in pieces of {way.tokens} tokens")
+        short_cuts.append(f"in pieces of up to {way.tokens} tokens")
     if way.nested:
         short_cuts.append(f"one input kept of {way.nested} blocks")
     if way.queries:

@@ -64,6 +64,16 @@ def recomputed(
         memory.last = None  # classes are freed late, and with them what they know
 
 
+def size_of(tokens: int, rows: int, width: int) -> int:
+    """Tokens of each row in a piece, of which each row has `width`; tokens: of a piece of all rows, at most.
+
+    Pieces are about as long as each other: a last one of a token or two would be computed by other kernels.
+    """
+    most = max(1, tokens // rows)
+    count = -(-width // most)
+    return -(-width // count)
+
+
 def _remembering(kind: type, memory: _Memory) -> type:
     def note(leaf: Any) -> None:
         if flows(leaf):
@@ -308,7 +318,7 @@ def _in_pieces(
     if found:
         return None
     rows, width, _ = hidden.shape
-    size = max(1, memory.tokens // rows) if memory.tokens else width
+    size = size_of(memory.tokens, rows, width)
     spans = [(first, min(width, first + size)) for first in range(0, width, size)]
     given.arguments[_hidden_name(given)] = None  # else it would be kept with the call
     return _Pieces(block, kind.__call__, given, mask, cache, spans, memory.masks, memory.stages), hidden

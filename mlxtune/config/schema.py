@@ -175,7 +175,7 @@ class TrainSection(Section):
     checkpoint_layers: Literal["none", "all", "pieces", "nested"] | int = Field(
         "none",
         description="blocks whose activations are computed again instead of kept: none, all, or every n-th; for long "
-        "rows all in pieces of 512 tokens, or nested: in pieces, and of several blocks one input is kept",
+        "rows all in pieces of up to 512 tokens, or nested: in pieces, and of several blocks one input is kept",
     )
     memory_limit: Literal["auto", "off"] | int = Field(
         "auto", description="bytes that the predicted peak must fit; auto: 80% of the device's working set; off: any"

@@ -25,10 +25,11 @@ PLAIN = "plain way"
 HEAD = "head on targets only"
 PREFIX = "shared prefix once"
 CHECKPOINTED = "blocks checkpointed"
+PIECES = "blocks in pieces of rows"
 POWERS = "powers of two"
 COMPILED = "compiled"
 TOGETHER = "all of these combined"
-WAYS = (PLAIN, HEAD, PREFIX, CHECKPOINTED, POWERS, COMPILED, TOGETHER)
+WAYS = (PLAIN, HEAD, PREFIX, CHECKPOINTED, PIECES, POWERS, COMPILED, TOGETHER)
 # Of the loss and of the gradient that differs most, relative. A wrong mask or position shows as 0.1 and more; rounding
 # alone makes 2e-6, 5e-3 and 4e-2.
 LIMITS = {mx.float32: (1e-5, 1e-3), mx.float16: (1e-2, 2e-2), mx.bfloat16: (1e-2, 0.1)}
@@ -95,7 +96,8 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
         PLAIN: [plain],
         HEAD: [head],
         PREFIX: [shared],
-        CHECKPOINTED: [replace(plain, recompute=1), replace(plain, recompute=2), *_in_pieces(model, plain, rows)],
+        CHECKPOINTED: [replace(plain, recompute=1), replace(plain, recompute=2)],
+        PIECES: _in_pieces(model, plain, rows),
         POWERS: [replace(head, powers=True)] if linux_cpu.worth_it() and dtype == mx.float32 else [],
         COMPILED: [replace(head, compiled=True)] if backend.policy().compiled else [],
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from mlxtune.compute.memory.block_call import Cost
 from mlxtune.compute.memory.step import FULL, Moment, RunOptions, StepSizes
+from mlxtune.compute.pieces import size_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class WholeRows:
 
 def before_last_piece(shape: StepSizes, options: RunOptions) -> StepSizes:
     """The micro-batch as if all tokens before the last piece were a prefix: then the second pass is that piece."""
-    size = max(1, options.tokens // shape.rows)
+    size = size_of(options.tokens, shape.rows, shape.width)
     return replace(shape, prefix=max(1, shape.width - size), forest=None)
 
 
