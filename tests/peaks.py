@@ -14,6 +14,7 @@ from mlxtune.adapter import attach
 from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.memory import prediction
+from mlxtune.compute.prefix import forest_of_batch
 from mlxtune.compute.trunk_states import RowStates
 from mlxtune.config import resolve as configuration
 from mlxtune.data.chat.masking import Example
@@ -36,6 +37,18 @@ def examples(count: int = 24, vocabulary: int = 4000, longest: int = 200) -> lis
     return rows
 
 
+def conversation(turns: int = 8, vocabulary: int = 4000) -> list[Example]:
+    """Each turn of one conversation behind its own prompt: the history so far, then tokens of its own."""
+    draw = np.random.default_rng(0)
+    history = draw.integers(3, vocabulary, 60).tolist()
+    rows = []
+    for _ in range(turns):
+        history += draw.integers(3, vocabulary, 40).tolist()
+        own = draw.integers(3, vocabulary, 30).tolist()
+        rows.append(Example(history + own, [0] * len(history) + [0, 0] + [1] * 28))
+    return rows
+
+
 def build(sizes: dict[str, Any]) -> nn.Module:
     """mlx-lm's model of a config.json."""
     module = importlib.import_module(f"mlx_lm.models.{sizes['model_type']}")
@@ -49,7 +62,7 @@ GOES = 3  # of the step whose peak is measured
 def of_step(
     sizes: dict[str, Any], settings: tuple[str, ...], rows: list[Example], bits: int = 0, dtype: mx.Dtype = mx.float32
 ) -> tuple[prediction.Memory, int]:
-    """(the plan of a run, bytes that its widest step took)."""
+    """(the plan of a run, bytes that its heaviest step took)."""
     gc.collect()  # models of other tests
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -74,8 +87,9 @@ def of_step(
             step(number)
     mx.clear_cache()
     mx.reset_peak_memory()
-    widest = max(range(1, plan.steps + 1), key=lambda number: plan.step(number)[0].ids.size)
+    most = [forest_of_batch(plan.step(number)[0], way.prefix).computed for number in range(1, plan.steps + 1)]
+    heaviest = 1 + most.index(max(most))
     # A buffer that a thread lets go of early lowers the peak of one go by up to 4%: the peak is the highest of some.
     for _ in range(GOES):
-        step(widest)
+        step(heaviest)
     return predicted, mx.get_peak_memory() - before

@@ -17,10 +17,11 @@ from peaks import examples
 from mlxtune.compute import fit_memory
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.loss import Way
+from mlxtune.compute.prefix import forest_of_batch
 from mlxtune.config import resolve as configuration
 from mlxtune.config.resolve import TrainSection
 from mlxtune.data.chat.masking import Example
-from mlxtune.data.dataset.batches import Plan
+from mlxtune.data.dataset.batches import Plan, collate
 from mlxtune.data.dataset.measured import ListedExamples
 from mlxtune.errors import UserError
 from mlxtune.train import preparation
@@ -61,6 +62,14 @@ def test_the_predicted_peak_is_within_15_percent_of_the_measured_one(
 ) -> None:
     sizes = {"model_type": kind, **SIZES, **changes}
     predicted, measured = peaks.of_step(sizes, settings, examples(), bits)
+    assert predicted.total == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("settings", [(), ("train.checkpoint_layers=all",)], ids=str)
+def test_the_peak_of_trunks_and_branches_is_within_15_percent_too(settings: tuple[str, ...]) -> None:
+    rows = peaks.conversation()
+    assert forest_of_batch(collate(rows, range(len(rows))), 0).computed < 0.5 * sum(len(row.ids) for row in rows)
+    predicted, measured = peaks.of_step({"model_type": "llama", **SIZES}, ("train.batch_rows=8", *settings), rows)
     assert predicted.total == pytest.approx(measured, rel=0.15)
 
 

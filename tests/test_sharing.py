@@ -11,7 +11,7 @@ import pytest
 
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
-from mlxtune.data.dataset.batches import Plan, collate
+from mlxtune.data.dataset.batches import DEALT, Batch, Plan, collate, in_order, side_by_side
 from mlxtune.data.dataset.beginnings import first_target
 from mlxtune.data.dataset.cutting import Cutter
 from mlxtune.data.dataset.dealing import Dealer
@@ -67,6 +67,22 @@ def test_a_beginning_is_shared_only_before_what_predicts_the_first_target() -> N
     late = [example(S, D, [token]) for token in (11, 12)]
     found = found_sharing([Example([*S, *D], [0] + [1] * 74), *late])
     assert found.groups == [Group(0, 0, 0), Group(75, 0, 1)] and found.group_of == [0, 1, 1]
+
+
+def test_an_answer_is_computed_where_it_is_a_target_and_again_where_it_is_history() -> None:
+    """Of two turns the first answer begins at token 42, so that token 41 predicts it and 41 tokens may be shared."""
+    first = example(S, [10, 11])
+    second = example(list(first.ids), [12, 13])
+    assert found_sharing(Rows([[first, second]])).saved.tolist() == [41, 0]
+
+
+def test_as_many_rows_fill_a_budget_as_are_computed_in_it() -> None:
+    """Rows of 110 tokens, of which they share 100: ten of them compute 110 + 9 * 10 = 200 tokens."""
+    rows = [example([5] * 100, [100 + row] * 7) for row in range(20)]
+    plan = Plan(rows, TrainSection(epochs=1, batch_tokens=200), found_sharing(rows))
+    assert [[len(batch.rows) for batch in plan.step(number)] for number in (1, 2)] == [[10], [10]]
+    assert plan.steps == 2 and plan.dealt == DEALT
+    assert [len(batch.rows) for batch in plan.computed_whole().step(1)] == [1] * 10
 
 
 def conversation(draw: np.random.Generator, turns: int, start: list[int]) -> list[Example]:
@@ -223,6 +239,18 @@ def test_looking_for_what_is_shared_reads_each_example_a_few_times() -> None:
     found = found_sharing(rows)
     assert max(group.depth for group in found.groups) == 2
     assert max(rows.read.values()) <= 2 + 2 * 3 + 1
+
+
+def test_held_out_conversations_are_computed_once_too() -> None:
+    """Each example once; in order of length the same number of tokens at once shares far less."""
+    rows = conversations(12)
+    batches = side_by_side(rows, 1500, found_sharing(rows))
+    assert sorted(index for batch in batches for index in batch.rows.tolist()) == list(range(len(rows)))
+
+    def of_all(batches: list[Batch]) -> int:
+        return sum(computed([rows.examples[index] for index in batch.rows]) for batch in batches)
+
+    assert of_all(batches) < 0.5 * of_all(in_order(rows, 1500))
 
 
 def test_rows_that_share_nothing_are_no_groups() -> None:

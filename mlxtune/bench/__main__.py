@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from mlxtune.bench import ours
 from mlxtune.bench.children import REFUSED
 from mlxtune.bench.figures import OURS, Measured
+from mlxtune.bench.limits import mlx_limits_kept
 from mlxtune.config import resolve
 from mlxtune.data.dataset.batches import DEFAULT_ROWS, Batch
 from mlxtune.errors import UserError
@@ -40,7 +41,8 @@ def _measured(who: str, file: str, count: int) -> Measured:
     """count: rows of the data to measure with, at least."""
     settings = resolve.load(file)
     data, settings = read_data(settings)
-    plan = attached(settings, data, read=False).plan
+    with mlx_limits_kept():
+        plan = attached(settings, data, read=False).plan
     rows, steps = 0, 0
     batches: list[Batch] = []
     while rows < count and steps < plan.steps:

@@ -19,6 +19,7 @@ from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.bench import arithmetic
 from mlxtune.bench.arithmetic import nbytes
 from mlxtune.bench.figures import CHECKPOINTED, THEIRS, Measured
+from mlxtune.bench.limits import mlx_limits_kept
 from mlxtune.bench.waits import waits
 from mlxtune.config.resolve import Config
 from mlxtune.data.chat.masking import Example
@@ -32,9 +33,8 @@ NEVER = 10**9  # steps: that it saves nothing
 
 def measure(who: str, settings: Config, examples: Sequence[Example], rows: int) -> Measured:
     """Train on these examples, `rows` of them in a batch."""
-    limits = _mlx_limits()  # which loading changes; how much is wired mlx-lm's trainer says itself
-    loaded = load(settings.model.path, settings.train.dtype, as_mlx_lm=True)
-    _set_limits(limits)
+    with mlx_limits_kept():  # how much is wired mlx-lm's trainer says itself
+        loaded = load(settings.model.path, settings.train.dtype, as_mlx_lm=True)
     base_bytes = nbytes(loaded.model.parameters())
     _attach(loaded.model, settings)
     steps = len(examples) // rows
@@ -147,16 +147,3 @@ class _Clock(TrainingCallback):
 
     def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         self.seconds.append(1 / train_info["iterations_per_second"])
-
-
-def _mlx_limits() -> tuple[int, int]:
-    """MLX's limits of memory and cache, in bytes."""
-    found = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 40)  # each gives back the one before
-    _set_limits(found)
-    return found
-
-
-def _set_limits(limits: tuple[int, int]) -> None:
-    memory, cache = limits
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)

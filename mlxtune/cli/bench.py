@@ -111,7 +111,7 @@ def bench(
 
 
 def _print_parts(thrown: list[Thrown]) -> None:
-    """A line for each switch: time for each token of the rows and peak, as multiples of those of the run as
+    """A line for each switch: time for each token of the rows and peak memory, as multiples of those of the run as
     configured, and the share of the rows' tokens that is computed.
     """
     from rich.table import Table
@@ -121,7 +121,8 @@ def _print_parts(thrown: list[Thrown]) -> None:
     seconds = sum(one.seconds_per_token for one in usual) / len(usual)
     peak = max(one.peak_bytes for one in usual)
     table = Table.grid(padding=(0, 3))
-    table.add_row("", "time", "peak memory", "computed of the rows' tokens")
+    table.add_column(no_wrap=True)
+    table.add_row("", "time", "peak memory", "computed")
     for one in thrown:
         name = Text(one.setting or "as configured")
         if one.measured is None:

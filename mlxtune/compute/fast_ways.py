@@ -18,6 +18,7 @@ from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import lengths_of
 from mlxtune.data.dataset.forest import MIN_SUFFIX
+from mlxtune.data.dataset.measured import measured
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
 from mlxtune.model.corrections import extent
@@ -52,9 +53,9 @@ def describe(way: Way) -> str:
     if way.split is not None:
         parts.append("the head on supervised tokens only")
     if way.prefix:
-        parts.append(f"the shared prefix of {way.prefix} tokens once")
+        parts.append(f"the shared prefix of {way.prefix} tokens and what else rows share once")
     elif way.prefix == 0:
-        parts.append("what a batch shares once")
+        parts.append("what rows share once")
     if way.frozen:
         parts.append(f"the first {way.frozen} blocks once for each row")
     if way.recompute == 1:
@@ -147,12 +148,13 @@ def shared_prefix(
     if config.fast.prefix == "off":
         return None, ""
     length = prefix.shared_by_run(examples)
-    if length < prefix.WORTH_SAYING and not shares:
-        return None, ""
-    against = against_sharing(model, examples, config)
+    by_all = length >= prefix.WORTH_SAYING
+    several = int(measured(examples).row_of[-1]) + 1 < len(examples)  # of a row, which begin alike
+    against = against_sharing(model, examples, config) if by_all or shares or several else ""
     if against:
-        return None, f"{length} tokens begin every row, but {against}"
-    return length, ""
+        alike = f"{length} tokens begin every row" if by_all else "examples of one row begin alike"
+        return None, f"{alike}, but {against}"
+    return (length, "") if by_all or shares else (None, "")
 
 
 def against_sharing(model: nn.Module, examples: Sequence[Example], config: Config) -> str:

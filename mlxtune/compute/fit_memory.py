@@ -36,11 +36,17 @@ from mlxtune.compute.trunk_choice import budget_for
 from mlxtune.compute.trunk_states import NOTHING, Budget
 from mlxtune.config.resolve import Config
 from mlxtune.config.schema import TrainSection
-from mlxtune.data.dataset.batches import DEFAULT_ROWS, EVALUATION_TOKENS, Plan, lengths_of
+from mlxtune.data.dataset.batches import DEFAULT_ROWS, EVALUATION_TOKENS, Plan, collate, lengths_of
+from mlxtune.data.dataset.forest import Forest, Pass
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.model.arrays import named
 
+LOOKED_AT = 64  # micro-batches, some milliseconds each, for the one through which most tokens go
+DEPTHS, WIDTH_GRAIN = (
+    8,
+    16,
+)  # of a forest's branches: to how many depths, and to what multiple of tokens, for its memory
 PAST_WINDOW = 64  # tokens of the proof's rows beyond a sliding window, where the data has them
 PROOF_SHARE = 0.85  # of the run's predicted peak, that a proof may take: a prediction may be off by 15%
 SHARE = 0.8  # of the device's working set: the rest is for the system, and for what the prediction does not see
@@ -74,9 +80,6 @@ def predict_run(given: Given, way: Way, config: Config, rows: Plan) -> memory.Me
     sizes = memory.sizes_of(given.model_config)
     if sizes is None:
         return memory.NotPredicted("its config.json does not say how wide it is")
-    shapes = rows.shapes()
-    count, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
-    targets = max(targets for _, _, targets in shapes)
     options = replace(
         _options(way, sizes, given.dtype),
         dropout=config.lora.dropout,
@@ -84,7 +87,56 @@ def predict_run(given: Given, way: Way, config: Config, rows: Plan) -> memory.Me
         ram=backend.memory_bytes(),
         updates=True,
     )
-    return memory.predict(given.model, given.model_config, _step_sizes(way, count, width, targets), options)
+    return memory.predict(given.model, given.model_config, _heaviest(way, rows), options)
+
+
+def _heaviest(way: Way, rows: Plan) -> memory.StepSizes:
+    """The micro-batch of the first epoch through which most tokens go, with the most targets that any has.
+
+    Where examples share, those that would be the largest without it are looked at one after the other, until the next
+    one is smaller even whole.
+    """
+    shapes = rows.shapes()
+    targets = max(targets for _, _, targets in shapes)
+    if way.prefix is None:
+        count, width, _ = max(shapes, key=lambda shape: shape[0] * shape[1])
+        return _step_sizes(way, count, width, targets)
+
+    def positions(examples: list[int]) -> int:
+        return len(examples) * (rows.width(examples) - 1)
+
+    most, heaviest = 0, memory.StepSizes(1, rows.widths[-1] - 1, 0, targets)
+    for examples in sorted(rows.micro_batches(), key=positions, reverse=True)[:LOOKED_AT]:
+        if positions(examples) <= most:
+            break
+        width = rows.width(examples)
+        passes = prefix.forest_of_batch(collate(rows.examples, examples, width), way.prefix)
+        if passes.computed > most:
+            most = passes.computed
+            if prefix.is_simple(passes):
+                heaviest = memory.StepSizes(len(examples), width - 1, passes.passes[-1].start, targets)
+            else:
+                heaviest = memory.StepSizes(len(examples), width - 1, 0, targets, _of_few_shapes(passes))
+    return heaviest
+
+
+def _of_few_shapes(passes: Forest) -> Forest:
+    """A forest whose passes are rounded to few widths and depths, for each shape's graph is looked through."""
+    rounded: list[Pass] = []
+    for each in passes.passes:
+        if each.leaves is None or each.is_trunk:
+            rounded.append(each)
+            continue
+        trunk = passes.passes[each.leaves]
+        end = trunk.start + trunk.width
+        start = min(end, _rounded(each.start, max(FEWEST_TOKENS, end // DEPTHS)))
+        rounded.append(replace(each, start=start, width=_rounded(each.width, WIDTH_GRAIN)))
+    return Forest(tuple(rounded))
+
+
+def _rounded(number: int, grain: int) -> int:
+    """To the nearest multiple, but not to zero."""
+    return max(1, round(number / grain)) * grain
 
 
 def _step_sizes(way: Way, count: int, width: int, targets: int) -> memory.StepSizes:
@@ -276,8 +328,11 @@ def evaluation_tokens(model: nn.Module, way: Way, rows: Plan) -> int:
     """Padded tokens of a batch of an evaluation, so that it takes no more memory than a step.
 
     It keeps nothing for a backward pass. A step keeps what all blocks need, or where each is computed again, one's.
+    Where beginnings are shared, as many as a step computes: a smaller batch would compute them several times.
     """
     largest = max(count * width for count, width, _ in rows.shapes())
+    if rows.shares and way.prefix is not None:
+        return largest
     times = 1 if way.recompute == 1 else max(1, len(model.layers) // 2)
     return min(EVALUATION_TOKENS, times * largest)
 

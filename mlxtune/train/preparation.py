@@ -28,7 +28,7 @@ from mlxtune.compute.fit_memory import Fitted, Given
 from mlxtune.compute.memory.prediction import Memory
 from mlxtune.compute.trunk_states import RowStates
 from mlxtune.config.resolve import Config
-from mlxtune.data.dataset.batches import Plan, in_order
+from mlxtune.data.dataset.batches import Plan, in_order, side_by_side
 from mlxtune.data.dataset.sharing import found_sharing
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.errors import UserError
@@ -207,7 +207,11 @@ def _limit(config: Config, ranks: Ranks) -> int | None:
 def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: Ranks) -> Job:
     loaded, config = made.loaded, chosen.config
     tokens = fit_memory.evaluation_tokens(loaded.model, chosen.way, chosen.rows)
-    valid = ranks.own_items(in_order(data.valid, tokens))
+    if chosen.rows.shares and chosen.way.prefix is not None:
+        held_out = side_by_side(data.valid, tokens, found_sharing(data.valid))
+    else:
+        held_out = in_order(data.valid, tokens)
+    valid = ranks.own_items(held_out)
     digests = data.train.digest(), data.valid.digest()
     return Job(
         model=loaded.model,

@@ -45,6 +45,9 @@ LOGITS_COPIES, HIDDEN_COPIES = 4, 3
 # In units of what trains: AdamW's two moments and the gradients stay; at the update the next values and moments come,
 # while the ones before are kept for the case that the step fails (`train.last_whole`).
 MOMENTS, GRADIENTS, NEXT_STATE = 2, 1, 3
+# Of what the branches of a forest need to be computed again in a block, what is there at the same time as the two that
+# need most, measured on the CPU. (A pass that is not computed again goes back alone.)
+AT_A_TIME = 0.65
 # MLX's CPU code unpacks a quantized matrix in several steps, twice for a chunk of the head: forward and backward.
 DENSE_COPIES = 4
 # A compiled signature, measured on Qwen3's shape (12 blocks): host memory a block; small arrays a block, each a buffer.
@@ -72,9 +75,7 @@ class StepSizes:
     @property
     def tokens(self) -> int:
         """That go through the blocks."""
-        if self.forest is not None:
-            return self.forest.computed
-        return self.rows * (self.width - self.prefix) + self.prefix
+        return self.passes.computed
 
 
 @dataclass(frozen=True)
@@ -241,13 +242,30 @@ def _in_blocks_and_head(
         yield _Moment(activations=before + forward, dense_copies=in_block)
         if options.recompute and place % options.recompute == 0:  # it is checkpointed
             held += sum(cost.given for cost in costs)
-            backward = before + of_trunks + max((_back(cost, cost.again, options) for cost in costs), default=0)
+            going_back = [_back(cost, cost.again, options) for cost in costs]
+            backward = before + of_trunks + _together(going_back, shape.passes)
         else:
             held += sum(cost.kept for cost in costs)
             backward = held + of_trunks + max((_back(cost, cost.back, options) for cost in costs), default=0)
         yield _Moment(activations=backward, dense_copies=in_block)
     chunk = _head_chunk(shape, options, width, vocabulary)
     yield _Moment(activations=held, head_chunk=chunk, dense_copies=in_head)
+
+
+def _together(going_back: list[int], passes: Forest) -> int:
+    """The most bytes at a time that the passes need on their way back through one checkpointed block, of what each
+    needs.
+
+    They are computed again when MLX comes to them, several at a time, for branches do not wait for each other. Only a
+    trunk that begins at the rows' beginning waits for all that leave it.
+    """
+    leaving = []
+    for needed, each in zip(going_back, passes.passes, strict=False):  # a block that is never called needs nothing
+        if each.leaves is not None:
+            leaving.append(needed)
+    leaving.sort(reverse=True)
+    together = sum(leaving[:2]) + int(AT_A_TIME * sum(leaving[2:]))
+    return max(max(going_back, default=0), together)
 
 
 def _gradients_of_trunks(costs: list[Cost], passes: Forest) -> int:
@@ -260,12 +278,14 @@ def _gradients_of_trunks(costs: list[Cost], passes: Forest) -> int:
 
 
 def _head_chunk(shape: StepSizes, options: RunOptions, width: int, vocabulary: int) -> int:
-    """Bytes of the logits [C, V], and of the hidden rows that go with them: [N, D], or [B * T, D] without a chunk."""
+    """Bytes of the logits [C, V], and of the hidden rows that go with them: [N, D], or without a chunk those of all
+    tokens but a trunk's.
+    """
     if options.chunk:
         rows = min(options.chunk, shape.targets) or shape.tokens
         hidden_rows = shape.targets
     else:
-        rows = hidden_rows = shape.tokens
+        rows = hidden_rows = sum(each.computed for each in shape.passes.passes if not each.is_trunk)
     return LOGITS_COPIES * rows * vocabulary * FULL + HIDDEN_COPIES * hidden_rows * width * options.item
 
 

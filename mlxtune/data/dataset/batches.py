@@ -93,6 +93,19 @@ def in_order(examples: Sequence[Example], tokens: int = EVALUATION_TOKENS) -> li
     return [collate(examples, rows) for rows in fill(order, lengths, None, tokens)]
 
 
+def side_by_side(examples: Sequence[Example], tokens: int, sharing: Sharing) -> list[Batch]:
+    """As `in_order`, with the examples of a row in one batch and rows that begin alike beside each other; tokens count
+    as they are computed.
+    """
+    known = measured(examples)
+    lengths = known.lengths
+    firsts = first_examples(known.row_of)
+    longest = np.maximum.reduceat(lengths, firsts)
+    rows = np.lexsort((longest, np.array(sharing.group_of))).tolist()
+    cutter = Cutter(lengths, lengths - sharing.saved, np.append(firsts, len(lengths)), None, tokens, sharing)
+    return [collate(examples, batch) for batch in cutter.micro_batches(rows)]
+
+
 class Plan:
     """Which rows each optimizer step of a run trains on; any step can be asked for directly, so a run can resume
     anywhere. A step is `train.accumulate` batches of rows (`dealing`), and the examples of a batch are computed in one

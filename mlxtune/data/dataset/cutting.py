@@ -69,7 +69,8 @@ class Cutter:
         if self.sharing is not None:
             return self._beside_each_other(rows, self.sharing)
         examples = [index for row in rows for index in self._examples(row)]
-        if len(examples) == len(rows):
+        fits = not self.tokens or len(examples) * int(self.padded[examples].max()) <= self.tokens
+        if len(examples) == len(rows) and fits:
             return [examples]
         examples.sort(key=self.padded.__getitem__)
         return fill(examples, self.padded, self.size, self.tokens or None)

@@ -128,7 +128,6 @@ class _Search:
         return len(shared)
 
     def _inside(self, rows: np.ndarray, least: int) -> list[np.ndarray]:
-        """Sets of two and more of these rows that share their first `least` tokens."""
-        able = rows[self.may_share[rows] >= least]
-        alike = groups(self.examples, least, self.firsts[able].tolist())
+        """Sets of two and more of these rows that share their first `least` tokens, and may."""
+        alike = groups(self.examples, least, self.firsts[rows].tolist())
         return [np.searchsorted(self.firsts, group) for group in alike]
