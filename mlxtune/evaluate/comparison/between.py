@@ -121,10 +121,9 @@ def _notes(evaluations: Sequence[Evaluation], scores: Sequence[Scores], common: 
     for evaluation, mine in zip(evaluations, scores, strict=True):
         if len(mine) > len(common):
             notes.append(f"{evaluation.name}: {len(mine) - len(common)} scores have no counterpart, and are left out")
-    settings = [evaluation.summary.get("sampling") for evaluation in evaluations]
-    first = settings[0] if isinstance(settings[0], dict) else {}
-    for evaluation, other in zip(evaluations[1:], settings[1:], strict=True):
-        theirs = other if isinstance(other, dict) else {}
+    first = _settings(evaluations[0])
+    for evaluation in evaluations[1:]:
+        theirs = _settings(evaluation)
         differing = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
         for key in differing:
             notes.append(
@@ -134,6 +133,15 @@ def _notes(evaluations: Sequence[Evaluation], scores: Sequence[Scores], common: 
         said = evaluation.summary.get("notes")
         notes += [f"{evaluation.name}: {note}" for note in (said if isinstance(said, list) else [])]
     return notes
+
+
+def _settings(evaluation: Evaluation) -> dict[str, Any]:
+    """What answers depend on beside the models."""
+    sampling = evaluation.summary.get("sampling")
+    found = dict(sampling) if isinstance(sampling, dict) else {}
+    if "computed by" in evaluation.summary:
+        found["what computed the answers"] = evaluation.summary["computed by"]
+    return found
 
 
 def _names(evaluations: Sequence[Evaluation]) -> str:
