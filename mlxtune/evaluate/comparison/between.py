@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlxtune.errors import UserError
+from mlxtune.evaluate.comparison.by_judge import ranked_by_judge
 from mlxtune.evaluate.comparison.folder import Evaluation
 from mlxtune.evaluate.comparison.scores import PromptScores
 from mlxtune.evaluate.comparison.summary import document
@@ -21,7 +22,8 @@ Scores = dict[tuple[str, str], PromptScores]  # (prompt's id, check) -> scores
 
 def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """The document that `mlxtune compare --json` prints. Of two it is that of `eval`: "base" is the first, "tuned" the
-    second. Of more it ranks them (`statistics.ranking`) by which wins more checks on a prompt.
+    second. Of more it ranks them (`statistics.ranking`) by which wins more checks on a prompt, and by a judge's
+    verdicts where all have them.
 
     Raises UserError for evaluations of other suites, or without a prompt in common.
     """
@@ -45,6 +47,7 @@ def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         "n": prompts,
         "evaluations": [_side(one) for one in evaluations],
         "ranking": _ranked(evaluations, scores, common),
+        "by_judge": ranked_by_judge(evaluations),
         **shared,
         "notes": notes,
     }
