@@ -192,7 +192,7 @@ columns: {question: prompt, answer: completion}   # the file's name of a column:
 ```
 
 HumanEval's own file, MT-Bench's `question.jsonl` and BFCL's rows are read as suites, too. Two suites come with mlxtune:
-a hundred basic questions, and pairs of requests to refuse and harmless ones to answer (`mlxtune/evaluate/suites`).
+`basics`, a hundred closed questions, and `safety`, pairs of requests to refuse and harmless ones to answer.
 
 A check is `{KIND: main argument, other: argument, ...}`, or the name alone where it needs none. Its name in results is
 its kind; the second one of a row is `KIND-2`. Files that a check names lie beside the suite. Thoughts and special

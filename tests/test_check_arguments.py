@@ -136,11 +136,11 @@ def test_a_schema_fetches_nothing_even_where_its_parts_have_addresses(monkeypatc
 
 
 WRONG: list[tuple[Any, str, str]] = [
-    ("contain", "unknown check 'contain'", "Did you mean contains? There are: exact, iexact, "),
+    ("contain", "unknown check 'contain'", "Did you mean contains? There are: all, exact, iexact, "),
     ({"exact": "a", "json": True}, "exact and json stand in one check", "Make each an object of its own."),
-    (["json"], "a check must be a name, or an object with one, found \"['json']\"", "There are: exact, "),
-    ({}, "a check must be a name, or an object with one", "There are: exact, "),
-    ({"contains": "a", "all": True}, "contains has no argument 'all'", "contains takes: any."),
+    (["json"], "a check must be a name, or an object with one, found \"['json']\"", "There are: all, exact, "),
+    ({}, "a check must be a name, or an object with one", "There are: all, exact, "),
+    ({"contains": "a", "each": True}, "contains has no argument 'each'", "contains takes: any."),
     ({"contains": 5}, "contains must be a text or a list of texts, found 5", ""),
     ("contains", "contains is missing", ""),
     ({"contains": "a", "any": "yes"}, "any must be true or false, found 'yes'", ""),
@@ -149,6 +149,9 @@ WRONG: list[tuple[Any, str, str]] = [
     ({"length": {"max_words": 2, "min_words": 3}}, "max_words is 2, which is less than min_words 3", ""),
     ({"length": {"max_words": -1}}, "max_words must be a whole number of at least 0, found -1", ""),
     ({"length": {"max_words": 2}, "max_words": 3}, "max_words of length is given twice", ""),
+    ({"all": []}, "all must be a list of checks", ""),
+    ({"all": ["jsn"]}, "unknown check 'jsn'", "Did you mean json?"),
+    ({"all": [{"similar": "x"}]}, "similar is graded here, and all passes or does not", "Give it `min`"),
     ({"regex": "(a"}, "'(a' is not a regular expression (missing ) at position 2)", ""),
     ({"schema": {"type": "objekt"}}, "not a JSON Schema: 'objekt' is not valid under any of the given schemas", ""),
     ({"schema": {"properties": {"a": {"pattern": "("}}}},

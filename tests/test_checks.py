@@ -47,6 +47,10 @@ TABLE: list[tuple[Any, str, float]] = [
     ({"starts": "Yes"}, "Oh yes", 0),
     ({"ends": "."}, "It is. \n", 1),
     ({"ends": "."}, "It is", 0),
+    # all
+    ({"all": [{"length": {"max_words": 2}}, {"contains": "a"}]}, "a b", 1),
+    ({"all": [{"length": {"max_words": 2}}, {"contains": "a"}]}, "a b c", 0),
+    ({"all": ["json"]}, "[]", 1),
     # length
     ({"length": {"max_words": 3}}, "one two, three!", 1),
     ({"length": {"max_words": 3}}, "one two three four", 0),

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
+from pytest import MonkeyPatch, raises
+
+from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.check import SuiteRow
 from mlxtune.evaluate.checks.shipped import BASICS, SAFETY
 from mlxtune.evaluate.checks.suite import read_suite
@@ -26,6 +30,17 @@ def test_a_hundred_basic_questions_take_their_own_answer_and_no_other() -> None:
     others = suite.rows[1:] + suite.rows[:1]  # the answer to the next question
     taken = [row.id for row, other in zip(suite.rows, others, strict=True) if passes(row, other.reference or "")]
     assert taken == []
+
+
+def test_they_are_found_by_their_names_unless_a_file_has_that_name(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_suite(Path("basics")).path == BASICS and read_suite(Path("safety")).path == SAFETY
+    with raises(UserError, match="no data file basic") as refused:
+        read_suite(Path("basic"))
+    assert refused.value.hint == "A file of prompts, or a suite of mlxtune's own: basics, safety."
+    with raises(UserError, match="basics: unknown file type"):
+        Path("basics").write_text("")
+        read_suite(Path("basics"))
 
 
 def test_an_answer_in_a_sentence_counts_as_well() -> None:

@@ -19,7 +19,12 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds them all, in the order in which --help lists them."""
     above_0 = click.FloatRange(0.0, 1.0, min_open=True)
     options = [
-        click.option("--suite", type=A_FOLDER, metavar="FILE", help="Prompts with checks: answers instead of a loss."),
+        click.option(
+            "--suite",
+            type=A_FOLDER,
+            metavar="FILE",
+            help="Prompts with checks, or basics or safety: answers instead of a loss.",
+        ),
         click.option(
             "--against",
             metavar="OTHER",

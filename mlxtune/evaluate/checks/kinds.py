@@ -27,9 +27,33 @@ from mlxtune.evaluate.checks import (
     tool_calls,
 )
 from mlxtune.evaluate.checks.arguments import Arguments, CheckError, Kind, Place
-from mlxtune.evaluate.checks.check import Check
+from mlxtune.evaluate.checks.check import Check, Rule, Score, SuiteRow
+from mlxtune.evaluate.engines.request import Answer
+
+
+def _all(arguments: Arguments, place: Place) -> Rule:
+    """Each check of a list passes. One number for a prompt instead of several shows more with the same prompts."""
+    given = arguments.given.get("all")
+    if not isinstance(given, list) or not given:
+        raise CheckError("all must be a list of checks")
+    rules = []
+    for written in given:
+        kind, values = _taken_apart(written)
+        rule = KINDS[kind].build(Arguments(kind, values, arguments.notes), place)
+        if rule.graded:
+            raise CheckError(f"{kind} is graded here, and all passes or does not", "Give it `min`, or leave it out.")
+        rules.append(rule)
+
+    def judge(answer: Answer, row: SuiteRow) -> Score:
+        scores = [rule.judge(answer, row) for rule in rules]
+        return None if None in scores else float(all(scores))
+
+    of_reference, of_data = any(rule.of_reference for rule in rules), all(rule.of_data for rule in rules)
+    return Rule(judge, of_reference=of_reference, of_data=of_data)
+
 
 KINDS: dict[str, Kind] = {
+    "all": Kind(_all),
     **texts.KINDS,
     **patterns.KINDS,
     **structures.KINDS,

@@ -10,6 +10,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlxtune.errors import UserError
+
 FOLDER = Path(__file__).resolve().parent.parent / "suites"
 BASICS = FOLDER / "basics.jsonl"
 SAFETY = FOLDER / "safety.jsonl"
+NAMES = {"basics": BASICS, "safety": SAFETY}  # by which they can be asked for, in place of a file
+
+
+def suite_file(named: Path) -> Path:
+    """The file of a suite: a path, or the name of one that comes with mlxtune, unless a file of that name is here.
+    Raises UserError for neither.
+    """
+    if named.is_file():
+        return named
+    if str(named) in NAMES:
+        return NAMES[str(named)]
+    raise UserError(f"no data file {named}", f"A file of prompts, or a suite of mlxtune's own: {', '.join(NAMES)}.")

@@ -33,6 +33,7 @@ from mlxtune.evaluate.checks.check import Check, SuiteRow
 from mlxtune.evaluate.checks.kinds import read_checks
 from mlxtune.evaluate.checks.layouts import as_usual
 from mlxtune.evaluate.checks.sandbox.sandbox import Programs
+from mlxtune.evaluate.checks.shipped import suite_file
 from mlxtune.evaluate.checks.words import without_thought
 from mlxtune.evaluate.engines.request import Answer
 
@@ -71,7 +72,10 @@ class Suite:
 
 
 def read_suite(path: Path, programs: Programs | None = None) -> Suite:
-    """A suite. programs: whether checks may run programs; None: they may not. Raises UserError, which names the row."""
+    """A suite. path: of its file, or the name of one that comes with mlxtune; programs: whether checks may run
+    programs; None: they may not. Raises UserError, which names the row.
+    """
+    path = suite_file(path)
     settings, settings_file = _settings(path)
     of_checks: dict[str, Counter[str]] = {}
     where = Place(path.parent, programs or Programs())

@@ -149,7 +149,7 @@ class Launched(Sandbox):
             stderr=subprocess.DEVNULL,
             pass_fds=handles,
             cwd=folder.name,
-            env={"HOME": folder.name, "TMPDIR": folder.name, "LANG": "C.UTF-8"},
+            env=_environment(HOME=folder.name, TMPDIR=folder.name),
             start_new_session=True,
         )
 
@@ -171,7 +171,7 @@ class Served(Sandbox):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"LANG": "C.UTF-8"},
+            env=_environment(),
             start_new_session=True,  # a Ctrl-C is for us
         )
         said = self._received()
@@ -209,6 +209,12 @@ class Served(Sandbox):
             return {"fault": "its process ended"}
         said: dict[str, Any] = json.loads(line)
         return said
+
+
+def _environment(**more: str) -> dict[str, str]:
+    """What a bare Python needs of the environment: some are built to find their library by it."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return {"LANG": "C.UTF-8", **kept, **more}
 
 
 def _bare(script: str) -> list[str]:
