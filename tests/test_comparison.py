@@ -159,6 +159,26 @@ def test_three_evaluations_are_ranked_by_the_wins_on_each_prompt(tmp_path: Path)
     assert "40 prompts" in table and table.index("best") < table.index("good") < table.index("bad")
 
 
+def test_evaluations_of_one_base_are_ranked_by_their_judges_verdicts_too(tmp_path: Path) -> None:
+    suite = evaluations.rows(20, (YES,))
+    judge = {"judge": "j", "rubric": "r", "win_rate": 0.5}
+    folders = []
+    for name, wins in (("good", 16), ("even", 10), ("bad", 4)):
+        folder = evaluations.write(tmp_path / name, suite, ["no"], [f"yes {name}"], judge=judge)
+        outcomes = ["win" if number <= wins else "loss" for number in range(1, 21)]
+        verdicts = [{"id": f"r{n}", "sample": 0, "outcome": outcome} for n, outcome in enumerate(outcomes, 1)]
+        folders.append(tiny.write_jsonl(folder / "verdicts.jsonl", verdicts).parent)
+    result = compared(*folders)["by_judge"]
+    assert [Path(entry["evaluation"]).name for entry in result][::3] == ["good", "bad"]
+    entries = {Path(entry["evaluation"]).name: entry for entry in result}
+    assert [entries[name]["wins"] for name in ("good", "base", "even", "bad")] == [16, 30, 10, 4]
+    assert entries["base"]["share"] == pytest.approx(0.5)
+    assert "By the judge, each compared with the base" in tiny.done("compare", *folders).stdout
+    other = evaluations.write(tmp_path / "other", suite, ["never"], ["yes"], judge=judge)  # another base
+    tiny.write_jsonl(other / "verdicts.jsonl", [{"id": "r1", "sample": 0, "outcome": "win"}])
+    assert compared(*folders[:2], other)["by_judge"] == []
+
+
 def test_the_table_shows_each_number_and_commands_no_terminal(first: Path, tmp_path: Path) -> None:
     harmful = tmp_path / "ev\x1b[2Jil"
     suite = evaluations.rows(24, (Check("\x1b]52;c;x\x07", YES.rule), SHORT))

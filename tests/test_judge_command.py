@@ -30,6 +30,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_what_eval_keeps_is_what_compare_and_rate_read(folder: Path, tmp_path: Path) -> None:
+    tuned, base = f"replay:{folder / 'tuned.jsonl'}", f"replay:{folder / 'base.jsonl'}"
+    outs = tmp_path / "one", tmp_path / "other"
+    for out, options in zip(outs, (("--against", base), ("--max-tokens", "9")), strict=True):
+        tiny.done("eval", "--model", tuned, "--suite", folder / "suite.jsonl", "--out", out, *options)
+    compared = json.loads(tiny.done("compare", *outs, "--json").stdout)
+    assert compared["checks"]["ended"]["verdict"] == "no difference shown" and compared["n"] == 12
+    assert f"max_tokens differs: 512 in {outs[0]}, 9 in {outs[1]}" in compared["notes"]
+    rated = json.loads(tiny.done("rate", outs[0], "--result", "--json").stdout)
+    assert (rated["contestants"], rated["n"], rated["rated"], rated["left"]) == (["base", "tuned"], 12, 1, 11)
+
+
 def is_good(answer: str, request: str) -> bool:
     number = request.removeprefix("Where is order ").removesuffix("?")
     return answer in ("fine", REFERENCE.format(number))

@@ -18,7 +18,8 @@ def compare(evaluations: tuple[Path, ...], as_json: bool) -> None:
     """Compare saved evaluations of one suite, prompt by prompt; no model is loaded.
 
     A, B, C: folders that `mlxtune eval --suite SUITE --out FOLDER` wrote. What was tuned is compared, or the base where
-    nothing else was asked. Of two: the difference is B minus A. Of more: a ranking, with the share of wins to expect.
+    nothing else was asked. Of two: the difference is B minus A. Of more: a ranking, with the share of wins to expect;
+    by a judge's verdicts too, where one judge compared all of them with the same base.
 
     \b
     mlxtune compare evals/first evals/second

@@ -65,6 +65,14 @@ def draw_ranking(out: Console, result: Mapping[str, Any]) -> None:
         "Shares by Bradley and Terry, intervals over prompts drawn again.",
         soft_wrap=True,
     )
+    if result["by_judge"]:
+        out.print("By the judge, each compared with the base:")
+        judged = _empty("evaluation", "wins to expect", "95% interval", "wins")
+        for entry in result["by_judge"]:
+            low, high = entry["interval"]
+            interval = f"{low:.1%} to {high:.1%}"
+            judged.add_row(shown_name(entry["evaluation"]), f"{entry['share']:.1%}", interval, f"{entry['wins']:g}")
+        out.print(judged)
     _say(result["notes"])
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlxtune.errors import UserError
+from mlxtune.evaluate.comparison.by_judge import ranked_by_judge
 from mlxtune.evaluate.comparison.folder import Evaluation
 from mlxtune.evaluate.comparison.scores import PromptScores
 from mlxtune.evaluate.comparison.summary import document
@@ -21,7 +22,8 @@ Scores = dict[tuple[str, str], PromptScores]  # (prompt's id, check) -> scores
 
 def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """The document that `mlxtune compare --json` prints. Of two it is that of `eval`: "base" is the first, "tuned" the
-    second. Of more it ranks them (`statistics.ranking`) by which wins more checks on a prompt.
+    second. Of more it ranks them (`statistics.ranking`) by which wins more checks on a prompt, and by a judge's
+    verdicts where all have them.
 
     Raises UserError for evaluations of other suites, or without a prompt in common.
     """
@@ -45,6 +47,7 @@ def compare(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
         "n": prompts,
         "evaluations": [_side(one) for one in evaluations],
         "ranking": _ranked(evaluations, scores, common),
+        "by_judge": ranked_by_judge(evaluations),
         **shared,
         "notes": notes,
     }
@@ -121,10 +124,9 @@ def _notes(evaluations: Sequence[Evaluation], scores: Sequence[Scores], common: 
     for evaluation, mine in zip(evaluations, scores, strict=True):
         if len(mine) > len(common):
             notes.append(f"{evaluation.name}: {len(mine) - len(common)} scores have no counterpart, and are left out")
-    settings = [evaluation.summary.get("sampling") for evaluation in evaluations]
-    first = settings[0] if isinstance(settings[0], dict) else {}
-    for evaluation, other in zip(evaluations[1:], settings[1:], strict=True):
-        theirs = other if isinstance(other, dict) else {}
+    first = _settings(evaluations[0])
+    for evaluation in evaluations[1:]:
+        theirs = _settings(evaluation)
         differing = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
         for key in differing:
             notes.append(
@@ -134,6 +136,15 @@ def _notes(evaluations: Sequence[Evaluation], scores: Sequence[Scores], common: 
         said = evaluation.summary.get("notes")
         notes += [f"{evaluation.name}: {note}" for note in (said if isinstance(said, list) else [])]
     return notes
+
+
+def _settings(evaluation: Evaluation) -> dict[str, Any]:
+    """What answers depend on beside the models."""
+    sampling = evaluation.summary.get("sampling")
+    found = dict(sampling) if isinstance(sampling, dict) else {}
+    if "computed by" in evaluation.summary:
+        found["what computed the answers"] = evaluation.summary["computed by"]
+    return found
 
 
 def _names(evaluations: Sequence[Evaluation]) -> str:
