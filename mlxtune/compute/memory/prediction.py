@@ -34,7 +34,7 @@ from mlxtune.adapter.plan import block_paths, outside_blocks
 from mlxtune.compute.memory import blocks
 from mlxtune.compute.memory.block_call import Cost
 from mlxtune.compute.memory.kernels import Device
-from mlxtune.compute.pieces import size_of
+from mlxtune.compute.pieces import spans_of
 from mlxtune.model.arrays import named
 
 FULL = 4  # bytes of a float32
@@ -253,8 +253,8 @@ class _WholeRows:
 
 def _before_last_piece(shape: StepSizes, options: RunOptions) -> StepSizes:
     """The micro-batch as if all tokens before the last piece were a prefix: then the second pass is that piece."""
-    size = size_of(options.tokens, shape.rows, shape.width)
-    return replace(shape, prefix=max(1, shape.width - size))
+    first_of_last, _ = spans_of(options.tokens, shape.rows, shape.width)[-1]
+    return replace(shape, prefix=max(1, first_of_last))
 
 
 def _whole_rows(calls: list[list[Cost]], shape: StepSizes, options: RunOptions, width: int) -> list[_WholeRows]:
