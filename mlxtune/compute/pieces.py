@@ -64,14 +64,14 @@ def recomputed(
         memory.last = None  # classes are freed late, and with them what they know
 
 
-def size_of(tokens: int, rows: int, width: int) -> int:
-    """Tokens of each row in a piece, of which each row has `width`; tokens: of a piece of all rows, at most.
+def spans_of(tokens: int, rows: int, width: int) -> list[Span]:
+    """The pieces of rows of `width` tokens each. tokens: of a piece of all rows, at most.
 
-    Pieces are about as long as each other: a last one of a token or two would be computed by other kernels.
+    They are as long as each other, but for one token: a last one of a token or two would be computed by other kernels.
     """
-    most = max(1, tokens // rows)
-    count = -(-width // most)
-    return -(-width // count)
+    count = -(-width // max(1, tokens // rows))
+    borders = [number * width // count for number in range(count + 1)]
+    return list(pairwise(borders))
 
 
 def _remembering(kind: type, memory: _Memory) -> type:
@@ -318,8 +318,7 @@ def _in_pieces(
     if found:
         return None
     rows, width, _ = hidden.shape
-    size = size_of(memory.tokens, rows, width)
-    spans = [(first, min(width, first + size)) for first in range(0, width, size)]
+    spans = spans_of(memory.tokens, rows, width)
     given.arguments[_hidden_name(given)] = None  # else it would be kept with the call
     return _Pieces(block, kind.__call__, given, mask, cache, spans, memory.masks, memory.stages), hidden
 

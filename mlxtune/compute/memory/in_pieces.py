@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from mlxtune.compute.memory.block_call import Cost
 from mlxtune.compute.memory.step import FULL, Moment, RunOptions, StepSizes
-from mlxtune.compute.pieces import size_of
+from mlxtune.compute.pieces import spans_of
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class WholeRows:
 
 def before_last_piece(shape: StepSizes, options: RunOptions) -> StepSizes:
     """The micro-batch as if all tokens before the last piece were a prefix: then the second pass is that piece."""
-    size = size_of(options.tokens, shape.rows, shape.width)
-    return replace(shape, prefix=max(1, shape.width - size), forest=None)
+    first_of_last, _ = spans_of(options.tokens, shape.rows, shape.width)[-1]
+    return replace(shape, prefix=max(1, first_of_last), forest=None)
 
 
 def whole_rows(calls: list[list[Cost]], shape: StepSizes, options: RunOptions, width: int) -> list[WholeRows]:
