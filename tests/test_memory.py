@@ -50,8 +50,8 @@ SETTINGS: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
     ("qwen3", {}, ("train.batch_rows=2", "fast.head=off", "fast.prefix=off"), 0),
     ("gemma3_text", {"hidden_activation": "gelu", "sliding_window_pattern": 2, "sliding_window": 64}, (), 0),
     ("llama", {}, ("lora.dropout=0.1", "train.batch_rows=4"), 4),
-    # With the last block's end left out too, the peak is the way forward through a frozen block, which is predicted up to
-    # a quarter too high: how far MLX's threads lag behind there is not known.
+    # With the last block's end left out too, the peak is the way forward through a frozen block, which is predicted up
+    # to a quarter too high: how far MLX's threads lag behind there is not known.
     ("llama", {}, ("lora.layers=1", "train.batch_rows=4", "fast.last_block=off"), 0),
 ]
 
