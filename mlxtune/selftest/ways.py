@@ -9,10 +9,11 @@ from itertools import product
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.compute import fast_ways, prefix, proof
+from mlxtune.compute import fast_ways, parts, prefix, proof
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.proof import Sums
+from mlxtune.config.schema import FastSection
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
@@ -84,7 +85,9 @@ def judged(found: dict[str, Sums], wanted: Sums, dtype: mx.Dtype) -> Found:
 
 
 def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Way]]:
-    """The ways that a run on this device may take, under WAYS: each thing alone, then all combinations."""
+    """The ways that a run on this device may take, under WAYS: each thing alone, then all combinations, with
+    all parts of the model that may be computed otherwise.
+    """
     ids = mx.array(rows.ids)
     split = Split.of(model, ids)
     if split is None:
@@ -104,9 +107,12 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
     powers = [False, True] if alone[POWERS] else [False]
     compiled = [False, True] if alone[COMPILED] else [False]
     known = [way for group in alone.values() for way in group]
+    computed_otherwise = parts.of_model(model, FastSection(), dropout=False)
     together = []
     for apart, once, blocks, of_two, as_one in product([None, split], [None, length], [0, 1], powers, compiled):
         way = replace(plain, split=apart, prefix=once, recompute=blocks, powers=of_two, compiled=as_one)
+        if apart is not None or once is not None:  # as a run has them
+            way = replace(way, parts=computed_otherwise)
         if way not in known and _in_a_run(way):
             together.append(way)
     return {**alone, TOGETHER: together}
