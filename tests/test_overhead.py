@@ -30,6 +30,7 @@ from mlxtune.compute import fit_memory, loss
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction
+from mlxtune.compute.prefix import forest_of_batch
 from mlxtune.config import resolve as configuration
 from mlxtune.config.schema import LoraSection
 from mlxtune.data.dataset.batches import Plan
@@ -303,7 +304,9 @@ def test_a_signature_is_compiled_at_its_second_use_and_a_resumed_run_compiles_wh
         function, found = step._gradients._compiled_for, {}
         ran: list[Any] = []
         monkeypatch.setattr(
-            step._gradients, "_compiled_for", lambda signature: ran.append(signature) or function(signature)
+            step._gradients,
+            "_compiled_for",
+            lambda signature, passes: ran.append(signature) or function(signature, passes),
         )
         for number in range(first, step.job.plan.steps + 1):
             ran.clear()
@@ -311,7 +314,8 @@ def test_a_signature_is_compiled_at_its_second_use_and_a_resumed_run_compiles_wh
             found[number] = len(ran)
         if first == 1:
             micro = [batch for number in found for batch in step.job.plan.step(number)]
-            uses = [step._gradients._signature(batch) for batch in micro]
+            passes = [forest_of_batch(batch, step.job.way.prefix) for batch in micro]
+            uses = [step._gradients._signature(*known) for known in zip(micro, passes, strict=True)]
             assert len(set(uses)) < step.traced < sum(found.values()) < len(uses)
         return found
 
