@@ -102,6 +102,16 @@ def test_losses_and_gradients_are_those_of_the_plain_way(kind: str, dtype: mx.Dt
     assert_close(model, Way(prefix=0, recompute=1, powers=powers), CONVERSATIONS, *limits, kind)
 
 
+@pytest.mark.parametrize("kind", ["llama windows", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize(
+    "way",
+    [Way(prefix=0, queries=8), Way(prefix=0, recompute=1, tokens=8, nested=2, queries=8)],
+    ids=["chunks", "pieces"],
+)
+def test_branches_may_be_computed_in_chunks_of_queries_and_pieces_of_tokens(kind: str, way: Way) -> None:
+    assert_close(make(kind), way, CONVERSATIONS, 1e-5, 3e-5, kind)
+
+
 def random_batch(seed: int) -> Batch:
     draw = np.random.default_rng(seed)
     rows, _ = random_rows(draw, int(draw.integers(3, 9)))
