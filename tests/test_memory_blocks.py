@@ -187,7 +187,7 @@ def test_a_longer_loop_is_extrapolated_from_short_rows() -> None:
     model = peaks.build(sizes_of("qwen3_5"))
     attach.attach(model, AdapterPlan.of(model, LoraSection()), 0)
     reached = [False, True]
-    exact = blocks._traced(model, whole(1, 300), reached, CPU, last_whole=False)
+    exact = blocks._traced(model, whole(1, 300), reached, CPU, last_whole=False, targets=0, frozen=0)
     found, by_token = blocks.costs(model, whole(1, 300), reached, CPU)
     assert by_token
     for (one,), (other,) in zip(found, exact, strict=True):
