@@ -179,6 +179,8 @@ def _task(name: str, subject: str | None, settings: dict[str, Any], rows: Rows, 
     )
     try:
         return ConfigurableTask(config=config)
+    except ImportError as error:
+        raise UserError(f"the benchmark {name} needs a package that is not here: {error}", "Install it.") from error
     except Exception as error:  # whatever a task's own code raises at rows of another form
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
