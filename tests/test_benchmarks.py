@@ -117,6 +117,7 @@ def test_a_text_is_as_likely_beside_others_as_alone(kind: str, tmp_path: Path) -
     examples = drawn(50)
     questions = [examples + drawn(36) for _ in range(2)] + [drawn(5), drawn(1)]
     pairs = [Pair(question, drawn(length)) for question in questions for length in (1, 1, 4)]
+    pairs += [Pair(pair.context + pair.text[:2], pair.text[2:]) for pair in pairs if len(pair.text) == 4]
     scorer = Scorer(loaded)
     plan = scorer.plan(pairs, scorer.prepare(pairs))
     found: dict[int, Any] = {}
