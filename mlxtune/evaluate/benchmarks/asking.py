@@ -90,7 +90,8 @@ class Asking:
                 batches.append(places)
         for settings in self._plans:
             plans = [side._plans[settings] for side in sides]
-            batches += max(plans, key=lambda plan: len(plan))
+            finest: list[list[int]] = max(plans, key=len)
+            batches += finest
         return [*batches, *([self._rolled] if self._rolled else [])]
 
     def prepare(self, requests: Sequence[Request]) -> None:

@@ -53,7 +53,7 @@ class Row:
 class Part:
     """Rows that are computed in one pass."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...]  # distinct, the padding decided by the longest
     # Lengths of the beginnings that they share, each longer than the one before, which other parts share too.
     shared: tuple[int, ...]
 

@@ -62,7 +62,7 @@ class Part:
 class Loading:
     """Benchmarks that were read."""
 
-    parts: list[Part] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)  # in the order in which they were asked for
     settings: dict[str, Any] = field(default_factory=dict)  # of each benchmark, for the record
     notes: list[str] = field(default_factory=list)  # what differs from the tasks as they are
 
