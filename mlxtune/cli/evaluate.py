@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.cli import common, suites, tuned
+from mlxtune.cli import benchmarks, common, suites, tuned
+from mlxtune.cli.benchmarks import benchmark_options
 from mlxtune.cli.judging import judge_options
 from mlxtune.cli.options import Command
 from mlxtune.cli.suite_options import suite_options
@@ -40,6 +41,7 @@ REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in 
 @common.split_option("Of a folder.  [default: valid; a file: all rows]")
 @suite_options
 @judge_options
+@benchmark_options
 @common.json_option
 @common.settings_option
 def eval_command(
@@ -50,6 +52,11 @@ def eval_command(
     suite: Path | None,
     as_json: bool,
     settings: tuple[str, ...],
+    benchmark: str | None,
+    benchmark_data: Path | None,
+    limit: int | None,
+    shots: int | None,
+    fetch: bool,
     **of_suite: Any,
 ) -> None:
     """Score the base, and with --adapter the tuned model, on held-out rows; or, with --suite, by their answers.
@@ -63,6 +70,9 @@ def eval_command(
     A judge is examined first, on references against worse texts; one that fails gives no verdicts. It is asked about
     each pair in both orders. Gates may name it: --min-better judge=0.1 (wins minus losses), or a criterion of likert.
 
+    With benchmarks, lm_eval's tasks are asked of both, with rows from a folder of this machine. Its package is an
+    extra: pip install "mlxtune[harness]". What differs from a task as it is written, such as --shots, is said.
+
     \b
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
@@ -70,7 +80,27 @@ def eval_command(
     mlxtune eval --model model --adapter run --suite data/test.jsonl --min-better json=0.1
     mlxtune eval --model tuned --against http://127.0.0.1:1234/v1#base --suite data/test.jsonl
     mlxtune eval --model model --adapter run --suite data/test.jsonl --judge judge-model --rate likert
+    mlxtune eval --model model --adapter run --benchmark mmlu,gsm8k --benchmark-data bench --limit 500 --shots 5
     """
+    if benchmark is not None:
+        names, folder = benchmarks.names_of(benchmark, benchmark_data)
+        own_suite = benchmarks.suite_of(names, folder)
+        if own_suite is None or suite is not None:
+            context = click.get_current_context()
+            benchmarks.refuse_idle(context, data, split, settings)
+            common_options = ("against", "against_adapter", "out", "min_better", "max_worse", "seed")
+            wanted = {name: of_suite[name] for name in common_options}
+            benchmarks.ask(
+                benchmarks.WantedBenchmarks(
+                    names, folder, limit, shots, fetch=fetch, model=model, adapter=adapter, **wanted
+                ),
+                as_json,
+            )
+            return
+        suite = own_suite
+        for option, value in (("--limit", limit), ("--shots", shots), ("--fetch", fetch)):
+            if value:
+                raise UserError(f"{option} has no effect with --benchmark {names[0]}: its own file is asked whole")
     if suite is not None:
         for option, given in (("--data", data), ("--split", split), ("--set", settings)):
             if given:

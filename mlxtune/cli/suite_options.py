@@ -10,7 +10,7 @@ import click
 
 from mlxtune.cli.options import Need, OptionFor
 
-WITH_SUITE = Need("suite", why="the loss needs no answers", hint="Name the prompts: --suite FILE.")
+WITH_SUITE = Need("suite", why="the loss needs no answers", hint="Name the prompts: --suite FILE.", instead="benchmark")
 WITH_CHANCE = Need("temperature", hint="Add, say, --temperature 0.7.")
 A_FOLDER = click.Path(path_type=Path)
 
@@ -82,7 +82,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=0,
             show_default=True,
             cls=OptionFor,
-            needs=WITH_CHANCE,
+            needs=Need("temperature", hint="Add, say, --temperature 0.7.", instead="limit"),
             help="Of the random choices.",
         ),
         click.option(

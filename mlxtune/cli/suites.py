@@ -110,12 +110,12 @@ def ask(wanted: Wanted, as_json: bool) -> None:
             def told(side: str, done: int, every: int) -> None:
                 status.update(f"{side}: {done} of {every} answers")
 
-            with _kept(wanted.out):
+            with kept_on_stop(wanted.out):
                 outcome = before_after.evaluate(asked, sides, wanted.out, told)
     result = outcome.document
     if outcome.found:
         common.note(f"{wanted.out}: {outcome.found} answers were there already, and are kept")
-    _say(result, as_json)
+    say(result, as_json)
     unmet = [gate for gate in result.get("gates", []) if not gate["met"]]
     for gate in unmet:
         click.echo(f"gate not met: {gate['why']}", err=True)
@@ -124,7 +124,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
 
 
 @contextmanager
-def _kept(out: Path | None) -> Iterator[None]:
+def kept_on_stop(out: Path | None) -> Iterator[None]:
     """Inside, whoever stops the command is told that nothing is lost, as where a device fails. out: of the answers."""
     try:
         yield
@@ -134,7 +134,7 @@ def _kept(out: Path | None) -> Iterator[None]:
         raise
 
 
-def _say(result: dict[str, Any], as_json: bool) -> None:
+def say(result: dict[str, Any], as_json: bool) -> None:
     from mlxtune.cli import comparison_table
 
     if as_json:
@@ -190,8 +190,8 @@ def _answering(party: Party, sampling: Sampling, allow_remote: bool) -> Answerin
 
     kind = kind_of(party.spelled)
     if kind == "model":
-        identity = _identity(party)
-        return Answering(lambda: _local(party, sampling), _described(party, identity), identity)
+        identity = identity_of(party)
+        return Answering(lambda: _local(party, sampling), described(party, identity), identity)
     if kind == "server":
         server = Server(party.spelled, sampling, allow_remote)
         return Answering(lambda: server, {"server": server.name}, {"server": server.name})
@@ -216,24 +216,29 @@ def _before_and_after(party: Party, adapter: Path, sampling: Sampling) -> dict[S
 
         return engine
 
-    identity = _identity(party)
+    identity = identity_of(party)
     base = {**identity, "adapter": None, "asked as": identity["adapter"]}  # its chat template is the run's
     return {
-        "base": Answering(opened("base"), _described(Party(party.spelled, None), base), base),
-        "tuned": Answering(opened("tuned"), _described(party, identity), identity),
+        "base": Answering(opened("base"), described(Party(party.spelled, None), base), base),
+        "tuned": Answering(opened("tuned"), described(party, identity), identity),
     }
 
 
 def _local(party: Party, sampling: Sampling) -> Engine:
     """A model that answers alone; what was read for the side before is forgotten first."""
-    import mlx.core as mx
-
     from mlxtune.evaluate.engines.local import Local
+
+    forget()
+    loaded = tuned.load_model(party.spelled, party.adapter)
+    return Local(loaded, sampling, _template(party.adapter), party.adapter)
+
+
+def forget() -> None:
+    """Free the memory of a model that nobody holds any more."""
+    import mlx.core as mx
 
     gc.collect()
     mx.clear_cache()
-    loaded = tuned.load_model(party.spelled, party.adapter)
-    return Local(loaded, sampling, _template(party.adapter), party.adapter)
 
 
 def _template(adapter: Path | None) -> tuple[dict[str, Any], str]:
@@ -242,7 +247,7 @@ def _template(adapter: Path | None) -> tuple[dict[str, Any], str]:
     return dict(data.template_kwargs), data.date
 
 
-def _identity(party: Party) -> dict[str, Any]:
+def identity_of(party: Party) -> dict[str, Any]:
     """What of a model decides its answers."""
     from mlxtune_convert.adapters import AdapterConfig
 
@@ -262,7 +267,7 @@ def _identity(party: Party) -> dict[str, Any]:
     return {**found, "template": {"variables": kwargs, "date": day}}
 
 
-def _described(party: Party, identity: dict[str, Any]) -> dict[str, Any]:
+def described(party: Party, identity: dict[str, Any]) -> dict[str, Any]:
     """A model for the document: where it lies, and what it is."""
     return {
         "model": party.spelled,

@@ -16,7 +16,7 @@ the reference of `proof`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -101,11 +101,13 @@ def decode(
     caches: Caches,
     done: int = 0,
     at_once: int = PREFILL,
+    is_over: Callable[[int], bool] = lambda _: False,
 ) -> Iterator[list[tuple[int, int]]]:
     """Answers, one token of each row at a time: (row, token id) of those that go on, the last one its end token unless
     it is cut.
 
-    most: tokens of an answer; caches: which hold the first `done` tokens of every prompt; at_once: as in `prefill`.
+    most: tokens of an answer; caches: which hold the first `done` tokens of every prompt; at_once: as in `prefill`;
+    is_over: asked of each row when its token was given, whether its answer ends there though it is no end token.
     """
     with _wired(model.model):
         unseen = [list(prompt[done:-1]) for prompt in prompts]
@@ -122,7 +124,7 @@ def decode(
                 mx.async_eval(following)
             found: list[int] = tokens.tolist()  # type: ignore[assignment]
             yield list(zip(rows, found, strict=True))
-            going = [index for index, token in enumerate(found) if token not in ends]
+            going = [index for index, token in enumerate(found) if token not in ends and not is_over(rows[index])]
             if following is None or not going:
                 return
             if len(going) < len(rows):

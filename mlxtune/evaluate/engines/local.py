@@ -139,14 +139,29 @@ class Local:
         begin = self._beginning
         ends, most = generate.end_ids(self.loaded), self.sampling.max_tokens
         made: list[list[int]] = [[] for _ in prompts]
-        for step in decode(self.model, prompts, chooser, ends, most, begin.under(len(prompts)), begin.tokens):
+        caches = begin.under(len(prompts))
+
+        def is_over(row: int) -> bool:
+            return self._is_over(made[row])
+
+        for step in decode(self.model, prompts, chooser, ends, most, caches, begin.tokens, is_over=is_over):
             for row, token in step:
                 made[row].append(token)
         return made
 
     def _alone(self, request: Request) -> list[int]:
         ends = generate.end_ids(self.loaded)
-        return list(generate.one_by_one(self.model, self._prompt(request), self._key(request), self.sampling, ends))
+        made: list[int] = []
+        prompt, key = self._prompt(request), self._key(request)
+        for token in generate.one_by_one(self.model, prompt, key, self.sampling, ends):
+            made.append(token)
+            if self._is_over(made):
+                break
+        return made
+
+    def _is_over(self, made: Sequence[int]) -> bool:
+        """Whether an answer ends here though its last token is no end token. made: its tokens so far."""
+        return False
 
     def _key(self, request: Request) -> Any:
         return row_key(self.sampling.seed, request.id, request.sample)
