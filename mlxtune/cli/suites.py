@@ -16,12 +16,14 @@ from mlxtune.cli import common, judging, tuned
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
+    from mlxtune.data.rows.formats import Record
     from mlxtune.evaluate.before_after import Answering
     from mlxtune.evaluate.checks.check import SuiteRow
     from mlxtune.evaluate.comparison.scores import Side
     from mlxtune.evaluate.engines.request import Engine
     from mlxtune.evaluate.engines.sampling import Sampling
     from mlxtune.evaluate.judging.report import Rate
+    from mlxtune.train.events import Event
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,9 @@ def ask(wanted: Wanted, as_json: bool) -> None:
                 "Give it checks (a suite.yaml beside it), or --judge; or --out, to keep the answers.",
             )
         sides = _sides(model, against, sampling, wanted.allow_remote)
-        notes = _about_data(suite.rows, wanted.adapter)
-        asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged)
+        trained, notes = _about_data(suite.rows, wanted.adapter)
+        happened = _events(wanted.adapter)
+        asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged, trained, happened)
         with common.console().status("answering") as status:
 
             def told(side: str, done: int, every: int) -> None:
@@ -135,7 +138,7 @@ def _kept(out: Path | None) -> Iterator[None]:
 
 
 def _say(result: dict[str, Any], as_json: bool) -> None:
-    from mlxtune.cli import comparison_table
+    from mlxtune.cli import comparison_table, observed
 
     if as_json:
         click.echo(json_text(result))
@@ -143,11 +146,12 @@ def _say(result: dict[str, Any], as_json: bool) -> None:
         comparison_table.draw(common.stdout(), result)
         if "judge" in result:
             judging.draw(common.stdout(), result["judge"])
+        observed.draw(common.stdout(), result["observations"])
 
 
-def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> list[str]:
-    """What must be said of a suite beside the run's own data: prompts that were trained on, or that chose the
-    checkpoint, and how many training answers pass the checks of all rows.
+def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> tuple[list[Record], list[str]]:
+    """(Conversations that were trained on, what must be said of a suite beside them): prompts that were trained on, or
+    that chose the checkpoint, and how many training answers pass the checks of all rows.
     """
     from mlxtune.data.dataset import conversations
     from mlxtune.evaluate.checks.on_data import checks_on_data
@@ -156,17 +160,31 @@ def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> list[str]:
     from mlxtune.train.run_folder import RunFolder
 
     if adapter is None or not RunFolder(adapter).is_run():
-        return []
+        return [], []
     config = RunFolder(adapter).config()
     try:
         found = conversations.by_split(config.data, config.train.seed, reach.compared(config.data))
     except UserError as error:
-        return [f"whether these prompts were trained on is not known: {error.message}"]
+        return [], [f"whether these prompts were trained on is not known: {error.message}"]
     trained = [record.messages or [] for record in found["train"]]
     chose = [record.messages or [] for record in found["valid"]] if config.train.keep == "best" else []
     of_all_rows = [check for check in rows[0].checks if all(check in row.checks for row in rows)]
     shares = checks_on_data(found["train"], of_all_rows)
-    return [*overlap_notes(rows, trained, chose), *(str(share) for share in shares if share.of)]
+    notes = [*overlap_notes(rows, trained, chose), *(str(share) for share in shares if share.of)]
+    return found["train"], notes
+
+
+def _events(adapter: Path | None) -> list[Event]:
+    """What happened in the run; [] where there is none, or nothing readable: its losses are not needed here."""
+    from mlxtune.train import events
+    from mlxtune.train.run_folder import RunFolder
+
+    if adapter is None or not RunFolder(adapter).events.is_file():
+        return []
+    try:
+        return events.read(adapter)
+    except (ValueError, OSError):
+        return []
 
 
 def _sides(model: Party, against: Party | None, sampling: Sampling, allow_remote: bool) -> dict[Side, Answering]:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlxtune.data.rows.formats import Record
 from mlxtune.evaluate.checks.suite import Suite
 from mlxtune.evaluate.comparison import folder as kept
 from mlxtune.evaluate.comparison.gate import Gate, results
@@ -18,6 +19,8 @@ from mlxtune.evaluate.engines.journal import Journal, Told
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
 from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.judging.report import Judging, judge_evaluation
+from mlxtune.evaluate.observations.observe import observations
+from mlxtune.evaluate.observations.seen import Seen
 from mlxtune.machine import backend
 
 
@@ -40,6 +43,8 @@ class Asked:
     gates: Sequence[Gate] = ()  # that the result is held to
     notes: Sequence[str] = ()  # what else a person must know of these prompts
     judging: Judging | None = None  # by whom the answers are compared; None: by nobody
+    trained: Sequence[Record] = ()  # conversations that the run was trained on
+    events: Sequence[Mapping[str, Any]] = ()  # of the run
 
     def requests(self) -> list[Request]:
         found = []
@@ -97,6 +102,8 @@ def evaluate(
         nothing = dict.fromkeys(asked.judging.names, "gave no verdicts")
         if out is not None:
             kept.write_lines(out / kept.VERDICTS, judged.lines)
+    seen = Seen(rows, answers, scores, summary["checks"], asked.trained, asked.events)
+    summary["observations"] = observations(seen)
     if asked.gates:
         summary["gates"] = results(asked.gates, held_to, nothing)
     if out is not None:
