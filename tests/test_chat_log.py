@@ -159,6 +159,9 @@ def test_a_log_is_data_of_which_good_answers_alone_have_a_weight(tmp_path: Path)
     plain = list(formats.read(tiny.write_jsonl(tmp_path / "kto.jsonl", rows)))
     given = [record.messages[-1].get("weight", 1) for record in plain if isinstance(record, Record) and record.messages]
     assert given == [1, 0, 1, 1]  # other columns of that name mean something else
+    classed = {**tiny.conversations(1)[0], "label": "spam"}
+    (of_messages,) = formats.read(tiny.write_jsonl(tmp_path / "classed.jsonl", [classed]))
+    assert isinstance(of_messages, Record) and of_messages.fields == {"label": "spam"}
 
 
 def test_shares_are_counted_for_each_adapter_with_wilsons_interval(tmp_path: Path) -> None:
