@@ -64,6 +64,7 @@ def kept(conversation: Talk) -> list[Said]:
 def test_each_answer_is_kept_with_what_was_before_it_and_its_thumb(chat: Talk) -> None:
     said = typed(chat, "/system Be brief.", "One?", "/up", "Two?", "/down", "/up", "/reset", "Three?")
     assert "thumbs up, kept in" in said[1] and "thumbs down" in said[2] and "/reset" not in said
+    assert chat.log is not None and b"\n\n" not in chat.log.path.read_bytes()  # "true" is shorter than "false"
     first, second, third = kept(chat)
     assert [one.label for one in (first, second, third)] == [True, True, None]  # the last word counts
     system, answer = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "It is so."}

@@ -19,7 +19,7 @@ from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.shipped import GENERAL
 from mlxtune.evaluate.checks.suite import read_suite
 from mlxtune.evaluate.forgetting import report, texts
-from mlxtune.evaluate.forgetting.drift import drift
+from mlxtune.evaluate.forgetting.drift import Drift, drift
 from mlxtune.evaluate.forgetting.texts import Text, own_answers, texts_of
 from mlxtune.model.load import Loaded
 
@@ -131,6 +131,12 @@ def test_a_rise_counts_by_its_part_of_the_loss_or_of_one_nat() -> None:
         assert len(report.with_flags({"loss": loss}, {})["flagged"]) == flags
         worse = {"base": 0.9, "tuned": 0.7, "difference": -0.2, "verdict": "worse"}
         assert len(report.with_flags({"loss": loss}, {"all": worse})["flagged"]) == flags + 1
+
+
+@pytest.mark.parametrize(("base", "tuned", "rise"), [(2.0, 2.12, 0.06), (0.2, 0.23, 0.03)])
+def test_the_rise_is_that_of_the_modules_two_examples(base: float, tuned: float, rise: float) -> None:
+    drifts = [Drift(tokens, base * tokens, tuned * tokens, 0.0, tokens) for tokens in (10, 30)]
+    assert report._loss(drifts)["rise"] == pytest.approx(rise)
 
 
 def test_a_file_gives_the_texts_of_its_lines_or_rows(loaded: Loaded, tmp_path: Path) -> None:
