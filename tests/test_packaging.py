@@ -64,7 +64,9 @@ def test_the_wheel_holds_every_file_of_both_packages_the_recipes_and_the_demo_da
         "mlxtune/demo/data/train.jsonl",
         "mlxtune/demo/data/valid.jsonl",
         "mlxtune/evaluate/suites/basics.jsonl",
+        "mlxtune/evaluate/suites/general.jsonl",
         "mlxtune/evaluate/suites/safety.jsonl",
+        "mlxtune/evaluate/suites/toxicity.json",
         "mlxtune_convert/peft/adapter_folder.py",
     } <= expected
     assert {name for name in names if ".dist-info/" not in name} == expected

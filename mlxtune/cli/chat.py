@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from mlxtune_convert.shown import shown_name
 
-from mlxtune.cli import common, tuned
+from mlxtune.cli import common, thumbs, tuned
 from mlxtune.cli.options import Command, Need, OptionFor
 from mlxtune.errors import UserError
 
@@ -70,14 +70,21 @@ def generate(model: str, adapter: Path | None, prompt: str, system: str | None, 
 
 
 HELP = "/system TEXT  set the system prompt    /reset  forget the conversation    /quit  leave"
+THUMBS = "/up  the last answer was good    /down  it was not"
 
 
 @click.command(cls=Command)
 @common.model_option()
 @common.adapter_option
 @click.option("--system", metavar="TEXT", help="A system prompt.")
+@click.option(
+    "--log",
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help="Keep the answers, with the thumbs that /up and /down give them: for rate, compare and data.",
+)
 @sampling_options
-def chat(model: str, adapter: Path | None, system: str | None, **sampling: Any) -> None:
+def chat(model: str, adapter: Path | None, system: str | None, log: Path | None, **sampling: Any) -> None:
     """Talk with a model. Ctrl-C stops an answer, not the program; Ctrl-D leaves.
 
     A model that thinks first does so in dim letters, on standard error. The conversation keeps thought and answer
@@ -85,6 +92,7 @@ def chat(model: str, adapter: Path | None, system: str | None, **sampling: Any) 
 
     \b
     mlxtune chat --model model --adapter run --temperature 0.7
+    mlxtune chat --model model --adapter run --log chats.jsonl
     """
     from mlxtune.cli.talk import Talk
     from mlxtune.evaluate.engines.sampling import Sampling
@@ -93,13 +101,17 @@ def chat(model: str, adapter: Path | None, system: str | None, **sampling: Any) 
     from mlxtune.machine.gpu_errors import recognise
 
     console = common.console()
+    kept = None if log is None else thumbs.opened(log, model, adapter)  # a wrong file is said before the model is read
+    if kept is not None:
+        click.get_current_context().call_on_close(kept.close)
     with console.status(f"loading {model}"):
         talk = Talk(tuned.load_model(model, adapter), adapter, Sampling(**sampling))
     try:
         talk.instruct(system)
     except Refused as error:
         raise UserError(error.message, "Leave out --system, or say it in a message." if error.system else "") from error
-    console.print(HELP, style="dim")
+    talk.log = kept
+    console.print(_help(talk), style="dim")
     while (line := _read_line()) is not None:
         command, _, rest = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
@@ -130,7 +142,22 @@ def _obeyed(talk: Talk, command: str, rest: str) -> str:
     if command == "/system":
         talk.instruct(rest or None)
         return f"system prompt: {talk.system or 'none'}; the conversation is forgotten"
-    return HELP
+    if command in ("/up", "/down"):
+        return _rated(talk, command == "/up")
+    return _help(talk)
+
+
+def _help(talk: Talk) -> str:
+    return HELP if talk.log is None else f"{HELP}\n{THUMBS}"
+
+
+def _rated(talk: Talk, is_good: bool) -> str:
+    """Give the last answer a thumb, and return what to print."""
+    if talk.log is None:
+        return "nothing is kept: begin with mlxtune chat --log FILE.jsonl"
+    if not talk.log.rate(is_good):
+        return "there is no answer yet"
+    return f"thumbs {'up' if is_good else 'down'}, kept in {shown_name(str(talk.log.path))}"
 
 
 def _read_line() -> str | None:

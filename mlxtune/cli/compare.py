@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from mlxtune_convert.files import json_text
 
-from mlxtune.cli import common
+from mlxtune.cli import common, thumbs
 from mlxtune.errors import UserError
 
 
@@ -21,19 +21,25 @@ def compare(evaluations: tuple[Path, ...], as_json: bool) -> None:
     nothing else was asked. Of two: the difference is B minus A. Of more: a ranking, with the share of wins to expect;
     by a judge's verdicts too, where one judge compared all of them with the same base.
 
+    Of logs of chats (`mlxtune chat --log`): the share of thumbs up of each adapter.
+
     \b
     mlxtune compare evals/first evals/second
     mlxtune compare evals/first evals/second evals/third --json
+    mlxtune compare chats.jsonl
     """
     from mlxtune.cli import comparison_table
     from mlxtune.evaluate.comparison import between
     from mlxtune.evaluate.comparison.folder import Evaluation
 
-    if len(evaluations) < 2:
-        raise UserError("one evaluation has nothing to be compared with", "Name two or more: mlxtune compare A B")
     twice = [path for place, path in enumerate(evaluations) if path in evaluations[:place]]
     if twice:
         raise UserError(f"{twice[0]} is named twice", "Name each evaluation once.")
+    if thumbs.are_logs(evaluations):
+        thumbs.compare(evaluations, as_json)
+        return
+    if len(evaluations) < 2:
+        raise UserError("one evaluation has nothing to be compared with", "Name two or more: mlxtune compare A B")
     result = between.compare([Evaluation.read(path) for path in evaluations])
     if as_json:
         click.echo(json_text(result))

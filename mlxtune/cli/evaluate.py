@@ -50,6 +50,8 @@ def eval_command(
     data: str | None,
     split: str | None,
     suite: Path | None,
+    forgetting: str | None,
+    safety: bool,
     as_json: bool,
     settings: tuple[str, ...],
     benchmark: str | None,
@@ -67,6 +69,9 @@ def eval_command(
     with its interval, and is called better or worse only where chance is unlikely to give as much (p < 0.05 over all
     checks together). Exit status 3: a --min-better or --max-worse is not met.
 
+    Beside the differences stands what went wrong, where something did: measured, with its threshold and the setting
+    that is likely to mend it.
+
     A judge is examined first, on references against worse texts; one that fails gives no verdicts. It is asked about
     each pair in both orders. Gates may name it: --min-better judge=0.1 (wins minus losses), or a criterion of likert.
 
@@ -81,8 +86,13 @@ def eval_command(
     mlxtune eval --model tuned --against http://127.0.0.1:1234/v1#base --suite data/test.jsonl
     mlxtune eval --model model --adapter run --suite data/test.jsonl --judge judge-model --rate likert
     mlxtune eval --model model --adapter run --benchmark mmlu,gsm8k --benchmark-data bench --limit 500 --shots 5
+    mlxtune eval --model model --adapter run --forgetting
+    mlxtune eval --model model --adapter run --safety --judge judge-model
     """
     if benchmark is not None:
+        for option, other in (("--forgetting", forgetting), ("--safety", safety)):
+            if other:
+                raise UserError(f"{option} and --benchmark are two evaluations", "Ask one, then the other.")
         names, folder = benchmarks.names_of(benchmark, benchmark_data)
         own_suite = benchmarks.suite_of(names, folder)
         if own_suite is None or suite is not None:
@@ -101,13 +111,15 @@ def eval_command(
         for option, value in (("--limit", limit), ("--shots", shots), ("--fetch", fetch)):
             if value:
                 raise UserError(f"{option} has no effect with --benchmark {names[0]}: its own file is asked whole")
-    if suite is not None:
+    asked = suites.chosen(suite, forgetting, safety, adapter)
+    if asked is not None:
+        name, suite = asked
         for option, given in (("--data", data), ("--split", split), ("--set", settings)):
             if given:
                 raise UserError(
-                    f"{option} has no effect with --suite: no loss is computed", "Leave it out, or run eval twice."
+                    f"{option} has no effect with {name}: no loss is computed", "Leave it out, or run eval twice."
                 )
-        suites.ask(suites.Wanted(model=model, adapter=adapter, suite=suite, **of_suite), as_json)
+        suites.ask(suites.Wanted(model=model, adapter=adapter, suite=suite, forgetting=forgetting, **of_suite), as_json)
         return
     if kind_of(model) != "model":
         raise UserError(

@@ -11,6 +11,7 @@ from mlxtune_convert.shown import shown_name
 
 from mlxtune.cli import common, tuned
 from mlxtune.cli.options import Need, OptionFor
+from mlxtune.cli.suite_options import SHORT_FOR_SUITES
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from mlxtune.evaluate.judging.report import Judging, Rate
 
 RATES = ("pairwise", "likert")  # judging.report.Rate
-WITH_SUITE = Need("suite", why="the loss needs no judge", hint="Name the prompts: --suite FILE.")
+WITH_SUITE = Need("suite", also=SHORT_FOR_SUITES, why="the loss needs no judge", hint="Name the prompts: --suite FILE.")
 WITH_JUDGE = Need("judge", why="nobody judges", hint="Name a judge: --judge MODEL.")
 OWN = "the judge is one of the judged models: judges prefer answers like their own"
 LONGEST_RUBRIC = 20_000  # characters: more would leave small models no room for the answers
@@ -106,6 +107,23 @@ def judging(
     if not (folder / "config.json").is_file():
         raise UserError(f"--judge {judge}: no model is there", "Name a model's folder, a hub id, or a server.")
     return Judging(_opener(judge), rate, told, anyway, (OWN,) if judges_itself else (), of_model(folder))
+
+
+def of_toxicity(judged: Judging, rubric: Path | None) -> Judging:
+    """What is wanted of the judge of the suite `safety`: which answer is less toxic, with an exam on that. rubric: the
+    user's file; None: the shipped rubric. Raises UserError for criteria that say nothing of it.
+    """
+    from dataclasses import replace
+
+    from mlxtune.evaluate.safety import toxicity
+
+    if judged.rate == "likert":
+        raise UserError(
+            "--rate likert rates helpfulness and accuracy; of the suite safety a judge says which answer is less toxic",
+            "Leave out --rate.",
+        )
+    told = toxicity.RUBRIC if rubric is None else judged.rubric
+    return replace(judged, rubric=told, exam=toxicity.exam(), notes=(toxicity.NOTE, *judged.notes))
 
 
 def _opener(model: str) -> Callable[[], Judge]:

@@ -28,7 +28,7 @@ class Need:
     values: tuple[Any, ...] = ()  # its values that will do; (): any but none, False and 0
     why: str = ""  # what is so elsewhere: "nothing is quantized"
     hint: str = ""  # what to do instead; "": the values that will do are named
-    instead: str = ""  # another option beside which it means something as well, whatever its value; "": none
+    also: tuple[str, ...] = ()  # further options any value of which will do as well
 
     def met_by(self, value: Any) -> bool:
         """Whether this value of the other option will do."""
@@ -49,7 +49,7 @@ class OptionFor(click.Option):
         if not given or context.params[self.name] == self.get_default(context):
             return
         value = context.params[self.needs.other]
-        if self.needs.met_by(value) or (self.needs.instead and context.params[self.needs.instead]):
+        if self.needs.met_by(value) or any(context.params[name] for name in self.needs.also):
             return
         (other,) = (option.opts[0] for option in context.command.params if option.name == self.needs.other)
         why = f": {self.needs.why}" if self.needs.why else ""

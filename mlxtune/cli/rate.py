@@ -10,7 +10,7 @@ import click
 from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import brief, shown_name
 
-from mlxtune.cli import common
+from mlxtune.cli import common, thumbs
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,11 +37,14 @@ def rate(evaluations: tuple[Path, ...], likert: bool, rater: str, result: bool, 
     decision is kept at once; the same command goes on where you stopped. Who is who is told at the end, with how far
     you agree with the judge of the evaluation and with other raters (Cohen's kappa).
 
+    Of a log of chats (`mlxtune chat --log`): thumbs up or down for the answers that have none.
+
     \b
     mlxtune rate evals/first
     mlxtune rate evals/first evals/second evals/third
     mlxtune rate evals/first --likert --rater anna
     mlxtune rate evals/first --result --json
+    mlxtune rate chats.jsonl
     """
     from mlxtune.evaluate.comparison.folder import Evaluation
     from mlxtune.evaluate.judging.people import Contest, Ratings
@@ -49,6 +52,13 @@ def rate(evaluations: tuple[Path, ...], likert: bool, rater: str, result: bool, 
 
     if as_json and not result:
         raise UserError("--json has no effect without --result: a person is asked", "Add --result.")
+    if thumbs.are_logs(evaluations):
+        if likert:
+            raise UserError("--likert has no effect on a log of chats: its answers get thumbs", "Leave it out.")
+        if rater != "me":
+            raise UserError("--rater has no effect on a log of chats: an answer has one thumb", "Leave it out.")
+        thumbs.rate(evaluations, result, as_json)
+        return
     if len(evaluations) > MOST:
         raise UserError(f"{len(evaluations)} evaluations are too many to rank at once", f"Name {MOST} at most.")
     contest = Contest.of([Evaluation.read(path) for path in evaluations])

@@ -10,8 +10,15 @@ import click
 
 from mlxtune.cli.options import Need, OptionFor
 
-WITH_SUITE = Need("suite", why="the loss needs no answers", hint="Name the prompts: --suite FILE.", instead="benchmark")
+SHORT_FOR_SUITES = ("forgetting", "safety")  # options that ask a suite of their own
+WITH_SUITE = Need(
+    "suite",
+    also=(*SHORT_FOR_SUITES, "benchmark"),
+    why="the loss needs no answers",
+    hint="Name the prompts: --suite FILE.",
+)
 WITH_CHANCE = Need("temperature", hint="Add, say, --temperature 0.7.")
+OWN_ANSWERS = "-"  # --forgetting without a file
 A_FOLDER = click.Path(path_type=Path)
 
 
@@ -24,6 +31,19 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=A_FOLDER,
             metavar="FILE",
             help="Prompts with checks, or basics or safety: answers instead of a loss.",
+        ),
+        click.option(
+            "--forgetting",
+            is_flag=False,
+            flag_value=OWN_ANSWERS,
+            metavar="[FILE]",
+            help="What tuning unlearned: the suite basics, the drift from the base on its own answers to 64 prompts, "
+            "and the rise of the loss on them, or on the texts of FILE.",
+        ),
+        click.option(
+            "--safety",
+            is_flag=True,
+            help="The suite safety: what is refused and what is answered; with --judge whose answers are less toxic.",
         ),
         click.option(
             "--against",
@@ -82,7 +102,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             default=0,
             show_default=True,
             cls=OptionFor,
-            needs=Need("temperature", hint="Add, say, --temperature 0.7.", instead="limit"),
+            needs=Need("temperature", hint="Add, say, --temperature 0.7.", also=("limit",)),
             help="Of the random choices.",
         ),
         click.option(

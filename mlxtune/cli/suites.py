@@ -13,15 +13,20 @@ import click
 from mlxtune_convert.files import digest, json_text
 
 from mlxtune.cli import common, judging, tuned
+from mlxtune.cli.suite_options import OWN_ANSWERS
 from mlxtune.errors import UserError
+from mlxtune.evaluate.checks.shipped import BASICS, SAFETY
 
 if TYPE_CHECKING:
+    from mlxtune.data.rows.formats import Record
     from mlxtune.evaluate.before_after import Answering
     from mlxtune.evaluate.checks.check import SuiteRow
     from mlxtune.evaluate.comparison.scores import Side
+    from mlxtune.evaluate.engines.pair import Pair
     from mlxtune.evaluate.engines.request import Engine
     from mlxtune.evaluate.engines.sampling import Sampling
     from mlxtune.evaluate.judging.report import Rate
+    from mlxtune.train.events import Event
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Wanted:
     model: str  # as --model spells it
     adapter: Path | None  # the run, or adapter folder
     suite: Path  # the file of prompts
+    forgetting: str | None  # a file of general texts, or OWN_ANSWERS; None: what was forgotten is not asked
     against: str | None  # in place of the base; None: the base
     against_adapter: Path | None  # on `against`
     max_tokens: int  # of an answer
@@ -64,6 +70,22 @@ class Wanted:
     rate: Rate  # how it judges
     rubric: Path | None  # the file of what it is told; None: the suite's
     anyway: bool  # its verdicts count though it fails its exam
+
+
+def chosen(suite: Path | None, forgetting: str | None, safety: bool, adapter: Path | None) -> tuple[str, Path] | None:
+    """(The option that names the prompts, their suite); None where no answers are wanted. Raises UserError for two."""
+    given: list[tuple[str, Path]] = []
+    if suite is not None:
+        given.append(("--suite", suite))
+    if forgetting is not None:
+        if adapter is None:
+            raise UserError("--forgetting compares a tuned model with its base", "Name what was tuned: --adapter RUN.")
+        given.append(("--forgetting", BASICS))
+    if safety:
+        given.append(("--safety", SAFETY))
+    if len(given) > 1:
+        raise UserError(f"{given[0][0]} and {given[1][0]} ask different prompts", "Run eval once for each.")
+    return given[0] if given else None
 
 
 def ask(wanted: Wanted, as_json: bool) -> None:
@@ -102,9 +124,16 @@ def ask(wanted: Wanted, as_json: bool) -> None:
                 f"{suite.path} has no checks, and nobody judges: nothing would be shown",
                 "Give it checks (a suite.yaml beside it), or --judge; or --out, to keep the answers.",
             )
-        sides = _sides(model, against, sampling, wanted.allow_remote)
-        notes = _about_data(suite.rows, wanted.adapter)
-        asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged)
+        if suite.path == SAFETY and judged is not None:
+            judged = judging.of_toxicity(judged, wanted.rubric)
+        pair = _pair_opener(model, sampling)
+        sides = _sides(model, against, sampling, wanted.allow_remote, pair)
+        forgot = None
+        if wanted.forgetting is not None:
+            forgot = _forgotten(wanted.forgetting, model, against, pair)
+        trained, notes = _about_data(suite.rows, wanted.adapter)
+        happened = _events(wanted.adapter)
+        asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged, trained, happened, forgot)
         with common.console().status("answering") as status:
 
             def told(side: str, done: int, every: int) -> None:
@@ -135,7 +164,7 @@ def kept_on_stop(out: Path | None) -> Iterator[None]:
 
 
 def say(result: dict[str, Any], as_json: bool) -> None:
-    from mlxtune.cli import comparison_table
+    from mlxtune.cli import comparison_table, observed
 
     if as_json:
         click.echo(json_text(result))
@@ -143,11 +172,15 @@ def say(result: dict[str, Any], as_json: bool) -> None:
         comparison_table.draw(common.stdout(), result)
         if "judge" in result:
             judging.draw(common.stdout(), result["judge"])
+        for part in ("safety", "forgetting"):
+            if part in result:
+                observed.PARTS[part](common.stdout(), result[part])
+        observed.draw(common.stdout(), result["observations"])
 
 
-def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> list[str]:
-    """What must be said of a suite beside the run's own data: prompts that were trained on, or that chose the
-    checkpoint, and how many training answers pass the checks of all rows.
+def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> tuple[list[Record], list[str]]:
+    """(Conversations that were trained on, what must be said of a suite beside them): prompts that were trained on, or
+    that chose the checkpoint, and how many training answers pass the checks of all rows.
     """
     from mlxtune.data.dataset import conversations
     from mlxtune.evaluate.checks.on_data import checks_on_data
@@ -156,20 +189,36 @@ def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> list[str]:
     from mlxtune.train.run_folder import RunFolder
 
     if adapter is None or not RunFolder(adapter).is_run():
-        return []
+        return [], []
     config = RunFolder(adapter).config()
     try:
         found = conversations.by_split(config.data, config.train.seed, reach.compared(config.data))
     except UserError as error:
-        return [f"whether these prompts were trained on is not known: {error.message}"]
+        return [], [f"whether these prompts were trained on is not known: {error.message}"]
     trained = [record.messages or [] for record in found["train"]]
     chose = [record.messages or [] for record in found["valid"]] if config.train.keep == "best" else []
     of_all_rows = [check for check in rows[0].checks if all(check in row.checks for row in rows)]
     shares = checks_on_data(found["train"], of_all_rows)
-    return [*overlap_notes(rows, trained, chose), *(str(share) for share in shares if share.of)]
+    notes = [*overlap_notes(rows, trained, chose), *(str(share) for share in shares if share.of)]
+    return found["train"], notes
 
 
-def _sides(model: Party, against: Party | None, sampling: Sampling, allow_remote: bool) -> dict[Side, Answering]:
+def _events(adapter: Path | None) -> list[Event]:
+    """What happened in the run; [] where there is none, or nothing readable: its losses are not needed here."""
+    from mlxtune.train import events
+    from mlxtune.train.run_folder import RunFolder
+
+    if adapter is None or not RunFolder(adapter).events.is_file():
+        return []
+    try:
+        return events.read(adapter)
+    except (ValueError, OSError):
+        return []
+
+
+def _sides(
+    model: Party, against: Party | None, sampling: Sampling, allow_remote: bool, pair: Callable[[], Pair]
+) -> dict[Side, Answering]:
     """Who answers: a base and what was tuned, or one alone, which is called the base."""
     if against is not None:
         return {
@@ -178,7 +227,7 @@ def _sides(model: Party, against: Party | None, sampling: Sampling, allow_remote
         }
     if model.adapter is None:
         return {"base": _answering(model, sampling, allow_remote)}
-    return _before_and_after(model, model.adapter, sampling)
+    return _before_and_after(model, pair)
 
 
 def _answering(party: Party, sampling: Sampling, allow_remote: bool) -> Answering:
@@ -200,18 +249,53 @@ def _answering(party: Party, sampling: Sampling, allow_remote: bool) -> Answerin
     return Answering(lambda: replay, {"replay": str(file)}, {"replay": digest(file)})
 
 
-def _before_and_after(party: Party, adapter: Path, sampling: Sampling) -> dict[Side, Answering]:
-    """A model's base and with its adapter: the same weights, read once."""
-    from mlxtune.evaluate.before_after import Answering
+def _pair_opener(party: Party, sampling: Sampling) -> Callable[[], Pair]:
+    """What gives both sides of a model with an adapter, read when it is first asked for."""
     from mlxtune.evaluate.engines.pair import Pair
 
     pairs: list[Pair] = []
 
+    def opened() -> Pair:
+        assert party.adapter is not None
+        if not pairs:
+            loaded = tuned.load_model(party.spelled, party.adapter)
+            pairs.append(Pair(loaded, party.adapter, sampling, _template(party.adapter)))
+        return pairs[0]
+
+    return opened
+
+
+def _forgotten(
+    spelled: str, party: Party, against: Party | None, pair: Callable[[], Pair]
+) -> Callable[[], dict[str, Any]]:
+    """What measures it, once the answers are there. Raises UserError where no base and tuned model are compared, or the
+    file is missing.
+    """
+    from mlxtune.evaluate.forgetting.report import measure
+
+    if against is not None:
+        raise UserError(
+            "--forgetting compares a tuned model with its own base, not with another",
+            "Leave out --against, or ask --suite basics.",
+        )
+    file = None if spelled == OWN_ANSWERS else Path(spelled)
+    if file is not None and not file.is_file():
+        raise UserError(f"--forgetting {file}: no such file", "One text a line (.txt), or rows as for training.")
+
+    def measured() -> dict[str, Any]:
+        assert party.adapter is not None
+        return measure(pair().tuned.own.loaded, _template(party.adapter), party.adapter, file)
+
+    return measured
+
+
+def _before_and_after(party: Party, pair: Callable[[], Pair]) -> dict[Side, Answering]:
+    """A model's base and with its adapter: the same weights, read once."""
+    from mlxtune.evaluate.before_after import Answering
+
     def opened(side: str) -> Callable[[], Engine]:
         def engine() -> Engine:
-            if not pairs:
-                pairs.append(Pair(tuned.load_model(party.spelled, adapter), adapter, sampling, _template(adapter)))
-            half: Engine = getattr(pairs[0], side)
+            half: Engine = getattr(pair(), side)
             return half
 
         return engine

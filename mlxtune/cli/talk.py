@@ -13,6 +13,7 @@ from mlxtune.cli import common, tuned
 
 if TYPE_CHECKING:
     from mlxtune.data.template.answers import Plain, Reader, Said
+    from mlxtune.evaluate.chats.log import ChatLog
     from mlxtune.evaluate.engines.sampling import Sampling
     from mlxtune.model.load import Loaded
 
@@ -65,6 +66,7 @@ class Talk:
         self.sampling = sampling
         self.raw = raw
         self.settings = dict(data.template_kwargs), data.date  # what the template is given beside the messages
+        self.log: ChatLog | None = None  # where answers are kept; None: nowhere
         self.system: str | None = None
         self.history: list[dict[str, Any]] = []  # messages without the system prompt
 
@@ -77,6 +79,8 @@ class Talk:
             prompt_ids(self.loaded, tried, *self.settings)
         self.system = system
         self.history = []
+        if self.log is not None:
+            self.log.begin()
 
     def ask(self, text: str) -> bool:
         """Have a message answered; False when Ctrl-C ended the answer: what was said so far is kept.
@@ -97,6 +101,8 @@ class Talk:
         answer = voice.reader.message(voice.text)
         if voice.reader.takes(answer):
             self.history += [question, answer]
+            if self.log is not None:
+                self.log.add(messages, answer, whole)
         else:
             common.note("the chat template does not take this answer back: question and answer are not kept")
         return whole

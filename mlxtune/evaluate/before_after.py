@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlxtune.data.rows.formats import Record
+from mlxtune.evaluate.checks.shipped import SAFETY
 from mlxtune.evaluate.checks.suite import Suite
 from mlxtune.evaluate.comparison import folder as kept
 from mlxtune.evaluate.comparison.gate import Gate, results
@@ -17,7 +19,11 @@ from mlxtune.evaluate.comparison.summary import document
 from mlxtune.evaluate.engines.journal import Journal, Told
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
 from mlxtune.evaluate.engines.sampling import Sampling
+from mlxtune.evaluate.forgetting import report as forgetting
 from mlxtune.evaluate.judging.report import Judging, judge_evaluation
+from mlxtune.evaluate.observations.observe import observations
+from mlxtune.evaluate.observations.seen import Seen
+from mlxtune.evaluate.safety import report as safety
 from mlxtune.machine import backend
 
 
@@ -40,6 +46,10 @@ class Asked:
     gates: Sequence[Gate] = ()  # that the result is held to
     notes: Sequence[str] = ()  # what else a person must know of these prompts
     judging: Judging | None = None  # by whom the answers are compared; None: by nobody
+    trained: Sequence[Record] = ()  # conversations that the run was trained on
+    events: Sequence[Mapping[str, Any]] = ()  # of the run
+    # Measures what was forgotten, as `forgetting.report.measure` gives it; None: that is not asked.
+    forgetting: Callable[[], dict[str, Any]] | None = None
 
     def requests(self) -> list[Request]:
         found = []
@@ -97,6 +107,12 @@ def evaluate(
         nothing = dict.fromkeys(asked.judging.names, "gave no verdicts")
         if out is not None:
             kept.write_lines(out / kept.VERDICTS, judged.lines)
+    if asked.suite.path == SAFETY:
+        summary["safety"] = safety.document(rows, scores)
+    if asked.forgetting is not None:
+        summary["forgetting"] = forgetting.with_flags(asked.forgetting(), summary["checks"])
+    seen = Seen(rows, answers, scores, summary["checks"], asked.trained, asked.events, summary.get("forgetting"))
+    summary["observations"] = observations(seen)
     if asked.gates:
         summary["gates"] = results(asked.gates, held_to, nothing)
     if out is not None:

@@ -39,10 +39,11 @@ FORMATS = {  # tried in this order
     "alpaca": Format(("instruction", "output"), parsers.alpaca, ("input", "history", "response")),
     "alpaca-response": Format(("instruction", "response"), parsers.alpaca, ("input", "history")),
     "self-instruct": Format(("instruction", "instances"), parsers.self_instruct, ("history",)),
-    "prompt-completion": Format(("prompt", "completion"), parsers.prompt_completion),
+    "prompt-completion": Format(("prompt", "completion"), parsers.prompt_completion, ("label",)),
     "text": Format(("text",), parsers.plain_text),
 }
 # Columns that some format reads; what else a row has stays beside its conversation.
+# A label is one only where completions are rated (KTO): the class of a text is the user's own column.
 USED = set(COMMON).union(*(known.required + known.optional for known in FORMATS.values()))
 EMPTY = {  # what a file without rows lacks
     ".jsonl": "Each line of a .jsonl file is one example.",
@@ -125,7 +126,8 @@ def parse(
         except RecursionError:
             yield Bad(source, number, "nested too deeply")
             continue
-        others = {key: value for key, value in row.items() if key not in USED}
+        read_here = USED if "label" in FORMATS[name].optional else USED - {"label"}
+        others = {key: value for key, value in row.items() if key not in read_here}
         for parsed in conversations:
             yield Record(source, number, name, *parsed, others)
     if unseen and name and all_fit:

@@ -67,11 +67,26 @@ def self_instruct(row: dict[str, Any]) -> list[Parsed]:
 
 
 def prompt_completion(row: dict[str, Any]) -> list[Parsed]:
-    """{"prompt": "Hi", "completion": "Hello"}; both may be lists of messages."""
+    """{"prompt": "Hi", "completion": "Hello"}; both may be lists of messages.
+
+    With "label": true (KTO) the completion alone is trained on, with false (it is bad) and null (nobody rated it)
+    nothing is: the other answers have no weight.
+    """
     if isinstance(row.get("prompt"), list):
-        return _conversation(row, checked(row["prompt"], "prompt") + checked(row.get("completion"), "completion"))
-    question = {"role": "user", "content": text_of(row, "prompt")}
-    return _conversation(row, [question, {"role": "assistant", "content": text_of(row, "completion")}])
+        prompt, completion = checked(row["prompt"], "prompt"), checked(row.get("completion"), "completion")
+    else:
+        prompt = [{"role": "user", "content": text_of(row, "prompt")}]
+        completion = [{"role": "assistant", "content": text_of(row, "completion")}]
+    label = row.get("label", "none")
+    if label is True or label is False or label is None:
+        prompt = [_without_weight(message) for message in prompt]
+        if not label:
+            completion = [_without_weight(message) for message in completion]
+    return _conversation(row, prompt + completion)
+
+
+def _without_weight(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "weight": 0} if message["role"] == "assistant" else message
 
 
 def plain_text(row: dict[str, Any]) -> list[Parsed]:

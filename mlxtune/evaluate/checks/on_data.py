@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.messages import WEIGHTS
@@ -20,6 +20,7 @@ class Share:
     check: str  # its name
     passed: float = 0.0  # how many do; the sum of their scores where it is graded
     of: int = 0  # how many it was asked of
+    failed: list[int] = field(default_factory=list)  # rows whose answer does not
 
     def __str__(self) -> str:
         passed = f"{self.passed:,.0f}" if self.passed == int(self.passed) else f"{self.passed:,.1f}"
@@ -47,4 +48,6 @@ def checks_on_data(records: Iterable[Record | Bad], checks: Sequence[Check]) -> 
                 if check.name in shares and (score := check.score(answer, row)) is not None:
                     shares[check.name].passed += score
                     shares[check.name].of += 1
+                    if score < 1:
+                        shares[check.name].failed.append(record.row)
     return list(shares.values())

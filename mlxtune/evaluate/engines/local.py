@@ -83,9 +83,14 @@ class Local:
         return [*_even_parts(together, rows), *([place] for place in alone)]
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
+        made = self.tokens_of(requests)
+        return [self._read(request, tokens) for request, (_, tokens) in zip(requests, made, strict=True)]
+
+    def tokens_of(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:
+        """The same as tokens: (the prompt's, the answer's)."""
         with self._side():
             made = self._together(requests) if self._may_share(requests) else [self._alone(one) for one in requests]
-        return [self._read(request, tokens) for request, tokens in zip(requests, made, strict=True)]
+        return [(self._prompt(request), tokens) for request, tokens in zip(requests, made, strict=True)]
 
     def _as_asked(self, request: Request) -> Asked:
         """Raises UserError naming the prompt where the template refuses it."""

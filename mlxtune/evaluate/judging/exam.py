@@ -53,9 +53,14 @@ class Exam:
         return {**counted, "first_position": self.first, "passed": self.passed}
 
 
-def examine(judge: Judge, rows: Sequence[SuiteRow], rubric: str = RUBRIC, seed: int = 0) -> Exam:
-    """Ask a judge about pairs whose better side is known. Raises UserError as the judge does."""
-    pairs = exam_pairs(rows, seed)
+def examine(
+    judge: Judge, rows: Sequence[SuiteRow], rubric: str = RUBRIC, seed: int = 0, known: Sequence[Pair] = ()
+) -> Exam:
+    """Ask a judge about pairs whose better side is known. Raises UserError as the judge does.
+
+    known: such pairs, their "tuned" side better; (): they are made of the references of the suite's rows.
+    """
+    pairs = list(known) or exam_pairs(rows, seed)
     if not pairs:
         return Exam(0, 0, 0, 0, None)
     verdicts = judge_pairs(judge, pairs, rubric)

@@ -43,6 +43,7 @@ class Judging:
     notes: tuple[str, ...] = ()  # what must be said of it in any case
     identity: str = ""  # what of the judge decides its replies
     kept: Path | None = None  # the file where its replies are kept as they come; None: nowhere
+    exam: tuple[Pair, ...] = ()  # pairs whose "tuned" side is better; (): made of the suite's references
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +89,7 @@ def judge_evaluation(wanted: Judging, rows: Sequence[SuiteRow], answers: Mapping
     judge = wanted.open()
     if wanted.kept is not None:
         judge = Remembered(judge, wanted.kept, wanted.identity)
-    exam = examine(judge, rows, wanted.rubric)
+    exam = examine(judge, rows, wanted.rubric, known=wanted.exam)
     document: dict[str, Any] = {"judge": judge.name, "rate": wanted.rate, "rubric": wanted.rubric}
     document |= {"exam": exam.as_json(), "refused": not exam.passed and not wanted.anyway}
     if document["refused"]:

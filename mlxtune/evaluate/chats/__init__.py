@@ -1,0 +1,1 @@
+"""Conversations that `mlxtune chat --log` keeps, with thumbs up or down."""
