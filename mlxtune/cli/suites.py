@@ -87,6 +87,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.top_p, seed=wanted.seed)
     with Programs(wanted.run_code, wanted.unsafe_code) as programs:
         suite = read_suite(wanted.suite, programs)
+        sides = _sides(model, against, sampling, wanted.allow_remote)
         judged = judging.judging(
             wanted.judge,
             wanted.rate,
@@ -94,7 +95,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
             wanted.anyway,
             wanted.allow_remote,
             suite.rubric,
-            [wanted.model, wanted.against],
+            [answering.identity for answering in sides.values()],
         )
         require_known(gates, [*suite.names, *(judged.names if judged else ())])
         if not suite.names and judged is None and wanted.out is None:
@@ -102,7 +103,6 @@ def ask(wanted: Wanted, as_json: bool) -> None:
                 f"{suite.path} has no checks, and nobody judges: nothing would be shown",
                 "Give it checks (a suite.yaml beside it), or --judge; or --out, to keep the answers.",
             )
-        sides = _sides(model, against, sampling, wanted.allow_remote)
         notes = _about_data(suite.rows, wanted.adapter)
         asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged)
         with common.console().status("answering") as status:
