@@ -15,6 +15,7 @@ from mlxtune.evaluate.engines.journal import ANSWERS_FILE, PLAN_FILE, TIMES_FILE
 from mlxtune.evaluate.engines.request import Answer, Request
 
 REQUESTS = [Request(f"r{n}", []) for n in range(5)]
+LINE = '{"side": "base", "id": "r3", "sample": 0, "text": "x", "thought": "", "finish": "stop", "tokens": 3}'
 IDENTITY = {"suite": "abc", "sampling": {"seed": 0}}
 
 
@@ -148,6 +149,31 @@ def test_answers_that_somebody_else_keeps_are_not_added_to(tmp_path: Path) -> No
 def test_a_line_that_is_no_answer_is_named(tmp_path: Path) -> None:
     evaluated(tmp_path)
     file = tmp_path / ANSWERS_FILE
-    file.write_text("{}\n" + file.read_text())
-    with pytest.raises(UserError, match=r"answers.jsonl line 1: not an answer"):
-        Journal(tmp_path, IDENTITY)
+    whole = file.read_text()
+    for line in ("{}", "[]", "7", LINE.replace('"x"', "7"), LINE.replace('"stop"', '"end"'), LINE.replace("3", "true")):
+        file.write_text(f"{line}\n{whole}")
+        with pytest.raises(UserError, match=r"answers.jsonl line 1: not an answer"):
+            Journal(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize(("number", "old", "new"), [(2, '"base"', "5"), (7, '"r1"', '"r0"'), (6, "tuned", "base")])
+def test_an_answer_that_was_changed_by_hand_is_named_and_nothing_is_cut_off(
+    number: int, old: str, new: str, tmp_path: Path
+) -> None:
+    evaluated(tmp_path)
+    file = tmp_path / ANSWERS_FILE
+    lines = file.read_text().split("\n")
+    assert old in lines[number - 1]
+    lines[number - 1] = lines[number - 1].replace(old, new, 1)
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=rf"answers.jsonl line {number}: not the answer that plan.json has there"):
+        evaluated(tmp_path)
+    assert file.read_text() == "\n".join(lines)
+
+
+def test_a_file_of_the_folders_name_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for folder in (tmp_path / "taken", tmp_path / "taken" / "inside", tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"(taken|nowhere) is no folder"):
+            Journal(folder, IDENTITY)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from fake_server import FakeServer
 from judges import JudgingServer
 
+from mlxtune.cli import judging
+from mlxtune.cli.judging import OWN
+from mlxtune.errors import UserError
 from mlxtune.evaluate.judging.judge import CRITERIA
+from mlxtune.evaluate.judging.served import ServedJudge
 
 REFERENCE = "It left on Monday. It arrives on Friday. Ask again if not. Number {}."
 
@@ -145,14 +151,51 @@ def test_a_small_model_as_its_own_judge_fails_the_exam_and_that_is_said(mlx_mode
         (("--judge", "http://192.0.2.1/v1#m"), "192.0.2.1 is another machine"),
         (("--rate", "likert"), "--rate has no effect without --judge: nobody judges"),
         (("--anyway",), "--anyway has no effect without --judge"),
-        (("--judge", "http://127.0.0.1:9/v1#m", "--min-better", "jugde=1"), "Did you mean judge?"),
+        (("--judge", "MODEL", "--min-better", "jugde=1"), "Did you mean judge?"),
     ],
 )
 def test_what_is_wrong_with_a_judge_is_said_before_anything_is_answered(
-    options: tuple[str, ...], message: str, folder: Path
+    options: tuple[str, ...], message: str, mlx_model: Path, folder: Path
 ) -> None:
     answers = ("--model", f"replay:{folder / 'tuned.jsonl'}", "--against", f"replay:{folder / 'base.jsonl'}")
-    tiny.one_clear_line(tiny.mlxtune("eval", *answers, "--suite", folder / "suite.jsonl", *options), message)
+    given = [mlx_model if option == "MODEL" else option for option in options]
+    tiny.one_clear_line(tiny.mlxtune("eval", *answers, "--suite", folder / "suite.jsonl", *given), message)
+
+
+def test_a_judges_server_that_is_not_there_is_noticed_before_anything_is_answered(folder: Path, tmp_path: Path) -> None:
+    with JudgingServer(prefers_good) as server:
+        command = words(folder, server, "--out", tmp_path / "out")
+    place = command.index(server.url)
+    command[place] = f"{server.url}#m"
+    _, err = ended(command, 2)
+    assert f"no server answers at {server.url}" in err and not (tmp_path / "out").exists()
+
+
+def test_a_judge_that_is_one_of_the_judged_is_known_by_another_name_too(
+    mlx_model: Path, folder: Path, tmp_path: Path
+) -> None:
+    """A copy of the model's folder; a server that is named with its model or without, and this machine by its name."""
+    copy = shutil.copytree(mlx_model, tmp_path / "copy")
+    answers = ("--model", f"replay:{folder / 'tuned.jsonl'}", "--suite", folder / "suite.jsonl", "--max-tokens", "2")
+    assert OWN in tiny.done("eval", *answers, "--against", mlx_model, "--judge", copy).stderr
+    with JudgingServer(prefers_good) as server:
+        for judge, is_own in ((server.url.replace("127.0.0.1", "localhost"), True), (f"{server.url}#other", False)):
+            identities = [{"replay": "abc"}, {"server": f"{server.url}#tiny"}]
+            judged = judging.judging(judge, "pairwise", None, False, False, "", identities)
+            assert judged is not None and judged.notes == ((OWN,) if is_own else ())
+
+
+@pytest.mark.parametrize(
+    ("habits", "error"), [({"status": 404}, ""), ({"reply": b"Ollama"}, ""), ({"status": 401}, "401")]
+)
+def test_a_judges_server_need_not_list_its_models(habits: dict[str, Any], error: str) -> None:
+    with FakeServer(**habits) as server:
+        if error:
+            with pytest.raises(UserError, match=error):
+                ServedJudge(f"{server.url}#m")
+        else:
+            assert ServedJudge(f"{server.url}#m").model == "m"
+        assert server.paths == ["/v1/models"]
 
 
 def test_a_judge_needs_two_sides_and_a_suite(folder: Path) -> None:

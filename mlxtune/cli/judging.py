@@ -75,17 +75,18 @@ def judging(
     anyway: bool,
     allow_remote: bool,
     of_suite: str,
-    judged: Sequence[str | None],
+    judged: Sequence[Mapping[str, Any]],
 ) -> Judging | None:
     """What is wanted of a judge, by the options; None where there is none. What is wrong with them is said now, before
     anything is answered.
 
-    of_suite: the suite's rubric, "" for none; judged: the models whose answers are compared, as they are spelled.
+    of_suite: the suite's rubric, "" for none; judged: what of each side decides its answers (`Answering.identity`).
     """
     if judge is None:
         return None
     from mlxtune.data.template.tokenizer import require_folder
     from mlxtune.evaluate.engines.opening import kind_of
+    from mlxtune.evaluate.engines.server import is_same_server
     from mlxtune.evaluate.judging.judge import RUBRIC
     from mlxtune.evaluate.judging.report import Judging
     from mlxtune.evaluate.judging.served import ServedJudge
@@ -100,13 +101,15 @@ def judging(
         raise UserError(f"--judge {judge}: recorded answers cannot judge", "Name a model's folder, or a server.")
     if kind == "server":
         server = ServedJudge(judge, allow_remote)
-        return Judging(lambda: server, rate, told, anyway, (OWN,) if judge in judged else (), server.name)
+        own = any(is_same_server(server.name, one["server"]) for one in judged if "server" in one)
+        return Judging(lambda: server, rate, told, anyway, (OWN,) if own else (), server.name)
     folder = resolve(judge)
     require_folder(folder)
-    judges_itself = any(folder == resolve(one) for one in judged if one and kind_of(one) == "model")
     if not (folder / "config.json").is_file():
         raise UserError(f"--judge {judge}: no model is there", "Name a model's folder, a hub id, or a server.")
-    return Judging(_opener(judge), rate, told, anyway, (OWN,) if judges_itself else (), of_model(folder))
+    content = of_model(folder)
+    own = any(one.get("model") == content for one in judged)  # a copy elsewhere is the same model
+    return Judging(_opener(judge), rate, told, anyway, (OWN,) if own else (), content)
 
 
 def of_toxicity(judged: Judging, rubric: Path | None) -> Judging:

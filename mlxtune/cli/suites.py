@@ -109,6 +109,8 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.top_p, seed=wanted.seed)
     with Programs(wanted.run_code, wanted.unsafe_code) as programs:
         suite = read_suite(wanted.suite, programs)
+        pair = _pair_opener(model, sampling)
+        sides = _sides(model, against, sampling, wanted.allow_remote, pair)
         judged = judging.judging(
             wanted.judge,
             wanted.rate,
@@ -116,7 +118,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
             wanted.anyway,
             wanted.allow_remote,
             suite.rubric,
-            [wanted.model, wanted.against],
+            [answering.identity for answering in sides.values()],
         )
         require_known(gates, [*suite.names, *(judged.names if judged else ())])
         if not suite.names and judged is None and wanted.out is None:
@@ -126,8 +128,6 @@ def ask(wanted: Wanted, as_json: bool) -> None:
             )
         if suite.path == SAFETY and judged is not None:
             judged = judging.of_toxicity(judged, wanted.rubric)
-        pair = _pair_opener(model, sampling)
-        sides = _sides(model, against, sampling, wanted.allow_remote, pair)
         forgot = None
         if wanted.forgetting is not None:
             forgot = _forgotten(wanted.forgetting, model, against, pair)

@@ -25,7 +25,7 @@ from mlxtune.data.rows.readers import Bad, raw_rows
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.check import SuiteRow
 from mlxtune.evaluate.comparison.scores import SIDES, PromptScores, Side
-from mlxtune.evaluate.engines.request import Answer
+from mlxtune.evaluate.engines.request import Answer, kept_answer
 
 PROMPTS, ANSWERS, SCORES, SUMMARY = "prompts.jsonl", "answers.jsonl", "scores.jsonl", "summary.json"
 VERDICTS, REPLIES, TIMES = "verdicts.jsonl", "judge.jsonl", "times.jsonl"
@@ -133,14 +133,7 @@ class Evaluation:
         found: dict[tuple[str, str], list[Answer]] = {}
         for line, place in _lines(self.path / ANSWERS):
             with _described(place):
-                answer = Answer(
-                    _text(line["id"]),
-                    int(line["sample"]),
-                    _text(line["text"]),
-                    _text(line["thought"]),
-                    line["finish"],
-                    int(line["tokens"]),
-                )
+                answer = kept_answer(line)
                 if line["side"] not in SIDES:
                     raise ValueError
                 found.setdefault((line["side"], answer.id), []).append(answer)

@@ -27,11 +27,11 @@ from typing import IO, Any
 from mlxtune_convert.files import contents, explained, flush_open, json_text, read_json
 
 from mlxtune.errors import UserError
-from mlxtune.evaluate.engines.request import Answer, Engine, Request
+from mlxtune.evaluate.engines.request import Answer, Engine, Request, kept_answer
 
 PLAN_FILE, ANSWERS_FILE, TIMES_FILE = "plan.json", "answers.jsonl", "times.jsonl"
 NEW_NAME = "plan.json.new"
-KEYS = ("id", "sample", "text", "thought", "finish", "tokens")  # of an answer in its line
+ANEW = "Choose another --out, and begin anew."
 
 Told = Callable[[str, int, int], None]  # of a side: its name, how many of its prompts are answered, of how many
 
@@ -49,8 +49,7 @@ class Journal:
         self._recorded: list[tuple[str, Answer]] = []  # those, in the file's order
         self._lock: IO[bytes] | None = None  # the open file of answers: one process at a time adds to it
         if folder is not None:
-            with explained(folder):
-                folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             self._open(folder)
 
     def close(self) -> None:
@@ -93,12 +92,22 @@ class Journal:
         return [answer for answer in got if answer is not None]
 
     def _take(self, plan: list[list[int]], side: str, requests: Sequence[Request], got: list[Answer | None]) -> int:
-        """Put the recorded answers of whole batches where they belong; how many. What follows them is forgotten."""
+        """Put the recorded answers of whole batches where they belong; how many. One that is not whole is forgotten.
+
+        Raises UserError for an answer that the plan does not have there: a kill leaves no such thing.
+        """
         taken = 0
         for places in plan:
             expected = [(side, requests[place].id, requests[place].sample) for place in places]
             batch = self._recorded[: len(places)]
-            if [(whose, answer.id, answer.sample) for whose, answer in batch] != expected:
+            found = [(whose, answer.id, answer.sample) for whose, answer in batch]
+            for number, key in enumerate(found):
+                if key != expected[number]:
+                    line = self.found + taken + number + 1
+                    raise UserError(
+                        f"{self.folder}/{ANSWERS_FILE} line {line}: not the answer that {PLAN_FILE} has there", ANEW
+                    )
+            if len(found) < len(expected):
                 self._forget()
                 break
             for place, (_, answer) in zip(places, batch, strict=True):
@@ -157,11 +166,9 @@ class Journal:
         for number, line in enumerate(whole.split(b"\n") if whole else [], 1):
             try:
                 row = json.loads(line)
-                self._recorded.append((row["side"], Answer(*(row[key] for key in KEYS))))
+                self._recorded.append((row["side"], kept_answer(row)))
             except (ValueError, RecursionError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{file} line {number}: not an answer", "Choose another --out, and begin anew."
-                ) from error
+                raise UserError(f"{file} line {number}: not an answer", ANEW) from error
 
     def _write_plan(self) -> None:
         """Whole or not at all."""
@@ -186,6 +193,16 @@ class Journal:
                 file.write("".join(line + "\n" for line in text))
                 file.flush()
                 flush_open(file.fileno())
+
+
+def _make(folder: Path) -> None:
+    """Make a folder where there is none. Raises UserError where something else has its name, or that of one above."""
+    with explained(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            inside = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+            raise UserError(f"{inside} is no folder", "Choose another --out.") from error
 
 
 def _require_nothing(folder: Path) -> None:

@@ -8,9 +8,9 @@ evaluation that was killed goes on with the very batches it had.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 Messages = Sequence[dict[str, Any]]
 Finish = Literal["stop", "length"]
@@ -32,6 +32,17 @@ class Answer:
     finish: Finish
     # Generated, those of the thought and the end token included; 0: not known.
     tokens: int
+
+
+def kept_answer(line: Mapping[str, Any]) -> Answer:
+    """An answer as an evaluation keeps it, read back. Raises KeyError, TypeError or ValueError for what is none."""
+    texts = [line[name] for name in ("id", "text", "thought")]
+    counts = [line[name] for name in ("sample", "tokens")]
+    if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
+        raise TypeError
+    if min(counts) < 0 or line["finish"] not in get_args(Finish):
+        raise ValueError
+    return Answer(line["id"], line["sample"], line["text"], line["thought"], line["finish"], line["tokens"])
 
 
 @dataclass(frozen=True)

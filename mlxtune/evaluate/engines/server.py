@@ -107,6 +107,19 @@ class Server:
             self._say(f"{self.url} cuts answers before --max-tokens {sampling.max_tokens}")
         return Answer(request.id, request.sample, text, thought, "length" if cut else "stop", tokens)
 
+    def require_there(self) -> None:
+        """Raise UserError where nobody answers, the key is refused, or the server sends us elsewhere. One that lists no
+        models will do.
+        """
+        try:
+            self._call("/models")
+        except UserError as error:
+            cause = error.__cause__
+            lists_none = isinstance(cause, urllib.error.HTTPError) and cause.code >= 404
+            is_other_text = isinstance(cause, json.JSONDecodeError | UnicodeDecodeError) or cause is None
+            if not (lists_none or is_other_text):
+                raise
+
     def _say(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
@@ -155,6 +168,17 @@ class Server:
         if not isinstance(reply, dict):
             raise UserError(f"{self.url}{path} replies with what is no JSON object", "Most addresses end in /v1.")
         return reply
+
+
+def is_same_server(name: str, other: str) -> bool:
+    """Whether two `Server.name` mean the same model of the same server: this machine has several names."""
+
+    def parts(of: str) -> tuple[Any, ...]:
+        address = urlsplit(of)
+        host = HERE[0] if address.hostname in HERE else address.hostname
+        return address.scheme, host, address.port, address.path, address.fragment
+
+    return parts(name) == parts(other)
 
 
 def _require_address(address: str, allow_remote: bool) -> None:

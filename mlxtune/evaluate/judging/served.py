@@ -29,6 +29,7 @@ class ServedJudge(Server):
 
     def __init__(self, address: str, allow_remote: bool = False) -> None:
         super().__init__(address, Sampling(max_tokens=TOKENS), allow_remote)
+        self.require_there()  # now: it is asked only when all is answered, hours later perhaps
 
     def label_probabilities(self, prompts: Sequence[Messages], labels: Sequence[str]) -> list[Probabilities | None]:
         """As `Judge`. Raises UserError where no server answers."""
