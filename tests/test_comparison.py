@@ -19,6 +19,8 @@ from mlxtune.evaluate.comparison.overlap import overlap_notes
 from mlxtune.evaluate.comparison.scores import PromptScores, score_answers
 from mlxtune.evaluate.comparison.summary import check_results, document, what_can_be_shown
 from mlxtune.evaluate.engines.request import Answer
+from mlxtune.evaluate.statistics.power import smallest_difference
+from mlxtune.evaluate.statistics.proportions import wilson
 
 KEYS = {"base", "tuned", "difference", "interval", "p", "verdict"}  # of a check, as scripts rely on them
 
@@ -67,11 +69,13 @@ def test_verdicts_are_by_the_corrected_p_alone() -> None:
 
 
 def test_the_sentence_says_what_so_many_prompts_and_checks_can_show() -> None:
-    three = {"n": 24, "checks": {"a": {}, "b": {}, "c": {}}}
+    three = {"n": 24, "groups": 24, "checks": {"a": {}, "b": {}, "c": {}}}
     assert "24 prompts show differences of a check from 26.5 points on (in 80% of such" in what_can_be_shown(three)
     assert "of 3 checks at once, one alone from 3" in what_can_be_shown(three)
-    assert "4 prompts cannot show any difference" in what_can_be_shown({"n": 4, "checks": {"a": {}}})
-    assert "1 prompt cannot" in what_can_be_shown({"n": 1, "checks": {"a": {}}})
+    assert "4 prompts cannot show any difference" in what_can_be_shown({"n": 4, "groups": 4, "checks": {"a": {}}})
+    assert "1 prompt cannot" in what_can_be_shown({"n": 1, "groups": 1, "checks": {"a": {}}})
+    assert "48 prompts in 24 groups show differences of a check from 26.5" in what_can_be_shown({**three, "n": 48})
+    assert "48 prompts in 1 group cannot" in what_can_be_shown({"n": 48, "groups": 1, "checks": {"a": {}}})
 
 
 def test_a_check_that_does_not_apply_to_a_prompt_counts_on_neither_side() -> None:
@@ -93,6 +97,29 @@ def test_one_side_alone_gets_an_interval_and_no_verdict() -> None:
     assert not {"verdict", "p", "tuned"} & result["checks"]["contains"].keys()
     low, high = result["checks"]["short"]["interval"]
     assert low <= 0.5 * (1 / 4 + 1 / 3) <= high
+
+
+def test_prompts_in_groups_can_show_as_much_as_there_are_groups(tmp_path: Path) -> None:
+    """48 prompts in 24 groups; a check that half of them have says what it can show itself."""
+
+    def on_half(answer: Answer, row: SuiteRow) -> float | None:
+        return YES.score(answer, row) if int(row.id[1:]) <= 24 else None
+
+    suite = evaluations.rows(48, (YES, Check("half", Rule(on_half))), [f"g{n // 2}" for n in range(48)])
+    folder = evaluations.write(tmp_path / "grouped", suite, ["no"], ["yes", "yes", "yes", "never"])
+    summary = Evaluation.read(folder).summary
+    assert (summary["n"], summary["groups"], summary["smallest_difference"]) == (48, 24, 0.265)
+    half = summary["checks"]["half"]
+    assert (half["n"], half["smallest_difference"]) == (24, smallest_difference(12))
+    alone = check_results(score_answers(suite, {"base": evaluations.answers(suite, ["yes"])}))
+    assert alone["contains"]["interval"] == pytest.approx(wilson(24, 24)) and alone["contains"]["n"] == 48
+    shutil.copytree(folder, tmp_path / "copy")
+    table = tiny.done("compare", folder, tmp_path / "copy").stdout
+    assert "48 prompts in 24 groups show differences of a check from 26.5 points on" in table
+    lines = {line.split()[0]: line for line in table.splitlines() if line.split()}
+    assert "shows from" in lines["check"]
+    assert lines["half"].split()[-1] == f"{100 * half['smallest_difference']:.1f}"
+    assert lines["contains"].split()[-1] == "26.5"
 
 
 def test_prompts_that_were_trained_on_or_chose_the_checkpoint_are_named() -> None:

@@ -87,6 +87,16 @@ def test_a_judge_that_knows_the_good_answers_passes_and_finds_them() -> None:
     assert (turned["verdict"], turned["losses"]) == ("worse", 24)
 
 
+def test_verdicts_on_prompts_of_one_group_count_as_one() -> None:
+    """24 wins on the prompts of two groups are two coins."""
+    pairs = [Pair(f"r{n}", ASKED, "no", "yes", 0, None, f"g{n // 12}") for n in range(24)]
+    facts = pairwise_facts(judge_pairs(Scripted(lambda first, *_: float(first == "yes")), pairs, "what is good"))
+    assert (facts["wins"], facts["p"], facts["test"]) == (24, 2 / 2**2, "sign flips of groups")
+    assert facts["verdict"] == "no difference shown"
+    alone = pairwise_facts(judge_pairs(Scripted(lambda first, *_: float(first == "yes")), pairs[:1], "what is good"))
+    assert (alone["p"], alone["test"]) == (1.0, "sign test")
+
+
 def test_a_judge_that_prefers_length_is_shown_as_such() -> None:
     """Raw, the longer answers win 80%; where the lengths are equal there is no preference left."""
     chance = random.Random(4)

@@ -106,6 +106,29 @@ def test_the_result_is_the_sign_test_and_agreement_with_judge_and_raters_is_kapp
     assert "tuned against base: 7 wins, 1 ties, 0 losses" in said and "agrees with the judge on 6 of 8 prompts" in said
 
 
+def test_the_judge_of_one_evaluation_is_compared_with_ratings_of_that_one_alone(folder: Path, tmp_path: Path) -> None:
+    """`rate first other`, where other asked the base alone: what was tuned against a base that the judge never saw."""
+    other = evaluations.write(tmp_path / "other", evaluations.rows(8, (YES,)), ["never"])
+    for judged in (folder, other):
+        tiny.write_jsonl(judged / "verdicts.jsonl", [{"id": "r1", "sample": 0, "outcome": "win"}])
+    for folders, with_judge in (((folder,), True), ((folder, other), False), ((other, folder), False)):
+        ratings = Ratings(contest(*folders), "me", likert=False)
+        for prompt in ratings.open_prompts():
+            ratings.decide(prompt.id, [2, 1])
+        found = report(ratings, "me")
+        assert [one["with"] for one in found["agreement"]] == (["the judge"] if with_judge else [])
+
+
+def test_ratings_of_prompts_of_one_group_count_as_one(tmp_path: Path) -> None:
+    suite = evaluations.rows(8, (YES,), list("aaaabbbb"))
+    ratings = Ratings(contest(evaluations.write(tmp_path / "grouped", suite, ["no"], ["yes"])), "me", likert=False)
+    for prompt in ratings.open_prompts():
+        ratings.decide(prompt.id, [2, 1])
+    found = report(ratings, "me")
+    assert (found["wins"], found["p"], found["verdict"]) == (8, 2 / 2**2, "no difference shown")
+    assert "(sign flips of groups, p 0.5000)" in tiny.done("rate", tmp_path / "grouped", "--result").stdout
+
+
 def test_likert_ratings_are_a_paired_difference(folder: Path) -> None:
     ratings = Ratings(contest(folder), "me", likert=True)
     assert len(ratings.open_prompts()) == 8  # equal answers have a rating too

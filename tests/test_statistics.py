@@ -13,7 +13,7 @@ from scipy.stats import binom, binomtest
 
 from mlxtune.evaluate.statistics.agreement import kappa
 from mlxtune.evaluate.statistics.holm import holm, verdict
-from mlxtune.evaluate.statistics.paired import compare_scores
+from mlxtune.evaluate.statistics.paired import compare_scores, wins_against_losses
 from mlxtune.evaluate.statistics.power import power, smallest_difference
 from mlxtune.evaluate.statistics.proportions import bonett_price, mcnemar_midp, sign_test, wilson
 from mlxtune.evaluate.statistics.ranking import ranking, shares
@@ -177,6 +177,38 @@ def test_prompts_of_a_group_count_as_one() -> None:
     assert joined.smallest_difference > alone.smallest_difference
     apart = compare_scores(np.zeros((4, 1)), tuned, graded=True, groups=["a", "b", None, "c"])
     assert apart == alone
+
+
+def test_equal_pairs_in_groups_have_an_interval_with_a_width() -> None:
+    """Two groups of four and two that are added, one all better and one all worse: 32 squares over 16 prompts."""
+    same = np.ones((8, 1))
+    found = compare_scores(same, same, graded=False, groups=list("aaaabbbb"))
+    half = 1.959964 * 32**0.5 / 16
+    assert found.interval == pytest.approx((-half, half), abs=1e-6)
+    assert compare_scores(same, same, graded=False, groups=list("abcdefgh")) == compare_scores(same, same, False)
+
+
+@pytest.mark.parametrize(("groups", "size"), [(4, 6), (12, 4), (25, 4)])
+def test_intervals_of_0_1_checks_on_groups_hold_the_true_difference_in_90_of_100_cases(groups: int, size: int) -> None:
+    """Whether the prompts of a group have nothing in common, half of it, or all."""
+    random = np.random.default_rng(groups)
+    for better, worse in ((0.2, 0.0), (0.05, 0.0), (0.3, 0.1)):
+        for shared in (0.0, 0.5, 1.0):
+            held = 0
+            for _ in range(500):
+                drawn = random.choice([1.0, -1.0, 0.0], p=[better, worse, 1 - better - worse], size=(groups, size + 1))
+                together = random.random((groups, size)) < shared
+                differences = np.where(together, drawn[:, :1], drawn[:, 1:])
+                low, high = bonett_price(differences.sum(axis=1), np.full(groups, float(size)))
+                held += low <= better - worse <= high
+            assert held >= 0.9 * 500, (better, worse, shared)
+
+
+def test_wins_of_one_group_are_one_win() -> None:
+    ahead = np.ones(8)
+    assert wins_against_losses(ahead, None) == (2 / 2**8, "sign test")
+    assert wins_against_losses(ahead, list("aaaabbbb")) == (2 / 2**2, "sign flips of groups")
+    assert wins_against_losses(ahead, ["a", "a", *[None] * 6]) == (2 / 2**7, "sign flips of groups")
 
 
 def test_a_model_against_itself_shows_nothing_and_has_an_interval() -> None:

@@ -20,7 +20,7 @@ def draw(out: Console, result: Mapping[str, Any], names: tuple[str, str] = ("bas
     """Print a document as `comparison.summary.document` makes it. names: of the two sides."""
     from mlxtune.evaluate.comparison.summary import UNCORRECTED, what_can_be_shown
 
-    out.print(table_of(result["checks"], names))
+    out.print(table_of(result["checks"], names, result["n"]))
     if any("verdict" in check for check in result["checks"].values()):
         out.print(what_can_be_shown(result), soft_wrap=True)
         if len(result["checks"]) > 1:
@@ -28,19 +28,26 @@ def draw(out: Console, result: Mapping[str, Any], names: tuple[str, str] = ("bas
     _say(result["notes"])
 
 
-def table_of(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str]) -> Table:
-    """checks: as `comparison.summary.check_results` gives them; names: of the two sides."""
+def table_of(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str], n: int = 0) -> Table:
+    """checks: as `comparison.summary.check_results` gives them; names: of the two sides; n: prompts of the suite, where
+    a sentence says what these can show: what a check of fewer can show stands in a column.
+    """
     compared = any("verdict" in check for check in checks.values())
     table = _empty("check", "prompts", names[0], *((names[1], "difference") if compared else ()), "95% interval")
     if compared:
         table.add_column("p", justify="right")
         table.add_column("verdict")
+    has_fewer = any("verdict" in check and check["n"] < n for check in checks.values())
+    if has_fewer:
+        table.add_column("shows from", justify="right")
     for name, check in checks.items():
         cells = [shown_name(name), str(check["n"]), _score(check, "base")]
         if "verdict" in check:
             cells += [_score(check, "tuned"), _points(check, check["difference"])]
             cells.append(" to ".join(_points(check, end) for end in check["interval"]))
             cells += [_p(check["p"]), _coloured(check["verdict"])]
+            if has_fewer:
+                cells.append(_shows_from(check))
         else:
             cells += [""] * (2 * compared)
             cells.append(" to ".join(_share(check, end) for end in check["interval"]))
@@ -101,6 +108,11 @@ def _score(check: Mapping[str, Any], side: str) -> str:
 
 def _points(check: Mapping[str, Any], difference: float) -> str:
     return f"{difference:+.3f}" if check["graded"] else f"{100 * difference:+.1f}"
+
+
+def _shows_from(check: Mapping[str, Any]) -> str:
+    smallest = check["smallest_difference"]
+    return "nothing" if smallest is None else _points(check, smallest).removeprefix("+")
 
 
 def _p(p: float) -> str:

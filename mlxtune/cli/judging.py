@@ -172,7 +172,7 @@ def _draw_pairwise(out: Console, judge: Mapping[str, Any]) -> None:
     low, high = judge["interval"]
     counts = f"{judge['wins']} wins, {judge['ties']} ties, {judge['losses']} losses of the tuned answers"
     lines = [
-        f"  {counts} in {judge['pairs']} pairs: {judge['verdict']} (sign test, p {judge['p']:.4f})",
+        f"  {counts} in {judge['pairs']} pairs: {judge['verdict']} ({judge['test']}, p {judge['p']:.4f})",
         f"  win rate {judge['win_rate']:.1%} (95% interval {low:.1%} to {high:.1%})",
     ]
     length = judge["length"]

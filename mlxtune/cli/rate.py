@@ -186,7 +186,7 @@ def _draw(out: Console, found: Mapping[str, Any]) -> None:
             f"{names[1]} against {names[0]}: {found['wins']} wins, {found['ties']} ties, {found['losses']} losses"
         )
         lines.append(f"win rate {found['win_rate']:.1%} (95% interval {low:.1%} to {high:.1%})")
-        lines.append(f"{found['verdict']} (sign test, p {found['p']:.4f})")
+        lines.append(f"{found['verdict']} ({found['test']}, p {found['p']:.4f})")
     elif found["kind"] == "likert" and found["rated"]:
         lines += [f"{name}: {mean:.2f}" for name, mean in zip(names, found["means"], strict=True)]
         if "verdict" in found:

@@ -11,7 +11,7 @@ from mlxtune.evaluate.comparison.scores import PromptScores, by_check, means
 from mlxtune.evaluate.statistics.holm import holm, verdict
 from mlxtune.evaluate.statistics.paired import Comparison, compare_scores, grouped
 from mlxtune.evaluate.statistics.power import ASSUMPTION, smallest_difference
-from mlxtune.evaluate.statistics.proportions import Interval, wilson
+from mlxtune.evaluate.statistics.proportions import wilson
 from mlxtune.evaluate.statistics.resampling import bootstrap
 
 UNCORRECTED = "p is corrected for the number of checks (Holm), the 95% intervals are not"
@@ -25,13 +25,24 @@ def document(
     n: prompts of the suite; provenance: further keys, such as suite, sides and sampling; notes: what a person must
     know.
     """
+    groups = _groups(n, scores)
     return {
         "n": n,
-        "smallest_difference": smallest_difference(n),
+        "groups": groups,
+        "smallest_difference": smallest_difference(groups),
         "checks": check_results(scores),
         **provenance,
         "notes": list(notes),
     }
+
+
+def _groups(n: int, scores: Sequence[PromptScores]) -> int:
+    """How many groups n prompts are, each prompt without one being its own: their results are independent.
+
+    Five prompts, three of them in one group: 5 - 3 + 1 = 3.
+    """
+    group_of = {one.id: one.group for one in scores if one.group is not None}
+    return n - len(group_of) + len(set(group_of.values()))
 
 
 def check_results(scores: Iterable[PromptScores]) -> dict[str, dict[str, Any]]:
@@ -78,23 +89,25 @@ def _alone(scores: Sequence[PromptScores]) -> dict[str, Any]:
     """Of one side: its mean score and an interval of it."""
     each = means([one.base for one in scores])[:, 0]
     sums, sizes = grouped(each, [one.group for one in scores])
-    interval: Interval
-    if scores[0].graded or len(sums) < len(each):
-        interval = bootstrap(sums, sizes)
-    else:
-        interval = wilson(float(each.sum()), len(each))
-    return {"base": float(np.mean(each)), "interval": list(interval), "n": len(each)}
+    mean = float(np.mean(each))
+    # A group counts as one prompt: drawn again, groups that all pass would give an interval without a width.
+    interval = bootstrap(sums, sizes) if scores[0].graded else wilson(mean * len(sums), len(sums))
+    return {"base": mean, "interval": list(interval), "n": len(each)}
 
 
 def what_can_be_shown(result: Mapping[str, Any]) -> str:
-    """The sentence that belongs to every result: 24 prompts show differences of 0/1 checks from 26.5 points on."""
-    n, checks = result["n"], len(result["checks"])
+    """The sentence that belongs to every result: 24 prompts show differences of 0/1 checks from 26.5 points on. Prompts
+    in groups show as much as there are groups.
+    """
+    n, groups, checks = result["n"], result["groups"], len(result["checks"])
     prompts = "1 prompt" if n == 1 else f"{n} prompts"
-    smallest = smallest_difference(n)
+    if groups < n:
+        prompts += f" in {groups} group{'s' if groups != 1 else ''}"
+    smallest = smallest_difference(groups)
     if smallest is None:
         return f"{prompts} cannot show any difference of a check, whatever the answers are; make the suite larger."
     text = f"{prompts} show differences of a check from {100 * smallest:.1f} points on ({ASSUMPTION}"
-    several = smallest_difference(n, checks) if checks > 1 else smallest
+    several = smallest_difference(groups, checks) if checks > 1 else smallest
     if several is None:
         text += f"; of {checks} checks at once, one alone cannot be shown"
     elif checks > 1:

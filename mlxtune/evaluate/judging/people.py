@@ -83,6 +83,12 @@ class Contest:
         return cls(evaluations[0].path, contestants, common)
 
     @property
+    def is_of_one(self) -> bool:
+        """Whether base and tuned of one evaluation are compared, as its judge did; of two, each one's last side is."""
+        of = [one.key.partition("/") for one in self.contestants]
+        return [side for _, _, side in of] == ["base", "tuned"] and len({folder for folder, _, _ in of}) == 1
+
+    @property
     def keys(self) -> list[str]:
         return [one.key for one in self.contestants]
 

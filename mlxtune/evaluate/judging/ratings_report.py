@@ -15,8 +15,7 @@ from mlxtune.evaluate.comparison.folder import VERDICTS
 from mlxtune.evaluate.judging.people import Contest, Ratings
 from mlxtune.evaluate.statistics.agreement import kappa
 from mlxtune.evaluate.statistics.holm import verdict
-from mlxtune.evaluate.statistics.paired import compare_scores
-from mlxtune.evaluate.statistics.proportions import sign_test
+from mlxtune.evaluate.statistics.paired import compare_scores, wins_against_losses
 from mlxtune.evaluate.statistics.ranking import ranking
 
 OUTCOMES = {1: "win", 0: "tie", -1: "loss"}  # of the second contestant
@@ -67,7 +66,7 @@ def _result(ratings: Ratings, values: Mapping[str, Sequence[int]]) -> dict[str, 
     tuned = (ahead[:, None] + 1) / 2
     compared = compare_scores(1 - tuned, tuned, graded=False, groups=groups)
     low, high = compared.interval
-    p = sign_test(wins, losses)
+    p, test = wins_against_losses(ahead, groups)
     return {
         "wins": wins,
         "ties": len(ahead) - wins - losses,
@@ -75,6 +74,7 @@ def _result(ratings: Ratings, values: Mapping[str, Sequence[int]]) -> dict[str, 
         "win_rate": float(tuned.mean()),
         "interval": [(1 + low) / 2, (1 + high) / 2],
         "p": p,
+        "test": test,
         "verdict": verdict(wins - losses, p),
     }
 
@@ -94,7 +94,7 @@ def _agreements(ratings: Ratings, rater: str, values: Mapping[str, Sequence[int]
         return []
     mine = _outcomes(values)
     others = {}
-    if {one.key.partition("/")[2] for one in contest.contestants} == {"base", "tuned"}:
+    if contest.is_of_one:
         others["the judge"] = _of_judge(contest)
     for file in matching(contest.folder, "ratings.*.jsonl"):
         name = file.name.removeprefix("ratings.").removesuffix(".jsonl")

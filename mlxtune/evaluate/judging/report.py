@@ -21,8 +21,7 @@ from mlxtune.evaluate.judging.likert import always_the_same, rate_answers, score
 from mlxtune.evaluate.judging.remembered import Remembered
 from mlxtune.evaluate.judging.verdicts import Pair, PairVerdict, first_rate, judge_pairs
 from mlxtune.evaluate.statistics.holm import verdict
-from mlxtune.evaluate.statistics.paired import compare_scores
-from mlxtune.evaluate.statistics.proportions import sign_test
+from mlxtune.evaluate.statistics.paired import compare_scores, wins_against_losses
 
 Rate = Literal["pairwise", "likert"]
 JUDGE = "judge"  # the name of its pairwise result, for gates
@@ -132,17 +131,18 @@ def pairwise_facts(verdicts: Sequence[PairVerdict]) -> dict[str, Any]:
     prompts = _by_prompt(read)
     # From 0 to 1 against what is left of 1: the difference of two scores, whose interval has no width of nothing.
     tuned = means([[one.preference for one in some] for some in prompts])
-    compared = compare_scores(1 - tuned, tuned, graded=False, groups=[some[0].pair.group for some in prompts])
-    low, high = compared.interval
-    wins, losses = _decided(prompts)
-    p = sign_test(wins, losses)
+    groups = [some[0].pair.group for some in prompts]
+    low, high = compare_scores(1 - tuned, tuned, graded=False, groups=groups).interval
+    ahead = _decided(prompts)
+    p, test = wins_against_losses(ahead, groups)
     return {
         **facts,
         "win_rate": float(tuned.mean()),
-        "difference": (wins - losses) / len(prompts),
+        "difference": float(ahead.mean()),
         "interval": [(1 + low) / 2, (1 + high) / 2],
         "p": p,
-        "verdict": verdict(wins - losses, p),
+        "test": test,
+        "verdict": verdict(float(ahead.sum()), p),
         "length": length_effect(read).as_json(),
     }
 
@@ -174,11 +174,11 @@ def _by_prompt(verdicts: Sequence[PairVerdict]) -> list[list[PairVerdict]]:
     return list(found.values())
 
 
-def _decided(prompts: Sequence[Sequence[PairVerdict]]) -> tuple[int, int]:
-    """Prompts that the tuned side wins, and that it loses: by more of its answers, where there are several."""
+def _decided(prompts: Sequence[Sequence[PairVerdict]]) -> np.ndarray:
+    """[prompts] 1 where the tuned side wins, -1 where it loses: by more of its answers, where there are several."""
     worth = {"win": 1, "tie": 0, "loss": -1}
-    balance = np.array([sum(worth[one.outcome] for one in some) for some in prompts])
-    return int((balance > 0).sum()), int((balance < 0).sum())
+    ahead: np.ndarray = np.sign([sum(worth[one.outcome] for one in some) for some in prompts])
+    return ahead
 
 
 def _of_exam(exam: Exam) -> str:

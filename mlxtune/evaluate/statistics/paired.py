@@ -13,7 +13,7 @@ from statistics import NormalDist
 import numpy as np
 
 from mlxtune.evaluate.statistics.power import POWER, smallest_difference
-from mlxtune.evaluate.statistics.proportions import Interval, Z, bonett_price, mcnemar_midp
+from mlxtune.evaluate.statistics.proportions import Interval, Z, bonett_price, mcnemar_midp, sign_test
 from mlxtune.evaluate.statistics.resampling import DRAWS, SEED, bootstrap, sign_flips
 
 
@@ -43,7 +43,8 @@ def compare_scores(
     Scores of several answers to a prompt are averaged first: they are no prompts of their own.
 
     0/1 scores: McNemar's mid-p and Bonett-Price's interval; where several answers to a prompt were averaged to
-    something between, sign flips. Graded scores, and prompts in groups: sign flips and the bootstrap.
+    something between, or prompts are in groups, sign flips and that interval. Graded scores: sign flips and the
+    bootstrap. Groups are flipped, drawn and counted as a whole.
 
     base: [n, answers of a prompt], tuned: [n, answers of a prompt], whose number may differ; graded: scores may be
     other than 0 and 1; groups: [n] names, None: a group of its own; draws, seed: of the resampling.
@@ -58,7 +59,7 @@ def compare_scores(
         p = mcnemar_midp(int((differences > 0).sum()), int((differences < 0).sum()))
     else:
         p = sign_flips(sums, draws, seed)
-    interval = bootstrap(sums, sizes, draws, seed) if graded or in_groups else bonett_price(differences)
+    interval = bootstrap(sums, sizes, draws, seed) if graded else bonett_price(sums, sizes)
     smallest = _smallest_graded(sums, sizes) if graded else smallest_difference(len(sums))
     return Comparison(
         n=len(differences),
@@ -80,6 +81,18 @@ def grouped(differences: np.ndarray, groups: Sequence[str | None] | None) -> tup
     places = {name: place for place, name in enumerate(dict.fromkeys(names))}
     member = np.array([places[name] for name in names])
     return np.bincount(member, differences), np.bincount(member).astype(float)
+
+
+def wins_against_losses(ahead: np.ndarray, groups: Sequence[str | None] | None) -> tuple[float, str]:
+    """(Two-sided p, name of the test) of who wins more prompts: the sign test; of prompts in groups, whose results are
+    not independent, sign flips of whole groups.
+
+    ahead: [n] 1 where the tuned side wins, -1 where it loses, 0 for a tie; groups: as `compare_scores` takes them.
+    """
+    sums, _ = grouped(ahead, groups)
+    if len(sums) < len(ahead):
+        return sign_flips(sums), "sign flips of groups"
+    return sign_test(int((ahead > 0).sum()), int((ahead < 0).sum())), "sign test"
 
 
 def _smallest_graded(sums: np.ndarray, sizes: np.ndarray) -> float | None:

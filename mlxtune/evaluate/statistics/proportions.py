@@ -55,17 +55,25 @@ def wilson(successes: float, n: int) -> Interval:
     return max(0.0, (middle - half) / whole), min(1.0, (middle + half) / whole)
 
 
-def bonett_price(differences: np.ndarray) -> Interval:
+def bonett_price(sums: np.ndarray, sizes: np.ndarray | None = None) -> Interval:
     """Interval of the mean difference between paired scores of 0 to 1 (Bonett and Price 2012).
 
     Two prompts are added, one "better" and one "worse". Without them three equal pairs out of three would give [0, 0].
     Agresti and Min (2005) add half of each; that covers the truth in as few as 86% of cases, instead of 95%, where
     changes go one way only, as after learning a format. This one does in some 92% at least, from 12 prompts on.
 
-    differences: [n], each -1, 0 or 1; or between these where several answers to a prompt were averaged.
+    Prompts in groups: what varies is a group's sum, not each prompt, and the two that are added are groups of the mean
+    size. Eight equal pairs in two groups are four groups of 4 with sums 0, 0, 4 and -4. The mean is 0, its variance
+    (4^2 + 4^2) / 16^2, and the interval 1.96 * 0.354 = 0.69 to each side. Groups of one prompt give the 2012 formula.
+
+    sums: [groups] of the differences of each group's prompts, which are -1, 0 or 1, or between these where several
+    answers to a prompt were averaged; sizes: [groups], its prompts; None: one each.
     """
-    n = len(differences) + 2
-    mean = differences.sum() / n
-    squares = ((differences**2).sum() + 2) / n
-    half = Z * sqrt((squares - mean**2) / n)
+    if sizes is None:
+        sizes = np.ones(len(sums))
+    added = sizes.mean()
+    prompts = sizes.sum() + 2 * added
+    mean = sums.sum() / prompts
+    squares = ((sums - mean * sizes) ** 2).sum() + (added - mean * added) ** 2 + (added + mean * added) ** 2
+    half = Z * sqrt(squares) / prompts
     return max(-1.0, float(mean - half)), min(1.0, float(mean + half))
