@@ -150,6 +150,17 @@ def test_processes_share_out_what_branches_off_one_trunk_side_by_side(hf_model: 
     assert busiest < every_nth
 
 
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_each_example_is_some_processs_where_the_last_ones_are_equal(size: int) -> None:
+    starts = [[1] * 80 + [9], [1] * 80 + [9, 10], [2] * 80 + [9], [2] * 80 + [9, 11], [2] * 80 + [9, 11]]
+    examples = [Example([*ids, 8, 8], [0] * len(ids) + [1, 1]) for ids in starts]
+    batch = collate(examples, range(5))
+    assert not is_simple(forest_of_batch(batch, 0))
+    own = [Ranks(Group(rank, size)).own_batches([batch], 0) for rank in range(size)]
+    dealt = [part.rows.tolist() for parts in own for part in parts]
+    assert [row for rows in dealt for row in rows] == [0, 1, 2, 3, 4], dealt
+
+
 def test_processes_have_as_much_to_compute_where_micro_batches_share() -> None:
     """Padded, the first has most tokens; computed, it has least."""
     alike = [Example([*[7] * 90, row, 8, 9], [0] * 91 + [1, 1]) for row in range(6)]

@@ -257,6 +257,8 @@ def _run_of(batch: Batch, rank: int, ranks: int) -> slice:
     does not begin with.
 
     Lengths of 100, 300, 310 and 200 tokens, which share 90, 300 and 0 with the one before: 100 + 210 | 10 + 200.
+    The last rank takes all that are left: where the last example is equal to the one before it has nothing new, so its
+    middle lies on the last border.
     """
     new = batch.lengths.copy()
     for row in range(1, len(new)):
@@ -264,6 +266,7 @@ def _run_of(batch: Batch, rank: int, ranks: int) -> slice:
         new[row] -= common(before, batch.ids[row, : batch.lengths[row]])
     middles = np.cumsum(new) - new / 2
     borders = np.searchsorted(middles, np.arange(ranks + 1) * new.sum() / ranks)
+    borders[0], borders[-1] = 0, len(new)
     return slice(int(borders[rank]), int(borders[rank + 1]))
 
 
