@@ -59,8 +59,12 @@ class LoRALinear(nn.Module):
 
     def _added(self, y: mx.array, x: mx.array) -> mx.array:
         """y [..., out] plus the update, scaled where it is narrow and added by the product that makes it wide."""
-        z = self._dropout.apply(x, self._index) @ self.lora_a.astype(x.dtype)
+        z = self._narrowed(self._dropout.apply(x, self._index))
         return mx.addmm(y, self.scale * z, self.lora_b.astype(x.dtype))
+
+    def _narrowed(self, x: mx.array) -> mx.array:
+        """x [..., in] -> [..., r]."""
+        return x @ self.lora_a.astype(x.dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., in] -> [..., out]."""

@@ -88,7 +88,7 @@ def fastest_way(
 ) -> tuple[Way, list[str]]:
     """(the fastest way that the configuration and the model allow, what a person must know about it).
 
-    shares: as `shared_prefix` takes it.
+    shares: as `shared_prefix` takes it. Raises UserError where a part was asked for that cannot be used.
     """
     notes = []
     split, trained, note = _split(model, examples[0], config)
@@ -122,7 +122,9 @@ def _split(model: nn.Module, example: Example, config: Config) -> tuple[Split | 
 
 
 def expected_way(model: nn.Module, examples: Sequence[Example], config: Config, shares: bool = False) -> Way:
-    """The way that a run will take when nothing goes wrong, no weight being read. shares: as in `shared_prefix`."""
+    """The way that a run will take when nothing goes wrong, no weight being read. shares: as in `shared_prefix`. Raises
+    UserError where a part was asked for that cannot be used.
+    """
     split = Split(model, "") if config.fast.head == "auto" else None
     length, _ = shared_prefix(model, examples, config, shares)
     return _for_device(Way(split, prefix=length, recompute=every_nth(config.train)), model, examples, config)
@@ -139,7 +141,11 @@ def _for_device(way: Way, model: nn.Module, examples: Sequence[Example], config:
         and not _noise(config)
         and prefix.caches_for(model) is not None  # others may go token by token: such graphs grow with the row
     )
-    of_model = parts.of_model(model, config.fast, bool(config.lora.dropout)) if fast else ()
+    of_model: tuple[str, ...] = ()
+    if fast:
+        of_model = parts.of_model(model, config.fast, bool(config.lora.dropout))
+    elif config.fast.thin == "on":
+        raise parts.without_effect("thin", "neither the head nor a prefix is computed apart, so the plain way is taken")
     return replace(way, powers=powers, compiled=compiled, queries=queries, parts=of_model)
 
 

@@ -5,6 +5,9 @@ A way to compute the loss (`loss.Way`) names the parts that are on. Each part ha
 while it computes. `fast_ways` puts those that a model has into the fastest way, and the proof at a run's start compares
 that way with the plain one; where it fails, each part is left out in turn (`fast_ways.ways_to_try`).
 
+A part that saves memory or arithmetic is "auto" by default. One that only promises time, on a device where nobody has
+timed it yet, is "off", and "on" asks for it; `mlxtune bench --parts` shows what it brings.
+
 To add one: its line here, its key in `config.schema.FastSection`, and if its arrays are others than those of the plain
 way, what stands for it while memory is predicted (`memory.kernels`).
 """
@@ -18,8 +21,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxtune.compute import last_block
+from mlxtune.compute import last_block, thin
 from mlxtune.config.schema import FastSection
+from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.model import gated_delta, gated_mlp
 
@@ -66,17 +70,40 @@ PARTS = {
     "last_block": Part(
         "the end of the last block on supervised tokens only", last_block.is_for, last_block.within, with_dropout=False
     ),
+    "thin": Part("one product for the A of layers with one input", thin.is_in, thin.within, with_dropout=False),
 }
 
 
 def of_model(model: nn.Module, section: FastSection, dropout: bool) -> tuple[str, ...]:
-    """The names of the parts that a model has and the configuration leaves on. dropout: whether the adapter has any."""
+    """The names of the parts that a model has and the configuration leaves on. dropout: whether the adapter has any.
+
+    Raises UserError where one was asked for ("on") that cannot be used; with "auto" it is left out.
+    """
     names = []
     for name, part in PARTS.items():
-        allowed = getattr(section, name) == "auto" and (part.with_dropout or not dropout)
-        if allowed and part.is_for(model):
+        asked = getattr(section, name)
+        if asked == "off":
+            continue
+        against = _against(part, model, dropout)
+        if not against:
             names.append(name)
+        elif asked == "on":
+            raise without_effect(name, against)
     return tuple(names)
+
+
+def _against(part: Part, model: nn.Module, dropout: bool) -> str:
+    """Why a part cannot be used, in words; "": it can."""
+    if dropout and not part.with_dropout:
+        return "with lora.dropout each layer has masks of its own"
+    if not part.is_for(model):
+        return "this model and its adapter have nothing for it on this device"
+    return ""
+
+
+def without_effect(name: str, against: str) -> UserError:
+    """What is raised where a part was asked for in vain. name: of the part; against: why, in words."""
+    return UserError(f"fast.{name} on has no effect: {against}", f"Leave fast.{name} out.")
 
 
 def in_use(names: Sequence[str], recompute: int) -> list[str]:

@@ -274,3 +274,7 @@ class FastSection(Section):
         "auto",
         description="auto: on a GPU MLX's kernels for cross-entropy and gated delta layers; off: plain operations",
     )
+
+    thin: Literal["on", "off"] = Field(
+        "off", description="on: query, key and value, gate and up have one product for the A of their adapters"
+    )

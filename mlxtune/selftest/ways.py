@@ -13,7 +13,6 @@ from mlxtune.compute import fast_ways, parts, prefix, proof
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.proof import Sums
-from mlxtune.config.schema import FastSection
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
@@ -107,7 +106,8 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
     powers = [False, True] if alone[POWERS] else [False]
     compiled = [False, True] if alone[COMPILED] else [False]
     known = [way for group in alone.values() for way in group]
-    computed_otherwise = parts.of_model(model, FastSection(), dropout=False)
+    # Also those that a run has only when asked for: here is where a device shows whether they are right on it.
+    computed_otherwise = tuple(name for name, part in parts.PARTS.items() if part.is_for(model))
     together = []
     for apart, once, blocks, of_two, as_one in product([None, split], [None, length], [0, 1], powers, compiled):
         way = replace(plain, split=apart, prefix=once, recompute=blocks, powers=of_two, compiled=as_one)
