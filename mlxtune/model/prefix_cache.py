@@ -29,11 +29,11 @@ class LayerCache:
         self.recorded: list[mx.array] = []  # as `state`, of the tokens before and of its own, [B, ...] each
 
     def with_state(self, state: list[mx.array]) -> Self:
-        """The cache of the same pass, with other arrays in place of its `state`."""
+        """The cache of the same pass, with other arrays [1, ...] of the tokens before."""
         return type(self)(state, self.offset, self.records)
 
     def before(self, start: int) -> list[mx.array]:
-        """Of what was recorded, what a pass is given that begins after `start` tokens."""
+        """Of the arrays that were recorded, [B, ...] each, what a pass is given that begins after `start` tokens."""
         raise NotImplementedError
 
 
@@ -49,7 +49,7 @@ class PrefixCache(LayerCache):
         self._fetched: tuple[mx.array, mx.array] | None = None
 
     def before(self, start: int) -> list[mx.array]:
-        """The keys and values of the first `start` tokens."""
+        """The keys and values of the first `start` tokens, [B, heads, start, width] each."""
         return [array[:, :, :start] for array in self.recorded]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -91,12 +91,13 @@ class StateCache(LayerCache):
         self.rows = 1  # B
 
     def with_state(self, state: list[mx.array]) -> Self:
+        """The cache of the same pass, with other arrays [1, ...] of the tokens before."""
         other = super().with_state(state)
         other.places, other.rows = self.places, self.rows
         return other
 
     def before(self, start: int) -> list[mx.array]:
-        """The state at the end of the pass, which must be after `start` tokens."""
+        """The arrays [B, ...] at the end of the pass, which must be after `start` tokens."""
         return self.recorded
 
     def __getitem__(self, place: int) -> mx.array | None:
