@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlxtune.data.dataset import forest
-from mlxtune.data.dataset.forest import Forest, Pass, forest_of
+from mlxtune.data.dataset.forest import Forest, Pass, forest_of, left_at_ends
 
 
 def random_rows(draw: np.random.Generator, count: int) -> tuple[list[list[int]], list[int]]:
@@ -98,3 +98,36 @@ def test_every_row_of_a_random_trie_is_computed_whole_and_once(seed: int) -> Non
     assert sorted(seen) == list(range(len(rows)))
     whole = len(rows) * (max(map(len, rows)) - 1)
     assert in_a_trie(rows, may_share) <= found.computed <= whole
+
+
+def test_a_trunk_is_cut_wherever_it_is_left() -> None:
+    trunk, other = Pass((0,), 0, 9, None, is_trunk=True), Pass((2,), 6, 5, 0, is_trunk=True)
+    branches = (Pass((0,), 4, 3, 0), Pass((1,), 9, 2, 0), Pass((2, 3), 11, 2, 1), Pass((4,), 6, 2, 0))
+    found = left_at_ends(Forest((trunk, other, *branches)))
+    assert found.passes == (
+        Pass((0,), 0, 4, None, is_trunk=True),
+        Pass((0,), 4, 2, 0, is_trunk=True),
+        Pass((0,), 6, 3, 1, is_trunk=True),
+        Pass((2,), 6, 5, 1, is_trunk=True),
+        Pass((0,), 4, 3, 0),
+        Pass((1,), 9, 2, 2),
+        Pass((2, 3), 11, 2, 3),
+        Pass((4,), 6, 2, 1),
+    )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_cut_trunks_have_the_same_tokens_and_are_left_at_their_ends(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    rows, may_share = random_rows(draw, int(draw.integers(1, 25)))
+    whole = forest_of(rows, may_share)
+    found = left_at_ends(whole)
+    assert found.computed == whole.computed and left_at_ends(found) == found
+    for place, each in enumerate(found.passes):
+        if each.leaves is not None:
+            trunk = found.passes[each.leaves]
+            assert each.leaves < place and trunk.is_trunk and trunk.start + trunk.width == each.start
+        for row in each.rows:
+            assert tokens_of(found, rows, each.leaves, each.start) == rows[row][: each.start]
+    branches = [(each.rows, each.start, each.width) for each in whole.passes if not each.is_trunk]
+    assert branches == [(each.rows, each.start, each.width) for each in found.passes if not each.is_trunk]

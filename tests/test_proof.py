@@ -129,7 +129,6 @@ def counts_positions_from_one_too_many(patch: pytest.MonkeyPatch) -> None:
             return real(PrefixCache(offset=self.__dict__["at"]), *args, **kwargs)
 
     patch.setattr(prefix, "PrefixCache", Moved)
-    patch.setattr(checkpointing, "PrefixCache", Moved)
 
 
 def forgets_windows(patch: pytest.MonkeyPatch) -> None:

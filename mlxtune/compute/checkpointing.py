@@ -5,7 +5,7 @@ arXiv:1604.06174).
     backward  [block 2] is run again on x1, then differentiated; then [block 1] on x0
 
 `mx.checkpoint` runs the block's Python again, so everything in it must be a function of its arguments: parameters,
-hidden state, the shared prefix's keys and values are passed, never closed over (MLX would give no gradient to what is
+hidden state, what a shared prefix hands on are passed, never closed over (MLX would give no gradient to what is
 closed over, and say nothing); random masks are keyed.
 """
 
@@ -21,7 +21,7 @@ from mlx.utils import tree_map
 
 from mlxtune.compute.stages import Stages
 from mlxtune.model.classes import as_classes, calling
-from mlxtune.model.prefix_cache import PrefixCache
+from mlxtune.model.prefix_cache import LayerCache
 
 
 @contextmanager
@@ -72,16 +72,16 @@ def flows(leaf: Any) -> bool:
 def checkpointed_call(block: nn.Module, call: Callable[..., Any], arguments: Any) -> Any:
     """call(block, *arguments), checkpointed.
 
-    The arguments are any tree. What a gradient flows into is taken out of it and passed as a list: its arrays, and the
-    keys and values in its caches. When the block is run, then and again, the tree is filled with what was passed.
+    The arguments are any tree. What a gradient flows into is taken out of it and passed as a list: its arrays, and what
+    its caches hold. When the block is run, then and again, the tree is filled with what was passed.
     """
     inputs: list[mx.array] = []
-    caches: list[PrefixCache] = []
+    caches: list[LayerCache] = []
 
     def take_out(leaf: Any) -> None:
         if flows(leaf):
             inputs.append(leaf)
-        elif isinstance(leaf, PrefixCache):
+        elif isinstance(leaf, LayerCache):
             caches.append(leaf)
 
     tree_map(take_out, arguments)
@@ -93,7 +93,7 @@ def checkpointed_call(block: nn.Module, call: Callable[..., Any], arguments: Any
         def fill_in(leaf: Any) -> Any:
             if flows(leaf):
                 return next(next_inputs)
-            if isinstance(leaf, PrefixCache):
+            if isinstance(leaf, LayerCache):
                 return next(next_caches)
             return leaf
 
@@ -103,8 +103,8 @@ def checkpointed_call(block: nn.Module, call: Callable[..., Any], arguments: Any
 
     states = [cache.state for cache in caches]
     out, recorded = checkpointed(block, run)(inputs, states)
-    for cache, keys_and_values in zip(caches, recorded, strict=True):
-        cache.recorded = keys_and_values
+    for cache, arrays in zip(caches, recorded, strict=True):
+        cache.recorded = arrays
     return out
 
 

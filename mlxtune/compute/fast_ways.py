@@ -139,7 +139,7 @@ def _for_device(way: Way, model: nn.Module, examples: Sequence[Example], config:
         backend.policy().compiled
         and way.split is not None
         and not _noise(config)
-        and prefix.caches_for(model) is not None  # others may go token by token: such graphs grow with the row
+        and prefix.keeps_keys_alone(model)  # others may go token by token: such graphs grow with the row
     )
     of_model: tuple[str, ...] = ()
     if fast:
@@ -173,7 +173,7 @@ def whole_rows(model: nn.Module, examples: Sequence[Example], config: Config) ->
     """Why this model's blocks cannot be computed in pieces of a row, for people; "": they can."""
     if config.lora.dropout:
         return "with lora.dropout each row must see a mask of its own"
-    if prefix.caches_for(model) is None:
+    if not prefix.keeps_keys_alone(model):
         return "some of this model's layers keep more than keys and values"
     limit = extent.longest_alike(model)
     if limit is not None and lengths_of(examples).max() > limit:
@@ -224,7 +224,7 @@ def against_sharing(model: nn.Module, examples: Sequence[Example], config: Confi
     noise = _noise(config)
     if noise:
         return f"with {noise} each row must see noise of its own"
-    if prefix.caches_for(model) is None:
+    if not prefix.can_branch(model):
         return "some of this model's layers keep more than keys and values"
     limit = extent.longest_alike(model)
     if limit is not None and lengths_of(examples).max() > limit - MIN_SUFFIX:

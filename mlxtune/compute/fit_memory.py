@@ -130,7 +130,9 @@ def _of_few_shapes(passes: Forest) -> Forest:
             continue
         trunk = passes.passes[each.leaves]
         end = trunk.start + trunk.width
-        start = min(end, _rounded(each.start, max(FEWEST_TOKENS, end // DEPTHS)))
+        start = end
+        if each.start < end:
+            start = min(end, _rounded(each.start, max(FEWEST_TOKENS, end // DEPTHS)))
         rounded.append(replace(each, start=start, width=_rounded(each.width, WIDTH_GRAIN)))
     return Forest(tuple(rounded))
 

@@ -33,7 +33,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlxtune.model.classes import as_classes, calling
-from mlxtune.model.prefix_cache import PrefixCache
+from mlxtune.model.prefix_cache import LayerCache
 
 ATTENTION = ("self_attn", "attention", "attn")  # what blocks of mlx-lm call it
 PROJECTION = ("o_proj", "out_proj", "wo", "c_proj", "dense")  # and attention its last layer
@@ -137,11 +137,11 @@ def _ending_at_positions(whole: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _only_records(arguments: Any) -> bool:
-    """Whether a pass only records the keys and values of a prefix: nothing looks at its outputs."""
-    caches: list[PrefixCache] = []
+    """Whether a pass only records what a prefix hands on: nothing looks at its outputs."""
+    caches: list[LayerCache] = []
 
     def note(leaf: Any) -> None:
-        if isinstance(leaf, PrefixCache):
+        if isinstance(leaf, LayerCache):
             caches.append(leaf)
 
     tree_map(note, arguments)

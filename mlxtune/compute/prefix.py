@@ -5,7 +5,7 @@
 
     1st pass    [1, P]       S S S S S S              every layer records its keys and values: [1, heads, P, width]
                                   |
-                                  v  state of the layer's PrefixCache
+                                  v  state of the layer's cache (`LayerCache`)
     2nd pass    [B, T - P]   u u u a a a              attends to the recorded keys and values, which are repeated for
                              v v a a a .              every row, and then to its own; positions count on from P
 
@@ -16,6 +16,9 @@ the first pass gives no output.
 In general there are several trunks, which rows leave at several depths: `data/dataset/forest.py` says which passes
 there are (begin with its picture). A pass takes the first tokens of what its trunk recorded, as many as lie before it;
 so one number says where its positions begin, and masks are those of any cache.
+
+Gated delta layers hand on the state that they are in at the trunk's end, in place of keys and values. A state is of one
+depth, so there a trunk is cut wherever rows leave it (`forest.left_at_ends`): no more tokens, but more passes.
 
 A pass goes through the `cache` argument that mlx-lm's models take. Rejected: packing all rows into one sequence with a
 block mask, which no model's own forward takes.
@@ -33,7 +36,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from mlxtune.compute.trunk import Feed
 from mlxtune.data.chat.masking import Example
@@ -41,7 +44,8 @@ from mlxtune.data.dataset import forest
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.data.dataset.beginnings import common, first_target
 from mlxtune.data.dataset.forest import Forest, Pass
-from mlxtune.model.prefix_cache import PrefixCache
+from mlxtune.model import gated_delta
+from mlxtune.model.prefix_cache import LayerCache, PrefixCache, StateCache
 
 GRAIN = 16  # a batch may share more than the run does: in multiples of so many tokens, so that shapes stay few
 WORTH_SAYING = 8  # tokens: any chat template begins its rows with some
@@ -50,15 +54,44 @@ WORTH_SAYING = 8  # tokens: any chat template begins its rows with some
 WORTH_A_FOREST = 0.1
 
 
-def caches_for(model: nn.Module) -> list[PrefixCache] | None:
-    """As many as the model makes for itself (layers may share one); None when it keeps anything but keys and
-    values.
+def caches_for(model: nn.Module) -> list[LayerCache] | None:
+    """As many as the model makes for itself (layers may share one); None when it keeps anything but keys and values,
+    and lists of arrays.
     """
-    own = make_prompt_cache(model)
-    for cache in own:
-        if type(cache) not in (KVCache, RotatingKVCache):
+    found: list[LayerCache] = []
+    for own in make_prompt_cache(model):
+        if type(own) in (KVCache, RotatingKVCache):
+            found.append(PrefixCache())
+        elif type(own) is ArraysCache:
+            states = StateCache()
+            states.places = len(own.cache)
+            found.append(states)
+        else:
             return None
-    return [PrefixCache() for _ in own]
+    return found
+
+
+def keeps_keys_alone(model: nn.Module) -> bool:
+    """Whether a model keeps of earlier tokens nothing but keys and values."""
+    found = caches_for(model)
+    return found is not None and not _have_states(found)
+
+
+def can_branch(model: nn.Module) -> bool:
+    """Whether a model's layers keep what can be handed on: keys and values, and the states of gated delta layers."""
+    found = caches_for(model)
+    return found is not None and (not _have_states(found) or gated_delta.is_in(model))
+
+
+def _have_states(layers: Sequence[LayerCache]) -> bool:
+    return any(isinstance(layer, StateCache) for layer in layers)
+
+
+def as_computed(model: nn.Module, passes: Forest) -> Forest:
+    """The passes that a forest is computed in: where layers hand on a state, trunks are left at their ends alone."""
+    if not passes.shares or keeps_keys_alone(model):
+        return passes
+    return forest.left_at_ends(passes)
 
 
 def may_share(batch: Batch) -> np.ndarray:
@@ -161,9 +194,10 @@ def through(
     """
     if not passes.shares:
         return _flat(forward(ids[0]))
-    kept: list[list[PrefixCache]] = []  # of each pass, one for every layer
+    computed = as_computed(model, passes)
+    kept: list[list[LayerCache]] = []  # of each pass, one for every layer
     outputs: list[mx.array] = []
-    for each, tokens in zip(passes.passes, ids, strict=True):
+    for each, tokens in zip(computed.passes, _cut(passes, computed, ids), strict=True):
         layers = _caches(model, each, [] if each.leaves is None else kept[each.leaves])
         kept.append(layers)
         if feed is not None:
@@ -174,14 +208,28 @@ def through(
     return mx.concatenate(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _caches(model: nn.Module, each: Pass, trunk: list[PrefixCache]) -> list[PrefixCache]:
+def _cut(passes: Forest, computed: Forest, ids: Sequence[mx.array]) -> list[mx.array]:
+    """The tokens [rows, width] of the passes that are computed. ids: of the passes that these are pieces of."""
+    tokens: list[mx.array] = []
+    for whole, array in zip(passes.passes, ids, strict=True):
+        begin = 0
+        while begin < whole.width:
+            piece = computed.passes[len(tokens)]
+            tokens.append(array[:, begin : begin + piece.width])
+            begin += piece.width
+    return tokens
+
+
+def _caches(model: nn.Module, each: Pass, trunk: list[LayerCache]) -> list[LayerCache]:
     """The caches of a pass. trunk: those of the pass that it leaves; []: it begins at the rows' beginning."""
     layers = caches_for(model)
     assert layers is not None
     for place, layer in enumerate(layers):
         layer.offset, layer.records = each.start, each.is_trunk
+        if isinstance(layer, StateCache):
+            layer.rows = len(each.rows)
         if trunk:
-            layer.state = [array[:, :, : each.start] for array in trunk[place].recorded]
+            layer.state = trunk[place].before(each.start)
     return layers
 
 

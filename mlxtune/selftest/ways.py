@@ -121,7 +121,7 @@ def by_name(model: nn.Module, rows: Batch, dtype: mx.Dtype) -> dict[str, list[Wa
 def _in_pieces(model: nn.Module, plain: Way, rows: Batch) -> list[Way]:
     """With pieces and chunks of queries that are shorter than the rows, where the model's blocks allow pieces."""
     count, width = rows.ids.shape
-    if prefix.caches_for(model) is None or width < 4:
+    if not prefix.keeps_keys_alone(model) or width < 4:
         return []
     return [replace(plain, recompute=1, tokens=count * width // 2, nested=2, queries=width // 4)]
 

@@ -26,7 +26,7 @@ from mlxtune.compute.memory.kernels import Device, standing_in, tiled_attention
 from mlxtune.compute.memory.ledger import Ledger
 from mlxtune.compute.memory.own_attention import OwnAttention, attention_is
 from mlxtune.model.arrays import named
-from mlxtune.model.prefix_cache import PrefixCache
+from mlxtune.model.prefix_cache import LayerCache
 
 QUEUED = 105  # operations ahead of the oldest unfinished one, on the CPU (ten tasks of ten: scheduler.h, encoder.h)
 JOINED = 0.95  # of what the written-out attention keeps, ours keeps at least
@@ -36,7 +36,7 @@ JOINED = 0.95  # of what the written-out attention keeps, ours keeps at least
 class Cost:
     """Bytes of one call of a block."""
 
-    given: int  # its result, and the keys and values that it records
+    given: int  # its result, and the arrays that its caches record
     recorded: int  # those alone
     kept: int  # what stays for the backward pass, the result included
     forward: int  # the most that is alive on the way forward
@@ -64,7 +64,7 @@ class Called:
 
     cost: Cost  # in bytes
     out: Any  # what it gave, with a Blank for each array
-    recorded: list[list[Blank]]  # keys and values that each of its caches recorded
+    recorded: list[list[Blank]]  # arrays that each of its caches recorded
 
 
 _known: dict[Any, Called] = {}  # by what decides a call's graph, and the device
@@ -76,7 +76,7 @@ def cost_of(
     """What call(block, *args, **kwargs) costs.
 
     into: whether a gradient is wanted for what the block is given; output: whether its own result is needed, and not
-    only the keys and values that its cache records.
+    only the arrays that its cache records.
     """
     key = (_signature(block, args, kwargs, into), device, output)
     if key in _known:
@@ -158,13 +158,13 @@ class _AsFunction:
         return [*results, *gradients]
 
     def _forward(self, inputs: list[mx.array], trainable: list[mx.array]) -> list[mx.array]:
-        """The call's results that a gradient flows from: its own, and the keys and values that it recorded."""
+        """The call's results that a gradient flows from: its own, and the arrays that it recorded."""
         self.block.update(tree_unflatten(list(zip(self.trainable, trainable, strict=True))))
         next_inputs: Iterator[mx.array] = iter(inputs)
-        caches: list[PrefixCache] = []
+        caches: list[LayerCache] = []
 
         def fill_in(leaf: Any) -> Any:
-            if isinstance(leaf, PrefixCache):
+            if isinstance(leaf, LayerCache):
                 caches.append(leaf.with_state([]))
                 return caches[-1]
             return next(next_inputs) if flows(leaf) else leaf
@@ -222,12 +222,12 @@ def _is_of_slice(graph: Graph, node: Node) -> bool:
 
 def each_leaf(tree: Any, change: Callable[[Any], Any]) -> Any:
     """The tree with every leaf changed; a cache is a leaf."""
-    return tree_map(change, tree, is_leaf=lambda leaf: isinstance(leaf, PrefixCache))
+    return tree_map(change, tree, is_leaf=lambda leaf: isinstance(leaf, LayerCache))
 
 
-def caches_in(tree: Any) -> list[PrefixCache]:
+def caches_in(tree: Any) -> list[LayerCache]:
     """In the order in which `each_leaf` comes to them."""
-    return [leaf for leaf in _leaves(tree) if isinstance(leaf, PrefixCache)]
+    return [leaf for leaf in _leaves(tree) if isinstance(leaf, LayerCache)]
 
 
 def _leaves(tree: Any) -> list[Any]:
@@ -271,7 +271,7 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
 
 def _shown(leaf: Any) -> Any:
     """What of an argument decides the graph."""
-    if isinstance(leaf, PrefixCache):
+    if isinstance(leaf, LayerCache):
         return "cache", leaf.offset, leaf.records, tuple((array.shape, array.dtype) for array in leaf.state)
     if isinstance(leaf, mx.array):
         return leaf.shape, leaf.dtype

@@ -48,7 +48,7 @@ def costs(
     block ends on them alone (0: on all). Raises whatever a model's own code raises.
     """
     first = passes.passes[0]
-    if passes.shares or prefix.caches_for(model) is not None or first.width <= 2 * FITTED[-1]:
+    if passes.shares or prefix.keeps_keys_alone(model) or first.width <= 2 * FITTED[-1]:
         return _traced(model, passes, trained, device, last_whole, targets, frozen), False
 
     def at(width: int) -> list[list[Cost]]:

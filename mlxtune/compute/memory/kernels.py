@@ -83,7 +83,7 @@ def standing_in(device: Device) -> Iterator[None]:
     other = linux_cpu.mlx_attention if device.kind == "cpu" else _attention_of(device)
     attend = OwnAttention(kinds, other) if kinds else other
     kernels = () if device.kind == "cpu" else _KERNELS
-    with _replaced(_WITH_OWN_GRADIENT), _replaced(kernels), attention.standing_in(attend, masks):
+    with _replaced(_NOT_EXPORTED), _replaced(kernels), attention.standing_in(attend, masks):
         yield
 
 
@@ -176,6 +176,11 @@ def _inverse(below: mx.array) -> mx.array:
     return mx.stop_gradient(gated_delta.inverse_by_blocks(below)) + below
 
 
+def _contiguous(array: mx.array, **options: Any) -> mx.array:
+    """An array of its own, for which nothing is kept."""
+    return -array
+
+
 def _squares(*arrays: mx.array) -> mx.array:
     """One number, whose gradient needs all of the arrays."""
     total = mx.array(0.0)
@@ -184,8 +189,12 @@ def _squares(*arrays: mx.array) -> mx.array:
     return total
 
 
-# Functions whose gradients MLX does not export, because they are no operations of its own.
-_WITH_OWN_GRADIENT: Functions = ((mx, "checkpoint", _computed_again), (gated_delta, "inverse", _inverse))
+# What MLX does not export: gradients of functions that are no operations of its own, and one of its operations.
+_NOT_EXPORTED: Functions = (
+    (mx, "checkpoint", _computed_again),
+    (gated_delta, "inverse", _inverse),
+    (mx, "contiguous", _contiguous),
+)
 # What stands for the kernels of a GPU, beside its attention.
 _KERNELS: Functions = (
     (mx.fast, "rms_norm", _rms_norm),

@@ -22,7 +22,7 @@ Legend: B rows, T tokens, N targets, C rows of a chunk, D width, V vocabulary; a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.nn as nn
@@ -34,7 +34,7 @@ from mlxtune.adapter.plan import block_paths, outside_blocks
 from mlxtune.compute.memory import blocks, in_pieces
 from mlxtune.compute.memory.block_call import Cost
 from mlxtune.compute.memory.step import FULL, Moment, RunOptions, StepSizes
-from mlxtune.compute.prefix import is_simple
+from mlxtune.compute.prefix import as_computed, is_simple
 from mlxtune.data.dataset.forest import Forest
 from mlxtune.model.arrays import named
 
@@ -146,6 +146,8 @@ def predict(
         return NotPredicted("its config.json does not say how wide it is")
     width, vocabulary = sizes["hidden_size"], sizes["vocab_size"]
     try:
+        if shape.forest is not None:
+            shape = replace(shape, forest=as_computed(model, shape.forest))
         traced_shape = in_pieces.before_last_piece(shape, options) if options.tokens else shape
         calls, by_token = _costs(model, traced_shape, options)
     except Exception as error:  # whatever a model's own code raises

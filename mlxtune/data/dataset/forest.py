@@ -113,6 +113,41 @@ def forest_of(rows: Sequence[Any], may_share: Sequence[int]) -> Forest:
     return forest if forest.computed <= (1 - MIN_SAVED) * unshared.computed else unshared
 
 
+def left_at_ends(found: Forest) -> Forest:
+    """The same passes, with each trunk cut wherever another pass leaves it, so that all leave one at its very end: what
+    a layer hands on may be of that depth alone.
+
+        a trunk of 9 tokens, left after 4 and after 9   ->   4 tokens, then 5 that leave them
+    """
+    leaves = [_holding(found, each) for each in found.passes]  # the trunk that each leaves
+    depths: list[set[int]] = [set() for _ in found.passes]  # at which each is left, and where it ends
+    for each, trunk in zip(found.passes, leaves, strict=True):
+        if trunk is not None:
+            depths[trunk].add(each.start)
+    passes: list[Pass] = []
+    ending: dict[tuple[int, int], int] = {}  # by (trunk, depth): the piece that ends there
+    for place, each in enumerate(found.passes):
+        trunk = leaves[place]
+        before = None if trunk is None else ending[trunk, each.start]
+        if not each.is_trunk:
+            passes.append(replace(each, leaves=before))
+            continue
+        start = each.start
+        for depth in sorted(depths[place] | {each.start + each.width}):
+            passes.append(replace(each, start=start, width=depth - start, leaves=before))
+            before = ending[place, depth] = len(passes) - 1
+            start = depth
+    return Forest(tuple(passes))
+
+
+def _holding(found: Forest, each: Pass) -> int | None:
+    """Of the trunk that a pass leaves and those before it, the one that has the last token before the pass."""
+    trunk = each.leaves
+    while trunk is not None and each.start <= found.passes[trunk].start:
+        trunk = found.passes[trunk].leaves
+    return trunk
+
+
 class _Trie:
     """The rows' beginnings in an order in which those that begin alike come one after the other.
 
