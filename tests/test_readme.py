@@ -37,6 +37,14 @@ ELSEWHERE = {
     "mlxtune doctor --test": "test_selftest.py::test_the_command_passes_offline_and_leaves_nothing_behind",
     "mlxtune eval --model model --adapter run --suite data/test.jsonl --judge": "test_judge_command.py::"
     "test_ratings_go_by_criterion_and_by_the_users_own_rubric",
+    "mlxtune eval --model model --adapter run --suite data/test.jsonl --min-better": "test_eval_suite.py::"
+    "test_a_gate_that_is_not_met_ends_with_status_3",
+    "mlxtune eval --model tuned --against http": "test_eval_suite.py::"
+    "test_a_server_and_recorded_answers_may_stand_on_either_side",
+    "mlxtune eval --model model --adapter run --safety --judge": "test_safety.py::"
+    "test_the_result_is_printed_and_likert_is_refused",
+    "mlxtune eval --model model --adapter run --benchmark": "test_benchmarks.py::"
+    "test_the_command_compares_base_and_tuned_without_a_network_or_torch",
     "mlxtune rate": "test_rate.py::test_a_person_decides_stops_and_goes_on",
     "mlxtune compare": "test_comparison.py::test_three_evaluations_are_ranked_by_the_wins_on_each_prompt",
     "mlxtune bench": "test_bench.py::test_the_command_prints_one_json_document",
