@@ -13,8 +13,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache
 from test_extent import LIMIT, LONGROPE
 
+from mlxtune.adapter import adapter_files, attach
+from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
-from mlxtune.evaluate.engines import beginning, room
+from mlxtune.evaluate.engines import applied, beginning, room
 from mlxtune.evaluate.engines.decode import Counted
 from mlxtune.evaluate.engines.local import Local
 from mlxtune.evaluate.engines.request import Answer, Request
@@ -254,3 +256,28 @@ def test_the_memory_decides_how_many_prompts_run_together(llama: Loaded) -> None
             low, high = (low, middle) if enough else (middle, high)
         of_one = of_one or high / rows
         assert high / rows == pytest.approx(of_one, rel=0.1)  # what one prompt takes, whatever the number
+
+
+def test_an_adapter_that_is_not_applied_is_known_by_whatever_it_trained(
+    mlx_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """Nothing of it is on the model, and all of it is as it began but one tensor; rows of tokens may not be asked."""
+    settings = ("lora.variant=dora", "lora.train_also=[norms, embeddings]", "train.steps=1", "train.warmup_steps=0")
+    run = tiny.trained(mlx_model, data, tmp_path / "run", *settings)
+    loaded, fresh = load(str(mlx_model), "float32"), load(str(mlx_model), "float32")
+    plan = adapter_files.load_adapter(loaded.model, run)
+    trained = attach.trained_tensors(loaded.model)
+    attach.attach(fresh.model, plan)
+    began = attach.trained_tensors(fresh.model)
+    base = load(str(mlx_model), "float32")
+    for end in ("", ".lora_b", ".m", "norm.weight", "embed_tokens.weight"):
+        names = [name for name in trained if end and name.endswith(end)][:1]
+        tensors = {**began, **{name: trained[name] for name in names}}
+        assert all(not mx.array_equal(began[name], trained[name]) for name in names) and bool(names) == bool(end)
+        mx.save_safetensors(str(run / plan.file), tensors)
+        if end in ("", "embed_tokens.weight"):
+            note = applied.note_on(base, run, [3, 4, 5])
+            assert ("none of the token rows" if end else "all that it trained is as it began") in note
+        else:
+            with pytest.raises(UserError, match="is not applied"):
+                applied.note_on(base, run, [3, 4, 5])

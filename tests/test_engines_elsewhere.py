@@ -11,6 +11,7 @@ import tiny
 from fake_server import FakeServer
 
 from mlxtune.errors import UserError
+from mlxtune.evaluate.engines.opening import replayed
 from mlxtune.evaluate.engines.replay import Replay
 from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.evaluate.engines.sampling import Sampling
@@ -153,6 +154,23 @@ def test_what_recorded_answers_do_not_say_is_said(tmp_path: Path) -> None:
     engine.plan(REQUESTS)
     assert "7 answers do not say whether they were cut" in engine.notes[0]
     assert "1 answers belong to no prompt" in engine.notes[1]
+
+
+def test_a_side_of_an_evaluations_answers_is_given_back_once_it_is_named(tmp_path: Path) -> None:
+    rows = [
+        {"side": side, "id": one.id, "text": side, "finish": "stop"} for side in ("base", "tuned") for one in REQUESTS
+    ]
+    file = tiny.write_jsonl(tmp_path / "answers.jsonl", rows)
+    with pytest.raises(UserError, match="line 7: answers of a second side") as error:
+        Replay(*replayed(f"replay:{file}"))
+    assert f"replay:{file}#tuned" in error.value.hint
+    for side in ("base", "tuned"):
+        engine = Replay(*replayed(f"replay:{file}#{side}"))
+        assert {answer.text for answer in engine.answers(REQUESTS)} == {side} and engine.notes == []
+    tiny.write_jsonl(file, rows[:6])
+    assert Replay(*replayed(f"replay:{file}")).answers(REQUESTS[:1])[0].text == "base"
+    with pytest.raises(UserError, match="no answers of the side tuned"):
+        Replay(*replayed(f"replay:{file}#tuned"))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in 
     required=True,
     metavar="DIR",
     help="MLX folder, 16-bit HF folder, or hub id; with --suite also a server of this machine, as in "
-    "http://127.0.0.1:8080/v1#model, or recorded answers: replay:FILE.",
+    "http://127.0.0.1:8080/v1#model, or recorded answers: replay:FILE (replay:FILE#tuned of an "
+    "evaluation's).",
 )
 @common.adapter_option
 @click.option(
@@ -65,9 +66,9 @@ def eval_command(
 
     Without a suite: loss, perplexity and token accuracy over the tokens that training supervises.
 
-    With a suite, both answer its prompts, in the same batches, and its checks say what is right. Each difference comes
-    with its interval, and is called better or worse only where chance is unlikely to give as much (p < 0.05 over all
-    checks together). Exit status 3: a --min-better or --max-worse is not met.
+    With a suite, both answer its prompts (a base and its adapter in the same batches), and its checks say what is
+    right. Each difference comes with its interval, and is called better or worse only where chance is unlikely to give
+    as much (p < 0.05 over all checks together). Exit status 3: a --min-better or --max-worse is not met.
 
     Beside the differences stands what went wrong, where something did: measured, with its threshold and the setting
     that is likely to mend it.

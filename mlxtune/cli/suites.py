@@ -233,7 +233,7 @@ def _sides(
 def _answering(party: Party, sampling: Sampling, allow_remote: bool) -> Answering:
     """A party that answers alone."""
     from mlxtune.evaluate.before_after import Answering
-    from mlxtune.evaluate.engines.opening import kind_of, replayed_file
+    from mlxtune.evaluate.engines.opening import kind_of, replayed
     from mlxtune.evaluate.engines.replay import Replay
     from mlxtune.evaluate.engines.server import Server
 
@@ -244,9 +244,10 @@ def _answering(party: Party, sampling: Sampling, allow_remote: bool) -> Answerin
     if kind == "server":
         server = Server(party.spelled, sampling, allow_remote)
         return Answering(lambda: server, {"server": server.name}, {"server": server.name})
-    file = replayed_file(party.spelled)
-    replay = Replay(file)
-    return Answering(lambda: replay, {"replay": str(file)}, {"replay": digest(file)})
+    file, side = replayed(party.spelled)
+    replay = Replay(file, side)
+    of_side = {} if side is None else {"side": side}
+    return Answering(lambda: replay, {"replay": str(file), **of_side}, {"replay": digest(file), **of_side})
 
 
 def _pair_opener(party: Party, sampling: Sampling) -> Callable[[], Pair]:

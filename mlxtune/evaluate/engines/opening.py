@@ -1,6 +1,7 @@
 """Which engine the spelling of an option names.
 
 replay:answers.jsonl              answers that were recorded
+replay:answers.jsonl#tuned        of one side, from the folder of an evaluation
 http://127.0.0.1:8080/v1#model    a server
 anything else                     a model: its folder, or a hub id
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 REPLAY = "replay:"
+SIDES = ("base", "tuned")
 ADDRESSES = ("http://", "https://")
 
 Kind = Literal["replay", "server", "model"]
@@ -22,5 +24,10 @@ def kind_of(spelled: str) -> Kind:
     return "server" if spelled.startswith(ADDRESSES) else "model"
 
 
-def replayed_file(spelled: str) -> Path:
-    return Path(spelled.removeprefix(REPLAY))
+def replayed(spelled: str) -> tuple[Path, str | None]:
+    """(The file, which side of an evaluation; None: it is not named)."""
+    name = spelled.removeprefix(REPLAY)
+    for side in SIDES:
+        if name.endswith(f"#{side}"):
+            return Path(name.removesuffix(f"#{side}")), side
+    return Path(name), None

@@ -2,8 +2,9 @@
 
     {"id": "r12", "text": "Within 30 days."}
 
-a line, with "sample", "thought", "finish" and "tokens" where they are known. A prompt without its answer is an error:
-left out, it would count for nobody.
+a line, with "sample", "thought", "finish" and "tokens" where they are known. The answers.jsonl of an evaluation is such
+a file; where it holds two sides, one must be named. A prompt without its answer is an error: left out, it would count
+for nobody.
 """
 
 from __future__ import annotations
@@ -23,16 +24,27 @@ LISTED = 5  # ids that an error names
 class Replay:
     """A file of answers as an engine. Raises UserError for a line that is none."""
 
-    def __init__(self, file: Path) -> None:
-        self.name = f"replay:{file}"
+    def __init__(self, file: Path, side: str | None = None) -> None:
+        """side: whose answers are taken of an evaluation's file; None: it has those of one alone, or does not say."""
+        self.name = f"replay:{file}{f'#{side}' if side else ''}"
         self.notes: list[str] = []
         self._file = file
         self._answers: dict[tuple[str, int], Answer] = {}
+        sides: set[str] = set()  # that the file names
         unsaid = 0  # answers that do not say whether they were cut
         for row in raw_rows(file):
             if isinstance(row, Bad):
                 raise UserError(f"{file} line {row.row}: {row.reason}")
             number, fields = row
+            if side is not None and fields.get("side") != side:
+                continue
+            if side is None and "side" in fields:
+                sides.add(str(fields["side"]))
+                if len(sides) > 1:
+                    raise UserError(
+                        f"{file} line {number}: answers of a second side",
+                        f"Name the one that is meant: replay:{file}#base or replay:{file}#tuned.",
+                    )
             answer = _answer(file, number, fields)
             if (answer.id, answer.sample) in self._answers:
                 raise UserError(
@@ -41,6 +53,8 @@ class Replay:
                 )
             self._answers[answer.id, answer.sample] = answer
             unsaid += "finish" not in fields
+        if side is not None and not self._answers:
+            raise UserError(f"{file} has no answers of the side {side}", f"Without a side: replay:{file}.")
         if unsaid:
             self.notes.append(f"{file}: {unsaid} answers do not say whether they were cut: taken as whole")
 
