@@ -59,7 +59,7 @@ class Gradients:
         self.way = way
         self.compiled_from = compiled_from
         self.kept = prediction.kept_signatures(len(model.layers), backend.memory_bytes())
-        self._states = states or RowStates(model, way.frozen, way.powers)
+        self._states = states or RowStates(model, way)
         self.traced = 0  # signatures compiled so far, each time they were
         self._uses: Counter[Signature] = Counter()
         # The compiled function of each signature, the one used last at the end; None: to be compiled at its next call.
