@@ -79,7 +79,7 @@ def of_step(
     way, predicted = chosen.way, chosen.memory
     assert isinstance(predicted, prediction.Memory), predicted
     assert (way.split is None) == (resolved.fast.head == "off")
-    states = RowStates(model, way.frozen, way.powers, chosen.budget)
+    states = RowStates(model, way, chosen.budget)
     job = Job(model, way, keys, plan, resolved.train, None, None, str, None, None, states=states)  # type: ignore[arg-type]
     step = StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))
     if way.frozen:  # what is kept fills up in the first epoch

@@ -10,16 +10,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from rounding import as_a_gpu
-from ways import BATCH, COMMON, assert_close, make, rows, steps, ways
+from ways import BATCH, COMMON, assert_close, batch, make, rows, steps, ways
 
-from mlxtune.compute import fast_ways, proof
-from mlxtune.compute.gradients import rounded_up
+from mlxtune.compute import fast_ways, prefix, proof
+from mlxtune.compute.gradients import Gradients, rounded_up
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction
 from mlxtune.compute.proof import Room, Verdict
 from mlxtune.config import resolve as configuration
 from mlxtune.machine import backend
+from mlxtune.model.arrays import named
 
 NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="needs a C++ compiler")
 
@@ -58,6 +59,27 @@ def test_twenty_compiled_steps_have_the_losses_of_the_plain_loop(
     np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
     monkeypatch.setattr(prediction, "kept_signatures", lambda count, ram: 1)  # thrown away and compiled again
     np.testing.assert_allclose(steps("llama", 0, 0.0, None, compiled=True), plain, rtol=1e-5)
+
+
+def test_a_compiled_function_is_of_one_order_of_rows_where_they_are_fed_what_frozen_blocks_give() -> None:
+    """Behind one trunk the rows come by their length, so these two have one shape and two orders. No compiler is
+    needed: what a function was made for is in it also where MLX runs it as it is.
+    """
+    model = make("llama", layers=1)
+    way = Way(Split.of(model, mx.array(BATCH.ids)), prefix=0, compiled=True, frozen=1)
+    batches = [batch(31, [12, 9, 4]), batch(31, [4, 9, 12])]
+    orders = [prefix.forest_of_batch(each, 0).passes[-1].rows for each in batches]
+    assert orders == [(2, 1, 0), (0, 1, 2)]
+    compiled = Gradients(model, way)
+    for each in batches:
+        wanted, gradients = Gradients(model, Way())(each)
+        value, found = compiled(each)
+        assert value.item() == pytest.approx(wanted.item(), rel=1e-6)
+        for name, gradient in named(gradients).items():
+            difference = mx.linalg.norm(named(found)[name] - gradient)
+            assert difference.item() <= 3e-5 * mx.linalg.norm(gradient).item(), name
+    assert compiled.traced == 2
+    assert compiled.count_use(batches[0]) and len(compiled._compiled) == 2  # an order that comes again is not new
 
 
 @pytest.mark.parametrize("count", [1, 16, 17, 100, 129, 1000, 5000])

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 import zoo
 from test_branches import CONVERSATIONS
@@ -36,6 +37,7 @@ from mlxtune.model.classes import as_classes, calling
 from mlxtune.model.linux_cpu import as_powers_of_two
 
 FROZEN = 2  # of four blocks
+CUT = Way(frozen=FROZEN)
 ROWS = batch(17, [30, 27])
 GEMMA4 = "gemma4_text"  # its blocks give their keys and values beside the hidden states
 KINDS = [*SHAPES, GEMMA4]
@@ -152,7 +154,7 @@ def test_a_model_in_16_bits_is_proven_in_float32_and_keeps_the_bits_of_its_own_t
     for block in model.layers[:FROZEN]:
         block.freeze()
     assert proof.prove(model, ways(model)["head"], ROWS, mx.bfloat16, Room()) == Verdict()
-    stored = [RowStates(model, FROZEN, budget=budget) for budget in (Budget(1 << 20), Budget(disk=1 << 20), Budget())]
+    stored = [RowStates(model, CUT, budget=budget) for budget in (Budget(1 << 20), Budget(disk=1 << 20), Budget())]
     wanted = stored[2].of(ROWS)
     assert wanted.dtype == mx.bfloat16
     for states in stored[:2]:
@@ -166,21 +168,34 @@ def test_a_model_in_16_bits_is_proven_in_float32_and_keeps_the_bits_of_its_own_t
 def test_states_of_a_row_depend_on_nothing_that_it_is_batched_with() -> None:
     model = make("gemma3_text", layers=2)
     with as_powers_of_two(False):
-        together = RowStates(model, FROZEN).of(BATCH)
+        together = RowStates(model, CUT).of(BATCH)
     for row in range(3):
         length = int(BATCH.lengths[row]) - 1
-        alone = RowStates(model, FROZEN).of(BATCH.part(slice(row, row + 1)))
+        alone = RowStates(model, CUT).of(BATCH.part(slice(row, row + 1)))
         assert mx.array_equal(alone[0, :length], together[row, :length]).item()
         assert mx.array_equal(
             together[row, length:], mx.broadcast_to(together[row, length - 1], alone[0, length:].shape)
         )
 
 
+def test_states_of_a_long_row_take_no_more_than_the_runs_own_attention() -> None:
+    """The scores of 4 heads and 2,048 tokens are 67 MB for each block; of 128 queries at a time, 4 MB."""
+    model = make("llama", layers=2)
+    mx.eval(model.parameters())
+    row = np.arange(2048, dtype=np.int32) % 250
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    states = RowStates(model, replace(CUT, queries=128))._of_row(row)
+    assert mx.get_peak_memory() - before < 60e6
+    assert mx.allclose(states, RowStates(model, CUT)._of_row(row), rtol=1e-4, atol=1e-5).item()
+
+
 def test_memory_is_filled_before_the_disk_and_what_has_no_room_is_computed_again(tmp_path: Path) -> None:
     model = make("llama", layers=2)
     bytes_of = [4 * 64 * (int(length) - 1) for length in BATCH.lengths]  # float32, of width 64
-    states = RowStates(model, FROZEN, budget=Budget(bytes_of[0], bytes_of[1]))
-    wanted = RowStates(model, FROZEN).of(BATCH)
+    states = RowStates(model, CUT, budget=Budget(bytes_of[0], bytes_of[1]))
+    wanted = RowStates(model, CUT).of(BATCH)
     for again in (3, 4, 5):  # the third row has no room
         assert mx.array_equal(states.of(BATCH), wanted).item()
         assert states.computed == again

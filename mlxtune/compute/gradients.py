@@ -1,7 +1,7 @@
 """Loss and gradients of a micro-batch, computed with as little memory as they need, compiled where that pays.
 
 On Metal and CUDA the whole computation is compiled: MLX fuses its small kernels, and Python builds its graph once for
-every signature (shapes of ids and targets, length of the prefix). A compiled graph takes some 0.5 MB a block, and
+every signature (shapes of the passes, number of targets). A compiled graph takes some 0.5 MB a block, and
 compiling it seven times as long as building it once. So signatures are few: batches have few widths, targets are filled
 up with some that weigh nothing, what is used once is not compiled, and of the others the ones used last are kept, as
 many as `prediction.kept_signatures` lets. On the CPU, compiling would start a C++ compiler for every kernel.
@@ -33,12 +33,16 @@ MIN_FILL = 16  # targets: below four times as many, a quarter of a power of two 
 
 
 class Signature(NamedTuple):
-    """What a compiled graph is made for."""
+    """What a compiled graph is made for: of a micro-batch, all that is in the graph itself and in no array given to it.
 
-    rows: int  # B
-    width: int  # tokens of a row, padded
+    What is missing here is that of the first micro-batch in all others, without an error.
+    """
+
+    passes: tuple[tuple[int, int, int], ...]  # of each pass its rows, the tokens before it, and its tokens of a row
     targets: int  # N, filled up
-    prefix: int  # tokens that are computed once
+    # Where states of frozen blocks are fed, (T of these states, the rows of each pass in their order), for the graph
+    # itself takes them out of the micro-batch's states. Else (): ids come in the order of the passes.
+    fed: tuple[Any, ...]
 
 
 class Gradients:
@@ -55,7 +59,7 @@ class Gradients:
         self.way = way
         self.compiled_from = compiled_from
         self.kept = prediction.kept_signatures(len(model.layers), backend.memory_bytes())
-        self._states = states or RowStates(model, way.frozen, way.powers)
+        self._states = states or RowStates(model, way)
         self.traced = 0  # signatures compiled so far, each time they were
         self._uses: Counter[Signature] = Counter()
         # The compiled function of each signature, the one used last at the end; None: to be compiled at its next call.
@@ -101,8 +105,11 @@ class Gradients:
 
     def _signature(self, batch: Batch, passes: Forest) -> Signature:
         """passes: the batch's forest, a simple one."""
-        rows, width = batch.ids.shape
-        return Signature(rows, width, rounded_up(batch.targets), passes.passes[-1].start)
+        shapes = tuple((len(each.rows), each.start, each.width) for each in passes.passes)
+        fed: tuple[Any, ...] = ()
+        if self.way.frozen:
+            fed = (batch.ids.shape[1] - 1, tuple(each.rows for each in passes.passes))
+        return Signature(shapes, rounded_up(batch.targets), fed)
 
     def _compiled_for(self, signature: Signature, passes: Forest) -> Any:
         """One function for each signature: a function that goes takes its compiled graph with it."""

@@ -25,6 +25,8 @@ import hashlib
 import os
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, NamedTuple
 
@@ -33,6 +35,8 @@ import mlx.nn as nn
 import numpy as np
 from mlxtune_convert.sizes import size
 
+from mlxtune.compute import attention, parts
+from mlxtune.compute.loss import Way
 from mlxtune.compute.trunk import padded, states_of
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.model.linux_cpu import as_powers_of_two
@@ -130,11 +134,10 @@ class Store:
 class RowStates:
     """The states of a run's micro-batches."""
 
-    def __init__(self, model: nn.Module, frozen: int, powers: bool = False, budget: Budget = NOTHING) -> None:
-        """frozen: how many of the first blocks are left out; powers: as in `loss.Way`; budget: of what is kept."""
+    def __init__(self, model: nn.Module, way: Way, budget: Budget = NOTHING) -> None:
+        """way: the run's, with `way.frozen` of the first blocks left out; budget: of what is kept."""
         self._model = model
-        self._frozen = frozen
-        self._powers = powers
+        self._way = way
         self.store = Store(budget)
         self.computed = 0  # rows, so far
 
@@ -161,13 +164,26 @@ class RowStates:
         training = self._model.training
         self._model.train()  # as in a step: some layers compute otherwise where they generate
         try:
-            with as_powers_of_two(self._powers):
-                states, _ = states_of(self._model, self._frozen, mx.array(ids[None]))
+            with self._as_said():
+                states, _ = states_of(self._model, self._way.frozen, mx.array(ids[None]))
+                mx.eval(states)
         finally:
             self._model.train(training)
-        mx.eval(states)
         self.computed += 1
         return states[0]
+
+    @contextmanager
+    def _as_said(self) -> Iterator[None]:
+        """Inside, the model computes its blocks as the way says, and as the run's memory is counted: of a long row, the
+        scores of all its attention would be more than the run has. Nothing goes back, so nothing is checkpointed.
+        """
+        names = [name for name in self._way.parts if name != "last_block"]  # which is not among the frozen ones
+        with (
+            parts.within(self._model, names, self._way.recompute),
+            as_powers_of_two(self._way.powers),
+            attention.in_chunks(self._way.queries),
+        ):
+            yield
 
 
 def _write_all(file: int, data: memoryview, begin: int) -> None:
@@ -179,11 +195,11 @@ def _write_all(file: int, data: memoryview, begin: int) -> None:
 
 def _read_all(file: int, count: int, begin: int) -> bytes:
     """Raises OSError where there are fewer bytes."""
-    parts = []
+    read = []
     while count:
         part = os.pread(file, count, begin)
         if not part:
             raise OSError(0, "it is shorter than what was written")
-        parts.append(part)
+        read.append(part)
         count, begin = count - len(part), begin + len(part)
-    return b"".join(parts)
+    return b"".join(read)

@@ -227,7 +227,7 @@ def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: R
         ranks=ranks,
         predicted=chosen.memory.total if isinstance(chosen.memory, Memory) else None,
         b_rate=config.lora.b_rate,
-        states=RowStates(loaded.model, chosen.way.frozen, chosen.way.powers, chosen.budget),
+        states=RowStates(loaded.model, chosen.way, chosen.budget),
     )
 
 
