@@ -75,7 +75,7 @@ def describe(way: Way) -> str:
         short_cuts.append(f"one input kept of {way.nested} blocks")
     if way.queries:
         short_cuts.append("no scores of attention kept")
-    short_cuts += [parts.PARTS[name].says for name in parts.in_use(way.parts, way.recompute)]
+    short_cuts += [parts.PARTS[name].says for name in way.parts]
     if way.powers:
         short_cuts.append("exponentials as powers of two")
     if way.compiled:
@@ -180,7 +180,8 @@ def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: 
 
     may_divide: whether blocks can be computed in pieces; where not, they are checkpointed as a whole.
     """
-    way = replace(way, recompute=every_nth(section), tokens=0, nested=0)
+    every = every_nth(section)
+    way = replace(way, recompute=every, tokens=0, nested=0, parts=tuple(parts.in_use(way.parts, every)))
     if not in_pieces(section) or not may_divide:
         return way
     nested = 0
