@@ -352,6 +352,11 @@ def test_long_rows_keep_no_scores_from_a_length_on() -> None:
     config = configuration.load(None, ())
     found = [fast_ways.expected_way(model, rows(0, [tokens, 9]), config).queries for tokens in (512, 513)]
     assert found == [0, 128]
+    long = rows(0, [513, 9])
+    for settings in (("fast.attention=off",), ("fast.head=off", "fast.prefix=off")):
+        way = fast_ways.expected_way(model, long, configuration.load(None, settings))
+        assert way.queries == 0, settings
+    assert way == Way()  # both off: the plain way, however long the rows are
 
 
 def test_a_run_in_pieces_has_the_losses_of_one_that_keeps_everything(

@@ -132,7 +132,9 @@ def _for_device(way: Way, model: nn.Module, examples: Sequence[Example], config:
     """The way with what makes it fast on this device."""
     fast = way.split is not None or way.prefix is not None  # where neither is wanted, the plain way is
     powers = linux_cpu.worth_it() and fast
-    queries = attention.queries_at_once() if lengths_of(examples).max() > attention.LONG else 0
+    queries = 0
+    if fast and config.fast.attention == "auto" and lengths_of(examples).max() > attention.LONG:
+        queries = attention.queries_at_once()
     compiled = (
         backend.policy().compiled
         and way.split is not None
