@@ -103,6 +103,14 @@ def test_a_slower_way_that_fits_nothing_is_refused_with_the_reason(without_split
         chosen(model, kind, limit=alone - 1)
 
 
+def test_a_run_that_computes_every_block_again_leaves_out_what_then_brings_nothing() -> None:
+    model = make("llama")
+    way = Way(parts=("activations", "last_block"))
+    for layers, expected in (("none", way.parts), ("2", way.parts), ("all", ("last_block",)), ("nested", ())):
+        section = configuration.load(None, (f"train.checkpoint_layers={layers}",)).train
+        assert fast_ways.checkpointed(way, section, model, may_divide=True).parts == expected, layers
+
+
 def test_checkpointing_that_cannot_be_proven_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     real = proof.prove
     wrong = Verdict("it does not reproduce this model (planted)")

@@ -67,6 +67,20 @@ def test_attention_and_its_gradients_are_those_of_mlx(
         np.testing.assert_allclose(np.array(one), np.array(other), atol=1e-5 * max(1.0, mx.abs(other).max().item()))
 
 
+def test_few_queries_over_many_keys_make_no_square_of_the_keys() -> None:
+    """A branch behind a long trunk: [T, S] for its own tokens. The square would be 67 MB, and stay for good."""
+    q = mx.random.normal((1, 2, 20, 8), key=mx.random.key(1))
+    k = mx.random.normal((1, 2, 4096, 8), key=mx.random.key(2))
+    wanted = powers.mlx_attention(q, k, k, scale=0.3, mask="causal")
+    mx.eval(wanted)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    got = powers.attention(q, k, k, scale=0.3, mask="causal")
+    np.testing.assert_allclose(np.array(got), np.array(wanted), atol=1e-6)
+    assert mx.get_peak_memory() - before < 20 * 4096 * 4 * 10  # some times the scores, 2 heads of them
+    assert all(len(square) <= powers.SQUARE for square in powers._squares)
+
+
 def test_a_row_of_padding_without_any_key_stays_finite() -> None:
     x = mx.random.normal((1, 2, 3, 8), key=mx.random.key(1))
     mask = mx.array([[True, False, False], [False] * 3, [True] * 3])

@@ -51,6 +51,12 @@ def picture() -> list[Example]:
     return [example(S, D, end) for end in ends] + [example(S, [14]), example(S, [15])]
 
 
+def test_no_examples_share_nothing_and_make_no_batches() -> None:
+    found = found_sharing([])
+    assert (found.saved.tolist(), found.group_of, found.beyond_all) == ([], [], False)
+    assert side_by_side([], 100, found) == in_order([], 100) == []
+
+
 def test_groups_are_found_inside_one_another() -> None:
     found = found_sharing(picture())
     assert found.groups == [Group(40, 0, 0), Group(75, 0, 1), Group(125, 1, 2)]

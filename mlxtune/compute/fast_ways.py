@@ -75,7 +75,7 @@ def describe(way: Way) -> str:
         short_cuts.append(f"one input kept of {way.nested} blocks")
     if way.queries:
         short_cuts.append("no scores of attention kept")
-    short_cuts += [parts.PARTS[name].says for name in parts.in_use(way.parts, way.recompute)]
+    short_cuts += [parts.PARTS[name].says for name in way.parts]
     if way.powers:
         short_cuts.append("exponentials as powers of two")
     if way.compiled:
@@ -134,7 +134,9 @@ def _for_device(way: Way, model: nn.Module, examples: Sequence[Example], config:
     """The way with what makes it fast on this device."""
     fast = way.split is not None or way.prefix is not None  # where neither is wanted, the plain way is
     powers = linux_cpu.worth_it() and fast
-    queries = attention.queries_at_once() if lengths_of(examples).max() > attention.LONG else 0
+    queries = 0
+    if fast and config.fast.attention == "auto" and lengths_of(examples).max() > attention.LONG:
+        queries = attention.queries_at_once()
     compiled = (
         backend.policy().compiled
         and way.split is not None
@@ -186,7 +188,8 @@ def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: 
 
     may_divide: whether blocks can be computed in pieces; where not, they are checkpointed as a whole.
     """
-    way = replace(way, recompute=every_nth(section), tokens=0, nested=0)
+    every = every_nth(section)
+    way = replace(way, recompute=every, tokens=0, nested=0, parts=tuple(parts.in_use(way.parts, every)))
     if not in_pieces(section) or not may_divide:
         return way
     nested = 0

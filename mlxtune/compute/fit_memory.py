@@ -25,7 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlxtune_convert.sizes import size
 
-from mlxtune.compute import loss, parts, pieces, prefix
+from mlxtune.compute import loss, pieces, prefix
 from mlxtune.compute.fast_ways import checkpointed, in_pieces, whole_rows
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction as memory
@@ -154,7 +154,7 @@ def _options(way: Way, sizes: Mapping[str, Any], dtype: mx.Dtype) -> RunOptions:
         chunk=0 if way.split is None else loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"]),
         recompute=way.recompute,
         dropout=0.0,
-        device=Device.here(way.powers, way.queries, tuple(parts.in_use(way.parts, way.recompute))),
+        device=Device.here(way.powers, way.queries, way.parts),
         tokens=way.tokens,
         nested=way.nested,
         compiled=way.compiled,

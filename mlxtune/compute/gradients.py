@@ -159,7 +159,7 @@ class Gradients:
 def as_said(model: nn.Module, way: Way, to_compute: Stages | None = None) -> Iterator[None]:
     """Inside, the model computes its blocks as `way` says. to_compute: as in `checkpointing.recomputed`."""
     with (
-        parts.within(model, way.parts, way.recompute),
+        parts.within(model, way.parts),
         as_powers_of_two(way.powers),
         attention.in_chunks(way.queries) as masks,
     ):

@@ -107,14 +107,18 @@ def without_effect(name: str, against: str) -> UserError:
 
 
 def in_use(names: Sequence[str], recompute: int) -> list[str]:
-    """Those of some parts that bring something where every `recompute`-th block is computed again (0: none is)."""
+    """Those of some parts that bring something where every `recompute`-th block is computed again (0: none is).
+
+    A run's way names only these. Whoever has more blocks computed again than the run will (a proof, for memory) keeps
+    the parts as they are: what the run computes so is what must be proven.
+    """
     return [name for name in names if recompute != ALL_BLOCKS or PARTS[name].with_all_recomputed]
 
 
 @contextmanager
-def within(model: nn.Module, names: Sequence[str], recompute: int = 0) -> Iterator[None]:
-    """Inside, the model computes these parts otherwise. recompute: as in `in_use`."""
+def within(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Inside, the model computes these parts otherwise."""
     with ExitStack() as stack:
-        for name in in_use(names, recompute):
+        for name in names:
             stack.enter_context(PARTS[name].within(model))
         yield

@@ -258,6 +258,10 @@ class FastSection(Section):
         "auto", description="auto: tokens that all rows of a batch begin with are computed once; off: in every row"
     )
 
+    attention: Literal["auto", "off"] = Field(
+        "auto", description="auto: of long rows the scores of attention are computed again, not kept; off: MLX's own"
+    )
+
     gated_delta: Literal["auto", "off"] = Field(
         "auto", description="auto: gated delta layers (Qwen3.5, Kimi) go in chunks; off: token by token, as in mlx-lm"
     )

@@ -36,6 +36,7 @@ from mlxtune.compute.memory.block_call import Cost
 from mlxtune.compute.memory.step import FULL, Moment, RunOptions, StepSizes
 from mlxtune.compute.prefix import as_computed, is_simple
 from mlxtune.data.dataset.forest import Forest
+from mlxtune.model import linux_cpu
 from mlxtune.model.arrays import named
 
 # Arrays of one shape alive at once, as `loss` makes them: of a chunk's logits they themselves, their exponentials, the
@@ -189,7 +190,7 @@ def _in_blocks_and_head(
     held = options.item * shape.tokens * width  # the embeddings, which the first block keeps
     if options.frozen:
         held = options.item * shape.rows * shape.width * width  # the states, of all rows' tokens
-    if options.device.powers and not options.device.queries:
+    if options.device.powers and shape.width <= linux_cpu.SQUARE:
         held += FULL * shape.width**2  # the causal mask, which `linux_cpu` keeps at hand
     if options.tokens:
         whole = in_pieces.whole_rows(calls, shape, options, width)

@@ -97,6 +97,8 @@ def side_by_side(examples: Sequence[Example], tokens: int, sharing: Sharing) -> 
     """As `in_order`, with the examples of a row in one batch and rows that begin alike beside each other; tokens count
     as they are computed.
     """
+    if not len(examples):
+        return []
     known = measured(examples)
     lengths = known.lengths
     firsts = first_examples(known.row_of)

@@ -72,6 +72,8 @@ def nothing_shared(examples: int, rows: int) -> Sharing:
 
 def found_sharing(examples: Sequence[Example]) -> Sharing:
     """What the examples of a run share."""
+    if not len(examples):
+        return nothing_shared(0, 0)
     known = measured(examples)
     firsts = first_examples(known.row_of)
     return Sharing(_saved(known, firsts), *_Search(known, firsts).groups())
