@@ -252,8 +252,7 @@ def peak_of(model: Any, way: Way, tokens: int) -> int:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     proof.sums_of(model, way, found)
-    peak = mx.get_peak_memory() - before
-    return peak
+    return mx.get_peak_memory() - before
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "gemma2"])

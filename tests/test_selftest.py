@@ -113,7 +113,7 @@ def windows_unknown_to_the_kernel(patch: Patch) -> None:
 
 def head_off_by_one(patch: Patch) -> None:
     real = loss.inputs_of
-    patch.setattr(loss, "inputs_of", lambda *a: replace(placed := real(*a), positions=placed.positions - 1))
+    patch.setattr(loss, "inputs_of", lambda *a, **k: replace(placed := real(*a, **k), positions=placed.positions - 1))
 
 
 def no_mask_over_a_prefix(patch: Patch) -> None:

@@ -179,7 +179,7 @@ class RowStates:
         """
         names = [name for name in self._way.parts if name != "last_block"]  # which is not among the frozen ones
         with (
-            parts.within(self._model, names, self._way.recompute),
+            parts.within(self._model, names),
             as_powers_of_two(self._way.powers),
             attention.in_chunks(self._way.queries),
         ):

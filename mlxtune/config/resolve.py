@@ -203,9 +203,11 @@ def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str
 def nearest_key(key: str) -> str:
     """The known key most like an unknown one, or an empty string.
 
-    First the same name in another section, then a description with its words (learning_rate), then the spelling.
+    First the same name in another section, then a description with its words (learning_rate), best in the section that
+    was named, then the spelling.
     """
-    name = key.rpartition(".")[2]
+    section, _, name = key.rpartition(".")
     moved = [other for other in KEYS if other.endswith(f".{name}")]
     meant = [other for other, text in KEYS.items() if "_" in name and name.replace("_", " ") in text]
+    meant.sort(key=lambda other: not other.startswith(f"{section}."))
     return next(iter(moved or meant), "") or nearest(key, KEYS, 0.5)
