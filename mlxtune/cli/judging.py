@@ -89,7 +89,7 @@ def judging(
     from mlxtune.evaluate.judging.report import Judging
     from mlxtune.evaluate.judging.served import ServedJudge
     from mlxtune.model.hub import resolve
-    from mlxtune.train.identity import of_model
+    from mlxtune.train.identity import of_answering
 
     told = of_suite or RUBRIC
     if rubric is not None:
@@ -105,7 +105,7 @@ def judging(
     judges_itself = any(folder == resolve(one) for one in judged if one and kind_of(one) == "model")
     if not (folder / "config.json").is_file():
         raise UserError(f"--judge {judge}: no model is there", "Name a model's folder, a hub id, or a server.")
-    return Judging(_opener(judge), rate, told, anyway, (OWN,) if judges_itself else (), of_model(folder))
+    return Judging(_opener(judge), rate, told, anyway, (OWN,) if judges_itself else (), of_answering(folder))
 
 
 def _opener(model: str) -> Callable[[], Judge]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,10 @@ from mlxtune.cli import common, judging, tuned
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
+    from mlxtune.config.resolve import Config
     from mlxtune.evaluate.before_after import Answering
     from mlxtune.evaluate.checks.check import SuiteRow
+    from mlxtune.evaluate.comparison.overlap import Messages
     from mlxtune.evaluate.comparison.scores import Side
     from mlxtune.evaluate.engines.request import Engine
     from mlxtune.evaluate.engines.sampling import Sampling
@@ -163,10 +164,30 @@ def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> list[str]:
     except UserError as error:
         return [f"whether these prompts were trained on is not known: {error.message}"]
     trained = [record.messages or [] for record in found["train"]]
-    chose = [record.messages or [] for record in found["valid"]] if config.train.keep == "best" else []
+    chose: list[Messages] = []
+    unknown: list[str] = []
+    if config.train.keep == "best":
+        of_suite, unknown = _of_choosing_suite(config)
+        chose = [*(record.messages or [] for record in found["valid"]), *of_suite]
     of_all_rows = [check for check in rows[0].checks if all(check in row.checks for row in rows)]
     shares = checks_on_data(found["train"], of_all_rows)
-    return [*overlap_notes(rows, trained, chose), *(str(share) for share in shares if share.of)]
+    return [*overlap_notes(rows, trained, chose), *unknown, *(str(share) for share in shares if share.of)]
+
+
+def _of_choosing_suite(config: Config) -> tuple[Sequence[Messages], list[str]]:
+    """(The prompts whose answers chose a run's checkpoint by train.keep_by, what must be said where they are not there
+    any more).
+    """
+    from mlxtune.evaluate.comparison.overlap import answered
+    from mlxtune.train.evaluation import suite_of
+
+    if config.train.keep_by == "loss":
+        return [], []
+    try:
+        suite = suite_of(config)
+    except UserError as error:
+        return [], [f"whether these prompts chose the checkpoint is not known: {error.message}"]
+    return answered(suite.rows) if suite is not None else [], []
 
 
 def _sides(model: Party, against: Party | None, sampling: Sampling, allow_remote: bool) -> dict[Side, Answering]:
@@ -216,22 +237,23 @@ def _before_and_after(party: Party, adapter: Path, sampling: Sampling) -> dict[S
 
         return engine
 
+    def close() -> None:
+        pairs.clear()
+
     identity = _identity(party)
     base = {**identity, "adapter": None, "asked as": identity["adapter"]}  # its chat template is the run's
     return {
-        "base": Answering(opened("base"), _described(Party(party.spelled, None), base), base),
-        "tuned": Answering(opened("tuned"), _described(party, identity), identity),
+        "base": Answering(opened("base"), _described(Party(party.spelled, None), base), base, close),
+        "tuned": Answering(opened("tuned"), _described(party, identity), identity, close),
     }
 
 
 def _local(party: Party, sampling: Sampling) -> Engine:
     """A model that answers alone; what was read for the side before is forgotten first."""
-    import mlx.core as mx
-
     from mlxtune.evaluate.engines.local import Local
+    from mlxtune.evaluate.engines.room import give_back
 
-    gc.collect()
-    mx.clear_cache()
+    give_back()
     loaded = tuned.load_model(party.spelled, party.adapter)
     return Local(loaded, sampling, _template(party.adapter), party.adapter)
 
@@ -247,17 +269,19 @@ def _identity(party: Party) -> dict[str, Any]:
     from mlxtune_convert.adapters import AdapterConfig
 
     from mlxtune.data.template.tokenizer import require_folder
+    from mlxtune.data.template.tokenizer_changes import Changes
     from mlxtune.model.hub import resolve
-    from mlxtune.train.identity import of_model
+    from mlxtune.train.identity import of_answering, of_model
 
     folder = resolve(party.spelled)
     require_folder(folder)
-    found: dict[str, Any] = {"model": of_model(folder), "adapter": None}
+    found: dict[str, Any] = {"model": of_model(folder), "answering": of_answering(folder), "adapter": None}
     if party.adapter is not None:
         file = party.adapter / AdapterConfig.read(party.adapter).file
         if not file.is_file():
             raise UserError(f"{party.adapter} has no {file.name}", "The run saved no adapter: train it, or resume it.")
         found["adapter"] = digest(file)
+        found["tokenizer changes"] = asdict(Changes.read(party.adapter))
     kwargs, day = _template(party.adapter)
     return {**found, "template": {"variables": kwargs, "date": day}}
 

@@ -16,6 +16,7 @@ from mlxtune.evaluate.comparison.scores import PromptScores, Side, score_answers
 from mlxtune.evaluate.comparison.summary import document
 from mlxtune.evaluate.engines.journal import Journal, Told
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
+from mlxtune.evaluate.engines.room import give_back
 from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.judging.report import Judging, judge_evaluation
 from mlxtune.machine import backend
@@ -28,6 +29,7 @@ class Answering:
     open: Callable[[], Engine]  # called where it has something left to answer
     described: dict[str, Any]  # what it is, for the document; JSON
     identity: dict[str, Any]  # what of it decides its answers; JSON
+    close: Callable[[], None] = lambda: None  # called when all is answered: what `open` read is to be forgotten
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def evaluate(
             kept.write_prompts(out, rows)
         for side, answering in sides.items():
             answers[side] = journal.answers(side, asked.requests(), answering.open, told)
+    for answering in sides.values():
+        answering.close()
     scores = score_answers(rows, answers)
     described = {side: answering.described for side, answering in sides.items()}
     provenance = {"suite": suite, "sides": described, "sampling": sampling, "computed by": computed}
@@ -91,6 +95,7 @@ def evaluate(
     nothing: dict[str, str] = {}  # why something of these may be missing
     if asked.judging is not None:
         kept_at = None if out is None else out / kept.REPLIES
+        give_back()  # of the models that answered: the judge may need all of the memory
         judged = judge_evaluation(replace(asked.judging, kept=kept_at), rows, answers)
         summary["judge"] = judged.document
         held_to |= judged.held_to
