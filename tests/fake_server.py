@@ -22,6 +22,7 @@ class Habits:
     reply: bytes | None = None  # in place of every reply
     leads_to: str = ""  # it sends who asks elsewhere
     thinks: str = ""  # "apart" or "tags": where its thought is
+    calls: tuple[dict[str, Any], ...] = ()  # of tools, in place of a text
     says: dict[str, str] = field(default_factory=dict)  # answers by the last message; else they repeat it
 
 
@@ -69,6 +70,12 @@ class FakeServer:
             message["reasoning_content"] = "Hm."
         if self.habits.thinks == "tags":
             message["content"] = f"<think>\nHm.\n</think>\n\n{message['content']}"
+        if self.habits.calls:
+            message["content"] = None
+            message["tool_calls"] = [
+                {"id": str(number), "type": "function", "function": call}
+                for number, call in enumerate(self.habits.calls)
+            ]
         reason = "length" if len(words) > most else "stop"
         return {
             "model": self.habits.renames or asked["model"],

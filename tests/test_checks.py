@@ -16,6 +16,7 @@ from mlxtune.evaluate.checks.kinds import KINDS, read_checks
 from mlxtune.evaluate.checks.languages import language_of
 from mlxtune.evaluate.checks.numbers import gsm8k_flexible, gsm8k_strict
 from mlxtune.evaluate.checks.sandbox.sandbox import Programs
+from mlxtune.evaluate.engines.request import Answer
 
 LAUGHS = '<!DOCTYPE x [<!ENTITY a "ha"><!ENTITY b "&a;&a;"><!ENTITY c "&b;&b;">]><x>&c;</x>'
 AGE = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"], "additionalProperties": False}
@@ -228,6 +229,16 @@ def test_each_kind_is_in_some_table() -> None:
 def test_an_answer_that_was_cut_has_not_ended() -> None:
     assert score("ended", "It is") == 1.0
     assert score("ended", "It is", finish="length") == 0.0
+
+
+def test_a_limit_in_tokens_is_not_asked_of_answers_whose_tokens_nobody_counted() -> None:
+    """Neither where a limit in words fails: else only such answers would be counted."""
+    notes: dict[str, Counter[str]] = {}
+    (check,) = read_checks([{"length": {"max_tokens": 8, "max_words": 2}}], Place(HERE, Programs()), [], notes)
+    row = SuiteRow("1", [])
+    for text, tokens, wanted in (("a b", 0, None), ("a b c", 0, None), ("a b", 8, 1.0), ("a b", 9, 0.0), ("", 0, 1.0)):
+        assert check.score(Answer("1", 0, text, "", "stop", tokens), row) == wanted
+    assert notes["length"] == {"is not asked of answers whose tokens nobody counted": 2}
 
 
 def test_a_search_that_takes_too_long_fails_and_is_told() -> None:

@@ -11,6 +11,7 @@ import tiny
 from fake_server import FakeServer
 
 from mlxtune.errors import UserError
+from mlxtune.evaluate.checks.tool_calls import Call, calls_in
 from mlxtune.evaluate.engines.opening import replayed
 from mlxtune.evaluate.engines.replay import Replay
 from mlxtune.evaluate.engines.request import Answer, Request
@@ -70,6 +71,17 @@ def test_a_servers_thought_is_parted_from_its_answer(where: str) -> None:
     with FakeServer(thinks=where) as fake:
         answer = answered(Server(fake.url, Sampling()))[0]
         assert (answer.thought, answer.text) == ("Hm.", "You said hello 0")
+
+
+def test_a_servers_calls_of_tools_are_its_answer() -> None:
+    """With arguments as the protocol has them, as some servers give them, and as no model should write them."""
+    calls = ({"name": "f", "arguments": '{"a": "\u00e9"}'}, {"name": "g", "arguments": {"b": [1]}})
+    with FakeServer(calls=(*calls, {"name": "h", "arguments": '{"c": '}), thinks="apart") as fake:
+        answer = answered(Server(fake.url, Sampling()))[0]
+    assert calls_in(answer.text) == [Call("f", {"a": "\u00e9"}), Call("g", {"b": [1]})]
+    assert answer.text.count("\n") == 2 and '"h"' in answer.text and answer.thought == "Hm."
+    with FakeServer(calls=({"arguments": "{}"},)) as fake, pytest.raises(UserError, match="in another form"):
+        answered(Server(fake.url, Sampling()))
 
 
 def test_a_key_is_sent_only_where_its_variable_is_set(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import tiny
 from fake_server import FakeServer
 from safetensors.numpy import load_file, save_file
 
+from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.demo.story import data_folder
 from mlxtune.evaluate.checks.suite import read_suite
 from mlxtune.evaluate.comparison.overlap import overlap_notes
@@ -175,6 +176,32 @@ def test_an_evaluation_that_was_killed_three_times_ends_with_the_same_bytes(
     times = [json.loads(line) for line in (killed / "times.jsonl").read_text().splitlines()]
     kept = [(line["side"], *line["ids"]) for line in times]
     assert len(set(kept)) == len(kept) >= 9  # what was kept was not computed again
+
+
+@pytest.mark.parametrize("changed", ["template", "end", "tokenizer", "run"])
+def test_answers_are_not_kept_where_the_files_that_decide_them_changed(
+    changed: str, mlx_model: Path, run: Path, suite: Path, tmp_path: Path
+) -> None:
+    """The chat template, the end tokens, the tokenizer's settings; and what the run itself changed in these."""
+    model, tuned, out = tmp_path / "model", tmp_path / "run", tmp_path / "evaluation"
+    shutil.copytree(mlx_model, model)
+    tuned.mkdir()
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        shutil.copy(run / name, tuned)
+    words = ("eval", "--model", model, "--adapter", tuned, "--suite", suite, "--out", out, "--max-tokens", "1")
+    tiny.done(*words)
+    (model / "README.md").write_text("No answer depends on this.")
+    assert "24 answers were there already" in tiny.done(*words).stderr
+    if changed == "template":
+        (model / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    elif changed == "end":
+        (model / "generation_config.json").write_text('{"eos_token_id": 1}')
+    elif changed == "tokenizer":
+        settings = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps({**settings, "add_bos_token": True}))
+    else:
+        Changes(chat_template="{{ messages[-1].content }}").save(tuned)
+    tiny.one_clear_line(tiny.mlxtune(*words), str(out))
 
 
 def test_ctrl_c_ends_an_evaluation_that_says_how_it_goes_on(mlx_model: Path, suite: Path, tmp_path: Path) -> None:

@@ -141,6 +141,33 @@ def test_a_small_model_as_its_own_judge_fails_the_exam_and_that_is_said(mlx_mode
     assert "this judge cannot tell good from bad here" in said and "the judge is one of the judged models" in said
 
 
+WATCHED = """
+import sys, weakref
+from mlxtune.cli import tuned
+known = []
+real = tuned.load_model
+def watched(*words):
+    print(len(known), "models were read,", sum(model() is not None for model in known), "are there", file=sys.stderr)
+    loaded = real(*words)
+    known.append(weakref.ref(loaded.model))
+    return loaded
+tuned.load_model = watched
+"""
+
+
+@pytest.mark.parametrize("other", ["its base", "a model"])
+def test_the_models_that_answered_are_gone_when_the_judge_is_read(
+    other: str, mlx_model: Path, run: Path, folder: Path
+) -> None:
+    sides = ("--adapter", run) if other == "its base" else ("--against", mlx_model)
+    answering = 1 if other == "its base" else 2
+    words = ("eval", "--model", mlx_model, *sides, "--suite", folder / "suite.jsonl", "--max-tokens", "1")
+    process = tiny.started(*words, "--judge", mlx_model, code=WATCHED)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert f"{answering} models were read, 0 are there" in said
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

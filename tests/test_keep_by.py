@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,14 @@ import pytest
 import tiny
 from training import options, tensors, tune
 
+from mlxtune.cli.suites import _about_data
+from mlxtune.config import resolve
+from mlxtune.errors import UserError
+from mlxtune.evaluate.checks.suite import read_suite
 from mlxtune.train import evaluation
 from mlxtune.train.checkpoint import State
 from mlxtune.train.evaluation import Evaluation
+from mlxtune.train.identity import Identity, _flat
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,39 @@ def test_the_check_that_is_named_chooses_the_adapter(
         assert (found[-1]["best_step"], found[-1]["best_check"]) == (best, 0.8)
         kept = tensors(run / "adapters.safetensors")
         assert kept == tensors(run / "checkpoints" / f"step-{best:07d}" / "adapters.safetensors")
+
+
+def test_eval_says_of_a_suite_that_it_chose_the_adapter(
+    mlx_model: Path, data: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, run = Path(shutil.copy(suite, tmp_path / "own.jsonl")), tmp_path / "run"
+    scripted(monkeypatch, [0.1, 0.2])
+    settings = (f"train.sample_prompts={own}", "train.keep_by=contains", "train.steps=2", "train.eval_every=0")
+    tune(mlx_model, data, run, *settings)
+    rows = read_suite(suite).rows
+    assert "3 of 3 prompts chose the checkpoint (1, 2, 3)" in " ".join(_about_data(rows, run))
+    (saved,) = (run / "checkpoints").glob("step-*2/state.json")
+    assert json.loads(saved.read_text())["identity"]["suite"] == read_suite(own).digest
+    own.unlink()
+    assert "whether these prompts chose the checkpoint is not known" in " ".join(_about_data(rows, run))
+
+
+def test_a_run_that_a_suite_chooses_is_not_resumed_with_another_one(tmp_path: Path) -> None:
+    """A score of one suite is no better than a lower one of another. Where the loss chooses, prompts may change."""
+
+    def began(path: str, keep_by: str, digest: str) -> Identity:
+        flat = {**_flat(resolve.Config()), "train.sample_prompts": path, "train.keep_by": keep_by}
+        return Identity(flat, "train", "valid", "model", "mlx", suite=digest)
+
+    with pytest.raises(UserError) as told:
+        began("a", "contains", "1").refuse_other(began("a", "contains", "2"), tmp_path, anyway=True)
+    assert "the suite that chooses the adapter (not what the run began with)" in told.value.message
+    with pytest.raises(UserError, match=r"train\.sample_prompts"):  # of a version that did not note the digest
+        began("a", "contains", "").refuse_other(began("b", "contains", "2"), tmp_path, anyway=True)
+    assert began("a", "contains", "").refuse_other(began("a", "contains", "2"), tmp_path, anyway=False) == []
+    for keep_by, digest in (("contains", "1"), ("loss", "")):
+        notes = began("a", keep_by, digest).refuse_other(began("b", keep_by, digest), tmp_path, anyway=True)
+        assert notes == ['changed since the last checkpoint: train.sample_prompts "a" -> "b"']
 
 
 def test_patience_counts_evaluations_that_are_not_better_in_the_check(

@@ -205,9 +205,10 @@ def _sides(model: Party, against: Party | None) -> dict[Side, Answering]:
 def _alone(party: Party) -> Answering:
     from mlxtune.evaluate.benchmarks.asking import Asking
     from mlxtune.evaluate.benchmarks.run import Answering
+    from mlxtune.evaluate.engines.room import give_back
 
     def opened(instances: dict[str, Any]) -> Engine:
-        suites.forget()
+        give_back()
         return Asking(tuned.load_model(party.spelled, party.adapter), instances, party.adapter)
 
     identity = suites.identity_of(party)

@@ -91,7 +91,7 @@ def judging(
     from mlxtune.evaluate.judging.report import Judging
     from mlxtune.evaluate.judging.served import ServedJudge
     from mlxtune.model.hub import resolve
-    from mlxtune.train.identity import of_model
+    from mlxtune.train.identity import of_answering, of_model
 
     told = of_suite or RUBRIC
     if rubric is not None:
@@ -109,7 +109,7 @@ def judging(
         raise UserError(f"--judge {judge}: no model is there", "Name a model's folder, a hub id, or a server.")
     content = of_model(folder)
     own = any(one.get("model") == content for one in judged)  # a copy elsewhere is the same model
-    return Judging(_opener(judge), rate, told, anyway, (OWN,) if own else (), content)
+    return Judging(_opener(judge), rate, told, anyway, (OWN,) if own else (), of_answering(folder))
 
 
 def of_toxicity(judged: Judging, rubric: Path | None) -> Judging:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,11 @@ from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.shipped import BASICS, SAFETY
 
 if TYPE_CHECKING:
+    from mlxtune.config.resolve import Config
     from mlxtune.data.rows.formats import Record
     from mlxtune.evaluate.before_after import Answering
     from mlxtune.evaluate.checks.check import SuiteRow
+    from mlxtune.evaluate.comparison.overlap import Messages
     from mlxtune.evaluate.comparison.scores import Side
     from mlxtune.evaluate.engines.pair import Pair
     from mlxtune.evaluate.engines.request import Engine
@@ -109,7 +110,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.top_p, seed=wanted.seed)
     with Programs(wanted.run_code, wanted.unsafe_code) as programs:
         suite = read_suite(wanted.suite, programs)
-        pair = _pair_opener(model, sampling)
+        pair = _PairOpener(model, sampling)
         sides = _sides(model, against, sampling, wanted.allow_remote, pair)
         judged = judging.judging(
             wanted.judge,
@@ -196,11 +197,31 @@ def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> tuple[list[Re
     except UserError as error:
         return [], [f"whether these prompts were trained on is not known: {error.message}"]
     trained = [record.messages or [] for record in found["train"]]
-    chose = [record.messages or [] for record in found["valid"]] if config.train.keep == "best" else []
+    chose: list[Messages] = []
+    unknown: list[str] = []
+    if config.train.keep == "best":
+        of_suite, unknown = _of_choosing_suite(config)
+        chose = [*(record.messages or [] for record in found["valid"]), *of_suite]
     of_all_rows = [check for check in rows[0].checks if all(check in row.checks for row in rows)]
     shares = checks_on_data(found["train"], of_all_rows)
-    notes = [*overlap_notes(rows, trained, chose), *(str(share) for share in shares if share.of)]
+    notes = [*overlap_notes(rows, trained, chose), *unknown, *(str(share) for share in shares if share.of)]
     return found["train"], notes
+
+
+def _of_choosing_suite(config: Config) -> tuple[Sequence[Messages], list[str]]:
+    """(The prompts whose answers chose a run's checkpoint by train.keep_by, what must be said where they are not there
+    any more).
+    """
+    from mlxtune.evaluate.comparison.overlap import answered
+    from mlxtune.train.evaluation import suite_of
+
+    if config.train.keep_by == "loss":
+        return [], []
+    try:
+        suite = suite_of(config)
+    except UserError as error:
+        return [], [f"whether these prompts chose the checkpoint is not known: {error.message}"]
+    return answered(suite.rows) if suite is not None else [], []
 
 
 def _events(adapter: Path | None) -> list[Event]:
@@ -217,7 +238,7 @@ def _events(adapter: Path | None) -> list[Event]:
 
 
 def _sides(
-    model: Party, against: Party | None, sampling: Sampling, allow_remote: bool, pair: Callable[[], Pair]
+    model: Party, against: Party | None, sampling: Sampling, allow_remote: bool, pair: _PairOpener
 ) -> dict[Side, Answering]:
     """Who answers: a base and what was tuned, or one alone, which is called the base."""
     if against is not None:
@@ -250,25 +271,29 @@ def _answering(party: Party, sampling: Sampling, allow_remote: bool) -> Answerin
     return Answering(lambda: replay, {"replay": str(file), **of_side}, {"replay": digest(file), **of_side})
 
 
-def _pair_opener(party: Party, sampling: Sampling) -> Callable[[], Pair]:
-    """What gives both sides of a model with an adapter, read when it is first asked for."""
-    from mlxtune.evaluate.engines.pair import Pair
+class _PairOpener:
+    """Gives both sides of a model with an adapter, read when they are first asked for."""
 
-    pairs: list[Pair] = []
+    def __init__(self, party: Party, sampling: Sampling) -> None:
+        self.party = party
+        self.sampling = sampling
+        self._pair: Pair | None = None
 
-    def opened() -> Pair:
-        assert party.adapter is not None
-        if not pairs:
-            loaded = tuned.load_model(party.spelled, party.adapter)
-            pairs.append(Pair(loaded, party.adapter, sampling, _template(party.adapter)))
-        return pairs[0]
+    def __call__(self) -> Pair:
+        from mlxtune.evaluate.engines.pair import Pair
 
-    return opened
+        assert self.party.adapter is not None
+        if self._pair is None:
+            loaded = tuned.load_model(self.party.spelled, self.party.adapter)
+            self._pair = Pair(loaded, self.party.adapter, self.sampling, _template(self.party.adapter))
+        return self._pair
+
+    def close(self) -> None:
+        """Forget it: whoever asks again has it read again."""
+        self._pair = None
 
 
-def _forgotten(
-    spelled: str, party: Party, against: Party | None, pair: Callable[[], Pair]
-) -> Callable[[], dict[str, Any]]:
+def _forgotten(spelled: str, party: Party, against: Party | None, pair: _PairOpener) -> Callable[[], dict[str, Any]]:
     """What measures it, once the answers are there. Raises UserError where no base and tuned model are compared, or the
     file is missing.
     """
@@ -290,7 +315,7 @@ def _forgotten(
     return measured
 
 
-def _before_and_after(party: Party, pair: Callable[[], Pair]) -> dict[Side, Answering]:
+def _before_and_after(party: Party, pair: _PairOpener) -> dict[Side, Answering]:
     """A model's base and with its adapter: the same weights, read once."""
     from mlxtune.evaluate.before_after import Answering
 
@@ -304,26 +329,19 @@ def _before_and_after(party: Party, pair: Callable[[], Pair]) -> dict[Side, Answ
     identity = identity_of(party)
     base = {**identity, "adapter": None, "asked as": identity["adapter"]}  # its chat template is the run's
     return {
-        "base": Answering(opened("base"), described(Party(party.spelled, None), base), base),
-        "tuned": Answering(opened("tuned"), described(party, identity), identity),
+        "base": Answering(opened("base"), described(Party(party.spelled, None), base), base, pair.close),
+        "tuned": Answering(opened("tuned"), described(party, identity), identity, pair.close),
     }
 
 
 def _local(party: Party, sampling: Sampling) -> Engine:
     """A model that answers alone; what was read for the side before is forgotten first."""
     from mlxtune.evaluate.engines.local import Local
+    from mlxtune.evaluate.engines.room import give_back
 
-    forget()
+    give_back()
     loaded = tuned.load_model(party.spelled, party.adapter)
     return Local(loaded, sampling, _template(party.adapter), party.adapter)
-
-
-def forget() -> None:
-    """Free the memory of a model that nobody holds any more."""
-    import mlx.core as mx
-
-    gc.collect()
-    mx.clear_cache()
 
 
 def _template(adapter: Path | None) -> tuple[dict[str, Any], str]:
@@ -337,17 +355,19 @@ def identity_of(party: Party) -> dict[str, Any]:
     from mlxtune_convert.adapters import AdapterConfig
 
     from mlxtune.data.template.tokenizer import require_folder
+    from mlxtune.data.template.tokenizer_changes import Changes
     from mlxtune.model.hub import resolve
-    from mlxtune.train.identity import of_model
+    from mlxtune.train.identity import of_answering, of_model
 
     folder = resolve(party.spelled)
     require_folder(folder)
-    found: dict[str, Any] = {"model": of_model(folder), "adapter": None}
+    found: dict[str, Any] = {"model": of_model(folder), "answering": of_answering(folder), "adapter": None}
     if party.adapter is not None:
         file = party.adapter / AdapterConfig.read(party.adapter).file
         if not file.is_file():
             raise UserError(f"{party.adapter} has no {file.name}", "The run saved no adapter: train it, or resume it.")
         found["adapter"] = digest(file)
+        found["tokenizer changes"] = asdict(Changes.read(party.adapter))
     kwargs, day = _template(party.adapter)
     return {**found, "template": {"variables": kwargs, "date": day}}
 

@@ -18,6 +18,7 @@ from mlxtune.evaluate.comparison.scores import PromptScores, Side, score_answers
 from mlxtune.evaluate.comparison.summary import document
 from mlxtune.evaluate.engines.journal import Journal, Told
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
+from mlxtune.evaluate.engines.room import give_back
 from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.forgetting import report as forgetting
 from mlxtune.evaluate.judging.report import Judging, judge_evaluation
@@ -34,6 +35,7 @@ class Answering:
     open: Callable[[], Engine]  # called where it has something left to answer
     described: dict[str, Any]  # what it is, for the document; JSON
     identity: dict[str, Any]  # what of it decides its answers; JSON
+    close: Callable[[], None] = lambda: None  # called when all is answered: what `open` read is to be forgotten
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ def evaluate(
             kept.write_prompts(out, rows)
         for side, answering in sides.items():
             answers[side] = journal.answers(side, asked.requests(), answering.open, told)
+    forgot = None if asked.forgetting is None else asked.forgetting()
+    for answering in sides.values():
+        answering.close()
     scores = score_answers(rows, answers)
     described = {side: answering.described for side, answering in sides.items()}
     provenance = {"suite": suite, "sides": described, "sampling": sampling, "computed by": computed}
@@ -101,6 +106,7 @@ def evaluate(
     nothing: dict[str, str] = {}  # why something of these may be missing
     if asked.judging is not None:
         kept_at = None if out is None else out / kept.REPLIES
+        give_back()  # of the models that answered: the judge may need all of the memory
         judged = judge_evaluation(replace(asked.judging, kept=kept_at), rows, answers)
         summary["judge"] = judged.document
         held_to |= judged.held_to
@@ -109,8 +115,8 @@ def evaluate(
             kept.write_lines(out / kept.VERDICTS, judged.lines)
     if asked.suite.path == SAFETY:
         summary["safety"] = safety.document(rows, scores)
-    if asked.forgetting is not None:
-        summary["forgetting"] = forgetting.with_flags(asked.forgetting(), summary["checks"])
+    if forgot is not None:
+        summary["forgetting"] = forgetting.with_flags(forgot, summary["checks"])
     seen = Seen(rows, answers, scores, summary["checks"], asked.trained, asked.events, summary.get("forgetting"))
     summary["observations"] = observations(seen)
     if asked.gates:

@@ -11,6 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlxtune_convert.files import digest as digest_of
+from mlxtune_convert.files import matching
+from mlxtune_convert.hf.chat_templates import MORE
 from mlxtune_convert.tensors import read_header, weight_files
 
 from mlxtune.config.resolve import Config
@@ -27,6 +30,7 @@ MAY_CHANGE = (
 # Places: what lies there is compared instead.
 MAY_MOVE = ("model.path", "data.path", "data.cache", "lora.start_from")
 PLACES = (*MAY_MOVE, "data.template", "train.sample_prompts")  # the keys that may hold a path
+ANSWERING = (".json", ".jinja", ".model", ".txt", ".tiktoken")  # ends of the files that answers depend on
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of each weight file; a byte that differs elsewhere differs unseen
 # Fields of an Identity that must not change, and what they are called in messages.
 FIXED = {"train": "the training examples", "valid": "the held-out examples", "model": "the base model"}
@@ -44,22 +48,30 @@ class Identity:
     blas: str = ""  # as `backend.multiplies`; "" also in checkpoints of versions that did not note it
     # How rows are put together (`Plan.dealt`); "" also in checkpoints of versions that knew lengths alone.
     dealt: str = ""
+    # Digest of the suite whose check chooses the adapter (train.keep_by); "" where the loss does, and also in
+    # checkpoints of versions that did not note it.
+    suite: str = ""
 
     @classmethod
-    def of(cls, config: Config, dtype: str, train: str, valid: str, model: Path, dealt: str) -> Identity:
-        """dtype: of the activations, on this device; train, valid: digests; model: its folder; dealt: `Plan.dealt`."""
+    def of(
+        cls, config: Config, dtype: str, train: str, valid: str, model: Path, dealt: str, suite: str = ""
+    ) -> Identity:
+        """dtype: of the activations, on this device; train, valid: digests; model: its folder; dealt: `Plan.dealt`;
+        suite: the digest of the one that train.sample_prompts names, "" for none.
+        """
         flat = _flat(config)
         flat["train.dtype"] = dtype
         for source in flat["data.sources"] or ():
             del source["path"]  # as in MAY_MOVE
         mlx = f"{version('mlx')} on {backend.kind()}"
-        return cls(flat, train, valid, of_model(model), mlx, backend.multiplies(), dealt)
+        chooses = suite if config.train.keep_by != "loss" else ""
+        return cls(flat, train, valid, of_model(model), mlx, backend.multiplies(), dealt, chooses)
 
     @classmethod
     def of_saved(cls, saved: dict[str, Any]) -> Identity:
         """As a checkpoint holds it. Raises TypeError for what is none."""
         found = cls(**saved)
-        texts = (found.train, found.valid, found.model, found.mlx, found.blas, found.dealt)
+        texts = (found.train, found.valid, found.model, found.mlx, found.blas, found.dealt, found.suite)
         if not isinstance(found.config, dict) or not all(isinstance(text, str) for text in texts):
             raise TypeError("no identity of a run")
         return found
@@ -73,10 +85,16 @@ class Identity:
         unless `anyway`.
         """
         changed = self._changed_settings(now)
-        fixed = [text for key, text in changed.items() if key not in (*MAY_CHANGE, *MAY_MOVE)]
+        may_change = set(MAY_CHANGE)
+        if now.suite and self.suite != now.suite:
+            may_change.discard("train.sample_prompts")
+        fixed = [text for key, text in changed.items() if key not in (*may_change, *MAY_MOVE)]
         for name, what in FIXED.items():
             if getattr(self, name) != getattr(now, name):
                 fixed.append(f"{what} (not what the run began with)")
+        if self.suite and now.suite and self.suite != now.suite:
+            # What another suite gave is not to be compared with: the best of both would be the best of neither.
+            fixed.append("the suite that chooses the adapter (not what the run began with)")
         if fixed:
             raise UserError(
                 f"{run} cannot be resumed, for this changed: {'; '.join(fixed)}",
@@ -88,7 +106,7 @@ class Identity:
                 f"({self.dealt or 'by length alone'}), so that steps to come would hold rows that it has trained on",
                 "Go on with that version; or begin a new run from this one's adapter: --set lora.start_from=RUN.",
             )
-        allowed = [text for key, text in changed.items() if key in MAY_CHANGE]
+        allowed = [text for key, text in changed.items() if key in may_change]
         if allowed and not anyway:
             raise UserError(
                 f"{run}: this changed since the last checkpoint: {'; '.join(allowed)}",
@@ -130,6 +148,18 @@ def of_model(folder: Path) -> str:
             for sample in range(SAMPLES):
                 opened.seek(last * sample // (SAMPLES - 1))
                 digest.update(opened.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def of_answering(folder: Path) -> str:
+    """A digest of all that decides what a model folder answers: `of_model`, and the small files beside the weights.
+    These hold the tokenizer, chat templates and the tokens that end an answer; which are read, transformers decides.
+    """
+    digest = hashlib.sha256(of_model(folder).encode())
+    names = [*matching(folder, "*"), *matching(folder / MORE, "*.jinja")]
+    for file in sorted(names):
+        if file.suffix in ANSWERING and file.is_file():
+            digest.update(json.dumps([str(file.relative_to(folder)), digest_of(file)]).encode())
     return digest.hexdigest()
 
 

@@ -213,6 +213,15 @@ def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: R
         held_out = in_order(data.valid, tokens)
     valid = ranks.own_items(held_out)
     digests = data.train.digest(), data.valid.digest()
+    suite = suite_of(config)
+    identity = Identity.of(
+        config,
+        dtype_name(loaded.dtype),
+        *digests,
+        loaded.path,
+        chosen.rows.dealt,
+        suite.digest if suite is not None else "",
+    )
     return Job(
         model=loaded.model,
         way=chosen.way,
@@ -220,9 +229,9 @@ def _job(made: Attached, chosen: Fitted, data: Data, folder: RunFolder, ranks: R
         plan=chosen.rows,
         section=config.train,
         folder=folder,
-        evaluation=Evaluation(loaded, config, chosen.way, valid, ranks, suite_of(config)),
+        evaluation=Evaluation(loaded, config, chosen.way, valid, ranks, suite),
         place=data.train.place,
-        identity=Identity.of(config, dtype_name(loaded.dtype), *digests, loaded.path, chosen.rows.dealt),
+        identity=identity,
         adapter=made.adapter,
         ranks=ranks,
         predicted=chosen.memory.total if isinstance(chosen.memory, Memory) else None,

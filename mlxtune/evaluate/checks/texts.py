@@ -16,6 +16,7 @@ LENGTHS = ("words", "characters", "lines", "tokens")  # what an answer's length 
 REPEATS = 4  # times that a passage stands in a row before it is a loop
 LOOP_WORDS = 12  # that a loop is long at least: "ha ha ha ha" is none
 LONGEST_PASSAGE = 60  # words of a passage that is looked for
+UNCOUNTED = "is not asked of answers whose tokens nobody counted"  # of a server, or recorded ones
 LINE_WORDS = 3  # a line of fewer is no sentence: `}` and `end` may stand often
 
 
@@ -98,14 +99,20 @@ def _length(arguments: Arguments, place: Place) -> Rule:
     if not limits:
         raise CheckError("no limit is given", f"Allowed: min_ and max_ of {', '.join(LENGTHS)}.")
 
+    of_tokens = any(unit == "tokens" for unit, _, _ in limits)
+
     def judge(answer: Answer, row: SuiteRow) -> Score:
+        if of_tokens and not answer.tokens and answer.text:
+            # Also where another limit fails: else the answers that are counted would be those that fail.
+            arguments.notes[UNCOUNTED] += 1
+            return None
         for unit, smallest, largest in limits:
             count = length_in(unit, answer)
             if count < smallest or (largest is not None and count > largest):
                 return 0.0
         return 1.0
 
-    return Rule(judge, of_data=all(unit != "tokens" for unit, _, _ in limits))
+    return Rule(judge, of_data=not of_tokens)
 
 
 def length_in(unit: str, answer: Answer) -> int:

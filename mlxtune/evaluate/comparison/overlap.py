@@ -14,8 +14,8 @@ CHOSEN = "the checkpoint was chosen because it does well on them; test rows woul
 
 
 def overlap_notes(rows: Sequence[SuiteRow], trained: Iterable[Messages], chose: Iterable[Messages]) -> list[str]:
-    """What must be said of a suite's prompts. trained: conversations of the training rows; chose: of the validation
-    rows by which the checkpoint was chosen; each with its answers.
+    """What must be said of a suite's prompts. trained: conversations of the training rows; chose: of the rows
+    by which the checkpoint was chosen, held out or a suite's; each with its answers.
 
     Prompts are compared without the system prompt, which many rows share, in any case and spacing.
     """
@@ -27,6 +27,11 @@ def overlap_notes(rows: Sequence[SuiteRow], trained: Iterable[Messages], chose: 
             names = ", ".join(same[:NAMED]) + (", ..." if len(same) > NAMED else "")
             found.append(f"{len(same)} of {len(rows)} prompts {what} ({names}): {why}")
     return found
+
+
+def answered(rows: Iterable[SuiteRow]) -> list[Messages]:
+    """The prompts of another suite as `overlap_notes` takes them: with an answer, whatever it is."""
+    return [[*row.messages, {"role": "assistant", "content": row.reference or ""}] for row in rows]
 
 
 def _prompts(messages: Messages) -> Iterable[tuple[tuple[str, str], ...]]:

@@ -6,6 +6,7 @@ from the caches that this left, for they grow with it.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,14 @@ def rows_at_once(model: Counted, longest: Sequence[int], most: int, budget: int 
     mx.eval(model(mx.array([longest[-1:]]), caches)[:, -1])
     taken = mx.get_peak_memory() - before + GROWING * most * bytes_a_token(caches)
     return max(1, min(MOST_ROWS, budget // max(1, taken)))
+
+
+def give_back() -> None:
+    """Let go of the memory of models that nobody has any more: parts of one may hold each other, so that Python frees
+    them late, and MLX keeps what was freed for the next array.
+    """
+    gc.collect()
+    mx.clear_cache()
 
 
 def bytes_a_token(caches: Caches) -> int:

@@ -19,9 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import brief
 from mlxtune_convert.sizes import size
 
+from mlxtune.data.rows.tool_calls import parsed_arguments
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.evaluate.engines.sampling import Sampling, row_key
@@ -211,12 +213,22 @@ def _refusal(address: str, error: urllib.error.HTTPError, said: str) -> UserErro
 
 
 def _parted(message: dict[str, Any]) -> tuple[str, str]:
-    """(answer, thought) of a message: servers give the thought apart, or leave it in the text as <think>."""
+    """(answer, thought) of a message: servers give the thought apart, or leave it in the text as <think>. Calls of
+    tools, which they give apart too, end the answer, each as a line of JSON.
+    """
     text = message.get("content") or ""
     thought = message.get("reasoning_content") or message.get("reasoning") or ""
     if not isinstance(text, str) or not isinstance(thought, str):
         raise TypeError("no text")
     found = THOUGHT.match(text)
     if not thought and found:
-        return text[found.end() :], found.group(1).strip()
-    return text, thought
+        text, thought = text[found.end() :], found.group(1).strip()
+    calls = [_call_as_text(call["function"]) for call in message.get("tool_calls") or []]
+    return "\n".join([text] * bool(text) + calls), thought
+
+
+def _call_as_text(function: dict[str, Any]) -> str:
+    """A call as models write it: {"name": "f", "arguments": {"a": 1}}. The protocol has the arguments as a text of
+    JSON; one that is no JSON stays a text, which no check takes for arguments.
+    """
+    return json_text({"name": function["name"], "arguments": parsed_arguments(function.get("arguments"))})
