@@ -307,6 +307,26 @@ def test_a_model_that_cannot_be_cut_is_said_and_computed_whole(monkeypatch: pyte
     assert any(note.startswith("not used, for") and "the first 2 blocks once" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("fault", ["last_block", "prefix"])
+def test_one_wrong_part_does_not_cost_the_blocks_that_are_left_out(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(model: nn.Module, way: Way, *_: Any) -> Verdict:
+        on = way.prefix is not None if fault == "prefix" else fault in way.parts
+        return Verdict("it does not reproduce this model (planted)") if on else Verdict()
+
+    monkeypatch.setattr(proof, "prove", of)
+    way = chosen(make("llama", layers=2), "llama", "train.epochs=3").way
+    assert way.frozen == FROZEN and way.split is not None
+    assert (way.prefix is None, "last_block" in way.parts) == (fault == "prefix", fault == "prefix")
+
+
+def test_gemma_4s_attention_that_gives_its_keys_beside_ends_on_supervised_positions() -> None:
+    found = chosen(make(GEMMA4, layers=2), GEMMA4, "train.epochs=3")
+    assert found.way.frozen == FROZEN and "last_block" in found.way.parts
+    assert not any(note.startswith("not used") for note in found.notes)
+
+
 def test_noise_at_the_embedding_is_named_where_blocks_could_have_been_left_out() -> None:
     model = make("llama", layers=2)
     found = chosen(model, "llama", "train.epochs=3", "train.neftune_alpha=5")

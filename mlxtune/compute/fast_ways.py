@@ -32,19 +32,15 @@ def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
     last. Always as many.
     """
     whole = replace(wanted, frozen=0)
-    without_prefix = replace(whole, prefix=None)
     without_parts = replace(whole, parts=())
     slower = replace(without_parts, powers=False, compiled=False, queries=0)
     head_alone = replace(slower, prefix=None)
     plain = Way()
-    without_one = []
-    for part in parts.PARTS:  # also those that are not on: the list is then as long on every rank
-        without_one.append((replace(whole, parts=tuple(name for name in wanted.parts if name != part)), True))
     return [
         (wanted, True),
         (whole, True),
-        (without_prefix, True),
-        *without_one,
+        *_without_one(wanted),  # before `whole`'s: where one part is wrong, frozen blocks may still be left out
+        *_without_one(whole),
         (without_parts, True),
         (slower, True),
         (head_alone, True),
@@ -52,6 +48,16 @@ def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
         (head_alone, False),
         (plain, False),
     ]
+
+
+def _without_one(way: Way) -> list[tuple[Way, bool]]:
+    """As `ways_to_try`: the way without its prefix, then without each part; also those that are not on, so that the
+    list is as long on every rank.
+    """
+    ways = [(replace(way, prefix=None), True)]
+    for part in parts.PARTS:
+        ways.append((replace(way, parts=tuple(name for name in way.parts if name != part)), True))
+    return ways
 
 
 def describe(way: Way) -> str:

@@ -109,20 +109,23 @@ def _ending_at_positions(whole: Callable[..., Any]) -> Callable[..., Any]:
         found = _attention_of(self)
         assert found is not None
         name, attention, projection = found
-        aside: list[mx.array] = []
+        aside: list[Any] = []
 
         def at_positions(array: mx.array) -> mx.array:
             """[B, T, width] -> [1, N, width]."""
             return array.reshape(-1, array.shape[-1])[positions][None]
 
-        def attend(rows: mx.array, *given: Any, **named: Any) -> mx.array:
+        def attend(rows: mx.array, *given: Any, **named: Any) -> Any:
             kind: Any = type(projection)
             at_the_end = calling(kind, lambda layer, rows: kind.__call__(layer, at_positions(rows)))
             with as_classes([(projection, at_the_end)]):
-                aside.append(attention(rows, *given, **named))
-            return mx.zeros_like(rows)
+                attended = attention(rows, *given, **named)
+            aside.append(attended)
+            nothing = mx.zeros_like(rows)
+            # Gemma 4's attention gives its keys and values beside, of all positions both times.
+            return (nothing, *attended[1:]) if isinstance(attended, tuple) else nothing
 
-        def answer(*_: Any, **__: Any) -> mx.array:
+        def answer(*_: Any, **__: Any) -> Any:
             return aside[0]
 
         def cut(leaf: Any) -> Any:
