@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+import zoo
 from mlx.utils import tree_map
 from training import tune
 from ways import COMMON, SHAPES, make, rows
@@ -109,6 +110,28 @@ def test_a_run_that_computes_every_block_again_leaves_out_what_then_brings_nothi
     for layers, expected in (("none", way.parts), ("2", way.parts), ("all", ("last_block",)), ("nested", ())):
         section = configuration.load(None, (f"train.checkpoint_layers={layers}",)).train
         assert fast_ways.checkpointed(way, section, model, may_divide=True).parts == expected, layers
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("gemma4_text shared", "its blocks are given more than hidden states, a mask and a cache"),
+        ("gemma4_text experts", "its blocks hand on more than hidden states, keys and values"),
+        ("llama", ""),
+    ],
+)
+def test_a_plan_says_of_which_models_blocks_no_piece_can_be_computed(
+    kind: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHAPES, kind, {"num_kv_shared_layers": 0, **zoo.SHAPES.get(kind, {})})
+    model = make(kind)
+    examples = rows(0, [600, 40])
+    config = configuration.load(None, ("train.checkpoint_layers=nested",))
+    given = Given(model, sizes(kind), mx.float32)
+    way = fast_ways.expected_way(model, examples, config)
+    fitted = fit_memory.fit(given, way, config, Plan(examples, config.train))
+    assert (fitted.way.recompute, fitted.way.tokens > 0) == (1, not reason)
+    assert fitted.notes == ([f"blocks are checkpointed with whole rows: {reason}"] if reason else [])
 
 
 def test_checkpointing_that_cannot_be_proven_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,11 +340,11 @@ def test_rows_stay_whole_where_a_piece_of_one_would_be_computed_otherwise(monkey
 
     def noted(*settings: str) -> str:
         config = configuration.load(None, ("train.checkpoint_layers=pieces", *settings))
-        way, notes = fast_ways.fastest_way(model, examples, config)
-        reason = fast_ways.whole_rows(model, examples, config)
-        taken = fast_ways.checkpointed(way, config.train, model, may_divide=not reason)
-        assert (taken.recompute, taken.tokens) == (1, 0 if reason else 512)
-        return "\n".join(notes)
+        way = fast_ways.expected_way(model, examples, config)
+        given = Given(model, sizes_of("llama"), mx.float32)
+        fitted = fit_memory.fit(given, way, config, Plan(examples, config.train))
+        assert (fitted.way.recompute, fitted.way.tokens) == (1, 0 if fitted.notes else 512)
+        return "\n".join(fitted.notes)
 
     assert noted() == ""
     assert "checkpointed with whole rows: with lora.dropout" in noted("lora.dropout=0.1")
@@ -370,7 +370,7 @@ def test_a_run_in_pieces_has_the_losses_of_one_that_keeps_everything(
     """Its evaluations too."""
     monkeypatch.setattr(pieces, "TOKENS", 40)
     monkeypatch.setattr(attention, "LONG", 8)
-    in_pieces = counted(monkeypatch, pieces._Pieces, "forward")
+    in_pieces = counted(monkeypatch, pieces._Pieces, "backward")
 
     def losses(name: str) -> list[float]:
         few = ("train.steps=4", "train.save_every=0", "train.eval_every=2", f"train.checkpoint_layers={name}")

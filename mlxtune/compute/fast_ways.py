@@ -104,10 +104,6 @@ def fastest_way(
     if reason:
         notes.append(f"no shared prefix: {reason}")
     way = Way(split, trained, length, every_nth(config.train))
-    if in_pieces(config.train):
-        reason = whole_rows(model, examples, config)
-        if reason:
-            notes.append(f"blocks are checkpointed with whole rows: {reason}")
     return _for_device(way, model, examples, config), notes
 
 
@@ -186,7 +182,7 @@ def whole_rows(model: nn.Module, examples: Sequence[Example], config: Config) ->
     limit = extent.longest_alike(model)
     if limit is not None and lengths_of(examples).max() > limit:
         return f"rows of more than {limit} tokens are rotated otherwise"
-    return ""
+    return pieces.against(model)
 
 
 def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: bool) -> Way:

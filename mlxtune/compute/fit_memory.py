@@ -185,8 +185,12 @@ def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = 
     taken = way
     widest = rows.widths[-1]
     may_divide = False
+    about_pieces = []
     if checkpoints and (widest > pieces.TOKENS or in_pieces(config.train)):
-        may_divide = not whole_rows(given.model, rows.examples, config)
+        reason = whole_rows(given.model, rows.examples, config)
+        may_divide = not reason
+        if reason and in_pieces(config.train):
+            about_pieces.append(f"blocks are checkpointed with whole rows: {reason}")
     for number, section in enumerate(_smaller_settings(config.train, widest, checkpoints, may_divide)):
         if number == 0:
             batches = rows
@@ -196,13 +200,14 @@ def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = 
         taken = checkpointed(way, section, given.model, may_divide) if checkpoints else replace(way, recompute=0)
         predicted = predict_run(given, taken, tried, batches)
         if isinstance(predicted, memory.NotPredicted):
-            notes = []
+            notes = list(about_pieces)
             if limit is not None:
                 notes.append(f"{predicted.note}; train.memory_limit does nothing")
             return _with_budget(given, Fitted(taken, config, rows, predicted, notes))
         needed = predicted.total
         if limit is None or needed <= limit:
-            return _with_budget(given, Fitted(taken, tried, batches, predicted, _changed(config.train, section, limit)))
+            notes = about_pieces + _changed(config.train, section, limit)
+            return _with_budget(given, Fitted(taken, tried, batches, predicted, notes))
     assert limit is not None
     raise _does_not_fit(given, taken, rows, needed, limit, checkpoints)
 

@@ -41,6 +41,7 @@ from mlxtune.compute.stages import Stages
 from mlxtune.model.classes import as_classes, calling
 from mlxtune.model.prefix_cache import PrefixCache
 
+LOOKED_AT = 4  # tokens, in two pieces, with which a model is asked whether its blocks can be computed so
 TOKENS = 512  # of a piece: fewer make thin matrix products, and read the weights more often
 Span = tuple[int, int]  # (first token of a piece, the one after its last), counted in the pass
 
@@ -48,20 +49,34 @@ Span = tuple[int, int]  # (first token of a piece, the one after its last), coun
 @contextmanager
 def recomputed(
     model: nn.Module, tokens: int, nested: int, masks: Masks, stages: Stages | None = None
-) -> Iterator[None]:
+) -> Iterator[_Memory]:
     """Inside, every block is checkpointed and computed in pieces; after, blocks are themselves again.
 
     tokens: of a piece, those of all rows together; nested: blocks of a group that keep one input; masks: those that the
     model's masks are made with; stages: gets what is to be computed one after the other.
 
-    A block that is called with more than hidden states, a causal mask and a cache is checkpointed as a whole.
+    A block that is called with more than hidden states, a causal mask and a cache is checkpointed as a whole. Yields
+    what the calls know.
     """
     memory = _Memory(tokens, max(1, nested), masks, stages)
     try:
         with as_classes([(block, _remembering(type(block), memory)) for block in model.layers]):
-            yield
+            yield memory
     finally:
         memory.last = None  # classes are freed late, and with them what they know
+
+
+def against(model: nn.Module) -> str:
+    """Why not every block of a model can be computed in pieces, for people; "": all can.
+
+    A few tokens go through the model, and nothing is computed: a graph is made, for which no weight is read.
+    """
+    try:
+        with recomputed(model, LOOKED_AT // 2, 1, Masks()) as memory:
+            model(mx.zeros((1, LOOKED_AT), mx.int32))
+    except Exception as error:  # whatever a model's own code raises
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return "its blocks are given more than hidden states, a mask and a cache" if memory.whole else ""
 
 
 def spans_of(tokens: int, rows: int, width: int) -> list[Span]:
@@ -83,6 +98,7 @@ def _remembering(kind: type, memory: _Memory) -> type:
         found = _in_pieces(self, kind, args, kwargs, memory)
         if found is None:
             memory.last = None
+            memory.whole += 1
             out = checkpointed_call(self, kind.__call__, (args, kwargs))
         else:
             out = memory.run(*found)
@@ -101,6 +117,7 @@ class _Memory:
     masks: Masks  # of the context
     stages: Stages | None  # what is to be computed one after the other; None: nobody asks
     last: tuple[mx.array, _Call] | None = None  # the newest block's result, and its call
+    whole: int = 0  # calls that could not be computed in pieces
 
     def run(self, pieces: _Pieces, hidden: mx.array) -> mx.array:
         """The block's result [B, T, D], of which a gradient keeps no more than the group's first input."""
