@@ -13,6 +13,7 @@ import click
 from mlxtune_convert.files import digest, json_text
 
 from mlxtune.cli import common, judging, tuned
+from mlxtune.cli.suite_options import refuse_idle
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     if wanted.against is not None:
         against = Party(wanted.against, wanted.against_adapter)
         against.refuse_idle("--against")
+    refuse_idle([wanted.model, *([wanted.against] if wanted.against else [])], wanted.judge)
     gates = [Gate.read("min-better", text) for text in wanted.min_better]
     gates += [Gate.read("max-worse", text) for text in wanted.max_worse]
     if (gates or wanted.judge) and against is None and wanted.adapter is None:
@@ -104,6 +106,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
                 "Give it checks (a suite.yaml beside it), or --judge; or --out, to keep the answers.",
             )
         notes = _about_data(suite.rows, wanted.adapter)
+        notes += [f"--against-adapter: {note}" for note in _about_data(suite.rows, wanted.against_adapter)]
         asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged)
         with common.console().status("answering") as status:
 

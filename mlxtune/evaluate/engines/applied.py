@@ -10,9 +10,10 @@ import mlx.nn as nn
 from mlxtune_convert.adapters import AdapterConfig
 
 from mlxtune.adapter import attach
-from mlxtune.adapter.layers import EMBEDDING, AdaptedLayer, dense_copy, dense_weight, own_parameters
+from mlxtune.adapter.layers import EMBEDDING, AdaptedLayer, dense_copy, own_parameters
 from mlxtune.compute.precision import in_float32
 from mlxtune.errors import UserError
+from mlxtune.model.dense import dense_weight
 from mlxtune.model.load import Loaded
 
 TOKENS = 64  # of the prompt: logits of a long one would fill the memory
