@@ -136,6 +136,20 @@ def test_a_terminal_shows_what_goes_on_until_the_run_begins_or_fails(begins: boo
     assert shown.endswith("\x1b[?25h") or shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")  # the cursor is back
 
 
+def test_of_a_long_suite_a_few_rows_are_shown_and_how_many_answers_were_cut() -> None:
+    samples = [{"prompt": f"p{n}", "answer": "yes"} for n in range(12)]
+    event = {"kind": "eval", "step": 0, "loss": 3.5, "tokens": 1200, "samples": samples}
+    for more, rows, said in (({"checks": {}, "cut": 2}, 3, True), ({}, 12, False)):
+        out = io.StringIO()
+        with Display(Console(file=out, width=200)) as display:
+            display({"kind": "start", "steps": 2, "eval_every": 0})
+            display({**event, **more})
+        assert sum("'yes'" in line for line in out.getvalue().splitlines()) == rows
+        assert (
+            ("and 9 more in events.jsonl" in out.getvalue()) == ("2 of 12 answers were cut" in out.getvalue()) == said
+        )
+
+
 def test_other_processes_than_the_first_say_nothing() -> None:
     out = io.StringIO()
     for terminal in (True, False):

@@ -164,6 +164,35 @@ def test_a_thought_is_parted_from_the_answer_as_the_template_prints_it(llama: Lo
         llama.__dict__.pop("templates", None)
 
 
+@pytest.mark.parametrize(
+    ("template", "missing"),
+    [("qwen", []), ("phi", ["the tools", "earlier tool calls"]), ("", ["the tools", "earlier tool calls"])],
+)
+def test_what_of_a_prompts_tools_the_model_is_not_shown_is_said(
+    template: str, missing: list[str], llama: Loaded
+) -> None:
+    call = {"type": "function", "function": {"name": "count", "arguments": {"things": "apples"}}}
+    asks = {"role": "user", "content": "How many?"}
+    messages = [
+        asks,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "7"},
+        asks,
+    ]
+    tools = [{"type": "function", "function": {"name": "count", "description": "Counts.", "parameters": {}}}]
+    text = (Path(__file__).parent / "templates" / f"{template}.jinja").read_text() if template else None
+    before, llama.tokenizer.chat_template = llama.tokenizer.chat_template, text
+    llama.__dict__.pop("templates", None)
+    try:
+        engine = Local(llama, GREEDY)
+        engine.plan([Request("calls", messages, tools), Request("none", [asks])])
+        told = [note for note in engine.notes if "does not show" in note]
+        assert [note.split("the model ")[1] for note in told] == [f"{what} of 1 prompts" for what in missing]
+    finally:
+        llama.tokenizer.chat_template = before
+        llama.__dict__.pop("templates", None)
+
+
 def test_a_batch_that_gives_other_logits_is_refused_by_the_proof(
     llama: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,6 +239,7 @@ def test_a_gate_that_is_not_met_ends_with_status_3(mlx_model: Path, suite: Path,
     worse = ("eval", "--model", bad, "--against", good, "--suite", suite)
     met = tiny.done(*better, "--min-better", "ended=0.9", "--max-worse", "contains=0", "--json")
     assert [gate["met"] for gate in json.loads(met.stdout)["gates"]] == [True, True]
+    assert "base: 12 of 12 answers were cut" in json.loads(met.stdout)["notes"]  # and not after 512 tokens
     for command, gate in ((better, "--min-better contains=0"), (worse, "--max-worse ended=0.5")):
         unmet = tiny.mlxtune(*command, *gate.split(), "--json")
         assert unmet.returncode == 3
@@ -297,6 +298,7 @@ def test_a_model_alone_is_called_the_base(mlx_model: Path, suite: Path) -> None:
         (("--suite", "SUITE", "--against", "http://192.0.2.1/v1#m"), "192.0.2.1 is another machine"),
         (("--suite", "SUITE", "--against", "replay:x", "--against-adapter", "y"), "takes no adapter"),
         (("--suite", "none.jsonl"), "none.jsonl"),
+        (("--suite", "SUITE", "--allow-remote"), "--allow-remote has no effect here: no server is asked"),
     ],
 )
 def test_what_cannot_be_asked_is_one_clear_line(

@@ -39,8 +39,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_eval_keeps_is_what_compare_and_rate_read(folder: Path, tmp_path: Path) -> None:
     tuned, base = f"replay:{folder / 'tuned.jsonl'}", f"replay:{folder / 'base.jsonl'}"
     outs = tmp_path / "one", tmp_path / "other"
-    for out, options in zip(outs, (("--against", base), ("--max-tokens", "9")), strict=True):
+    for out, options in zip(outs, (("--against", base), ()), strict=True):
         tiny.done("eval", "--model", tuned, "--suite", folder / "suite.jsonl", "--out", out, *options)
+    summary = outs[1] / "summary.json"
+    summary.write_text(summary.read_text().replace('"max_tokens": 512', '"max_tokens": 9'))
     compared = json.loads(tiny.done("compare", *outs, "--json").stdout)
     assert compared["checks"]["ended"]["verdict"] == "no difference shown" and compared["n"] == 12
     assert f"max_tokens differs: 512 in {outs[0]}, 9 in {outs[1]}" in compared["notes"]
@@ -223,6 +225,16 @@ def test_a_judges_server_need_not_list_its_models(habits: dict[str, Any], error:
         else:
             assert ServedJudge(f"{server.url}#m").model == "m"
         assert server.paths == ["/v1/models"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--max-tokens", "9"), ("--temperature", "0.5"), ("--temperature", "0.5", "--samples", "2", "--seed", "1")],
+)
+def test_how_answers_are_made_is_no_option_where_all_are_recorded(options: tuple[str, ...], folder: Path) -> None:
+    answers = ("--model", f"replay:{folder / 'tuned.jsonl'}", "--against", f"replay:{folder / 'base.jsonl'}")
+    told = tiny.mlxtune("eval", *answers, "--suite", folder / "suite.jsonl", *options)
+    tiny.one_clear_line(told, f"{options[-2]} has no effect here: all answers are recorded")
 
 
 def test_a_judge_needs_two_sides_and_a_suite(folder: Path) -> None:

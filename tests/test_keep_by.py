@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from mlxtune.cli.suites import _about_data
 from mlxtune.config import resolve
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.suite import read_suite
+from mlxtune.evaluate.engines.local import Local
+from mlxtune.evaluate.engines.request import Request
 from mlxtune.train import evaluation
 from mlxtune.train.checkpoint import State
 from mlxtune.train.evaluation import Evaluation
@@ -47,6 +50,39 @@ def test_the_suite_is_asked_as_eval_asks_it(mlx_model: Path, data: Path, suite: 
         texts = {line["id"]: line["text"] for line in lines if line["side"] == side}
         assert [sample["answer"] for sample in event["samples"]] == [texts[id] for id in ("1", "2", "3")]
         assert event["samples"][1]["prompt"] == tiny.conversations(33)[31]["messages"][0]["content"]
+
+
+def test_what_engine_and_suite_have_to_say_is_said_once(
+    mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference that its own check refuses, answers that are cut, a check that applies to none of them, and what the
+    engine notes; also where that check chooses.
+    """
+
+    class Slow(Local):
+        def plan(self, requests: Sequence[Request]) -> list[list[int]]:
+            self.notes.append("answered slowly")
+            return super().plan(requests)
+
+    monkeypatch.setattr(evaluation, "SAMPLE_TOKENS", 2)
+    monkeypatch.setattr(evaluation, "Local", Slow)
+    real = evaluation.score_answers
+    monkeypatch.setattr(evaluation, "score_answers", lambda *of: [one for one in real(*of) if one.check != "choice"])
+    rows: list[Any] = [{**row, "checks": ["ended", {"choice": "A"}]} for row in tiny.conversations(3)]
+    rows[2]["checks"] = [{"contains": "\ufffd no"}]
+    suite = tiny.write_jsonl(tmp_path / "suite.jsonl", rows)
+    found = tune(
+        *(mlx_model, data, tmp_path / "run", f"train.sample_prompts={suite}", "train.keep_by=choice"),
+        *("train.steps=2", "train.eval_every=1", "train.save_every=0"),
+    )
+    notes = [event["text"] for event in found if event["kind"] == "note"]
+    assert notes.count("answered slowly") == 1
+    about = read_suite(suite).notes
+    assert about and [notes.count(note) for note in about] == [1] * len(about)
+    assert sum("choice (train.keep_by) applied to no answer" in note for note in notes) == 3
+    evaluations = [event for event in found if event["kind"] == "eval"]
+    assert [event["cut"] for event in evaluations] == [3, 3, 3]
+    assert all("choice" not in event["checks"] and "ended" in event["checks"] for event in evaluations)
 
 
 def scripted(patch: pytest.MonkeyPatch, values: list[float]) -> None:

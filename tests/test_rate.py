@@ -141,6 +141,14 @@ def test_likert_ratings_are_a_paired_difference(folder: Path) -> None:
     assert "1 (bad) to 5 (good) for each answer, as in 43" in shown and "1 of 8 done" in shown
 
 
+def test_that_of_several_answers_the_first_alone_is_rated_is_said(folder: Path) -> None:
+    assert "the first one alone" not in tiny.done("rate", folder, "--result").stderr
+    lines = (folder / "answers.jsonl").read_text()
+    (folder / "answers.jsonl").write_text(lines + lines.splitlines()[0].replace('"sample": 0', '"sample": 1') + "\n")
+    said = tiny.done("rate", folder, "--result").stderr
+    assert "prompts have up to 2 answers each: the first one alone is rated" in said
+
+
 def test_three_evaluations_are_ranked(folder: Path, tmp_path: Path) -> None:
     suite = evaluations.rows(8, (YES,))
     others = [evaluations.write(tmp_path / name, suite, [f"{name} yes"]) for name in ("second", "third")]

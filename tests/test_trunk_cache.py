@@ -308,9 +308,7 @@ def test_a_model_that_cannot_be_cut_is_said_and_computed_whole(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("fault", ["last_block", "prefix"])
-def test_one_wrong_part_does_not_cost_the_blocks_that_are_left_out(
-    fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_wrong_part_does_not_cost_the_blocks_that_are_left_out(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def of(model: nn.Module, way: Way, *_: Any) -> Verdict:
         on = way.prefix is not None if fault == "prefix" else fault in way.parts
         return Verdict("it does not reproduce this model (planted)") if on else Verdict()

@@ -32,7 +32,8 @@ def compare(evaluations: tuple[Path, ...], as_json: bool) -> None:
     from mlxtune.evaluate.comparison import between
     from mlxtune.evaluate.comparison.folder import Evaluation
 
-    twice = [path for place, path in enumerate(evaluations) if path in evaluations[:place]]
+    places = [path.resolve() for path in evaluations]
+    twice = [path for number, path in enumerate(evaluations) if places[number] in places[:number]]
     if twice:
         raise UserError(f"{twice[0]} is named twice", "Name each evaluation once.")
     if thumbs.are_logs(evaluations):
@@ -46,4 +47,8 @@ def compare(evaluations: tuple[Path, ...], as_json: bool) -> None:
     elif "ranking" in result:
         comparison_table.draw_ranking(common.stdout(), result)
     else:
-        comparison_table.draw(common.stdout(), result, (evaluations[0].name, evaluations[1].name))
+        first, second = evaluations
+        names = (first.name, second.name)
+        if not all(names) or first.name == second.name:  # as of "." and of a/e1 beside b/e1
+            names = (str(first), str(second))
+        comparison_table.draw(common.stdout(), result, names)

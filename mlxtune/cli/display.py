@@ -21,6 +21,7 @@ from mlxtune.train.events import Event
 
 PLAIN_SECONDS = 5.0  # between two plain lines
 MUCH_COMPUTED = 0.95  # of the rows' tokens: a run that computes more saves nothing that is worth a word
+SHOWN_ROWS = 3  # of a suite, after an evaluation
 OLD = 0.8  # of a running mean: the share of what it was before
 
 
@@ -201,8 +202,15 @@ class Display:
 
     def _show_numbers(self, meter: Meter, event: Event) -> None:
         meter.update(event)
-        for sample in event.get("samples", ()):
+        samples = event.get("samples", ())
+        # Prompts that the configuration lists were chosen to be looked at; a suite may have hundreds.
+        shown = samples[:SHOWN_ROWS] if "checks" in event else samples
+        for sample in shown:
             self.console.print(Text(f"  {sample['prompt']!r}: {sample['answer']!r}", style="dim"), soft_wrap=True)
+        if len(samples) > len(shown):
+            self.console.print(Text(f"  and {len(samples) - len(shown)} more in events.jsonl", style="dim"))
+        if event.get("cut"):
+            self.console.print(Text(f"  {event['cut']} of {len(samples)} answers were cut"))
         if checks := event.get("checks"):
             said = ", ".join(f"{name} {value:.1%}" for name, value in checks.items())
             self.console.print(Text(f"  {said}"), soft_wrap=True)

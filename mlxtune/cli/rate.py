@@ -62,6 +62,8 @@ def rate(evaluations: tuple[Path, ...], likert: bool, rater: str, result: bool, 
     if len(evaluations) > MOST:
         raise UserError(f"{len(evaluations)} evaluations are too many to rank at once", f"Name {MOST} at most.")
     contest = Contest.of([Evaluation.read(path) for path in evaluations])
+    if contest.samples > 1:
+        common.note(f"prompts have up to {contest.samples} answers each: the first one alone is rated")
     ratings = Ratings(contest, rater, likert)
     if ratings.others:
         common.note(f"{ratings.file}: {ratings.others} ratings are of other answers, and do not count")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mlxtune.cli.options import Need, OptionFor
+from mlxtune.errors import UserError
 
 SHORT_FOR_SUITES = ("forgetting", "safety")  # options that ask a suite of their own
 WITH_SUITE = Need(
@@ -20,6 +22,34 @@ WITH_SUITE = Need(
 WITH_CHANCE = Need("temperature", hint="Add, say, --temperature 0.7.")
 OWN_ANSWERS = "-"  # --forgetting without a file
 A_FOLDER = click.Path(path_type=Path)
+
+
+def refuse_idle(answering: Sequence[str], judge: str | None) -> None:
+    """Raise UserError for options of this command that were given and do nothing: how answers are made, where all are
+    recorded; that prompts may leave this machine, where no server is asked.
+
+    answering, judge: who, as the command line spells them.
+    """
+    from mlxtune.evaluate.engines.opening import kind_of
+
+    kinds = {kind_of(one) for one in answering}
+    if "server" not in kinds and (judge is None or kind_of(judge) != "server") and _is_given("allow_remote"):
+        raise UserError("--allow-remote has no effect here: no server is asked", "Leave it out.")
+    if kinds != {"replay"}:
+        return
+    for name in ("max_tokens", "temperature", "top_p", "seed"):
+        # --samples, which says how many are taken, needs a temperature beside it.
+        if _is_given(name) and not (name == "temperature" and _is_given("samples")):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} has no effect here: all answers are recorded, none is made", "Leave it out.")
+
+
+def _is_given(name: str) -> bool:
+    """Whether the command line gives an option another value than its default. name: of its parameter."""
+    context = click.get_current_context()
+    (option,) = (one for one in context.command.params if one.name == name)
+    given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    return given and context.params[name] != option.get_default(context)
 
 
 def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import click
 from mlxtune_convert.files import digest, json_text
 
 from mlxtune.cli import common, judging, tuned
-from mlxtune.cli.suite_options import OWN_ANSWERS
+from mlxtune.cli.suite_options import OWN_ANSWERS, refuse_idle
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.shipped import BASICS, SAFETY
 
@@ -102,6 +102,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     if wanted.against is not None:
         against = Party(wanted.against, wanted.against_adapter)
         against.refuse_idle("--against")
+    refuse_idle([wanted.model, *([wanted.against] if wanted.against else [])], wanted.judge)
     gates = [Gate.read("min-better", text) for text in wanted.min_better]
     gates += [Gate.read("max-worse", text) for text in wanted.max_worse]
     if (gates or wanted.judge) and against is None and wanted.adapter is None:
@@ -133,6 +134,8 @@ def ask(wanted: Wanted, as_json: bool) -> None:
         if wanted.forgetting is not None:
             forgot = _forgotten(wanted.forgetting, model, against, pair)
         trained, notes = _about_data(suite.rows, wanted.adapter)
+        _, of_other = _about_data(suite.rows, wanted.against_adapter)
+        notes += [f"--against-adapter: {note}" for note in of_other]
         happened = _events(wanted.adapter)
         asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged, trained, happened, forgot)
         with common.console().status("answering") as status:

@@ -137,9 +137,12 @@ def _notes(
     for side in answers:
         notes += journal.notes.get(side, [])
     for side, given in answers.items():
-        cut = sum(answer.finish == "length" for answer in given)
+        cut = [answer for answer in given if answer.finish == "length"]
         if cut:
-            notes.append(f"{side}: {cut} of {len(given)} answers were cut after {asked.sampling.max_tokens} tokens")
+            # Recorded answers, and those of some servers, were cut elsewhere.
+            most = asked.sampling.max_tokens
+            where = f" after {most} tokens" if all(answer.tokens == most for answer in cut) else ""
+            notes.append(f"{side}: {len(cut)} of {len(given)} answers were cut{where}")
         silent = sum(not answer.text.strip() for answer in given)
         if silent:
             notes.append(f"{side}: {silent} of {len(given)} answers are empty")

@@ -18,6 +18,7 @@ from mlxtune.model.corrections.extent import longest_alike
 from mlxtune.model.load import Loaded
 
 MARK = 0xE000  # the first private-use character: no message contains one
+CALL_MARK = "called_7c1f"  # a function that nobody has
 CUT = "\ufffd"  # what bytes that are no whole character yet are decoded to
 
 
@@ -50,7 +51,7 @@ def prompt_ids(
     """
     template = template_for(loaded, template_kwargs, day)
     if template is None:
-        text = "\n\n".join(message["content"] for message in messages)
+        text = "\n\n".join(str(message.get("content") or "") for message in messages)
         ids = list(loaded.tokenizer(text)["input_ids"])
     else:
         text = prompt_text(template, messages, tools)
@@ -74,6 +75,30 @@ def prompt_text(template: Template, messages: Messages, tools: Any = None) -> st
         what = "a system prompt" if system else f"the text of a message of the {min(lost - {'system'})}"
         raise Refused(f"the chat template leaves out {what}", system)
     return text
+
+
+def unprinted(loaded: Loaded, messages: Messages, template_kwargs: dict[str, Any], day: str, tools: Any) -> list[str]:
+    """What of a conversation's tools the model does not see, for a sentence: the tools, and earlier calls of them."""
+    template = template_for(loaded, template_kwargs, day)
+    called = any(message.get("tool_calls") for message in messages)
+    if template is None:
+        return [*(["the tools"] if tools else []), *(["earlier tool calls"] if called else [])]
+    found = []
+    if tools and template.attempt(messages, tools, prompt=True) == template.attempt(messages, prompt=True):
+        found.append("the tools")
+    if called:
+        shown = template.attempt([_marked(message) for message in messages], tools, prompt=True)
+        if shown and CALL_MARK not in shown:
+            found.append("earlier tool calls")
+    return found
+
+
+def _marked(message: dict[str, Any]) -> dict[str, Any]:
+    """The same with another name in each tool call, so that it can be looked for in what is printed."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [{**call, "function": {**call["function"], "name": CALL_MARK}} for call in message["tool_calls"]]
+    return {**message, "tool_calls": calls}
 
 
 def _refusal(template: Template, messages: Messages, error: TemplateError) -> Refused:

@@ -55,7 +55,9 @@ class Samples:
     """What a model says to train.sample_prompts."""
 
     answers: list[dict[str, str]] = field(default_factory=list)  # {"prompt": ..., "answer": ...} of each
-    checks: dict[str, float] = field(default_factory=dict)  # of a suite: the mean score of each check
+    checks: dict[str, float] = field(default_factory=dict)  # of a suite: the mean score of each check that applied
+    cut: int = 0  # of a suite's answers: how many were cut after SAMPLE_TOKENS
+    notes: list[str] = field(default_factory=list)  # what must be known of a suite and of how it is answered
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,16 @@ class Evaluation:
                 for answer in engine.answers([requests[place] for place in plan[number]]):
                     found[answer.id] = answer
             self.ranks.meet()
-        means = dict.fromkeys(suite.names, 0.0)  # also of a check that applies to no answer
-        answers = []
+        # Of every check, so that all processes speak of the same ones: its mean, and 1 where it applied to an answer.
+        means, applied = dict.fromkeys(suite.names, 0.0), dict.fromkeys(suite.names, 0.0)
+        answers, cut = [], 0
         if self.ranks.first:
             scores = score_answers(suite.rows, {"base": found.values()})
-            means |= {name: fmean(fmean(one.base) for one in some) for name, some in by_check(scores).items()}
+            for name, some in by_check(scores).items():
+                means[name], applied[name] = fmean(fmean(one.base) for one in some), 1.0
+            cut = sum(answer.finish == "length" for answer in found.values())
             for row in suite.rows:
                 answers.append({"prompt": str(row.messages[-1]["content"]), "answer": found[row.id].text})
-        return Samples(answers, dict(zip(means, self.ranks.sum_numbers(*means.values()), strict=True)))
+        sums = self.ranks.sum_numbers(*means.values(), *applied.values())
+        known = {name: sums[place] for place, name in enumerate(means) if sums[len(means) + place]}
+        return Samples(answers, known, cut, [*suite.notes, *engine.notes])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlxtune.machine import backend
 from mlxtune.machine.gpu_errors import recognise
 from mlxtune.train import checkpoint, failure, optim
 from mlxtune.train.checkpoint import Saved, State
+from mlxtune.train.evaluation import Samples
 from mlxtune.train.events import Events
 from mlxtune.train.last_whole import LastWhole
 from mlxtune.train.leaving import Leaving, promise
@@ -94,6 +96,7 @@ class _Loop:
         self.whole = leaving.whole
         self.state = state
         self.spikes = Spikes()
+        self.told: set[str] = set()  # notes of evaluations
         self.alone = job.ranks.size == 1
         self._reach(state)  # before anything that may fail: from here on there is something to keep
         self.stop = StopRequest(self._on_signal, self._leave_inside_a_step, alone=self.alone)
@@ -163,10 +166,30 @@ class _Loop:
         fields: dict[str, Any] = {"step": self.state.step, "loss": scored.loss, "tokens": scored.tokens}
         if samples.answers:
             fields["samples"] = samples.answers
-        if samples.checks:
+        if self.job.evaluation.suite is not None:
             fields["checks"] = samples.checks
+        if samples.cut:
+            fields["cut"] = samples.cut
+        self._tell_once(samples.notes)
         self.events.emit("eval", **fields)
-        self._reach(self._evaluated(scored.loss, samples.checks.get(self.job.section.keep_by)))
+        self._reach(self._evaluated(scored.loss, self._deciding(samples)))
+
+    def _tell_once(self, notes: Sequence[str]) -> None:
+        """Say what was not said yet by this process."""
+        for note in notes:
+            if note not in self.told:
+                self.told.add(note)
+                self.events.emit("note", text=note)
+
+    def _deciding(self, samples: Samples) -> float | None:
+        """What the check that train.keep_by names gives, 0 where it applied to no answer; None: the loss decides."""
+        by = self.job.section.keep_by
+        if by == "loss":
+            return None
+        if by not in samples.checks:
+            step = self.state.step
+            self.events.emit("note", text=f"step {step}: {by} (train.keep_by) applied to no answer, and counts as 0")
+        return samples.checks.get(by, 0.0)
 
     def _evaluated(self, loss: float, check: float | None) -> State:
         """The state after an evaluation with this loss, the adapter being kept when it is the best so far.

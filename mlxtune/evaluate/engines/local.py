@@ -68,7 +68,7 @@ class Local:
         for request in requests:
             if request.id not in self._asked:
                 self._asked[request.id] = self._as_asked(request)
-        for note in unread(self.loaded.path):
+        for note in [*self._unprinted(requests), *unread(self.loaded.path)]:
             self._say(note)
         if self.loaded.tokenizer.chat_template is None:
             self._say(f"{self.loaded.path} has no chat template: prompts are given to it as plain text")
@@ -100,6 +100,15 @@ class Local:
         except UserError as error:
             raise UserError(f"prompt {request.id}: {error.message}", error.hint) from error
         return Asked(ids, generate.reader_for(self.loaded, messages, *self.template, request.tools))
+
+    def _unprinted(self, requests: Sequence[Request]) -> list[str]:
+        """Notes on what of the prompts' tools the model is not shown."""
+        prompts: dict[str, set[str]] = {}  # what is not printed -> of which prompts
+        for request in requests:
+            for what in generate.unprinted(self.loaded, list(request.messages), *self.template, request.tools):
+                prompts.setdefault(what, set()).add(request.id)
+        whose = "the chat template" if self.loaded.tokenizer.chat_template is not None else "plain text"
+        return [f"{whose} does not show the model {what} of {len(ids)} prompts" for what, ids in prompts.items()]
 
     def _prompt(self, request: Request) -> list[int]:
         return self._asked[request.id].ids

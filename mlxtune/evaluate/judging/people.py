@@ -52,6 +52,7 @@ class Contest:
     folder: Path  # where ratings are kept
     contestants: list[Contestant]  # in the order given; of one evaluation: base, tuned
     prompts: list[Prompt]  # in an order by chance, so that the first ones are a fair sample
+    samples: int = 1  # answers to each prompt that an evaluation has at most; the first one alone takes part
 
     @classmethod
     def of(cls, evaluations: Sequence[Evaluation]) -> Contest:
@@ -80,7 +81,8 @@ class Contest:
         if not common:
             raise UserError("no prompt is answered in all of these evaluations")
         common.sort(key=lambda prompt: _chance("order", prompt.id))
-        return cls(evaluations[0].path, contestants, common)
+        samples = max(len(answers) for one in evaluations for answers in one.answers.values())
+        return cls(evaluations[0].path, contestants, common, samples)
 
     @property
     def is_of_one(self) -> bool:
