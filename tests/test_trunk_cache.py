@@ -24,9 +24,11 @@ from test_proof import in_16_bits
 from training import losses, tune
 from ways import BATCH, MIXTURES, SHAPES, assert_close, batch, make
 
-from mlxtune.compute import prefix, proof, trunk, trunk_choice, trunk_states
+from mlxtune.compute import fit_memory, pieces, prefix, proof, trunk, trunk_choice, trunk_states
+from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
+from mlxtune.compute.memory.prediction import Memory
 from mlxtune.compute.proof import Room, Verdict
 from mlxtune.compute.trunk_states import Budget, RowStates, Store
 from mlxtune.config import resolve
@@ -278,6 +280,7 @@ def test_a_run_has_the_losses_of_one_without_a_cache_and_is_resumed_with_the_sam
         (("lora.train_also=[embeddings]",), "something trains in the first block or before it"),
         (("train.epochs=1",), "no row comes twice"),
         (("train.neftune_alpha=5",), "each row has noise of its own in every epoch"),
+        (("train.checkpoint_layers=pieces",), "with train.checkpoint_layers=pieces rows go through blocks in pieces"),
         (("train.epochs=1.1",), "it would save less than 10% of the work"),
     ],
 )
@@ -323,6 +326,21 @@ def test_gemma_4s_attention_that_gives_its_keys_beside_ends_on_supervised_positi
     found = chosen(make(GEMMA4, layers=2), GEMMA4, "train.epochs=3")
     assert found.way.frozen == FROZEN and "last_block" in found.way.parts
     assert not any(note.startswith("not used") for note in found.notes)
+
+
+def test_blocks_that_are_computed_anew_because_only_pieces_fit_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "TOKENS", 64)
+    model = make("llama", layers=2)
+    config = resolve.load(None, ("train.epochs=3", "train.batch_rows=1"))
+    plan = Plan(long_rows(), config.train)
+
+    def predicted(_: Given, way: Way, *__: Any) -> Memory:
+        return Memory(1 if way.tokens else 3, *[0] * 6)
+
+    monkeypatch.setattr(fit_memory, "predict_run", predicted)
+    found = fit_memory.fit(Given(model, sizes("llama"), mx.float32, 2), CUT, config, plan)
+    assert found.way.tokens == 64 and found.way.frozen == 0
+    assert any(note.startswith("the first 2 blocks are computed anew in each epoch: rows go") for note in found.notes)
 
 
 def test_noise_at_the_embedding_is_named_where_blocks_could_have_been_left_out() -> None:

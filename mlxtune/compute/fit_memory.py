@@ -33,7 +33,7 @@ from mlxtune.compute.memory.kernels import Device
 from mlxtune.compute.memory.step import RunOptions, StepSizes
 from mlxtune.compute.precision import copies, in_float32
 from mlxtune.compute.proof import FEWEST_TOKENS, MAX_TOKENS, Room
-from mlxtune.compute.trunk_choice import budget_for
+from mlxtune.compute.trunk_choice import OF_WHOLE_ROWS, budget_for
 from mlxtune.compute.trunk_states import NOTHING, Budget
 from mlxtune.config.resolve import Config
 from mlxtune.config.schema import TrainSection
@@ -207,6 +207,8 @@ def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = 
         needed = predicted.total
         if limit is None or needed <= limit:
             notes = about_pieces + _changed(config.train, section, limit)
+            if way.frozen and not taken.frozen:
+                notes.append(f"the first {way.frozen} blocks are computed anew in each epoch: {OF_WHOLE_ROWS}")
             return _with_budget(given, Fitted(taken, tried, batches, predicted, notes))
     assert limit is not None
     raise _does_not_fit(given, taken, rows, needed, limit, checkpoints)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -164,7 +164,7 @@ def as_said(model: nn.Module, way: Way, to_compute: Stages | None = None) -> Ite
         attention.in_chunks(way.queries) as masks,
     ):
         if way.tokens:
-            blocks = pieces.recomputed(model, way.tokens, way.nested, masks, to_compute)
+            blocks: AbstractContextManager[Any] = pieces.recomputed(model, way.tokens, way.nested, masks, to_compute)
         else:
             blocks = recomputed(model, way.recompute, to_compute)
         with blocks:

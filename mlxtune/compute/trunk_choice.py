@@ -22,6 +22,7 @@ import mlx.nn as nn
 from mlxtune_convert.sizes import size
 
 from mlxtune.compute import counted
+from mlxtune.compute.fast_ways import in_pieces, whole_rows
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction
 from mlxtune.compute.trunk import frozen_blocks, states_of
@@ -33,6 +34,7 @@ from mlxtune.errors import UserError
 MIN_SAVED = 0.1  # share of all that goes through blocks in a run; below, keeping states is not worth their bytes
 SPARE_SHARE = 0.5  # of the memory that the plan leaves: the prediction may be off, and other programs want some
 DISK_SHARE = 0.25  # of what is free on the disk, with `train.trunk_cache: auto`
+OF_WHOLE_ROWS = "rows go through blocks in pieces, and what is kept is of whole rows"
 ANY = mx.zeros((1, 2), mx.int32)  # tokens on which a model says what its blocks give; nothing is computed
 
 
@@ -48,6 +50,9 @@ def with_kept_trunk(
         return way, []
     frozen = frozen_blocks(model)
     against, worth_saying, beside = _against(way, model, rows, frozen, processes), False, 0
+    if not against and in_pieces(config.train) and not whole_rows(model, rows.examples, config):
+        how = config.train.checkpoint_layers
+        against, worth_saying = f"with train.checkpoint_layers={how} {OF_WHOLE_ROWS}", True
     if not against and config.train.neftune_alpha:
         against, worth_saying = "with train.neftune_alpha each row has noise of its own in every epoch", True
     if not against:
