@@ -233,9 +233,6 @@ def test_a_function_of_a_familys_own_is_not_replaced(monkeypatch: pytest.MonkeyP
         assert switch_layers.swiglu is other
 
 
-# The last block.
-
-
 @pytest.mark.parametrize("recompute", [0, 1])
 @pytest.mark.parametrize("kind", [*SHAPES, "qwen3_5"])
 def test_the_last_block_ends_on_supervised_positions(kind: str, recompute: int) -> None:
