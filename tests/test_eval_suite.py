@@ -247,6 +247,17 @@ def test_a_gate_that_is_not_met_ends_with_status_3(mlx_model: Path, suite: Path,
         assert not json.loads(unmet.stdout)["gates"][0]["met"]
 
 
+def test_verdicts_go_with_the_judge_who_gave_them(suite: Path, tmp_path: Path) -> None:
+    """The same folder again without a judge: `rate` would compare a person with one who is not in the summary."""
+    rows = [{"id": f"p{n}", "text": "yes"} for n in range(12)]
+    recorded = f"replay:{tiny.write_jsonl(tmp_path / 'same.jsonl', rows)}"
+    kept = ("--against", recorded, "--out", tmp_path / "kept")
+    asked(recorded, suite, *kept)
+    tiny.write_jsonl(tmp_path / "kept" / "verdicts.jsonl", [{"id": "p1", "sample": 0, "outcome": "win"}])
+    assert "judge" not in asked(recorded, suite, *kept)
+    assert not (tmp_path / "kept" / "verdicts.jsonl").exists()
+
+
 def test_a_server_and_recorded_answers_may_stand_on_either_side(mlx_model: Path, suite: Path, tmp_path: Path) -> None:
     recorded = tiny.write_jsonl(tmp_path / "recorded.jsonl", [{"id": f"p{n}", "text": "a\ufffd"} for n in range(12)])
     with FakeServer(models=("tiny", "other")) as fake:

@@ -113,6 +113,8 @@ def evaluate(
         nothing = dict.fromkeys(asked.judging.names, "gave no verdicts")
         if out is not None:
             kept.write_lines(out / kept.VERDICTS, judged.lines)
+    elif out is not None:
+        (out / kept.VERDICTS).unlink(missing_ok=True)  # of a judge who was asked before
     if asked.suite.path == SAFETY:
         summary["safety"] = safety.document(rows, scores)
     if forgot is not None:
