@@ -143,3 +143,8 @@ def test_mlx_lms_trainer_is_not_measured_with_one_rank_in_place_of_several(mlx_m
     model, _ = open_model(mlx_model)
     with pytest.raises(UserError, match=r"lora\.ranks: mlx-lm's trainer has one rank for all layers"):
         theirs._attach(model, settings)
+
+
+def test_bench_says_that_one_epoch_has_no_use_for_kept_states(mlx_model: Path, data: Path) -> None:
+    run = tiny.mlxtune("bench", "--model", mlx_model, "--data", data, "--set", "train.trunk_cache=1000000")
+    tiny.one_clear_line(run, "train.trunk_cache 1000000 has no effect: mlxtune bench trains one epoch")

@@ -387,3 +387,13 @@ def test_what_has_no_room_is_said_and_a_place_for_files_is_not_needed(monkeypatc
         budget, text = trunk_choice.budget_for(*known, spare)
         assert budget == Budget(memory, 0)
         assert ("all rows would take" in text) == (memory < 400_384)
+
+
+def test_a_cache_without_room_for_enough_rows_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama", layers=2)
+    for free, frozen in ((1 << 30, FROZEN), (100_000, 0)):
+        monkeypatch.setattr(trunk_choice, "SPARE_SHARE", 0.0)
+        monkeypatch.setattr(trunk_choice, "_free_disk", lambda free=free: free)
+        found = chosen(model, "llama", "train.epochs=3")
+        assert found.way.frozen == frozen
+        assert frozen or any("anew in each epoch: with room for 6% of the rows it would" in x for x in found.notes)

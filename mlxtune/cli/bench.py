@@ -12,6 +12,7 @@ from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
 from mlxtune.cli.options import Command, Need, OptionFor
+from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
     from mlxtune.bench.figures import Measured
@@ -83,6 +84,12 @@ def bench(
             convert.convert(str(fetch()), Path(model), convert.Quantization.of(None, None, None))
         flags = {"model.path": model, "data.path": data or str(story.data_folder()), "train.epochs": 1.0}
         resolved = configuration.load(None, (*DEMO, *settings), flags)
+        if isinstance(resolved.train.trunk_cache, int):
+            raise UserError(
+                f"train.trunk_cache {resolved.train.trunk_cache} has no effect: mlxtune bench trains one epoch, in "
+                "which no row comes twice",
+                "Leave it out here; mlxtune train takes it, with train.epochs of more than 1.",
+            )
         ratio = None
         thrown: list[Thrown] = []
         if parts:

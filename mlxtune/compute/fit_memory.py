@@ -33,7 +33,7 @@ from mlxtune.compute.memory.kernels import Device
 from mlxtune.compute.memory.step import RunOptions, StepSizes
 from mlxtune.compute.precision import copies, in_float32
 from mlxtune.compute.proof import FEWEST_TOKENS, MAX_TOKENS, Room
-from mlxtune.compute.trunk_choice import OF_WHOLE_ROWS, budget_for
+from mlxtune.compute.trunk_choice import OF_WHOLE_ROWS, against_room, budget_for, bytes_of_all
 from mlxtune.compute.trunk_states import NOTHING, Budget
 from mlxtune.config.resolve import Config
 from mlxtune.config.schema import TrainSection
@@ -222,6 +222,11 @@ def _with_budget(given: Given, run: Fitted) -> Fitted:
     if isinstance(run.memory, memory.Memory):
         spare = (given.limit or int(SHARE * backend.working_set_bytes())) - run.memory.total
     budget, kept = budget_for(run.config, run.rows, given.model_config, given.dtype, spare)
+    wanted = bytes_of_all(run.rows, given.model_config, given.dtype)
+    if against := against_room(run.way, given.model, run.config, run.rows, budget, wanted):
+        whole = fit(given, replace(run.way, frozen=0, beside=0), run.config, run.rows)
+        anew = f"the first {run.way.frozen} blocks are computed anew in each epoch: {against}"
+        return replace(whole, notes=[*run.notes, *whole.notes, anew])
     if isinstance(run.memory, memory.Memory):
         run = replace(run, memory=replace(run.memory, trunk_cache=budget.memory))
     return replace(run, budget=budget, notes=[*run.notes, f"what the first {run.way.frozen} blocks give is {kept}"])
