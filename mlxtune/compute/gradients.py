@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -156,6 +156,7 @@ def as_said(model: nn.Module, way: Way, to_compute: Stages | None = None) -> Ite
         as_powers_of_two(way.powers),
         attention.in_chunks(way.queries) as masks,
     ):
+        blocks: AbstractContextManager[Any]
         if way.tokens:
             blocks = pieces.recomputed(model, way.tokens, way.nested, masks, to_compute)
         else:
