@@ -14,15 +14,18 @@ from test_forest import random_rows
 from ways import MIXTURES, SHAPES, assert_close, make
 
 from mlxtune.compute import prefix, proof
+from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.proof import Room, Verdict
+from mlxtune.config import resolve as configuration
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset import forest
-from mlxtune.data.dataset.batches import Batch, collate
+from mlxtune.data.dataset.batches import Batch, Plan, collate
 from mlxtune.data.dataset.measured import ListedExamples
 from mlxtune.model import linux_cpu
 from mlxtune.model.prefix_cache import PrefixCache
+from mlxtune.train.choice import choose
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +151,29 @@ def test_a_proof_has_branches_at_several_depths_where_a_row_gives_several_exampl
     trunk, *branches = passes.passes
     assert trunk.is_trunk and min(each.start for each in branches) < trunk.width == max(each.start for each in branches)
     assert batch.mask[:, 1:].any(axis=1).all()
+
+
+def test_a_proof_has_branches_at_several_depths_where_a_batch_of_the_run_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of one example each, which nobody sorted by what they begin with."""
+    found = peaks.conversation(6, vocabulary=300)
+
+    def depths(batches: list[list[int]]) -> int:
+        batch = proof.rows_for(found, Way(prefix=0), False, batches=batches)
+        return len({each.start for each in prefix.forest_of_batch(batch, 0).passes if not each.is_trunk})
+
+    assert depths([]) == depths([[0], [5, 4]]) == 1  # two rows leave one trunk where they part
+    assert depths([[0], [5, 0, 3, 1]]) > 1
+    config = configuration.load(None, ("train.batch_rows=6", "data.group_by_prefix=false"))
+    plan = Plan(found, config.train)
+    seen = []
+    monkeypatch.setattr(proof, "prove", lambda model, way, batch, *rest: (seen.append(batch), proof.Verdict())[1])
+    chosen = choose(Given(make("llama"), {}, mx.float32), config, plan)
+    assert chosen.way.prefix is not None
+    assert len({each.start for each in prefix.forest_of_batch(seen[0], 0).passes if not each.is_trunk}) > 1
+    whole = proof.rows_for(found, Way(), False, batches=[[5, 0, 3, 1]])
+    assert len(whole.rows) == proof.ROWS  # a way that shares nothing is proven on whole rows
 
 
 # Faults that are planted.

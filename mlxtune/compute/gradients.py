@@ -163,6 +163,7 @@ def as_said(model: nn.Module, way: Way, to_compute: Stages | None = None) -> Ite
         as_powers_of_two(way.powers),
         attention.in_chunks(way.queries) as masks,
     ):
+        blocks: AbstractContextManager[Any]
         if way.tokens:
             blocks: AbstractContextManager[Any] = pieces.recomputed(model, way.tokens, way.nested, masks, to_compute)
         else:

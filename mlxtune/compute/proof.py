@@ -13,7 +13,7 @@ counts against what the plain way differs from itself by, rows together and one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -297,12 +297,18 @@ def _not_finite(sums: Sums) -> str:
     return ""
 
 
-def rows_for(examples: Sequence[Example], way: Way, grouped: bool, tokens: int = MAX_TOKENS) -> Batch:
+def rows_for(
+    examples: Sequence[Example],
+    way: Way,
+    grouped: bool,
+    tokens: int = MAX_TOKENS,
+    batches: Iterable[list[int]] = (),
+) -> Batch:
     """Two real rows: the longest ones, so that sliding windows are passed where the data passes them, as far as the
     plain way's logits fit the memory. Where rows are grouped, those that share the most: up to three of one
-    conversation, which branch off a trunk at different depths.
+    conversation, or else of one of the run's own batches, which branch off a trunk at different depths.
 
-    tokens: of a row, at most.
+    tokens: of a row, at most; batches: some micro-batches of the run, as numbers of examples.
     """
     if way.split is not None:
         logits = ROWS * COPIES * 4 * max(1, way.split.vocabulary)  # bytes of one token of each row
@@ -312,6 +318,15 @@ def rows_for(examples: Sequence[Example], way: Way, grouped: bool, tokens: int =
     conversation = _of_one_row(examples) if grouped else []
     if conversation and way.prefix is not None:
         return _branching(examples, conversation, tokens)
+    if way.prefix is not None:
+        for batch in batches:
+            leaving = _of_several_depths(examples, batch, way.prefix)
+            if not leaving:
+                continue
+            found = _branching(examples, leaving, tokens)
+            passes = prefix.forest_of_batch(found, way.prefix).passes
+            if len({each.start for each in passes if not each.is_trunk}) > 1:  # also as they were cut
+                return found
     shared = way.prefix
     if grouped:
         pairs = [group[:2] for group in groups(examples, MIN_GROUP_TOKENS)]
@@ -337,6 +352,23 @@ def _of_one_row(examples: Sequence[Example]) -> list[int]:
     row = int(longest.argmax())
     first, last = int(firsts[row]), int(firsts[row] + counts[row]) - 1
     return sorted({first, (first + last) // 2, last}, reverse=True)
+
+
+def _of_several_depths(examples: Sequence[Example], batch: list[int], of_run: int) -> list[int]:
+    """Up to three examples of a micro-batch that leave one trunk at different depths, the deepest first; []: none do.
+    of_run: as in `prefix.forest_of_batch`.
+    """
+    passes = prefix.forest_of_batch(collate(examples, batch), of_run).passes
+    for number, trunk in enumerate(passes):
+        if not trunk.is_trunk:
+            continue
+        branches = [each for each in passes if each.leaves == number and not each.is_trunk]
+        at_depth = {each.start: batch[each.rows[0]] for each in branches}
+        depths = sorted(at_depth, reverse=True)
+        if len(depths) > 1:
+            chosen = {depths[0], depths[len(depths) // 2], depths[-1]}
+            return [at_depth[depth] for depth in sorted(chosen, reverse=True)]
+    return []
 
 
 def _branching(examples: Sequence[Example], conversation: list[int], tokens: int) -> Batch:

@@ -7,6 +7,7 @@ needs more, gets smaller batches or checkpointing, and those are part of what is
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import mlx.core as mx
 
@@ -21,6 +22,7 @@ from mlxtune.machine import backend, gpu_errors
 from mlxtune.train.events import Listener, nobody
 from mlxtune.train.ranks import ALONE, Ranks
 
+LOOKED_AT = 16  # micro-batches of a run, for rows that share at several depths
 PROVING = "proving the fast ways on this model and rows"  # which may take most of a minute
 
 
@@ -111,7 +113,8 @@ class _Search:
     def _proven(self, run: Fitted, room: Room) -> Verdict:
         """Proven on rows of the run that take no more than `room`."""
         examples = self.rows.examples
-        batch = proof.rows_for(examples, run.way, self.rows.shares, room.tokens)
+        batches = islice(run.rows.micro_batches(), LOOKED_AT)
+        batch = proof.rows_for(examples, run.way, self.rows.shares, room.tokens, batches)
         verdict = proof.prove(self.given.model, run.way, batch, self.given.dtype, room)
         if verdict.wrong:
             return verdict
