@@ -100,17 +100,15 @@ def test_a_run_is_made_to_fit_by_checkpointing_and_then_by_smaller_micro_batches
 
 
 def test_a_budget_of_tokens_is_halved_too() -> None:
-    sections = list(fit_memory._smaller_settings(TrainSection(batch_tokens=100, accumulate=3), widest=20))
+    sections = list(smaller_settings(TrainSection(batch_tokens=100, accumulate=3), widest=20))
     assert [(section.batch_tokens, section.accumulate) for section in sections] == [
         (100, 3),
         (100, 3),
         (50, 6),
         (25, 12),
     ]
-    assert (
-        len(list(fit_memory._smaller_settings(TrainSection(batch_tokens=100), widest=60))) == 2
-    )  # a row is not cut in two
-    assert [section.batch_rows for section in fit_memory._smaller_settings(TrainSection(batch_rows=6), 60)] == [
+    assert len(list(smaller_settings(TrainSection(batch_tokens=100), widest=60))) == 2  # a row is not cut in two
+    assert [section.batch_rows for section in smaller_settings(TrainSection(batch_rows=6), 60)] == [
         6,
         6,
         3,

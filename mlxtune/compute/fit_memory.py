@@ -17,7 +17,7 @@ The same prediction says how much a proof may take (`proof_room`) and how large 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,11 +33,12 @@ from mlxtune.compute.memory.kernels import Device
 from mlxtune.compute.memory.step import RunOptions, StepSizes
 from mlxtune.compute.precision import copies, in_float32
 from mlxtune.compute.proof import FEWEST_TOKENS, MAX_TOKENS, Room
+from mlxtune.compute.smaller_settings import smaller_settings
 from mlxtune.compute.trunk_choice import OF_WHOLE_ROWS, against_room, budget_for, bytes_of_all
 from mlxtune.compute.trunk_states import NOTHING, Budget
 from mlxtune.config.resolve import Config
 from mlxtune.config.schema import TrainSection
-from mlxtune.data.dataset.batches import DEFAULT_ROWS, EVALUATION_TOKENS, Plan, collate, lengths_of
+from mlxtune.data.dataset.batches import EVALUATION_TOKENS, Plan, collate, lengths_of
 from mlxtune.data.dataset.forest import Forest, Pass
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
@@ -191,7 +192,7 @@ def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = 
         may_divide = not reason
         if reason and in_pieces(config.train):
             about_pieces.append(f"blocks are checkpointed with whole rows: {reason}")
-    for number, section in enumerate(_smaller_settings(config.train, widest, checkpoints, may_divide)):
+    for number, section in enumerate(smaller_settings(config.train, widest, checkpoints, may_divide)):
         if number == 0:
             batches = rows
         else:
@@ -364,41 +365,3 @@ def window_of(model_config: Mapping[str, Any]) -> int:
     sizes = {**model_config, **model_config.get("text_config", {})}
     used = sizes.get("use_sliding_window") is not False
     return int(sizes.get("sliding_window") or 0) if used else 0
-
-
-def _smaller_settings(
-    section: TrainSection, widest: int, checkpoints: bool = True, may_divide: bool = False
-) -> Iterator[TrainSection]:
-    """The section as it is, then with checkpointing if that may be, then with ever smaller micro-batches and more of
-    them, down to one example of the widest. A step keeps its number of rows. Then, if blocks may be divided and the
-    widest is more than a piece, in pieces, and nested.
-    """
-    yield section
-    asked = section.checkpoint_layers
-    if checkpoints and not in_pieces(section):
-        section = section.model_copy(update={"checkpoint_layers": "all"})
-        yield section
-    smallest = section
-    for smaller in _smaller_batches(section, widest):
-        smallest = smaller
-        yield smaller
-    if may_divide and widest > pieces.TOKENS:
-        for how in ("pieces", "nested"):
-            if asked not in (how, "nested"):
-                yield smallest.model_copy(update={"checkpoint_layers": how})
-
-
-def _smaller_batches(section: TrainSection, widest: int) -> Iterator[TrainSection]:
-    """Ever smaller micro-batches, and more of them."""
-    accumulate = section.accumulate
-    tokens = section.batch_tokens
-    if tokens:
-        while tokens >= 2 * widest:
-            tokens, accumulate = tokens // 2, accumulate * 2
-            yield section.model_copy(update={"batch_tokens": tokens, "accumulate": accumulate})
-        return
-    rows = section.batch_rows or DEFAULT_ROWS
-    while rows > 1:
-        parts = 2 if rows % 2 == 0 else rows  # an odd number of rows is cut into single ones
-        rows, accumulate = rows // parts, accumulate * parts
-        yield section.model_copy(update={"batch_rows": rows, "accumulate": accumulate})

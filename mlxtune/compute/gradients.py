@@ -165,7 +165,7 @@ def as_said(model: nn.Module, way: Way, to_compute: Stages | None = None) -> Ite
     ):
         blocks: AbstractContextManager[Any]
         if way.tokens:
-            blocks: AbstractContextManager[Any] = pieces.recomputed(model, way.tokens, way.nested, masks, to_compute)
+            blocks = pieces.recomputed(model, way.tokens, way.nested, masks, to_compute)
         else:
             blocks = recomputed(model, way.recompute, to_compute)
         with blocks:
