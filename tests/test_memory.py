@@ -18,6 +18,7 @@ from mlxtune.compute import fit_memory
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.loss import Way
 from mlxtune.compute.prefix import forest_of_batch
+from mlxtune.compute.smaller_settings import smaller_settings
 from mlxtune.config import resolve as configuration
 from mlxtune.config.resolve import TrainSection
 from mlxtune.data.chat.masking import Example
