@@ -220,7 +220,9 @@ def test_written_templates_supervise_every_letter_of_the_assistant_and_no_other_
     assert foreign(text) == ""
     if name in ENDS:
         assert all(run.endswith(ENDS[name]) for run in found)
-        assert len(found) == sum(message["role"] == "assistant" for message in messages)
+        turns = sum(message["role"] == "assistant" for message in messages)
+        dropped = sum(damage.kind == "content" for damage in example.damage)  # texts that end in </think>, in Qwen's
+        assert turns - dropped <= len(found) <= turns
     assert [text.count(letter) for letter in LETTERS["assistant"]] == [
         printed.count(letter) for letter in LETTERS["assistant"]
     ]

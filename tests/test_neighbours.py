@@ -89,7 +89,16 @@ def _data(here: Path) -> dict[str, Path]:
     values = {"data": {"template_kwargs": dict(zip(texts, texts, strict=True))}, "train": {"sample_prompts": texts[:2]}}
     for name, value in (("values", values), ("keys", {"lora": dict.fromkeys(texts, 1)}), ("sections", {ALL: 1})):
         (here / f"{name}.yaml").write_text(json.dumps(value))
-    return {"data": data, "said": tiny.write_jsonl(here / f"{hostile.name(7)}.jsonl", rows), "table": table}
+    asked = [
+        {"messages": [{"role": "user", "content": text}], "reference": text, "checks": ["exact"]} for text in texts[:8]
+    ]
+    suite = tiny.write_jsonl(here / f"suite{hostile.name(9)}.jsonl", asked)
+    return {
+        "suite": suite,
+        "data": data,
+        "said": tiny.write_jsonl(here / f"{hostile.name(7)}.jsonl", rows),
+        "table": table,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +141,11 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("a template's refusal", "generate", "--model", at["refusing"], "--prompt", ALL[:400])
     talk = [("leave", "/system be brief\n"), ("forgotten", "/quit\n")]
     step("chat", "chat", *tuned, typed=talk)
+    evaluations = [here / f"{name}{hostile.name(8)}" for name in ("first", "second")]
+    for name, out in zip(("eval --suite", "eval --suite again"), evaluations, strict=True):
+        step(name, "eval", *tuned, "--suite", at["suite"], "--max-tokens", "3", "--out", out)
+    step("compare", "compare", *evaluations)
+    step("rate", "rate", evaluations[0], typed=[("1", "q\n")])
     step("fuse", "fuse", *tuned, "--out", at["fused"])
     step("fuse --force", "fuse", *tuned, "--out", at["fused"], "--force", "--no-verify")
     step("fuse over theirs", "fuse", *tuned, "--out", theirs, "--force")
@@ -161,7 +175,21 @@ REFUSED = (
 )
 DONE = (
     *("convert", "data show", "data show --json", "data check", "data check of a folder", "data convert"),
-    *("train --dry-run", "train", "train --resume", "runs", "eval", "generate", "chat", "fuse", "fuse --force"),
+    *(
+        "train --dry-run",
+        "train",
+        "train --resume",
+        "runs",
+        "eval",
+        "eval --suite",
+        "eval --suite again",
+        "compare",
+        "rate",
+        "generate",
+        "chat",
+        "fuse",
+        "fuse --force",
+    ),
     *("export peft", "export hf", "export gguf", "export gguf-lora", "verify", "convert an adapter", "doctor"),
 )
 STOPPED = ("train, Ctrl-C",)
