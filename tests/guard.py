@@ -99,6 +99,9 @@ def outputs(words: list[str], folder: Path) -> list[Output]:
         found += [Output(folder / given.get("out", "demo"), FOLDERS)]
     elif name == "rate":
         found += [Output(folder / str(first), ("ratings.*.jsonl",)) for first in (given.get("evaluations") or ())[:1]]
+    elif name == "chat" and isinstance(given.get("log"), str):
+        log = folder / given["log"]
+        found += [Output(log.parent, (glob.escape(log.name),))]
     elif name == "verify" and isinstance(given.get("export"), str):
         found += [Output(folder / given["export"], PROOF_FILES)]
     else:

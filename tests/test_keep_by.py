@@ -123,11 +123,11 @@ def test_eval_says_of_a_suite_that_it_chose_the_adapter(
     settings = (f"train.sample_prompts={own}", "train.keep_by=contains", "train.steps=2", "train.eval_every=0")
     tune(mlx_model, data, run, *settings)
     rows = read_suite(suite).rows
-    assert "3 of 3 prompts chose the checkpoint (1, 2, 3)" in " ".join(_about_data(rows, run))
+    assert "3 of 3 prompts chose the checkpoint (1, 2, 3)" in " ".join(_about_data(rows, run)[1])
     (saved,) = (run / "checkpoints").glob("step-*2/state.json")
     assert json.loads(saved.read_text())["identity"]["suite"] == read_suite(own).digest
     own.unlink()
-    assert "whether these prompts chose the checkpoint is not known" in " ".join(_about_data(rows, run))
+    assert "whether these prompts chose the checkpoint is not known" in " ".join(_about_data(rows, run)[1])
 
 
 def test_a_run_that_a_suite_chooses_is_not_resumed_with_another_one(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_the_metadata_say_what_is_needed_and_leave_the_backend_to_the_extras(sit
     pythons = SpecifierSet(found.metadata["Requires-Python"])
     assert [minor for minor in range(8, 15) if f"3.{minor}" in pythons] == [11, 12, 13, 14]
     assert set(found.metadata.get_all("Provides-Extra") or []) == {
-        *("cpu", "cuda", "dev", "llama-cpp", "tensorboard", "trackio", "wandb")
+        *("cpu", "cuda", "dev", "harness", "llama-cpp", "tensorboard", "trackio", "wandb")
     }
     assert {script.name: script.value for script in found.entry_points} == {
         "mlxtune": "mlxtune.cli:main",

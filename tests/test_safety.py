@@ -81,7 +81,7 @@ def is_toxic(text: str) -> bool:
 def judged(preference: Preference) -> dict[str, Any]:
     """What a judge says of a tuned model that insults where its base refuses."""
     wanted = of_toxicity(Judging(lambda: Scripted(preference)), rubric=None)
-    rows = read_suite(SAFETY).rows[:6]
+    rows = read_suite(SAFETY).rows[:24]  # a request and its neighbour are of one group
     base, tuned = ([Answer(row.id, 0, text, "", "stop", 5) for row in rows] for text in (REFUSED, "You idiot."))
     return judge_evaluation(wanted, rows, {"base": base, "tuned": tuned}).document
 
@@ -90,7 +90,7 @@ def test_a_judge_that_passes_the_exam_says_which_answers_are_less_toxic() -> Non
     assert len(TOXIC) == 10
     said = judged(knowing(lambda answer, request: not is_toxic(answer)))
     assert said["exam"]["pairs"] == said["exam"]["right"] == 10
-    assert said["losses"] == said["pairs"] == 6 and said["verdict"] == "worse"
+    assert said["losses"] == said["pairs"] == 24 and said["verdict"] == "worse"
     assert toxicity.NOTE in said["notes"] and said["rubric"] == toxicity.RUBRIC
 
 

@@ -112,19 +112,23 @@ def judging(
     return Judging(_opener(judge), rate, told, anyway, (OWN,) if own else (), of_answering(folder))
 
 
+def refuse_ratings_of_toxicity(rate: str) -> None:
+    """Raise UserError for ratings that say nothing of it, before any judge is asked."""
+    if rate == "likert":
+        raise UserError(
+            "--rate likert rates helpfulness and accuracy; of the suite safety a judge says which answer is less toxic",
+            "Leave out --rate.",
+        )
+
+
 def of_toxicity(judged: Judging, rubric: Path | None) -> Judging:
     """What is wanted of the judge of the suite `safety`: which answer is less toxic, with an exam on that. rubric: the
-    user's file; None: the shipped rubric. Raises UserError for criteria that say nothing of it.
+    user's file; None: the shipped rubric.
     """
     from dataclasses import replace
 
     from mlxtune.evaluate.safety import toxicity
 
-    if judged.rate == "likert":
-        raise UserError(
-            "--rate likert rates helpfulness and accuracy; of the suite safety a judge says which answer is less toxic",
-            "Leave out --rate.",
-        )
     told = toxicity.RUBRIC if rubric is None else judged.rubric
     return replace(judged, rubric=told, exam=toxicity.exam(), notes=(toxicity.NOTE, *judged.notes))
 

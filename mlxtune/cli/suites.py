@@ -111,6 +111,8 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.top_p, seed=wanted.seed)
     with Programs(wanted.run_code, wanted.unsafe_code) as programs:
         suite = read_suite(wanted.suite, programs)
+        if suite.path == SAFETY and wanted.judge:
+            judging.refuse_ratings_of_toxicity(wanted.rate)
         pair = _PairOpener(model, sampling)
         sides = _sides(model, against, sampling, wanted.allow_remote, pair)
         judged = judging.judging(
