@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxtune.cli import common, suites, tuned
-from mlxtune.cli.options import Need, OptionFor
+from mlxtune.cli.options import Need, OptionFor, with_options
 from mlxtune.cli.suite_options import A_FOLDER
 from mlxtune.cli.suites import Party
 from mlxtune.errors import UserError
@@ -63,9 +63,7 @@ def benchmark_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Download from the hub what DIR has not, first.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 @dataclass(frozen=True)

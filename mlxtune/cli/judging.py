@@ -10,7 +10,7 @@ import click
 from mlxtune_convert.shown import shown_name
 
 from mlxtune.cli import common, tuned
-from mlxtune.cli.options import Need, OptionFor
+from mlxtune.cli.options import Need, OptionFor, with_options
 from mlxtune.cli.suite_options import SHORT_FOR_SUITES
 from mlxtune.errors import UserError
 
@@ -63,9 +63,7 @@ def judge_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Verdicts even of a judge that fails its exam.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)
 
 
 def judging(

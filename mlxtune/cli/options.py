@@ -11,6 +11,7 @@ and `mlxtune export --public` without --push ends with
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,3 +80,10 @@ class Command(click.Command):
             if isinstance(option, OptionFor):
                 option.refuse_if_idle(context)
         return left
+
+
+def with_options(command: Callable[..., Any], options: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """The command with some of click's options, in the order in which its help lists them."""
+    for option in reversed(options):  # click lists the one that was put on last first
+        command = option(command)
+    return command

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from mlxtune.cli.options import Need, OptionFor
+from mlxtune.cli.options import Need, OptionFor, with_options
 from mlxtune.errors import UserError
 
 SHORT_FOR_SUITES = ("forgetting", "safety")  # options that ask a suite of their own
@@ -181,6 +181,4 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Run them without a sandbox, where there is none.",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return with_options(command, options)

@@ -15,7 +15,7 @@ way, what stands for it while memory is predicted (`memory.kernels`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -44,10 +44,6 @@ class Part:
     with_all_recomputed: bool = True
     # Whether it computes the same where each position has a mask of dropout of its own.
     with_dropout: bool = True
-
-
-def _nothing(_: nn.Module) -> AbstractContextManager[None]:
-    return nullcontext()
 
 
 def _has_kernels(_: nn.Module) -> bool:

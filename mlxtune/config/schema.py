@@ -255,7 +255,7 @@ class FastSection(Section):
     )
 
     prefix: Literal["auto", "off"] = Field(
-        "auto", description="auto: tokens that all rows of a batch begin with are computed once; off: in every row"
+        "auto", description="auto: what rows of a micro-batch begin with alike is computed once; off: in every row"
     )
 
     attention: Literal["auto", "off"] = Field(
