@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import warm
@@ -20,6 +21,7 @@ OWN = re.compile(
 )
 # What would command a terminal, turn what it shows, or begin a line.
 HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+QUIET = 0.02  # seconds without a byte from the command
 Typed = list[tuple[str, str]]  # (what the terminal has shown, what is typed then), each once and in order
 
 
@@ -55,14 +57,23 @@ def ended(*words: str | Path, typed: Typed | None = None, **environment: str) ->
 
 
 def _listen(ours: int, said: list[bytes], ended: threading.Event, typed: Typed) -> None:
-    """Read what comes, until the command has ended and nothing is left; type what is to be typed."""
-    while select.select([ours], [], [], 0.02)[0] or not ended.is_set():
-        if not select.select([ours], [], [], 0)[0]:
-            continue
-        said.append(os.read(ours, 65536))
-        shown = b"".join(said[-20:]).decode(errors="replace")
-        if typed and typed[0][0] in shown:
+    """Read what comes, until the command has ended and nothing is left; type what is to be typed.
+
+    The terminal repeats what is typed at once, amid what the command is still writing: between the bytes of one
+    character, if it falls so. As a person would, this waits until nothing more comes, QUIET seconds long.
+    """
+    due = None  # when to type at the latest, of a command that never falls silent
+    while select.select([ours], [], [], QUIET)[0] or not ended.is_set():
+        if select.select([ours], [], [], 0)[0]:
+            said.append(os.read(ours, 65536))
+            shown = b"".join(said[-20:]).decode(errors="replace")
+            if due is None and typed and typed[0][0] in shown:
+                due = time.monotonic() + 1
+            if due is None or time.monotonic() < due:
+                continue
+        if due is not None:
             os.write(ours, typed.pop(0)[1].encode())
+            due = None
 
 
 def obeyed(text: str) -> list[str]:

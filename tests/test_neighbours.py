@@ -145,7 +145,7 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for name, out in zip(("eval --suite", "eval --suite again"), evaluations, strict=True):
         step(name, "eval", *tuned, "--suite", at["suite"], "--max-tokens", "3", "--out", out)
     step("compare", "compare", *evaluations)
-    step("rate", "rate", evaluations[0], typed=[("1", "q\n")])
+    step("rate", "rate", evaluations[0], typed=[("> ", "q\n")])
     step("fuse", "fuse", *tuned, "--out", at["fused"])
     step("fuse --force", "fuse", *tuned, "--out", at["fused"], "--force", "--no-verify")
     step("fuse over theirs", "fuse", *tuned, "--out", theirs, "--force")
