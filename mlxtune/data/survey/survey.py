@@ -23,7 +23,7 @@ from mlxtune.data.dataset.beginnings import common
 from mlxtune.data.dataset.store_writing import Progress
 from mlxtune.data.rows.formats import Record, chunks
 from mlxtune.data.rows.readers import Bad
-from mlxtune.data.survey import lint, report, subjects
+from mlxtune.data.survey import consistency, lint, report, subjects
 from mlxtune.data.survey.markup import Markup
 from mlxtune.data.survey.split_survey import SplitSurvey
 
@@ -45,6 +45,8 @@ def survey(config: Config, renderer: Renderer, progress: Progress) -> dict[str, 
             if split == "train":
                 out.find_unused(sources.unused(found))
             splits[name] = out
+    _find_few(splits)
+    _find_styles(splits)
     for name, other in splits.items():
         for trained, train in splits.items():
             if trained.startswith("train") and not name.startswith("train"):
@@ -94,11 +96,17 @@ def _count(out: SplitSurvey, record: Record) -> None:
     if messages:
         out.answers[sum(message["role"] == "assistant" for message in messages)] += 1
         out.tasks[subjects.task_of(record)] += 1
+        out.talks.update(subjects.kinds_of(record))
+        out.style.add(record)
         out.systems[_system_hash(record)] += 1
     texts = [record.text or "", *(str(message["content"]) for message in messages)]
     out.scripts.update(subjects.scripts_of(" ".join(texts)))
+    made = record.fields.get("made")
+    if isinstance(made, dict):
+        out.made[str(made.get("how") or "not said")] += 1
     for code in lint.codes(record):
         out.find(code, name)
+        out.talks["refusal"] += code == "refusal"
 
 
 def _question_hash(record: Record) -> int:
@@ -175,6 +183,21 @@ def _find_duplicates(out: SplitSurvey) -> None:
     out.find_all("duplicate", is_equal)
     out.find_all("near duplicate", is_near & ~is_equal)
     out.signatures.clear()
+
+
+def _find_few(splits: dict[str, SplitSurvey]) -> None:
+    """Too few conversations to train on, in all sources together; of texts the tokens count, not the rows."""
+    trained = [split for name, split in splits.items() if name.startswith("train")]
+    conversations = sum(split.answers.total() for split in trained)
+    if 0 < conversations < lint.FEW_ROWS:
+        trained[0].find_many("few", conversations)
+
+
+def _find_styles(splits: dict[str, SplitSurvey]) -> None:
+    """Sources whose conversations are written otherwise than those of the first."""
+    styles = {name: split.style for name, split in splits.items() if name.startswith("train")}
+    for name, said in consistency.differences(styles).items():
+        splits[name].find_many("style", splits[name].style.conversations, said)
 
 
 def _find_leaks(train: SplitSurvey, other: SplitSurvey) -> None:
