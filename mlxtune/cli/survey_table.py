@@ -128,8 +128,8 @@ def _draw_lengths(out: Console, lengths: dict[str, Any]) -> None:
         if count and not bar:
             bar = "▏"
         named = " <- max_tokens" if low <= limit <= high else ""
-        line = Text(f"  {low:>8,}-{high:<8,} ", style="dim")
-        out.print(line + Text(f"{bar} {count:,}", style="red" if is_cut else "green") + Text(named, style="dim"))
+        bin_ = Text(f"  {low:>8,}-{high:<8,} ", style="dim")
+        out.print(bin_ + Text(f"{bar} {count:,}", style="red" if is_cut else "green") + Text(named, style="dim"))
 
 
 def style_line(style: dict[str, Any]) -> str:
