@@ -36,6 +36,7 @@ def _facts(split: SplitSurvey, config: Config) -> dict[str, Any]:
         turns[kind] = {"count": count, "rows": split.kinds.rows[kind]}
     return {
         "file": split.file,
+        "sample": split.sample,
         "rows": split.rows,
         "formats": dict(split.formats),
         "outcomes": _most_first(split.outcomes),

@@ -63,6 +63,7 @@ class SplitSurvey:
     name: str  # of the split, with the number of its source where a configuration lists several
     file: str  # name of its first file
     several: bool = False  # it has more than one file
+    sample: str = ""  # of which of its rows this is, in words; "": of all of them
     rows: int = 0  # all of them
     used: int = 0  # rows that give examples
     examples: int = 0  # that training would have
