@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,8 +170,7 @@ def making(wanted: Wanted, engine: Opened, identity: dict[str, Any]) -> Iterator
 
     with common.console().status("making") as status, kept_on_stop(wanted.out):
         shown_so_far = Progress(wanted.count, status.update)
-        one = Making(wanted.out, identity, engine, wanted.max_requests, wanted.force, shown_so_far)
-        with closing(one):
+        with Making(wanted.out, identity, engine, wanted.max_requests, wanted.force, shown_so_far) as one:
             yield one
 
 

@@ -159,6 +159,12 @@ class Making:
         """What a person must know of how the engine answered."""
         return list(dict.fromkeys(note for notes in self._journal.notes.values() for note in notes))
 
+    def __enter__(self) -> Making:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Let other processes have the folder."""
         self._journal.close()
