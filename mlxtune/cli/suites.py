@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,7 @@ class Wanted:
     temperature: float  # 0: no chance
     top_p: float  # nucleus
     samples: int  # answers to each prompt
+    turns: str  # one: an answer to each prompt; replay: to each turn of it
     seed: int  # of the random choices
     out: Path | None  # the folder where it is kept; None: nowhere
     min_better: tuple[str, ...]  # CHECK=X
@@ -96,6 +97,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     from mlxtune.evaluate.checks.suite import read_suite
     from mlxtune.evaluate.comparison.gate import UNMET, Gate, require_known
     from mlxtune.evaluate.engines.sampling import Sampling
+    from mlxtune.evaluate.turns import replayed
 
     model, against = Party(wanted.model, wanted.adapter), None
     model.refuse_idle("--model")
@@ -111,6 +113,8 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.top_p, seed=wanted.seed)
     with Programs(wanted.run_code, wanted.unsafe_code) as programs:
         suite = read_suite(wanted.suite, programs)
+        if wanted.turns == "replay":
+            suite = replayed(suite)
         if suite.path == SAFETY and wanted.judge:
             judging.refuse_ratings_of_toxicity(wanted.rate)
         pair = _PairOpener(model, sampling)
@@ -140,6 +144,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
         notes += [f"--against-adapter: {note}" for note in of_other]
         happened = _events(wanted.adapter)
         asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged, trained, happened, forgot)
+        asked = replace(asked, replay=wanted.turns == "replay")
         with common.console().status("answering") as status:
 
             def told(side: str, done: int, every: int) -> None:
