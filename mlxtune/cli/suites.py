@@ -138,7 +138,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
             judged = judging.of_toxicity(judged, wanted.rubric)
         forgot = None
         if wanted.forgetting is not None:
-            forgot = _forgotten(wanted.forgetting, model, against, pair)
+            forgot = _forgotten(wanted.forgetting, model, against, pair, wanted.out)
         trained, notes = _about_data(suite.rows, wanted.adapter)
         _, of_other = _about_data(suite.rows, wanted.against_adapter)
         notes += [f"--against-adapter: {note}" for note in of_other]
@@ -303,10 +303,13 @@ class _PairOpener:
         self._pair = None
 
 
-def _forgotten(spelled: str, party: Party, against: Party | None, pair: _PairOpener) -> Callable[[], dict[str, Any]]:
+def _forgotten(
+    spelled: str, party: Party, against: Party | None, pair: _PairOpener, out: Path | None
+) -> Callable[[], dict[str, Any]]:
     """What measures it, once the answers are there. Raises UserError where no base and tuned model are compared, or the
     file is missing.
     """
+    from mlxtune.evaluate.comparison.folder import FORGETTING
     from mlxtune.evaluate.forgetting.report import measure
 
     if against is not None:
@@ -318,9 +321,11 @@ def _forgotten(spelled: str, party: Party, against: Party | None, pair: _PairOpe
     if file is not None and not file.is_file():
         raise UserError(f"--forgetting {file}: no such file", "One text a line (.txt), or rows as for training.")
 
+    kept = None if out is None else out / FORGETTING
+
     def measured() -> dict[str, Any]:
         assert party.adapter is not None
-        return measure(pair().tuned.own.loaded, _template(party.adapter), party.adapter, file)
+        return measure(pair().tuned.own.loaded, _template(party.adapter), party.adapter, file, kept)
 
     return measured
 

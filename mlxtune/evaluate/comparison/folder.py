@@ -6,7 +6,8 @@
     summary.json    what `--json` prints
     times.jsonl     all that is not the same bytes when the evaluation is run again
 
-Optional: judge.jsonl and verdicts.jsonl of a judge, ratings.*.jsonl of people. Everything is paired by the prompt's id.
+Optional: judge.jsonl and verdicts.jsonl of a judge, ratings.*.jsonl of people, forgetting.jsonl of what `--forgetting`
+computes. Everything is paired by the prompt's id.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mlxtune.evaluate.engines.request import Answer, kept_answer
 
 PROMPTS, ANSWERS, SCORES, SUMMARY = "prompts.jsonl", "answers.jsonl", "scores.jsonl", "summary.json"
 VERDICTS, REPLIES, TIMES = "verdicts.jsonl", "judge.jsonl", "times.jsonl"
+FORGETTING = "forgetting.jsonl"
 EXPECTED = "a folder that `mlxtune eval --suite SUITE --out FOLDER` wrote to its end"
 DAMAGED = "The folder is damaged, or was changed by hand: run the evaluation again."
 
