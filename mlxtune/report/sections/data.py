@@ -39,21 +39,31 @@ SAMPLED = "In a sample there are fewer equal rows and leaks than in the whole: `
 def section(record: RunRecord) -> Section | None:
     """The data of a run: read again, or, where that cannot be, as the run noted it."""
     noted = recorded(record)
-    try:
-        data = surveyed.of_run(record.folder)
-        newer = surveyed.changed_since(record.folder)
-    except UserError as error:
-        reason = error.message
-    except Exception as error:  # whatever became of the files, the page is made
-        reason = f"{type(error).__name__}: {error}"
-    else:
-        warned = [callout("warning", masked(line)) for line in newer]
+    data, reason = _read_again(record)
+    if data is not None:
+        warned = [callout("warning", masked(line)) for line in surveyed.changed_since(record.folder)]
         return Section("data", "The data", joined(warned, noted, of_survey(data)))
     if not record.config and noted is None:
         return None
     said = f"The data cannot be read again: {masked(reason)}. "
     rest = "What follows is what the run noted." if noted else "The run noted nothing of it."
     return Section("data", "The data", joined(callout("warning", said, rest), noted))
+
+
+def for_programs(record: RunRecord) -> dict[str, Any] | None:
+    """The survey of a run's data, as `mlxtune data check --json` prints it; None where it cannot be read again."""
+    data, _ = _read_again(record)
+    return None if data is None else data.told
+
+
+def _read_again(record: RunRecord) -> tuple[Surveyed | None, str]:
+    """The data of a run; where it cannot be read None, and why."""
+    try:
+        return surveyed.of_run(record.folder), ""
+    except UserError as error:
+        return None, error.message
+    except Exception as error:  # whatever became of the files, the page is made
+        return None, f"{type(error).__name__}: {error}"
 
 
 def recorded(record: RunRecord) -> Html | None:
