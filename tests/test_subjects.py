@@ -66,6 +66,8 @@ SUM = "She has 4 / 2 = 2 apples.\nThen 2 + 5 = 7 apples."
     [
         (talk("Which sea?", "The North Sea."), ["closed question"]),
         (talk("Which sea?", LONG), ["open question"]),
+        (talk("Which sea?", "", "Yes?", "The North Sea."), ["closed question", "conversation"]),
+        (talk("Which sea?", ""), []),
         (talk("¿Qué mar es?", LONG), ["open question"]),
         (talk("Name a sea.", "The North Sea."), []),
         (talk("Name a sea.", SUM), ["reasoning"]),

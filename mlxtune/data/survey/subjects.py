@@ -130,10 +130,10 @@ def kinds_of(record: Record) -> list[str]:
         return []
     question = first_question(record)
     answers = [message for message in messages if message["role"] == "assistant"]
-    texts = [str(message["content"]) for message in answers]
+    texts = [message["content"] for message in answers if message["content"].strip()]  # not of calls alone
     found = []
     if texts and is_question(question):
-        is_closed = 0 < len(texts[0].split()) <= CLOSED_WORDS
+        is_closed = len(texts[0].split()) <= CLOSED_WORDS
         found.append("closed question" if is_closed else "open question")
     thinks = any(message.get("reasoning_content") or "<think>" in str(message["content"]) for message in answers)
     if thinks or STEPS.search(question[:LOOKED_AT]) or any(_calculates(text) for text in texts):
