@@ -7,6 +7,7 @@ from typing import Any
 
 from mlxtune.report import series
 from mlxtune.report.drawing.thinning import Point
+from mlxtune.report.html import for_json
 from mlxtune.report.page import Section, page
 from mlxtune.report.run_record import RunRecord, number_of
 from mlxtune.report.secrets import masked
@@ -34,10 +35,16 @@ def of_run(record: RunRecord, evaluations: Sequence[Any] = (), others: Sequence[
     return page(f"Run {record.name}", lead, there, for_programs(record, drawn, shipped), live)
 
 
+def as_json(record: RunRecord) -> dict[str, Any]:
+    """What the page of a run shows, for programs: texts, numbers, lists and mappings, and None for what is no number."""
+    shown: dict[str, Any] = for_json(for_programs(record, series.of_run(record), exports.found(record)))
+    return shown
+
+
 def for_programs(record: RunRecord, drawn: Mapping[str, Sequence[Point]], shipped: Sequence[Export]) -> dict[str, Any]:
     """What the page shows, with all digits: what `mlxtune report --json` prints, and what the page holds as JSON.
 
-    curves: name -> [[step, value], ...], thinned as they are drawn; null is a gap.
+    curves: name -> [[step, value], ...], as `series.of_run` has them; null is a gap.
     """
     best = record.best
     return {
