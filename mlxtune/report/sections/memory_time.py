@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from mlxtune_convert.sizes import size
@@ -93,4 +94,6 @@ def said(seconds: float) -> str:
 
 
 def _sum(happened: Sequence[Event], name: str) -> float:
-    return sum(number_of(event, name) or 0.0 for event in happened)
+    """0: none of them says, or a damaged file says what no sum holds."""
+    total = sum(number_of(event, name) or 0.0 for event in happened)
+    return total if math.isfinite(total) else 0.0
