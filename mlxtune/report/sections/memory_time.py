@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from mlxtune_convert.sizes import size
@@ -21,6 +20,9 @@ PARTS = {
     "eval": "evaluations",
     "checkpoint": "checkpoints",
 }
+
+
+MOST = 1e15  # seconds or tokens of one event: no run has more
 
 
 def section(record: RunRecord) -> Section | None:
@@ -94,6 +96,5 @@ def said(seconds: float) -> str:
 
 
 def _sum(happened: Sequence[Event], name: str) -> float:
-    """0: none of them says, or a damaged file says what no sum holds."""
-    total = sum(number_of(event, name) or 0.0 for event in happened)
-    return total if math.isfinite(total) else 0.0
+    """Of what events count or measure; numbers that are neither, out of a damaged file, are left out."""
+    return sum(number for event in happened if 0 <= (number := number_of(event, name) or 0.0) <= MOST)
