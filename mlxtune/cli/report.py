@@ -26,7 +26,7 @@ def report(run: Path, out: Path | None, is_opened: bool, as_json: bool, force: b
 
     \b
     mlxtune report run
-    mlxtune report run --out page.html --open
+    mlxtune report run --out page.html
     mlxtune report run --json
     """
     from mlxtune.errors import UserError
