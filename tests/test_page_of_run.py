@@ -233,6 +233,23 @@ def test_a_missing_or_foreign_file_is_said(name: str, content: str | None, expec
     assert ("newer_key" in text) == ("newer_key" in (content or ""))  # what it says is shown
 
 
+def test_answers_to_sample_prompts_are_shown_as_they_were_first_and_last(tmp_path: Path) -> None:
+    key = "sk-" + "aB3dE5fG7h" * 4
+
+    def answers(step: int, *texts: str) -> dict[str, Any]:
+        samples = [{"prompt": f"question {at}", "answer": text} for at, text in enumerate(texts)]
+        return pages.evaluated(step, 1.0, samples=samples)
+
+    events = [pages.begun(3), answers(0, "first", "x" * 5_000), pages.event(1), answers(1, "halfway", "")]
+    events += [pages.event(2), pages.evaluated(2, 1.0), pages.event(3), answers(3, f"the key is {key}", "")]
+    page = made(tmp_path, events)
+    text = page_readers.said(page)
+    assert "question 0at step 0firstat step 3the key is" in text and "halfway" not in text
+    assert "1,000 more characters" in text and "at step 3(nothing)" in text
+    assert key not in page
+    assert "Answers during the run" not in page_readers.said(made(tmp_path / "without", pages.told(3)))
+
+
 STRANGE = [None, True, -1, 1e308, "x", [1], {"a": None}, 10**400, float("nan")]
 
 

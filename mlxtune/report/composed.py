@@ -16,7 +16,7 @@ from mlxtune.report.html import for_json
 from mlxtune.report.page import Section, page
 from mlxtune.report.run_record import RunRecord, number_of
 from mlxtune.report.secrets import masked
-from mlxtune.report.sections import configuration, curves, exports, memory_time, said, verdict
+from mlxtune.report.sections import configuration, curves, during, exports, memory_time, said, verdict
 from mlxtune.report.sections.exports import Export
 
 
@@ -30,6 +30,7 @@ def of_run(record: RunRecord, evaluations: Sequence[Any] = (), others: Sequence[
     shipped = exports.found(record)
     sections: list[Section | None] = [
         curves.section(record, drawn),
+        during.section(record),
         memory_time.section(record),
         exports.section(shipped),
         configuration.section(record),
