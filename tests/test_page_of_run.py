@@ -87,7 +87,7 @@ STORIES: dict[str, tuple[Events, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "killed": (
         of(9, without=("end",)),
-        ("It ended without a word: it was killed", "mlxtune train --resume"),
+        ("It ended without a word: it was killed, or the machine stopped; it left no checkpoint.",),
         ("It was interrupted",),
     ),
     "killed before the end": (
@@ -97,8 +97,13 @@ STORIES: dict[str, tuple[Events, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "interrupted": (
         [*of(9, without=("end",)), {"kind": "end", "step": 9, "state": "interrupted"}],
-        ("It was interrupted:",),
+        ("It was interrupted; it left no checkpoint.",),
         ("without a word",),
+    ),
+    "its GPU failed": (
+        [*of(9, without=("end",)), {"kind": "end", "step": 9, "state": "interrupted", "reason": "out of memory"}],
+        ("It was interrupted (out of memory); it left no checkpoint.",),
+        (),
     ),
     "failed": (
         [*of(9, without=("end",)), {"kind": "end", "step": 9, "state": "failed"}],
@@ -165,6 +170,14 @@ def test_the_page_says_what_happened(story: str, tmp_path: Path) -> None:
         assert sentence in text
     for sentence in absent:
         assert sentence not in text
+
+
+def test_a_run_that_can_go_on_is_told_so(tmp_path: Path) -> None:
+    folder = pages.write(tmp_path / "run", of(9, without=("end",)))
+    (folder / "checkpoints" / "step-0000005").mkdir(parents=True)
+    assert "or the machine stopped; mlxtune train --resume goes on with it." in page_readers.said(
+        of_run(read_run(folder))
+    )
 
 
 def test_a_run_that_goes_on_is_not_called_killed(tmp_path: Path) -> None:
