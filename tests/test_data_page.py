@@ -108,7 +108,7 @@ def test_texts_of_others_are_text_on_the_page_and_their_secrets_are_hidden(token
     pages = []
     for texts in (wild, ["x" * len(text) for text in wild]):
         whole = "".join(texts)
-        row = chat(whole, f"{KEY} {whole}", made={"how": texts[0]})
+        row = chat(whole, f"{KEY} {whole}", made={"how": f"{texts[0]} {KEY}"})
         row["messages"][0] |= {texts[2]: whole}  # a key that nothing reads: the finding names it
         found = looked_at([row, chat(whole, "An answer.")], tokenizer, tmp_path, limit=100_000)
         pages.append(data_page.of_data(texts[0], texts[1], found))
@@ -222,6 +222,16 @@ def test_where_the_data_is_gone_the_page_says_so_and_shows_what_the_run_noted(ow
     assert "The data cannot be read again" in page and "What follows is what the run noted" in page
     assert "train: rows equal to an earlier one" in page and "dropped: AKIA…" in page and KEY not in page
     shutil.rmtree(own_run)
+
+
+def test_whatever_becomes_of_the_files_the_page_of_a_run_is_made(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(folder: Path) -> Surveyed:
+        raise RuntimeError(f"{folder.name} fell apart")
+
+    monkeypatch.setattr(surveyed, "of_run", broken)
+    assert "The data cannot be read again: RuntimeError: run fell apart" in of_run(own_run)
 
 
 def test_data_check_writes_a_page_and_replaces_nothing_but_pages(tokenizer_folder: Path, tmp_path: Path) -> None:
