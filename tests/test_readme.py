@@ -104,8 +104,9 @@ class Ended:
 
 def destination(words: list[str]) -> str | None:
     """What a command is to write, by its words."""
-    if "--out" in words:
-        return words[words.index("--out") + 1]
+    for option in ("--out", "--html"):
+        if option in words:
+            return words[words.index(option) + 1]
     for verb in ("convert", "to-peft", "to-mlx", "to-hf"):
         if verb in words:
             return words[words.index(verb) + 2]
