@@ -10,7 +10,22 @@ from mlxtune_convert.cli import say_error, status_of
 from mlxtune_convert.shown import shown_name
 
 import mlxtune
-from mlxtune.cli import bench, chat, compare, convert, data, demo, doctor, evaluate, make, rate, runs, ship, train
+from mlxtune.cli import (
+    bench,
+    chat,
+    compare,
+    convert,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    make,
+    make_instructions,
+    rate,
+    runs,
+    ship,
+    train,
+)
 from mlxtune.cli.streams import Surviving
 from mlxtune.errors import Interrupted
 from mlxtune.machine import gpu_errors
@@ -23,6 +38,7 @@ SECTIONS: dict[str, list[click.Command]] = {
     "Use": [chat.generate, chat.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],
 }
+MAKERS: list[click.Command] = [make_instructions.instructions]  # the commands of `make`
 
 
 class Sectioned(click.Group):
@@ -50,6 +66,8 @@ def cli() -> None:
 for _commands in SECTIONS.values():
     for _command in _commands:
         cli.add_command(_command)
+for _maker in MAKERS:
+    make.make.add_command(_maker)
 
 
 def main(args: list[str] | None = None) -> NoReturn:
