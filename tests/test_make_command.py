@@ -15,6 +15,7 @@ import pytest
 import tiny
 from made import Scripted, Talking, lines, opened
 
+from mlxtune.cli.make import Progress
 from mlxtune.make.filters import Limits
 from mlxtune.make.folder import Making
 from mlxtune.make.guard import Guard
@@ -129,6 +130,26 @@ def test_engines_with_the_same_answers_make_the_same_rows_but_for_their_names(
     served, names = rows("served")
     assert names == {f"{server.url}#tiny"}
     assert rows("replayed") == (served, {"replay:journal.jsonl"}) and rows("scripted") == (served, {"scripted"})
+
+
+def test_a_making_that_may_ask_no_more_ends_well_says_so_and_goes_on_when_it_may(seeds: Path, tmp_path: Path) -> None:
+    engine = Scripted(lambda request: says(request.messages[-1]["content"]))
+    with Making(tmp_path / "first", {"how": "instructions"}, opened(engine)) as one:
+        SelfInstruct(one, read_seeds(seeds), Limits(), Guard(), 3, 0).run(5)
+    line = words(seeds, f"replay:{tmp_path / 'first' / 'journal.jsonl'}", tmp_path / "made", "--at-once", "3")
+    told = tiny.done(*line, "--count", "5", "--max-requests", "20").stdout
+    assert "20 requests" in told and "5 of 5 instructions kept" in told and "stopped" not in told
+    told = tiny.done(*line, "--count", "6", "--max-requests", "20").stdout
+    assert "5 of 6 instructions kept" in told and "stopped: --max-requests 20 is spent" in told
+    told = tiny.done(*line, "--count", "6").stdout
+    assert "27 requests" in told and "6 of 6 instructions kept" in told
+
+
+def test_progress_tells_the_rate_of_this_process_and_the_time_left() -> None:
+    one = Progress(100, print)
+    assert one.line(14, 4, 20, 8.0) == "20 of 100 kept, 14 requests, 30 a minute"
+    assert one.line(40, 30, 45, 60.0) == "45 of 100 kept, 40 requests, 30 a minute, 2:12 left"
+    assert Progress(None, print).line(3, 3, 1, 60.0) == "1 kept, 3 requests, 3 a minute"
 
 
 def test_what_is_made_passes_the_check_of_data_and_trains(

@@ -187,20 +187,19 @@ class Progress:
     def __init__(self, count: int | None, say: Callable[[str], None]) -> None:
         self._count, self._say = count, say
         self._began = time.monotonic()
-        self._at_first: tuple[int, int] | None = None  # requests and kept ones before the first batch of this process
+        self._kept_before: int | None = None  # by the time of this process's first answers
 
     def __call__(self, making: Making) -> None:
-        self._say(self.line(making.requests, making.kept, time.monotonic() - self._began))
+        seconds = time.monotonic() - self._began
+        self._say(self.line(making.requests, making.requests - making.found, making.kept, seconds))
 
-    def line(self, requests: int, kept: int, seconds: float) -> str:
-        """requests, kept: so far; seconds: since this process began."""
-        if self._at_first is None:
-            self._at_first = (requests, kept)
-        asked, got = requests - self._at_first[0], kept - self._at_first[1]
+    def line(self, requests: int, new: int, kept: int, seconds: float) -> str:
+        """requests: so far; new: of them, those of this process; kept: so far; seconds: since this process began."""
+        if self._kept_before is None:
+            self._kept_before = kept
+        got = kept - self._kept_before
         of = "" if self._count is None else f" of {self._count}"
-        text = f"{kept}{of} kept, {requests} requests"
-        if asked > 0 and seconds > 0:
-            text += f", {60 * asked / seconds:.0f} a minute"
+        text = f"{kept}{of} kept, {requests} requests, {60 * new / max(seconds, 1e-3):.0f} a minute"
         if self._count is not None and got > 0:
             text += f", {clock(seconds * max(0, self._count - kept) / got)} left"
         return text

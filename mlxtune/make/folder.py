@@ -200,7 +200,7 @@ class Making:
                 break
             done += self._answered(side, rest[:count])
         if requests and not done:
-            raise Spent(f"--max-requests {self.most_requests} are asked")
+            raise Spent(f"--max-requests {self.most_requests} is spent")
         found: list[Answer | Failed] = []
         for request, one in zip(requests, done, strict=False):
             found.append(one if isinstance(one, Answer) else Failed(request.id, request.sample, one))
