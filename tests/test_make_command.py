@@ -15,6 +15,7 @@ import pytest
 import tiny
 from made import Scripted, Talking, lines, opened
 
+from mlxtune.cli import main
 from mlxtune.cli.make import Progress
 from mlxtune.make.filters import Limits
 from mlxtune.make.folder import Making
@@ -27,7 +28,7 @@ WORDS = re.findall(
     r"\w+",
     "river window garden winter stone letter mountain kitchen engine teacher colour market island bridge paper silver"
     " breakfast village number history weather music journey language planet forest station harbour village summer"
-    " morning question answer reason picture circle shadow thunder candle pocket button ladder basket helmet",
+    " morning question answer reason feather circle shadow thunder candle pocket button ladder basket helmet",
 )
 TASKS = (
     *("Tell a short story of two brothers.", "Why is the sea salty at all?", "Sum up this book."),
@@ -183,7 +184,7 @@ def test_a_base_model_goes_on_with_a_list(seeds: Path, hf_model: Path, tmp_path:
         (base / name).write_bytes((hf_model / name).read_bytes())
     tiny.make_plain_tokenizer(base)
     dry = tiny.done(*words(seeds, base, tmp_path / "out", "--max-tokens", "2", "--at-once", "1", "--dry-run")).stdout
-    assert "Come up with a series of tasks:\n1. " in dry and dry.splitlines()[-2] == "9."
+    assert "Come up with a series of tasks:\n1. " in dry and dry.splitlines()[-3] == "9."
 
 
 @pytest.mark.parametrize(
@@ -194,15 +195,27 @@ def test_a_base_model_goes_on_with_a_list(seeds: Path, hf_model: Path, tmp_path:
         (("--allow-remote",), ("--allow-remote has no effect here",)),
         (("--seeds", "text.jsonl"), ("line 1: a seed is a question with its answer",)),
         (("--seeds", "twice.jsonl"), ("several seeds have the id a",)),
+        (("--seeds", "other.jsonl"), ("other.jsonl line 1: ", "A seed is a row with instruction and")),
+        (("--dry-run", "--force"), ("--force has no effect with --dry-run",)),
         (("--avoid", "nothing"), ("no data file nothing",)),
         (("--engine", "http://example.com/v1"), ("example.com is another machine", "--allow-remote")),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(
-    seeds: Path, tmp_path: Path, more: tuple[str, ...], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    seeds: Path,
+    tmp_path: Path,
+    more: tuple[str, ...],
+    expected: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.write_jsonl(tmp_path / "text.jsonl", [{"text": "Once upon a time."}])
     tiny.write_jsonl(tmp_path / "twice.jsonl", [{**seed, "id": "a"} for seed in SEEDS])
+    tiny.write_jsonl(tmp_path / "other.jsonl", [{"quest": "Why?", "reply": "So."}])
     answers = tiny.write_jsonl(tmp_path / "answers.jsonl", [{"id": "round 1 prompt 1", "text": "x"}])
-    tiny.refused(tmp_path / "made", *words(seeds, f"replay:{answers}", tmp_path / "made", *more), expected=expected)
+    with pytest.raises(SystemExit) as ended:
+        main(words(seeds, f"replay:{answers}", tmp_path / "made", *more))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("rror: ") == 1 and all(text in said for text in expected), said
+    tiny.nothing_written(tmp_path / "made")

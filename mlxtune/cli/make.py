@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,8 @@ class Wanted:
         from mlxtune.make.engine import opened
 
         kind = kind_of(self.engine)
+        if self.dry_run and self.force:
+            raise UserError("--force has no effect with --dry-run: nothing is written", "Leave one of them out.")
         if self.allow_remote and kind != "server":
             raise UserError("--allow-remote has no effect here: no server is asked", "Leave it out.")
         if kind == "replay":
@@ -209,20 +211,25 @@ def dry_run(wanted: Wanted, engine: Opened, first: Sequence[Request], requests: 
     """Print two prompts, and what to expect. first: the first requests; requests: how many in all, about."""
     from mlxtune.make.estimate import estimate
 
+    with common.console().status("measuring"):
+        found = estimate(engine, first, requests, wanted.max_tokens)
+    if wanted.as_json:
+        prompts = [{"id": request.id, "messages": list(request.messages)} for request in first[:SHOWN]]
+        click.echo(json_text({"prompts": prompts, **asdict(found)}))
+        return
     for request in first[:SHOWN]:
         click.echo(f"--- prompt {shown_name(request.id)}")
         for message in request.messages:
             click.echo(f"{shown_name(message['role'])}:")
             click.echo(shown(str(message.get("content") or "")))
-    with common.console().status("measuring"):
-        found = estimate(engine, first, requests, wanted.max_tokens)
-    if wanted.max_requests is not None and wanted.max_requests < requests:
-        click.echo(f"--max-requests {wanted.max_requests} ends it before --count is reached")
+    click.echo("---")
     about = f"about {found.requests:,} requests, {found.tokens:,} tokens of answers"
     if found.seconds is None:
         click.echo(f"{about} at most; nothing was asked, so the time is not known")
     else:
         click.echo(f"{about}, {in_words(found.seconds)} (measured: {found.measured} answers)")
+    if wanted.max_requests is not None and wanted.max_requests < requests:
+        click.echo(f"--max-requests {wanted.max_requests} is likely to end it before --count is reached")
 
 
 def say(document: dict[str, Any], found: int, as_json: bool) -> None:
