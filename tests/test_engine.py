@@ -208,6 +208,9 @@ def test_a_second_plan_proves_anew_only_for_longer_prompts(mlx_model: Path, monk
     for some in (requests[:3], requests[:2], requests[3:], requests):
         engine.plan(some)
     assert len(longest) == 2 and longest[0] < longest[1]
+    monkeypatch.setattr(Local, "_together", lambda *_: pytest.fail("a plan of one prompt is answered as if alone"))
+    engine.plan(requests[:1])
+    assert engine.answers(requests[:1])[0].id == requests[0].id
 
 
 def test_a_batch_that_gives_other_logits_is_refused_by_the_proof(

@@ -58,6 +58,7 @@ class Local:
         self._most = rows_at_once
         self._asked: dict[str, Asked] = {}  # by the prompt's id
         self._beginning: Beginning | None = None  # None: prompts are answered one by one
+        self._begin: list[int] = []  # its tokens
         self._proven = 0  # tokens of the longest prompt with which answering together was proven
 
     def work(self) -> dict[str, int]:
@@ -86,6 +87,11 @@ class Local:
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
         made = self.tokens_of(requests)
         return [self._read(request, tokens) for request, (_, tokens) in zip(requests, made, strict=True)]
+
+    def follow(self, requests: Sequence[Request]) -> list[Answer]:
+        for request in requests:
+            self._asked[request.id] = self._as_asked(request)
+        return self.answers(requests)
 
     def tokens_of(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:
         """The same as tokens: (the prompt's, the answer's)."""
@@ -133,6 +139,7 @@ class Local:
 
         prompts: the shortest first, those that must be alone aside.
         """
+        self._beginning = None  # of an earlier plan: what is answered must not depend on that
         if len(prompts) < 2:
             return 1
         begin = beginning.shared(prompts)
@@ -143,7 +150,7 @@ class Local:
                 return 1
             self._proven = len(prompts[-1])
         rows = self._most or room.rows_at_once(self.model, prompts[-1], self.sampling.max_tokens)
-        self._beginning = Beginning.of(self.model, begin)
+        self._beginning, self._begin = Beginning.of(self.model, begin), begin
         return rows
 
     def _may_share(self, requests: Sequence[Request]) -> bool:
@@ -155,6 +162,8 @@ class Local:
         prompts = [self._prompt(request) for request in requests]
         chooser = Chooser(self.sampling, [self._key(request) for request in requests], prompts)
         begin = self._beginning
+        if any(prompt[: begin.tokens] != self._begin for prompt in prompts):  # of requests that are not of the plan
+            begin = Beginning.of(self.model, [])
         ends, most = generate.end_ids(self.loaded), self.sampling.max_tokens
         made: list[list[int]] = [[] for _ in prompts]
         caches = begin.under(len(prompts))
