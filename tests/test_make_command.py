@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import guard
 import pytest
 import tiny
 from made import Scripted, Talking, lines, opened
@@ -18,10 +19,11 @@ from made import Scripted, Talking, lines, opened
 from mlxtune.cli import main
 from mlxtune.cli.make import Progress
 from mlxtune.make.filters import Limits
-from mlxtune.make.folder import Making
+from mlxtune.make.folder import OURS, Making
 from mlxtune.make.guard import Guard
 from mlxtune.make.instructions import SelfInstruct
 from mlxtune.make.prompts import MORE
+from mlxtune.make.reasons import REASONS
 from mlxtune.make.seeds import read_seeds
 
 WORDS = re.findall(
@@ -219,3 +221,15 @@ def test_what_cannot_be_done_is_refused_in_one_line(
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count("rror: ") == 1 and all(text in said for text in expected), said
     tiny.nothing_written(tmp_path / "made")
+
+
+def test_the_page_on_making_shows_commands_and_reasons_that_there_are() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "making.md").read_text(encoding="utf-8")
+    lines_of_page = re.findall(r"^(mlxtune .*)$", page, re.MULTILINE)
+    assert len(lines_of_page) == 6
+    for line in lines_of_page:
+        name, given = guard.parsed(line.split())
+        assert given, line  # click refuses it
+        assert name
+    assert set(re.findall(r"Many `(.*?)`", page)) <= set(REASONS)
+    assert set(re.findall(r"`made/(\S+?)`", page)) <= set(OURS)
