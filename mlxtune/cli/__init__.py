@@ -22,6 +22,7 @@ from mlxtune.cli import (
     doctor,
     evaluate,
     make,
+    make_instructions,
     rate,
     runs,
     ship,
@@ -39,6 +40,7 @@ SECTIONS: dict[str, list[click.Command]] = {
     "Use": [chat.generate, chat.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],
 }
+MAKERS: list[click.Command] = [make_instructions.instructions]  # the commands of `make`
 
 
 class Sectioned(click.Group):
@@ -78,6 +80,8 @@ def cli() -> None:
 for _commands in SECTIONS.values():
     for _command in _commands:
         cli.add_command(_command)
+for _maker in MAKERS:
+    make.make.add_command(_maker)
 
 
 def main(args: list[str] | None = None) -> NoReturn:
