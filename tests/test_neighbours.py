@@ -145,6 +145,8 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         (run / "checkpoints" / name).write_text("theirs")
     step("train --resume", "train", "--resume-anyway", "--out", run, "--set", "train.steps=3")
     step("runs", "runs", here)
+    step("report", "report", run)
+    step("report into theirs", "report", run, "--out", theirs / "config.yaml")
     step("eval", "eval", *tuned)
     step("generate", "generate", *tuned, "--prompt", ALL, "--max-tokens", "200", "--temperature", "5")
     step("a template's refusal", "generate", "--model", at["refusing"], "--prompt", ALL[:400])
@@ -183,6 +185,7 @@ REFUSED = (
     *(
         "train into theirs",
         "make into theirs",
+        "report into theirs",
         "a template's refusal",
         "fuse over theirs",
         "demo over theirs",
@@ -198,6 +201,7 @@ DONE = (
         "train",
         "train --resume",
         "runs",
+        "report",
         "eval",
         "eval --suite",
         "eval --suite again",
