@@ -37,8 +37,15 @@ from mlxtune.train import signals
 SECTIONS: dict[str, list[click.Command]] = {
     "Begin": [demo.demo, doctor.doctor, bench.bench],
     "Prepare": [convert.convert, data.data, make.make],
-    "Tune": [config.config, train.train, runs.runs, evaluate.eval_command, compare.compare, rate.rate],
-    "Tune": [train.train, runs.runs, report.report, evaluate.eval_command, compare.compare, rate.rate],
+    "Tune": [
+        config.config,
+        train.train,
+        runs.runs,
+        report.report,
+        evaluate.eval_command,
+        compare.compare,
+        rate.rate,
+    ],
     "Use": [chat.generate, chat.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],
 }
