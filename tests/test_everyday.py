@@ -168,3 +168,15 @@ def test_a_gguf_file_is_no_folder_to_verify_and_its_type_is_known_in_any_case(ml
     tiny.done(*export, tmp_path / "base.gguf", "--type", "F16")
     tiny.one_clear_line(tiny.mlxtune("verify", tmp_path / "base.gguf", "--model", mlx_model), "verify compares folders")
     assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
+
+
+@pytest.mark.parametrize("words", [(), ("data",), ("make",)])
+def test_no_command_is_listed_with_half_a_sentence(words: tuple[str, ...]) -> None:
+    assert [line for line in tiny.done(*words).stdout.splitlines()[1:] if line.endswith("...")] == []
+
+
+def test_without_colours_what_is_trained_on_stands_between_marks(mlx_model: Path, tmp_path: Path) -> None:
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(1))
+    words = ("data", "show", "--model", mlx_model, "--data", data)
+    assert "⟦The answer is 0." in terminal.shows(*words, NO_COLOR="1")
+    assert "⟦" not in terminal.shows(*words)

@@ -29,6 +29,7 @@ from mlxtune.cli import (
     ship,
     train,
 )
+from mlxtune.cli.options import WHOLE
 from mlxtune.cli.streams import Surviving
 from mlxtune.errors import Interrupted
 from mlxtune.machine import gpu_errors
@@ -58,7 +59,7 @@ class Sectioned(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, commands in SECTIONS.items():
             with formatter.section(heading):
-                formatter.write_dl([(str(command.name), command.get_short_help_str(limit=80)) for command in commands])
+                formatter.write_dl([(str(command.name), command.get_short_help_str(WHOLE)) for command in commands])
 
 
 def _say_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
