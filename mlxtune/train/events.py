@@ -2,14 +2,16 @@
 
 An event is a dictionary with its `kind`:
 
-    begin        also of a resumed run: `step` is where it goes on, `computed` the way in words; `steps`, `model`
+    begin        also of a resumed run: `step` is where it goes on, `computed` the way in words; `steps`, `model`;
+                 `data`: counts of its rows (`data_facts`)
     train        one optimizer step, with the numbers of `StepFunction`: among them `tokens` of its rows, and
                  `computed_tokens`, the positions that went through the model: fewer where rows share, more by padding
     eval         `loss` and `tokens` of the validation rows after `step`, `samples`, and a suite's `checks`, without
                  those that applied to no answer; `cut`: how many of its answers were cut
     checkpoint   `step`, and the `path` of its folder in RUN
-    note         `text`: something that a person must know
-    end          `state`: finished, interrupted or failed; after `step`
+    note         `text`: something that a person must know; `nonfinite`: of a step that was left out
+    end          `state`: finished, interrupted or failed; after `step`; `nonfinite`: a loss or gradient of the step
+                 after it was no number
 
 and three that are only shown, and not written:
 

@@ -6,6 +6,7 @@ import json
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mlxtune_convert.files import explained, new_file
 
@@ -16,6 +17,7 @@ from mlxtune.config.resolve import Config
 from mlxtune.machine import backend, surroundings
 from mlxtune.train import events, loggers, loop
 from mlxtune.train.checkpoint import Saved, State
+from mlxtune.train.data_facts import data_facts
 from mlxtune.train.evaluation import suite_of
 from mlxtune.train.events import Events, Listener, nobody
 from mlxtune.train.lock import UNLOCKED
@@ -77,6 +79,7 @@ class _Run:
         self.anyway = anyway  # though keys that may change did
         self.stack = stack  # what ends with the run
         self.notes: list[str] = []  # what a person must know; said when the run has begun
+        self.data_facts: dict[str, Any] = {}  # what `begin` notes of the rows
 
     def train(self, local: LocalOnly) -> State:
         """The story: look, read, prepare, agree, begin. local: for what the hub is not asked."""
@@ -101,6 +104,7 @@ class _Run:
         saved = self._on_every_rank(saved, job)
         if not self.ranks.first:
             return loop.run(job, Events(None), saved)
+        self.data_facts = data_facts(data, self.config)
         self.stack.enter_context(explained(self.folder.path))
         if self.resume:
             return self._written(job, saved)
@@ -167,7 +171,8 @@ class _Run:
         before = _way_before(folder)
         if saved and before not in ("", way):
             self.notes.append(f"up to here the run was computed otherwise ({before}): the last bits may differ")
-        log.emit("begin", step=step, steps=job.plan.steps, model=config.model.path, computed=way)
+        begun = {"model": config.model.path, "computed": way, "data": self.data_facts}
+        log.emit("begin", step=step, steps=job.plan.steps, **begun)
         if saved:
             self.notes.append(f"resumed after step {step}")
         for text in self.notes:
