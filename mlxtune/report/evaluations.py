@@ -34,7 +34,9 @@ class Unkept:
     name: str  # for people
     summary: Mapping[str, Any]  # as summary.json would hold it
     prompts: Mapping[str, Prompt]  # by id
-    answers: Mapping[tuple[str, str], Sequence[Answer]]  # (side, the prompt's id) -> its answers, the first sample first
+    answers: Mapping[
+        tuple[str, str], Sequence[Answer]
+    ]  # (side, the prompt's id) -> its answers, the first sample first
     scores: Sequence[PromptScores]  # of the checks
     path: None = None
 

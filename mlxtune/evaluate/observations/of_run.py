@@ -16,8 +16,12 @@ from mlxtune.evaluate.observations.seen import OFTEN, Observation
 Events = Sequence[Mapping[str, Any]]
 
 LAST_STEPS = 10  # of training, whose mean loss stands for where it ended
+FIRST_STEPS = 5  # of training, whose mean loss stands for where it began
 WORSE = 1.1  # times the loss at the beginning, from which training made worse what it trained on
-JUMPED = 1.5  # times the loss at the beginning, that the mean of JUMP_STEPS reaches where steps are far too large
+LEARNED = 0.9  # times the loss at the beginning: above it hardly anything was learned
+# Times the loss at the beginning, that the mean of JUMP_STEPS reaches where steps are far too large. Of losses that
+# scatter by 40% of their mean, means of five scatter by 18%: twice the mean is beyond five of those.
+JUMPED = 2.0
 JUMP_STEPS = 5
 RISES = 3  # evaluations in a row, each with a higher loss than the one before
 ROSE_BY = 1.1  # times the lowest validation loss, from which the last one is said to have risen
@@ -169,7 +173,7 @@ def _too_little(facts: Mapping[str, Any], losses: _Losses) -> Iterator[Observati
 
 def _rate(events: Events, losses: _Losses) -> Iterator[Observation]:
     """Steps that are too large: numbers that are none, a loss that ends above its beginning, or jumps far above it."""
-    rates = [float(event["lr"]) for event in events if event["kind"] == "train" and event.get("lr") is not None]
+    rates = [event["lr"] for event in events if event["kind"] == "train" and isinstance(event.get("lr"), float)]
     rate = f" (train.lr {max(rates):g})" if rates else ""
     fix = "set a lower train.lr: a tenth of it, say; more train.warmup_steps help where the loss jumps at the beginning"
     name = "learning rate too high"
@@ -186,9 +190,15 @@ def _rate(events: Events, losses: _Losses) -> Iterator[Observation]:
         return
     values = [loss for _, loss in losses.train]
     ended = fmean(values[-min(LAST_STEPS, max(1, len(values) // 2)) :])
-    if ended > WORSE * first:
-        measure = f"the training loss rose from {first:.3f} to {ended:.3f}{rate}"
-        yield Observation(name, measure, ended / first, WORSE, f"{WORSE:g} times the loss at the beginning", fix)
+    valid = [loss for _, loss in losses.valid]
+    learned_nothing = ended > WORSE * first or ended > LEARNED * fmean(values[:FIRST_STEPS])
+    if len(valid) > 1 and valid[-1] > valid[0] and learned_nothing:
+        measure = (
+            f"the validation loss rose from {valid[0]:.3f} to {valid[-1]:.3f}, and the training loss, {values[0]:.3f} at "
+            f"the first step, ended at {ended:.3f}{rate}"
+        )
+        limit = "a higher validation loss than before training, while the training loss did not fall either"
+        yield Observation(name, measure, valid[-1] / valid[0], 1.0, limit, fix)
         return
     means = [fmean(values[at : at + JUMP_STEPS]) for at in range(len(values) - JUMP_STEPS + 1)]
     if means and max(means) > JUMPED * first:
@@ -209,7 +219,8 @@ def _overfits(losses: _Losses) -> Iterator[Observation]:
     rises, place = 0, len(valid) - 1
     while place > 0 and valid[place][1] > valid[place - 1][1]:
         rises, place = rises + 1, place - 1
-    if rises >= RISES:
+    fell = ended is None or losses.first is None or ended < losses.first
+    if rises >= RISES and fell:
         measure = (
             f"the validation loss rose at the last {rises} evaluations, from {valid[place][1]:.3f} to "
             f"{valid[-1][1]:.3f}{also}"

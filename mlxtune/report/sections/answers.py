@@ -57,7 +57,9 @@ def _said(pairs: Sequence[tuple[Prompt, Sequence[Answer], Sequence[Answer]]], sh
     if not pairs[0][2]:
         return f"{shown} of {len(pairs)} prompts, in the order of the suite; one model alone was asked."
     same = sum(_changed(before, after) == 0 for _, before, after in pairs)
-    said = f"{shown} of {len(pairs)} prompts, the most changed answers first; {same} of all answers have the same words."
+    said = (
+        f"{shown} of {len(pairs)} prompts, the most changed answers first; {same} of all answers have the same words."
+    )
     if len(pairs[0][1]) > 1:
         said += f" Of the {len(pairs[0][1])} answers to each prompt the first is shown; the checks look at all."
     return said

@@ -55,10 +55,10 @@ def names_of(summary: Mapping[str, Any]) -> tuple[str, str]:
     and tuned as the command says.
     """
     base, tuned = side_of(summary, "base"), side_of(summary, "tuned")
-    models = [side.get("digests") for side in (base, tuned)]
-    if all(isinstance(model, dict) for model in models):
-        first, second = models
-        if first["model"] == second["model"] and first["adapter"] is None and second["adapter"] is not None:
+    first, second = base.get("digests"), tuned.get("digests")
+    if isinstance(first, dict) and isinstance(second, dict):
+        is_its_base = first.get("model") == second.get("model") and first.get("adapter") is None
+        if is_its_base and second.get("adapter") is not None:
             return "before", "after"
     return "base", "tuned"
 

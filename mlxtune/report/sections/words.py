@@ -38,11 +38,16 @@ def marked(before: str, after: str) -> tuple[Html, Html]:
 
 def _steps(old: list[str], new: list[str]) -> list[tuple[str, int, int, int, int]]:
     """How the one becomes the other, as difflib says it; of very long texts what follows MOST_WORDS is one step."""
-    matcher = SequenceMatcher(None, [word.strip() for word in old[:MOST_WORDS]], [w.strip() for w in new[:MOST_WORDS]])
-    steps = list(matcher.get_opcodes())
+    matcher = SequenceMatcher(None, _stripped(old), _stripped(new))
+    steps: list[tuple[str, int, int, int, int]] = list(matcher.get_opcodes())
     if len(old) > MOST_WORDS or len(new) > MOST_WORDS:
         steps.append(("replace", min(len(old), MOST_WORDS), len(old), min(len(new), MOST_WORDS), len(new)))
     return steps
+
+
+def _stripped(words: list[str]) -> list[str]:
+    """The words that are compared, without the space behind them."""
+    return [word.strip() for word in words[:MOST_WORDS]]
 
 
 def change(before: str, after: str) -> float:
