@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from mlxtune.report.evaluations import Evaluated
 from mlxtune.report.html import joined, tag
 from mlxtune.report.page import Section, page
-from mlxtune.report.sections import answers, benchmarks, checks, forgetting, judge, observations, safety, verdict
-from mlxtune.report.sections.one_by_one import notes_of, sides_line, title_of
+from mlxtune.report.sections import answers, benchmarks, better, checks, forgetting, judge, observations, safety
+from mlxtune.report.sections.one_by_one import sides_line, title_of
 
 
 def sections(evaluations: Sequence[Evaluated], with_answers: bool = True) -> list[Section]:
@@ -26,7 +26,8 @@ def sections(evaluations: Sequence[Evaluated], with_answers: bool = True) -> lis
 
 def page_of(evaluation: Evaluated, with_answers: bool = True) -> str:
     """The whole page of one evaluation, as `mlxtune eval --html` writes it."""
-    said = verdict.lead([evaluation])
-    lead = joined(tag("p", sides_line(evaluation.summary)), said if said else notes_of(["One side alone was asked."]))
+    said = better.lead([evaluation])
+    alone = tag("p", "One model alone was asked: nothing is compared.")
+    lead = joined(tag("p", sides_line(evaluation.summary)), said if said else alone)
     shown = [*sections([evaluation], with_answers), observations.section(None, [evaluation])]
     return page(f"Evaluation {title_of(evaluation)}", lead, shown, {"evaluation": dict(evaluation.summary)})

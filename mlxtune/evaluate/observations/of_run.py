@@ -194,8 +194,8 @@ def _rate(events: Events, losses: _Losses) -> Iterator[Observation]:
     learned_nothing = ended > WORSE * first or ended > LEARNED * fmean(values[:FIRST_STEPS])
     if len(valid) > 1 and valid[-1] > valid[0] and learned_nothing:
         measure = (
-            f"the validation loss rose from {valid[0]:.3f} to {valid[-1]:.3f}, and the training loss, {values[0]:.3f} at "
-            f"the first step, ended at {ended:.3f}{rate}"
+            f"the validation loss rose from {valid[0]:.3f} to {valid[-1]:.3f}, and the training loss, "
+            f"{values[0]:.3f} at the first step, ended at {ended:.3f}{rate}"
         )
         limit = "a higher validation loss than before training, while the training loss did not fall either"
         yield Observation(name, measure, valid[-1] / valid[0], 1.0, limit, fix)
