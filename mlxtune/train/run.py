@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from mlxtune.compute import fast_ways
 from mlxtune.config.paths import with_absolute_paths
 from mlxtune.config.resolve import Config
 from mlxtune.machine import backend, surroundings
-from mlxtune.train import events, loggers, loop
+from mlxtune.train import events, loggers, loop, provenance
 from mlxtune.train.checkpoint import Saved, State
 from mlxtune.train.data_facts import data_facts
 from mlxtune.train.evaluation import suite_of
@@ -80,6 +81,7 @@ class _Run:
         self.stack = stack  # what ends with the run
         self.notes: list[str] = []  # what a person must know; said when the run has begun
         self.data_facts: dict[str, Any] = {}  # what `begin` notes of the rows
+        self.began = time.perf_counter()  # when the preparation began, in seconds
 
     def train(self, local: LocalOnly) -> State:
         """The story: look, read, prepare, agree, begin. local: for what the hub is not asked."""
@@ -171,8 +173,17 @@ class _Run:
         before = _way_before(folder)
         if saved and before not in ("", way):
             self.notes.append(f"up to here the run was computed otherwise ({before}): the last bits may differ")
-        begun = {"model": config.model.path, "computed": way, "data": self.data_facts}
-        log.emit("begin", step=step, steps=job.plan.steps, **begun)
+        seconds = time.perf_counter() - self.began
+        log.emit(
+            "begin",
+            step=step,
+            steps=job.plan.steps,
+            model=config.model.path,
+            computed=way,
+            seconds=seconds,
+            rows=self.data_facts,
+            **provenance.of_job(job),
+        )
         if saved:
             self.notes.append(f"resumed after step {step}")
         for text in self.notes:
