@@ -14,10 +14,27 @@ from mlxtune.cli import common
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: RUN/report.html]")
+@click.option(
+    "--evaluation",
+    "evaluations",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="What `mlxtune eval --out` kept of this run.  [default: those in and beside RUN]",
+)
+@click.option("--no-answers", is_flag=True, help="Leave what the models said out of the page.")
 @click.option("--open", "is_opened", is_flag=True, help="Show it in the browser.")
 @click.option("--json", "as_json", is_flag=True, help="What the page shows, as one JSON document; no page is written.")
 @common.force_option
-def report(run: Path, out: Path | None, is_opened: bool, as_json: bool, force: bool) -> None:
+def report(
+    run: Path,
+    out: Path | None,
+    evaluations: tuple[Path, ...],
+    no_answers: bool,
+    is_opened: bool,
+    as_json: bool,
+    force: bool,
+) -> None:
     """Write the page of a run: what was done, whether it is better, curves, settings.
 
     One HTML file that needs no network and runs no script: it can be mailed, printed, and read on a phone. `mlxtune
@@ -27,22 +44,25 @@ def report(run: Path, out: Path | None, is_opened: bool, as_json: bool, force: b
     \b
     mlxtune report run
     mlxtune report run --out page.html --open
+    mlxtune report run --evaluation evals/first --no-answers
     mlxtune report run --json
     """
     from mlxtune.errors import UserError
     from mlxtune.report.composed import as_json as shown
+    from mlxtune.report.evaluations import evaluations_of
     from mlxtune.report.run_record import read_run
     from mlxtune.report.written import write_page
 
-    if as_json and (out is not None or is_opened or force):
-        raise UserError("--json writes no page", "Leave out --out, --open and --force, or --json.")
+    if as_json and (out is not None or is_opened or force or no_answers):
+        hint = "Leave out --out, --open, --no-answers and --force, or --json."
+        raise UserError("--json writes no page", hint)
     record = read_run(run)
     if as_json:
-        click.echo(json_text(shown(record)))
+        click.echo(json_text(shown(record, evaluations_of(run, evaluations))))
         return
     for warning in record.warnings:
         common.note(shown_name(warning))
-    page = write_page(record, out, force)
+    page = write_page(record, out, force, evaluations, with_answers=not no_answers)
     common.stdout().print(shown_name(page), soft_wrap=True)
     if is_opened and click.launch(page.resolve().as_uri()) != 0:
         common.note("no browser could be opened: open the file yourself")
