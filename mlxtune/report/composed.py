@@ -51,7 +51,7 @@ def of_run(
 
 
 def as_json(record: RunRecord, evaluations: OfRun = NONE) -> dict[str, Any]:
-    """What the page of a run shows, for programs: texts, numbers, lists and mappings, and None for what is no number."""
+    """What the page of a run shows, for programs: texts, numbers, lists and mappings; None for what is no number."""
     shown: dict[str, Any] = for_json(for_programs(record, series.of_run(record), exports.found(record), evaluations))
     return shown
 
@@ -61,7 +61,7 @@ def for_programs(
 ) -> dict[str, Any]:
     """What the page shows, with all digits: what `mlxtune report --json` prints, and what the page holds as JSON.
 
-    curves: name -> [[step, value], ...], as `series.of_run` has them; null is a gap.
+    curves: name -> [[step, value], ...], as `series.of_run` has them, and thinned as they are drawn; null: a gap.
     """
     best = record.best
     return {
