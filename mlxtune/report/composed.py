@@ -12,7 +12,7 @@ from mlxtune.report.evaluations import NONE, OfRun
 from mlxtune.report.html import for_json, joined
 from mlxtune.report.page import Section, page
 from mlxtune.report.run_record import RunRecord, number_of
-from mlxtune.report.secrets import masked
+from mlxtune.report.secrets import masked_value
 from mlxtune.report.sections import better, configuration, curves, exports, memory_time, observations, said, verdict
 from mlxtune.report.sections.exports import Export
 from mlxtune.report.tables import callout
@@ -77,19 +77,8 @@ def for_programs(
         "warnings": record.warnings,
         "curves": drawn,
         "exports": [{"name": export.name, "bytes": export.bytes, "proof": export.proof} for export in shipped],
-        "evaluations": _masked(evaluations.as_json()),
-        "observations": _masked(observations_of_run(record.events)),
-        "config": _masked(record.config),
-        "begin": _masked({key: value for key, value in record.begun.items() if key != "kind"}),
+        "evaluations": evaluations.as_json(),
+        "observations": masked_value(observations_of_run(record.events)),
+        "config": masked_value(record.config),
+        "begin": masked_value({key: value for key, value in record.begun.items() if key != "kind"}),
     }
-
-
-def _masked(value: Any) -> Any:
-    """The same value without the secrets in its texts."""
-    if isinstance(value, str):
-        return masked(value)
-    if isinstance(value, Mapping):
-        return {masked(str(key)): _masked(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_masked(one) for one in value]
-    return value

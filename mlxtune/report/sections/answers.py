@@ -12,7 +12,7 @@ from mlxtune.report.evaluations import Evaluated
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
 from mlxtune.report.secrets import masked
-from mlxtune.report.sections.one_by_one import names_of, one_by_one
+from mlxtune.report.sections.one_by_one import counted, names_of, one_by_one
 from mlxtune.report.sections.words import change, marked
 from mlxtune.report.tables import folded
 
@@ -99,8 +99,11 @@ def _asked(prompt: Prompt) -> Html:
     *earlier, last = prompt.messages or [{}]
     lines = [tag("div", _cut(masked(_content(last))), class_="text asked")]
     if earlier:
-        said = [tag("p", tag("strong", str(one.get("role"))), ": ", _cut(masked(_content(one)))) for one in earlier]
-        lines.append(folded(f"{len(earlier)} earlier messages", *said))
+        said = []
+        for one in earlier:
+            who = tag("strong", masked(str(one.get("role"))))
+            said.append(tag("p", who, ": ", _cut(masked(_content(one)))))
+        lines.append(folded(counted(len(earlier), "earlier message"), *said))
     return joined(*lines)
 
 
@@ -133,7 +136,7 @@ def _marks(scores: Sequence[PromptScores], names: tuple[str, str]) -> Html | Non
     """What each check says of both answers, by a sign and a word."""
     items = []
     for one in scores:
-        parts: list[Child] = [tag("code", one.check), f": {names[0]} ", _mark(one, one.base)]
+        parts: list[Child] = [tag("code", masked(one.check)), f": {names[0]} ", _mark(one, one.base)]
         if one.tuned is not None:
             parts += [f", {names[1]} ", _mark(one, one.tuned)]
         items.append(tag("li", parts))

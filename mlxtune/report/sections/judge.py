@@ -14,7 +14,6 @@ from mlxtune.evaluate.judging.ratings_report import report
 from mlxtune.report.evaluations import Evaluated
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
-from mlxtune.report.secrets import masked
 from mlxtune.report.sections.checks import checks_table, forest, verdict_of
 from mlxtune.report.sections.one_by_one import counted, names_of, notes_of, one_by_one
 from mlxtune.report.tables import callout, facts, folded, table
@@ -46,9 +45,7 @@ def _of_judge(judge: Mapping[str, Any], summary: Mapping[str, Any]) -> Html:
         parts.append(_pairwise(judge, names_of(summary)[1]))
     parts.append(notes_of(judge.get("notes", ())))
     if judge.get("rubric"):
-        parts.append(
-            folded("What the judge was told to be good", tag("p", masked(str(judge["rubric"])), class_="text"))
-        )
+        parts.append(folded("What the judge was told to be good", tag("p", str(judge["rubric"]), class_="text")))
     return joined(*parts)
 
 
