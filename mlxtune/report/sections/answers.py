@@ -17,6 +17,7 @@ from mlxtune.report.sections.words import change, marked
 from mlxtune.report.tables import folded
 
 MOST = 20  # prompts that are shown of an evaluation
+OPEN = 5  # of these, that are shown without being asked for
 LONG = 1_200  # characters of a pair of answers, beyond which it is folded
 LONGEST = 4_000  # characters of one text that are shown
 
@@ -45,7 +46,9 @@ def _drawn(evaluation: Evaluated) -> Html | None:
     shown = []
     for prompt, before, after in ordered[:MOST]:
         shown.append(_pair(prompt, before, after, scores.get(prompt.id, []), names))
-    return joined(tag("p", _said(pairs, len(shown)), class_="dim"), *shown)
+    first, others = shown[:OPEN], shown[OPEN:]
+    more = folded(counted(len(others), "more prompt"), *others) if others else None
+    return joined(tag("p", _said(pairs, len(shown)), class_="dim"), first, more)
 
 
 def _changed(before: Sequence[Answer], after: Sequence[Answer]) -> float:
