@@ -11,8 +11,20 @@ from xml.etree import ElementTree
 
 import html5lib
 
-# A place on the network; nothing of a page may lead to one.
-ADDRESS = re.compile(r"(?:href|src|srcset|action|poster|data|xlink:href)\s*=|url\(|@import|https?:", re.IGNORECASE)
+# Attributes by which an element would load something, lead somewhere, or run something; those of scripts begin with on.
+LEADING = (
+    "href",
+    "src",
+    "srcset",
+    "action",
+    "formaction",
+    "poster",
+    "data",
+    "background",
+    "xlink:href",
+    "ping",
+    "style",
+)
 SVG = re.compile(r"<svg[ >].*?</svg>", re.DOTALL)
 
 
@@ -47,6 +59,18 @@ def faults(text: str) -> list[str]:
     parser = html5lib.HTMLParser(tree=html5lib.getTreeBuilder("etree"))
     parser.parse(text)
     return [f"{kind} at {place}: {values}" for place, kind, values in parser.errors]
+
+
+def leads_to(text: str) -> list[str]:
+    """Whatever a page would load, follow or run, but for its own parts (#name)."""
+    found = read(text)
+    out = []
+    for element, name, value in found.attributes:
+        if (name in LEADING or name.startswith("on")) and not value.startswith("#"):
+            out.append(f"{element} {name}={value}")
+    out += re.findall(r"url\(|@import", "".join(re.findall("<style>(.*?)</style>", text, re.DOTALL)))
+    out += [name for name in found.tags if name in ("iframe", "object", "embed", "base", "form", "link", "img")]
+    return out + [one for one in re.findall("<script[^>]*>", text) if 'type="application/json"' not in one]
 
 
 def record(text: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def report(
 
     \b
     mlxtune report run
-    mlxtune report run --out page.html --open
+    mlxtune report run --out page.html
     mlxtune report run --evaluation evals/first --no-answers
     mlxtune report run --json
     """
