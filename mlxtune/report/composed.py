@@ -8,6 +8,7 @@ from typing import Any
 from mlxtune.report.html import joined
 from mlxtune.report.page import Section, page
 from mlxtune.report.run_record import RunRecord
+from mlxtune.report.sections import comparing
 from mlxtune.report.tables import callout
 
 
@@ -17,7 +18,9 @@ def of_run(record: RunRecord, evaluations: Sequence[Any] = (), others: Sequence[
     evaluations: of the run, as `mlxtune eval` kept them; others: runs that it is compared with; live: as `page` takes
     it. The same folders give the same page.
     """
-    sections: list[Section | None] = []
+    sections: list[Section | None] = [
+        comparing.section(record, others),
+    ]
     lead = joined([callout("warning", warning) for warning in record.warnings])
     there = [section for section in sections if section is not None]
     return page(f"Run {record.name}", lead, there, _for_programs(record), live)

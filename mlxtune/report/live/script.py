@@ -6,7 +6,7 @@ replaced only where its markup differs, what is open in it stays open, tables st
 where it was. A section in which the reader has marked text waits until nothing is marked. A page that nobody looks at
 asks for nothing.
 
-Without scripts a browser loads the page again every few seconds: `REFRESH`.
+Without scripts a browser loads the whole page again every few seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import hashlib
 ASK_SECONDS = 1  # between two questions
 REFRESH_SECONDS = 5  # between two whole pages, for a browser without scripts
 
-# Of the page this script knows: <header>, <nav>, the sections in <main>, the JSON record, and a line with the id "live".
+# Of the page it knows: <header>, <nav>, the sections in <main>, the JSON record, and a line with the id "live".
 SCRIPT = """
 "use strict";
 const served = new Map();
@@ -44,7 +44,8 @@ function isMarked(one) {
 function exchange(old, fresh) {
   const both = kind => [[...old.querySelectorAll(kind)], [...fresh.querySelectorAll(kind)]];
   const [folded, unfolded] = both("details");
-  folded.forEach((one, at) => { if (unfolded[at]) unfolded[at].open = one.open; });
+  const head = one => one?.querySelector("summary")?.textContent;
+  folded.forEach((one, at) => { if (head(one) === head(unfolded[at])) unfolded[at].open = one.open; });
   const [before, after] = both("a, summary, [tabindex]");
   const scrolled = before.map(one => [one.scrollLeft, one.scrollTop]);
   const focused = before.indexOf(document.activeElement);
@@ -53,51 +54,62 @@ function exchange(old, fresh) {
   if (after[focused]) after[focused].focus({preventScroll: true});
 }
 
+function insert(fresh, before) {
+  const copy = document.importNode(fresh, true);
+  if (fresh.localName === "section") before.after(copy);
+  else document.querySelector("body > header").after(copy);
+}
+
 function put(page) {
   document.title = page.title;
-  const main = document.querySelector("main");
   const old = parts(document);
-  let whole = true;
-  let last = null;
+  let isWhole = true;
+  let before = document.getElementById("live");
   for (const [name, fresh] of parts(page)) {
     const text = fresh.outerHTML;
     const here = old.get(name);
     if (!here) {
-      const copy = document.importNode(fresh, true);
-      if (last) last.after(copy); else main.prepend(copy);
+      insert(fresh, before);
       served.set(name, text);
     } else if (served.get(name) !== text) {
-      if (isMarked(here)) whole = false;
-      else { exchange(here, document.importNode(fresh, true)); served.set(name, text); }
+      if (isMarked(here)) isWhole = false;
+      else {
+        exchange(here, document.importNode(fresh, true));
+        served.set(name, text);
+      }
     }
-    if (fresh.localName === "section") last = document.getElementById(name);
+    if (fresh.localName === "section") before = document.getElementById(name);
     old.delete(name);
   }
-  for (const [name, gone] of old) { gone.remove(); served.delete(name); }
-  return whole;
+  for (const [name, gone] of old) {
+    gone.remove();
+    served.delete(name);
+  }
+  return isWhole;
+}
+
+async function ask() {
+  let answer;
+  try {
+    answer = await fetch(location.pathname, {headers: tag ? {"If-None-Match": tag} : {}});
+    if (answer.status === 200) {
+      waiting = new DOMParser().parseFromString(await answer.text(), "text/html");
+      tag = answer.headers.get("ETag");
+    }
+  } catch {
+    return "Not live any more: mlxtune report --live has ended. What is here stays.";
+  }
+  if (waiting !== null && put(waiting)) waiting = null;
+  if (answer.status === 200 || answer.status === 304) return "Live: this page follows the run.";
+  return "The page cannot be made just now. What is here stays until it can.";
 }
 
 async function look() {
-  if (!document.hidden) {
-    try {
-      const answer = await fetch(location.pathname, {headers: tag ? {"If-None-Match": tag} : {}});
-      if (answer.status === 200) {
-        waiting = new DOMParser().parseFromString(await answer.text(), "text/html");
-        tag = answer.headers.get("ETag") || "";
-      }
-      if (waiting && put(waiting)) waiting = null;
-      say("Live: this page follows the run.");
-    } catch {
-      say("Not live any more: mlxtune report --live has ended. What is here stays.");
-    }
-  }
+  if (!document.hidden) say(await ask());
   setTimeout(look, ASK_MILLISECONDS);
 }
 setTimeout(look, ASK_MILLISECONDS);
 """.replace("ASK_MILLISECONDS", str(1000 * ASK_SECONDS)).strip()
 
-
-def policy_source() -> str:
-    """The script as a content security policy names it: by its digest, so that no other can run."""
-    digest = hashlib.sha256(SCRIPT.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+# By which a content security policy names the script, so that no other can run.
+SCRIPT_HASH = "sha256-" + base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
