@@ -55,7 +55,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     first = read_run(pages.write(folder / "run", pages.told(40), {"train.lr": 1e-4}))
     second = read_run(pages.write(folder / "other" / "run", pages.told(30), {"train.lr": 1e-3}))
-    hostile = pages.write(folder / f"hostile {HOSTILE[1].replace('/', '')}", hostile_events(), {"model.path": ALL, "data.path": LONG})
+    hostile = pages.write(
+        folder / f"hostile {HOSTILE[1].replace('/', '')}", hostile_events(), {"model.path": ALL, "data.path": LONG}
+    )
     texts = {
         "run": of_run(first, others=[second]),
         "hostile": of_run(read_run(hostile), others=[first]),
