@@ -79,12 +79,12 @@ def hostile_events() -> list[dict[str, Any]]:
 def parts() -> list[Section]:
     """Sections of everything there is, with texts that fit no line."""
     bins = [(float(low), float(low + 10), low) for low in range(0, 200, 10)]
-    rows = [[text, LONG if at == 0 else "1.5", "2"] for at, text in enumerate(HOSTILE)]
+    rows = [[text, LONG if at == 0 else "x", "1.5"] for at, text in enumerate(HOSTILE)]
     return [
         Section(
             "tables",
             "Tables",
-            joined(table("Numbers", ["what", "one", "two"], rows, (1, 2)), facts("Facts", {ALL: LONG})),
+            joined(table("Numbers", ["what", "one", "two"], rows, (2,)), facts("Facts", {ALL: LONG})),
         ),
         Section("folded", "Folded", joined(folded(ALL, tag("p", LONG)), folded("Open", tag("pre", ALL), is_open=True))),
         Section("boxes", "Boxes", joined([callout(kind, ALL) for kind in ("good", "bad", "neutral", "warning")])),

@@ -81,9 +81,11 @@ pre,.text{white-space:pre-wrap;background:var(--panel);border-radius:6px;padding
 table{border-collapse:collapse;font-size:.9rem;min-width:min(100%,20rem)}
 caption{text-align:left;padding:.25rem 0}
 th,td{text-align:left;vertical-align:top;padding:.3rem .75rem .3rem 0;border-bottom:1px solid var(--rule)}
+th,td{overflow-wrap:break-word;max-width:32rem}
 th{font-weight:600}
+th[scope=row]{min-width:7rem}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.facts th{font-weight:400;color:var(--dim);white-space:nowrap}
+.facts th{font-weight:400;color:var(--dim)}
 details{margin:.75rem 0}
 summary{cursor:pointer;color:var(--link)}
 :focus-visible{outline:2px solid var(--link);outline-offset:2px}
