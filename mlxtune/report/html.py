@@ -64,6 +64,19 @@ def joined(*children: Child) -> Html:
     return Html("".join(_flat(children)))
 
 
+def prose(text: str) -> Html:
+    """A sentence in which what stands between two backquotes is code: "see `mlxtune eval`"."""
+    parts = text.split("`")
+    last = len(parts) - 1  # one that opens and is not closed stands as it is
+    out: list[Child] = []
+    for at, part in enumerate(parts):
+        if at % 2 == 0:
+            out.append(part)
+        else:
+            out.append(tag("code", part) if at < last else f"`{part}")
+    return joined(out)
+
+
 def document(root: Html) -> str:
     """A whole document. root: its html element."""
     return f"<!DOCTYPE html>\n{root}\n"

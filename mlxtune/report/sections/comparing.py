@@ -86,17 +86,13 @@ def _other_rows(outcomes: Sequence[Outcome]) -> Html | None:
     )
 
 
-def _losses(happened: Sequence[Event], kind: str) -> list[tuple[float, float]]:
-    """(step, loss) of each event of a kind; NaN for a loss that was not finite: a gap."""
-    return [
-        (event["step"], math.nan if event["loss"] is None else event["loss"])
-        for event in happened
-        if event["kind"] == kind
-    ]
+def _validation(record: RunRecord) -> list[Point]:
+    return points_of(record.evaluations, "loss")
 
 
-def _smoothed(happened: Sequence[Event]) -> list[tuple[float, float]]:
-    return _losses(happened, "train")
+def _training(record: RunRecord) -> list[Point]:
+    """Smoothed, all runs alike: by how many steps is a matter of the longest of them."""
+    return series.smoothed(series.stepwise(record.train, "loss"), series.half_life(len(record.train)))
 
 
 def _curves(title: str, called: Sequence[str], points: Sequence[Sequence[tuple[float, float]]]) -> Html | None:
