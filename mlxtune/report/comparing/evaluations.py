@@ -71,15 +71,16 @@ def _pair(called: Sequence[str], result: Mapping[str, Any]) -> Html:
                 check["verdict"],
             ]
         )
-        drawn.append(Interval(name, low, check["difference"], high, check["verdict"]))
+        said = f"{_points(check, check['difference'])} ({check['verdict']})"
+        drawn.append(Interval(name, low, check["difference"], high, said))
     columns = ["check", "prompts", first, second, "difference", "95% interval", "p", "verdict"]
-    said = [tag("p", what_can_be_shown(result))]
+    notes = [tag("p", what_can_be_shown(result))]
     if len(rows) > 1:
-        said.append(tag("p", f"{UNCORRECTED}.", class_="dim"))
+        notes.append(tag("p", f"{UNCORRECTED}.", class_="dim"))
     return joined(
         table(f"Checks: {second} minus {first}, prompt by prompt", columns, rows, numbers=range(1, 7)),
         intervals(f"{second} minus {first}, with 95% intervals", "difference of scores", drawn) if drawn else None,
-        said,
+        notes,
     )
 
 

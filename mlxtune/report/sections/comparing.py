@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mlxtune_convert.sizes import size
 
 from mlxtune.durations import clock
 from mlxtune.evaluate.comparison.folder import Evaluation
+from mlxtune.report import series
 from mlxtune.report.comparing.evaluations import side_by_side
 from mlxtune.report.comparing.names import names
-from mlxtune.report.comparing.outcome import Outcome, outcome
 from mlxtune.report.comparing.settings import MISSING, differing
 from mlxtune.report.drawing.plots import Line, curves
+from mlxtune.report.drawing.thinning import Point
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
-from mlxtune.report.run_record import RunRecord
+from mlxtune.report.run_record import RunRecord, in_home, number_of, points_of
 from mlxtune.report.secrets import masked
 from mlxtune.report.tables import callout, table
-from mlxtune.train.events import Event
 
 MOST_RUNS = 6  # on one page: as many as there are colours, and more curves over each other nobody can tell apart
 STYLES: tuple[Literal["solid", "dashed", "dotted"], ...] = ("solid", "dashed", "dotted")
 LONGEST_VALUE = 300  # letters of a setting's value
+UNKNOWN = "-"
 
 
 def section(
@@ -36,90 +36,139 @@ def section(
         return None
     records = [record, *others]
     called = names([one.folder for one in records])
-    outcomes = [outcome(one.events) for one in records]
+    half = series.half_life(max(len(one.train) for one in records))
+    training = [series.smoothed(series.stepwise(one.train, "loss"), half) for one in records]
+    smoothed = f"Training loss of all runs, running means (half of the weight is on the last {half} steps)"
     body = joined(
-        _outcomes(called, records, outcomes),
-        _other_rows(outcomes),
-        _curves("Validation loss of all runs", called, [_losses(one.events, "eval") for one in records]),
-        _curves("Loss of the training steps of all runs, smoothed", called, [_smoothed(one.events) for one in records]),
+        _warnings(called, others),
+        _outcomes(called, records),
+        _other_rows(records),
+        _curves("Validation loss of all runs", called, [points_of(one.evaluations, "loss") for one in records]),
+        _curves(smoothed, called, training),
         _settings(called, [one.config for one in records]),
         side_by_side(called, evaluations) if evaluations else None,
     )
     return Section("comparing", f"{len(records)} runs compared", body)
 
 
-def _outcomes(called: Sequence[str], records: Sequence[RunRecord], outcomes: Sequence[Outcome]) -> Html:
+def as_json(record: RunRecord, others: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """The other runs, for programs."""
+    called = names([one.folder for one in (record, *others)])[1:]
+    return [
+        {
+            "name": name,
+            "state": one.state,
+            "step": one.step,
+            "base_loss": one.base_loss,
+            "best_loss": None if one.best is None else number_of(one.best, "loss"),
+            "warnings": one.warnings,
+        }
+        for name, one in zip(called, others, strict=True)
+    ]
+
+
+def _warnings(called: Sequence[str], others: Sequence[RunRecord]) -> list[Html]:
+    """What is missing of the others; what is of the page's own run stands at its beginning."""
+    return [
+        callout("warning", f"{name}: {warning}")
+        for name, other in zip(called[1:], others, strict=True)
+        for warning in other.warnings
+    ]
+
+
+def _outcomes(called: Sequence[str], records: Sequence[RunRecord]) -> Html:
     """A row for each number, a column for each run."""
-    rows: list[list[Child]] = [["state", *(one.state for one in records)]]
-    rows.append(["steps", *(_steps(one) for one in outcomes)])
-    rows.append(["best validation loss", *(_best(one) for one in outcomes)])
-    rows.append(["last training loss", *(_loss(one.train_loss) for one in outcomes)])
-    rows.append(["tokens learnt from", *("-" if one.tokens is None else f"{one.tokens:,}" for one in outcomes)])
-    rows.append(["time in steps", *("-" if one.seconds is None else clock(one.seconds) for one in outcomes)])
-    rows.append(["most memory", *("-" if one.peak_bytes is None else size(one.peak_bytes) for one in outcomes)])
+    rows: list[list[Child]] = [
+        ["state", *(one.state for one in records)],
+        ["steps", *(f"{one.step:,} of {one.steps:,}" if one.steps else f"{one.step:,}" for one in records)],
+        ["validation loss before the first step", *(_loss(one.base_loss) for one in records)],
+        ["best validation loss", *(_best(one) for one in records)],
+        ["last training loss", *(_last(one) for one in records)],
+        ["tokens learnt from", *(_sum(one, "supervised_tokens", "{:,.0f}".format) for one in records)],
+        ["time in steps", *(_sum(one, "seconds", clock) for one in records)],
+        ["most memory", *(_memory(one) for one in records)],
+    ]
     return table("What came of each run", ["", *called], rows, numbers=range(1, len(called) + 1))
 
 
-def _steps(one: Outcome) -> str:
-    if one.steps is None:
-        return "-"
-    return str(one.steps) if one.planned is None else f"{one.steps} of {one.planned}"
-
-
-def _best(one: Outcome) -> str:
-    return "-" if one.best_loss is None else f"{_loss(one.best_loss)} (step {one.best_step})"
-
-
 def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return UNKNOWN if value is None else f"{value:.4f}"
 
 
-def _other_rows(outcomes: Sequence[Outcome]) -> Html | None:
+def _best(record: RunRecord) -> str:
+    if record.best is None:
+        return UNKNOWN
+    return f"{_loss(number_of(record.best, 'loss'))} (step {record.best['step']:,})"
+
+
+def _last(record: RunRecord) -> str:
+    losses = [loss for _, loss in points_of(record.train, "loss") if loss is not None]
+    return _loss(losses[-1] if losses else None)
+
+
+def _sum(record: RunRecord, name: str, written: Any) -> str:
+    """The sum of a number of all steps; UNKNOWN where no step has it."""
+    numbers = [number for _, number in points_of(record.train, name) if number is not None]
+    return str(written(sum(numbers))) if numbers else UNKNOWN
+
+
+def _memory(record: RunRecord) -> str:
+    peaks = [number for _, number in points_of(record.train, "peak_bytes") if number is not None]
+    return size(int(max(peaks))) if peaks else UNKNOWN
+
+
+def _other_rows(records: Sequence[RunRecord]) -> Html | None:
     """A warning where validation losses are of other rows: the smaller one is not the better one."""
-    counts = {one.valid_tokens for one in outcomes if one.valid_tokens is not None}
-    if len(counts) < 2:
+    rows = {one for one in map(_validation_rows, records) if one is not None}
+    tokens = {number_of(one.evaluations[-1], "tokens") for one in records if one.evaluations} - {None}
+    if len(rows) < 2 and len(tokens) < 2:
         return None
     return callout(
         "warning",
-        "The validation losses are not of the same tokens (other rows, another template or another tokenizer): their "
-        "sizes cannot be compared, their courses can.",
+        "The validation losses are not of the same examples (other rows, another template or another tokenizer): "
+        "how high they are cannot be compared, only how they go.",
     )
 
 
-def _validation(record: RunRecord) -> list[Point]:
-    return points_of(record.evaluations, "loss")
+def _validation_rows(record: RunRecord) -> str | None:
+    """The digest of the held-out examples; None: unknown."""
+    digests = record.begun.get("digests")
+    found = digests.get("valid") if isinstance(digests, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
-def _training(record: RunRecord) -> list[Point]:
-    """Smoothed, all runs alike: by how many steps is a matter of the longest of them."""
-    return series.smoothed(series.stepwise(record.train, "loss"), series.half_life(len(record.train)))
-
-
-def _curves(title: str, called: Sequence[str], points: Sequence[Sequence[tuple[float, float]]]) -> Html | None:
+def _curves(title: str, called: Sequence[str], points: Sequence[Sequence[Point]]) -> Html | None:
     """All runs on the same axes; told apart by line styles and by colours. None where no run has a point."""
-    lines = [
-        Line(name, some, STYLES[number % len(STYLES)], number)
-        for number, (name, some) in enumerate(zip(called, points, strict=True))
-        if some
+    lines = []
+    for number, (name, some) in enumerate(zip(called, points, strict=True)):
+        if some:
+            lines.append(Line(name, some, STYLES[number % len(STYLES)], number))
+    return curves(title, "step", "nats a token", lines) if lines else None
+
+
+def _settings(called: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> Html:
+    """The settings in which runs differ whose configuration is known; of the others that it is not."""
+    known = [(name, config) for name, config in zip(called, configs, strict=True) if config]
+    notes = [
+        callout("warning", f"The settings of {name} are not known.")
+        for name, config in zip(called, configs, strict=True)
+        if not config
     ]
-    return curves(title, "step", "loss (nats a token)", lines) if lines else None
-
-
-def _settings(called: Sequence[str], configs: Sequence[dict[str, Any]]) -> Html:
-    unknown = [name for name, config in zip(called, configs, strict=True) if not config]
-    found = differing([config for config in configs if config])
-    rows: list[list[Child]] = []
-    for key, values in found.items():
-        shown = iter(values)
-        rows.append([tag("code", key), *(_value(next(shown)) if config else "not known" for config in configs)])
-    notes = [callout("warning", f"{name}: its configuration cannot be read.") for name in unknown]
+    if len(known) < 2:
+        return joined(notes)
+    rows: list[list[Child]] = [
+        [key, *map(_value, values)] for key, values in differing([config for _, config in known]).items()
+    ]
     if not rows:
-        return joined(notes, tag("p", "No setting differs between runs whose configuration is known."))
-    return joined(notes, table("Settings that differ", ["", *called], rows))
+        return joined(notes, tag("p", "No setting differs."))
+    return joined(notes, table("Settings that differ", ["key", *(name for name, _ in known)], rows))
 
 
-def _value(value: Any) -> Html:
+def _value(value: Any) -> str:
+    """A setting for people."""
     if value is MISSING:
-        return tag("span", "not there", class_="dim")
-    text = masked(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    return tag("code", text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…")
+        return "no key of its version"
+    if value is None or value == "":
+        return UNKNOWN
+    text = masked(in_home(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
