@@ -199,7 +199,7 @@ def live(tmp_path: Path) -> Iterator[tuple[Path, Server]]:
     """A run in progress, and its page, served."""
     run = pages.write(tmp_path / "run", pages.told(5)[:-1])
     token = "abcdefghijklmnopqrstuv"
-    view = View(run, (), lambda record: (), token)
+    view = View(run, (), token)
     policy = f"{LIVE_POLICY}; frame-ancestors 'none'"
     with Server(0, token, Fresh(view.look, view.page).page, policy) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -245,7 +245,7 @@ def test_the_live_page_leaves_the_reader_where_he_is(browser: Any, live: tuple[P
     with browsers.shown(browser, server.address, width=360, offline=False) as seen:
         waits_for(seen, "Live: this page follows the run.")
         seen.page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = !one.open; })")
-        folded = "Object.fromEntries([...document.querySelectorAll('details')].map(one => [one.textContent, one.open]))"
+        folded = "Object.fromEntries([...document.querySelectorAll('details')].map(one => [one.firstChild.textContent, one.open]))"
         opened = seen.page.evaluate(folded)
         seen.page.evaluate("document.querySelector('main section:last-of-type [tabindex]').focus()")
         seen.page.evaluate("scrollTo(0, 300)")

@@ -133,6 +133,15 @@ def test_what_is_no_request_gets_nothing_of_the_page_and_prints_nothing(text: by
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_page_that_cannot_be_made_just_now_is_said_to_be_none() -> None:
+    def fails() -> Made:
+        raise OSError("gone")
+
+    with served(fails) as server:
+        status, body, _ = asked(server)
+        assert (status, body) == (503, b"the page cannot be made just now\n")
+
+
 def test_it_listens_on_this_machine_alone_and_refuses_a_port_that_is_taken() -> None:
     with served() as server:
         assert server.socket.getsockname()[0] == "127.0.0.1"
@@ -206,7 +215,7 @@ def test_a_file_that_was_replaced_or_cut_is_read_from_its_beginning(tmp_path: Pa
 
 
 def viewed(run: Path, *others: Path) -> View:
-    return View(run, others, lambda record: (), TOKEN)
+    return View(run, others, TOKEN)
 
 
 def test_a_run_is_followed_from_before_its_beginning_to_after_its_folder_is_gone(tmp_path: Path) -> None:
@@ -230,9 +239,12 @@ def test_a_run_is_followed_from_before_its_beginning_to_after_its_folder_is_gone
 
 
 def test_a_folder_that_is_no_run_and_cannot_become_one_is_refused(tmp_path: Path) -> None:
+    viewed(tmp_path / "new").require_runs()
+    with pytest.raises(UserError, match="is not a run of mlxtune"):
+        viewed(tmp_path / "new", tmp_path / "none").require_runs()
     (tmp_path / "thesis.tex").write_text("theirs")
     with pytest.raises(UserError, match="is not a run of mlxtune"):
-        viewed(tmp_path).require_run_or_place()
+        viewed(tmp_path).require_runs()
 
 
 def test_looking_changes_nothing_and_whoever_looks_keeps_no_run_from_starting(tmp_path: Path) -> None:
@@ -258,6 +270,19 @@ def test_looking_changes_nothing_and_whoever_looks_keeps_no_run_from_starting(tm
     with lock.locked(run / ".lock") as held:
         assert held
     thread.join()
+
+
+def test_runs_that_it_is_compared_with_are_followed_too(tmp_path: Path) -> None:
+    run, other = (pages.write(tmp_path / name, pages.told(5)) for name in ("run", "other"))
+    view = viewed(run, other)
+    view.require_runs()
+    fresh = Fresh(view.look, view.page, lambda: 0.0)
+    before = fresh.page()
+    assert b"2 runs compared" in before.body
+    pages.append(other, pages.event(6))
+    assert fresh.page() != before
+    shutil.rmtree(other)
+    assert b"other: The folder of the run is not there any more" in fresh.page().body
 
 
 def test_changes_of_files_folders_and_what_is_gone_are_noticed(tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         (run / "checkpoints" / name).write_text("theirs")
     step("train --resume", "train", "--resume-anyway", "--out", run, "--set", "train.steps=3")
     step("runs", "runs", here)
+    step("report", "report", run)
+    step("report into theirs", "report", run, "--out", theirs / "config.yaml")
     step("eval", "eval", *tuned)
     step("generate", "generate", *tuned, "--prompt", ALL, "--max-tokens", "200", "--temperature", "5")
     step("a template's refusal", "generate", "--model", at["refusing"], "--prompt", ALL[:400])
@@ -170,7 +172,14 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 REFUSED = (
     *("convert what is broken", "data check of a table", "data convert, refused", "unknown keys", "unknown sections"),
-    *("train into theirs", "a template's refusal", "fuse over theirs", "demo over theirs", "no such model"),
+    *(
+        "train into theirs",
+        "report into theirs",
+        "a template's refusal",
+        "fuse over theirs",
+        "demo over theirs",
+        "no such model",
+    ),
     *("bench, refused", "no such data", "no such command", "no such option", "no such choice", "no such key"),
 )
 DONE = (
@@ -180,6 +189,7 @@ DONE = (
         "train",
         "train --resume",
         "runs",
+        "report",
         "eval",
         "eval --suite",
         "eval --suite again",

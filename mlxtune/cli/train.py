@@ -45,9 +45,9 @@ def train(
     """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
 
     Flags beat the file, the file beats the defaults. RUN/adapters.safetensors ends up as the adapter with the lowest
-    validation loss. Ctrl-C finishes the step, saves, and can be resumed, as can a run whose GPU failed. On several
-    machines: mlx.launch. What FILE, or the run that goes on, turns on beyond this machine is told first; the hub is not
-    asked for what that run alone names.
+    validation loss, and RUN/report.html shows what happened. Ctrl-C finishes the step, saves, and can be resumed, as
+    can a run whose GPU failed. On several machines: mlx.launch. What FILE, or the run that goes on, turns on beyond
+    this machine is told first; the hub is not asked for what that run alone names.
 
     \b
     mlxtune train -c quick --model model --data data
@@ -75,14 +75,16 @@ def train(
         return
     # Only now: these load MLX and transformers, and a typing error above is said at once.
     from mlxtune.cli.display import Display
+    from mlxtune.cli.run_page import with_page
     from mlxtune.train.ranks import Ranks
     from mlxtune.train.run import tune
     from mlxtune.train.run_folder import default_folder
 
     folder = out or default_folder(config.model.path)
     first = Ranks.here().first
-    with Display(common.console(quiet=not first)) as display:
-        state = tune(config, folder, display, resume, resume_anyway, local)
+    display = Display(common.console(quiet=not first))
+    with with_page(display, folder, config.train.report if first else "off") as listener:
+        state = tune(config, folder, listener, resume, resume_anyway, local)
     if not first:
         return
     best = ""

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlxtune.report import series
 from mlxtune.report.drawing.thinning import Point
+from mlxtune.report.html import for_json
 from mlxtune.report.page import Section, page
 from mlxtune.report.run_record import RunRecord, number_of
 from mlxtune.report.secrets import masked
@@ -32,13 +33,24 @@ def of_run(record: RunRecord, evaluations: Sequence[Any] = (), others: Sequence[
     ]
     there = [section for section in sections if section is not None]
     lead = verdict.lead(record, is_evaluated=bool(evaluations))
-    return page(f"Run {record.name}", lead, there, for_programs(record, drawn, shipped), live)
+    return page(f"Run {record.name}", lead, there, for_programs(record, drawn, shipped, others), live)
 
 
-def for_programs(record: RunRecord, drawn: Mapping[str, Sequence[Point]], shipped: Sequence[Export]) -> dict[str, Any]:
+def as_json(record: RunRecord, others: Sequence[RunRecord] = ()) -> dict[str, Any]:
+    """What the page of a run shows, for programs: texts, numbers, lists, mappings, and None for what is no number."""
+    shown: dict[str, Any] = for_json(for_programs(record, series.of_run(record), exports.found(record), others))
+    return shown
+
+
+def for_programs(
+    record: RunRecord,
+    drawn: Mapping[str, Sequence[Point]],
+    shipped: Sequence[Export],
+    others: Sequence[RunRecord] = (),
+) -> dict[str, Any]:
     """What the page shows, with all digits: what `mlxtune report --json` prints, and what the page holds as JSON.
 
-    curves: name -> [[step, value], ...], thinned as they are drawn; null is a gap.
+    curves: name -> [[step, value], ...], as `series.of_run` has them; null is a gap.
     """
     best = record.best
     return {
@@ -54,6 +66,7 @@ def for_programs(record: RunRecord, drawn: Mapping[str, Sequence[Point]], shippe
         "warnings": record.warnings,
         "curves": drawn,
         "exports": [{"name": export.name, "bytes": export.bytes, "proof": export.proof} for export in shipped],
+        "compared": comparing.as_json(record, others),
         "config": _masked(record.config),
         "begin": _masked({key: value for key, value in record.begun.items() if key != "kind"}),
     }

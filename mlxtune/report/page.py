@@ -18,6 +18,7 @@ from mlxtune.report.style import SHEET, SHEET_HASH
 POLICY = f"default-src 'none'; style-src '{SHEET_HASH}'; base-uri 'none'; form-action 'none'"
 # An icon of nothing (a data: address), for browsers ask for /favicon.ico otherwise.
 LIVE_POLICY = f"{POLICY}; script-src '{SCRIPT_HASH}'; connect-src 'self'; img-src data:"
+OURS = tag("meta", name="generator", content="mlxtune")  # by which a page is known as one that may be replaced
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def page(title: str, lead: Html, sections: Sequence[Section], record: Mapping[st
         tag("meta", http_equiv="Content-Security-Policy", content=LIVE_POLICY if live else POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="referrer", content="no-referrer"),
+        OURS,
         _follows_without_script() if live else None,
         tag("title", title),
         raw_style(SHEET),

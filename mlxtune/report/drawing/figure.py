@@ -15,8 +15,8 @@ from mlxtune.report.drawing.scale import Scale
 from mlxtune.report.html import Child, Html, tag
 from mlxtune.report.style import CURVES
 
-WIDTH, HEIGHT = 640, 290
-LEFT, RIGHT, TOP, BOTTOM = 72, 624, 26, 246  # where the axes are
+WIDTH, HEIGHT = 560, 280
+LEFT, RIGHT, TOP, BOTTOM = 64, 548, 26, 236  # where the axes are
 LINE = 16  # from one line of text to the next
 LONGEST = 44  # letters of a label inside a drawing
 
@@ -65,7 +65,7 @@ def path(steps: str, class_: str, **attributes: str) -> Html:
 def axes(across: Scale, up: Scale | None, x: str, y: str) -> list[Html]:
     """The frame of a plot with its grid and numbers. up: None where only `across` has any."""
     out = []
-    for value, label in across.ticks(7):
+    for value, label in across.ticks(6):
         place = across.place(value)
         grid = path(f"M{number(place)} {TOP}V{BOTTOM}", "grid")
         out.append(tag("g", grid, text(label, place, BOTTOM + LINE, "middle"), class_="tick"))
@@ -98,7 +98,9 @@ def marks(wanted: Sequence[Mark], across: Scale, up: Scale) -> list[Html]:
         else:
             height = up.place(mark.y)
             out.append(tag("circle", cx=number(place), cy=number(height), r=6, class_="ring"))
-            out.append(text(mark.name, beside + (4 if is_left else -4), height - 8, side))
+            out.append(
+                text(mark.name, place, max(height - 3 * LINE / 2, TOP + LINE), "label" if is_left else "label end")
+            )
     return out
 
 

@@ -14,7 +14,7 @@ from mlxtune.report.drawing.thinning import Point, thinned
 from mlxtune.report.html import Html, tag
 
 ROW = 30  # of a plot of intervals
-NAMES = 230  # where the names of intervals end
+NAMES = 190  # where the names of intervals end
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def histogram(title: str, x: str, bins: Sequence[tuple[float, float, int]], mark
 def intervals(title: str, x: str, rows: Sequence[Interval]) -> Html:
     """Values with their intervals, one below the other, around a line at 0. x: what they count, with its unit."""
     bottom = TOP + ROW * len(rows)
-    right = RIGHT - 150
+    right = RIGHT - 160
     across = fitted([0.0, *(end for row in rows for end in (row.low, row.high))], NAMES + 12, right)
     content: list[Html] = []
     for value, label in across.ticks(4):

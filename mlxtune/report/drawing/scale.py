@@ -62,9 +62,14 @@ def written(values: list[float]) -> list[str]:
     largest = max(abs(value) for value in values)
     apart = min((b - a for a, b in pairwise(values)), default=largest) or 1.0
     if largest and (largest < 1e-3 or largest >= 1e7):
-        return [f"{value:.3g}" for value in values]
+        return _with_power(values, math.floor(math.log10(largest)))
     decimals = max(0, -math.floor(math.log10(apart) + 1e-9))
     return [f"{value:,.{decimals}f}" for value in values]
+
+
+def _with_power(values: list[float], power: int) -> list[str]:
+    """Very small or large values of one axis, all with one power of ten: 0.5e-4, 1e-4, 1.5e-4."""
+    return [f"{value / 10.0**power:.3g}e{power}" if value else "0" for value in values]
 
 
 def _round_values(low: float, high: float, about: int) -> list[float]:

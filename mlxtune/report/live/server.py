@@ -89,7 +89,11 @@ class _Request(BaseHTTPRequestHandler):
         if not self._is_for_us():
             self._send(403, b"refused\n")
             return
-        made = self.server.page()
+        try:
+            made = self.server.page()
+        except (UserError, OSError):  # a file that is just being replaced: the page asks again
+            self._send(503, b"the page cannot be made just now\n")
+            return
         if self.headers.get("If-None-Match") == made.tag:
             self._send(304, b"", tag=made.tag)
         else:
