@@ -137,6 +137,8 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("train --resume", "train", "--resume-anyway", "--out", run, "--set", "train.steps=3")
     step("runs", "runs", here)
     step("report", "report", run)
+    step("report --with", "report", run, "--with", here / "stopped", "--out", here / f"both{hostile.name(11)}.html")
+    step("report --live, Ctrl-C", "report", run, "--live", typed=[("until", "\x03")])
     step("report into theirs", "report", run, "--out", theirs / "config.yaml")
     step("eval", "eval", *tuned)
     step("generate", "generate", *tuned, "--prompt", ALL, "--max-tokens", "200", "--temperature", "5")
@@ -190,6 +192,7 @@ DONE = (
         "train --resume",
         "runs",
         "report",
+        "report --with",
         "eval",
         "eval --suite",
         "eval --suite again",
@@ -202,7 +205,7 @@ DONE = (
     ),
     *("export peft", "export hf", "export gguf", "export gguf-lora", "verify", "convert an adapter", "doctor"),
 )
-STOPPED = ("train, Ctrl-C",)
+STOPPED = ("train, Ctrl-C", "report --live, Ctrl-C")
 OF_ROWS = ("data show",)  # prints what people wrote, lines and all
 
 
