@@ -245,7 +245,8 @@ def test_the_live_page_leaves_the_reader_where_he_is(browser: Any, live: tuple[P
     with browsers.shown(browser, server.address, width=360, offline=False) as seen:
         waits_for(seen, "Live: this page follows the run.")
         seen.page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = !one.open; })")
-        folded = "Object.fromEntries([...document.querySelectorAll('details')].map(one => [one.firstChild.textContent, one.open]))"
+        folded = """Object.fromEntries([...document.querySelectorAll("details")].map(
+            one => [one.querySelector("summary").textContent, one.open]))"""
         opened = seen.page.evaluate(folded)
         seen.page.evaluate("document.querySelector('main section:last-of-type [tabindex]').focus()")
         seen.page.evaluate("scrollTo(0, 300)")

@@ -139,7 +139,7 @@ def test_evaluations_of_one_suite_stand_side_by_side_with_the_numbers_of_compare
     assert section
     check = compare(found[:2])["checks"]["contains"]
     assert cells(section.body, "contains")[1:4] == ["25.0%", "50.0%", f"{100 * check['difference']:+.1f}"]
-    assert cells(section.body, "contains")[-1] == check["verdict"]
+    assert check["verdict"] in cells(section.body, "contains")[-2]
     assert "Evaluations: suite.jsonl" in section.body and section.body.count("<figure") == 3
     section = comparing.section(records[0], records[1:], [[one] for one in found])
     ranked = compare(found)["ranking"]

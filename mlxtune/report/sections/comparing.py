@@ -9,13 +9,13 @@ from typing import Any, Literal
 from mlxtune_convert.sizes import size
 
 from mlxtune.durations import clock
-from mlxtune.evaluate.comparison.folder import Evaluation
 from mlxtune.report import series
 from mlxtune.report.comparing.evaluations import side_by_side
 from mlxtune.report.comparing.names import names
 from mlxtune.report.comparing.settings import MISSING, differing
 from mlxtune.report.drawing.plots import Line, curves
 from mlxtune.report.drawing.thinning import Point
+from mlxtune.report.evaluations import Evaluated
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
 from mlxtune.report.run_record import RunRecord, in_home, number_of, points_of
@@ -29,7 +29,7 @@ UNKNOWN = "-"
 
 
 def section(
-    record: RunRecord, others: Sequence[RunRecord], evaluations: Sequence[Sequence[Evaluation]] = ()
+    record: RunRecord, others: Sequence[RunRecord], evaluations: Sequence[Sequence[Evaluated]] = ()
 ) -> Section | None:
     """None where there is no other run. evaluations: those of each run, of `record` first."""
     if not others:
