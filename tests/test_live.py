@@ -7,6 +7,7 @@ import http.client
 import shutil
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -117,8 +118,9 @@ def test_every_answer_forbids_what_a_page_of_others_could_do_with_it(status: int
         found, _, headers = asked(server, **ways[status])
         assert found == status
         assert headers["Content-Security-Policy"].startswith("default-src 'none'")
-        for name, text in serving.HEADERS.items():
-            assert headers[name] == text
+        assert headers["X-Frame-Options"] == "DENY" and headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cache-Control"] == "no-store" and headers["Referrer-Policy"] == "no-referrer"
+        assert headers["Cross-Origin-Resource-Policy"] == headers["Cross-Origin-Opener-Policy"] == "same-origin"
         assert "Access-Control-Allow-Origin" not in headers and "Python" not in headers["Server"]
 
 
@@ -140,6 +142,32 @@ def test_a_page_that_cannot_be_made_just_now_is_said_to_be_none() -> None:
     with served(fails) as server:
         status, body, _ = asked(server)
         assert (status, body) == (503, b"the page cannot be made just now\n")
+
+
+def test_a_reader_who_goes_away_and_one_who_says_nothing_disturb_nobody(
+    monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(serving._Request, "timeout", 0.1)
+    large = Made(b"x" * 30_000_000, '"2"')
+    with served(lambda: large) as server:
+        place = ("127.0.0.1", server.server_port)
+        with socket.create_connection(place, 10) as silent, socket.create_connection(place, 10) as leaving:
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            leaving.sendall(f"GET /{TOKEN}/ HTTP/1.0\r\nHost: 127.0.0.1:{place[1]}\r\n\r\n".encode())
+            leaving.recv(1000)
+            leaving.close()
+            assert silent.recv(1000) == b""  # closed
+            assert len(asked(server)[1]) == len(large.body)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_no_name_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(*_: Any) -> str:
+        raise AssertionError("a name is looked up")
+
+    monkeypatch.setattr(socket, "getfqdn", look_up)
+    with served() as server:
+        assert asked(server)[0] == 200
 
 
 def test_it_listens_on_this_machine_alone_and_refuses_a_port_that_is_taken() -> None:
