@@ -37,7 +37,7 @@ def of_run(record: RunRecord, evaluations: Sequence[Any] = (), others: Sequence[
 
 
 def as_json(record: RunRecord, others: Sequence[RunRecord] = ()) -> dict[str, Any]:
-    """What the page of a run shows, for programs: texts, numbers, lists, mappings, and None for what is no number."""
+    """What the page of a run shows, for programs: texts, numbers, lists and mappings; None for what is no number."""
     shown: dict[str, Any] = for_json(for_programs(record, series.of_run(record), exports.found(record), others))
     return shown
 
@@ -50,7 +50,7 @@ def for_programs(
 ) -> dict[str, Any]:
     """What the page shows, with all digits: what `mlxtune report --json` prints, and what the page holds as JSON.
 
-    curves: name -> [[step, value], ...], as `series.of_run` has them; null is a gap.
+    curves: name -> [[step, value], ...], as `series.of_run` has them, and thinned as they are drawn; null: a gap.
     """
     best = record.best
     return {

@@ -115,7 +115,7 @@ svg .label{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejo
 .frame{stroke:var(--dim);stroke-width:1;fill:none}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 .dashed{stroke-dasharray:7 5}.dotted{stroke-dasharray:1 5}
-.faint{stroke-width:1;opacity:.55}
+.faint{stroke-width:1;opacity:.7}
 .points{stroke-width:7}
 .mark{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:3 3;fill:none}
 .ring{stroke:var(--ink);stroke-width:2;fill:none}

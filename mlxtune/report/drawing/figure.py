@@ -6,6 +6,7 @@ in words; the eye finds the same in the caption.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,7 +83,8 @@ def axes(across: Scale, up: Scale | None, x: str, y: str) -> list[Html]:
 def marks(wanted: Sequence[Mark], across: Scale, up: Scale) -> list[Html]:
     """Marks and their names; each name on a line of its own, so that no two stand in one place."""
     out = []
-    for at, mark in enumerate(wanted):
+    drawable = [mark for mark in wanted if math.isfinite(mark.x or 0.0) and math.isfinite(mark.y or 0.0)]
+    for at, mark in enumerate(drawable):
         line = TOP + LINE * (at + 1) - 2
         if mark.x is None:
             height = up.place(mark.y or 0.0)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from mlxtune.report.drawing import figure
 from mlxtune.report.drawing.figure import BOTTOM, LEFT, LINE, RIGHT, TOP, WIDTH, Mark, number, path, text
-from mlxtune.report.drawing.scale import LARGEST, Scale, fitted
+from mlxtune.report.drawing.scale import LARGEST, SMALLEST, Scale, fitted
 from mlxtune.report.drawing.thinning import Point, thinned
 from mlxtune.report.html import Html, tag
 
@@ -137,7 +137,7 @@ def _steps(points: Sequence[Point], across: Scale, up: Scale, is_apart: bool) ->
 
 
 def _is_drawn(value: float, log: bool) -> bool:
-    return math.isfinite(value) and (value > 0 or not log)
+    return math.isfinite(value) and (value >= SMALLEST or not log)
 
 
 def _said(line: Line, x: str) -> str:

@@ -22,6 +22,9 @@ PARTS = {
 }
 
 
+MOST = 1e15  # seconds or tokens of one event: no run has more
+
+
 def section(record: RunRecord) -> Section | None:
     parts = [_time(record), _tokens(record), _memory(record)]
     there = [part for part in parts if part is not None]
@@ -93,4 +96,5 @@ def said(seconds: float) -> str:
 
 
 def _sum(happened: Sequence[Event], name: str) -> float:
-    return sum(number_of(event, name) or 0.0 for event in happened)
+    """Of what events count or measure; numbers that are neither, out of a damaged file, are left out."""
+    return sum(number for event in happened if 0 <= (number := number_of(event, name) or 0.0) <= MOST)
