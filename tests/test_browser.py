@@ -23,6 +23,7 @@ from mlxtune.report.live.server import Server
 from mlxtune.report.live.view import View
 from mlxtune.report.page import LIVE_POLICY, Section, page
 from mlxtune.report.run_record import read_run
+from mlxtune.report.sections.comparing import Other
 from mlxtune.report.tables import callout, facts, folded, table
 
 HOSTILE = (
@@ -59,8 +60,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         folder / f"hostile {HOSTILE[1].replace('/', '')}", hostile_events(), {"model.path": ALL, "data.path": LONG}
     )
     texts = {
-        "run": of_run(first, others=[second]),
-        "hostile": of_run(read_run(hostile), others=[first]),
+        "run": of_run(first, others=[Other(second)]),
+        "hostile": of_run(read_run(hostile), others=[Other(first)]),
         "parts": page(f"Parts {ALL}", tag("p", "Every part: ", ALL), parts(), {"texts": HOSTILE, "long": LONG}),
     }
     for name, text in texts.items():

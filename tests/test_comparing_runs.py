@@ -17,6 +17,7 @@ from mlxtune.report.comparing.settings import MISSING, differing
 from mlxtune.report.composed import of_run
 from mlxtune.report.run_record import RunRecord, read_run
 from mlxtune.report.sections import comparing
+from mlxtune.report.sections.comparing import Other
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def cells(html: str, row: str) -> list[str]:
 def test_what_came_of_runs_stands_side_by_side(tmp_path: Path) -> None:
     first = run(tmp_path / "first", 20, {"train.lr": 1e-4})
     second = run(tmp_path / "second", 10, {"train.lr": 1e-3, "lora.rank": 4})
-    section = comparing.section(first, [second])
+    section = comparing.section(first, [], [Other(second)])
     assert section is not None
     assert cells(section.body, "steps") == ["20 of 20", "10 of 10"]
     # the last validation losses of pages.told: 3 / (1 + step) + 0.2
@@ -78,7 +79,7 @@ def test_what_came_of_runs_stands_side_by_side(tmp_path: Path) -> None:
 
 
 def test_no_other_run_is_no_section() -> None:
-    assert comparing.section(RunRecord(Path("run"), {}, [], "killed", []), []) is None
+    assert comparing.section(RunRecord(Path("run"), {}, [], "killed", []), [], []) is None
 
 
 @pytest.mark.parametrize(
@@ -93,11 +94,11 @@ def test_validation_losses_of_other_rows_are_not_compared_in_silence(
     tmp_path: Path, first: Any, second: Any, is_warned: bool
 ) -> None:
     one, other = run(tmp_path / "one", 5, {}, **first), run(tmp_path / "other", 5, {}, **second)
-    section = comparing.section(one, [other])
+    section = comparing.section(one, [], [Other(other)])
     assert section and ("not of the same examples" in section.body) == is_warned
     if not is_warned:
         pages.append(other.folder, pages.evaluated(6, 0.5, tokens=901))
-        section = comparing.section(one, [read_run(other.folder)])
+        section = comparing.section(one, [], [Other(read_run(other.folder))])
         assert section and "not of the same examples" in section.body
 
 
@@ -108,7 +109,7 @@ def test_damaged_runs_are_compared_as_far_as_they_can_be_read(tmp_path: Path) ->
     nan = pages.told(10)
     nan[3]["loss"] = None
     broken = pages.write(tmp_path / "nan", nan[:-1])
-    section = comparing.section(good, [read_run(lost), read_run(broken)])
+    section = comparing.section(good, [], [Other(read_run(lost)), Other(read_run(broken))])
     assert section
     assert "The settings of lost are not known." in section.body
     assert cells(section.body, "state") == ["finished", "killed", "killed"]
@@ -120,7 +121,7 @@ def test_hostile_names_and_settings_stay_text(tmp_path: Path) -> None:
     bad = '<b onload="x">\x1b[2J'
     one = run(tmp_path / "a" / bad, 3, {"model.path": "<i>\x1b]52;c;x\x07"})
     other = run(tmp_path / "b" / bad, 3, {"model.path": "token = 'ghp_0123456789abcdefghijABCDEFGHIJ012345'"})
-    text = of_run(one, others=[other])
+    text = of_run(one, others=[Other(other)])
     assert "<b " not in text and "<i>" not in text and "\x1b" not in text
     assert "a/&lt;b onload=&quot;x&quot;&gt;\\x1b[2J" in text
     assert "ghp_0123456789" not in text
@@ -135,13 +136,15 @@ def evaluated(folder: Path, texts: list[str], count: int = 40) -> Evaluation:
 def test_evaluations_of_one_suite_stand_side_by_side_with_the_numbers_of_compare(tmp_path: Path) -> None:
     records = [run(tmp_path / name, 3, {}) for name in ("one", "two", "three")]
     found = [evaluated(tmp_path / "evals" / str(at), ["yes"] * at + ["no"] * (4 - at)) for at in range(1, 4)]
-    section = comparing.section(records[0], [records[1]], [[found[0]], [found[1]]])
+    section = comparing.section(records[0], [found[0]], [Other(records[1], [found[1]])])
     assert section
     check = compare(found[:2])["checks"]["contains"]
     assert cells(section.body, "contains")[1:4] == ["25.0%", "50.0%", f"{100 * check['difference']:+.1f}"]
     assert check["verdict"] in cells(section.body, "contains")[-2]
     assert "Evaluations: suite.jsonl" in section.body and section.body.count("<figure") == 3
-    section = comparing.section(records[0], records[1:], [[one] for one in found])
+    section = comparing.section(
+        records[0], found[:1], [Other(record, [one]) for record, one in zip(records[1:], found[1:], strict=True)]
+    )
     ranked = compare(found)["ranking"]
     assert section
     order = re.findall(r'<th[^>]*scope="row"[^>]*>(one|two|three)</th>', section.body)
@@ -152,5 +155,5 @@ def test_evaluations_of_one_suite_stand_side_by_side_with_the_numbers_of_compare
 def test_evaluations_of_other_suites_are_said_to_be_none_to_compare(tmp_path: Path) -> None:
     records = [run(tmp_path / name, 3, {}) for name in ("one", "two")]
     found = [evaluated(tmp_path / "evals" / str(count), ["yes"], count) for count in (8, 9)]
-    section = comparing.section(records[0], records[1:], [[found[0]], [found[1]]])
+    section = comparing.section(records[0], found[:1], [Other(records[1], found[1:])])
     assert section and "No two of these runs were evaluated with one suite." in section.body

@@ -315,8 +315,8 @@ def test_runs_that_it_is_compared_with_are_followed_too(tmp_path: Path) -> None:
 
 def test_changes_of_files_folders_and_what_is_gone_are_noticed(tmp_path: Path) -> None:
     run = pages.write(tmp_path / "run", pages.told(5))
-    seen = [traces([run])]
-    assert traces([run]) == seen[0]
+    seen = [traces({run: 1})]
+    assert traces({run: 1}) == seen[0]
     for change in (
         lambda: pages.append(run, pages.event(6)),
         lambda: (run / "export").mkdir(),
@@ -325,7 +325,23 @@ def test_changes_of_files_folders_and_what_is_gone_are_noticed(tmp_path: Path) -
         lambda: shutil.rmtree(run),
     ):
         change()
-        seen.append(traces([run]))
+        seen.append(traces({run: 1}))
+    assert len(set(seen)) == len(seen)
+
+
+def test_an_export_and_an_evaluation_that_are_made_beside_a_run_are_noticed(tmp_path: Path) -> None:
+    run = pages.write(tmp_path / "runs" / "run", pages.told(5))
+    view = viewed(run)
+    seen = [view.look()]
+    assert view.look() == seen[0]
+    (tmp_path / "runs" / "fused").mkdir()
+    seen.append(view.look())
+    (tmp_path / "runs" / "fused" / "verification.json").write_text("{}")
+    seen.append(view.look())
+    (tmp_path / "evals" / "first").mkdir(parents=True)
+    seen.append(view.look())
+    (tmp_path / "evals" / "first" / "summary.json").write_text("{}")
+    seen.append(view.look())
     assert len(set(seen)) == len(seen)
 
 

@@ -11,11 +11,18 @@ from mlxtune_convert.shown import shown_name
 from mlxtune.cli import common
 
 
-def serve(folder: Path, others: Sequence[Path], port: int, is_opened: bool) -> None:
+def serve(
+    folder: Path,
+    others: Sequence[Path],
+    evaluations: Sequence[Path],
+    with_answers: bool,
+    port: int,
+    is_opened: bool,
+) -> None:
     """Print the page's address and serve it, until a signal ends the command.
 
-    folder, others: of runs; port: 0 for any; is_opened: in the browser. Raises UserError for a folder that is no run
-    and where none can begin, and for a port that cannot be had.
+    folder, others: of runs; evaluations, with_answers: as `View` takes them; port: 0 for any; is_opened: in the
+    browser. Raises UserError for a folder that is no run and where none can begin, and for a port that cannot be had.
     """
     from mlxtune.report.live.fresh import Fresh
     from mlxtune.report.live.server import Server, new_token
@@ -23,7 +30,7 @@ def serve(folder: Path, others: Sequence[Path], port: int, is_opened: bool) -> N
     from mlxtune.report.page import LIVE_POLICY
 
     token = new_token()
-    view = View(folder, others, token)
+    view = View(folder, others, token, evaluations, with_answers)
     view.require_runs()
     with Server(port, token, Fresh(view.look, view.page).page, f"{LIVE_POLICY}; frame-ancestors 'none'") as server:
         if not view.has_begun():

@@ -14,12 +14,21 @@ from mlxtune.cli import common, live
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: RUN/report.html]")
+@click.option(
+    "--evaluation",
+    "evaluations",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="What `mlxtune eval --out` kept of this run.  [default: those in and beside RUN]",
+)
+@click.option("--no-answers", is_flag=True, help="Leave what the models said out of the page.")
 @click.option("--open", "is_opened", is_flag=True, help="Show it in the browser.")
 @click.option("--json", "as_json", is_flag=True, help="What the page shows, as one JSON document; no page is written.")
 @common.force_option
 @click.option(
     "--with",
-    "others",
+    "compared",
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="RUN",
@@ -32,10 +41,12 @@ from mlxtune.cli import common, live
 def report(
     run: Path,
     out: Path | None,
+    evaluations: tuple[Path, ...],
+    no_answers: bool,
     is_opened: bool,
     as_json: bool,
     force: bool,
-    others: tuple[Path, ...],
+    compared: tuple[Path, ...],
     is_live: bool,
     port: int | None,
 ) -> None:
@@ -45,39 +56,40 @@ def report(
     train` writes it at the end of every run (train.report); this makes it again, also of a run that goes on, was
     killed, or is damaged. A page of an earlier time is replaced.
 
-    With --live no file is written: the page is served on 127.0.0.1 to whoever has the printed address, and follows the
-    run. Ctrl-C ends the page and never the run.
-
     \b
     mlxtune report run
     mlxtune report run --out page.html --open
+    mlxtune report run --evaluation evals/first --no-answers
     mlxtune report run --with other-run --out both.html
     mlxtune report run --live
     mlxtune report run --json
     """
     from mlxtune.errors import UserError
     from mlxtune.report.composed import as_json as shown
+    from mlxtune.report.evaluations import evaluations_of
     from mlxtune.report.run_record import read_run
+    from mlxtune.report.sections.comparing import Other
     from mlxtune.report.written import write_page
 
-    if as_json and (out is not None or is_opened or force):
-        raise UserError("--json writes no page", "Leave out --out, --open and --force, or --json.")
-    _refuse_same(run, others)
+    if as_json and (out is not None or is_opened or force or no_answers):
+        hint = "Leave out --out, --open, --no-answers and --force, or --json."
+        raise UserError("--json writes no page", hint)
+    _refuse_same(run, compared)
     if port is not None and not is_live:
         raise UserError("--port has no effect without --live", "Add --live, or leave out --port.")
     if is_live:
         if out is not None or as_json or force:
             raise UserError("--live writes nothing", "Leave out --out, --force and --json, or --live.")
-        live.serve(run, others, port or 0, is_opened)
+        live.serve(run, compared, evaluations, not no_answers, port or 0, is_opened)
         return
     record = read_run(run)
-    compared = [read_run(other) for other in others]
+    others = [Other.read(other) for other in compared]
     if as_json:
-        click.echo(json_text(shown(record, compared)))
+        click.echo(json_text(shown(record, evaluations_of(run, evaluations), others)))
         return
     for warning in record.warnings:
         common.note(shown_name(warning))
-    page = write_page(record, out, force, others=compared)
+    page = write_page(record, out, force, evaluations, with_answers=not no_answers, others=others)
     common.stdout().print(shown_name(page), soft_wrap=True)
     if is_opened and click.launch(page.resolve().as_uri()) != 0:
         common.note("no browser could be opened: open the file yourself")

@@ -5,40 +5,67 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlxtune.report import series
+from mlxtune.evaluate.observations.observe import observations_of_run
+from mlxtune.report import of_evaluations, series
 from mlxtune.report.drawing.thinning import Point
-from mlxtune.report.html import for_json
+from mlxtune.report.evaluations import NONE, OfRun
+from mlxtune.report.html import for_json, joined
 from mlxtune.report.page import Section, page
 from mlxtune.report.run_record import RunRecord, number_of
 from mlxtune.report.secrets import masked
-from mlxtune.report.sections import comparing, configuration, curves, exports, memory_time, said, verdict
+from mlxtune.report.sections import (
+    better,
+    comparing,
+    configuration,
+    curves,
+    exports,
+    memory_time,
+    observations,
+    said,
+    verdict,
+)
+from mlxtune.report.sections.comparing import Other
 from mlxtune.report.sections.exports import Export
+from mlxtune.report.tables import callout
 
 
-def of_run(record: RunRecord, evaluations: Sequence[Any] = (), others: Sequence[RunRecord] = (), live: str = "") -> str:
+def of_run(
+    record: RunRecord,
+    evaluations: OfRun = NONE,
+    others: Sequence[Other] = (),
+    live: str = "",
+    with_answers: bool = True,
+) -> str:
     """The page of a run.
 
     evaluations: of the run, as `mlxtune eval` kept them; others: runs that it is compared with; live: as `page` takes
-    it. The same folders give the same page.
+    it; with_answers: what the models said is shown. The same folders give the same page.
     """
     drawn = series.of_run(record)
     shipped = exports.found(record)
     sections: list[Section | None] = [
         curves.section(record, drawn),
-        comparing.section(record, others),
+        comparing.section(record, evaluations.evaluations, others),
+        *of_evaluations.sections(evaluations.evaluations, with_answers),
+        observations.section(record, evaluations.evaluations),
         memory_time.section(record),
         exports.section(shipped),
         configuration.section(record),
         said.section(record),
     ]
     there = [section for section in sections if section is not None]
-    lead = verdict.lead(record, is_evaluated=bool(evaluations))
-    return page(f"Run {record.name}", lead, there, for_programs(record, drawn, shipped, others), live)
+    lead = joined(
+        better.lead(evaluations.evaluations),
+        verdict.lead(record, is_evaluated=bool(evaluations.evaluations)),
+        [callout("neutral", note) for note in evaluations.notes],
+    )
+    return page(f"Run {record.name}", lead, there, for_programs(record, drawn, shipped, evaluations, others), live)
 
 
-def as_json(record: RunRecord, others: Sequence[RunRecord] = ()) -> dict[str, Any]:
+def as_json(record: RunRecord, evaluations: OfRun = NONE, others: Sequence[Other] = ()) -> dict[str, Any]:
     """What the page of a run shows, for programs: texts, numbers, lists and mappings; None for what is no number."""
-    shown: dict[str, Any] = for_json(for_programs(record, series.of_run(record), exports.found(record), others))
+    drawn, shipped = series.of_run(record), exports.found(record)
+    shown: dict[str, Any] = for_json(for_programs(record, drawn, shipped, evaluations, others))
     return shown
 
 
@@ -46,7 +73,8 @@ def for_programs(
     record: RunRecord,
     drawn: Mapping[str, Sequence[Point]],
     shipped: Sequence[Export],
-    others: Sequence[RunRecord] = (),
+    evaluations: OfRun = NONE,
+    others: Sequence[Other] = (),
 ) -> dict[str, Any]:
     """What the page shows, with all digits: what `mlxtune report --json` prints, and what the page holds as JSON.
 
@@ -66,6 +94,8 @@ def for_programs(
         "warnings": record.warnings,
         "curves": drawn,
         "exports": [{"name": export.name, "bytes": export.bytes, "proof": export.proof} for export in shipped],
+        "evaluations": _masked(evaluations.as_json()),
+        "observations": _masked(observations_of_run(record.events)),
         "compared": comparing.as_json(record, others),
         "config": _masked(record.config),
         "begin": _masked({key: value for key, value in record.begun.items() if key != "kind"}),

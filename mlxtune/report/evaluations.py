@@ -68,27 +68,38 @@ class OfRun:
         return [{"name": one.name, **one.summary} for one in self.evaluations]
 
 
+NONE = OfRun()
+
+
 def evaluations_of(run: Path, given: Sequence[Path] = ()) -> OfRun:
     """Those that are named, or else those in and beside the run.
 
     given: folders that `mlxtune eval ... --out` wrote. Raises UserError where one of them is none, or is of another
     adapter than the run's.
     """
-    adapter = RunFolder(run).adapter
-    own = digest(adapter) if adapter is not None else ""
     if given:
-        return OfRun([_named(folder, run, own) for folder in given])
+        return OfRun([_named(folder, run, _adapter_in(run)) for folder in given])
     found, notes = [], []
+    held: str | None = None  # the run's adapter; not known yet, for it may be large and mostly nobody asks
     for folder in _candidates(run):
         try:
             evaluation = Evaluation.read(folder)
         except UserError:
             continue  # a summary.json of another program
-        if own and _adapter_of(evaluation.summary) == own:
+        tuned = _adapter_of(evaluation.summary)
+        if tuned is not None and held is None:
+            held = _adapter_in(run)
+        if tuned is not None and tuned == held:
             found.append(evaluation)
         elif _is_at(evaluation.summary, run):
             notes.append(f"{folder.name} was made of an adapter that this run does not hold any more: it is not shown")
     return OfRun(found, notes)
+
+
+def _adapter_in(run: Path) -> str:
+    """The digest of the adapter that a run holds; "" where it holds none."""
+    adapter = RunFolder(run).adapter
+    return "" if adapter is None else digest(adapter)
 
 
 def _named(folder: Path, run: Path, own: str) -> Evaluation:

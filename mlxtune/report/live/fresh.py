@@ -15,7 +15,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,21 +66,24 @@ class Fresh:
             return self._made
 
 
-def traces(folders: Iterable[Path]) -> Hashable:
-    """What the file system says of these folders and of what is in them: names, sizes and times of change. Two results
-    are equal while nothing is written there. A folder that is gone has none; links are not followed.
+def traces(folders: Mapping[Path, int]) -> Hashable:
+    """What the file system says of what is in these folders: names, sizes and times of change. Two results are equal
+    while nothing is written there. A folder that is gone has none; links are not followed.
+
+    folders: each with how many folders below it are looked into as well, one inside the other. The last are looked
+    into first: of a folder with very many entries beside a run the rest is left out, and not the run.
     """
     found: list[tuple[str, int, int]] = []
-    waiting = [(folder, 0) for folder in folders]
+    waiting = list(folders.items())
     while waiting and len(found) < MOST_ENTRIES:
-        folder, depth = waiting.pop()
+        folder, deeper = waiting.pop()
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
                     status = entry.stat(follow_symlinks=False)
                     found.append((entry.path, status.st_mtime_ns, status.st_size))
-                    if depth < DEEPEST and entry.is_dir(follow_symlinks=False):
-                        waiting.append((Path(entry.path), depth + 1))
+                    if deeper > 0 and entry.is_dir(follow_symlinks=False):
+                        waiting.append((Path(entry.path), deeper - 1))
         except OSError:  # gone, also in this very moment
             found.append((str(folder), -1, -1))
     return tuple(sorted(found))

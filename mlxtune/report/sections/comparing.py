@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from mlxtune_convert.sizes import size
@@ -15,10 +17,10 @@ from mlxtune.report.comparing.names import names
 from mlxtune.report.comparing.settings import MISSING, differing
 from mlxtune.report.drawing.plots import Line, curves
 from mlxtune.report.drawing.thinning import Point
-from mlxtune.report.evaluations import Evaluated
+from mlxtune.report.evaluations import Evaluated, evaluations_of
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
-from mlxtune.report.run_record import RunRecord, in_home, number_of, points_of
+from mlxtune.report.run_record import RunRecord, in_home, number_of, points_of, read_run
 from mlxtune.report.secrets import masked
 from mlxtune.report.tables import callout, table
 
@@ -28,32 +30,44 @@ LONGEST_VALUE = 300  # letters of a setting's value
 UNKNOWN = "-"
 
 
-def section(
-    record: RunRecord, others: Sequence[RunRecord], evaluations: Sequence[Sequence[Evaluated]] = ()
-) -> Section | None:
-    """None where there is no other run. evaluations: those of each run, of `record` first."""
+@dataclass(frozen=True)
+class Other:
+    """A run that another one is compared with."""
+
+    record: RunRecord  # what its folder tells
+    evaluations: Sequence[Evaluated] = ()  # of the adapter that it holds
+
+    @classmethod
+    def read(cls, folder: Path) -> Other:
+        """With the evaluations in it and beside it. Raises UserError where the folder is no run at all."""
+        return cls(read_run(folder), evaluations_of(folder).evaluations)
+
+
+def section(record: RunRecord, evaluations: Sequence[Evaluated], others: Sequence[Other]) -> Section | None:
+    """None where there is no other run. evaluations: of `record`."""
     if not others:
         return None
-    records = [record, *others]
+    records = [record, *(other.record for other in others)]
     called = names([one.folder for one in records])
     half = series.half_life(max(len(one.train) for one in records))
     training = [series.smoothed(series.stepwise(one.train, "loss"), half) for one in records]
     smoothed = f"Training loss of all runs, running means (half of the weight is on the last {half} steps)"
     body = joined(
-        _warnings(called, others),
+        _warnings(called[1:], records[1:]),
         _outcomes(called, records),
         _other_rows(records),
         _curves("Validation loss of all runs", called, [points_of(one.evaluations, "loss") for one in records]),
         _curves(smoothed, called, training),
         _settings(called, [one.config for one in records]),
-        side_by_side(called, evaluations) if evaluations else None,
+        side_by_side(called, [evaluations, *(other.evaluations for other in others)]),
     )
     return Section("comparing", f"{len(records)} runs compared", body)
 
 
-def as_json(record: RunRecord, others: Sequence[RunRecord]) -> list[dict[str, Any]]:
+def as_json(record: RunRecord, others: Sequence[Other]) -> list[dict[str, Any]]:
     """The other runs, for programs."""
-    called = names([one.folder for one in (record, *others)])[1:]
+    records = [other.record for other in others]
+    called = names([one.folder for one in (record, *records)])[1:]
     return [
         {
             "name": name,
@@ -63,7 +77,7 @@ def as_json(record: RunRecord, others: Sequence[RunRecord]) -> list[dict[str, An
             "best_loss": None if one.best is None else number_of(one.best, "loss"),
             "warnings": one.warnings,
         }
-        for name, one in zip(called, others, strict=True)
+        for name, one in zip(called, records, strict=True)
     ]
 
 
@@ -71,8 +85,8 @@ def _warnings(called: Sequence[str], others: Sequence[RunRecord]) -> list[Html]:
     """What is missing of the others; what is of the page's own run stands at its beginning."""
     return [
         callout("warning", f"{name}: {warning}")
-        for name, other in zip(called[1:], others, strict=True)
-        for warning in other.warnings
+        for name, one in zip(called, others, strict=True)
+        for warning in one.warnings
     ]
 
 
