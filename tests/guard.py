@@ -89,7 +89,7 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
 def outputs(words: list[str], folder: Path) -> list[Output]:
     """What a command line says that it will write. folder: where it runs."""
     name, given = parsed(words)
-    out = [folder / given[key] for key in ("out", "dst") if isinstance(given.get(key), str)]
+    out = [folder / given[key] for key in ("out", "dst", "html") if isinstance(given.get(key), str)]
     stores = [value.partition("=")[2] for value in given.get("settings") or () if value.startswith("data.cache=")]
     stores += _stores_in_files(given, folder)
     found = [Output(folder / Path(store).expanduser(), ("?" * 32,)) for store in stores]

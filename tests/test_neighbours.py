@@ -119,7 +119,7 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("convert what is broken", "convert", at["broken"], here / "never")
     step("data show", "data", "show", *on, "--data", said, "--limit", "600")
     step("data show --json", "data", "show", *on, "--data", said, "--json")
-    step("data check", "data", "check", *on, "--data", said)
+    step("data check", "data", "check", *on, "--data", said, "--html", here / f"check{hostile.name(11)}.html")
     step("data check of a folder", "data", "check", *on, "--data", data)
     step("data check of a table", "data", "check", *on, "--data", at["table"])
     step("data convert", "data", "convert", said, here / f"new{hostile.name(10)}.jsonl", "--drop")

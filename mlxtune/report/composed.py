@@ -12,12 +12,13 @@ from mlxtune.report.evaluations import NONE, OfRun
 from mlxtune.report.html import for_json, joined
 from mlxtune.report.page import Section, page
 from mlxtune.report.run_record import RunRecord, number_of
-from mlxtune.report.secrets import masked
+from mlxtune.report.secrets import masked_values
 from mlxtune.report.sections import (
     better,
     comparing,
     configuration,
     curves,
+    data,
     exports,
     memory_time,
     observations,
@@ -48,6 +49,7 @@ def of_run(
         comparing.section(record, evaluations.evaluations, others),
         *of_evaluations.sections(evaluations.evaluations, with_answers),
         observations.section(record, evaluations.evaluations),
+        data.section(record),
         memory_time.section(record),
         exports.section(shipped),
         configuration.section(record),
@@ -94,20 +96,10 @@ def for_programs(
         "warnings": record.warnings,
         "curves": drawn,
         "exports": [{"name": export.name, "bytes": export.bytes, "proof": export.proof} for export in shipped],
-        "evaluations": _masked(evaluations.as_json()),
-        "observations": _masked(observations_of_run(record.events)),
+        "evaluations": masked_values(evaluations.as_json()),
+        "observations": masked_values(observations_of_run(record.events)),
+        "data": masked_values(data.for_programs(record)),
         "compared": comparing.as_json(record, others),
-        "config": _masked(record.config),
-        "begin": _masked({key: value for key, value in record.begun.items() if key != "kind"}),
+        "config": masked_values(record.config),
+        "begin": masked_values({key: value for key, value in record.begun.items() if key != "kind"}),
     }
-
-
-def _masked(value: Any) -> Any:
-    """The same value without the secrets in its texts."""
-    if isinstance(value, str):
-        return masked(value)
-    if isinstance(value, Mapping):
-        return {masked(str(key)): _masked(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_masked(one) for one in value]
-    return value

@@ -19,7 +19,9 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-REST_TIMES = 3  # a page that took so long to make is not made again before so many times that long: a quarter of a core
+# A page that took so long to make is not made again before so many times that long: a quarter of a core. But the first
+# one reads what later ones need not read again, such as the data.
+REST_TIMES = 3
 DEEPEST = (
     2  # folders below a run's own in which a change is noticed: exports, and evaluations kept in a folder of theirs
 )
@@ -58,11 +60,13 @@ class Fresh:
             # Looked at before the page is made: what changes meanwhile is a change for the next time.
             seen = self._look()
             if self._made is None or seen != self._seen:
+                is_first = self._made is None
                 body = self._make().encode("utf-8", "replace")
                 self._made = Made(body, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
                 self._seen = seen
                 ended = self._clock()
-                self._rest_until = ended + REST_TIMES * (ended - began)
+                if not is_first:
+                    self._rest_until = ended + REST_TIMES * (ended - began)
             return self._made
 
 
