@@ -119,7 +119,7 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("convert what is broken", "convert", at["broken"], here / "never")
     step("data show", "data", "show", *on, "--data", said, "--limit", "600")
     step("data show --json", "data", "show", *on, "--data", said, "--json")
-    step("data check", "data", "check", *on, "--data", said)
+    step("data check", "data", "check", *on, "--data", said, "--html", here / f"check{hostile.name(11)}.html")
     step("data check of a folder", "data", "check", *on, "--data", data)
     step("data check of a table", "data", "check", *on, "--data", at["table"])
     step("data convert", "data", "convert", said, here / f"new{hostile.name(10)}.jsonl", "--drop")
@@ -137,6 +137,8 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("train --resume", "train", "--resume-anyway", "--out", run, "--set", "train.steps=3")
     step("runs", "runs", here)
     step("report", "report", run)
+    step("report --with", "report", run, "--with", here / "stopped", "--out", here / f"both{hostile.name(11)}.html")
+    step("report --live, Ctrl-C", "report", run, "--live", typed=[("until", "\x03")])
     step("report into theirs", "report", run, "--out", theirs / "config.yaml")
     step("eval", "eval", *tuned)
     step("generate", "generate", *tuned, "--prompt", ALL, "--max-tokens", "200", "--temperature", "5")
@@ -191,6 +193,7 @@ DONE = (
         "train --resume",
         "runs",
         "report",
+        "report --with",
         "eval",
         "eval --suite",
         "eval --suite again",
@@ -203,7 +206,7 @@ DONE = (
     ),
     *("export peft", "export hf", "export gguf", "export gguf-lora", "verify", "convert an adapter", "doctor"),
 )
-STOPPED = ("train, Ctrl-C",)
+STOPPED = ("train, Ctrl-C", "report --live, Ctrl-C")
 OF_ROWS = ("data show",)  # prints what people wrote, lines and all
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from mlxtune_convert.files import new_file, refuse_existing
 from mlxtune_convert.shown import shown_json
 
 from mlxtune.cli import common
+from mlxtune.cli.options import Command, Need, OptionFor
 
 if TYPE_CHECKING:
     from mlxtune.config.resolve import Config
@@ -75,7 +77,7 @@ def _renderer(model: str, config: Config) -> Renderer:
     return Renderer(preview_tokenizer(hub.resolve(model), config), config.data)
 
 
-@data.command()
+@data.command(cls=Command)
 @common.model_option()
 @click.option("--data", "path", metavar="PATH", help="Folder, file, or hub dataset id.")
 @click.option(
@@ -83,35 +85,61 @@ def _renderer(model: str, config: Config) -> Renderer:
 )
 @common.json_option
 @click.option("--strict", is_flag=True, help="Exit with 2 when there is an error among the findings.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write all of it as one HTML page too.")
+@click.option(
+    "--force", is_flag=True, cls=OptionFor, needs=Need("html", why="nothing is written"), help="Replace the page."
+)
 @common.settings_option
 def check(
-    model: str, path: str | None, file: str | None, as_json: bool, strict: bool, settings: tuple[str, ...]
+    model: str,
+    path: str | None,
+    file: str | None,
+    as_json: bool,
+    strict: bool,
+    html: Path | None,
+    force: bool,
+    settings: tuple[str, ...],
 ) -> None:
     """Survey training data: what will be learned from it, and what looks wrong.
 
     Lengths, roles, duplicates, leaks, damage, odd answers, suspected secrets; each finding names rows and what to do.
-    All rows are looked at as they stand, before data.dedup, data.cap and data.order choose among them.
+    Also what questions ask for, kinds of conversation, style, and which rows were made. All rows are looked at as they
+    stand, before data.dedup, data.cap and data.order choose among them. --html writes a page to pass on, with a row
+    as it is trained on; what seems to be a secret is hidden in it.
 
     \b
     mlxtune data check --model model --data data
     mlxtune data check --model model --data train.jsonl --strict --json
+    mlxtune data check --model model --data data --html check.html
     """
     from mlxtune.cli import survey_table
     from mlxtune.config import resolve as configuration
     from mlxtune.data.survey import survey as checks
     from mlxtune.errors import UserError
+    from mlxtune.report import data_page, surveyed
     from mlxtune.train import reach
 
     common.refuse_idle(
         settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache", "data.valid_fraction"
     )
     config = configuration.load(file, settings, {"data.path": path})
+    if html is not None:  # what is wrong with it is said before the rows are read
+        if html.suffix != ".html":
+            raise UserError(f"{html}: an HTML page is written", "Give it a name that ends with .html.")
+        refuse_existing(html, force)
     if file is not None:
         for line in reach.hub_notes(config, file, {"model.path"} | reach.keys_named(settings, {"data.path": path})):
             common.note(line)
     renderer = _renderer(model, config)
     with survey_table.progress(common.console()) as progress:
         told = checks.survey(config, renderer, progress)
+    if html is not None:
+        page = data_page.of_data(
+            path or str(file), model, surveyed.Surveyed(told, surveyed.first_row(config, renderer))
+        )
+        with new_file(html, force) as out:
+            out.write(page)
+        common.console().print(f"{html}: the page")
     if as_json:
         click.echo(shown_json(told))
     else:

@@ -1,9 +1,4 @@
-"""The page of a run, put together: its sections in the order in which a person asks.
-
-To add a section: a module in `sections` with a function `section(record, ...) -> Section | None`, a line in `of_run`
-where a person would ask for it, and what it shows in `for_programs`, so that programs need not read markup. None: the
-run has nothing of the kind. Texts of others are given to `html.tag` as they are; secrets are hidden by `masked` first.
-"""
+"""The page of a run, put together: its sections in the order in which a person asks."""
 
 from __future__ import annotations
 
@@ -17,8 +12,20 @@ from mlxtune.report.evaluations import NONE, OfRun
 from mlxtune.report.html import for_json, joined
 from mlxtune.report.page import Section, page
 from mlxtune.report.run_record import RunRecord, number_of
-from mlxtune.report.secrets import masked_value
-from mlxtune.report.sections import better, configuration, curves, exports, memory_time, observations, said, verdict
+from mlxtune.report.secrets import masked_values
+from mlxtune.report.sections import (
+    better,
+    comparing,
+    configuration,
+    curves,
+    data,
+    exports,
+    memory_time,
+    observations,
+    said,
+    verdict,
+)
+from mlxtune.report.sections.comparing import Other
 from mlxtune.report.sections.exports import Export
 from mlxtune.report.tables import callout
 
@@ -26,7 +33,7 @@ from mlxtune.report.tables import callout
 def of_run(
     record: RunRecord,
     evaluations: OfRun = NONE,
-    others: Sequence[RunRecord] = (),
+    others: Sequence[Other] = (),
     live: str = "",
     with_answers: bool = True,
 ) -> str:
@@ -39,8 +46,10 @@ def of_run(
     shipped = exports.found(record)
     sections: list[Section | None] = [
         curves.section(record, drawn),
+        comparing.section(record, evaluations.evaluations, others),
         *of_evaluations.sections(evaluations.evaluations, with_answers),
         observations.section(record, evaluations.evaluations),
+        data.section(record),
         memory_time.section(record),
         exports.section(shipped),
         configuration.section(record),
@@ -52,17 +61,22 @@ def of_run(
         verdict.lead(record, is_evaluated=bool(evaluations.evaluations)),
         [callout("neutral", note) for note in evaluations.notes],
     )
-    return page(f"Run {record.name}", lead, there, for_programs(record, drawn, shipped, evaluations), live)
+    return page(f"Run {record.name}", lead, there, for_programs(record, drawn, shipped, evaluations, others), live)
 
 
-def as_json(record: RunRecord, evaluations: OfRun = NONE) -> dict[str, Any]:
+def as_json(record: RunRecord, evaluations: OfRun = NONE, others: Sequence[Other] = ()) -> dict[str, Any]:
     """What the page of a run shows, for programs: texts, numbers, lists and mappings; None for what is no number."""
-    shown: dict[str, Any] = for_json(for_programs(record, series.of_run(record), exports.found(record), evaluations))
+    drawn, shipped = series.of_run(record), exports.found(record)
+    shown: dict[str, Any] = for_json(for_programs(record, drawn, shipped, evaluations, others))
     return shown
 
 
 def for_programs(
-    record: RunRecord, drawn: Mapping[str, Sequence[Point]], shipped: Sequence[Export], evaluations: OfRun = NONE
+    record: RunRecord,
+    drawn: Mapping[str, Sequence[Point]],
+    shipped: Sequence[Export],
+    evaluations: OfRun = NONE,
+    others: Sequence[Other] = (),
 ) -> dict[str, Any]:
     """What the page shows, with all digits: what `mlxtune report --json` prints, and what the page holds as JSON.
 
@@ -83,7 +97,9 @@ def for_programs(
         "curves": drawn,
         "exports": [{"name": export.name, "bytes": export.bytes, "proof": export.proof} for export in shipped],
         "evaluations": evaluations.as_json(),
-        "observations": masked_value(observations_of_run(record.events)),
-        "config": masked_value(record.config),
-        "begin": masked_value({key: value for key, value in record.begun.items() if key != "kind"}),
+        "observations": masked_values(observations_of_run(record.events)),
+        "data": masked_values(data.for_programs(record)),
+        "compared": comparing.as_json(record, others),
+        "config": masked_values(record.config),
+        "begin": masked_values({key: value for key, value in record.begun.items() if key != "kind"}),
     }

@@ -18,7 +18,7 @@ from mlxtune.evaluate.checks.check import SuiteRow
 from mlxtune.evaluate.comparison.folder import SUMMARY, Evaluation, Prompt
 from mlxtune.evaluate.comparison.scores import PromptScores
 from mlxtune.evaluate.engines.request import Answer
-from mlxtune.report.secrets import masked_value
+from mlxtune.report.secrets import masked_values
 from mlxtune.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ Evaluated: TypeAlias = Evaluation | Unkept
 
 def without_secrets(evaluation: Evaluated) -> Evaluated:
     """The same with every text of its document masked; its prompts and answers are where they are shown."""
-    return replace(evaluation, summary=masked_value(evaluation.summary))
+    return replace(evaluation, summary=masked_values(evaluation.summary))
 
 
 @dataclass(frozen=True)

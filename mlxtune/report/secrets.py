@@ -30,14 +30,14 @@ def masked(text: str) -> str:
     return _WHOLE.sub(_hidden, _without_private_keys(text))
 
 
-def masked_value(value: Any) -> Any:
-    """The same JSON value with every text in it masked, names of fields too."""
+def masked_values(value: Any) -> Any:
+    """The same of all texts in a value of JSON, keys among them."""
     if isinstance(value, str):
         return masked(value)
     if isinstance(value, Mapping):
-        return {masked(str(key)): masked_value(one) for key, one in value.items()}
+        return {masked(str(key)): masked_values(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [masked_value(one) for one in value]
+        return [masked_values(one) for one in value]
     return value
 
 

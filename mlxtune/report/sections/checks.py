@@ -43,7 +43,7 @@ def results(caption: str, summary: Mapping[str, Any]) -> Html:
     return joined(
         checks_table(caption, checks, names_of(summary)),
         forest(checks),
-        _what_it_shows(summary),
+        what_it_shows(summary),
     )
 
 
@@ -95,7 +95,7 @@ def forest(checks: Checks) -> Html | None:
     return joined(*plots) if plots else None
 
 
-def _what_it_shows(summary: Mapping[str, Any]) -> Html | None:
+def what_it_shows(summary: Mapping[str, Any]) -> Html | None:
     if not any("verdict" in check for check in summary["checks"].values()):
         return None
     text = what_can_be_shown(summary)
