@@ -103,7 +103,7 @@ def sentences(module: Path) -> Iterator[str]:
 
 def told(*losses: float | None, valid: Sequence[float | None] = (), rows: Any = None) -> list[dict[str, Any]]:
     """Events of a run: training losses from step 1 on, validation losses at equal distances from step 0 on."""
-    found: list[dict[str, Any]] = [{"kind": "begin", "step": 0, "rows": rows}]
+    found: list[dict[str, Any]] = [{"kind": "begin", "step": 0, "data": rows}]
     for place, loss in enumerate(valid):
         step = place * len(losses) // max(1, len(valid) - 1)
         found.append({"kind": "eval", "step": step, "loss": loss})
@@ -161,4 +161,4 @@ def test_what_a_run_noted_of_its_rows_is_observed_from_its_threshold_on() -> Non
     assert names(told(*[0.5] * 20, valid=(2.0, 1.5), rows={"train": {"rows": 500}})) == []
     # What somebody changed by hand is nothing to go by, and no reason to fail.
     assert of(train="many", valid={"rows": "x", "trained": None}, template=[1]) == []
-    assert names([{"kind": "begin", "step": 0, "rows": 7}]) == []
+    assert names([{"kind": "begin", "step": 0, "data": 7}]) == []
