@@ -200,10 +200,11 @@ def test_people_who_rated_are_shown_with_what_they_found(tmp_path: Path) -> None
     of = [f"{digest(tmp_path / 'e' / folder.ANSWERS)[:12]}/{side}" for side in ("base", "tuned")]
     lines = [{"id": f"r{number}", "of": of, "ranks": [2, 1]} for number in range(1, 13)]
     tiny.write_jsonl(tmp_path / "e" / "ratings.ann.jsonl", lines)
-    (tmp_path / "e" / "ratings.bob.jsonl").write_text('{"id": 7, "of": 3}\n')
     said = " ".join(text_of(page_of(one)).split())
     assert "ann 12 of 12 12 wins, 0 ties, 0 losses" in said
-    assert "ratings.bob.jsonl is left out: " in said and "not a rating" in said
+    (tmp_path / "e" / "ratings.bob.jsonl").write_text('{"id": 7, "of": 3}\n')
+    said = " ".join(text_of(page_of(one)).split())
+    assert "ratings.bob.jsonl is left out: " in said and "not a rating" in said and "Checks of test.jsonl" in said
 
 
 def test_the_first_sentence_says_what_got_better_and_worse_with_numbers(tmp_path: Path) -> None:
