@@ -141,6 +141,7 @@ def test_numbers_that_are_none_and_jumps_of_the_loss_are_a_rate_that_is_too_high
 
 def test_a_validation_loss_far_above_its_lowest_is_overfitting_where_the_training_loss_fell_on() -> None:
     assert names(told(*FALLING, valid=(3.0, 2.0, 2.3))) == ["overfitting"]
+    assert names(told(*FALLING, valid=(3.0, 3.2, 3.5))) == ["overfitting"]  # from the first step on
     assert names(told(*FALLING, valid=(3.0, 2.0, 2.1))) == []
     assert names(told(*[2.0] * 20, valid=(3.0, 2.0, 2.3))) == []  # the rows to train on stay as hard: another cause
 
