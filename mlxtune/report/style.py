@@ -84,6 +84,7 @@ th,td{text-align:left;vertical-align:top;padding:.3rem .75rem .3rem 0;border-bot
 th,td{overflow-wrap:break-word;max-width:32rem}
 th{font-weight:600}
 th[scope=row]{min-width:7rem}
+td:last-child:not(.number){min-width:12rem}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .facts th{font-weight:400;color:var(--dim)}
 details{margin:.75rem 0}
@@ -101,7 +102,7 @@ ins,.added{background:var(--added);color:var(--ink);text-decoration:underline}
 del,.removed{background:var(--removed);color:var(--ink);text-decoration:line-through}
 mark,.learnt{background:var(--learnt);color:var(--ink);text-decoration:underline;text-underline-offset:.2em}
 .given{background:var(--given);color:var(--ink)}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:.75rem}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:.75rem}
 figure{margin:1.25rem 0}
 .plot{overflow-x:auto}
 svg.drawing{display:block;width:100%;min-width:26rem;max-width:46rem;height:auto}
