@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import page_readers
 import pytest
 import tiny
 
@@ -186,7 +187,10 @@ def test_the_demo_tells_the_whole_story_on_any_model(hf_model: Path, tmp_path: P
         report = json.loads((tmp_path / "demo" / f"{name}verification.json").read_text())
         assert report["verdict"] == "passed"
     assert re.search(r"^Observed: .*\. Likely fix: ", result.stderr, re.MULTILINE)
-    page = (tmp_path / "demo" / "run" / "report.html").read_text()
+    page = (tmp_path / "demo" / "run" / "report.html").read_text(encoding="utf-8")
+    assert len(page.encode()) <= 300_000 and page_readers.faults(page) == []
+    exports = {one["name"]: one["proof"]["verdict"] for one in page_readers.record(page)["exports"]}
+    assert exports.keys() >= {"peft", "hf", "gguf/base.gguf", "gguf/tuned.gguf"} and set(exports.values()) == {"passed"}
     assert "test.jsonl, 24 prompts: " in page and 'id="answers"' in page and "20 of 24 prompts" in page
     again = tiny.mlxtune("demo", "--model", hf_model, "--out", tmp_path / "demo")
     tiny.one_clear_line(again, "already exists")

@@ -58,7 +58,7 @@ def report(
 
     \b
     mlxtune report run
-    mlxtune report run --out page.html --open
+    mlxtune report run --out page.html
     mlxtune report run --evaluation evals/first --no-answers
     mlxtune report run --with other-run --out both.html
     mlxtune report run --live

@@ -1,4 +1,9 @@
-"""The page of a run, put together: its sections in the order in which a person asks."""
+"""The page of a run, put together: its sections in the order in which a person asks.
+
+To add a section: a module in `sections` with a function `section(record, ...) -> Section | None`, a line in `of_run`
+where a person would ask for it, and what it shows in `for_programs`, so that programs need not read markup. None: the
+run has nothing of the kind. Texts of others are given to `html.tag` as they are; secrets are hidden by `masked` first.
+"""
 
 from __future__ import annotations
 

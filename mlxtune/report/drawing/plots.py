@@ -58,7 +58,8 @@ def curves(title: str, x: str, y: str, lines: Sequence[Line], marks: Sequence[Ma
     if not any(_is_drawn(value, log) for value in ys):
         content.append(text("no number that could be drawn", (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2, "middle"))
     said = [_said(line, x) for line in lines] + [_said_mark(mark) for mark in marks]
-    return figure.figure(title, " ".join(said), content, figure.legend(entries))
+    says_more = len(entries) > 1 or [name.lower() for _, name in entries] != [title.lower()]
+    return figure.figure(title, " ".join(said), content, figure.legend(entries) if says_more else None)
 
 
 def histogram(title: str, x: str, bins: Sequence[tuple[float, float, int]], marks: Sequence[Mark] = ()) -> Html:

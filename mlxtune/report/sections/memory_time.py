@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from mlxtune_convert.sizes import size
 
+from mlxtune.compute.fast_ways import HEAD_ON_FEW
 from mlxtune.durations import clock
 from mlxtune.report.html import Child, Html, joined
 from mlxtune.report.page import Section
@@ -53,12 +54,15 @@ def _tokens(record: RunRecord) -> Html | None:
     supervised, seconds = (_sum(record.train, name) for name in ("supervised_tokens", "seconds"))
     if not tokens:
         return None
+    way = str(record.begun.get("computed", "unknown"))
     values: dict[str, Child] = {
-        "way": str(record.begun.get("computed", "unknown")),
+        "way": way,
         "tokens of the rows": f"{tokens:,.0f}",
         "trained on": f"{supervised:,.0f} of them ({supervised / tokens:.0%})",
-        "went through the model": f"{computed:,.0f}: {_saved(computed / tokens)}",
+        "went through the blocks": f"{computed:,.0f}: {_saved(computed / tokens)}",
     }
+    if HEAD_ON_FEW in way and computed:
+        values["went through the head"] = f"{supervised:,.0f}: {1 - supervised / computed:.0%} of these was left out"
     if seconds > 0:
         values["speed"] = f"{tokens / seconds:,.0f} tokens of rows a second, over all steps"
     return facts("What was computed", values)
