@@ -146,8 +146,9 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     talk = [("leave", "/system be brief\n"), ("forgotten", "/quit\n")]
     step("chat", "chat", *tuned, typed=talk)
     evaluations = [here / f"{name}{hostile.name(8)}" for name in ("first", "second")]
+    page = here / f"page{hostile.name(9)[:60]}.html"
     for name, out in zip(("eval --suite", "eval --suite again"), evaluations, strict=True):
-        step(name, "eval", *tuned, "--suite", at["suite"], "--max-tokens", "3", "--out", out)
+        step(name, "eval", *tuned, "--suite", at["suite"], "--max-tokens", "3", "--out", out, "--html", page)
     step("compare", "compare", *evaluations)
     step("rate", "rate", evaluations[0], typed=[("> ", "q\n")])
     step("fuse", "fuse", *tuned, "--out", at["fused"])

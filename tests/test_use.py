@@ -189,9 +189,9 @@ def test_the_demo_tells_the_whole_story_on_any_model(hf_model: Path, tmp_path: P
     assert re.search(r"^Observed: .*\. Likely fix: ", result.stderr, re.MULTILINE)
     page = (tmp_path / "demo" / "run" / "report.html").read_text(encoding="utf-8")
     assert len(page.encode()) <= 300_000 and page_readers.faults(page) == []
+    assert "test.jsonl, 24 prompts: " in page and 'id="answers"' in page and "20 of 24 prompts" in page
     exports = {one["name"]: one["proof"]["verdict"] for one in page_readers.record(page)["exports"]}
     assert exports.keys() >= {"peft", "hf", "gguf/base.gguf", "gguf/tuned.gguf"} and set(exports.values()) == {"passed"}
-    assert "test.jsonl, 24 prompts: " in page and 'id="answers"' in page and "20 of 24 prompts" in page
     again = tiny.mlxtune("demo", "--model", hf_model, "--out", tmp_path / "demo")
     tiny.one_clear_line(again, "already exists")
 

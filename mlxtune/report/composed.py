@@ -1,9 +1,4 @@
-"""The page of a run, put together: its sections in the order in which a person asks.
-
-To add a section: a module in `sections` with a function `section(record, ...) -> Section | None`, a line in `of_run`
-where a person would ask for it, and what it shows in `for_programs`, so that programs need not read markup. None: the
-run has nothing of the kind. Texts of others are given to `html.tag` as they are; secrets are hidden by `masked` first.
-"""
+"""The page of a run, put together: its sections in the order in which a person asks."""
 
 from __future__ import annotations
 
@@ -101,7 +96,7 @@ def for_programs(
         "warnings": record.warnings,
         "curves": drawn,
         "exports": [{"name": export.name, "bytes": export.bytes, "proof": export.proof} for export in shipped],
-        "evaluations": masked_values(evaluations.as_json()),
+        "evaluations": evaluations.as_json(),
         "observations": masked_values(observations_of_run(record.events)),
         "data": masked_values(data.for_programs(record)),
         "compared": comparing.as_json(record, others),

@@ -7,7 +7,7 @@ file: not by a path, for a run may have gone on since, or another may lie there 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,6 +18,7 @@ from mlxtune.evaluate.checks.check import SuiteRow
 from mlxtune.evaluate.comparison.folder import SUMMARY, Evaluation, Prompt
 from mlxtune.evaluate.comparison.scores import PromptScores
 from mlxtune.evaluate.engines.request import Answer
+from mlxtune.report.secrets import masked_values
 from mlxtune.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class Unkept:
 Evaluated: TypeAlias = Evaluation | Unkept
 
 
+def without_secrets(evaluation: Evaluated) -> Evaluated:
+    """The same with every text of its document masked; its prompts and answers are where they are shown."""
+    return replace(evaluation, summary=masked_values(evaluation.summary))
+
+
 @dataclass(frozen=True)
 class OfRun:
     """The evaluations of one run."""
@@ -78,8 +84,8 @@ def evaluations_of(run: Path, given: Sequence[Path] = ()) -> OfRun:
     adapter than the run's.
     """
     if given:
-        return OfRun([_named(folder, run, _adapter_in(run)) for folder in given])
-    found, notes = [], []
+        return OfRun([without_secrets(_named(folder, run, _adapter_in(run))) for folder in given])
+    found, notes = list[Evaluated](), list[str]()
     held: str | None = None  # the run's adapter; not known yet, for it may be large and mostly nobody asks
     for folder in _candidates(run):
         try:
@@ -90,7 +96,7 @@ def evaluations_of(run: Path, given: Sequence[Path] = ()) -> OfRun:
         if tuned is not None and held is None:
             held = _adapter_in(run)
         if tuned is not None and tuned == held:
-            found.append(evaluation)
+            found.append(without_secrets(evaluation))
         elif _is_at(evaluation.summary, run):
             notes.append(f"{folder.name} was made of an adapter that this run does not hold any more: it is not shown")
     return OfRun(found, notes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlxtune.report.evaluations import Evaluated
+from mlxtune.report.evaluations import Evaluated, without_secrets
 from mlxtune.report.html import joined, tag
 from mlxtune.report.page import Section, page
 from mlxtune.report.sections import answers, benchmarks, better, checks, forgetting, judge, observations, safety
@@ -26,6 +26,7 @@ def sections(evaluations: Sequence[Evaluated], with_answers: bool = True) -> lis
 
 def page_of(evaluation: Evaluated, with_answers: bool = True) -> str:
     """The whole page of one evaluation, as `mlxtune eval --html` writes it."""
+    evaluation = without_secrets(evaluation)
     said = better.lead([evaluation])
     alone = tag("p", "One model alone was asked: nothing is compared.")
     lead = joined(tag("p", sides_line(evaluation.summary)), said if said else alone)

@@ -70,6 +70,7 @@ body{margin:0 auto;padding:0 1rem 3rem;max-width:64rem;overflow-wrap:anywhere}
 h1{font-size:1.6rem;line-height:1.25;margin:1.5rem 0 .5rem}
 h2{font-size:1.25rem;margin:2.5rem 0 .75rem;padding-top:.75rem;border-top:1px solid var(--rule)}
 h3{font-size:1.05rem;margin:1.5rem 0 .5rem}
+h4{font-size:.9rem;margin:.25rem 0;color:var(--dim)}
 p{margin:.5rem 0}
 a{color:var(--link)}
 nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1rem;list-style:none;margin:1rem 0;padding:0}
@@ -102,6 +103,7 @@ ins,.added{background:var(--added);color:var(--ink);text-decoration:underline}
 del,.removed{background:var(--removed);color:var(--ink);text-decoration:line-through}
 mark,.learnt{background:var(--learnt);color:var(--ink);text-decoration:underline;text-underline-offset:.2em}
 .given{background:var(--given);color:var(--ink)}
+.marks{display:flex;flex-wrap:wrap;gap:0 1.5rem;list-style:none;margin:.5rem 0;padding:0}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:.75rem}
 figure{margin:1.25rem 0}
 .plot{overflow-x:auto}

@@ -12,11 +12,12 @@ from mlxtune.report.evaluations import Evaluated
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
 from mlxtune.report.secrets import masked
-from mlxtune.report.sections.one_by_one import names_of, one_by_one
+from mlxtune.report.sections.one_by_one import counted, names_of, one_by_one
 from mlxtune.report.sections.words import change, marked
 from mlxtune.report.tables import folded
 
 MOST = 20  # prompts that are shown of an evaluation
+OPEN = 5  # of these, that are shown without being asked for
 LONG = 1_200  # characters of a pair of answers, beyond which it is folded
 LONGEST = 4_000  # characters of one text that are shown
 
@@ -45,7 +46,9 @@ def _drawn(evaluation: Evaluated) -> Html | None:
     shown = []
     for prompt, before, after in ordered[:MOST]:
         shown.append(_pair(prompt, before, after, scores.get(prompt.id, []), names))
-    return joined(tag("p", _said(pairs, len(shown)), class_="dim"), *shown)
+    first, others = shown[:OPEN], shown[OPEN:]
+    more = folded(counted(len(others), "more prompt"), *others) if others else None
+    return joined(tag("p", _said(pairs, len(shown)), class_="dim"), first, more)
 
 
 def _changed(before: Sequence[Answer], after: Sequence[Answer]) -> float:
@@ -99,8 +102,11 @@ def _asked(prompt: Prompt) -> Html:
     *earlier, last = prompt.messages or [{}]
     lines = [tag("div", _cut(masked(_content(last))), class_="text asked")]
     if earlier:
-        said = [tag("p", tag("strong", str(one.get("role"))), ": ", _cut(masked(_content(one)))) for one in earlier]
-        lines.append(folded(f"{len(earlier)} earlier messages", *said))
+        said = []
+        for one in earlier:
+            who = tag("strong", masked(str(one.get("role"))))
+            said.append(tag("p", who, ": ", _cut(masked(_content(one)))))
+        lines.append(folded(counted(len(earlier), "earlier message"), *said))
     return joined(*lines)
 
 
@@ -133,7 +139,7 @@ def _marks(scores: Sequence[PromptScores], names: tuple[str, str]) -> Html | Non
     """What each check says of both answers, by a sign and a word."""
     items = []
     for one in scores:
-        parts: list[Child] = [tag("code", one.check), f": {names[0]} ", _mark(one, one.base)]
+        parts: list[Child] = [tag("code", masked(one.check)), f": {names[0]} ", _mark(one, one.base)]
         if one.tuned is not None:
             parts += [f", {names[1]} ", _mark(one, one.tuned)]
         items.append(tag("li", parts))

@@ -79,7 +79,11 @@ def verdict_of(verdict: str) -> Html:
 def forest(checks: Checks) -> Html | None:
     """One plot for checks that pass or fail, in points, and one for those that are graded, in their own scores."""
     plots = []
-    for graded, factor, unit in ((False, 100.0, "points"), (True, 1.0, "of the score")):
+    kinds = (
+        (False, 100.0, "points", "Checks that pass or fail"),
+        (True, 1.0, "of the score", "Checks with a score"),
+    )
+    for graded, factor, unit, title in kinds:
         rows = []
         for name, check in checks.items():
             if "verdict" in check and check["graded"] is graded:
@@ -87,7 +91,7 @@ def forest(checks: Checks) -> Html | None:
                 note = f"{check['verdict']}, p {figures.p_value(check['p'])}"
                 rows.append(Interval(name, factor * low, factor * check["difference"], factor * high, note))
         if rows:
-            plots.append(intervals("Differences with their 95% intervals", f"difference, {unit}", rows))
+            plots.append(intervals(f"{title}: differences with their 95% intervals", f"difference, {unit}", rows))
     return joined(*plots) if plots else None
 
 

@@ -14,7 +14,6 @@ from mlxtune.evaluate.judging.ratings_report import report
 from mlxtune.report.evaluations import Evaluated
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
-from mlxtune.report.secrets import masked
 from mlxtune.report.sections.checks import checks_table, forest, verdict_of
 from mlxtune.report.sections.one_by_one import counted, names_of, notes_of, one_by_one
 from mlxtune.report.tables import callout, facts, folded, table
@@ -43,12 +42,10 @@ def _of_judge(judge: Mapping[str, Any], summary: Mapping[str, Any]) -> Html:
         parts.append(checks_table("Ratings from 1 to 5", judge["criteria"], names))
         parts.append(forest(judge["criteria"]))
     if "win_rate" in judge:
-        parts.append(_pairwise(judge, names_of(summary)[1]))
+        parts.append(_pairwise(judge))
     parts.append(notes_of(judge.get("notes", ())))
     if judge.get("rubric"):
-        parts.append(
-            folded("What the judge was told to be good", tag("p", masked(str(judge["rubric"])), class_="text"))
-        )
+        parts.append(folded("What the judge was told to be good", tag("p", str(judge["rubric"]), class_="text")))
     return joined(*parts)
 
 
@@ -62,13 +59,13 @@ def _exam(judge: Mapping[str, Any]) -> str:
     )
 
 
-def _pairwise(judge: Mapping[str, Any], tuned: str) -> Html:
+def _pairwise(judge: Mapping[str, Any]) -> Html:
     low, high = judge["interval"]
     length = judge.get("length", {})
     values: dict[str, Child] = {
-        f"wins of {tuned}": f"{judge['wins']} of {counted(judge['pairs'], 'pair')}",
+        "wins of the tuned answers": f"{judge['wins']} of {counted(judge['pairs'], 'pair')}",
         "ties": f"{judge['ties']} ({judge['identical']} of identical answers)",
-        f"losses of {tuned}": str(judge["losses"]),
+        "losses": str(judge["losses"]),
         "win rate": f"{judge['win_rate']:.1%} (95% interval {low:.1%} to {high:.1%})",
         "verdict": [verdict_of(judge["verdict"]), f" ({judge['test']}, p {p_value(judge['p'])})"],
     }

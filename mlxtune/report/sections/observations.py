@@ -56,8 +56,8 @@ def _drawn(one: Mapping[str, Any], record: RunRecord | None, seen_in: str) -> Ht
     return callout(
         "warning",
         tag("p", tag("strong", str(one["observation"])), f" ({seen_in})" if seen_in else None),
-        tag("p", masked(str(one["measure"])), ". ", tag("span", f"Said from: {one['limit']}.", class_="dim")),
-        tag("p", f"Prompts: {masked(examples)}.", class_="dim") if examples else None,
+        tag("p", str(one["measure"]), ". ", tag("span", f"Said from: {one['limit']}.", class_="dim")),
+        tag("p", f"Prompts: {examples}.", class_="dim") if examples else None,
         tag("p", tag("strong", "Likely fix: "), _with_keys(fix), "."),
         _values(fix, record),
     )

@@ -8,6 +8,7 @@ from typing import Any
 from mlxtune.errors import UserError
 from mlxtune.report.evaluations import Evaluated, side_of
 from mlxtune.report.html import Html, joined, tag
+from mlxtune.report.run_record import in_home
 from mlxtune.report.tables import callout
 
 # What reading a summary raises that somebody changed by hand: it is JSON, and may hold anything anywhere.
@@ -71,7 +72,8 @@ def sides_line(summary: Mapping[str, Any]) -> str:
         who = described.get("model") or described.get("server") or described.get("replay")
         if who:
             adapter = described.get("adapter")
-            parts.append(f"{name}: {who}" + (f" with {adapter}" if adapter else ""))
+            tuned = f" with {in_home(str(adapter))}" if adapter else ""
+            parts.append(f"{name}: {in_home(str(who))}{tuned}")
     return "; ".join(parts)
 
 

@@ -38,7 +38,7 @@ def marked(before: str, after: str) -> tuple[Html, Html]:
 
 def _steps(old: list[str], new: list[str]) -> list[tuple[str, int, int, int, int]]:
     """How the one becomes the other, as difflib says it; of very long texts what follows MOST_WORDS is one step."""
-    matcher = SequenceMatcher(None, _stripped(old), _stripped(new))
+    matcher = SequenceMatcher(None, _stripped(old), _stripped(new), autojunk=False)
     steps: list[tuple[str, int, int, int, int]] = list(matcher.get_opcodes())
     if len(old) > MOST_WORDS or len(new) > MOST_WORDS:
         steps.append(("replace", min(len(old), MOST_WORDS), len(old), min(len(new), MOST_WORDS), len(new)))
