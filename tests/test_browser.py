@@ -153,6 +153,30 @@ def test_on_a_phone_a_page_scrolls_down_alone_and_its_tables_by_themselves(
         assert seen.too_wide() == []
 
 
+OVERLAPS = """[...document.querySelectorAll("svg.drawing")].flatMap(drawing => {
+    const {width} = drawing.viewBox.baseVal;
+    const texts = [...drawing.querySelectorAll("text")];
+    const outside = texts.filter(one => one.getBBox().x < -1 || one.getBBox().x + one.getBBox().width > width + 1);
+    const bars = [...drawing.querySelectorAll("path.line:not(.points)")].map(one => one.getBBox());
+    const notes = drawing.querySelector(".frame ~ .end") ? texts.filter(one => one.matches(".end")) : [];
+    const crossed = notes.filter(one => one.matches(".label") === false && bars.some(bar => {
+        const {x, y, width, height} = one.getBBox();
+        return bar.x < x + width && x < bar.x + bar.width && bar.y < y + height && y < bar.y + bar.height;
+    }));
+    return [...outside, ...crossed].map(one => one.textContent);
+})"""
+
+
+@pytest.mark.parametrize("name", ["run", "parts"])
+def test_no_text_leaves_its_drawing_or_lies_on_the_bar_of_an_interval(
+    browser: Any, files: dict[str, Path], name: str
+) -> None:
+    with browsers.shown(browser, files[name].as_uri()) as seen:
+        seen.page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        assert seen.page.locator("svg.drawing text").count() > 10
+        assert seen.page.evaluate(OVERLAPS) == []
+
+
 def test_a_table_that_is_too_wide_for_a_phone_scrolls_by_the_keyboard(browser: Any, files: dict[str, Path]) -> None:
     with browsers.shown(browser, files["parts"].as_uri(), width=360) as seen:
         seen.page.locator(".scrolled").first.focus()
