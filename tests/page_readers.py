@@ -100,4 +100,5 @@ def whole(page: str) -> str:
 
 def said(page: str) -> str:
     """The text of a page without its markup."""
-    return " ".join("".join(read(without_record(page)).texts).split())
+    text = re.sub("<style>.*?</style>", "", without_record(page), flags=re.DOTALL)
+    return " ".join("".join(read(text).texts).split())

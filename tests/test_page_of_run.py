@@ -87,7 +87,7 @@ STORIES: dict[str, tuple[Events, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "killed": (
         of(9, without=("end",)),
-        ("It ended without a word: it was killed", "mlxtune train --resume"),
+        ("It ended without a word: it was killed, or the machine stopped; it left no checkpoint.",),
         ("It was interrupted",),
     ),
     "killed before the end": (
@@ -97,8 +97,13 @@ STORIES: dict[str, tuple[Events, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "interrupted": (
         [*of(9, without=("end",)), {"kind": "end", "step": 9, "state": "interrupted"}],
-        ("It was interrupted:",),
+        ("It was interrupted; it left no checkpoint.",),
         ("without a word",),
+    ),
+    "its GPU failed": (
+        [*of(9, without=("end",)), {"kind": "end", "step": 9, "state": "interrupted", "reason": "out of memory"}],
+        ("It was interrupted (out of memory); it left no checkpoint.",),
+        (),
     ),
     "failed": (
         [*of(9, without=("end",)), {"kind": "end", "step": 9, "state": "failed"}],
@@ -167,6 +172,14 @@ def test_the_page_says_what_happened(story: str, tmp_path: Path) -> None:
         assert sentence not in text
 
 
+def test_a_run_that_can_go_on_is_told_so(tmp_path: Path) -> None:
+    folder = pages.write(tmp_path / "run", of(9, without=("end",)))
+    (folder / "checkpoints" / "step-0000005").mkdir(parents=True)
+    assert "or the machine stopped; mlxtune train --resume goes on with it." in page_readers.said(
+        of_run(read_run(folder))
+    )
+
+
 def test_a_run_that_goes_on_is_not_called_killed(tmp_path: Path) -> None:
     from mlxtune.train.run_folder import RunFolder
 
@@ -231,6 +244,23 @@ def test_a_missing_or_foreign_file_is_said(name: str, content: str | None, expec
     text = page_readers.said(page_readers.whole(of_run(read_run(folder))))
     assert expected in text
     assert ("newer_key" in text) == ("newer_key" in (content or ""))  # what it says is shown
+
+
+def test_answers_to_sample_prompts_are_shown_as_they_were_first_and_last(tmp_path: Path) -> None:
+    key = "sk-" + "aB3dE5fG7h" * 4
+
+    def answers(step: int, *texts: str) -> dict[str, Any]:
+        samples = [{"prompt": f"question {at}", "answer": text} for at, text in enumerate(texts)]
+        return pages.evaluated(step, 1.0, samples=samples)
+
+    events = [pages.begun(3), answers(0, "first", "x" * 5_000), pages.event(1), answers(1, "halfway", "")]
+    events += [pages.event(2), pages.evaluated(2, 1.0), pages.event(3), answers(3, f"the key is {key}", "")]
+    page = made(tmp_path, events)
+    text = page_readers.said(page)
+    assert "question 0at step 0firstat step 3the key is" in text and "halfway" not in text
+    assert "1,000 more characters" in text and "at step 3(nothing)" in text
+    assert key not in page
+    assert "Answers during the run" not in page_readers.said(made(tmp_path / "without", pages.told(3)))
 
 
 STRANGE = [None, True, -1, 1e308, "x", [1], {"a": None}, 10**400, float("nan")]

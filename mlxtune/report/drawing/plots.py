@@ -60,7 +60,7 @@ def curves(title: str, x: str, y: str, lines: Sequence[Line], marks: Sequence[Ma
     content += figure.marks(marks, across, up)
     if not any(_is_drawn(value, log) for value in ys):
         content.append(text("no number that could be drawn", (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2, "middle"))
-    said = [_said(line, x) for line in lines] + [_said_mark(mark) for mark in marks]
+    said = [_said(line, x) for line in lines] + [_said_mark(mark, x) for mark in marks]
     says_more = len(entries) > 1 or [name.lower() for _, name in entries] != [title.lower()]
     return figure.figure(title, " ".join(said), content, figure.legend(entries) if says_more else None)
 
@@ -81,7 +81,7 @@ def histogram(title: str, x: str, bins: Sequence[tuple[float, float, int]], mark
     if total:
         low, high, count = max(bins, key=lambda one: one[2])
         said += f" Most, {count:,}, are from {low:,.4g} to {high:,.4g}."
-    return figure.figure(title, " ".join([said, *(_said_mark(mark) for mark in marks)]), content)
+    return figure.figure(title, " ".join([said, *(_said_mark(mark, x) for mark in marks)]), content)
 
 
 def intervals(title: str, x: str, rows: Sequence[Interval]) -> Html:
@@ -176,6 +176,8 @@ def _said(line: Line, x: str) -> str:
     )
 
 
-def _said_mark(mark: Mark) -> str:
-    places = [f"{name} {value:,.6g}" for name, value in (("x", mark.x), ("y", mark.y)) if value is not None]
+def _said_mark(mark: Mark, x: str) -> str:
+    """A mark in a sentence. x: what the axis counts."""
+    places = [] if mark.x is None else [f"{x} {mark.x:,.6g}"]
+    places += [] if mark.y is None else [f"{mark.y:,.6g}"]
     return f"{mark.name}: {', '.join(places)}."
