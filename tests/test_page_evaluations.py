@@ -20,6 +20,7 @@ from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.check import SuiteRow
 from mlxtune.evaluate.comparison import figures, folder
 from mlxtune.evaluate.comparison.folder import Evaluation
+from mlxtune.evaluate.comparison.overlap import LEARNED
 from mlxtune.report.composed import of_run
 from mlxtune.report.evaluations import evaluations_of
 from mlxtune.report.of_evaluations import page_of
@@ -201,6 +202,9 @@ def test_people_who_rated_are_shown_with_what_they_found(tmp_path: Path) -> None
     tiny.write_jsonl(tmp_path / "e" / "ratings.ann.jsonl", lines)
     said = " ".join(text_of(page_of(one)).split())
     assert "ann 12 of 12 12 wins, 0 ties, 0 losses" in said
+    (tmp_path / "e" / "ratings.bob.jsonl").write_text('{"id": 7, "of": 3}\n')
+    said = " ".join(text_of(page_of(one)).split())
+    assert "ratings.bob.jsonl is left out: " in said and "not a rating" in said and "Checks of test.jsonl" in said
 
 
 def test_the_first_sentence_says_what_got_better_and_worse_with_numbers(tmp_path: Path) -> None:
@@ -210,6 +214,9 @@ def test_the_first_sentence_says_what_got_better_and_worse_with_numbers(tmp_path
     check = one.summary["checks"]["contains"]
     assert "test.jsonl, 24 prompts: better in contains (0.0% before, 100.0% after; 95% interval" in said
     assert figures.interval(check) in said and 'class="callout good"' in str(box)
+    known = f"3 of 24 prompts were trained on (r1, r2, r3): {LEARNED}"
+    flattered = str(better.lead([evaluation(tmp_path / "k", notes=["a note", known])]))
+    assert f"But {known}." in text_of(flattered) and "callout warning" in flattered and "a note" not in flattered
     worse = text_of(str(better.lead([evaluation(tmp_path / "w", base="yes", tuned="no")])))
     assert "worse in contains" in worse
     same = str(better.lead([evaluation(tmp_path / "s", base="yes", tuned="yes")]))

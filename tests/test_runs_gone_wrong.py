@@ -99,3 +99,66 @@ def sentences(module: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
             yield node.value
+
+
+def told(*losses: float | None, valid: Sequence[float | None] = (), rows: Any = None) -> list[dict[str, Any]]:
+    """Events of a run: training losses from step 1 on, validation losses at equal distances from step 0 on."""
+    found: list[dict[str, Any]] = [{"kind": "begin", "step": 0, "data": rows}]
+    for place, loss in enumerate(valid):
+        step = place * len(losses) // max(1, len(valid) - 1)
+        found.append({"kind": "eval", "step": step, "loss": loss})
+    return found + [{"kind": "train", "step": at, "loss": loss, "lr": 0.1} for at, loss in enumerate(losses, 1)]
+
+
+def names(happened: Sequence[dict[str, Any]]) -> list[str]:
+    return [one["observation"] for one in observations_of_run(happened)]
+
+
+FALLING = [3 - 0.1 * step for step in range(20)]
+
+
+def test_numbers_that_are_none_and_jumps_of_the_loss_are_a_rate_that_is_too_high() -> None:
+    assert names(told(*FALLING, valid=(3.0, 2.0, 1.2))) == []
+    lost = [*told(*FALLING, valid=(3.0,)), {"kind": "end", "step": 20, "state": "failed", "nonfinite": True}]
+    (one,) = observations_of_run(lost)
+    assert (
+        one["observation"] == "learning rate too high" and "the last good step was 20 (train.lr 0.1)" in one["measure"]
+    )
+    assert names(told(*FALLING, valid=(3.0, None))) == ["learning rate too high"]
+    assert names([{"kind": "end", "step": 0, "state": "failed", "nonfinite": True}]) == []  # nothing was trained before
+    jumped = [*FALLING[:8], *[9.0] * 6, *FALLING[14:]]
+    (one,) = observations_of_run(told(*jumped, valid=(3.0, 2.0)))
+    assert (
+        one["observation"] == "learning rate too high" and "jumped from 3.000 to 9.000 after step 9" in one["measure"]
+    )
+    # Losses that scatter, and a rate that is too low to teach anything, are none.
+    assert names(told(*[1.0, 3.0, 2.0, 1.4] * 8, valid=(2.0, 1.99))) == []
+    # Both rise: not what overfitting looks like.
+    assert names(told(*[3.0 + 0.1 * step for step in range(20)], valid=(3.0, 4.0, 4.5, 5.0))) == [
+        "learning rate too high"
+    ]
+
+
+def test_a_validation_loss_far_above_its_lowest_is_overfitting_where_the_training_loss_fell_on() -> None:
+    assert names(told(*FALLING, valid=(3.0, 2.0, 2.3))) == ["overfitting"]
+    assert names(told(*FALLING, valid=(3.0, 2.0, 2.1))) == []
+    assert names(told(*[2.0] * 20, valid=(3.0, 2.0, 2.3))) == []  # the rows to train on stay as hard: another cause
+
+
+def test_what_a_run_noted_of_its_rows_is_observed_from_its_threshold_on() -> None:
+    def of(**rows: Any) -> list[str]:
+        return names(told(2.0, valid=(2.0, 1.5), rows=rows))
+
+    assert (
+        of(train={"rows": 500, "shortened": 49, "too_long": 0, "repeated": 49}, valid={"rows": 100, "trained": 4}) == []
+    )
+    assert of(train={"rows": 500, "shortened": 40, "too_long": 12}) == ["answers are cut"]
+    assert of(train={"rows": 500, "repeated": 50}) == ["repeated rows"]
+    assert of(valid={"rows": 100, "trained": 5}) == ["validation rows are trained on"]
+    assert of(template={"differs": False, "ends": False}) == ["wrong template"]
+    assert of(train={"rows": 49}) == ["too little data"] and of(train={"rows": 50}) == []
+    assert names(told(*[0.5] * 20, valid=(2.0, 1.5), rows={"train": {"rows": 499}})) == ["too little data"]
+    assert names(told(*[0.5] * 20, valid=(2.0, 1.5), rows={"train": {"rows": 500}})) == []
+    # What somebody changed by hand is nothing to go by, and no reason to fail.
+    assert of(train="many", valid={"rows": "x", "trained": None}, template=[1]) == []
+    assert names([{"kind": "begin", "step": 0, "data": 7}]) == []

@@ -1,6 +1,6 @@
 """What a run notes of its rows when it begins, for whoever asks later why it went as it did.
 
-The field `rows` of the event `begin` (observed in `evaluate.observations.of_run`):
+The field `data` of the event `begin` (observed in `evaluate.observations.of_run`):
 
     {"max_tokens": 2048,
      "train": {"rows": 174, "shortened": 3, "too_long": 1, "repeated": 0},

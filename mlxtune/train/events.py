@@ -3,7 +3,7 @@
 An event is a dictionary with its `kind`:
 
     begin        also of a resumed run: `step` is where it goes on, `computed` the way in words; `steps`, `model`;
-                 `seconds` that the preparation took; what the run is made of, as `provenance.of_job` says it; `rows`:
+                 `seconds` that the preparation took; what the run is made of, as `provenance.of_job` says it; `data`:
                  counts of its rows (`data_facts`)
     train        one optimizer step, with the numbers of `StepFunction`: among them `tokens` of its rows, and
                  `computed_tokens`, the positions that went through the model: fewer where rows share, more by padding

@@ -181,7 +181,7 @@ class _Run:
             model=config.model.path,
             computed=way,
             seconds=seconds,
-            rows=self.data_facts,
+            data=self.data_facts,
             **provenance.of_job(job),
         )
         if saved:

@@ -79,8 +79,8 @@ def observed(events: Events) -> Iterator[Observation]:
 def data_of(events: Events) -> Mapping[str, Any]:
     """What the run noted of its rows; empty where it is of a version that noted nothing."""
     for event in reversed(events):
-        if event["kind"] == "begin" and isinstance(event.get("rows"), dict):
-            data: Mapping[str, Any] = event["rows"]
+        if event["kind"] == "begin" and isinstance(event.get("data"), dict):
+            data: Mapping[str, Any] = event["data"]
             return data
     return {}
 

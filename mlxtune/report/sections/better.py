@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlxtune.evaluate.comparison import figures
+from mlxtune.evaluate.comparison.overlap import CHOSEN, LEARNED
 from mlxtune.report.evaluations import Evaluated
-from mlxtune.report.html import Html, joined
+from mlxtune.report.html import Html, joined, tag
 from mlxtune.report.sections.one_by_one import DAMAGED, counted, names_of, suite_of
 from mlxtune.report.tables import Kind, callout
 
@@ -25,10 +26,18 @@ def lead(evaluations: Sequence[Evaluated]) -> Html | None:
         try:
             verdicts = _verdicts(evaluation.summary)
             if verdicts:
-                boxes.append(callout(_kind(verdicts), _sentence(evaluation, verdicts)))
+                known = _known_prompts(evaluation.summary)
+                kind = "warning" if known else _kind(verdicts)
+                boxes.append(callout(kind, _sentence(evaluation, verdicts), *known))
         except DAMAGED:
             continue  # the sections say which evaluation is damaged
     return joined(*boxes) if boxes else None
+
+
+def _known_prompts(summary: Mapping[str, Any]) -> list[Html]:
+    """What takes from the worth of the numbers: prompts that were trained on, or that chose the checkpoint."""
+    notes = [str(note) for note in summary.get("notes", ())]
+    return [tag("p", f"But {note}.") for note in notes if note.endswith((LEARNED, CHOSEN))]
 
 
 def _verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:

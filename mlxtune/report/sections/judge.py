@@ -7,6 +7,7 @@ from typing import Any
 
 from mlxtune_convert.files import matching
 
+from mlxtune.errors import UserError
 from mlxtune.evaluate.comparison.figures import p_value
 from mlxtune.evaluate.comparison.folder import Evaluation
 from mlxtune.evaluate.judging.people import Contest, Ratings
@@ -84,18 +85,22 @@ def _of_people(evaluation: Evaluated) -> Html | None:
     """Of an evaluation that a folder keeps: there the ratings are."""
     if not isinstance(evaluation, Evaluation):
         return None
-    rows = []
+    rows, unread = [], []
     for file in matching(evaluation.path, RATINGS):
         name = file.name.removeprefix("ratings.").removesuffix(".jsonl")
         is_likert = name.endswith(".likert")
         rater = name.removesuffix(".likert")
-        said = report(Ratings(Contest.of([evaluation]), rater, is_likert), rater)
+        try:
+            said = report(Ratings(Contest.of([evaluation]), rater, is_likert), rater)
+        except UserError as error:
+            unread.append(callout("warning", f"{file.name} is left out: {error.message}."))
+            continue
         if said["rated"]:
             rows.append(_rater(said))
     if not rows:
-        return None
+        return joined(unread) if unread else None
     columns = ("rater", "rated", "result", "95% interval", "p", "verdict", "agreement")
-    return table("People who did not know whose the answers were", columns, rows, numbers=(1,))
+    return joined(table("People who did not know whose the answers were", columns, rows, numbers=(1,)), unread)
 
 
 def _rater(said: Mapping[str, Any]) -> list[Child]:
