@@ -139,12 +139,3 @@ def shown(
         yield seen
     finally:
         context.close()
-
-
-def parse_errors(page: str) -> list[str]:
-    """What html5lib, which reads a page as the standard says, calls an error."""
-    import html5lib
-
-    parser = html5lib.HTMLParser()
-    parser.parse(page)
-    return [f"{place}: {code} {data}" for place, code, data in parser.errors]

@@ -89,3 +89,16 @@ def drawings(text: str) -> list[ElementTree.Element]:
     """The drawings of a page, those of legends left out, as XML."""
     found = [ElementTree.fromstring(one) for one in SVG.findall(without_record(text))]
     return [one for one in found if "drawing" in one.get("class", "")]
+
+
+def whole(page: str) -> str:
+    """The same page, which must be as the standard has it and lead nowhere."""
+    assert faults(page) == []
+    assert leads_to(page) == []
+    return page
+
+
+def said(page: str) -> str:
+    """The text of a page without its markup."""
+    text = re.sub("<style>.*?</style>", "", without_record(page), flags=re.DOTALL)
+    return " ".join("".join(read(text).texts).split())

@@ -11,18 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import browser as browsers
+import page_readers
 import pages
 import pytest
 from browser import Seen
+from test_data_page import chat, looked_at
+from test_page_evaluations import FORGETTING, JUDGE, OBSERVED, SAFETY, evaluation
+from test_page_of_run import all_fields, exported
 
+from mlxtune.data.template.tokenizer import load_tokenizer
 from mlxtune.report.composed import of_run
 from mlxtune.report.drawing.plots import Interval, histogram, intervals
+from mlxtune.report.evaluations import OfRun
 from mlxtune.report.html import joined, tag
 from mlxtune.report.live.fresh import Fresh
 from mlxtune.report.live.server import Server
 from mlxtune.report.live.view import View
 from mlxtune.report.page import LIVE_POLICY, Section, page
 from mlxtune.report.run_record import read_run
+from mlxtune.report.sections import data as data_section
 from mlxtune.report.sections.comparing import Other
 from mlxtune.report.tables import callout, facts, folded, table
 
@@ -49,44 +56,42 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages as files: a run that went well beside another; one in which everything that others wrote is hostile; and
-    every part that pages are made of.
+def files(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> dict[str, Path]:
+    """Pages as files: a run that went well, evaluated and beside another; one in which everything that others wrote is
+    hostile; and every part that pages are made of.
     """
     folder = tmp_path_factory.mktemp("pages")
     first = read_run(pages.write(folder / "run", pages.told(40), {"train.lr": 1e-4}))
     second = read_run(pages.write(folder / "other" / "run", pages.told(30), {"train.lr": 1e-3}))
-    hostile = pages.write(
-        folder / f"hostile {HOSTILE[1].replace('/', '')}", hostile_events(), {"model.path": ALL, "data.path": LONG}
-    )
+    extra = {"judge": JUDGE, "forgetting": FORGETTING, "safety": SAFETY}
+    plain = [evaluation(folder / name, "no", tuned, more=extra) for name, tuned in (("one", "yes"), ("two", "yes no"))]
+    events, config = all_fields(f"{ALL} {LONG}")
+    exported(folder, HOSTILE[0])
+    hostile = read_run(pages.write(folder / f"hostile {HOSTILE[1].replace('/', '|')}", events, config))
+    bad = [evaluation(folder / "bad", ALL, f"{LONG} {ALL}", more={"observations": [{**OBSERVED, "fix": ALL}]})]
     texts = {
-        "run": of_run(first, others=[Other(second)]),
-        "hostile": of_run(read_run(hostile), others=[Other(first)]),
-        "parts": page(f"Parts {ALL}", tag("p", "Every part: ", ALL), parts(), {"texts": HOSTILE, "long": LONG}),
+        "run": of_run(first, OfRun(plain[:1]), [Other(second, plain[1:])]),
+        "hostile": of_run(hostile, OfRun(bad, [ALL]), [Other(first)]),
+        "parts": page(f"Parts {ALL}", tag("p", "Every part: ", ALL), parts(tokenizer_folder, folder), {"all": HOSTILE}),
     }
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in texts}
 
 
-def hostile_events() -> list[dict[str, Any]]:
-    events = pages.told(12)
-    events[0] |= {"model": ALL, "computed": ALL}
-    events.insert(3, {"kind": "note", "text": f"{ALL} {LONG}"})
-    events[5] |= {"samples": [{"prompt": ALL, "text": ALL, "answer": ALL}]}
-    return events
-
-
-def parts() -> list[Section]:
+def parts(tokenizer_folder: Path, folder: Path) -> list[Section]:
     """Sections of everything there is, with texts that fit no line."""
+    rows = [chat(f"{text} {LONG}", ALL, system=text) for text in HOSTILE]
+    data = looked_at(rows, load_tokenizer(tokenizer_folder), folder, limit=2048)
     bins = [(float(low), float(low + 10), low) for low in range(0, 200, 10)]
-    rows = [[text, LONG if at == 0 else "x", "1.5"] for at, text in enumerate(HOSTILE)]
+    cells = [[text, LONG if at == 0 else "x", "1.5"] for at, text in enumerate(HOSTILE)]
     return [
         Section(
             "tables",
             "Tables",
-            joined(table("Numbers", ["what", "one", "two"], rows, (2,)), facts("Facts", {ALL: LONG})),
+            joined(table("Numbers", ["what", "one", "two"], cells, (2,)), facts("Facts", {ALL: LONG})),
         ),
+        Section("data", "Data", data_section.of_survey(data)),
         Section("folded", "Folded", joined(folded(ALL, tag("p", LONG)), folded("Open", tag("pre", ALL), is_open=True))),
         Section("boxes", "Boxes", joined([callout(kind, ALL) for kind in ("good", "bad", "neutral", "warning")])),
         Section(
@@ -148,6 +153,30 @@ def test_on_a_phone_a_page_scrolls_down_alone_and_its_tables_by_themselves(
         assert seen.too_wide() == []
 
 
+OVERLAPS = """[...document.querySelectorAll("svg.drawing")].flatMap(drawing => {
+    const {width} = drawing.viewBox.baseVal;
+    const texts = [...drawing.querySelectorAll("text")];
+    const outside = texts.filter(one => one.getBBox().x < -1 || one.getBBox().x + one.getBBox().width > width + 1);
+    const bars = [...drawing.querySelectorAll("path.line:not(.points)")].map(one => one.getBBox());
+    const notes = drawing.querySelector(".frame ~ .end") ? texts.filter(one => one.matches(".end")) : [];
+    const crossed = notes.filter(one => one.matches(".label") === false && bars.some(bar => {
+        const {x, y, width, height} = one.getBBox();
+        return bar.x < x + width && x < bar.x + bar.width && bar.y < y + height && y < bar.y + bar.height;
+    }));
+    return [...outside, ...crossed].map(one => one.textContent);
+})"""
+
+
+@pytest.mark.parametrize("name", ["run", "parts"])
+def test_no_text_leaves_its_drawing_or_lies_on_the_bar_of_an_interval(
+    browser: Any, files: dict[str, Path], name: str
+) -> None:
+    with browsers.shown(browser, files[name].as_uri()) as seen:
+        seen.page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        assert seen.page.locator("svg.drawing text").count() > 10
+        assert seen.page.evaluate(OVERLAPS) == []
+
+
 def test_a_table_that_is_too_wide_for_a_phone_scrolls_by_the_keyboard(browser: Any, files: dict[str, Path]) -> None:
     with browsers.shown(browser, files["parts"].as_uri(), width=360) as seen:
         seen.page.locator(".scrolled").first.focus()
@@ -169,7 +198,7 @@ def test_on_paper_a_page_is_light_shows_what_is_folded_and_has_no_list_of_sectio
 
 @pytest.mark.parametrize("name", NAMES)
 def test_html5lib_finds_no_error(files: dict[str, Path], name: str) -> None:
-    assert browsers.parse_errors(files[name].read_text(encoding="utf-8")) == []
+    page_readers.whole(files[name].read_text(encoding="utf-8"))
 
 
 def test_what_should_be_found_is_found(browser: Any, tmp_path: Path) -> None:
@@ -183,7 +212,7 @@ def test_what_should_be_found_is_found(browser: Any, tmp_path: Path) -> None:
         assert any("img-src" in text for text in seen.violations())
         assert any("Content Security Policy" in text for text in seen.said)
         assert any(text.startswith("image-alt") for text in seen.axe())
-    assert browsers.parse_errors(bad.read_text())
+    assert page_readers.faults(bad.read_text())
     bad.write_text(wide)
     with browsers.shown(browser, bad.as_uri(), width=360) as seen:
         assert seen.too_wide()

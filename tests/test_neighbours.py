@@ -163,6 +163,7 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("convert an adapter", "convert", at["peft"], at["adapter"], "--base", at["model"])
     step("bench, refused", "bench", *on, "--data", data, "--pairs", "5")
     step("doctor", "doctor")
+    step("config", "config", "-c", here / "values.yaml")
     step("demo over theirs", "demo", *on, "--out", at["demo"], "--force")
     step("no such model", "generate", "--model", ALL, "--prompt", "x")
     step("no such data", "data", "check", *on, "--data", ALL)
@@ -204,7 +205,16 @@ DONE = (
         "fuse",
         "fuse --force",
     ),
-    *("export peft", "export hf", "export gguf", "export gguf-lora", "verify", "convert an adapter", "doctor"),
+    *(
+        "export peft",
+        "export hf",
+        "export gguf",
+        "export gguf-lora",
+        "verify",
+        "convert an adapter",
+        "doctor",
+        "config",
+    ),
 )
 STOPPED = ("train, Ctrl-C", "report --live, Ctrl-C")
 OF_ROWS = ("data show",)  # prints what people wrote, lines and all

@@ -251,7 +251,7 @@ def test_a_drawing_has_a_title_and_says_in_words_what_it_shows() -> None:
     assert (root.get("role"), root.findtext("title")) == ("img", "Loss")
     said = root.findtext("desc") or ""
     assert "training: 3.25 at step 1, 1.5 at 3; lowest 0.5 at 2, highest 3.25 at 1." in said
-    assert "best: x 2, y 0.5." in said
+    assert "best: step 2, 0.5." in said
     assert "<figcaption>Loss</figcaption>" in made
 
 
@@ -267,7 +267,7 @@ def test_bars_are_as_high_as_their_counts() -> None:
         assert y + height == pytest.approx(BOTTOM, abs=0.11)
         found.append((x * by_x + from_x, (x + width) * by_x + from_x, y * by_y + from_y))
     assert [pytest.approx(one, abs=0.1) for one in found] == BINS
-    assert "13 in 4 bins. Most, 9, are from 10 to 20. max_tokens: x 35." in (drawing(made).findtext("desc") or "")
+    assert "13 in 4 bins. Most, 9, are from 10 to 20. max_tokens: tokens 35." in (drawing(made).findtext("desc") or "")
 
 
 def test_a_histogram_of_nothing_is_drawn() -> None:

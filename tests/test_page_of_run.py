@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ import page_readers
 import pages
 import pytest
 
-from mlxtune.config import resolve
 from mlxtune.report import series
 from mlxtune.report.composed import as_json, of_run
-from mlxtune.report.run_record import RunRecord, read_run
-from mlxtune.report.sections.configuration import command_of
+from mlxtune.report.run_record import read_run
 from mlxtune.train.events import EVENTS_FILE
 from mlxtune.train.run_folder import CONFIG_FILE
 
@@ -28,24 +25,13 @@ Events = list[dict[str, Any]]
 
 def made(folder: Path, events: Events, config: dict[str, Any] | None = None) -> str:
     """The page of a run of these events. Every page is whole, and leads nowhere."""
-    return whole(of_run(read_run(pages.write(folder / "run", events, config))))
-
-
-def whole(page: str) -> str:
-    assert page_readers.faults(page) == []
-    assert page_readers.leads_to(page) == []
-    return page
-
-
-def said(page: str) -> str:
-    """The text of a page without its markup."""
-    return " ".join("".join(page_readers.read(page_readers.without_record(page)).texts).split())
+    return page_readers.whole(of_run(read_run(pages.write(folder / "run", events, config))))
 
 
 def test_a_run_that_went_well_is_told_in_a_sentence_with_numbers(tmp_path: Path) -> None:
     page = made(tmp_path, pages.told(20))
     assert not re.search(r"https?:|src=|url\(|style=", page)
-    text = said(page)
+    text = page_readers.said(page)
     assert "Good: model was tuned for 20 steps." in text
     assert "the loss went from 3.5000 before the first step to 0.3429 nats a token at step 20: 90% lower." in text
     for heading in ("Curves", "Memory and time", "Configuration"):
@@ -101,7 +87,7 @@ STORIES: dict[str, tuple[Events, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "killed": (
         of(9, without=("end",)),
-        ("It ended without a word: it was killed", "mlxtune train --resume"),
+        ("It ended without a word: it was killed, or the machine stopped; it left no checkpoint.",),
         ("It was interrupted",),
     ),
     "killed before the end": (
@@ -111,8 +97,13 @@ STORIES: dict[str, tuple[Events, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "interrupted": (
         [*of(9, without=("end",)), {"kind": "end", "step": 9, "state": "interrupted"}],
-        ("It was interrupted:",),
+        ("It was interrupted; it left no checkpoint.",),
         ("without a word",),
+    ),
+    "its GPU failed": (
+        [*of(9, without=("end",)), {"kind": "end", "step": 9, "state": "interrupted", "reason": "out of memory"}],
+        ("It was interrupted (out of memory); it left no checkpoint.",),
+        (),
     ),
     "failed": (
         [*of(9, without=("end",)), {"kind": "end", "step": 9, "state": "failed"}],
@@ -174,11 +165,19 @@ STORIES: dict[str, tuple[Events, tuple[str, ...], tuple[str, ...]]] = {
 @pytest.mark.parametrize("story", STORIES)
 def test_the_page_says_what_happened(story: str, tmp_path: Path) -> None:
     events, expected, absent = STORIES[story]
-    text = said(made(tmp_path, events))
+    text = page_readers.said(made(tmp_path, events))
     for sentence in expected:
         assert sentence in text
     for sentence in absent:
         assert sentence not in text
+
+
+def test_a_run_that_can_go_on_is_told_so(tmp_path: Path) -> None:
+    folder = pages.write(tmp_path / "run", of(9, without=("end",)))
+    (folder / "checkpoints" / "step-0000005").mkdir(parents=True)
+    assert "or the machine stopped; mlxtune train --resume goes on with it." in page_readers.said(
+        of_run(read_run(folder))
+    )
 
 
 def test_a_run_that_goes_on_is_not_called_killed(tmp_path: Path) -> None:
@@ -186,17 +185,17 @@ def test_a_run_that_goes_on_is_not_called_killed(tmp_path: Path) -> None:
 
     folder = pages.write(tmp_path / "run", of(9, without=("end",)))
     with RunFolder(folder).locked():
-        assert "It goes on." in said(of_run(read_run(folder)))
-    assert "It ended without a word" in said(of_run(read_run(folder)))
+        assert "It goes on." in page_readers.said(of_run(read_run(folder)))
+    assert "It ended without a word" in page_readers.said(of_run(read_run(folder)))
 
 
 def test_a_run_whose_model_and_data_are_gone_says_so(tmp_path: Path) -> None:
     places = {"model.path": str(tmp_path / "no model"), "data.path": str(tmp_path / "no data")}
-    text = said(made(tmp_path, pages.told(4), places))
+    text = page_readers.said(made(tmp_path, pages.told(4), places))
     for what in ("model", "data"):
         assert f"The {what} of the run ({tmp_path}/no {what}) is not there any more." in text
     (tmp_path / "no model").mkdir()
-    assert "The model of the run" not in said(of_run(read_run(tmp_path / "run")))
+    assert "The model of the run" not in page_readers.said(of_run(read_run(tmp_path / "run")))
 
 
 DAMAGE = {
@@ -221,7 +220,7 @@ def test_a_damaged_file_of_events_gives_a_page_that_says_so(damage: str, tmp_pat
     change, expected = DAMAGE[damage]
     file = pages.write(tmp_path / "run", pages.told(8)) / EVENTS_FILE
     file.write_bytes(b"\n".join(change(file.read_bytes().split(b"\n"))))
-    text = said(whole(of_run(read_run(tmp_path / "run"))))
+    text = page_readers.said(page_readers.whole(of_run(read_run(tmp_path / "run"))))
     for sentence in expected:
         assert sentence in text
     assert ("damaged" in text) == any("left out" in one or "damaged" in one for one in expected)
@@ -242,9 +241,26 @@ def test_a_missing_or_foreign_file_is_said(name: str, content: str | None, expec
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
-    text = said(whole(of_run(read_run(folder))))
+    text = page_readers.said(page_readers.whole(of_run(read_run(folder))))
     assert expected in text
     assert ("newer_key" in text) == ("newer_key" in (content or ""))  # what it says is shown
+
+
+def test_answers_to_sample_prompts_are_shown_as_they_were_first_and_last(tmp_path: Path) -> None:
+    key = "sk-" + "aB3dE5fG7h" * 4
+
+    def answers(step: int, *texts: str) -> dict[str, Any]:
+        samples = [{"prompt": f"question {at}", "answer": text} for at, text in enumerate(texts)]
+        return pages.evaluated(step, 1.0, samples=samples)
+
+    events = [pages.begun(3), answers(0, "first", "x" * 5_000), pages.event(1), answers(1, "halfway", "")]
+    events += [pages.event(2), pages.evaluated(2, 1.0), pages.event(3), answers(3, f"the key is {key}", "")]
+    page = made(tmp_path, events)
+    text = page_readers.said(page)
+    assert "question 0at step 0firstat step 3the key is" in text and "halfway" not in text
+    assert "1,000 more characters" in text and "at step 3(nothing)" in text
+    assert key not in page
+    assert "Answers during the run" not in page_readers.said(made(tmp_path / "without", pages.told(3)))
 
 
 STRANGE = [None, True, -1, 1e308, "x", [1], {"a": None}, 10**400, float("nan")]
@@ -320,14 +336,6 @@ def test_texts_of_others_are_inert_wherever_they_stand(text: str, tmp_path: Path
     assert [one[:2] for one in theirs.attributes] == [one[:2] for one in plain.attributes]
 
 
-def test_secrets_in_settings_and_notes_are_hidden(tmp_path: Path) -> None:
-    key = "hf_" + "aB3dE5fG7h" * 4
-    events = [*of(3), {"kind": "note", "text": f"the key {key} was refused"}]
-    page = made(tmp_path, events, {"data.template_kwargs": {"key": key}, "train.sample_prompts": [f"is {key} good?"]})
-    assert key not in page and "hf_a…" in page
-    assert "A setting holds a secret" in said(page)
-
-
 def test_a_page_of_a_hundred_thousand_steps_is_small_and_quickly_made(tmp_path: Path) -> None:
     """The limits: 600 kB, and 3 seconds of a core, which a machine may be slower by half without failing here."""
     steps, spikes = 100_000, (1, 33_333, 77_777, 99_999)
@@ -348,71 +356,4 @@ def test_a_page_of_a_hundred_thousand_steps_is_small_and_quickly_made(tmp_path: 
     assert len(page.encode()) <= 600_000
     drawn = page_readers.record(page)["curves"]["loss"]
     assert [[step, 70.0 + step / steps] for step in spikes] == [one for one in drawn if one[1] > 10]
-    assert "Good: model was tuned for 100,000 steps." in said(page)
-
-
-def test_the_command_that_is_shown_makes_the_same_settings(tmp_path: Path) -> None:
-    values: dict[str, Any] = {
-        "model.path": "a model's folder",
-        "data.path": "~/data; rm -rf $HOME",
-        "data.template_kwargs": {"a": 'it\'s "so"\n', "b": [1, None, True]},
-        "data.order": "length",
-        "data.template": "yes: no # \x1b[1m",
-        "lora.targets": ["q_proj", "v_proj"],
-        "lora.ranks": {"down_proj": 32},
-        "train.lr": 1e-5,
-        "train.steps": 7,
-        "train.sample_prompts": ["- one", "#two", "$(three)", "null"],
-        "train.keep": "last",
-        "fast.thin": "on",
-    }
-    config = resolve.load(None, (), values)
-    words = shlex.split(command_of(config.model_dump(mode="json")).replace("\\\n", " "))
-    assert words[:2] == ["mlxtune", "train"] and words[-2:] == ["--out", "NEW"]
-    flags = {"model.path": words[words.index("--model") + 1], "data.path": words[words.index("--data") + 1]}
-    settings = [words[at + 1] for at, word in enumerate(words) if word == "--set"]
-    assert resolve.load(None, tuple(settings), flags) == config
-    assert len(words) == 4 + 4 + 2 * len(settings)
-
-
-def test_the_home_is_not_named_in_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path / "home of anna"))
-    place = str(tmp_path / "home of anna" / "my models" / "llama")
-    (tmp_path / "home of anna" / "my models" / "llama").mkdir(parents=True)
-    page = made(tmp_path, pages.told(3) and of(3, model=place), {"model.path": place})
-    assert "home of anna" not in page_readers.without_record(page)
-    assert "--model ~/&#x27;my models/llama&#x27;" in page
-
-
-def test_settings_that_differ_come_first_and_no_other_is_among_them(tmp_path: Path) -> None:
-    page = made(tmp_path, pages.told(3), {"train.lr": 1e-3, "model.path": "m"})
-    first, _, rest = page.partition("Settings that differ from the defaults")[2].partition("</table>")
-    assert sorted(page_readers.read(first).texts[5::4]) == ["model.path", "train.lr"] or "train.lr" in first
-    assert "lora.rank" not in first and "lora.rank" in rest
-
-
-def record_of(tmp_path: Path) -> RunRecord:
-    return read_run(pages.write(tmp_path / "run", pages.told(3)))
-
-
-def test_exports_beside_and_inside_the_run_are_listed_with_their_proofs(tmp_path: Path) -> None:
-    record = record_of(tmp_path)
-    proofs = {
-        "fused": ("verification.json", {"verdict": "passed", "candidate": "MLX", "max_difference": 1e-5, "top1": 1.0}),
-        "gguf": ("tuned.verification.json", {"verdict": "lossy", "candidate": "llama.cpp", "gain_kept": 0.91}),
-        "run/hf": ("verification.json", {"verdict": "read back", "tensors": 12}),
-        "broken": ("verification.json", None),
-    }
-    for place, (name, proof) in proofs.items():
-        (tmp_path / place).mkdir()
-        (tmp_path / place / name).write_text("{" if proof is None else json.dumps(proof))
-    (tmp_path / "gguf" / "tuned.gguf").write_bytes(b"x" * 2_000_000)
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "linked").symlink_to(tmp_path / "fused")
-    page = whole(of_run(record))
-    found = {one["name"]: one for one in page_readers.record(page)["exports"]}
-    assert sorted(found) == ["broken", "fused", "gguf/tuned.gguf", "hf"]
-    assert (found["gguf/tuned.gguf"]["bytes"], found["fused"]["proof"]["top1"]) == (2_000_000, 1.0)
-    text = said(page)
-    assert "Not proven, or with loss: broken, gguf/tuned.gguf." in text
-    assert "1.0e-05" in text and "91.0%" in text and "cannot be read" in text
+    assert "Good: model was tuned for 100,000 steps." in page_readers.said(page)

@@ -242,8 +242,12 @@ class Display:
         return Group(*parts, curve) if curve is not None else Group(*parts)
 
     def _curve(self) -> Text | None:
-        """The losses of all steps so far as a small curve; None before there are two, and where there is no room."""
+        """The losses of all steps so far as a small curve; None before there are two, and where there is no room, or
+        the terminal has no letters for it.
+        """
         assert self.meter is not None
+        if self.console.options.ascii_only:
+            return None
         room = min(CURVE, self.console.width - len(CURVE_NAME))
         bars = self.meter.losses.text(room) if room >= LEAST_CURVE else ""
         return Text(CURVE_NAME, style="dim") + Text(bars, style="bold") if bars else None

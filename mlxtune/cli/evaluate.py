@@ -25,15 +25,11 @@ REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in 
 
 
 @click.command("eval", cls=Command)
-@click.option(
-    "--model",
-    required=True,
-    metavar="DIR",
-    help="MLX folder, 16-bit HF folder, or hub id; with --suite also a server of this machine, as in "
-    "http://127.0.0.1:8080/v1#model, or recorded answers: replay:FILE (replay:FILE#tuned of an "
-    "evaluation's).",
+@common.model_of_run_option(
+    "MLX folder, 16-bit HF folder, or hub id; with --suite also a server of this machine, as in "
+    "http://127.0.0.1:8080/v1#model, or recorded answers: replay:FILE (replay:FILE#tuned of an evaluation's)."
 )
-@common.adapter_option
+@common.adapter_option()
 @click.option(
     "--data",
     metavar="PATH",

@@ -49,7 +49,7 @@ def draw(out: Console, report: dict[str, Any]) -> None:
     for name, facts in report["splits"].items():
         out.print(Text(shown_name(f"{name}: {facts['file']}"), style="bold"))
         _draw_counts(out, facts)
-        _draw_lengths(out, facts["lengths"])
+        draw_lengths(out, facts["lengths"])
         out.print()
     if not report["findings"]:
         out.print(Text("No findings.", style="green"))
@@ -111,7 +111,7 @@ def _draw_counts(out: Console, facts: dict[str, Any]) -> None:
         out.print(Text(f"    {shown_name(line)}", style="yellow"))
 
 
-def _draw_lengths(out: Console, lengths: dict[str, Any]) -> None:
+def draw_lengths(out: Console, lengths: dict[str, Any]) -> None:
     """How long the examples are. Bars of examples that are cut are red, and thinner; the bin of the limit is named."""
     from rich.text import Text
 
@@ -122,11 +122,12 @@ def _draw_lengths(out: Console, lengths: dict[str, Any]) -> None:
     out.print(Text("  length in tokens", style="dim") + Text(line))
     most = max((count for _, _, count in lengths["histogram"]), default=1)
     widest = min(BAR, max(NARROWEST, out.width - BESIDE_BARS)) if out.is_terminal else BAR
+    whole, cut, few = ("#", "%", "|") if out.options.ascii_only else ("█", "▒", "▏")
     for low, high, count in lengths["histogram"]:
         is_cut = low > limit
-        bar = ("▒" if is_cut else "█") * round(widest * count / most)
+        bar = (cut if is_cut else whole) * round(widest * count / most)
         if count and not bar:
-            bar = "▏"
+            bar = few
         named = " <- max_tokens" if low <= limit <= high else ""
         bin_ = Text(f"  {low:>8,}-{high:<8,} ", style="dim")
         out.print(bin_ + Text(f"{bar} {count:,}", style="red" if is_cut else "green") + Text(named, style="dim"))

@@ -85,6 +85,7 @@ th,td{text-align:left;vertical-align:top;padding:.3rem .75rem .3rem 0;border-bot
 th,td{overflow-wrap:break-word;max-width:32rem}
 th{font-weight:600}
 th[scope=row]{min-width:7rem}
+td:last-child:not(.number){min-width:12rem}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .facts th{font-weight:400;color:var(--dim)}
 details{margin:.75rem 0}
@@ -103,7 +104,7 @@ del,.removed{background:var(--removed);color:var(--ink);text-decoration:line-thr
 mark,.learnt{background:var(--learnt);color:var(--ink);text-decoration:underline;text-underline-offset:.2em}
 .given{background:var(--given);color:var(--ink)}
 .marks{display:flex;flex-wrap:wrap;gap:0 1.5rem;list-style:none;margin:.5rem 0;padding:0}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:.75rem}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:.75rem}
 figure{margin:1.25rem 0}
 .plot{overflow-x:auto}
 svg.drawing{display:block;width:100%;min-width:26rem;max-width:46rem;height:auto}

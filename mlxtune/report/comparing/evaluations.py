@@ -30,7 +30,7 @@ def side_by_side(called: Sequence[str], evaluations: Sequence[Sequence[Evaluated
                 unreadable.append(callout("warning", error.message))
     shared = [found for found in suites.values() if len(found) > 1]
     if not shared:
-        how = "What each answers can be compared when each is evaluated with the same --suite."
+        how = "To compare what they answer, evaluate each with the same --suite."
         none = tag("p", f"No two of these runs were evaluated with one suite. {how}")
         return joined(tag("h3", "Evaluations"), unreadable, none)
     return joined(unreadable, [_compared(found) for found in shared])

@@ -59,19 +59,19 @@ def text(content: str, x: float, y: float, class_: str | None = None) -> Html:
     return tag("text", content, x=number(x), y=number(y), class_=class_)
 
 
-def path(steps: str, class_: str, **attributes: str) -> Html:
-    return tag("path", d=steps, class_=class_, **attributes)
+def path(steps: str, class_: str) -> Html:
+    return tag("path", d=steps, class_=class_)
 
 
-def axes(across: Scale, up: Scale | None, x: str, y: str) -> list[Html]:
-    """The frame of a plot with its grid and numbers. up: None where only `across` has any."""
+def axes(across: Scale, up: Scale, x: str, y: str) -> list[Html]:
+    """The frame of a plot with its grid and numbers. x, y: what the axes count."""
     out = []
     for value, label in across.ticks(6):
         place = across.place(value)
         grid = path(f"M{number(place)} {TOP}V{BOTTOM}", "grid")
         out.append(tag("g", grid, text(label, place, BOTTOM + LINE, "middle"), class_="tick"))
-    for value, label in up.ticks(5) if up else ():
-        place = up.place(value) if up else 0.0
+    for value, label in up.ticks(5):
+        place = up.place(value)
         grid = path(f"M{LEFT} {number(place)}H{RIGHT}", "grid")
         out.append(tag("g", grid, text(label, LEFT - 6, place + 4, "end"), class_="tick"))
     out.append(path(f"M{LEFT} {TOP}V{BOTTOM}H{RIGHT}", "frame"))
@@ -93,16 +93,14 @@ def marks(wanted: Sequence[Mark], across: Scale, up: Scale) -> list[Html]:
             continue
         place = across.place(mark.x)
         is_left = place < (LEFT + RIGHT) / 2
-        beside, side = (place + 6, "label") if is_left else (place - 6, "label end")
+        side = "label" if is_left else "label end"  # the name goes where there is room
         if mark.y is None:
             out.append(path(f"M{number(place)} {TOP}V{BOTTOM}", "mark"))
-            out.append(text(mark.name, beside, line, side))
+            out.append(text(mark.name, place + 6 if is_left else place - 6, line, side))
         else:
             height = up.place(mark.y)
             out.append(tag("circle", cx=number(place), cy=number(height), r=6, class_="ring"))
-            out.append(
-                text(mark.name, place, max(height - 3 * LINE / 2, TOP + LINE), "label" if is_left else "label end")
-            )
+            out.append(text(mark.name, place, max(height - 3 * LINE / 2, TOP + LINE), side))
     return out
 
 

@@ -4,36 +4,37 @@ from __future__ import annotations
 
 from mlxtune.report.html import Html, joined, prose, tag
 from mlxtune.report.run_record import RunRecord, in_home, number_of
+from mlxtune.report.secrets import masked
 from mlxtune.report.tables import Kind, callout
+from mlxtune.train.run_folder import RunFolder
 
+MOST_BACK = 3  # times that a run was taken back, which are told of
 # What became of a run -> how it is said, behind what was done.
 ENDS = {
     "running": "It goes on.",
     "finished": "",
-    "interrupted": "It was interrupted: `mlxtune train --resume` goes on with it.",
-    "failed": "It failed.",
-    "killed": "It ended without a word: it was killed, or the machine stopped. Where it saved a checkpoint, "
-    "`mlxtune train --resume` goes on with it.",
-    "unreadable": "How it ended is not known.",
+    "interrupted": "It was interrupted{reason}{resumed}.",
+    "failed": "It failed{reason}.",
+    "killed": "It ended without a word: it was killed, or the machine stopped{resumed}.",
 }
-
-
-def lead(record: RunRecord, is_evaluated: bool) -> Html:
-    """The sentence that a person asks for, and the warnings. is_evaluated: an evaluation of answers is on the page."""
-    kind, better = _outcome(record)
-    what = [tag("p", tag("strong", done(record)), " ", prose(ENDS.get(record.state, ""))), tag("p", better)]
-    if not is_evaluated:
-        what.append(tag("p", prose(NOT_ASKED)))
-    lines = [callout(kind, what)]
-    lines += [callout("warning", text) for text in record.warnings]
-    lines += [callout("neutral", text) for text in _remarks(record)]
-    return joined(lines)
 
 
 NOT_ASKED = (
     "No evaluation of its answers was found: a loss says how likely the answers of the data are, not how good the "
     "model's own are. `mlxtune eval --suite` asks base and tuned model the same questions."
 )
+
+
+def lead(record: RunRecord, is_evaluated: bool) -> Html:
+    """The sentence that a person asks for, and the warnings. is_evaluated: an evaluation of answers is on the page."""
+    kind, better = _outcome(record)
+    what = [tag("p", tag("strong", done(record)), " ", prose(_end(record))), tag("p", better)]
+    if not is_evaluated:
+        what.append(tag("p", prose(NOT_ASKED)))
+    lines = [callout(kind, what)]
+    lines += [callout("warning", text) for text in record.warnings]
+    lines += [callout("neutral", text) for text in _remarks(record)]
+    return joined(lines)
 
 
 def done(record: RunRecord) -> str:
@@ -47,6 +48,16 @@ def done(record: RunRecord) -> str:
     if record.steps and record.step < record.steps:
         steps = f"{record.step:,} of {record.steps:,} steps"
     return f"{model} was tuned for {steps}{shared}."
+
+
+def _end(record: RunRecord) -> str:
+    """What became of the run, and how to go on where it can go on."""
+    reason = record.end.get("reason")
+    can_go_on = RunFolder(record.folder).has_checkpoint()
+    return ENDS.get(record.state, "How it ended is not known.").format(
+        reason=f" ({masked(str(reason))})" if reason else "",
+        resumed="; `mlxtune train --resume` goes on with it" if can_go_on else "; it left no checkpoint",
+    )
 
 
 def _outcome(record: RunRecord) -> tuple[Kind, str]:
@@ -87,7 +98,7 @@ def _after(record: RunRecord, best: float) -> str:
 def _remarks(record: RunRecord) -> list[str]:
     """What explains the curves."""
     out = []
-    for back, reached in record.taken_back:
+    for back, reached in record.taken_back[-MOST_BACK:]:
         again = f"step {back + 1:,} was" if reached == back + 1 else f"steps {back + 1:,} to {reached:,} were"
         told = f"The run went on after step {back:,} though it had reached step {reached:,}"
         out.append(f"{told}: {again} done again, and the page shows the second time.")
