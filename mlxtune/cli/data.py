@@ -10,7 +10,7 @@ from mlxtune_convert.files import new_file, refuse_existing
 from mlxtune_convert.shown import shown_json
 
 from mlxtune.cli import common
-from mlxtune.cli.options import Command, Need, OptionFor
+from mlxtune.cli.options import Command, Group, Need, OptionFor
 
 if TYPE_CHECKING:
     from mlxtune.config.resolve import Config
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHOWN = 5  # rows that `data show` prints for people
 
 
-@click.group()
+@click.group(cls=Group)
 def data() -> None:
     """Look at training data as the model sees it."""
 
