@@ -272,6 +272,7 @@ def test_observations_name_the_keys_and_what_they_were_in_this_run(tmp_path: Pat
     assert "<code>train.lr</code>" in body and "In this run: train.lr: 0.03." in body
     assert "too verbose" in body and "test.jsonl (e)" in body
     assert "noted nothing of its rows" in body  # an older run
+    assert "This looks wrong: too verbose." in text_of(str(observations.lead(None, [evaluation(tmp_path / "f")])))
 
 
 def test_the_command_writes_a_page_with_or_without_a_folder_and_replaces_none_but_its_own(tmp_path: Path) -> None:

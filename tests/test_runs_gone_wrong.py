@@ -70,6 +70,7 @@ def test_the_page_names_what_went_wrong_and_the_key_to_turn(tmp_path: Path, hf_m
     assert cause in [one["observation"] for one in found], found
     said = page_says(run)
     assert cause in said and key in said and "Likely fix" in said
+    assert cause in re.findall("This looks wrong: (.*?)[.] Under", (run / "report.html").read_text(encoding="utf-8"))[0]
     others = {one["observation"] for one in found} - {cause}
     assert others <= ({"too little data"} if name == "overfitting" else set())
 
@@ -78,6 +79,7 @@ def test_nothing_is_observed_of_a_healthy_run(tmp_path: Path, hf_model: Path) ->
     run = trained(tmp_path, hf_model, ROWS, NEW, LEARNS)
     assert observations_of_run(events.read(run)) == []
     assert "Nothing was found that looks wrong" in page_says(run)
+    assert "This looks wrong" not in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_every_key_that_a_fix_names_is_one() -> None:
