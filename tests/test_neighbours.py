@@ -146,6 +146,8 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("train --resume", "train", "--resume-anyway", "--out", run, "--set", "train.steps=3")
     step("runs", "runs", here)
     step("report", "report", run)
+    step("report --with", "report", run, "--with", here / "stopped", "--out", here / f"both{hostile.name(11)}.html")
+    step("report --live, Ctrl-C", "report", run, "--live", typed=[("until", "\x03")])
     step("report into theirs", "report", run, "--out", theirs / "config.yaml")
     step("eval", "eval", *tuned)
     step("generate", "generate", *tuned, "--prompt", ALL, "--max-tokens", "200", "--temperature", "5")
@@ -153,8 +155,9 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     talk = [("leave", "/system be brief\n"), ("forgotten", "/quit\n")]
     step("chat", "chat", *tuned, typed=talk)
     evaluations = [here / f"{name}{hostile.name(8)}" for name in ("first", "second")]
+    page = here / f"page{hostile.name(9)[:60]}.html"
     for name, out in zip(("eval --suite", "eval --suite again"), evaluations, strict=True):
-        step(name, "eval", *tuned, "--suite", at["suite"], "--max-tokens", "3", "--out", out)
+        step(name, "eval", *tuned, "--suite", at["suite"], "--max-tokens", "3", "--out", out, "--html", page)
     step("compare", "compare", *evaluations)
     step("rate", "rate", evaluations[0], typed=[("> ", "q\n")])
     step("fuse", "fuse", *tuned, "--out", at["fused"])
@@ -202,6 +205,7 @@ DONE = (
         "train --resume",
         "runs",
         "report",
+        "report --with",
         "eval",
         "eval --suite",
         "eval --suite again",
@@ -223,7 +227,7 @@ DONE = (
         "config",
     ),
 )
-STOPPED = ("train, Ctrl-C",)
+STOPPED = ("train, Ctrl-C", "report --live, Ctrl-C")
 OF_ROWS = ("data show",)  # prints what people wrote, lines and all
 
 

@@ -47,6 +47,8 @@ ELSEWHERE = {
     "test_the_command_compares_base_and_tuned_without_a_network_or_torch",
     "mlxtune rate": "test_rate.py::test_a_person_decides_stops_and_goes_on",
     "mlxtune compare": "test_comparison.py::test_three_evaluations_are_ranked_by_the_wins_on_each_prompt",
+    "mlxtune report run --live": "test_live.py::"
+    "test_the_command_prints_the_address_and_ends_on_a_signal_the_run_untouched",
     "mlxtune make instructions": "test_make_command.py::"
     "test_a_making_that_is_killed_three_times_goes_on_to_the_same_bytes",
     "mlxtune bench": "test_bench.py::test_the_command_prints_one_json_document",
@@ -74,6 +76,7 @@ SAME_AS = {
     "adapter.gguf": "tuned.gguf",
     "experiments": "runs",
     "mlx-adapter": "run",
+    "other-run": "run",
 }
 # Words that stand for something, or ask for a hub: what stands in their place, nothing for an empty list.
 INSTEAD: dict[str, Callable[[], list[str]]] = {
