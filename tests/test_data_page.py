@@ -108,7 +108,7 @@ def test_texts_of_others_are_text_on_the_page_and_their_secrets_are_hidden(token
     pages = []
     for texts in (wild, ["x" * len(text) for text in wild]):
         whole = "".join(texts)
-        row = chat(whole, f"{KEY} {whole}", made={"how": texts[0]})
+        row = chat(whole, f"{KEY} {whole}", made={"how": f"{texts[0]} {KEY}"})
         row["messages"][0] |= {texts[2]: whole}  # a key that nothing reads: the finding names it
         found = looked_at([row, chat(whole, "An answer.")], tokenizer, tmp_path, limit=100_000)
         pages.append(data_page.of_data(texts[0], texts[1], found))
@@ -224,7 +224,17 @@ def test_where_the_data_is_gone_the_page_says_so_and_shows_what_the_run_noted(ow
     shutil.rmtree(own_run)
 
 
-def test_data_check_writes_a_page_and_replaces_none_unasked(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_whatever_becomes_of_the_files_the_page_of_a_run_is_made(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(folder: Path) -> Surveyed:
+        raise RuntimeError(f"{folder.name} fell apart")
+
+    monkeypatch.setattr(surveyed, "of_run", broken)
+    assert "The data cannot be read again: RuntimeError: run fell apart" in of_run(own_run)
+
+
+def test_data_check_writes_a_page_and_replaces_nothing_but_pages(tokenizer_folder: Path, tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "d.jsonl", [chat("Is it?", f"It is {KEY}.")])
     on = ("data", "check", "--model", tokenizer_folder, "--data", path)
     page = tmp_path / "check.html"
@@ -232,9 +242,14 @@ def test_data_check_writes_a_page_and_replaces_none_unasked(tokenizer_folder: Pa
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["splits"]["train"]["rows"] == 1 and "check.html: the page" in done.stderr
     assert page.read_text().startswith("<!DOCTYPE html>") and KEY not in page.read_text()
+    theirs = tmp_path / "theirs.html"
+    theirs.write_text("theirs")
     for options, said in (
-        (("--html", page), "check.html already exists"),
+        (("--html", theirs), "theirs.html already exists"),
         (("--html", path, "--force"), "an HTML page is written"),
     ):
         refused = tiny.mlxtune(*on, *options)
         assert refused.returncode == 2 and said in refused.stderr
+    assert theirs.read_text() == "theirs"
+    tiny.write_jsonl(path, [chat("Is it?", "It is new.")])
+    assert tiny.mlxtune(*on, "--html", page).returncode == 0 and "It is new." in page.read_text()

@@ -121,3 +121,62 @@ def test_a_terminal_is_told_what_comes_next_and_a_pipe_is_not(hf_model: Path, tm
         "convert", hf_model, tmp_path / name
     )
     assert "next:" not in tiny.done("convert", hf_model, tmp_path / "other").stderr
+
+
+def test_what_is_no_model_is_called_what_it_is(run: Path, tmp_path: Path) -> None:
+    tiny.one_clear_line(tiny.mlxtune("eval", "--model", run, "--data", "x"), "is an adapter, no model", "--adapter")
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "a b.gguf").write_text("")
+    for command in (("generate", "Hi", "--model"), ("convert",)):
+        refused = tiny.mlxtune(*command, tmp_path / "g", *((tmp_path / "out",) if command == ("convert",) else ()))
+        tiny.one_clear_line(refused, "no config.json, but a b.gguf", f"mlxtune convert '{tmp_path}/g/a b.gguf' DST")
+
+
+def test_rows_to_score_are_named_not_found_by_chance(
+    mlx_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_jsonl(tmp_path / "train.jsonl", tiny.conversations(4))
+    monkeypatch.chdir(tmp_path)
+    tiny.one_clear_line(tiny.mlxtune("eval", "--model", mlx_model), "no rows to score", "--data PATH", "--adapter RUN")
+
+
+def test_a_typing_error_in_a_source_names_its_nearest_key(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("data:\n  sources:\n    - path: a\n    - path: b\n      wieght: 2\n")
+    refused = tiny.mlxtune("train", "-c", file, "--model", "x")
+    tiny.one_clear_line(refused, "unknown key wieght in source 2", "Did you mean weight?")
+
+
+def test_data_that_replaces_sources_is_said(mlx_model: Path, tmp_path: Path) -> None:
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(12))
+    (tmp_path / "c.yaml").write_text(f"data:\n  sources:\n    - path: {data}\n")
+    words = ("train", "-c", tmp_path / "c.yaml", "--model", mlx_model, "--dry-run")
+    said = f"--data {data} takes the place of data.sources in {tmp_path / 'c.yaml'}"
+    assert said in tiny.done(*words, "--data", data).stderr and said not in tiny.done(*words).stderr
+
+
+def test_a_finished_run_that_is_resumed_says_how_it_trains_longer(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "a run"
+    shutil.copytree(run, copy)
+    said = tiny.done("train", "--resume", "--out", copy).stderr
+    assert "this run is finished: nothing is left to train" in said
+    assert f"mlxtune train --resume-anyway --out '{copy}' with --steps or --epochs" in said
+
+
+def test_a_gguf_file_is_no_folder_to_verify_and_its_type_is_known_in_any_case(mlx_model: Path, tmp_path: Path) -> None:
+    export = ("export", "--model", mlx_model, "--to", "gguf", "--no-verify", "--out")
+    tiny.done(*export, tmp_path / "base.gguf", "--type", "F16")
+    tiny.one_clear_line(tiny.mlxtune("verify", tmp_path / "base.gguf", "--model", mlx_model), "verify compares folders")
+    assert [path.name for path in tmp_path.iterdir()] == ["base.gguf"]
+
+
+@pytest.mark.parametrize("words", [(), ("data",), ("make",)])
+def test_no_command_is_listed_with_half_a_sentence(words: tuple[str, ...]) -> None:
+    assert [line for line in tiny.done(*words).stdout.splitlines()[1:] if line.endswith("...")] == []
+
+
+def test_without_colours_what_is_trained_on_stands_between_marks(mlx_model: Path, tmp_path: Path) -> None:
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(1))
+    words = ("data", "show", "--model", mlx_model, "--data", data)
+    assert "⟦The answer is 0." in terminal.shows(*words, NO_COLOR="1")
+    assert "⟦" not in terminal.shows(*words)

@@ -17,7 +17,7 @@ import tiny
 from mlxtune_convert.files import digest
 
 from mlxtune.errors import UserError
-from mlxtune.evaluate.checks.check import SuiteRow
+from mlxtune.evaluate.checks.check import Check, SuiteRow
 from mlxtune.evaluate.comparison import figures, folder
 from mlxtune.evaluate.comparison.folder import Evaluation
 from mlxtune.evaluate.comparison.overlap import LEARNED
@@ -143,13 +143,12 @@ def test_what_strangers_wrote_is_text_in_every_field_and_secrets_are_hidden(tmp_
                 f"r{text}",
                 [{"role": "user", "content": f"before {text}"}, {"role": f"u{text}", "content": text}],
                 reference=text,
-                checks=[made.YES, made.SHORT],
+                checks=[Check(f"contains{text}", made.YES.rule), Check(f"short{text}", made.SHORT.rule)],
             )
         ]
         provenance = {"suite": {"name": text, "digest": text}, "sides": sides(path=text), "notes": [text]}
         made.write(path, suite, [f"one {text}"], [f"other {text}"], **provenance)
         summary = json.loads((path / folder.SUMMARY).read_text())
-        summary["checks"] = {f"{name}{text}": check for name, check in summary["checks"].items()}
         texts = dict.fromkeys(("observation", "measure", "fix", "limit"), text)
         summary["observations"] = [{**OBSERVED, **texts, "examples": [text]}]
         summary["judge"] = {**JUDGE, "judge": text, "rubric": text, "notes": [text], "verdict": text, "test": text}
@@ -217,8 +216,10 @@ def test_the_first_sentence_says_what_got_better_and_worse_with_numbers(tmp_path
     known = f"3 of 24 prompts were trained on (r1, r2, r3): {LEARNED}"
     flattered = str(better.lead([evaluation(tmp_path / "k", notes=["a note", known])]))
     assert f"But {known}." in text_of(flattered) and "callout warning" in flattered and "a note" not in flattered
-    worse = text_of(str(better.lead([evaluation(tmp_path / "w", base="yes", tuned="no")])))
-    assert "worse in contains" in worse
+    worse = str(better.lead([evaluation(tmp_path / "w", base="yes", tuned="no, not at all")]))
+    assert "worse in contains" in text_of(worse) and "callout bad" in worse
+    both = str(better.lead([evaluation(tmp_path / "b", base="no", tuned="yes")]))
+    assert "better in contains" in both and "worse in short" in both and "callout warning" in both
     same = str(better.lead([evaluation(tmp_path / "s", base="yes", tuned="yes")]))
     assert "no difference shown in contains, short" in text_of(same) and "callout neutral" in same
 
@@ -271,6 +272,7 @@ def test_observations_name_the_keys_and_what_they_were_in_this_run(tmp_path: Pat
     assert "<code>train.lr</code>" in body and "In this run: train.lr: 0.03." in body
     assert "too verbose" in body and "test.jsonl (e)" in body
     assert "noted nothing of its rows" in body  # an older run
+    assert "This looks wrong: too verbose." in text_of(str(observations.lead(None, [evaluation(tmp_path / "f")])))
 
 
 def test_the_command_writes_a_page_with_or_without_a_folder_and_replaces_none_but_its_own(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ ELSEWHERE = {
     "mlxtune compare": "test_comparison.py::test_three_evaluations_are_ranked_by_the_wins_on_each_prompt",
     "mlxtune report run --live": "test_live.py::"
     "test_the_command_prints_the_address_and_ends_on_a_signal_the_run_untouched",
+    "mlxtune make instructions": "test_make_command.py::"
+    "test_a_making_that_is_killed_three_times_goes_on_to_the_same_bytes",
     "mlxtune bench": "test_bench.py::test_the_command_prints_one_json_document",
     "mlx.distributed_config": MACHINES,
     "mlx.launch": MACHINES,

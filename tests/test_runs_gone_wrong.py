@@ -70,6 +70,7 @@ def test_the_page_names_what_went_wrong_and_the_key_to_turn(tmp_path: Path, hf_m
     assert cause in [one["observation"] for one in found], found
     said = page_says(run)
     assert cause in said and key in said and "Likely fix" in said
+    assert cause in re.findall("This looks wrong: (.*?)[.] Under", (run / "report.html").read_text(encoding="utf-8"))[0]
     others = {one["observation"] for one in found} - {cause}
     assert others <= ({"too little data"} if name == "overfitting" else set())
 
@@ -78,6 +79,7 @@ def test_nothing_is_observed_of_a_healthy_run(tmp_path: Path, hf_model: Path) ->
     run = trained(tmp_path, hf_model, ROWS, NEW, LEARNS)
     assert observations_of_run(events.read(run)) == []
     assert "Nothing was found that looks wrong" in page_says(run)
+    assert "This looks wrong" not in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_every_key_that_a_fix_names_is_one() -> None:
@@ -141,6 +143,7 @@ def test_numbers_that_are_none_and_jumps_of_the_loss_are_a_rate_that_is_too_high
 
 def test_a_validation_loss_far_above_its_lowest_is_overfitting_where_the_training_loss_fell_on() -> None:
     assert names(told(*FALLING, valid=(3.0, 2.0, 2.3))) == ["overfitting"]
+    assert names(told(*FALLING, valid=(3.0, 3.2, 3.5))) == ["overfitting"]  # from the first step on
     assert names(told(*FALLING, valid=(3.0, 2.0, 2.1))) == []
     assert names(told(*[2.0] * 20, valid=(3.0, 2.0, 2.3))) == []  # the rows to train on stay as hard: another cause
 

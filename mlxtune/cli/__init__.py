@@ -22,12 +22,14 @@ from mlxtune.cli import (
     doctor,
     evaluate,
     make,
+    make_instructions,
     rate,
     report,
     runs,
     ship,
     train,
 )
+from mlxtune.cli.options import WHOLE
 from mlxtune.cli.streams import Surviving
 from mlxtune.errors import Interrupted
 from mlxtune.machine import gpu_errors
@@ -37,12 +39,18 @@ SECTIONS: dict[str, list[click.Command]] = {
     "Begin": [demo.demo, doctor.doctor, bench.bench],
     "Prepare": [convert.convert, data.data, make.make],
     "Tune": [
-        *(config.config, train.train, runs.runs, report.report),
-        *(evaluate.eval_command, compare.compare, rate.rate),
+        config.config,
+        train.train,
+        runs.runs,
+        report.report,
+        evaluate.eval_command,
+        compare.compare,
+        rate.rate,
     ],
     "Use": [chat.generate, chat.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],
 }
+MAKERS: list[click.Command] = [make_instructions.instructions]  # the commands of `make`
 
 
 class Sectioned(click.Group):
@@ -51,7 +59,7 @@ class Sectioned(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, commands in SECTIONS.items():
             with formatter.section(heading):
-                formatter.write_dl([(str(command.name), command.get_short_help_str(limit=80)) for command in commands])
+                formatter.write_dl([(str(command.name), command.get_short_help_str(WHOLE)) for command in commands])
 
 
 def _say_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
@@ -82,6 +90,8 @@ def cli() -> None:
 for _commands in SECTIONS.values():
     for _command in _commands:
         cli.add_command(_command)
+for _maker in MAKERS:
+    make.make.add_command(_maker)
 
 
 def main(args: list[str] | None = None) -> NoReturn:

@@ -10,7 +10,7 @@ from mlxtune_convert.files import new_file, refuse_existing
 from mlxtune_convert.shown import shown_json
 
 from mlxtune.cli import common
-from mlxtune.cli.options import Command, Need, OptionFor
+from mlxtune.cli.options import Command, Group, Need, OptionFor
 
 if TYPE_CHECKING:
     from mlxtune.config.resolve import Config
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHOWN = 5  # rows that `data show` prints for people
 
 
-@click.group()
+@click.group(cls=Group)
 def data() -> None:
     """Look at training data as the model sees it."""
 
@@ -87,7 +87,11 @@ def _renderer(model: str, config: Config) -> Renderer:
 @click.option("--strict", is_flag=True, help="Exit with 2 when there is an error among the findings.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write all of it as one HTML page too.")
 @click.option(
-    "--force", is_flag=True, cls=OptionFor, needs=Need("html", why="nothing is written"), help="Replace the page."
+    "--force",
+    is_flag=True,
+    cls=OptionFor,
+    needs=Need("html", why="nothing is written"),
+    help="Replace a FILE that is no page of mlxtune.",
 )
 @common.settings_option
 def check(
@@ -117,6 +121,7 @@ def check(
     from mlxtune.data.survey import survey as checks
     from mlxtune.errors import UserError
     from mlxtune.report import data_page, surveyed
+    from mlxtune.report.written import is_page
     from mlxtune.train import reach
 
     common.refuse_idle(
@@ -126,6 +131,7 @@ def check(
     if html is not None:  # what is wrong with it is said before the rows are read
         if html.suffix != ".html":
             raise UserError(f"{html}: an HTML page is written", "Give it a name that ends with .html.")
+        force = force or is_page(html)  # a page of an earlier time is replaced
         refuse_existing(html, force)
     if file is not None:
         for line in reach.hub_notes(config, file, {"model.path"} | reach.keys_named(settings, {"data.path": path})):

@@ -127,6 +127,8 @@ def eval_command(
     from mlxtune.data.dataset import holdout
     from mlxtune.evaluate.score import score_examples
 
+    if adapter is None and data is None and not any(setting.startswith("data.") for setting in settings):
+        raise UserError("no rows to score", "Name them: --data PATH; or --adapter RUN, whose held-out rows are taken.")
     tuned.run_settings(adapter, data, settings)  # a typing error is said before the model is read
     loaded = tuned.load_model(model, adapter)
     examples, config = tuned.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)

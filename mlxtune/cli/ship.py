@@ -178,7 +178,7 @@ def _artefact(target: str, dtype: str | None, kind: str | None, ollama: bool) ->
     forms: dict[str, Artefact] = {
         "peft": Peft(),
         "hf": HuggingFace(dtype),
-        "gguf": Gguf(kind, ollama),
+        "gguf": Gguf(kind and kind.lower(), ollama),
         "gguf-lora": GgufAdapter(ollama),
     }
     return forms[target]

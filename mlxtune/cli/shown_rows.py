@@ -54,7 +54,7 @@ def draw(out: Console, tokenizer: Any, row: Row) -> None:
     body = Text()
     for supervised, piece in pieces(tokenizer, row.example):
         text = shown(piece)
-        if supervised and not out.is_terminal:
+        if supervised and (out.no_color or not out.is_terminal):
             text = f"⟦{text}⟧"
         body.append(text, style="green" if supervised else "dim")
     out.print(body)

@@ -97,6 +97,8 @@ def train(
         )
     flags: dict[str, Any] = {"model.path": model, "data.path": data, **_everyday_flags(everyday, settings)}
     config = _resumed(out, file, settings, flags) if resume and out else configuration.load(file, settings, flags)
+    if data is not None and file is not None and configuration.load(file, settings).data.sources:
+        common.note(f"--data {data} takes the place of data.sources in {file}")
     if not config.model.path:
         raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
     local = _note_reach(config, file, out if resume else None, settings, flags)

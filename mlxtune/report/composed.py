@@ -61,6 +61,7 @@ def of_run(
     lead = joined(
         better.lead(evaluations.evaluations),
         verdict.lead(record, is_evaluated=bool(evaluations.evaluations)),
+        observations.lead(record, evaluations.evaluations),
         [callout("neutral", note) for note in evaluations.notes],
     )
     return page(f"Run {record.name}", lead, there, for_programs(record, drawn, shipped, evaluations, others), live)

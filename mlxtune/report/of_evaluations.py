@@ -29,6 +29,8 @@ def page_of(evaluation: Evaluated, with_answers: bool = True) -> str:
     evaluation = without_secrets(evaluation)
     said = better.lead([evaluation])
     alone = tag("p", "One model alone was asked: nothing is compared.")
-    lead = joined(tag("p", sides_line(evaluation.summary)), said if said else alone)
+    lead = joined(
+        tag("p", sides_line(evaluation.summary)), said if said else alone, observations.lead(None, [evaluation])
+    )
     shown = [*sections([evaluation], with_answers), observations.section(None, [evaluation])]
     return page(f"Evaluation {title_of(evaluation)}", lead, shown, {"evaluation": dict(evaluation.summary)})

@@ -15,7 +15,7 @@ from mlxtune.report.drawing.figure import Mark
 from mlxtune.report.drawing.plots import histogram
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
-from mlxtune.report.run_record import RunRecord
+from mlxtune.report.run_record import RunRecord, without_home
 from mlxtune.report.secrets import masked
 from mlxtune.report.sections.trained_row import row_of
 from mlxtune.report.surveyed import Surveyed
@@ -45,7 +45,7 @@ def section(record: RunRecord) -> Section | None:
         return Section("data", "The data", joined(warned, noted, of_survey(data)))
     if not record.config and noted is None:
         return None
-    said = f"The data cannot be read again: {masked(reason)}. "
+    said = f"The data cannot be read again: {masked(without_home(reason))}. "
     rest = "What follows is what the run noted." if noted else "The run noted nothing of it."
     return Section("data", "The data", joined(callout("warning", said, rest), noted))
 
@@ -81,7 +81,7 @@ def recorded(record: RunRecord) -> Html | None:
         return None
     return joined(
         facts("What the run noted of its rows", values) if values else None,
-        tag("ul", [tag("li", masked(note)) for note in notes]) if notes else None,
+        tag("ul", [tag("li", masked(without_home(note))) for note in notes]) if notes else None,
     )
 
 
