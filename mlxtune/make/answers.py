@@ -8,8 +8,8 @@ is asked once, at the end, when the engine is not needed any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxtune_convert.files import json_text, new_file
@@ -19,14 +19,13 @@ from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.evaluate.judging.report import Judging
 from mlxtune.make.answer_filters import MOST_WORDS, Made, wrong_with
 from mlxtune.make.best_of import Narrowed, best_of, contests, kinds_of, narrowed
+from mlxtune.make.by_hand import Leaves
 from mlxtune.make.critique import critique_prompt, finds_nothing, revision_prompt
-from mlxtune.make.folder import Failed, Making, Rejected, Row, Spent, Yield
+from mlxtune.make.folder import PAIRS, VERDICTS, Failed, Making, Rejected, Row, Spent, Yield
 from mlxtune.make.guard import Guard
 from mlxtune.make.judged import verdicts_on
 
 PORTION = 64  # prompts that are asked about at a time: many enough to fill batches
-PAIRS, VERDICTS = "pairs.jsonl", "judge.jsonl"  # names of files
-Take = Callable[[Making, SuiteRow, Sequence[Answer]], list[Answer]]  # the good ones of the answers to a prompt
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Wanted:
     # A person writes them: nothing is filtered, and what is empty was skipped.
     by_hand: bool = False
     # A held-out suite that no prompt may be near to.
-    guard: Guard = Guard()
+    guard: Guard = field(default_factory=Guard)
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def make_answers(making: Making, wanted: Wanted) -> dict[str, Any]:
     decided: list[Decided] = []
     total = len(wanted.rows) if wanted.count is None else min(wanted.count, len(wanted.rows))
     stopped = ""
-    for portion in _portions(wanted.rows):
+    for portion in _portions(wanted):
         if len(decided) >= total:
             break
         try:
@@ -103,16 +102,20 @@ def make_answers(making: Making, wanted: Wanted) -> dict[str, Any]:
         except Spent as spent:
             stopped = str(spent)
             break
+        except Leaves:
+            stopped = "the editor was left without saving; the same command goes on"
+            break
         for row in portion:
             one = _decided(making, wanted, row, [draft for draft in drafts if draft.row is row])
             if one is not None and len(decided) < total:
                 decided.append(one)
+                making.counted = len(decided)
     pairs = _keep_the_best(making, wanted, decided)
     if wanted.pairs:
         with new_file(making.out / PAIRS, force=True) as file:
             for pair in pairs:
                 file.write(json_text(pair) + "\n")
-    document = making.finish(Yield("answers", len(decided), total), stopped)
+    document = making.finish(Yield("answers", total), stopped)
     return {**document, "pairs": len(pairs)} if wanted.pairs else document
 
 
@@ -121,9 +124,11 @@ def answer_requests(rows: Sequence[SuiteRow], samples: int) -> list[Request]:
     return [Request(row.id, row.messages, None, sample) for row in rows for sample in range(samples)]
 
 
-def _portions(rows: Sequence[SuiteRow]) -> Iterator[Sequence[SuiteRow]]:
-    for first in range(0, len(rows), PORTION):
-        yield rows[first : first + PORTION]
+def _portions(wanted: Wanted) -> Iterator[Sequence[SuiteRow]]:
+    """Of a person one prompt is asked at a time: they may leave after any."""
+    size = 1 if wanted.by_hand else PORTION
+    for first in range(0, len(wanted.rows), size):
+        yield wanted.rows[first : first + size]
 
 
 def _may_be_asked(making: Making, wanted: Wanted, row: SuiteRow) -> bool:
@@ -153,7 +158,9 @@ def _revised(making: Making, principles: Sequence[str], drafts: Sequence[Draft])
     """The drafts after a critique of each, and a revision of those in which it finds something. One that is cut or
     empty stays as it is: the filters say what is wrong with it.
     """
-    done, to_criticise, to_revise = [], [], []
+    done: list[Draft] = []
+    to_criticise: list[Draft] = []
+    to_revise: list[Draft] = []
     for draft in drafts:
         is_whole = draft.first.finish == "stop" and bool(draft.first.text.strip())
         (to_criticise if is_whole else done).append(draft)
@@ -238,8 +245,9 @@ def _keep_the_best(making: Making, wanted: Wanted, decided: Sequence[Decided]) -
         if best.worse is not None:
             worse = one.drafts[best.worse]
             shown_by = "checks" if best.worse in one.found.failing else "judge"
-            pair = {"prompt": one.row.messages, "chosen": [_said(chosen)], "rejected": [_said(worse)]}
-            pairs.append({**pair, "made": {**making.made([one.row.id], **best.scores), "shown by": shown_by}})
+            made = {**making.made([one.row.id], **best.scores), "shown by": shown_by}
+            both = {"chosen": [_said(chosen)], "rejected": [_said(worse)]}
+            pairs.append({"prompt": one.row.messages, **both, "made": made})
     return pairs
 
 

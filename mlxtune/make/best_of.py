@@ -63,7 +63,9 @@ def can_decide(row: SuiteRow) -> bool:
 
 def narrowed(row: SuiteRow, answers: Sequence[Answer], has_judge: bool) -> Narrowed:
     """What the row's checks and the answers' agreement leave. answers: at least one; has_judge: one decides after."""
-    passing, failing, is_checked = [], [], False
+    passing: list[int] = []
+    failing: list[int] = []
+    is_checked = False
     for place, answer in enumerate(answers):
         scores = [check.score(answer, row) for check in row.checks if not check.graded]
         is_checked = is_checked or any(score is not None for score in scores)

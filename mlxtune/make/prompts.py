@@ -46,6 +46,22 @@ class Conversation:
     # It offers tools, or calls them.
     has_tools: bool
 
+    @property
+    def users(self) -> int:
+        """How often the user speaks."""
+        return sum(message["role"] == "user" for message in self.messages)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the last thing that was said has no answer."""
+        return self.messages[-1]["role"] == "user"
+
+    def missing(self, turns: int) -> int:
+        """How many requests it takes until the user spoke `turns` times, with an answer each time."""
+        if not self.users or self.users > turns:
+            return 0
+        return 2 * (turns - self.users) + self.waits
+
 
 def read_prompts_to_answer(path: Path, programs: Programs, system: str = "") -> Prompts:
     """system: put before prompts that have no system prompt; "" for none. Raises UserError, which names the row."""

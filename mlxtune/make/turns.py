@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlxtune.evaluate.checks.overlap import rouge_l
@@ -91,6 +91,19 @@ def make_turns(
     return making.finish(Yield("conversations", total), stopped)
 
 
+def first_requests(conversations: Sequence[Conversation], turns: int) -> list[Request]:
+    """What is asked for first, of those that may grow."""
+    found = []
+    for one in conversations:
+        if not one.missing(turns):
+            continue
+        if one.waits:
+            found.append(Request(f"answer {one.users} of {one.id}", one.messages))
+        else:
+            found.append(turn_request(one.id, one.users + 1, one.messages))
+    return found
+
+
 def turn_request(id: str, number: int, messages: Sequence[dict[str, Any]]) -> Request:
     """What asks for the words of the user in their turn of a number."""
     return Request(
@@ -100,15 +113,13 @@ def turn_request(id: str, number: int, messages: Sequence[dict[str, Any]]) -> Re
 
 def _may_grow(making: Making, conversation: Conversation, turns: int, guard: Guard) -> bool:
     """Whether a conversation is begun with; one that is not is rejected."""
-    users = sum(message["role"] == "user" for message in conversation.messages)
-    waits = bool(conversation.messages) and conversation.messages[-1]["role"] == "user"
     why = guard.why_any(conversation.messages)
     if conversation.has_tools:
         reason, detail = "tools", ""
-    elif not users:
+    elif not conversation.users:
         reason, detail = "no user", ""
-    elif users > turns or (users == turns and not waits):
-        reason, detail = "long enough", f"the user speaks {users} times"
+    elif not conversation.missing(turns):
+        reason, detail = "long enough", f"the user speaks {conversation.users} times"
     elif why is not None:
         reason, detail = "guarded", why
     else:
@@ -133,7 +144,7 @@ def _ask(making: Making, growing: Sequence[Growing], guard: Guard) -> None:
             one.is_good = False
             continue
         text = SPEAKER.sub("", said.text).strip().strip('"“”').strip()
-        reason, detail = wrong_with(Made(one.messages, _with_text(said, text), LEAST, MOST)), ""
+        reason, detail = wrong_with(Made(one.messages, replace(said, text=text), LEAST, MOST)), ""
         if not reason and float(rouge_l(text, one.said_by_user).max()) > SAME:
             reason = "said before"
         if not reason and (why := guard.why(text)) is not None:
@@ -166,7 +177,3 @@ def _add(making: Making, one: Growing, role: str, text: str, reason: str, detail
         making.reject(
             Rejected({"id": one.id, "messages": one.messages}, reason, f"{where}: {detail}" if detail else where)
         )
-
-
-def _with_text(answer: Answer, text: str) -> Answer:
-    return Answer(answer.id, answer.sample, text, answer.thought, answer.finish, answer.tokens)
