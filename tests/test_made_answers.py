@@ -52,6 +52,8 @@ GOOD: list[str | tuple[str, str]] = [
     SENTENCES,
     ("Write a form letter with placeholders for a shop.", "Dear [Customer Name], thank you for your order."),
     ("Translate to German: the drops are heavy and they fall.", "Die Tropfen sind schwer und sie fallen auf die Erde."),
+    ("What is a rake good for in my garden?", "A tool."),
+    ("What is the Chinese word for water and rain?", "水雨"),
     ("How do I write & in HTML, with an entity?", "Write &amp; in the text of the page."),
     ("What does [INST] mean in the prompt of a model?", "The mark [INST] begins what the user says to the model."),
     ("Complete this code: def add(a, b):", "```python\nComplete this code: def add(a, b):\n    return a + b\n```"),
@@ -74,8 +76,8 @@ def test_every_filter_drops_exactly_what_is_planted_for_it() -> None:
     for code, texts in PLANTED.items():
         for planted in texts:
             one = made(planted, finish="length" if code == "cut" else "stop")
+            assert wrong_with(one) == code, planted
             # An empty answer has too few words as well.
-            assert [name for name, shows in FILTERS.items() if shows(one)][0] == code, planted
             others = {name for name, shows in FILTERS.items() if shows(one)} - {code, "words"}
             assert not others, (planted, others)
     for planted in GOOD:

@@ -110,6 +110,8 @@ def make_answers(making: Making, wanted: Wanted) -> dict[str, Any]:
             if one is not None and len(decided) < total:
                 decided.append(one)
                 making.counted = len(decided)
+    if len(decided) < total:
+        stopped = stopped or making.spent
     pairs = _keep_the_best(making, wanted, decided)
     if wanted.pairs:
         with new_file(making.out / PAIRS, force=True) as file:

@@ -132,6 +132,8 @@ class Making:
     rejected: list[Rejected] = field(default_factory=list)
     # Requests so far, those without an answer included.
     requests: int = 0
+    # Those that were not asked: `most_requests` were.
+    unasked: int = 0
     # Those without an answer, by what was said of them.
     failures: Counter[str] = field(default_factory=Counter)
     # How many of what --count counts are kept so far, where the maker counts others than rows.
@@ -168,6 +170,11 @@ class Making:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def spent(self) -> str:
+        """Why requests were not asked, for people; "" where all were."""
+        return f"--max-requests {self.most_requests} are asked" if self.unasked else ""
+
     def close(self) -> None:
         """Let other processes have the folder."""
         self._journal.close()
@@ -198,8 +205,9 @@ class Making:
             if count == 0:
                 break
             done += self._answered(side, rest[:count])
+        self.unasked += len(requests) - len(done)
         if requests and not done:
-            raise Spent(f"--max-requests {self.most_requests} are asked")
+            raise Spent(self.spent)
         found: list[Answer | Failed] = []
         for request, one in zip(requests, done, strict=False):
             found.append(one if isinstance(one, Answer) else Failed(request.id, request.sample, one))

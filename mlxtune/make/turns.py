@@ -88,6 +88,8 @@ def make_turns(
                 making.keep(Row(one.messages, making.made([one.id], turns_added=one.added)))
         if stopped:
             break
+    if len(making.rows) < total:
+        stopped = stopped or making.spent
     return making.finish(Yield("conversations", total), stopped)
 
 
