@@ -19,7 +19,7 @@ from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
     from mlxtune.evaluate.judging.report import Judging
-    from mlxtune.make import answers
+    from mlxtune.make.answers import Wanted as WantedAnswers
     from mlxtune.make.engine import Opened
     from mlxtune.make.folder import Making
     from mlxtune.make.prompts import Prompts
@@ -130,7 +130,7 @@ def _own_options(command: Any) -> Any:
 @click.command("answers", cls=Command)
 @_own_options
 @making_options(count=None, max_tokens=1024, temperature=0.7, needs_engine=False)
-def make_answers(**given: Any) -> None:
+def answers(**given: Any) -> None:
     """Answers to given prompts, by a stronger model (distillation) or by hand.
 
     Answers are dropped that refuse, are cut, broken, copied, or in another language, hold placeholders or marks of a
@@ -144,8 +144,7 @@ def make_answers(**given: Any) -> None:
     mlxtune make answers --prompts questions.jsonl --by-hand --out made
     """
     from mlxtune.evaluate.checks.sandbox.sandbox import Programs
-    from mlxtune.make.answers import answer_requests
-    from mlxtune.make.answers import make_answers as make_them
+    from mlxtune.make.answers import answer_requests, make_answers
     from mlxtune.make.prompts import read_prompts_to_answer
 
     engine_spelled = given.pop("engine")
@@ -169,7 +168,7 @@ def make_answers(**given: Any) -> None:
             asked = replace(asked, judge=_admitted(judge, prompts))
         a_making = _by_hand if own.by_hand else making
         with a_making(wanted, engine, _identity(own, wanted, prompts, judge)) as one:
-            say(make_them(one, asked), one.found, wanted.as_json)
+            say(make_answers(one, asked), one.found, wanted.as_json)
 
 
 def _require_one_who_answers(engine: str | None, own: Own) -> None:
@@ -235,12 +234,12 @@ def _admitted(judge: Judging, prompts: Prompts) -> Judging:
     return found
 
 
-def _asked(own: Own, wanted: Wanted, prompts: Prompts, judge: Judging | None) -> answers.Wanted:
+def _asked(own: Own, wanted: Wanted, prompts: Prompts, judge: Judging | None) -> WantedAnswers:
     """What is wanted of the answers."""
-    from mlxtune.make import answers
+    from mlxtune.make.answers import Wanted as WantedAnswers
     from mlxtune.make.critique import read_principles
 
-    return answers.Wanted(
+    return WantedAnswers(
         prompts.rows,
         wanted.count,
         samples=own.best_of or 1,

@@ -24,7 +24,7 @@ from mlxtune.errors import UserError
     "--turns", type=click.IntRange(2, 20), default=3, show_default=True, help="How often the user speaks in each."
 )
 @making_options(count=None, max_tokens=512, temperature=0.7)
-def make_turns(source: Path, turns: int, **given: Any) -> None:
+def turns(source: Path, turns: int, **given: Any) -> None:
     """Conversations of several turns out of single ones.
 
     The engine plays the user: what would they say next? Then it answers, behind the very conversation that the answer
@@ -34,8 +34,7 @@ def make_turns(source: Path, turns: int, **given: Any) -> None:
     mlxtune make turns --from train.jsonl --engine MODEL --turns 3 --out made
     """
     from mlxtune.make.prompts import read_conversations
-    from mlxtune.make.turns import first_requests
-    from mlxtune.make.turns import make_turns as make_them
+    from mlxtune.make.turns import first_requests, make_turns
 
     wanted = Wanted.of(given)
     conversations, digest = read_conversations(source)
@@ -50,4 +49,4 @@ def make_turns(source: Path, turns: int, **given: Any) -> None:
         dry_run(wanted, engine, first_requests(conversations, turns), requests)
         return
     with making(wanted, engine, wanted.identity("turns", rows=digest, turns=turns)) as one:
-        say(make_them(one, conversations, turns, guard, wanted.count), one.found, wanted.as_json)
+        say(make_turns(one, conversations, turns, guard, wanted.count), one.found, wanted.as_json)
