@@ -110,6 +110,9 @@ def chosen(suite: Suite, texts: list[str], judge: judges.Scripted | None = None)
     [
         # "1,234" may be 1234 or 1.234; both agree with "1234".
         ("number", ["It is 7.", "The answer is 1234", "#### 1,234", "8"], 1),
+        # "50%" is 50 or 0.5: two of them are one party, but between the two others it is of both.
+        ("number", ["7", "50%", "50%", "8"], 1),
+        ("number", ["7", "0.5", "50%", "50"], None),
         ("number", ["72 clips", "70", "\\boxed{72}", "70", "71"], None),  # two parties are as large
         ("number", ["1", "2", "3"], None),
         ("number", ["none", "nothing", "5"], None),  # what comes to nothing agrees with nothing

@@ -182,6 +182,19 @@ def test_tests_and_the_majority_choose_without_a_judge(tmp_path: Path) -> None:
     assert {code: len(rows) for code, rows in found.items()} == {"no majority": 3, "check": 2, "not the best": 2}
 
 
+def test_one_answer_alone_needs_no_majority_but_must_pass_what_is_known(tmp_path: Path) -> None:
+    rows = [{"id": "unknown", "prompt": "How many clips?", "checks": ["number"]}]
+    rows += [
+        {"id": id, "prompt": "How many pins?", "reference": "5", "checks": ["number"]} for id in ("right", "wrong")
+    ]
+    answers: dict[str, str | list[str]] = {"unknown": "There are 7.", "right": "There are 5.", "wrong": "There are 6."}
+    run(tmp_path / "made", prompts(tmp_path, *rows), by_id(answers))
+    kept = lines(tmp_path / "made" / "train.jsonl")
+    assert [row["made"]["parents"] for row in kept] == [["unknown"], ["right"]]
+    assert kept[1]["made"]["scores"] == {"passed": 1, "of": 1} and "chosen by" not in kept[1]["made"]
+    assert [one["id"] for one in reasons(tmp_path / "made")["check"]] == ["wrong"]
+
+
 def test_what_is_criticised_is_revised_and_its_draft_stays_with_the_row(tmp_path: Path) -> None:
     wanted = replace(
         prompts(tmp_path, *({"id": id, "prompt": f"Where is {id}?"} for id in ("good", "bad", "cut", "mute"))),

@@ -129,15 +129,13 @@ class Wanted:
 
         return Sampling(self.max_tokens, self.temperature, seed=self.seed)
 
-    def opened(self, *others: str) -> Opened:
-        """The engine, which is not read yet. others: who else is asked, as spelled: a judge. Raises UserError for
-        options that do nothing here.
-        """
+    def opened(self) -> Opened:
+        """The engine, which is not read yet. Raises UserError for options that do nothing for it."""
         from mlxtune.evaluate.engines.opening import kind_of
         from mlxtune.make.engine import opened
 
         kind = kind_of(self.engine)
-        if self.allow_remote and "server" not in (kind, *map(kind_of, others)):
+        if self.allow_remote and kind != "server":
             raise UserError("--allow-remote has no effect here: no server is asked", "Leave it out.")
         if kind == "replay":
             for name in ("temperature", "max_tokens"):

@@ -153,7 +153,7 @@ def answers(**given: Any) -> None:
     _require_one_who_answers(engine_spelled, own)
     with Programs(own.run_code, own.unsafe_code) as programs:
         prompts = read_prompts_to_answer(own.prompts, programs, own.system or "")
-        engine = _a_person() if own.by_hand else wanted.opened(*([own.judge] if own.judge else []))
+        engine = _a_person() if own.by_hand else _engine(wanted, own.judge)
         _require_a_choice(own, prompts, wanted, engine)
         judge = _judge(own, wanted, engine)
         asked = _asked(own, wanted, prompts, judge)
@@ -265,6 +265,15 @@ def _identity(own: Own, wanted: Wanted, prompts: Prompts, judge: Judging | None)
     if own.by_hand:
         found["by hand"] = True
     return wanted.identity("answers", **found)
+
+
+def _engine(wanted: Wanted, judge: str | None) -> Opened:
+    """Who answers. --allow-remote may be for the judge alone."""
+    from mlxtune.evaluate.engines.opening import kind_of
+
+    if judge is not None and kind_of(judge) == "server" and kind_of(wanted.engine) != "server":
+        wanted = replace(wanted, allow_remote=False)
+    return wanted.opened()
 
 
 def _a_person() -> Opened:

@@ -209,7 +209,7 @@ def _decided(making: Making, wanted: Wanted, row: SuiteRow, drafts: Sequence[Dra
         return None
     if wanted.by_hand:
         return Decided(row, good, Narrowed("a person", [0], []))
-    found = narrowed(row, [draft.answer for draft in good], wanted.judge is not None)
+    found = narrowed(row, [draft.answer for draft in good], wanted.judge is not None, wanted.samples > 1)
     if found.left:
         return Decided(row, good, found)
     for place, draft in enumerate(good):
@@ -230,6 +230,7 @@ def _keep_the_best(making: Making, wanted: Wanted, decided: Sequence[Decided]) -
     """Keep the best answer to each prompt, reject the others. Returns the rows of pairs.jsonl."""
     verdicts = None
     if wanted.judge is not None:
+        making.let_go()
         asked = [pair for one in decided for pair in contests(one.row, one.answers, one.found.left)]
         verdicts = verdicts_on(wanted.judge, asked, making.out / VERDICTS)
     pairs = []

@@ -34,6 +34,7 @@ import mlxtune
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.journal import Files, Journal
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
+from mlxtune.evaluate.engines.room import give_back
 from mlxtune.make.card import card
 from mlxtune.make.engine import Opened
 from mlxtune.make.reasons import REASONS
@@ -246,6 +247,11 @@ class Making:
         if self._opened is None:
             self._opened = self.engine()
         return self._opened
+
+    def let_go(self) -> None:
+        """Forget the engine: another model needs its memory. It is read again where more is asked."""
+        self._opened = None
+        give_back()
 
     def keep(self, row: Row) -> None:
         self.rows.append(row)
