@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SEVERAL = Need("best_of", why="each prompt has one answer", hint="Add, say, --best-of 4.")
 ENGINES_OWN = (  # options that do nothing for a person
     *("temperature", "max_tokens", "max_requests", "allow_remote", "dry_run", "best_of", "pairs", "judge", "anyway"),
-    *("critique", "words", "seed", "run_code", "unsafe_code"),
+    *("critique", "words", "seed"),
 )
 
 
