@@ -23,8 +23,8 @@ from mlxtune.evaluate.checks.sandbox.sandbox import Programs
 from mlxtune.evaluate.engines.request import Request
 from mlxtune.evaluate.judging.report import Judging
 from mlxtune.make.answers import Wanted, make_answers
+from mlxtune.make.given_rows import read_prompts_to_answer
 from mlxtune.make.guard import Guard
-from mlxtune.make.prompts import read_prompts_to_answer
 
 REFERENCE = "It left on Monday. It arrives on Friday. Ask again if not. Number {}."
 

@@ -17,9 +17,9 @@ from made import CUT, Scripted, lines, reasons
 from mlxtune.data.survey.refusals import refuses
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.request import Request
+from mlxtune.make.given_rows import read_conversations
 from mlxtune.make.guard import Guard
 from mlxtune.make.policy import read_policy
-from mlxtune.make.prompts import read_conversations
 from mlxtune.make.refusals import TIRED, make_refusals
 from mlxtune.make.turns import make_turns
 
@@ -38,7 +38,7 @@ def grown(
 ) -> tuple[dict[str, Any], list[Request]]:
     """(The document of a making of turns, what its engine was asked); more: as `make_turns` takes it."""
     conversations, _ = read_conversations(tiny.write_jsonl(folder / "rows.jsonl", rows))
-    engine = Scripted(answers)
+    engine = Scripted(answers, more.pop("at_once", 4))
     with made.making(folder / "made", engine, "turns") as one:
         return make_turns(one, conversations, turns, more.pop("guard", Guard()), **more), engine.asked
 
@@ -81,17 +81,29 @@ def test_a_conversation_in_which_a_turn_is_no_good_is_not_kept(tmp_path: Path) -
     }
     rows = [row("What is a big rake?", "A tool.")] + [row(f"What is tool {n}?", "A good tool.") for n in NUMBERS]
     rows += [row("Find it.", "Yes.", tools=tools), row("What?", "It.", "Now?", "Then.", "And?", "No.")]
+    rows += [row("What is it that breaks?", "A stick.")]
+
+    def answer(request: Request) -> str:
+        if request.id == "answer 2 of 8":
+            raise UserError("the engine stumbles")
+        return planted[request.id][0] if request.id in planted else plays(request)
+
     document, _ = grown(
         tmp_path,
         rows,
-        lambda request: planted[request.id][0] if request.id in planted else plays(request),
+        answer,
+        at_once=1,
         guard=Guard(["Please name the largest planet of our system"]),
     )
     found = reasons(tmp_path / "made")
     for name, (_, reason, where) in planted.items():
         (one,) = found.pop(reason)
         assert one["id"] == name[-1] and one["detail"].startswith(where)
-    assert {reason: rows[0]["id"] for reason, rows in found.items()} == {"tools": "6", "long enough": "7"}
+    assert {reason: rows[0]["id"] for reason, rows in found.items()} == {
+        "tools": "6",
+        "long enough": "7",
+        "failed": "8",
+    }
     assert document["rows"] == 0
 
 

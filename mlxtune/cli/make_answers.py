@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlxtune.make.answers import Wanted as WantedAnswers
     from mlxtune.make.engine import Opened
     from mlxtune.make.folder import Making
-    from mlxtune.make.prompts import Prompts
+    from mlxtune.make.given_rows import Prompts
 
 SEVERAL = Need("best_of", why="each prompt has one answer", hint="Add, say, --best-of 4.")
 ENGINES_OWN = (  # options that do nothing for a person
@@ -129,7 +129,7 @@ def _own_options(command: Any) -> Any:
 
 @click.command("answers", cls=Command)
 @_own_options
-@making_options(count=None, max_tokens=1024, temperature=0.7, needs_engine=False)
+@making_options(count=None, max_tokens=1024, temperature=0.7, what="answers", needs_engine=False)
 def answers(**given: Any) -> None:
     """Answers to given prompts, by a stronger model (distillation) or by hand.
 
@@ -145,7 +145,7 @@ def answers(**given: Any) -> None:
     """
     from mlxtune.evaluate.checks.sandbox.sandbox import Programs
     from mlxtune.make.answers import answer_requests, make_answers
-    from mlxtune.make.prompts import read_prompts_to_answer
+    from mlxtune.make.given_rows import read_prompts_to_answer
 
     engine_spelled = given.pop("engine")
     wanted = Wanted.of({**given, "engine": engine_spelled or ""})

@@ -31,7 +31,7 @@ A_COUPLE = 3.25  # requests: a neighbour, two answers, and an eighth of a list o
     needs=Need("beside", why="a share of what is not known", hint="Name the rows: --beside DATA."),
     help="Refusals at most, as a share of the rows of DATA.",
 )
-@making_options(count=None, max_tokens=512, temperature=0.8)
+@making_options(count=None, max_tokens=512, temperature=0.8, what="refusals")
 def refusals(policy: Path, beside: str | None, share: float, **given: Any) -> None:
     """Refusals in a persona's voice, each with a harmless neighbour that is answered.
 

@@ -23,7 +23,7 @@ from mlxtune.errors import UserError
 @click.option(
     "--turns", type=click.IntRange(2, 20), default=3, show_default=True, help="How often the user speaks in each."
 )
-@making_options(count=None, max_tokens=512, temperature=0.7)
+@making_options(count=None, max_tokens=512, temperature=0.7, what="conversations")
 def turns(source: Path, turns: int, **given: Any) -> None:
     """Conversations of several turns out of single ones.
 
@@ -33,7 +33,7 @@ def turns(source: Path, turns: int, **given: Any) -> None:
     \b
     mlxtune make turns --from train.jsonl --engine MODEL --turns 3 --out made
     """
-    from mlxtune.make.prompts import read_conversations
+    from mlxtune.make.given_rows import read_conversations
     from mlxtune.make.turns import first_requests, make_turns
 
     wanted = Wanted.of(given)

@@ -21,7 +21,7 @@ from mlxtune.make.answer_filters import MOST_WORDS, Made, wrong_with
 from mlxtune.make.best_of import Narrowed, best_of, contests, kinds_of, narrowed
 from mlxtune.make.by_hand import Leaves
 from mlxtune.make.critique import critique_prompt, finds_nothing, revision_prompt
-from mlxtune.make.folder import PAIRS, VERDICTS, Failed, Making, Rejected, Row, Spent, Yield
+from mlxtune.make.folder import PAIRS, UNASKED, VERDICTS, Failed, Making, Rejected, Row, Spent, Yield
 from mlxtune.make.guard import Guard
 from mlxtune.make.judged import verdicts_on
 
@@ -113,7 +113,7 @@ def make_answers(making: Making, wanted: Wanted) -> dict[str, Any]:
     if len(decided) < total:
         stopped = stopped or making.spent
     pairs = _keep_the_best(making, wanted, decided)
-    if wanted.pairs:
+    if wanted.pairs and making.out is not None:
         with new_file(making.out / PAIRS, force=True) as file:
             for pair in pairs:
                 file.write(json_text(pair) + "\n")
@@ -151,8 +151,13 @@ def _drafts(making: Making, wanted: Wanted, rows: Sequence[SuiteRow]) -> list[Dr
     by_id = {row.id: row for row in rows}
     if not rows:
         return []
-    answers = making.ask(answer_requests(rows, wanted.samples))
-    drafts = [Draft(by_id[one.id], one, one) for one in answers if isinstance(one, Answer)]
+    drafts = []
+    for one in making.ask(answer_requests(rows, wanted.samples)):
+        row = by_id[one.id]
+        if isinstance(one, Answer):
+            drafts.append(Draft(row, one, one))
+        elif one.why != UNASKED:
+            making.reject(Rejected({"id": row.id, "sample": one.sample, "messages": row.messages}, "failed", one.why))
     return _revised(making, wanted.principles, drafts) if wanted.principles else drafts
 
 
@@ -229,7 +234,7 @@ def _wrong_with(wanted: Wanted, draft: Draft) -> str:
 def _keep_the_best(making: Making, wanted: Wanted, decided: Sequence[Decided]) -> list[dict[str, Any]]:
     """Keep the best answer to each prompt, reject the others. Returns the rows of pairs.jsonl."""
     verdicts = None
-    if wanted.judge is not None:
+    if wanted.judge is not None and making.out is not None:
         making.let_go()
         asked = [pair for one in decided for pair in contests(one.row, one.answers, one.found.left)]
         verdicts = verdicts_on(wanted.judge, asked, making.out / VERDICTS)
@@ -237,7 +242,7 @@ def _keep_the_best(making: Making, wanted: Wanted, decided: Sequence[Decided]) -
     for one in decided:
         best = best_of(one.row, one.answers, one.found, verdicts)
         chosen = one.drafts[best.place]
-        made = making.made([one.row.id], **best.scores)
+        made = making.made([one.row.id], "", **best.scores)
         if wanted.samples > 1:
             made["chosen by"] = best.how
         made |= chosen.parents
@@ -248,7 +253,7 @@ def _keep_the_best(making: Making, wanted: Wanted, decided: Sequence[Decided]) -
         if best.worse is not None:
             worse = one.drafts[best.worse]
             shown_by = "checks" if best.worse in one.found.failing else "judge"
-            made = {**making.made([one.row.id], **best.scores), "shown by": shown_by}
+            made = {**making.made([one.row.id], "", **best.scores), "shown by": shown_by}
             both = {"chosen": [_said(chosen)], "rejected": [_said(worse)]}
             pairs.append({"prompt": one.row.messages, **both, "made": made})
     return pairs

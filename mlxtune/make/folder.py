@@ -43,6 +43,7 @@ MARK, JOURNAL, TRAIN, REJECTED, CARD = "making.json", "journal.jsonl", "train.js
 PAIRS, VERDICTS = "pairs.jsonl", "judge.jsonl"
 FILES = Files(MARK, JOURNAL, "", "making", "Choose another --out, or add --force to begin anew.")
 OURS = (MARK, JOURNAL, TRAIN, REJECTED, CARD, PAIRS, VERDICTS, FILES.new)
+UNASKED = "not asked: --max-requests"  # why there is no answer beyond that number
 PATIENCE = 2  # batches in a row that an engine may refuse; with one more it is gone
 
 
@@ -115,8 +116,8 @@ def nothing(making: Making) -> None:
 class Making:
     """One making in a folder. Raises UserError for a folder that holds something else."""
 
-    # The folder.
-    out: Path
+    # The folder; None: nothing is written, and what is asked is forgotten (a dry run).
+    out: Path | None
     # What decides it beside the engine: "how" is the maker's name; JSON. Not how much is wanted, which may grow.
     identity: dict[str, Any]
     # Who answers.
@@ -143,7 +144,7 @@ class Making:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.force:
+        if self.force and self.out is not None:
             _clear(self.out)
         whole = {**self.identity, "engine": self.engine.identity, "mlxtune": mlxtune.__version__}
         self._journal = Journal(self.out, whole, FILES)
@@ -180,9 +181,13 @@ class Making:
         """Let other processes have the folder."""
         self._journal.close()
 
-    def made(self, parents: Sequence[str] = (), **scores: float) -> dict[str, Any]:
-        """Where a row comes from. parents: the ids of what it was made from; scores: what was measured of it."""
+    def made(self, parents: Sequence[str] = (), id: str = "", **scores: float) -> dict[str, Any]:
+        """Where a row comes from. parents: the ids of what it was made from; id: its own, where others may be made of
+        it; scores: what was measured of it.
+        """
+        named = {"id": id} if id else {}
         return {
+            **named,
             "how": self.identity["how"],
             "engine": self.engine.name,
             "parents": list(parents),
@@ -213,7 +218,7 @@ class Making:
         for request, one in zip(requests, done, strict=False):
             found.append(one if isinstance(one, Answer) else Failed(request.id, request.sample, one))
         for request in requests[len(done) :]:
-            found.append(Failed(request.id, request.sample, "not asked: --max-requests"))
+            found.append(Failed(request.id, request.sample, UNASKED))
         return found
 
     def _may_ask(self, side: str, wanted: int) -> int:
@@ -263,6 +268,7 @@ class Making:
         """Write train.jsonl, rejected.jsonl and card.md, each whole. stopped: why there is less than was wanted.
         Returns what came of it, as --json prints it.
         """
+        assert self.out is not None
         for name, written in ((REJECTED, self.rejected), (TRAIN, self.rows)):
             with new_file(self.out / name, force=True) as file:
                 for one in written:
