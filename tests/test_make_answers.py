@@ -22,20 +22,20 @@ from test_made_answers import ASKED, GOOD, PLANTED
 from mlxtune.evaluate.checks.sandbox.sandbox import Programs
 from mlxtune.evaluate.engines.request import Request
 from mlxtune.evaluate.judging.report import Judging
-from mlxtune.make.answers import Wanted, make_answers
+from mlxtune.make.answers import WantedAnswers, make_answers
 from mlxtune.make.given_rows import read_prompts_to_answer
 from mlxtune.make.guard import Guard
 
 REFERENCE = "It left on Monday. It arrives on Friday. Ask again if not. Number {}."
 
 
-def prompts(folder: Path, *rows: dict[str, Any], system: str = "") -> Wanted:
+def prompts(folder: Path, *rows: dict[str, Any], system: str = "") -> WantedAnswers:
     """What is wanted of answers to these prompts."""
     found = read_prompts_to_answer(tiny.write_jsonl(folder / "prompts.jsonl", list(rows)), Programs(), system)
-    return Wanted(found.rows)
+    return WantedAnswers(found.rows)
 
 
-def run(out: Path, wanted: Wanted, answers: Callable[[Request], str], **settings: Any) -> dict[str, Any]:
+def run(out: Path, wanted: WantedAnswers, answers: Callable[[Request], str], **settings: Any) -> dict[str, Any]:
     """The document of a making with an engine that answers so."""
     with made.making(out, Scripted(answers), "answers", **settings) as one:
         return make_answers(one, wanted)

@@ -19,7 +19,7 @@ from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
     from mlxtune.evaluate.judging.report import Judging
-    from mlxtune.make.answers import Wanted as WantedAnswers
+    from mlxtune.make.answers import WantedAnswers
     from mlxtune.make.engine import Opened
     from mlxtune.make.folder import Making
     from mlxtune.make.given_rows import Prompts
@@ -236,7 +236,7 @@ def _admitted(judge: Judging, prompts: Prompts) -> Judging:
 
 def _asked(own: Own, wanted: Wanted, prompts: Prompts, judge: Judging | None) -> WantedAnswers:
     """What is wanted of the answers."""
-    from mlxtune.make.answers import Wanted as WantedAnswers
+    from mlxtune.make.answers import WantedAnswers
     from mlxtune.make.critique import read_principles
 
     return WantedAnswers(

@@ -29,7 +29,7 @@ PORTION = 64  # prompts that are asked about at a time: many enough to fill batc
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedAnswers:
     """What is wanted of the answers."""
 
     # The prompts, with their checks.
@@ -89,7 +89,7 @@ class Decided:
         return [draft.answer for draft in self.drafts]
 
 
-def make_answers(making: Making, wanted: Wanted) -> dict[str, Any]:
+def make_answers(making: Making, wanted: WantedAnswers) -> dict[str, Any]:
     """Ask, choose, and write the files of the making. Returns its document."""
     decided: list[Decided] = []
     total = len(wanted.rows) if wanted.count is None else min(wanted.count, len(wanted.rows))
@@ -126,14 +126,14 @@ def answer_requests(rows: Sequence[SuiteRow], samples: int) -> list[Request]:
     return [Request(row.id, row.messages, None, sample) for row in rows for sample in range(samples)]
 
 
-def _portions(wanted: Wanted) -> Iterator[Sequence[SuiteRow]]:
+def _portions(wanted: WantedAnswers) -> Iterator[Sequence[SuiteRow]]:
     """Of a person one prompt is asked at a time: they may leave after any."""
     size = 1 if wanted.by_hand else PORTION
     for first in range(0, len(wanted.rows), size):
         yield wanted.rows[first : first + size]
 
 
-def _may_be_asked(making: Making, wanted: Wanted, row: SuiteRow) -> bool:
+def _may_be_asked(making: Making, wanted: WantedAnswers, row: SuiteRow) -> bool:
     """Whether a prompt is asked at all; one that is not is rejected."""
     if row.tools:
         making.reject(Rejected({"id": row.id, "messages": row.messages}, "tools"))
@@ -144,7 +144,7 @@ def _may_be_asked(making: Making, wanted: Wanted, row: SuiteRow) -> bool:
     return why is None
 
 
-def _drafts(making: Making, wanted: Wanted, rows: Sequence[SuiteRow]) -> list[Draft]:
+def _drafts(making: Making, wanted: WantedAnswers, rows: Sequence[SuiteRow]) -> list[Draft]:
     """The answers to some prompts, revised where that is wanted. What the engine failed at is not there. Raises Spent
     where nothing may be asked any more.
     """
@@ -201,7 +201,7 @@ def _follow_ups(
     return [None if isinstance(one, Failed) else one for one in making.ask(requests)]
 
 
-def _decided(making: Making, wanted: Wanted, row: SuiteRow, drafts: Sequence[Draft]) -> Decided | None:
+def _decided(making: Making, wanted: WantedAnswers, row: SuiteRow, drafts: Sequence[Draft]) -> Decided | None:
     """What is left of a prompt's answers after filters, checks and their agreement; None where nothing is."""
     good = []
     for draft in drafts:
@@ -222,7 +222,7 @@ def _decided(making: Making, wanted: Wanted, row: SuiteRow, drafts: Sequence[Dra
     return None
 
 
-def _wrong_with(wanted: Wanted, draft: Draft) -> str:
+def _wrong_with(wanted: WantedAnswers, draft: Draft) -> str:
     """The reason why an answer is not kept; "" for a good one. What a person wrote is good where it is anything."""
     if wanted.by_hand:
         return "" if draft.answer.text.strip() else "skipped"
@@ -231,7 +231,7 @@ def _wrong_with(wanted: Wanted, draft: Draft) -> str:
     return wrong_with(made)
 
 
-def _keep_the_best(making: Making, wanted: Wanted, decided: Sequence[Decided]) -> list[dict[str, Any]]:
+def _keep_the_best(making: Making, wanted: WantedAnswers, decided: Sequence[Decided]) -> list[dict[str, Any]]:
     """Keep the best answer to each prompt, reject the others. Returns the rows of pairs.jsonl."""
     verdicts = None
     if wanted.judge is not None and making.out is not None:

@@ -59,7 +59,8 @@ def revision_prompt(principles: Sequence[str], question: Messages, answer: str, 
     told = (
         "Below are a request, an answer to it, and what is wrong with that answer. Write the answer anew so that it "
         f"keeps to these principles:\n{_numbered(principles)}\n\n"
-        "Reply with the new answer alone, as if it were the first: do not speak of the old one or of the criticism."
+        "Reply with the new answer alone, in the language of the request, as if it were the first: do not speak of the "
+        "old one or of the criticism."
     )
     texts = [f"Request:\n{as_text(question)}", f"Answer:\n{answer}", f"What is wrong with it:\n{critique}"]
     return _prompt([told, *texts])
