@@ -118,7 +118,12 @@ def make_answers(making: Making, wanted: WantedAnswers) -> dict[str, Any]:
             for pair in pairs:
                 file.write(json_text(pair) + "\n")
     document = making.finish(Yield("answers", total), stopped)
-    return {**document, "pairs": len(pairs)} if wanted.pairs else document
+    thoughts = sum(bool(answer.thought) for one in decided for answer in one.answers)
+    if thoughts:
+        document["notes"].append(f"{thoughts} answers came after a thought: rows have the answer, the journal both")
+    if wanted.pairs:
+        document["pairs"] = len(pairs)
+    return document
 
 
 def answer_requests(rows: Sequence[SuiteRow], samples: int) -> list[Request]:
