@@ -117,7 +117,7 @@ def test_the_command_makes_turns_with_recorded_answers_and_refuses_a_base_model(
     said = json.loads(tiny.done(*words, "--engine", replay, "--count", "2", "--json").stdout)
     assert (said["kept"], said["wanted"], said["rejected"]) == (2, 2, {})
     base = shutil.copytree(hf_model, tmp_path / "base")
-    (base / "chat_template.jinja").unlink()
+    tiny.make_tokenizer(base, chat=False)
     tiny.one_clear_line(tiny.mlxtune(*words, "--engine", base, "--force"), "has no chat template")
 
 
