@@ -236,7 +236,7 @@ def test_what_may_not_be_asked_is_not_and_no_more_is_kept_than_is_wanted(tmp_pat
     assert {code: rows[0]["id"] for code, rows in reasons(tmp_path / "made").items()} == {"tools": "1", "guarded": "2"}
     assert (document["kept"], document["wanted"], document["rows"]) == (2, 2, 2)
     spent = run(tmp_path / "spent", replace(wanted, count=None), answer, most_requests=3)
-    assert (spent["kept"], spent["stopped"]) == (3, "--max-requests 3 are asked")
+    assert (spent["kept"], spent["stopped"]) == (3, "--max-requests 3 is spent")
     again = run(tmp_path / "spent", replace(wanted, count=None), answer, most_requests=4)
     assert (again["kept"], again["stopped"]) == (4, "")
 

@@ -51,6 +51,8 @@ ELSEWHERE = {
     "mlxtune make refusals": "test_make_turns.py::test_refusals_are_capped_by_the_set_beside_which_they_will_stand",
     "mlxtune rate": "test_rate.py::test_a_person_decides_stops_and_goes_on",
     "mlxtune compare": "test_comparison.py::test_three_evaluations_are_ranked_by_the_wins_on_each_prompt",
+    "mlxtune make instructions": "test_make_command.py::"
+    "test_a_making_that_is_killed_three_times_goes_on_to_the_same_bytes",
     "mlxtune bench": "test_bench.py::test_the_command_prints_one_json_document",
     "mlx.distributed_config": MACHINES,
     "mlx.launch": MACHINES,

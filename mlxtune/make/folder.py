@@ -175,7 +175,7 @@ class Making:
     @property
     def spent(self) -> str:
         """Why requests were not asked, for people; "" where all were."""
-        return f"--max-requests {self.most_requests} are asked" if self.unasked else ""
+        return f"--max-requests {self.most_requests} is spent" if self.unasked else ""
 
     def close(self) -> None:
         """Let other processes have the folder."""
