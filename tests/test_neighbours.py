@@ -148,6 +148,8 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         (run / "checkpoints" / name).write_text("theirs")
     step("train --resume", "train", "--resume-anyway", "--out", run, "--set", "train.steps=3")
     step("runs", "runs", here)
+    step("report", "report", run)
+    step("report into theirs", "report", run, "--out", theirs / "config.yaml")
     step("eval", "eval", *tuned)
     step("generate", "generate", *tuned, "--prompt", ALL, "--max-tokens", "200", "--temperature", "5")
     step("a template's refusal", "generate", "--model", at["refusing"], "--prompt", ALL[:400])
@@ -175,6 +177,7 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("convert an adapter", "convert", at["peft"], at["adapter"], "--base", at["model"])
     step("bench, refused", "bench", *on, "--data", data, "--pairs", "5")
     step("doctor", "doctor")
+    step("config", "config", "-c", here / "values.yaml")
     step("demo over theirs", "demo", *on, "--out", at["demo"], "--force")
     step("no such model", "generate", "--model", ALL, "--prompt", "x")
     step("no such data", "data", "check", *on, "--data", ALL)
@@ -190,6 +193,7 @@ REFUSED = (
     *(
         "train into theirs",
         "make into theirs",
+        "report into theirs",
         "a template's refusal",
         "fuse over theirs",
         "demo over theirs",
@@ -205,6 +209,7 @@ DONE = (
         "train",
         "train --resume",
         "runs",
+        "report",
         "eval",
         "eval --suite",
         "eval --suite again",
@@ -218,7 +223,16 @@ DONE = (
         "fuse",
         "fuse --force",
     ),
-    *("export peft", "export hf", "export gguf", "export gguf-lora", "verify", "convert an adapter", "doctor"),
+    *(
+        "export peft",
+        "export hf",
+        "export gguf",
+        "export gguf-lora",
+        "verify",
+        "convert an adapter",
+        "doctor",
+        "config",
+    ),
 )
 STOPPED = ("train, Ctrl-C",)
 OF_ROWS = ("data show",)  # prints what people wrote, lines and all

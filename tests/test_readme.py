@@ -128,6 +128,9 @@ def run(line: str) -> Ended:
         if source.exists() and not Path(name).exists():
             Path(name).parent.mkdir(exist_ok=True)
             shutil.copytree(source, name) if source.is_dir() else shutil.copy(source, name)
+    for sign in ("<", ">"):  # what a shell would do: standard input is the same question for all lines
+        if sign in words:
+            words = words[: words.index(sign)]
     out = destination(words)
     kept = None
     if out in FIRST and Path(out).exists() and not any(word.startswith("--resume") for word in words):

@@ -15,7 +15,7 @@ from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import shown, shown_name
 
 from mlxtune.cli import common
-from mlxtune.cli.options import with_options
+from mlxtune.cli.options import Group, with_options
 from mlxtune.durations import clock, in_words
 from mlxtune.errors import UserError
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SHOWN = 2  # prompts that a dry run prints
 
 
-@click.group()
+@click.group(cls=Group)
 def make() -> None:
     """Make rows to train on, with a model on this machine, a server, or recorded answers."""
 
