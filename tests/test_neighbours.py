@@ -95,9 +95,12 @@ def _data(here: Path) -> dict[str, Path]:
         {"messages": [{"role": "user", "content": text}], "reference": text, "checks": ["exact"]} for text in texts[:8]
     ]
     suite = tiny.write_jsonl(here / f"suite{hostile.name(9)}.jsonl", asked)
+    policy = here / f"policy{hostile.name(9)}.yaml"
+    policy.write_text(json.dumps({"persona": ALL, "forbidden": [ALL]}))
     items = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
     return {
         "suite": suite,
+        "policy": policy,
         "answers": tiny.write_jsonl(
             here / f"answers{hostile.name(12)}.jsonl", [{"id": "round 1 prompt 1", "text": items}]
         ),
@@ -159,6 +162,11 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for name, out in zip(("eval --suite", "eval --suite again"), evaluations, strict=True):
         step(name, "eval", *tuned, "--suite", at["suite"], "--max-tokens", "3", "--out", out, "--html", page)
     step("compare", "compare", *evaluations)
+    engine = ("--engine", at["model"], "--max-tokens", "3")
+    for what, name, given in (("answers", "--prompts", "suite"), ("turns", "--from", "suite")):
+        out = here / f"{what}{hostile.name(11)}"
+        step(f"make {what}", "make", what, name, at[given], *engine, "--out", out)
+    step("make refusals", "make", "refusals", at["policy"], *engine, "--count", "1", "--out", here / "refusals")
     step("rate", "rate", evaluations[0], typed=[("> ", "q\n")])
     step("fuse", "fuse", *tuned, "--out", at["fused"])
     step("fuse --force", "fuse", *tuned, "--out", at["fused"], "--force", "--no-verify")
@@ -210,6 +218,9 @@ DONE = (
         "eval --suite",
         "eval --suite again",
         "compare",
+        "make answers",
+        "make turns",
+        "make refusals",
         "rate",
         "generate",
         "chat",

@@ -22,4 +22,28 @@ REASONS = {
     "copied": "the answer says what the input says",
     "unfinished": "ends with a colon: what should follow is missing",
     "contradiction": "one input with two answers",
+    # Of an answer to a given prompt.
+    "encoding": "the answer has broken characters",
+    "template marks": "the answer holds marks of a chat template, or goes on as the user",
+    "refusal": "the answer refuses what it was asked for",
+    "placeholder": "the answer holds a placeholder such as [Name] or TODO, or speaks of itself as an AI",
+    "prompt copied": "the answer repeats its prompt",
+    "secret": "the answer seems to hold a key or password",
+    "markup": "the answer has HTML entities",
+    "cut off": "the answer seems to end inside of a sentence or a code block",
+    "language": "the answer is in another language than its prompt",
+    "words": "the answer has too few or too many words",
+    "check": "the answer fails a check of its row",
+    "no majority": "answers to the prompt come to different things, and no party is the largest",
+    "not the best": "another answer to the prompt was better, or stood for the majority",
+    "no critique": "the criticism of the answer is empty, or ended at --max-tokens",
+    "skipped": "the person at the editor skipped it",
+    "tools": "its prompt offers tools, and answers that call them are not made here",
+    # Of a conversation that was to go on.
+    "no user": "no user speaks in it",
+    "long enough": "it has as many turns as are wanted, or more",
+    "said before": "the user says what they said before",
+    # Of a refusal.
+    "no refusal": "the answer to a forbidden request does not refuse",
+    "no neighbour": "the harmless request is no request, or is the forbidden one",
 }
