@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from mlxtune_convert.shown import shown_json
 
-from mlxtune.cli import common
+from mlxtune.cli import common, curate
 
 if TYPE_CHECKING:
     from mlxtune.config.resolve import Config
@@ -20,6 +20,9 @@ SHOWN = 5  # rows that `data show` prints for people
 @click.group()
 def data() -> None:
     """Look at training data as the model sees it."""
+
+
+data.add_command(curate.curate)
 
 
 @data.command()
