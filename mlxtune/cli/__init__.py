@@ -10,7 +10,7 @@ from mlxtune_convert.cli import say_error, status_of
 from mlxtune_convert.shown import shown_name
 
 import mlxtune
-from mlxtune.cli import bench, chat, compare, convert, data, demo, doctor, evaluate, rate, runs, ship, train
+from mlxtune.cli import bench, chat, compare, convert, data, demo, doctor, evaluate, make, rate, runs, ship, train
 from mlxtune.cli.streams import Surviving
 from mlxtune.errors import Interrupted
 from mlxtune.machine import gpu_errors
@@ -18,7 +18,7 @@ from mlxtune.train import signals
 
 SECTIONS: dict[str, list[click.Command]] = {
     "Begin": [demo.demo, doctor.doctor, bench.bench],
-    "Prepare": [convert.convert, data.data],
+    "Prepare": [convert.convert, data.data, make.make],
     "Tune": [train.train, runs.runs, evaluate.eval_command, compare.compare, rate.rate],
     "Use": [chat.generate, chat.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],

@@ -29,6 +29,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -103,25 +104,72 @@ def _cut_off(file: Path) -> bool:
         return opened.read(1) not in (b"", b"\n")
 
 
+@dataclass(frozen=True)
+class History:
+    """What a run's events.jsonl tells, as far as it can be read."""
+
+    events: list[Event]  # those that still count, as `read` gives them
+    damaged: list[int]  # numbers of the lines, from 1, that are no events
+    taken_back: list[tuple[int, int]]  # (step where a run went on, the last one that it had taken before), of each time
+
+
 def read(folder: Path) -> list[Event]:
     """Every event of a run that still counts: not a line that a crash cut off, nor steps that were done again.
 
     Raises ValueError for a file that is none of ours: no text, or an event with another kind of value than we write.
     """
-    out: list[Event] = []
     text = (folder / EVENTS_FILE).read_text(encoding="utf-8")
+    found = []
     for line in text.split("\n"):  # not splitlines: an answer may hold other line separators
+        event = _event(line)
+        if event is not None:
+            _check(event)
+            found.append(event)
+    return _counting(found)[0]
+
+
+def read_damaged(folder: Path) -> History:
+    """The same of a file that others may have changed: a line that is no event is left out, and named. A last line that
+    is not whole is none of these: a crash cut it off, or it is being written. Raises OSError.
+    """
+    *lines, last = (folder / EVENTS_FILE).read_bytes().split(b"\n")
+    found, damaged = [], []
+    for number, line in enumerate([*lines, last], 1):
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, lists in lists without end
+            event = _event(line.decode("utf-8"))
+            if event is None:
+                raise ValueError("no event")
+            _check(event)
+        except ValueError:
+            if line.strip() and number <= len(lines):
+                damaged.append(number)
             continue
-        if not isinstance(event, dict) or "kind" not in event:
-            continue
-        _check(event)
+        found.append(event)
+    events, taken_back = _counting(found)
+    return History(events, damaged, taken_back)
+
+
+def _event(line: str) -> Event | None:
+    """The event that a line holds; None: it holds none."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, lists in lists without end
+        return None
+    return event if isinstance(event, dict) and "kind" in event else None
+
+
+def _counting(found: list[Event]) -> tuple[list[Event], list[tuple[int, int]]]:
+    """(The events without those of steps that were done again, `History.taken_back`)."""
+    out: list[Event] = []
+    taken_back = []
+    for event in found:
         if event["kind"] == "begin":
+            lost = [old["step"] for old in out if old["kind"] == "train" and old["step"] > event["step"]]
+            if lost:
+                taken_back.append((event["step"], max(lost)))
             out = [old for old in out if old.get("step", 0) <= event["step"]]
         out.append(event)
-    return out
+    return out, taken_back
 
 
 def _check(event: Event) -> None:

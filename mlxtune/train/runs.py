@@ -54,7 +54,7 @@ def _read(path: Path) -> RunSummary:
             losses.append(event["loss"])
     return RunSummary(
         path=path,
-        state=_state(run, happened),
+        state=state_of(run, happened),
         step=step,
         steps=begun.get("steps", 0),
         best_loss=min(losses, default=None),
@@ -63,8 +63,10 @@ def _read(path: Path) -> RunSummary:
     )
 
 
-def _state(run: RunFolder, happened: list[events.Event]) -> str:
-    """As in RunSummary. Whoever holds the lock runs, whatever an earlier process wrote."""
+def state_of(run: RunFolder, happened: list[events.Event]) -> str:
+    """`RunSummary.state` of a run whose events can be read. Whoever holds the lock runs, whatever an earlier process
+    wrote. Raises KeyError for an end without a state.
+    """
     if run.is_training():
         return "running"
     if happened and happened[-1]["kind"] == "end":

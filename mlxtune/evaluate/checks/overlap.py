@@ -48,17 +48,30 @@ def longest_common(first: Sequence[str], others: Sequence[Sequence[str]]) -> np.
     count = len(others)
     if not first or not count:
         return np.zeros(count, np.int64)
-    numbers: dict[str, int] = {}
-    for word in first:
-        numbers.setdefault(word, len(numbers) + 1)  # 0: a word that `first` does not have
-    parts = -(-len(first) // WORD)
-    places = np.zeros((len(numbers) + 1, parts), np.uint64)  # M of each word
-    for place, word in enumerate(first):
-        places[numbers[word], place // WORD] |= np.uint64(1) << np.uint64(place % WORD)
-    steps = max(len(words) for words in others)
-    ids = np.zeros((count, steps), np.int64)
+    numbers = numbered(first)
+    ids = np.zeros((count, max(len(words) for words in others)), np.int64)
     for row, words in enumerate(others):
         ids[row, : len(words)] = [numbers.get(word, 0) for word in words]
+    return longest_common_ids([numbers[word] for word in first], ids)
+
+
+def numbered(words: Sequence[str]) -> dict[str, int]:
+    """A number for each word, from 1; 0 is for all the words that are not among them."""
+    numbers: dict[str, int] = {}
+    for word in words:
+        numbers.setdefault(word, len(numbers) + 1)
+    return numbers
+
+
+def longest_common_ids(first: Sequence[int], ids: np.ndarray) -> np.ndarray:
+    """The same of words that are numbers. first: m of them, not empty, from 1 to W without a gap; ids: [N, longest],
+    each row filled up with 0, which also stands for every word that `first` does not have. Returns [N].
+    """
+    count, steps = ids.shape
+    parts = -(-len(first) // WORD)
+    places = np.zeros((max(first) + 1, parts), np.uint64)  # M of each word
+    for place, number in enumerate(first):
+        places[number, place // WORD] |= np.uint64(1) << np.uint64(place % WORD)
     values = np.full((count, parts), ~np.uint64(0))  # V
     for step in range(steps):
         carry = np.zeros(count, np.uint64)

@@ -99,6 +99,19 @@ def read_suite(path: Path, programs: Programs | None = None) -> Suite:
     return suite
 
 
+def read_prompts(path: Path) -> list[list[dict[str, Any]]]:
+    """The prompts of a suite alone, whatever its checks would need. path: as `read_suite` takes it; so are errors."""
+    path = suite_file(path)
+    settings, _ = _settings(path)
+    prompts = []
+    for record in _records(path, settings.get("columns", {})):
+        spot = f"{record.file} {place(record.file, record.row)}"
+        messages, _ = _prompt_and_answer(record, spot)
+        later = _texts(record.fields.get("turns"), "turns", spot)
+        prompts.append([*messages, *({"role": "user", "content": text} for text in later)])
+    return prompts
+
+
 def _settings(path: Path) -> tuple[dict[str, Any], Path | None]:
     """What the YAML file beside a suite says, and that file; None where there is none."""
     stem = path.name.partition(".")[0]

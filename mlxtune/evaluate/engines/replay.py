@@ -24,11 +24,14 @@ LISTED = 5  # ids that an error names
 class Replay:
     """A file of answers as an engine. Raises UserError for a line that is none."""
 
-    def __init__(self, file: Path, side: str | None = None) -> None:
-        """side: whose answers are taken of an evaluation's file; None: it has those of one alone, or does not say."""
+    def __init__(self, file: Path, side: str | None = None, in_parts: bool = False) -> None:
+        """side: whose answers are taken of an evaluation's file; None: it has those of one alone, or does not say;
+        in_parts: prompts come a few at a time, each with its own `plan`: answers that none of them has are no news.
+        """
         self.name = f"replay:{file}{f'#{side}' if side else ''}"
         self.notes: list[str] = []
         self._file = file
+        self._in_parts = in_parts
         self._answers: dict[tuple[str, int], Answer] = {}
         sides: set[str] = set()  # that the file names
         unsaid = 0  # answers that do not say whether they were cut
@@ -68,7 +71,7 @@ class Replay:
             more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
             raise UserError(f"{self._file} has no answer to prompt {', '.join(missing[:LISTED])}{more}")
         unused = len(self._answers) - len(set(wanted))
-        if unused:
+        if unused and not self._in_parts:
             self.notes.append(f"{self._file}: {unused} answers belong to no prompt of this suite")
         return [list(range(len(requests)))]
 

@@ -55,6 +55,7 @@ class Server:
         self.sampling = sampling
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
         self.notes: list[str] = []
+        self._seed_was_tried = False
         if sampling.repetition_penalty != 1.0:
             raise UserError("a server takes no repetition penalty", "Leave out --repetition-penalty.")
         if not self.model:
@@ -65,8 +66,9 @@ class Server:
         return {}
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
-        """As many as are under way at a time. What a seed does is found out by asking the first one twice."""
-        if self.sampling.temperature > 0:
+        """As many as are under way at a time. What a seed does is found out once, by asking the first one twice."""
+        if self.sampling.temperature > 0 and not self._seed_was_tried:
+            self._seed_was_tried = True
             one, other = (self._answer(requests[0]) for _ in range(2))
             if one.text != other.text:
                 self._say(f"{self.url} ignores the seed: asked again, it answers otherwise")

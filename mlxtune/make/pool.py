@@ -1,0 +1,122 @@
+"""The texts kept so far, and which of them a new one is nearest to.
+
+By ROUGE-L, exact, against every one of them. The longest common subsequence of two texts is never longer than the
+number of words that they share in any order, and these are counted for all texts at once with an index from words to
+texts. So only texts whose bound reaches the best score found are compared in full.
+
+    kept              0: "name a fruit that is red"    1: "tell me a joke"    2: "name a tree"
+    new               "name a red fruit"
+    shared words      0: 4      1: 1      2: 2
+    bound on ROUGE-L  0: 0.80   1: 0.25   2: 0.57
+    compared: 0, 3 words in their order ("name a fruit"), so 0.60. 2 could not reach that, 1 neither.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from mlxtune.evaluate.checks.overlap import longest_common_ids, numbered
+from mlxtune.evaluate.checks.words import words_of
+
+AT_ONCE = 256  # texts that are compared before the bounds are looked at again
+FIRST_ROOM = 64  # numbers that a list has room for at first
+
+
+class Pool:
+    """Texts, to which a new one is compared. They are numbered from 0, as they came."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._words: list[np.ndarray] = []  # of each text, as numbers
+        self._lengths = _Numbers()  # of each text, in words
+        self._numbers: dict[str, int] = {}  # of each word that some text has, from 0
+        # (a word's number, k) -> the texts that have the word at least k + 1 times.
+        self._having: dict[tuple[int, int], _Numbers] = {}
+        for text in texts:
+            self.add(text)
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def add(self, text: str) -> None:
+        words = [self._numbers.setdefault(word, len(self._numbers)) for word in words_of(text)]
+        for word, count in Counter(words).items():
+            for earlier in range(count):
+                self._having.setdefault((word, earlier), _Numbers()).add(len(self._words))
+        self._words.append(np.array(words, np.int64))
+        self._lengths.add(len(words))
+
+    def nearest(self, text: str) -> tuple[float, int]:
+        """(ROUGE-L to the text that is nearest, its number; the first of those that are equally near). (0.0, -1) where
+        no text shares a word with this one.
+        """
+        words = words_of(text)
+        shared = self._shared(words)
+        bounds = _f_measure(shared, len(words), self._lengths.values())
+        order = np.argsort(-bounds, kind="stable")
+        best, which = 0.0, -1
+        for begin in range(0, len(order), AT_ONCE):
+            some = order[begin : begin + AT_ONCE]
+            some = some[(bounds[some] >= best) & (shared[some] > 0)]
+            if not len(some):
+                break
+            scores = _f_measure(self._common(words, some), len(words), self._lengths.values()[some])
+            high = float(scores.max())
+            first = int(some[scores == high].min())
+            if high > best or (high == best and first < which):
+                best, which = high, first
+        return (best, which) if best > 0 else (0.0, -1)
+
+    def _shared(self, words: list[str]) -> np.ndarray:
+        """How many words each text shares with these, in any order, each as often as both have it: [texts]."""
+        texts = []
+        for word, count in Counter(words).items():
+            number = self._numbers.get(word, -1)
+            for earlier in range(count):
+                if (number, earlier) in self._having:
+                    texts.append(self._having[number, earlier].values())
+        if not texts:
+            return np.zeros(len(self), np.int64)
+        return np.bincount(np.concatenate(texts), minlength=len(self))
+
+    def _common(self, words: list[str], some: np.ndarray) -> np.ndarray:
+        """The longest common subsequence of these words and each of some texts: [len(some)]. Some word is shared."""
+        own = numbered(words)
+        meaning = np.zeros(len(self._numbers), np.int64)  # of each word of the pool: its number among these words
+        for word, number in own.items():
+            if word in self._numbers:
+                meaning[self._numbers[word]] = number
+        lists = [meaning[self._words[text]] for text in some]
+        ids = np.zeros((len(some), max(len(one) for one in lists)), np.int64)
+        for row, one in enumerate(lists):
+            ids[row, : len(one)] = one
+        return longest_common_ids([own[word] for word in words], ids)
+
+
+def _f_measure(common: np.ndarray, length: int, lengths: np.ndarray) -> np.ndarray:
+    """[N] ROUGE-L of texts that have `common` [N] words in common with one of `length` words; lengths: [N], theirs."""
+    out = np.zeros(len(common))
+    some = common > 0
+    precision, recall = common[some] / length, common[some] / lengths[some]
+    out[some] = 2 * precision * recall / (precision + recall)
+    return out
+
+
+class _Numbers:
+    """A list of whole numbers that grows, kept as an array."""
+
+    def __init__(self) -> None:
+        self._room = np.zeros(FIRST_ROOM, np.int64)
+        self._count = 0
+
+    def add(self, number: int) -> None:
+        if self._count == len(self._room):
+            self._room = np.concatenate([self._room, np.zeros_like(self._room)])
+        self._room[self._count] = number
+        self._count += 1
+
+    def values(self) -> np.ndarray:
+        """[count], in the order in which they came."""
+        return self._room[: self._count]

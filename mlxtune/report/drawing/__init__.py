@@ -1,0 +1,1 @@
+"""Plots as SVG, drawn from numbers: no library, no script."""
