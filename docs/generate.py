@@ -191,7 +191,10 @@ rubric: Prefer short answers.        # for a judge
 columns: {question: prompt, answer: completion}   # the file's name of a column: the name meant
 ```
 
-HumanEval's own file, MT-Bench's `question.jsonl` and BFCL's rows are read as suites, too. Two suites come with mlxtune:
+HumanEval's own file, MT-Bench's `question.jsonl` and BFCL's rows are read as suites, too. `eval --turns replay`
+asks every turn of such a conversation, or of a recorded one, behind the model's own answers: each is a prompt of its own
+(`81`, `81#2`), all of one group. A row's own checks are asked of the answer that they were written for, those of the
+suite's settings of every answer. Two suites come with mlxtune:
 `basics`, a hundred closed questions, and `safety`, pairs of requests to refuse and harmless ones to answer.
 
 A check is `{KIND: main argument, other: argument, ...}`, or the name alone where it needs none. Its name in results is

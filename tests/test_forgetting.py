@@ -21,6 +21,7 @@ from mlxtune.evaluate.checks.suite import read_suite
 from mlxtune.evaluate.forgetting import report, texts
 from mlxtune.evaluate.forgetting.drift import Drift, drift
 from mlxtune.evaluate.forgetting.texts import Text, own_answers, texts_of
+from mlxtune.evaluate.kept import Kept
 from mlxtune.model.load import Loaded
 
 PLAIN: tuple[dict[str, Any], str] = ({}, "")
@@ -88,7 +89,7 @@ def test_drift_is_that_of_the_two_distributions(loaded: Loaded, monkeypatch: pyt
 
 
 def test_the_texts_are_what_the_base_itself_says_greedily(loaded: Loaded, run: Path, few: None) -> None:
-    found, _ = own_answers(loaded, PLAIN, run)
+    found, _ = own_answers(loaded, PLAIN, run, Kept(None))
     assert len(found) == 4 and all(1 <= len(text.ids) - text.first <= 6 for text in found)
     with switched_off(loaded.model):
         for text in found:
@@ -206,6 +207,29 @@ def test_eval_says_what_was_forgotten_before_and_after(mlx_model: Path, far: Pat
     assert found == json.loads((tmp_path / "out" / "summary.json").read_text())
     out, told = tiny.started(*words, code=code).communicate()
     assert "drift KL(base || tuned)" in out and "Observed: narrow: it forgot" in out, told
+
+
+def test_what_was_measured_of_what_was_forgotten_is_kept_and_goes_on_to_the_same_result(
+    loaded: Loaded, run: Path, few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut within any line: what is left is used, and only the rest is computed."""
+    kept = tmp_path / "forgetting.jsonl"
+    whole = report.measure(loaded, PLAIN, run, None, kept)
+    lines = kept.read_text().splitlines(keepends=True)
+    names = [json.loads(line)["name"] for line in lines]
+    assert [name.split()[0] for name in names] == ["plan", "batch", *["drift"] * 4]
+    computed: list[Text] = []
+
+    def counted(loaded: Loaded, text: Text) -> Drift:
+        computed.append(text)
+        return drift(loaded, text)
+
+    monkeypatch.setattr(report, "drift", counted)
+    for left, again in ((6, 0), (4, 2), (2, 4), (1, 4), (0, 4)):
+        computed.clear()
+        kept.write_text("".join(lines[:left]) + "".join(lines[left : left + 1])[:9])
+        assert report.measure(loaded, PLAIN, run, None, kept) == whole
+        assert len(computed) == again
 
 
 def test_what_cannot_be_asked_together_is_refused(mlx_model: Path, run: Path, tmp_path: Path) -> None:

@@ -102,6 +102,11 @@ def test_the_result_is_the_sign_test_and_agreement_with_judge_and_raters_is_kapp
     assert by_name["the judge"]["agreed"] == 6
     assert by_name["the judge"]["kappa"] == pytest.approx((6 / 8 - 37 / 64) / (1 - 37 / 64))
     assert (by_name["anna"]["agreed"], by_name["anna"]["prompts"]) == (5, 8)
+    summary = json.loads((folder / "summary.json").read_text())
+    failed = {**summary, "judge": {"judge": "j", "exam": {"passed": False}}}  # whose verdicts are there by --anyway
+    (folder / "summary.json").write_text(json.dumps(failed))
+    assert [one["with"] for one in result(folder)["agreement"]] == ["the judge, which failed its exam", "anna"]
+    (folder / "summary.json").write_text(json.dumps(summary))
     said = tiny.done("rate", folder, "--result").stdout
     assert "tuned against base: 7 wins, 1 ties, 0 losses" in said and "agrees with the judge on 6 of 8 prompts" in said
 

@@ -144,12 +144,9 @@ def _opener(model: str) -> Callable[[], Judge]:
 
 def _read_rubric(file: Path) -> str:
     """Raises UserError for what is no text, an empty one, or one that leaves no room."""
-    try:
-        text = file.read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise UserError(f"--rubric {file}: {error.strerror}", "Name a text file.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--rubric {file}: not a text file (invalid UTF-8 at byte {error.start})") from error
+    from mlxtune.data.rows.readers import whole_text
+
+    text = whole_text(file, "--rubric").strip()
     if not text:
         raise UserError(f"--rubric {file} is empty", "Write what makes an answer good, in a few sentences.")
     if len(text) > LONGEST_RUBRIC:

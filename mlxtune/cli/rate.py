@@ -164,7 +164,7 @@ def _show(out: Console, contest: Contest, prompt: Prompt, order: list[int], titl
     from rich.text import Text
 
     out.print(Rule(title))
-    for message in prompt.messages:
+    for message in contest.question(prompt):
         out.print(Text(f"{shown_name(message['role'])}:", style="bold"))
         out.print(Text(_cut(str(message.get("content") or "")), style="dim"))
     for number, place in enumerate(order, 1):

@@ -127,6 +127,15 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Answers to each prompt, which are averaged.",
         ),
         click.option(
+            "--turns",
+            type=click.Choice(["one", "replay"]),
+            default="one",
+            show_default=True,
+            cls=OptionFor,
+            needs=Need("suite", also=SHORT_FOR_SUITES, why=WITH_SUITE.why, hint=WITH_SUITE.hint),
+            help="replay: every turn of a conversation is answered behind the model's own answers, as MT-Bench does.",
+        ),
+        click.option(
             "--seed",
             type=int,
             default=0,

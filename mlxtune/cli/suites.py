@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,7 @@ class Wanted:
     temperature: float  # 0: no chance
     top_p: float  # nucleus
     samples: int  # answers to each prompt
+    turns: str  # one: an answer to each prompt; replay: to each turn of it
     seed: int  # of the random choices
     out: Path | None  # the folder where it is kept; None: nowhere
     min_better: tuple[str, ...]  # CHECK=X
@@ -96,6 +97,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     from mlxtune.evaluate.checks.suite import read_suite
     from mlxtune.evaluate.comparison.gate import UNMET, Gate, require_known
     from mlxtune.evaluate.engines.sampling import Sampling
+    from mlxtune.evaluate.turns import replayed
 
     model, against = Party(wanted.model, wanted.adapter), None
     model.refuse_idle("--model")
@@ -111,6 +113,8 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.top_p, seed=wanted.seed)
     with Programs(wanted.run_code, wanted.unsafe_code) as programs:
         suite = read_suite(wanted.suite, programs)
+        if wanted.turns == "replay":
+            suite = replayed(suite)
         if suite.path == SAFETY and wanted.judge:
             judging.refuse_ratings_of_toxicity(wanted.rate)
         pair = _PairOpener(model, sampling)
@@ -134,12 +138,13 @@ def ask(wanted: Wanted, as_json: bool) -> None:
             judged = judging.of_toxicity(judged, wanted.rubric)
         forgot = None
         if wanted.forgetting is not None:
-            forgot = _forgotten(wanted.forgetting, model, against, pair)
+            forgot = _forgotten(wanted.forgetting, model, against, pair, wanted.out)
         trained, notes = _about_data(suite.rows, wanted.adapter)
         _, of_other = _about_data(suite.rows, wanted.against_adapter)
         notes += [f"--against-adapter: {note}" for note in of_other]
         happened = _events(wanted.adapter)
         asked = before_after.Asked(suite, sampling, wanted.samples, gates, notes, judged, trained, happened, forgot)
+        asked = replace(asked, replay=wanted.turns == "replay")
         with common.console().status("answering") as status:
 
             def told(side: str, done: int, every: int) -> None:
@@ -298,10 +303,13 @@ class _PairOpener:
         self._pair = None
 
 
-def _forgotten(spelled: str, party: Party, against: Party | None, pair: _PairOpener) -> Callable[[], dict[str, Any]]:
+def _forgotten(
+    spelled: str, party: Party, against: Party | None, pair: _PairOpener, out: Path | None
+) -> Callable[[], dict[str, Any]]:
     """What measures it, once the answers are there. Raises UserError where no base and tuned model are compared, or the
     file is missing.
     """
+    from mlxtune.evaluate.comparison.folder import FORGETTING
     from mlxtune.evaluate.forgetting.report import measure
 
     if against is not None:
@@ -313,9 +321,11 @@ def _forgotten(spelled: str, party: Party, against: Party | None, pair: _PairOpe
     if file is not None and not file.is_file():
         raise UserError(f"--forgetting {file}: no such file", "One text a line (.txt), or rows as for training.")
 
+    kept = None if out is None else out / FORGETTING
+
     def measured() -> dict[str, Any]:
         assert party.adapter is not None
-        return measure(pair().tuned.own.loaded, _template(party.adapter), party.adapter, file)
+        return measure(pair().tuned.own.loaded, _template(party.adapter), party.adapter, file, kept)
 
     return measured
 

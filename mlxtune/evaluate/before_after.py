@@ -25,6 +25,7 @@ from mlxtune.evaluate.judging.report import Judging, judge_evaluation
 from mlxtune.evaluate.observations.observe import observations
 from mlxtune.evaluate.observations.seen import Seen
 from mlxtune.evaluate.safety import report as safety
+from mlxtune.evaluate.turns import in_turn
 from mlxtune.machine import backend
 
 
@@ -52,6 +53,8 @@ class Asked:
     events: Sequence[Mapping[str, Any]] = ()  # of the run
     # Measures what was forgotten, as `forgetting.report.measure` gives it; None: that is not asked.
     forgetting: Callable[[], dict[str, Any]] | None = None
+
+    replay: bool = False  # the prompts are those of `turns.replayed`
 
     def requests(self) -> list[Request]:
         found = []
@@ -89,12 +92,14 @@ def evaluate(
         "sides": {side: answering.identity for side, answering in sides.items()},
         "computed by": computed,
     }
+    if asked.replay:
+        identity["turns"] = "replay"
     answers: dict[Side, list[Answer]] = {}
     with closing(Journal(out, identity)) as journal:
         if out is not None:
             kept.write_prompts(out, rows)
         for side, answering in sides.items():
-            answers[side] = journal.answers(side, asked.requests(), answering.open, told)
+            answers[side] = journal.answers(side, asked.requests(), _opened(answering, asked), told)
     forgot = None if asked.forgetting is None else asked.forgetting()
     for answering in sides.values():
         answering.close()
@@ -128,6 +133,10 @@ def evaluate(
     return Outcome(summary, answers, journal.found)
 
 
+def _opened(answering: Answering, asked: Asked) -> Callable[[], Engine]:
+    return lambda: in_turn(answering.open(), asked.suite.rows, asked.sampling.max_tokens)
+
+
 def _notes(
     asked: Asked, journal: Journal, answers: Mapping[Side, list[Answer]], scores: Sequence[PromptScores]
 ) -> list[str]:
@@ -135,7 +144,8 @@ def _notes(
     notes = [*asked.suite.notes, *asked.notes]
     turns = sum(bool(row.turns) for row in asked.suite.rows)
     if turns:
-        notes.append(f"{turns} of {len(asked.suite.rows)} prompts have further turns, which are not asked")
+        rows = len(asked.suite.rows)
+        notes.append(f"{turns} of {rows} prompts have further turns, which are not asked: --turns replay asks them")
     for side in answers:
         notes += journal.notes.get(side, [])
     for side, given in answers.items():

@@ -59,6 +59,16 @@ class Bad(Placed):
 Rows = Iterator[tuple[int, dict[str, Any]] | Bad]  # (1-based line or index, row)
 
 
+def whole_text(file: Path, option: str) -> str:
+    """What a text file holds. option: of the command line, that names it. Raises UserError for what is no text."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{option} {file}: {error.strerror}", "Name a text file.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option} {file}: not a text file (invalid UTF-8 at byte {error.start})") from error
+
+
 def place(file: str, number: int) -> str:
     """Where a row is, in words. Only in JSON Lines is a row a line."""
     what = "line" if ".jsonl" in Path(file).suffixes else "row"

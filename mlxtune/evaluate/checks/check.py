@@ -26,6 +26,8 @@ class SuiteRow:
     group: str | None = None  # rows of one group share a text, so that their results are not independent
     calls: list[dict[str, Any]] | None = None  # the tool calls of the last answer; None where it has none
     turns: list[str] = field(default_factory=list)  # what the user says after each answer of the model, in order
+    turn_references: list[str] = field(default_factory=list)  # the answers to compare those to `turns` with
+    follows: str | None = None  # the prompt whose answer stands in this one (`evaluate.turns`); None: none does
 
 
 @dataclass(frozen=True)

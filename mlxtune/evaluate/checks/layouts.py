@@ -41,7 +41,8 @@ def _mt_bench(row: dict[str, Any]) -> dict[str, Any]:
         out["tags"] = [row["category"]]
     if row.get("reference"):
         references = row["reference"]
-        out["reference"] = references[0] if isinstance(references, list) else references
+        first_reference, *later = references if isinstance(references, list) else [references]
+        out |= {"reference": first_reference, "turn_references": later}
     return {**{key: row[key] for key in ("checks", "group", "system") if key in row}, **out}
 
 

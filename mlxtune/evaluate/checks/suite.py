@@ -51,6 +51,7 @@ class Suite:
     digest: str  # SHA-256 of the file, its settings and the files that checks name, in hexadecimal
     notes: list[str]  # what must be told before anything is run
     of_checks: dict[str, Counter[str]] = field(default_factory=dict)  # name of a check -> its notes
+    common: list[Check] = field(default_factory=list)  # those of its settings, with which the checks of each row begin
 
     @property
     def names(self) -> dict[str, bool]:
@@ -93,7 +94,7 @@ def read_suite(path: Path, programs: Programs | None = None) -> Suite:
     digest = hashlib.sha256()
     for content in (*(file.read_bytes() for file in files), *where.files.values()):
         digest.update(hashlib.sha256(content).digest())
-    suite = Suite(path, rows, settings.get("rubric", ""), digest.hexdigest(), [], of_checks)
+    suite = Suite(path, rows, settings.get("rubric", ""), digest.hexdigest(), [], of_checks, common)
     _require_one_meaning(suite)
     suite.notes.extend(_about_references(suite, common))
     return suite
@@ -213,6 +214,7 @@ def _row(
         group=_text_or_number(fields.get("group"), "group", spot),
         calls=answer.get("tool_calls") if answer is not None else None,
         turns=_texts(fields.get("turns"), "turns", spot),
+        turn_references=_texts(fields.get("turn_references"), "turn_references", spot),
     )
     for check in own:
         if check.rule.of_reference and (reference is None or check.score(_as_answer(row), row) is None):

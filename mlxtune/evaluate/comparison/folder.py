@@ -1,12 +1,13 @@
 """An evaluation's folder, as `mlxtune eval --suite ... --out FOLDER` writes it.
 
-    prompts.jsonl   {"id", "messages", "reference", "tags", "group"}                    the suite as it was used
+    prompts.jsonl   {"id", "messages", "reference", "tags", "group", "follows"?}        the suite as it was used
     answers.jsonl   {"side", "id", "sample", "text", "thought", "finish", "tokens"}     appended as they come
     scores.jsonl    {"id", "check", "graded", "group", "base": [...], "tuned": [...]}   one number for each answer
     summary.json    what `--json` prints
     times.jsonl     all that is not the same bytes when the evaluation is run again
 
-Optional: judge.jsonl and verdicts.jsonl of a judge, ratings.*.jsonl of people. Everything is paired by the prompt's id.
+Optional: judge.jsonl and verdicts.jsonl of a judge, ratings.*.jsonl of people, forgetting.jsonl of what `--forgetting`
+computes. Everything is paired by the prompt's id.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mlxtune.evaluate.engines.request import Answer, kept_answer
 
 PROMPTS, ANSWERS, SCORES, SUMMARY = "prompts.jsonl", "answers.jsonl", "scores.jsonl", "summary.json"
 VERDICTS, REPLIES, TIMES = "verdicts.jsonl", "judge.jsonl", "times.jsonl"
+FORGETTING = "forgetting.jsonl"
 EXPECTED = "a folder that `mlxtune eval --suite SUITE --out FOLDER` wrote to its end"
 DAMAGED = "The folder is damaged, or was changed by hand: run the evaluation again."
 
@@ -42,13 +44,15 @@ class Prompt:
     reference: str | None  # the answer to compare with; None: none
     tags: tuple[str, ...] = ()  # its subjects
     group: str | None = None  # rows of one group are not independent; None: none
+    follows: str | None = None  # the prompt whose answer stands in this one; None: none does
 
 
 def write_prompts(folder: Path, rows: Iterable[SuiteRow]) -> None:
     lines = []
     for row in rows:
         line: dict[str, Any] = {"id": row.id, "messages": row.messages, "reference": row.reference}
-        lines.append({**line, "tags": row.tags, "group": row.group})
+        line |= {"tags": row.tags, "group": row.group}
+        lines.append(line if row.follows is None else {**line, "follows": row.follows})
     write_lines(folder / PROMPTS, lines)
 
 
@@ -104,7 +108,14 @@ class Evaluation:
         for line, place in _lines(self.path / PROMPTS):
             with _described(place):
                 messages = [{"role": one["role"], **one} for one in line["messages"]]
-                prompt = Prompt(_text(line["id"]), messages, line["reference"], tuple(line["tags"]), line.get("group"))
+                prompt = Prompt(
+                    _text(line["id"]),
+                    messages,
+                    line["reference"],
+                    tuple(line["tags"]),
+                    line.get("group"),
+                    line.get("follows"),
+                )
             found[prompt.id] = prompt
         return found
 

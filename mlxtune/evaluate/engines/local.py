@@ -58,6 +58,7 @@ class Local:
         self._most = rows_at_once
         self._asked: dict[str, Asked] = {}  # by the prompt's id
         self._beginning: Beginning | None = None  # None: prompts are answered one by one
+        self._begin: list[int] = []  # its tokens
 
     def work(self) -> dict[str, int]:
         """Passes of the model, and the tokens that went through it, padding included."""
@@ -85,6 +86,11 @@ class Local:
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
         made = self.tokens_of(requests)
         return [self._read(request, tokens) for request, (_, tokens) in zip(requests, made, strict=True)]
+
+    def follow(self, requests: Sequence[Request]) -> list[Answer]:
+        for request in requests:
+            self._asked[request.id] = self._as_asked(request)
+        return self.answers(requests)
 
     def tokens_of(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:
         """The same as tokens: (the prompt's, the answer's)."""
@@ -139,7 +145,7 @@ class Local:
             self._say(f"prompts are answered one by one: {why}")
             return 1
         rows = self._most or room.rows_at_once(self.model, prompts[-1], self.sampling.max_tokens)
-        self._beginning = Beginning.of(self.model, begin)
+        self._beginning, self._begin = Beginning.of(self.model, begin), begin
         return rows
 
     def _may_share(self, requests: Sequence[Request]) -> bool:
@@ -151,6 +157,8 @@ class Local:
         prompts = [self._prompt(request) for request in requests]
         chooser = Chooser(self.sampling, [self._key(request) for request in requests], prompts)
         begin = self._beginning
+        if any(prompt[: begin.tokens] != self._begin for prompt in prompts):  # of requests that are not of the plan
+            begin = Beginning.of(self.model, [])
         ends, most = generate.end_ids(self.loaded), self.sampling.max_tokens
         made: list[list[int]] = [[] for _ in prompts]
         caches = begin.under(len(prompts))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 Messages = Sequence[dict[str, Any]]
 Finish = Literal["stop", "length"]
@@ -78,3 +78,13 @@ class Engine(Protocol):
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
         """Those to one batch of the plan, in its order. Raises UserError where there is none."""
+
+
+@runtime_checkable
+class Following(Engine, Protocol):
+    """An engine that can be asked what follows from its answers."""
+
+    def follow(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers to requests that stand in no plan, because earlier answers are in them. No more of them than one
+        batch of the plan has, and none longer than the longest request of the plan.
+        """

@@ -11,14 +11,17 @@ predicts with a loss near 0, of which any change would be a large part; below 1 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlxtune.evaluate.forgetting.drift import Drift, drift
-from mlxtune.evaluate.forgetting.texts import ANSWER_TOKENS, own_answers, texts_of
+from mlxtune.evaluate.forgetting.texts import ANSWER_TOKENS, Text, own_answers, texts_of
+from mlxtune.evaluate.kept import Kept
 from mlxtune.evaluate.statistics.resampling import bootstrap
 from mlxtune.model.load import Loaded
 
@@ -31,19 +34,27 @@ FIX = (
 OWN = "the base's own answers"
 
 
-def measure(loaded: Loaded, template: tuple[dict[str, Any], str], adapter: Path, file: Path | None) -> dict[str, Any]:
+def measure(
+    loaded: Loaded,
+    template: tuple[dict[str, Any], str],
+    adapter: Path,
+    file: Path | None,
+    kept: Path | None = None,
+) -> dict[str, Any]:
     """loaded: with the adapter on it; template: as `Local` takes it; file: of general texts, None: the base's own
-    answers are the text. Raises UserError for a file that cannot be used.
+    answers are the text; kept: the file where what was computed of this model and adapter is kept as it comes, None for
+    nowhere. Raises UserError for a file that cannot be used.
     """
+    done = Kept(kept)
     notes: list[str] = []
     general = None
     if file is not None:
         general, said = texts_of(file, loaded, template)
         notes += said
-    answers, said = own_answers(loaded, template, adapter)
+    answers, said = own_answers(loaded, template, adapter, done)
     notes += said
-    drifts = [drift(loaded, text) for text in answers]
-    of_loss = drifts if general is None else [drift(loaded, text) for text in general]
+    drifts = _drifts(loaded, answers, done)
+    of_loss = drifts if general is None else _drifts(loaded, general, done)
     found = {
         "prompts": len(drifts),
         "tokens": sum(one.tokens for one in drifts),
@@ -52,6 +63,16 @@ def measure(loaded: Loaded, template: tuple[dict[str, Any], str], adapter: Path,
         "loss": {"of": OWN if file is None else str(file), **_loss(of_loss)},
     }
     return {**found, "notes": notes}
+
+
+def _drifts(loaded: Loaded, texts: Sequence[Text], done: Kept) -> list[Drift]:
+    found = []
+    for text in texts:
+        name = "drift " + hashlib.sha256(repr((text.first, text.ids)).encode()).hexdigest()
+        if name not in done:
+            done.keep({name: asdict(drift(loaded, text))})
+        found.append(Drift(**done[name]))
+    return found
 
 
 def with_flags(measured: Mapping[str, Any], checks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

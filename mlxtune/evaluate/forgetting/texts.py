@@ -9,7 +9,7 @@ from typing import Any
 
 from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
-from mlxtune.data.rows.readers import Bad
+from mlxtune.data.rows.readers import Bad, whole_text
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.checks.shipped import GENERAL
@@ -18,6 +18,7 @@ from mlxtune.evaluate.checks.words import without_thought
 from mlxtune.evaluate.engines.local import Local
 from mlxtune.evaluate.engines.request import Request
 from mlxtune.evaluate.engines.sampling import Sampling
+from mlxtune.evaluate.kept import Kept
 from mlxtune.model.load import Loaded
 
 ANSWER_TOKENS = 64  # of the base's answer to a general prompt: what begins otherwise shows early
@@ -33,17 +34,30 @@ class Text:
     first: int  # the place of the first token that counts; 1 at least
 
 
-def own_answers(loaded: Loaded, template: tuple[dict[str, Any], str], adapter: Path) -> tuple[list[Text], list[str]]:
+def own_answers(
+    loaded: Loaded, template: tuple[dict[str, Any], str], adapter: Path, done: Kept
+) -> tuple[list[Text], list[str]]:
     """(The base's greedy answers to the general prompts, what must be known of how they came). loaded: with the adapter
-    on it; template: as `Local` takes it.
+    on it; template: as `Local` takes it; done: the batches that were answered before. One that was not whole is
+    answered again whole: in 16 bits an answer depends on what is answered beside it.
     """
     base = Local(loaded, Sampling(ANSWER_TOKENS), template, adapter, is_base=True)
     requests = [Request(row.id, row.messages) for row in read_suite(GENERAL).rows]
+    prepared = False
+    if "plan" not in done:
+        done.keep({"plan": {"batches": base.plan(requests), "notes": base.notes}})
+        prepared = True
     texts = []
-    for places in base.plan(requests):
-        for prompt, answer in base.tokens_of([requests[place] for place in places]):
-            texts.append(Text([*prompt, *answer], len(prompt)))
-    return texts, base.notes
+    for number, places in enumerate(done["plan"]["batches"]):
+        name = f"batch {number}"
+        if name not in done:
+            if not prepared:
+                base.plan(requests)
+                prepared = True
+            batch = [requests[place] for place in places]
+            done.keep({name: [[[*prompt, *answer], len(prompt)] for prompt, answer in base.tokens_of(batch)]})
+        texts += [Text(ids, first) for ids, first in done[name]]
+    return texts, done["plan"]["notes"]
 
 
 def texts_of(file: Path, loaded: Loaded, template: tuple[dict[str, Any], str]) -> tuple[list[Text], list[str]]:
@@ -78,13 +92,7 @@ def texts_of(file: Path, loaded: Loaded, template: tuple[dict[str, Any], str]) -
 def _tokenized(file: Path, loaded: Loaded, template: tuple[dict[str, Any], str]) -> Iterator[tuple[list[int], int]]:
     """(A text's tokens, how many of them come before what counts)."""
     if file.suffix == ".txt":
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise UserError(f"--forgetting {file}: {error.strerror}", "Name a file of texts.") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"--forgetting {file}: not a text file (invalid UTF-8 at byte {error.start})") from error
-        for line in lines:
+        for line in whole_text(file, "--forgetting").splitlines():
             if line.strip():
                 yield list(loaded.tokenizer(line)["input_ids"]), 1
         return

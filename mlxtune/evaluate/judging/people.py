@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from mlxtune.data.rows.readers import Bad, raw_rows
 from mlxtune.errors import UserError
 from mlxtune.evaluate.comparison.folder import ANSWERS, Evaluation, Prompt
 from mlxtune.evaluate.comparison.scores import Side
+from mlxtune.evaluate.turns import Conversations
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")  # of a rater
 SHORT = 12  # digits of a hash that tell folders apart
@@ -42,7 +43,7 @@ class Contestant:
 
     key: str  # hash of its folder's answers, and its side
     name: str  # for people
-    answers: Mapping[str, str]  # the prompt's id -> the first answer to it
+    answers: Mapping[str, str]  # the prompt's id -> the first answer to it, behind what was said in earlier turns
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Contest:
     contestants: list[Contestant]  # in the order given; of one evaluation: base, tuned
     prompts: list[Prompt]  # in an order by chance, so that the first ones are a fair sample
     samples: int = 1  # answers to each prompt that an evaluation has at most; the first one alone takes part
+    known: Mapping[str, Prompt] = field(default_factory=dict)  # every prompt of the suite, by its id
 
     @classmethod
     def of(cls, evaluations: Sequence[Evaluation]) -> Contest:
@@ -82,7 +84,11 @@ class Contest:
             raise UserError("no prompt is answered in all of these evaluations")
         common.sort(key=lambda prompt: _chance("order", prompt.id))
         samples = max(len(answers) for one in evaluations for answers in one.answers.values())
-        return cls(evaluations[0].path, contestants, common, samples)
+        return cls(evaluations[0].path, contestants, common, samples, known)
+
+    def question(self, prompt: Prompt) -> list[dict[str, Any]]:
+        """What was said before the answers that are compared begin."""
+        return Conversations(self.known.values()).asked(prompt.id)
 
     @property
     def is_of_one(self) -> bool:
@@ -104,7 +110,9 @@ class Contest:
 
 
 def _contestant(evaluation: Evaluation, side: Side, name: str) -> Contestant:
-    answers = {id: some[0].text for id, some in evaluation.answers_of(side).items()}
+    texts = {id: some[0].text for id, some in evaluation.answers_of(side).items()}
+    conversations = Conversations(evaluation.prompts.values())
+    answers = {id: conversations.said(id, texts) for id in texts if conversations.is_whole(id, texts)}
     return Contestant(f"{digest(evaluation.path / ANSWERS)[:SHORT]}/{side}", name, answers)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from mlxtune_convert.files import matching
 
 from mlxtune.data.rows.readers import Bad, raw_rows
-from mlxtune.evaluate.comparison.folder import VERDICTS
+from mlxtune.evaluate.comparison.folder import VERDICTS, Evaluation
 from mlxtune.evaluate.judging.people import Contest, Ratings
 from mlxtune.evaluate.statistics.agreement import kappa
 from mlxtune.evaluate.statistics.holm import verdict
@@ -95,7 +95,7 @@ def _agreements(ratings: Ratings, rater: str, values: Mapping[str, Sequence[int]
     mine = _outcomes(values)
     others = {}
     if contest.is_of_one:
-        others["the judge"] = _of_judge(contest)
+        others[_judge_named(contest)] = _of_judge(contest)
     for file in matching(contest.folder, "ratings.*.jsonl"):
         name = file.name.removeprefix("ratings.").removesuffix(".jsonl")
         if name != rater and "." not in name:
@@ -112,6 +112,14 @@ def _agreements(ratings: Ratings, rater: str, values: Mapping[str, Sequence[int]
 
 def _outcomes(values: Mapping[str, Sequence[int]]) -> dict[str, str]:
     return {id: OUTCOMES[(first > second) - (first < second)] for id, (first, second) in values.items()}
+
+
+def _judge_named(contest: Contest) -> str:
+    """Of a judge whose exam was failed, its verdicts are there because of --anyway: that is said wherever they are."""
+    judge = Evaluation.read(contest.folder).summary.get("judge")
+    exam = judge.get("exam") if isinstance(judge, dict) else None
+    failed = isinstance(exam, dict) and exam.get("passed") is False
+    return "the judge, which failed its exam" if failed else "the judge"
 
 
 def _of_judge(contest: Contest) -> dict[str, str]:

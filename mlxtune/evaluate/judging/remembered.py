@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxtune_convert.files import explained, flush_open, json_text
-
 from mlxtune.data.rows.readers import Bad, raw_rows
 from mlxtune.evaluate.engines.request import Messages
 from mlxtune.evaluate.judging.judge import Judge, Probabilities
+from mlxtune.evaluate.kept import append_lines
 
 PORTION = 64  # prompts that are asked at a time
 
@@ -59,14 +58,7 @@ class Remembered:
         if new:
             self.notes += new
             lines.append({"notes": new})
-        with explained(self.file), self.file.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":  # a line that was cut
-                    file.write(b"\n")
-            file.write("".join(json_text(line) + "\n" for line in lines).encode())
-            file.flush()
-            flush_open(file.fileno())
+        append_lines(self.file, lines)
 
     def _read(self) -> None:
         """What cannot be read is asked again."""

@@ -22,10 +22,11 @@ from mlxtune.evaluate.judging.remembered import Remembered
 from mlxtune.evaluate.judging.verdicts import Pair, PairVerdict, first_rate, judge_pairs
 from mlxtune.evaluate.statistics.holm import verdict
 from mlxtune.evaluate.statistics.paired import compare_scores, wins_against_losses
+from mlxtune.evaluate.turns import Conversations
 
 Rate = Literal["pairwise", "likert"]
 JUDGE = "judge"  # the name of its pairwise result, for gates
-SHOWN_REFERENCE = ("math", "code")  # tags of prompts whose reference the judge is shown
+SHOWN_REFERENCE = ("math", "code", "coding", "reasoning")  # tags of prompts whose reference the judge is shown
 LIKES_LONG = 0.8  # share of wins of the longer answer, from which it is said
 FIRST = (0.3, 0.7)  # share of decisions for what is shown first, outside of which a judge is not trusted
 FAILED = 0.1  # share of replies that cannot be read, above which it is said that the others may be a selection
@@ -68,16 +69,22 @@ class Judged:
 
 def pairs_of(rows: Sequence[SuiteRow], answers: Mapping[Side, Sequence[Answer]]) -> list[Pair]:
     """Each prompt's answers of both sides, the first with the first and so on."""
-    found: dict[tuple[Side, str], list[Answer]] = {}
+    texts: dict[tuple[Side, int], dict[str, str]] = {}  # (side, sample) -> the prompt's id -> what was answered
     for side, given in answers.items():
-        for answer in sorted(given, key=lambda one: one.sample):
-            found.setdefault((side, answer.id), []).append(answer)
+        for answer in given:
+            texts.setdefault((side, answer.sample), {})[answer.id] = answer.text
+    conversations = Conversations(rows)
+    samples = sorted({sample for _, sample in texts})
     pairs = []
     for row in rows:
         reference = row.reference if set(row.tags) & set(SHOWN_REFERENCE) else None
-        both = zip(found.get(("base", row.id), []), found.get(("tuned", row.id), []), strict=False)
-        for base, tuned in both:
-            pairs.append(Pair(row.id, row.messages, base.text, tuned.text, base.sample, reference, row.group))
+        for sample in samples:
+            base, tuned = texts.get(("base", sample), {}), texts.get(("tuned", sample), {})
+            if row.id not in base or row.id not in tuned:
+                continue
+            question = conversations.asked(row.id)
+            both = conversations.said(row.id, base), conversations.said(row.id, tuned)
+            pairs.append(Pair(row.id, question, *both, sample, reference, row.group))
     return pairs
 
 
