@@ -1,7 +1,7 @@
 """A few rows out of many: the better ones, of all kinds of instruction in equal shares, none like another.
 
-Kinds take turns. The one of which fewest rows are kept gives its best row that is left; one that is too much like a kept
-row, or of a file that has its share, is passed over. Two kinds, four rows to keep, the quality of each row:
+Kinds take turns. The one of which fewest rows are kept gives its best row that is left; one that is too much like a
+kept row, or of a file that has its share, is passed over. Two kinds, four rows to keep, the quality of each row:
 
     explain    0.9   0.8   0.7   0.6   0.2          kept: 0.9
     compare    0.8   0.3                                        0.8
@@ -19,9 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mlxtune.make.pool import Pool
-
 from mlxtune.make.curation.candidates import Candidate
+from mlxtune.make.pool import Pool
 
 LIKE = 0.7  # ROUGE-L of two questions above which the second is too much like the first
 BETTER = 0.5  # share of the rows, the best of each kind, among which shares are equal

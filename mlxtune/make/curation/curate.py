@@ -153,8 +153,7 @@ class Curation:
         curated = {"from": _place(candidate.record), "kind": candidate.kind, "scores": scores}
         if candidate.faults:
             curated["faults"] = list(candidate.faults)
-        row = {**candidate.record.fields, **to_messages(candidate.record), "curated": curated}
-        return row
+        return {**candidate.record.fields, **to_messages(candidate.record), "curated": curated}
 
 
 def _place(record: Record) -> str:

@@ -72,7 +72,7 @@ class Scorer:
     def losses(
         self, records: Sequence[Record], done: Callable[[Sequence[Record], Sequence[Losses | None]], None]
     ) -> None:
-        """Score rows, AT_ONCE of them at a time; done: called with each part and what was found. None: of a row of whose
+        """Score rows, AT_ONCE at a time. done: called with each part and what was found; None: of a row of whose
         answer data.max_tokens leaves nothing, or that the template refuses.
         """
         for start in range(0, len(records), AT_ONCE):

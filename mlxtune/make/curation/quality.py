@@ -32,8 +32,8 @@ FEW = 10  # rows of a kind below which ranks among them mean little: they are ra
 
 
 def qualities(candidates: Sequence[Candidate], scores: Mapping[str, float]) -> dict[str, float]:
-    """The quality of each candidate, by its key. scores: of each, by its key, more is better; equal for all: faults alone
-    decide.
+    """The quality of each candidate, by its key. scores: of each, by its key, more is better; equal for all: faults
+    alone decide.
     """
     kinds = Counter(candidate.kind for candidate in candidates)
     by_kind: dict[str, list[Candidate]] = {}

@@ -1,8 +1,8 @@
 """Documents cut into chunks that an engine reads one at a time.
 
 A chunk ends at a heading where it has half its size by then, else between two paragraphs; a paragraph that is longer
-than a chunk is cut between sentences. Behind a cut that is at no heading, the chunk begins with the last sentences of the
-one before, so that what a sentence refers to is there. Sizes of 10, overlap 3, the tokens of each block in brackets:
+than a chunk is cut between sentences. Behind a cut that is at no heading, the chunk begins with the last sentences of
+the one before, so that what a sentence refers to is there. A size of 10, an overlap of 3, and the tokens of each block:
 
     # A [1]   a1 [6]   # B [1]   b1 [4]   b2 [6]
     chunk 1   # A  a1                the heading B comes when there are 7 of 10

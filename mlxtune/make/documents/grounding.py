@@ -9,9 +9,10 @@
 
 Numbers and names are what models invent, and what can be found again. A number counts in any form (`numbers_said`). A
 name is a capitalized word: anywhere but where a sentence begins; there too, unless it looks like a common word. German
-begins every noun with a capital letter: behind an article or a number it is none. Scripts without capital letters show
-no names; of them a share of the answer's letters must be in the chunk. An answer that uses the chunk's own words wrongly
-is not found out: nobody but a reader or a judge can tell.
+begins every noun with a capital letter: behind an article or an adjective it is none. Scripts without capital letters
+show no names; of them a share of the answer's letters must be in the chunk.
+
+An answer that uses the chunk's own words wrongly is not found out: nobody but a reader or a judge can tell.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
 
 from mlxtune.evaluate.checks.languages import COMMON, language_of, script_of
 from mlxtune.evaluate.checks.words import plain, words_of
 from mlxtune.make.documents.asking import Pair
-from mlxtune.make.documents.numbers_said import MONTH_OF, Fraction, months_said, numbers_said
+from mlxtune.make.documents.numbers_said import MONTH_OF, months_said, numbers_said
 
 LEAST_QUOTE = 3  # words: two may be anywhere
 SHORT = 4  # words of an answer, up to which more than half of them must be in the chunk or the question
@@ -44,9 +47,11 @@ POINTING = re.compile(
     rf"|\b(?:the|this) (?:{_SOURCE}) (?:{_SAYS})|\bdo(?:es)? (?:the|this) (?:{_SOURCE})\b"
     r"|\b(?:mentioned|described|stated|given|shown|listed|quoted|provided) (?:above|below|here)\b|\bthe above\b"
     r"|\b(?:im|aus dem|laut dem|laut|nach dem|der|dieser|dieses|diesem|des) (?:obigen |vorliegenden |folgenden )?"
-    r"(?:Texte?s?|Abschnitte?s?|Dokumente?s?|Artikels?|Auszuge?s?|Passage)\b|\b(?:oben|unten) (?:genannt|erwähnt|beschrieben)"
+    r"(?:Texte?s?|Abschnitte?s?|Dokumente?s?|Artikels?|Auszuge?s?|Passage)\b"
+    r"|\b(?:oben|unten) (?:genannt|erwähnt|beschrieben)"
     r"|\b(?:dans|selon|d'après|de) (?:le|ce|l'|cet) ?(?:texte|passage|document|article|extrait)\b|\bci-dessus\b"
-    r"|\b(?:en|según|del?) (?:el|este)? ?(?:texto|pasaje|documento|artículo|fragmento)\b|\bmencionad[oa]s? (?:arriba|antes)\b"
+    r"|\b(?:en|según|del?) (?:el|este)? ?(?:texto|pasaje|documento|artículo|fragmento)\b"
+    r"|\bmencionad[oa]s? (?:arriba|antes)\b"
     r"|\b(?:nel|secondo il|dal|del) (?:testo|brano|documento)\b"
     r"|(?:根据|文中|本文|上文|这段|该文)|(?:本文|この文章|上記)",
     re.IGNORECASE,
@@ -54,15 +59,25 @@ POINTING = re.compile(
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 # Ends of English, German, French, Spanish and Italian words that are hardly ever names.
 _ORDINARY = re.compile(
-    r"(?:ly|ing|ed|tion|tions|sion|ment|ments|ness|ity|ers|ees|able|ful|ous|ung|ungen|heit|keit|schaft|ement|ción|mente|zione)$"
+    r"(?:ly|ing|ed|tion|tions|sion|ment|ments|ness|ity|ers|ees|able|ful|ous|ung|ungen|heit|keit|schaft|ement|ción|mente"
+    r"|zione)$"
 )
-_STARTERS = frozenset(
-    ["because", "since", "although", "while", "during", "within", "under", "over", "every", "each", "both", "all", "only", "after", "before", "until", "unless", "once", "through", "without", "however", "therefore", "thus", "instead", "besides", "neither", "either", "several", "most", "many", "few", "another", "such", "anyone", "everyone", "nobody", "people", "customers", "children", "one", "two", "three", "weil", "da", "obwohl", "während", "innerhalb", "binnen", "jeder", "jede", "jedes", "alle", "kunden", "beide", "mehrere", "parce", "car", "chaque", "tous", "toutes", "pendant", "avant", "après", "plusieurs", "cada", "todos", "todas", "porque", "aunque", "durante", "antes", "después"]
-)
+_STARTER_WORDS = """
+because since although while during within under over every each both all only after before until unless once
+through without however therefore thus instead besides neither either several most many few another such anyone
+everyone nobody people customers children one two three
+weil da obwohl während innerhalb binnen jeder jede jedes alle kunden beide mehrere
+parce car chaque tous toutes pendant avant après plusieurs
+cada todos todas porque aunque durante antes después
+"""
+_STARTERS = frozenset(_STARTER_WORDS.split())
 # German words behind which a capitalized word is a noun.
-_GERMAN_BEFORE = frozenset(
-    ["der", "die", "das", "den", "dem", "des", "ein", "eine", "einen", "einem", "einer", "eines", "kein", "keine", "keinen", "keinem", "keiner", "mein", "dein", "sein", "ihr", "unser", "ihre", "ihren", "ihrem", "ihrer", "seine", "seinen", "seinem", "seiner", "dieser", "diese", "dieses", "diesen", "diesem", "jeder", "jede", "jedes", "jeden", "jedem", "alle", "allen", "aller", "zum", "zur", "im", "am", "beim", "vom", "ins", "ans", "und", "oder", "pro", "je", "ohne"]
-)
+_DETERMINERS = """
+der die das den dem des ein eine einen einem einer eines kein keine keinen keinem keiner mein dein sein ihr unser
+ihre ihren ihrem ihrer seine seinen seinem seiner dieser diese dieses diesen diesem jeder jede jedes jeden jedem
+alle allen aller zum zur im am beim vom ins ans und oder pro je ohne
+"""
+_GERMAN_BEFORE = frozenset(_DETERMINERS.split())
 
 
 @dataclass(frozen=True)
@@ -125,7 +140,7 @@ def _units(text: str) -> list[str]:
     words = words_of(text)
     if script_of(text) not in ("Han", "Kana", "Thai"):
         return words
-    return [one + other for one, other in zip(words, words[1:], strict=False)] or words
+    return [one + other for one, other in pairwise(words)] or words
 
 
 class _Known:
@@ -173,7 +188,7 @@ def _names(text: str) -> Iterator[str]:
         begins = place == 0 or re.search(r"[.!?:;\n•]", between) is not None
         if begins and _is_ordinary(word, common, found, place):
             continue
-        if language == "de" and not begins and _is_noun(before, between, word):
+        if language == "de" and not begins and _is_noun(before, word):
             continue
         yield word
 
@@ -189,12 +204,12 @@ def _is_ordinary(word: str, common: frozenset[str], found: Sequence[re.Match[str
     return not followed_by_name and _ORDINARY.search(low) is not None
 
 
-def _is_noun(before: str, between: str, word: str) -> bool:
-    """Whether a capitalized German word inside a sentence is a noun by what stands before it: an article, a number, or
-    an adjective. Two capitalized words in a row, and abbreviations, are names.
+def _is_noun(before: str, word: str) -> bool:
+    """Whether a capitalized German word inside a sentence is a noun by what stands before it: an article or an
+    adjective. Not behind a number: six weeks out of a text that has a six, but no weeks, are unfounded. Abbreviations
+    are names.
     """
     if word.isupper() and len(word) > 1:
         return False
-    is_counted = re.search(r"\d", between) is not None
     is_described = before.endswith(("e", "en", "em", "er", "es")) and len(before) > 4
-    return is_counted or before in _GERMAN_BEFORE or is_described or _ORDINARY.search(word.lower()) is not None
+    return before in _GERMAN_BEFORE or is_described or _ORDINARY.search(word.lower()) is not None

@@ -1,8 +1,9 @@
 """The numbers that a text says, in digits or in words, whatever form they have.
 
-    "2.5 million"  "2,500,000"  "zweieinhalb"?      the first two are the same number; of the third, nothing is known
-    "thirty days"  "30 days"    "dreißig Tage"      the same
-    "2021-03-05"   "5 March 2021"  "05.03.2021"     the same three
+    "2.5 million"    "2,500,000"       "2 500 000"        the same number
+    "thirty days"    "30 days"         "dreißig Tage"     the same
+    "2021-03-05"     "05.03.2021"                         the same three; "5 March 2021" has two of them and a month
+    "half a day"     "zweieinhalb"                        nothing is known of these
 
 A number that may be read in two ways ("1.234") has both values, as in `checks.numbers`.
 """
@@ -17,10 +18,10 @@ from mlxtune.evaluate.checks.words import words_of
 
 # Words for whole numbers. Not those for 1, which are articles and pronouns as well.
 WORDS = {
-    "en": "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
-    " nineteen",
-    "de": "zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn siebzehn achtzehn"
-    " neunzehn",
+    "en": "two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+    " eighteen nineteen",
+    "de": "zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn siebzehn"
+    " achtzehn neunzehn",
     "fr": "deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize",
     "es": "dos tres cuatro cinco seis siete ocho nueve diez once doce trece catorce quince",
     "it": "due tre quattro cinque sei sette otto nove dieci undici dodici tredici quattordici quindici sedici",
@@ -32,7 +33,19 @@ TENS = {
     "es": "veinte treinta cuarenta cincuenta sesenta setenta ochenta noventa",
     "it": "venti trenta quaranta cinquanta sessanta settanta ottanta novanta",
 }
-AMBIGUOUS = ("six", "sei", "once")  # English and French share `six`; Italian `sei` is "you are", English has `once`
+AMBIGUOUS = ("sei", "once")  # Italian's 6 is also "you are", Spanish's 11 is English too
+# 2nd to 10th, as far as they are no other number of WORDS with an ending.
+ORDINALS = (
+    "second zweite zweiten zweiter deuxième segundo segunda secondo seconda",
+    "third dritte dritten dritter troisième tercero tercera terzo terza",
+    "fourth vierte vierten vierter quatrième cuarto cuarta quarto quarta",
+    "fifth fünfte fünften fünfter cinquième quinto quinta",
+    "sixth sechste sechsten sechster sixième sexto sexta sesto sesta",
+    "seventh siebte siebten siebter septième séptimo séptima settimo settima",
+    "eighth achte achten achter huitième octavo octava ottavo ottava",
+    "ninth neunte neunten neunter neuvième noveno novena nono nona",
+    "tenth zehnte zehnten zehnter dixième décimo décima decimo decima",
+)
 SCALES = {
     10**2: "hundred hundert cent cien cento",
     10**3: "thousand tausend mille mil mila",
@@ -54,18 +67,21 @@ MONTHS = (
     "december dezember décembre diciembre dicembre",
 )
 _DOTTED = re.compile(r"(?<![\d.])(\d{1,4})\.\s?(\d{1,2})\.\s?(\d{1,4})(?![\d.])")  # 05.03.2021, 5. 3. 2021
-_SCALED = re.compile(
-    rf"(\d[\d.,]*)[\s-]?({'|'.join(sorted(' '.join(SCALES.values()).split(), key=len, reverse=True))})\b", re.I
-)
+_HOUR = re.compile(r"(?<![\d:])(\d{1,2}):00(?![\d:])")  # 22:00 is 22 Uhr
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d.,]?\d)")  # 3 000, as French and others write it
+_SCALE = "|".join(sorted(" ".join(SCALES.values()).split(), key=len, reverse=True))
+_SCALED = re.compile(rf"(\d[\d.,]*)[\s-]?({_SCALE})\b", re.IGNORECASE)
 
 
 def _values_of_words() -> dict[str, int]:
-    found = {}
+    found: dict[str, int] = {}
     for words in WORDS.values():
         found |= {word: value for value, word in enumerate(words.split(), 2)}
     for words in TENS.values():
         found |= {word: value for value, word in zip(range(20, 100, 10), words.split(), strict=False)}
-    return {word: value for word, value in found.items() if word not in ("sei", "once")}
+    for value, words in enumerate(ORDINALS, 2):
+        found |= dict.fromkeys(words.split(), value)
+    return {word: value for word, value in found.items() if word not in AMBIGUOUS}
 
 
 VALUES = _values_of_words()
@@ -76,7 +92,8 @@ MONTH_OF = {word: number for number, words in enumerate(MONTHS, 1) for word in w
 def numbers_said(text: str) -> list[set[Fraction]]:
     """Each number of a text with everything that it may mean, without its sign: a dash may be one or not."""
     found: list[set[Fraction]] = []
-    plain = _DOTTED.sub(r"\1 \2 \3", text)
+    plain = _HOUR.sub(r"\1", _DOTTED.sub(r"\1 . \2 . \3", text))
+    plain = _GROUPED.sub(lambda grouped: grouped[0].replace(" ", ""), plain)
     for scaled in _SCALED.finditer(plain):
         for values in numbers_in(scaled[1].rstrip(".,")):
             found.append({value * SCALE_OF[scaled[2].lower()] for value in values})

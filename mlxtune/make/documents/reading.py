@@ -3,8 +3,8 @@
     # Returns                      Block("Returns", level=1)
     Within 30 days of delivery.    Block("Within 30 days of delivery.")
 
-Markdown, plain text, HTML and tables (CSV, TSV) are read with the standard library; PDF and Word documents by packages of
-the extra `documents`.
+Markdown, plain text, HTML and tables (CSV, TSV) are read with the standard library; PDF and Word documents by packages
+of the extra `documents`.
 """
 
 from __future__ import annotations
