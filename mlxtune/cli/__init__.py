@@ -11,6 +11,9 @@ from mlxtune_convert.shown import shown_name
 
 import mlxtune
 from mlxtune.cli import bench, chat, compare, convert, data, demo, doctor, evaluate, make, rate, runs, ship, train
+from mlxtune.cli.make_answers import make_answers
+from mlxtune.cli.make_refusals import make_refusals
+from mlxtune.cli.make_turns import make_turns
 from mlxtune.cli.streams import Surviving
 from mlxtune.errors import Interrupted
 from mlxtune.machine import gpu_errors
@@ -23,6 +26,8 @@ SECTIONS: dict[str, list[click.Command]] = {
     "Use": [chat.generate, chat.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],
 }
+
+MAKERS = (make_answers, make_turns, make_refusals)  # the commands of `mlxtune make`, in the order of its help
 
 
 class Sectioned(click.Group):
@@ -47,6 +52,8 @@ def cli() -> None:
     """
 
 
+for _maker in MAKERS:
+    make.make.add_command(_maker)
 for _commands in SECTIONS.values():
     for _command in _commands:
         cli.add_command(_command)

@@ -34,14 +34,18 @@ def make() -> None:
     """Make rows to train on, with a model on this machine, a server, or recorded answers."""
 
 
-def making_options(count: int | None, max_tokens: int, temperature: float) -> Callable[..., Any]:
-    """The options that every maker takes. What is given is the defaults; count None: as many as there is to make."""
+def making_options(
+    count: int | None, max_tokens: int, temperature: float, needs_engine: bool = True
+) -> Callable[..., Any]:
+    """The options that every maker takes. What is given is the defaults; count None: as many as there is to make;
+    needs_engine: it is an error to name none.
+    """
     a_folder = click.Path(path_type=Path)
     of_all = "  [default: one for each that is given]" if count is None else ""
     options = [
         click.option(
             "--engine",
-            required=True,
+            required=needs_engine,
             metavar="E",
             help="Who makes them: a model, http://127.0.0.1:8080/v1#model, or replay:FILE.",
         ),
@@ -125,13 +129,15 @@ class Wanted:
 
         return Sampling(self.max_tokens, self.temperature, seed=self.seed)
 
-    def opened(self) -> Opened:
-        """The engine, which is not read yet. Raises UserError for options that do nothing for it."""
+    def opened(self, *others: str) -> Opened:
+        """The engine, which is not read yet. others: who else is asked, as spelled: a judge. Raises UserError for
+        options that do nothing here.
+        """
         from mlxtune.evaluate.engines.opening import kind_of
         from mlxtune.make.engine import opened
 
         kind = kind_of(self.engine)
-        if self.allow_remote and kind != "server":
+        if self.allow_remote and "server" not in (kind, *map(kind_of, others)):
             raise UserError("--allow-remote has no effect here: no server is asked", "Leave it out.")
         if kind == "replay":
             for name in ("temperature", "max_tokens"):

@@ -8,8 +8,10 @@ A folder holds
     train.jsonl       what was kept: {"messages": [...], "made": {"how", "engine", "parents", "scores"}}
     rejected.jsonl    what was not: whatever it was, "reason" (a code of `reasons.REASONS`) and "detail"
     card.md           what made it, the licences, and what to look at before it is published
+    pairs.jsonl       of `make answers --pairs`: {"prompt", "chosen", "rejected"}, messages in each, and "made"
+    judge.jsonl       what a judge replied, as it came
 
-The last three follow from the other two: a maker is a function from answers to rows that asks for more answers. So one
+All but the first two follow from them: a maker is a function from answers to rows that asks for more answers. So one
 that was killed is simply run again. It asks the same things in the same order, is given what the journal has, and goes
 on behind that:
 
@@ -37,8 +39,9 @@ from mlxtune.make.engine import Opened
 from mlxtune.make.reasons import REASONS
 
 MARK, JOURNAL, TRAIN, REJECTED, CARD = "making.json", "journal.jsonl", "train.jsonl", "rejected.jsonl", "card.md"
+PAIRS, VERDICTS = "pairs.jsonl", "judge.jsonl"
 FILES = Files(MARK, JOURNAL, "", "making", "Choose another --out, or add --force to begin anew.")
-OURS = (MARK, JOURNAL, TRAIN, REJECTED, CARD, FILES.new)
+OURS = (MARK, JOURNAL, TRAIN, REJECTED, CARD, PAIRS, VERDICTS, FILES.new)
 PATIENCE = 2  # batches in a row that an engine may refuse; with one more it is gone
 
 
