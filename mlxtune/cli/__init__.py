@@ -12,6 +12,8 @@ from mlxtune_convert.shown import shown_name
 import mlxtune
 from mlxtune.cli import bench, chat, compare, convert, data, demo, doctor, evaluate, make, rate, runs, ship, train
 from mlxtune.cli.make_answers import make_answers
+from mlxtune.cli.make_from_documents import from_documents
+from mlxtune.cli.make_from_template import from_template
 from mlxtune.cli.make_refusals import make_refusals
 from mlxtune.cli.make_turns import make_turns
 from mlxtune.cli.streams import Surviving
@@ -27,7 +29,13 @@ SECTIONS: dict[str, list[click.Command]] = {
     "Ship": [ship.fuse, ship.export, ship.verify],
 }
 
-MAKERS = (make_answers, make_turns, make_refusals)  # the commands of `mlxtune make`, in the order of its help
+MAKERS = (
+    make_answers,
+    make_turns,
+    make_refusals,
+    from_documents,
+    from_template,
+)  # the commands of `mlxtune make`, in the order of its help
 
 
 class Sectioned(click.Group):

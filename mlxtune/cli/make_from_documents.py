@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxtune.cli import common
-from mlxtune.cli import make as makers
+from mlxtune.cli.make import Wanted, dry_run, making, making_options, say
 from mlxtune.cli.options import Command, Need, OptionFor
 from mlxtune.errors import UserError
 
@@ -42,7 +42,7 @@ WITH_TEXT = Need(
     help="Share of rows whose question the text does not answer, which they say.",
 )
 @click.option("--closed", is_flag=True, help="Keep only what the engine does not know without the text.")
-@makers.making_options(count=None, max_tokens=1024, temperature=0.7)
+@making_options(count=None, max_tokens=1024, temperature=0.7)
 def from_documents(
     paths: tuple[Path, ...],
     per_chunk: int,
@@ -64,7 +64,7 @@ def from_documents(
     """
     from mlxtune.make.documents import maker
 
-    wanted = makers.Wanted.of(given)
+    wanted = Wanted.of(given)
     engine = wanted.opened()
     if not engine.chats:
         raise UserError(
@@ -75,7 +75,7 @@ def from_documents(
     asked = maker.Wanted(per_chunk, wanted.count, unanswerable, closed, with_text, wanted.seed)
     if wanted.dry_run:
         requests = len(chunks) if not closed else len(chunks) * (1 + per_chunk)
-        makers.dry_run(wanted, engine, maker.first_requests(chunks[: maker.PORTION], per_chunk), requests)
+        dry_run(wanted, engine, maker.first_requests(chunks[: maker.PORTION], per_chunk), requests)
         return
     identity = wanted.identity(
         HOW,
@@ -85,9 +85,9 @@ def from_documents(
         closed=closed,
         with_text=with_text,
     )
-    with makers.making(wanted, engine, identity) as making:
-        document = making.finish(*maker.FromDocuments(making, chunks, guard, asked).run())
-        makers.say(document, making.found, wanted.as_json)
+    with making(wanted, engine, identity) as one:
+        document = one.finish(*maker.FromDocuments(one, chunks, guard, asked).run())
+        say(document, one.found, wanted.as_json)
 
 
 def _chunks(paths: tuple[Path, ...], engine: Opened, size: int) -> list[Chunk]:

@@ -71,7 +71,7 @@ def chunks(document: Document, count: Count, size: int = SIZE, overlap: int = OV
             else:
                 open_chunk.add(block.text)
             continue
-        for part in _parts(block.text, count, size):
+        for part in _parts(block.text, count, size, size - overlap):
             if open_chunk.has_text and open_chunk.tokens + count(part) > size:
                 close()
                 before = open_chunk.last
@@ -109,9 +109,11 @@ class _Open:
         self.has_text, self.last = True, part
 
 
-def _parts(text: str, count: Count, size: int) -> Iterator[str]:
-    """A paragraph, or what it must be cut into: sentences as long as they fit, of a longer sentence its words."""
-    if count(text) <= size:
+def _parts(text: str, count: Count, whole: int, size: int) -> Iterator[str]:
+    """A paragraph of up to `whole` tokens, or what a longer one is cut into: parts of up to `size`, which leaves room
+    for what they take over; sentences as long as they fit, of a longer sentence its words.
+    """
+    if count(text) <= whole:
         yield text
         return
     waiting = ""

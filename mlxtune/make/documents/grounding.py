@@ -116,7 +116,7 @@ def unfounded(question: str, answer: str, chunk: str) -> Fault | None:
         if not said & values:
             return Fault("unfounded number", str(float(min(said))).removesuffix(".0"))
     words = _Known(known)
-    for name in _names(answer):
+    for name in _names(answer, language_of(known)):
         is_month = name.lower() in MONTH_OF and Fraction(MONTH_OF[name.lower()]) in values
         if not is_month and not words.has(name):
             return Fault("unfounded name", name)
@@ -174,9 +174,10 @@ class _Known:
         return long.startswith(stem)
 
 
-def _names(text: str) -> Iterator[str]:
-    """The capitalized words of an answer that may be names."""
-    language = language_of(text)
+def _names(text: str, language: str) -> Iterator[str]:
+    """The capitalized words of an answer that may be names. language: of what it was made from; a short answer alone
+    seldom tells its own.
+    """
     common = frozenset(COMMON.get(language, "").split())
     found = list(_WORD.finditer(text))
     for place, match in enumerate(found):
