@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxtune_convert.files import json_text, new_file
 
@@ -17,9 +17,12 @@ from mlxtune.make.curation import candidates as reading
 from mlxtune.make.curation.candidates import Candidate
 from mlxtune.make.curation.choosing import Accept, Chosen, Wanted, choose
 from mlxtune.make.curation.figures import KINDS, LOOKED_AT, figures
-from mlxtune.make.curation.ifd import Losses, Scorer
+from mlxtune.make.curation.losses import Losses
 from mlxtune.make.curation.quality import fatal, qualities
 from mlxtune.make.curation.scores_file import ScoresFile
+
+if TYPE_CHECKING:
+    from mlxtune.make.curation.ifd import Scorer
 
 WORST_IFD = 1.0  # from here on a question makes its answer no likelier
 

@@ -12,7 +12,7 @@ import numpy as np
 from mlxtune.evaluate.checks.overlap import rouge_l
 from mlxtune.evaluate.checks.words import words_of
 from mlxtune.make.curation.candidates import Candidate
-from mlxtune.make.curation.ifd import Losses
+from mlxtune.make.curation.losses import Losses
 
 LOOKED_AT = 300  # rows whose likeness is measured: each is compared with all others of them
 KINDS = 6  # kinds of instruction that a set should have (LIMA, arXiv:2305.11206, lives by its variety)

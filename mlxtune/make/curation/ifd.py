@@ -21,7 +21,6 @@ puts between any question and its answer ("<|im_end|>\\n<|im_start|>assistant\\n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,29 +31,11 @@ from mlxtune.data.dataset.batches import in_order
 from mlxtune.data.dataset.measured import ListedExamples
 from mlxtune.data.rows.formats import Record
 from mlxtune.evaluate.score import losses_of_each, split_for
+from mlxtune.make.curation.losses import Losses
 from mlxtune.model.load import Loaded
 
 AT_ONCE = 256  # rows whose tokens are in memory at once; sorted by length, so that little is padded
 PROBES = ("x", "Why is the sky blue?")  # questions that have nothing in common
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Of one row."""
-
-    # Nats a token of its last answer, behind its conversation.
-    behind: float
-    # The same without it.
-    alone: float
-    # Of the answer: what both are the mean of.
-    tokens: int
-    # Of the whole row.
-    row_tokens: int
-
-    @property
-    def ifd(self) -> float:
-        """A model that is sure of the answer without any question (a loss of 0) learns nothing from it: 1."""
-        return self.behind / self.alone if self.alone > 0 else 1.0
 
 
 class Scorer:

@@ -17,7 +17,7 @@ from mlxtune_convert.files import explained, flush_open, json_text
 
 from mlxtune.data.rows.readers import Bad, raw_rows
 from mlxtune.errors import UserError
-from mlxtune.make.curation.ifd import Losses
+from mlxtune.make.curation.losses import Losses
 
 
 class ScoresFile:
