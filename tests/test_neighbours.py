@@ -93,7 +93,15 @@ def _data(here: Path) -> dict[str, Path]:
         {"messages": [{"role": "user", "content": text}], "reference": text, "checks": ["exact"]} for text in texts[:8]
     ]
     suite = tiny.write_jsonl(here / f"suite{hostile.name(9)}.jsonl", asked)
+    (here / "guide.md").write_text(f"# {ALL}\n\n{ALL}\n", encoding="utf-8")
+    (here / "templates.yaml").write_text(
+        json.dumps({"templates": [{"user": "{x}", "assistant": ALL}], "slots": {"x": texts[:4]}})
+    )
+    answered = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in texts
+    ]
     return {
+        "answered": tiny.write_jsonl(here / f"answered{hostile.name(9)}.jsonl", answered),
         "suite": suite,
         "data": data,
         "said": tiny.write_jsonl(here / f"{hostile.name(7)}.jsonl", rows),
@@ -124,6 +132,14 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("data check of a table", "data", "check", *on, "--data", at["table"])
     step("data convert", "data", "convert", said, here / f"new{hostile.name(10)}.jsonl", "--drop")
     step("data convert, refused", "data", "convert", said, here / "never.jsonl")
+    curate = ("data", "curate", at["answered"], "--most-alike", "1")
+    step("data curate", *curate, *on, "--keep", "2", "--out", here / f"few{hostile.name(11)}.jsonl")
+    step("data curate --review", *curate, "--review", "--out", here / "mine.jsonl", typed=[("> ", "q\n")])
+    engine = ("--engine", at["model"], "--max-tokens", "3")
+    step("make from-documents", "make", "from-documents", here / "guide.md", *engine, "--out", here / "guided")
+    step(
+        "make from-template", "make", "from-template", here / "templates.yaml", "--count", "2", "--out", here / "filled"
+    )
     step("train --dry-run", "train", "-c", here / "values.yaml", *on, "--data", data, "--dry-run")
     for kind in ("keys", "sections"):
         step(f"unknown {kind}", "train", "-c", here / f"{kind}.yaml", *on, "--data", data)
@@ -175,6 +191,7 @@ REFUSED = (
 )
 DONE = (
     *("convert", "data show", "data show --json", "data check", "data check of a folder", "data convert"),
+    *("data curate", "data curate --review", "make from-documents", "make from-template"),
     *(
         "train --dry-run",
         "train",
@@ -193,7 +210,7 @@ DONE = (
     *("export peft", "export hf", "export gguf", "export gguf-lora", "verify", "convert an adapter", "doctor"),
 )
 STOPPED = ("train, Ctrl-C",)
-OF_ROWS = ("data show",)  # prints what people wrote, lines and all
+OF_ROWS = ("data show", "data curate --review")  # prints what people wrote, lines and all
 
 
 @pytest.mark.parametrize("name", [*DONE, *REFUSED, *STOPPED])

@@ -45,6 +45,10 @@ ELSEWHERE = {
     "test_the_result_is_printed_and_likert_is_refused",
     "mlxtune eval --model model --adapter run --benchmark": "test_benchmarks.py::"
     "test_the_command_compares_base_and_tuned_without_a_network_or_torch",
+    "mlxtune make from-documents": "test_from_documents.py::"
+    "test_the_command_makes_rows_that_data_check_takes_from_a_replay",
+    "mlxtune make from-template": "test_from_template.py::test_the_command_says_what_is_idle_and_shows_rows_beforehand",
+    "mlxtune data curate": "test_curate.py::test_the_command_scores_chooses_and_says_what_became_of_the_rows",
     "mlxtune rate": "test_rate.py::test_a_person_decides_stops_and_goes_on",
     "mlxtune compare": "test_comparison.py::test_three_evaluations_are_ranked_by_the_wins_on_each_prompt",
     "mlxtune bench": "test_bench.py::test_the_command_prints_one_json_document",
