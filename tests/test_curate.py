@@ -73,17 +73,17 @@ def test_losses_of_each_example_add_up_to_the_score_and_are_what_the_logits_say(
 
 def test_ifd_compares_the_same_answer_behind_its_question_and_behind_none(loaded: Loaded) -> None:
     scorer = Scorer(loaded, resolve.load(None, (), {}))
-    records = [
-        Record("a", 1, "messages", row("Why?", "So.")["messages"]),
-        Record("a", 2, "messages", row("Where is it?", "Far away.")["messages"]),
-    ]
+    several = [*row("Why?", "So.")["messages"], *row("Where is it?", "Far away.")["messages"]]
+    records = [Record("a", 1, "messages", row("Why?", "So.")["messages"]), Record("a", 2, "messages", several)]
     found: list[Losses | None] = []
     scorer.losses(records, lambda _, some: found.extend(some))
     alone = "<|im_end|>\n<|im_start|>assistant\n"
     for record, losses in zip(records, found, strict=True):
         assert losses is not None
-        question, answer = (message["content"] for message in record.messages or [])
-        behind = f"<|im_start|>user\n{question}{alone}"
+        *before, last = record.messages or []
+        answer = last["content"]
+        said = "".join(f"<|im_start|>{one['role']}\n{one['content']}<|im_end|>\n" for one in before)
+        behind = f"{said}<|im_start|>assistant\n"
         for prompt, expected in ((behind, losses.behind), (alone, losses.alone)):
             assert _loss(loaded, prompt, f"{answer}<|im_end|>") == pytest.approx(expected, rel=1e-4)
         assert losses.tokens == len(answer) + 1  # its bytes, and the end token
