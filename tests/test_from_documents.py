@@ -18,6 +18,7 @@ from made import CUT, Scripted, lines, reasons
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.words import words_of
 from mlxtune.evaluate.engines.request import Request
+from mlxtune.make.documents.absent import Kept, does_not_answer
 from mlxtune.make.documents.asking import Pair, parsed
 from mlxtune.make.documents.chunks import Chunk, chunks, estimated
 from mlxtune.make.documents.grounding import fault_of
@@ -314,6 +315,13 @@ def test_unanswerable_questions_are_those_of_other_chunks_beside_a_text_that_doe
         assert shown == beside != of and question in {one["question"] for one in true}
         german = re.search("[äöüß]|Wie|Was|Wann|Bei", question) is not None
         assert row["messages"][1]["content"] == ("Das steht nicht im Text." if german else "The text does not say.")
+
+
+def test_a_text_that_says_the_same_in_other_words_answers_too() -> None:
+    own, other = Chunk("a", 1, text_of("returns.md")), Chunk("b", 1, "You have 30 days of delivery to send shoes back.")
+    one = Kept(Pair("How long?", "They can be sent back for thirty days.", "sent back within 30 days"), own)
+    assert not does_not_answer(own, one) and not does_not_answer(other, one)
+    assert does_not_answer(Chunk("c", 1, text_of("comet.txt")), one)
 
 
 def test_the_command_makes_rows_that_data_check_takes_from_a_replay(tmp_path: Path, mlx_model: Path) -> None:

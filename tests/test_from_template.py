@@ -14,7 +14,7 @@ from made import CUT, Scripted, lines, reasons
 
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.request import Request
-from mlxtune.make.from_template import naming
+from mlxtune.make.from_template import drawing, naming
 from mlxtune.make.from_template.description import Template, read
 from mlxtune.make.from_template.drawing import drawn, shares
 from mlxtune.make.from_template.maker import FromTemplate
@@ -80,13 +80,17 @@ def test_values_of_lists_and_of_rows_fill_the_slots(tmp_path: Path) -> None:
     ]
 
 
-def test_no_combination_comes_twice_and_equal_shares_give_way_to_what_there_is() -> None:
+def test_no_combination_comes_twice_and_equal_shares_give_way_to_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     template = Template({"user": "{a} {b} {a}"}, 1.0, "")
     values: dict[str, Any] = {"a": [str(n) for n in range(7)], "b": [str(n) for n in range(5)]}
     found = [tuple(chosen.values()) for _, chosen in drawn(template, values, "0")]
     assert len(found) == len(set(found)) == 35 and found != sorted(found)
     assert found == [tuple(chosen.values()) for _, chosen in drawn(template, values, "0")]
     assert found != [tuple(chosen.values()) for _, chosen in drawn(template, values, "1")]
+    monkeypatch.setattr(drawing, "LISTED", 0)
+    assert sorted(tuple(chosen.values()) for _, chosen in drawn(template, values, "0")) == sorted(found)
     large: dict[str, Any] = {name: [str(n) for n in range(10_000)] for name in "abcdef"}
     endless = drawn(Template({"user": "{a}{b}{c}{d}{e}{f}"}, 1.0, ""), large, "0")  # 10^24: more than a list can hold
     assert len({number for number, _ in (next(endless) for _ in range(100))}) == 100

@@ -68,6 +68,6 @@ def drawn(kept: Sequence[Kept], chunks: Sequence[Chunk], count: int, seed: int) 
 
 def does_not_answer(chunk: Chunk, one: Kept) -> bool:
     """Whether a chunk surely does not say what a pair's answer says."""
-    if chunk == one.chunk or folded(one.pair.quote) in folded(chunk.text):
+    if folded(one.pair.quote) in folded(chunk.text):  # its own, or one that overlaps with it
         return False
     return unfounded("", one.pair.answer, chunk.text) is not None
