@@ -99,6 +99,20 @@ def _loss(loaded: Loaded, prompt: str, answer: str) -> float:
     return float(-np.mean([log_p[at - 1, ids[at]] for at in targets]))
 
 
+def test_more_rows_take_no_more_memory(loaded: Loaded) -> None:
+    scorer = Scorer(loaded, resolve.load(None, (), {}))
+    peaks = []
+    for count in (16, 48):
+        records = [Record("a", n, "messages", row(f"Question {n}?", "word " * 40)["messages"]) for n in range(count)]
+        found: list[Losses | None] = []
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        scorer.losses(records, lambda _, some, found=found: found.extend(some))  # type: ignore[misc]
+        peaks.append(mx.get_peak_memory())
+        assert len(found) == count and None not in found
+    assert peaks[1] < 1.02 * peaks[0]
+
+
 def test_a_row_of_which_nothing_fits_has_no_score(loaded: Loaded) -> None:
     scorer = Scorer(loaded, resolve.load(None, ("data.max_tokens=40",), {}))
     records = [Record("a", n, "messages", row(text, "Yes.")["messages"]) for n, text in enumerate(("Why?", "y" * 80))]
