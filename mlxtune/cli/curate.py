@@ -185,11 +185,13 @@ def _score(curation: Curation, model: str, config: Config, out: Path) -> None:
 
 def _rate(curation: Curation, judge: str, rubric: Path | None, anyway: bool, allow_remote: bool, out: Path) -> None:
     from mlxtune.cli.judging import judging
+    from mlxtune.evaluate.engines.room import give_back
     from mlxtune.evaluate.judging.remembered import Remembered
     from mlxtune.make.curation import rating
 
     wanted = judging(judge, "likert", rubric, anyway, allow_remote, "", ())
     assert wanted is not None
+    give_back()  # of the model that scored
     with common.console().status("the judge rates"):
         replies = Remembered(wanted.open(), _beside(out, "judge"), wanted.identity)
         curation.notes.append(rating.require_passed(replies, wanted.rubric, anyway))

@@ -31,7 +31,9 @@ WORST_IFD = 1.0  # from here on a question makes its answer no likelier
 class Curation:
     """Rows on their way to a few of them."""
 
+    # That were read.
     files: Sequence[Path]
+    # Their rows that end with an answer, equal ones once.
     candidates: list[Candidate]
     # Rows that end with no answer.
     without: list[Record]

@@ -41,7 +41,9 @@ NOT_THERE = {
 class Kept:
     """A pair that stays, and the chunk that it is from."""
 
+    # The pair.
     pair: Pair
+    # Where it is from.
     chunk: Chunk
 
 

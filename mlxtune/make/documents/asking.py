@@ -35,7 +35,9 @@ LABEL = re.compile(r"^[\s>*#_\d.)-]*(question|answer|quote)[\s*_\d]*:[\s*_]*", r
 class Pair:
     """A question and its answer, with what shows it."""
 
+    # As the user of a row asks it.
     question: str
+    # As the assistant of a row gives it.
     answer: str
     # Said to be in the chunk.
     quote: str

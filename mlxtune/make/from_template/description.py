@@ -92,6 +92,7 @@ class Named:
 class Description:
     """A file of templates that was read."""
 
+    # In their order.
     templates: list[Template]
     # Of each slot its values, or what an engine is to name.
     slots: Mapping[str, list[Value] | Named]
