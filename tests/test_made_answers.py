@@ -52,6 +52,8 @@ GOOD: list[str | tuple[str, str]] = [
     SENTENCES,
     ("Write a form letter with placeholders for a shop.", "Dear [Customer Name], thank you for your order."),
     ("Translate to German: the drops are heavy and they fall.", "Die Tropfen sind schwer und sie fallen auf die Erde."),
+    ("What is a rake good for in my garden?", "A tool."),
+    ("What is the Chinese word for water and rain?", "水雨"),
     ("How do I write & in HTML, with an entity?", "Write &amp; in the text of the page."),
     ("What does [INST] mean in the prompt of a model?", "The mark [INST] begins what the user says to the model."),
     ("Complete this code: def add(a, b):", "```python\nComplete this code: def add(a, b):\n    return a + b\n```"),
@@ -74,8 +76,8 @@ def test_every_filter_drops_exactly_what_is_planted_for_it() -> None:
     for code, texts in PLANTED.items():
         for planted in texts:
             one = made(planted, finish="length" if code == "cut" else "stop")
+            assert wrong_with(one) == code, planted
             # An empty answer has too few words as well.
-            assert [name for name, shows in FILTERS.items() if shows(one)][0] == code, planted
             others = {name for name, shows in FILTERS.items() if shows(one)} - {code, "words"}
             assert not others, (planted, others)
     for planted in GOOD:
@@ -108,6 +110,9 @@ def chosen(suite: Suite, texts: list[str], judge: judges.Scripted | None = None)
     [
         # "1,234" may be 1234 or 1.234; both agree with "1234".
         ("number", ["It is 7.", "The answer is 1234", "#### 1,234", "8"], 1),
+        # "50%" is 50 or 0.5: two of them are one party, but between the two others it is of both.
+        ("number", ["7", "50%", "50%", "8"], 1),
+        ("number", ["7", "0.5", "50%", "50"], None),
         ("number", ["72 clips", "70", "\\boxed{72}", "70", "71"], None),  # two parties are as large
         ("number", ["1", "2", "3"], None),
         ("number", ["none", "nothing", "5"], None),  # what comes to nothing agrees with nothing

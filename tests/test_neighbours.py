@@ -93,6 +93,8 @@ def _data(here: Path) -> dict[str, Path]:
         {"messages": [{"role": "user", "content": text}], "reference": text, "checks": ["exact"]} for text in texts[:8]
     ]
     suite = tiny.write_jsonl(here / f"suite{hostile.name(9)}.jsonl", asked)
+    policy = here / f"policy{hostile.name(9)}.yaml"
+    policy.write_text(json.dumps({"persona": ALL, "forbidden": [ALL]}))
     (here / "guide.md").write_text(f"# {ALL}\n\n{ALL}\n", encoding="utf-8")
     (here / "templates.yaml").write_text(
         json.dumps({"templates": [{"user": "{x}", "assistant": ALL}], "slots": {"x": texts[:4]}})
@@ -103,6 +105,7 @@ def _data(here: Path) -> dict[str, Path]:
     return {
         "answered": tiny.write_jsonl(here / f"answered{hostile.name(9)}.jsonl", answered),
         "suite": suite,
+        "policy": policy,
         "data": data,
         "said": tiny.write_jsonl(here / f"{hostile.name(7)}.jsonl", rows),
         "table": table,
@@ -132,14 +135,6 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("data check of a table", "data", "check", *on, "--data", at["table"])
     step("data convert", "data", "convert", said, here / f"new{hostile.name(10)}.jsonl", "--drop")
     step("data convert, refused", "data", "convert", said, here / "never.jsonl")
-    curate = ("data", "curate", at["answered"], "--most-alike", "1")
-    step("data curate", *curate, *on, "--keep", "2", "--out", here / f"few{hostile.name(11)}.jsonl")
-    step("data curate --review", *curate, "--review", "--out", here / "mine.jsonl", typed=[("> ", "q\n")])
-    engine = ("--engine", at["model"], "--max-tokens", "3")
-    step("make from-documents", "make", "from-documents", here / "guide.md", *engine, "--out", here / "guided")
-    step(
-        "make from-template", "make", "from-template", here / "templates.yaml", "--count", "2", "--out", here / "filled"
-    )
     step("train --dry-run", "train", "-c", here / "values.yaml", *on, "--data", data, "--dry-run")
     for kind in ("keys", "sections"):
         step(f"unknown {kind}", "train", "-c", here / f"{kind}.yaml", *on, "--data", data)
@@ -161,6 +156,18 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     for name, out in zip(("eval --suite", "eval --suite again"), evaluations, strict=True):
         step(name, "eval", *tuned, "--suite", at["suite"], "--max-tokens", "3", "--out", out)
     step("compare", "compare", *evaluations)
+    engine = ("--engine", at["model"], "--max-tokens", "3")
+    for what, name, given in (("answers", "--prompts", "suite"), ("turns", "--from", "suite")):
+        out = here / f"{what}{hostile.name(11)}"
+        step(f"make {what}", "make", what, name, at[given], *engine, "--out", out)
+    step("make refusals", "make", "refusals", at["policy"], *engine, "--count", "1", "--out", here / "refusals")
+    step("make from-documents", "make", "from-documents", here / "guide.md", *engine, "--out", here / "guided")
+    step(
+        "make from-template", "make", "from-template", here / "templates.yaml", "--count", "2", "--out", here / "filled"
+    )
+    curate = ("data", "curate", at["answered"], "--most-alike", "1")
+    step("data curate", *curate, *on, "--keep", "2", "--out", here / f"few{hostile.name(11)}.jsonl")
+    step("data curate --review", *curate, "--review", "--out", here / "mine.jsonl", typed=[("> ", "q\n")])
     step("rate", "rate", evaluations[0], typed=[("> ", "q\n")])
     step("fuse", "fuse", *tuned, "--out", at["fused"])
     step("fuse --force", "fuse", *tuned, "--out", at["fused"], "--force", "--no-verify")
@@ -201,6 +208,9 @@ DONE = (
         "eval --suite",
         "eval --suite again",
         "compare",
+        "make answers",
+        "make turns",
+        "make refusals",
         "rate",
         "generate",
         "chat",

@@ -45,6 +45,10 @@ ELSEWHERE = {
     "test_the_result_is_printed_and_likert_is_refused",
     "mlxtune eval --model model --adapter run --benchmark": "test_benchmarks.py::"
     "test_the_command_compares_base_and_tuned_without_a_network_or_torch",
+    "mlxtune make answers": "test_make_answers.py::test_what_is_made_passes_the_check_and_trains",
+    "mlxtune make turns": "test_make_turns.py::"
+    "test_the_command_makes_turns_with_recorded_answers_and_refuses_a_base_model",
+    "mlxtune make refusals": "test_make_turns.py::test_refusals_are_capped_by_the_set_beside_which_they_will_stand",
     "mlxtune make from-documents": "test_from_documents.py::"
     "test_the_command_makes_rows_that_data_check_takes_from_a_replay",
     "mlxtune make from-template": "test_from_template.py::test_the_command_says_what_is_idle_and_shows_rows_beforehand",

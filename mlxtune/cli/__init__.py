@@ -10,12 +10,27 @@ from mlxtune_convert.cli import say_error, status_of
 from mlxtune_convert.shown import shown_name
 
 import mlxtune
-from mlxtune.cli import bench, chat, compare, convert, data, demo, doctor, evaluate, make, rate, runs, ship, train
-from mlxtune.cli.make_answers import make_answers
-from mlxtune.cli.make_from_documents import from_documents
-from mlxtune.cli.make_from_template import from_template
-from mlxtune.cli.make_refusals import make_refusals
-from mlxtune.cli.make_turns import make_turns
+from mlxtune.cli import (
+    bench,
+    chat,
+    compare,
+    convert,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    make,
+    make_answers,
+    make_from_documents,
+    make_from_template,
+    make_instructions,
+    make_refusals,
+    make_turns,
+    rate,
+    runs,
+    ship,
+    train,
+)
 from mlxtune.cli.streams import Surviving
 from mlxtune.errors import Interrupted
 from mlxtune.machine import gpu_errors
@@ -28,14 +43,14 @@ SECTIONS: dict[str, list[click.Command]] = {
     "Use": [chat.generate, chat.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],
 }
-
-MAKERS = (
-    make_answers,
-    make_turns,
-    make_refusals,
-    from_documents,
-    from_template,
-)  # the commands of `mlxtune make`, in the order of its help
+MAKERS: list[click.Command] = [  # the commands of `make`
+    make_instructions.instructions,
+    make_answers.answers,
+    make_turns.turns,
+    make_refusals.refusals,
+    make_from_documents.from_documents,
+    make_from_template.from_template,
+]
 
 
 class Sectioned(click.Group):
@@ -60,11 +75,11 @@ def cli() -> None:
     """
 
 
-for _maker in MAKERS:
-    make.make.add_command(_maker)
 for _commands in SECTIONS.values():
     for _command in _commands:
         cli.add_command(_command)
+for _maker in MAKERS:
+    make.make.add_command(_maker)
 
 
 def main(args: list[str] | None = None) -> NoReturn:

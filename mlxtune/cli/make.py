@@ -35,10 +35,10 @@ def make() -> None:
 
 
 def making_options(
-    count: int | None, max_tokens: int, temperature: float, needs_engine: bool = True
+    count: int | None, max_tokens: int, temperature: float, what: str = "rows", needs_engine: bool = True
 ) -> Callable[..., Any]:
-    """The options that every maker takes. What is given is the defaults; count None: as many as there is to make;
-    needs_engine: it is an error to name none.
+    """The options that every maker takes. What is given is the defaults; count None: as many as there is to make; what:
+    --count counts; needs_engine: it is an error to name none.
     """
     a_folder = click.Path(path_type=Path)
     of_all = "  [default: one for each that is given]" if count is None else ""
@@ -61,7 +61,7 @@ def making_options(
             type=click.IntRange(min=1),
             default=count,
             show_default=count is not None,
-            help=f"How many to keep.{of_all}",
+            help=f"How many {what} to keep.{of_all}",
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the random choices."),
         click.option(
@@ -129,22 +129,22 @@ class Wanted:
 
         return Sampling(self.max_tokens, self.temperature, seed=self.seed)
 
-    def opened(self, *others: str) -> Opened:
-        """The engine, which is not read yet. others: who else is asked, as spelled: a judge. Raises UserError for
-        options that do nothing here.
+    def opened(self, ends: Sequence[str] = ()) -> Opened:
+        """The engine, which is not read yet. ends: as `make.engine.opened` takes them. Raises UserError for options
+        that do nothing for it.
         """
         from mlxtune.evaluate.engines.opening import kind_of
         from mlxtune.make.engine import opened
 
         kind = kind_of(self.engine)
-        if self.allow_remote and "server" not in (kind, *map(kind_of, others)):
+        if self.allow_remote and kind != "server":
             raise UserError("--allow-remote has no effect here: no server is asked", "Leave it out.")
         if kind == "replay":
             for name in ("temperature", "max_tokens"):
                 if is_given(name):
                     option = f"--{name.replace('_', '-')}"
                     raise UserError(f"{option} has no effect here: the answers are recorded", "Leave it out.")
-        return opened(self.engine, self.sampling(), self.allow_remote)
+        return opened(self.engine, self.sampling(), self.allow_remote, ends)
 
     def guard(self) -> Guard:
         from mlxtune.make.guard import Guard
@@ -170,13 +170,16 @@ def is_given(name: str) -> bool:
 
 @contextmanager
 def making(wanted: Wanted, engine: Opened, identity: dict[str, Any]) -> Iterator[Making]:
-    """A making that shows how far it is, and says on Ctrl-C how to go on. identity: as `Wanted.identity` makes it."""
+    """A making that shows how far it is, and says on Ctrl-C how to go on; in a dry run one that writes nothing.
+    identity: as `Wanted.identity` makes it.
+    """
     from mlxtune.cli.suites import kept_on_stop
     from mlxtune.make.folder import Making
 
-    with common.console().status("making") as status, kept_on_stop(wanted.out):
+    out = None if wanted.dry_run else wanted.out
+    with common.console().status("making") as status, kept_on_stop(out):
         shown_so_far = Progress(wanted.count, status.update)
-        with Making(wanted.out, identity, engine, wanted.max_requests, wanted.force, shown_so_far) as one:
+        with Making(out, identity, engine, wanted.max_requests, wanted.force, shown_so_far) as one:
             yield one
 
 

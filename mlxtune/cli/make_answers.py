@@ -19,15 +19,15 @@ from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
     from mlxtune.evaluate.judging.report import Judging
-    from mlxtune.make import answers
+    from mlxtune.make.answers import WantedAnswers
     from mlxtune.make.engine import Opened
     from mlxtune.make.folder import Making
-    from mlxtune.make.prompts import Prompts
+    from mlxtune.make.given_rows import Prompts
 
 SEVERAL = Need("best_of", why="each prompt has one answer", hint="Add, say, --best-of 4.")
 ENGINES_OWN = (  # options that do nothing for a person
     *("temperature", "max_tokens", "max_requests", "allow_remote", "dry_run", "best_of", "pairs", "judge", "anyway"),
-    *("critique", "words", "seed", "run_code", "unsafe_code"),
+    *("critique", "words", "seed"),
 )
 
 
@@ -129,8 +129,8 @@ def _own_options(command: Any) -> Any:
 
 @click.command("answers", cls=Command)
 @_own_options
-@making_options(count=None, max_tokens=1024, temperature=0.7, needs_engine=False)
-def make_answers(**given: Any) -> None:
+@making_options(count=None, max_tokens=1024, temperature=0.7, what="answers", needs_engine=False)
+def answers(**given: Any) -> None:
     """Answers to given prompts, by a stronger model (distillation) or by hand.
 
     Answers are dropped that refuse, are cut, broken, copied, or in another language, hold placeholders or marks of a
@@ -144,9 +144,8 @@ def make_answers(**given: Any) -> None:
     mlxtune make answers --prompts questions.jsonl --by-hand --out made
     """
     from mlxtune.evaluate.checks.sandbox.sandbox import Programs
-    from mlxtune.make.answers import answer_requests
-    from mlxtune.make.answers import make_answers as make_them
-    from mlxtune.make.prompts import read_prompts_to_answer
+    from mlxtune.make.answers import answer_requests, make_answers
+    from mlxtune.make.given_rows import read_prompts_to_answer
 
     engine_spelled = given.pop("engine")
     wanted = Wanted.of({**given, "engine": engine_spelled or ""})
@@ -154,7 +153,7 @@ def make_answers(**given: Any) -> None:
     _require_one_who_answers(engine_spelled, own)
     with Programs(own.run_code, own.unsafe_code) as programs:
         prompts = read_prompts_to_answer(own.prompts, programs, own.system or "")
-        engine = _a_person() if own.by_hand else wanted.opened(*([own.judge] if own.judge else []))
+        engine = _a_person() if own.by_hand else _engine(wanted, own.judge)
         _require_a_choice(own, prompts, wanted, engine)
         judge = _judge(own, wanted, engine)
         asked = _asked(own, wanted, prompts, judge)
@@ -169,7 +168,7 @@ def make_answers(**given: Any) -> None:
             asked = replace(asked, judge=_admitted(judge, prompts))
         a_making = _by_hand if own.by_hand else making
         with a_making(wanted, engine, _identity(own, wanted, prompts, judge)) as one:
-            say(make_them(one, asked), one.found, wanted.as_json)
+            say(make_answers(one, asked), one.found, wanted.as_json)
 
 
 def _require_one_who_answers(engine: str | None, own: Own) -> None:
@@ -235,12 +234,12 @@ def _admitted(judge: Judging, prompts: Prompts) -> Judging:
     return found
 
 
-def _asked(own: Own, wanted: Wanted, prompts: Prompts, judge: Judging | None) -> answers.Wanted:
+def _asked(own: Own, wanted: Wanted, prompts: Prompts, judge: Judging | None) -> WantedAnswers:
     """What is wanted of the answers."""
-    from mlxtune.make import answers
+    from mlxtune.make.answers import WantedAnswers
     from mlxtune.make.critique import read_principles
 
-    return answers.Wanted(
+    return WantedAnswers(
         prompts.rows,
         wanted.count,
         samples=own.best_of or 1,
@@ -266,6 +265,15 @@ def _identity(own: Own, wanted: Wanted, prompts: Prompts, judge: Judging | None)
     if own.by_hand:
         found["by hand"] = True
     return wanted.identity("answers", **found)
+
+
+def _engine(wanted: Wanted, judge: str | None) -> Opened:
+    """Who answers. --allow-remote may be for the judge alone."""
+    from mlxtune.evaluate.engines.opening import kind_of
+
+    if judge is not None and kind_of(judge) == "server" and kind_of(wanted.engine) != "server":
+        wanted = replace(wanted, allow_remote=False)
+    return wanted.opened()
 
 
 def _a_person() -> Opened:

@@ -31,8 +31,8 @@ A_COUPLE = 3.25  # requests: a neighbour, two answers, and an eighth of a list o
     needs=Need("beside", why="a share of what is not known", hint="Name the rows: --beside DATA."),
     help="Refusals at most, as a share of the rows of DATA.",
 )
-@making_options(count=None, max_tokens=512, temperature=0.8)
-def make_refusals(policy: Path, beside: str | None, share: float, **given: Any) -> None:
+@making_options(count=None, max_tokens=512, temperature=0.8, what="refusals")
+def refusals(policy: Path, beside: str | None, share: float, **given: Any) -> None:
     """Refusals in a persona's voice, each with a harmless neighbour that is answered.
 
     POLICY.yaml says who refuses what: `persona: TEXT`, `forbidden: [{subject: TEXT, instead: TEXT, examples: [TEXT]}]`,
@@ -44,8 +44,7 @@ def make_refusals(policy: Path, beside: str | None, share: float, **given: Any) 
     mlxtune make refusals policy.yaml --engine MODEL --count 20 --out made
     """
     from mlxtune.make.policy import read_policy
-    from mlxtune.make.refusals import first_requests
-    from mlxtune.make.refusals import make_refusals as make_them
+    from mlxtune.make.refusals import first_requests, make_refusals
 
     wanted = Wanted.of(given)
     said = read_policy(policy)
@@ -60,7 +59,7 @@ def make_refusals(policy: Path, beside: str | None, share: float, **given: Any) 
         dry_run(wanted, engine, first_requests(said), round(count * A_COUPLE))
         return
     with making(wanted, engine, wanted.identity("refusals", policy=digest(policy))) as one:
-        say(make_them(one, said, count, guard), one.found, wanted.as_json)
+        say(make_refusals(one, said, count, guard), one.found, wanted.as_json)
 
 
 def _count(count: int | None, beside: str | None, share: float) -> int:

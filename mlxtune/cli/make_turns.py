@@ -23,8 +23,8 @@ from mlxtune.errors import UserError
 @click.option(
     "--turns", type=click.IntRange(2, 20), default=3, show_default=True, help="How often the user speaks in each."
 )
-@making_options(count=None, max_tokens=512, temperature=0.7)
-def make_turns(source: Path, turns: int, **given: Any) -> None:
+@making_options(count=None, max_tokens=512, temperature=0.7, what="conversations")
+def turns(source: Path, turns: int, **given: Any) -> None:
     """Conversations of several turns out of single ones.
 
     The engine plays the user: what would they say next? Then it answers, behind the very conversation that the answer
@@ -33,9 +33,8 @@ def make_turns(source: Path, turns: int, **given: Any) -> None:
     \b
     mlxtune make turns --from train.jsonl --engine MODEL --turns 3 --out made
     """
-    from mlxtune.make.prompts import read_conversations
-    from mlxtune.make.turns import first_requests
-    from mlxtune.make.turns import make_turns as make_them
+    from mlxtune.make.given_rows import read_conversations
+    from mlxtune.make.turns import first_requests, make_turns
 
     wanted = Wanted.of(given)
     conversations, digest = read_conversations(source)
@@ -50,4 +49,4 @@ def make_turns(source: Path, turns: int, **given: Any) -> None:
         dry_run(wanted, engine, first_requests(conversations, turns), requests)
         return
     with making(wanted, engine, wanted.identity("turns", rows=digest, turns=turns)) as one:
-        say(make_them(one, conversations, turns, guard, wanted.count), one.found, wanted.as_json)
+        say(make_turns(one, conversations, turns, guard, wanted.count), one.found, wanted.as_json)

@@ -17,7 +17,7 @@ from functools import cached_property
 from mlxtune.data.survey import lint
 from mlxtune.data.survey.lint import RowTexts
 from mlxtune.data.survey.refusals import refuses
-from mlxtune.evaluate.checks.languages import language_of
+from mlxtune.evaluate.checks.languages import SHORT, language_of, script_of
 from mlxtune.evaluate.checks.words import words_of
 from mlxtune.evaluate.engines.request import Answer, Messages
 
@@ -44,11 +44,11 @@ TEMPLATE = re.compile(
 )
 HTML = re.compile(r"(?i)\b(?:html|xml|svg|entit(?:y|ies)|escap)")
 A_FORM = re.compile(r"(?i)\b(?:templates?|placeholders?|fill[- ]in|boilerplate|todo|vorlage|modèle|plantilla)\b")
-A_LANGUAGE = re.compile(  # a prompt that asks for another language than its own
-    r"(?i)translat|\b(?:in|into|to) (?:english|french|german|spanish|italian|portuguese|dutch|polish|swedish|turkish"
-    r"|russian|ukrainian|chinese|japanese|korean|arabic|hindi|hebrew|greek|thai|latin)\b|übersetz|auf (?:englisch"
-    r"|deutsch|französisch|spanisch)|tradu[cizs]|en (?:anglais|inglés|français|español)|vertaal|przet[łl]umacz"
-    r"|перев[еёо]д|翻译|翻譯|翻訳|번역|çevir|terjemah|ترجم|अनुवाद"
+A_LANGUAGE = re.compile(  # a prompt that may ask for another language than its own: it names one, or translates
+    r"(?i)translat|\b(?:english|french|german|spanish|italian|portuguese|dutch|polish|swedish|turkish|russian|ukrainian"
+    r"|chinese|japanese|korean|arabic|hindi|hebrew|greek|thai|latin|language)\b|übersetz|englisch|deutsch|französisch"
+    r"|spanisch|tradu[cizs]|anglais|français|inglés|español|vertaal|engels|przet[łl]umacz|перев[еёо]д|англий|翻译|翻譯"
+    r"|英文|英语|翻訳|英語|번역|영어|çevir|terjemah|ترجم|अनुवाद"
 )
 CODE = re.compile(r"```|^\s*(?:def|class|import|from|function|const|SELECT)\b", re.MULTILINE)
 
@@ -103,11 +103,19 @@ def _copies(made: Made) -> bool:
 
 
 def _changes_language(made: Made) -> bool:
-    """Only where both languages can be told."""
-    if A_LANGUAGE.search(made.question):
+    """Only where both languages can be told. Another script shows it; else each text needs some words: "A tool." would
+    be Portuguese, in which "a" is common.
+    """
+    asked, said = made.question, made.answer.text
+    if A_LANGUAGE.search(asked):
         return False
-    asked, said = language_of(made.question), language_of(made.answer.text)
-    return bool(asked and said) and asked != said
+    scripts = script_of(asked), script_of(said)
+    if all(scripts) and scripts[0] != scripts[1]:
+        return True
+    if min(len(words_of(asked)), len(words_of(said))) <= SHORT:
+        return False
+    languages = language_of(asked), language_of(said)
+    return all(languages) and languages[0] != languages[1]
 
 
 def _has_placeholder(made: Made) -> bool:

@@ -21,7 +21,7 @@ from mlxtune.make.answer_filters import MOST_WORDS, Made, wrong_with
 from mlxtune.make.best_of import Narrowed, best_of, contests, kinds_of, narrowed
 from mlxtune.make.by_hand import Leaves
 from mlxtune.make.critique import critique_prompt, finds_nothing, revision_prompt
-from mlxtune.make.folder import PAIRS, VERDICTS, Failed, Making, Rejected, Row, Spent, Yield
+from mlxtune.make.folder import PAIRS, UNASKED, VERDICTS, Failed, Making, Rejected, Row, Spent, Yield
 from mlxtune.make.guard import Guard
 from mlxtune.make.judged import verdicts_on
 
@@ -29,7 +29,7 @@ PORTION = 64  # prompts that are asked about at a time: many enough to fill batc
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedAnswers:
     """What is wanted of the answers."""
 
     # The prompts, with their checks.
@@ -89,7 +89,7 @@ class Decided:
         return [draft.answer for draft in self.drafts]
 
 
-def make_answers(making: Making, wanted: Wanted) -> dict[str, Any]:
+def make_answers(making: Making, wanted: WantedAnswers) -> dict[str, Any]:
     """Ask, choose, and write the files of the making. Returns its document."""
     decided: list[Decided] = []
     total = len(wanted.rows) if wanted.count is None else min(wanted.count, len(wanted.rows))
@@ -110,13 +110,20 @@ def make_answers(making: Making, wanted: Wanted) -> dict[str, Any]:
             if one is not None and len(decided) < total:
                 decided.append(one)
                 making.counted = len(decided)
+    if len(decided) < total:
+        stopped = stopped or making.spent
     pairs = _keep_the_best(making, wanted, decided)
-    if wanted.pairs:
+    if wanted.pairs and making.out is not None:
         with new_file(making.out / PAIRS, force=True) as file:
             for pair in pairs:
                 file.write(json_text(pair) + "\n")
     document = making.finish(Yield("answers", total), stopped)
-    return {**document, "pairs": len(pairs)} if wanted.pairs else document
+    thoughts = sum(bool(answer.thought) for one in decided for answer in one.answers)
+    if thoughts:
+        document["notes"].append(f"{thoughts} answers came after a thought: rows have the answer, the journal both")
+    if wanted.pairs:
+        document["pairs"] = len(pairs)
+    return document
 
 
 def answer_requests(rows: Sequence[SuiteRow], samples: int) -> list[Request]:
@@ -124,14 +131,14 @@ def answer_requests(rows: Sequence[SuiteRow], samples: int) -> list[Request]:
     return [Request(row.id, row.messages, None, sample) for row in rows for sample in range(samples)]
 
 
-def _portions(wanted: Wanted) -> Iterator[Sequence[SuiteRow]]:
+def _portions(wanted: WantedAnswers) -> Iterator[Sequence[SuiteRow]]:
     """Of a person one prompt is asked at a time: they may leave after any."""
     size = 1 if wanted.by_hand else PORTION
     for first in range(0, len(wanted.rows), size):
         yield wanted.rows[first : first + size]
 
 
-def _may_be_asked(making: Making, wanted: Wanted, row: SuiteRow) -> bool:
+def _may_be_asked(making: Making, wanted: WantedAnswers, row: SuiteRow) -> bool:
     """Whether a prompt is asked at all; one that is not is rejected."""
     if row.tools:
         making.reject(Rejected({"id": row.id, "messages": row.messages}, "tools"))
@@ -142,15 +149,20 @@ def _may_be_asked(making: Making, wanted: Wanted, row: SuiteRow) -> bool:
     return why is None
 
 
-def _drafts(making: Making, wanted: Wanted, rows: Sequence[SuiteRow]) -> list[Draft]:
+def _drafts(making: Making, wanted: WantedAnswers, rows: Sequence[SuiteRow]) -> list[Draft]:
     """The answers to some prompts, revised where that is wanted. What the engine failed at is not there. Raises Spent
     where nothing may be asked any more.
     """
     by_id = {row.id: row for row in rows}
     if not rows:
         return []
-    answers = making.ask(answer_requests(rows, wanted.samples))
-    drafts = [Draft(by_id[one.id], one, one) for one in answers if isinstance(one, Answer)]
+    drafts = []
+    for one in making.ask(answer_requests(rows, wanted.samples)):
+        row = by_id[one.id]
+        if isinstance(one, Answer):
+            drafts.append(Draft(row, one, one))
+        elif one.why != UNASKED:
+            making.reject(Rejected({"id": row.id, "sample": one.sample, "messages": row.messages}, "failed", one.why))
     return _revised(making, wanted.principles, drafts) if wanted.principles else drafts
 
 
@@ -194,7 +206,7 @@ def _follow_ups(
     return [None if isinstance(one, Failed) else one for one in making.ask(requests)]
 
 
-def _decided(making: Making, wanted: Wanted, row: SuiteRow, drafts: Sequence[Draft]) -> Decided | None:
+def _decided(making: Making, wanted: WantedAnswers, row: SuiteRow, drafts: Sequence[Draft]) -> Decided | None:
     """What is left of a prompt's answers after filters, checks and their agreement; None where nothing is."""
     good = []
     for draft in drafts:
@@ -207,7 +219,7 @@ def _decided(making: Making, wanted: Wanted, row: SuiteRow, drafts: Sequence[Dra
         return None
     if wanted.by_hand:
         return Decided(row, good, Narrowed("a person", [0], []))
-    found = narrowed(row, [draft.answer for draft in good], wanted.judge is not None)
+    found = narrowed(row, [draft.answer for draft in good], wanted.judge is not None, wanted.samples > 1)
     if found.left:
         return Decided(row, good, found)
     for place, draft in enumerate(good):
@@ -215,7 +227,7 @@ def _decided(making: Making, wanted: Wanted, row: SuiteRow, drafts: Sequence[Dra
     return None
 
 
-def _wrong_with(wanted: Wanted, draft: Draft) -> str:
+def _wrong_with(wanted: WantedAnswers, draft: Draft) -> str:
     """The reason why an answer is not kept; "" for a good one. What a person wrote is good where it is anything."""
     if wanted.by_hand:
         return "" if draft.answer.text.strip() else "skipped"
@@ -224,17 +236,18 @@ def _wrong_with(wanted: Wanted, draft: Draft) -> str:
     return wrong_with(made)
 
 
-def _keep_the_best(making: Making, wanted: Wanted, decided: Sequence[Decided]) -> list[dict[str, Any]]:
+def _keep_the_best(making: Making, wanted: WantedAnswers, decided: Sequence[Decided]) -> list[dict[str, Any]]:
     """Keep the best answer to each prompt, reject the others. Returns the rows of pairs.jsonl."""
     verdicts = None
-    if wanted.judge is not None:
+    if wanted.judge is not None and making.out is not None:
+        making.let_go()
         asked = [pair for one in decided for pair in contests(one.row, one.answers, one.found.left)]
         verdicts = verdicts_on(wanted.judge, asked, making.out / VERDICTS)
     pairs = []
     for one in decided:
         best = best_of(one.row, one.answers, one.found, verdicts)
         chosen = one.drafts[best.place]
-        made = making.made([one.row.id], **best.scores)
+        made = making.made([one.row.id], "", **best.scores)
         if wanted.samples > 1:
             made["chosen by"] = best.how
         made |= chosen.parents
@@ -245,7 +258,7 @@ def _keep_the_best(making: Making, wanted: Wanted, decided: Sequence[Decided]) -
         if best.worse is not None:
             worse = one.drafts[best.worse]
             shown_by = "checks" if best.worse in one.found.failing else "judge"
-            made = {**making.made([one.row.id], **best.scores), "shown by": shown_by}
+            made = {**making.made([one.row.id], "", **best.scores), "shown by": shown_by}
             both = {"chosen": [_said(chosen)], "rejected": [_said(worse)]}
             pairs.append({"prompt": one.row.messages, **both, "made": made})
     return pairs

@@ -18,6 +18,7 @@ judge prefers the best one in both orders. That it is in the minority shows noth
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -61,8 +62,10 @@ def can_decide(row: SuiteRow) -> bool:
     return any(not check.graded for check in row.checks)
 
 
-def narrowed(row: SuiteRow, answers: Sequence[Answer], has_judge: bool) -> Narrowed:
-    """What the row's checks and the answers' agreement leave. answers: at least one; has_judge: one decides after."""
+def narrowed(row: SuiteRow, answers: Sequence[Answer], has_judge: bool, of_several: bool = True) -> Narrowed:
+    """What the row's checks and the answers' agreement leave. answers: at least one; has_judge: one decides after;
+    of_several: more than one was asked for, so that they can agree.
+    """
     passing: list[int] = []
     failing: list[int] = []
     is_checked = False
@@ -76,9 +79,9 @@ def narrowed(row: SuiteRow, answers: Sequence[Answer], has_judge: bool) -> Narro
     if is_checked:
         how = "tests" if TESTS in kinds_of(row) else "checks"
         counts = {"passed": len(passing), "of": len(answers)}
-    counted = [check for check in row.checks if check.rule.meanings is not None]
+    can_agree = of_several and any(check.rule.meanings is not None for check in row.checks)
     is_alone_right = is_checked and len(passing) == 1
-    if not counted or is_alone_right:
+    if not can_agree or is_alone_right:
         return Narrowed(how, passing, failing, scores=counts)
     agreeing = majority(row, [answers[place] for place in passing])
     if agreeing:
@@ -94,25 +97,20 @@ def narrowed(row: SuiteRow, answers: Sequence[Answer], has_judge: bool) -> Narro
 
 
 def majority(row: SuiteRow, answers: Sequence[Answer]) -> list[int]:
-    """The places of the answers that agree with the most others, itself counted; [] where fewer than LEAST_VOTES do, or
-    where another party is as large.
+    """The places of the answers that come to what most of them come to; [] where fewer than LEAST_VOTES do, or where
+    another party is as large.
 
-    Answers agree where each check that can tell reads one meaning in common.
+    "1,234" may be 1234 or 1.234, and is of both parties: with "1234" beside it, the first has two answers, the second
+    one.
     """
     readers = [check.rule.meanings for check in row.checks if check.rule.meanings is not None]
-    meant = [[reader(answer, row) for reader in readers] for answer in answers]
-    parties = []
-    for one in meant:
-        with_it = []
-        for place, other in enumerate(meant):
-            if all(mine & theirs for mine, theirs in zip(one, other, strict=True)):
-                with_it.append(place)
-        parties.append(with_it)
-    largest = max(parties, key=len)
-    if len(largest) < LEAST_VOTES:
-        return []
-    rivals = [party for party in parties if len(party) == len(largest) and not set(party) & set(largest)]
-    return [] if rivals else largest
+    parties: dict[tuple[str, ...], list[int]] = {}  # what is meant, by each check that can tell -> who means it
+    for place, answer in enumerate(answers):
+        for meant in itertools.product(*(reader(answer, row) for reader in readers)):
+            parties.setdefault(meant, []).append(place)
+    largest = max(parties.values(), key=len, default=[])
+    has_rival = any(len(party) == len(largest) and party != largest for party in parties.values())
+    return [] if has_rival or len(largest) < LEAST_VOTES else largest
 
 
 def contests(row: SuiteRow, answers: Sequence[Answer], left: Sequence[int]) -> Iterator[Pair]:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlxtune.data.rows.readers import whole_text
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.request import Messages
 from mlxtune.evaluate.judging.judge import as_text
@@ -27,14 +28,7 @@ NOTHING = re.compile(r"\W*nothing\W*", re.IGNORECASE)  # the reply that finds no
 
 def read_principles(file: Path) -> list[str]:
     """The principles of a file, one a line; empty lines and those that begin with # are none. Raises UserError."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(
-            f"--critique {file}: {error.strerror}", "Name a text file of principles, one a line."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--critique {file}: not a text file (invalid UTF-8 at byte {error.start})") from error
+    text = whole_text(file, "--critique")
     lines = [line.strip() for line in text.splitlines()]
     found = [line for line in lines if line and not line.startswith("#")]
     if not found:
@@ -65,7 +59,8 @@ def revision_prompt(principles: Sequence[str], question: Messages, answer: str, 
     told = (
         "Below are a request, an answer to it, and what is wrong with that answer. Write the answer anew so that it "
         f"keeps to these principles:\n{_numbered(principles)}\n\n"
-        "Reply with the new answer alone, as if it were the first: do not speak of the old one or of the criticism."
+        "Reply with the new answer alone, in the language of the request, as if it were the first: do not speak of the "
+        "old one or of the criticism."
     )
     texts = [f"Request:\n{as_text(question)}", f"Answer:\n{answer}", f"What is wrong with it:\n{critique}"]
     return _prompt([told, *texts])

@@ -34,6 +34,7 @@ import mlxtune
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.journal import Files, Journal
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
+from mlxtune.evaluate.engines.room import give_back
 from mlxtune.make.card import card
 from mlxtune.make.engine import Opened
 from mlxtune.make.reasons import REASONS
@@ -42,6 +43,7 @@ MARK, JOURNAL, TRAIN, REJECTED, CARD = "making.json", "journal.jsonl", "train.js
 PAIRS, VERDICTS = "pairs.jsonl", "judge.jsonl"
 FILES = Files(MARK, JOURNAL, "", "making", "Choose another --out, or add --force to begin anew.")
 OURS = (MARK, JOURNAL, TRAIN, REJECTED, CARD, PAIRS, VERDICTS, FILES.new)
+UNASKED = "not asked: --max-requests"  # why there is no answer beyond that number
 PATIENCE = 2  # batches in a row that an engine may refuse; with one more it is gone
 
 
@@ -114,8 +116,8 @@ def nothing(making: Making) -> None:
 class Making:
     """One making in a folder. Raises UserError for a folder that holds something else."""
 
-    # The folder.
-    out: Path
+    # The folder; None: nothing is written, and what is asked is forgotten (a dry run).
+    out: Path | None
     # What decides it beside the engine: "how" is the maker's name; JSON. Not how much is wanted, which may grow.
     identity: dict[str, Any]
     # Who answers.
@@ -132,6 +134,8 @@ class Making:
     rejected: list[Rejected] = field(default_factory=list)
     # Requests so far, those without an answer included.
     requests: int = 0
+    # Those that were not asked: `most_requests` were.
+    unasked: int = 0
     # Those without an answer, by what was said of them.
     failures: Counter[str] = field(default_factory=Counter)
     # How many of what --count counts are kept so far, where the maker counts others than rows.
@@ -140,7 +144,7 @@ class Making:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.force:
+        if self.force and self.out is not None:
             _clear(self.out)
         whole = {**self.identity, "engine": self.engine.identity, "mlxtune": mlxtune.__version__}
         self._journal = Journal(self.out, whole, FILES)
@@ -168,13 +172,22 @@ class Making:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def spent(self) -> str:
+        """Why requests were not asked, for people; "" where all were."""
+        return f"--max-requests {self.most_requests} are asked" if self.unasked else ""
+
     def close(self) -> None:
         """Let other processes have the folder."""
         self._journal.close()
 
-    def made(self, parents: Sequence[str] = (), **scores: float) -> dict[str, Any]:
-        """Where a row comes from. parents: the ids of what it was made from; scores: what was measured of it."""
+    def made(self, parents: Sequence[str] = (), id: str = "", **scores: float) -> dict[str, Any]:
+        """Where a row comes from. parents: the ids of what it was made from; id: its own, where others may be made of
+        it; scores: what was measured of it.
+        """
+        named = {"id": id} if id else {}
         return {
+            **named,
             "how": self.identity["how"],
             "engine": self.engine.name,
             "parents": list(parents),
@@ -198,13 +211,14 @@ class Making:
             if count == 0:
                 break
             done += self._answered(side, rest[:count])
+        self.unasked += len(requests) - len(done)
         if requests and not done:
-            raise Spent(f"--max-requests {self.most_requests} are asked")
+            raise Spent(self.spent)
         found: list[Answer | Failed] = []
         for request, one in zip(requests, done, strict=False):
             found.append(one if isinstance(one, Answer) else Failed(request.id, request.sample, one))
         for request in requests[len(done) :]:
-            found.append(Failed(request.id, request.sample, "not asked: --max-requests"))
+            found.append(Failed(request.id, request.sample, UNASKED))
         return found
 
     def _may_ask(self, side: str, wanted: int) -> int:
@@ -239,6 +253,11 @@ class Making:
             self._opened = self.engine()
         return self._opened
 
+    def let_go(self) -> None:
+        """Forget the engine: another model needs its memory. It is read again where more is asked."""
+        self._opened = None
+        give_back()
+
     def keep(self, row: Row) -> None:
         self.rows.append(row)
 
@@ -249,6 +268,7 @@ class Making:
         """Write train.jsonl, rejected.jsonl and card.md, each whole. stopped: why there is less than was wanted.
         Returns what came of it, as --json prints it.
         """
+        assert self.out is not None
         for name, written in ((REJECTED, self.rejected), (TRAIN, self.rows)):
             with new_file(self.out / name, force=True) as file:
                 for one in written:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.config.yaml_text import parse_yaml
+from mlxtune.data.rows.readers import whole_text
 from mlxtune.errors import UserError, did_you_mean
 
 KEYS = ("persona", "system", "forbidden")  # of a policy
@@ -43,12 +44,7 @@ class Policy:
 
 def read_policy(file: Path) -> Policy:
     """Raises UserError, which names what is wrong."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}", "Name the YAML file of a policy.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not a text file (invalid UTF-8 at byte {error.start})") from error
+    text = whole_text(file, "POLICY")
     found = _mapping(parse_yaml(text, str(file)).value, KEYS, str(file))
     persona = _text(found, "persona", str(file))
     if not persona:

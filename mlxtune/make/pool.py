@@ -29,6 +29,7 @@ class Pool:
     """Texts, to which a new one is compared. They are numbered from 0, as they came."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
+        self.texts: list[str] = []
         self._words: list[np.ndarray] = []  # of each text, as numbers
         self._lengths = _Numbers()  # of each text, in words
         self._numbers: dict[str, int] = {}  # of each word that some text has, from 0
@@ -38,13 +39,14 @@ class Pool:
             self.add(text)
 
     def __len__(self) -> int:
-        return len(self._words)
+        return len(self.texts)
 
     def add(self, text: str) -> None:
         words = [self._numbers.setdefault(word, len(self._numbers)) for word in words_of(text)]
         for word, count in Counter(words).items():
             for earlier in range(count):
-                self._having.setdefault((word, earlier), _Numbers()).add(len(self._words))
+                self._having.setdefault((word, earlier), _Numbers()).add(len(self))
+        self.texts.append(text)
         self._words.append(np.array(words, np.int64))
         self._lengths.add(len(words))
 

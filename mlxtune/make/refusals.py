@@ -200,15 +200,15 @@ def _refuse(policy: Policy, couple: Couple) -> str:
     instead = f" Offer this instead: {couple.subject.instead}." if couple.subject.instead else ""
     return (
         f"{policy.persona}\n\nYou do not help with this: {couple.subject.name}. Reply to the message below in your own "
-        f"voice, in one to three sentences: say that you cannot help with it, without a lecture.{instead} Reply with "
-        f"that alone.\n\nMessage:\n{couple.request}"
+        "voice and in its language, in one to three sentences: say that you cannot help with it, without a lecture."
+        f"{instead} Reply with that alone.\n\nMessage:\n{couple.request}"
     )
 
 
 def _help(policy: Policy, couple: Couple) -> str:
     return (
-        f"{policy.persona}\n\nReply to the message below in your own voice. It is harmless: help with it. Reply with "
-        f"that alone.\n\nMessage:\n{couple.neighbour}"
+        f"{policy.persona}\n\nReply to the message below in your own voice and in its language. It is harmless: help "
+        f"with it. Reply with that alone.\n\nMessage:\n{couple.neighbour}"
     )
 
 

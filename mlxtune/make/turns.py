@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlxtune.evaluate.checks.overlap import rouge_l
-from mlxtune.evaluate.engines.request import Answer, Request
+from mlxtune.evaluate.engines.request import Request
 from mlxtune.evaluate.judging.judge import as_text
 from mlxtune.make.answer_filters import Made, wrong_with
-from mlxtune.make.folder import Making, Rejected, Row, Spent, Yield
+from mlxtune.make.folder import UNASKED, Failed, Making, Rejected, Row, Spent, Yield
+from mlxtune.make.given_rows import Conversation
 from mlxtune.make.guard import Guard
-from mlxtune.make.prompts import Conversation
 
 PORTION = 64  # conversations that go on together: many enough to fill batches
 SAME = 0.7  # ROUGE-L to what the user said before, above which it is said again
@@ -88,6 +88,8 @@ def make_turns(
                 making.keep(Row(one.messages, making.made([one.id], turns_added=one.added)))
         if stopped:
             break
+    if len(making.rows) < total:
+        stopped = stopped or making.spent
     return making.finish(Yield("conversations", total), stopped)
 
 
@@ -140,8 +142,8 @@ def _ask(making: Making, growing: Sequence[Growing], guard: Guard) -> None:
     """Add the next words of the user to each."""
     requests = [turn_request(one.id, one.turns + 1, one.messages) for one in growing]
     for one, said in zip(growing, making.ask(requests), strict=True):
-        if not isinstance(said, Answer):
-            one.is_good = False
+        if isinstance(said, Failed):
+            _lose(making, one, said)
             continue
         text = SPEAKER.sub("", said.text).strip().strip('"“”').strip()
         reason, detail = wrong_with(Made(one.messages, replace(said, text=text), LEAST, MOST)), ""
@@ -161,10 +163,17 @@ def _answer(making: Making, growing: Sequence[Growing]) -> None:
         asked = [{"role": message["role"], "content": message["content"]} for message in one.messages]
         requests.append(Request(f"answer {one.turns} of {one.id}", asked))
     for one, said in zip(growing, making.ask(requests), strict=True):
-        if not isinstance(said, Answer):
-            one.is_good = False
+        if isinstance(said, Failed):
+            _lose(making, one, said)
             continue
         _add(making, one, "assistant", said.text.strip(), wrong_with(Made(one.messages, said)), "")
+
+
+def _lose(making: Making, one: Growing, failed: Failed) -> None:
+    """A conversation in which a request has no answer goes no further."""
+    one.is_good = False
+    if failed.why != UNASKED:
+        making.reject(Rejected({"id": one.id, "messages": one.messages}, "failed", failed.why))
 
 
 def _add(making: Making, one: Growing, role: str, text: str, reason: str, detail: str) -> None:
