@@ -26,7 +26,7 @@ from typing import Any
 import click
 
 from mlxtune.demo.story import FOLDERS
-from mlxtune.train.run_folder import ADAPTERS, BEFORE_SAVING
+from mlxtune.train.run_folder import ADAPTERS, BEFORE_SAVING, PAGE_FILE
 
 Picture = dict[Path, tuple[int, ...]]
 RUN_FILES = (*BEFORE_SAVING, *ADAPTERS)
@@ -97,6 +97,8 @@ def outputs(words: list[str], folder: Path) -> list[Output]:
         found += [Output(run, RUN_FILES) for run in out] or [Output(folder / "runs", ("*",))]
     elif name == "demo":
         found += [Output(folder / given.get("out", "demo"), FOLDERS)]
+    elif name == "report" and not out and isinstance(given.get("run"), str):
+        found += [Output(folder / given["run"], (PAGE_FILE,))]
     elif name == "rate":
         found += [Output(folder / str(first), ("ratings.*.jsonl",)) for first in (given.get("evaluations") or ())[:1]]
     elif name == "chat" and isinstance(given.get("log"), str):

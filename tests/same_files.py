@@ -32,8 +32,8 @@ SPOKEN = (
 )
 # How training goes is drawn by the clock; what the lines say is in events.jsonl.
 DRAWN = re.compile(r"step \d+/\d+ ")
-# A file of which each revision may have its own.
-UNSEEN = {".lock"}
+# Files of which each revision may have its own; what the page of a run shows is in its events.jsonl.
+UNSEEN = {".lock", "report.html"}
 
 
 def parts(path: Path, root: Path) -> Parts:

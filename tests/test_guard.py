@@ -95,6 +95,8 @@ def test_the_guard_sees_what_is_left_in_a_home_among_temporary_files_and_in_the_
         ("train --model theirs", ["runs/2026-01-01-theirs/config.yaml"]),
         ("train --out run --set data.cache=kept", [f"kept/{'a' * 32}/ids.bin"]),
         ("verify theirs --model theirs", ["theirs/verification.json"]),
+        ("report theirs", ["theirs/report.html"]),
+        ("report theirs --out page.html", ["page.html"]),
         ("demo --out d", ["d/model/config.json", "d/gguf/base.gguf"]),
         ("data convert theirs/file rows.jsonl", ["rows.jsonl"]),
         ("eval --model theirs --suite s.jsonl --out evals/e", ["evals/e/answers.jsonl", "evals/e/summary.json"]),
@@ -115,7 +117,7 @@ def test_every_output_of_a_command_is_known_to_the_guard() -> None:
     """By the names that its options and arguments have; a new one must find its way into `guard.outputs`."""
     writing = {" ".join(path): {one.name for one in command.params} for path, command in COMMANDS.items()}
     known = {name for name, given in writing.items() if given & {"out", "dst"} or name in ("verify", "rate")}
-    assert known == {"convert", "data convert", "train", "eval", "rate", "fuse", "export", "verify", "demo"}
+    assert known == {"convert", "data convert", "train", "eval", "rate", "fuse", "export", "verify", "demo", "report"}
 
 
 def greedy(path: Path) -> None:

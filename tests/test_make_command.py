@@ -11,22 +11,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import guard
 import pytest
 import tiny
 from made import Scripted, Talking, lines, opened
 
+from mlxtune.cli import main
+from mlxtune.cli.make import Progress
 from mlxtune.make.filters import Limits
-from mlxtune.make.folder import Making
+from mlxtune.make.folder import OURS, Making
 from mlxtune.make.guard import Guard
 from mlxtune.make.instructions import SelfInstruct
 from mlxtune.make.prompts import MORE
+from mlxtune.make.reasons import REASONS
 from mlxtune.make.seeds import read_seeds
 
 WORDS = re.findall(
     r"\w+",
     "river window garden winter stone letter mountain kitchen engine teacher colour market island bridge paper silver"
     " breakfast village number history weather music journey language planet forest station harbour village summer"
-    " morning question answer reason picture circle shadow thunder candle pocket button ladder basket helmet",
+    " morning question answer reason feather circle shadow thunder candle pocket button ladder basket helmet",
 )
 TASKS = (
     *("Tell a short story of two brothers.", "Why is the sea salty at all?", "Sum up this book."),
@@ -131,6 +135,26 @@ def test_engines_with_the_same_answers_make_the_same_rows_but_for_their_names(
     assert rows("replayed") == (served, {"replay:journal.jsonl"}) and rows("scripted") == (served, {"scripted"})
 
 
+def test_a_making_that_may_ask_no_more_ends_well_says_so_and_goes_on_when_it_may(seeds: Path, tmp_path: Path) -> None:
+    engine = Scripted(lambda request: says(request.messages[-1]["content"]))
+    with Making(tmp_path / "first", {"how": "instructions"}, opened(engine)) as one:
+        SelfInstruct(one, read_seeds(seeds), Limits(), Guard(), 3, 0).run(5)
+    line = words(seeds, f"replay:{tmp_path / 'first' / 'journal.jsonl'}", tmp_path / "made", "--at-once", "3")
+    told = tiny.done(*line, "--count", "5", "--max-requests", "20").stdout
+    assert "20 requests" in told and "5 of 5 instructions kept" in told and "stopped" not in told
+    told = tiny.done(*line, "--count", "6", "--max-requests", "20").stdout
+    assert "5 of 6 instructions kept" in told and "stopped: --max-requests 20 is spent" in told
+    told = tiny.done(*line, "--count", "6").stdout
+    assert "27 requests" in told and "6 of 6 instructions kept" in told
+
+
+def test_progress_tells_the_rate_of_this_process_and_the_time_left() -> None:
+    one = Progress(100, print)
+    assert one.line(14, 4, 20, 8.0) == "20 of 100 kept, 14 requests, 30 a minute"
+    assert one.line(40, 30, 45, 60.0) == "45 of 100 kept, 40 requests, 30 a minute, 2:12 left"
+    assert Progress(None, print).line(3, 3, 1, 60.0) == "1 kept, 3 requests, 3 a minute"
+
+
 def test_what_is_made_passes_the_check_of_data_and_trains(
     seeds: Path, server: Talking, mlx_model: Path, tmp_path: Path
 ) -> None:
@@ -162,7 +186,7 @@ def test_a_base_model_goes_on_with_a_list(seeds: Path, hf_model: Path, tmp_path:
         (base / name).write_bytes((hf_model / name).read_bytes())
     tiny.make_plain_tokenizer(base)
     dry = tiny.done(*words(seeds, base, tmp_path / "out", "--max-tokens", "2", "--at-once", "1", "--dry-run")).stdout
-    assert "Come up with a series of tasks:\n1. " in dry and dry.splitlines()[-2] == "9."
+    assert "Come up with a series of tasks:\n1. " in dry and dry.splitlines()[-3] == "9."
 
 
 @pytest.mark.parametrize(
@@ -173,15 +197,39 @@ def test_a_base_model_goes_on_with_a_list(seeds: Path, hf_model: Path, tmp_path:
         (("--allow-remote",), ("--allow-remote has no effect here",)),
         (("--seeds", "text.jsonl"), ("line 1: a seed is a question with its answer",)),
         (("--seeds", "twice.jsonl"), ("several seeds have the id a",)),
+        (("--seeds", "other.jsonl"), ("other.jsonl line 1: ", "A seed is a row with instruction and")),
+        (("--dry-run", "--force"), ("--force has no effect with --dry-run",)),
         (("--avoid", "nothing"), ("no data file nothing",)),
         (("--engine", "http://example.com/v1"), ("example.com is another machine", "--allow-remote")),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(
-    seeds: Path, tmp_path: Path, more: tuple[str, ...], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    seeds: Path,
+    tmp_path: Path,
+    more: tuple[str, ...],
+    expected: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny.write_jsonl(tmp_path / "text.jsonl", [{"text": "Once upon a time."}])
     tiny.write_jsonl(tmp_path / "twice.jsonl", [{**seed, "id": "a"} for seed in SEEDS])
+    tiny.write_jsonl(tmp_path / "other.jsonl", [{"quest": "Why?", "reply": "So."}])
     answers = tiny.write_jsonl(tmp_path / "answers.jsonl", [{"id": "round 1 prompt 1", "text": "x"}])
-    tiny.refused(tmp_path / "made", *words(seeds, f"replay:{answers}", tmp_path / "made", *more), expected=expected)
+    with pytest.raises(SystemExit) as ended:
+        main(words(seeds, f"replay:{answers}", tmp_path / "made", *more))
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("rror: ") == 1 and all(text in said for text in expected), said
+    tiny.nothing_written(tmp_path / "made")
+
+
+def test_the_page_on_making_shows_commands_and_reasons_that_there_are() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "making.md").read_text(encoding="utf-8")
+    lines_of_page = re.findall(r"^(mlxtune .*)$", page, re.MULTILINE)
+    assert len(lines_of_page) == 6
+    for line in lines_of_page:
+        name, given = guard.parsed(line.split())
+        assert given, line  # click refuses it
+        assert name
+    assert set(re.findall(r"Many `(.*?)`", page)) <= set(REASONS)
+    assert set(re.findall(r"`made/(\S+?)`", page)) <= set(OURS)

@@ -11,11 +11,11 @@ from made import CUT, Scripted, lines, making, reasons
 
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.request import Request
+from mlxtune.make import filters
 from mlxtune.make.filters import Limits
 from mlxtune.make.guard import Guard
 from mlxtune.make.instructions import SelfInstruct
 from mlxtune.make.prompts import MORE
-from mlxtune.make.reasons import REASONS
 from mlxtune.make.seeds import Example, Seed, languages
 
 SEEDS = [
@@ -65,6 +65,8 @@ EXAMPLES: dict[str, list[tuple[str, str, str]]] = {
     "Объясни, почему небо голубое.": [("", f"Look here: {GUARDED}", "guarded")],
 }
 LABELLED = "Judge whether the reply is polite or rude."
+# Codes that take more than one text, or an answer, to tell.
+OTHERS = ("near duplicate", "guarded", "cut", "unparseable", "no instance", "duplicate", "contradiction")
 UNREADABLE = "¿Qué hora es en Tokio cuando es mediodía?"  # examples of it come in no form
 LOST = ("Объясни, почему небо голубое.", UNREADABLE)  # without an example that is left
 
@@ -129,7 +131,7 @@ def test_each_filter_drops_exactly_its_planted_rows(tmp_path: Path) -> None:
         *("I cannot think of any.", UNREADABLE),
         *["I cannot think of any."] * 9,  # of the rounds after it
     ]
-    assert set(rejected) == set(REASONS) - {"failed"}
+    assert set(rejected) == {*filters.INSTRUCTION, *filters.EXAMPLE, *OTHERS}
     rows = lines(tmp_path / "train.jsonl")
     assert sorted({row["messages"][0]["content"].split("\n\n")[0] for row in rows}) == sorted(kept)
     assert document["kept"] == len(kept) == 5 and "3 rounds" in document["stopped"]

@@ -61,7 +61,9 @@ def furnished(work: Path, hf_model: Path) -> dict[str, Path]:
     thesis.write_text("theirs")
     here = project(work / hostile.name(0), outside)
     at = {"here": here, "outside": outside, "theirs": project(here / f"theirs{hostile.name(1)}", outside)}
-    at |= {name: here / f"{name}{hostile.name(2)}" for name in ("model", "run", "fused", "peft", "hf", "adapter")}
+    at |= {
+        name: here / f"{name}{hostile.name(2)}" for name in ("model", "run", "fused", "peft", "hf", "adapter", "made")
+    }
     at |= {name: here / f"{name}{hostile.name(3)[:60]}.gguf" for name in ("tuned", "lora")}
     at |= {name: shutil.copytree(hf_model, here / f"{name}{hostile.name(4)}") for name in ("hf", "broken", "refusing")}
     tiny.lose_a_tensor(at["broken"])
@@ -102,10 +104,14 @@ def _data(here: Path) -> dict[str, Path]:
     answered = [
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in texts
     ]
+    items = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
     return {
         "answered": tiny.write_jsonl(here / f"answered{hostile.name(9)}.jsonl", answered),
         "suite": suite,
         "policy": policy,
+        "answers": tiny.write_jsonl(
+            here / f"answers{hostile.name(12)}.jsonl", [{"id": "round 1 prompt 1", "text": items}]
+        ),
         "data": data,
         "said": tiny.write_jsonl(here / f"{hostile.name(7)}.jsonl", rows),
         "table": table,
@@ -135,6 +141,9 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("data check of a table", "data", "check", *on, "--data", at["table"])
     step("data convert", "data", "convert", said, here / f"new{hostile.name(10)}.jsonl", "--drop")
     step("data convert, refused", "data", "convert", said, here / "never.jsonl")
+    made = ("make", "instructions", "--seeds", data / "train.jsonl", "--engine", f"replay:{at['answers']}")
+    step("make instructions", *made, "--max-requests", "1", "--at-once", "1", "--out", at["made"])
+    step("make into theirs", *made, "--out", theirs, "--force")
     step("train --dry-run", "train", "-c", here / "values.yaml", *on, "--data", data, "--dry-run")
     for kind in ("keys", "sections"):
         step(f"unknown {kind}", "train", "-c", here / f"{kind}.yaml", *on, "--data", data)
@@ -147,6 +156,8 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         (run / "checkpoints" / name).write_text("theirs")
     step("train --resume", "train", "--resume-anyway", "--out", run, "--set", "train.steps=3")
     step("runs", "runs", here)
+    step("report", "report", run)
+    step("report into theirs", "report", run, "--out", theirs / "config.yaml")
     step("eval", "eval", *tuned)
     step("generate", "generate", *tuned, "--prompt", ALL, "--max-tokens", "200", "--temperature", "5")
     step("a template's refusal", "generate", "--model", at["refusing"], "--prompt", ALL[:400])
@@ -181,6 +192,7 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("convert an adapter", "convert", at["peft"], at["adapter"], "--base", at["model"])
     step("bench, refused", "bench", *on, "--data", data, "--pairs", "5")
     step("doctor", "doctor")
+    step("config", "config", "-c", here / "values.yaml")
     step("demo over theirs", "demo", *on, "--out", at["demo"], "--force")
     step("no such model", "generate", "--model", ALL, "--prompt", "x")
     step("no such data", "data", "check", *on, "--data", ALL)
@@ -193,17 +205,27 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 REFUSED = (
     *("convert what is broken", "data check of a table", "data convert, refused", "unknown keys", "unknown sections"),
-    *("train into theirs", "a template's refusal", "fuse over theirs", "demo over theirs", "no such model"),
+    *(
+        "train into theirs",
+        "make into theirs",
+        "report into theirs",
+        "a template's refusal",
+        "fuse over theirs",
+        "demo over theirs",
+        "no such model",
+    ),
     *("bench, refused", "no such data", "no such command", "no such option", "no such choice", "no such key"),
 )
 DONE = (
     *("convert", "data show", "data show --json", "data check", "data check of a folder", "data convert"),
     *("data curate", "data curate --review", "make from-documents", "make from-template"),
+    "make instructions",
     *(
         "train --dry-run",
         "train",
         "train --resume",
         "runs",
+        "report",
         "eval",
         "eval --suite",
         "eval --suite again",
@@ -217,7 +239,16 @@ DONE = (
         "fuse",
         "fuse --force",
     ),
-    *("export peft", "export hf", "export gguf", "export gguf-lora", "verify", "convert an adapter", "doctor"),
+    *(
+        "export peft",
+        "export hf",
+        "export gguf",
+        "export gguf-lora",
+        "verify",
+        "convert an adapter",
+        "doctor",
+        "config",
+    ),
 )
 STOPPED = ("train, Ctrl-C",)
 OF_ROWS = ("data show", "data curate --review")  # prints what people wrote, lines and all

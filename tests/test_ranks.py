@@ -131,6 +131,8 @@ def test_two_processes_compute_the_losses_of_one(
     assert len((tmp_path / "two" / "events.jsonl").read_text().splitlines()) == len(
         (one / "events.jsonl").read_text().splitlines()
     )
+    pages = [(run / "report.html").read_text() for run in (one, tmp_path / "two")]
+    assert ["was tuned for 8 steps in 2 processes." in page for page in pages] == [False, True]
 
 
 def test_a_run_whose_second_process_died_is_resumed_by_one_process(
@@ -161,6 +163,8 @@ def test_a_run_of_one_process_is_resumed_by_two(alone: dict[tuple[str, ...], Pat
     said = two(tmp_path, "train", "--resume", "--out", str(run))
     assert "step-0000008 is incomplete" in said and "resumed after step 6" in said, said
     np.testing.assert_allclose(losses(run), losses(one), rtol=1e-5)
+    again = "The run went on after step 6 though it had reached step 8: steps 7 to 8 were done again"
+    assert again in (run / "report.html").read_text() and again not in (one / "report.html").read_text()
 
 
 def test_processes_with_different_rows_are_refused(mlx_model: Path, data: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import page_readers
 import pytest
 import tiny
 
@@ -185,6 +186,10 @@ def test_the_demo_tells_the_whole_story_on_any_model(hf_model: Path, tmp_path: P
     for name in ("peft/", "hf/", "gguf/base.", "gguf/tuned."):
         report = json.loads((tmp_path / "demo" / f"{name}verification.json").read_text())
         assert report["verdict"] == "passed"
+    page = (tmp_path / "demo" / "run" / "report.html").read_text(encoding="utf-8")
+    assert len(page.encode()) <= 300_000 and page_readers.faults(page) == []
+    exports = {one["name"]: one["proof"]["verdict"] for one in page_readers.record(page)["exports"]}
+    assert exports.keys() >= {"peft", "hf", "gguf/base.gguf", "gguf/tuned.gguf"} and set(exports.values()) == {"passed"}
     again = tiny.mlxtune("demo", "--model", hf_model, "--out", tmp_path / "demo")
     tiny.one_clear_line(again, "already exists")
 

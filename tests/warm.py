@@ -279,7 +279,7 @@ def _serve(control: socket.socket) -> None:
 
     import mlxtune.cli  # noqa: F401  # first, as in the command: it chooses what MLX multiplies with
 
-    for name in ("train.run", "bench", "demo.story", "adapter.peft", "ship.export"):
+    for name in ("train.run", "bench", "demo.story", "adapter.peft", "ship.export", "report.written"):
         __import__(f"mlxtune.{name}")
     import peft  # noqa: F401
     import torch  # noqa: F401

@@ -30,7 +30,12 @@ def demo(model: str | None, out: Path, steps: int | None, force: bool) -> None:
     """
     from mlxtune.cli.comparison_table import draw
     from mlxtune.cli.display import Display
+    from mlxtune.cli.run_page import refresh_page, with_page
     from mlxtune.demo import story
+    from mlxtune.train.run_folder import PAGE_FILE
 
     console = common.console()
-    story.tell(model, out, steps, force, console, Display(console), draw)
+    run = out / "run"
+    story.tell(model, out, steps, force, console, with_page(Display(console), run, "end"), draw)
+    refresh_page(run)  # once more: there are exports now
+    console.print(f"  {run / PAGE_FILE}  # the page of the run: open it in a browser", soft_wrap=True)

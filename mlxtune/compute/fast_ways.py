@@ -60,11 +60,14 @@ def _without_one(way: Way) -> list[tuple[Way, bool]]:
     return ways
 
 
+HEAD_ON_FEW = "the head on supervised tokens only"
+
+
 def describe(way: Way) -> str:
     """For people: what a way leaves out."""
     short_cuts = []
     if way.split is not None:
-        short_cuts.append("the head on supervised tokens only")
+        short_cuts.append(HEAD_ON_FEW)
     if way.prefix:
         short_cuts.append(f"the shared prefix of {way.prefix} tokens and what else rows share once")
     elif way.prefix == 0:

@@ -213,6 +213,11 @@ class TrainSection(Section):
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="where the numbers go as well: tensorboard, wandb, trackio"
     )
+    report: Literal["end", "evaluations", "off"] = Field(
+        "end",
+        description="when RUN/report.html, the page of the run, is written: at the end, however the run ends; after "
+        "each evaluation too; or never",
+    )
     keep_awake: Literal["auto", "off"] = Field("auto", description="auto: a Mac does not go to sleep while training")
     rank_minutes: float = Field(
         10.0,

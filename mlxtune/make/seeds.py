@@ -20,6 +20,7 @@ from mlxtune.evaluate.checks.languages import language_of
 
 COMMON_SHARE = 0.1  # of the seeds that are in a language, for it to be one of the seeds' languages
 FALLBACK = "en"  # where no seed tells its language
+HINT = "A seed is a row with instruction and instances, instruction and output, or messages: mend it, or remove it."
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,9 @@ def read_seeds(path: Path) -> list[Seed]:
     """The tasks of a file, each once. Raises UserError for rows that cannot be read, and for those without a question
     and its answer.
     """
-    bad: list[Bad] = []
-    rows: dict[int, list[Record]] = {}  # a row of several examples is as many records
-    total = 0
-    for record in read(path):
-        total += 1
-        if isinstance(record, Bad):
-            bad.append(record)
-        else:
-            rows.setdefault(record.row, []).append(record)
-    require_good(bad, total)
     seeds: dict[str, Seed] = {}  # by text
     ids: Counter[str] = Counter()
-    for records in rows.values():
+    for records in _rows(path):
         seed = _seed(records)
         seeds.setdefault(seed.text, seed)
         ids[seed.id] += 1
@@ -72,6 +63,27 @@ def read_seeds(path: Path) -> list[Seed]:
             f"{path}: several seeds have the id {twice[0]}", "Made rows name their seeds: give each its own."
         )
     return list(seeds.values())
+
+
+def _rows(path: Path) -> list[list[Record]]:
+    """The rows of a file; one of several examples is as many records. Raises UserError, with a hint for seeds: that of
+    training names its settings.
+    """
+    bad: list[Bad] = []
+    rows: dict[int, list[Record]] = {}
+    total = 0
+    try:
+        for record in read(path):
+            total += 1
+            if isinstance(record, Bad):
+                bad.append(record)
+            else:
+                rows.setdefault(record.row, []).append(record)
+        require_good(bad, total)
+    except UserError as error:
+        hint = HINT if "data." in error.hint or "data check" in error.hint else error.hint
+        raise UserError(error.message, hint) from error
+    return list(rows.values())
 
 
 def _seed(records: Sequence[Record]) -> Seed:

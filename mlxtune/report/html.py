@@ -64,6 +64,19 @@ def joined(*children: Child) -> Html:
     return Html("".join(_flat(children)))
 
 
+def prose(text: str) -> Html:
+    """A sentence in which what stands between two backquotes is code: "see `mlxtune eval`"."""
+    parts = text.split("`")
+    last = len(parts) - 1  # one that opens and is not closed stands as it is
+    out: list[Child] = []
+    for at, part in enumerate(parts):
+        if at % 2 == 0:
+            out.append(part)
+        else:
+            out.append(tag("code", part) if at < last else f"`{part}")
+    return joined(out)
+
+
 def document(root: Html) -> str:
     """A whole document. root: its html element."""
     return f"<!DOCTYPE html>\n{root}\n"
@@ -82,7 +95,7 @@ def script_json(id: str, value: Any) -> Html:
     Numbers that are not finite are null. What JSON need not escape and HTML must is written by number: a text may hold
     "</script>" or "<!--".
     """
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(for_json(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Html(f'<script type="application/json" id="{escaped(id)}">{NOT_IN_JSON.sub(_by_unit, text)}</script>')
 
 
@@ -109,14 +122,14 @@ def _checked(name: str) -> str:
     return name
 
 
-def _finite(value: Any) -> Any:
-    """The same value for JSON, which has no NaN: None stands for it. Keys become texts."""
+def for_json(value: Any) -> Any:
+    """The same value for JSON, which has no NaN and no infinity: None stands for them. Keys become texts."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(one) for key, one in value.items()}
+        return {str(key): for_json(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [for_json(one) for one in value]
     return value
 
 

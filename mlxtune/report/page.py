@@ -14,6 +14,7 @@ from mlxtune.report.html import Html, document, raw_style, script_json, tag
 from mlxtune.report.style import SHEET, SHEET_HASH
 
 POLICY = f"default-src 'none'; style-src '{SHEET_HASH}'; base-uri 'none'; form-action 'none'"
+OURS = tag("meta", name="generator", content="mlxtune")  # by which a page is known as one that may be replaced
 FRESH_SECONDS = 2  # how often a served page is read again
 
 
@@ -42,6 +43,7 @@ def page(title: str, lead: Html, sections: Sequence[Section], record: Mapping[st
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="referrer", content="no-referrer"),
+        OURS,
         tag("meta", http_equiv="refresh", content=FRESH_SECONDS) if live else None,
         tag("title", title),
         raw_style(SHEET),

@@ -118,7 +118,12 @@ def read_run(folder: Path) -> RunRecord:
     warnings: list[str] = []
     config = _config(run, warnings)
     history = _history(run, warnings)
-    record = RunRecord(folder, config, history.events, runs.state_of(run, history.events), warnings, history.taken_back)
+    try:
+        state = runs.state_of(run, history.events)
+    except KeyError:
+        state = "unreadable"
+        warnings.append(f"The last event of {EVENTS_FILE} does not say how the run ended.")
+    record = RunRecord(folder, config, history.events, state, warnings, history.taken_back)
     warnings += _missing_places(record)
     return record
 

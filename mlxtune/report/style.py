@@ -102,7 +102,7 @@ mark,.learnt{background:var(--learnt);color:var(--ink)}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:.75rem}
 figure{margin:1.25rem 0}
 .plot{overflow-x:auto}
-svg.drawing{display:block;width:100%;min-width:26rem;max-width:52rem;height:auto}
+svg.drawing{display:block;width:100%;min-width:26rem;max-width:46rem;height:auto}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1.25rem;list-style:none;margin:.25rem 0;padding:0;font-size:.875rem}
 .legend svg{vertical-align:middle;margin-right:.4rem}
 svg text{fill:var(--ink);font:13px system-ui,-apple-system,"Segoe UI",sans-serif}
@@ -113,7 +113,7 @@ svg .label{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejo
 .frame{stroke:var(--dim);stroke-width:1;fill:none}
 .line{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 .dashed{stroke-dasharray:7 5}.dotted{stroke-dasharray:1 5}
-.faint{stroke-width:1;opacity:.55}
+.faint{stroke-width:1;opacity:.7}
 .points{stroke-width:7}
 .mark{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:3 3;fill:none}
 .ring{stroke:var(--ink);stroke-width:2;fill:none}

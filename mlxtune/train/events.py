@@ -2,12 +2,13 @@
 
 An event is a dictionary with its `kind`:
 
-    begin        also of a resumed run: `step` is where it goes on, `computed` the way in words; `steps`, `model`
+    begin        also of a resumed run: `step` is where it goes on, `computed` the way in words; `steps`, `model`;
+                 `seconds` that the preparation took; and what the run is made of, as `provenance.of_job` says it
     train        one optimizer step, with the numbers of `StepFunction`: among them `tokens` of its rows, and
                  `computed_tokens`, the positions that went through the model: fewer where rows share, more by padding
     eval         `loss` and `tokens` of the validation rows after `step`, `samples`, and a suite's `checks`, without
-                 those that applied to no answer; `cut`: how many of its answers were cut
-    checkpoint   `step`, and the `path` of its folder in RUN
+                 those that applied to no answer; `cut`: how many of its answers were cut; `seconds` of it all
+    checkpoint   `step`, the `path` of its folder in RUN, and the `seconds` that saving took
     note         `text`: something that a person must know
     end          `state`: finished, interrupted or failed; after `step`
 

@@ -25,7 +25,7 @@ MAY_CHANGE = (
     *("train.steps", "train.epochs", "train.patience", "train.eval_every", "train.sample_prompts", "train.save_every"),
     *("train.save_minutes", "train.keep_last", "train.on_nonfinite", "train.on_oom", "train.memory_limit"),
     "train.trunk_cache",
-    *("train.loggers", "train.keep_awake", "train.rank_minutes"),
+    *("train.loggers", "train.report", "train.keep_awake", "train.rank_minutes"),
 )
 # Places: what lies there is compared instead.
 MAY_MOVE = ("model.path", "data.path", "data.cache", "lora.start_from")

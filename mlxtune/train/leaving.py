@@ -8,6 +8,7 @@ inside a computation for good.
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +32,14 @@ class Leaving:
     def save(self) -> None:
         """A checkpoint of the last whole state, unless there is one."""
         if self.job.ranks.first:
-            self._tell_saved(self.whole.save(), self.whole.state)
+            began = time.perf_counter()
+            self._tell_saved(self.whole.save(), self.whole.state, time.perf_counter() - began)
 
-    def _tell_saved(self, folder: Path | None, state: State) -> None:
-        """folder: of the new checkpoint; None: there is no new one."""
+    def _tell_saved(self, folder: Path | None, state: State, seconds: float) -> None:
+        """folder: of the new checkpoint; None: there is no new one. seconds: that saving took."""
         if folder is not None:
             path = folder.relative_to(self.job.folder.path)
-            self.events.emit("checkpoint", step=state.step, path=str(path))
+            self.events.emit("checkpoint", step=state.step, path=str(path), seconds=seconds)
 
     def keep_adapter(self) -> None:
         """Leave the last adapter in the run folder, unless the best one is already there, or nothing was trained."""
@@ -72,16 +74,17 @@ class Leaving:
         if stop.step:
             fate = "lasts too long" if stop.overdue else "is lost"
             stopped = f"stopped inside step {stop.step}, which {fate}"
-        folder = None
+        folder, began = None, time.perf_counter()
         try:
             folder = self.whole.save()
             self.keep_adapter()
         except Exception as error:  # nothing above this thread would report it
             reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             stopped += f"; step {state.step} could not be saved ({reason})"
+        seconds = time.perf_counter() - began
 
         def tell() -> None:
-            self._tell_saved(folder, state)
+            self._tell_saved(folder, state, seconds)
             self.events.emit("note", text=f"{stopped}; {self._how_to_go_on(self.job.folder.has_checkpoint())}")
             self.events.emit("end", step=state.step, state="interrupted")
 

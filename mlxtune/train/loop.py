@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -156,6 +157,7 @@ class _Loop:
         """Score the current adapter and keep it when it is the best so far. A signal leaves the state as it was:
         whoever resumes evaluates first.
         """
+        began = time.perf_counter()
         try:
             with self.stop.in_evaluation():
                 scored = self.job.evaluation.score(self._between_batches)
@@ -171,7 +173,7 @@ class _Loop:
         if samples.cut:
             fields["cut"] = samples.cut
         self._tell_once(samples.notes)
-        self.events.emit("eval", **fields)
+        self.events.emit("eval", **fields, seconds=time.perf_counter() - began)
         self._reach(self._evaluated(scored.loss, self._deciding(samples)))
 
     def _tell_once(self, notes: Sequence[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +16,7 @@ from mlxtune.compute import fast_ways
 from mlxtune.config.paths import with_absolute_paths
 from mlxtune.config.resolve import Config
 from mlxtune.machine import backend, surroundings
-from mlxtune.train import events, loggers, loop
+from mlxtune.train import events, loggers, loop, provenance
 from mlxtune.train.checkpoint import Saved, State
 from mlxtune.train.evaluation import suite_of
 from mlxtune.train.events import Events, Listener, nobody
@@ -77,6 +79,7 @@ class _Run:
         self.anyway = anyway  # though keys that may change did
         self.stack = stack  # what ends with the run
         self.notes: list[str] = []  # what a person must know; said when the run has begun
+        self.began = time.perf_counter()  # when the preparation began, in seconds
 
     def train(self, local: LocalOnly) -> State:
         """The story: look, read, prepare, agree, begin. local: for what the hub is not asked."""
@@ -167,9 +170,23 @@ class _Run:
         before = _way_before(folder)
         if saved and before not in ("", way):
             self.notes.append(f"up to here the run was computed otherwise ({before}): the last bits may differ")
-        log.emit("begin", step=step, steps=job.plan.steps, model=config.model.path, computed=way)
+        seconds = time.perf_counter() - self.began
+        log.emit(
+            "begin",
+            step=step,
+            steps=job.plan.steps,
+            model=config.model.path,
+            computed=way,
+            seconds=seconds,
+            **provenance.of_job(job),
+        )
         if saved:
             self.notes.append(f"resumed after step {step}")
+            if step >= job.plan.steps:
+                self.notes.append(
+                    "this run is finished: nothing is left to train. To train it longer: mlxtune train --resume-anyway "
+                    f"--out {shlex.quote(str(folder.path))} with --steps or --epochs"
+                )
         for text in self.notes:
             note(text)
         log.emit("start", steps=job.plan.steps, eval_every=config.train.eval_every)

@@ -8,6 +8,7 @@
     RUN/checkpoints/             step-0000100/ and so on, and best/ (`checkpoint`)
     RUN/.lock                    held by the process that trains; also the mark of a run's folder (`lock`)
     RUN/tensorboard, RUN/wandb   what loggers write
+    RUN/report.html              the page of the run, which `mlxtune train` and `mlxtune report` write
 
 A run that saved nothing leaves no folder. What others put into the folder of a run is never removed.
 """
@@ -36,6 +37,7 @@ from mlxtune.train.checkpoint import Saved
 CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"
 LOCK_FILE = ".lock"
+PAGE_FILE = "report.html"
 CHECKPOINTS = "checkpoints"
 # All that a run writes before it saved anything.
 BEFORE_SAVING = (
@@ -47,6 +49,7 @@ BEFORE_SAVING = (
     CHECKPOINTS,
     "tensorboard",
     "wandb",
+    PAGE_FILE,
 )
 ADAPTERS = (adapter_files.ADAPTER_FILE, adapter_files.OWN_FILE)
 

@@ -19,10 +19,13 @@ from mlxtune.data.survey.refusals import refuses
 SHORT_WORDS = 3  # an answer of fewer words is very short
 LONG_CHARACTERS = 200  # from this length on an answer is expected to end like a sentence
 PROSE_CHARACTERS = 40  # a last line beyond this length is prose, not a heading or an item
+# Of a password that is assigned, all before it is in the group `assigned`. What may be long, as the parts of a web
+# token, begins where none can have begun before: else a long text is searched once more from each beginning.
 SECRETS = re.compile(
     r"AKIA[0-9A-Z]{16}|gh[pousr]_\w{36}|github_pat_\w{30,}|\bsk-[A-Za-z0-9_-]{20,}|AIza[\w-]{35}|xox[baprs]-[\w-]{10,}"
-    r"|\bhf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
-    r"|(?i:\b(?:password|passwd|api_key|secret_key)\b\s*[=:]\s*['\"][^'\"\s]{8,}['\"])"
+    r"|\bhf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|(?<![\w-])eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
+    r"|(?P<assigned>(?i:\b(?:password|passwd|api_key|secret_key)\b)['\"]?\s*[=:]\s*['\"])[^'\"\s]{8,}['\"]"
 )
 # Each part has a longest length, and begins where no part can have begun before: else a long text without a match is
 # searched once more from each of its letters.

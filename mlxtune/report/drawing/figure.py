@@ -6,6 +6,7 @@ in words; the eye finds the same in the caption.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,8 @@ from mlxtune.report.drawing.scale import Scale
 from mlxtune.report.html import Child, Html, tag
 from mlxtune.report.style import CURVES
 
-WIDTH, HEIGHT = 640, 290
-LEFT, RIGHT, TOP, BOTTOM = 72, 624, 26, 246  # where the axes are
+WIDTH, HEIGHT = 560, 280
+LEFT, RIGHT, TOP, BOTTOM = 64, 548, 26, 236  # where the axes are
 LINE = 16  # from one line of text to the next
 LONGEST = 44  # letters of a label inside a drawing
 
@@ -58,19 +59,19 @@ def text(content: str, x: float, y: float, class_: str | None = None) -> Html:
     return tag("text", content, x=number(x), y=number(y), class_=class_)
 
 
-def path(steps: str, class_: str, **attributes: str) -> Html:
-    return tag("path", d=steps, class_=class_, **attributes)
+def path(steps: str, class_: str) -> Html:
+    return tag("path", d=steps, class_=class_)
 
 
-def axes(across: Scale, up: Scale | None, x: str, y: str) -> list[Html]:
-    """The frame of a plot with its grid and numbers. up: None where only `across` has any."""
+def axes(across: Scale, up: Scale, x: str, y: str) -> list[Html]:
+    """The frame of a plot with its grid and numbers. x, y: what the axes count."""
     out = []
-    for value, label in across.ticks(7):
+    for value, label in across.ticks(6):
         place = across.place(value)
         grid = path(f"M{number(place)} {TOP}V{BOTTOM}", "grid")
         out.append(tag("g", grid, text(label, place, BOTTOM + LINE, "middle"), class_="tick"))
-    for value, label in up.ticks(5) if up else ():
-        place = up.place(value) if up else 0.0
+    for value, label in up.ticks(5):
+        place = up.place(value)
         grid = path(f"M{LEFT} {number(place)}H{RIGHT}", "grid")
         out.append(tag("g", grid, text(label, LEFT - 6, place + 4, "end"), class_="tick"))
     out.append(path(f"M{LEFT} {TOP}V{BOTTOM}H{RIGHT}", "frame"))
@@ -82,7 +83,8 @@ def axes(across: Scale, up: Scale | None, x: str, y: str) -> list[Html]:
 def marks(wanted: Sequence[Mark], across: Scale, up: Scale) -> list[Html]:
     """Marks and their names; each name on a line of its own, so that no two stand in one place."""
     out = []
-    for at, mark in enumerate(wanted):
+    drawable = [mark for mark in wanted if math.isfinite(mark.x or 0.0) and math.isfinite(mark.y or 0.0)]
+    for at, mark in enumerate(drawable):
         line = TOP + LINE * (at + 1) - 2
         if mark.x is None:
             height = up.place(mark.y or 0.0)
@@ -91,14 +93,14 @@ def marks(wanted: Sequence[Mark], across: Scale, up: Scale) -> list[Html]:
             continue
         place = across.place(mark.x)
         is_left = place < (LEFT + RIGHT) / 2
-        beside, side = (place + 6, "label") if is_left else (place - 6, "label end")
+        side = "label" if is_left else "label end"  # the name goes where there is room
         if mark.y is None:
             out.append(path(f"M{number(place)} {TOP}V{BOTTOM}", "mark"))
-            out.append(text(mark.name, beside, line, side))
+            out.append(text(mark.name, place + 6 if is_left else place - 6, line, side))
         else:
             height = up.place(mark.y)
             out.append(tag("circle", cx=number(place), cy=number(height), r=6, class_="ring"))
-            out.append(text(mark.name, beside + (4 if is_left else -4), height - 8, side))
+            out.append(text(mark.name, place, max(height - 3 * LINE / 2, TOP + LINE), side))
     return out
 
 

@@ -9,12 +9,12 @@ from typing import Literal
 
 from mlxtune.report.drawing import figure
 from mlxtune.report.drawing.figure import BOTTOM, LEFT, LINE, RIGHT, TOP, WIDTH, Mark, number, path, text
-from mlxtune.report.drawing.scale import LARGEST, Scale, fitted
+from mlxtune.report.drawing.scale import LARGEST, SMALLEST, Scale, fitted
 from mlxtune.report.drawing.thinning import Point, thinned
 from mlxtune.report.html import Html, tag
 
 ROW = 30  # of a plot of intervals
-NAMES = 230  # where the names of intervals end
+NAMES = 190  # where the names of intervals end
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ def curves(title: str, x: str, y: str, lines: Sequence[Line], marks: Sequence[Ma
     content += figure.marks(marks, across, up)
     if not any(_is_drawn(value, log) for value in ys):
         content.append(text("no number that could be drawn", (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2, "middle"))
-    said = [_said(line, x) for line in lines] + [_said_mark(mark) for mark in marks]
-    return figure.figure(title, " ".join(said), content, figure.legend(entries))
+    said = [_said(line, x) for line in lines] + [_said_mark(mark, x) for mark in marks]
+    says_more = len(entries) > 1 or [name.lower() for _, name in entries] != [title.lower()]
+    return figure.figure(title, " ".join(said), content, figure.legend(entries) if says_more else None)
 
 
 def histogram(title: str, x: str, bins: Sequence[tuple[float, float, int]], marks: Sequence[Mark] = ()) -> Html:
@@ -77,13 +78,13 @@ def histogram(title: str, x: str, bins: Sequence[tuple[float, float, int]], mark
     if total:
         low, high, count = max(bins, key=lambda one: one[2])
         said += f" Most, {count:,}, are from {low:,.4g} to {high:,.4g}."
-    return figure.figure(title, " ".join([said, *(_said_mark(mark) for mark in marks)]), content)
+    return figure.figure(title, " ".join([said, *(_said_mark(mark, x) for mark in marks)]), content)
 
 
 def intervals(title: str, x: str, rows: Sequence[Interval]) -> Html:
     """Values with their intervals, one below the other, around a line at 0. x: what they count, with its unit."""
     bottom = TOP + ROW * len(rows)
-    right = RIGHT - 150
+    right = RIGHT - 160
     across = fitted([0.0, *(end for row in rows for end in (row.low, row.high))], NAMES + 12, right)
     content: list[Html] = []
     for value, label in across.ticks(4):
@@ -137,7 +138,7 @@ def _steps(points: Sequence[Point], across: Scale, up: Scale, is_apart: bool) ->
 
 
 def _is_drawn(value: float, log: bool) -> bool:
-    return math.isfinite(value) and (value > 0 or not log)
+    return math.isfinite(value) and (value >= SMALLEST or not log)
 
 
 def _said(line: Line, x: str) -> str:
@@ -156,6 +157,8 @@ def _said(line: Line, x: str) -> str:
     )
 
 
-def _said_mark(mark: Mark) -> str:
-    places = [f"{name} {value:,.6g}" for name, value in (("x", mark.x), ("y", mark.y)) if value is not None]
+def _said_mark(mark: Mark, x: str) -> str:
+    """A mark in a sentence. x: what the axis counts."""
+    places = [] if mark.x is None else [f"{x} {mark.x:,.6g}"]
+    places += [] if mark.y is None else [f"{mark.y:,.6g}"]
     return f"{mark.name}: {', '.join(places)}."
