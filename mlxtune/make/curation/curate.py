@@ -113,7 +113,7 @@ class Curation:
                 f"{len(chosen.kept):,} rows are kept, not {wanted.keep:,}: no others are good and unlike these"
             )
         if chosen.below:
-            notes.append(f"{chosen.below:,} of the rows are of the worse half of their kind: there were not enough")
+            notes.append(f"{chosen.below:,} of the rows are among the worse ones of their kind: others were not enough")
         kinds = {one.kind for one in chosen.kept}
         if len(kinds) < KINDS:
             notes.append(

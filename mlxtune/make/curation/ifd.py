@@ -34,7 +34,7 @@ from mlxtune.evaluate.score import losses_of_each, split_for
 from mlxtune.make.curation.losses import Losses
 from mlxtune.model.load import Loaded
 
-AT_ONCE = 256  # rows whose tokens are in memory at once; sorted by length, so that little is padded
+AT_ONCE = 64  # rows that are tokenized, computed and kept at once; sorted by length, so that little is padded
 PROBES = ("x", "Why is the sky blue?")  # questions that have nothing in common
 
 
