@@ -29,11 +29,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for what is computed")
     parser.add_argument("--count", type=int, default=800, help="rows to choose of")
     parser.add_argument("--keep", type=int, default=150)
+    parser.add_argument("--most-letters", type=int, help="of a row: take shorter ones alone, for a slow machine")
     parser.add_argument("--valid", type=int, default=64, help="rows to be compared on")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], help="settings of both runs")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    rows = _rows(given.rows, given.count + given.valid)
+    rows = _rows(given.rows, given.count + given.valid, given.most_letters)
     mixed = _spoiled(rows[: given.count])
     _write(given.work / "mixed.jsonl", mixed)
     began = time.perf_counter()
@@ -41,7 +42,7 @@ def main() -> None:
     print(f"curation: {time.perf_counter() - began:.0f} s, {json.dumps(report['after'])}")
     chosen = [json.loads(line) for line in (given.work / "curated.jsonl").read_text(encoding="utf-8").splitlines()]
     chance = random.Random(1).sample(mixed, given.keep)
-    print("| 150 rows | spoiled | held-out loss |\n| --- | --- | --- |")
+    print(f"| {given.keep} rows | spoiled | held-out loss |\n| --- | --- | --- |")
     losses = {}
     for name, some in (("by data curate", chosen), ("by chance", chance)):
         data = given.work / name.replace(" ", "-")
@@ -52,11 +53,13 @@ def main() -> None:
     _draw_scores(given)
 
 
-def _rows(file: Path, count: int) -> list[dict[str, Any]]:
-    found = []
+def _rows(file: Path, count: int, most_letters: int | None) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
+            if most_letters is not None and len(row["question"]) + len(row["answer"]) > most_letters:
+                continue
             said = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
             found.append({"messages": said})
             if len(found) == count:

@@ -121,6 +121,15 @@ def test_a_row_of_which_nothing_fits_has_no_score(loaded: Loaded) -> None:
     assert found[0] is not None and found[1] is None
 
 
+def test_a_template_that_takes_no_plain_answer_is_one_clear_line(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", "{{ raise_exception('only in rhymes') }}")
+    with pytest.raises(UserError, match="only in rhymes") as raised:
+        Scorer(loaded, resolve.load(None, (), {}))
+    assert "data.template" in raised.value.hint
+
+
 def test_kinds_have_equal_shares_above_a_bar_and_the_best_come_first() -> None:
     some = [candidate(n, "explain") for n in range(20)] + [candidate(n, "compare") for n in range(20, 40)]
     some += [candidate(n, "translate") for n in range(40, 43)]

@@ -30,6 +30,7 @@ from mlxtune.data.chat.renderer import Renderer, by_record
 from mlxtune.data.dataset.batches import in_order
 from mlxtune.data.dataset.measured import ListedExamples
 from mlxtune.data.rows.formats import Record
+from mlxtune.errors import UserError
 from mlxtune.evaluate.score import losses_of_each, split_for
 from mlxtune.make.curation.losses import Losses
 from mlxtune.model.load import Loaded
@@ -42,7 +43,9 @@ class Scorer:
     """Scores rows by one model."""
 
     def __init__(self, loaded: Loaded, config: Config) -> None:
-        """config: its data section says how rows are rendered. Raises UserError for a model without a chat template."""
+        """config: its data section says how rows are rendered. Raises UserError for a model without a chat template, or
+        with one that refuses a plain question and answer.
+        """
         self.loaded = loaded
         self.config = config
         section = config.data.model_copy(update={"train_on": "last", "expand_turns": "auto"})
@@ -103,7 +106,10 @@ class Scorer:
             messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]
             (row,) = self.renderer.uncut().rows([Record("", 1, "messages", messages)])
             if row.example is None:
-                raise RuntimeError(f"a plain question and its answer give no example: {row.dropped}")
+                raise UserError(
+                    f"{self.loaded.path}: its chat template takes no plain question and answer ({row.dropped})",
+                    "Take another model, or name a template: --set data.template=chatml.",
+                )
             ids = list(row.example.ids)
             prompts.append(ids[: int(np.flatnonzero(row.example.mask)[0])])
         one, other = prompts
