@@ -8,17 +8,14 @@ from __future__ import annotations
 import ast
 import re
 import sys
-import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import annotated_types
 import click
 from pydantic.fields import FieldInfo
 
 from mlxtune.cli import SECTIONS, cli
+from mlxtune.config.described import allowed_in_words
 from mlxtune.config.resolve import Config, recipe_names
 from mlxtune.config.schema import Section, SourceSection
 from mlxtune.evaluate.checks.kinds import KINDS
@@ -42,40 +39,6 @@ EXIT_STATUS = """# Commands
 What `mlxtune COMMAND --help` prints. Exit status: 0 done; 2 something that you can mend, told in one line; 1 a fault of
 mlxtune; 129, 130 and 143: stopped by a signal, after saving."""
 
-# How Python's names of types read in a table.
-TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", dict: "mapping"}
-# What pydantic knows of a number's limits, in signs.
-SIGNS = (
-    (annotated_types.Gt, "gt", ">"),
-    (annotated_types.Ge, "ge", ">="),
-    (annotated_types.Lt, "lt", "<"),
-    (annotated_types.Le, "le", "<="),
-)
-
-
-def type_in_words(annotation: Any) -> str:
-    """`Literal["all"] | int` -> "`all` or integer"."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
-    if origin is typing.Annotated:
-        return type_in_words(arguments[0]) + limits_in_words(arguments[1:])
-    if origin in (typing.Union, types.UnionType):  # of which None means "not given", as the empty default says
-        return " or ".join(type_in_words(part) for part in arguments if part is not type(None))
-    if origin is list:
-        return f"list of {type_in_words(arguments[0])}"
-    if origin is dict:
-        return "mapping"
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return "sources"
-    return TYPE_NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def limits_in_words(metadata: typing.Iterable[Any]) -> str:
-    """[Ge(1), Lt(5)] -> " >= 1 and < 5"."""
-    found = [f"{sign} {getattr(one, name)}" for one in metadata for kind, name, sign in SIGNS if isinstance(one, kind)]
-    return " " + " and ".join(found) if found else ""
-
 
 def default_in_words(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
@@ -89,7 +52,7 @@ def default_in_words(field: FieldInfo) -> str:
 def rows_of(prefix: str, section: type[Section]) -> Iterator[str]:
     """One line of a Markdown table for each key of a section."""
     for name, field in section.model_fields.items():
-        kind = type_in_words(field.annotation) + limits_in_words(field.metadata)
+        kind = allowed_in_words(field)
         default = "" if field.is_required() else default_in_words(field)
         cells = [f"`{prefix}{name}`", kind, default, field.description or ""]
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -192,9 +155,9 @@ columns: {question: prompt, answer: completion}   # the file's name of a column:
 ```
 
 HumanEval's own file, MT-Bench's `question.jsonl` and BFCL's rows are read as suites, too. `eval --turns replay`
-asks every turn of such a conversation, or of a recorded one, behind the model's own answers: each is a prompt of its own
-(`81`, `81#2`), all of one group. A row's own checks are asked of the answer that they were written for, those of the
-suite's settings of every answer. Two suites come with mlxtune:
+asks every turn of such a conversation, or of a recorded one, behind the model's own answers: each is a prompt of its
+own (`81`, `81#2`), all of one group. A row's own checks are asked of the answer that they were written for, those of
+the suite's settings of every answer. Two suites come with mlxtune:
 `basics`, a hundred closed questions, and `safety`, pairs of requests to refuse and harmless ones to answer.
 
 A check is `{KIND: main argument, other: argument, ...}`, or the name alone where it needs none. Its name in results is

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxtune.errors import UserError
+from fake_server import FakeServer
+
 from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.make.engine import Opened
 from mlxtune.make.folder import Making
@@ -52,8 +53,23 @@ def making(out: Path, engine: Scripted, how: str = "testing", **settings: Any) -
     return Making(out, {"how": how, "seed": 0}, opened(engine), **settings)
 
 
-def refusing(text: str) -> UserError:
-    return UserError(text)
+class Talking(FakeServer):
+    """A server that answers each prompt by a function of it, and may end who asks it."""
+
+    def __init__(self, answer: Callable[[str], str]) -> None:
+        super().__init__()
+        self.ends: dict[int, Callable[[], None]] = {}  # how many requests came -> what is done then
+        self._says = answer
+
+    def _answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        if end := self.ends.pop(len(self.asked), None):
+            end()
+        message = {"role": "assistant", "content": self._says(asked["messages"][-1]["content"])}
+        return {
+            "model": asked["model"],
+            "choices": [{"message": message, "finish_reason": "stop"}],
+            "usage": {"completion_tokens": 7},
+        }
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

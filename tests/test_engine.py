@@ -16,7 +16,7 @@ from test_extent import LIMIT, LONGROPE
 from mlxtune.adapter import adapter_files, attach
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
-from mlxtune.evaluate.engines import applied, beginning, room
+from mlxtune.evaluate.engines import applied, beginning, proof, room
 from mlxtune.evaluate.engines.decode import Counted
 from mlxtune.evaluate.engines.local import Local
 from mlxtune.evaluate.engines.request import Answer, Request
@@ -191,6 +191,26 @@ def test_what_of_a_prompts_tools_the_model_is_not_shown_is_said(
     finally:
         llama.tokenizer.chat_template = before
         llama.__dict__.pop("templates", None)
+
+
+def test_a_second_plan_proves_anew_only_for_longer_prompts(mlx_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_batches_of(4, monkeypatch)
+    engine = Local(load(mlx_model), GREEDY)
+    longest = []
+    real = proof.wrong_together
+
+    def counted(model: Any, prompts: Any, begin: Any) -> str:
+        longest.append(max(map(len, prompts)))
+        return real(model, prompts, begin)
+
+    monkeypatch.setattr(proof, "wrong_together", counted)
+    requests = asked(6)
+    for some in (requests[:3], requests[:2], requests[3:], requests):
+        engine.plan(some)
+    assert len(longest) == 2 and longest[0] < longest[1]
+    monkeypatch.setattr(Local, "_together", lambda *_: pytest.fail("a plan of one prompt is answered as if alone"))
+    engine.plan(requests[:1])
+    assert engine.answers(requests[:1])[0].id == requests[0].id
 
 
 def test_a_batch_that_gives_other_logits_is_refused_by_the_proof(

@@ -121,6 +121,11 @@ def test_another_evaluation_in_the_folder_is_one_clear_line(tmp_path: Path) -> N
         (tmp_path / PLAN_FILE).write_text(json.dumps({"identity": IDENTITY, "plans": plans, "notes": {}}))
         with pytest.raises(UserError, match="not the plan of an evaluation"):
             Journal(tmp_path, IDENTITY)
+    for refused in ([], {"base": ["1"]}, {"base": {"0": 1}}):
+        held = {"identity": IDENTITY, "plans": {"base": [[0]]}, "notes": {}, "refused": refused}
+        (tmp_path / PLAN_FILE).write_text(json.dumps(held))
+        with pytest.raises(UserError, match="not the plan of an evaluation"):
+            Journal(tmp_path, IDENTITY)
     (tmp_path / PLAN_FILE).write_text(json.dumps({"identity": IDENTITY, "plans": {"base": [[0]]}, "notes": {}}))
     with pytest.raises(UserError, match="another number of prompts"):
         evaluated(tmp_path)

@@ -61,7 +61,9 @@ def furnished(work: Path, hf_model: Path) -> dict[str, Path]:
     thesis.write_text("theirs")
     here = project(work / hostile.name(0), outside)
     at = {"here": here, "outside": outside, "theirs": project(here / f"theirs{hostile.name(1)}", outside)}
-    at |= {name: here / f"{name}{hostile.name(2)}" for name in ("model", "run", "fused", "peft", "hf", "adapter")}
+    at |= {
+        name: here / f"{name}{hostile.name(2)}" for name in ("model", "run", "fused", "peft", "hf", "adapter", "made")
+    }
     at |= {name: here / f"{name}{hostile.name(3)[:60]}.gguf" for name in ("tuned", "lora")}
     at |= {name: shutil.copytree(hf_model, here / f"{name}{hostile.name(4)}") for name in ("hf", "broken", "refusing")}
     tiny.lose_a_tensor(at["broken"])
@@ -93,8 +95,12 @@ def _data(here: Path) -> dict[str, Path]:
         {"messages": [{"role": "user", "content": text}], "reference": text, "checks": ["exact"]} for text in texts[:8]
     ]
     suite = tiny.write_jsonl(here / f"suite{hostile.name(9)}.jsonl", asked)
+    items = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
     return {
         "suite": suite,
+        "answers": tiny.write_jsonl(
+            here / f"answers{hostile.name(12)}.jsonl", [{"id": "round 1 prompt 1", "text": items}]
+        ),
         "data": data,
         "said": tiny.write_jsonl(here / f"{hostile.name(7)}.jsonl", rows),
         "table": table,
@@ -124,6 +130,9 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("data check of a table", "data", "check", *on, "--data", at["table"])
     step("data convert", "data", "convert", said, here / f"new{hostile.name(10)}.jsonl", "--drop")
     step("data convert, refused", "data", "convert", said, here / "never.jsonl")
+    made = ("make", "instructions", "--seeds", data / "train.jsonl", "--engine", f"replay:{at['answers']}")
+    step("make instructions", *made, "--max-requests", "1", "--at-once", "1", "--out", at["made"])
+    step("make into theirs", *made, "--out", theirs, "--force")
     step("train --dry-run", "train", "-c", here / "values.yaml", *on, "--data", data, "--dry-run")
     for kind in ("keys", "sections"):
         step(f"unknown {kind}", "train", "-c", here / f"{kind}.yaml", *on, "--data", data)
@@ -160,6 +169,7 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("convert an adapter", "convert", at["peft"], at["adapter"], "--base", at["model"])
     step("bench, refused", "bench", *on, "--data", data, "--pairs", "5")
     step("doctor", "doctor")
+    step("config", "config", "-c", here / "values.yaml")
     step("demo over theirs", "demo", *on, "--out", at["demo"], "--force")
     step("no such model", "generate", "--model", ALL, "--prompt", "x")
     step("no such data", "data", "check", *on, "--data", ALL)
@@ -174,6 +184,7 @@ REFUSED = (
     *("convert what is broken", "data check of a table", "data convert, refused", "unknown keys", "unknown sections"),
     *(
         "train into theirs",
+        "make into theirs",
         "report into theirs",
         "a template's refusal",
         "fuse over theirs",
@@ -184,6 +195,7 @@ REFUSED = (
 )
 DONE = (
     *("convert", "data show", "data show --json", "data check", "data check of a folder", "data convert"),
+    "make instructions",
     *(
         "train --dry-run",
         "train",
@@ -200,7 +212,16 @@ DONE = (
         "fuse",
         "fuse --force",
     ),
-    *("export peft", "export hf", "export gguf", "export gguf-lora", "verify", "convert an adapter", "doctor"),
+    *(
+        "export peft",
+        "export hf",
+        "export gguf",
+        "export gguf-lora",
+        "verify",
+        "convert an adapter",
+        "doctor",
+        "config",
+    ),
 )
 STOPPED = ("train, Ctrl-C",)
 OF_ROWS = ("data show",)  # prints what people wrote, lines and all

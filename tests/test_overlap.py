@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import string
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -11,6 +12,7 @@ from sacrebleu.metrics import CHRF
 
 from mlxtune.evaluate.checks.overlap import chrf, longest_common, rouge_l
 from mlxtune.evaluate.checks.words import words_of
+from mlxtune.make.pool import Pool
 
 WORDS = re.findall(r"\S+", "the a cat dog sat ran on under mat tree Big small, 42 it's x_y (and) or - not")
 
@@ -28,6 +30,16 @@ def test_rouge_l_equals_the_package_rouge_score(longest: int) -> None:
     for text in texts:
         wanted = [theirs.score(other, text)["rougeL"].fmeasure for other in others]
         assert rouge_l(text, others).tolist() == pytest.approx(wanted, abs=1e-12)
+
+
+def test_rouge_l_equals_the_package_on_500_pairs_of_any_ascii_characters() -> None:
+    draw, theirs = random.Random(7), RougeScorer(["rougeL"])
+    letters = string.printable + " " * 40 + "abcABC12" * 5  # few letters make words that meet again
+    for _ in range(100):
+        one, *others = ("".join(draw.choices(letters, k=draw.randint(0, 120))) for _ in range(6))
+        wanted = [theirs.score(other, one)["rougeL"].fmeasure for other in others]
+        assert rouge_l(one, others).tolist() == pytest.approx(wanted, abs=1e-12)
+        assert Pool(others).nearest(one)[0] == pytest.approx(max(wanted), abs=1e-12)
 
 
 def test_a_subsequence_of_exactly_64_words_and_its_multiples_is_counted_whole() -> None:

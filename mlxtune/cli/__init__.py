@@ -6,6 +6,7 @@ import sys
 from typing import NoReturn, TextIO, cast
 
 import click
+from click.exceptions import NoArgsIsHelpError
 from mlxtune_convert.cli import say_error, status_of
 from mlxtune_convert.shown import shown_name
 
@@ -14,18 +15,21 @@ from mlxtune.cli import (
     bench,
     chat,
     compare,
+    config,
     convert,
     data,
     demo,
     doctor,
     evaluate,
     make,
+    make_instructions,
     rate,
     report,
     runs,
     ship,
     train,
 )
+from mlxtune.cli.options import WHOLE
 from mlxtune.cli.streams import Surviving
 from mlxtune.errors import Interrupted
 from mlxtune.machine import gpu_errors
@@ -34,10 +38,19 @@ from mlxtune.train import signals
 SECTIONS: dict[str, list[click.Command]] = {
     "Begin": [demo.demo, doctor.doctor, bench.bench],
     "Prepare": [convert.convert, data.data, make.make],
-    "Tune": [train.train, runs.runs, report.report, evaluate.eval_command, compare.compare, rate.rate],
+    "Tune": [
+        config.config,
+        train.train,
+        runs.runs,
+        report.report,
+        evaluate.eval_command,
+        compare.compare,
+        rate.rate,
+    ],
     "Use": [chat.generate, chat.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],
 }
+MAKERS: list[click.Command] = [make_instructions.instructions]  # the commands of `make`
 
 
 class Sectioned(click.Group):
@@ -46,11 +59,23 @@ class Sectioned(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for heading, commands in SECTIONS.items():
             with formatter.section(heading):
-                formatter.write_dl([(str(command.name), command.get_short_help_str(limit=80)) for command in commands])
+                formatter.write_dl([(str(command.name), command.get_short_help_str(WHOLE)) for command in commands])
+
+
+def _say_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    """Ours, and that of what computes: a report of a fault needs all of them."""
+    if asked:
+        from importlib.metadata import version
+
+        others = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm"))
+        click.echo(f"mlxtune {mlxtune.__version__} ({others})")
+        context.exit()
 
 
 @click.group(cls=Sectioned, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(mlxtune.__version__, prog_name="mlxtune")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_say_version, help="Print versions."
+)
 def cli() -> None:
     """Tune language models on Apple silicon, and ship exactly what was tuned.
 
@@ -65,6 +90,8 @@ def cli() -> None:
 for _commands in SECTIONS.values():
     for _command in _commands:
         cli.add_command(_command)
+for _maker in MAKERS:
+    make.make.add_command(_maker)
 
 
 def main(args: list[str] | None = None) -> NoReturn:
@@ -79,6 +106,9 @@ def main(args: list[str] | None = None) -> NoReturn:
         if stop.code in signals.EXIT_CODES.values():
             click.echo("stopped", err=True)
         raise
+    except NoArgsIsHelpError as asked_nothing:
+        click.echo(asked_nothing.format_message())
+        code = 0
     except BrokenPipeError:
         sys.stderr.close()
         code = 0

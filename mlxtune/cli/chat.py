@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from mlxtune_convert.shown import shown_name
+from mlxtune_convert.shown import brief, shown_name
 
 from mlxtune.cli import common, thumbs, tuned
 from mlxtune.cli.options import Command, Need, OptionFor
@@ -24,35 +24,72 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     above_0 = click.FloatRange(0.0, 1.0, min_open=True)
     penalty = click.FloatRange(min=1.0)
     for option in (
-        click.option("--seed", type=int, default=0, show_default=True, help="Of the random choices."),
-        click.option("--repetition-penalty", type=penalty, default=1.0, show_default=True, help="1: none."),
         click.option(
-            "--top-p", type=above_0, default=1.0, show_default=True, cls=OptionFor, needs=with_chance, help="Nucleus."
+            "--seed",
+            type=int,
+            default=0,
+            show_default=True,
+            help="Starts the random choices: the same seed, the same answer.",
         ),
         click.option(
-            "--temperature", type=click.FloatRange(min=0.0), default=0.0, show_default=True, help="0: no chance."
+            "--repetition-penalty",
+            type=penalty,
+            default=1.0,
+            show_default=True,
+            help="Makes tokens that were said lately less likely; 1: not at all.",
         ),
-        click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer."),
+        click.option(
+            "--top-p",
+            type=above_0,
+            default=1.0,
+            show_default=True,
+            cls=OptionFor,
+            needs=with_chance,
+            help="Choose among the likeliest tokens that have this probability together.",
+        ),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(min=0.0),
+            default=0.0,
+            show_default=True,
+            help="Of the random choice of tokens; 0: always the likeliest one.",
+        ),
+        click.option(
+            "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Where an answer is cut."
+        ),
     ):
         command = option(command)
     return command
 
 
 @click.command(cls=Command)
-@common.model_option()
-@common.adapter_option
-@click.option("--prompt", required=True, metavar="TEXT", help="The user's message.")
+@common.model_of_run_option()
+@common.adapter_option()
+@click.argument("text", required=False, metavar="[TEXT]")
+@click.option("--prompt", metavar="TEXT", help="The user's message, in place of TEXT.")
 @click.option("--system", metavar="TEXT", help="A system prompt.")
 @click.option("--raw", is_flag=True, help="Into a file or pipe: control characters as the model says them.")
 @sampling_options
-def generate(model: str, adapter: Path | None, prompt: str, system: str | None, raw: bool, **sampling: Any) -> None:
+def generate(
+    model: str,
+    adapter: Path | None,
+    text: str | None,
+    prompt: str | None,
+    system: str | None,
+    raw: bool,
+    **sampling: Any,
+) -> None:
     """Answer one prompt; standard output is the answer alone.
+
+    TEXT is the user's message; - reads it from standard input.
 
     A model that thinks first does so on standard error: its thought is what its chat template, or <think>, marks as
     one. Control characters, which a terminal would obey, are shown by their numbers: \\x1b.
 
     \b
     mlxtune generate --model model --adapter run --prompt "Where is my order?"
+    mlxtune generate --adapter run "Where is my order?"
+    mlxtune generate --adapter run - < question.txt
     """
     from mlxtune.cli.talk import Talk
     from mlxtune.evaluate.engines.sampling import Sampling
@@ -60,13 +97,28 @@ def generate(model: str, adapter: Path | None, prompt: str, system: str | None, 
 
     if raw and sys.stdout.isatty():
         raise UserError("--raw would let the model command this terminal", "Send the answer into a file: > answer.txt")
+    asked = _prompt(text, prompt)
     talk = Talk(tuned.load_model(model, adapter), adapter, Sampling(**sampling), raw)
     talk.system = system
     try:
-        if not talk.ask(prompt):
+        if not talk.ask(asked):
             raise KeyboardInterrupt
     except Refused as error:
         raise UserError(error.message, "Leave out --system, or say it in --prompt." if error.system else "") from error
+
+
+def _prompt(text: str | None, prompt: str | None) -> str:
+    """The user's message. Raises UserError unless it is given, and once."""
+    if text is not None and prompt is not None:
+        raise UserError(f"two prompts: {brief(text)} and --prompt {brief(prompt)}", "Leave out one of them.")
+    asked = prompt if text is None else text
+    if asked == "-":
+        asked = sys.stdin.read().rstrip("\n")
+        if not asked:
+            raise UserError("standard input holds no prompt", "echo TEXT | mlxtune generate --model DIR -")
+    if asked is None:
+        raise UserError("no prompt given", "mlxtune generate --model DIR TEXT, or - to read standard input.")
+    return asked
 
 
 HELP = "/system TEXT  set the system prompt    /reset  forget the conversation    /quit  leave"
@@ -74,8 +126,8 @@ THUMBS = "/up  the last answer was good    /down  it was not"
 
 
 @click.command(cls=Command)
-@common.model_option()
-@common.adapter_option
+@common.model_of_run_option()
+@common.adapter_option()
 @click.option("--system", metavar="TEXT", help="A system prompt.")
 @click.option(
     "--log",

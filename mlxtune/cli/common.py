@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from mlxtune_convert.shown import brief
+from mlxtune_convert.shown import brief, shown_name
 
 from mlxtune.errors import UserError
 
@@ -19,17 +20,56 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+MODEL = "MLX folder, 16-bit HF folder, or hub id."
+
+
 def model_option(required: bool = True) -> Callable[[F], F]:
-    return click.option("--model", required=required, metavar="DIR", help="MLX folder, 16-bit HF folder, or hub id.")
+    return click.option("--model", required=required, metavar="DIR", help=MODEL)
+
+
+def model_of_run_option(text: str = MODEL) -> Callable[[F], F]:
+    """--model of a command that has --adapter as well, whose run says which model it was trained on."""
+    help_text = f"{text}  [default: the one that RUN was trained on]"
+    return click.option("--model", metavar="DIR", callback=_or_that_of_the_run, help=help_text)
+
+
+def _or_that_of_the_run(context: click.Context, _: click.Parameter, given: str | None) -> str:
+    """--model as given, else the folder that the configuration of the run names. Raises UserError where there is none.
+
+    A hub id is asked for only where the command line names it.
+    """
+    if given is not None:
+        return given
+    adapter: Path | None = context.params.get("adapter")  # read first: it is eager
+    if adapter is None:
+        raise UserError("no model given", "Name one: --model DIR; or the run that says which: --adapter RUN.")
+    from mlxtune.train.run_folder import RunFolder
+
+    run = RunFolder(adapter)
+    if not run.is_run():
+        raise UserError(f"{adapter} does not say which model it belongs to", "Name the model: --model DIR.")
+    model = run.config(None).model.path
+    if not Path(model).expanduser().is_dir():
+        missing = "is no folder here" if model else "is not named"
+        raise UserError(
+            f"the model {model or 'that was trained'} of {run.config_file} {missing}", "Name it: --model DIR."
+        )
+    note(f"--model {model}, from {run.config_file}")
+    return model
 
 
 def split_option(text: str, **settings: Any) -> Callable[[F], F]:
     return click.option("--split", type=click.Choice(["train", "valid", "test"]), help=text, **settings)
 
 
-adapter_option = click.option(
-    "--adapter", type=click.Path(path_type=Path), metavar="RUN", help="A run's folder (or any MLX adapter folder)."
-)
+def adapter_option(
+    required: bool = False, text: str = "A run's folder (or any MLX adapter folder)."
+) -> Callable[[F], F]:
+    return click.option(
+        "--adapter", required=required, type=click.Path(path_type=Path), is_eager=True, metavar="RUN", help=text
+    )
+
+
 settings_option = click.option(
     "--set", "settings", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key of the configuration."
 )
@@ -47,6 +87,19 @@ def console(quiet: bool = False) -> Console:
 def note(text: str) -> None:
     """Say something that a person must know beside the result."""
     console().print(f"note: {brief(text)}", style="yellow", soft_wrap=True)
+
+
+def next_commands(*commands: tuple[str | Path, ...]) -> None:
+    """What is usually done next, on a terminal; a script that reads the result is told nothing more.
+
+    commands: each its words, after `mlxtune`.
+    """
+    if not sys.stderr.isatty():
+        return
+    for number, words in enumerate(commands):
+        begin = "next: " if number == 0 else "      "
+        line = f"{begin}mlxtune {shlex.join(map(str, words))}"
+        console().print(shown_name(line), style="dim", soft_wrap=True, markup=False, highlight=False)
 
 
 def stdout() -> Console:

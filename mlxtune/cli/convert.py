@@ -95,3 +95,7 @@ def convert(
     for note in done.notes:
         common.note(note)
     common.stdout().print(f"{dst}: {size(done.total_bytes)}, {done.bits_per_weight:.2f} bits per weight")
+    recipe = "qlora" if done.bits_per_weight < 16 else "lora"
+    common.next_commands(
+        ("generate", "--model", dst, "Hello"), ("train", "-c", recipe, "--model", dst, "--data", "DATA")
+    )

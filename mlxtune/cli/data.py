@@ -9,6 +9,7 @@ import click
 from mlxtune_convert.shown import shown_json
 
 from mlxtune.cli import common
+from mlxtune.cli.options import Group
 
 if TYPE_CHECKING:
     from mlxtune.config.resolve import Config
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 SHOWN = 5  # rows that `data show` prints for people
 
 
-@click.group()
+@click.group(cls=Group)
 def data() -> None:
     """Look at training data as the model sees it."""
 

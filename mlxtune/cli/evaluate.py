@@ -25,15 +25,11 @@ REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in 
 
 
 @click.command("eval", cls=Command)
-@click.option(
-    "--model",
-    required=True,
-    metavar="DIR",
-    help="MLX folder, 16-bit HF folder, or hub id; with --suite also a server of this machine, as in "
-    "http://127.0.0.1:8080/v1#model, or recorded answers: replay:FILE (replay:FILE#tuned of an "
-    "evaluation's).",
+@common.model_of_run_option(
+    "MLX folder, 16-bit HF folder, or hub id; with --suite also a server of this machine, as in "
+    "http://127.0.0.1:8080/v1#model, or recorded answers: replay:FILE (replay:FILE#tuned of an evaluation's)."
 )
-@common.adapter_option
+@common.adapter_option()
 @click.option(
     "--data",
     metavar="PATH",
@@ -130,6 +126,8 @@ def eval_command(
     from mlxtune.data.dataset import holdout
     from mlxtune.evaluate.score import score_examples
 
+    if adapter is None and data is None and not any(setting.startswith("data.") for setting in settings):
+        raise UserError("no rows to score", "Name them: --data PATH; or --adapter RUN, whose held-out rows are taken.")
     tuned.run_settings(adapter, data, settings)  # a typing error is said before the model is read
     loaded = tuned.load_model(model, adapter)
     examples, config = tuned.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import shown, shown_name
 
 from mlxtune.cli import common
-from mlxtune.cli.options import with_options
+from mlxtune.cli.options import Group, with_options
 from mlxtune.durations import clock, in_words
 from mlxtune.errors import UserError
 
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 SHOWN = 2  # prompts that a dry run prints
 
 
-@click.group()
+@click.group(cls=Group)
 def make() -> None:
     """Make rows to train on, with a model on this machine, a server, or recorded answers."""
 
 
-def making_options(count: int | None, max_tokens: int, temperature: float) -> Callable[..., Any]:
-    """The options that every maker takes. What is given is the defaults; count None: as many as there is to make."""
+def making_options(count: int | None, max_tokens: int, temperature: float, what: str = "rows") -> Callable[..., Any]:
+    """The options that every maker takes. What is given is the defaults; count None: as many as there is to make; what:
+    --count counts.
+    """
     a_folder = click.Path(path_type=Path)
     of_all = "  [default: one for each that is given]" if count is None else ""
     options = [
@@ -57,7 +59,7 @@ def making_options(count: int | None, max_tokens: int, temperature: float) -> Ca
             type=click.IntRange(min=1),
             default=count,
             show_default=count is not None,
-            help=f"How many to keep.{of_all}",
+            help=f"How many {what} to keep.{of_all}",
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Of the random choices."),
         click.option(
@@ -125,12 +127,16 @@ class Wanted:
 
         return Sampling(self.max_tokens, self.temperature, seed=self.seed)
 
-    def opened(self) -> Opened:
-        """The engine, which is not read yet. Raises UserError for options that do nothing for it."""
+    def opened(self, ends: Sequence[str] = ()) -> Opened:
+        """The engine, which is not read yet. ends: as `make.engine.opened` takes them. Raises UserError for options
+        that do nothing for it.
+        """
         from mlxtune.evaluate.engines.opening import kind_of
         from mlxtune.make.engine import opened
 
         kind = kind_of(self.engine)
+        if self.dry_run and self.force:
+            raise UserError("--force has no effect with --dry-run: nothing is written", "Leave one of them out.")
         if self.allow_remote and kind != "server":
             raise UserError("--allow-remote has no effect here: no server is asked", "Leave it out.")
         if kind == "replay":
@@ -138,7 +144,7 @@ class Wanted:
                 if is_given(name):
                     option = f"--{name.replace('_', '-')}"
                     raise UserError(f"{option} has no effect here: the answers are recorded", "Leave it out.")
-        return opened(self.engine, self.sampling(), self.allow_remote)
+        return opened(self.engine, self.sampling(), self.allow_remote, ends)
 
     def guard(self) -> Guard:
         from mlxtune.make.guard import Guard
@@ -164,13 +170,16 @@ def is_given(name: str) -> bool:
 
 @contextmanager
 def making(wanted: Wanted, engine: Opened, identity: dict[str, Any]) -> Iterator[Making]:
-    """A making that shows how far it is, and says on Ctrl-C how to go on. identity: as `Wanted.identity` makes it."""
+    """A making that shows how far it is, and says on Ctrl-C how to go on; in a dry run one that writes nothing.
+    identity: as `Wanted.identity` makes it.
+    """
     from mlxtune.cli.suites import kept_on_stop
     from mlxtune.make.folder import Making
 
-    with common.console().status("making") as status, kept_on_stop(wanted.out):
+    out = None if wanted.dry_run else wanted.out
+    with common.console().status("making") as status, kept_on_stop(out):
         shown_so_far = Progress(wanted.count, status.update)
-        with Making(wanted.out, identity, engine, wanted.max_requests, wanted.force, shown_so_far) as one:
+        with Making(out, identity, engine, wanted.max_requests, wanted.force, shown_so_far) as one:
             yield one
 
 
@@ -180,20 +189,19 @@ class Progress:
     def __init__(self, count: int | None, say: Callable[[str], None]) -> None:
         self._count, self._say = count, say
         self._began = time.monotonic()
-        self._at_first: tuple[int, int] | None = None  # requests and kept ones before the first batch of this process
+        self._kept_before: int | None = None  # by the time of this process's first answers
 
     def __call__(self, making: Making) -> None:
-        self._say(self.line(making.requests, making.kept, time.monotonic() - self._began))
+        seconds = time.monotonic() - self._began
+        self._say(self.line(making.requests, making.requests - making.found, making.kept, seconds))
 
-    def line(self, requests: int, kept: int, seconds: float) -> str:
-        """requests, kept: so far; seconds: since this process began."""
-        if self._at_first is None:
-            self._at_first = (requests, kept)
-        asked, got = requests - self._at_first[0], kept - self._at_first[1]
+    def line(self, requests: int, new: int, kept: int, seconds: float) -> str:
+        """requests: so far; new: of them, those of this process; kept: so far; seconds: since this process began."""
+        if self._kept_before is None:
+            self._kept_before = kept
+        got = kept - self._kept_before
         of = "" if self._count is None else f" of {self._count}"
-        text = f"{kept}{of} kept, {requests} requests"
-        if asked > 0 and seconds > 0:
-            text += f", {60 * asked / seconds:.0f} a minute"
+        text = f"{kept}{of} kept, {requests} requests, {60 * new / max(seconds, 1e-3):.0f} a minute"
         if self._count is not None and got > 0:
             text += f", {clock(seconds * max(0, self._count - kept) / got)} left"
         return text
@@ -203,20 +211,25 @@ def dry_run(wanted: Wanted, engine: Opened, first: Sequence[Request], requests: 
     """Print two prompts, and what to expect. first: the first requests; requests: how many in all, about."""
     from mlxtune.make.estimate import estimate
 
+    with common.console().status("measuring"):
+        found = estimate(engine, first, requests, wanted.max_tokens)
+    if wanted.as_json:
+        prompts = [{"id": request.id, "messages": list(request.messages)} for request in first[:SHOWN]]
+        click.echo(json_text({"prompts": prompts, **asdict(found)}))
+        return
     for request in first[:SHOWN]:
         click.echo(f"--- prompt {shown_name(request.id)}")
         for message in request.messages:
             click.echo(f"{shown_name(message['role'])}:")
             click.echo(shown(str(message.get("content") or "")))
-    with common.console().status("measuring"):
-        found = estimate(engine, first, requests, wanted.max_tokens)
-    if wanted.max_requests is not None and wanted.max_requests < requests:
-        click.echo(f"--max-requests {wanted.max_requests} ends it before --count is reached")
+    click.echo("---")
     about = f"about {found.requests:,} requests, {found.tokens:,} tokens of answers"
     if found.seconds is None:
         click.echo(f"{about} at most; nothing was asked, so the time is not known")
     else:
         click.echo(f"{about}, {in_words(found.seconds)} (measured: {found.measured} answers)")
+    if wanted.max_requests is not None and wanted.max_requests < requests:
+        click.echo(f"--max-requests {wanted.max_requests} is likely to end it before --count is reached")
 
 
 def say(document: dict[str, Any], found: int, as_json: bool) -> None:

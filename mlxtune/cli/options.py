@@ -20,6 +20,17 @@ from click.core import ParameterSource
 
 from mlxtune.errors import UserError
 
+WHOLE = 1000  # letters of a command's first sentence, where commands are listed: none is cut short
+
+
+class Group(click.Group):
+    """Lists its commands with their whole first sentences."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = [(name, command.get_short_help_str(WHOLE)) for name, command in sorted(self.commands.items())]
+        with formatter.section("Commands"):
+            formatter.write_dl(commands)
+
 
 @dataclass(frozen=True)
 class Need:

@@ -73,8 +73,8 @@ def _request(
 
 
 @click.command(cls=Command)
-@common.model_option()
-@click.option("--adapter", required=True, type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.")
+@common.model_of_run_option()
+@common.adapter_option(required=True, text="The run's folder.")
 @out_option("DIR", "The merged model.")
 @click.option("--bits", type=click.Choice(["4", "8", "16"]), default="16", show_default=True, help="16: not quantized.")
 @click.option(
@@ -178,7 +178,7 @@ def _artefact(target: str, dtype: str | None, kind: str | None, ollama: bool) ->
     forms: dict[str, Artefact] = {
         "peft": Peft(),
         "hf": HuggingFace(dtype),
-        "gguf": Gguf(kind, ollama),
+        "gguf": Gguf(kind and kind.lower(), ollama),
         "gguf-lora": GgufAdapter(ollama),
     }
     return forms[target]
@@ -193,8 +193,8 @@ def _for(*targets: str) -> Need:
 
 
 @click.command(cls=Command)
-@common.model_option()
-@common.adapter_option
+@common.model_of_run_option()
+@common.adapter_option()
 @click.option(
     "--to",
     "target",
@@ -312,8 +312,8 @@ def _push(folder: Path, repository: str, public: bool) -> None:
 
 @click.command()
 @click.argument("export", type=click.Path(path_type=Path))
-@common.model_option()
-@common.adapter_option
+@common.model_of_run_option()
+@common.adapter_option()
 @click.option("--data", metavar="PATH", help=OWN_ROWS)
 @common.json_option
 def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_json: bool) -> None:

@@ -53,7 +53,7 @@ def draw(out: Console, tokenizer: Any, row: Row) -> None:
     body = Text()
     for supervised, run in groupby(range(len(ids)), key=mask.__getitem__):
         text = shown(_decoded(tokenizer, [ids[index] for index in run]))
-        if supervised and not out.is_terminal:
+        if supervised and (out.no_color or not out.is_terminal):
             text = f"⟦{text}⟧"
         body.append(text, style="green" if supervised else "dim")
     out.print(body)

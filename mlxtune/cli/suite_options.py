@@ -97,7 +97,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             cls=OptionFor,
             needs=WITH_SUITE,
-            help="Of an answer.",
+            help="Where an answer is cut.",
         ),
         click.option(
             "--temperature",
@@ -106,7 +106,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             cls=OptionFor,
             needs=WITH_SUITE,
-            help="0: no chance.",
+            help="Of the random choice of tokens; 0: always the likeliest one.",
         ),
         click.option(
             "--top-p",
@@ -115,7 +115,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             cls=OptionFor,
             needs=WITH_CHANCE,
-            help="Nucleus.",
+            help="Choose among the likeliest tokens that have this probability together.",
         ),
         click.option(
             "--samples",
@@ -142,7 +142,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             cls=OptionFor,
             needs=Need("temperature", hint="Add, say, --temperature 0.7.", also=("limit",)),
-            help="Of the random choices.",
+            help="Starts the random choices: the same seed, the same answers.",
         ),
         click.option(
             "--out",

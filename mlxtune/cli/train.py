@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from mlxtune_convert.shown import brief
 
 from mlxtune.cli import common
+from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
     from mlxtune.compute.counted import Epoch
     from mlxtune.config.resolve import Config
     from mlxtune.data.dataset.examples import Examples
     from mlxtune.train.reach import LocalOnly
+
+
+# A flag for a key that nearly everyone sets: (flag, key, what a number it takes is, what it means).
+EVERYDAY = (
+    ("--epochs", "train.epochs", float, "How often every row is used."),
+    ("--steps", "train.steps", int, "Optimizer steps, instead of --epochs."),
+    ("--lr", "train.lr", float, "Peak learning rate."),
+    ("--rank", "lora.rank", int, "Of the adapter."),
+    ("--batch-rows", "train.batch_rows", int, "Rows computed together."),
+    ("--max-tokens", "data.max_tokens", int, "Of an example; longer ones are cut."),
+)
+
+
+def everyday_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for flag, key, kind, text in reversed(EVERYDAY):
+        command = click.option(flag, key.replace(".", "__"), type=kind, metavar="N", help=f"{text} [{key}]")(command)
+    return command
+
+
+def _everyday_flags(given: Mapping[str, Any], settings: tuple[str, ...]) -> dict[str, Any]:
+    """Key -> value of the everyday flags. Raises UserError for one that --set sets as well."""
+    flags = {key: given[key.replace(".", "__")] for _, key, _, _ in EVERYDAY}
+    set_too = {setting.partition("=")[0].strip() for setting in settings}
+    for flag, key, _, _ in EVERYDAY:
+        if flags[key] is not None and key in set_too:
+            raise UserError(f"{flag} and --set {key} set the same key", "Leave out one of them.")
+    return flags
 
 
 @click.command()
@@ -24,6 +53,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.  [default: runs/<date>-<model>]"
 )
+@everyday_options
 @common.settings_option
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --out, with its configuration.")
 @click.option(
@@ -41,6 +71,7 @@ def train(
     resume: bool,
     resume_anyway: bool,
     dry_run: bool,
+    **everyday: Any,
 ) -> None:
     """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
 
@@ -51,12 +82,11 @@ def train(
 
     \b
     mlxtune train -c quick --model model --data data
-    mlxtune train -c qlora --model model --data data --set train.lr=1e-4 --out run
+    mlxtune train -c qlora --model model --data data --lr 1e-4 --epochs 2 --out run
     mlxtune train --resume --out run
     mlxtune train --resume-anyway --out run --set train.epochs=3
     """
     from mlxtune.config import resolve as configuration
-    from mlxtune.errors import UserError
 
     resume = resume or resume_anyway
     if resume and out is None:
@@ -65,8 +95,10 @@ def train(
         raise UserError(
             "--dry-run plans a run from its first step; --resume goes on with one", "Leave out one of them."
         )
-    flags = {"model.path": model, "data.path": data}
+    flags: dict[str, Any] = {"model.path": model, "data.path": data, **_everyday_flags(everyday, settings)}
     config = _resumed(out, file, settings, flags) if resume and out else configuration.load(file, settings, flags)
+    if data is not None and file is not None and configuration.load(file, settings).data.sources:
+        common.note(f"--data {data} takes the place of data.sources in {file}")
     if not config.model.path:
         raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
     local = _note_reach(config, file, out if resume else None, settings, flags)
@@ -95,9 +127,10 @@ def train(
             best = f", best {by} at step {state.best_step}, where the validation loss is {state.best_loss:.4f}"
     saved = f", {display.saved}" if display.saved else ""
     common.stdout().print(f"{folder}: {state.step} steps{best}{saved}")
+    common.next_commands(("eval", "--adapter", folder), ("chat", "--adapter", folder))
 
 
-def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict[str, str | None]) -> Config:
+def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: Mapping[str, Any]) -> Config:
     """The configuration of the run in `out`, on the first of several processes."""
     from mlxtune.config import resolve as configuration
     from mlxtune.train.ranks import Ranks
@@ -109,7 +142,7 @@ def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: dict
 
 
 def _note_reach(
-    config: Config, file: str | None, run: Path | None, settings: tuple[str, ...], flags: dict[str, str | None]
+    config: Config, file: str | None, run: Path | None, settings: tuple[str, ...], flags: Mapping[str, Any]
 ) -> LocalOnly:
     """Say what a configuration file, or the run that goes on, turns on beyond this machine; return for what the hub is
     not asked.

@@ -16,9 +16,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mlxtune.config.schema import DataSection, FastSection, LoraSection, ModelSection, Section, TrainSection
+from mlxtune.config.schema import (
+    DataSection,
+    FastSection,
+    LoraSection,
+    ModelSection,
+    Section,
+    SourceSection,
+    TrainSection,
+)
 from mlxtune.config.yaml_text import LARGEST, Document, parse_yaml, too_large, write_yaml
-from mlxtune.errors import UserError, nearest
+from mlxtune.errors import UserError, did_you_mean, nearest
 
 EITHER = (("train.steps", "train.epochs"), ("train.batch_rows", "train.batch_tokens"), ("data.path", "data.sources"))
 
@@ -185,6 +193,10 @@ def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str
     where = f"{lines[key]}: " if key in lines else ""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     first, messages = same[0], dict.fromkeys(problem["msg"] for problem in same)
+    inside = [str(part) for part in first["loc"][2:]]
+    if first["type"] == "extra_forbidden" and key == "data.sources" and inside:
+        place, name = int(inside[0]) + 1, inside[-1]
+        return f"{where}unknown key {name} in source {place}{more}", did_you_mean(name, SourceSection.model_fields)
     if first["type"] in ("extra_forbidden", "invalid_key"):
         near = nearest_key(key)
         hint = f"Did you mean {near}?" if near else f"Sections: {', '.join(Config.model_fields)}."

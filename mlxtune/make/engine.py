@@ -47,8 +47,12 @@ class Opened:
         return Patient(self.read())
 
 
-def opened(spelled: str, sampling: Sampling, allow_remote: bool = False) -> Opened:
-    """An engine by its spelling. Raises UserError for what is none, or would send prompts to another machine."""
+def opened(spelled: str, sampling: Sampling, allow_remote: bool = False, ends: Sequence[str] = ()) -> Opened:
+    """An engine by its spelling. Raises UserError for what is none, or would send prompts to another machine.
+
+    ends: texts that end an answer of a base model, which goes on with the one message of each request and seldom ends
+    by itself; (): a base model is given all messages as plain text, and goes on until --max-tokens.
+    """
     how = {"sampling": asdict(sampling)}
     kind = kind_of(spelled)
     if kind == "server":
@@ -59,10 +63,10 @@ def opened(spelled: str, sampling: Sampling, allow_remote: bool = False) -> Open
         replay = Replay(file, side, in_parts=True)
         identity = {"replay": digest(file), **({} if side is None else {"side": side})}
         return Opened(spelled, kind, f"replay:{file.name}", identity, "", True, lambda: replay)
-    return _model(spelled, sampling, how)
+    return _model(spelled, sampling, how, ends)
 
 
-def _model(spelled: str, sampling: Sampling, how: dict[str, Any]) -> Opened:
+def _model(spelled: str, sampling: Sampling, how: dict[str, Any], ends: Sequence[str]) -> Opened:
     from mlxtune.model.hub import resolve
     from mlxtune.ship.card import licence_of
     from mlxtune.train.identity import of_answering
@@ -72,15 +76,20 @@ def _model(spelled: str, sampling: Sampling, how: dict[str, Any]) -> Opened:
     data = Config().data
     template = (dict(data.template_kwargs), data.date)
 
+    chats = bool(chat_templates.of_folder(folder))
+
     def read() -> Engine:
+        from mlxtune.evaluate.benchmarks.continuing import Continuing
         from mlxtune.evaluate.engines.local import Local
         from mlxtune.model import load
 
-        return Local(load.load(spelled), sampling, template)
+        loaded = load.load(spelled)
+        if ends and not chats:
+            return Continuing(loaded, sampling, ends)
+        return Local(loaded, sampling, template)
 
     name = folder.resolve().name if Path(spelled).expanduser().exists() else spelled
     identity = {"model": of_answering(folder), **how}
-    chats = bool(chat_templates.of_folder(folder))
     return Opened(spelled, "model", name, identity, licence_of(folder), chats, read)
 
 

@@ -111,8 +111,8 @@ def nothing(making: Making) -> None:
 class Making:
     """One making in a folder. Raises UserError for a folder that holds something else."""
 
-    # The folder.
-    out: Path
+    # The folder; None: nothing is written, and what is asked is forgotten (a dry run).
+    out: Path | None
     # What decides it beside the engine: "how" is the maker's name; JSON. Not how much is wanted, which may grow.
     identity: dict[str, Any]
     # Who answers.
@@ -137,7 +137,7 @@ class Making:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.force:
+        if self.force and self.out is not None:
             _clear(self.out)
         whole = {**self.identity, "engine": self.engine.identity, "mlxtune": mlxtune.__version__}
         self._journal = Journal(self.out, whole, FILES)
@@ -169,9 +169,13 @@ class Making:
         """Let other processes have the folder."""
         self._journal.close()
 
-    def made(self, parents: Sequence[str] = (), **scores: float) -> dict[str, Any]:
-        """Where a row comes from. parents: the ids of what it was made from; scores: what was measured of it."""
+    def made(self, parents: Sequence[str] = (), id: str = "", **scores: float) -> dict[str, Any]:
+        """Where a row comes from. parents: the ids of what it was made from; id: its own, where others may be made of
+        it; scores: what was measured of it.
+        """
+        named = {"id": id} if id else {}
         return {
+            **named,
             "how": self.identity["how"],
             "engine": self.engine.name,
             "parents": list(parents),
@@ -196,7 +200,7 @@ class Making:
                 break
             done += self._answered(side, rest[:count])
         if requests and not done:
-            raise Spent(f"--max-requests {self.most_requests} are asked")
+            raise Spent(f"--max-requests {self.most_requests} is spent")
         found: list[Answer | Failed] = []
         for request, one in zip(requests, done, strict=False):
             found.append(one if isinstance(one, Answer) else Failed(request.id, request.sample, one))
@@ -246,6 +250,7 @@ class Making:
         """Write train.jsonl, rejected.jsonl and card.md, each whole. stopped: why there is less than was wanted.
         Returns what came of it, as --json prints it.
         """
+        assert self.out is not None
         for name, written in ((REJECTED, self.rejected), (TRAIN, self.rows)):
             with new_file(self.out / name, force=True) as file:
                 for one in written:

@@ -23,10 +23,9 @@ class Guard:
     """What must not be made again. Without texts it refuses nothing."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._texts = list(dict.fromkeys(texts))
-        self._pool = Pool(self._texts)
+        self._pool = Pool(dict.fromkeys(texts))
         self._runs: dict[tuple[str, ...], int] = {}  # a run of words -> the first text that has it
-        for number, text in enumerate(self._texts):
+        for number, text in enumerate(self._pool.texts):
             for run in _runs(text):
                 self._runs.setdefault(run, number)
 
@@ -42,16 +41,16 @@ class Guard:
 
     def __len__(self) -> int:
         """How many texts are guarded."""
-        return len(self._texts)
+        return len(self._pool)
 
     def why(self, text: str) -> str | None:
         """Why a text is too near to what is guarded, for a person; None where it is not."""
         for run in _runs(text):
             if run in self._runs:
-                return f'"{" ".join(run)}" is also in: {_short(self._texts[self._runs[run]])}'
+                return f'"{" ".join(run)}" is also in: {_short(self._pool.texts[self._runs[run]])}'
         score, which = self._pool.nearest(text)
         if score > NEAR:
-            return f"ROUGE-L {score:.2f} to: {_short(self._texts[which])}"
+            return f"ROUGE-L {score:.2f} to: {_short(self._pool.texts[which])}"
         return None
 
     def why_any(self, messages: Sequence[dict[str, Any]]) -> str | None:

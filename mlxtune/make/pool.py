@@ -21,7 +21,7 @@ import numpy as np
 from mlxtune.evaluate.checks.overlap import longest_common_ids, numbered
 from mlxtune.evaluate.checks.words import words_of
 
-AT_ONCE = 256  # texts that are compared before the bounds are looked at again
+AT_ONCE = 256  # texts that are compared before the bounds are looked at again; twice as many each time after it
 FIRST_ROOM = 64  # numbers that a list has room for at first
 
 
@@ -29,7 +29,9 @@ class Pool:
     """Texts, to which a new one is compared. They are numbered from 0, as they came."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        self._words: list[np.ndarray] = []  # of each text, as numbers
+        self.texts: list[str] = []
+        self._words = _Numbers()  # of all texts, one after the other, as numbers
+        self._begins = _Numbers()  # where each text's words begin among them
         self._lengths = _Numbers()  # of each text, in words
         self._numbers: dict[str, int] = {}  # of each word that some text has, from 0
         # (a word's number, k) -> the texts that have the word at least k + 1 times.
@@ -38,15 +40,18 @@ class Pool:
             self.add(text)
 
     def __len__(self) -> int:
-        return len(self._words)
+        return len(self.texts)
 
     def add(self, text: str) -> None:
         words = [self._numbers.setdefault(word, len(self._numbers)) for word in words_of(text)]
         for word, count in Counter(words).items():
             for earlier in range(count):
-                self._having.setdefault((word, earlier), _Numbers()).add(len(self._words))
-        self._words.append(np.array(words, np.int64))
+                self._having.setdefault((word, earlier), _Numbers()).add(len(self))
+        self.texts.append(text)
+        self._begins.add(len(self._words.values()))
         self._lengths.add(len(words))
+        for word in words:
+            self._words.add(word)
 
     def nearest(self, text: str) -> tuple[float, int]:
         """(ROUGE-L to the text that is nearest, its number; the first of those that are equally near). (0.0, -1) where
@@ -57,8 +62,10 @@ class Pool:
         bounds = _f_measure(shared, len(words), self._lengths.values())
         order = np.argsort(-bounds, kind="stable")
         best, which = 0.0, -1
-        for begin in range(0, len(order), AT_ONCE):
-            some = order[begin : begin + AT_ONCE]
+        begin, count = 0, AT_ONCE
+        while begin < len(order):
+            some = order[begin : begin + count]
+            begin, count = begin + count, 2 * count
             some = some[(bounds[some] >= best) & (shared[some] > 0)]
             if not len(some):
                 break
@@ -88,10 +95,10 @@ class Pool:
         for word, number in own.items():
             if word in self._numbers:
                 meaning[self._numbers[word]] = number
-        lists = [meaning[self._words[text]] for text in some]
-        ids = np.zeros((len(some), max(len(one) for one in lists)), np.int64)
-        for row, one in enumerate(lists):
-            ids[row, : len(one)] = one
+        begins, lengths = self._begins.values()[some, None], self._lengths.values()[some, None]
+        steps = np.arange(lengths.max())
+        is_there = steps < lengths  # [some, steps]: a shorter text is filled up with 0
+        ids = np.where(is_there, meaning[self._words.values()[np.where(is_there, begins + steps, 0)]], 0)
         return longest_common_ids([own[word] for word in words], ids)
 
 

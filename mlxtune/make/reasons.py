@@ -6,6 +6,7 @@ REASONS = {
     # Of any answer of an engine.
     "unparseable": "the answer has not the form that was asked for",
     "cut": "the answer ended at --max-tokens, in the middle of this",
+    "failed": "the engine gave no answer for it",
     "guarded": "too near to a prompt of the suite that --avoid names",
     "duplicate": "made before, word for word",
     # Of an instruction.

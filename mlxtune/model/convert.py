@@ -22,7 +22,7 @@ from mlxtune_convert.hf.configs import QUANTIZATION_KEYS, SOURCE_FILE, unquantiz
 from mlxtune_convert.peft.adapter_folder import Adapter
 from mlxtune_convert.tensors import ShardWriter, weights_of
 
-from mlxtune.data.template.tokenizer import load_tokenizer, tokenizer_json
+from mlxtune.data.template.tokenizer import MODEL_FOLDER, load_tokenizer, require_config, tokenizer_json
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.model import reopened
@@ -211,7 +211,8 @@ def _foreign(path: Path, wanted: Wanted) -> Opened | None:
     """A folder that another maker's tool quantized, understood; None for any other. Raises UserError where it cannot be
     read, or is of a type that mlx-lm does not know.
     """
-    config = read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
+    require_config(path)
+    config = read_json(path / "config.json", MODEL_FOLDER)
     foreign = of_folder(path, config)
     if foreign is None:
         return None
@@ -244,7 +245,7 @@ def _from_folder(path: Path, name: str, work: Path, wanted: Wanted) -> Converted
 
     The steps: open, dequantize where the source is to be done anew, change the type, quantize, write, open again.
     """
-    original = read_json(path / "config.json", "a model folder: config.json, safetensors weights and a tokenizer")
+    original = read_json(path / "config.json", MODEL_FOLDER)
     quantization = wanted.quantization
     weights = weights_of(path)
     require_space(work, _estimate(weights.files, original, quantization))

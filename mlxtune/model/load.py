@@ -23,7 +23,7 @@ from mlxtune_convert.mlx_folder import source_of
 from mlxtune_convert.tensors import weights_of
 
 from mlxtune.data.template.templates import Templates
-from mlxtune.data.template.tokenizer import load_tokenizer, require_folder
+from mlxtune.data.template.tokenizer import MODEL_FOLDER, load_tokenizer, require_config, require_folder
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.model import config_check
@@ -39,7 +39,6 @@ from mlxtune.model.mlx_lm_classes import Readable, model_classes, refusals
 __all__ = ["Loaded", "cast", "load", "model_dtype", "open_model", "source_of"]
 
 GENERATION_FILE = "generation_config.json"
-WHOLE = "a model folder: config.json, safetensors weights and a tokenizer"
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,8 @@ def open_model(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     from mlx_lm.utils import load_config, load_model
 
-    config_check.check(path, read_json(path / "config.json", WHOLE), "config.json")
+    require_config(path)
+    config_check.check(path, read_json(path / "config.json", MODEL_FOLDER), "config.json")
     weights = weights_of(path)
     if (path / GENERATION_FILE).is_file():
         read_json(path / GENERATION_FILE, "generation settings")

@@ -104,6 +104,11 @@ def check(export: Path, model: Path, adapter: Path | None, examples: Sequence[Ex
 
     Raises UserError for a folder that is no export, or whose runtime is not installed.
     """
+    if export.is_file():
+        raise UserError(
+            f"{export} is a file: verify compares folders",
+            "A GGUF file was proven when it was exported; export it again to see the proof.",
+        )
     if not export.is_dir():
         raise UserError(f"no folder {export}", "Name what fuse or export wrote.")
     merged = MergedModel(Request(model, adapter, export, examples=examples))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -181,6 +182,11 @@ class _Run:
         )
         if saved:
             self.notes.append(f"resumed after step {step}")
+            if step >= job.plan.steps:
+                self.notes.append(
+                    "this run is finished: nothing is left to train. To train it longer: mlxtune train --resume-anyway "
+                    f"--out {shlex.quote(str(folder.path))} with --steps or --epochs"
+                )
         for text in self.notes:
             note(text)
         log.emit("start", steps=job.plan.steps, eval_every=config.train.eval_every)

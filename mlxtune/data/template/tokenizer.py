@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 from mlxtune_convert.files import read_json, refuse_links_out
 from mlxtune_convert.hf import chat_templates
+from mlxtune_convert.shown import shown_name
 
 from mlxtune.errors import UserError
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+MODEL_FOLDER = "a model folder: config.json, safetensors weights and a tokenizer"
+
+
+def require_config(path: Path) -> None:
+    """Raise UserError for a folder without config.json, and say what the folder is instead, where that is plain."""
+    if (path / "config.json").exists() or not path.is_dir():
+        return
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} is an adapter, no model", f"Name its model as --model, and --adapter {path} beside it."
+        )
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs:
+        raise UserError(
+            f"{path} has no config.json, but {shown_name(ggufs[0].name)}: a GGUF file is a model by itself",
+            f"Convert it first: mlxtune convert {shlex.quote(str(ggufs[0]))} DST",
+        )
+    raise UserError(f"{path} has no config.json", f"Expected {MODEL_FOLDER}.")
 
 
 def require_folder(path: Path) -> None:

@@ -59,6 +59,7 @@ class Local:
         self._asked: dict[str, Asked] = {}  # by the prompt's id
         self._beginning: Beginning | None = None  # None: prompts are answered one by one
         self._begin: list[int] = []  # its tokens
+        self._proven = 0  # tokens of the longest prompt with which answering together was proven
 
     def work(self) -> dict[str, int]:
         """Passes of the model, and the tokens that went through it, padding included."""
@@ -133,17 +134,21 @@ class Local:
         return len(prompt) < 2 or (limit is not None and len(prompt) + self.sampling.max_tokens > limit)
 
     def _rows_at_once(self, prompts: list[list[int]]) -> int:
-        """How many prompts are answered together. Prepares for it: the proof, and the shared beginning.
+        """How many prompts are answered together. Prepares for it: the proof, and the shared beginning. What was proven
+        holds for later plans with prompts that are no longer.
 
         prompts: the shortest first, those that must be alone aside.
         """
+        self._beginning = None  # of an earlier plan: what is answered must not depend on that
         if len(prompts) < 2:
             return 1
         begin = beginning.shared(prompts)
-        why = proof.wrong_together(self.model, [prompts[0], prompts[-1]], begin)
-        if why:
-            self._say(f"prompts are answered one by one: {why}")
-            return 1
+        if len(prompts[-1]) > self._proven:
+            why = proof.wrong_together(self.model, [prompts[0], prompts[-1]], begin)
+            if why:
+                self._say(f"prompts are answered one by one: {why}")
+                return 1
+            self._proven = len(prompts[-1])
         rows = self._most or room.rows_at_once(self.model, prompts[-1], self.sampling.max_tokens)
         self._beginning, self._begin = Beginning.of(self.model, begin), begin
         return rows

@@ -26,7 +26,8 @@ class Replay:
 
     def __init__(self, file: Path, side: str | None = None, in_parts: bool = False) -> None:
         """side: whose answers are taken of an evaluation's file; None: it has those of one alone, or does not say;
-        in_parts: prompts come a few at a time, each with its own `plan`: answers that none of them has are no news.
+        in_parts: prompts come a few at a time, each with its own `plan`: answers that none of them has are no news,
+        and neither are several sides: no two of them have an id in common.
         """
         self.name = f"replay:{file}{f'#{side}' if side else ''}"
         self.notes: list[str] = []
@@ -41,7 +42,7 @@ class Replay:
             number, fields = row
             if side is not None and fields.get("side") != side:
                 continue
-            if side is None and "side" in fields:
+            if side is None and "side" in fields and not in_parts:
                 sides.add(str(fields["side"]))
                 if len(sides) > 1:
                     raise UserError(
