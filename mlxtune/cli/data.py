@@ -9,7 +9,7 @@ import click
 from mlxtune_convert.files import new_file, refuse_existing
 from mlxtune_convert.shown import shown_json
 
-from mlxtune.cli import common
+from mlxtune.cli import common, curate
 from mlxtune.cli.options import Command, Group, Need, OptionFor
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ SHOWN = 5  # rows that `data show` prints for people
 @click.group(cls=Group)
 def data() -> None:
     """Look at training data as the model sees it."""
+
+
+data.add_command(curate.curate)
 
 
 @data.command()
