@@ -114,6 +114,9 @@ def test_the_guard_allows_what_a_command_line_declares_and_nothing_beside_it(
     assert "beside was made" in ended(place, (place / made[0].split("/")[0]).with_name("beside").touch, *line.split())
 
 
+MAKERS = ("instructions", "answers", "turns", "refusals", "from-documents", "from-template")
+
+
 def test_every_output_of_a_command_is_known_to_the_guard() -> None:
     """By the names that its options and arguments have; a new one must find its way into `guard.outputs`."""
     writing = {" ".join(path): {one.name for one in command.params} for path, command in COMMANDS.items()}
@@ -122,6 +125,8 @@ def test_every_output_of_a_command_is_known_to_the_guard() -> None:
         "convert",
         "data check",
         "data convert",
+        "data curate",
+        *(f"make {maker}" for maker in MAKERS),
         "train",
         "eval",
         "rate",
