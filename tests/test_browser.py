@@ -278,13 +278,17 @@ def test_the_live_page_leaves_the_reader_where_he_is(browser: Any, live: tuple[P
         folded = """Object.fromEntries([...document.querySelectorAll("details")].map(
             one => [one.querySelector("summary").textContent, one.open]))"""
         opened = seen.page.evaluate(folded)
-        seen.page.evaluate("document.querySelector('main section:last-of-type [tabindex]').focus()")
+        # In a section that the next step changes.
+        seen.page.evaluate("document.querySelector('#curves summary').focus({preventScroll: true})")
+        seen.page.evaluate("document.querySelector('#curves .plot').scrollLeft = 50")
         seen.page.evaluate("scrollTo(0, 300)")
-        focused = "document.activeElement.getAttribute('aria-label')"
-        before = seen.page.evaluate(f"[scrollY, {focused}]")
+        where = """[scrollY, document.querySelector("#curves .plot").scrollLeft, document.activeElement.textContent,
+            document.activeElement.closest("section")?.id]"""
+        before = seen.page.evaluate(where)
+        assert before[0] == 300 and before[1] == 50 and before[3] == "curves"
         pages.append(run, pages.event(6, 0.98765), {"kind": "note", "text": "a new note"})
         waits_for(seen, "0.98765")
-        assert seen.page.evaluate(f"[scrollY, {focused}]") == before
+        assert seen.page.evaluate(where) == before
         assert len(opened) > 1 and opened.items() <= seen.page.evaluate(folded).items()
 
 

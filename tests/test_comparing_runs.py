@@ -136,7 +136,7 @@ def evaluated(folder: Path, texts: list[str], count: int = 40) -> Evaluation:
 def test_evaluations_of_one_suite_stand_side_by_side_with_the_numbers_of_compare(tmp_path: Path) -> None:
     records = [run(tmp_path / name, 3, {}) for name in ("one", "two", "three")]
     found = [evaluated(tmp_path / "evals" / str(at), ["yes"] * at + ["no"] * (4 - at)) for at in range(1, 4)]
-    section = comparing.section(records[0], [found[0]], [Other(records[1], [found[1]])])
+    section = comparing.section(records[0], [found[0]], [Other(records[1], [found[2], found[1]])])
     assert section
     check = compare(found[:2])["checks"]["contains"]
     assert cells(section.body, "contains")[1:4] == ["25.0%", "50.0%", f"{100 * check['difference']:+.1f}"]

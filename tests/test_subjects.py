@@ -38,6 +38,7 @@ ASKED = {  # as people write it: what it asks for
     "Extract all place names from the paragraph.": "extract",
     "How many apples are left?": "calculate",
     "Write a Python function that sorts a list.": "code",
+    "Generate the regular expression for a date.": "code",  # and no critique: "rate the"
     "Which river flows through Paris?": "answer",
     "Nenne drei Farben.": "other",
     "": "other",

@@ -28,11 +28,17 @@ def require_place(file: Path | None) -> None:
     refuse_existing(file, force=is_page(file))
 
 
-def write_suite(file: Path, kept: Path | None, rows: Sequence[SuiteRow], outcome: Outcome, with_answers: bool) -> None:
-    """kept: the folder of the evaluation; None: nothing of it is kept but this page; rows: what was asked."""
+def write_suite(
+    file: Path | None, kept: Path | None, rows: Sequence[SuiteRow], outcome: Outcome, with_answers: bool
+) -> None:
+    """file: None for no page; kept: the folder of the evaluation; None: nothing of it is kept but this page; rows: what
+    was asked.
+    """
     from mlxtune.evaluate.comparison.folder import Evaluation
     from mlxtune.report.evaluations import Unkept
 
+    if file is None:
+        return
     if kept is None:
         _write(file, Unkept.of(rows, outcome, "answers that were not kept"), with_answers)
     else:

@@ -159,8 +159,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     if outcome.found:
         common.note(f"{wanted.out}: {outcome.found} answers were there already, and are kept")
     say(result, as_json)
-    if wanted.html is not None:
-        pages.write_suite(wanted.html, wanted.out, suite.rows, outcome, with_answers=not wanted.no_answers)
+    pages.write_suite(wanted.html, wanted.out, suite.rows, outcome, with_answers=not wanted.no_answers)
     unmet = [gate for gate in result.get("gates", []) if not gate["met"]]
     for gate in unmet:
         click.echo(f"gate not met: {gate['why']}", err=True)

@@ -70,7 +70,7 @@ def of_run(
 def as_json(record: RunRecord, evaluations: OfRun = NONE, others: Sequence[Other] = ()) -> dict[str, Any]:
     """What the page of a run shows, for programs: texts, numbers, lists and mappings; None for what is no number."""
     drawn, shipped = series.of_run(record), exports.found(record)
-    shown: dict[str, Any] = for_json(for_programs(record, drawn, shipped, evaluations, others))
+    shown: dict[str, Any] = for_json(masked_values(for_programs(record, drawn, shipped, evaluations, others)))
     return shown
 
 
@@ -81,7 +81,8 @@ def for_programs(
     evaluations: OfRun = NONE,
     others: Sequence[Other] = (),
 ) -> dict[str, Any]:
-    """What the page shows, with all digits: what `mlxtune report --json` prints, and what the page holds as JSON.
+    """What the page shows, with all digits: what `mlxtune report --json` prints, and what the page holds as JSON. Both
+    hide its secrets.
 
     curves: name -> [[step, value], ...], as `series.of_run` has them, and thinned as they are drawn; null: a gap.
     """
@@ -100,9 +101,9 @@ def for_programs(
         "curves": drawn,
         "exports": [{"name": export.name, "bytes": export.bytes, "proof": export.proof} for export in shipped],
         "evaluations": evaluations.as_json(),
-        "observations": masked_values(observations_of_run(record.events)),
-        "data": masked_values(data.for_programs(record)),
+        "observations": observations_of_run(record.events),
+        "data": data.for_programs(record),
         "compared": comparing.as_json(record, others),
-        "config": masked_values(record.config),
-        "begin": masked_values({key: value for key, value in record.begun.items() if key != "kind"}),
+        "config": record.config,
+        "begin": {key: value for key, value in record.begun.items() if key != "kind"},
     }

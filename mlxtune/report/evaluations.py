@@ -35,11 +35,10 @@ class Unkept:
     name: str  # for people
     summary: Mapping[str, Any]  # as summary.json would hold it
     prompts: Mapping[str, Prompt]  # by id
-    answers: Mapping[
-        tuple[str, str], Sequence[Answer]
-    ]  # (side, the prompt's id) -> its answers, the first sample first
+    # (side, the prompt's id) -> its answers, the first sample first
+    answers: Mapping[tuple[str, str], Sequence[Answer]]
     scores: Sequence[PromptScores]  # of the checks
-    path: None = None
+    path: None = None  # no folder
 
     @classmethod
     def of(cls, rows: Sequence[SuiteRow], outcome: Outcome, name: str) -> Unkept:
