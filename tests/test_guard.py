@@ -117,8 +117,20 @@ def test_the_guard_allows_what_a_command_line_declares_and_nothing_beside_it(
 def test_every_output_of_a_command_is_known_to_the_guard() -> None:
     """By the names that its options and arguments have; a new one must find its way into `guard.outputs`."""
     writing = {" ".join(path): {one.name for one in command.params} for path, command in COMMANDS.items()}
-    known = {name for name, given in writing.items() if given & {"out", "dst"} or name in ("verify", "rate")}
-    assert known == {"convert", "data convert", "train", "eval", "rate", "fuse", "export", "verify", "demo", "report"}
+    known = {name for name, given in writing.items() if given & {"out", "dst", "html"} or name in ("verify", "rate")}
+    assert known == {
+        "convert",
+        "data check",
+        "data convert",
+        "train",
+        "eval",
+        "rate",
+        "fuse",
+        "export",
+        "verify",
+        "demo",
+        "report",
+    }
 
 
 def greedy(path: Path) -> None:
