@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 
+from mlxtune import cli
 from mlxtune.config.resolve import load
 from mlxtune.data.chat.renderer import Renderer
 from mlxtune.data.rows import formats
@@ -234,22 +235,32 @@ def test_whatever_becomes_of_the_files_the_page_of_a_run_is_made(
     assert "The data cannot be read again: RuntimeError: run fell apart" in of_run(own_run)
 
 
-def test_data_check_writes_a_page_and_replaces_nothing_but_pages(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_data_check_writes_a_page_and_replaces_nothing_but_pages(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.signals, "unwind_on_signals", lambda: None)
+
+    def check(*options: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([str(word) for word in (*on, *options)])
+        return int(ended.value.code or 0), *capsys.readouterr()
+
     path = tiny.write_jsonl(tmp_path / "d.jsonl", [chat("Is it?", f"It is {KEY}.")])
     on = ("data", "check", "--model", tokenizer_folder, "--data", path)
     page = tmp_path / "check.html"
-    done = tiny.mlxtune(*on, "--json", "--html", page)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["splits"]["train"]["rows"] == 1 and "check.html: the page" in done.stderr
+    status, out, said = check("--json", "--html", page)
+    assert (status, json.loads(out)["splits"]["train"]["rows"], "check.html: the page" in said) == (0, 1, True)
     assert page.read_text().startswith("<!DOCTYPE html>") and KEY not in page.read_text()
+    tiny.write_jsonl(path, [chat("Is it?", "It is new.")])
+    assert check("--html", page)[0] == 0 and "It is new." in page.read_text()
     theirs = tmp_path / "theirs.html"
     theirs.write_text("theirs")
-    for options, said in (
+    for options, why in (
         (("--html", theirs), "theirs.html already exists"),
         (("--html", path, "--force"), "an HTML page is written"),
+        (("--force",), "--force has no effect without --html: nothing is written"),
     ):
-        refused = tiny.mlxtune(*on, *options)
-        assert refused.returncode == 2 and said in refused.stderr
+        status, out, said = check(*options)
+        assert (status, out) == (2, "") and why in said
     assert theirs.read_text() == "theirs"
-    tiny.write_jsonl(path, [chat("Is it?", "It is new.")])
-    assert tiny.mlxtune(*on, "--html", page).returncode == 0 and "It is new." in page.read_text()
+    assert check("--html", theirs, "--force")[0] == 0 and theirs.read_text() != "theirs"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from mlxtune_convert.files import new_file, refuse_existing
 from mlxtune_convert.shown import shown_json
 
-from mlxtune.cli import common
+from mlxtune.cli import common, curate
 from mlxtune.cli.options import Command, Group, Need, OptionFor
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ SHOWN = 5  # rows that `data show` prints for people
 @click.group(cls=Group)
 def data() -> None:
     """Look at training data as the model sees it."""
+
+
+data.add_command(curate.curate)
 
 
 @data.command()
@@ -120,8 +123,6 @@ def check(
     from mlxtune.config import resolve as configuration
     from mlxtune.data.survey import survey as checks
     from mlxtune.errors import UserError
-    from mlxtune.report import data_page, surveyed
-    from mlxtune.report.written import is_page
     from mlxtune.train import reach
 
     common.refuse_idle(
@@ -129,10 +130,7 @@ def check(
     )
     config = configuration.load(file, settings, {"data.path": path})
     if html is not None:  # what is wrong with it is said before the rows are read
-        if html.suffix != ".html":
-            raise UserError(f"{html}: an HTML page is written", "Give it a name that ends with .html.")
-        force = force or is_page(html)  # a page of an earlier time is replaced
-        refuse_existing(html, force)
+        _require_place(html, force)
     if file is not None:
         for line in reach.hub_notes(config, file, {"model.path"} | reach.keys_named(settings, {"data.path": path})):
             common.note(line)
@@ -140,12 +138,7 @@ def check(
     with survey_table.progress(common.console()) as progress:
         told = checks.survey(config, renderer, progress)
     if html is not None:
-        page = data_page.of_data(
-            path or str(file), model, surveyed.Surveyed(told, surveyed.first_row(config, renderer))
-        )
-        with new_file(html, force) as out:
-            out.write(page)
-        common.console().print(f"{html}: the page")
+        _write_page(html, path or str(file), model, config, renderer, told)
     if as_json:
         click.echo(shown_json(told))
     else:
@@ -154,6 +147,26 @@ def check(
     if strict and errors:
         listed = ", ".join(f"{finding['count']} {finding['what']} ({finding['split']})" for finding in errors)
         raise UserError(f"--strict: {listed}")
+
+
+def _require_place(html: Path, force: bool) -> None:
+    """Raise UserError where no page may be written. A page of an earlier time is replaced."""
+    from mlxtune.errors import UserError
+    from mlxtune.report.written import is_page
+
+    if html.suffix != ".html":
+        raise UserError(f"{html}: an HTML page is written", "Give it a name that ends with .html.")
+    refuse_existing(html, force or is_page(html))
+
+
+def _write_page(html: Path, name: str, model: str, config: Config, renderer: Renderer, told: dict[str, Any]) -> None:
+    """Write what a survey told, with a row as it is trained on. name: of the data."""
+    from mlxtune.report import data_page, surveyed
+
+    found = surveyed.Surveyed(told, surveyed.first_row(config, renderer))
+    with new_file(html, force=True) as out:  # `_require_place` allowed it
+        out.write(data_page.of_data(name, model, found))
+    common.console().print(f"{html}: the page", soft_wrap=True)
 
 
 @data.command()

@@ -34,16 +34,18 @@ def make() -> None:
     """Make rows to train on, with a model on this machine, a server, or recorded answers."""
 
 
-def making_options(count: int | None, max_tokens: int, temperature: float, what: str = "rows") -> Callable[..., Any]:
+def making_options(
+    count: int | None, max_tokens: int, temperature: float, what: str = "rows", needs_engine: bool = True
+) -> Callable[..., Any]:
     """The options that every maker takes. What is given is the defaults; count None: as many as there is to make; what:
-    --count counts.
+    --count counts; needs_engine: it is an error to name none.
     """
     a_folder = click.Path(path_type=Path)
     of_all = "  [default: one for each that is given]" if count is None else ""
     options = [
         click.option(
             "--engine",
-            required=True,
+            required=needs_engine,
             metavar="E",
             help="Who makes them: a model, http://127.0.0.1:8080/v1#model, or replay:FILE.",
         ),
@@ -127,9 +129,9 @@ class Wanted:
 
         return Sampling(self.max_tokens, self.temperature, seed=self.seed)
 
-    def opened(self, ends: Sequence[str] = ()) -> Opened:
-        """The engine, which is not read yet. ends: as `make.engine.opened` takes them. Raises UserError for options
-        that do nothing for it.
+    def opened(self, ends: Sequence[str] = (), as_text: bool = False) -> Opened:
+        """The engine, which is not read yet. ends, as_text: as `make.engine.opened` takes them. Raises UserError for
+        options that do nothing for it.
         """
         from mlxtune.evaluate.engines.opening import kind_of
         from mlxtune.make.engine import opened
@@ -144,7 +146,7 @@ class Wanted:
                 if is_given(name):
                     option = f"--{name.replace('_', '-')}"
                     raise UserError(f"{option} has no effect here: the answers are recorded", "Leave it out.")
-        return opened(self.engine, self.sampling(), self.allow_remote, ends)
+        return opened(self.engine, self.sampling(), self.allow_remote, ends, as_text)
 
     def guard(self) -> Guard:
         from mlxtune.make.guard import Guard

@@ -67,28 +67,45 @@ def longest_common_ids(first: Sequence[int], ids: np.ndarray) -> np.ndarray:
     """The same of words that are numbers. first: m of them, not empty, from 1 to W without a gap; ids: [N, longest],
     each row filled up with 0, which also stands for every word that `first` does not have. Returns [N].
     """
-    count, steps = ids.shape
     parts = -(-len(first) // WORD)
     places = np.zeros((max(first) + 1, parts), np.uint64)  # M of each word
     for place, number in enumerate(first):
         places[number, place // WORD] |= np.uint64(1) << np.uint64(place % WORD)
-    values = np.full((count, parts), ~np.uint64(0))  # V
-    for step in range(steps):
-        carry = np.zeros(count, np.uint64)
-        wanted = places[ids[:, step]]  # [N, parts]
+    packed, counts = _without_zeros(ids)
+    order = np.argsort(-counts, kind="stable")  # the longest first: those before `going` have a word at this step
+    packed, counts = packed[order], counts[order]
+    values = np.full((len(ids), parts), ~np.uint64(0))  # V
+    for step in range(packed.shape[1]):
+        going = int(np.searchsorted(-counts, -step))
+        carry = np.zeros(going, np.uint64)
+        wanted = places[packed[:going, step]]  # [going, parts]
         for part in range(parts):
-            value = values[:, part]
+            value = values[:going, part]
             taken = value & wanted[:, part]
             total = value + taken  # wraps around at 64 bits
             over = total < value
             total += carry
             over |= total < carry
             carry = over.astype(np.uint64)
-            values[:, part] = total | (value & ~wanted[:, part])
+            values[:going, part] = total | (value & ~wanted[:, part])
     last = len(first) - WORD * (parts - 1)
     if last < WORD:
         values[:, -1] |= ~np.uint64(0) << np.uint64(last)  # bits beyond the text
-    return np.bitwise_count(~values).sum(axis=1, dtype=np.int64)
+    found = np.zeros(len(ids), np.int64)
+    found[order] = np.bitwise_count(~values).sum(axis=1, dtype=np.int64)
+    return found
+
+
+def _without_zeros(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [N, longest] with the zeros of each row behind its other numbers, cut after the longest of these; how many
+    there are in each row [N]). A word that `first` does not have changes nothing: its M is 0.
+    """
+    rows, columns = np.nonzero(ids)
+    counts = np.bincount(rows, minlength=len(ids))
+    begins = np.cumsum(counts) - counts
+    packed = np.zeros((len(ids), int(counts.max(initial=0))), np.int64)
+    packed[rows, np.arange(len(rows)) - begins[rows]] = ids[rows, columns]
+    return packed, counts
 
 
 def chrf(text: str, reference: str) -> float:
