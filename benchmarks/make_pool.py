@@ -28,7 +28,9 @@ KEPT = 0.7  # chance that a word of a seed stays in its rewording
 
 
 def measured(draw: Callable[[], str], rows: int) -> dict[str, float]:
-    """Milliseconds of processor time a candidate, for other programs may run here, and the largest difference from the plain way on some of them."""
+    """Milliseconds of processor time a candidate, for other programs may run here, and the largest difference from the
+    plain way on some of them.
+    """
     kept = [draw() for _ in range(rows)]
     began = time.process_time()
     pool = Pool(kept)

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import CUT, Scripted, lines, making, reasons
+from made import CUT, Scripted, lines, making, opened, reasons
 
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.request import Request
 from mlxtune.make import filters
 from mlxtune.make.filters import Limits
+from mlxtune.make.folder import Making
 from mlxtune.make.guard import Guard
 from mlxtune.make.instructions import SelfInstruct
 from mlxtune.make.prompts import MORE
@@ -210,3 +211,24 @@ def test_seeds_of_other_scripts_are_compared_counted_and_filtered_in_their_own(t
         found.setdefault(line["instruction"], line["reason"])  # those after it are of rounds that say all again
     assert {row["messages"][0]["content"] for row in lines(tmp_path / "train.jsonl")} == {"为什么天空是蓝色的？"}
     assert found == {**tasks, "为什么天空是蓝色的？": "near duplicate"}
+
+
+def test_a_model_that_goes_on_with_a_text_is_read_from_where_the_text_stopped(tmp_path: Path) -> None:
+    seeds = [Seed(f"s{n}", f"Describe the {n}th thing you see.", (Example("", "A lamp."),), None) for n in range(9)]
+
+    def goes_on(request: Request) -> str:
+        if request.id.endswith(" kind"):
+            return " no\n"
+        if request.id.endswith(" examples"):
+            return "Input: two eggs\nOutput: An omelette.\nExample 2\nOutput: Soup, then"
+        return " Cook something for a friend.\n10. Why do leaves turn red?" + CUT
+
+    engine = Scripted(goes_on)
+    with Making(tmp_path, {"how": "instructions"}, opened(engine, chats=False)) as one:
+        SelfInstruct(one, seeds, Limits(), Guard(), 1, 0).run(1)
+    prompts = [str(request.messages[0]["content"]) for request in engine.asked]
+    assert prompts[0].startswith("Come up with a series of tasks:\n1. ") and prompts[0].endswith("\n9.")
+    assert prompts[2].endswith("Task: Cook something for a friend.\nExample 1\n")
+    questions = [row["messages"][0]["content"] for row in lines(tmp_path / "train.jsonl")]
+    assert questions == ["Cook something for a friend.\n\ntwo eggs", "Cook something for a friend."]
+    assert [line["instruction"] for line in reasons(tmp_path)["cut"]] == ["Why do leaves turn red?"]

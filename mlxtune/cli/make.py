@@ -129,9 +129,9 @@ class Wanted:
 
         return Sampling(self.max_tokens, self.temperature, seed=self.seed)
 
-    def opened(self, ends: Sequence[str] = ()) -> Opened:
-        """The engine, which is not read yet. ends: as `make.engine.opened` takes them. Raises UserError for options
-        that do nothing for it.
+    def opened(self, ends: Sequence[str] = (), as_text: bool = False) -> Opened:
+        """The engine, which is not read yet. ends, as_text: as `make.engine.opened` takes them. Raises UserError for
+        options that do nothing for it.
         """
         from mlxtune.evaluate.engines.opening import kind_of
         from mlxtune.make.engine import opened
@@ -146,7 +146,7 @@ class Wanted:
                 if is_given(name):
                     option = f"--{name.replace('_', '-')}"
                     raise UserError(f"{option} has no effect here: the answers are recorded", "Leave it out.")
-        return opened(self.engine, self.sampling(), self.allow_remote, ends)
+        return opened(self.engine, self.sampling(), self.allow_remote, ends, as_text)
 
     def guard(self) -> Guard:
         from mlxtune.make.guard import Guard

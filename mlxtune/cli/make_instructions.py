@@ -49,7 +49,14 @@ class Words(click.ParamType):
     metavar="N",
     help="Prompts of a round; what is kept is shown in the rounds after it.",
 )
-def instructions(seeds: Path, words: tuple[int, int], no_blacklist: bool, at_once: int, **given: Any) -> None:
+@click.option(
+    "--completion",
+    is_flag=True,
+    help="Let the model go on with a list, as a base model does, though it has a chat template.",
+)
+def instructions(
+    seeds: Path, words: tuple[int, int], no_blacklist: bool, at_once: int, completion: bool, **given: Any
+) -> None:
     """Make tasks with examples out of a few that you wrote (Self-Instruct).
 
     Each round shows an engine eight tasks and asks for more. Kept is what is not too short or long, asks for nothing
@@ -72,11 +79,10 @@ def instructions(seeds: Path, words: tuple[int, int], no_blacklist: bool, at_onc
     assert wanted.count is not None
     tasks = read_seeds(seeds)
     guard = wanted.guard()
-    engine = wanted.opened(ENDS)
+    engine = wanted.opened(ENDS, completion)
     limits = Limits(*words, not no_blacklist, languages(tasks))
-    identity = wanted.identity(
-        "instructions", seeds=digest(seeds), words=list(words), blacklist=not no_blacklist, at_once=at_once
-    )
+    own = {"words": list(words), "blacklist": not no_blacklist, "at_once": at_once, "completion": not engine.chats}
+    identity = wanted.identity("instructions", seeds=digest(seeds), **own)
     with make.making(wanted, engine, identity) as making:
         maker = SelfInstruct(making, tasks, limits, guard, at_once, wanted.seed)
         if wanted.dry_run:

@@ -47,26 +47,31 @@ class Opened:
         return Patient(self.read())
 
 
-def opened(spelled: str, sampling: Sampling, allow_remote: bool = False, ends: Sequence[str] = ()) -> Opened:
+def opened(
+    spelled: str, sampling: Sampling, allow_remote: bool = False, ends: Sequence[str] = (), as_text: bool = False
+) -> Opened:
     """An engine by its spelling. Raises UserError for what is none, or would send prompts to another machine.
 
     ends: texts that end an answer of a base model, which goes on with the one message of each request and seldom ends
-    by itself; (): a base model is given all messages as plain text, and goes on until --max-tokens.
+    by itself; (): a base model is given all messages as plain text, and goes on until --max-tokens. as_text: a model
+    with a chat template is asked as a base model is.
     """
     how = {"sampling": asdict(sampling)}
     kind = kind_of(spelled)
     if kind == "server":
+        if as_text:
+            raise UserError("--completion needs a model here: a server is asked by turns", "Leave it out.")
         server = Server(spelled, sampling, allow_remote)
         return Opened(spelled, kind, server.name, {"server": server.name, **how}, "", True, lambda: server)
     if kind == "replay":
         file, side = replayed(spelled)
         replay = Replay(file, side, in_parts=True)
         identity = {"replay": digest(file), **({} if side is None else {"side": side})}
-        return Opened(spelled, kind, f"replay:{file.name}", identity, "", True, lambda: replay)
-    return _model(spelled, sampling, how, ends)
+        return Opened(spelled, kind, f"replay:{file.name}", identity, "", not as_text, lambda: replay)
+    return _model(spelled, sampling, how, ends, as_text)
 
 
-def _model(spelled: str, sampling: Sampling, how: dict[str, Any], ends: Sequence[str]) -> Opened:
+def _model(spelled: str, sampling: Sampling, how: dict[str, Any], ends: Sequence[str], as_text: bool) -> Opened:
     from mlxtune.model.hub import resolve
     from mlxtune.ship.card import licence_of
     from mlxtune.train.identity import of_answering
@@ -76,7 +81,7 @@ def _model(spelled: str, sampling: Sampling, how: dict[str, Any], ends: Sequence
     data = Config().data
     template = (dict(data.template_kwargs), data.date)
 
-    chats = bool(chat_templates.of_folder(folder))
+    chats = bool(chat_templates.of_folder(folder)) and not as_text
 
     def read() -> Engine:
         from mlxtune.evaluate.benchmarks.continuing import Continuing
