@@ -100,6 +100,7 @@ def test_the_guard_sees_what_is_left_in_a_home_among_temporary_files_and_in_the_
         ("demo --out d", ["d/model/config.json", "d/gguf/base.gguf"]),
         ("data convert theirs/file rows.jsonl", ["rows.jsonl"]),
         ("eval --model theirs --suite s.jsonl --out evals/e", ["evals/e/answers.jsonl", "evals/e/summary.json"]),
+        ("eval --model theirs --suite s.jsonl --html new/e.html", ["new/e.html"]),
         ("rate theirs --rater anna", ["theirs/ratings.anna.jsonl"]),
     ],
 )

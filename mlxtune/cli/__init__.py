@@ -23,6 +23,8 @@ from mlxtune.cli import (
     evaluate,
     make,
     make_answers,
+    make_from_documents,
+    make_from_template,
     make_instructions,
     make_refusals,
     make_turns,
@@ -58,6 +60,8 @@ MAKERS: list[click.Command] = [  # the commands of `make`
     make_answers.answers,
     make_turns.turns,
     make_refusals.refusals,
+    make_from_documents.from_documents,
+    make_from_template.from_template,
 ]
 
 

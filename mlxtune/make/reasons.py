@@ -46,4 +46,13 @@ REASONS = {
     # Of a refusal.
     "no refusal": "the answer to a forbidden request does not refuse",
     "no neighbour": "the harmless request is no request, or is the forbidden one",
+    # Of a question and its answer out of a document.
+    "pointing": "speaks of the text, which nobody has who is asked",
+    "short quote": "its quote is too short to show anything",
+    "not quoted": "its quote is not in the text",
+    "unfounded number": "the answer has a number that is neither in the text nor in the question",
+    "unfounded name": "the answer has a name, or a German noun, that is neither in the text nor in the question",
+    "unfounded": "most of the answer is neither in the text nor in the question",
+    "known": "the engine answers it without the text as well (--closed)",
+    "too many": "more were answered than --per-chunk asked for",
 }
