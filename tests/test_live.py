@@ -20,6 +20,7 @@ import pytest
 import tiny
 
 from mlxtune.errors import UserError
+from mlxtune.report import surveyed
 from mlxtune.report.live import server as serving
 from mlxtune.report.live.fresh import REST_TIMES, Fresh, Made, traces
 from mlxtune.report.live.server import Server
@@ -316,6 +317,34 @@ def test_runs_that_it_is_compared_with_are_followed_too(tmp_path: Path) -> None:
     assert fresh.page() != before
     shutil.rmtree(other)
     assert b"other: The folder of the run is not there any more" in fresh.page().body
+
+
+def test_one_page_for_which_much_was_read_keeps_the_next_from_nobody() -> None:
+    clock, took, seen = Clock(), [0.1, 9.0, 0.1], [0]
+
+    def make() -> str:
+        clock.now += took[seen[0]]
+        return str(seen[0])
+
+    fresh = Fresh(lambda: seen[0], make, clock)
+    for number in range(3):
+        seen[0] = number
+        assert fresh.page().body == str(number).encode()
+        clock.now += 0.1 * REST_TIMES + 0.01
+
+
+def test_steps_do_not_wait_until_the_data_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = pages.write(tmp_path / "run", pages.told(5))
+    is_read = threading.Event()
+    real = surveyed.of_run
+    monkeypatch.setattr(surveyed, "of_run", lambda folder: (is_read.wait(20), real(folder))[1])
+    view = viewed(run)
+    fresh = Fresh(view.look, view.page, lambda: 0.0)
+    assert b'id="curves"' in fresh.page().body and b'id="data"' not in fresh.page().body
+    is_read.set()
+    until = time.monotonic() + 20
+    while b'id="data"' not in fresh.page().body:
+        assert time.monotonic() < until
 
 
 def test_changes_of_files_folders_and_what_is_gone_are_noticed(tmp_path: Path) -> None:

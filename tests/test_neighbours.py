@@ -157,7 +157,11 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("train --resume", "train", "--resume-anyway", "--out", run, "--set", "train.steps=3")
     step("runs", "runs", here)
     step("report", "report", run)
-    step("report --with", "report", run, "--with", here / "stopped", "--out", here / f"both{hostile.name(11)}.html")
+    other = here / f"other{hostile.name(11)}"
+    other.mkdir()
+    for name in ("config.yaml", "events.jsonl"):
+        shutil.copy(run / name, other)
+    step("report --with", "report", run, "--with", other, "--out", here / f"both{hostile.name(12)}.html")
     step("report --live, Ctrl-C", "report", run, "--live", typed=[("until", "\x03")])
     step("report into theirs", "report", run, "--out", theirs / "config.yaml")
     step("eval", "eval", *tuned)

@@ -296,3 +296,20 @@ def test_the_command_writes_a_page_with_or_without_a_folder_and_replaces_none_bu
     assert mine.read_text() == "<p>mine</p>"
     tiny.one_clear_line(tiny.mlxtune(*words, "--html", tmp_path), "is a folder")
     tiny.one_clear_line(tiny.mlxtune(*words, "--no-answers"), "--no-answers has no effect without --html")
+
+
+def test_the_report_command_shows_the_evaluations_that_are_named_and_refuses_others(tmp_path: Path) -> None:
+    run, own = run_with_adapter(tmp_path / "run")
+    evaluation(tmp_path / "far" / "away" / "ours", tuned="yes, said it", sides=sides(own))
+    evaluation(tmp_path / "other", sides=sides("c" * 64))
+    words = ("report", run, "--evaluation", tmp_path / "far" / "away" / "ours")
+    tiny.done(*words)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "better in contains" in page and "yes, said it" in page.replace("<ins>", "").replace("</ins>", "")
+    assert [one["suite"]["name"] for one in page_readers.record(page)["evaluations"]] == ["test.jsonl"]
+    tiny.done(*words, "--no-answers")
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "better in contains" in page and "yes, said it" not in page and 'id="answers"' not in page
+    tiny.one_clear_line(tiny.mlxtune("report", run, "--evaluation", tmp_path / "other"), "of another adapter than")
+    told = json.loads(tiny.done(*words, "--json").stdout)
+    assert [one["n"] for one in told["evaluations"]] == [24]

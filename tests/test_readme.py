@@ -55,6 +55,8 @@ ELSEWHERE = {
     "mlxtune data curate": "test_curate.py::test_the_command_scores_chooses_and_says_what_became_of_the_rows",
     "mlxtune rate": "test_rate.py::test_a_person_decides_stops_and_goes_on",
     "mlxtune compare": "test_comparison.py::test_three_evaluations_are_ranked_by_the_wins_on_each_prompt",
+    "mlxtune report run --evaluation": "test_page_evaluations.py::"
+    "test_the_report_command_shows_the_evaluations_that_are_named_and_refuses_others",
     "mlxtune report run --live": "test_live.py::"
     "test_the_command_prints_the_address_and_ends_on_a_signal_the_run_untouched",
     "mlxtune make instructions": "test_make_command.py::"

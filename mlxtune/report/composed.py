@@ -37,11 +37,13 @@ def of_run(
     others: Sequence[Other] = (),
     live: str = "",
     with_answers: bool = True,
+    with_data: bool = True,
 ) -> str:
     """The page of a run.
 
     evaluations: of the run, as `mlxtune eval` kept them; others: runs that it is compared with; live: as `page` takes
-    it; with_answers: what the models said is shown. The same folders give the same page.
+    it; with_answers: what the models said is shown; with_data: the data is read, which takes seconds for the first
+    time. The same folders give the same page.
     """
     drawn = series.of_run(record)
     shipped = exports.found(record)
@@ -51,7 +53,7 @@ def of_run(
         *of_evaluations.sections(evaluations.evaluations, with_answers),
         during.section(record),
         observations.section(record, evaluations.evaluations),
-        data.section(record),
+        data.section(record) if with_data else None,
         memory_time.section(record),
         exports.section(shipped),
         configuration.section(record),
@@ -64,7 +66,8 @@ def of_run(
         observations.lead(record, evaluations.evaluations),
         [callout("neutral", note) for note in evaluations.notes],
     )
-    return page(f"Run {record.name}", lead, there, for_programs(record, drawn, shipped, evaluations, others), live)
+    shown = for_programs(record, drawn, shipped, evaluations, others, with_data)
+    return page(f"Run {record.name}", lead, there, shown, live)
 
 
 def as_json(record: RunRecord, evaluations: OfRun = NONE, others: Sequence[Other] = ()) -> dict[str, Any]:
@@ -80,6 +83,7 @@ def for_programs(
     shipped: Sequence[Export],
     evaluations: OfRun = NONE,
     others: Sequence[Other] = (),
+    with_data: bool = True,
 ) -> dict[str, Any]:
     """What the page shows, with all digits: what `mlxtune report --json` prints, and what the page holds as JSON. Both
     hide its secrets.
@@ -102,7 +106,7 @@ def for_programs(
         "exports": [{"name": export.name, "bytes": export.bytes, "proof": export.proof} for export in shipped],
         "evaluations": evaluations.as_json(),
         "observations": observations_of_run(record.events),
-        "data": data.for_programs(record),
+        "data": data.for_programs(record) if with_data else None,
         "compared": comparing.as_json(record, others),
         "config": record.config,
         "begin": {key: value for key, value in record.begun.items() if key != "kind"},

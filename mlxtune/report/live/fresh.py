@@ -19,12 +19,9 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# A page that took so long to make is not made again before so many times that long: a quarter of a core. But the first
-# one reads what later ones need not read again, such as the data.
+# A page that took so long to make is not made again before so many times that long: a quarter of a core. Of the last
+# two pages the quicker one counts: one for which something was read that is kept now says nothing of the next.
 REST_TIMES = 3
-DEEPEST = (
-    2  # folders below a run's own in which a change is noticed: exports, and evaluations kept in a folder of theirs
-)
 MOST_ENTRIES = 2_000  # of the file system that are looked at for a change; what loggers write may be many files
 
 
@@ -49,6 +46,7 @@ class Fresh:
         self._lock = threading.Lock()
         self._made: Made | None = None  # None: nobody asked yet
         self._seen: Hashable = None  # what `look` gave before it was made
+        self._took = 0.0  # seconds, the last page; 0: none was made
         self._rest_until = 0.0  # by the clock: no page is made before
 
     def page(self) -> Made:
@@ -60,13 +58,13 @@ class Fresh:
             # Looked at before the page is made: what changes meanwhile is a change for the next time.
             seen = self._look()
             if self._made is None or seen != self._seen:
-                is_first = self._made is None
                 body = self._make().encode("utf-8", "replace")
                 self._made = Made(body, f'"{hashlib.sha256(body).hexdigest()[:32]}"')
                 self._seen = seen
                 ended = self._clock()
-                if not is_first:
-                    self._rest_until = ended + REST_TIMES * (ended - began)
+                took = ended - began
+                self._rest_until = ended + REST_TIMES * min(took, self._took)
+                self._took = took
             return self._made
 
 

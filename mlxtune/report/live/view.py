@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from mlxtune.report.html import tag
 from mlxtune.report.live.fresh import traces
 from mlxtune.report.page import page
 from mlxtune.report.run_record import RunRecord, read_run
+from mlxtune.report.sections import data
 from mlxtune.report.sections.comparing import Other
 from mlxtune.report.tables import callout
 from mlxtune.train.events import Following
@@ -37,6 +39,7 @@ class View:
         self._named, self._with_answers = evaluations, with_answers
         self._runs = [folder, *others]
         self._following = {one: Following(one) for one in self._runs}
+        self._reading: threading.Thread | None = None  # reads the data, so that no step waits for it; None: not yet
         self._last: dict[Path, RunRecord] = {}  # what was read last of each run that has begun
 
     def require_runs(self) -> None:
@@ -60,19 +63,28 @@ class View:
             whole = run.absolute()
             watched |= {whole.parent: 0, whole.parent / EVALS: 1, whole.parent.parent / EVALS: 1}
         watched |= dict.fromkeys(self._runs, 2)
-        return traces(watched), tuple(RunFolder(one).is_training() for one in self._runs)
+        is_training = tuple(RunFolder(one).is_training() for one in self._runs)
+        return traces(watched), is_training, self._has_read_data()
+
+    def _has_read_data(self) -> bool:
+        """Whether the data was read for the first time; later it is read again only where it changed."""
+        return self._reading is not None and not self._reading.is_alive()
 
     def page(self) -> str:
         """The page as it is now."""
         record = self._record(self._folder)
         if record is None:
             return self._not_begun()
+        if self._reading is None:
+            self._reading = threading.Thread(target=data.for_programs, args=(record,), daemon=True)
+            self._reading.start()
         others = []
         for folder in self._others:
             other = self._record(folder)
             if other is not None:
                 others.append(Other(other, self._evaluations(other).evaluations))
-        return of_run(record, self._evaluations(record, self._named), others, self._token, self._with_answers)
+        evaluations = self._evaluations(record, self._named)
+        return of_run(record, evaluations, others, self._token, self._with_answers, self._has_read_data())
 
     def _evaluations(self, record: RunRecord, named: Sequence[Path] = ()) -> OfRun:
         """None while the run goes on: it replaces its adapter, of which an evaluation would be one."""
