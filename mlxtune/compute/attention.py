@@ -81,7 +81,7 @@ class Masks:
         return mask
 
     def note(self, mask: mx.array, reach: Reach) -> None:
-        """Remember what a mask was made by."""
+        """Remember what a mask [N, offset + N] was made by."""
         self._made[id(mask)] = weakref.ref(mask), reach
 
     def reach(self, mask: Any, queries: int, keys: int) -> Reach | None:

@@ -110,7 +110,7 @@ def _in_turn(run: Callable[..., Any], turns: Turns) -> Callable[..., Any]:
 
 
 def gradients_of(function: Callable[[Any], list[mx.array]], given: Any, cotangents: list[mx.array]) -> Any:
-    """mx.vjp of a function of a tree: a gradient for each of its arrays, in a tree of the same form."""
+    """mx.vjp of a function of a tree: a gradient for each of its arrays, of its shape, in a tree of the same form."""
 
     def of_arrays(*arrays: mx.array) -> list[mx.array]:
         return function(filled(given, arrays))
