@@ -294,8 +294,6 @@ def test_the_mask_of_a_window_is_never_computed(kind: str, monkeypatch: pytest.M
             "train.checkpoint_layers=pieces",
             {"hidden_activation": "gelu", "num_hidden_layers": 2, **WINDOWS},
         ),
-        # Its masks are arrays that are computed: held until Python collects cycles, they would be in the peak.
-        ("gemma2", "train.checkpoint_layers=pieces", {"query_pre_attn_scalar": 32, "num_hidden_layers": 1}),
     ],
 )
 def test_the_peak_of_a_long_row_is_predicted_within_15_percent(
