@@ -233,7 +233,7 @@ def test_a_making_keeps_what_is_shown_and_says_of_the_rest_why(tmp_path: Path) -
 
     def answer(request: Request) -> str:
         if request.id == "last.md#4":
-            raise made.refusing("out of memory")
+            raise UserError("out of memory")
         return answers.get(request.id, "")
 
     document = make(tmp_path / "made", answer, Wanted(per_chunk=2), texts)

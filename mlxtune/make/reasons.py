@@ -42,7 +42,7 @@ REASONS = {
     # Of a conversation that was to go on.
     "no user": "no user speaks in it",
     "long enough": "it has as many turns as are wanted, or more",
-    "said before": "the user says what they said before",
+    "said before": "says nearly what was said before in the conversation",
     # Of a refusal.
     "no refusal": "the answer to a forbidden request does not refuse",
     "no neighbour": "the harmless request is no request, or is the forbidden one",

@@ -97,6 +97,7 @@ def _stamps(config: Config) -> Iterator[tuple[str, int, int]]:
 def _of_run(folder: Path, stamps: tuple[Any, ...], begun: int) -> Surveyed:
     """stamps, begun: of the data files and the configuration: with others the answer is another."""
     config = RunFolder(folder).config()
+    sources.require_readable(config.data, local_only=LOCAL_ONLY)  # before a tokenizer is read: that takes longer
     base = hub.resolve(config.model.path, local_only=LOCAL_ONLY)
     tokenizer = tokenizer_changes.tokenizer_of(base, folder)
     most = max(1, MOST_ROWS // len(config.data.mixture()))

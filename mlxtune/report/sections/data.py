@@ -38,11 +38,13 @@ SAMPLED = "In a sample there are fewer equal rows and leaks than in the whole: `
 
 def section(record: RunRecord) -> Section | None:
     """The data of a run: read again, or, where that cannot be, as the run noted it."""
-    noted = recorded(record)
+    counted = counts_of(record)
     data, reason = _read_again(record)
     if data is not None:
         warned = [callout("warning", masked(line)) for line in surveyed.changed_since(record.folder)]
-        return Section("data", "The data", joined(warned, noted, of_survey(data)))
+        return Section("data", "The data", joined(warned, counted, of_survey(data)))
+    notes = _notes_of(record)
+    noted = joined(counted, notes) if counted or notes else None
     if not record.config and noted is None:
         return None
     said = f"The data cannot be read again: {masked(without_home(reason))}. "
@@ -66,8 +68,8 @@ def _read_again(record: RunRecord) -> tuple[Surveyed | None, str]:
         return None, f"{type(error).__name__}: {error}"
 
 
-def recorded(record: RunRecord) -> Html | None:
-    """What the run noted of its rows when it began; None where it noted nothing."""
+def counts_of(record: RunRecord) -> Html | None:
+    """What the run counted of its rows when it began; None where it counted nothing."""
     values: dict[str, Child] = {}
     noted = record.begun.get("data")
     for split in ("train", "valid"):
@@ -76,13 +78,13 @@ def recorded(record: RunRecord) -> Html | None:
             count = counts.get(key) if isinstance(counts, dict) else None
             if isinstance(count, int) and (count or key == "rows"):
                 values[f"{split}: {what}"] = f"{count:,}"
+    return facts("What the run noted of its rows", values) if values else None
+
+
+def _notes_of(record: RunRecord) -> Html | None:
+    """What the run said of its rows, among all that it said."""
     notes = [note for note in record.notes() if note.startswith(SPLITS) or " training rows" in note]
-    if not values and not notes:
-        return None
-    return joined(
-        facts("What the run noted of its rows", values) if values else None,
-        tag("ul", [tag("li", masked(without_home(note))) for note in notes]) if notes else None,
-    )
+    return tag("ul", [tag("li", masked(without_home(note))) for note in notes]) if notes else None
 
 
 def of_survey(data: Surveyed) -> Html:
