@@ -81,11 +81,31 @@ define choose_blas
 	fi
 endef
 
+# The tests look at pages in a real browser. On macOS one that is installed is used; where there is none those tests say
+# that they were skipped (tests/browser.py).
+define choose_browser
+	browser=; \
+	for candidate in chromium-headless-shell chromium chromium-browser google-chrome google-chrome-stable; do \
+	  command -v "$$candidate" >/dev/null 2>&1 && { browser="$$candidate"; break; }; \
+	done; \
+	if [ "$$system" = Linux ] && [ -z "$$browser" ]; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	    echo "installing a browser for the tests (chromium-headless-shell)"; \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell; } \
+	      </dev/null >/dev/null 2>&1 || \
+	      echo "mlxtune: chromium-headless-shell could not be installed; the tests of pages need a browser" >&2; \
+	  else \
+	    echo "mlxtune: chromium-headless-shell is not installed; without a browser the tests of pages are skipped" >&2; \
+	  fi; \
+	fi
+endef
+
 machine:
 	@$(choose_python); echo "$$python on $$system"
 
 $(READY): pyproject.toml
-	@$(choose_python); $(choose_blas); \
+	@$(choose_python); $(choose_blas); $(choose_browser); \
 	extras=dev; [ "$$system" = Darwin ] || extras=cpu,dev; \
 	echo "making $(VENV) with $$python ($$extras)"; \
 	rm -rf $(VENV); \

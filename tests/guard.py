@@ -89,7 +89,7 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
 def outputs(words: list[str], folder: Path) -> list[Output]:
     """What a command line says that it will write. folder: where it runs."""
     name, given = parsed(words)
-    out = [folder / given[key] for key in ("out", "dst") if isinstance(given.get(key), str)]
+    out = [folder / given[key] for key in ("out", "dst", "html") if isinstance(given.get(key), str)]
     stores = [value.partition("=")[2] for value in given.get("settings") or () if value.startswith("data.cache=")]
     stores += _stores_in_files(given, folder)
     found = [Output(folder / Path(store).expanduser(), ("?" * 32,)) for store in stores]
@@ -104,6 +104,12 @@ def outputs(words: list[str], folder: Path) -> list[Output]:
     elif name == "chat" and isinstance(given.get("log"), str):
         log = folder / given["log"]
         found += [Output(log.parent, (glob.escape(log.name),))]
+    elif name == "data curate" and out:
+        kept = [f"{glob.escape(out[0].stem)}.{what}.jsonl" for what in ("scores", "judge", "review")]
+        found += [Output(out[0].parent, (glob.escape(out[0].name), *kept))]
+        if isinstance(given.get("left_out"), str):
+            left_out = folder / given["left_out"]
+            found += [Output(left_out.parent, (glob.escape(left_out.name),))]
     elif name == "verify" and isinstance(given.get("export"), str):
         found += [Output(folder / given["export"], PROOF_FILES)]
     else:

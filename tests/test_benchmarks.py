@@ -260,11 +260,13 @@ def test_the_command_compares_base_and_tuned_without_a_network_or_torch(
     mlx_model: Path, run: Path, folder: Path, tmp_path: Path
 ) -> None:
     words = ["--model", mlx_model, "--adapter", run, "--benchmark", "mmlu,hellaswag", "--benchmark-data", folder]
-    words += ["--limit", "5", "--out", tmp_path / "out", "--json"]
+    words += ["--limit", "5", "--out", tmp_path / "out", "--html", tmp_path / "page.html", "--json"]
     start = [sys.executable, "-c", BARE, Path(__file__).parent, tmp_path / "calls", "eval"]
     done = subprocess.run([*start, *words], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.returncode == 0 and done.stderr == f"note: the page is {tmp_path / 'page.html'}\n", done.stderr
     assert (tmp_path / "calls").read_text() == ""
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 'id="benchmarks"' in page and "hellaswag:acc_norm" in page and "mmlu by subject (" in page
     found = json.loads(done.stdout)
     assert found == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert list(found["checks"]) == ["mmlu:acc", "hellaswag:acc", "hellaswag:acc_norm"]

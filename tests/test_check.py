@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import tiny
 
+from mlxtune.cli import survey_table
+from mlxtune.cli.console import console
 from mlxtune.data.rows import formats, writers
 from mlxtune.errors import UserError
 
@@ -91,6 +94,36 @@ def test_rows_of_several_files_are_named_with_their_file(tokenizer_folder: Path,
     rows = {finding["code"]: finding["rows"] for finding in told["findings"]}
     assert rows["empty"] == ["train-0.jsonl:2", "train-1.jsonl:2"]
     assert rows["duplicate"] == ["train-1.jsonl:2"]
+
+
+LENGTHS = {
+    "max_tokens": 30,
+    "cut_share": 0.1,
+    "longest": 45,
+    "histogram": [[0, 19, 0], [20, 39, 90], [40, 59, 10]],
+}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "width", "terminal", "bars"),
+    [
+        ("utf-8", 120, True, ("█" * 40, "▒" * 4)),
+        ("utf-8", 60, True, ("█" * 16, "▒" * 2)),
+        ("utf-8", 20, False, ("█" * 40, "▒" * 4)),  # nobody looks: nothing is wrapped
+        ("ascii", 120, True, ("#" * 40, "%" * 4)),
+    ],
+)
+def test_bars_fit_the_terminal_and_tell_what_is_cut_without_colour(
+    encoding: str, width: int, terminal: bool, bars: tuple[str, str]
+) -> None:
+    stream = io.BytesIO()
+    text = io.TextIOWrapper(stream, encoding, write_through=True)
+    out = console(file=text, width=width, force_terminal=terminal, color_system=None, soft_wrap=not terminal)
+    survey_table.draw_lengths(out, LENGTHS)
+    *_, nothing, most, beyond = stream.getvalue().decode(encoding).splitlines()
+    assert nothing.split() == ["0-19", "0"]
+    assert most.split() == ["20-39", bars[0], "90", "<-", "max_tokens"]
+    assert beyond.split() == ["40-59", bars[1], "10"]
 
 
 CALLING = {

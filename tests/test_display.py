@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import math
 import random
+import re
 import sys
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from rich.console import Console
 
 from mlxtune import cli
 from mlxtune.cli.display import Display, Meter
+from mlxtune.cli.sparkline import BARS, Sparkline
 from mlxtune.durations import clock
 
 
@@ -110,6 +114,53 @@ def test_a_terminal_shows_a_bar_and_the_same_numbers() -> None:
     shown = out.getvalue()
     for text in ("training", "25%", "1/4", "1.2500 (was 3.5000)", "peak memory"):
         assert text in shown
+
+
+@pytest.mark.parametrize("count", [5, 8, 9, 1000])
+def test_a_small_curve_shows_the_means_of_equally_many_steps_each(count: int) -> None:
+    """8 bins at most: of 9 values each holds two, of 1000 values 128; numpy's means of the same slices."""
+    values = [10 / (1 + number) for number in range(count)]
+    curve = Sparkline(most=8)
+    for value in values:
+        curve.add(value)
+    size = 1
+    while -(-count // size) > 8:
+        size *= 2
+    expected = [np.mean(values[begin : begin + size]) for begin in range(0, count, size)]
+    assert curve.means(8) == pytest.approx(expected)
+    drawn = curve.text(8)
+    assert (drawn[0], drawn[-1], len(drawn)) == (BARS[-1], BARS[0], len(expected))
+    assert [BARS.index(bar) for bar in drawn] == sorted(map(BARS.index, drawn), reverse=True)
+    assert len(curve.text(3)) <= 3
+
+
+def test_a_small_curve_has_gaps_where_there_was_no_number_and_is_none_of_a_single_one() -> None:
+    curve = Sparkline()
+    curve.add(2.0)
+    assert curve.text(10) == ""
+    for value in (None, math.nan, math.inf, sys.float_info.max, 1.0):
+        curve.add(value)
+    assert curve.text(10) == f"{BARS[-1]}    {BARS[0]}"
+    for _ in range(2):
+        curve.add(1.5)
+    assert curve.text(4) == f"{BARS[-1]} {BARS[0]}{BARS[4]}"
+
+
+@pytest.mark.parametrize(("width", "lines"), [(120, 4), (40, 9)])
+def test_a_terminal_shows_the_curve_of_the_losses_and_wraps_nothing(width: int, lines: int) -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=width, force_terminal=True, color_system=None)) as display:
+        display({"kind": "start", "steps": 3, "eval_every": 0})
+        display({"kind": "eval", "step": 0, "loss": 3.5, "tokens": 9})
+        for number, loss in enumerate((3.0, 2.0, 1.0), 1):
+            display(step(number, loss=loss))
+        out.seek(out.truncate(0))  # what is drawn last is left
+    text = re.sub(r"\x1b\[[0-9?]*[a-zA-Z]|\r", "", out.getvalue())
+    drawn = [line.rstrip() for line in text.splitlines() if line.strip()]
+    assert len(drawn) == lines
+    assert drawn[-1] == f"loss of the steps  {BARS[-1]}{BARS[4]}{BARS[0]}"
+    assert "training" in drawn[0] and all(len(line) <= width for line in drawn)
+    assert ("3.5000" in drawn[2]) == (width == 120)
 
 
 def test_what_goes_on_before_the_run_is_a_plain_line_each_where_there_is_no_terminal() -> None:

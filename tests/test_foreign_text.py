@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,15 @@ def test_a_console_reads_no_markup_in_what_it_says_while_it_works(capsys: pytest
         with console(force_terminal=True, width=200).status(f"loading {name}"):
             pass
         assert f"loading {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("encoding", "written"), [("ascii", b"caf\\xe9 \\u6f22"), ("latin-1", b"caf\xe9 \\u6f22")])
+def test_what_a_stream_cannot_write_is_written_by_its_number(encoding: str, written: bytes) -> None:
+    """Of another locale than UTF-8: a row of other letters ended the command."""
+    stream = io.BytesIO()
+    text = io.TextIOWrapper(stream, encoding, write_through=True)
+    console(file=text, width=40).print("café 漢")
+    assert stream.getvalue() == written + b"\n"
 
 
 @pytest.mark.parametrize("text", HOSTILE)

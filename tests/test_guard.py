@@ -100,6 +100,7 @@ def test_the_guard_sees_what_is_left_in_a_home_among_temporary_files_and_in_the_
         ("demo --out d", ["d/model/config.json", "d/gguf/base.gguf"]),
         ("data convert theirs/file rows.jsonl", ["rows.jsonl"]),
         ("eval --model theirs --suite s.jsonl --out evals/e", ["evals/e/answers.jsonl", "evals/e/summary.json"]),
+        ("eval --model theirs --suite s.jsonl --html new/e.html", ["new/e.html"]),
         ("rate theirs --rater anna", ["theirs/ratings.anna.jsonl"]),
     ],
 )
@@ -113,11 +114,28 @@ def test_the_guard_allows_what_a_command_line_declares_and_nothing_beside_it(
     assert "beside was made" in ended(place, (place / made[0].split("/")[0]).with_name("beside").touch, *line.split())
 
 
+MAKERS = ("instructions", "answers", "turns", "refusals", "from-documents", "from-template")
+
+
 def test_every_output_of_a_command_is_known_to_the_guard() -> None:
     """By the names that its options and arguments have; a new one must find its way into `guard.outputs`."""
     writing = {" ".join(path): {one.name for one in command.params} for path, command in COMMANDS.items()}
-    known = {name for name, given in writing.items() if given & {"out", "dst"} or name in ("verify", "rate")}
-    assert known == {"convert", "data convert", "train", "eval", "rate", "fuse", "export", "verify", "demo", "report"}
+    known = {name for name, given in writing.items() if given & {"out", "dst", "html"} or name in ("verify", "rate")}
+    assert known == {
+        "convert",
+        "data check",
+        "data convert",
+        "data curate",
+        *(f"make {maker}" for maker in MAKERS),
+        "train",
+        "eval",
+        "rate",
+        "fuse",
+        "export",
+        "verify",
+        "demo",
+        "report",
+    }
 
 
 def greedy(path: Path) -> None:

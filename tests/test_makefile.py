@@ -40,6 +40,7 @@ class Machine:
     def system(self, name: str, release: str = "15.1") -> None:
         self.program("uname", f"echo {name}")
         self.program("ldconfig", "echo '	libopenblas.so.0 (libc6) => libopenblas.so.0'")
+        self.program("chromium", "exit 0")
         if name == "Darwin":
             self.program("sw_vers", f"echo {release}")
 
@@ -245,3 +246,39 @@ def test_an_openblas_that_cannot_be_installed_stops_nothing(machine: Machine) ->
     done = machine.make("setup")
     assert done.returncode == 0
     assert done.stderr == "mlxtune: OpenBLAS could not be installed; float32 work will be some 30 times slower\n"
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_without_a_browser_root_installs_one_and_others_are_told_in_one_line(machine: Machine, root: bool) -> None:
+    machine.python("python3.12", "3.12")
+    (machine.bin / "chromium").unlink()
+    machine.program("id", f"echo {0 if root else 1000}")
+    machine.program("apt-get", "exit 0")
+    done = machine.make("setup")
+    assert done.returncode == 0
+    if root:
+        assert "apt-get install -y -qq --no-install-recommends chromium-headless-shell" in machine.calls()
+        assert "openblas" not in machine.calls()
+        assert done.stderr == ""
+    else:
+        assert "apt-get" not in machine.calls()
+        assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("mlxtune: chromium-headless-shell is not")
+
+
+def test_a_browser_that_is_there_or_that_cannot_be_installed_stops_nothing(machine: Machine) -> None:
+    machine.python("python3.12", "3.12")
+    machine.program("id", "echo 0")
+    machine.program("apt-get", "exit 100")
+    assert machine.make("setup").stderr == ""
+    assert "apt-get" not in machine.calls()
+    (machine.bin / "chromium").unlink()
+    os.utime(machine.tree / ".venv" / ".ready", (1, 1))
+    done = machine.make("setup")
+    assert done.returncode == 0
+    said = "mlxtune: chromium-headless-shell could not be installed; the tests of pages need a browser\n"
+    assert done.stderr == said
+    machine.system("Darwin")
+    (machine.bin / "chromium").unlink()
+    machine.python("python3.12", "3.12")
+    os.utime(machine.tree / ".venv" / ".ready", (1, 1))
+    assert machine.make("setup").stderr == ""

@@ -95,9 +95,20 @@ def _data(here: Path) -> dict[str, Path]:
         {"messages": [{"role": "user", "content": text}], "reference": text, "checks": ["exact"]} for text in texts[:8]
     ]
     suite = tiny.write_jsonl(here / f"suite{hostile.name(9)}.jsonl", asked)
+    policy = here / f"policy{hostile.name(9)}.yaml"
+    policy.write_text(json.dumps({"persona": ALL, "forbidden": [ALL]}))
+    (here / "guide.md").write_text(f"# {ALL}\n\n{ALL}\n", encoding="utf-8")
+    (here / "templates.yaml").write_text(
+        json.dumps({"templates": [{"user": "{x}", "assistant": ALL}], "slots": {"x": texts[:4]}})
+    )
+    answered = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]} for text in texts
+    ]
     items = "\n".join(f"{number}. {text}" for number, text in enumerate(texts, 1))
     return {
+        "answered": tiny.write_jsonl(here / f"answered{hostile.name(9)}.jsonl", answered),
         "suite": suite,
+        "policy": policy,
         "answers": tiny.write_jsonl(
             here / f"answers{hostile.name(12)}.jsonl", [{"id": "round 1 prompt 1", "text": items}]
         ),
@@ -125,7 +136,7 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("convert what is broken", "convert", at["broken"], here / "never")
     step("data show", "data", "show", *on, "--data", said, "--limit", "600")
     step("data show --json", "data", "show", *on, "--data", said, "--json")
-    step("data check", "data", "check", *on, "--data", said)
+    step("data check", "data", "check", *on, "--data", said, "--html", here / f"check{hostile.name(11)}.html")
     step("data check of a folder", "data", "check", *on, "--data", data)
     step("data check of a table", "data", "check", *on, "--data", at["table"])
     step("data convert", "data", "convert", said, here / f"new{hostile.name(10)}.jsonl", "--drop")
@@ -146,6 +157,12 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("train --resume", "train", "--resume-anyway", "--out", run, "--set", "train.steps=3")
     step("runs", "runs", here)
     step("report", "report", run)
+    other = here / f"other{hostile.name(11)}"
+    other.mkdir()
+    for name in ("config.yaml", "events.jsonl"):
+        shutil.copy(run / name, other)
+    step("report --with", "report", run, "--with", other, "--out", here / f"both{hostile.name(12)}.html")
+    step("report --live, Ctrl-C", "report", run, "--live", typed=[("until", "\x03")])
     step("report into theirs", "report", run, "--out", theirs / "config.yaml")
     step("eval", "eval", *tuned)
     step("generate", "generate", *tuned, "--prompt", ALL, "--max-tokens", "200", "--temperature", "5")
@@ -153,9 +170,22 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     talk = [("leave", "/system be brief\n"), ("forgotten", "/quit\n")]
     step("chat", "chat", *tuned, typed=talk)
     evaluations = [here / f"{name}{hostile.name(8)}" for name in ("first", "second")]
+    page = here / f"page{hostile.name(9)[:60]}.html"
     for name, out in zip(("eval --suite", "eval --suite again"), evaluations, strict=True):
-        step(name, "eval", *tuned, "--suite", at["suite"], "--max-tokens", "3", "--out", out)
+        step(name, "eval", *tuned, "--suite", at["suite"], "--max-tokens", "3", "--out", out, "--html", page)
     step("compare", "compare", *evaluations)
+    engine = ("--engine", at["model"], "--max-tokens", "3")
+    for what, name, given in (("answers", "--prompts", "suite"), ("turns", "--from", "suite")):
+        out = here / f"{what}{hostile.name(11)}"
+        step(f"make {what}", "make", what, name, at[given], *engine, "--out", out)
+    step("make refusals", "make", "refusals", at["policy"], *engine, "--count", "1", "--out", here / "refusals")
+    step("make from-documents", "make", "from-documents", here / "guide.md", *engine, "--out", here / "guided")
+    step(
+        "make from-template", "make", "from-template", here / "templates.yaml", "--count", "2", "--out", here / "filled"
+    )
+    curate = ("data", "curate", at["answered"], "--most-alike", "1")
+    step("data curate", *curate, *on, "--keep", "2", "--out", here / f"few{hostile.name(11)}.jsonl")
+    step("data curate --review", *curate, "--review", "--out", here / "mine.jsonl", typed=[("> ", "q\n")])
     step("rate", "rate", evaluations[0], typed=[("> ", "q\n")])
     step("fuse", "fuse", *tuned, "--out", at["fused"])
     step("fuse --force", "fuse", *tuned, "--out", at["fused"], "--force", "--no-verify")
@@ -195,6 +225,7 @@ REFUSED = (
 )
 DONE = (
     *("convert", "data show", "data show --json", "data check", "data check of a folder", "data convert"),
+    *("data curate", "data curate --review", "make from-documents", "make from-template"),
     "make instructions",
     *(
         "train --dry-run",
@@ -202,10 +233,14 @@ DONE = (
         "train --resume",
         "runs",
         "report",
+        "report --with",
         "eval",
         "eval --suite",
         "eval --suite again",
         "compare",
+        "make answers",
+        "make turns",
+        "make refusals",
         "rate",
         "generate",
         "chat",
@@ -223,8 +258,8 @@ DONE = (
         "config",
     ),
 )
-STOPPED = ("train, Ctrl-C",)
-OF_ROWS = ("data show",)  # prints what people wrote, lines and all
+STOPPED = ("train, Ctrl-C", "report --live, Ctrl-C")
+OF_ROWS = ("data show", "data curate --review")  # prints what people wrote, lines and all
 
 
 @pytest.mark.parametrize("name", [*DONE, *REFUSED, *STOPPED])

@@ -63,6 +63,12 @@ def test_the_record_holds_every_number_of_the_events_with_all_digits(tmp_path: P
     assert as_json(read_run(tmp_path / "run")) == page_readers.record(page)
 
 
+def test_a_step_that_is_missing_is_a_gap(tmp_path: Path) -> None:
+    page = made(tmp_path, [pages.begun(6), *[pages.event(step, 2.0) for step in (1, 2, 5, 6)]])
+    gap = [[1, 2.0], [2, 2.0], [3, None], [5, 2.0], [6, 2.0]]
+    assert page_readers.record(page)["curves"]["loss"] == page_readers.record(page)["curves"]["smoothed_loss"] == gap
+
+
 def test_the_running_mean_is_as_its_formula_says() -> None:
     assert series.smoothed([(1, 4.0), (2, 1.0), (3, None), (4, 1.0)], 1) == [
         (1, 4.0),

@@ -45,8 +45,20 @@ ELSEWHERE = {
     "test_the_result_is_printed_and_likert_is_refused",
     "mlxtune eval --model model --adapter run --benchmark": "test_benchmarks.py::"
     "test_the_command_compares_base_and_tuned_without_a_network_or_torch",
+    "mlxtune make answers": "test_make_answers.py::test_what_is_made_passes_the_check_and_trains",
+    "mlxtune make turns": "test_make_turns.py::"
+    "test_the_command_makes_turns_with_recorded_answers_and_refuses_a_base_model",
+    "mlxtune make refusals": "test_make_turns.py::test_refusals_are_capped_by_the_set_beside_which_they_will_stand",
+    "mlxtune make from-documents": "test_from_documents.py::"
+    "test_the_command_makes_rows_that_data_check_takes_from_a_replay",
+    "mlxtune make from-template": "test_from_template.py::test_the_command_says_what_is_idle_and_shows_rows_beforehand",
+    "mlxtune data curate": "test_curate.py::test_the_command_scores_chooses_and_says_what_became_of_the_rows",
     "mlxtune rate": "test_rate.py::test_a_person_decides_stops_and_goes_on",
     "mlxtune compare": "test_comparison.py::test_three_evaluations_are_ranked_by_the_wins_on_each_prompt",
+    "mlxtune report run --evaluation": "test_page_evaluations.py::"
+    "test_the_report_command_shows_the_evaluations_that_are_named_and_refuses_others",
+    "mlxtune report run --live": "test_live.py::"
+    "test_the_command_prints_the_address_and_ends_on_a_signal_the_run_untouched",
     "mlxtune make instructions": "test_make_command.py::"
     "test_a_making_that_is_killed_three_times_goes_on_to_the_same_bytes",
     "mlxtune bench": "test_bench.py::test_the_command_prints_one_json_document",
@@ -74,6 +86,7 @@ SAME_AS = {
     "adapter.gguf": "tuned.gguf",
     "experiments": "runs",
     "mlx-adapter": "run",
+    "other-run": "run",
 }
 # Words that stand for something, or ask for a hub: what stands in their place, nothing for an empty list.
 INSTEAD: dict[str, Callable[[], list[str]]] = {
@@ -106,8 +119,9 @@ class Ended:
 
 def destination(words: list[str]) -> str | None:
     """What a command is to write, by its words."""
-    if "--out" in words:
-        return words[words.index("--out") + 1]
+    for option in ("--out", "--html"):
+        if option in words:
+            return words[words.index(option) + 1]
     for verb in ("convert", "to-peft", "to-mlx", "to-hf"):
         if verb in words:
             return words[words.index(verb) + 2]

@@ -186,12 +186,27 @@ def test_the_demo_tells_the_whole_story_on_any_model(hf_model: Path, tmp_path: P
     for name in ("peft/", "hf/", "gguf/base.", "gguf/tuned."):
         report = json.loads((tmp_path / "demo" / f"{name}verification.json").read_text())
         assert report["verdict"] == "passed"
+    assert re.search(r"^Observed: .*\. Likely fix: ", result.stderr, re.MULTILINE)
     page = (tmp_path / "demo" / "run" / "report.html").read_text(encoding="utf-8")
     assert len(page.encode()) <= 300_000 and page_readers.faults(page) == []
+    assert "test.jsonl, 24 prompts: " in page and 'id="answers"' in page and "20 of 24 prompts" in page
     exports = {one["name"]: one["proof"]["verdict"] for one in page_readers.record(page)["exports"]}
     assert exports.keys() >= {"peft", "hf", "gguf/base.gguf", "gguf/tuned.gguf"} and set(exports.values()) == {"passed"}
     again = tiny.mlxtune("demo", "--model", hf_model, "--out", tmp_path / "demo")
     tiny.one_clear_line(again, "already exists")
+
+
+def test_the_demo_begins_again_where_it_left_an_evaluation_but_not_over_what_people_rated(tmp_path: Path) -> None:
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "summary.json").write_text("{}")
+    options = ("demo", "--model", tmp_path / "nowhere", "--out", tmp_path, "--force")
+    rated = tmp_path / "evaluation" / "ratings.me.jsonl"
+    rated.write_text("{}")
+    tiny.one_clear_line(tiny.mlxtune(*options), "evaluation holds ratings.me.jsonl")
+    assert rated.exists()
+    rated.unlink()
+    tiny.one_clear_line(tiny.mlxtune(*options), "nowhere")
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_the_demo_removes_nothing_that_it_did_not_make(hf_model: Path, tmp_path: Path) -> None:

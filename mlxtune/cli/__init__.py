@@ -22,7 +22,12 @@ from mlxtune.cli import (
     doctor,
     evaluate,
     make,
+    make_answers,
+    make_from_documents,
+    make_from_template,
     make_instructions,
+    make_refusals,
+    make_turns,
     rate,
     report,
     runs,
@@ -50,7 +55,14 @@ SECTIONS: dict[str, list[click.Command]] = {
     "Use": [chat.generate, chat.chat],
     "Ship": [ship.fuse, ship.export, ship.verify],
 }
-MAKERS: list[click.Command] = [make_instructions.instructions]  # the commands of `make`
+MAKERS: list[click.Command] = [  # the commands of `make`
+    make_instructions.instructions,
+    make_answers.answers,
+    make_turns.turns,
+    make_refusals.refusals,
+    make_from_documents.from_documents,
+    make_from_template.from_template,
+]
 
 
 class Sectioned(click.Group):

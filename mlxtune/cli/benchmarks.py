@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.cli import common, suites, tuned
+from mlxtune.cli import common, pages, suites, tuned
 from mlxtune.cli.options import Need, OptionFor, with_options
 from mlxtune.cli.suite_options import A_FOLDER
 from mlxtune.cli.suites import Party
@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
 WITH_BENCHMARK = Need("benchmark", why="no benchmark is asked", hint="Name one: --benchmark gsm8k.")
 AS_SUITES = {"humaneval": "HumanEval"}  # asked as suites, by mlxtune's own checks: how their own files are named
-OF_SUITES = ("suite", "max_tokens", "temperature", "top_p", "samples", "allow_remote", "run_code", "unsafe_code")
+OF_SUITES = (
+    "suite",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "samples",
+    "allow_remote",
+    "run_code",
+    "unsafe_code",
+    "no_answers",
+)
 
 
 def benchmark_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,6 +93,7 @@ class WantedBenchmarks:
     out: Path | None  # the folder where it is kept; None: nowhere
     min_better: tuple[str, ...]  # CHECK=X
     max_worse: tuple[str, ...]  # CHECK=X
+    html: Path | None  # the file of a page of it; None: none is made
 
 
 def names_of(text: str, data: Path | None) -> tuple[list[str], Path]:
@@ -140,6 +151,7 @@ def ask(wanted: WantedBenchmarks, as_json: bool) -> None:
     gates += [Gate.read("max-worse", text) for text in wanted.max_worse]
     if gates and against is None and wanted.adapter is None:
         raise UserError("a gate needs two sides to compare", "Add --adapter RUN, or --against OTHER.")
+    pages.require_place(wanted.html)
     package.require()
     from mlxtune.evaluate.benchmarks import run, tasks
     from mlxtune.evaluate.benchmarks.rows import Rows
@@ -162,6 +174,8 @@ def ask(wanted: WantedBenchmarks, as_json: bool) -> None:
     if found:
         common.note(f"{wanted.out}: {found} results were there already, and are kept")
     suites.say(result, as_json)
+    if wanted.html is not None:
+        pages.write_benchmarks(wanted.html, wanted.out, result)
     unmet = [gate for gate in result.get("gates", []) if not gate["met"]]
     for gate in unmet:
         click.echo(f"gate not met: {gate['why']}", err=True)

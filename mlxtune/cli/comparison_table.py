@@ -32,6 +32,8 @@ def table_of(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str], n:
     """checks: as `comparison.summary.check_results` gives them; names: of the two sides; n: prompts of the suite, where
     a sentence says what these can show: what a check of fewer can show stands in a column.
     """
+    from mlxtune.evaluate.comparison.figures import interval, p_value, points, share, shows_from
+
     compared = any("verdict" in check for check in checks.values())
     table = _empty("check", "prompts", names[0], *((names[1], "difference") if compared else ()), "95% interval")
     if compared:
@@ -41,16 +43,14 @@ def table_of(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str], n:
     if has_fewer:
         table.add_column("shows from", justify="right")
     for name, check in checks.items():
-        cells = [shown_name(name), str(check["n"]), _score(check, "base")]
+        cells = [shown_name(name), str(check["n"]), share(check, check["base"])]
         if "verdict" in check:
-            cells += [_score(check, "tuned"), _points(check, check["difference"])]
-            cells.append(" to ".join(_points(check, end) for end in check["interval"]))
-            cells += [_p(check["p"]), _coloured(check["verdict"])]
+            cells += [share(check, check["tuned"]), points(check, check["difference"]), interval(check)]
+            cells += [p_value(check["p"]), _coloured(check["verdict"])]
             if has_fewer:
-                cells.append(_shows_from(check))
+                cells.append(shows_from(check))
         else:
-            cells += [""] * (2 * compared)
-            cells.append(" to ".join(_share(check, end) for end in check["interval"]))
+            cells += [*[""] * (2 * compared), interval(check)]
         table.add_row(*cells)
     return table
 
@@ -96,27 +96,6 @@ def _empty(first: str, *numbers: str) -> Table:
 def _say(notes: Sequence[str]) -> None:
     for note in notes:
         common.note(str(note))
-
-
-def _share(check: Mapping[str, Any], value: float) -> str:
-    return f"{value:.3f}" if check["graded"] else f"{value:.1%}"
-
-
-def _score(check: Mapping[str, Any], side: str) -> str:
-    return _share(check, check[side])
-
-
-def _points(check: Mapping[str, Any], difference: float) -> str:
-    return f"{difference:+.3f}" if check["graded"] else f"{100 * difference:+.1f}"
-
-
-def _shows_from(check: Mapping[str, Any]) -> str:
-    smallest = check["smallest_difference"]
-    return "nothing" if smallest is None else _points(check, smallest).removeprefix("+")
-
-
-def _p(p: float) -> str:
-    return f"{p:.4f}" if p >= 0.0001 else "< 0.0001"
 
 
 def _coloured(verdict: str) -> Any:

@@ -31,7 +31,13 @@ class SafeConsole(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(shown(segment.text), segment.style)
+            yield segment if segment.control else Segment(self._written(shown(segment.text)), segment.style)
+
+    def _written(self, text: str) -> str:
+        """The text with what the stream cannot write by its number: another locale than UTF-8 ends no command."""
+        if self.encoding.startswith("utf"):
+            return text
+        return text.encode(self.encoding, "backslashreplace").decode(self.encoding)
 
 
 def console(**settings: Any) -> SafeConsole:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.files import new_file, refuse_existing
 from mlxtune_convert.shown import shown_json
 
-from mlxtune.cli import common
-from mlxtune.cli.options import Group
+from mlxtune.cli import common, curate
+from mlxtune.cli.options import Command, Group, Need, OptionFor
 
 if TYPE_CHECKING:
     from mlxtune.config.resolve import Config
@@ -21,6 +22,9 @@ SHOWN = 5  # rows that `data show` prints for people
 @click.group(cls=Group)
 def data() -> None:
     """Look at training data as the model sees it."""
+
+
+data.add_command(curate.curate)
 
 
 @data.command()
@@ -76,7 +80,7 @@ def _renderer(model: str, config: Config) -> Renderer:
     return Renderer(preview_tokenizer(hub.resolve(model), config), config.data)
 
 
-@data.command()
+@data.command(cls=Command)
 @common.model_option()
 @click.option("--data", "path", metavar="PATH", help="Folder, file, or hub dataset id.")
 @click.option(
@@ -84,18 +88,36 @@ def _renderer(model: str, config: Config) -> Renderer:
 )
 @common.json_option
 @click.option("--strict", is_flag=True, help="Exit with 2 when there is an error among the findings.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write all of it as one HTML page too.")
+@click.option(
+    "--force",
+    is_flag=True,
+    cls=OptionFor,
+    needs=Need("html", why="nothing is written"),
+    help="Replace a FILE that is no page of mlxtune.",
+)
 @common.settings_option
 def check(
-    model: str, path: str | None, file: str | None, as_json: bool, strict: bool, settings: tuple[str, ...]
+    model: str,
+    path: str | None,
+    file: str | None,
+    as_json: bool,
+    strict: bool,
+    html: Path | None,
+    force: bool,
+    settings: tuple[str, ...],
 ) -> None:
     """Survey training data: what will be learned from it, and what looks wrong.
 
     Lengths, roles, duplicates, leaks, damage, odd answers, suspected secrets; each finding names rows and what to do.
-    All rows are looked at as they stand, before data.dedup, data.cap and data.order choose among them.
+    Also what questions ask for, kinds of conversation, style, and which rows were made. All rows are looked at as they
+    stand, before data.dedup, data.cap and data.order choose among them. --html writes a page to pass on, with a row
+    as it is trained on; what seems to be a secret is hidden in it.
 
     \b
     mlxtune data check --model model --data data
     mlxtune data check --model model --data train.jsonl --strict --json
+    mlxtune data check --model model --data data --html check.html
     """
     from mlxtune.cli import survey_table
     from mlxtune.config import resolve as configuration
@@ -107,12 +129,16 @@ def check(
         settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache", "data.valid_fraction"
     )
     config = configuration.load(file, settings, {"data.path": path})
+    if html is not None:  # what is wrong with it is said before the rows are read
+        _require_place(html, force)
     if file is not None:
         for line in reach.hub_notes(config, file, {"model.path"} | reach.keys_named(settings, {"data.path": path})):
             common.note(line)
     renderer = _renderer(model, config)
     with survey_table.progress(common.console()) as progress:
         told = checks.survey(config, renderer, progress)
+    if html is not None:
+        _write_page(html, path or str(file), model, config, renderer, told)
     if as_json:
         click.echo(shown_json(told))
     else:
@@ -121,6 +147,26 @@ def check(
     if strict and errors:
         listed = ", ".join(f"{finding['count']} {finding['what']} ({finding['split']})" for finding in errors)
         raise UserError(f"--strict: {listed}")
+
+
+def _require_place(html: Path, force: bool) -> None:
+    """Raise UserError where no page may be written. A page of an earlier time is replaced."""
+    from mlxtune.errors import UserError
+    from mlxtune.report.written import is_page
+
+    if html.suffix != ".html":
+        raise UserError(f"{html}: an HTML page is written", "Give it a name that ends with .html.")
+    refuse_existing(html, force or is_page(html))
+
+
+def _write_page(html: Path, name: str, model: str, config: Config, renderer: Renderer, told: dict[str, Any]) -> None:
+    """Write what a survey told, with a row as it is trained on. name: of the data."""
+    from mlxtune.report import data_page, surveyed
+
+    found = surveyed.Surveyed(told, surveyed.first_row(config, renderer))
+    with new_file(html, force=True) as out:  # `_require_place` allowed it
+        out.write(data_page.of_data(name, model, found))
+    common.console().print(f"{html}: the page", soft_wrap=True)
 
 
 @data.command()

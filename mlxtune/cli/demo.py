@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlxtune.cli import common
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command()
@@ -28,11 +33,15 @@ def demo(model: str | None, out: Path, steps: int | None, force: bool) -> None:
     \b
     mlxtune demo
     """
-    from mlxtune.cli.comparison_table import draw
+    from mlxtune.cli import comparison_table, observed
     from mlxtune.cli.display import Display
     from mlxtune.cli.run_page import refresh_page, with_page
     from mlxtune.demo import story
     from mlxtune.train.run_folder import PAGE_FILE
+
+    def draw(out: Console, result: Mapping[str, Any]) -> None:
+        comparison_table.draw(out, result)
+        observed.draw_briefly(out, result["observations"])
 
     console = common.console()
     run = out / "run"

@@ -16,12 +16,15 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from mlxtune.cli.sparkline import Sparkline
 from mlxtune.durations import clock
 from mlxtune.train.events import Event
 
 PLAIN_SECONDS = 5.0  # between two plain lines
 MUCH_COMPUTED = 0.95  # of the rows' tokens: a run that computes more saves nothing that is worth a word
 SHOWN_ROWS = 3  # of a suite, after an evaluation
+CURVE_NAME = "loss of the steps  "
+CURVE, LEAST_CURVE = 60, 8  # columns of the curve of losses: at most, and at least
 OLD = 0.8  # of a running mean: the share of what it was before
 
 
@@ -38,6 +41,7 @@ class Meter:
         self._seconds: dict[str, list[float]] = {"train": [], "eval": [], "checkpoint": []}
         self.steps, self.eval_every, self.step = steps, eval_every, 0
         self.loss: float | None = None  # a running mean; None: no step was taken
+        self.losses = Sparkline()  # of all steps
         self.valid: list[float] = []  # validation losses that are finite
         self.lr = 0.0
         self.tokens_per_second = 0.0  # of the rows; a running mean; 0: no step was taken
@@ -58,6 +62,7 @@ class Meter:
 
     def _add_step(self, event: Event) -> None:
         self.step, self.lr, self.peak_bytes = event["step"], event["lr"], event["peak_bytes"]
+        self.losses.add(event["loss"])
         rate = event["tokens"] / max(event["seconds"], 1e-9)
         self.tokens += event["tokens"]
         self.computed_tokens += event["computed_tokens"]
@@ -232,8 +237,31 @@ class Display:
 
     def _draw(self) -> RenderableType:
         assert self.meter is not None
-        table = Table.grid(padding=(0, 3))
-        fields = self.meter.fields()
+        parts: list[RenderableType] = [self._progress, _numbers(self.meter.fields(), self.console.width)]
+        curve = self._curve()
+        return Group(*parts, curve) if curve is not None else Group(*parts)
+
+    def _curve(self) -> Text | None:
+        """The losses of all steps so far as a small curve; None before there are two, and where there is no room, or
+        the terminal has no letters for it.
+        """
+        assert self.meter is not None
+        if self.console.options.ascii_only:
+            return None
+        room = min(CURVE, self.console.width - len(CURVE_NAME))
+        bars = self.meter.losses.text(room) if room >= LEAST_CURVE else ""
+        return Text(CURVE_NAME, style="dim") + Text(bars, style="bold") if bars else None
+
+
+def _numbers(fields: list[tuple[str, str]], width: int) -> Table:
+    """Names above their values; on a terminal that is too narrow for it each value beside its name."""
+    gap = 3
+    table = Table.grid(padding=(0, gap))
+    needed = sum(max(len(name), len(value)) + gap for name, value in fields)
+    if needed <= width:
         table.add_row(*(Text(name, style="dim") for name, _ in fields))
         table.add_row(*(Text(value, style="bold") for _, value in fields))
-        return Group(self._progress, table)
+        return table
+    for name, value in fields:
+        table.add_row(Text(name, style="dim"), Text(value, style="bold"))
+    return table

@@ -79,6 +79,7 @@ def eval_command(
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
     mlxtune eval --model model --adapter run --suite data/test.jsonl --out evals/first
+    mlxtune eval --model model --adapter run --suite data/test.jsonl --html page.html
     mlxtune eval --model model --adapter run --suite data/test.jsonl --min-better json=0.1
     mlxtune eval --model tuned --against http://127.0.0.1:1234/v1#base --suite data/test.jsonl
     mlxtune eval --model model --adapter run --suite data/test.jsonl --judge judge-model --rate likert
@@ -95,7 +96,7 @@ def eval_command(
         if own_suite is None or suite is not None:
             context = click.get_current_context()
             benchmarks.refuse_idle(context, data, split, settings)
-            common_options = ("against", "against_adapter", "out", "min_better", "max_worse", "seed")
+            common_options = ("against", "against_adapter", "out", "min_better", "max_worse", "seed", "html")
             wanted = {name: of_suite[name] for name in common_options}
             benchmarks.ask(
                 benchmarks.WantedBenchmarks(

@@ -34,16 +34,18 @@ def make() -> None:
     """Make rows to train on, with a model on this machine, a server, or recorded answers."""
 
 
-def making_options(count: int | None, max_tokens: int, temperature: float, what: str = "rows") -> Callable[..., Any]:
+def making_options(
+    count: int | None, max_tokens: int, temperature: float, what: str = "rows", needs_engine: bool = True
+) -> Callable[..., Any]:
     """The options that every maker takes. What is given is the defaults; count None: as many as there is to make; what:
-    --count counts.
+    --count counts; needs_engine: it is an error to name none.
     """
     a_folder = click.Path(path_type=Path)
     of_all = "  [default: one for each that is given]" if count is None else ""
     options = [
         click.option(
             "--engine",
-            required=True,
+            required=needs_engine,
             metavar="E",
             help="Who makes them: a model, http://127.0.0.1:8080/v1#model, or replay:FILE.",
         ),

@@ -25,6 +25,15 @@ def draw(out: Console, observations: Sequence[Mapping[str, Any]]) -> None:
         out.print(Text(f"  likely fix: {shown_name(one['fix'])}"), soft_wrap=True)
 
 
+def draw_briefly(out: Console, observations: Sequence[Mapping[str, Any]]) -> None:
+    """Print each observation on a line; and where there is none, that there is none."""
+    if not observations:
+        out.print("Observed: nothing that looks wrong.")
+    for one in observations:
+        line = f"Observed: {one['observation']}: {one['measure']}. Likely fix: {one['fix']}."
+        out.print(shown_name(line), soft_wrap=True, markup=False, highlight=False)
+
+
 def draw_forgetting(out: Console, found: Mapping[str, Any]) -> None:
     """Print the part "forgetting" of an evaluation's document."""
     drift, loss = found["drift"], found["loss"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from mlxtune_convert.shown import shown, shown_name
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
 
 def as_json(tokenizer: Any, row: Row) -> dict[str, Any]:
     """What is known of one example; messages are counted from 1."""
+    from mlxtune.data.survey.trained_text import decoded
+
     out: dict[str, Any] = {"row": row.record.row}
     if row.part:
         out["part"] = row.part
@@ -24,7 +25,7 @@ def as_json(tokenizer: Any, row: Row) -> dict[str, Any]:
         ids = [int(token) for token in row.example.ids]
         out["ids"] = ids
         out["mask"] = row.example.mask.tolist()
-        out["text"] = _decoded(tokenizer, ids) if row.shortened else row.text
+        out["text"] = decoded(tokenizer, ids) if row.shortened else row.text
     if row.damage:
         out["damage"] = [damage.text for damage in row.damage]
     if row.kinds:
@@ -38,28 +39,23 @@ def draw(out: Console, tokenizer: Any, row: Row) -> None:
     from rich.text import Text
 
     from mlxtune.data.chat.asked import KINDS
+    from mlxtune.data.survey.trained_text import pieces
 
     if row.example is None:
         out.print(Text(shown_name(f"{row.place}: dropped ({row.dropped})"), style="bold red"))
         return
-    ids, mask = row.example.ids, row.example.mask
     ending = ", shortened" if row.shortened else ""
-    head = f"{row.place}: {len(ids)} tokens, {np.count_nonzero(mask)} trained on{ending}"
+    head = f"{row.place}: {len(row.example.ids)} tokens, {np.count_nonzero(row.example.mask)} trained on{ending}"
     out.print(Text(shown_name(head), style="bold"))
     for damage in row.damage:
         out.print(Text(f"damage: {shown_name(damage.text)}", style="bold red"))
     for kind, message in row.kinds:
         out.print(Text(f"message {message + 1}: {KINDS[kind]}", style="yellow"))
     body = Text()
-    for supervised, run in groupby(range(len(ids)), key=mask.__getitem__):
-        text = shown(_decoded(tokenizer, [ids[index] for index in run]))
+    for supervised, piece in pieces(tokenizer, row.example):
+        text = shown(piece)
         if supervised and (out.no_color or not out.is_terminal):
             text = f"⟦{text}⟧"
         body.append(text, style="green" if supervised else "dim")
     out.print(body)
     out.print()
-
-
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return text

@@ -153,6 +153,21 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Keep answers and scores here as they come; the same command goes on with what a kill left.",
         ),
         click.option(
+            "--html",
+            type=A_FOLDER,
+            metavar="FILE",
+            cls=OptionFor,
+            needs=WITH_SUITE,
+            help="Write a page of it, which needs no network: the answers side by side, checks, observations.",
+        ),
+        click.option(
+            "--no-answers",
+            is_flag=True,
+            cls=OptionFor,
+            needs=Need("html", why="no page is written", hint="Name the page: --html FILE."),
+            help="Leave what the models said out of the page.",
+        ),
+        click.option(
             "--min-better",
             multiple=True,
             metavar="CHECK=X",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from mlxtune_convert.files import digest, json_text
 
-from mlxtune.cli import common, judging, tuned
+from mlxtune.cli import common, judging, pages, tuned
 from mlxtune.cli.suite_options import OWN_ANSWERS, refuse_idle
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.shipped import BASICS, SAFETY
@@ -72,6 +72,8 @@ class Wanted:
     rate: Rate  # how it judges
     rubric: Path | None  # the file of what it is told; None: the suite's
     anyway: bool  # its verdicts count though it fails its exam
+    html: Path | None  # the file of a page of it; None: none is made
+    no_answers: bool  # what the models said is left out of the page
 
 
 def chosen(suite: Path | None, forgetting: str | None, safety: bool, adapter: Path | None) -> tuple[str, Path] | None:
@@ -101,6 +103,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
 
     model, against = Party(wanted.model, wanted.adapter), None
     model.refuse_idle("--model")
+    pages.require_place(wanted.html)
     if wanted.against is not None:
         against = Party(wanted.against, wanted.against_adapter)
         against.refuse_idle("--against")
@@ -156,6 +159,7 @@ def ask(wanted: Wanted, as_json: bool) -> None:
     if outcome.found:
         common.note(f"{wanted.out}: {outcome.found} answers were there already, and are kept")
     say(result, as_json)
+    pages.write_suite(wanted.html, wanted.out, suite.rows, outcome, with_answers=not wanted.no_answers)
     unmet = [gate for gate in result.get("gates", []) if not gate["met"]]
     for gate in unmet:
         click.echo(f"gate not met: {gate['why']}", err=True)

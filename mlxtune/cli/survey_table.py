@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-BAR = 40  # width of the longest bar
+BAR = 40  # width of the longest bar, where the terminal has room for it
+BESIDE_BARS = 20 + 10 + 14  # columns for what stands beside a bar: the bin, the number, the name of the limit
+NARROWEST = 8  # width of the longest bar at least
 NAMED = 8  # rows and reasons that a finding names
 
 
@@ -47,7 +49,7 @@ def draw(out: Console, report: dict[str, Any]) -> None:
     for name, facts in report["splits"].items():
         out.print(Text(shown_name(f"{name}: {facts['file']}"), style="bold"))
         _draw_counts(out, facts)
-        _draw_lengths(out, facts["lengths"])
+        draw_lengths(out, facts["lengths"])
         out.print()
     if not report["findings"]:
         out.print(Text("No findings.", style="green"))
@@ -93,6 +95,9 @@ def _draw_counts(out: Console, facts: dict[str, Any]) -> None:
         "system prompts": f"{systems['distinct']:,} distinct, {systems['rows_without']:,} rows without",
         "asks to": _counts(facts["tasks"]),
         "hardly asks to": ", ".join(facts["tasks_missing"]),
+        "kinds": _counts(facts["kinds"]),
+        "style": style_line(facts["style"]),
+        "made": made_line(facts["made"], facts["rows"]),
         "scripts": _counts(facts["scripts"]),
         "shared prefix": f"{facts['shared_prefix_tokens']:,} tokens begin every example; running them once saves "
         f"{facts['shared_prefix_saves']:.0%} of the tokens",
@@ -106,8 +111,8 @@ def _draw_counts(out: Console, facts: dict[str, Any]) -> None:
         out.print(Text(f"    {shown_name(line)}", style="yellow"))
 
 
-def _draw_lengths(out: Console, lengths: dict[str, Any]) -> None:
-    """How long the examples are: red bars begin beyond data.max_tokens."""
+def draw_lengths(out: Console, lengths: dict[str, Any]) -> None:
+    """How long the examples are. Bars of examples that are cut are red, and thinner; the bin of the limit is named."""
     from rich.text import Text
 
     limit = lengths["max_tokens"]
@@ -116,12 +121,34 @@ def _draw_lengths(out: Console, lengths: dict[str, Any]) -> None:
         line += f"; data.max_tokens={lengths['longest']} would cut none"
     out.print(Text("  length in tokens", style="dim") + Text(line))
     most = max((count for _, _, count in lengths["histogram"]), default=1)
+    widest = min(BAR, max(NARROWEST, out.width - BESIDE_BARS)) if out.is_terminal else BAR
+    whole, cut, few = ("#", "%", "|") if out.options.ascii_only else ("█", "▒", "▏")
     for low, high, count in lengths["histogram"]:
-        bar = "█" * round(BAR * count / most)
+        is_cut = low > limit
+        bar = (cut if is_cut else whole) * round(widest * count / most)
         if count and not bar:
-            bar = "▏"
-        style = "red" if low >= limit else "green"
-        out.print(Text(f"  {low:>8,}-{high:<8,} ", style="dim") + Text(f"{bar} {count:,}", style=style))
+            bar = few
+        named = " <- max_tokens" if low <= limit <= high else ""
+        bin_ = Text(f"  {low:>8,}-{high:<8,} ", style="dim")
+        out.print(bin_ + Text(f"{bar} {count:,}", style="red" if is_cut else "green") + Text(named, style="dim"))
+
+
+def style_line(style: dict[str, Any]) -> str:
+    """How conversations are written, for people; "" where there are none."""
+    if not style:
+        return ""
+    words = style["answer_words"]
+    return (
+        f"{style['questions']:.0%} begin with a question, {style['markdown']:.0%} of the answers have Markdown, "
+        f"half of them {words['25']:,} to {words['75']:,} words"
+    )
+
+
+def made_line(made: dict[str, int], rows: int) -> str:
+    """How many rows were made, and how; "" for none."""
+    if not made:
+        return ""
+    return f"{sum(made.values()):,} of {rows:,} rows ({_counts(made)})"
 
 
 def _counts(counts: dict[str, int]) -> str:

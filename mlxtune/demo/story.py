@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mlxtune_convert.files import holds_something, refuse_existing
+from mlxtune_convert.files import contents, digest, holds_something, refuse_existing
 from mlxtune_convert.sizes import size
 from rich import box
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.text import Text
 
 from mlxtune.adapter import adapter_files
 from mlxtune.config import resolve
+from mlxtune.data.dataset import conversations
 from mlxtune.demo import model as embedded
 from mlxtune.durations import clock
 from mlxtune.errors import UserError
@@ -27,6 +28,7 @@ from mlxtune.evaluate import before_after
 from mlxtune.evaluate.before_after import Answering, Asked
 from mlxtune.evaluate.checks.check import SuiteRow
 from mlxtune.evaluate.checks.suite import read_suite
+from mlxtune.evaluate.comparison.folder import NAMES
 from mlxtune.evaluate.comparison.scores import Side
 from mlxtune.evaluate.engines.pair import Pair
 from mlxtune.evaluate.engines.request import Answer
@@ -40,12 +42,15 @@ from mlxtune.ship.export import ship
 from mlxtune.ship.gguf import Gguf, GgufAdapter
 from mlxtune.ship.request import Request
 from mlxtune.ship.verify import Report
+from mlxtune.train import events
 from mlxtune.train.events import Listener
+from mlxtune.train.identity import of_model
 from mlxtune.train.run import tune
 from mlxtune.train.run_folder import RunFolder
 
 STEPS = 48
-FOLDERS = ("model", "run", "fused", "peft", "hf", "gguf")  # what the demo makes, and all that --force removes
+# What the demo makes, and all that --force removes.
+FOLDERS = ("model", "run", "evaluation", "fused", "peft", "hf", "gguf")
 SHOWN_ROWS = (0, 7, 18)  # of the test file: what they answer before and after is shown
 ANSWER = Sampling(max_tokens=48)  # the longest answer that is asked for has as many
 SETTINGS = (
@@ -71,7 +76,7 @@ def tell(
     display: AbstractContextManager[Listener],
     draw: Callable[[Console, Mapping[str, Any]], None],
 ) -> None:
-    """Run the whole story into `out`: model, run, fused, peft, hf and gguf folders.
+    """Run the whole story into `out`: model, run, evaluation, fused, peft, hf and gguf folders.
 
     display: shows the events of the run, entered around it; draw: prints what an evaluation shows. Raises UserError at
     the first thing that fails.
@@ -104,11 +109,14 @@ def tell(
     suite = read_suite(data_folder() / "test.jsonl")
     with chapter(console, f"5. Is it better? {len(suite.rows)} questions it never saw, answered by both, and checked"):
         pair = Pair(tuned, run, ANSWER)
+        base, own = described(model, None), described(model, run)
         sides: dict[Side, Answering] = {
-            "base": Answering(lambda: pair.base, {"model": str(model)}, {}),
-            "tuned": Answering(lambda: pair.tuned, {"model": str(model), "adapter": str(run)}, {}),
+            "base": Answering(lambda: pair.base, base, base),
+            "tuned": Answering(lambda: pair.tuned, own, own),
         }
-        found = before_after.evaluate(Asked(suite, ANSWER), sides)
+        trained = conversations.by_split(settings.data, settings.train.seed)["train"]
+        asked = Asked(suite, ANSWER, trained=trained, events=events.read(run))
+        found = before_after.evaluate(asked, sides, out / "evaluation")
         console.print(side_by_side(suite.rows, found.answers["base"], found.answers["tuned"]))
         draw(console, found.document)
     examples = held_out(tuned.tokenizer, model, settings)
@@ -129,6 +137,8 @@ def _make_room(out: Path, source: str | None, force: bool) -> None:
     for folder in taken:
         if RunFolder(folder).is_marked():
             _refuse_run(folder, source)
+        elif folder.name == "evaluation":
+            _refuse_other_evaluation(folder, source)
         else:
             refuse_existing(folder, force, [Path(source)] if source else [])
     for folder in taken:
@@ -165,6 +175,24 @@ def _refuse_run(run: Path, source: str | None) -> None:
     strangers = RunFolder(run).strangers()
     if strangers:
         raise UserError(f"{run} holds {strangers[0]}, which mlxtune did not write", "Choose another --out.")
+
+
+def _refuse_other_evaluation(folder: Path, source: str | None) -> None:
+    """Raise UserError for what is not merely the evaluation of an earlier demo: what people rated is theirs."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder} is no folder of the demo", "Choose another --out.")
+    if source and Path(source).resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder} holds the source {source}", "Choose another --out.")
+    strangers = sorted(path.name for path in contents(folder) if path.name not in NAMES)
+    if strangers:
+        raise UserError(f"{folder} holds {strangers[0]}, which the demo did not write", "Choose another --out.")
+
+
+def described(model: Path, run: Path | None) -> dict[str, Any]:
+    """A side of the evaluation, as `mlxtune eval` describes one. run: whose adapter it has; None: the base alone."""
+    adapter = None if run is None else RunFolder(run).adapter
+    digests = {"model": of_model(model), "adapter": None if adapter is None else digest(adapter)}
+    return {"model": str(model), "adapter": None if run is None else str(run), "digests": digests}
 
 
 @contextmanager

@@ -71,6 +71,7 @@ class Outcome:
     document: dict[str, Any]  # as `--json` prints it
     answers: dict[Side, list[Answer]]  # of each side, in the order of the requests
     found: int  # how many of them an earlier process had left
+    scores: list[PromptScores]  # what each check says of each prompt
 
 
 def evaluate(
@@ -130,7 +131,7 @@ def evaluate(
         summary["gates"] = results(asked.gates, held_to, nothing)
     if out is not None:
         kept.write_results(out, scores, summary)
-    return Outcome(summary, answers, journal.found)
+    return Outcome(summary, answers, journal.found, scores)
 
 
 def _opened(answering: Answering, asked: Asked) -> Callable[[], Engine]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import chunks, inputs_of, supervised_outputs
@@ -78,20 +79,45 @@ def score(
     loss_sum, tokens, correct = 0.0, 0, 0
     for batch in _alike(model, batches):
         between()
-        inputs = inputs_of(batch, shared)
-        rows = supervised_outputs(model, split, inputs)  # [N, D] hidden states; without a split [N, V] logits
-        targets = inputs.targets  # [N]
-        mx.eval(rows)  # else every chunk below would hold the whole trunk's graph
-        width = rows.shape[-1] if split is None else split.vocabulary
-        for chunk in chunks(rows, width):
-            logits = rows[chunk] if split is None else split.logits(rows[chunk])
-            logits = logits.astype(mx.float32)
-            loss = nn.losses.cross_entropy(logits, targets[chunk], reduction="sum")
-            right = (mx.argmax(logits, axis=-1) == targets[chunk]).sum()
-            loss_sum += scalar(loss)
-            correct += int(scalar(right))
-        tokens += targets.size
+        for loss, right in _of_targets(model, split, batch, shared):
+            loss_sum += scalar(loss.sum())
+            correct += int(scalar(right.sum()))
+        tokens += batch.targets
     return Score(loss_sum, tokens, correct)
+
+
+def losses_of_each(
+    model: nn.Module, split: Split | None, batches: Sequence[Batch], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """([count] the summed loss of each example in nats, [count] how many tokens of it that is of); 0 for those that are
+    in no batch. count: of the examples that the batches' `rows` number; model, split: as in `score`.
+    """
+    sums = np.zeros(count)
+    tokens = np.zeros(count, np.int64)
+    for batch in _alike(model, batches):
+        losses = np.concatenate([np.array(loss) for loss, _ in _of_targets(model, split, batch, None)])  # [N]
+        positions, _ = batch.supervised()
+        examples = batch.rows[positions // (batch.ids.shape[1] - 1)]  # [N] whose each supervised token is
+        np.add.at(sums, examples, losses)
+        np.add.at(tokens, examples, 1)
+    return sums, tokens
+
+
+def _of_targets(
+    model: nn.Module, split: Split | None, batch: Batch, shared: int | None
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """(Loss in nats, whether it was the most likely token), [C] each, of a batch's supervised tokens, a chunk of C at a
+    time: no more logits than those of a chunk are there at once.
+    """
+    inputs = inputs_of(batch, shared)
+    rows = supervised_outputs(model, split, inputs)  # [N, D] hidden states; without a split [N, V] logits
+    targets = inputs.targets  # [N]
+    mx.eval(rows)  # else every chunk below would hold the whole trunk's graph
+    width = rows.shape[-1] if split is None else split.vocabulary
+    for chunk in chunks(rows, width):
+        logits = rows[chunk] if split is None else split.logits(rows[chunk])
+        logits = logits.astype(mx.float32)
+        yield nn.losses.cross_entropy(logits, targets[chunk]), mx.argmax(logits, axis=-1) == targets[chunk]
 
 
 def _alike(model: nn.Module, batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -11,8 +11,9 @@ from mlxtune.make.reasons import REASONS
 def card(document: Mapping[str, Any], licence: str) -> str:
     """The text of the card. document: as `Making.finish` returns it; licence: of the engine, "" where unknown."""
     kept = f"{document['rows']:,} rows were kept"
+    is_by_hand = bool(document.get("by hand"))
     lines = [
-        "# Rows made by a model",
+        "# Rows written by a person" if is_by_hand else "# Rows made by a model",
         "",
         f"`mlxtune make {document['how']}` made these rows with {_code(document['engine'])}. "
         f"{document['requests']:,} requests were asked; {kept}.",
@@ -30,16 +31,17 @@ def card(document: Mapping[str, Any], licence: str) -> str:
         lines.append("Nothing was left out.")
     if document["stopped"]:
         lines += ["", f"It stopped before {document['wanted']:,} {document['what']} were there: {document['stopped']}."]
-    lines += [
-        "",
-        "## Licences and terms",
-        "",
-        f"- The engine: {licence or 'its licence is not known here'}. Check the engine's terms before you publish: "
-        "some forbid to train other models on answers.",
-        "- What the rows were made from: its licence is not known here. Rows made from a text may be bound by it.",
-        "- A model wrote these rows: they may be wrong, and may repeat what it was trained on. Read a sample, and run "
-        "`mlxtune data check` on them.",
-    ]
+    lines += ["", "## Licences and terms", ""]
+    if not is_by_hand:
+        lines += [
+            f"- The engine: {licence or 'its licence is not known here'}. Check the engine's terms before you publish: "
+            "some forbid to train other models on answers.",
+            "- A model wrote these rows: they may be wrong, and may repeat what it was trained on. Read a sample, and "
+            "run `mlxtune data check` on them.",
+        ]
+    lines.append(
+        "- What the rows were made from: its licence is not known here. Rows made from a text may be bound by it."
+    )
     return "\n".join(lines) + "\n"
 
 

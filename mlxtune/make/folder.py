@@ -8,8 +8,10 @@ A folder holds
     train.jsonl       what was kept: {"messages": [...], "made": {"how", "engine", "parents", "scores"}}
     rejected.jsonl    what was not: whatever it was, "reason" (a code of `reasons.REASONS`) and "detail"
     card.md           what made it, the licences, and what to look at before it is published
+    pairs.jsonl       of `make answers --pairs`: {"prompt", "chosen", "rejected"}, messages in each, and "made"
+    judge.jsonl       what a judge replied, as it came
 
-The last three follow from the other two: a maker is a function from answers to rows that asks for more answers. So one
+All but the first two follow from them: a maker is a function from answers to rows that asks for more answers. So one
 that was killed is simply run again. It asks the same things in the same order, is given what the journal has, and goes
 on behind that:
 
@@ -32,13 +34,16 @@ import mlxtune
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.journal import Files, Journal
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
+from mlxtune.evaluate.engines.room import give_back
 from mlxtune.make.card import card
 from mlxtune.make.engine import Opened
 from mlxtune.make.reasons import REASONS
 
 MARK, JOURNAL, TRAIN, REJECTED, CARD = "making.json", "journal.jsonl", "train.jsonl", "rejected.jsonl", "card.md"
+PAIRS, VERDICTS = "pairs.jsonl", "judge.jsonl"
 FILES = Files(MARK, JOURNAL, "", "making", "Choose another --out, or add --force to begin anew.")
-OURS = (MARK, JOURNAL, TRAIN, REJECTED, CARD, FILES.new)
+OURS = (MARK, JOURNAL, TRAIN, REJECTED, CARD, PAIRS, VERDICTS, FILES.new)
+UNASKED = "not asked: --max-requests"  # why there is no answer beyond that number
 PATIENCE = 2  # batches in a row that an engine may refuse; with one more it is gone
 
 
@@ -129,6 +134,8 @@ class Making:
     rejected: list[Rejected] = field(default_factory=list)
     # Requests so far, those without an answer included.
     requests: int = 0
+    # Those that were not asked: `most_requests` were.
+    unasked: int = 0
     # Those without an answer, by what was said of them.
     failures: Counter[str] = field(default_factory=Counter)
     # How many of what --count counts are kept so far, where the maker counts others than rows.
@@ -165,6 +172,11 @@ class Making:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def spent(self) -> str:
+        """Why requests were not asked, for people; "" where all were."""
+        return f"--max-requests {self.most_requests} is spent" if self.unasked else ""
+
     def close(self) -> None:
         """Let other processes have the folder."""
         self._journal.close()
@@ -199,13 +211,14 @@ class Making:
             if count == 0:
                 break
             done += self._answered(side, rest[:count])
+        self.unasked += len(requests) - len(done)
         if requests and not done:
-            raise Spent(f"--max-requests {self.most_requests} is spent")
+            raise Spent(self.spent)
         found: list[Answer | Failed] = []
         for request, one in zip(requests, done, strict=False):
             found.append(one if isinstance(one, Answer) else Failed(request.id, request.sample, one))
         for request in requests[len(done) :]:
-            found.append(Failed(request.id, request.sample, "not asked: --max-requests"))
+            found.append(Failed(request.id, request.sample, UNASKED))
         return found
 
     def _may_ask(self, side: str, wanted: int) -> int:
@@ -239,6 +252,11 @@ class Making:
         if self._opened is None:
             self._opened = self.engine()
         return self._opened
+
+    def let_go(self) -> None:
+        """Forget the engine: another model needs its memory. It is read again where more is asked."""
+        self._opened = None
+        give_back()
 
     def keep(self, row: Row) -> None:
         self.rows.append(row)

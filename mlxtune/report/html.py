@@ -26,7 +26,7 @@ NOT_IN_JSON = re.compile(
     f"[<>&\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef{NO_CHARACTERS}]"
 )
 NAME = re.compile("[a-zA-Z][a-zA-Z0-9-]*")
-EMPTY = ("br", "col", "hr", "meta", "wbr")  # elements without contents, which are not closed
+EMPTY = ("br", "col", "hr", "link", "meta", "wbr")  # elements without contents, which are not closed
 
 
 class Html(str):
@@ -87,6 +87,13 @@ def raw_style(text: str) -> Html:
     if "<" in text:
         raise ValueError("a style sheet that holds markup")
     return Html(f"<style>{text}</style>")
+
+
+def raw_script(text: str) -> Html:
+    """A script of ours, which is no text to be escaped. Raises ValueError where it could end its element."""
+    if "</" in text or "<!--" in text:
+        raise ValueError("a script that holds markup")
+    return Html(f"<script>{text}</script>")
 
 
 def script_json(id: str, value: Any) -> Html:

@@ -18,8 +18,8 @@ from typing import Any
 from mlxtune.config.yaml_text import parse_yaml
 from mlxtune.errors import UserError
 from mlxtune.report.drawing.thinning import Point
-from mlxtune.train import events, runs
-from mlxtune.train.events import Event, History
+from mlxtune.train import runs
+from mlxtune.train.events import Event, Following, History
 from mlxtune.train.run_folder import CONFIG_FILE, EVENTS_FILE, RunFolder
 
 NAMED_LINES = 5  # lines that a warning names
@@ -107,8 +107,10 @@ class RunRecord:
         return keys.get(name) if isinstance(keys, dict) else None
 
 
-def read_run(folder: Path) -> RunRecord:
-    """What the folder of a run tells. Raises UserError only where the folder is no run at all."""
+def read_run(folder: Path, following: Following | None = None) -> RunRecord:
+    """What the folder of a run tells. following: of a run that is read again and again, which knows its events so far.
+    Raises UserError only where the folder is no run at all.
+    """
     run = RunFolder(folder)
     if not run.is_run() and not run.events.is_file():
         raise UserError(
@@ -117,7 +119,7 @@ def read_run(folder: Path) -> RunRecord:
         )
     warnings: list[str] = []
     config = _config(run, warnings)
-    history = _history(run, warnings)
+    history = _history(following or Following(folder), warnings)
     try:
         state = runs.state_of(run, history.events)
     except KeyError:
@@ -162,9 +164,9 @@ def _config(run: RunFolder, warnings: list[str]) -> dict[str, Any]:
     return written if isinstance(written, dict) else {}
 
 
-def _history(run: RunFolder, warnings: list[str]) -> History:
+def _history(following: Following, warnings: list[str]) -> History:
     try:
-        history = events.read_damaged(run.path)
+        history = following.history()
     except FileNotFoundError:
         warnings.append(f"{EVENTS_FILE} is missing: what happened in the run is not known.")
         return History([], [], [])
@@ -200,3 +202,9 @@ def in_home(place: str) -> str:
     home = os.path.expanduser("~")
     is_inside = home not in ("", "/") and place.startswith(f"{home}/")
     return f"~{place[len(home) :]}" if is_inside else place
+
+
+def without_home(text: str) -> str:
+    """The same of all paths in a text."""
+    home = os.path.expanduser("~")
+    return text if home in ("", "/") else text.replace(f"{home}/", "~/")

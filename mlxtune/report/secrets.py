@@ -7,6 +7,8 @@ words: half of a key is a key that no pattern finds.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from mlxtune.data.survey.lint import SECRETS
 
@@ -26,6 +28,17 @@ def masked(text: str) -> str:
     line stays. A masked text stays as it is when it is masked again.
     """
     return _WHOLE.sub(_hidden, _without_private_keys(text))
+
+
+def masked_values(value: Any) -> Any:
+    """The same of all texts in a value of JSON, keys among them."""
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, Mapping):
+        return {masked(str(key)): masked_values(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked_values(one) for one in value]
+    return value
 
 
 def _hidden(found: re.Match[str]) -> str:

@@ -70,6 +70,7 @@ body{margin:0 auto;padding:0 1rem 3rem;max-width:64rem;overflow-wrap:anywhere}
 h1{font-size:1.6rem;line-height:1.25;margin:1.5rem 0 .5rem}
 h2{font-size:1.25rem;margin:2.5rem 0 .75rem;padding-top:.75rem;border-top:1px solid var(--rule)}
 h3{font-size:1.05rem;margin:1.5rem 0 .5rem}
+h4{font-size:.9rem;margin:.25rem 0;color:var(--dim)}
 p{margin:.5rem 0}
 a{color:var(--link)}
 nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1rem;list-style:none;margin:1rem 0;padding:0}
@@ -78,12 +79,15 @@ nav ul{display:flex;flex-wrap:wrap;gap:.25rem 1rem;list-style:none;margin:1rem 0
 code,pre,.text{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.875rem}
 pre,.text{white-space:pre-wrap;background:var(--panel);border-radius:6px;padding:.5rem .75rem;margin:.5rem 0}
 .scrolled{overflow-x:auto;margin:1rem 0}
-table{border-collapse:collapse;font-size:.9rem;min-width:min(100%,20rem)}
+table{overflow-wrap:break-word;border-collapse:collapse;font-size:.9rem;min-width:min(100%,20rem)}
 caption{text-align:left;padding:.25rem 0}
 th,td{text-align:left;vertical-align:top;padding:.3rem .75rem .3rem 0;border-bottom:1px solid var(--rule)}
+th,td{overflow-wrap:break-word;max-width:32rem}
 th{font-weight:600}
+th[scope=row]{min-width:7rem}
+td:last-child:not(.number){min-width:12rem}
 .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-.facts th{font-weight:400;color:var(--dim);white-space:nowrap}
+.facts th{font-weight:400;color:var(--dim)}
 details{margin:.75rem 0}
 summary{cursor:pointer;color:var(--link)}
 :focus-visible{outline:2px solid var(--link);outline-offset:2px}
@@ -97,9 +101,10 @@ summary{cursor:pointer;color:var(--link)}
 .callout.warning .sign,.callout.warning .word,.warning-text{color:var(--warning)}
 ins,.added{background:var(--added);color:var(--ink);text-decoration:underline}
 del,.removed{background:var(--removed);color:var(--ink);text-decoration:line-through}
-mark,.learnt{background:var(--learnt);color:var(--ink)}
+mark,.learnt{background:var(--learnt);color:var(--ink);text-decoration:underline;text-underline-offset:.2em}
 .given{background:var(--given);color:var(--ink)}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:.75rem}
+.marks{display:flex;flex-wrap:wrap;gap:0 1.5rem;list-style:none;margin:.5rem 0;padding:0}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:.75rem}
 figure{margin:1.25rem 0}
 .plot{overflow-x:auto}
 svg.drawing{display:block;width:100%;min-width:26rem;max-width:46rem;height:auto}

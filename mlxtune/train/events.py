@@ -3,14 +3,16 @@
 An event is a dictionary with its `kind`:
 
     begin        also of a resumed run: `step` is where it goes on, `computed` the way in words; `steps`, `model`;
-                 `seconds` that the preparation took; and what the run is made of, as `provenance.of_job` says it
+                 `seconds` that the preparation took; what the run is made of, as `provenance.of_job` says it; `data`:
+                 counts of its rows (`data_facts`)
     train        one optimizer step, with the numbers of `StepFunction`: among them `tokens` of its rows, and
                  `computed_tokens`, the positions that went through the model: fewer where rows share, more by padding
     eval         `loss` and `tokens` of the validation rows after `step`, `samples`, and a suite's `checks`, without
                  those that applied to no answer; `cut`: how many of its answers were cut; `seconds` of it all
     checkpoint   `step`, the `path` of its folder in RUN, and the `seconds` that saving took
-    note         `text`: something that a person must know
-    end          `state`: finished, interrupted or failed; after `step`
+    note         `text`: something that a person must know; `nonfinite`: of a step that was left out
+    end          `state`: finished, interrupted or failed; after `step`; `nonfinite`: a loss or gradient of the step
+                 after it was no number
 
 and three that are only shown, and not written:
 
@@ -129,25 +131,57 @@ def read(folder: Path) -> list[Event]:
     return _counting(found)[0]
 
 
-def read_damaged(folder: Path) -> History:
-    """The same of a file that others may have changed: a line that is no event is left out, and named. A last line that
-    is not whole is none of these: a crash cut it off, or it is being written. Raises OSError.
+class Following:
+    """The history of a run that may go on: of its file only what was added is read each time.
+
+    Others may have changed the file: a line that is no event is left out, and named. A last line that is not whole is
+    none of these: a crash cut it off, or it is being written.
     """
-    *lines, last = (folder / EVENTS_FILE).read_bytes().split(b"\n")
-    found, damaged = [], []
-    for number, line in enumerate([*lines, last], 1):
-        try:
-            event = _event(line.decode("utf-8"))
-            if event is None:
-                raise ValueError("no event")
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / EVENTS_FILE
+        self._begin_anew((0, 0))
+
+    def _begin_anew(self, which: tuple[int, int]) -> None:
+        self._which = which  # device and inode of the file, which tell it from another in its place
+        self._size = 0  # bytes that were read
+        self._rest = b""  # the last line, so far as it is written
+        self._lines = 0  # that are whole
+        self._found: list[Event] = []
+        self._damaged: list[int] = []  # as in History
+
+    def history(self) -> History:
+        """A file that became shorter, or another one, is read from its beginning. Raises OSError."""
+        with self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            which = (status.st_dev, status.st_ino)
+            if which != self._which or status.st_size < self._size:
+                self._begin_anew(which)
+            file.seek(self._size)
+            added = file.read()
+        self._size += len(added)
+        *lines, self._rest = (self._rest + added).split(b"\n")
+        for line in lines:
+            self._lines += 1
+            event = _whole_event(line)
+            if event is not None:
+                self._found.append(event)
+            elif line.strip():
+                self._damaged.append(self._lines)
+        last = _whole_event(self._rest)
+        events, taken_back = _counting(self._found if last is None else [*self._found, last])
+        return History(events, list(self._damaged), taken_back)
+
+
+def _whole_event(line: bytes) -> Event | None:
+    """The event that a line holds; None: it holds none that we write."""
+    try:
+        event = _event(line.decode("utf-8"))
+        if event is not None:
             _check(event)
-        except ValueError:
-            if line.strip() and number <= len(lines):
-                damaged.append(number)
-            continue
-        found.append(event)
-    events, taken_back = _counting(found)
-    return History(events, damaged, taken_back)
+    except ValueError:
+        return None
+    return event
 
 
 def _event(line: str) -> Event | None:

@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,8 @@ HOLDER = re.compile(rf"(?:{MARK} )?(\d+)\n?")  # the number alone: of versions b
 # How file systems say that they have no locks (network volumes, some that FUSE brings).
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 LONGEST = 64  # characters that are read of a lock's file
+# Whoever only looks (`is_locked`) holds it for a moment too: one that is taken is asked for again, so many times.
+TRIES, TRY_SECONDS = 5, 0.05
 UNLOCKED = (
     "the volume of this run's folder has no locks: nothing stops a second process from training in it, and "
     "`mlxtune runs` calls the run killed while it lasts"
@@ -42,6 +45,11 @@ def locked(path: Path) -> Iterator[bool]:
         raise UserError(f"{path} is {error}", "A run's files are its own: choose another --out.") from error
     with file:
         taken = _taken(file.fileno())
+        for _ in range(TRIES):
+            if taken is not False:
+                break
+            time.sleep(TRY_SECONDS)
+            taken = _taken(file.fileno())
         file.seek(0)
         text = file.read(LONGEST)
         holder = HOLDER.fullmatch(text)

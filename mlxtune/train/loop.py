@@ -288,10 +288,10 @@ class _Loop:
         job, state = self.job, self.state
         where = f"step {state.step + 1}: {error}"
         if job.section.on_nonfinite == "skip" and state.skipped < MAX_SKIPPED:
-            self.events.emit("note", text=f"{where}; the step is skipped")
+            self.events.emit("note", text=f"{where}; the step is skipped", nonfinite=True)
             return replace(state, skipped=state.skipped + 1)
         kept = self._keep_last_good()
-        self.events.emit("end", step=state.step, state="failed")
+        self.events.emit("end", step=state.step, state="failed", nonfinite=True)
         before = f" ({state.skipped} steps were skipped before it)" if state.skipped else ""
         helps = floats.remedy(job.identity.config["train.dtype"], trained=state.step > state.skipped)
         raise UserError(f"{where}{before}", f"{kept}{helps}")

@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mlxtune_convert.files import explained, new_file
 
@@ -18,6 +19,7 @@ from mlxtune.config.resolve import Config
 from mlxtune.machine import backend, surroundings
 from mlxtune.train import events, loggers, loop, provenance
 from mlxtune.train.checkpoint import Saved, State
+from mlxtune.train.data_facts import data_facts
 from mlxtune.train.evaluation import suite_of
 from mlxtune.train.events import Events, Listener, nobody
 from mlxtune.train.lock import UNLOCKED
@@ -79,6 +81,7 @@ class _Run:
         self.anyway = anyway  # though keys that may change did
         self.stack = stack  # what ends with the run
         self.notes: list[str] = []  # what a person must know; said when the run has begun
+        self.data_facts: dict[str, Any] = {}  # what `begin` notes of the rows
         self.began = time.perf_counter()  # when the preparation began, in seconds
 
     def train(self, local: LocalOnly) -> State:
@@ -104,6 +107,7 @@ class _Run:
         saved = self._on_every_rank(saved, job)
         if not self.ranks.first:
             return loop.run(job, Events(None), saved)
+        self.data_facts = data_facts(data, self.config)
         self.stack.enter_context(explained(self.folder.path))
         if self.resume:
             return self._written(job, saved)
@@ -178,6 +182,7 @@ class _Run:
             model=config.model.path,
             computed=way,
             seconds=seconds,
+            data=self.data_facts,
             **provenance.of_job(job),
         )
         if saved:

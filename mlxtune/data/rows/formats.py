@@ -72,7 +72,7 @@ def chunks(records: Iterable[Record | Bad]) -> Iterator[list[Record | Bad]]:
     for record in records:
         chunk.append(record)
         if isinstance(record, Record):
-            letters += _letters(record)
+            letters += letters_of(record)
         if len(chunk) == CHUNK_ROWS or letters >= CHUNK_LETTERS:
             yield chunk
             chunk, letters = [], 0
@@ -80,7 +80,7 @@ def chunks(records: Iterable[Record | Bad]) -> Iterator[list[Record | Bad]]:
         yield chunk
 
 
-def _letters(record: Record) -> int:
+def letters_of(record: Record) -> int:
     """Characters of a record's texts."""
     contents = [message.get("content") for message in record.messages or []]
     return sum(len(text) for text in (record.text, *contents) if isinstance(text, str))

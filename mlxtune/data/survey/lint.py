@@ -17,6 +17,7 @@ from mlxtune.data.rows.formats import Record
 from mlxtune.data.survey.refusals import refuses
 
 SHORT_WORDS = 3  # an answer of fewer words is very short
+FEW_ROWS = 500  # conversations below which a model learns a form, and soon the rows by heart
 LONG_CHARACTERS = 200  # from this length on an answer is expected to end like a sentence
 PROSE_CHARACTERS = 40  # a last line beyond this length is prose, not a heading or an item
 # Of a password that is assigned, all before it is in the group `assigned`. What may be long, as the parts of a web
@@ -181,6 +182,16 @@ KINDS = {  # by code; a row's own are told in this order
         "warning",
         "rows without a system prompt, while others have one",
         "give all of them what the model will see in use",
+    ),
+    "few": Kind(
+        "warning",
+        f"rows to learn from, fewer than {FEW_ROWS}: enough for a form, not for knowledge, and soon known by heart",
+        "add rows, or train few epochs and watch the validation loss (train.patience)",
+    ),
+    "style": Kind(
+        "warning",
+        "rows of a source that is written otherwise than the first",
+        "bring the sources to one style, unless both are meant",
     ),
     "no end": Kind(
         "warning",

@@ -36,6 +36,7 @@ def _facts(split: SplitSurvey, config: Config) -> dict[str, Any]:
         turns[kind] = {"count": count, "rows": split.kinds.rows[kind]}
     return {
         "file": split.file,
+        "sample": split.sample,
         "rows": split.rows,
         "formats": dict(split.formats),
         "outcomes": _most_first(split.outcomes),
@@ -53,6 +54,9 @@ def _facts(split: SplitSurvey, config: Config) -> dict[str, Any]:
         },
         "tasks": _most_first(split.tasks),
         "tasks_missing": _missing_tasks(split.tasks),
+        "kinds": _most_first(split.talks),
+        "style": split.style.as_json() if split.style.conversations else {},
+        "made": _most_first(split.made),
         "scripts": _most_first(split.scripts),
         "shared_prefix_tokens": prefix,
         "shared_prefix_saves": round(_saved_by_prefix(split, prefix, config), 4),
@@ -61,7 +65,7 @@ def _facts(split: SplitSurvey, config: Config) -> dict[str, Any]:
 
 
 def _most_first(counts: Counter[str]) -> dict[str, int]:
-    return dict(counts.most_common())
+    return {name: count for name, count in counts.most_common() if count}
 
 
 def _missing_tasks(tasks: Counter[str]) -> list[str]:
@@ -69,7 +73,7 @@ def _missing_tasks(tasks: Counter[str]) -> list[str]:
     few = tasks.total() * FEW
     if few < 1:
         return []
-    return [name for name in subjects.TASKS if tasks[name] < few]
+    return [name for name in subjects.ALL_TASKS if tasks[name] < few]
 
 
 def _saved_by_prefix(split: SplitSurvey, prefix: int, config: Config) -> float:

@@ -15,6 +15,7 @@ from mlxtune.data.chat.turn_kinds import Expansion, Kinds
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad
 from mlxtune.data.survey import lint
+from mlxtune.data.survey.consistency import Style
 
 LISTED = 200  # rows that a finding names
 
@@ -62,6 +63,7 @@ class SplitSurvey:
     name: str  # of the split, with the number of its source where a configuration lists several
     file: str  # name of its first file
     several: bool = False  # it has more than one file
+    sample: str = ""  # of which of its rows this is, in words; "": of all of them
     rows: int = 0  # all of them
     used: int = 0  # rows that give examples
     examples: int = 0  # that training would have
@@ -72,6 +74,9 @@ class SplitSurvey:
     roles: Counter[str] = field(default_factory=Counter)  # messages of each
     answers: Counter[int] = field(default_factory=Counter)  # conversations with so many
     tasks: Counter[str] = field(default_factory=Counter)  # conversations whose first question asks for each
+    talks: Counter[str] = field(default_factory=Counter)  # conversations of each of `subjects.KINDS`
+    made: Counter[str] = field(default_factory=Counter)  # rows that were made, by how
+    style: Style = field(default_factory=Style)  # of its conversations
     scripts: Counter[str] = field(default_factory=Counter)  # rows that are written in each
     # Rows with each system prompt, by hash; None: without.
     systems: Counter[int | None] = field(default_factory=Counter)
@@ -99,9 +104,9 @@ class SplitSurvey:
         for place in np.flatnonzero(rows).tolist():
             self.find(code, self.names[place])
 
-    def find_many(self, code: str, count: int) -> None:
-        """A finding about so many rows, of which none is named."""
-        self.findings[code] = Finding(code, self.name, count)
+    def find_many(self, code: str, count: int, reasons: Sequence[str] = ()) -> None:
+        """A finding about so many rows, of which none is named. reasons: what is said of all of them."""
+        self.findings[code] = Finding(code, self.name, count, reasons=dict.fromkeys(reasons, count))
 
     def find_unused(self, names: Sequence[str]) -> None:
         """names: of data files or splits that stand beside this one and that nothing reads."""

@@ -23,28 +23,37 @@ from mlxtune.data.dataset.beginnings import common
 from mlxtune.data.dataset.store_writing import Progress
 from mlxtune.data.rows.formats import Record, chunks
 from mlxtune.data.rows.readers import Bad
-from mlxtune.data.survey import lint, report, subjects
+from mlxtune.data.survey import consistency, lint, report, sampling, subjects
 from mlxtune.data.survey.markup import Markup
 from mlxtune.data.survey.split_survey import SplitSurvey
 
 USED, SHORTENED = "used", "shortened"  # outcomes of a row that gives examples
 
 
-def survey(config: Config, renderer: Renderer, progress: Progress) -> dict[str, Any]:
+def survey(
+    config: Config, renderer: Renderer, progress: Progress, most: int | None = None, local_only: str = ""
+) -> dict[str, Any]:
     """The report on all splits of all sources of a configuration, as `report.report` makes it.
 
-    progress: called with the name of a split's first file, and how many of the split's rows were read.
+    progress: called with the name of a split's first file, and how many of the split's rows were read; most: of a split
+    that has more rows a sample of so many is looked at; local_only: as `sources.files_by_split`.
     """
     splits: dict[str, SplitSurvey] = {}
     for number, source in enumerate(config.data.mixture(), 1):
-        found = sources.files_by_split(source, config.data.hub == "stream")
+        found = sources.files_by_split(source, config.data.hub == "stream", local_only)
         for split, files in found.items():
             name = split if config.data.sources is None else f"{split} {number}"
             out = SplitSurvey(name, files[0].name, several=len(files) > 1)
-            read_split(out, chain.from_iterable(file.read() for file in files), renderer, progress)
+            records: Iterator[Record | Bad] = chain.from_iterable(file.read() for file in files)
+            if most is not None:
+                chosen = sampling.sample(records, most, config.train.seed)
+                records, out.sample = iter(chosen.rows), chosen.line(config.train.seed)
+            read_split(out, records, renderer, progress)
             if split == "train":
                 out.find_unused(sources.unused(found))
             splits[name] = out
+    _find_few(splits)
+    _find_styles(splits)
     for name, other in splits.items():
         for trained, train in splits.items():
             if trained.startswith("train") and not name.startswith("train"):
@@ -94,11 +103,17 @@ def _count(out: SplitSurvey, record: Record) -> None:
     if messages:
         out.answers[sum(message["role"] == "assistant" for message in messages)] += 1
         out.tasks[subjects.task_of(record)] += 1
+        out.talks.update(subjects.kinds_of(record))
+        out.style.add(record)
         out.systems[_system_hash(record)] += 1
     texts = [record.text or "", *(str(message["content"]) for message in messages)]
     out.scripts.update(subjects.scripts_of(" ".join(texts)))
+    made = record.fields.get("made")
+    if isinstance(made, dict):
+        out.made[str(made.get("how") or "not said")] += 1
     for code in lint.codes(record):
         out.find(code, name)
+        out.talks["refusal"] += code == "refusal"
 
 
 def _question_hash(record: Record) -> int:
@@ -175,6 +190,22 @@ def _find_duplicates(out: SplitSurvey) -> None:
     out.find_all("duplicate", is_equal)
     out.find_all("near duplicate", is_near & ~is_equal)
     out.signatures.clear()
+
+
+def _find_few(splits: dict[str, SplitSurvey]) -> None:
+    """Too few conversations to train on, in all sources together; of texts the tokens count, not the rows."""
+    trained = [split for name, split in splits.items() if name.startswith("train")]
+    conversations = sum(split.answers.total() for split in trained)
+    is_sample = any(split.sample for split in trained)
+    if 0 < conversations < lint.FEW_ROWS and not is_sample:
+        trained[0].find_many("few", conversations)
+
+
+def _find_styles(splits: dict[str, SplitSurvey]) -> None:
+    """Sources whose conversations are written otherwise than those of the first."""
+    styles = {name: split.style for name, split in splits.items() if name.startswith("train")}
+    for name, said in consistency.differences(styles).items():
+        splits[name].find_many("style", splits[name].style.conversations, said)
 
 
 def _find_leaks(train: SplitSurvey, other: SplitSurvey) -> None:

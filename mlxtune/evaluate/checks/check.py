@@ -9,6 +9,10 @@ from typing import Any
 
 from mlxtune.evaluate.engines.request import Answer
 
+# What an answer comes to, in every way that it may be read, so that answers can be counted: "50%" is {"50", "1/2"}.
+# Two answers agree where they have one in common; of an answer that comes to nothing it is empty.
+Meanings = frozenset[str]
+
 # What a check says of one answer: 0.0 or 1.0, or a number between where it is graded; None: it does not apply.
 Score = float | None
 
@@ -38,6 +42,8 @@ class Rule:
     graded: bool = False  # any number from 0 to 1; else 0 or 1
     of_reference: bool = False  # compares with the row's reference; None for a row without one
     of_data: bool = True  # can be asked of a training answer; False: of a model's alone
+    # What an answer comes to, whether that is right or not; None: answers to such rows cannot be counted.
+    meanings: Callable[[Answer, SuiteRow], Meanings] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlxtune.evaluate.checks.arguments import Arguments, CheckError, Kind, Place
-from mlxtune.evaluate.checks.check import Rule, Score, SuiteRow
+from mlxtune.evaluate.checks.check import Meanings, Rule, Score, SuiteRow
 from mlxtune.evaluate.checks.words import plain
 from mlxtune.evaluate.engines.request import Answer
 
@@ -69,7 +69,11 @@ def _choice(arguments: Arguments, place: Place) -> Rule:
             return None
         return float(chosen(answer.text, options) == right)
 
-    return Rule(judge, of_reference=not given)
+    def meanings(answer: Answer, row: SuiteRow) -> Meanings:
+        letter = chosen(answer.text, fixed or _options_in(row))
+        return frozenset([letter] if letter else [])
+
+    return Rule(judge, of_reference=not given, meanings=meanings)
 
 
 def _options_given(value: Any) -> dict[str, str]:

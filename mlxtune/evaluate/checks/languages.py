@@ -20,7 +20,7 @@ from mlxtune.evaluate.engines.request import Answer
 UNKNOWN = "holds too few common words to tell its language: counted as failed"
 # ISO 639-1 code -> words that are frequent in it; several languages may share one.
 COMMON = {
-    "en": "the of and to in is you that it he was for on are as with his they i at be this have from or had by"
+    "en": "the of and a to in is you that it he was for on are as with his they i at be this have from or had by"
     " but what"
     " we can there an your which their if will not do how about has more would so no my than been who its now did get"
     " yes please hello here just like should when where why could me us these those them our any some",

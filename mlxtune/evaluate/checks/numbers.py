@@ -11,7 +11,7 @@ import unicodedata
 from fractions import Fraction
 
 from mlxtune.evaluate.checks.arguments import Arguments, CheckError, Kind, Place
-from mlxtune.evaluate.checks.check import Rule, Score, SuiteRow
+from mlxtune.evaluate.checks.check import Meanings, Rule, Score, SuiteRow
 from mlxtune.evaluate.engines.request import Answer
 
 LONGEST = 200  # digits of a number, and the largest exponent
@@ -176,7 +176,10 @@ def _number(arguments: Arguments, place: Place) -> Rule:
         values = _one(answer.text, way, decimal)
         return float(any(abs(value - other) <= tolerance for value in values for other in expected))
 
-    return Rule(judge, of_reference=given is None)
+    def meanings(answer: Answer, row: SuiteRow) -> Meanings:
+        return frozenset(str(value) for value in _one(answer.text, way, decimal))
+
+    return Rule(judge, of_reference=given is None, meanings=meanings)
 
 
 def _given(arguments: Arguments, decimal: str) -> Fraction:

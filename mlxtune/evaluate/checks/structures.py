@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 from xml.parsers import expat
 
 from mlxtune.evaluate.checks.arguments import Arguments, CheckError, Kind, Place
 from mlxtune.evaluate.checks.blocks import blocks_in
-from mlxtune.evaluate.checks.check import Rule, Score, SuiteRow
+from mlxtune.evaluate.checks.check import Meanings, Rule, Score, SuiteRow
 from mlxtune.evaluate.checks.json_texts import NotJson, find_json, read_json
 from mlxtune.evaluate.checks.schemas import Schema
 from mlxtune.evaluate.engines.request import Answer
@@ -27,7 +29,7 @@ def _json(arguments: Arguments, place: Place) -> Rule:
             return 0.0
         return 1.0
 
-    return Rule(judge)
+    return Rule(judge, meanings=_meanings(read))
 
 
 def _schema(arguments: Arguments, place: Place) -> Rule:
@@ -41,7 +43,19 @@ def _schema(arguments: Arguments, place: Place) -> Rule:
         except NotJson:
             return 0.0
 
-    return Rule(judge)
+    return Rule(judge, meanings=_meanings(read))
+
+
+def _meanings(read: Callable[[str], Any]) -> Callable[[Answer, SuiteRow], Meanings]:
+    """What the JSON of an answer says, however it is spaced and whatever the order of its keys."""
+
+    def meanings(answer: Answer, row: SuiteRow) -> Meanings:
+        try:
+            return frozenset([json.dumps(read(answer.text), sort_keys=True)])
+        except NotJson:
+            return frozenset()
+
+    return meanings
 
 
 def _schema_given(arguments: Arguments, place: Place) -> Any:

@@ -72,9 +72,11 @@ class Suite:
         return out
 
 
-def read_suite(path: Path, programs: Programs | None = None) -> Suite:
+def read_suite(path: Path, programs: Programs | None = None, expecting: bool = True) -> Suite:
     """A suite. path: of its file, or the name of one that comes with mlxtune; programs: whether checks may run
-    programs; None: they may not. Raises UserError, which names the row.
+    programs, None: they may not; expecting: checks must know what to expect. Where answers are counted and none is
+    known to be right, one such as `number` may lack it: it then says None of every answer. Raises UserError, which
+    names the row.
     """
     path = suite_file(path)
     settings, settings_file = _settings(path)
@@ -89,14 +91,14 @@ def read_suite(path: Path, programs: Programs | None = None) -> Suite:
     rows: list[SuiteRow] = []
     places: dict[str, int] = {}  # id -> its row
     for record in _records(path, settings.get("columns", {})):
-        rows.append(_row(record, settings, common, where, of_checks, places))
+        rows.append(_row(record, settings, common, where, of_checks, places, expecting))
     files = [path, *([settings_file] if settings_file else [])]
     digest = hashlib.sha256()
     for content in (*(file.read_bytes() for file in files), *where.files.values()):
         digest.update(hashlib.sha256(content).digest())
     suite = Suite(path, rows, settings.get("rubric", ""), digest.hexdigest(), [], of_checks, common)
     _require_one_meaning(suite)
-    suite.notes.extend(_about_references(suite, common))
+    suite.notes.extend(_about_references(suite, common if expecting else []))
     return suite
 
 
@@ -187,8 +189,9 @@ def _row(
     where: Place,
     of_checks: dict[str, Counter[str]],
     places: dict[str, int],
+    expecting: bool,
 ) -> SuiteRow:
-    """One row; `places` gets its id. Raises UserError, which names it."""
+    """One row; `places` gets its id. expecting: as `read_suite` takes it. Raises UserError, which names it."""
     spot = f"{record.file} {place(record.file, record.row)}"
     fields = record.fields
     if "checks" not in fields and (typo := next((key for key in fields if nearest(key, ["checks"], 0.8)), "")):
@@ -216,7 +219,7 @@ def _row(
         turns=_texts(fields.get("turns"), "turns", spot),
         turn_references=_texts(fields.get("turn_references"), "turn_references", spot),
     )
-    for check in own:
+    for check in own if expecting else []:
         if check.rule.of_reference and (reference is None or check.score(_as_answer(row), row) is None):
             missing = "has no reference" if reference is None else "has a reference that it cannot be compared with"
             raise UserError(f"{spot}: the check {check.name} is given nothing to expect, and the row {missing}")

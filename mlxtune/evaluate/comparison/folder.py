@@ -26,11 +26,13 @@ from mlxtune.data.rows.readers import Bad, raw_rows
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.check import SuiteRow
 from mlxtune.evaluate.comparison.scores import SIDES, PromptScores, Side
+from mlxtune.evaluate.engines.journal import PLAN_FILE
 from mlxtune.evaluate.engines.request import Answer, kept_answer
 
 PROMPTS, ANSWERS, SCORES, SUMMARY = "prompts.jsonl", "answers.jsonl", "scores.jsonl", "summary.json"
 VERDICTS, REPLIES, TIMES = "verdicts.jsonl", "judge.jsonl", "times.jsonl"
 FORGETTING = "forgetting.jsonl"
+NAMES = (PROMPTS, ANSWERS, SCORES, SUMMARY, VERDICTS, REPLIES, TIMES, PLAN_FILE)  # of all that an evaluation writes
 EXPECTED = "a folder that `mlxtune eval --suite SUITE --out FOLDER` wrote to its end"
 DAMAGED = "The folder is damaged, or was changed by hand: run the evaluation again."
 

@@ -62,7 +62,7 @@ def pair_prompt(
         "The order of the answers means nothing. Reply with [[A]] if answer A is better, [[B]] if answer B is better, "
         "[[C]] if neither is. Reply with nothing else."
     )
-    texts = [("Request", _as_text(question)), ("Answer A", first), ("Answer B", second)]
+    texts = [("Request", as_text(question)), ("Answer A", first), ("Answer B", second)]
     if reference is not None:
         texts.insert(1, ("An answer that is right", reference))
     return _prompt(told, texts)
@@ -77,7 +77,7 @@ def rating_prompt(
         f"Rate its {criterion} alone: {CRITERIA[criterion]}. Reply with [[1]] if it is very bad, [[2]] if it is bad, "
         "[[3]] if it is middling, [[4]] if it is good, [[5]] if it is very good. Reply with nothing else."
     )
-    texts = [("Request", _as_text(question)), ("Answer", answer)]
+    texts = [("Request", as_text(question)), ("Answer", answer)]
     if reference is not None:
         texts.insert(1, ("An answer that is right", reference))
     return _prompt(told, texts)
@@ -105,7 +105,7 @@ def _prompt(told: str, texts: Sequence[tuple[str, str]]) -> list[dict[str, Any]]
     return [{"role": "user", "content": "\n\n".join(parts)}]
 
 
-def _as_text(question: Messages) -> str:
+def as_text(question: Messages) -> str:
     """A conversation in words; a lone question as it is."""
     if len(question) == 1:
         return str(question[0].get("content") or "")

@@ -1,4 +1,4 @@
-"""What shows beside the run: its losses, its data, and what it forgot."""
+"""What shows beside the answers: the data they were learned from, the loss, and what was forgotten."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from mlxtune.data.rows.formats import Record
 from mlxtune.data.survey.refusals import refuses
 from mlxtune.evaluate.checks.overlap import rouge_l
 from mlxtune.evaluate.checks.words import words_of
+from mlxtune.evaluate.observations.of_run import of_kind
 from mlxtune.evaluate.observations.seen import OFTEN, TWICE, Observation, Seen
 
-RISES = 3  # evaluations in a row, each with a higher loss than the one before
-LAST_STEPS = 10  # of training, whose mean loss stands beside that of the validation rows
 FELL = 0.05  # of the validation loss, from which it is said to have fallen
 FLAT_PROMPTS = 20  # without which checks that do not move say little
 ROOM = 0.95  # mean score from which a check has no room to get better
@@ -22,29 +21,10 @@ MOST_TRAINED = 2_000  # training answers that answers are compared with
 
 
 def observed(seen: Seen) -> Iterator[Observation]:
-    yield from _overfits(seen)
     yield from _by_heart(seen)
     yield from _style(seen)
     yield from _system(seen)
     yield from _forgets(seen)
-
-
-def _losses(events: Sequence[Mapping[str, Any]], kind: str) -> list[float]:
-    return [float(event["loss"]) for event in events if event["kind"] == kind and event.get("loss") is not None]
-
-
-def _overfits(seen: Seen) -> Iterator[Observation]:
-    losses = _losses(seen.events, "eval")
-    rises, place = 0, len(losses) - 1
-    while place > 0 and losses[place] > losses[place - 1]:
-        rises, place = rises + 1, place - 1
-    if rises < RISES:
-        return
-    measure = f"the validation loss rose at the last {rises} evaluations, from {losses[place]:.3f} to {losses[-1]:.3f}"
-    if last := _losses(seen.events, "train")[-LAST_STEPS:]:
-        measure += f"; the training loss ended at {sum(last) / len(last):.3f}"
-    fix = "set train.patience, fewer train.epochs, more rows; train.neftune_alpha makes it harder to learn by heart"
-    yield Observation("overfitting", measure, rises, RISES, f"{RISES} evaluations in a row", fix)
 
 
 def _by_heart(seen: Seen) -> Iterator[Observation]:
@@ -85,7 +65,7 @@ def _answered(records: Sequence[Record]) -> Iterator[tuple[str, str]]:
 
 def _style(seen: Seen) -> Iterator[Observation]:
     """The loss fell, and no check is better for it."""
-    losses = _losses(seen.events, "eval")
+    losses = [loss for _, loss in of_kind(seen.events, "eval")]
     open_checks = {name: one for name, one in seen.checks.items() if "verdict" in one and one["base"] < ROOM}
     if len(losses) < 2 or not open_checks or len(seen.rows) < FLAT_PROMPTS:
         return

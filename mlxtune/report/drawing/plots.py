@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mlxtune_convert.shown import shown_name
+
 from mlxtune.report.drawing import figure
 from mlxtune.report.drawing.figure import BOTTOM, LEFT, LINE, RIGHT, TOP, WIDTH, Mark, number, path, text
 from mlxtune.report.drawing.scale import LARGEST, SMALLEST, Scale, fitted
@@ -14,7 +16,8 @@ from mlxtune.report.drawing.thinning import Point, thinned
 from mlxtune.report.html import Html, tag
 
 ROW = 30  # of a plot of intervals
-NAMES = 190  # where the names of intervals end
+LETTER = 8.2  # the width of a letter in a drawing, about; capitals are wider than others
+NAMES, NOTES = (60.0, 190.0), (100.0, 230.0)  # the least and the most room for names of intervals, and for their notes
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,10 @@ def histogram(title: str, x: str, bins: Sequence[tuple[float, float, int]], mark
 def intervals(title: str, x: str, rows: Sequence[Interval]) -> Html:
     """Values with their intervals, one below the other, around a line at 0. x: what they count, with its unit."""
     bottom = TOP + ROW * len(rows)
-    right = RIGHT - 160
-    across = fitted([0.0, *(end for row in rows for end in (row.low, row.high))], NAMES + 12, right)
+    names, notes = [shown_name(row.name) for row in rows], [shown_name(_note(row)) for row in rows]
+    left = _room(names, *NAMES)  # where the names end
+    right = RIGHT - _room(notes, *NOTES)
+    across = fitted([0.0, *(end for row in rows for end in (row.low, row.high))], left + 12, right)
     content: list[Html] = []
     for value, label in across.ticks(4):
         place = across.place(value)
@@ -93,26 +98,40 @@ def intervals(title: str, x: str, rows: Sequence[Interval]) -> Html:
         content.append(tag("g", grid, text(label, place, bottom + LINE, "middle"), class_="tick"))
     content.append(path(f"M{number(across.place(0.0))} {TOP}V{bottom}", "frame"))
     said = []
-    for at, row in enumerate(rows):
+    for at, (row, name, note) in enumerate(zip(rows, names, notes, strict=True)):
         middle = TOP + ROW * at + ROW / 2
+        content.append(text(_cut(name, left), left, middle + 4, "end"))
         content += _interval(row, middle, across)
+        content.append(text(_cut(note, NOTES[1]), WIDTH - 4, middle + 4, "end"))
         said.append(f"{row.name}: {row.middle:+.3g}, between {row.low:+.3g} and {row.high:+.3g}.")
-    content.append(text(x, (NAMES + right) / 2, bottom + 2 * LINE + 2, "name middle"))
+    content.append(text(x, (left + right) / 2, bottom + 2 * LINE + 2, "name middle"))
     return figure.figure(title, " ".join(said), content, height=bottom + 2 * LINE + 12)
 
 
+def _note(row: Interval) -> str:
+    return row.note or f"{row.middle:+.3g} ({row.low:+.3g} to {row.high:+.3g})"
+
+
+def _room(texts: Sequence[str], least: float, most: float) -> float:
+    """For the longest of some texts."""
+    return min(most, max([least, *(LETTER * len(one) for one in texts)]))
+
+
+def _cut(content: str, room: float) -> str:
+    """A text that fits, its beginning where it is too long."""
+    letters = int(room / LETTER)
+    return content if len(content) <= letters else f"{content[: letters - 1]}…"
+
+
 def _interval(row: Interval, middle: float, across: Scale) -> list[Html]:
-    """One row of a plot of intervals. middle: its height in the drawing."""
+    """The bar of a row of a plot of intervals. middle: its height in the drawing."""
     low, high = across.place(row.low), across.place(row.high)
     bar = f"M{number(low)} {number(middle)}H{number(high)}"
     for end in (low, high):
         bar += f"M{number(end)} {number(middle - 5)}v10"
-    note = row.note or f"{row.middle:+.3g} ({row.low:+.3g} to {row.high:+.3g})"
     return [
-        text(row.name, NAMES, middle + 4, "end"),
         path(bar, f"line {figure.colour(0)}"),
         path(f"M{number(across.place(row.middle))} {number(middle)}h0", f"line points {figure.colour(0)}"),
-        text(note, WIDTH - 4, middle + 4, "end"),
     ]
 
 

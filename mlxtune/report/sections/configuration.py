@@ -130,7 +130,9 @@ def made_of(record: RunRecord) -> dict[str, Child]:
 
 
 def _adapter_digest(record: RunRecord) -> str:
-    """ "": there is no adapter, or it cannot be read."""
+    """ "": there is no adapter, it cannot be read, or training goes on and replaces it again and again."""
+    if record.state == "running":
+        return ""
     file: Path | None = RunFolder(record.folder).adapter
     try:
         return digest(file) if file is not None else ""

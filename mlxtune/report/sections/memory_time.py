@@ -59,8 +59,9 @@ def _tokens(record: RunRecord) -> Html | None:
         "way": way,
         "tokens of the rows": f"{tokens:,.0f}",
         "trained on": f"{supervised:,.0f} of them ({supervised / tokens:.0%})",
-        "went through the blocks": f"{computed:,.0f}: {_saved(computed / tokens)}",
     }
+    if computed:  # older versions did not count them
+        values["went through the blocks"] = f"{computed:,.0f}: {_saved(computed / tokens)}"
     if HEAD_ON_FEW in way and computed:
         values["went through the head"] = f"{supervised:,.0f}: {1 - supervised / computed:.0%} of these was left out"
     if seconds > 0:

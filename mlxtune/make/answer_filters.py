@@ -1,0 +1,159 @@
+"""What can be wrong with an answer that an engine made, told by rules: no model is asked.
+
+To add a filter, add a line to FILTERS: its code and a function of the answer that tells whether it is so; and its
+sentence to `reasons`. Then plant an answer that has it, and no other, in tests/test_made_answers.py.
+
+The filters that training rows are looked at with (`data.survey.lint`) come first. Each is left out where the prompt
+asks for what it forbids: HTML entities in an answer about HTML, `[Name]` in a template that was asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from mlxtune.data.survey import lint
+from mlxtune.data.survey.lint import RowTexts
+from mlxtune.data.survey.refusals import refuses
+from mlxtune.evaluate.checks.languages import SHORT, language_of, script_of
+from mlxtune.evaluate.checks.words import words_of
+from mlxtune.evaluate.engines.request import Answer, Messages
+
+MOST_WORDS = 1_500  # of an answer; a longer one is hardly what a person would write
+COPIED_WORDS = 4  # of a prompt, from which on an answer that begins with all of it repeats it
+
+# What stands where the writer was meant to put something: [Your Name], <insert date>, TODO, lorem ipsum.
+PLACEHOLDER = re.compile(
+    r"(?<!\w)\[(?:(?i:your|insert|enter|add|recipient|company|customer|client|sender)\b[^\]\n]{0,40}"
+    r"|(?:Name|Date|Address|Email|Phone|Title|City|Link|URL|Number|Amount|Topic|Subject|Signature|NAME|DATE|CITY))\]"
+    r"(?!\()"
+    r"|<(?i:your|insert|enter)\b[^>\n]{0,40}>|\bTODO\b|\bTBD\b|(?i:\blorem ipsum\b)"
+)
+SELF_TALK = re.compile(  # an answer that speaks of what wrote it
+    r"(?i)\bas (?:an?|your) (?:ai|artificial intelligence|large language model|language model|virtual assistant)\b"
+    r"|\bals (?:ki|künstliche intelligenz)\b|\ben tant qu['’](?:ia|intelligence artificielle)\b"
+    r"|\bcomo (?:una? )?(?:ia|inteligencia artificial|modelo de lenguaje)\b|作为(?:一个|一名)?(?:人工智能|AI|语言模型)"
+)
+# How chat templates write the borders of messages, and an answer that goes on as the next speaker.
+TEMPLATE = re.compile(
+    r"<\|[\w ]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|</?think>|\A<s>|</s>\s*\Z"
+    r"|^###\s*(?:Instruction|Response|Input|Human|Assistant)\b|^(?:Human|User|Assistant)\s*:",
+    re.MULTILINE,
+)
+HTML = re.compile(r"(?i)\b(?:html|xml|svg|entit(?:y|ies)|escap)")
+A_FORM = re.compile(r"(?i)\b(?:templates?|placeholders?|fill[- ]in|boilerplate|todo|vorlage|modèle|plantilla)\b")
+A_LANGUAGE = re.compile(  # a prompt that may ask for another language than its own: it names one, or translates
+    r"(?i)translat|\b(?:english|french|german|spanish|italian|portuguese|dutch|polish|swedish|turkish|russian|ukrainian"
+    r"|chinese|japanese|korean|arabic|hindi|hebrew|greek|thai|latin|language)\b|übersetz|englisch|deutsch|französisch"
+    r"|spanisch|tradu[cizs]|anglais|français|inglés|español|vertaal|engels|przet[łl]umacz|перев[еёо]д|англий|翻译|翻譯"
+    r"|英文|英语|翻訳|英語|번역|영어|çevir|terjemah|ترجم|अनुवाद"
+)
+CODE = re.compile(r"```|^\s*(?:def|class|import|from|function|const|SELECT)\b", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Made:
+    """An answer, and what it answers."""
+
+    prompt: Messages  # the conversation before it
+    answer: Answer  # as the engine gave it
+    least_words: int = 1  # that it may have
+    most_words: int = MOST_WORDS  # that it may have
+    may_refuse: bool = False  # a refusal is what is wanted
+
+    @cached_property
+    def question(self) -> str:
+        """The last thing that was said to the model."""
+        return str(self.prompt[-1].get("content") or "")
+
+    @cached_property
+    def texts(self) -> RowTexts:
+        """The answer as `data.survey.lint` looks at rows; the prompt is not the engine's fault."""
+        return RowTexts(self.answer.text, [self.answer.text], ends_with_answer=True)
+
+
+def _as_in_rows(code: str) -> Callable[[Made], bool]:
+    """A finding of `data check` that a row's own text shows. code: a key of `lint.KINDS`."""
+    shows = lint.KINDS[code].shows
+    assert shows is not None
+
+    def is_so(made: Made) -> bool:
+        return shows(made.texts)
+
+    return is_so
+
+
+def _refuses(made: Made) -> bool:
+    return not made.may_refuse and refuses(made.answer.text)
+
+
+def _has_entities(made: Made) -> bool:
+    return _as_in_rows("markup")(made) and not HTML.search(made.question) and not CODE.search(made.answer.text)
+
+
+def _copies(made: Made) -> bool:
+    """It is the prompt, or begins with all of it. Code is completed with its beginning in front, which is no copy."""
+    asked, said = words_of(made.question), words_of(made.answer.text)
+    if asked == said:
+        return True
+    is_begun = len(asked) >= COPIED_WORDS and said[: len(asked)] == asked
+    return is_begun and not CODE.search(made.question)
+
+
+def _changes_language(made: Made) -> bool:
+    """Only where both languages can be told. Another script shows it; else each text needs some words: "A tool." would
+    be Portuguese, in which "a" is common.
+    """
+    asked, said = made.question, made.answer.text
+    if A_LANGUAGE.search(asked):
+        return False
+    scripts = script_of(asked), script_of(said)
+    if all(scripts) and scripts[0] != scripts[1]:
+        return True
+    if min(len(words_of(asked)), len(words_of(said))) <= SHORT:
+        return False
+    languages = language_of(asked), language_of(said)
+    return all(languages) and languages[0] != languages[1]
+
+
+def _has_placeholder(made: Made) -> bool:
+    if SELF_TALK.search(made.answer.text):
+        return True
+    if A_FORM.search(made.question):
+        return False
+    return any(found[0] not in made.question for found in PLACEHOLDER.finditer(made.answer.text))
+
+
+def _has_template_marks(made: Made) -> bool:
+    return any(found[0] not in made.question for found in TEMPLATE.finditer(made.answer.text))
+
+
+def _is_of_other_length(made: Made) -> bool:
+    return not made.least_words <= len(words_of(made.answer.text)) <= made.most_words
+
+
+# Code of `reasons.REASONS` -> whether an answer has it. The first that an answer has is its reason.
+FILTERS: dict[str, Callable[[Made], bool]] = {
+    "cut": lambda made: made.answer.finish == "length",
+    "empty": _as_in_rows("empty"),
+    "encoding": _as_in_rows("encoding"),
+    "template marks": _has_template_marks,
+    "refusal": _refuses,
+    "placeholder": _has_placeholder,
+    "prompt copied": _copies,
+    "secret": _as_in_rows("secret"),
+    "markup": _has_entities,
+    "cut off": _as_in_rows("cut off"),
+    "language": _changes_language,
+    "words": _is_of_other_length,
+}
+
+
+def wrong_with(made: Made) -> str:
+    """The code of the first filter that an answer does not pass; "" for a good one."""
+    for code, shows in FILTERS.items():
+        if shows(made):
+            return code
+    return ""

@@ -1,0 +1,165 @@
+"""The act: candidates read, scored, chosen and written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxtune_convert.files import json_text, new_file
+
+from mlxtune.data.rows.formats import Record
+from mlxtune.data.rows.writers import to_messages
+from mlxtune.errors import UserError
+from mlxtune.make.curation import candidates as reading
+from mlxtune.make.curation.candidates import Candidate
+from mlxtune.make.curation.choosing import Accept, Chosen, Wanted, choose
+from mlxtune.make.curation.figures import KINDS, LOOKED_AT, figures
+from mlxtune.make.curation.losses import Losses
+from mlxtune.make.curation.quality import fatal, qualities
+from mlxtune.make.curation.scores_file import ScoresFile
+
+if TYPE_CHECKING:
+    from mlxtune.make.curation.ifd import Scorer
+
+WORST_IFD = 1.0  # from here on a question makes its answer no likelier
+
+
+@dataclass
+class Curation:
+    """Rows on their way to a few of them."""
+
+    # That were read.
+    files: Sequence[Path]
+    # Their rows that end with an answer, equal ones once.
+    candidates: list[Candidate]
+    # Rows that end with no answer.
+    without: list[Record]
+    # Of each candidate that a model scored, by its key; None: it gives no score.
+    losses: dict[str, Losses | None] = field(default_factory=dict)
+    # Of each candidate that a judge rated, by its key, 1 to 5; None: its reply could not be read.
+    ratings: dict[str, float | None] = field(default_factory=dict)
+    # What a person must know.
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, files: Sequence[Path], columns: Mapping[str, str]) -> Curation:
+        """Raises UserError as `candidates.read`, and where no row can be chosen."""
+        candidates, without = reading.read(files, columns)
+        if not candidates:
+            raise UserError(f"{files[0]}: no row ends with an answer", "Curation chooses by questions and answers.")
+        return cls(files, candidates, without)
+
+    def score(self, scorer: Scorer, kept: ScoresFile, told: Callable[[int, int], None]) -> None:
+        """Take the loss of every candidate. told: how many are done, of how many."""
+        waiting = [one for one in self.candidates if one.key not in kept.known]
+        keys = {id(one.record): one.key for one in waiting}
+        found = len(self.candidates) - len(waiting)
+        if found:
+            self.notes.append(f"{kept.path}: {found:,} rows were scored before")
+
+        def done(records: Sequence[Record], losses: Sequence[Losses | None]) -> None:
+            nonlocal found
+            kept.keep({keys[id(record)]: one for record, one in zip(records, losses, strict=True)})
+            found += len(records)
+            told(found, len(self.candidates))
+
+        scorer.losses([one.record for one in waiting], done)
+        self.losses = {one.key: kept.known[one.key] for one in self.candidates}
+
+    def score_of(self, candidate: Candidate) -> float | None:
+        """More is better: the judge's rating; without a judge less IFD; without either, the same for all. None: it has
+        none.
+        """
+        if self.ratings:
+            return self.ratings[candidate.key]
+        if self.losses:
+            losses = self.losses[candidate.key]
+            return None if losses is None else -losses.ifd
+        return 0.0
+
+    def chosen(self, wanted: Wanted, accept: Accept) -> Chosen:
+        """The rows to keep, and why the others do not stay. Raises whatever `accept` does."""
+        reasons: dict[str, str] = {}
+        sound: list[Candidate] = []
+        for candidate in self.candidates:
+            reasons[candidate.key] = self._reason_against(candidate)
+            if not reasons[candidate.key]:
+                sound.append(candidate)
+        scores = {one.key: self.score_of(one) or 0.0 for one in sound}
+        chosen = choose(sound, qualities(sound, scores), wanted, accept)
+        chosen.reasons |= {key: reason for key, reason in reasons.items() if reason}
+        return chosen
+
+    def _reason_against(self, candidate: Candidate) -> str:
+        """Why a candidate cannot be chosen whatever the others are; "" where it can."""
+        if fatal(candidate):
+            return "faulty"
+        losses = self.losses.get(candidate.key)
+        if (self.losses and losses is None) or self.score_of(candidate) is None:
+            return "unscored"
+        return "unexplained" if losses is not None and losses.ifd > WORST_IFD else ""
+
+    def report(self, chosen: Chosen, wanted: Wanted) -> dict[str, Any]:
+        """What there was, what is kept, why the others are not, and what a person should know of it."""
+        counts = Counter({"no answer": len(self.without)} if self.without else {})
+        counts.update(chosen.reasons.values())
+        sample = min(LOOKED_AT, len(chosen.kept))
+        notes = list(self.notes)
+        if len(chosen.kept) < wanted.keep:
+            notes.append(
+                f"{len(chosen.kept):,} rows are kept, not {wanted.keep:,}: no others are good and unlike these"
+            )
+        if chosen.below:
+            notes.append(f"{chosen.below:,} of the rows are among the worse ones of their kind: others were not enough")
+        kinds = {one.kind for one in chosen.kept}
+        if len(kinds) < KINDS:
+            notes.append(
+                f"only {len(kinds)} kinds of instruction ({', '.join(sorted(kinds))}): from {KINDS} on a set teaches "
+                "more than one thing"
+            )
+        return {
+            "before": figures(self.candidates, self.losses, sample),
+            "after": figures(chosen.kept, self.losses, sample) if chosen.kept else {"rows": 0},
+            "left_out": dict(counts.most_common()),
+            "notes": notes,
+        }
+
+    def write(self, chosen: Chosen, out: Path, left_out: Path | None, force: bool) -> None:
+        """The kept rows, in the order of the files, so that none of a kind stand together by their choice; and the
+        others, with why.
+        """
+        order = {one.key: place for place, one in enumerate(self.candidates)}
+        if not chosen.kept:
+            raise UserError("no row is kept", "See why in what was said above; --left-out FILE names the rows.")
+        with new_file(out, force, self.files) as file:
+            for candidate in sorted(chosen.kept, key=lambda one: order[one.key]):
+                file.write(json_text(self._row(candidate), default=str) + "\n")
+        if left_out is None:
+            return
+        with new_file(left_out, force, self.files) as file:
+            for record in self.without:
+                row = {**record.fields, **to_messages(record), "reason": "no answer", "from": _place(record)}
+                file.write(json_text(row, default=str) + "\n")
+            for candidate in self.candidates:
+                if reason := chosen.reasons.get(candidate.key):
+                    file.write(json_text({**self._row(candidate), "reason": reason}, default=str) + "\n")
+
+    def _row(self, candidate: Candidate) -> dict[str, Any]:
+        """A row as it is written: its own columns, and what it was chosen by."""
+        scores: dict[str, Any] = {}
+        losses = self.losses.get(candidate.key)
+        if losses is not None:
+            scores["ifd"] = round(losses.ifd, 6)
+        if self.ratings:
+            scores["rating"] = self.ratings[candidate.key]
+        curated = {"from": _place(candidate.record), "kind": candidate.kind, "scores": scores}
+        if candidate.faults:
+            curated["faults"] = list(candidate.faults)
+        return {**candidate.record.fields, **to_messages(candidate.record), "curated": curated}
+
+
+def _place(record: Record) -> str:
+    return f"{record.file} {record.place}"

@@ -1,0 +1,1 @@
+"""Several runs beside each other: what they are called, in which settings they differ, what came of them."""

@@ -1,0 +1,1 @@
+"""The page of a run while it goes on: served on this machine alone, and kept fresh."""
