@@ -21,6 +21,7 @@ REASONS = {
     "empty": "has no answer",
     "copied": "the answer says what the input says",
     "unfinished": "ends with a colon: what should follow is missing",
+    "no input": "a label for nothing: the instruction classifies",
     "contradiction": "one input with two answers",
     # Of an answer to a given prompt.
     "encoding": "the answer has broken characters",
