@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
@@ -90,6 +91,14 @@ class Seen:
         """Assert that nothing was asked for but these, refused or complained of."""
         assert (self.said, self.violations()) == ([], [])
         assert set(self.requests) <= {*expected, self.page.url.partition("#")[0]}, self.requests
+
+    def until(self, expression: str, argument: Any = None, seconds: float = 15.0) -> float:
+        """Seconds until an expression holds. (Playwright's own way to wait is forbidden by the pages' policy.)"""
+        began = time.monotonic()
+        while not self.page.evaluate(expression, argument):
+            assert time.monotonic() - began < seconds, (expression, argument)
+            self.page.wait_for_timeout(50)
+        return time.monotonic() - began
 
     def too_wide(self) -> list[str]:
         """Elements that stick out of the window, which make the page scroll to the side."""

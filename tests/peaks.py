@@ -37,15 +37,17 @@ def examples(count: int = 24, vocabulary: int = 4000, longest: int = 200) -> lis
     return rows
 
 
-def conversation(turns: int = 8, vocabulary: int = 4000) -> list[Example]:
-    """Each turn of one conversation behind its own prompt: the history so far, then tokens of its own."""
+def conversation(turns: int = 8, vocabulary: int = 4000, times: int = 1) -> list[Example]:
+    """Each turn of one conversation behind its own prompt: the history so far, then tokens of its own. times: longer
+    than 60 tokens to begin with, 40 a turn, and 30 of its own.
+    """
     draw = np.random.default_rng(0)
-    history = draw.integers(3, vocabulary, 60).tolist()
+    history = draw.integers(3, vocabulary, 60 * times).tolist()
     rows = []
     for _ in range(turns):
-        history += draw.integers(3, vocabulary, 40).tolist()
-        own = draw.integers(3, vocabulary, 30).tolist()
-        rows.append(Example(history + own, [0] * len(history) + [0, 0] + [1] * 28))
+        history += draw.integers(3, vocabulary, 40 * times).tolist()
+        own = draw.integers(3, vocabulary, 30 * times).tolist()
+        rows.append(Example(history + own, [0] * len(history) + [0, 0] + [1] * (len(own) - 2)))
     return rows
 
 

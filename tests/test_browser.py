@@ -5,7 +5,6 @@ who cannot see; the live page follows its run and leaves the reader where he is.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,7 +181,7 @@ def test_a_table_that_is_too_wide_for_a_phone_scrolls_by_the_keyboard(browser: A
         seen.page.locator(".scrolled").first.focus()
         for _ in range(3):
             seen.page.keyboard.press("ArrowRight")
-        seen.page.wait_for_function("document.querySelector('.scrolled').scrollLeft > 0")
+        seen.until("document.querySelector('.scrolled').scrollLeft > 0")
         assert seen.page.evaluate("document.documentElement.scrollLeft") == 0
 
 
@@ -241,9 +240,7 @@ def live(tmp_path: Path) -> Iterator[tuple[Path, Server]]:
 
 def waits_for(seen: Seen, text: str) -> float:
     """Seconds until the page holds a text."""
-    began = time.monotonic()
-    seen.page.wait_for_function("text => document.documentElement.outerHTML.includes(text)", arg=text)
-    return time.monotonic() - began
+    return seen.until("text => document.documentElement.outerHTML.includes(text)", text)
 
 
 def test_the_live_page_shows_a_step_within_three_seconds_and_asks_its_own_server_alone(

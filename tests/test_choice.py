@@ -16,6 +16,7 @@ from training import tune
 from ways import COMMON, SHAPES, make, rows
 
 from mlxtune.compute import fast_ways, fit_memory, proof
+from mlxtune.compute.fast_ways import Blocks
 from mlxtune.compute.fit_memory import Fitted, Given
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -142,6 +143,39 @@ def test_checkpointing_that_cannot_be_proven_is_not_used(monkeypatch: pytest.Mon
     assert found.way.split is not None and found.way.recompute == 0
 
 
+@pytest.mark.parametrize("split_too", [False, True], ids=["pieces", "pieces, and the head apart"])
+def test_blocks_that_cannot_be_proven_in_pieces_are_computed_whole(
+    split_too: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else is left out. Where whole blocks do not fit the memory, a slower way in pieces is looked for."""
+    real = proof.prove
+    wrong = Verdict("it does not reproduce this model (planted)")
+
+    def of(model: nn.Module, way: Way, *rest: Any) -> Verdict:
+        bad = way.tokens and (way.split or not split_too)
+        return wrong if bad else real(model, way, *rest)
+
+    monkeypatch.setattr(proof, "prove", of)
+    model, pieces = make("llama"), "train.checkpoint_layers=pieces"
+    if not split_too:
+        found = chosen(model, "llama", pieces)
+        assert found.way.split is not None and found.way.prefix is not None
+        assert (found.way.recompute, found.way.tokens) == (1, 0)
+        assert found.notes[0] == "blocks are checkpointed with whole rows: in pieces they are not proven"
+        assert "in pieces of up to 512 tokens" in found.notes[1]
+        return
+    real_fit = fit_memory.fit
+
+    def fit(given: Given, way: Way, config: Any, rows: Plan, blocks: Blocks = Blocks.IN_PIECES) -> Fitted:
+        if blocks is not Blocks.IN_PIECES:
+            raise UserError("too much", "")
+        return real_fit(given, way, config, rows, blocks)
+
+    monkeypatch.setattr(fit_memory, "fit", fit)
+    found = chosen(model, "llama", pieces)
+    assert found.way.split is None and found.way.tokens == 512
+
+
 def raising(monkeypatch: pytest.MonkeyPatch, text: str, times: int) -> list[int]:
     """The fast way raises so often. Returns the widths of the rows it is given."""
     real, widths = proof.sums_of, list[int]()
@@ -175,7 +209,7 @@ def test_an_error_of_the_gpu_is_not_the_models_fault(monkeypatch: pytest.MonkeyP
 
 
 def test_all_ranks_take_the_way_that_each_has_proven() -> None:
-    last = len(fast_ways.ways_to_try(Way())) - 4  # the head alone; then the plain way, and both without checkpointing
+    last = len(fast_ways.ways_to_try(Way())) - 6  # the head alone; then the plain way, and both with less checkpointing
 
     class Two(Ranks):
         """The other rank comes to that way."""

@@ -60,6 +60,7 @@ EXAMPLES: dict[str, list[tuple[str, str, str]]] = {
         ("Go away!", "rude", ""),
         ("Well then.", "polite", "contradiction"),
         ("Well then.", "rude", "contradiction"),
+        ("", "polite", "no input"),
         ("Please sit down.", "polite", "cut"),
     ],
     "اشرح كيف تعمل الساعة الرملية": [("", "ينزل الرمل ببطء", "")],
@@ -67,7 +68,7 @@ EXAMPLES: dict[str, list[tuple[str, str, str]]] = {
 }
 LABELLED = "Judge whether the reply is polite or rude."
 # Codes that take more than one text, or an answer, to tell.
-OTHERS = ("near duplicate", "guarded", "cut", "unparseable", "no instance", "duplicate", "contradiction")
+OTHERS = ("near duplicate", "guarded", "cut", "unparseable", "no instance", "duplicate", "contradiction", "no input")
 UNREADABLE = "¿Qué hora es en Tokio cuando es mediodía?"  # examples of it come in no form
 LOST = ("Объясни, почему небо голубое.", UNREADABLE)  # without an example that is left
 
@@ -84,7 +85,8 @@ def written(task: str) -> str:
     text = ""
     for number, (given, output, code) in enumerate(EXAMPLES.get(task, [("", "As you like.", "")]), 1):
         first, second = ("Label", "Input") if task == LABELLED else ("Input", "Output")
-        one, other = (output, given) if task == LABELLED else (given or "(none)", output)
+        given = given or "(none)"
+        one, other = (output, given) if task == LABELLED else (given, output)
         text += f"**Example {number}**\n{first}: {one}\n{second}: {other}\n\n"
         if code == "cut":
             text = text.rstrip() + CUT

@@ -33,6 +33,13 @@ def test_the_nearest_text_is_the_first_of_the_best_of_all() -> None:
         assert pool.nearest(text) == (pytest.approx(best, abs=1e-12), int(np.argmax(scores)) if best else -1)
 
 
+def test_no_text_is_passed_over_for_its_bound_among_more_than_are_compared_at_once() -> None:
+    many = ["d c b a"] * 300  # share all words with "a b c d", in no order of use
+    assert Pool(["a b x y", "b a d c", *many]).nearest("a b c d") == (0.5, 0)  # 2 words in order, as in the second
+    pool = Pool([*["a b"] * 300, "a a a a c d e f g h"])  # a word counts as often as both have it
+    assert pool.nearest("a a a a") == (pytest.approx(2 * 4 / (4 + 10)), 300)
+
+
 def test_a_pool_that_grows_compares_with_what_it_has_by_then() -> None:
     pool = Pool()
     assert pool.nearest("a red cat") == (0.0, -1)

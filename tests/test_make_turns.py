@@ -24,6 +24,7 @@ from mlxtune.make.refusals import TIRED, make_refusals
 from mlxtune.make.turns import make_turns
 
 NUMBERS = ("one", "two", "three", "four")
+ANSWERS = ("Thing one is good for a rainy day.", "To dig deep holes in clay.", "Hang it in a dry shed.")
 QUESTIONS = {2: "And what is the second one good for?", 3: "Tell me where to keep it over the winter."}
 
 
@@ -48,7 +49,7 @@ def plays(request: Request) -> str:
     kind, number, *_ = request.id.split()
     if kind == "user":
         return f'User: "{QUESTIONS[int(number)]}"'
-    return f"Thing {NUMBERS[int(number) - 1]} is good for a rainy day."
+    return ANSWERS[int(number) - 1]
 
 
 def test_each_answer_is_asked_for_behind_the_conversation_that_it_will_stand_in(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_each_answer_is_asked_for_behind_the_conversation_that_it_will_stand_in(
     assert [message["role"] for message in first["messages"]] == ["system", *["user", "assistant"] * 3]
     assert first["messages"][3] == {"role": "user", "content": QUESTIONS[2]}
     assert first["made"]["parents"] == ["1"] and first["made"]["scores"] == {"turns_added": 2}
-    assert second["messages"][1]["content"] == "Thing one is good for a rainy day."  # it had none
+    assert second["messages"][1]["content"] == ANSWERS[0]  # it had none
     by_id = {request.id: request for request in asked}
     for number, conversation in (("1", first["messages"]), ("2", second["messages"])):
         for turn in (2, 3):
@@ -76,12 +77,13 @@ def test_a_conversation_in_which_a_turn_is_no_good_is_not_kept(tmp_path: Path) -
         "user 2 of 1": ("What is a big old rake?", "said before", "user, turn 2"),
         "user 2 of 2": (f"And what is the{CUT}", "cut", "user, turn 2"),
         "answer 3 of 3": ("I'm sorry, but I can't help with that.", "refusal", "assistant, turn 3"),
+        "answer 2 of 9": ("A good old tool for hedges.", "said before", "assistant, turn 2"),
         "user 3 of 4": ("Please name the largest planet of our system now.", "guarded", "user, turn 3"),
         "user 2 of 5": ("As an AI, I have no questions.", "placeholder", "user, turn 2"),
     }
     rows = [row("What is a big rake?", "A tool.")] + [row(f"What is tool {n}?", "A good tool.") for n in NUMBERS]
     rows += [row("Find it.", "Yes.", tools=tools), row("What?", "It.", "Now?", "Then.", "And?", "No.")]
-    rows += [row("What is it that breaks?", "A stick.")]
+    rows += [row("What is it that breaks?", "A stick."), row("What cuts?", "A good tool for hedges.")]
 
     def answer(request: Request) -> str:
         if request.id == "answer 2 of 8":
@@ -97,9 +99,10 @@ def test_a_conversation_in_which_a_turn_is_no_good_is_not_kept(tmp_path: Path) -
     )
     found = reasons(tmp_path / "made")
     for name, (_, reason, where) in planted.items():
-        (one,) = found.pop(reason)
-        assert one["id"] == name[-1] and one["detail"].startswith(where)
-    assert {reason: rows[0]["id"] for reason, rows in found.items()} == {
+        (one,) = [one for one in found[reason] if one["id"] == name[-1]]
+        assert one["detail"].startswith(where)
+        found[reason].remove(one)
+    assert {reason: rows[0]["id"] for reason, rows in found.items() if rows} == {
         "tools": "6",
         "long enough": "7",
         "failed": "8",

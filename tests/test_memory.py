@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,11 @@ import peaks
 import pytest
 import tiny
 from peaks import examples
+from ways import batch, make
 
-from mlxtune.compute import fit_memory
+from mlxtune.compute import fit_memory, proof
 from mlxtune.compute.fit_memory import Given
+from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.prefix import forest_of_batch
 from mlxtune.compute.smaller_settings import smaller_settings
@@ -74,6 +77,21 @@ def test_the_peak_of_trunks_and_branches_is_within_15_percent_too(settings: tupl
     assert forest_of_batch(collate(rows, range(len(rows))), 0).computed < 0.5 * sum(len(row.ids) for row in rows)
     predicted, measured = peaks.of_step({"model_type": "llama", **SIZES}, ("train.batch_rows=8", *settings), rows)
     assert predicted.total == pytest.approx(measured, rel=0.15)
+
+
+def test_no_mask_waits_for_python_to_collect_cycles() -> None:
+    """This family computes its masks: of the whole row and of each piece, again in every step."""
+    model = make("gemma2")
+    way, found = Way(Split(model, "model", 320), queries=128, recompute=1, tokens=128), batch(0, [512])
+    proof.sums_of(model, way, found)
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        proof.sums_of(model, way, found)
+        assert mx.get_active_memory() - before < 128 * 128  # bytes of the smallest one
+    finally:
+        gc.enable()
 
 
 def tiny_run(mlx_model: Path, data: Path, *settings: str) -> configuration.Config:

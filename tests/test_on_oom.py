@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -15,7 +16,7 @@ from broken import OUT_OF_MEMORY, WATCHDOG, fail_gradients
 from test_ranks import finished, launched, program, two
 from training import NOISE, losses, options, same_bits, tune
 
-from mlxtune.compute import proof
+from mlxtune.compute import pieces, proof
 from mlxtune.compute.division import Division
 from mlxtune.compute.loss import Way
 from mlxtune.data.dataset.batches import Batch
@@ -99,6 +100,46 @@ def test_single_rows_that_do_not_fit_are_checkpointed_and_then_the_run_stops_and
         tune(mlx_model, data, run, *SMALLER, resume=True)
     assert set(sizes) == {1}
     close(run, enough)
+
+
+def test_single_rows_that_do_not_fit_checkpointed_go_on_in_pieces(
+    enough: Path, mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows are longer than a piece. Whoever resumes goes on so."""
+    monkeypatch.setattr(pieces, "TOKENS", 16)
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        fail_gradients(patch, IN_STEP_7, fits=lambda batch, way: len(batch.rows) == 1 and way.tokens == 16)
+        found = tune(mlx_model, data, run, *SMALLER)
+    close(run, enough)
+    assert divisions(run) == [(6, 1, False), (6, 2, False), (6, 2, True), (6, 2, True)]
+    (said,) = [event["text"] for event in found if event.get("in_pieces")]
+    assert said.endswith(
+        "from here on each micro-batch in up to 4 parts, every block checkpointed and in pieces of a row "
+        "(train.on_oom: smaller)"
+    )
+    state = RunFolder(run).newest(lambda _: None).state
+    assert (state.halved, state.checkpointed, state.in_pieces) == (2, True, True)
+
+
+def test_pieces_that_do_not_reproduce_the_model_are_not_used(
+    mlx_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shortest row is compared in several pieces, though it is no longer than one of the run's."""
+    monkeypatch.setattr(pieces, "TOKENS", 64)  # rows have 55 to 78 tokens
+    real = pieces.gradients_of
+
+    def without_keys_before(*known: Any) -> Any:
+        parameters, tokens, before = real(*known)
+        return parameters, tokens, [array * 0 for array in before]
+
+    monkeypatch.setattr(pieces, "gradients_of", without_keys_before)
+    fail_gradients(monkeypatch, IN_STEP_7, fits=lambda batch, way: way.tokens > 0)
+    with pytest.raises(UserError, match="step 6, the last whole one, is saved"):
+        tune(mlx_model, data, tmp_path / "run", *SMALLER)
+    assert divisions(tmp_path / "run")[-1] == (6, 2, True)
+    told = [event.get("text", "") for event in events.read(tmp_path / "run")]
+    assert "computing blocks in pieces of a row does not give this model's gradients: it is not used" in told
 
 
 def test_checkpointing_that_does_not_reproduce_the_model_is_not_used(

@@ -150,7 +150,7 @@ def takes_a_token_too_many_into_the_prefix(patch: pytest.MonkeyPatch) -> None:
 
 
 def loses_the_gradient_of_parameters(patch: pytest.MonkeyPatch) -> None:
-    def closed_over(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    def closed_over(module: nn.Module, function: Callable[..., Any], turns: Any = None) -> Callable[..., Any]:
         return lambda *args: mx.checkpoint(function)(*args)
 
     patch.setattr(checkpointing, "checkpointed", closed_over)

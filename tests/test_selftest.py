@@ -125,7 +125,7 @@ def windows_forgotten(patch: Patch) -> None:
 
 
 def parameters_closed_over(patch: Patch) -> None:
-    patch.setattr(checkpointing, "checkpointed", lambda module, function: mx.checkpoint(function))
+    patch.setattr(checkpointing, "checkpointed", lambda module, function, *_: mx.checkpoint(function))
 
 
 def wrong_base(patch: Patch) -> None:

@@ -20,6 +20,7 @@ from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.proof import Room, Verdict
 from mlxtune.config import resolve as configuration
+from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset import forest
 from mlxtune.data.dataset.batches import Batch, Plan
 from mlxtune.model import gated_delta
@@ -218,7 +219,20 @@ def test_models_with_states_of_other_kinds_compute_rows_whole(family: str) -> No
     assert length is None and why.endswith("some of this model's layers keep more than keys and values")
 
 
-def test_the_memory_of_states_that_are_handed_on_is_predicted_within_15_percent() -> None:
-    sizes = {"model_type": "olmo_hybrid", **COMMON, **DELTA["olmo_hybrid"]}
-    predicted, measured = peaks.of_step(sizes, ("train.batch_rows=8",), rows(40, [24, 20, 17, 25]))
+TOGETHER, IN_TURNS = (), ("train.checkpoint_layers=all",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "examples"),
+    [
+        ("olmo_hybrid", TOGETHER, rows(40, [24, 20, 17, 25])),
+        ("qwen3_next", IN_TURNS, rows(40, [24, 20, 17, 25])),
+        ("kimi_linear", IN_TURNS, peaks.conversation(3, vocabulary=250)),
+    ],
+)
+def test_the_memory_of_states_that_are_handed_on_is_predicted_within_15_percent(
+    kind: str, settings: tuple[str, ...], examples: list[Example]
+) -> None:
+    sizes = {"model_type": kind, **COMMON, **DELTA[kind]}
+    predicted, measured = peaks.of_step(sizes, ("train.batch_rows=8", *settings), examples)
     assert predicted.total == pytest.approx(measured, rel=0.15)

@@ -34,7 +34,7 @@ import network
 # Variables that may be others than the server's: those that nothing reads while it is imported, and those that
 # libraries set in the process that imports them.
 FREE = ("PYTEST_CURRENT_TEST", "COLUMNS", "TORCHINDUCTOR_CACHE_DIR", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "HF_TOKEN")
-FREE += ("TERM", "TMPDIR", "MLX_RANK", "MLX_HOSTFILE")
+FREE += ("TERM", "TMPDIR", "MLX_RANK", "MLX_HOSTFILE", "EDITOR", "VISUAL")
 LONGEST = 1 << 18  # bytes of a message: the words and the environment of a command
 
 

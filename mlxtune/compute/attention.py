@@ -20,6 +20,7 @@ Legend: B rows, H query heads, K key heads, T queries, S keys, D width of a head
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,23 +69,29 @@ class Masks:
     """The masks that mlx-lm made, and what it made them by: an array does not tell."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[mx.array, Reach]] = {}  # by identity; the array is held, so that none takes its id
+        # By identity. Masks are not held: of a row in pieces there are many, and all at once would be as large as the
+        # whole row's. Where one is gone another array may have its number, so what is found is looked at again.
+        self._made: dict[int, tuple[weakref.ref[mx.array], Reach]] = {}
 
     def make(self, N: int, offset: int = 0, window_size: int | None = None, **padding: Any) -> mx.array:
         """As mlx-lm's `create_causal_mask`: [N, offset + N] booleans."""
         mask: mx.array = mlx_lm_mask(N, offset, window_size=window_size, **padding)
         if not padding:
-            self._made[id(mask)] = mask, Reach(offset, window_size)
+            self.note(mask, Reach(offset, window_size))
         return mask
+
+    def note(self, mask: mx.array, reach: Reach) -> None:
+        """Remember what a mask [N, offset + N] was made by."""
+        self._made[id(mask)] = weakref.ref(mask), reach
 
     def reach(self, mask: Any, queries: int, keys: int) -> Reach | None:
         """What a mask lets T queries over S keys see; None where only the array itself says it."""
         if isinstance(mask, str):
             return Reach(keys - queries)
-        made = self._made.get(id(mask))
-        if made is None or mask.shape != (queries, keys):
+        if id(mask) not in self._made or mask.shape != (queries, keys):
             return None
-        return made[1]
+        made, reach = self._made[id(mask)]
+        return reach if made() is mask else None
 
 
 @dataclass(frozen=True)

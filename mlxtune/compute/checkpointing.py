@@ -4,15 +4,23 @@ arXiv:1604.06174).
     forward   x0 -> [block 1] -> x1 -> [block 2] -> x2 -> loss      kept: x0, x1, x2
     backward  [block 2] is run again on x1, then differentiated; then [block 1] on x0
 
-`mx.checkpoint` runs the block's Python again, so everything in it must be a function of its arguments: parameters,
-hidden state, what a shared prefix hands on are passed, never closed over (MLX would give no gradient to what is
-closed over, and say nothing); random masks are keyed.
+The block's Python is run again, so everything in it must be a function of its arguments: parameters, hidden state, what
+a shared prefix hands on are passed, never closed over (MLX would give no gradient to what is closed over, and say
+nothing); random masks are keyed.
+
+Where rows share what they begin with, a block is called once for each pass: a trunk, branch 1, branch 2.
+`mx.checkpoint` would let all of them go back at once, for nothing tells MLX that one should wait for the other, and a
+block would need the memory of three. So they take `Turns`:
+
+    as MLX orders it    branch 1 again, branch 2 again, trunk again, then gradients of all    3 passes at a time
+    in turns            branch 1 again, its gradients; branch 2 ...; trunk ...                1 pass at a time
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +28,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlxtune.compute.stages import Stages
+from mlxtune.model.arrays import named
 from mlxtune.model.classes import as_classes, calling
 from mlxtune.model.prefix_cache import LayerCache
 
@@ -31,14 +40,36 @@ def recomputed(model: nn.Module, every: int, stages: Stages | None = None) -> It
     stages: gets the blocks' outputs, so that they can be computed one by one.
     """
     outputs: Stages = [] if stages is None else stages
-    blocks = model.layers[::every] if every else []
-    classes = [(block, _recomputing(type(block), outputs)) for block in blocks]
-    with as_classes(classes):
-        yield
+    classes: list[tuple[nn.Module, type]] = []
+    turns: list[Turns] = []
+    something_trains_before = False
+    for place, block in enumerate(model.layers if every else []):
+        if place % every == 0:
+            turns.append(Turns(something_trains_before))
+            classes.append((block, _recomputing(type(block), outputs, turns[-1])))
+        something_trains_before = something_trains_before or bool(named(block.trainable_parameters()))
+    try:
+        with as_classes(classes):
+            yield
+    finally:
+        for each in turns:  # classes are freed late, and with them what they know
+            each.newest.clear()
 
 
-def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of arrays, computed again in the backward pass, with gradients to what is trainable in `module`."""
+@dataclass
+class Turns:
+    """Has the calls of one block go back one after the other, in the order in which their gradients are asked for."""
+
+    # Whether a gradient of the block's input is wanted as well. Without it, nothing trains before the block.
+    into: bool
+    newest: list[mx.array] = field(default_factory=list)  # the gradients of the call that went back last
+
+
+def checkpointed(module: nn.Module, function: Callable[..., Any], turns: Turns | None = None) -> Callable[..., Any]:
+    """`function` of arrays, computed again in the backward pass, with gradients to what is trainable in `module`.
+
+    turns: of the calls that wait for each other, as (inputs of a block, states that it is given); None: none does.
+    """
 
     def run(parameters: Any, *args: Any) -> Any:
         before = module.trainable_parameters()
@@ -48,16 +79,66 @@ def checkpointed(module: nn.Module, function: Callable[..., Any]) -> Callable[..
         finally:
             module.update(before)  # the second run's parameters are copies that no one else may see
 
-    return lambda *args: mx.checkpoint(run)(module.trainable_parameters(), *args)
+    if turns is None:
+        return lambda *args: mx.checkpoint(run)(module.trainable_parameters(), *args)
+    return lambda *args: _in_turn(run, turns)(module.trainable_parameters(), *args)
 
 
-def _recomputing(kind: type, stages: Stages) -> type:
+def _in_turn(run: Callable[..., Any], turns: Turns) -> Callable[..., Any]:
+    """run(parameters, inputs, states), computed again in the backward pass when it is its turn."""
+
+    @mx.custom_function
+    def once(*given: Any) -> Any:
+        return run(*given)
+
+    @once.vjp
+    def again(given: Any, cotangents: Any, _: Any) -> Any:
+        flowing = arrays_in(cotangents)
+        when_it_is_its_turn = mx.depends(arrays_in(given), [*flowing, *turns.newest])
+        found = gradients_of(lambda now: arrays_in(run(*now)), filled(given, when_it_is_its_turn), flowing)
+        parameters, inputs, states = found
+        # What is asked for is computed together. Else MLX would come back for some of it later, and until then all that
+        # it is made of would wait.
+        asked = (parameters, inputs if turns.into else [], states)
+        if arrays := arrays_in(asked):
+            turns.newest = mx.depends(arrays, arrays)
+            parameters, bound, states = filled(asked, turns.newest)
+            inputs = bound if turns.into else inputs
+        return parameters, inputs, states
+
+    return once
+
+
+def gradients_of(function: Callable[[Any], list[mx.array]], given: Any, cotangents: list[mx.array]) -> Any:
+    """mx.vjp of a function of a tree: a gradient for each of its arrays, of its shape, in a tree of the same form."""
+
+    def of_arrays(*arrays: mx.array) -> list[mx.array]:
+        return function(filled(given, arrays))
+
+    _, found = mx.vjp(of_arrays, arrays_in(given), cotangents)
+    return filled(given, found)
+
+
+def arrays_in(tree: Any) -> list[mx.array]:
+    """The arrays of a tree, of any shape."""
+    found: list[mx.array] = []
+    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, mx.array) else None, tree)
+    return found
+
+
+def filled(tree: Any, arrays: Any) -> Any:
+    """The tree with other arrays in it, in the order of `arrays_in`."""
+    following = iter(arrays)
+    return tree_map(lambda leaf: next(following) if isinstance(leaf, mx.array) else leaf, tree)
+
+
+def _recomputing(kind: type, stages: Stages, turns: Turns) -> type:
     def note(leaf: Any) -> None:
         if flows(leaf):
             stages.append(leaf)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        out = checkpointed_call(self, kind.__call__, (args, kwargs))
+        out = checkpointed_call(self, kind.__call__, (args, kwargs), turns)
         tree_map(note, out)
         return out
 
@@ -69,8 +150,8 @@ def flows(leaf: Any) -> bool:
     return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
 
 
-def checkpointed_call(block: nn.Module, call: Callable[..., Any], arguments: Any) -> Any:
-    """call(block, *arguments), checkpointed.
+def checkpointed_call(block: nn.Module, call: Callable[..., Any], arguments: Any, turns: Turns | None = None) -> Any:
+    """call(block, *arguments), checkpointed. turns: of the block's calls; None: it has one.
 
     The arguments are any tree. What a gradient flows into is taken out of it and passed as a list: its arrays, and what
     its caches hold. When the block is run, then and again, the tree is filled with what was passed.
@@ -102,7 +183,7 @@ def checkpointed_call(block: nn.Module, call: Callable[..., Any], arguments: Any
         return out, [[_apart(array) for array in cache.recorded] for cache in inner]
 
     states = [cache.state for cache in caches]
-    out, recorded = checkpointed(block, run)(inputs, states)
+    out, recorded = checkpointed(block, run, turns)(inputs, states)
     for cache, arrays in zip(caches, recorded, strict=True):
         cache.recorded = arrays
     return out

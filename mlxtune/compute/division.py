@@ -7,6 +7,7 @@ loss is a sum over tokens, so the parts of a step add up to the same one:
     halved once       1 2 | 3
     halved twice      1 | 2 | 3
     and checkpointed  the same, every block computed again in the backward pass
+    and in pieces     the same, each block given a row piece by piece (`pieces`), where rows are longer than a piece
 
 A division is kept for the steps that follow and in every checkpoint: whoever resumes computes what the run would have
 computed.
@@ -21,6 +22,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxtune.compute import proof
+from mlxtune.compute.fast_ways import divided
 from mlxtune.compute.loss import Way
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, collate, lengths_of
@@ -47,6 +49,7 @@ class Division:
 
     halved: int = 0  # how often each micro-batch is cut in two, as far as it has two examples
     checkpointed: bool = False  # every block keeps its input only, whatever the run's configuration says
+    in_pieces: bool = False  # and is computed in pieces of a row
 
     def parts(self, batch: Batch) -> list[Batch]:
         """A micro-batch as it is computed, its examples in their order, padded as before."""
@@ -60,16 +63,24 @@ class Division:
 
     def way(self, way: Way) -> Way:
         """How the loss of a part is computed."""
+        if self.in_pieces:
+            return divided(way)
         if self.checkpointed:
             return replace(way, recompute=1)
         return way
 
-    def smaller(self, examples: int, way: Way) -> Division | None:
-        """The next one, after a part of so many examples did not fit; None: there is none. way: of the run."""
+    def smaller(self, examples: int, way: Way, may_divide: bool = False) -> Division | None:
+        """The next one, after a part of so many examples did not fit; None: there is none.
+
+        way: of the run; may_divide: whether blocks can be computed in pieces, and some row is longer than one.
+        """
         if examples > 1:
             return replace(self, halved=self.halved + 1)
-        if self.way(way).recompute != 1:
+        computed = self.way(way)
+        if computed.recompute != 1:
             return replace(self, checkpointed=True)
+        if may_divide and not computed.tokens:
+            return replace(self, checkpointed=True, in_pieces=True)
         return None
 
     def __str__(self) -> str:
@@ -78,6 +89,8 @@ class Division:
             text = f"each micro-batch in up to {2**self.halved} parts"
         if self.checkpointed:
             text += ", every block checkpointed"
+        if self.in_pieces:
+            text += " and in pieces of a row"
         return text
 
 
@@ -90,9 +103,11 @@ def _halves(batch: Batch) -> list[Batch]:
 
 
 def same(model: nn.Module, way: Way, other: Way, examples: Sequence[Example]) -> bool:
-    """Whether two ways give the same loss and gradients for the shortest example, which needs least memory."""
+    """Whether two ways give the same loss and gradients for the shortest example, which needs least memory. It is
+    divided into as many pieces as the rows of a proof.
+    """
     batch = collate(examples, [int(np.argmin(lengths_of(examples)))])
     with proof.nudged(model):
-        found = proof.sums_of(model, other, batch)
-        wanted = proof.sums_of(model, way, batch)
+        found = proof.sums_of(model, proof.divided(other, batch), batch)
+        wanted = proof.sums_of(model, proof.divided(way, batch), batch)
     return proof.difference(found, wanted).within(SAME, SAME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import Enum
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,36 +28,46 @@ from mlxtune.model.corrections import extent
 SPLIT_TOKENS = 32  # on which the head apart from the trunk must give the model's own logits
 
 
-def ways_to_try(wanted: Way) -> list[tuple[Way, bool]]:
-    """(way, whether its blocks may be checkpointed to fit the memory): what to try, the fastest first, the plain way
-    last. Always as many.
+class Blocks(Enum):
+    """How a way's blocks may be checkpointed, to fit the memory or because the settings say so."""
+
+    IN_PIECES = "as a whole or in pieces of a row"
+    WHOLE = "as a whole"
+    NOT = "not at all"
+
+
+def ways_to_try(wanted: Way) -> list[tuple[Way, Blocks]]:
+    """(way, how its blocks may be checkpointed): what to try, the fastest first, the plain way last. Always as many.
+
+    A model whose blocks cannot be computed in pieces may have no other fault: so the way itself is tried once more with
+    whole blocks, before anything else of it is left out.
     """
     whole = replace(wanted, frozen=0)
     without_parts = replace(whole, parts=())
     slower = replace(without_parts, powers=False, compiled=False, queries=0)
     head_alone = replace(slower, prefix=None)
     plain = Way()
+    slower_ways = [*_without_one(wanted), *_without_one(whole), without_parts, slower, head_alone, plain]
     return [
-        (wanted, True),
-        (whole, True),
-        *_without_one(wanted),  # before `whole`'s: where one part is wrong, frozen blocks may still be left out
-        *_without_one(whole),
-        (without_parts, True),
-        (slower, True),
-        (head_alone, True),
-        (plain, True),
-        (head_alone, False),
-        (plain, False),
+        (wanted, Blocks.IN_PIECES),
+        (wanted, Blocks.WHOLE),
+        (whole, Blocks.IN_PIECES),
+        # Of `wanted` first: where one part is wrong, frozen blocks may still be left out.
+        *((way, Blocks.IN_PIECES) for way in slower_ways),
+        (head_alone, Blocks.WHOLE),
+        (plain, Blocks.WHOLE),
+        (head_alone, Blocks.NOT),
+        (plain, Blocks.NOT),
     ]
 
 
-def _without_one(way: Way) -> list[tuple[Way, bool]]:
-    """As `ways_to_try`: the way without its prefix, then without each part; also those that are not on, so that the
-    list is as long on every rank.
+def _without_one(way: Way) -> list[Way]:
+    """The way without its prefix, then without each part; also those that are not on, so that the list is as long on
+    every rank.
     """
-    ways = [(replace(way, prefix=None), True)]
+    ways = [replace(way, prefix=None)]
     for part in parts.PARTS:
-        ways.append((replace(way, parts=tuple(name for name in way.parts if name != part)), True))
+        ways.append(replace(way, parts=tuple(name for name in way.parts if name != part)))
     return ways
 
 
@@ -176,9 +187,9 @@ def in_pieces(section: TrainSection) -> bool:
     return section.checkpoint_layers in ("pieces", "nested")
 
 
-def whole_rows(model: nn.Module, examples: Sequence[Example], config: Config) -> str:
-    """Why this model's blocks cannot be computed in pieces of a row, for people; "": they can."""
-    if config.lora.dropout:
+def whole_rows(model: nn.Module, examples: Sequence[Example], dropout: float) -> str:
+    """Why a model's blocks cannot be computed in pieces of a row, for people; "": they can. dropout: of the adapter."""
+    if dropout:
         return "with lora.dropout each row must see a mask of its own"
     if not prefix.keeps_keys_alone(model):
         return "some of this model's layers keep more than keys and values"
@@ -201,10 +212,24 @@ def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: 
     if section.checkpoint_layers == "nested":
         # n blocks in groups of g keep n / g inputs, and g more while a group goes back: least where g * g = n.
         nested = max(2, round(math.sqrt(len(model.layers))))
+    return divided(way, nested)
+
+
+def divided(way: Way, nested: int = 0) -> Way:
+    """The way with every block checkpointed and in pieces. nested: as in `Way`."""
     # The last block and what is kept of frozen ones count tokens in whole rows, so neither is used. Not compiled: a
     # compiled graph has the pieces one by one, and gives its stages up.
-    of_whole_rows = tuple(name for name in way.parts if name != "last_block")
-    return replace(way, tokens=pieces.TOKENS, nested=nested, compiled=False, parts=of_whole_rows, frozen=0)
+    used = parts.in_use(way.parts, parts.ALL_BLOCKS)
+    of_whole_rows = tuple(name for name in used if name != "last_block")
+    return replace(
+        way,
+        recompute=parts.ALL_BLOCKS,
+        tokens=pieces.TOKENS,
+        nested=nested,
+        compiled=False,
+        parts=of_whole_rows,
+        frozen=0,
+    )
 
 
 def shared_prefix(

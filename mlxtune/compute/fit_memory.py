@@ -26,7 +26,7 @@ import mlx.nn as nn
 from mlxtune_convert.sizes import size
 
 from mlxtune.compute import loss, pieces, prefix
-from mlxtune.compute.fast_ways import checkpointed, in_pieces, whole_rows
+from mlxtune.compute.fast_ways import Blocks, checkpointed, in_pieces, whole_rows
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction as memory
 from mlxtune.compute.memory.kernels import Device
@@ -172,10 +172,9 @@ def limit_of(section: TrainSection) -> int | None:
     return int(SHARE * backend.working_set_bytes()) if allowed == "auto" else int(allowed)
 
 
-def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = True) -> Fitted:
+def fit(given: Given, way: Way, config: Config, rows: Plan, blocks: Blocks = Blocks.IN_PIECES) -> Fitted:
     """The run made to fit `given.limit` when it is computed as `way` says. How many blocks are checkpointed is the
-    configuration's; checkpoints: whether any may be. A run without a limit, or whose memory cannot be predicted, stays
-    as it is.
+    configuration's; blocks: how any may be. A run without a limit, or whose memory cannot be predicted, stays as it is.
 
     Raises UserError, naming the setting to change, when no batch is small enough.
     """
@@ -185,10 +184,13 @@ def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = 
     needed = 0
     taken = way
     widest = rows.widths[-1]
+    checkpoints = blocks is not Blocks.NOT
     may_divide = False
     about_pieces = []
     if checkpoints and (widest > pieces.TOKENS or in_pieces(config.train)):
-        reason = whole_rows(given.model, rows.examples, config)
+        reason = "in pieces they are not proven"
+        if blocks is Blocks.IN_PIECES:
+            reason = whole_rows(given.model, rows.examples, config.lora.dropout)
         may_divide = not reason
         if reason and in_pieces(config.train):
             about_pieces.append(f"blocks are checkpointed with whole rows: {reason}")
@@ -204,18 +206,18 @@ def fit(given: Given, way: Way, config: Config, rows: Plan, checkpoints: bool = 
             notes = list(about_pieces)
             if limit is not None:
                 notes.append(f"{predicted.note}; train.memory_limit does nothing")
-            return _with_budget(given, Fitted(taken, config, rows, predicted, notes))
+            return _with_budget(given, Fitted(taken, config, rows, predicted, notes), blocks)
         needed = predicted.total
         if limit is None or needed <= limit:
             notes = about_pieces + _changed(config.train, section, limit)
             if way.frozen and not taken.frozen:
                 notes.append(f"the first {way.frozen} blocks are computed anew in each epoch: {OF_WHOLE_ROWS}")
-            return _with_budget(given, Fitted(taken, tried, batches, predicted, notes))
+            return _with_budget(given, Fitted(taken, tried, batches, predicted, notes), blocks)
     assert limit is not None
     raise _does_not_fit(given, taken, rows, needed, limit, checkpoints)
 
 
-def _with_budget(given: Given, run: Fitted) -> Fitted:
+def _with_budget(given: Given, run: Fitted, blocks: Blocks) -> Fitted:
     """The run with what the states of its rows may take: of the memory, a part of what it leaves of its limit."""
     if not run.way.frozen:
         return run
@@ -225,7 +227,7 @@ def _with_budget(given: Given, run: Fitted) -> Fitted:
     budget, kept = budget_for(run.config, run.rows, given.model_config, given.dtype, spare)
     wanted = bytes_of_all(run.rows, given.model_config, given.dtype)
     if against := against_room(run.way, given.model, run.config, run.rows, budget, wanted):
-        whole = fit(given, replace(run.way, frozen=0, beside=0), run.config, run.rows)
+        whole = fit(given, replace(run.way, frozen=0, beside=0), run.config, run.rows, blocks)
         anew = f"the first {run.way.frozen} blocks are computed anew in each epoch: {against}"
         return replace(whole, notes=[*run.notes, *whole.notes, anew])
     if isinstance(run.memory, memory.Memory):

@@ -36,7 +36,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from mlxtune.compute.attention import Masks
-from mlxtune.compute.checkpointing import checkpointed_call, flows
+from mlxtune.compute.checkpointing import checkpointed_call, flows, gradients_of
 from mlxtune.compute.stages import Stages
 from mlxtune.model.classes import as_classes, calling
 from mlxtune.model.prefix_cache import PrefixCache
@@ -261,7 +261,7 @@ class _Pieces:
                 out, cache = self._piece(parameters, tokens, before, span)
                 return [out, *cache.own]
 
-            new, of_tokens, of_known = _gradients(piece, given, [d_out[:, slice(*span)], *d_own])
+            new, of_tokens, of_known = gradients_of(piece, given, [d_out[:, slice(*span)], *d_own])
             for place, gradient in enumerate(of_known):
                 total = d_known[place][:, :, :first] + gradient.astype(d_known[place].dtype)
                 d_known[place] = mx.concatenate([total, d_known[place][:, :, first:]], axis=2)
@@ -377,21 +377,3 @@ def _summed_to(gradient: mx.array, like: mx.array) -> mx.array:
     if like.shape[0] != gradient.shape[0]:
         gradient = gradient.sum(axis=0, keepdims=True)
     return gradient.astype(like.dtype)
-
-
-def _gradients(function: Callable[[Any], list[mx.array]], given: Any, cotangents: list[mx.array]) -> Any:
-    """mx.vjp of a function of a tree: a gradient for each of its arrays, in a tree of the same form."""
-    arrays: list[mx.array] = []
-    tree_map(arrays.append, given)
-
-    def of_arrays(*arrays: mx.array) -> list[mx.array]:
-        return function(_filled(given, arrays))
-
-    _, found = mx.vjp(of_arrays, arrays, cotangents)
-    return _filled(given, found)
-
-
-def _filled(tree: Any, arrays: Any) -> Any:
-    """The tree with other arrays in it."""
-    following = iter(arrays)
-    return tree_map(lambda _: next(following), tree)

@@ -92,7 +92,7 @@ class Verdict:
 
 def prove(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, room: Room) -> Verdict:
     """What comparing a way with the plain one says. dtype: of the run's activations. Raises whatever the model does."""
-    way = _divided(way, batch)
+    way = divided(way, batch)
     if room.checkpointed:
         way = replace(way, recompute=way.recompute or 1)
     with nudged(model):
@@ -109,7 +109,7 @@ def prove(model: nn.Module, way: Way, batch: Batch, dtype: mx.Dtype, room: Room)
         return _finite(model, way, batch, dtype, room.checkpointed)
 
 
-def _divided(way: Way, batch: Batch) -> Way:
+def divided(way: Way, batch: Batch) -> Way:
     """The way with pieces that are short enough for the proof's rows to have several, of several chunks each."""
     rows, width = batch.ids.shape
     piece = max(2, width // PARTS)

@@ -50,7 +50,7 @@ def with_kept_trunk(
         return way, []
     frozen = frozen_blocks(model)
     against, worth_saying, beside = _against(way, model, rows, frozen, processes), False, 0
-    if not against and in_pieces(config.train) and not whole_rows(model, rows.examples, config):
+    if not against and in_pieces(config.train) and not whole_rows(model, rows.examples, config.lora.dropout):
         how = config.train.checkpoint_layers
         against, worth_saying = f"with train.checkpoint_layers={how} {OF_WHOLE_ROWS}", True
     if not against and config.train.neftune_alpha:

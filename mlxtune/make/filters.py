@@ -105,8 +105,11 @@ EXAMPLE: dict[str, Callable[[Example], bool]] = {
 }
 
 
-def sorted_out(examples: Sequence[Example]) -> tuple[list[Example], list[tuple[Example, str]]]:
-    """(The examples of one instruction that are kept, the others with their codes).
+def sorted_out(
+    examples: Sequence[Example], classifies: bool = False
+) -> tuple[list[Example], list[tuple[Example, str]]]:
+    """(The examples of one instruction that are kept, the others with their codes). classifies: the instruction asks
+    for a label, which an example gives to its input.
 
     One input with two answers says that one of them is wrong, and not which: none of them is kept.
     """
@@ -117,6 +120,8 @@ def sorted_out(examples: Sequence[Example]) -> tuple[list[Example], list[tuple[E
         outputs.setdefault(plain(example.input), set()).add(plain(example.output))
     for example in examples:
         code = next((code for code, has in EXAMPLE.items() if has(example)), "")
+        if not code and classifies and not example.input:
+            code = "no input"
         if not code and example in kept:
             code = "duplicate"
         if not code and example.input and len(outputs[plain(example.input)]) > 1:

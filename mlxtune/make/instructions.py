@@ -167,7 +167,7 @@ class SelfInstruct:
             answer = answers[task.id]
             if isinstance(answer, Failed):
                 self._reject(row, "failed", answer.why)
-            elif examples := self._examples(row, answer):
+            elif examples := self._examples(row, answer, classify[task.id]):
                 self._keep(task, examples)
             else:
                 self._reject(row, "no instance")
@@ -179,15 +179,17 @@ class SelfInstruct:
         requests = [_asked(f"{task.id} {what}", prompt(task.text)) for task in tasks]
         return dict(zip((task.id for task in tasks), self.making.ask(requests), strict=True))
 
-    def _examples(self, row: dict[str, Any], answer: Answer) -> list[Example]:
-        """The examples of one task that are worth training on; the others are rejected. row: of the task."""
+    def _examples(self, row: dict[str, Any], answer: Answer, classifies: bool) -> list[Example]:
+        """The examples of one task that are worth training on; the others are rejected. row: of the task; classifies:
+        whether it does.
+        """
         examples = parsing.examples_in(answer.text if self.making.engine.chats else f"Example 1\n{answer.text}")
         if not examples:
             self._reject({**row, "answer": answer.text}, "unparseable")
         if answer.finish == "length" and examples:
             cut = examples.pop()
             self._reject({**row, "input": cut.input, "output": cut.output}, "cut")
-        kept, left = filters.sorted_out(examples[:MOST_EXAMPLES])
+        kept, left = filters.sorted_out(examples[:MOST_EXAMPLES], classifies)
         for example, code in left:
             self._reject({**row, "input": example.input, "output": example.output}, code)
         good = []

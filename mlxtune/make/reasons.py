@@ -21,6 +21,7 @@ REASONS = {
     "empty": "has no answer",
     "copied": "the answer says what the input says",
     "unfinished": "ends with a colon: what should follow is missing",
+    "no input": "a label for nothing: the instruction classifies",
     "contradiction": "one input with two answers",
     # Of an answer to a given prompt.
     "encoding": "the answer has broken characters",
@@ -42,7 +43,7 @@ REASONS = {
     # Of a conversation that was to go on.
     "no user": "no user speaks in it",
     "long enough": "it has as many turns as are wanted, or more",
-    "said before": "the user says what they said before",
+    "said before": "says nearly what was said before in the conversation",
     # Of a refusal.
     "no refusal": "the answer to a forbidden request does not refuse",
     "no neighbour": "the harmless request is no request, or is the forbidden one",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlxtune.evaluate.checks.overlap import rouge_l
+from mlxtune.evaluate.checks.words import words_of
 from mlxtune.evaluate.engines.request import Request
 from mlxtune.evaluate.judging.judge import as_text
 from mlxtune.make.answer_filters import Made, wrong_with
@@ -25,7 +26,8 @@ from mlxtune.make.given_rows import Conversation
 from mlxtune.make.guard import Guard
 
 PORTION = 64  # conversations that go on together: many enough to fill batches
-SAME = 0.7  # ROUGE-L to what the user said before, above which it is said again
+SAME = 0.7  # ROUGE-L to what was said before, above which it is said again
+FEW = 3  # words that may be said again
 LEAST, MOST = 2, 150  # words of what a user says
 # How an engine begins what it writes in another's name: User:, **User:**, "
 SPEAKER = re.compile(r"\A[\s*_\"“]*(?:(?:user|human|customer|next message)[\s*_]*:[\s*_]*)?", re.IGNORECASE)
@@ -52,11 +54,12 @@ class Growing:
     @property
     def turns(self) -> int:
         """How often the user spoke."""
-        return len(self.said_by_user)
+        return sum(message["role"] == "user" for message in self.messages)
 
-    @property
-    def said_by_user(self) -> list[str]:
-        return [str(message["content"]) for message in self.messages if message["role"] == "user"]
+    def has(self, text: str) -> bool:
+        """Whether nearly the same was said before, by whomever. A few words, such as "Yes.", may be said again."""
+        said = [str(message["content"]) for message in self.messages if message["role"] != "system"]
+        return len(words_of(text)) > FEW and float(rouge_l(text, said).max()) > SAME
 
     @property
     def waits(self) -> bool:
@@ -147,7 +150,7 @@ def _ask(making: Making, growing: Sequence[Growing], guard: Guard) -> None:
             continue
         text = SPEAKER.sub("", said.text).strip().strip('"“”').strip()
         reason, detail = wrong_with(Made(one.messages, replace(said, text=text), LEAST, MOST)), ""
-        if not reason and float(rouge_l(text, one.said_by_user).max()) > SAME:
+        if not reason and one.has(text):
             reason = "said before"
         if not reason and (why := guard.why(text)) is not None:
             reason, detail = "guarded", why
@@ -166,7 +169,10 @@ def _answer(making: Making, growing: Sequence[Growing]) -> None:
         if isinstance(said, Failed):
             _lose(making, one, said)
             continue
-        _add(making, one, "assistant", said.text.strip(), wrong_with(Made(one.messages, said)), "")
+        reason = wrong_with(Made(one.messages, said))
+        if not reason and one.has(said.text):
+            reason = "said before"
+        _add(making, one, "assistant", said.text.strip(), reason, "")
 
 
 def _lose(making: Making, one: Growing, failed: Failed) -> None:

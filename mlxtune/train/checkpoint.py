@@ -52,6 +52,7 @@ class State:
     skipped: int = 0  # steps left out for numbers that were not finite
     halved: int = 0  # how often micro-batches are cut in two for want of memory, as in `Division`
     checkpointed: bool = False  # every block is checkpointed for want of memory, as in `Division`
+    in_pieces: bool = False  # and computed in pieces of a row
 
     def is_beaten_by(self, loss: float, check: float | None) -> bool:
         """Whether an evaluation is better than the best so far. check: what decides first; None: the loss alone."""
@@ -70,7 +71,8 @@ class State:
         for count in counts:
             if type(count) is not int or not 0 <= count < 1 << 63:
                 raise ValueError("a count is none")
-        if type(state.checkpointed) is not bool or state.halved > MOST_HALVED:
+        divided = (state.checkpointed, state.in_pieces)
+        if any(type(each) is not bool for each in divided) or state.halved > MOST_HALVED:
             raise ValueError("no division of steps")
         for best in (state.best_loss, state.best_check):
             if best is not None and not math.isfinite(best):

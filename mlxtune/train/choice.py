@@ -12,6 +12,7 @@ from itertools import islice
 import mlx.core as mx
 
 from mlxtune.compute import fast_ways, fit_memory, proof, trunk_choice
+from mlxtune.compute.fast_ways import Blocks
 from mlxtune.compute.fit_memory import Fitted, Given
 from mlxtune.compute.loss import Way
 from mlxtune.compute.proof import Room, Verdict
@@ -52,7 +53,7 @@ class _Search:
     given: Given  # what the batches cannot change
     config: Config  # as the user wants it; each way is fitted from here
     rows: Plan  # the batches of `config`
-    ways: list[tuple[Way, bool]]  # as `fast_ways.ways_to_try` gives them
+    ways: list[tuple[Way, Blocks]]  # as `fast_ways.ways_to_try` gives them
     listener: Listener  # told of each proof
     refused: list[str] = field(default_factory=list)  # why the ways before were not taken
     tried: set[Way] = field(default_factory=set)  # ways that were proven or refused
@@ -60,11 +61,10 @@ class _Search:
     def first_from(self, number: int) -> tuple[int, Fitted]:
         """(number, choice) of the first way from `number` on that is proven; the last one is the plain way."""
         while True:
-            way, checkpoints = self.ways[number]
-            run = self._fitted(way, checkpoints)
-            if run.way == Way():
+            run = self._fitted(*self.ways[number])
+            if run is not None and run.way == Way():
                 return number, run
-            if run.way in self.tried:
+            if run is None or run.way in self.tried:
                 number += 1
                 continue
             self.tried.add(run.way)
@@ -75,11 +75,13 @@ class _Search:
             self.refused.append(f"not used, for {verdict.wrong}: {fast_ways.describe(run.way)}")
             number = len(self.ways) - 1 if verdict.hopeless else number + 1
 
-    def _fitted(self, way: Way, checkpoints: bool) -> Fitted:
-        """The run made to fit when it is computed so. checkpoints: whether its blocks may be checkpointed."""
+    def _fitted(self, way: Way, blocks: Blocks) -> Fitted | None:
+        """The run made to fit when it is computed so. None: it fits only in pieces, in which another way may do."""
         try:
-            return fit_memory.fit(self.given, way, self.config, self.rows, checkpoints)
+            return fit_memory.fit(self.given, way, self.config, self.rows, blocks)
         except UserError as error:
+            if blocks is Blocks.WHOLE:
+                return None
             if not self.refused:
                 raise
             raise UserError(f"{error.message}; what needs less was {self.refused[0]}", error.hint) from error

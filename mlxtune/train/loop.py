@@ -11,8 +11,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlxtune.adapter import adapter_files, attach
-from mlxtune.compute import floats
+from mlxtune.compute import floats, pieces
 from mlxtune.compute.division import Division, TooLarge, same
+from mlxtune.compute.fast_ways import whole_rows
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.machine import backend
 from mlxtune.machine.gpu_errors import recognise
@@ -102,7 +103,7 @@ class _Loop:
         self._reach(state)  # before anything that may fail: from here on there is something to keep
         self.stop = StopRequest(self._on_signal, self._leave_inside_a_step, alone=self.alone)
         self.step = StepFunction(job, optimizer, self._between_micro_batches)
-        self.step.divide(Division(state.halved, state.checkpointed))
+        self.step.divide(Division(state.halved, state.checkpointed, state.in_pieces))
 
     def run(self) -> State:
         """Take every step that is left. Raises Interrupted after a signal, and whatever a step raises."""
@@ -266,20 +267,28 @@ class _Loop:
         """The state with steps in smaller parts from here on. Raises the error where they cannot be smaller."""
         job, step = self.job, self.step
         backend.recover()
-        division = step.division.smaller(error.examples, job.way)
+        division = step.division.smaller(error.examples, job.way, self._may_divide())
         if division is None:
             raise error
-        if division.checkpointed and not step.division.checkpointed:
-            alike = same(job.model, job.way, division.way(job.way), job.plan.examples)
+        way = division.way(job.way)
+        if way != step.division.way(job.way):
+            alike = same(job.model, job.way, way, job.plan.examples)
             if not job.ranks.lowest(int(alike)):
-                text = "checkpointing every block does not give this model's gradients: it is not used"
-                self.events.emit("note", text=text)
+                how = "computing blocks in pieces of a row" if division.in_pieces else "checkpointing every block"
+                self.events.emit("note", text=f"{how} does not give this model's gradients: it is not used")
                 raise error
         step.divide(division)
         state = replace(self.state, **vars(division))
         text = f"step {state.step + 1}: {error.failure}; from here on {division} (train.on_oom: smaller)"
         self.events.emit("note", step=state.step, text=text, **vars(division))
         return state
+
+    def _may_divide(self) -> bool:
+        """Whether the blocks can be computed in pieces, and some row is longer than one."""
+        job = self.job
+        if job.plan.widths[-1] <= pieces.TOKENS:
+            return False
+        return not whole_rows(job.model, job.plan.examples, job.identity.config["lora.dropout"])
 
     def _skipped(self, error: NonFinite) -> State:
         """The state with the step left out. Raises UserError where that is not wanted, or was wanted too often; the

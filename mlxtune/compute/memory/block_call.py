@@ -120,8 +120,7 @@ class _AsFunction:
         self.output = output
         self.caches = caches_in((args, kwargs))
         self.inputs = [leaf for leaf in _leaves((args, kwargs)) if flows(leaf)]
-        for cache in self.caches:
-            self.inputs += cache.state
+        self.states = [array for cache in self.caches for array in cache.state]
         self.trainable = named(block.trainable_parameters())
         self.frozen = {}
         for path, array in named(block.parameters()).items():
@@ -135,32 +134,45 @@ class _AsFunction:
 
     def arguments(self) -> list[mx.array]:
         """What `with_gradients` is to be called with: arrays of any shape."""
-        return [*self.inputs, *self.trainable.values(), *self.frozen.values()]
+        return [*self.given, *self.trainable.values(), *self.frozen.values()]
+
+    @property
+    def given(self) -> list[mx.array]:
+        """What the call is given: its inputs, and what its caches hold of the tokens before."""
+        return [*self.inputs, *self.states]
 
     def with_gradients(self, *arrays: mx.array) -> list[mx.array]:
-        """[the call's results, then the gradients of its inputs, if they are wanted, then of what trains]."""
-        inputs, parameters = list(arrays[: len(self.inputs)]), list(arrays[len(self.inputs) :])
-        trainable, frozen = parameters[: len(self.trainable)], parameters[len(self.trainable) :]
+        """[the call's results, then the gradients that are wanted: of what it is given, then of what trains].
+
+        The block itself made the states that it is given, from its own parameters: where these train, gradients of the
+        states are wanted, though nothing trains before the block.
+        """
+        flowing, frozen = list(arrays[: len(arrays) - len(self.frozen)]), arrays[len(arrays) - len(self.frozen) :]
         self.block.update(tree_unflatten(list(zip(self.frozen, frozen, strict=True))))
-        wanted = [*inputs, *trainable] if self.into else trainable
+        first = 0 if self.into else len(self.inputs)  # of those with a gradient
+        if not self.into and not self.trainable:
+            first = len(flowing)
+        fixed, wanted = flowing[:first], flowing[first:]
 
         def forward(*wanted: mx.array) -> list[mx.array]:
-            flowing = list(wanted[: len(inputs)]) if self.into else inputs
-            return self._forward(flowing, list(wanted[len(wanted) - len(trainable) :]))
+            return self._forward([*fixed, *wanted])
 
         if not wanted:
             results = forward()
             self.results = len(results)
             return results
-        cotangents = [mx.ones(leaf.shape, leaf.dtype) for leaf in self._forward(inputs, trainable)]
+        cotangents = [mx.ones(leaf.shape, leaf.dtype) for leaf in forward(*wanted)]
         results, gradients = _vjp()(forward, wanted, cotangents)
         self.results = len(results)
         return [*results, *gradients]
 
-    def _forward(self, inputs: list[mx.array], trainable: list[mx.array]) -> list[mx.array]:
-        """The call's results that a gradient flows from: its own, and the arrays that it recorded."""
+    def _forward(self, flowing: list[mx.array]) -> list[mx.array]:
+        """The call's results that a gradient flows from: its own, and the arrays that it recorded. flowing: what it is
+        given, then what trains.
+        """
+        trainable = flowing[len(self.given) :]
         self.block.update(tree_unflatten(list(zip(self.trainable, trainable, strict=True))))
-        next_inputs: Iterator[mx.array] = iter(inputs)
+        next_inputs: Iterator[mx.array] = iter(flowing)
         caches: list[LayerCache] = []
 
         def fill_in(leaf: Any) -> Any:
@@ -190,7 +202,7 @@ def _vjp() -> Callable[..., Any]:
 
 def _cost(graph: Graph, function: _AsFunction, device: Device) -> Cost:
     results, gradients = graph.outputs[: function.results], graph.outputs[function.results :]
-    counted = graph.inputs[: len(function.inputs)]
+    counted = graph.inputs[: len(function.given)]
     ahead = QUEUED if device.kind == "cpu" else 0
 
     def ledger() -> Ledger:
@@ -205,7 +217,9 @@ def _cost(graph: Graph, function: _AsFunction, device: Device) -> Cost:
     forward = as_it_is.compute(results)
     kept = as_it_is.held
     back = max(0, as_it_is.compute(gradients) - kept) + given
-    again = ledger().compute(gradients) + given
+    count = len(gradients) - len(function.trainable)
+    in_turn = [*gradients[count:], *gradients[:count]]  # the order in which `checkpointing` asks for them
+    again = ledger().compute(in_turn) + given
     if not gradients:
         kept, back = given, 0
     slices = sum(graph.sizes[node.outputs[0]] for node in graph.nodes if _is_of_slice(graph, node))

@@ -33,6 +33,7 @@ from mlxtune.adapter.layers import EMBEDDING, dense_shape
 from mlxtune.adapter.plan import block_paths, outside_blocks
 from mlxtune.compute.memory import blocks, in_pieces
 from mlxtune.compute.memory.block_call import Cost
+from mlxtune.compute.memory.in_pieces import WholePass
 from mlxtune.compute.memory.step import FULL, Moment, RunOptions, StepSizes
 from mlxtune.compute.prefix import as_computed, is_simple
 from mlxtune.data.dataset.forest import Forest
@@ -48,9 +49,10 @@ KERNEL_LOGITS_COPIES = 3
 # In units of what trains: AdamW's two moments and the gradients stay; at the update the next values and moments come,
 # while the ones before are kept for the case that the step fails (`train.last_whole`).
 MOMENTS, GRADIENTS, NEXT_STATE = 2, 1, 3
-# Of what the branches of a forest need to be computed again in a block, what is there at the same time as the two that
-# need most, measured on the CPU. (A pass that is not computed again goes back alone.)
-AT_A_TIME = 0.65
+# Of what the second of two branches needs that go back through a block at once, measured on the CPU.
+AT_ONCE = 0.5
+# Passes whose gradients wait to be added up, at most, measured on the CPU with forests of 2 to 16 passes.
+NOT_ADDED_YET = 4
 # MLX's CPU code unpacks a quantized matrix in several steps, twice for a chunk of the head: forward and backward.
 DENSE_COPIES = 4
 # A compiled signature, measured on Qwen3's shape (12 blocks): host memory a block; small arrays a block, each a buffer.
@@ -149,13 +151,16 @@ def predict(
     try:
         if shape.forest is not None:
             shape = replace(shape, forest=as_computed(model, shape.forest))
-        traced_shape = in_pieces.before_last_piece(shape, options) if options.tokens else shape
-        calls, by_token = _costs(model, traced_shape, options)
+        calls, in_parts, by_token = list[list[Cost]](), list[list[WholePass]](), False
+        if options.tokens:
+            in_parts = _in_pieces(model, shape, options, width)
+        else:
+            calls, by_token = _costs(model, shape, options)
     except Exception as error:  # whatever a model's own code raises
         lines = str(error).splitlines() or [""]
         return NotPredicted(f"{type(error).__name__}: {lines[0]}")
     trainable = sum(array.nbytes for array in named(model.trainable_parameters()).values())
-    moments = [Moment(), *_in_blocks_and_head(model, calls, shape, options, width, vocabulary)]
+    moments = [Moment(), *_in_blocks_and_head(model, calls, in_parts, shape, options, width, vocabulary)]
     if options.updates:
         moments.append(Moment(update=NEXT_STATE * trainable))
     peak = max(moments, key=sum)
@@ -178,12 +183,15 @@ def predict(
 def _in_blocks_and_head(
     model: nn.Module,
     calls: list[list[Cost]],
+    in_parts: list[list[WholePass]],
     shape: StepSizes,
     options: RunOptions,
     width: int,
     vocabulary: int,
 ) -> Iterator[Moment]:
-    """Every block on its way forward and back, then a chunk of the head. calls: what the calls of each block cost."""
+    """Every block on its way forward and back, then a chunk of the head. calls: what the calls of each block cost;
+    in_parts: the same where they are computed in pieces; one of the two is empty.
+    """
     in_head, in_block = 0, 0
     if options.device.kind == "cpu":
         in_head, in_block = _dense(model, vocabulary)
@@ -193,43 +201,50 @@ def _in_blocks_and_head(
     if options.device.powers and shape.width <= linux_cpu.SQUARE:
         held += FULL * shape.width**2  # the causal mask, which `linux_cpu` keeps at hand
     if options.tokens:
-        whole = in_pieces.whole_rows(calls, shape, options, width)
-        yield from in_pieces.moments(whole, held, options, in_block)
-        held += sum(block.given for block in whole[max(1, options.nested) - 1 :: max(1, options.nested)])
-        calls = []
+        yield from in_pieces.moments(in_parts, shape.passes, held, options, in_block)
+        held += in_pieces.kept(in_parts, shape.passes, options)
     for place, costs in enumerate(calls):
         before = held
         forward = max((cost.forward for cost in costs), default=0)
         if place < options.frozen:  # for one row, after which the states of all are joined
             yield Moment(activations=before + max(forward, before), dense_copies=in_block)
             continue
-        of_trunks = _gradients_of_trunks(costs, shape.passes)
+        several = _gradients_of_trunks(costs, shape.passes) + _gradients_of_passes(model.layers[place], costs)
         yield Moment(activations=before + forward, dense_copies=in_block)
         if options.recompute and place % options.recompute == 0:  # it is checkpointed
             held += sum(cost.given for cost in costs)
-            going_back = [_back(cost, cost.again, options) for cost in costs]
-            backward = before + of_trunks + _together(going_back, shape.passes)
+            backward = before + several + _in_turns(costs, options)
         else:
             held += sum(cost.kept for cost in costs)
-            backward = held + of_trunks + max((_back(cost, cost.back, options) for cost in costs), default=0)
+            backward = held + several + _at_once([_back(cost, cost.back, options) for cost in costs], shape.passes)
         yield Moment(activations=backward, dense_copies=in_block)
     chunk = _head_chunk(shape, options, width, vocabulary)
     yield Moment(activations=held, head_chunk=chunk, dense_copies=in_head)
 
 
-def _together(going_back: list[int], passes: Forest) -> int:
-    """The most bytes at a time that the passes need on their way back through one checkpointed block, of what each
-    needs.
+def _in_turns(costs: list[Cost], options: RunOptions) -> int:
+    """The most bytes at a time that the passes need on their way back through one checkpointed block. costs: of the
+    block's calls, one for each pass; there may be none.
 
-    They are computed again when MLX comes to them, several at a time, for branches do not wait for each other. Only a
-    trunk that begins at the rows' beginning waits for all that leave it.
+    One pass after the other is computed again (`checkpointing.Turns`). Of all others the gradients of their results
+    wait, or those of their inputs are there already, which are as large.
+    """
+    results = sum(cost.given - cost.recorded for cost in costs)
+    needed = [_back(cost, cost.again, options) - (cost.given - cost.recorded) for cost in costs]
+    return results + max(needed, default=0)
+
+
+def _at_once(going_back: list[int], passes: Forest) -> int:
+    """The most bytes at a time that the passes need on their way back through a block that is not checkpointed, of what
+    each needs: branches do not wait for each other, and MLX comes to two of them at once, though not where both need
+    most.
     """
     leaving = []
     for needed, each in zip(going_back, passes.passes, strict=False):  # a block that is never called needs nothing
-        if each.leaves is not None:
+        if each.leaves is not None and not each.is_trunk:
             leaving.append(needed)
     leaving.sort(reverse=True)
-    together = sum(leaving[:2]) + int(AT_A_TIME * sum(leaving[2:]))
+    together = sum(leaving[:1]) + int(AT_ONCE * sum(leaving[1:2]))
     return max(max(going_back, default=0), together)
 
 
@@ -240,6 +255,14 @@ def _gradients_of_trunks(costs: list[Cost], passes: Forest) -> int:
     costs: of the block's calls, one for each pass.
     """
     return sum(costs[each.leaves].recorded for each in passes.passes if each.leaves is not None)
+
+
+def _gradients_of_passes(block: nn.Module, costs: list[Cost]) -> int:
+    """Bytes of the gradients of what trains in a block, one for each pass until they are added up; without those of one
+    pass, which are counted with the optimizer. costs: of the block's calls, one for each pass.
+    """
+    trainable = sum(array.nbytes for array in named(block.trainable_parameters()).values())
+    return min(max(0, len(costs) - 1), NOT_ADDED_YET) * trainable
 
 
 def _head_chunk(shape: StepSizes, options: RunOptions, width: int, vocabulary: int) -> int:
@@ -285,6 +308,16 @@ def _costs(model: nn.Module, shape: StepSizes, options: RunOptions) -> tuple[lis
     finally:
         if keys is not None:
             keys.clear()
+
+
+def _in_pieces(model: nn.Module, shape: StepSizes, options: RunOptions, width: int) -> list[list[WholePass]]:
+    """Of each block what its passes need that are computed in pieces."""
+    of_passes = []
+    for each in shape.passes.passes:
+        before_last = in_pieces.before_last_piece(shape, each, options)
+        calls, _ = _costs(model, before_last, options)
+        of_passes.append([in_pieces.whole_pass(of_block, before_last, each, options, width) for of_block in calls])
+    return [list(block) for block in zip(*of_passes, strict=True)]
 
 
 def _reached(model: nn.Module) -> list[bool]:
