@@ -11,6 +11,7 @@ from typing import Any
 import page_readers
 import pages
 import pytest
+from mlxtune_convert.files import digest
 
 from mlxtune.config import resolve
 from mlxtune.report.composed import of_run
@@ -76,7 +77,12 @@ def record_of(tmp_path: Path) -> RunRecord:
 
 def test_exports_beside_and_inside_the_run_are_listed_with_their_proofs(tmp_path: Path) -> None:
     record = record_of(tmp_path)
+    (tmp_path / "run" / "adapters.safetensors").write_bytes(b"an adapter")
+    own = digest(tmp_path / "run" / "adapters.safetensors")
     proofs = {
+        "mine": ("verification.json", {"verdict": "passed", "adapter": own}),
+        "of another": ("verification.json", {"verdict": "passed", "adapter": "5c1f"}),
+        "base": ("verification.json", {"verdict": "passed", "adapter": ""}),
         "fused": ("verification.json", {"verdict": "passed", "candidate": "MLX", "max_difference": 1e-5, "top1": 1.0}),
         "gguf": ("tuned.verification.json", {"verdict": "lossy", "candidate": "llama.cpp", "gain_kept": 0.91}),
         "run/hf": ("verification.json", {"verdict": "read back", "tensors": 12}),
@@ -90,8 +96,9 @@ def test_exports_beside_and_inside_the_run_are_listed_with_their_proofs(tmp_path
     (tmp_path / "linked").symlink_to(tmp_path / "fused")
     page = page_readers.whole(of_run(record))
     found = {one["name"]: one for one in page_readers.record(page)["exports"]}
-    assert sorted(found) == ["broken", "fused", "gguf/tuned.gguf", "hf"]
+    assert sorted(found) == ["base", "broken", "fused", "gguf/tuned.gguf", "hf", "mine"]
     assert (found["gguf/tuned.gguf"]["bytes"], found["fused"]["proof"]["top1"]) == (2_000_000, 1.0)
     text = page_readers.said(page)
     assert "Not proven, or with loss: broken, gguf/tuned.gguf." in text
+    assert "fused, gguf/tuned.gguf, hf: was proven by an earlier mlxtune" in text
     assert "1.0e-05" in text and "91.0%" in text and "cannot be read" in text

@@ -26,7 +26,7 @@ from mlxtune.ship.artefacts import Artefact, Progress
 from mlxtune.ship.differences import Trained
 from mlxtune.ship.request import MergedModel, Request
 from mlxtune.ship.runners import require_memory
-from mlxtune.ship.verify import ANOTHER_BASE, Proof, ReadBack, Report
+from mlxtune.ship.verify import ANOTHER_BASE, Proof, ReadBack, Report, digest_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _proven(artefact: Artefact, model: MergedModel, examples: Sequence[Example],
     request = model.request
     missing = artefact.not_installed()
     if missing:
-        read_back = ReadBack(artefact.read_back(model, work), missing)
+        read_back = ReadBack(artefact.read_back(model, work), missing, adapter=digest_of(request.adapter))
         read_back.write(work)
         return read_back, []
     ref = verify.reference(str(request.model), request.adapter, examples)

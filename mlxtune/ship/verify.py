@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from mlxtune_convert.files import finite, write_json
+from mlxtune_convert.files import digest, finite, write_json
 
 from mlxtune.adapter import adapter_files, attach
 from mlxtune.data.chat.masking import Example
@@ -107,6 +107,7 @@ class Reference:
     base: np.ndarray  # [N, V] float32, logits of the base alone
     name: str = TRAINED  # or UNTUNED, without an adapter
     text: str = HELD_OUT  # or SHIPPED
+    adapter: str = ""  # digest of the adapter's file; "": there is none
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ class Report:
     gain_kept: float | None  # share of the loss improvement that survived; None where the loss did not fall
     verdict: Verdict = "measured"  # see `Verdict`
     text: str = HELD_OUT  # what it was measured on
+    adapter: str = ""  # digest of the file of the adapter that was trained; "": none was
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no NaN and no infinity: such numbers become null."""
@@ -160,6 +162,7 @@ class ReadBack:
     tensors: int  # that were compared
     missing: str = "PEFT"  # what would have run it
     verdict: str = "read back"  # stands where a Report has its verdict
+    adapter: str = ""  # as a Report has it
 
     def write(self, folder: Path) -> None:
         write_report(folder, asdict(self))
@@ -214,7 +217,13 @@ def reference(model: str, adapter: Path | None, examples: Sequence[Example]) -> 
         return Reference(batches, targets, trained, trained, UNTUNED, text)
     with attach.switched_off(loaded.model):
         base = _logits(run, batches)
-    return Reference(batches, targets, trained, base, TRAINED, text)
+    return Reference(batches, targets, trained, base, TRAINED, text, digest_of(adapter))
+
+
+def digest_of(adapter: Path | None) -> str:
+    """Of an adapter's file; "" for none."""
+    file = None if adapter is None else adapter_files.adapter_file(adapter)
+    return "" if file is None else digest(file)
 
 
 def _logits(run: Runner, batches: list[Batch]) -> np.ndarray:
@@ -250,7 +259,7 @@ def measure(ref: Reference, run: Runner, candidate: str, storage: str) -> Report
         "gain_kept": (base_loss - loss) / gain if gain > NO_GAIN else None,
     }
     verdict = _verdict(measured, LIMITS.get(storage), tuned=effect > 0)
-    return Report(ref.name, candidate, **measured, verdict=verdict, text=ref.text)
+    return Report(ref.name, candidate, **measured, verdict=verdict, text=ref.text, adapter=ref.adapter)
 
 
 def _verdict(measured: dict[str, Any], limits: Limits | None, tuned: bool) -> Verdict:

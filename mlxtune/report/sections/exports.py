@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxtune_convert.files import contents, read_json
+from mlxtune_convert.files import contents, digest, read_json
 from mlxtune_convert.sizes import size
 
 from mlxtune.errors import UserError
@@ -16,13 +16,12 @@ from mlxtune.report.page import Section
 from mlxtune.report.run_record import RunRecord, number_of
 from mlxtune.report.tables import callout, table
 from mlxtune.ship.verify import REPORT_FILE
+from mlxtune.train.run_folder import RunFolder
 
 MOST = 50  # that are shown
 LOOKED_AT = 500  # folders beside a run; who keeps more there keeps no exports
-INTRODUCTION = (
-    "Folders beside the run with a `verification.json`. Each proof compares an export with a trained model; whether it "
-    "was this run's, its files do not say."
-)
+INTRODUCTION = "What was exported of this very adapter, in the run's folder and beside it, and of its base."
+UNSAID = "was proven by an earlier mlxtune, whose proofs do not say which adapter they are of"
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,14 @@ class Export:
     proof: Mapping[str, Any]  # as verification.json has it; {}: it cannot be read
     bytes: int  # on the disk
 
+    @property
+    def unsaid(self) -> bool:
+        """Whether its proof does not say which adapter it is of."""
+        return bool(self.proof) and "adapter" not in self.proof
+
 
 def found(record: RunRecord) -> list[Export]:
-    """The exports in the run's folder and beside it, by name."""
+    """The exports in the run's folder and beside it, by name; not those that were proven to be another adapter."""
     run = record.folder.resolve()
     places = [run]
     try:
@@ -44,9 +48,11 @@ def found(record: RunRecord) -> list[Export]:
         places += sorted(path for path in contents(run) if path.is_dir() and not path.is_symlink())[:LOOKED_AT]
     except OSError:  # folders of other people
         pass
+    adapter = RunFolder(record.folder).adapter
+    own = "" if adapter is None else digest(adapter)
     out = []
     for place in places:
-        out += _in(place)
+        out += [export for export in _in(place) if export.proof.get("adapter", "") in ("", own)]
     return out[:MOST]
 
 
@@ -84,6 +90,9 @@ def section(exports: Sequence[Export]) -> Section | None:
         export.name for export in exports if export.proof.get("verdict") not in ("passed", "measured", "read back")
     ]
     body: list[Html] = [tag("p", prose(INTRODUCTION)), table("Exports", columns, rows, {3, 4, 5, 6})]
+    unsaid = [export.name for export in exports if export.unsaid]
+    if unsaid:
+        body.append(tag("p", f"{', '.join(unsaid)}: {UNSAID}."))
     if wrong:
         body.append(callout("warning", f"Not proven, or with loss: {', '.join(wrong)}."))
     return Section("exports", "Exports and their proofs", joined(body))
