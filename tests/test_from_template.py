@@ -181,5 +181,7 @@ def test_the_command_says_what_is_idle_and_shows_rows_beforehand(tmp_path: Path)
     tiny.one_clear_line(tiny.mlxtune(*words), "nobody answers")
     written(tmp_path, CAPITALS)
     assert "4 of 4 rows kept" in tiny.done(*words).stdout
+    card = (tmp_path / "out" / "card.md").read_text()
+    assert card.startswith("# Rows made from templates\n") and "A model wrote these rows" not in card
     kept = Counter(len(row["messages"]) for row in lines(tmp_path / "out" / "train.jsonl"))
     assert kept == {2: 2, 3: 2}

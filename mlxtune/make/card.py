@@ -12,8 +12,14 @@ def card(document: Mapping[str, Any], licence: str) -> str:
     """The text of the card. document: as `Making.finish` returns it; licence: of the engine, "" where unknown."""
     kept = f"{document['rows']:,} rows were kept"
     is_by_hand = bool(document.get("by hand"))
+    no_engine = not is_by_hand and not document["requests"]  # templates whose slots and answers are all given
+    heading = "# Rows made by a model"
+    if is_by_hand:
+        heading = "# Rows written by a person"
+    elif no_engine:
+        heading = "# Rows made from templates"
     lines = [
-        "# Rows written by a person" if is_by_hand else "# Rows made by a model",
+        heading,
         "",
         f"`mlxtune make {document['how']}` made these rows with {_code(document['engine'])}. "
         f"{document['requests']:,} requests were asked; {kept}.",
@@ -32,7 +38,7 @@ def card(document: Mapping[str, Any], licence: str) -> str:
     if document["stopped"]:
         lines += ["", f"It stopped before {document['wanted']:,} {document['what']} were there: {document['stopped']}."]
     lines += ["", "## Licences and terms", ""]
-    if not is_by_hand:
+    if not is_by_hand and not no_engine:
         lines += [
             f"- The engine: {licence or 'its licence is not known here'}. Check the engine's terms before you publish: "
             "some forbid to train other models on answers.",
