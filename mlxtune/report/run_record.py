@@ -91,7 +91,11 @@ class RunRecord:
         for event in later:
             if event["step"] == named:
                 return event
-        return min(later, key=lambda event: float(event["loss"]), default=None)
+        by = self.setting("train.keep_by")
+        if by is None or by == "loss":
+            return min(later, key=lambda event: float(event["loss"]), default=None)
+        # As `State.is_beaten_by` chose so far: the higher score, of equal ones the lower loss.
+        return max(later, key=lambda event: (score_of(event, str(by)), -float(event["loss"])), default=None)
 
     def of_kind(self, kind: str) -> list[Event]:
         return [event for event in self.events if event["kind"] == kind]
@@ -138,6 +142,12 @@ def number_of(event: Event, name: str) -> float | None:
     if not math.isfinite(value) if isinstance(value, float) else abs(value) >= sys.float_info.max:
         return None
     return float(value)
+
+
+def score_of(evaluation: Event, check: str) -> float:
+    """The mean score of a check in an evaluation during the run; 0: it applied to no answer, as the run counts it."""
+    checks = evaluation.get("checks")
+    return (number_of(checks, check) if isinstance(checks, dict) else None) or 0.0
 
 
 def points_of(happened: list[Event], name: str) -> list[Point]:
