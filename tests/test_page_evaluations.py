@@ -241,6 +241,12 @@ def test_an_evaluation_is_a_runs_by_its_adapter_alone(tmp_path: Path) -> None:
     assert evaluations_of(run).evaluations == []
 
 
+@pytest.mark.parametrize("name", ["observation", "measure", "limit", "fix"])
+def test_an_observation_that_is_no_text_is_said_to_be_damaged(name: str, tmp_path: Path) -> None:
+    one = evaluation(tmp_path / "e", more={"observations": [{**OBSERVED, name: ["a"]}]})
+    assert "are damaged and not shown" in text_of(page_of(one))
+
+
 def test_a_named_evaluation_of_another_adapter_is_refused(tmp_path: Path) -> None:
     run, own = run_with_adapter(tmp_path / "run")
     evaluation(tmp_path / "ours", sides=sides(own))
