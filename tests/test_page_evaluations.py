@@ -216,6 +216,21 @@ def test_the_first_sentence_says_what_got_better_and_worse_with_numbers(tmp_path
     known = f"3 of 24 prompts were trained on (r1, r2, r3): {LEARNED}"
     flattered = str(better.lead([evaluation(tmp_path / "k", notes=["a note", known])]))
     assert f"But {known}." in text_of(flattered) and "callout warning" in flattered and "a note" not in flattered
+    for right, told in (
+        (11, "the judge failed its exam (11 of 20 right, 19 the same in both orders)"),
+        (0, "there was nothing to examine"),
+    ):
+        failed = {**JUDGE, "exam": {**JUDGE["exam"], "pairs": 20 if right else 0, "right": right, "passed": False}}
+        trusted = str(
+            better.lead(
+                [
+                    evaluation(
+                        tmp_path / f"j{right}", base="a longer no, nothing else", tuned="yes", more={"judge": failed}
+                    )
+                ]
+            )
+        )
+        assert f"But {told}" in text_of(trusted) and "callout warning" in trusted
     worse = str(better.lead([evaluation(tmp_path / "w", base="yes", tuned="no, not at all")]))
     assert "worse in contains" in text_of(worse) and "callout bad" in worse
     both = str(better.lead([evaluation(tmp_path / "b", base="no", tuned="yes")]))
