@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ import tiny
 from mlxtune_convert.files import digest
 
 from mlxtune.errors import UserError
+from mlxtune.evaluate.before_after import Outcome
 from mlxtune.evaluate.checks.check import Check, SuiteRow
 from mlxtune.evaluate.comparison import figures, folder
 from mlxtune.evaluate.comparison.folder import Evaluation
 from mlxtune.evaluate.comparison.overlap import LEARNED
+from mlxtune.evaluate.comparison.scores import SIDES
+from mlxtune.evaluate.turns import OWN_ANSWER
 from mlxtune.report.composed import of_run
-from mlxtune.report.evaluations import evaluations_of
+from mlxtune.report.evaluations import Unkept, evaluations_of
 from mlxtune.report.of_evaluations import page_of
 from mlxtune.report.run_record import read_run
 from mlxtune.report.sections import answers, better, observations
@@ -130,6 +135,22 @@ def test_long_answers_are_folded_and_very_long_ones_end_with_how_much_is_missing
     body = answers.section([one]).body  # type: ignore[union-attr]
     assert "<summary>Both answers (" in body and "[... 2,000 characters more]" in body
     assert len(body) < 20_000
+
+
+def test_a_later_turn_shows_what_each_side_had_answered_before_and_calls_of_tools(tmp_path: Path) -> None:
+    """As `--turns replay` asks: where a message is (its own answer), the two sides have said different things."""
+    first, call = made.rows(1)[0], {"function": {"name": "look_up", "arguments": {"word": "poem"}}}
+    asked = [*first.messages, {"role": "assistant", "content": OWN_ANSWER}, {"role": "user", "content": "Shorter."}]
+    tools = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}, *first.messages]
+    suite = [first, replace(first, id="r1#2", messages=asked, follows="r1"), replace(first, id="t", messages=tools)]
+    made.write(tmp_path / "e", suite, ["one poem", "less", "x"], ["another poem", "short", "y"], sides=sides())
+    one = Evaluation.read(tmp_path / "e")
+    assert one.prompts["r1#2"].follows == "r1"
+    outcome = Outcome(one.summary, {side: [*chain(*one.answers_of(side).values())] for side in SIDES}, 0, one.scores)
+    for of in (one, Unkept.of(suite, outcome, "e")):
+        said = " ".join(text_of(answers.section([of]).body).split())  # type: ignore[union-attr]
+        assert "assistant (before) : one poem assistant (after) : another poem" in said and OWN_ANSWER not in said
+        assert "assistant : [calls look_up" in said and '"word": "poem"' in said
 
 
 def test_what_strangers_wrote_is_text_in_every_field_and_secrets_are_hidden(tmp_path: Path) -> None:
