@@ -30,7 +30,7 @@ from mlxtune.report.composed import of_run
 from mlxtune.report.evaluations import Unkept, evaluations_of
 from mlxtune.report.of_evaluations import page_of
 from mlxtune.report.run_record import read_run
-from mlxtune.report.sections import answers, better, observations
+from mlxtune.report.sections import answers, better, checks, observations
 from mlxtune.report.sections.words import change, marked
 
 KEY = "AKIAIOSFODNN7EXAMPLE"  # a key as data check knows them
@@ -103,6 +103,14 @@ def test_the_table_and_the_plot_have_the_figures_of_the_evaluation(tmp_path: Pat
     low, high = (100 * end for end in check["interval"])
     assert f"contains: {100 * check['difference']:+.3g}, between {low:+.3g} and {high:+.3g}." in said
     assert page_readers.faults(page) == []
+
+
+@pytest.mark.parametrize("verdict", ["better", "worse", "no difference shown"])
+@pytest.mark.parametrize("p", [1.0, 0.5, 0.00001])
+def test_the_note_of_a_drawn_interval_is_whole(verdict: str, p: float) -> None:
+    check = {"graded": False, "verdict": verdict, "interval": [-0.1, 0.1], "difference": 0.0, "p": p}
+    (note,) = re.findall(r">([^<>]*, p [^<>]*)<", str(checks.forest({"contains": check})))
+    assert html.unescape(note).endswith(f", p {figures.p_value(p)}")
 
 
 def test_words_that_differ_are_marked_and_nothing_of_the_texts_is_lost() -> None:
