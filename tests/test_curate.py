@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import in_order
 from mlxtune.data.rows.formats import Record
 from mlxtune.errors import UserError
+from mlxtune.evaluate.judging.remembered import Remembered
 from mlxtune.evaluate.score import losses_of_each, score, split_for
 from mlxtune.make.curation import rating
 from mlxtune.make.curation.candidates import Candidate, is_copied, read
@@ -192,11 +194,41 @@ def test_scores_are_kept_and_those_of_another_model_are_not_used(tmp_path: Path)
     ScoresFile(file, {"model": "a"}).keep({"l": losses})
     with file.open("a") as open_file:
         open_file.write('{"row": "torn", "beh')
-    assert ScoresFile(file, {"model": "a"}).known == {"k": losses, "none": None, "l": losses}
-    assert ScoresFile(file, {"model": "b"}).known == {}
-    file.write_text('{"messages": []}\n')
-    with pytest.raises(UserError, match="line 1: not a score"):
+    known = {"k": losses, "none": None, "l": losses}
+    assert ScoresFile(file, {"model": "a"}).known == known
+    ScoresFile(file, {"model": "a"}).keep({"m": losses})  # behind the torn line, not in it
+    other = ScoresFile(file, {"model": "b"})
+    assert other.known == {}
+    other.keep({"k": None})
+    assert ScoresFile(file, {"model": "b"}).known == {"k": None}
+    assert ScoresFile(file, {"model": "a"}).known == {**known, "m": losses}  # nothing of it was lost
+    file.write_text('{"of": {"model": "a"}}\n{"messages": []}\n')
+    with pytest.raises(UserError, match="line 2: not a score"):
         ScoresFile(file, {"model": "a"})
+
+
+@pytest.mark.parametrize(
+    ("begun", "opened"),
+    [
+        ('{"of": {"mod', lambda file: ScoresFile(file, {}).keep({"k": None})),
+        ('{"row": "09', lambda file: Decisions(file).decide("a", Decision("keep"))),
+        ('{"asked"', lambda file: Remembered(judges.Scripted(lambda *_: 0.5), file, "").label_probabilities([], [])),
+    ],
+    ids=["scores", "decisions", "replies"],
+)
+def test_a_file_of_somebody_else_is_left_as_it_is(tmp_path: Path, begun: str, opened: Callable[[Path], object]) -> None:
+    file, link = tmp_path / "notes.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "nothing")
+    for text in ("my own notes\n", '{"messages": []}\n', "\n\n"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"notes\.jsonl holds something else"):
+            opened(file)
+        assert file.read_text() == text
+    with pytest.raises(UserError, match="is a link"):
+        opened(link)
+    assert not (tmp_path / "nothing").exists()
+    file.write_text(begun)  # all that a kill left of ours
+    opened(file)
 
 
 def test_a_judge_rates_the_answers_after_an_exam() -> None:
