@@ -274,21 +274,39 @@ def test_the_command_scores_chooses_and_says_what_became_of_the_rows(tmp_path: P
     told = tiny.done(*words, "--keep", "8", "--left-out", tmp_path / "l.jsonl", "--json")
     report = json.loads(told.stdout)
     kept, left = lines(tmp_path / "c.jsonl"), lines(tmp_path / "l.jsonl")
-    assert report["after"]["rows"] == len(kept) <= 8 and len(kept) + len(left) == 18 and report["before"]["rows"] == 17
-    assert {one["reason"] for one in left} >= {"no answer", "faulty"} and report["left_out"]["faulty"] == 2
+    assert report["after"]["rows"] == len(kept) <= 8 and len(kept) + len(left) == 19 and report["before"]["rows"] == 17
+    assert {one["reason"] for one in left} >= {"no answer", "faulty", "equal"} and report["left_out"]["faulty"] == 2
+    assert sum(report["left_out"].values()) == len(left) and report["left_out"]["equal"] == 1
     assert report["before"]["kinds"]["explain"] == 8 and report["before"]["files"][str(files[1])] == 6
     assert report["before"]["tokens"] > report["after"]["tokens"] > report["after"]["answer_tokens"] > 0
     for one in kept:
         assert set(one) <= {"messages", "curated", "source"} and 0 < one["curated"]["scores"]["ifd"] <= 1
         assert one["curated"]["from"].startswith(str(tmp_path))
     assert {tuple(one["messages"][0].items()) for one in kept}.isdisjoint(
-        tuple(one["messages"][0].items()) for one in left
+        tuple(one["messages"][0].items()) for one in left if one["reason"] != "equal"
     )
     again = tiny.done(*words, "--keep", "3", "--force")
     assert "17 rows were scored before" in again.stderr and len(lines(tmp_path / "c.jsonl")) == 3
     assert "left out" in again.stdout and "nearest other question" in again.stdout
     read_again, _ = read([tmp_path / "c.jsonl"], {})
     assert len(read_again) == 3
+
+
+def test_where_no_row_is_kept_the_reasons_and_the_rows_are_told_all_the_same(tmp_path: Path, hf_model: Path) -> None:
+    rows = [row(f"Write {n}.", f"Key: sk-{'a' * 30}{n}") for n in range(2)]
+    file, out, left = tiny.write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "c.jsonl", tmp_path / "l.jsonl"
+    words = ("data", "curate", file, "--model", hf_model, "--keep", "1", "--out", out)
+    told = tiny.mlxtune(*words, "--left-out", left, "--json")
+    tiny.one_clear_line(told, "no row is kept", f"{left} has the rows")
+    assert json.loads(told.stdout)["left_out"] == {"faulty": 2} and not out.exists()
+    assert [one["reason"] for one in lines(left)] == ["faulty"] * 2
+
+
+def test_a_row_whose_rating_could_not_be_read_is_not_called_too_long(tmp_path: Path) -> None:
+    curation = Curation.of([tiny.write_jsonl(tmp_path / "a.jsonl", [row("Why?", "So."), row("When?", "Now.")])], {})
+    first, second = curation.candidates
+    curation.ratings = {first.key: 4.0, second.key: None}
+    assert curation.chosen(Wanted(2), lambda one: one).reasons == {second.key: "unrated"}
 
 
 @pytest.mark.parametrize(

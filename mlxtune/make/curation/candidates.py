@@ -74,13 +74,14 @@ def is_copied(question: str, answer: str) -> bool:
     return common >= COPIED * len(words)
 
 
-def read(files: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Candidate], list[Record]]:
-    """(The candidates of all files, equal rows once; the rows that end with no answer). columns: as `formats.read`.
+def read(files: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Candidate], dict[str, list[Record]]]:
+    """(The candidates of all files, equal rows once; why other rows are none -> these: "no answer", "equal"). columns:
+    as `formats.read`.
 
     Raises UserError for a file that cannot be read, rows that cannot, and plain text, which answers nothing.
     """
     candidates: dict[str, Candidate] = {}
-    without: list[Record] = []
+    others: dict[str, list[Record]] = {"no answer": [], "equal": []}
     for file in files:
         bad: list[Bad] = []
         total = 0
@@ -94,12 +95,13 @@ def read(files: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Candid
                     "Give rows of conversations; `mlxtune make from-documents` makes some out of texts.",
                 )
             elif not _answers(row):
-                without.append(row)
+                others["no answer"].append(row)
+            elif (key := f"{duplicates.content_hash(row):016x}") in candidates:
+                others["equal"].append(row)
             else:
-                key = f"{duplicates.content_hash(row):016x}"
-                candidates.setdefault(key, Candidate(row, key, subjects.task_of(row)))
+                candidates[key] = Candidate(row, key, subjects.task_of(row))
         formats.require_good(bad, total)
-    return list(candidates.values()), without
+    return list(candidates.values()), others
 
 
 def _answers(record: Record) -> bool:
