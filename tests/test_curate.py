@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,25 @@ def test_an_answer_that_repeats_its_question_is_a_copy() -> None:
     assert (
         is_copied(f"Who bought it? {text}", text) and not is_copied("Who?", text) and not is_copied(text, "The house.")
     )
+
+
+def test_rows_of_thousands_of_words_cost_no_more_than_long_ones() -> None:
+    """Compared whole, each pair takes seconds."""
+    long = [" ".join(f"w{(n * place) % 7919}" for place in range(8_000)) for n in (3, 5, 7)]
+    rows = [candidate(n, question=text) for n, text in enumerate(long)]
+    began = time.process_time()
+    assert is_copied(long[0], long[0]) and not is_copied(long[0], long[1])
+    assert len(choose(rows, {one.key: 1.0 for one in rows}, Wanted(3)).kept) == 3
+    assert likeness(rows, 3) is not None
+    assert time.process_time() - began < 2
+
+
+def test_requests_that_share_a_long_beginning_alone_are_not_alike() -> None:
+    rule = "rule " * 400
+    rows = [candidate(n, question=rule + " ".join(f"w{n}x{place}" for place in range(200))) for n in range(2)]
+    assert len(choose(rows, {one.key: 1.0 for one in rows}, Wanted(2)).kept) == 2
+    twins = [candidate(n, question=one.question + (" now" if n else "")) for n, one in enumerate([rows[0]] * 2)]
+    assert len(choose(twins, {one.key: 1.0 for one in twins}, Wanted(2)).kept) == 1
 
 
 def test_scores_are_kept_and_those_of_another_model_are_not_used(tmp_path: Path) -> None:

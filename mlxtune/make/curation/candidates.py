@@ -15,7 +15,7 @@ from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad
 from mlxtune.data.survey import lint, subjects
 from mlxtune.errors import UserError
-from mlxtune.evaluate.checks.overlap import longest_common
+from mlxtune.evaluate.checks.overlap import longest_common_of_two
 from mlxtune.evaluate.checks.words import words_of
 
 COPIED = 0.8  # share of an answer's words that stand in its question in their order, from which it is a copy
@@ -70,8 +70,7 @@ def is_copied(question: str, answer: str) -> bool:
     words = words_of(answer)
     if len(words) < LEAST_COPIED:
         return False
-    common = int(longest_common(words, [words_of(question)])[0])
-    return common >= COPIED * len(words)
+    return longest_common_of_two(words, words_of(question)) >= COPIED * len(words)
 
 
 def read(files: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Candidate], dict[str, list[Record]]]:
