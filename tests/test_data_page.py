@@ -178,9 +178,9 @@ def test_of_many_rows_a_sample_is_taken_that_the_seed_decides_and_that_is_named_
 
 
 def test_the_home_folder_is_hidden_in_every_text_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/anna")
-    told = {"/home/anna/d": ["/home/anna", "in '/home/anna/x', /home/anna2 and /mnt/home/anna/y", 3, None]}
-    assert values_without_home(told) == {"~/d": ["~", "in '~/x', /home/anna2 and /mnt/home/anna/y", 3, None]}
+    monkeypatch.setenv("HOME", home := "/people/anna")
+    told = {f"{home}/d": [home, f"in '{home}/x', {home}2 and /mnt{home}/y", 3, None]}
+    assert values_without_home(told) == {"~/d": ["~", f"in '~/x', {home}2 and /mnt{home}/y", 3, None]}
 
 
 @pytest.fixture
