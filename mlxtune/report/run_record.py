@@ -212,7 +212,7 @@ def without_home(text: str) -> str:
     if home in ("", "/"):
         return text
     ends = r"(?=$|[/\s'\",:;)\]}])"
-    return re.sub(rf"(?<![\w.~-]){re.escape(home)}{ends}", "~", text)  # /mnt/root/x and /rooted are not in /root
+    return re.sub(rf"(?<![\w.~-]){re.escape(home)}{ends}", "~", text)  # not another path that only holds its letters
 
 
 def values_without_home(value: Any) -> Any:
