@@ -117,7 +117,9 @@ def test_such_a_run_says_so_has_the_losses_of_float32_and_its_memory_is_predicte
     in_half = preparation.plan(narrow, data)
     assert "float16 ends at 65,504" in in_half.notes[0] and "model" not in in_half.notes[0]
     wide, half = planned.memory, in_half.memory
-    assert wide and half and wide.activations == 2 * half.activations and wide.weights > half.weights
+    assert wide and half and wide.weights > half.weights
+    # Gradients of the adapter, which is float32 in both, are among them.
+    assert 1.9 * half.activations < wide.activations <= 2 * half.activations
 
 
 def test_a_model_that_is_not_quantized_takes_its_weights_twice_too_and_a_refusal_names_the_way_out(

@@ -17,6 +17,9 @@ from packaging.specifiers import SpecifierSet
 import mlxtune
 from mlxtune.config import resolve
 
+COMPUTING = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm"))
+VERSION = f"mlxtune {mlxtune.__version__} ({COMPUTING})"
+
 ROOT = Path(__file__).resolve().parent.parent
 # Those below us. A folder on this path is not searched for .pth files, so the checkout is not found through it.
 LIBRARIES = os.pathsep.join({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
@@ -107,9 +110,11 @@ def test_both_wheels_have_one_version_and_the_small_one_asks_for_a_part_of_what_
     )
     assert set(small_needs) == {"numpy", "safetensors", "ml-dtypes", "gguf", "click", "rich"}
     assert small_needs == {name: needs[name] for name in small_needs}
-    for script in ("mlxtune", "mlxtune-convert"):
-        said = alone.done(python.with_name(script), "--version", cwd=tmp_path, PYTHONPATH=LIBRARIES)
-        assert said == f"{script}, version {mlxtune.__version__}"
+    for script, expected in (
+        ("mlxtune", VERSION),
+        ("mlxtune-convert", f"mlxtune-convert, version {mlxtune.__version__}"),
+    ):
+        assert alone.done(python.with_name(script), "--version", cwd=tmp_path, PYTHONPATH=LIBRARIES) == expected
 
 
 def test_an_install_imports_both_packages_from_the_wheel_and_has_no_package_named_convert(site: Path) -> None:
@@ -125,8 +130,8 @@ def test_an_install_imports_both_packages_from_the_wheel_and_has_no_package_name
 
 
 def test_the_installed_command_runs(site: Path) -> None:
-    assert _installed(site, site / "bin" / "mlxtune", "--version") == f"mlxtune, version {mlxtune.__version__}"
-    assert _installed(site, "-m", "mlxtune", "--version") == f"mlxtune, version {mlxtune.__version__}"
+    assert _installed(site, site / "bin" / "mlxtune", "--version") == VERSION
+    assert _installed(site, "-m", "mlxtune", "--version") == VERSION
     for command in ([site / "bin" / "mlxtune-convert"], ["-m", "mlxtune_convert"]):
         assert _installed(site, *command, "--version") == f"mlxtune-convert, version {mlxtune.__version__}"
 
@@ -159,7 +164,7 @@ def test_the_metadata_say_what_is_needed_and_leave_the_backend_to_the_extras(sit
     pythons = SpecifierSet(found.metadata["Requires-Python"])
     assert [minor for minor in range(8, 15) if f"3.{minor}" in pythons] == [11, 12, 13, 14]
     assert set(found.metadata.get_all("Provides-Extra") or []) == {
-        *("cpu", "cuda", "dev", "harness", "llama-cpp", "tensorboard", "trackio", "wandb")
+        *("cpu", "cuda", "dev", "documents", "harness", "llama-cpp", "tensorboard", "trackio", "wandb")
     }
     assert {script.name: script.value for script in found.entry_points} == {
         "mlxtune": "mlxtune.cli:main",

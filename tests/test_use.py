@@ -163,7 +163,7 @@ def test_a_dry_run_marks_its_notes_as_a_run_does(hf_model: Path, data: Path) -> 
 
 def test_the_run_folder_holds_what_the_readme_says(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
-    files = {"adapters.safetensors", "adapter_config.json", "config.yaml", "events.jsonl", ".lock"}
+    files = {"adapters.safetensors", "adapter_config.json", "config.yaml", "events.jsonl", "report.html", ".lock"}
     assert names == {*files, "checkpoints"}
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     train = [event for event in events if event["kind"] == "train"]

@@ -77,10 +77,15 @@ class Sectioned(click.Group):
 def _say_version(context: click.Context, _: click.Parameter, asked: bool) -> None:
     """Ours, and that of what computes: a report of a fault needs all of them."""
     if asked:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        others = ", ".join(f"{name} {version(name)}" for name in ("mlx", "mlx-lm"))
-        click.echo(f"mlxtune {mlxtune.__version__} ({others})")
+        found = []
+        for name in ("mlx", "mlx-lm"):
+            try:
+                found.append(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                found.append(f"{name} is missing")
+        click.echo(f"mlxtune {mlxtune.__version__} ({', '.join(found)})")
         context.exit()
 
 
