@@ -202,9 +202,3 @@ def in_home(place: str) -> str:
     home = os.path.expanduser("~")
     is_inside = home not in ("", "/") and place.startswith(f"{home}/")
     return f"~{place[len(home) :]}" if is_inside else place
-
-
-def without_home(text: str) -> str:
-    """The same of all paths in a text."""
-    home = os.path.expanduser("~")
-    return text if home in ("", "/") else text.replace(f"{home}/", "~/")

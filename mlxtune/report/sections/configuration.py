@@ -16,8 +16,8 @@ from mlxtune.config.yaml_text import parse_yaml
 from mlxtune.errors import UserError
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
-from mlxtune.report.run_record import RunRecord, in_home
-from mlxtune.report.secrets import masked
+from mlxtune.report.run_record import RunRecord
+from mlxtune.report.secrets import masked, without_home, without_home_values
 from mlxtune.report.tables import facts, folded, table
 from mlxtune.train.run_folder import RunFolder
 
@@ -67,7 +67,7 @@ def _shown(value: Any) -> str:
     """A value for people; "-" for one that is not set."""
     if value is None or value == "":
         return "-"
-    return masked(in_home(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return masked(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _command(config: Mapping[str, Any]) -> Html:
@@ -88,14 +88,16 @@ def command_of(config: Mapping[str, Any]) -> str:
         if key in FLAGS:
             words.append(f"{FLAGS[key]} {_path(value)}")
         else:
-            words.append(f"--set {shlex.quote(f'{key}={_as_yaml(value)}')}")
+            words.append(f"--set {shlex.quote(f'{key}={_as_yaml(without_home_values(value))}')}")
     return " \\\n  ".join([*words, "--out NEW"])
 
 
 def _path(place: Any) -> str:
     """A path as a shell's word; below the home it begins with ~, which a shell knows outside of quotes alone."""
-    short = in_home(str(place))
-    return f"~/{shlex.quote(short[2:])}" if short.startswith("~/") and short != place else shlex.quote(str(place))
+    short = without_home(str(place))
+    if short == str(place):
+        return shlex.quote(short)
+    return f"~/{shlex.quote(short[2:])}" if short.startswith("~/") else short
 
 
 def _as_yaml(value: Any) -> str:
