@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import evaluations as made
 import hostile
@@ -224,7 +225,7 @@ def test_the_first_sentence_says_what_got_better_and_worse_with_numbers(tmp_path
     assert "no difference shown in contains, short" in text_of(same) and "callout neutral" in same
 
 
-def test_an_evaluation_is_a_runs_by_its_adapter_alone(tmp_path: Path) -> None:
+def test_an_evaluation_is_a_runs_by_its_adapter_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, own = run_with_adapter(tmp_path / "runs" / "first")
     ours = {"sides": sides(own)}
     evaluation(run / "evals" / "inside", **ours)
@@ -237,6 +238,9 @@ def test_an_evaluation_is_a_runs_by_its_adapter_alone(tmp_path: Path) -> None:
     found = evaluations_of(run)
     assert sorted(Path(one.name).name for one in found.evaluations) == ["above", "beside", "inside"]
     assert list(found.notes) == ["earlier was made of an adapter that this run does not hold any more: it is not shown"]
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", Mock(side_effect=AssertionError("hashed again")))
+        of_run(read_run(run), evaluations_of(run))
     (run / "adapters.safetensors").write_bytes(b"the run went on")
     assert evaluations_of(run).evaluations == []
 
