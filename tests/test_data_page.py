@@ -249,7 +249,7 @@ def test_data_check_writes_a_page_and_replaces_nothing_but_pages(
     on = ("data", "check", "--model", tokenizer_folder, "--data", path)
     page = tmp_path / "check.html"
     status, out, said = check("--json", "--html", page)
-    assert (status, json.loads(out)["splits"]["train"]["rows"], "check.html: the page" in said) == (0, 1, True)
+    assert (status, json.loads(out)["splits"]["train"]["rows"], f"the page is {page}" in said) == (0, 1, True)
     assert page.read_text().startswith("<!DOCTYPE html>") and KEY not in page.read_text()
     tiny.write_jsonl(path, [chat("Is it?", "It is new.")])
     assert check("--html", page)[0] == 0 and "It is new." in page.read_text()

@@ -296,7 +296,10 @@ def test_the_command_writes_a_page_with_or_without_a_folder_and_replaces_none_bu
     assert "yes &amp; &lt;b&gt;" not in second and "better in contains" in second
     mine = tmp_path / "mine.html"
     mine.write_text("<p>mine</p>")
-    tiny.one_clear_line(tiny.mlxtune(*words, "--html", mine), "mine.html already exists")
+    refused = tiny.mlxtune(*words, "--html", mine)
+    tiny.one_clear_line(refused, "mine.html already exists", "Choose another name.")
+    assert "--force" not in refused.stderr
+    tiny.one_clear_line(tiny.mlxtune(*words, "--html", tmp_path / "page.txt"), "an HTML page is written")
     assert mine.read_text() == "<p>mine</p>"
     tiny.one_clear_line(tiny.mlxtune(*words, "--html", tmp_path), "is a folder")
     tiny.one_clear_line(tiny.mlxtune(*words, "--no-answers"), "--no-answers has no effect without --html")

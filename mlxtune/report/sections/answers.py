@@ -13,13 +13,12 @@ from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
 from mlxtune.report.secrets import masked
 from mlxtune.report.sections.one_by_one import counted, names_of, one_by_one
-from mlxtune.report.sections.words import change, marked
+from mlxtune.report.sections.words import change, cut, marked
 from mlxtune.report.tables import folded
 
 MOST = 20  # prompts that are shown of an evaluation
 OPEN = 5  # of these, that are shown without being asked for
 LONG = 1_200  # characters of a pair of answers, beyond which it is folded
-LONGEST = 4_000  # characters of one text that are shown
 
 
 def section(evaluations: Sequence[Evaluated]) -> Section | None:
@@ -75,7 +74,7 @@ def _pair(
     scores: Sequence[PromptScores],
     names: tuple[str, str],
 ) -> Html:
-    old, new = _text(before[0]), _text(after[0]) if after else ""
+    old, new = cut(before[0].text), cut(after[0].text) if after else ""
     if after:
         of_old, of_new = marked(old, new)
     else:
@@ -85,7 +84,7 @@ def _pair(
         sides.append(tag("div", tag("h4", names[1]), of_new, _end(after[0])))
     beside = [tag("div", sides, class_="pair")]
     if prompt.reference:
-        beside.append(folded("The reference", tag("div", _cut(masked(prompt.reference)), class_="text")))
+        beside.append(folded("The reference", tag("div", cut(prompt.reference), class_="text")))
     is_long = len(old) + len(new) > LONG
     return tag(
         "article",
@@ -100,29 +99,18 @@ def _pair(
 def _asked(prompt: Prompt) -> Html:
     """The last message; what came before it is folded."""
     *earlier, last = prompt.messages or [{}]
-    lines = [tag("div", _cut(masked(_content(last))), class_="text asked")]
+    lines = [tag("div", cut(_content(last)), class_="text asked")]
     if earlier:
         said = []
         for one in earlier:
             who = tag("strong", masked(str(one.get("role"))))
-            said.append(tag("p", who, ": ", _cut(masked(_content(one)))))
+            said.append(tag("p", who, ": ", cut(_content(one))))
         lines.append(folded(counted(len(earlier), "earlier message"), *said))
     return joined(*lines)
 
 
 def _content(message: dict[str, Any]) -> str:
     return str(message.get("content") or "")
-
-
-def _text(answer: Answer) -> str:
-    """As it is shown: secrets are hidden before anything is cut, for half of a key is no key that can be found."""
-    return _cut(masked(answer.text))
-
-
-def _cut(text: str) -> str:
-    if len(text) <= LONGEST:
-        return text
-    return f"{text[:LONGEST]} [... {len(text) - LONGEST:,} characters more]"
 
 
 def _end(answer: Answer) -> Html | None:
