@@ -24,10 +24,12 @@ from mlxtune.evaluate.comparison.folder import Evaluation
 from mlxtune.evaluate.comparison.overlap import LEARNED
 from mlxtune.report.composed import of_run
 from mlxtune.report.evaluations import evaluations_of
+from mlxtune.report.live.view import View
 from mlxtune.report.of_evaluations import page_of
 from mlxtune.report.run_record import read_run
 from mlxtune.report.sections import answers, better, observations
 from mlxtune.report.sections.words import change, marked
+from mlxtune.train.run_folder import RunFolder
 
 KEY = "AKIAIOSFODNN7EXAMPLE"  # a key as data check knows them
 FORGETTING = {
@@ -254,6 +256,12 @@ def test_a_named_evaluation_of_another_adapter_is_refused(tmp_path: Path) -> Non
         evaluations_of(run, [tmp_path / "other"])
     with pytest.raises(UserError, match="no folder"):
         evaluations_of(run, [tmp_path / "nowhere"])
+    with RunFolder(run).locked():
+        ours = tmp_path / "ours"
+        shown = evaluations_of(run, [ours])
+        live = View(run, [], "token", [ours]).page()
+    assert (len(shown.evaluations), len(shown.notes)) == (0, 1)
+    assert "ours is not shown while the run goes on" in text_of(live)
     (run / "adapters.safetensors").unlink()
     with pytest.raises(UserError, match="holds no adapter"):
         evaluations_of(run, [tmp_path / "ours"])

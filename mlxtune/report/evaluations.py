@@ -80,9 +80,12 @@ NONE = OfRun()
 def evaluations_of(run: Path, given: Sequence[Path] = ()) -> OfRun:
     """Those that are named, or else those in and beside the run.
 
-    given: folders that `mlxtune eval ... --out` wrote. Raises UserError where one of them is none, or is of another
-    adapter than the run's.
+    given: folders that `mlxtune eval ... --out` wrote. None while the run goes on: it replaces its adapter, of which an
+    evaluation would be one. Raises UserError where one of them is none, or is of another adapter than the run's.
     """
+    if RunFolder(run).is_training():
+        why = "is not shown while the run goes on, for its adapter is replaced again and again"
+        return OfRun(notes=[f"{folder.name} {why}" for folder in given])
     if given:
         return OfRun([without_secrets(_named(folder, run, adapter_in(run))) for folder in given])
     found, notes = list[Evaluated](), list[str]()
