@@ -24,7 +24,6 @@ from mlxtune.evaluate.comparison.folder import Evaluation
 from mlxtune.evaluate.comparison.overlap import LEARNED
 from mlxtune.report.composed import of_run
 from mlxtune.report.evaluations import evaluations_of
-from mlxtune.report.live.view import View
 from mlxtune.report.of_evaluations import page_of
 from mlxtune.report.run_record import read_run
 from mlxtune.report.sections import answers, better, observations
@@ -256,6 +255,8 @@ def test_a_named_evaluation_of_another_adapter_is_refused(tmp_path: Path) -> Non
         evaluations_of(run, [tmp_path / "other"])
     with pytest.raises(UserError, match="no folder"):
         evaluations_of(run, [tmp_path / "nowhere"])
+    from mlxtune.report.live.view import View
+
     with RunFolder(run).locked():
         ours = tmp_path / "ours"
         shown = evaluations_of(run, [ours])
