@@ -230,7 +230,7 @@ def live(tmp_path: Path) -> Iterator[tuple[Path, Server]]:
     token = "abcdefghijklmnopqrstuv"
     view = View(run, (), token)
     policy = f"{LIVE_POLICY}; frame-ancestors 'none'"
-    with Server(0, token, Fresh(view.look, view.page).page, policy) as server:
+    with Server(0, token, Fresh(view.look, view.page).page, policy, print) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield run, server

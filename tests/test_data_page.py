@@ -25,7 +25,8 @@ from mlxtune.data.survey import sampling
 from mlxtune.data.survey.trained_text import decoded
 from mlxtune.report import data_page, surveyed
 from mlxtune.report.html import joined
-from mlxtune.report.run_record import read_run, values_without_home
+from mlxtune.report.run_record import read_run
+from mlxtune.report.secrets import masked_values
 from mlxtune.report.sections import data as section_data
 from mlxtune.report.surveyed import Surveyed
 
@@ -180,7 +181,7 @@ def test_of_many_rows_a_sample_is_taken_that_the_seed_decides_and_that_is_named_
 def test_the_home_folder_is_hidden_in_every_text_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", home := "/people/anna")
     told = {f"{home}/d": [home, f"in '{home}/x', {home}2 and /mnt{home}/y", 3, None]}
-    assert values_without_home(told) == {"~/d": ["~", f"in '~/x', {home}2 and /mnt{home}/y", 3, None]}
+    assert masked_values(told) == {"~/d": ["~", f"in '~/x', {home}2 and /mnt{home}/y", 3, None]}
 
 
 @pytest.fixture
@@ -256,7 +257,7 @@ def test_data_check_writes_a_page_and_replaces_nothing_but_pages(
     page = tmp_path / "check.html"
     monkeypatch.setenv("HOME", str(tmp_path))
     status, out, said = check("--json", "--html", page)
-    assert (status, json.loads(out)["splits"]["train"]["rows"], "check.html: the page" in said) == (0, 1, True)
+    assert (status, json.loads(out)["splits"]["train"]["rows"], f"the page is {page}" in said) == (0, 1, True)
     assert page.read_text().startswith("<!DOCTYPE html>") and KEY not in page.read_text()
     assert "~/d.jsonl" in page.read_text() and str(tmp_path) not in page.read_text()
     tiny.write_jsonl(path, [chat("Is it?", "It is new.")])

@@ -34,6 +34,7 @@ def test_steps_with_bad_numbers_are_skipped_as_often_as_is_allowed(
     found = tune(mlx_model, data, tmp_path / "skip", "train.on_nonfinite=skip", "train.steps=8")
     assert [event["step"] for event in found if event["kind"] == "train"] == [1, 2, 4, 5, 6, 8]
     said = [event["text"] for event in found if "skipped" in event.get("text", "")]
+    assert [event["step"] for event in found if event["kind"] == "note" and event.get("nonfinite")] == [3, 7]
     assert len(said) == 2 and said[0].startswith("step 3: the loss is not finite in float32 (nan)")
     assert len(re.findall(r"line \d+", said[0])) == 2  # the rows of the micro-batch at fault, not of both
     monkeypatch.undo()

@@ -261,6 +261,19 @@ def test_offline_the_cache_serves(first: First, tmp_path: Path, hf_model: Path) 
     succeeded(user.convert(HF_HUB_OFFLINE="1"), user, hf_model)
 
 
+def test_the_model_of_a_run_is_taken_from_the_cache_and_the_hub_is_not_asked(
+    first: First, hub: FakeHub, tmp_path: Path
+) -> None:
+    user = with_cache(first, tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"model:\n  path: {NAME}\n")
+    (run / "adapters.safetensors").write_bytes(b"")
+    result = tiny.mlxtune("chat", "--adapter", run, **user.environment)
+    assert f"--model {NAME}, from {run / 'config.yaml'}" in result.stderr
+    assert "no folder" not in result.stderr and not hub.requests
+
+
 def test_without_a_network_the_cache_serves(first: First, tmp_path: Path, hf_model: Path) -> None:
     user = with_cache(first, tmp_path)
     succeeded(user.convert(), user, hf_model)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import guard
 import pages
@@ -33,8 +34,8 @@ PAGE = Made(b"<p>page</p>", '"1"')
 
 
 @contextlib.contextmanager
-def served(page: Any = lambda: PAGE) -> Iterator[Server]:
-    with Server(0, TOKEN, page, "default-src 'none'") as server:
+def served(page: Any = lambda: PAGE, say: Any = print) -> Iterator[Server]:
+    with Server(0, TOKEN, page, "default-src 'none'", say) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -137,12 +138,11 @@ def test_what_is_no_request_gets_nothing_of_the_page_and_prints_nothing(text: by
 
 
 def test_a_page_that_cannot_be_made_just_now_is_said_to_be_none() -> None:
-    def fails() -> Made:
-        raise OSError("gone")
-
-    with served(fails) as server:
-        status, body, _ = asked(server)
-        assert (status, body) == (503, b"the page cannot be made just now\n")
+    faults, said = [OSError("gone"), ZeroDivisionError("a fault"), ZeroDivisionError("a fault")], list[str]()
+    with served(Mock(side_effect=faults), said.append) as server:
+        given = [asked(server)[:2] for _ in faults]
+    assert given == [(503, b"the page cannot be made just now\n")] * 3
+    assert said == ["the page cannot be made (ZeroDivisionError: a fault)"]
 
 
 def test_a_reader_who_goes_away_and_one_who_says_nothing_disturb_nobody(
@@ -175,7 +175,7 @@ def test_it_listens_on_this_machine_alone_and_refuses_a_port_that_is_taken() -> 
     with served() as server:
         assert server.socket.getsockname()[0] == "127.0.0.1"
         with pytest.raises(UserError, match=f"port {server.server_port} of 127.0.0.1 cannot be had"):
-            Server(server.server_port, TOKEN, lambda: PAGE, "")
+            Server(server.server_port, TOKEN, lambda: PAGE, "", print)
 
 
 def test_a_token_is_128_random_bits() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import evaluations as made
 import hostile
@@ -32,6 +33,7 @@ from mlxtune.report.of_evaluations import page_of
 from mlxtune.report.run_record import read_run
 from mlxtune.report.sections import answers, better, checks, observations
 from mlxtune.report.sections.words import change, marked
+from mlxtune.train.run_folder import RunFolder
 
 KEY = "AKIAIOSFODNN7EXAMPLE"  # a key as data check knows them
 FORGETTING = {
@@ -268,7 +270,7 @@ def test_the_first_sentence_says_what_got_better_and_worse_with_numbers(tmp_path
     assert "no difference shown in contains, short" in text_of(same) and "callout neutral" in same
 
 
-def test_an_evaluation_is_a_runs_by_its_adapter_alone(tmp_path: Path) -> None:
+def test_an_evaluation_is_a_runs_by_its_adapter_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, own = run_with_adapter(tmp_path / "runs" / "first")
     ours = {"sides": sides(own)}
     evaluation(run / "evals" / "inside", **ours)
@@ -281,6 +283,9 @@ def test_an_evaluation_is_a_runs_by_its_adapter_alone(tmp_path: Path) -> None:
     found = evaluations_of(run)
     assert sorted(Path(one.name).name for one in found.evaluations) == ["above", "beside", "inside"]
     assert list(found.notes) == ["earlier was made of an adapter that this run does not hold any more: it is not shown"]
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", Mock(side_effect=AssertionError("hashed again")))
+        of_run(read_run(run), evaluations_of(run))
     (run / "adapters.safetensors").write_bytes(b"the run went on")
     assert evaluations_of(run).evaluations == []
 
@@ -300,6 +305,14 @@ def test_a_named_evaluation_of_another_adapter_is_refused(tmp_path: Path) -> Non
         evaluations_of(run, [tmp_path / "other"])
     with pytest.raises(UserError, match="no folder"):
         evaluations_of(run, [tmp_path / "nowhere"])
+    from mlxtune.report.live.view import View
+
+    with RunFolder(run).locked():
+        ours = tmp_path / "ours"
+        shown = evaluations_of(run, [ours])
+        live = View(run, [], "token", [ours]).page()
+    assert (len(shown.evaluations), len(shown.notes)) == (0, 1)
+    assert "ours is not shown while the run goes on" in text_of(live)
     (run / "adapters.safetensors").unlink()
     with pytest.raises(UserError, match="holds no adapter"):
         evaluations_of(run, [tmp_path / "ours"])
@@ -342,7 +355,10 @@ def test_the_command_writes_a_page_with_or_without_a_folder_and_replaces_none_bu
     assert "yes &amp; &lt;b&gt;" not in second and "better in contains" in second
     mine = tmp_path / "mine.html"
     mine.write_text("<p>mine</p>")
-    tiny.one_clear_line(tiny.mlxtune(*words, "--html", mine), "mine.html already exists")
+    refused = tiny.mlxtune(*words, "--html", mine)
+    tiny.one_clear_line(refused, "mine.html already exists", "Choose another name.")
+    assert "--force" not in refused.stderr
+    tiny.one_clear_line(tiny.mlxtune(*words, "--html", tmp_path / "page.txt"), "an HTML page is written")
     assert mine.read_text() == "<p>mine</p>"
     tiny.one_clear_line(tiny.mlxtune(*words, "--html", tmp_path), "is a folder")
     tiny.one_clear_line(tiny.mlxtune(*words, "--no-answers"), "--no-answers has no effect without --html")

@@ -274,7 +274,7 @@ def test_answers_to_sample_prompts_are_shown_as_they_were_first_and_last(tmp_pat
     page = made(tmp_path, events)
     text = page_readers.said(page)
     assert "question 0at step 0firstat step 3the key is" in text and "halfway" not in text
-    assert "1,000 more characters" in text and "at step 3(nothing)" in text
+    assert "1,000 characters more" in text and "at step 3(nothing)" in text
     assert key not in page
     assert "Answers during the run" not in page_readers.said(made(tmp_path / "without", pages.told(3)))
 

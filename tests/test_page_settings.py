@@ -14,8 +14,10 @@ import pytest
 from mlxtune_convert.files import digest
 
 from mlxtune.config import resolve
-from mlxtune.report.composed import of_run
+from mlxtune.report.composed import as_json, of_run
+from mlxtune.report.evaluations import NONE, OfRun, Unkept
 from mlxtune.report.run_record import RunRecord, read_run
+from mlxtune.report.sections.comparing import Other
 from mlxtune.report.sections.configuration import command_of
 from mlxtune.train.run_folder import CONFIG_FILE
 
@@ -61,8 +63,27 @@ def test_the_home_is_not_named_in_a_page(tmp_path: Path, monkeypatch: pytest.Mon
     place = str(tmp_path / "home of anna" / "my models" / "llama")
     (tmp_path / "home of anna" / "my models" / "llama").mkdir(parents=True)
     page = made(tmp_path, [pages.begun(3, place), pages.event(1)], {"model.path": place})
-    assert "home of anna" not in page_readers.without_record(page)
+    assert "home of anna" not in page
     assert "--model ~/&#x27;my models/llama&#x27;" in page
+
+
+def test_no_home_and_no_key_is_in_a_page_whatever_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "anna"
+    monkeypatch.setenv("HOME", str(home))
+    key, place = "sk-" + "aB3dE5fG7h" * 4, f"{home}/models/llama"
+    config: dict[str, Any] = {"model.path": place, "data.sources": [{"path": f"{home}/rows.jsonl", "weight": 1.0}]}
+    said = {"kind": "note", "text": f"{home}/rows.jsonl: line 3 is empty"}
+    end = {"kind": "end", "step": 1, "state": "failed", "reason": f"{home}/run cannot be written"}
+    folder = pages.write(home / "runs" / "one", [pages.begun(3, place), pages.event(1), said, end], config)
+    of_key = pages.write(home / "runs" / key, [pages.begun(3, key), pages.event(1)], config)
+    (of_key / "config.yaml").write_text(f"lora:\n  rank: {key}\n")
+    summary: dict[str, Any] = {"suite": {"name": key}, "sides": {"base": {"model": place}}, "notes": [place]}
+    found = OfRun([Unkept(place, summary, {}, {}, ())], [f"{home}/evals/old was made of another adapter"])
+    record, other = read_run(folder), read_run(of_key)
+    for page in (of_run(record, found, [Other(other)]), of_run(other, NONE, [Other(record)])):
+        assert str(home) not in page and key not in page and "sk-a…" in page
+    told = json.dumps(as_json(record, found, [Other(other)]))
+    assert str(home) not in told and key not in told
 
 
 def test_settings_that_differ_come_first_and_no_other_is_among_them(tmp_path: Path) -> None:

@@ -144,6 +144,28 @@ def test_the_page_is_written_when_the_setting_says_so_however_the_run_ends(
     assert (run / PAGE_FILE).exists() == after
 
 
+def test_pages_of_a_run_read_only_what_is_new_and_take_a_small_share_of_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page takes one second here, and an evaluation comes each second."""
+    now, made = 0.0, list[tuple[float, Any]]()
+
+    def refresh(run: Path, following: Any) -> None:
+        nonlocal now
+        made.append((now, following))
+        now += 1
+
+    monkeypatch.setattr(run_page, "refresh_page", refresh)
+    display = contextlib.nullcontext(lambda event: None)
+    with run_page.with_page(display, tmp_path, "evaluations", lambda: now) as listener:
+        listener(BEGUN)
+        while now < 50:
+            listener(EVALUATED)
+            now += 1
+    assert [when for when, _ in made] == [0, 2, 22, 42, 50]  # the first may have read the data; the last is at the end
+    assert len({following for _, following in made}) == 1
+
+
 def test_no_page_is_written_into_a_folder_where_no_run_began(kept: Path) -> None:
     """A command that was refused leaves another's run as it is."""
     doing = {"kind": "doing", "what": "reading"}

@@ -128,6 +128,10 @@ def test_numbers_that_are_none_and_jumps_of_the_loss_are_a_rate_that_is_too_high
     )
     assert names(told(*FALLING, valid=(3.0, None))) == ["learning rate too high"]
     assert names([{"kind": "end", "step": 0, "state": "failed", "nonfinite": True}]) == []  # nothing was trained before
+    one_left_out, other = ({"kind": "note", "step": step, "nonfinite": True} for step in (3, 7))
+    assert names([*told(*FALLING, valid=(3.0, 1.2)), one_left_out]) == []  # what train.on_nonfinite: skip is for
+    (one,) = observations_of_run([*told(*FALLING, valid=(3.0, 1.2)), one_left_out, other])
+    assert one["measure"].startswith("2 of 22 steps were left out") and "(first: step 3)" in one["measure"]
     jumped = [*FALLING[:8], *[9.0] * 6, *FALLING[14:]]
     (one,) = observations_of_run(told(*jumped, valid=(3.0, 2.0)))
     assert (
@@ -135,6 +139,7 @@ def test_numbers_that_are_none_and_jumps_of_the_loss_are_a_rate_that_is_too_high
     )
     # Losses that scatter, and a rate that is too low to teach anything, are none.
     assert names(told(*[1.0, 3.0, 2.0, 1.4] * 8, valid=(2.0, 1.99))) == []
+    assert names(told(*[2.5] * 20, valid=(2.5, 2.5001))) == []
     # Both rise: not what overfitting looks like.
     assert names(told(*[3.0 + 0.1 * step for step in range(20)], valid=(3.0, 4.0, 4.5, 5.0))) == [
         "learning rate too high"

@@ -34,9 +34,8 @@ def model_of_run_option(text: str = MODEL) -> Callable[[F], F]:
 
 
 def _or_that_of_the_run(context: click.Context, _: click.Parameter, given: str | None) -> str:
-    """--model as given, else the folder that the configuration of the run names. Raises UserError where there is none.
-
-    A hub id is asked for only where the command line names it.
+    """--model as given, else the folder of what the configuration of the run names. Raises UserError where there is
+    none: of a hub id that only the run names the copy in the local cache is taken, and the hub is not asked.
     """
     if given is not None:
         return given
@@ -49,13 +48,19 @@ def _or_that_of_the_run(context: click.Context, _: click.Parameter, given: str |
     if not run.is_run():
         raise UserError(f"{adapter} does not say which model it belongs to", "Name the model: --model DIR.")
     model = run.config(None).model.path
-    if not Path(model).expanduser().is_dir():
+    folder = Path(model).expanduser()
+    if model and not folder.exists():
+        from mlxtune.model import hub
+
+        if hub.is_id(model):
+            folder = hub.resolve(model, local_only=f"To ask the hub for it name it: --model {shlex.quote(model)}.")
+    if not folder.is_dir():
         missing = "is no folder here" if model else "is not named"
         raise UserError(
             f"the model {model or 'that was trained'} of {run.config_file} {missing}", "Name it: --model DIR."
         )
     note(f"--model {model}, from {run.config_file}")
-    return model
+    return model if Path(model).expanduser().is_dir() else str(folder)
 
 
 def split_option(text: str, **settings: Any) -> Callable[[F], F]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
-from mlxtune_convert.files import new_file, refuse_existing
 from mlxtune_convert.shown import shown_json
 
-from mlxtune.cli import common, curate
+from mlxtune.cli import common, curate, pages
 from mlxtune.cli.options import Command, Group, Need, OptionFor
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def check(
     )
     config = configuration.load(file, settings, {"data.path": path})
     if html is not None:  # what is wrong with it is said before the rows are read
-        _require_place(html, force)
+        pages.require_place(html, force)
     if file is not None:
         for line in reach.hub_notes(config, file, {"model.path"} | reach.keys_named(settings, {"data.path": path})):
             common.note(line)
@@ -138,7 +137,10 @@ def check(
     with survey_table.progress(common.console()) as progress:
         told = checks.survey(config, renderer, progress)
     if html is not None:
-        _write_page(html, path or str(file), model, config, renderer, told)
+        from mlxtune.report import data_page, surveyed
+
+        found = surveyed.Surveyed(told, surveyed.first_row(config, renderer))
+        pages.write(html, data_page.of_data(path or str(file), model, found), force)
     if as_json:
         click.echo(shown_json(told))
     else:
@@ -147,26 +149,6 @@ def check(
     if strict and errors:
         listed = ", ".join(f"{finding['count']} {finding['what']} ({finding['split']})" for finding in errors)
         raise UserError(f"--strict: {listed}")
-
-
-def _require_place(html: Path, force: bool) -> None:
-    """Raise UserError where no page may be written. A page of an earlier time is replaced."""
-    from mlxtune.errors import UserError
-    from mlxtune.report.written import is_page
-
-    if html.suffix != ".html":
-        raise UserError(f"{html}: an HTML page is written", "Give it a name that ends with .html.")
-    refuse_existing(html, force or is_page(html))
-
-
-def _write_page(html: Path, name: str, model: str, config: Config, renderer: Renderer, told: dict[str, Any]) -> None:
-    """Write what a survey told, with a row as it is trained on. name: of the data."""
-    from mlxtune.report import data_page, surveyed
-
-    found = surveyed.Surveyed(told, surveyed.first_row(config, renderer))
-    with new_file(html, force=True) as out:  # `_require_place` allowed it
-        out.write(data_page.of_data(name, model, found))
-    common.console().print(f"{html}: the page", soft_wrap=True)
 
 
 @data.command()

@@ -32,7 +32,8 @@ def serve(
     token = new_token()
     view = View(folder, others, token, evaluations, with_answers)
     view.require_runs()
-    with Server(port, token, Fresh(view.look, view.page).page, f"{LIVE_POLICY}; frame-ancestors 'none'") as server:
+    policy = f"{LIVE_POLICY}; frame-ancestors 'none'"
+    with Server(port, token, Fresh(view.look, view.page).page, policy, say=common.note) as server:
         if not view.has_begun():
             common.note(f"{shown_name(folder)}: no run has begun here yet; the page will show it as soon as it does")
         click.echo(server.address)

@@ -1,4 +1,4 @@
-"""mlxtune eval --html: the page of an evaluation."""
+"""The pages of --html: where one may be written, and the page of an evaluation."""
 
 from __future__ import annotations
 
@@ -17,15 +17,33 @@ if TYPE_CHECKING:
     from mlxtune.report.evaluations import Evaluated
 
 
-def require_place(file: Path | None) -> None:
-    """Raise UserError where no page can be written there, before anything is answered. None: no page is wanted."""
+def require_place(file: Path | None, force: bool | None = None) -> None:
+    """Raise UserError where no page can be written there, before anything is answered or read. A page of an earlier
+    time is replaced.
+
+    file: None: no page is wanted; force: replace what is there; None: the command has no --force.
+    """
     from mlxtune.report.written import is_page
 
     if file is None:
         return
     if file.is_dir():
         raise UserError(f"--html {file} is a folder", "Name a file in it, as in --html page.html.")
-    refuse_existing(file, force=is_page(file))
+    if file.suffix.lower() != ".html":
+        raise UserError(f"--html {file}: an HTML page is written", "Give it a name that ends with .html.")
+    try:
+        refuse_existing(file, force=force or is_page(file))
+    except UserError as error:
+        raise error if force is not None else UserError(error.message, "Choose another name.") from error
+
+
+def write(file: Path, text: str, force: bool = False) -> None:
+    """Write a page where `require_place` allowed it."""
+    from mlxtune.report.written import is_page
+
+    with new_file(file, force=force or is_page(file)) as opened:
+        opened.write(text)
+    common.note(f"the page is {file}")
 
 
 def write_suite(
@@ -58,8 +76,5 @@ def write_benchmarks(file: Path, kept: Path | None, result: Mapping[str, Any]) -
 
 def _write(file: Path, evaluation: Evaluated, with_answers: bool) -> None:
     from mlxtune.report.of_evaluations import page_of
-    from mlxtune.report.written import is_page
 
-    with new_file(file, force=is_page(file)) as opened:
-        opened.write(page_of(evaluation, with_answers))
-    common.note(f"the page is {file}")
+    write(file, page_of(evaluation, with_answers))

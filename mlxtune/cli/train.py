@@ -127,7 +127,10 @@ def train(
             best = f", best {by} at step {state.best_step}, where the validation loss is {state.best_loss:.4f}"
     saved = f", {display.saved}" if display.saved else ""
     common.stdout().print(f"{folder}: {state.step} steps{best}{saved}")
-    common.next_commands(("eval", "--adapter", folder), ("chat", "--adapter", folder))
+    # A folder is found by the run; a model of the hub is asked for where it is named.
+    model = config.model.path
+    named = () if Path(model).expanduser().is_dir() else ("--model", model)
+    common.next_commands(*((command, *named, "--adapter", folder) for command in ("eval", "chat")))
 
 
 def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: Mapping[str, Any]) -> Config:

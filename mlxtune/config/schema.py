@@ -216,7 +216,7 @@ class TrainSection(Section):
     report: Literal["end", "evaluations", "off"] = Field(
         "end",
         description="when RUN/report.html, the page of the run, is written: at the end, however the run ends; after "
-        "each evaluation too; or never",
+        "evaluations too, for 5% of the time at most; or never",
     )
     keep_awake: Literal["auto", "off"] = Field("auto", description="auto: a Mac does not go to sleep while training")
     rank_minutes: float = Field(

@@ -8,7 +8,6 @@ from typing import Any
 from mlxtune.data.survey.report import SEVERITIES
 from mlxtune.report.html import Html
 from mlxtune.report.page import Section, page
-from mlxtune.report.run_record import in_home
 from mlxtune.report.secrets import masked
 from mlxtune.report.sections import data
 from mlxtune.report.surveyed import Surveyed
@@ -21,7 +20,7 @@ def of_data(name: str, model: str, found: Surveyed) -> str:
     """A whole page. name: of the data; model: whose tokens the rows are made of, as it was named."""
     body = Section("data", "The rows", data.of_survey(found))
     record = {"data": name, "model": model, **found.told}
-    return page(f"Data: {masked(in_home(name))}", _lead(in_home(model), found.told), [body], record)
+    return page(f"Data: {masked(name)}", _lead(model, found.told), [body], record)
 
 
 def _lead(model: str, told: dict[str, Any]) -> Html:

@@ -6,6 +6,7 @@ file: not by a path, for a run may have gone on since, or another may lie there 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,11 +80,14 @@ NONE = OfRun()
 def evaluations_of(run: Path, given: Sequence[Path] = ()) -> OfRun:
     """Those that are named, or else those in and beside the run.
 
-    given: folders that `mlxtune eval ... --out` wrote. Raises UserError where one of them is none, or is of another
-    adapter than the run's.
+    given: folders that `mlxtune eval ... --out` wrote. None while the run goes on: it replaces its adapter, of which an
+    evaluation would be one. Raises UserError where one of them is none, or is of another adapter than the run's.
     """
+    if RunFolder(run).is_training():
+        why = "is not shown while the run goes on, for its adapter is replaced again and again"
+        return OfRun(notes=[f"{folder.name} {why}" for folder in given])
     if given:
-        return OfRun([without_secrets(_named(folder, run, _adapter_in(run))) for folder in given])
+        return OfRun([without_secrets(_named(folder, run, adapter_in(run))) for folder in given])
     found, notes = list[Evaluated](), list[str]()
     held: str | None = None  # the run's adapter; not known yet, for it may be large and mostly nobody asks
     for folder in _candidates(run):
@@ -93,7 +97,7 @@ def evaluations_of(run: Path, given: Sequence[Path] = ()) -> OfRun:
             continue  # a summary.json of another program
         tuned = _adapter_of(evaluation.summary)
         if tuned is not None and held is None:
-            held = _adapter_in(run)
+            held = adapter_in(run)
         if tuned is not None and tuned == held:
             found.append(without_secrets(evaluation))
         elif _is_at(evaluation.summary, run):
@@ -101,10 +105,25 @@ def evaluations_of(run: Path, given: Sequence[Path] = ()) -> OfRun:
     return OfRun(found, notes)
 
 
-def _adapter_in(run: Path) -> str:
-    """The digest of the adapter that a run holds; "" where it holds none."""
+def adapter_in(run: Path) -> str:
+    """The digest of the adapter that a run holds; "" where it holds none, or one that cannot be read.
+
+    A page asks several times, and a live page is made again and again: a file that stays as it is is hashed once.
+    """
     adapter = RunFolder(run).adapter
-    return "" if adapter is None else digest(adapter)
+    if adapter is None:
+        return ""
+    try:
+        status = adapter.stat()
+        return _digest(adapter.resolve(), (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    except OSError:
+        return ""
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(file: Path, _stamp: tuple[int, ...]) -> str:
+    """_stamp: of the file: with another its bytes may be others."""
+    return digest(file)
 
 
 def _named(folder: Path, run: Path, own: str) -> Evaluation:

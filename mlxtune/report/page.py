@@ -13,8 +13,7 @@ from typing import Any
 
 from mlxtune.report.html import Html, document, raw_script, raw_style, script_json, tag
 from mlxtune.report.live.script import REFRESH_SECONDS, SCRIPT, SCRIPT_HASH
-from mlxtune.report.run_record import values_without_home
-from mlxtune.report.secrets import masked_values
+from mlxtune.report.secrets import masked, masked_values
 from mlxtune.report.style import SHEET, SHEET_HASH
 
 POLICY = f"default-src 'none'; style-src '{SHEET_HASH}'; base-uri 'none'; form-action 'none'"
@@ -36,8 +35,8 @@ def page(title: str, lead: Html, sections: Sequence[Section], record: Mapping[st
     """A whole HTML document.
 
     lead: what is said first, under the title; record: all that the page shows, for programs, as JSON under the id
-    "record", its secrets and the home folder of who made it hidden; live: the token of a served page, which follows its
-    run (`live.script`); "": a file.
+    "record"; its texts and the title are masked; live: the token of a served page, which follows its run
+    (`live.script`); "": a file.
     Raises ValueError for two sections of one name.
     """
     anchors = [section.anchor for section in sections]
@@ -51,16 +50,16 @@ def page(title: str, lead: Html, sections: Sequence[Section], record: Mapping[st
         tag("meta", name="referrer", content="no-referrer"),
         OURS,
         _follows_without_script() if live else None,
-        tag("title", title),
+        tag("title", masked(title)),
         raw_style(SHEET),
     )
     links = [tag("li", tag("a", section.title, href=f"#{section.anchor}")) for section in sections]
     body = tag(
         "body",
-        tag("header", tag("h1", title), tag("div", lead, class_="lead")),
+        tag("header", tag("h1", masked(title)), tag("div", lead, class_="lead")),
         tag("nav", tag("ul", links), aria_label="Sections") if links else None,
         tag("main", _live_line() if live else None, [_drawn(section) for section in sections]),
-        script_json("record", masked_values(values_without_home(record))),
+        script_json("record", masked_values(record)),
         raw_script(SCRIPT) if live else None,
     )
     return document(tag("html", head, body, lang="en"))

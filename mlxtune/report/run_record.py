@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -214,23 +212,3 @@ def in_home(place: str) -> str:
     home = os.path.expanduser("~")
     is_inside = home not in ("", "/") and place.startswith(f"{home}/")
     return f"~{place[len(home) :]}" if is_inside else place
-
-
-def without_home(text: str) -> str:
-    """The same of all paths in a text."""
-    home = os.path.expanduser("~")
-    if home in ("", "/"):
-        return text
-    ends = r"(?=$|[/\s'\",:;)\]}])"
-    return re.sub(rf"(?<![\w.~-]){re.escape(home)}{ends}", "~", text)  # not another path that only holds its letters
-
-
-def values_without_home(value: Any) -> Any:
-    """The same of all texts in a value of JSON, keys among them."""
-    if isinstance(value, str):
-        return without_home(value)
-    if isinstance(value, Mapping):
-        return {without_home(str(key)): values_without_home(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [values_without_home(one) for one in value]
-    return value

@@ -1,4 +1,4 @@
-"""Secrets in the texts of other people, hidden: a page is sent by mail and put on walls.
+"""Secrets in the texts of other people, and where somebody's home is, hidden: a page is sent by mail and put on walls.
 
 What is a secret is what `data check` takes for one (`lint.SECRETS`). A text is masked before it is cut or divided into
 words: half of a key is a key that no pattern finds.
@@ -6,6 +6,8 @@ words: half of a key is a key that no pattern finds.
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,9 +28,35 @@ def masked(text: str) -> str:
     """A text with each secret in it replaced by its first characters and "…".
 
     `password = "correct-horse"` becomes `password = "…"`, AKIA and what follows `AKIA…`, and of a private key its first
-    line stays. A masked text stays as it is when it is masked again.
+    line stays. The home of who makes the page is ~. A masked text stays as it is when it is masked again.
     """
-    return _WHOLE.sub(_hidden, _without_private_keys(text))
+    return without_home(_WHOLE.sub(_hidden, _without_private_keys(text)))
+
+
+def without_home(text: str) -> str:
+    """A text with ~ for the home in all of its paths."""
+    pattern = _in_home(os.path.expanduser("~"))
+    return text if pattern is None else pattern.sub("~", text)
+
+
+@functools.lru_cache(maxsize=4)
+def _in_home(home: str) -> re.Pattern[str] | None:
+    """Finds a home where a path begins with it, under both of its names if it is a link; None: it says nothing."""
+    places = {place for place in (home.rstrip("/"), os.path.realpath(home)) if len(place) > 1 and place[0] == "/"}
+    if not places:
+        return None
+    return re.compile(rf"(?<![\w.~-])(?:{'|'.join(map(re.escape, sorted(places, key=len, reverse=True)))})(?![\w.-])")
+
+
+def without_home_values(value: Any) -> Any:
+    """The same of all texts in a value of JSON."""
+    if isinstance(value, str):
+        return without_home(value)
+    if isinstance(value, Mapping):
+        return {str(key): without_home_values(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_home_values(one) for one in value]
+    return value
 
 
 def masked_values(value: Any) -> Any:

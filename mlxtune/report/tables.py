@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 from mlxtune.report.html import Child, Html, tag
+from mlxtune.report.secrets import masked
 
 Kind = Literal["good", "bad", "neutral", "warning"]
 
@@ -47,10 +48,22 @@ def folded(summary: str, *children: Child, is_open: bool = False) -> Html:
 
 
 def callout(kind: Kind, *children: Child) -> Html:
-    """A boxed line."""
+    """A boxed line. What it says may repeat what others wrote (a damaged file, a note): its texts are masked."""
     sign, word = SIGNS[kind]
     mark = tag("span", sign, class_="sign", aria_hidden="true")
-    return tag("div", mark, tag("strong", f"{word}: ", class_="word"), tag("div", *children), class_=f"callout {kind}")
+    return tag(
+        "div",
+        mark,
+        tag("strong", f"{word}: ", class_="word"),
+        tag("div", *map(_masked, children)),
+        class_=f"callout {kind}",
+    )
+
+
+def _masked(child: Child) -> Child:
+    if child is None or isinstance(child, Html):
+        return child
+    return masked(child) if isinstance(child, str) else [_masked(one) for one in child]
 
 
 def _aligned(column: int, numbers: Collection[int]) -> str | None:

@@ -12,6 +12,7 @@ from mlxtune.report.evaluations import evaluations_of
 from mlxtune.report.page import OURS
 from mlxtune.report.run_record import RunRecord, read_run
 from mlxtune.report.sections.comparing import Other
+from mlxtune.train.events import Following
 from mlxtune.train.run_folder import PAGE_FILE, RunFolder
 
 HEAD = 4_096  # bytes in which a page of ours says so
@@ -43,10 +44,12 @@ def write_page(
     return out
 
 
-def refresh(run: Path) -> None:
-    """Write RUN/report.html anew, where there is a run. Raises UserError as `write_page` does, and whatever else."""
+def refresh(run: Path, following: Following | None = None) -> None:
+    """Write RUN/report.html anew, where there is a run. following: as `read_run` takes it. Raises UserError as
+    `write_page` does, and whatever else.
+    """
     if RunFolder(run).is_run():
-        write_page(read_run(run))
+        write_page(read_run(run, following))
 
 
 def is_page(path: Path) -> bool:

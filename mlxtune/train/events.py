@@ -10,7 +10,7 @@ An event is a dictionary with its `kind`:
     eval         `loss` and `tokens` of the validation rows after `step`, `samples`, and a suite's `checks`, without
                  those that applied to no answer; `cut`: how many of its answers were cut; `seconds` of it all
     checkpoint   `step`, the `path` of its folder in RUN, and the `seconds` that saving took
-    note         `text`: something that a person must know; `nonfinite`: of a step that was left out
+    note         `text`: something that a person must know; `nonfinite`: of a `step` that was left out
     end          `state`: finished, interrupted or failed; after `step`; `nonfinite`: a loss or gradient of the step
                  after it was no number
 

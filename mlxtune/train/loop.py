@@ -297,7 +297,7 @@ class _Loop:
         job, state = self.job, self.state
         where = f"step {state.step + 1}: {error}"
         if job.section.on_nonfinite == "skip" and state.skipped < MAX_SKIPPED:
-            self.events.emit("note", text=f"{where}; the step is skipped", nonfinite=True)
+            self.events.emit("note", step=state.step + 1, text=f"{where}; the step is skipped", nonfinite=True)
             return replace(state, skipped=state.skipped + 1)
         kept = self._keep_last_good()
         self.events.emit("end", step=state.step, state="failed", nonfinite=True)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from mlxtune.evaluate.observations.seen import OFTEN, Observation
+from mlxtune.evaluate.observations.seen import OFTEN, TWICE, Observation
 
 Events = Sequence[Mapping[str, Any]]
 
+RATE = "learning rate too high"
 LAST_STEPS = 10  # of training, whose mean loss stands for where it ended
 FIRST_STEPS = 5  # of training, whose mean loss stands for where it began
 WORSE = 1.1  # times the loss at the beginning, from which training made worse what it trained on
@@ -28,6 +29,7 @@ ROSE_BY = 1.1  # times the lowest validation loss, from which the last one is sa
 LEAST_ROWS = 50  # OpenAI's guide to fine-tuning sees clear improvements from 50 to 100 examples on
 FEW_ROWS = 500  # of training, below which a model learns rows by heart easily
 GAP = 0.5  # of the validation loss: a training loss below it is of rows that are known by heart
+LOST = 0.01  # share of the steps, from which it is worth a word that they were left out for bad numbers
 LEAKED = 0.05  # share of the held-out rows, from which their loss says little
 
 
@@ -176,14 +178,9 @@ def _rate(events: Events, losses: _Losses) -> Iterator[Observation]:
     rates = [event["lr"] for event in events if event["kind"] == "train" and isinstance(event.get("lr"), float)]
     rate = f" (train.lr {max(rates):g})" if rates else ""
     fix = "set a lower train.lr: a tenth of it, say; more train.warmup_steps help where the loss jumps at the beginning"
-    name = "learning rate too high"
-    lost = sum(bool(event.get("nonfinite")) for event in events)
-    lost += sum(event["kind"] == "eval" and event.get("loss") is None for event in events)
-    if lost and losses.train:
-        step = losses.train[-1][0]
-        measure = f"the loss or a gradient was no number any more, {lost} times; the last good step was {step}{rate}"
-        fix += "; train.dtype: float32 where numbers leave the range of float16"
-        yield Observation(name, measure, lost, 1, "once", fix)
+    lost = _lost(events, losses, rate, fix)
+    if lost is not None:
+        yield lost
         return
     first = losses.first
     if first is None or first <= 0 or len(losses.train) < 2:
@@ -192,20 +189,46 @@ def _rate(events: Events, losses: _Losses) -> Iterator[Observation]:
     ended = fmean(values[-min(LAST_STEPS, max(1, len(values) // 2)) :])
     valid = [loss for _, loss in losses.valid]
     learned_nothing = ended > WORSE * first or ended > LEARNED * fmean(values[:FIRST_STEPS])
-    if len(valid) > 1 and valid[-1] > valid[0] and learned_nothing:
+    rose = len(valid) > 1 and valid[-1] > valid[0]
+    # A rate that is far too low leaves both losses where they were, and by chance a little above.
+    if rose and learned_nothing and (valid[-1] > WORSE * valid[0] or ended > WORSE * first):
         measure = (
             f"the validation loss rose from {valid[0]:.3f} to {valid[-1]:.3f}, and the training loss, "
             f"{values[0]:.3f} at the first step, ended at {ended:.3f}{rate}"
         )
-        limit = "a higher validation loss than before training, while the training loss did not fall either"
-        yield Observation(name, measure, valid[-1] / valid[0], 1.0, limit, fix)
+        limit = f"either loss {WORSE:g} times that of the beginning, while the other one did not fall"
+        yield Observation(RATE, measure, max(valid[-1] / valid[0], ended / first), WORSE, limit, fix)
         return
     means = [fmean(values[at : at + JUMP_STEPS]) for at in range(len(values) - JUMP_STEPS + 1)]
     if means and max(means) > JUMPED * first:
         step = losses.train[means.index(max(means))][0]
         measure = f"the training loss jumped from {first:.3f} to {max(means):.3f} after step {step}{rate}"
         limit = f"{JUMPED:g} times the loss at the beginning, in the mean of {JUMP_STEPS} steps"
-        yield Observation(name, measure, max(means) / first, JUMPED, limit, fix)
+        yield Observation(RATE, measure, max(means) / first, JUMPED, limit, fix)
+
+
+def _lost(events: Events, losses: _Losses, rate: str, fix: str) -> Observation | None:
+    """Numbers that were none: they ended the run, spoilt an evaluation, or steps were left out for them (now and then
+    one is what train.on_nonfinite: skip is for). None where nothing was trained before, too.
+    """
+    if not losses.train:
+        return None
+    fix += "; train.dtype: float32 where numbers leave the range of float16"
+    ended = any(event["kind"] == "end" and event.get("nonfinite") for event in events[-1:])
+    spoilt = sum(event["kind"] == "eval" and event.get("loss") is None for event in events)
+    if ended or spoilt:
+        what = "a loss or gradient was no number, which ended the run" if ended else "the validation loss was no number"
+        measure = f"{what}; the last good step was {losses.train[-1][0]}{rate}"
+        return Observation(RATE, measure, spoilt + ended, 1, "once", fix)
+    left_out = [event for event in events if event["kind"] == "note" and event.get("nonfinite")]
+    steps = len(losses.train) + len(left_out)
+    if len(left_out) < TWICE or len(left_out) / steps < LOST:
+        return None
+    first = left_out[0].get("step")  # earlier versions did not note it
+    which = "" if first is None else f" (first: step {first})"
+    measure = f"{len(left_out)} of {steps} steps were left out, for a loss or gradient that was no number{which}{rate}"
+    limit = f"{LOST:.0%} of the steps, and {TWICE} of them"
+    return Observation(RATE, measure, len(left_out) / steps, LOST, limit, fix)
 
 
 def _overfits(losses: _Losses) -> Iterator[Observation]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mlxtune_convert.shown import shown_name
 
+from mlxtune.report.secrets import masked
+
 
 def names(folders: Sequence[Path]) -> list[str]:
     """A name for each folder, all different: its last part, with as many of those before it as tell it from the others.
@@ -29,7 +31,7 @@ def names(folders: Sequence[Path]) -> list[str]:
             break
         lengths = grown
     found: list[str] = []
-    for name in map(shown_name, short):
+    for name in (shown_name(masked(one)) for one in short):
         number, numbered = 2, name
         while numbered in found:
             numbered = f"{name} ({number})"

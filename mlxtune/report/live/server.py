@@ -50,11 +50,15 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_port = False  # newer versions of Python let two servers share a port, in silence
 
-    def __init__(self, port: int, token: str, page: Callable[[], Made], policy: str) -> None:
+    def __init__(
+        self, port: int, token: str, page: Callable[[], Made], policy: str, say: Callable[[str], None]
+    ) -> None:
         """port: 0 for any that is free; page: the page as it is now, asked by several threads; policy: the page's
-        content security policy. Raises UserError for a port that cannot be had.
+        content security policy; say: told once of each fault for which there is no page. Raises UserError for a port
+        that cannot be had.
         """
-        self.token, self.page, self.policy = token, page, policy
+        self.token, self.page, self.policy, self._say = token, page, policy, say
+        self._told: set[str] = set()  # faults; the page asks each second
         try:
             super().__init__((HOST, port), _Request)
         except OSError as error:
@@ -70,6 +74,11 @@ class Server(ThreadingHTTPServer):
         """A reader who goes away in the middle of an answer is no error."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
+
+    def tell(self, fault: str) -> None:
+        if fault not in self._told:
+            self._told.add(fault)
+            self._say(fault)
 
     @property
     def address(self) -> str:
@@ -91,7 +100,9 @@ class _Request(BaseHTTPRequestHandler):
             return
         try:
             made = self.server.page()
-        except (UserError, OSError):  # a file that is just being replaced: the page asks again
+        except Exception as error:  # a file that is just being replaced, or a fault of ours: the page asks again
+            if not isinstance(error, UserError | OSError):
+                self.server.tell(f"the page cannot be made ({type(error).__name__}: {error})")
             self._send(503, b"the page cannot be made just now\n")
             return
         if self.headers.get("If-None-Match") == made.tag:

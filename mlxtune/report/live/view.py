@@ -87,8 +87,8 @@ class View:
         return of_run(record, evaluations, others, self._token, self._with_answers, self._has_read_data())
 
     def _evaluations(self, record: RunRecord, named: Sequence[Path] = ()) -> OfRun:
-        """None while the run goes on: it replaces its adapter, of which an evaluation would be one."""
-        return NONE if record.state == "running" else evaluations_of(record.folder, named)
+        """None where the run's folder is gone."""
+        return evaluations_of(record.folder, named) if RunFolder(record.folder).is_run() else NONE
 
     def _record(self, folder: Path) -> RunRecord | None:
         """A run as it is; as it was, where its folder is gone; None: it has not begun."""

@@ -16,13 +16,12 @@ from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
 from mlxtune.report.secrets import masked
 from mlxtune.report.sections.one_by_one import counted, names_of, one_by_one
-from mlxtune.report.sections.words import change, marked
+from mlxtune.report.sections.words import change, cut, marked
 from mlxtune.report.tables import folded
 
 MOST = 20  # prompts that are shown of an evaluation
 OPEN = 5  # of these, that are shown without being asked for
 LONG = 1_200  # characters of a pair of answers, beyond which it is folded
-LONGEST = 4_000  # characters of one text that are shown
 
 
 def section(evaluations: Sequence[Evaluated]) -> Section | None:
@@ -80,7 +79,7 @@ def _pair(
     scores: Sequence[PromptScores],
     names: tuple[str, str],
 ) -> Html:
-    old, new = _text(before[0]), _text(after[0]) if after else ""
+    old, new = cut(before[0].text), cut(after[0].text) if after else ""
     if after:
         of_old, of_new = marked(old, new)
     else:
@@ -90,7 +89,7 @@ def _pair(
         sides.append(tag("div", tag("h4", names[1]), of_new, _end(after[0])))
     beside = [tag("div", sides, class_="pair")]
     if prompt.reference:
-        beside.append(folded("The reference", tag("div", _cut(masked(prompt.reference)), class_="text")))
+        beside.append(folded("The reference", tag("div", cut(prompt.reference), class_="text")))
     is_long = len(old) + len(new) > LONG
     return tag(
         "article",
@@ -126,7 +125,7 @@ def _own_answers(evaluation: Evaluated, prompt: Prompt, names: tuple[str, str]) 
 def _asked(prompt: Prompt, own: Sequence[Sequence[tuple[str, str]]]) -> Html:
     """The last message; what came before it is folded. own: as `_own_answers` gives it."""
     *earlier, last = prompt.messages or [{}]
-    lines = [tag("div", _cut(masked(_content(last))), class_="text asked")]
+    lines = [tag("div", cut(_content(last)), class_="text asked")]
     if earlier:
         said, answers = [], iter(own)
         for one in earlier:
@@ -134,9 +133,9 @@ def _asked(prompt: Prompt, own: Sequence[Sequence[tuple[str, str]]]) -> Html:
             is_own = one.get("role") == "assistant" and content == OWN_ANSWER
             answered = next(answers, ()) if is_own else ()
             for name, text in answered:
-                said.append(tag("p", tag("strong", f"{who} ({name})"), ": ", _cut(masked(text))))
+                said.append(tag("p", tag("strong", f"{who} ({name})"), ": ", cut(text)))
             if not answered:
-                said.append(tag("p", tag("strong", who), ": ", _cut(masked(content))))
+                said.append(tag("p", tag("strong", who), ": ", cut(content)))
         lines.append(folded(counted(len(earlier), "earlier message"), *said))
     return joined(*lines)
 
@@ -152,17 +151,6 @@ def _content(message: dict[str, Any]) -> str:
             given = arguments if isinstance(arguments, str) else json_text(arguments)
             parts.append(f"[calls {function.get('name')}: {given}]")
     return "\n".join(parts)
-
-
-def _text(answer: Answer) -> str:
-    """As it is shown: secrets are hidden before anything is cut, for half of a key is no key that can be found."""
-    return _cut(masked(answer.text))
-
-
-def _cut(text: str) -> str:
-    if len(text) <= LONGEST:
-        return text
-    return f"{text[:LONGEST]} [... {len(text) - LONGEST:,} characters more]"
 
 
 def _end(answer: Answer) -> Html | None:

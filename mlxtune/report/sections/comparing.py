@@ -20,7 +20,7 @@ from mlxtune.report.drawing.thinning import Point
 from mlxtune.report.evaluations import Evaluated, evaluations_of
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
-from mlxtune.report.run_record import RunRecord, in_home, number_of, points_of, read_run
+from mlxtune.report.run_record import RunRecord, number_of, points_of, read_run
 from mlxtune.report.secrets import masked
 from mlxtune.report.sections.memory_time import sum_of
 from mlxtune.report.tables import callout, table
@@ -186,5 +186,5 @@ def _value(value: Any) -> str:
         return "no key of its version"
     if value is None or value == "":
         return UNKNOWN
-    text = masked(in_home(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    text = masked(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from mlxtune_convert.files import digest
 from mlxtune_convert.shown import OF_NO_NAME, shown_json
 
 from mlxtune.config.resolve import KEYS, Config
 from mlxtune.config.yaml_text import parse_yaml
 from mlxtune.errors import UserError
+from mlxtune.report.evaluations import adapter_in
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
-from mlxtune.report.run_record import RunRecord, in_home
-from mlxtune.report.secrets import masked
+from mlxtune.report.run_record import RunRecord
+from mlxtune.report.secrets import masked, without_home, without_home_values
 from mlxtune.report.tables import facts, folded, table
-from mlxtune.train.run_folder import RunFolder
 
 FLAGS = {"model.path": "--model", "data.path": "--data"}
 DIGESTS = {"model": "base model", "train": "training examples", "valid": "held-out examples"}
@@ -67,7 +65,7 @@ def _shown(value: Any) -> str:
     """A value for people; "-" for one that is not set."""
     if value is None or value == "":
         return "-"
-    return masked(in_home(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return masked(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _command(config: Mapping[str, Any]) -> Html:
@@ -88,14 +86,16 @@ def command_of(config: Mapping[str, Any]) -> str:
         if key in FLAGS:
             words.append(f"{FLAGS[key]} {_path(value)}")
         else:
-            words.append(f"--set {shlex.quote(f'{key}={_as_yaml(value)}')}")
+            words.append(f"--set {shlex.quote(f'{key}={_as_yaml(without_home_values(value))}')}")
     return " \\\n  ".join([*words, "--out NEW"])
 
 
 def _path(place: Any) -> str:
     """A path as a shell's word; below the home it begins with ~, which a shell knows outside of quotes alone."""
-    short = in_home(str(place))
-    return f"~/{shlex.quote(short[2:])}" if short.startswith("~/") and short != place else shlex.quote(str(place))
+    short = without_home(str(place))
+    if short == str(place):
+        return shlex.quote(short)
+    return f"~/{shlex.quote(short[2:])}" if short.startswith("~/") else short
 
 
 def _as_yaml(value: Any) -> str:
@@ -117,7 +117,8 @@ def made_of(record: RunRecord) -> dict[str, Child]:
     for name, what in DIGESTS.items():
         if isinstance(digests, Mapping) and digests.get(name):
             out[f"digest of the {what}"] = _code(digests[name])
-    adapter = _adapter_digest(record)
+    # Training that goes on replaces its adapter again and again.
+    adapter = "" if record.state == "running" else adapter_in(record.folder)
     if adapter:
         out["SHA-256 of the adapter's file"] = _code(adapter)
     versions = begun.get("versions")
@@ -127,17 +128,6 @@ def made_of(record: RunRecord) -> dict[str, Child]:
         if begun.get(name):
             out[name] = str(begun[name])
     return out
-
-
-def _adapter_digest(record: RunRecord) -> str:
-    """ "": there is no adapter, it cannot be read, or training goes on and replaces it again and again."""
-    if record.state == "running":
-        return ""
-    file: Path | None = RunFolder(record.folder).adapter
-    try:
-        return digest(file) if file is not None else ""
-    except OSError:
-        return ""
 
 
 def _code(value: Any) -> Html:

@@ -15,7 +15,7 @@ from mlxtune.report.drawing.figure import Mark
 from mlxtune.report.drawing.plots import histogram
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
-from mlxtune.report.run_record import RunRecord, without_home
+from mlxtune.report.run_record import RunRecord
 from mlxtune.report.secrets import masked
 from mlxtune.report.sections.trained_row import row_of
 from mlxtune.report.surveyed import Surveyed
@@ -47,7 +47,7 @@ def section(record: RunRecord) -> Section | None:
     noted = joined(counted, notes) if counted or notes else None
     if not record.config and noted is None:
         return None
-    said = f"The data cannot be read again: {masked(without_home(reason))}. "
+    said = f"The data cannot be read again: {masked(reason)}. "
     rest = "What follows is what the run noted." if noted else "The run noted nothing of it."
     return Section("data", "The data", joined(callout("warning", said, rest), noted))
 
@@ -84,7 +84,7 @@ def counts_of(record: RunRecord) -> Html | None:
 def _notes_of(record: RunRecord) -> Html | None:
     """What the run said of its rows, among all that it said."""
     notes = [note for note in record.notes() if note.startswith(SPLITS) or " training rows" in note]
-    return tag("ul", [tag("li", masked(without_home(note))) for note in notes]) if notes else None
+    return tag("ul", [tag("li", masked(note)) for note in notes]) if notes else None
 
 
 def of_survey(data: Surveyed) -> Html:

@@ -7,10 +7,9 @@ from typing import Any
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
 from mlxtune.report.run_record import RunRecord
-from mlxtune.report.secrets import masked
+from mlxtune.report.sections.words import cut
 
 MOST = 20  # prompts that are shown
-LONGEST = 4_000  # characters of one text that are shown
 
 
 def section(record: RunRecord) -> Section | None:
@@ -41,14 +40,8 @@ def _pair(prompt: str, first: int, before: str | None, last: int, after: str) ->
     if before is not None and first < last:
         texts.append(_answer(f"at step {first:,}", before))
     texts.append(_answer(f"at step {last:,}", after))
-    return tag("div", tag("h3", _cut(prompt)), tag("div", texts, class_="pair"))
+    return tag("div", tag("h3", cut(prompt)), tag("div", texts, class_="pair"))
 
 
 def _answer(when: str, text: str) -> Html:
-    return tag("div", tag("span", when, class_="dim"), tag("div", _cut(text) or "(nothing)", class_="text"))
-
-
-def _cut(text: str) -> str:
-    """Hidden first: half of a key is no key that anybody finds."""
-    hidden = masked(text)
-    return hidden if len(hidden) <= LONGEST else f"{hidden[:LONGEST]} … ({len(hidden) - LONGEST:,} more characters)"
+    return tag("div", tag("span", when, class_="dim"), tag("div", cut(text) or "(nothing)", class_="text"))

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxtune_convert.files import contents, digest, read_json
+from mlxtune_convert.files import contents, read_json
 from mlxtune_convert.sizes import size
 
 from mlxtune.errors import UserError
+from mlxtune.report.evaluations import adapter_in
 from mlxtune.report.html import Child, Html, joined, prose, tag
 from mlxtune.report.page import Section
 from mlxtune.report.run_record import RunRecord, number_of
+from mlxtune.report.secrets import masked
 from mlxtune.report.tables import callout, table
 from mlxtune.ship.verify import REPORT_FILE
-from mlxtune.train.run_folder import RunFolder
 
 MOST = 50  # that are shown
 LOOKED_AT = 500  # folders beside a run; who keeps more there keeps no exports
@@ -48,8 +49,7 @@ def found(record: RunRecord) -> list[Export]:
         places += sorted(path for path in contents(run) if path.is_dir() and not path.is_symlink())[:LOOKED_AT]
     except OSError:  # folders of other people
         pass
-    adapter = RunFolder(record.folder).adapter
-    own = "" if adapter is None else digest(adapter)
+    own = adapter_in(record.folder)
     out = []
     for place in places:
         out += [export for export in _in(place) if export.proof.get("adapter", "") in ("", own)]
@@ -101,10 +101,10 @@ def section(exports: Sequence[Export]) -> Section | None:
 def _row(export: Export) -> list[Child]:
     proof = export.proof
     if not proof:
-        return [export.name, "cannot be read", "", "", "", "", size(export.bytes)]
+        return [masked(export.name), "cannot be read", "", "", "", "", size(export.bytes)]
     difference = number_of(dict(proof), "max_difference")
     return [
-        export.name,
+        masked(export.name),
         str(proof.get("verdict", "unknown")),
         str(proof.get("candidate") or ""),
         "" if difference is None else f"{difference:.1e}",

@@ -12,7 +12,7 @@ from mlxtune.evaluate.observations.of_run import data_of
 from mlxtune.report.evaluations import Evaluated
 from mlxtune.report.html import Child, Html, joined, prose, tag
 from mlxtune.report.page import Section
-from mlxtune.report.run_record import RunRecord, in_home
+from mlxtune.report.run_record import RunRecord
 from mlxtune.report.secrets import masked
 from mlxtune.report.sections.one_by_one import title_of
 from mlxtune.report.tables import callout
@@ -103,5 +103,5 @@ def _values(fix: str, record: RunRecord | None) -> Html | None:
     for key in dict.fromkeys(KEY.findall(fix)):
         value = record.setting(key)
         if isinstance(value, str | int | float):
-            values.append(f"{key}: {in_home(masked(str(value))) or 'not set'}")
+            values.append(f"{key}: {masked(str(value)) or 'not set'}")
     return tag("p", f"In this run: {'; '.join(values)}.", class_="dim") if values else None

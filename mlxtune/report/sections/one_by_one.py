@@ -8,7 +8,7 @@ from typing import Any
 from mlxtune.errors import UserError
 from mlxtune.report.evaluations import Evaluated, side_of
 from mlxtune.report.html import Html, joined, tag
-from mlxtune.report.run_record import in_home
+from mlxtune.report.secrets import masked
 from mlxtune.report.tables import callout
 
 # What reading a summary raises that somebody changed by hand: it is JSON, and may hold anything anywhere.
@@ -41,14 +41,14 @@ def title_of(evaluation: Evaluated) -> str:
     suite = suite_of(evaluation)
     if evaluation.path is None or evaluation.path.name == suite:
         return suite
-    return f"{suite} ({evaluation.path.name})"
+    return f"{suite} ({masked(evaluation.path.name)})"
 
 
 def suite_of(evaluation: Evaluated) -> str:
     """What was asked, by name."""
     suite = evaluation.summary.get("suite")
     name = suite.get("name") if isinstance(suite, dict) else None
-    return name if isinstance(name, str) else evaluation.name
+    return masked(name if isinstance(name, str) else evaluation.name)
 
 
 def names_of(summary: Mapping[str, Any]) -> tuple[str, str]:
@@ -72,8 +72,8 @@ def sides_line(summary: Mapping[str, Any]) -> str:
         who = described.get("model") or described.get("server") or described.get("replay")
         if who:
             adapter = described.get("adapter")
-            tuned = f" with {in_home(str(adapter))}" if adapter else ""
-            parts.append(f"{name}: {in_home(str(who))}{tuned}")
+            tuned = f" with {masked(str(adapter))}" if adapter else ""
+            parts.append(f"{name}: {masked(str(who))}{tuned}")
     return "; ".join(parts)
 
 
@@ -81,7 +81,7 @@ def notes_of(notes: Sequence[Any]) -> Html | None:
     """What must be known beside the numbers."""
     if not notes:
         return None
-    return tag("ul", [tag("li", str(note)) for note in notes], class_="notes")
+    return tag("ul", [tag("li", masked(str(note))) for note in notes], class_="notes")
 
 
 def counted(n: int, what: str) -> str:

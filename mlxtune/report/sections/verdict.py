@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlxtune.report.html import Html, joined, prose, tag
-from mlxtune.report.run_record import RunRecord, in_home, number_of
+from mlxtune.report.run_record import RunRecord, number_of
 from mlxtune.report.secrets import masked
 from mlxtune.report.tables import Kind, callout
 from mlxtune.train.events import Event
@@ -41,7 +41,7 @@ def lead(record: RunRecord, is_evaluated: bool) -> Html:
 
 def done(record: RunRecord) -> str:
     """What was done, in a sentence."""
-    model = in_home(record.model) or "an unknown model"
+    model = masked(record.model) or "an unknown model"
     processes = record.begun.get("processes")
     shared = f" in {processes} processes" if isinstance(processes, int) and processes > 1 else ""
     if not record.step:

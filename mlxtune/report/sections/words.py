@@ -13,9 +13,17 @@ from collections import Counter
 from difflib import SequenceMatcher
 
 from mlxtune.report.html import Child, Html, tag
+from mlxtune.report.secrets import masked
 
 _WORDS = re.compile(r"\w+\s*|[^\w\s]\s*|\s+")
+LONGEST = 4_000  # characters of one text that are shown
 MOST_WORDS = 1_500  # of a text, that are compared: the time goes with the square
+
+
+def cut(text: str) -> str:
+    """The beginning of a text of others, as it is shown. Hidden first: half of a key is no key that anybody finds."""
+    hidden = masked(text)
+    return hidden if len(hidden) <= LONGEST else f"{hidden[:LONGEST]} [... {len(hidden) - LONGEST:,} characters more]"
 
 
 def marked(before: str, after: str) -> tuple[Html, Html]:
