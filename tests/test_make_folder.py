@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,24 @@ def test_an_engine_that_is_gone_ends_the_making_and_what_it_refused_last_is_aske
     with making(tmp_path, back) as one:
         assert all(isinstance(answer, Answer) for answer in one.ask(requests(0, 40)))
     assert back.asked[0].id == "r4"
+
+
+def test_prompts_that_can_never_be_asked_end_no_making_and_stay_refused(tmp_path: Path) -> None:
+    class Choosy(Scripted):
+        def plan(self, requests: Sequence[Request]) -> list[list[int]]:
+            if refused := [one.id for one in requests if int(one.id[1:]) % 4 == 1]:
+                raise UserError(f"prompt {refused[0]}: the template refuses it")
+            return super().plan(requests)
+
+    with making(tmp_path, Choosy(echo)) as one:
+        found = one.ask(requests(0, 36))  # nine of them are refused, one after the other
+        assert [answer.id for answer in found if isinstance(answer, Failed)] == [f"r{n}" for n in range(1, 36, 4)]
+        notes = one.finish(Yield("rows", 36))["notes"]
+    assert notes[0] == "1 requests have no answer: prompt r1: the template refuses it" and len(notes) == 6
+    assert notes[-1] == "4 requests more have no answer, each for a reason of its own"
+    again = Scripted(echo)
+    with making(tmp_path, again) as one:
+        assert one.ask(requests(0, 36)) == found and not again.asked
 
 
 def test_no_more_is_asked_than_may_be_and_more_may_be_asked_later(tmp_path: Path) -> None:

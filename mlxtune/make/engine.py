@@ -19,7 +19,7 @@ from mlxtune.data.template.tokenizer import require_folder
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.opening import Kind, kind_of, replayed
 from mlxtune.evaluate.engines.replay import Replay
-from mlxtune.evaluate.engines.request import Answer, Engine, Request
+from mlxtune.evaluate.engines.request import Answer, Engine, Request, Unaskable
 from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.engines.server import Server
 
@@ -103,7 +103,7 @@ class Patient:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._refused: dict[tuple[str, int], UserError] = {}  # by (id, sample)
+        self._refused: dict[tuple[str, int], Unaskable] = {}  # of the last plan, by (id, sample)
 
     @property
     def name(self) -> str:
@@ -118,6 +118,7 @@ class Patient:
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """As the engine plans them; those that it refuses, each alone, behind the others."""
+        self._refused = {}
         try:
             return self.engine.plan(requests)
         except UserError:
@@ -130,7 +131,7 @@ class Patient:
         try:
             self.engine.plan([request])
         except UserError as error:
-            self._refused[request.id, request.sample] = error
+            self._refused[request.id, request.sample] = Unaskable(error.message, error.hint)
             return False
         return True
 

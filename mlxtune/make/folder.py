@@ -44,6 +44,7 @@ PAIRS, VERDICTS = "pairs.jsonl", "judge.jsonl"
 FILES = Files(MARK, JOURNAL, "", "making", "Choose another --out, or add --force to begin anew.")
 OURS = (MARK, JOURNAL, TRAIN, REJECTED, CARD, PAIRS, VERDICTS, FILES.new)
 UNASKED = "not asked: --max-requests"  # why there is no answer beyond that number
+SAID = 5  # reasons why there are no answers that are said
 PATIENCE = 2  # batches in a row that an engine may refuse; with one more it is gone
 
 
@@ -280,8 +281,11 @@ class Making:
 
     def _document(self, yields: Yield, stopped: str) -> dict[str, Any]:
         notes = [*self.notes]
-        for why, count in self.failures.items():
+        for why, count in self.failures.most_common(SAID):
             notes.append(f"{count} requests have no answer: {why}")
+        said = sum(count for _, count in self.failures.most_common(SAID))
+        if said < self.failures.total():
+            notes.append(f"{self.failures.total() - said} requests more have no answer, each for a reason of its own")
         return {
             "out": str(self.out),
             **self.identity,

@@ -31,7 +31,7 @@ from typing import IO, Any
 from mlxtune_convert.files import contents, explained, flush_open, json_text, read_json
 
 from mlxtune.errors import UserError
-from mlxtune.evaluate.engines.request import Answer, Engine, Request, kept_answer
+from mlxtune.evaluate.engines.request import Answer, Engine, Request, Unaskable, kept_answer
 
 PLAN_FILE, ANSWERS_FILE, TIMES_FILE = "plan.json", "answers.jsonl", "times.jsonl"
 ANEW = "Choose another --out, and begin anew."
@@ -141,7 +141,13 @@ class Journal:
         return [one for one in got if one is not None]
 
     def _refuse(self, side: str, number: int, error: UserError, patience: int) -> None:
-        """Remember that an engine refused a batch. Raises the error where too many came one after the other."""
+        """Remember that an engine refused a batch. Raises the error where too many came one after the other. One that
+        could never be asked is no sign that the engine is gone.
+        """
+        if isinstance(error, Unaskable):
+            self.refused.setdefault(side, {})[str(number)] = error.message
+            self._write_plan()
+            return
         self._unsaid.append((side, str(number), error.message))
         if len(self._unsaid) > patience:
             raise error
