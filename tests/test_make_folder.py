@@ -156,6 +156,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert "--force" in caught.value.hint and held(tmp_path / "made") == before
     with making(tmp_path / "made", Scripted(echo), how="other", force=True) as one:
         assert one.ask(requests(0, 1)) and not (tmp_path / "made" / "train.jsonl").exists()
+        before = held(tmp_path / "made")
+        with pytest.raises(UserError, match="another process is answering"):
+            making(tmp_path / "made", Scripted(echo), how="third", force=True)
+        assert held(tmp_path / "made") == before
+    (tmp_path / "made" / ".train.jsonl.partial-12").write_text("{")  # as a kill leaves it
+    making(tmp_path / "made", Scripted(echo), how="third", force=True).close()
+    assert sorted(held(tmp_path / "made")) == ["journal.jsonl", "making.json"]
     (tmp_path / "made" / "thesis.txt").write_text("mine")
     for folder in ("made", "mine"):
         (tmp_path / folder).mkdir(exist_ok=True)

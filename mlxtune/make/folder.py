@@ -32,7 +32,7 @@ from mlxtune_convert.files import contents, explained, json_text, new_file
 
 import mlxtune
 from mlxtune.errors import UserError
-from mlxtune.evaluate.engines.journal import Files, Journal
+from mlxtune.evaluate.engines.journal import Files, Journal, locked
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
 from mlxtune.evaluate.engines.room import give_back
 from mlxtune.make.card import card
@@ -304,15 +304,22 @@ class Making:
 
 
 def _clear(out: Path) -> None:
-    """Take a making out of its folder. Raises UserError for a folder that holds something else."""
+    """Take a making out of its folder. Raises UserError for a folder that holds something else, and for one that
+    another process is making in.
+    """
     if not out.is_dir() or not contents(out):
         return
-    others = sorted(path.name for path in contents(out) if path.name not in OURS)
+    others = sorted(path.name for path in contents(out) if not _is_ours(path.name))
     if others or not (out / MARK).is_file():
         held = others[0] if others else "no making"
         raise UserError(
             f"{out} holds {held}: --force replaces what `mlxtune make` wrote alone", "Choose another --out."
         )
-    with explained(out):
+    with locked(out / JOURNAL, FILES), explained(out):
         for path in contents(out):
             os.unlink(path)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a making writes a file of this name: a kill may leave .train.jsonl.partial-1234 beside it."""
+    return name in OURS or any(name.startswith(f".{ours}.partial-") for ours in OURS)

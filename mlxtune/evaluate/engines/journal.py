@@ -210,7 +210,7 @@ class Journal:
         is_new = not (folder / self.files.plan).exists()
         if is_new:
             _require_nothing(folder, self.files)
-        self._lock = _locked(folder / self.files.answers, self.files)
+        self._lock = locked(folder / self.files.answers, self.files)
         try:
             if is_new:
                 self._write_plan()
@@ -293,7 +293,7 @@ def _require_nothing(folder: Path, files: Files) -> None:
             raise UserError(f"{folder} holds {path.name}, and no {files.what}", "Choose another --out.")
 
 
-def _locked(file: Path, files: Files) -> IO[bytes]:
+def locked(file: Path, files: Files) -> IO[bytes]:
     """A file, held by this process until it is closed. Raises UserError where another one holds it, and for a link."""
     if file.is_symlink():
         raise UserError(f"{file} is a link", f"The files of {_one(files.what)} are its own: choose another --out.")
