@@ -213,8 +213,9 @@ def make(
     out: Path, answers: Callable[[Request], str], wanted: Wanted, texts: list[Chunk], **more: Any
 ) -> dict[str, Any]:
     """The document of a making out of chunks. The questions of these chunks are alike, which is not what is tried."""
+    guard = more.pop("guard", Guard(["Where is market number 3?"]))
     with made.making(out, Scripted(answers), "from-documents", **more) as one:
-        maker = FromDocuments(one, texts, Guard(["Where is market number 3?"]), wanted)
+        maker = FromDocuments(one, texts, guard, wanted)
         return one.finish(*maker.run())
 
 
@@ -290,6 +291,14 @@ def test_what_the_engine_knows_without_the_text_does_not_stay_with_closed(tmp_pa
     make(tmp_path / "made", lambda one: answers.get(one.id, answer)(one), Wanted(1, closed=True), texts)
     assert [row["made"]["parents"] for row in lines(tmp_path / "made" / "train.jsonl")] == [["town.md#1"]]
     assert [row["question"] for row in reasons(tmp_path / "made")["known"]] == ["Whither went the baker?"]
+
+
+def test_a_text_beside_a_question_must_not_hold_what_is_guarded_either(tmp_path: Path) -> None:
+    texts = [*numbered(2), Chunk("suite.md", 3, "Fish is sold here on Fridays. It is in Elmc street, as bread is.")]
+    make(tmp_path / "made", honest, Wanted(1, with_text=True), texts, guard=Guard([texts[2].text]))
+    assert [row["made"]["parents"] for row in lines(tmp_path / "made" / "train.jsonl")] == [["town.md#1"]]
+    (guarded,) = reasons(tmp_path / "made")["guarded"]
+    assert texts[2].text in guarded["messages"][0]["content"]
 
 
 def test_unanswerable_questions_are_those_of_other_chunks_beside_a_text_that_does_not_answer_them(

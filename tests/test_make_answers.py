@@ -237,6 +237,8 @@ def test_what_may_not_be_asked_is_not_and_no_more_is_kept_than_is_wanted(tmp_pat
     assert (document["kept"], document["wanted"], document["rows"]) == (2, 2, 2)
     spent = run(tmp_path / "spent", replace(wanted, count=None), answer, most_requests=3)
     assert (spent["kept"], spent["stopped"]) == (3, "--max-requests 3 is spent")
+    said = run(tmp_path / "said", wanted, lambda one: f"Name the largest planet of the system {one.id}.")
+    assert said["kept"] == 0 and len(reasons(tmp_path / "said")["guarded"]) == 5  # an answer may hold it too
     again = run(tmp_path / "spent", replace(wanted, count=None), answer, most_requests=4)
     assert (again["kept"], again["stopped"]) == (4, "")
 

@@ -11,6 +11,7 @@ from made import Scripted, lines, making
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.make.folder import OURS, Failed, Making, Rejected, Row, Spent, Yield
+from mlxtune.make.guard import Guard
 
 
 def echo(request: Request) -> str:
@@ -170,6 +171,19 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"holds thesis.txt"):
             making(tmp_path / folder, Scripted(echo), how="third", force=True)
     assert (tmp_path / "made" / "making.json").is_file()
+
+
+def test_rows_of_which_one_holds_what_is_guarded_are_rejected_together(tmp_path: Path) -> None:
+    secret = "The fire brigade of Elmtown keeps its forks in the cellar."
+    good, bad = ([{"role": role, "content": text}] for role, text in (("user", "Hello."), ("assistant", secret)))
+    with making(tmp_path, Scripted(echo)) as one:
+        one.guard = Guard([secret])
+        assert one.keep(Row(good, one.made())) and not one.keep(Row(good, one.made()), Row(bad, one.made()))
+        one.finish(Yield("rows", 3))
+    assert [row["messages"] for row in lines(tmp_path / "train.jsonl")] == [good]
+    found = lines(tmp_path / "rejected.jsonl")
+    assert [(row["messages"], row["reason"]) for row in found] == [(good, "guarded"), (bad, "guarded")]
+    assert "forks" in found[0]["detail"]
 
 
 def test_a_reason_that_is_not_explained_is_a_fault_of_the_maker() -> None:

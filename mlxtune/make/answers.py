@@ -50,7 +50,7 @@ class WantedAnswers:
     most_words: int = MOST_WORDS
     # A person writes them: nothing is filtered, and what is empty was skipped.
     by_hand: bool = False
-    # A held-out suite that no prompt may be near to.
+    # A held-out suite that no prompt, and no answer, may be near to.
     guard: Guard = field(default_factory=Guard)
 
 
@@ -91,6 +91,7 @@ class Decided:
 
 def make_answers(making: Making, wanted: WantedAnswers) -> dict[str, Any]:
     """Ask, choose, and write the files of the making. Returns its document."""
+    making.guard = wanted.guard
     decided: list[Decided] = []
     total = len(wanted.rows) if wanted.count is None else min(wanted.count, len(wanted.rows))
     stopped = ""
@@ -210,9 +211,11 @@ def _decided(making: Making, wanted: WantedAnswers, row: SuiteRow, drafts: Seque
     """What is left of a prompt's answers after filters, checks and their agreement; None where nothing is."""
     good = []
     for draft in drafts:
-        reason = _wrong_with(wanted, draft)
+        reason, detail = _wrong_with(wanted, draft), ""
+        if not reason and (why := wanted.guard.why(draft.answer.text)) is not None:
+            reason, detail = "guarded", why
         if reason:
-            making.reject(Rejected(_as_row(draft), reason))
+            making.reject(Rejected(_as_row(draft), reason, detail))
         else:
             good.append(draft)
     if not good:

@@ -37,6 +37,7 @@ from mlxtune.evaluate.engines.request import Answer, Engine, Request
 from mlxtune.evaluate.engines.room import give_back
 from mlxtune.make.card import card
 from mlxtune.make.engine import Opened
+from mlxtune.make.guard import Guard
 from mlxtune.make.reasons import REASONS
 
 MARK, JOURNAL, TRAIN, REJECTED, CARD = "making.json", "journal.jsonl", "train.jsonl", "rejected.jsonl", "card.md"
@@ -141,6 +142,8 @@ class Making:
     failures: Counter[str] = field(default_factory=Counter)
     # How many of what --count counts are kept so far, where the maker counts others than rows.
     counted: int | None = None
+    # What no row may hold; the maker's.
+    guard: Guard = field(default_factory=Guard)
     # Tokens of all answers, where the engine counts them.
     tokens: int = 0
 
@@ -259,8 +262,18 @@ class Making:
         self._opened = None
         give_back()
 
-    def keep(self, row: Row) -> None:
-        self.rows.append(row)
+    def keep(self, *rows: Row) -> bool:
+        """Keep rows that belong together, and say so; or reject all of them, where one holds what is guarded: a text
+        that was no part of what the maker looked at may stand in it.
+        """
+        for row in rows:
+            why = self.guard.why_any(row.messages)
+            if why is not None:
+                for one in rows:
+                    self.reject(Rejected(one.as_json(), "guarded", why))
+                return False
+        self.rows += rows
+        return True
 
     def reject(self, rejected: Rejected) -> None:
         self.rejected.append(rejected)

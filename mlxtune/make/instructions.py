@@ -69,6 +69,7 @@ class SelfInstruct:
     rounds: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.making.guard = self.guard
         self._pool = Pool(seed.text for seed in self.seeds)
         self._prompts = Prompts(self.seeds, self.seed)
 

@@ -49,6 +49,7 @@ class Couple:
 def make_refusals(making: Making, policy: Policy, count: int, guard: Guard) -> dict[str, Any]:
     """Make so many refusals, with a neighbour each, and write the files of the making. Returns its document."""
     known = Pool(example for subject in policy.subjects for example in subject.examples)
+    making.guard = guard
     stopped, poor, turn = "", 0, 0
     making.counted = 0
     while making.counted < count and not stopped:
@@ -161,11 +162,13 @@ def _are_good(making: Making, couple: Couple, refusal: Answer, helped: Answer) -
 
 def _keep(making: Making, policy: Policy, couple: Couple, refusal: Answer, helped: Answer) -> None:
     system = [{"role": "system", "content": policy.system}] if policy.system else []
+    rows = []
     for what, request, answer in (("refusal", couple.request, refusal), ("neighbour", couple.neighbour, helped)):
         said = {"role": "assistant", "content": answer.text.strip()}
         made = {**making.made([couple.id]), "what": what, "subject": couple.subject.name}
-        making.keep(Row([*system, _user(request), said], made))
-    making.counted = (making.counted or 0) + 1
+        rows.append(Row([*system, _user(request), said], made))
+    if making.keep(*rows):
+        making.counted = (making.counted or 0) + 1
 
 
 def _wishes(policy: Policy, turn: int) -> list[Request]:

@@ -73,6 +73,7 @@ def make_turns(
     """Let conversations grow until the user spoke `turns` times in each, and write the files of the making. Returns its
     document. count: conversations to keep at most; None: all.
     """
+    making.guard = guard
     stopped, total = "", len(conversations) if count is None else min(count, len(conversations))
     for first in range(0, len(conversations), PORTION):
         if len(making.rows) >= total:

@@ -45,7 +45,7 @@ class FromDocuments:
     def __init__(self, making: Making, chunks: Sequence[Chunk], guard: Guard, wanted: Wanted) -> None:
         self.making = making
         self.chunks = chunks
-        self.guard = guard
+        making.guard = guard
         self.wanted = wanted
         self.kept: list[Kept] = []
         self._pool = Pool()
@@ -129,22 +129,18 @@ class FromDocuments:
         return unknown
 
     def _is_new(self, one: Kept) -> bool:
-        """Whether nothing kept asks the same, and the held-out suite does not either."""
+        """Whether nothing kept asks the same."""
         score, _ = self._pool.nearest(one.pair.question)
         if score > NEAR:
             self._reject(one, "near duplicate", f"ROUGE-L {score:.2f}")
             return False
-        texts = [one.pair.question, one.pair.answer]
-        why = self.guard.why_any([{"role": "user", "content": text} for text in texts])
-        if why is not None:
-            self._reject(one, "guarded", why)
-        return why is None
+        return True
 
     def _keep(self, one: Kept) -> None:
-        self._pool.add(one.pair.question)
-        self.kept.append(one)
         messages = self._conversation(one.chunk, one.pair.question, one.pair.answer)
-        self.making.keep(Row(messages, {**self.making.made([one.chunk.id]), "quote": one.pair.quote}))
+        if self.making.keep(Row(messages, {**self.making.made([one.chunk.id]), "quote": one.pair.quote})):
+            self._pool.add(one.pair.question)
+            self.kept.append(one)
 
     def _keep_unanswerable(self) -> None:
         share = self.wanted.unanswerable

@@ -42,7 +42,7 @@ class FromTemplate:
     def __init__(self, making: Making, description: Description, guard: Guard, count: int, seed: int) -> None:
         self.making = making
         self.description = description
-        self.guard = guard
+        self.guard = making.guard = guard
         self.count = count
         self.seed = seed
         self._texts: set[tuple[str, ...]] = set()  # of the prompts so far
@@ -114,12 +114,9 @@ class FromTemplate:
             if reason := wrong_with(Made(messages, answer)):
                 self._reject(draft, reason, answer.text)
                 return
-            if why := self.guard.why(answer.text):
-                self._reject(draft, "guarded", why)
-                return
             messages = [*messages, {"role": "assistant", "content": answer.text}]
-        self._kept[draft.template] += 1
-        self.making.keep(Row(messages, self.making.made([draft.id])))
+        if self.making.keep(Row(messages, self.making.made([draft.id]))):
+            self._kept[draft.template] += 1
 
     def _reject(self, draft: Draft, reason: str, detail: str = "") -> None:
         self.making.reject(Rejected({"messages": draft.messages, "template": draft.id}, reason, detail))
