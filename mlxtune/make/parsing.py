@@ -13,6 +13,10 @@ from typing import Any
 from mlxtune.make.seeds import Example
 
 _ITEM = re.compile(r"^[ \t]*(?:\*\*|#+[ \t]*)?(\d{1,3})[ \t]*[.):\u3001\uff0e](?:\*\*)?[ \t]*(.*)$")
+_LINE = re.compile(  # an item of one line: 1. x, 1、x, - x
+    r"^[ \t]*(?:(?:\*\*)?\d{1,3}[ \t]*(?:[.):](?:\*\*)?[ \t]+|[\u3001\uff0e\uff1a](?:\*\*)?[ \t]*)"
+    r"|[-*\u2022][ \t]+)(\S.*)$"
+)
 _HEADING = re.compile(r"^\W*example\s*\d*\W*$", re.IGNORECASE)
 _FIELD = re.compile(r"^[\s*_#>-]*(input|output|class label|label)[\s*_]*[:\uff1a][\s*_]*(.*)$", re.IGNORECASE)
 _OUTPUTS = ("output", "class label", "label")  # names of what an example ends, or for labels begins, with
@@ -38,6 +42,17 @@ def listed(text: str) -> list[str]:
         elif items:
             items[-1].append(line)
     return [_bare(" ".join(" ".join(lines).split())) for lines in items]
+
+
+def listed_lines(text: str) -> list[str]:
+    """The items of a list whose items are one line each: numbered, with dashes, or JSON. What stands around it is left
+    out. [] where there is none.
+    """
+    found = _json_items(text)
+    if found:
+        return [" ".join(item.split()) for item in found]
+    matches = [_LINE.match(line) for line in text.splitlines()]
+    return [_bare(match[1].strip()) for match in matches if match is not None]
 
 
 def _json_items(text: str) -> list[str]:

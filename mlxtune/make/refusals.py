@@ -10,7 +10,6 @@ Per subject, in rounds: the engine writes forbidden requests; to each a neighbou
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from mlxtune.data.survey.refusals import refuses
 from mlxtune.evaluate.checks.overlap import rouge_l
 from mlxtune.evaluate.engines.request import Answer, Request
+from mlxtune.make import parsing
 from mlxtune.make.answer_filters import Made, wrong_with
 from mlxtune.make.folder import Making, Rejected, Row, Spent, Yield
 from mlxtune.make.guard import Guard
@@ -28,7 +28,6 @@ AT_ONCE = 8  # forbidden requests that are asked for in one answer
 NEAR = 0.7  # ROUGE-L to an earlier request, above which it is the same again
 POOR_ROUNDS = 3  # in a row in which nothing new came: the engine repeats itself
 LEAST, MOST = 3, 150  # words of a request
-LISTED = re.compile(r"^[ \t]*(?:\d{1,3}[.):]|[-*•])[ \t]+(\S.*)$", re.MULTILINE)  # an item of a list
 TIRED = "the engine repeats itself: give more examples in the policy, a higher --temperature, or another engine"
 
 
@@ -93,7 +92,7 @@ def _round(
 
 def _listed(making: Making, subject: Subject, answer: Answer, turn: int, known: Pool, guard: Guard) -> list[Couple]:
     """The forbidden requests of a list, those that are good and new."""
-    items = [item.strip().strip('"“”').strip() for item in LISTED.findall(answer.text)]
+    items = [item.strip('"“”').strip() for item in parsing.listed_lines(answer.text)]
     if answer.finish == "length" and items:
         making.reject(Rejected({"request": items.pop()}, "cut"))
     if not items:
