@@ -22,7 +22,7 @@ from mlxtune.make.documents.absent import Kept, does_not_answer
 from mlxtune.make.documents.asking import Pair, parsed
 from mlxtune.make.documents.chunks import Chunk, chunks, estimated
 from mlxtune.make.documents.grounding import fault_of
-from mlxtune.make.documents.maker import FromDocuments, Wanted
+from mlxtune.make.documents.maker import FromDocuments, Wanted, expected_requests
 from mlxtune.make.documents.reading import Block, Document, find, html, markdown, read
 from mlxtune.make.guard import Guard
 
@@ -267,7 +267,8 @@ def test_the_count_ends_it_and_a_poor_engine_too(tmp_path: Path) -> None:
         return pair(f"{name} {name[::-1]} {name}?", "In Rome.", f"{name} lives in Rome")
 
     document = make(tmp_path / "few", answer, Wanted(per_chunk=1, count=5), texts)
-    assert (document["kept"], document["requests"], document["stopped"]) == (5, 32, "")
+    assert (document["kept"], document["requests"], document["stopped"]) == (5, 8, "")
+    assert expected_requests(texts, Wanted(1, count=5)) == 8 and expected_requests(texts, Wanted(3, count=51)) == 32
     document = make(tmp_path / "spent", answer, Wanted(per_chunk=1), texts, most_requests=40)
     assert document["kept"] == 40 and "--max-requests 40" in document["stopped"]
     document = make(tmp_path / "poor", lambda _: "no", Wanted(per_chunk=1), texts)

@@ -24,8 +24,9 @@ from mlxtune.make.critique import critique_prompt, finds_nothing, revision_promp
 from mlxtune.make.folder import PAIRS, UNASKED, VERDICTS, Failed, Making, Rejected, Row, Spent, Yield
 from mlxtune.make.guard import Guard
 from mlxtune.make.judged import verdicts_on
+from mlxtune.make.portions import asked_about, portions
 
-PORTION = 64  # prompts that are asked about at a time: many enough to fill batches
+PORTION = 64  # prompts that are asked about at a time, at most: many enough to fill batches
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,15 @@ def answer_requests(rows: Sequence[SuiteRow], samples: int) -> list[Request]:
     return [Request(row.id, row.messages, None, sample) for row in rows for sample in range(samples)]
 
 
+def expected_requests(wanted: WantedAnswers) -> int:
+    """How many requests there are at most, where every prompt gives a row."""
+    rows = len(wanted.rows) if wanted.count is None else asked_about(wanted.count, wanted.rows, PORTION)
+    return rows * wanted.samples * (3 if wanted.principles else 1)
+
+
 def _portions(wanted: WantedAnswers) -> Iterator[Sequence[SuiteRow]]:
     """Of a person one prompt is asked at a time: they may leave after any."""
-    size = 1 if wanted.by_hand else PORTION
-    for first in range(0, len(wanted.rows), size):
-        yield wanted.rows[first : first + size]
+    return portions(wanted.rows, 1 if wanted.by_hand else PORTION)
 
 
 def _may_be_asked(making: Making, wanted: WantedAnswers, row: SuiteRow) -> bool:
