@@ -25,10 +25,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from mlxtune_convert.files import contents, explained, json_text, new_file
+from mlxtune_convert.files import contents, explained, json_text, new_file, read_json
 
 import mlxtune
 from mlxtune.errors import UserError
@@ -314,6 +315,15 @@ class Making:
             "stopped": stopped,
             "notes": notes,
         }
+
+
+def begun_on(out: Path) -> str:
+    """The day (ISO) that the engine of a making in a folder was given; "" where there is no such making."""
+    try:
+        day = read_json(out / MARK, "a making")["identity"]["engine"]["day"]
+        return date.fromisoformat(day).isoformat()
+    except (UserError, KeyError, TypeError, ValueError):
+        return ""
 
 
 def _clear(out: Path) -> None:
