@@ -14,7 +14,8 @@ Example: plan [[r3, r1], [r2]], and answers.jsonl ends within the line of r1. Bo
 
 Who can do without an answer asks with `patience`: a batch that an engine refuses is then a batch without answers, which
 plan.json names once a later one was answered. Until then it may be the engine that is gone, and not that batch: what
-was refused last of all is asked again by the process that goes on.
+was refused last of all is asked again by the process that goes on. One that could never be asked is named
+at once: it says nothing of the engine.
 """
 
 from __future__ import annotations
