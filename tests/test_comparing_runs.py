@@ -152,6 +152,46 @@ def test_evaluations_of_one_suite_stand_side_by_side_with_the_numbers_of_compare
     assert cells(section.body, "three")[0] == f"{ranked[0]['share']:.1%}"
 
 
+def test_an_evaluation_that_runs_share_is_said_and_no_run_is_ranked_twice(tmp_path: Path) -> None:
+    """Copies of a run have equal adapters, so that each finds the other's evaluations."""
+    records = [run(tmp_path / name, 3, {}) for name in ("one", "copy", "two", "three")]
+    found = [evaluated(tmp_path / "evals" / str(at), ["yes"] * at + ["no"] * (4 - at)) for at in range(1, 4)]
+    others = [Other(records[1], found[:1]), Other(records[2], found[1:2]), Other(records[3], found[2:])]
+    section = comparing.section(records[0], found[:1], others)
+    assert section
+    order = re.findall(r'<th[^>]*scope="row"[^>]*>(one|copy|two|three)</th>', section.body)
+    assert order == ["three", "two", "one"]
+    told = "copy has the same evaluation as one (evals/1): their adapters are equal, and copy is not listed again."
+    assert told in section.body
+    section = comparing.section(records[0], found[:1], others[:1])
+    assert section and told in section.body and "<h3>Evaluations" in section.body and "Checks:" not in section.body
+
+
+def test_of_several_evaluations_by_one_suite_it_is_said_which_is_compared(tmp_path: Path) -> None:
+    records = [run(tmp_path / name, 3, {}) for name in ("one", "two")]
+    found = [evaluated(tmp_path / "evals" / str(at), ["yes"]) for at in range(3)]
+    section = comparing.section(records[0], found[:2], [Other(records[1], found[2:])])
+    assert section and "Of 2 evaluations of one by this suite the last one is compared: evals/1." in section.body
+
+
+def test_evaluations_of_other_turns_are_not_compared(tmp_path: Path) -> None:
+    """`--turns replay` asks other prompts of the same suite."""
+    records = [run(tmp_path / name, 3, {}) for name in ("one", "two")]
+    found = [evaluated(tmp_path / "evals" / str(at), ["yes"]) for at in range(2)]
+    found[1].summary["turns"] = "replay"
+    section = comparing.section(records[0], found[:1], [Other(records[1], found[1:])])
+    assert section and "No two of these runs were evaluated with one suite." in section.body
+    assert any(note.startswith("turns differs: one in ") for note in compare(found)["notes"])
+
+
+@pytest.mark.parametrize("name", ["seconds", "supervised_tokens", "peak_bytes", "loss"])
+def test_numbers_that_no_run_has_cost_no_page(name: str, tmp_path: Path) -> None:
+    good = run(tmp_path / "good", 10, {})
+    odd = [*pages.told(4)[:-1], *[pages.event(step, **{name: 1e308}) for step in (5, 6, 7)]]
+    section = comparing.section(good, [], [Other(read_run(pages.write(tmp_path / "odd", odd)))])
+    assert section and cells(section.body, "time in steps")[0] == "0:05"
+
+
 def test_evaluations_of_other_suites_are_said_to_be_none_to_compare(tmp_path: Path) -> None:
     records = [run(tmp_path / name, 3, {}) for name in ("one", "two")]
     found = [evaluated(tmp_path / "evals" / str(count), ["yes"], count) for count in (8, 9)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import in_order
 from mlxtune.data.rows.formats import Record
 from mlxtune.errors import UserError
+from mlxtune.evaluate.judging.remembered import Remembered
 from mlxtune.evaluate.score import losses_of_each, score, split_for
 from mlxtune.make.curation import rating
 from mlxtune.make.curation.candidates import Candidate, is_copied, read
@@ -185,6 +188,25 @@ def test_an_answer_that_repeats_its_question_is_a_copy() -> None:
     )
 
 
+def test_rows_of_thousands_of_words_cost_no_more_than_long_ones() -> None:
+    """Compared whole, each pair takes seconds."""
+    long = [" ".join(f"w{(n * place) % 7919}" for place in range(8_000)) for n in (3, 5, 7)]
+    rows = [candidate(n, question=text) for n, text in enumerate(long)]
+    began = time.process_time()
+    assert is_copied(long[0], long[0]) and not is_copied(long[0], long[1])
+    assert len(choose(rows, {one.key: 1.0 for one in rows}, Wanted(3)).kept) == 3
+    assert likeness(rows, 3) is not None
+    assert time.process_time() - began < 2
+
+
+def test_requests_that_share_a_long_beginning_alone_are_not_alike() -> None:
+    rule = "rule " * 400
+    rows = [candidate(n, question=rule + " ".join(f"w{n}x{place}" for place in range(200))) for n in range(2)]
+    assert len(choose(rows, {one.key: 1.0 for one in rows}, Wanted(2)).kept) == 2
+    twins = [candidate(n, question=one.question + (" now" if n else "")) for n, one in enumerate([rows[0]] * 2)]
+    assert len(choose(twins, {one.key: 1.0 for one in twins}, Wanted(2)).kept) == 1
+
+
 def test_scores_are_kept_and_those_of_another_model_are_not_used(tmp_path: Path) -> None:
     file = tmp_path / "s.jsonl"
     losses = Losses(1.0, 2.0, 3, 4)
@@ -192,11 +214,41 @@ def test_scores_are_kept_and_those_of_another_model_are_not_used(tmp_path: Path)
     ScoresFile(file, {"model": "a"}).keep({"l": losses})
     with file.open("a") as open_file:
         open_file.write('{"row": "torn", "beh')
-    assert ScoresFile(file, {"model": "a"}).known == {"k": losses, "none": None, "l": losses}
-    assert ScoresFile(file, {"model": "b"}).known == {}
-    file.write_text('{"messages": []}\n')
-    with pytest.raises(UserError, match="line 1: not a score"):
+    known = {"k": losses, "none": None, "l": losses}
+    assert ScoresFile(file, {"model": "a"}).known == known
+    ScoresFile(file, {"model": "a"}).keep({"m": losses})  # behind the torn line, not in it
+    other = ScoresFile(file, {"model": "b"})
+    assert other.known == {}
+    other.keep({"k": None})
+    assert ScoresFile(file, {"model": "b"}).known == {"k": None}
+    assert ScoresFile(file, {"model": "a"}).known == {**known, "m": losses}  # nothing of it was lost
+    file.write_text('{"of": {"model": "a"}}\n{"messages": []}\n')
+    with pytest.raises(UserError, match="line 2: not a score"):
         ScoresFile(file, {"model": "a"})
+
+
+@pytest.mark.parametrize(
+    ("begun", "opened"),
+    [
+        ('{"of": {"mod', lambda file: ScoresFile(file, {}).keep({"k": None})),
+        ('{"row": "09', lambda file: Decisions(file).decide("a", Decision("keep"))),
+        ('{"asked"', lambda file: Remembered(judges.Scripted(lambda *_: 0.5), file, "").label_probabilities([], [])),
+    ],
+    ids=["scores", "decisions", "replies"],
+)
+def test_a_file_of_somebody_else_is_left_as_it_is(tmp_path: Path, begun: str, opened: Callable[[Path], object]) -> None:
+    file, link = tmp_path / "notes.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "nothing")
+    for text in ("my own notes\n", '{"messages": []}\n', "\n\n"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=r"notes\.jsonl holds something else"):
+            opened(file)
+        assert file.read_text() == text
+    with pytest.raises(UserError, match="is a link"):
+        opened(link)
+    assert not (tmp_path / "nothing").exists()
+    file.write_text(begun)  # all that a kill left of ours
+    opened(file)
 
 
 def test_a_judge_rates_the_answers_after_an_exam() -> None:
@@ -242,21 +294,39 @@ def test_the_command_scores_chooses_and_says_what_became_of_the_rows(tmp_path: P
     told = tiny.done(*words, "--keep", "8", "--left-out", tmp_path / "l.jsonl", "--json")
     report = json.loads(told.stdout)
     kept, left = lines(tmp_path / "c.jsonl"), lines(tmp_path / "l.jsonl")
-    assert report["after"]["rows"] == len(kept) <= 8 and len(kept) + len(left) == 18 and report["before"]["rows"] == 17
-    assert {one["reason"] for one in left} >= {"no answer", "faulty"} and report["left_out"]["faulty"] == 2
+    assert report["after"]["rows"] == len(kept) <= 8 and len(kept) + len(left) == 19 and report["before"]["rows"] == 17
+    assert {one["reason"] for one in left} >= {"no answer", "faulty", "equal"} and report["left_out"]["faulty"] == 2
+    assert sum(report["left_out"].values()) == len(left) and report["left_out"]["equal"] == 1
     assert report["before"]["kinds"]["explain"] == 8 and report["before"]["files"][str(files[1])] == 6
     assert report["before"]["tokens"] > report["after"]["tokens"] > report["after"]["answer_tokens"] > 0
     for one in kept:
         assert set(one) <= {"messages", "curated", "source"} and 0 < one["curated"]["scores"]["ifd"] <= 1
         assert one["curated"]["from"].startswith(str(tmp_path))
     assert {tuple(one["messages"][0].items()) for one in kept}.isdisjoint(
-        tuple(one["messages"][0].items()) for one in left
+        tuple(one["messages"][0].items()) for one in left if one["reason"] != "equal"
     )
     again = tiny.done(*words, "--keep", "3", "--force")
     assert "17 rows were scored before" in again.stderr and len(lines(tmp_path / "c.jsonl")) == 3
     assert "left out" in again.stdout and "nearest other question" in again.stdout
     read_again, _ = read([tmp_path / "c.jsonl"], {})
     assert len(read_again) == 3
+
+
+def test_where_no_row_is_kept_the_reasons_and_the_rows_are_told_all_the_same(tmp_path: Path, hf_model: Path) -> None:
+    rows = [row(f"Write {n}.", f"Key: sk-{'a' * 30}{n}") for n in range(2)]
+    file, out, left = tiny.write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "c.jsonl", tmp_path / "l.jsonl"
+    words = ("data", "curate", file, "--model", hf_model, "--keep", "1", "--out", out)
+    told = tiny.mlxtune(*words, "--left-out", left, "--json")
+    tiny.one_clear_line(told, "no row is kept", f"{left} has the rows")
+    assert json.loads(told.stdout)["left_out"] == {"faulty": 2} and not out.exists()
+    assert [one["reason"] for one in lines(left)] == ["faulty"] * 2
+
+
+def test_a_row_whose_rating_could_not_be_read_is_not_called_too_long(tmp_path: Path) -> None:
+    curation = Curation.of([tiny.write_jsonl(tmp_path / "a.jsonl", [row("Why?", "So."), row("When?", "Now.")])], {})
+    first, second = curation.candidates
+    curation.ratings = {first.key: 4.0, second.key: None}
+    assert curation.chosen(Wanted(2), lambda one: one).reasons == {second.key: "unrated"}
 
 
 @pytest.mark.parametrize(

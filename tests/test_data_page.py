@@ -25,7 +25,7 @@ from mlxtune.data.survey import sampling
 from mlxtune.data.survey.trained_text import decoded
 from mlxtune.report import data_page, surveyed
 from mlxtune.report.html import joined
-from mlxtune.report.run_record import read_run
+from mlxtune.report.run_record import read_run, values_without_home
 from mlxtune.report.sections import data as section_data
 from mlxtune.report.surveyed import Surveyed
 
@@ -177,6 +177,12 @@ def test_of_many_rows_a_sample_is_taken_that_the_seed_decides_and_that_is_named_
     assert "train: 4 of the 9 rows, chosen by chance (seed 0)." in page and "fewer than 500" not in page
 
 
+def test_the_home_folder_is_hidden_in_every_text_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", home := "/people/anna")
+    told = {f"{home}/d": [home, f"in '{home}/x', {home}2 and /mnt{home}/y", 3, None]}
+    assert values_without_home(told) == {"~/d": ["~", f"in '~/x', {home}2 and /mnt{home}/y", 3, None]}
+
+
 @pytest.fixture
 def own_run(tokenizer_folder: Path, tmp_path: Path) -> Path:
     """A folder as a run leaves it, of a model that is a tokenizer alone, on one file of four rows."""
@@ -248,9 +254,11 @@ def test_data_check_writes_a_page_and_replaces_nothing_but_pages(
     path = tiny.write_jsonl(tmp_path / "d.jsonl", [chat("Is it?", f"It is {KEY}.")])
     on = ("data", "check", "--model", tokenizer_folder, "--data", path)
     page = tmp_path / "check.html"
+    monkeypatch.setenv("HOME", str(tmp_path))
     status, out, said = check("--json", "--html", page)
     assert (status, json.loads(out)["splits"]["train"]["rows"], "check.html: the page" in said) == (0, 1, True)
     assert page.read_text().startswith("<!DOCTYPE html>") and KEY not in page.read_text()
+    assert "~/d.jsonl" in page.read_text() and str(tmp_path) not in page.read_text()
     tiny.write_jsonl(path, [chat("Is it?", "It is new.")])
     assert check("--html", page)[0] == 0 and "It is new." in page.read_text()
     theirs = tmp_path / "theirs.html"

@@ -83,6 +83,15 @@ def test_documents_of_each_kind_become_headings_and_paragraphs(tmp_path: Path) -
     blocks = [Block("Hours", 1), Block("One\ntwo"), Block("Shop", 2)]
     assert list(markdown(text))[:3] == blocks
     assert list(markdown(text))[3].text.startswith("```\n# no heading\n\nx\n```")
+    for text in (
+        "<head><title>no</title><meta name=x><h1>Yes</h1><p>Read.",
+        "<!doctype html><title>no<body><h1>Yes</h1>Read.",
+        "<html><head><title>no</head><body><div><nav>Menu<ul><li>One</ul></div><h1>Yes</h1><p>Read.",
+        "<body><nav>Menu<div>One</div><main><h1>Yes</h1>Read.</main><footer><nav>Menu</nav></footer>",
+        "<svg><title>no</title></svg><h1>Yes</h1><template><article>no</article></template>Read.",
+    ):
+        assert html(text) == [Block("Yes", 1), Block("Read.")], text
+    assert html("<nav><a>Menu</a><p>Read.<script>no(") == [Block("Menu"), Block("Read.")]
     (tmp_path / "prices.csv").write_text("item;price\nshoe;5\nsock;\n")
     assert read("prices.csv", tmp_path / "prices.csv").blocks == [Block("item: shoe\nprice: 5"), Block("item: sock")]
     (tmp_path / "a.txt").write_text("\ufeffone\ntwo\n \n\nthree", encoding="utf-8")
@@ -140,6 +149,12 @@ def test_a_folder_gives_its_documents_and_says_what_else_there_is(tmp_path: Path
     found, notes = find([tmp_path, tmp_path / "a.txt"])
     assert [name for name, _ in found] == ["a.txt", "b/one.md"]
     assert len(notes) == 1 and "1 files are of other types" in notes[0]
+    folders = [tmp_path / "x/docs", tmp_path / "y/docs"]
+    for folder in folders:
+        (folder / "en").mkdir(parents=True)
+        (folder / "en/one.md").write_text("text")
+    names = [name for name, _ in find([*folders, tmp_path / "b"])[0]]
+    assert names == ["x/docs/en/one.md", "y/docs/en/one.md", "one.md"]
     for path, said in ((tmp_path / "no", "no document"), (tmp_path / "picture.png", "unknown kind")):
         with pytest.raises(UserError, match=said):
             find([path])

@@ -10,7 +10,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
-from mlxtune.evaluate.checks.overlap import chrf, longest_common, rouge_l
+from mlxtune.evaluate.checks.overlap import chrf, longest_common, longest_common_of_two, rouge_l
 from mlxtune.evaluate.checks.words import words_of
 from mlxtune.make.pool import Pool
 
@@ -30,6 +30,8 @@ def test_rouge_l_equals_the_package_rouge_score(longest: int) -> None:
     for text in texts:
         wanted = [theirs.score(other, text)["rougeL"].fmeasure for other in others]
         assert rouge_l(text, others).tolist() == pytest.approx(wanted, abs=1e-12)
+        words, lists = words_of(text), [words_of(other) for other in others]
+        assert [longest_common_of_two(words, one) for one in lists] == longest_common(words, lists).tolist()
 
 
 def test_rouge_l_equals_the_package_on_500_pairs_of_any_ascii_characters() -> None:
@@ -48,6 +50,7 @@ def test_a_subsequence_of_exactly_64_words_and_its_multiples_is_counted_whole() 
         assert longest_common(words, [words, words[::-1], ["x", *words, "y"], words[1:], []]).tolist() == [
             *(length, 1, length, length - 1, 0),
         ]
+        assert longest_common_of_two(words, ["x", *words[1:], "y"]) == length - 1
 
 
 def test_a_word_at_both_ends_of_a_long_text_is_counted_once() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,18 @@ import tiny
 from mlxtune_convert.files import digest
 
 from mlxtune.errors import UserError
+from mlxtune.evaluate.before_after import Outcome
 from mlxtune.evaluate.checks.check import Check, SuiteRow
 from mlxtune.evaluate.comparison import figures, folder
 from mlxtune.evaluate.comparison.folder import Evaluation
 from mlxtune.evaluate.comparison.overlap import LEARNED
+from mlxtune.evaluate.comparison.scores import SIDES
+from mlxtune.evaluate.turns import OWN_ANSWER
 from mlxtune.report.composed import of_run
-from mlxtune.report.evaluations import evaluations_of
+from mlxtune.report.evaluations import Unkept, evaluations_of
 from mlxtune.report.of_evaluations import page_of
 from mlxtune.report.run_record import read_run
-from mlxtune.report.sections import answers, better, observations
+from mlxtune.report.sections import answers, better, checks, observations
 from mlxtune.report.sections.words import change, marked
 
 KEY = "AKIAIOSFODNN7EXAMPLE"  # a key as data check knows them
@@ -100,6 +105,14 @@ def test_the_table_and_the_plot_have_the_figures_of_the_evaluation(tmp_path: Pat
     assert page_readers.faults(page) == []
 
 
+@pytest.mark.parametrize("verdict", ["better", "worse", "no difference shown"])
+@pytest.mark.parametrize("p", [1.0, 0.5, 0.00001])
+def test_the_note_of_a_drawn_interval_is_whole(verdict: str, p: float) -> None:
+    check = {"graded": False, "verdict": verdict, "interval": [-0.1, 0.1], "difference": 0.0, "p": p}
+    (note,) = re.findall(r">([^<>]*, p [^<>]*)<", str(checks.forest({"contains": check})))
+    assert html.unescape(note).endswith(f", p {figures.p_value(p)}")
+
+
 def test_words_that_differ_are_marked_and_nothing_of_the_texts_is_lost() -> None:
     before, after = "Paris is the  capital\nof France.", "It is in the capital of France, yes"
     old, new = marked(before, after)
@@ -130,6 +143,22 @@ def test_long_answers_are_folded_and_very_long_ones_end_with_how_much_is_missing
     body = answers.section([one]).body  # type: ignore[union-attr]
     assert "<summary>Both answers (" in body and "[... 2,000 characters more]" in body
     assert len(body) < 20_000
+
+
+def test_a_later_turn_shows_what_each_side_had_answered_before_and_calls_of_tools(tmp_path: Path) -> None:
+    """As `--turns replay` asks: where a message is (its own answer), the two sides have said different things."""
+    first, call = made.rows(1)[0], {"function": {"name": "look_up", "arguments": {"word": "poem"}}}
+    asked = [*first.messages, {"role": "assistant", "content": OWN_ANSWER}, {"role": "user", "content": "Shorter."}]
+    tools = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}, *first.messages]
+    suite = [first, replace(first, id="r1#2", messages=asked, follows="r1"), replace(first, id="t", messages=tools)]
+    made.write(tmp_path / "e", suite, ["one poem", "less", "x"], ["another poem", "short", "y"], sides=sides())
+    one = Evaluation.read(tmp_path / "e")
+    assert one.prompts["r1#2"].follows == "r1"
+    outcome = Outcome(one.summary, {side: [*chain(*one.answers_of(side).values())] for side in SIDES}, 0, one.scores)
+    for of in (one, Unkept.of(suite, outcome, "e")):
+        said = " ".join(text_of(answers.section([of]).body).split())  # type: ignore[union-attr]
+        assert "assistant (before) : one poem assistant (after) : another poem" in said and OWN_ANSWER not in said
+        assert "assistant : [calls look_up" in said and '"word": "poem"' in said
 
 
 def test_what_strangers_wrote_is_text_in_every_field_and_secrets_are_hidden(tmp_path: Path) -> None:
@@ -216,6 +245,21 @@ def test_the_first_sentence_says_what_got_better_and_worse_with_numbers(tmp_path
     known = f"3 of 24 prompts were trained on (r1, r2, r3): {LEARNED}"
     flattered = str(better.lead([evaluation(tmp_path / "k", notes=["a note", known])]))
     assert f"But {known}." in text_of(flattered) and "callout warning" in flattered and "a note" not in flattered
+    for right, told in (
+        (11, "the judge failed its exam (11 of 20 right, 19 the same in both orders)"),
+        (0, "there was nothing to examine"),
+    ):
+        failed = {**JUDGE, "exam": {**JUDGE["exam"], "pairs": 20 if right else 0, "right": right, "passed": False}}
+        trusted = str(
+            better.lead(
+                [
+                    evaluation(
+                        tmp_path / f"j{right}", base="a longer no, nothing else", tuned="yes", more={"judge": failed}
+                    )
+                ]
+            )
+        )
+        assert f"But {told}" in text_of(trusted) and "callout warning" in trusted
     worse = str(better.lead([evaluation(tmp_path / "w", base="yes", tuned="no, not at all")]))
     assert "worse in contains" in text_of(worse) and "callout bad" in worse
     both = str(better.lead([evaluation(tmp_path / "b", base="no", tuned="yes")]))
@@ -239,6 +283,12 @@ def test_an_evaluation_is_a_runs_by_its_adapter_alone(tmp_path: Path) -> None:
     assert list(found.notes) == ["earlier was made of an adapter that this run does not hold any more: it is not shown"]
     (run / "adapters.safetensors").write_bytes(b"the run went on")
     assert evaluations_of(run).evaluations == []
+
+
+@pytest.mark.parametrize("name", ["observation", "measure", "limit", "fix"])
+def test_an_observation_that_is_no_text_is_said_to_be_damaged(name: str, tmp_path: Path) -> None:
+    one = evaluation(tmp_path / "e", more={"observations": [{**OBSERVED, name: ["a"]}]})
+    assert "are damaged and not shown" in text_of(page_of(one))
 
 
 def test_a_named_evaluation_of_another_adapter_is_refused(tmp_path: Path) -> None:

@@ -150,8 +150,18 @@ STORIES: dict[str, tuple[Events, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "it became worse": (
         [pages.begun(4), pages.evaluated(0, 1.0), pages.event(1), pages.evaluated(1, 1.5)],
-        ("Bad:", "50% higher. The adapter is worse than what it began with."),
+        ("Bad:", "On 900 tokens of held-out rows", "50% higher. The adapter is worse than what it began with."),
         ("Good:",),
+    ),
+    "it became hardly worse": (
+        [pages.begun(4), pages.evaluated(0, 1.0), pages.event(1), pages.evaluated(1, 1.0099)],
+        ("no change worth a word.",),
+        ("Bad:", "is worse", "% higher"),
+    ),
+    "it became hardly better": (
+        [pages.begun(4), pages.evaluated(0, 1.0), pages.event(1), pages.evaluated(1, 0.9901)],
+        ("no change worth a word.",),
+        ("Good:", "% lower"),
     ),
     "it rose again": (
         of(10, pages.event(11), pages.evaluated(11, 2.0)),

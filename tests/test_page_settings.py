@@ -17,6 +17,7 @@ from mlxtune.config import resolve
 from mlxtune.report.composed import of_run
 from mlxtune.report.run_record import RunRecord, read_run
 from mlxtune.report.sections.configuration import command_of
+from mlxtune.train.run_folder import CONFIG_FILE
 
 
 def made(folder: Path, events: list[dict[str, Any]], config: dict[str, Any]) -> str:
@@ -102,3 +103,29 @@ def test_exports_beside_and_inside_the_run_are_listed_with_their_proofs(tmp_path
     assert "Not proven, or with loss: broken, gguf/tuned.gguf." in text
     assert "fused, gguf/tuned.gguf, hf: was proven by an earlier mlxtune" in text
     assert "1.0e-05" in text and "91.0%" in text and "cannot be read" in text
+
+
+def test_the_adapter_that_is_kept_decides_whether_it_is_better(tmp_path: Path) -> None:
+    events = [pages.begun(20), pages.evaluated(0, 2.5), pages.event(10), pages.evaluated(10, 2.0), pages.event(20)]
+    worse = [*events, pages.evaluated(20, 3.1)]
+    text = page_readers.said(made(tmp_path, worse, {"train.keep": "last"}))
+    assert "Bad:" in text and "Good:" not in text
+    assert "to 3.1000 nats a token at step 20: 24% higher. The adapter is worse" in text
+    assert "The adapter of the last step is kept (train.keep); at step 10 the loss was 2.0000." in text
+    broken = page_readers.said(made(tmp_path, [*events, pages.evaluated(20, None)], {"train.keep": "last"}))
+    assert "Bad:" in broken and "the adapter is broken" in broken
+    (pages.write(tmp_path / "run", worse) / CONFIG_FILE).unlink()
+    unknown = page_readers.said(of_run(read_run(tmp_path / "run")))
+    assert "It rose to 3.1000 until the last evaluation." in unknown and "is kept" not in unknown
+    assert "Good:" not in unknown
+
+
+def test_a_run_that_goes_on_shows_the_step_that_its_check_calls_the_best(tmp_path: Path) -> None:
+    """By `State.is_beaten_by`: the higher check, of equal ones the lower loss; a check that applied to nothing is 0."""
+    events = [pages.begun(20), pages.event(1)]
+    for step, loss, checks in ((5, 1.0, {"json": 0.5}), (10, 0.9, {"json": 0.5}), (15, 0.8, {}), (20, 0.7, None)):
+        events.append(pages.evaluated(step, loss, checks=checks))
+    by_check = {"train.keep_by": "json", "train.sample_prompts": "suite.jsonl"}
+    for settings, best in ((by_check, 10), ({}, 20)):
+        found = read_run(pages.write(tmp_path / "run", events, settings)).best
+        assert found is not None and found["step"] == best

@@ -27,6 +27,8 @@ BEGIN, END = "-----BEGIN RSA PRIVATE KEY-----", "-----END RSA PRIVATE KEY-----"
         ('password = "correct-horse"', 'password = "…"'),
         ("API_KEY: 'a1b2c3d4e5'", "API_KEY: '…'"),
         ('{"password": "correct-horse"}', '{"password": "…"}'),  # as JSON writes it
+        (r"{\"password\": \"hunter2hunter2\"}", r"{\"password\": \"…\"}"),  # a string in it: arguments of a tool
+        (r"{\\\"passwd\\\":\\\"correct-horse\\\"}", r"{\\\"passwd\\\":\\\"…\\\"}"),
         (f"{BEGIN}\n{BODY}\n{BODY}\n{END}", f"{BEGIN}…{END}"),
         (f"{BEGIN}\\n{BODY}\\n{BODY[:9]}", f"{BEGIN}…"),  # inside a JSON string, and cut
     ],
@@ -51,13 +53,16 @@ def test_what_stands_around_secrets_stays() -> None:
         "task-force and sk-short",
         f"A key begins with {BEGIN} and then letters.",
         "eyJ",
+        r"{\"password\": \"hunter2\"}",  # too short, as it is without the backslashes
     ],
 )
 def test_a_text_without_a_secret_stays_as_it_is(text: str) -> None:
     assert masked(text) == text
 
 
-@pytest.mark.parametrize("text", ["-eyJ", "password=", "sk-", BEGIN, "-----BEGIN ", "xoxb-", f"{BEGIN}{END}"])
+@pytest.mark.parametrize(
+    "text", ["-eyJ", "password=", "sk-", BEGIN, "-----BEGIN ", "xoxb-", "password='", "password\\", f"{BEGIN}{END}"]
+)
 def test_a_long_text_costs_no_more_than_its_length(text: str) -> None:
     """Searched once more from each beginning it would take half a minute."""
     began = time.process_time()

@@ -156,6 +156,7 @@ def test_a_judge_and_a_person_see_what_each_side_said_before(mlx_model: Path, ru
     found = json.loads(tiny.done(*given, "--turns", "replay", "--out", out).stdout)
     assert found["n"] == 5
     evaluation = Evaluation.read(out)
+    assert evaluation.summary["turns"] == "replay"  # the suite's digest is that of an evaluation without
     said = {side: {id: some[0].text for id, some in evaluation.answers_of(side).items()} for side in ("base", "tuned")}
     assert said["base"] != said["tuned"]
 

@@ -121,7 +121,10 @@ def curate(
     curation.write(chosen, out, left_out, force)
     if as_json:
         click.echo(json_text(report))
-    else:
+    if not chosen.kept:
+        where = "--left-out FILE names the rows" if left_out is None else f"{left_out} has the rows"
+        raise UserError("no row is kept", f"Why is said above; {where}.")
+    if not as_json:
         common.stdout().print(f"{shown_name(str(out))}: {len(chosen.kept):,} rows", soft_wrap=True)
 
 

@@ -107,6 +107,8 @@ def evaluate(
     scores = score_answers(rows, answers)
     described = {side: answering.described for side, answering in sides.items()}
     provenance = {"suite": suite, "sides": described, "sampling": sampling, "computed by": computed}
+    if asked.replay:
+        provenance["turns"] = "replay"
     summary = document(len(rows), scores, provenance, _notes(asked, journal, answers, scores))
     held_to = dict(summary["checks"])  # what gates may name
     nothing: dict[str, str] = {}  # why something of these may be missing

@@ -9,6 +9,7 @@ from typing import Any
 from mlxtune_convert.files import explained, flush_open, json_text
 
 from mlxtune.data.rows.readers import Bad, raw_rows
+from mlxtune.errors import UserError
 
 
 def append_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -21,6 +22,27 @@ def append_lines(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
         opened.write("".join(json_text(line) + "\n" for line in lines).encode())
         opened.flush()
         flush_open(opened.fileno())
+
+
+def require_own(file: Path, begins: str, what: str) -> None:
+    """Raise UserError for a file to which lines of ours must not be added: a link, which leads to a file of somebody
+    else, and one that does not begin as ours do. begins: how each of ours does, and so one of which a kill left a part
+    of its first line; what: is kept in it.
+    """
+    hint = "Move it away, or choose another --out."
+    if file.is_symlink():
+        raise UserError(f"{file} is a link, and {what} would be kept there", hint)
+    if not file.exists():
+        return
+    if not file.is_file():
+        raise UserError(f"{file} is no file, and {what} would be kept there", hint)
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(begins.encode()))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})", hint) from error
+    if not begins.encode().startswith(start):
+        raise UserError(f"{file} holds something else, and {what} would be kept there", hint)
 
 
 class Kept:

@@ -9,6 +9,9 @@ texts. So only texts whose bound reaches the best score found are compared in fu
     shared words      0: 4      1: 1      2: 2
     bound on ROUGE-L  0: 0.80   1: 0.25   2: 0.57
     compared: 0, 3 words in their order ("name a fruit"), so 0.60. 2 could not reach that, 1 neither.
+
+Of a long text its beginning and its end are compared: whole ones of 8,000 words would take seconds for each. Not its
+beginning alone, for many requests may begin with the same long instructions and differ in what comes behind them.
 """
 
 from __future__ import annotations
@@ -22,7 +25,14 @@ from mlxtune.evaluate.checks.overlap import longest_common_ids, numbered
 from mlxtune.evaluate.checks.words import words_of
 
 AT_ONCE = 256  # texts that are compared before the bounds are looked at again; twice as many each time after it
+MOST = 300  # words of a text that are compared
 FIRST_ROOM = 64  # numbers that a list has room for at first
+
+
+def compared(text: str) -> list[str]:
+    """The words of a text by which it is compared: all of them, or the first and the last MOST / 2."""
+    words = words_of(text)
+    return words if len(words) <= MOST else words[: MOST // 2] + words[-MOST // 2 :]
 
 
 class Pool:
@@ -43,7 +53,7 @@ class Pool:
         return len(self.texts)
 
     def add(self, text: str) -> None:
-        words = [self._numbers.setdefault(word, len(self._numbers)) for word in words_of(text)]
+        words = [self._numbers.setdefault(word, len(self._numbers)) for word in compared(text)]
         for word, count in Counter(words).items():
             for earlier in range(count):
                 self._having.setdefault((word, earlier), _Numbers()).add(len(self))
@@ -57,7 +67,7 @@ class Pool:
         """(ROUGE-L to the text that is nearest, its number; the first of those that are equally near). (0.0, -1) where
         no text shares a word with this one.
         """
-        words = words_of(text)
+        words = compared(text)
         shared = self._shared(words)
         bounds = _f_measure(shared, len(words), self._lengths.values())
         order = np.argsort(-bounds, kind="stable")

@@ -45,7 +45,7 @@ class Unkept:
         """rows: what was asked; name: for people."""
         prompts = {}
         for row in rows:
-            prompts[row.id] = Prompt(row.id, row.messages, row.reference, tuple(row.tags), row.group)
+            prompts[row.id] = Prompt(row.id, row.messages, row.reference, tuple(row.tags), row.group, row.follows)
         answers: dict[tuple[str, str], list[Answer]] = {}
         for side, given in outcome.answers.items():
             for answer in sorted(given, key=lambda one: one.sample):

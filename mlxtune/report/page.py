@@ -13,6 +13,7 @@ from typing import Any
 
 from mlxtune.report.html import Html, document, raw_script, raw_style, script_json, tag
 from mlxtune.report.live.script import REFRESH_SECONDS, SCRIPT, SCRIPT_HASH
+from mlxtune.report.run_record import values_without_home
 from mlxtune.report.secrets import masked_values
 from mlxtune.report.style import SHEET, SHEET_HASH
 
@@ -35,7 +36,8 @@ def page(title: str, lead: Html, sections: Sequence[Section], record: Mapping[st
     """A whole HTML document.
 
     lead: what is said first, under the title; record: all that the page shows, for programs, as JSON under the id
-    "record", its secrets hidden; live: the token of a served page, which follows its run (`live.script`); "": a file.
+    "record", its secrets and the home folder of who made it hidden; live: the token of a served page, which follows its
+    run (`live.script`); "": a file.
     Raises ValueError for two sections of one name.
     """
     anchors = [section.anchor for section in sections]
@@ -58,7 +60,7 @@ def page(title: str, lead: Html, sections: Sequence[Section], record: Mapping[st
         tag("header", tag("h1", title), tag("div", lead, class_="lead")),
         tag("nav", tag("ul", links), aria_label="Sections") if links else None,
         tag("main", _live_line() if live else None, [_drawn(section) for section in sections]),
-        script_json("record", masked_values(record)),
+        script_json("record", masked_values(values_without_home(record))),
         raw_script(SCRIPT) if live else None,
     )
     return document(tag("html", head, body, lang="en"))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -91,7 +93,11 @@ class RunRecord:
         for event in later:
             if event["step"] == named:
                 return event
-        return min(later, key=lambda event: float(event["loss"]), default=None)
+        by = self.setting("train.keep_by")
+        if by is None or by == "loss":
+            return min(later, key=lambda event: float(event["loss"]), default=None)
+        # As `State.is_beaten_by` chose so far: the higher score, of equal ones the lower loss.
+        return max(later, key=lambda event: (score_of(event, str(by)), -float(event["loss"])), default=None)
 
     def of_kind(self, kind: str) -> list[Event]:
         return [event for event in self.events if event["kind"] == kind]
@@ -138,6 +144,12 @@ def number_of(event: Event, name: str) -> float | None:
     if not math.isfinite(value) if isinstance(value, float) else abs(value) >= sys.float_info.max:
         return None
     return float(value)
+
+
+def score_of(evaluation: Event, check: str) -> float:
+    """The mean score of a check in an evaluation during the run; 0: it applied to no answer, as the run counts it."""
+    checks = evaluation.get("checks")
+    return (number_of(checks, check) if isinstance(checks, dict) else None) or 0.0
 
 
 def points_of(happened: list[Event], name: str) -> list[Point]:
@@ -207,4 +219,18 @@ def in_home(place: str) -> str:
 def without_home(text: str) -> str:
     """The same of all paths in a text."""
     home = os.path.expanduser("~")
-    return text if home in ("", "/") else text.replace(f"{home}/", "~/")
+    if home in ("", "/"):
+        return text
+    ends = r"(?=$|[/\s'\",:;)\]}])"
+    return re.sub(rf"(?<![\w.~-]){re.escape(home)}{ends}", "~", text)  # not another path that only holds its letters
+
+
+def values_without_home(value: Any) -> Any:
+    """The same of all texts in a value of JSON, keys among them."""
+    if isinstance(value, str):
+        return without_home(value)
+    if isinstance(value, Mapping):
+        return {without_home(str(key)): values_without_home(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [values_without_home(one) for one in value]
+    return value

@@ -16,6 +16,7 @@ SHOWN = 4  # first characters of a secret, by which its owner knows it again
 HIDDEN = "…"
 # A pattern of `SECRETS` may end before the secret does (AKIA and 16 letters): what goes on without a gap is of it.
 _WHOLE = re.compile(rf"(?:{SECRETS.pattern})[\w-]*")
+_QUOTE = re.compile(r"\\*['\"]")  # it may be escaped
 _KEY_BEGINS = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 _KEY_ENDS = re.compile(r"-----END [A-Z ]*PRIVATE KEY-----")
 _KEY_GOES_ON = re.compile(r"(?:\s|\\[nr])*[A-Za-z0-9+/]{16}")  # base 64; line ends may be written as in JSON
@@ -44,7 +45,7 @@ def masked_values(value: Any) -> Any:
 def _hidden(found: re.Match[str]) -> str:
     secret = found[0]
     if found["assigned"]:
-        return found["assigned"] + HIDDEN + found["assigned"][-1]
+        return found["assigned"] + HIDDEN + _QUOTE.findall(found["assigned"])[-1]
     if _KEY_BEGINS.match(secret):
         return secret
     return secret[:SHOWN] + HIDDEN

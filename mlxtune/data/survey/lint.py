@@ -26,7 +26,9 @@ SECRETS = re.compile(
     r"AKIA[0-9A-Z]{16}|gh[pousr]_\w{36}|github_pat_\w{30,}|\bsk-[A-Za-z0-9_-]{20,}|AIza[\w-]{35}|xox[baprs]-[\w-]{10,}"
     r"|\bhf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"|(?<![\w-])eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"
-    r"|(?P<assigned>(?i:\b(?:password|passwd|api_key|secret_key)\b)['\"]?\s*[=:]\s*['\"])[^'\"\s]{8,}['\"]"
+    # Quotes may be escaped, as where JSON stands in a string of JSON: {\"password\": \"...\"}.
+    r"|(?P<assigned>(?i:\b(?:password|passwd|api_key|secret_key)\b)(?:\\{0,3}['\"])?\s*[=:]\s*\\{0,3}['\"])"
+    r"[^'\"\s]{7,}[^'\"\s\\]\\{0,3}['\"]"
 )
 # Each part has a longest length, and begins where no part can have begun before: else a long text without a match is
 # searched once more from each of its letters.

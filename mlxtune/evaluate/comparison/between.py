@@ -142,6 +142,7 @@ def _settings(evaluation: Evaluation) -> dict[str, Any]:
     """What answers depend on beside the models."""
     sampling = evaluation.summary.get("sampling")
     found = dict(sampling) if isinstance(sampling, dict) else {}
+    found["turns"] = evaluation.summary.get("turns", "one")
     if "computed by" in evaluation.summary:
         found["what computed the answers"] = evaluation.summary["computed by"]
     return found

@@ -18,7 +18,7 @@ from typing import Any
 from mlxtune.data.rows.readers import Bad, raw_rows
 from mlxtune.evaluate.engines.request import Messages
 from mlxtune.evaluate.judging.judge import Judge, Probabilities
-from mlxtune.evaluate.kept import append_lines
+from mlxtune.evaluate.kept import append_lines, require_own
 
 PORTION = 64  # prompts that are asked at a time
 
@@ -27,7 +27,10 @@ class Remembered:
     """As the judge that it asks."""
 
     def __init__(self, judge: Judge, file: Path, identity: str) -> None:
-        """file: where replies are kept; identity: what of the judge decides its replies."""
+        """file: where replies are kept; identity: what of the judge decides its replies. Raises UserError for a link,
+        and a file of something else.
+        """
+        require_own(file, '{"asked": ', "replies of a judge")
         self.judge = judge
         self.name = judge.name
         self.notes: list[str] = []

@@ -15,7 +15,7 @@ from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad
 from mlxtune.data.survey import lint, subjects
 from mlxtune.errors import UserError
-from mlxtune.evaluate.checks.overlap import longest_common
+from mlxtune.evaluate.checks.overlap import longest_common_of_two
 from mlxtune.evaluate.checks.words import words_of
 
 COPIED = 0.8  # share of an answer's words that stand in its question in their order, from which it is a copy
@@ -70,17 +70,17 @@ def is_copied(question: str, answer: str) -> bool:
     words = words_of(answer)
     if len(words) < LEAST_COPIED:
         return False
-    common = int(longest_common(words, [words_of(question)])[0])
-    return common >= COPIED * len(words)
+    return longest_common_of_two(words, words_of(question)) >= COPIED * len(words)
 
 
-def read(files: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Candidate], list[Record]]:
-    """(The candidates of all files, equal rows once; the rows that end with no answer). columns: as `formats.read`.
+def read(files: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Candidate], dict[str, list[Record]]]:
+    """(The candidates of all files, equal rows once; why other rows are none -> these: "no answer", "equal"). columns:
+    as `formats.read`.
 
     Raises UserError for a file that cannot be read, rows that cannot, and plain text, which answers nothing.
     """
     candidates: dict[str, Candidate] = {}
-    without: list[Record] = []
+    others: dict[str, list[Record]] = {"no answer": [], "equal": []}
     for file in files:
         bad: list[Bad] = []
         total = 0
@@ -94,12 +94,13 @@ def read(files: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Candid
                     "Give rows of conversations; `mlxtune make from-documents` makes some out of texts.",
                 )
             elif not _answers(row):
-                without.append(row)
+                others["no answer"].append(row)
+            elif (key := f"{duplicates.content_hash(row):016x}") in candidates:
+                others["equal"].append(row)
             else:
-                key = f"{duplicates.content_hash(row):016x}"
-                candidates.setdefault(key, Candidate(row, key, subjects.task_of(row)))
+                candidates[key] = Candidate(row, key, subjects.task_of(row))
         formats.require_good(bad, total)
-    return list(candidates.values()), without
+    return list(candidates.values()), others
 
 
 def _answers(record: Record) -> bool:

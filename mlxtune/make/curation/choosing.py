@@ -28,8 +28,10 @@ BETTER = 0.5  # share of the rows, the best of each kind, among which shares are
 # Why a row does not stay -> what that means, after a number of rows.
 REASONS = {
     "no answer": "end with no answer",
+    "equal": "are equal to an earlier row",
     "faulty": "are broken: empty, with broken characters, or with what looks like a secret",
     "unscored": "have no score: data.max_tokens leaves nothing of the answer, or the template refuses them",
+    "unrated": "have no rating: the judge's replies could not be read",
     "unexplained": "are not explained by their question (IFD above 1): the answer is as likely without it",
     "alike": "ask nearly what a kept row asks",
     "source": "are of a file that has its share",

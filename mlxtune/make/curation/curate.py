@@ -35,8 +35,8 @@ class Curation:
     files: Sequence[Path]
     # Their rows that end with an answer, equal ones once.
     candidates: list[Candidate]
-    # Rows that end with no answer.
-    without: list[Record]
+    # Rows that are no candidates, by the reason, a key of `choosing.REASONS`.
+    others: dict[str, list[Record]]
     # Of each candidate that a model scored, by its key; None: it gives no score.
     losses: dict[str, Losses | None] = field(default_factory=dict)
     # Of each candidate that a judge rated, by its key, 1 to 5; None: its reply could not be read.
@@ -47,10 +47,10 @@ class Curation:
     @classmethod
     def of(cls, files: Sequence[Path], columns: Mapping[str, str]) -> Curation:
         """Raises UserError as `candidates.read`, and where no row can be chosen."""
-        candidates, without = reading.read(files, columns)
+        candidates, others = reading.read(files, columns)
         if not candidates:
             raise UserError(f"{files[0]}: no row ends with an answer", "Curation chooses by questions and answers.")
-        return cls(files, candidates, without)
+        return cls(files, candidates, others)
 
     def score(self, scorer: Scorer, kept: ScoresFile, told: Callable[[int, int], None]) -> None:
         """Take the loss of every candidate. told: how many are done, of how many."""
@@ -98,13 +98,15 @@ class Curation:
         if fatal(candidate):
             return "faulty"
         losses = self.losses.get(candidate.key)
-        if (self.losses and losses is None) or self.score_of(candidate) is None:
+        if self.losses and losses is None:
             return "unscored"
+        if self.score_of(candidate) is None:
+            return "unrated"
         return "unexplained" if losses is not None and losses.ifd > WORST_IFD else ""
 
     def report(self, chosen: Chosen, wanted: Wanted) -> dict[str, Any]:
         """What there was, what is kept, why the others are not, and what a person should know of it."""
-        counts = Counter({"no answer": len(self.without)} if self.without else {})
+        counts = Counter({reason: len(records) for reason, records in self.others.items() if records})
         counts.update(chosen.reasons.values())
         sample = min(LOOKED_AT, len(chosen.kept))
         notes = list(self.notes)
@@ -129,23 +131,24 @@ class Curation:
 
     def write(self, chosen: Chosen, out: Path, left_out: Path | None, force: bool) -> None:
         """The kept rows, in the order of the files, so that none of a kind stand together by their choice; and the
-        others, with why.
+        others, with why. Where no row is kept, `out` stays as it is: no file of no rows.
         """
         order = {one.key: place for place, one in enumerate(self.candidates)}
-        if not chosen.kept:
-            raise UserError("no row is kept", "See why in what was said above; --left-out FILE names the rows.")
-        with new_file(out, force, self.files) as file:
-            for candidate in sorted(chosen.kept, key=lambda one: order[one.key]):
-                file.write(json_text(self._row(candidate), default=str) + "\n")
+        if chosen.kept:
+            with new_file(out, force, self.files) as file:
+                for candidate in sorted(chosen.kept, key=lambda one: order[one.key]):
+                    file.write(json_text(self._row(candidate), default=str) + "\n")
         if left_out is None:
             return
         with new_file(left_out, force, self.files) as file:
-            for record in self.without:
-                row = {**record.fields, **to_messages(record), "reason": "no answer", "from": _place(record)}
-                file.write(json_text(row, default=str) + "\n")
+            for reason, records in self.others.items():
+                for record in records:
+                    row = {**record.fields, **to_messages(record), "reason": reason, "from": _place(record)}
+                    file.write(json_text(row, default=str) + "\n")
             for candidate in self.candidates:
-                if reason := chosen.reasons.get(candidate.key):
-                    file.write(json_text({**self._row(candidate), "reason": reason}, default=str) + "\n")
+                if candidate.key in chosen.reasons:
+                    row = {**self._row(candidate), "reason": chosen.reasons[candidate.key]}
+                    file.write(json_text(row, default=str) + "\n")
 
     def _row(self, candidate: Candidate) -> dict[str, Any]:
         """A row as it is written: its own columns, and what it was chosen by."""

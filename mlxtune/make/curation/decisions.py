@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from mlxtune_convert.files import explained, flush_open, json_text
 
 from mlxtune.data.rows.readers import Bad, raw_rows
 from mlxtune.errors import UserError
+from mlxtune.evaluate.kept import append_lines, require_own
 from mlxtune.make.curation.candidates import Candidate
 from mlxtune.make.curation.choosing import edited
 
@@ -41,7 +39,8 @@ class Decisions:
     """A person's decisions, by the rows' keys, in their order."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what is there. Raises UserError for a file of something else."""
+        """Reads what is there. Raises UserError for a link, and a file of something else."""
+        require_own(path, '{"row": ', "decisions")
         self.path = path
         self.made: dict[str, Decision] = {}
         if path.is_file():
@@ -49,7 +48,9 @@ class Decisions:
 
     def decide(self, key: str, decision: Decision) -> None:
         line = {"row": key, "said": decision.said}
-        self._write({**line, "answer": decision.answer} if decision.said == "edit" else line)
+        if decision.said == "edit":
+            line["answer"] = decision.answer
+        append_lines(self.path, [line])
         self.made[key] = decision
 
     def undo(self) -> str | None:
@@ -57,7 +58,7 @@ class Decisions:
         if not self.made:
             return None
         key = next(reversed(self.made))
-        self._write({"row": key, "said": "undo"})
+        append_lines(self.path, [{"row": key, "said": "undo"}])
         del self.made[key]
         return key
 
@@ -75,14 +76,3 @@ class Decisions:
             self.made.pop(line["row"], None)  # what was decided last is last
             if said != "undo":
                 self.made[line["row"]] = Decision(said, str(line.get("answer", "")))
-
-    def _write(self, line: dict[str, Any]) -> None:
-        """At once, on the disk, on a line of its own."""
-        with explained(self.path), self.path.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, 2)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            file.write((json_text(line) + "\n").encode())
-            file.flush()
-            flush_open(file.fileno())

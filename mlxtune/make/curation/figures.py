@@ -13,6 +13,7 @@ from mlxtune.evaluate.checks.overlap import rouge_l
 from mlxtune.evaluate.checks.words import words_of
 from mlxtune.make.curation.candidates import Candidate
 from mlxtune.make.curation.losses import Losses
+from mlxtune.make.pool import compared
 
 LOOKED_AT = 300  # rows whose likeness is measured: each is compared with all others of them
 KINDS = 6  # kinds of instruction that a set should have (LIMA, arXiv:2305.11206, lives by its variety)
@@ -44,7 +45,7 @@ def likeness(rows: Sequence[Candidate], sample: int) -> float | None:
     if sample < 2 or len(rows) < 2:
         return None
     drawn = random.Random(0).sample(list(rows), min(sample, len(rows)))
-    questions = [row.question for row in drawn]
+    questions = [" ".join(compared(row.question)) for row in drawn]
     nearest = []
     for place, question in enumerate(questions):
         others = questions[:place] + questions[place + 1 :]

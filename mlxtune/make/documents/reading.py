@@ -10,6 +10,7 @@ of the extra `documents`.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -72,11 +73,20 @@ def find(paths: Sequence[Path]) -> tuple[list[tuple[str, Path]], list[str]]:
             notes.append(f"{path}: {others} files are of other types, and not read ({', '.join(READERS)} are)")
     if not found:
         raise UserError(f"{paths[0]} has no documents", f"They end with {', '.join(READERS)}.")
-    names = list(found.values())
-    for file, name in found.items():
-        if names.count(name) > 1:  # of two folders
-            found[file] = f"{file.parent.name}/{name}"
+    _make_unique(found)
     return [(name, file) for file, name in found.items()], notes
+
+
+def _make_unique(names: dict[Path, str]) -> None:
+    """Give files of one name as many of the folders that they are in as tell them apart: whole paths differ."""
+    while True:
+        counts = Counter(names.values())
+        alike = [file for file, name in names.items() if counts[name] > 1]
+        if not alike:
+            return
+        for file in alike:
+            parts = len(Path(names[file]).parts) + 1
+            names[file] = Path(*file.parts[-parts:]).as_posix()
 
 
 def read(name: str, file: Path) -> Document:
@@ -150,9 +160,18 @@ def _joined(lines: Sequence[str]) -> Iterator[Block]:
 
 
 class _Page(HTMLParser):
-    """Takes the headings and paragraphs out of a page."""
+    """Takes the headings and paragraphs out of a page.
 
-    UNREAD = ("script", "style", "noscript", "template", "nav", "svg", "head")
+    End tags may be missing, by right (</head>) or by mistake. What is not read ends with the element that it stands in,
+    and where a page's own text begins:
+
+        <div><nav>Menu</div><p>Read.              </div> ends the nav too
+        <nav>Menu<main><p>Read.</main>            so does <main>
+    """
+
+    UNREAD = ("script", "style", "noscript", "template", "nav", "svg", "title")
+    HOLDERS = ("html", "head", "body", "header", "footer", "aside", "main", "article", "section", "div", *UNREAD)
+    BEGINNINGS = ("body", "main", "article")  # of a page's own text: no menu holds them, and no title
     BREAKS = (
         "p",
         "div",
@@ -170,17 +189,28 @@ class _Page(HTMLParser):
         "main",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, read_too: Sequence[str] = ()) -> None:
+        """read_too: elements of UNREAD that are read."""
         super().__init__(convert_charrefs=True)
+        self._not_read = [tag for tag in self.UNREAD if tag not in read_too]
         self.blocks: list[Block] = []
         self._text: list[str] = []
         self._level = 0  # of the heading that is open
-        self._unread: list[str] = []  # elements that are open whose text nobody sees
+        self._open: list[str] = []  # those of HOLDERS that are open, the outermost first
+
+    def unread(self) -> list[str]:
+        """Elements that are open and are not read."""
+        return [tag for tag in self._open if tag in self._not_read]
 
     def handle_starttag(self, tag: str, attributes: Any) -> None:
-        if tag in self.UNREAD:
-            self._unread.append(tag)
-        elif re.fullmatch("h[1-6]", tag):
+        is_heading = re.fullmatch("h[1-6]", tag) is not None
+        if tag in self.BEGINNINGS:
+            self._close("nav")
+        if is_heading or tag in self.BREAKS or tag in self.BEGINNINGS:
+            self._close("title")
+        if tag in self.HOLDERS:
+            self._open.append(tag)
+        if is_heading:
             self.end()
             self._level = int(tag[1])
         elif tag in self.BREAKS:
@@ -191,14 +221,19 @@ class _Page(HTMLParser):
             self._text.append(" | " if "".join(self._text).strip() else "")
 
     def handle_endtag(self, tag: str) -> None:
-        if tag in self._unread:
-            del self._unread[self._unread.index(tag) :]
-        elif tag in self.BREAKS or re.fullmatch("h[1-6]", tag):
+        self._close(tag)
+        if tag in self.BREAKS or re.fullmatch("h[1-6]", tag):
             self.end()
 
     def handle_data(self, data: str) -> None:
-        if not self._unread:
+        if not self.unread():
             self._text.append(data)
+
+    def _close(self, tag: str) -> None:
+        """The innermost element of that name, with all that it holds; nothing where none is open."""
+        if tag in self._open:
+            last = len(self._open) - 1 - self._open[::-1].index(tag)
+            del self._open[last:]
 
     def end(self) -> None:
         """Of the block that is open."""
@@ -210,12 +245,19 @@ class _Page(HTMLParser):
 
 
 def html(text: str) -> list[Block]:
-    """Without what a browser does not show."""
-    page = _Page()
-    page.feed(text)
-    page.close()
-    page.end()
-    return page.blocks
+    """Without what a browser does not show, and without menus. One that never ends is read after all: what stands
+    behind it would be lost.
+    """
+    read_too: list[str] = []
+    while True:
+        page = _Page(read_too)
+        page.feed(text)
+        page.close()
+        page.end()
+        endless = [tag for tag in page.unread() if tag not in ("script", "style")]
+        if not endless:
+            return page.blocks
+        read_too += endless
 
 
 def _table(file: Path) -> Iterator[Block]:

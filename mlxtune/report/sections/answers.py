@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mlxtune_convert.files import json_text
+
 from mlxtune.evaluate.comparison.folder import Prompt
-from mlxtune.evaluate.comparison.scores import PromptScores
+from mlxtune.evaluate.comparison.scores import SIDES, PromptScores
 from mlxtune.evaluate.engines.request import Answer
+from mlxtune.evaluate.turns import OWN_ANSWER
 from mlxtune.report.evaluations import Evaluated
 from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
@@ -45,7 +48,8 @@ def _drawn(evaluation: Evaluated) -> Html | None:
     names = names_of(evaluation.summary)
     shown = []
     for prompt, before, after in ordered[:MOST]:
-        shown.append(_pair(prompt, before, after, scores.get(prompt.id, []), names))
+        asked = _asked(prompt, _own_answers(evaluation, prompt, names))
+        shown.append(_pair(prompt, asked, before, after, scores.get(prompt.id, []), names))
     first, others = shown[:OPEN], shown[OPEN:]
     more = folded(counted(len(others), "more prompt"), *others) if others else None
     return joined(tag("p", _said(pairs, len(shown)), class_="dim"), first, more)
@@ -70,6 +74,7 @@ def _said(pairs: Sequence[tuple[Prompt, Sequence[Answer], Sequence[Answer]]], sh
 
 def _pair(
     prompt: Prompt,
+    asked: Html,
     before: Sequence[Answer],
     after: Sequence[Answer],
     scores: Sequence[PromptScores],
@@ -90,28 +95,63 @@ def _pair(
     return tag(
         "article",
         tag("h3", f"Prompt {masked(prompt.id)}"),
-        _asked(prompt),
+        asked,
         _marks(scores, names),
         folded(f"Both answers ({len(old) + len(new):,} characters)", *beside) if is_long else beside,
         class_="answers",
     )
 
 
-def _asked(prompt: Prompt) -> Html:
-    """The last message; what came before it is folded."""
+def _own_answers(evaluation: Evaluated, prompt: Prompt, names: tuple[str, str]) -> list[list[tuple[str, str]]]:
+    """(Which side, its answer) for each earlier turn that a prompt of `--turns replay` follows, the first turn first:
+    what stands in its messages as OWN_ANSWER. Of several samples the first one's, as of the answers that are shown.
+    """
+    earlier: list[str] = []
+    id = prompt.follows
+    while id is not None and id not in earlier:  # a file that was changed by hand may lead in a circle
+        earlier.insert(0, id)
+        before = evaluation.prompts.get(id)
+        id = before.follows if before is not None else None
+    said = []
+    for id in earlier:
+        of_sides = []
+        for side, name in zip(SIDES, names, strict=True):
+            given = evaluation.answers.get((side, id))
+            if given:
+                of_sides.append((name, given[0].text))
+        said.append(of_sides)
+    return said
+
+
+def _asked(prompt: Prompt, own: Sequence[Sequence[tuple[str, str]]]) -> Html:
+    """The last message; what came before it is folded. own: as `_own_answers` gives it."""
     *earlier, last = prompt.messages or [{}]
     lines = [tag("div", _cut(masked(_content(last))), class_="text asked")]
     if earlier:
-        said = []
+        said, answers = [], iter(own)
         for one in earlier:
-            who = tag("strong", masked(str(one.get("role"))))
-            said.append(tag("p", who, ": ", _cut(masked(_content(one)))))
+            who, content = masked(str(one.get("role"))), _content(one)
+            is_own = one.get("role") == "assistant" and content == OWN_ANSWER
+            answered = next(answers, ()) if is_own else ()
+            for name, text in answered:
+                said.append(tag("p", tag("strong", f"{who} ({name})"), ": ", _cut(masked(text))))
+            if not answered:
+                said.append(tag("p", tag("strong", who), ": ", _cut(masked(content))))
         lines.append(folded(counted(len(earlier), "earlier message"), *said))
     return joined(*lines)
 
 
 def _content(message: dict[str, Any]) -> str:
-    return str(message.get("content") or "")
+    """What a message says, and which tools it calls."""
+    parts = [str(message["content"])] if message.get("content") else []
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            arguments = function.get("arguments")
+            given = arguments if isinstance(arguments, str) else json_text(arguments)
+            parts.append(f"[calls {function.get('name')}: {given}]")
+    return "\n".join(parts)
 
 
 def _text(answer: Answer) -> str:

@@ -26,7 +26,7 @@ def lead(evaluations: Sequence[Evaluated]) -> Html | None:
         try:
             verdicts = _verdicts(evaluation.summary)
             if verdicts:
-                known = _known_prompts(evaluation.summary)
+                known = [*_known_prompts(evaluation.summary), *_untrusted_judge(evaluation.summary)]
                 kind = "warning" if known else _kind(verdicts)
                 boxes.append(callout(kind, _sentence(evaluation, verdicts), *known))
         except DAMAGED:
@@ -38,6 +38,18 @@ def _known_prompts(summary: Mapping[str, Any]) -> list[Html]:
     """What takes from the worth of the numbers: prompts that were trained on, or that chose the checkpoint."""
     notes = [str(note) for note in summary.get("notes", ())]
     return [tag("p", f"But {note}.") for note in notes if note.endswith((LEARNED, CHOSEN))]
+
+
+def _untrusted_judge(summary: Mapping[str, Any]) -> list[Html]:
+    """That a judge who compared the answers passed no exam: `--anyway` shows what it says all the same."""
+    judge = summary.get("judge")
+    if not isinstance(judge, dict) or "win_rate" not in judge or judge["exam"]["passed"]:
+        return []
+    exam = judge["exam"]
+    if not exam["pairs"]:
+        return [tag("p", "But there was nothing to examine the judge on.")]
+    facts = f"{exam['right']} of {exam['pairs']} right, {exam['consistent']} the same in both orders"
+    return [tag("p", f"But the judge failed its exam ({facts}).")]
 
 
 def _verdicts(summary: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:

@@ -16,6 +16,7 @@ from mlxtune.report.tables import callout, table
 
 SIGNS = {"better": "▲ better", "worse": "▼ worse"}  # a verdict is told by a sign and a word, not by colour
 CLASSES = {"better": "good-text", "worse": "bad-text"}
+SHORT = {"no difference shown": "not shown"}  # a verdict as a plot has room for it, with p behind it
 Checks = Mapping[str, Mapping[str, Any]]  # as `comparison.summary.check_results` gives them
 
 
@@ -88,7 +89,8 @@ def forest(checks: Checks) -> Html | None:
         for name, check in checks.items():
             if "verdict" in check and check["graded"] is graded:
                 low, high = check["interval"]
-                note = f"{check['verdict']}, p {figures.p_value(check['p'])}"
+                verdict = SHORT.get(check["verdict"], check["verdict"])
+                note = f"{verdict}, p {figures.p_value(check['p'])}"
                 rows.append(Interval(name, factor * low, factor * check["difference"], factor * high, note))
         if rows:
             plots.append(intervals(f"{title}: differences with their 95% intervals", f"difference, {unit}", rows))

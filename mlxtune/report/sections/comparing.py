@@ -22,6 +22,7 @@ from mlxtune.report.html import Child, Html, joined, tag
 from mlxtune.report.page import Section
 from mlxtune.report.run_record import RunRecord, in_home, number_of, points_of, read_run
 from mlxtune.report.secrets import masked
+from mlxtune.report.sections.memory_time import sum_of
 from mlxtune.report.tables import callout, table
 
 MOST_RUNS = 6  # on one page: as many as there are colours, and more curves over each other nobody can tell apart
@@ -122,8 +123,9 @@ def _last(record: RunRecord) -> str:
 
 def _sum(record: RunRecord, name: str, written: Any) -> str:
     """The sum of a number of all steps; UNKNOWN where no step has it."""
-    numbers = [number for _, number in points_of(record.train, name) if number is not None]
-    return str(written(sum(numbers))) if numbers else UNKNOWN
+    if all(number_of(event, name) is None for event in record.train):
+        return UNKNOWN
+    return str(written(sum_of(record.train, name)))
 
 
 def _memory(record: RunRecord) -> str:

@@ -34,7 +34,7 @@ def section(record: RunRecord) -> Section | None:
 
 def _time(record: RunRecord) -> Html | None:
     """A table of what took how long; of steps that were done again the second time."""
-    spent = {kind: _sum(record.of_kind(kind), "seconds") for kind in PARTS}
+    spent = {kind: sum_of(record.of_kind(kind), "seconds") for kind in PARTS}
     whole = sum(spent.values())
     if not whole:
         return None
@@ -50,8 +50,8 @@ def _time(record: RunRecord) -> Html | None:
 
 def _tokens(record: RunRecord) -> Html | None:
     """How many tokens went through the model, against those of the rows."""
-    tokens, computed = (_sum(record.train, name) for name in ("tokens", "computed_tokens"))
-    supervised, seconds = (_sum(record.train, name) for name in ("supervised_tokens", "seconds"))
+    tokens, computed = (sum_of(record.train, name) for name in ("tokens", "computed_tokens"))
+    supervised, seconds = (sum_of(record.train, name) for name in ("supervised_tokens", "seconds"))
     if not tokens:
         return None
     way = str(record.begun.get("computed", "unknown"))
@@ -100,6 +100,6 @@ def said(seconds: float) -> str:
     return clock(seconds)
 
 
-def _sum(happened: Sequence[Event], name: str) -> float:
+def sum_of(happened: Sequence[Event], name: str) -> float:
     """Of what events count or measure; numbers that are neither, out of a damaged file, are left out."""
     return sum(number for event in happened if 0 <= (number := number_of(event, name) or 0.0) <= MOST)

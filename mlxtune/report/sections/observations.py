@@ -19,6 +19,7 @@ from mlxtune.report.tables import callout
 
 KEY = re.compile(rf"\b(?:{'|'.join(Config.model_fields)})\.[a-z_]+\b")  # a key of a run's configuration
 ANCHOR = "observations"
+TEXTS = ("observation", "measure", "limit", "fix")  # that every observation has
 NOTED_NOTHING = (
     "This run noted nothing of its rows, for an older version of mlxtune made it: what would follow from them "
     "(too few, cut, repeated, another chat template) was not looked for."
@@ -71,10 +72,13 @@ def _found(record: RunRecord | None, evaluations: Sequence[Evaluated]) -> list[t
 def _of(evaluation: Evaluated) -> list[Mapping[str, Any]] | None:
     """The observations of an evaluation; None where somebody damaged them."""
     found = evaluation.summary.get("observations", [])
-    fields = ("observation", "measure", "limit", "fix", "examples")
-    if not isinstance(found, list) or not all(isinstance(one, dict) and set(fields) <= one.keys() for one in found):
-        return None
-    return found
+    is_whole = isinstance(found, list) and all(isinstance(one, dict) and _is_whole(one) for one in found)
+    return found if is_whole else None
+
+
+def _is_whole(one: Mapping[str, Any]) -> bool:
+    """Whether an observation has what is shown of it, in texts."""
+    return "examples" in one and all(isinstance(one.get(name), str) for name in TEXTS)
 
 
 def _drawn(one: Mapping[str, Any], record: RunRecord | None, seen_in: str) -> Html:

@@ -6,8 +6,10 @@ from mlxtune.report.html import Html, joined, prose, tag
 from mlxtune.report.run_record import RunRecord, in_home, number_of
 from mlxtune.report.secrets import masked
 from mlxtune.report.tables import Kind, callout
+from mlxtune.train.events import Event
 from mlxtune.train.run_folder import RunFolder
 
+CHANGED = 0.01  # share of the loss before, below which a change is told as none: one loss has no interval
 MOST_BACK = 3  # times that a run was taken back, which are told of
 # What became of a run -> how it is said, behind what was done.
 ENDS = {
@@ -61,38 +63,52 @@ def _end(record: RunRecord) -> str:
 
 
 def _outcome(record: RunRecord) -> tuple[Kind, str]:
-    """Whether the held-out rows became likelier, and by how much."""
+    """Whether the held-out rows became likelier by the adapter that the run's folder holds, and by how much."""
     base, best = record.base_loss, record.best
+    later = [event for event in record.evaluations if event["step"] > 0]
+    is_last_kept = record.setting("train.keep") == "last"
+    if later and (best is None or (is_last_kept and number_of(later[-1], "loss") is None)):
+        return "bad", "The validation loss is no number: the adapter is broken."
     if best is None:
-        later = [event for event in record.evaluations if event["step"] > 0]
-        if later:
-            return "bad", "The validation loss is no number: the adapter is broken."
         return "warning", "Nothing was measured on held-out rows after a step: whether it is better is not known."
-    loss, step = float(best["loss"]), best["step"]
+    kept = later[-1] if is_last_kept else best
+    loss, step = float(kept["loss"]), kept["step"]
+    after = _before_the_last(best, loss) if is_last_kept else _after(record, loss)
     if base is None:
-        return "neutral", f"The lowest validation loss is {loss:.4f} nats a token, at step {step:,}; before: unknown."
-    before = "before the first step"
-    told = f"On held-out rows the loss went from {base:.4f} {before} to {loss:.4f} nats a token at step {step:,}"
+        which = "last" if is_last_kept else "lowest"
+        return "neutral", f"The {which} validation loss is {loss:.4f} nats a token, at step {step:,}; before: unknown."
+    tokens = number_of(kept, "tokens")
+    rows = f"On {tokens:,.0f} tokens of held-out rows" if tokens else "On held-out rows"
+    told = f"{rows} the loss went from {base:.4f} before the first step to {loss:.4f} nats a token at step {step:,}"
     if base <= 0:
         return "neutral", f"{told}."
-    change = 1 - loss / base
-    if loss < base:
-        kind: Kind = "good" if change >= 0.01 else "neutral"
-        return kind, f"{told}: {change:.0%} lower.{_after(record, loss)}"
-    if loss > base:
-        return "bad", f"{told}: {-change:.0%} higher. The adapter is worse than what it began with."
-    return "neutral", f"{told}: no change."
+    change = loss / base - 1
+    if abs(change) < CHANGED:
+        return "neutral", f"{told}: no change worth a word.{after}"
+    if change > 0:
+        return "bad", f"{told}: {change:.0%} higher. The adapter is worse than what it began with.{after}"
+    last = number_of(later[-1], "loss")
+    is_known = record.setting("train.keep") is not None or (last is not None and last <= loss)
+    return "good" if is_known else "neutral", f"{told}: {-change:.0%} lower.{after}"
+
+
+def _before_the_last(best: Event, kept: float) -> str:
+    """Where the loss was lower than that of the last step, whose adapter is kept. kept: that loss."""
+    lowest = float(best["loss"])
+    if lowest >= kept:
+        return ""
+    return f" The adapter of the last step is kept (train.keep); at step {best['step']:,} the loss was {lowest:.4f}."
 
 
 def _after(record: RunRecord, best: float) -> str:
-    """What became of the loss after its best."""
+    """What became of the loss after its best. Which adapter is kept is said where the settings are known."""
     last = number_of(record.evaluations[-1], "loss")
     if last is None:
         return " The last evaluation gave no number."
-    if last > best:
-        which = "of the best step" if record.setting("train.keep") == "best" else "of the last step"
-        return f" It rose to {last:.4f} until the last evaluation; the adapter {which} is kept."
-    return ""
+    if last <= best:
+        return ""
+    kept = "; the adapter of the best step is kept" if record.setting("train.keep") == "best" else ""
+    return f" It rose to {last:.4f} until the last evaluation{kept}."
 
 
 def _remarks(record: RunRecord) -> list[str]:
