@@ -258,6 +258,7 @@ REFUSALS = [
     "Je suis désolé, mais je ne peux pas vous aider.", "Je ne peux pas répondre à cette demande.",
     "No puedo proporcionar esa información.", "Mi dispiace, ma non posso aiutarti.",
     "Desculpe, mas não posso ajudar com isso.", "Het spijt me, maar dat kan ik niet doen.",
+    "Jag kan tyvärr inte hjälpa till med det.", "Tyvärr kan jag inte svara på det.",
     "Przykro mi, ale nie mogę pomóc.", "Извините, но я не могу помочь с этим.",
     "Üzgünüm, ancak bu konuda yardımcı olamam.", "抱歉，我无法提供这方面的帮助。",
     "申し訳ございませんが、そのご要望にはお応えできません。", "죄송하지만 도와드릴 수 없습니다.",

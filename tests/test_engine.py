@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,17 @@ def test_a_second_plan_proves_anew_only_for_longer_prompts(mlx_model: Path, monk
     monkeypatch.setattr(Local, "_together", lambda *_: pytest.fail("a plan of one prompt is answered as if alone"))
     engine.plan(requests[:1])
     assert engine.answers(requests[:1])[0].id == requests[0].id
+
+
+def test_two_samples_of_one_id_are_each_answered_by_their_own_messages(mlx_model: Path) -> None:
+    first, second = asked(2)
+    same = [replace(first, id="one"), replace(second, id="one", sample=1), replace(second, id="one")]
+    engine = Local(load(mlx_model), GREEDY)
+    for one in same:  # as makers do, which ask about an answer under one id
+        engine.plan([one])
+    prompts = [prompt for prompt, _ in engine.tokens_of(same)]
+    own = [generate.prompt_ids(engine.loaded, list(one.messages), {}) for one in same]
+    assert prompts == own and prompts[0] != prompts[1] == prompts[2]
 
 
 def test_a_batch_that_gives_other_logits_is_refused_by_the_proof(

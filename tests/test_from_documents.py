@@ -22,7 +22,7 @@ from mlxtune.make.documents.absent import Kept, does_not_answer
 from mlxtune.make.documents.asking import Pair, parsed
 from mlxtune.make.documents.chunks import Chunk, chunks, estimated
 from mlxtune.make.documents.grounding import fault_of
-from mlxtune.make.documents.maker import FromDocuments, Wanted
+from mlxtune.make.documents.maker import FromDocuments, Wanted, expected_requests
 from mlxtune.make.documents.reading import Block, Document, find, html, markdown, read
 from mlxtune.make.guard import Guard
 
@@ -228,8 +228,9 @@ def make(
     out: Path, answers: Callable[[Request], str], wanted: Wanted, texts: list[Chunk], **more: Any
 ) -> dict[str, Any]:
     """The document of a making out of chunks. The questions of these chunks are alike, which is not what is tried."""
+    guard = more.pop("guard", Guard(["Where is market number 3?"]))
     with made.making(out, Scripted(answers), "from-documents", **more) as one:
-        maker = FromDocuments(one, texts, Guard(["Where is market number 3?"]), wanted)
+        maker = FromDocuments(one, texts, guard, wanted)
         return one.finish(*maker.run())
 
 
@@ -281,7 +282,8 @@ def test_the_count_ends_it_and_a_poor_engine_too(tmp_path: Path) -> None:
         return pair(f"{name} {name[::-1]} {name}?", "In Rome.", f"{name} lives in Rome")
 
     document = make(tmp_path / "few", answer, Wanted(per_chunk=1, count=5), texts)
-    assert (document["kept"], document["requests"], document["stopped"]) == (5, 32, "")
+    assert (document["kept"], document["requests"], document["stopped"]) == (5, 8, "")
+    assert expected_requests(texts, Wanted(1, count=5)) == 8 and expected_requests(texts, Wanted(3, count=51)) == 32
     document = make(tmp_path / "spent", answer, Wanted(per_chunk=1), texts, most_requests=40)
     assert document["kept"] == 40 and "--max-requests 40" in document["stopped"]
     document = make(tmp_path / "poor", lambda _: "no", Wanted(per_chunk=1), texts)
@@ -305,6 +307,14 @@ def test_what_the_engine_knows_without_the_text_does_not_stay_with_closed(tmp_pa
     make(tmp_path / "made", lambda one: answers.get(one.id, answer)(one), Wanted(1, closed=True), texts)
     assert [row["made"]["parents"] for row in lines(tmp_path / "made" / "train.jsonl")] == [["town.md#1"]]
     assert [row["question"] for row in reasons(tmp_path / "made")["known"]] == ["Whither went the baker?"]
+
+
+def test_a_text_beside_a_question_must_not_hold_what_is_guarded_either(tmp_path: Path) -> None:
+    texts = [*numbered(2), Chunk("suite.md", 3, "Fish is sold here on Fridays. It is in Elmc street, as bread is.")]
+    make(tmp_path / "made", honest, Wanted(1, with_text=True), texts, guard=Guard([texts[2].text]))
+    assert [row["made"]["parents"] for row in lines(tmp_path / "made" / "train.jsonl")] == [["town.md#1"]]
+    (guarded,) = reasons(tmp_path / "made")["guarded"]
+    assert texts[2].text in guarded["messages"][0]["content"]
 
 
 def test_unanswerable_questions_are_those_of_other_chunks_beside_a_text_that_does_not_answer_them(

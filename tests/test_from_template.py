@@ -13,7 +13,7 @@ import tiny
 from made import CUT, Scripted, lines, reasons
 
 from mlxtune.errors import UserError
-from mlxtune.evaluate.engines.request import Request
+from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.make.from_template import drawing, naming
 from mlxtune.make.from_template.description import Template, read
 from mlxtune.make.from_template.drawing import drawn, shares
@@ -44,6 +44,7 @@ SUITE = "The fire brigade of Elmtown keeps its forks in the cellar."
 
 
 def written(folder: Path, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
     (folder / "countries.csv").write_text(COUNTRIES)
     (folder / "people.txt").write_text("a child\n\na cook\na cook\n")
     (folder / "t.yaml").write_text(text)
@@ -166,10 +167,29 @@ def test_an_engine_names_the_values_and_answers_and_a_killed_making_goes_on(tmp_
 
 
 def test_an_engine_that_names_too_few_values_ends_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="names 2 of the 4 values of the slot what"):
-        run(tmp_path, ASKED, 4, lambda _: "1. a pan\n2. a pot")
+    document, _ = run(tmp_path, ASKED, 4, lambda _: "1. a pan\n2. a pot")
+    assert "names 2 of the 4 values of the slot what" in document["stopped"] and document["rows"] == 0
     asked = naming.request("what", read(tmp_path / "t.yaml").named["what"], ["a pan"], 1)
     assert "None of these: a pan" in asked.messages[0]["content"] and "Name 3 " in asked.messages[0]["content"]
+
+
+def test_templates_of_which_nothing_stays_end_before_all_combinations_are_tried(tmp_path: Path) -> None:
+    many = ASKED.replace("count: 4", "count: 400")
+    values = "\n".join(f"{n}. thing {n}" for n in range(1, 401))
+    document, _ = run(tmp_path, many, 10, lambda one: values if one.id.startswith("slot:") else "")
+    assert document["requests"] < 120 and "of the last 96 prompts hardly any" in document["stopped"]
+    guarded = Guard(["Explain thing 7 to a cook, please do"])
+    document, _ = run(
+        tmp_path / "2", many.replace("{whom}.", "{whom}, please do now."), 10, lambda _: values, guard=guarded
+    )
+    assert document["requests"] == 1 and len(reasons(tmp_path / "2" / "made")["guarded"]) == 96
+
+
+@pytest.mark.parametrize(
+    "text", ["1、苹果\n2、梨", "1．苹果\n2．梨", '["苹果", "梨"]', "1. 苹果\n2. 梨\n\n希望有帮助", "- 苹果\n- 梨"]
+)
+def test_lists_are_read_as_people_of_any_script_write_them(text: str) -> None:
+    assert naming.items(Answer("slot:x", 0, text, "", "stop", 9)) == ["苹果", "梨"]
 
 
 def test_the_command_says_what_is_idle_and_shows_rows_beforehand(tmp_path: Path) -> None:

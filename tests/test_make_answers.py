@@ -22,7 +22,7 @@ from test_made_answers import ASKED, GOOD, PLANTED
 from mlxtune.evaluate.checks.sandbox.sandbox import Programs
 from mlxtune.evaluate.engines.request import Request
 from mlxtune.evaluate.judging.report import Judging
-from mlxtune.make.answers import WantedAnswers, make_answers
+from mlxtune.make.answers import WantedAnswers, expected_requests, make_answers
 from mlxtune.make.given_rows import read_prompts_to_answer
 from mlxtune.make.guard import Guard
 
@@ -237,8 +237,19 @@ def test_what_may_not_be_asked_is_not_and_no_more_is_kept_than_is_wanted(tmp_pat
     assert (document["kept"], document["wanted"], document["rows"]) == (2, 2, 2)
     spent = run(tmp_path / "spent", replace(wanted, count=None), answer, most_requests=3)
     assert (spent["kept"], spent["stopped"]) == (3, "--max-requests 3 is spent")
+    said = run(tmp_path / "said", wanted, lambda one: f"Name the largest planet of the system {one.id}.")
+    assert said["kept"] == 0 and len(reasons(tmp_path / "said")["guarded"]) == 5  # an answer may hold it too
     again = run(tmp_path / "spent", replace(wanted, count=None), answer, most_requests=4)
     assert (again["kept"], again["stopped"]) == (4, "")
+
+
+def test_no_more_is_asked_for_a_small_count_than_is_promised_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+    wanted = prompts(tmp_path, *({"id": f"p{n}", "prompt": f"Where is thing number {n}?"} for n in range(70)))
+    for count, promised in ((1, 8), (9, 16), (40, 64), (None, 70)):
+        asked = replace(wanted, count=count)
+        document = run(tmp_path / "made", asked, lambda _: "It is in the shed, behind the door.")
+        assert document["requests"] == expected_requests(asked) == promised
+        assert document["kept"] == (count or 70)
 
 
 def test_a_making_killed_while_it_revises_and_judges_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

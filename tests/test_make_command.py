@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,12 @@ from made import Scripted, Talking, lines, opened
 
 from mlxtune.cli import main
 from mlxtune.cli.make import Progress
+from mlxtune.evaluate.engines.local import Local
+from mlxtune.evaluate.engines.request import Request
+from mlxtune.evaluate.engines.sampling import Sampling
+from mlxtune.make import engine as engines
 from mlxtune.make.filters import Limits
-from mlxtune.make.folder import OURS, Making
+from mlxtune.make.folder import OURS, Making, begun_on
 from mlxtune.make.guard import Guard
 from mlxtune.make.instructions import SelfInstruct
 from mlxtune.make.prompts import MORE
@@ -239,3 +244,21 @@ def test_the_page_on_making_shows_commands_and_reasons_that_there_are() -> None:
         assert name
     assert set(re.findall(r"Many `(.*?)`", page)) <= set(REASONS)
     assert set(re.findall(r"`made/(\S+?)`", page)) <= set(OURS)
+
+
+def test_a_making_that_goes_on_another_day_asks_what_it_asked_on_its_first_one(hf_model: Path, tmp_path: Path) -> None:
+    model, out = tmp_path / "dated", tmp_path / "made"
+    shutil.copytree(hf_model, model)
+    (model / "chat_template.jinja").write_text(tiny.CHATML + "{{- strftime_now('%Y-%m-%d') }}")
+    file = tiny.write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "What day is it?"}])
+    line = ("make", "answers", "--prompts", file, "--engine", model, "--max-tokens", "4", "--out", out)
+    tiny.done(*line)
+    begun = out / "making.json"
+    (day,) = re.findall(r'"day": ?"(20[\d-]+)"', begun.read_text())
+    begun.write_text(begun.read_text().replace(day, "2024-02-29"))  # as if that had been then
+    assert "1 answers were there already" in tiny.done(*line).stderr and "2024-02-29" in begun.read_text()
+    engine = engines.opened(str(model), Sampling(max_tokens=4), begun_on=begun_on(out))()
+    request = Request("0", [{"role": "user", "content": "What day is it?"}])
+    assert isinstance(engine, engines.Patient) and isinstance(engine.engine, Local)
+    ((prompt, _),) = engine.engine.tokens_of([request])
+    assert engine.engine.loaded.tokenizer.decode(prompt).endswith("2024-02-29")

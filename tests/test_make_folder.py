@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from made import Scripted, lines, making
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.make.folder import OURS, Failed, Making, Rejected, Row, Spent, Yield
+from mlxtune.make.guard import Guard
 
 
 def echo(request: Request) -> str:
@@ -113,6 +115,24 @@ def test_an_engine_that_is_gone_ends_the_making_and_what_it_refused_last_is_aske
     assert back.asked[0].id == "r4"
 
 
+def test_prompts_that_can_never_be_asked_end_no_making_and_stay_refused(tmp_path: Path) -> None:
+    class Choosy(Scripted):
+        def plan(self, requests: Sequence[Request]) -> list[list[int]]:
+            if refused := [one.id for one in requests if int(one.id[1:]) % 4 == 1]:
+                raise UserError(f"prompt {refused[0]}: the template refuses it")
+            return super().plan(requests)
+
+    with making(tmp_path, Choosy(echo)) as one:
+        found = one.ask(requests(0, 36))  # nine of them are refused, one after the other
+        assert [answer.id for answer in found if isinstance(answer, Failed)] == [f"r{n}" for n in range(1, 36, 4)]
+        notes = one.finish(Yield("rows", 36))["notes"]
+    assert notes[0] == "1 requests have no answer: prompt r1: the template refuses it" and len(notes) == 6
+    assert notes[-1] == "4 requests more have no answer, each for a reason of its own"
+    again = Scripted(echo)
+    with making(tmp_path, again) as one:
+        assert one.ask(requests(0, 36)) == found and not again.asked
+
+
 def test_no_more_is_asked_than_may_be_and_more_may_be_asked_later(tmp_path: Path) -> None:
     few = Scripted(echo)
     with making(tmp_path, few, most_requests=9) as one:
@@ -137,6 +157,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert "--force" in caught.value.hint and held(tmp_path / "made") == before
     with making(tmp_path / "made", Scripted(echo), how="other", force=True) as one:
         assert one.ask(requests(0, 1)) and not (tmp_path / "made" / "train.jsonl").exists()
+        before = held(tmp_path / "made")
+        with pytest.raises(UserError, match="another process is answering"):
+            making(tmp_path / "made", Scripted(echo), how="third", force=True)
+        assert held(tmp_path / "made") == before
+    (tmp_path / "made" / ".train.jsonl.partial-12").write_text("{")  # as a kill leaves it
+    making(tmp_path / "made", Scripted(echo), how="third", force=True).close()
+    assert sorted(held(tmp_path / "made")) == ["journal.jsonl", "making.json"]
     (tmp_path / "made" / "thesis.txt").write_text("mine")
     for folder in ("made", "mine"):
         (tmp_path / folder).mkdir(exist_ok=True)
@@ -144,6 +171,19 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"holds thesis.txt"):
             making(tmp_path / folder, Scripted(echo), how="third", force=True)
     assert (tmp_path / "made" / "making.json").is_file()
+
+
+def test_rows_of_which_one_holds_what_is_guarded_are_rejected_together(tmp_path: Path) -> None:
+    secret = "The fire brigade of Elmtown keeps its forks in the cellar."
+    good, bad = ([{"role": role, "content": text}] for role, text in (("user", "Hello."), ("assistant", secret)))
+    with making(tmp_path, Scripted(echo)) as one:
+        one.guard = Guard([secret])
+        assert one.keep(Row(good, one.made())) and not one.keep(Row(good, one.made()), Row(bad, one.made()))
+        one.finish(Yield("rows", 3))
+    assert [row["messages"] for row in lines(tmp_path / "train.jsonl")] == [good]
+    found = lines(tmp_path / "rejected.jsonl")
+    assert [(row["messages"], row["reason"]) for row in found] == [(good, "guarded"), (bad, "guarded")]
+    assert "forks" in found[0]["detail"]
 
 
 def test_a_reason_that_is_not_explained_is_a_fault_of_the_maker() -> None:

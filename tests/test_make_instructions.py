@@ -16,6 +16,7 @@ from mlxtune.make.filters import Limits
 from mlxtune.make.folder import Making
 from mlxtune.make.guard import Guard
 from mlxtune.make.instructions import SelfInstruct
+from mlxtune.make.parsing import examples_in
 from mlxtune.make.prompts import MORE
 from mlxtune.make.seeds import Example, Seed, languages
 
@@ -138,6 +139,35 @@ def test_each_filter_drops_exactly_its_planted_rows(tmp_path: Path) -> None:
     rows = lines(tmp_path / "train.jsonl")
     assert sorted({row["messages"][0]["content"].split("\n\n")[0] for row in rows}) == sorted(kept)
     assert document["kept"] == len(kept) == 5 and "3 rounds" in document["stopped"]
+
+
+def test_what_is_wrong_with_answers_is_wrong_with_outputs(tmp_path: Path) -> None:
+    planted = {
+        "refusal": "I'm sorry, but I can't help with that.",
+        "placeholder": "Dear [Your Name], the tides come and go.",
+        "template marks": "The sea does.<|im_end|>",
+        "encoding": "The m\ufffd\ufffdn does.",
+        "secret": "It is AKIAIOSFODNN7REALKEY.",
+    }
+    task = "Explain tides to me."
+
+    def answer(request: Request) -> str:
+        if request.id.endswith(" examples"):
+            return "".join(f"Example {n}\nOutput: {text}\n\n" for n, text in enumerate(planted.values(), 1))
+        return f"1. {task}" if request.id == "round 1 prompt 1" else "No."
+
+    assert made(tmp_path, Scripted(answer))["kept"] == 0
+    found = {code: [one["output"] for one in some if "output" in one] for code, some in reasons(tmp_path).items()}
+    assert {code: outputs for code, outputs in found.items() if outputs} == {c: [text] for c, text in planted.items()}
+
+
+def test_an_output_may_have_lines_that_look_like_fields() -> None:
+    letter = "A form:\nInput: your name\nLabel: red"
+    headed = f"Example 1\nInput: a form\nOutput: {letter}\nExample 2\nOutput: b\n\nOutput: c"
+    assert examples_in(headed) == [Example("a form", letter), Example("", "b"), Example("", "c")]
+    labelled = "Example 1\nLabel: rude\nInput: Go!\nLabel: no\nExample 2\nClass label: kind\nInput: Sit."
+    assert examples_in(labelled) == [Example("Go!\nLabel: no", "rude"), Example("Sit.", "kind")]
+    assert examples_in("Input: a\nOutput: b\nInput: c\nOutput: d") == [Example("a", "b"), Example("c", "d")]
 
 
 def test_a_row_is_a_question_with_its_answer_and_tells_its_parents(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mlxtune.evaluate.engines.request import Request
 from mlxtune.make.given_rows import read_conversations
 from mlxtune.make.guard import Guard
 from mlxtune.make.policy import read_policy
-from mlxtune.make.refusals import TIRED, make_refusals
+from mlxtune.make.refusals import TIRED, expected_requests, make_refusals
 from mlxtune.make.turns import make_turns
 
 NUMBERS = ("one", "two", "three", "four")
@@ -156,6 +156,7 @@ def ada(request: Request) -> str:
 
 
 def refused(folder: Path, answers: Callable[[Request], str], count: int = 12) -> tuple[dict[str, Any], list[Request]]:
+    folder.mkdir(exist_ok=True)
     (folder / "policy.yaml").write_text(POLICY)
     engine = Scripted(answers)
     with made.making(folder / "made", engine, "refusals") as one:
@@ -210,6 +211,28 @@ def test_an_engine_that_repeats_itself_is_told_apart(tmp_path: Path) -> None:
     assert document["stopped"] == TIRED and document["kept"] == 8
     assert sum(request.id.startswith("forbidden") for request in asked) == 2 * 4
     assert len(reasons(tmp_path / "made")["near duplicate"]) == 8 * 3
+    helps = {"refusal": "Take an aspirin, and rest."}
+    document, _ = refused(tmp_path / "2", lambda request: helps.get(request.id.split()[0]) or ada(request))
+    assert "nothing could be kept; 24 times: no refusal, the answer to a" in document["stopped"]
+
+
+def test_of_many_subjects_no_more_is_asked_than_few_refusals_need(tmp_path: Path) -> None:
+    subjects = "".join(f"  - matter{n}\n" for n in range(10))
+    (tmp_path / "policy.yaml").write_text(POLICY.partition("forbidden:")[0] + "forbidden:\n" + subjects)
+    policy = read_policy(tmp_path / "policy.yaml")
+
+    def answer(request: Request) -> str:
+        if not request.id.startswith("forbidden"):
+            return ada(request)
+        number = request.id.split()[1]
+        return "\n".join(f"{n}. {sentence(thing + number, 'Asking' + number)}" for n, thing in enumerate(THINGS[:8], 1))
+
+    engine = Scripted(answer)
+    with made.making(tmp_path / "made", engine, "refusals") as one:
+        assert make_refusals(one, policy, 4, Guard())["kept"] == 4
+    assert len(engine.asked) == expected_requests(policy, 4) == 10 + 3 * 8
+    kept = {row["made"]["subject"] for row in lines(tmp_path / "made" / "train.jsonl")}
+    assert kept == {f"matter{n}" for n in range(4)}
 
 
 def test_refusals_are_capped_by_the_set_beside_which_they_will_stand(tmp_path: Path) -> None:
@@ -220,14 +243,14 @@ def test_refusals_are_capped_by_the_set_beside_which_they_will_stand(tmp_path: P
     engine = f"replay:{tiny.write_jsonl(tmp_path / 'answers.jsonl', [{'id': 'x', 'text': 'y'}])}"
     words = ("make", "refusals", tmp_path / "policy.yaml", "--engine", engine, "--out", tmp_path / "made", "--dry-run")
     expected = [
-        (("--beside", data.parent), 2, ""),
-        (("--beside", data, "--count", "9"), 2, "--count 9 is capped at 2: 5% of the 45 rows"),
-        (("--beside", data, "--count", "9", "--share", "0.5"), 9, ""),
-        (("--count", "9"), 9, "not capped"),
+        (("--beside", data.parent), 2 + 3 * 8, ""),  # two lists, and what follows of eight couples
+        (("--beside", data, "--count", "9"), 2 + 3 * 8, "--count 9 is capped at 2: 5% of the 45 rows"),
+        (("--beside", data, "--count", "9", "--share", "0.5"), 4 + 3 * 16, ""),
+        (("--count", "9"), 4 + 3 * 16, "not capped"),
     ]
-    for options, count, note in expected:
+    for options, requests, note in expected:
         result = tiny.done(*words, *options)
-        assert f"about {round(count * 3.25)} requests" in result.stdout and note in result.stderr, options
+        assert f"about {requests} requests" in result.stdout and note in result.stderr, options
     for options, said in (
         ((), "how many refusals?"),
         (("--beside", data, "--share", "0.01"), "is not one refusal"),

@@ -135,6 +135,7 @@ class Wanted:
         """
         from mlxtune.evaluate.engines.opening import kind_of
         from mlxtune.make.engine import opened
+        from mlxtune.make.folder import begun_on
 
         kind = kind_of(self.engine)
         if self.dry_run and self.force:
@@ -146,7 +147,8 @@ class Wanted:
                 if is_given(name):
                     option = f"--{name.replace('_', '-')}"
                     raise UserError(f"{option} has no effect here: the answers are recorded", "Leave it out.")
-        return opened(self.engine, self.sampling(), self.allow_remote, ends, as_text)
+        day = "" if self.force else begun_on(self.out)
+        return opened(self.engine, self.sampling(), self.allow_remote, ends, as_text, day)
 
     def guard(self) -> Guard:
         from mlxtune.make.guard import Guard

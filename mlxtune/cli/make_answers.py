@@ -144,7 +144,7 @@ def answers(**given: Any) -> None:
     mlxtune make answers --prompts questions.jsonl --by-hand --out made
     """
     from mlxtune.evaluate.checks.sandbox.sandbox import Programs
-    from mlxtune.make.answers import answer_requests, make_answers
+    from mlxtune.make.answers import answer_requests, expected_requests, make_answers
     from mlxtune.make.given_rows import read_prompts_to_answer
 
     engine_spelled = given.pop("engine")
@@ -158,9 +158,8 @@ def answers(**given: Any) -> None:
         judge = _judge(own, wanted, engine)
         asked = _asked(own, wanted, prompts, judge)
         if wanted.dry_run:
-            each = asked.samples * (3 if own.critique else 1)
             first = answer_requests(prompts.rows, asked.samples)
-            dry_run(wanted, engine, first, len(prompts.rows[: wanted.count]) * each)
+            dry_run(wanted, engine, first, expected_requests(asked))
             return
         for note in prompts.notes:
             common.note(note)

@@ -74,8 +74,8 @@ def from_documents(
     chunks = _chunks(paths, engine, chunk_tokens)
     asked = maker.Wanted(per_chunk, wanted.count, unanswerable, closed, with_text, wanted.seed)
     if wanted.dry_run:
-        requests = len(chunks) if not closed else len(chunks) * (1 + per_chunk)
-        dry_run(wanted, engine, maker.first_requests(chunks[: maker.PORTION], per_chunk), requests)
+        first = maker.first_requests(chunks[: maker.PORTION], per_chunk)
+        dry_run(wanted, engine, first, maker.expected_requests(chunks, asked))
         return
     identity = wanted.identity(
         HOW,

@@ -39,7 +39,7 @@ def from_template(file: Path, **given: Any) -> None:
     from mlxtune_convert.files import digest
 
     from mlxtune.make.from_template import description as reading
-    from mlxtune.make.from_template.maker import FromTemplate, wanted_of_each
+    from mlxtune.make.from_template.maker import FromTemplate, expected, wanted_of_each
 
     spelled = given.pop("engine")
     wanted = Wanted.of({**given, "engine": spelled or ""})
@@ -50,8 +50,7 @@ def from_template(file: Path, **given: Any) -> None:
     engine = wanted.opened() if spelled else _nobody()
     guard = wanted.guard()
     assert wanted.count is not None
-    if not described.named:  # else it is known only once the engine has named them
-        wanted_of_each(described.templates, described.given, wanted.count)
+    wanted_of_each(described.templates, expected(described), wanted.count)
     if wanted.dry_run:
         _dry_run(described, wanted, engine)
         return

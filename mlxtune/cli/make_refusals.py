@@ -14,7 +14,6 @@ from mlxtune.cli.options import Command, Need, OptionFor
 from mlxtune.errors import UserError
 
 SHARE = 0.05  # refusals of the rows of a set; with more, models begin to refuse what they should answer
-A_COUPLE = 3.25  # requests: a neighbour, two answers, and an eighth of a list of requests, twice for what is dropped
 
 
 @click.command("refusals", cls=Command)
@@ -44,7 +43,7 @@ def refusals(policy: Path, beside: str | None, share: float, **given: Any) -> No
     mlxtune make refusals policy.yaml --engine MODEL --count 20 --out made
     """
     from mlxtune.make.policy import read_policy
-    from mlxtune.make.refusals import first_requests, make_refusals
+    from mlxtune.make.refusals import expected_requests, first_requests, make_refusals
 
     wanted = Wanted.of(given)
     said = read_policy(policy)
@@ -56,7 +55,7 @@ def refusals(policy: Path, beside: str | None, share: float, **given: Any) -> No
         )
     guard = wanted.guard()
     if wanted.dry_run:
-        dry_run(wanted, engine, first_requests(said), round(count * A_COUPLE))
+        dry_run(wanted, engine, first_requests(said), expected_requests(said, count))
         return
     with making(wanted, engine, wanted.identity("refusals", policy=digest(policy))) as one:
         say(make_refusals(one, said, count, guard), one.found, wanted.as_json)

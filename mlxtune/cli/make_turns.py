@@ -34,7 +34,7 @@ def turns(source: Path, turns: int, **given: Any) -> None:
     mlxtune make turns --from train.jsonl --engine MODEL --turns 3 --out made
     """
     from mlxtune.make.given_rows import read_conversations
-    from mlxtune.make.turns import first_requests, make_turns
+    from mlxtune.make.turns import expected_requests, first_requests, make_turns
 
     wanted = Wanted.of(given)
     conversations, digest = read_conversations(source)
@@ -45,7 +45,7 @@ def turns(source: Path, turns: int, **given: Any) -> None:
         )
     guard = wanted.guard()
     if wanted.dry_run:
-        requests = sum(one.missing(turns) for one in conversations[: wanted.count])
+        requests = expected_requests(conversations, turns, wanted.count)
         dry_run(wanted, engine, first_requests(conversations, turns), requests)
         return
     with making(wanted, engine, wanted.identity("turns", rows=digest, turns=turns)) as one:

@@ -24,8 +24,9 @@ from mlxtune.make.critique import critique_prompt, finds_nothing, revision_promp
 from mlxtune.make.folder import PAIRS, UNASKED, VERDICTS, Failed, Making, Rejected, Row, Spent, Yield
 from mlxtune.make.guard import Guard
 from mlxtune.make.judged import verdicts_on
+from mlxtune.make.portions import asked_about, portions
 
-PORTION = 64  # prompts that are asked about at a time: many enough to fill batches
+PORTION = 64  # prompts that are asked about at a time, at most: many enough to fill batches
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class WantedAnswers:
     most_words: int = MOST_WORDS
     # A person writes them: nothing is filtered, and what is empty was skipped.
     by_hand: bool = False
-    # A held-out suite that no prompt may be near to.
+    # A held-out suite that no prompt, and no answer, may be near to.
     guard: Guard = field(default_factory=Guard)
 
 
@@ -91,6 +92,7 @@ class Decided:
 
 def make_answers(making: Making, wanted: WantedAnswers) -> dict[str, Any]:
     """Ask, choose, and write the files of the making. Returns its document."""
+    making.guard = wanted.guard
     decided: list[Decided] = []
     total = len(wanted.rows) if wanted.count is None else min(wanted.count, len(wanted.rows))
     stopped = ""
@@ -131,11 +133,15 @@ def answer_requests(rows: Sequence[SuiteRow], samples: int) -> list[Request]:
     return [Request(row.id, row.messages, None, sample) for row in rows for sample in range(samples)]
 
 
+def expected_requests(wanted: WantedAnswers) -> int:
+    """How many requests there are at most, where every prompt gives a row."""
+    rows = len(wanted.rows) if wanted.count is None else asked_about(wanted.count, wanted.rows, PORTION)
+    return rows * wanted.samples * (3 if wanted.principles else 1)
+
+
 def _portions(wanted: WantedAnswers) -> Iterator[Sequence[SuiteRow]]:
     """Of a person one prompt is asked at a time: they may leave after any."""
-    size = 1 if wanted.by_hand else PORTION
-    for first in range(0, len(wanted.rows), size):
-        yield wanted.rows[first : first + size]
+    return portions(wanted.rows, 1 if wanted.by_hand else PORTION)
 
 
 def _may_be_asked(making: Making, wanted: WantedAnswers, row: SuiteRow) -> bool:
@@ -210,9 +216,11 @@ def _decided(making: Making, wanted: WantedAnswers, row: SuiteRow, drafts: Seque
     """What is left of a prompt's answers after filters, checks and their agreement; None where nothing is."""
     good = []
     for draft in drafts:
-        reason = _wrong_with(wanted, draft)
+        reason, detail = _wrong_with(wanted, draft), ""
+        if not reason and (why := wanted.guard.why(draft.answer.text)) is not None:
+            reason, detail = "guarded", why
         if reason:
-            making.reject(Rejected(_as_row(draft), reason))
+            making.reject(Rejected(_as_row(draft), reason, detail))
         else:
             good.append(draft)
     if not good:

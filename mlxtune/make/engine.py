@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mlxtune.data.template.tokenizer import require_folder
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.opening import Kind, kind_of, replayed
 from mlxtune.evaluate.engines.replay import Replay
-from mlxtune.evaluate.engines.request import Answer, Engine, Request
+from mlxtune.evaluate.engines.request import Answer, Engine, Request, Unaskable
 from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.engines.server import Server
 
@@ -48,13 +49,19 @@ class Opened:
 
 
 def opened(
-    spelled: str, sampling: Sampling, allow_remote: bool = False, ends: Sequence[str] = (), as_text: bool = False
+    spelled: str,
+    sampling: Sampling,
+    allow_remote: bool = False,
+    ends: Sequence[str] = (),
+    as_text: bool = False,
+    begun_on: str = "",
 ) -> Opened:
     """An engine by its spelling. Raises UserError for what is none, or would send prompts to another machine.
 
     ends: texts that end an answer of a base model, which goes on with the one message of each request and seldom ends
     by itself; (): a base model is given all messages as plain text, and goes on until --max-tokens. as_text: a model
-    with a chat template is asked as a base model is.
+    with a chat template is asked as a base model is. begun_on: the day (ISO) that a making goes on with, for templates
+    that print the day: tomorrow's prompts are then today's; "": today.
     """
     how = {"sampling": asdict(sampling)}
     kind = kind_of(spelled)
@@ -68,20 +75,23 @@ def opened(
         replay = Replay(file, side, in_parts=True)
         identity = {"replay": digest(file), **({} if side is None else {"side": side})}
         return Opened(spelled, kind, f"replay:{file.name}", identity, "", not as_text, lambda: replay)
-    return _model(spelled, sampling, how, ends, as_text)
+    return _model(spelled, sampling, how, ends, as_text, begun_on)
 
 
-def _model(spelled: str, sampling: Sampling, how: dict[str, Any], ends: Sequence[str], as_text: bool) -> Opened:
+def _model(
+    spelled: str, sampling: Sampling, how: dict[str, Any], ends: Sequence[str], as_text: bool, begun_on: str
+) -> Opened:
     from mlxtune.model.hub import resolve
     from mlxtune.ship.card import licence_of
     from mlxtune.train.identity import of_answering
 
     folder = resolve(spelled)
     require_folder(folder)
-    data = Config().data
-    template = (dict(data.template_kwargs), data.date)
-
-    chats = bool(chat_templates.of_folder(folder)) and not as_text
+    templates = chat_templates.of_folder(folder)
+    chats = bool(templates) and not as_text
+    prints_day = chats and any("strftime_now" in text for text in templates.values())
+    day = (begun_on or date.today().isoformat()) if prints_day else ""
+    template = (dict(Config().data.template_kwargs), day)
 
     def read() -> Engine:
         from mlxtune.evaluate.benchmarks.continuing import Continuing
@@ -94,7 +104,7 @@ def _model(spelled: str, sampling: Sampling, how: dict[str, Any], ends: Sequence
         return Local(loaded, sampling, template)
 
     name = folder.resolve().name if Path(spelled).expanduser().exists() else spelled
-    identity = {"model": of_answering(folder), **how}
+    identity = {"model": of_answering(folder), **({"day": day} if day else {}), **how}
     return Opened(spelled, "model", name, identity, licence_of(folder), chats, read)
 
 
@@ -103,7 +113,7 @@ class Patient:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._refused: dict[tuple[str, int], UserError] = {}  # by (id, sample)
+        self._refused: dict[tuple[str, int], Unaskable] = {}  # of the last plan, by (id, sample)
 
     @property
     def name(self) -> str:
@@ -118,6 +128,7 @@ class Patient:
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """As the engine plans them; those that it refuses, each alone, behind the others."""
+        self._refused = {}
         try:
             return self.engine.plan(requests)
         except UserError:
@@ -130,7 +141,7 @@ class Patient:
         try:
             self.engine.plan([request])
         except UserError as error:
-            self._refused[request.id, request.sample] = error
+            self._refused[request.id, request.sample] = Unaskable(error.message, error.hint)
             return False
         return True
 

@@ -25,18 +25,20 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from mlxtune_convert.files import contents, explained, json_text, new_file
+from mlxtune_convert.files import contents, explained, json_text, new_file, read_json
 
 import mlxtune
 from mlxtune.errors import UserError
-from mlxtune.evaluate.engines.journal import Files, Journal
+from mlxtune.evaluate.engines.journal import Files, Journal, locked
 from mlxtune.evaluate.engines.request import Answer, Engine, Request
 from mlxtune.evaluate.engines.room import give_back
 from mlxtune.make.card import card
 from mlxtune.make.engine import Opened
+from mlxtune.make.guard import Guard
 from mlxtune.make.reasons import REASONS
 
 MARK, JOURNAL, TRAIN, REJECTED, CARD = "making.json", "journal.jsonl", "train.jsonl", "rejected.jsonl", "card.md"
@@ -44,6 +46,7 @@ PAIRS, VERDICTS = "pairs.jsonl", "judge.jsonl"
 FILES = Files(MARK, JOURNAL, "", "making", "Choose another --out, or add --force to begin anew.")
 OURS = (MARK, JOURNAL, TRAIN, REJECTED, CARD, PAIRS, VERDICTS, FILES.new)
 UNASKED = "not asked: --max-requests"  # why there is no answer beyond that number
+SAID = 5  # reasons why there are no answers that are said
 PATIENCE = 2  # batches in a row that an engine may refuse; with one more it is gone
 
 
@@ -140,6 +143,8 @@ class Making:
     failures: Counter[str] = field(default_factory=Counter)
     # How many of what --count counts are kept so far, where the maker counts others than rows.
     counted: int | None = None
+    # What no row may hold; the maker's.
+    guard: Guard = field(default_factory=Guard)
     # Tokens of all answers, where the engine counts them.
     tokens: int = 0
 
@@ -258,8 +263,18 @@ class Making:
         self._opened = None
         give_back()
 
-    def keep(self, row: Row) -> None:
-        self.rows.append(row)
+    def keep(self, *rows: Row) -> bool:
+        """Keep rows that belong together, and say so; or reject all of them, where one holds what is guarded: a text
+        that was no part of what the maker looked at may stand in it.
+        """
+        for row in rows:
+            why = self.guard.why_any(row.messages)
+            if why is not None:
+                for one in rows:
+                    self.reject(Rejected(one.as_json(), "guarded", why))
+                return False
+        self.rows += rows
+        return True
 
     def reject(self, rejected: Rejected) -> None:
         self.rejected.append(rejected)
@@ -280,8 +295,11 @@ class Making:
 
     def _document(self, yields: Yield, stopped: str) -> dict[str, Any]:
         notes = [*self.notes]
-        for why, count in self.failures.items():
+        for why, count in self.failures.most_common(SAID):
             notes.append(f"{count} requests have no answer: {why}")
+        said = sum(count for _, count in self.failures.most_common(SAID))
+        if said < self.failures.total():
+            notes.append(f"{self.failures.total() - said} requests more have no answer, each for a reason of its own")
         return {
             "out": str(self.out),
             **self.identity,
@@ -299,16 +317,32 @@ class Making:
         }
 
 
+def begun_on(out: Path) -> str:
+    """The day (ISO) that the engine of a making in a folder was given; "" where there is no such making."""
+    try:
+        day = read_json(out / MARK, "a making")["identity"]["engine"]["day"]
+        return date.fromisoformat(day).isoformat()
+    except (UserError, KeyError, TypeError, ValueError):
+        return ""
+
+
 def _clear(out: Path) -> None:
-    """Take a making out of its folder. Raises UserError for a folder that holds something else."""
+    """Take a making out of its folder. Raises UserError for a folder that holds something else, and for one that
+    another process is making in.
+    """
     if not out.is_dir() or not contents(out):
         return
-    others = sorted(path.name for path in contents(out) if path.name not in OURS)
+    others = sorted(path.name for path in contents(out) if not _is_ours(path.name))
     if others or not (out / MARK).is_file():
         held = others[0] if others else "no making"
         raise UserError(
             f"{out} holds {held}: --force replaces what `mlxtune make` wrote alone", "Choose another --out."
         )
-    with explained(out):
+    with locked(out / JOURNAL, FILES), explained(out):
         for path in contents(out):
             os.unlink(path)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a making writes a file of this name: a kill may leave .train.jsonl.partial-1234 beside it."""
+    return name in OURS or any(name.startswith(f".{ours}.partial-") for ours in OURS)

@@ -22,6 +22,7 @@ from typing import Any
 
 from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.make import filters, parsing
+from mlxtune.make.answer_filters import Made, wrong_with
 from mlxtune.make.filters import Limits
 from mlxtune.make.folder import Failed, Making, Rejected, Row, Spent, Yield
 from mlxtune.make.guard import NEAR, Guard
@@ -69,6 +70,7 @@ class SelfInstruct:
     rounds: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.making.guard = self.guard
         self._pool = Pool(seed.text for seed in self.seeds)
         self._prompts = Prompts(self.seeds, self.seed)
 
@@ -194,12 +196,24 @@ class SelfInstruct:
             self._reject({**row, "input": example.input, "output": example.output}, code)
         good = []
         for example in kept:
-            why = self.guard.why_any(_conversation(row["instruction"], example))
-            if why is None:
-                good.append(example)
+            reason, detail = self._wrong_with(row["instruction"], example)
+            if reason:
+                self._reject({**row, "input": example.input, "output": example.output}, reason, detail)
             else:
-                self._reject({**row, "input": example.input, "output": example.output}, "guarded", why)
+                good.append(example)
         return good
+
+    def _wrong_with(self, instruction: str, example: Example) -> tuple[str, str]:
+        """(Reason, detail) why an example is no good as a row; ("", "") for a good one."""
+        question, answer = _conversation(instruction, example)
+        why = self.guard.why_any([question, answer])
+        if why is not None:
+            return "guarded", why
+        said = Answer("", 0, example.output, "", "stop", 0)
+        reason = wrong_with(Made([question], said))
+        if reason == "language":  # an output may be in the language of the task, whatever that of its input is
+            reason = wrong_with(Made([{"role": "user", "content": instruction}], said))
+        return reason, ""
 
     def _keep(self, task: Task, examples: Sequence[Example]) -> None:
         self.kept.append(task)

@@ -13,6 +13,10 @@ from typing import Any
 from mlxtune.make.seeds import Example
 
 _ITEM = re.compile(r"^[ \t]*(?:\*\*|#+[ \t]*)?(\d{1,3})[ \t]*[.):\u3001\uff0e](?:\*\*)?[ \t]*(.*)$")
+_LINE = re.compile(  # an item of one line: 1. x, 1、x, - x
+    r"^[ \t]*(?:(?:\*\*)?\d{1,3}[ \t]*(?:[.):](?:\*\*)?[ \t]+|[\u3001\uff0e\uff1a](?:\*\*)?[ \t]*)"
+    r"|[-*\u2022][ \t]+)(\S.*)$"
+)
 _HEADING = re.compile(r"^\W*example\s*\d*\W*$", re.IGNORECASE)
 _FIELD = re.compile(r"^[\s*_#>-]*(input|output|class label|label)[\s*_]*[:\uff1a][\s*_]*(.*)$", re.IGNORECASE)
 _OUTPUTS = ("output", "class label", "label")  # names of what an example ends, or for labels begins, with
@@ -38,6 +42,17 @@ def listed(text: str) -> list[str]:
         elif items:
             items[-1].append(line)
     return [_bare(" ".join(" ".join(lines).split())) for lines in items]
+
+
+def listed_lines(text: str) -> list[str]:
+    """The items of a list whose items are one line each: numbered, with dashes, or JSON. What stands around it is left
+    out. [] where there is none.
+    """
+    found = _json_items(text)
+    if found:
+        return [" ".join(item.split()) for item in found]
+    matches = [_LINE.match(line) for line in text.splitlines()]
+    return [_bare(match[1].strip()) for match in matches if match is not None]
 
 
 def _json_items(text: str) -> list[str]:
@@ -81,25 +96,36 @@ def examples_in(text: str) -> list[Example]:
         Output: Germany
 
     gives Example("Berlin", "Germany"); one without an input, Example("", ...); one without an output has "" there.
+
+    An output may have a line "Input: ..." of its own. So where examples have headings, a field begins another example
+    after a heading or a blank line alone.
     """
     found = _json_examples(text)
     if found:
         return found
     examples: list[dict[str, list[str]]] = [{}]
     field: list[str] | None = None  # whose lines are read
-    for line in text.splitlines():
+    before = ""  # what that field is called
+    follows_gap = True  # whether a heading or a blank line is before the line
+    lines = text.splitlines()
+    has_headings = any(_HEADING.match(line) for line in lines)
+    for line in lines:
         match = _FIELD.match(line)
         if _HEADING.match(line):
             examples.append({})
-            field = None
-        elif match:
-            name = "output" if match[1].lower() in _OUTPUTS else "input"
+            field, before, follows_gap = None, "", True
+            continue
+        name = "" if match is None else "output" if match[1].lower() in _OUTPUTS else "input"
+        is_next = (before, name) in (("input", "output"), ("label", "input")) and name not in examples[-1]
+        if match is not None and (is_next or follows_gap or not has_headings):
             if name in examples[-1]:
                 examples.append({})
             field = examples[-1].setdefault(name, [])
             field.append(match[2])
+            before = "label" if "label" in match[1].lower() else name
         elif field is not None:
             field.append(line)
+        follows_gap = not line.strip()
     return [_example(one) for one in examples if one]
 
 

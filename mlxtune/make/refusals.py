@@ -10,25 +10,28 @@ Per subject, in rounds: the engine writes forbidden requests; to each a neighbou
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from mlxtune.data.survey.refusals import refuses
 from mlxtune.evaluate.checks.overlap import rouge_l
 from mlxtune.evaluate.engines.request import Answer, Request
+from mlxtune.make import parsing
 from mlxtune.make.answer_filters import Made, wrong_with
 from mlxtune.make.folder import Making, Rejected, Row, Spent, Yield
 from mlxtune.make.guard import Guard
 from mlxtune.make.policy import Policy, Subject
 from mlxtune.make.pool import Pool
+from mlxtune.make.reasons import REASONS
 
+PORTION = 8  # couples that are answered at a time: the rest of a list is left where enough are kept
 AT_ONCE = 8  # forbidden requests that are asked for in one answer
 NEAR = 0.7  # ROUGE-L to an earlier request, above which it is the same again
 POOR_ROUNDS = 3  # in a row in which nothing new came: the engine repeats itself
 LEAST, MOST = 3, 150  # words of a request
-LISTED = re.compile(r"^[ \t]*(?:\d{1,3}[.):]|[-*•])[ \t]+(\S.*)$", re.MULTILINE)  # an item of a list
 TIRED = "the engine repeats itself: give more examples in the policy, a higher --temperature, or another engine"
 
 
@@ -49,20 +52,26 @@ class Couple:
 def make_refusals(making: Making, policy: Policy, count: int, guard: Guard) -> dict[str, Any]:
     """Make so many refusals, with a neighbour each, and write the files of the making. Returns its document."""
     known = Pool(example for subject in policy.subjects for example in subject.examples)
-    stopped, poor, turn = "", 0, 0
+    making.guard = guard
+    stopped, turn = "", 0
+    poor, begun = 0, 0  # rounds in a row of which nothing stayed; what was rejected before them
+    requests = len(known)  # before those rounds
     making.counted = 0
     while making.counted < count and not stopped:
         before = making.counted
         try:
             for couple in _round(making, policy, turn, known, guard):
-                if making.counted < count:
-                    _keep(making, policy, *couple)
+                _keep(making, policy, *couple)
+                if making.counted == count:
+                    break
         except Spent as spent:
             stopped = str(spent)
-        poor = poor + 1 if making.counted == before else 0
         turn += 1
+        poor += 1
+        if making.counted > before:
+            poor, begun, requests = 0, len(making.rejected), len(known)
         if poor == POOR_ROUNDS and not stopped:
-            stopped = TIRED
+            stopped = TIRED if len(known) == requests else _why_nothing(making.rejected[begun:])
     return making.finish(Yield("refusals", count), stopped)
 
 
@@ -71,14 +80,39 @@ def first_requests(policy: Policy) -> list[Request]:
     return _wishes(policy, 0)
 
 
+def expected_requests(policy: Policy, count: int) -> int:
+    """How many requests there are about, where half of what is listed can be kept."""
+    rounds = -(-2 * count // (AT_ONCE * len(policy.subjects)))
+    return rounds * len(policy.subjects) + 3 * PORTION * -(-count // PORTION)
+
+
+def _why_nothing(rejected: Sequence[Rejected]) -> str:
+    """Why nothing came of new requests, for people. rejected: what came of them."""
+    counts = Counter(one.reason for one in rejected)
+    if not counts:
+        return f"in {POOR_ROUNDS} rounds the engine gave no answers"
+    reason, many = counts.most_common(1)[0]
+    return f"in {POOR_ROUNDS} rounds nothing could be kept; {many} times: {reason}, {REASONS[reason]}"
+
+
 def _round(
     making: Making, policy: Policy, turn: int, known: Pool, guard: Guard
 ) -> Iterator[tuple[Couple, Answer, Answer]]:
     """New couples with the answers to both requests, those that are good. known: gets their requests."""
-    couples: list[Couple] = []
+    lists: list[list[Couple]] = []
     for subject, answer in zip(policy.subjects, making.ask(_wishes(policy, turn)), strict=True):
         if isinstance(answer, Answer):
-            couples += _listed(making, subject, answer, turn, known, guard)
+            lists.append(_listed(making, subject, answer, turn, known, guard))
+    # The first of each subject come first: where few are wanted, they are of many subjects.
+    couples = [couple for row in zip_longest(*lists) for couple in row if couple is not None]
+    for first in range(0, len(couples), PORTION):
+        yield from _answered(making, policy, couples[first : first + PORTION], known, guard)
+
+
+def _answered(
+    making: Making, policy: Policy, couples: Sequence[Couple], known: Pool, guard: Guard
+) -> Iterator[tuple[Couple, Answer, Answer]]:
+    """Those of some couples whose neighbour is good and new, with good answers to both."""
     couples = _with_neighbours(making, couples, known, guard)
     asked = []
     for couple in couples:
@@ -92,7 +126,7 @@ def _round(
 
 def _listed(making: Making, subject: Subject, answer: Answer, turn: int, known: Pool, guard: Guard) -> list[Couple]:
     """The forbidden requests of a list, those that are good and new."""
-    items = [item.strip().strip('"“”').strip() for item in LISTED.findall(answer.text)]
+    items = [item.strip('"“”').strip() for item in parsing.listed_lines(answer.text)]
     if answer.finish == "length" and items:
         making.reject(Rejected({"request": items.pop()}, "cut"))
     if not items:
@@ -161,11 +195,13 @@ def _are_good(making: Making, couple: Couple, refusal: Answer, helped: Answer) -
 
 def _keep(making: Making, policy: Policy, couple: Couple, refusal: Answer, helped: Answer) -> None:
     system = [{"role": "system", "content": policy.system}] if policy.system else []
+    rows = []
     for what, request, answer in (("refusal", couple.request, refusal), ("neighbour", couple.neighbour, helped)):
         said = {"role": "assistant", "content": answer.text.strip()}
         made = {**making.made([couple.id]), "what": what, "subject": couple.subject.name}
-        making.keep(Row([*system, _user(request), said], made))
-    making.counted = (making.counted or 0) + 1
+        rows.append(Row([*system, _user(request), said], made))
+    if making.keep(*rows):
+        making.counted = (making.counted or 0) + 1
 
 
 def _wishes(policy: Policy, turn: int) -> list[Request]:

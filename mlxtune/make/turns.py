@@ -24,8 +24,9 @@ from mlxtune.make.answer_filters import Made, wrong_with
 from mlxtune.make.folder import UNASKED, Failed, Making, Rejected, Row, Spent, Yield
 from mlxtune.make.given_rows import Conversation
 from mlxtune.make.guard import Guard
+from mlxtune.make.portions import portions
 
-PORTION = 64  # conversations that go on together: many enough to fill batches
+PORTION = 64  # conversations that go on together, at most: many enough to fill batches
 SAME = 0.7  # ROUGE-L to what was said before, above which it is said again
 FEW = 3  # words that may be said again
 LEAST, MOST = 2, 150  # words of what a user says
@@ -73,12 +74,13 @@ def make_turns(
     """Let conversations grow until the user spoke `turns` times in each, and write the files of the making. Returns its
     document. count: conversations to keep at most; None: all.
     """
+    making.guard = guard
     stopped, total = "", len(conversations) if count is None else min(count, len(conversations))
-    for first in range(0, len(conversations), PORTION):
+    for portion in portions(conversations, PORTION):
         if len(making.rows) >= total:
             break
         growing = []
-        for conversation in conversations[first : first + PORTION]:
+        for conversation in portion:
             if _may_grow(making, conversation, turns, guard):
                 growing.append(Growing(conversation.id, list(conversation.messages)))
         try:
@@ -107,6 +109,17 @@ def first_requests(conversations: Sequence[Conversation], turns: int) -> list[Re
         else:
             found.append(turn_request(one.id, one.users + 1, one.messages))
     return found
+
+
+def expected_requests(conversations: Sequence[Conversation], turns: int, count: int | None) -> int:
+    """How many requests there are at most, where no turn is dropped."""
+    requests = may_grow = 0
+    for portion in portions(conversations, PORTION):
+        if count is not None and may_grow >= count:
+            break
+        requests += sum(one.missing(turns) for one in portion)
+        may_grow += sum(one.missing(turns) > 0 for one in portion)
+    return requests
 
 
 def turn_request(id: str, number: int, messages: Sequence[dict[str, Any]]) -> Request:

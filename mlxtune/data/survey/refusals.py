@@ -92,6 +92,14 @@ _LANGUAGES = {
         r"|verstrekken|delen|ondersteunen|meewerken|uitleggen)",
         r"\b(?:het spijt me|sorry)\b[^.!?]{0,20}\b(?:maar|ik kan)\b",
     ),
+    "Swedish": (
+        "inte|tyvärr|ledsen|beklagar|avböja",
+        r"\b(?:jag|vi) (?:kan|får|vill|tänker) (?:tyvärr |dessvärre |därför )?inte (?:\w+ ){0,2}?(?:hjälpa|svara|ge"
+        r"|skriva|skapa|dela|stödja|förklara|bistå|berätta|göra|råda|uttala)",
+        r"\b(?:kan|får) (?:jag|vi) (?:tyvärr |dessvärre )?inte (?:\w+ ){0,2}?(?:hjälpa|svara|ge|skriva|bistå|råda)",
+        r"\b(?:ledsen|beklagar|förlåt)\b[^.!?]{0,20}\bmen (?:jag|det|detta)\b",
+        r"\bjag måste (?:tyvärr )?avböja\b",
+    ),
     "Polish": (
         "nie |przepraszam|przykro|odmówić",
         r"\b(?:nie mogę|nie jestem w stanie|przepraszam, ale|przykro mi, ale|muszę odmówić)\b",

@@ -14,7 +14,8 @@ Example: plan [[r3, r1], [r2]], and answers.jsonl ends within the line of r1. Bo
 
 Who can do without an answer asks with `patience`: a batch that an engine refuses is then a batch without answers, which
 plan.json names once a later one was answered. Until then it may be the engine that is gone, and not that batch: what
-was refused last of all is asked again by the process that goes on.
+was refused last of all is asked again by the process that goes on. One that could never be asked is named
+at once: it says nothing of the engine.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import IO, Any
 from mlxtune_convert.files import contents, explained, flush_open, json_text, read_json
 
 from mlxtune.errors import UserError
-from mlxtune.evaluate.engines.request import Answer, Engine, Request, kept_answer
+from mlxtune.evaluate.engines.request import Answer, Engine, Request, Unaskable, kept_answer
 
 PLAN_FILE, ANSWERS_FILE, TIMES_FILE = "plan.json", "answers.jsonl", "times.jsonl"
 ANEW = "Choose another --out, and begin anew."
@@ -141,7 +142,13 @@ class Journal:
         return [one for one in got if one is not None]
 
     def _refuse(self, side: str, number: int, error: UserError, patience: int) -> None:
-        """Remember that an engine refused a batch. Raises the error where too many came one after the other."""
+        """Remember that an engine refused a batch. Raises the error where too many came one after the other. One that
+        could never be asked is no sign that the engine is gone.
+        """
+        if isinstance(error, Unaskable):
+            self.refused.setdefault(side, {})[str(number)] = error.message
+            self._write_plan()
+            return
         self._unsaid.append((side, str(number), error.message))
         if len(self._unsaid) > patience:
             raise error
@@ -204,7 +211,7 @@ class Journal:
         is_new = not (folder / self.files.plan).exists()
         if is_new:
             _require_nothing(folder, self.files)
-        self._lock = _locked(folder / self.files.answers, self.files)
+        self._lock = locked(folder / self.files.answers, self.files)
         try:
             if is_new:
                 self._write_plan()
@@ -287,7 +294,7 @@ def _require_nothing(folder: Path, files: Files) -> None:
             raise UserError(f"{folder} holds {path.name}, and no {files.what}", "Choose another --out.")
 
 
-def _locked(file: Path, files: Files) -> IO[bytes]:
+def locked(file: Path, files: Files) -> IO[bytes]:
     """A file, held by this process until it is closed. Raises UserError where another one holds it, and for a link."""
     if file.is_symlink():
         raise UserError(f"{file} is a link", f"The files of {_one(files.what)} are its own: choose another --out.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class Local:
         self.notes: list[str] = []
         self.model = Counted(loaded.model)
         self._most = rows_at_once
-        self._asked: dict[str, Asked] = {}  # by the prompt's id
+        self._asked: dict[str, Asked] = {}  # by what is said: prompts under one id need not be the same
         self._beginning: Beginning | None = None  # None: prompts are answered one by one
         self._begin: list[int] = []  # its tokens
         self._proven = 0  # tokens of the longest prompt with which answering together was proven
@@ -67,14 +68,11 @@ class Local:
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """Prompts of like lengths together, as many as the memory takes; each alone where it cannot be otherwise."""
-        for request in requests:
-            if request.id not in self._asked:
-                self._asked[request.id] = self._as_asked(request)
+        prompts = [self._prompt(request) for request in requests]
         for note in [*self._unprinted(requests), *unread(self.loaded.path)]:
             self._say(note)
         if self.loaded.tokenizer.chat_template is None:
             self._say(f"{self.loaded.path} has no chat template: prompts are given to it as plain text")
-        prompts = [self._prompt(request) for request in requests]
         with self._side():
             if self.adapter is not None:
                 self._say(applied.note_on(self.loaded, self.adapter, prompts[0]))
@@ -89,8 +87,6 @@ class Local:
         return [self._read(request, tokens) for request, (_, tokens) in zip(requests, made, strict=True)]
 
     def follow(self, requests: Sequence[Request]) -> list[Answer]:
-        for request in requests:
-            self._asked[request.id] = self._as_asked(request)
         return self.answers(requests)
 
     def tokens_of(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:
@@ -118,7 +114,14 @@ class Local:
         return [f"{whose} does not show the model {what} of {len(ids)} prompts" for what, ids in prompts.items()]
 
     def _prompt(self, request: Request) -> list[int]:
-        return self._asked[request.id].ids
+        return self._seen(request).ids
+
+    def _seen(self, request: Request) -> Asked:
+        """A request as the model sees it, which is worked out once. Raises UserError as `_as_asked` does."""
+        said = json.dumps([list(request.messages), request.tools])
+        if said not in self._asked:
+            self._asked[said] = self._as_asked(request)
+        return self._asked[said]
 
     @contextlib.contextmanager
     def _side(self) -> Iterator[None]:
@@ -196,7 +199,7 @@ class Local:
     def _read(self, request: Request, tokens: list[int]) -> Answer:
         """An answer's tokens as text, its thought apart."""
         ended = tokens[-1] in generate.end_ids(self.loaded)
-        said = self._asked[request.id].reader.said(generate.decoded(self.loaded, tokens))
+        said = self._seen(request).reader.said(generate.decoded(self.loaded, tokens))
         content = said.content
         for token in self.loaded.tokenizer.all_special_tokens:
             content = content.replace(token, "")

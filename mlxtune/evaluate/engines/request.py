@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+from mlxtune.errors import UserError
+
 Messages = Sequence[dict[str, Any]]
 Finish = Literal["stop", "length"]
 
@@ -57,6 +59,10 @@ class Request:
     tools: list[dict[str, Any]] | None = None
     # Which answer to this prompt it is, from 0.
     sample: int = 0
+
+
+class Unaskable(UserError):
+    """A request that its engine could never be asked: its template refuses it. Of the engine that says nothing."""
 
 
 class Engine(Protocol):

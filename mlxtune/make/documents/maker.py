@@ -14,10 +14,12 @@ from mlxtune.make.documents.grounding import fault_of, unfounded
 from mlxtune.make.folder import Failed, Making, Rejected, Row, Spent, Yield
 from mlxtune.make.guard import Guard
 from mlxtune.make.pool import Pool
+from mlxtune.make.portions import asked_about, portions
 
-PORTION = 32  # chunks that are asked about before the answers are looked at
+PORTION = 32  # chunks that are asked about before the answers are looked at, at most
 NEAR = 0.7  # ROUGE-L of two questions above which the second does not stay
-POOR, PORTIONS = 0.05, 3  # share of what was asked for that is kept, below which so many portions in a row are the last
+POOR = 0.05  # share of what was asked for that is kept, below which a portion is a poor one
+LAST = 3 * PORTION  # chunks of poor portions in a row, after which no more are asked about
 WITH_TEXT = "{chunk}\n\n{question}"  # the prompt of a row that is to be answered from a text
 
 
@@ -38,6 +40,11 @@ class Wanted:
     # Of what is drawn by chance.
     seed: int = 0
 
+    @property
+    def answerable(self) -> int | None:
+        """How many questions are to be answered; None for any number."""
+        return None if self.count is None else self.count - round(self.unanswerable * self.count)
+
 
 class FromDocuments:
     """One making out of chunks."""
@@ -45,7 +52,7 @@ class FromDocuments:
     def __init__(self, making: Making, chunks: Sequence[Chunk], guard: Guard, wanted: Wanted) -> None:
         self.making = making
         self.chunks = chunks
-        self.guard = guard
+        making.guard = guard
         self.wanted = wanted
         self.kept: list[Kept] = []
         self._pool = Pool()
@@ -61,28 +68,21 @@ class FromDocuments:
         expected = len(self.chunks) * self.wanted.per_chunk if self.wanted.count is None else self.wanted.count
         return Yield("rows", expected), stopped
 
-    @property
-    def answerable(self) -> int | None:
-        """How many questions are to be answered; None for any number."""
-        count = self.wanted.count
-        return None if count is None else count - round(self.wanted.unanswerable * count)
-
     def _all(self) -> str:
-        poor = 0  # portions in a row of which hardly anything stayed
-        for start in range(0, len(self.chunks), PORTION):
+        poor = 0  # chunks of portions in a row of which hardly anything stayed
+        for portion in portions(self.chunks, PORTION):
             if self._is_enough():
                 return ""
-            portion = self.chunks[start : start + PORTION]
             before = len(self.kept)
             self._portion(portion)
             wanted = len(portion) * self.wanted.per_chunk
-            poor = poor + 1 if len(self.kept) - before < POOR * wanted else 0
-            if poor == PORTIONS:
-                return f"of the last {PORTIONS * PORTION} chunks hardly anything can be kept: see rejected.jsonl"
+            poor = poor + len(portion) if len(self.kept) - before < POOR * wanted else 0
+            if poor >= LAST:
+                return f"of the last {poor} chunks hardly anything can be kept: see rejected.jsonl"
         return ""
 
     def _is_enough(self) -> bool:
-        return self.answerable is not None and len(self.kept) >= self.answerable
+        return self.wanted.answerable is not None and len(self.kept) >= self.wanted.answerable
 
     def _portion(self, portion: Sequence[Chunk]) -> None:
         """Ask about some chunks, and keep what is good of the answers."""
@@ -129,22 +129,18 @@ class FromDocuments:
         return unknown
 
     def _is_new(self, one: Kept) -> bool:
-        """Whether nothing kept asks the same, and the held-out suite does not either."""
+        """Whether nothing kept asks the same."""
         score, _ = self._pool.nearest(one.pair.question)
         if score > NEAR:
             self._reject(one, "near duplicate", f"ROUGE-L {score:.2f}")
             return False
-        texts = [one.pair.question, one.pair.answer]
-        why = self.guard.why_any([{"role": "user", "content": text} for text in texts])
-        if why is not None:
-            self._reject(one, "guarded", why)
-        return why is None
+        return True
 
     def _keep(self, one: Kept) -> None:
-        self._pool.add(one.pair.question)
-        self.kept.append(one)
         messages = self._conversation(one.chunk, one.pair.question, one.pair.answer)
-        self.making.keep(Row(messages, {**self.making.made([one.chunk.id]), "quote": one.pair.quote}))
+        if self.making.keep(Row(messages, {**self.making.made([one.chunk.id]), "quote": one.pair.quote})):
+            self._pool.add(one.pair.question)
+            self.kept.append(one)
 
     def _keep_unanswerable(self) -> None:
         share = self.wanted.unanswerable
@@ -169,6 +165,14 @@ class FromDocuments:
 def first_requests(chunks: Sequence[Chunk], per_chunk: int) -> list[Request]:
     """How some chunks are asked about."""
     return [Request(chunk.id, prompt(chunk.text, per_chunk)) for chunk in chunks]
+
+
+def expected_requests(chunks: Sequence[Chunk], wanted: Wanted) -> int:
+    """How many requests there are at most, where all that is asked for can be kept."""
+    asked = len(chunks)
+    if wanted.answerable is not None:
+        asked = asked_about(-(-wanted.answerable // wanted.per_chunk), chunks, PORTION)
+    return asked * (1 + wanted.per_chunk) if wanted.closed else asked
 
 
 def says(text: str, pair: Pair) -> bool:

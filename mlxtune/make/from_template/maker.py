@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -17,6 +18,7 @@ from mlxtune.make.from_template.drawing import combinations, drawn, shares
 from mlxtune.make.guard import Guard
 
 PORTION = 32  # prompts that are asked before the answers are looked at
+POOR, LAST = 0.05, 3 * PORTION  # share of the last so many prompts that stay, below which it stops
 OPENING, SAME_OPENING = 2, 0.2  # words that rows begin with, and their share above which it is said
 
 
@@ -42,10 +44,11 @@ class FromTemplate:
     def __init__(self, making: Making, description: Description, guard: Guard, count: int, seed: int) -> None:
         self.making = making
         self.description = description
-        self.guard = guard
+        self.guard = making.guard = guard
         self.count = count
         self.seed = seed
         self._texts: set[tuple[str, ...]] = set()  # of the prompts so far
+        self._stays: deque[bool] = deque(maxlen=LAST)  # of the last prompts: whether a row came of it
         self._kept = [0] * len(description.templates)  # rows of each template
 
     def run(self) -> tuple[Yield, str]:
@@ -55,8 +58,10 @@ class FromTemplate:
         stopped = ""
         try:
             values = self._values()
-            wanted = wanted_of_each(self.description.templates, values, self.count)
-            stopped = self._all(values, wanted)
+            stopped = self._too_few(values)
+            if not stopped:
+                wanted = wanted_of_each(self.description.templates, values, self.count)
+                stopped = self._all(values, wanted)
         except Spent as spent:
             stopped = str(spent)
         return Yield("rows", self.count), stopped
@@ -67,6 +72,16 @@ class FromTemplate:
             found[name] = [*naming.values(self.making, name, slot)]
         return found
 
+    def _too_few(self, values: Mapping[str, Sequence[Value]]) -> str:
+        """Which slot the engine named too few values of, for people; "" where it named them all."""
+        for name, slot in self.description.named.items():
+            if len(values[name]) < slot.count:
+                return (
+                    f"the engine names {len(values[name])} of the {slot.count} values of the slot {name} "
+                    f"({slot.what}): ask for fewer, say what they are, raise --temperature, or write a list"
+                )
+        return ""
+
     def _all(self, values: Mapping[str, Sequence[Value]], wanted: Sequence[int]) -> str:
         """Draw until each template has its rows. What does not stay is drawn again, while something is left."""
         waiting = [
@@ -76,16 +91,19 @@ class FromTemplate:
             portion: list[Draft] = []
             for number, some in enumerate(waiting):
                 portion += self._next(some, min(PORTION, wanted[number] - self._kept[number]))
+            if portion:
+                self._make(portion)
+            if self._is_poor():
+                return f"of the last {LAST} prompts hardly any gave a row that can be kept: see rejected.jsonl"
             if not portion:
                 break
-            self._make(portion)
         missing = sum(wanted) - sum(self._kept)
         return f"the combinations of the templates are used up, {missing} rows are missing" if missing else ""
 
     def _next(self, some: Iterator[Draft], count: int) -> list[Draft]:
         """So many drafts, less where there are no more, which may be asked."""
         found: list[Draft] = []
-        while len(found) < count and (draft := next(some, None)) is not None:
+        while len(found) < count and not self._is_poor() and (draft := next(some, None)) is not None:
             why = self.guard.why_any(draft.messages)
             if why is not None:
                 self._reject(draft, "guarded", why)
@@ -110,18 +128,22 @@ class FromTemplate:
         messages = draft.messages
         if answer is not None:
             if not isinstance(answer, Answer):
-                return  # `making` counts what failed
+                self._stays.append(False)  # `making` counts what failed
+                return
             if reason := wrong_with(Made(messages, answer)):
                 self._reject(draft, reason, answer.text)
                 return
-            if why := self.guard.why(answer.text):
-                self._reject(draft, "guarded", why)
-                return
             messages = [*messages, {"role": "assistant", "content": answer.text}]
-        self._kept[draft.template] += 1
-        self.making.keep(Row(messages, self.making.made([draft.id])))
+        is_kept = self.making.keep(Row(messages, self.making.made([draft.id])))
+        self._kept[draft.template] += is_kept
+        self._stays.append(is_kept)
+
+    def _is_poor(self) -> bool:
+        """Whether hardly anything came of the last prompts."""
+        return len(self._stays) == LAST and sum(self._stays) < POOR * LAST
 
     def _reject(self, draft: Draft, reason: str, detail: str = "") -> None:
+        self._stays.append(False)
         self.making.reject(Rejected({"messages": draft.messages, "template": draft.id}, reason, detail))
 
     def notes(self) -> list[str]:
@@ -143,6 +165,14 @@ def drafts(template: Template, number: int, values: Mapping[str, Sequence[Value]
     """All drafts of a template, in an order by chance. number: of the template, from 0."""
     for combination, chosen in drawn(template, values, f"{seed} {number}"):
         yield Draft(number, f"{number + 1}:{combination}", template.filled(chosen))
+
+
+def expected(description: Description) -> dict[str, list[Value]]:
+    """The values of all slots as far as they are known: of those that an engine is to name, their number."""
+    there = description.given
+    for name, slot in description.named.items():
+        there[name] = [name] * slot.count
+    return there
 
 
 def wanted_of_each(templates: Sequence[Template], values: Mapping[str, Sequence[Value]], count: int) -> list[int]:

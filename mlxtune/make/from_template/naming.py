@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
-from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.request import Answer, Request
+from mlxtune.make import parsing
 from mlxtune.make.folder import Making
 from mlxtune.make.from_template.description import Named
 
@@ -13,7 +11,6 @@ AT_ONCE = 25  # values that are asked for at a time: of longer lists the end rep
 PATIENCE = 3  # lists in a row without anything new, after which no more are asked for
 SHOWN = 40  # values that the engine is told not to name again
 LONGEST = 200  # characters of a value
-ITEM = re.compile(r"\s*(?:\d+\s*[.):]|[-*•])\s+(.+?)\s*")
 
 
 def request(slot: str, wanted: Named, known: list[str], ask: int) -> Request:
@@ -27,18 +24,14 @@ def request(slot: str, wanted: Named, known: list[str], ask: int) -> Request:
 
 def items(answer: Answer) -> list[str]:
     """The values of a list; the last one may be cut where the answer is."""
-    found = []
-    for line in answer.text.splitlines():
-        item = ITEM.fullmatch(line)
-        if item is not None:
-            found.append(item[1].strip("*_\"'`").rstrip(".;,"))
+    found = [item.strip("*_\"'`").rstrip(".;,") for item in parsing.listed_lines(answer.text)]
     if answer.finish == "length":
         found = found[:-1]
     return [item for item in found if item and len(item) <= LONGEST]
 
 
 def values(making: Making, slot: str, wanted: Named) -> list[str]:
-    """Raises UserError where the engine does not name as many, and Spent as `Making.ask` does."""
+    """As many as are wanted; fewer where the engine names no new ones. Raises Spent as `Making.ask` does."""
     known: list[str] = []
     folded: set[str] = set()
     ask = idle = 0
@@ -51,9 +44,4 @@ def values(making: Making, slot: str, wanted: Named) -> list[str]:
                 folded.add(item.casefold())
                 known.append(item)
         idle = idle + 1 if len(known) == before else 0
-    if len(known) < wanted.count:
-        raise UserError(
-            f"the engine names {len(known)} of the {wanted.count} values of the slot {slot} ({wanted.what})",
-            "Ask for fewer, say more exactly what they are, raise --temperature, or write a list.",
-        )
     return known
