@@ -45,7 +45,11 @@ PLANTED: dict[str, list[str | tuple[str, str]]] = {
     "secret": ["The password = 'rain-and-sun-77' opens the gate of the cloud."],
     "markup": ["Drops join &amp; grow heavy."],
     "cut off": ["```\nrain()\n", SENTENCES * 3 + "And then the wind carries all of the drops away to where the"],
-    "language": ["Die Tropfen in der Wolke werden schwer und fallen auf die Erde.", "雨滴变重,于是落到地上。"],
+    "language": [
+        "Die Tropfen in der Wolke werden schwer und fallen auf die Erde.",
+        "雨滴变重,于是落到地上。",
+        ("为什么雨会从云里落下来？请解释。", SENTENCES),
+    ],
     "words": ["Heavy."],
 }
 GOOD: list[str | tuple[str, str]] = [
@@ -58,6 +62,15 @@ GOOD: list[str | tuple[str, str]] = [
     ("What does [INST] mean in the prompt of a model?", "The mark [INST] begins what the user says to the model."),
     ("Complete this code: def add(a, b):", "```python\nComplete this code: def add(a, b):\n    return a + b\n```"),
     ("def add(a, b): # of two numbers\n", "def add(a, b): # of two numbers\n    return a + b"),
+    (
+        "请写一个把两个数相加的函数。",
+        "```python\ndef add(first, second):\n    return first + second  # the sum of the two\n```",
+    ),
+    ("Как в этой системе поставить пакет из списка?", "python -m pip install --requirement packages.txt"),
+    ("Какая формула воды, если писать её латиницей?", "Это H2O."),
+    ("日本の首都はどこですか。", "東京都千代田区"),
+    ("How do I say thank you very much in Persian?", "خیلی متشکرم از لطف شما دوست من"),
+    ("แปลเป็นภาษาอังกฤษ: สวัสดีชาวโลกทุกคน", "Hello to the people of the world and to you."),
     "Call rows[name] for the row, and see [the page](https://example.org) on rain.",
 ]
 

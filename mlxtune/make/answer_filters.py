@@ -17,6 +17,7 @@ from functools import cached_property
 from mlxtune.data.survey import lint
 from mlxtune.data.survey.lint import RowTexts
 from mlxtune.data.survey.refusals import refuses
+from mlxtune.evaluate.checks.blocks import without_blocks
 from mlxtune.evaluate.checks.languages import SHORT, language_of, script_of
 from mlxtune.evaluate.checks.words import words_of
 from mlxtune.evaluate.engines.request import Answer, Messages
@@ -44,12 +45,22 @@ TEMPLATE = re.compile(
 )
 HTML = re.compile(r"(?i)\b(?:html|xml|svg|entit(?:y|ies)|escap)")
 A_FORM = re.compile(r"(?i)\b(?:templates?|placeholders?|fill[- ]in|boilerplate|todo|vorlage|modèle|plantilla)\b")
-A_LANGUAGE = re.compile(  # a prompt that may ask for another language than its own: it names one, or translates
+# A prompt that may ask for another language than its own: it translates, or names a language.
+A_LANGUAGE = re.compile(
     r"(?i)translat|\b(?:english|french|german|spanish|italian|portuguese|dutch|polish|swedish|turkish|russian|ukrainian"
-    r"|chinese|japanese|korean|arabic|hindi|hebrew|greek|thai|latin|language)\b|übersetz|englisch|deutsch|französisch"
-    r"|spanisch|tradu[cizs]|anglais|français|inglés|español|vertaal|engels|przet[łl]umacz|перев[еёо]д|англий|翻译|翻譯"
-    r"|英文|英语|翻訳|英語|번역|영어|çevir|terjemah|ترجم|अनुवाद"
+    r"|chinese|mandarin|cantonese|japanese|korean|arabic|hindi|hebrew|greek|thai|latin|persian|farsi|vietnamese"
+    r"|indonesian|malay|hungarian|czech|slovak|romanian|bulgarian|serbian|croatian|finnish|danish|norwegian|bengali"
+    r"|tamil|telugu|urdu|punjabi|swahili|catalan|icelandic|irish|welsh|gaelic|basque|georgian|armenian|sanskrit"
+    r"|nepali|burmese|khmer|lao|mongolian|tagalog|filipino|yiddish|esperanto|languages?)\b"
+    r"|übersetz|englisch|deutsch|französisch|spanisch|italienisch|russisch|chinesisch|japanisch|arabisch|griechisch"
+    r"|tradu[cizs]|anglais|français|allemand|espagnol|chinois|japonais|inglés|español|francés|alemán|inglese|francese"
+    r"|inglês|português|vertaal|engels|oversæt|översätt|oversett|engelsk|przet[łl]umacz|angielsk|přelož|anglick|fordít"
+    r"|angol|çevir|ingilizce|türkçe|terjemah|bahasa|dịch|tiếng|перев[еёо]д|переклад|превед|\bпо-\w+ск[иі]\b"
+    r"|(?:английск|русск|французск|немецк|испанск|китайск|японск)(?:ом|ий|ого|ая|ую)\b|англійськ|українськ"
+    r"|翻[译譯訳]|[英法德日韩俄汉]语|[英法德日韓韩俄中漢]文|语言|[英国本スツア]語|번역|영어|한국어|일본어|중국어|(?:프랑스|독일|스페인)어"
+    r"|แปล|ภาษา|ترجم|إنجليزي|انجليزي|عربية|انگلیسی|فارسی|अनुवाद|अंग्रेज|हिंदी|हिन्दी|অনুবাদ|μετ[αά]φρα|αγγλικ|ελληνικ|תרגמ|תרגם|אנגלית|עברית"
 )
+_ONE_SCRIPT = dict.fromkeys(("Han", "Kana"), "Japanese and Chinese")  # 東京 answers a question with kana
 CODE = re.compile(r"```|^\s*(?:def|class|import|from|function|const|SELECT)\b", re.MULTILINE)
 
 
@@ -67,6 +78,12 @@ class Made:
     def question(self) -> str:
         """The last thing that was said to the model."""
         return str(self.prompt[-1].get("content") or "")
+
+    @property
+    def told(self) -> list[str]:
+        """What says in which language is answered: the last thing said, and the system prompt."""
+        systems = [str(one.get("content") or "") for one in self.prompt[:-1] if one.get("role") == "system"]
+        return [self.question, *systems]
 
     @cached_property
     def texts(self) -> RowTexts:
@@ -103,19 +120,24 @@ def _copies(made: Made) -> bool:
 
 
 def _changes_language(made: Made) -> bool:
-    """Only where both languages can be told. Another script shows it; else each text needs some words: "A tool." would
-    be Portuguese, in which "a" is common.
+    """Only where both languages can be told, code left out. Some words are needed for that: "A tool." would be
+    Portuguese, in which "a" is common; "H2O" answers in any script. Another script shows a change. Not so Latin, in
+    which names, formulas and commands are written everywhere: it must hold words of a language.
     """
-    asked, said = made.question, made.answer.text
-    if A_LANGUAGE.search(asked):
+    if any(A_LANGUAGE.search(text) for text in made.told):
         return False
-    scripts = script_of(asked), script_of(said)
-    if all(scripts) and scripts[0] != scripts[1]:
-        return True
+    asked, said = without_blocks(made.question), without_blocks(made.answer.text)
     if min(len(words_of(asked)), len(words_of(said))) <= SHORT:
         return False
+    before, after = (_ONE_SCRIPT.get(script, script) for script in (script_of(asked), script_of(said)))
+    if before and after and before != after and after != "Latin":
+        return True
+    if CODE.search(said):
+        return False
     languages = language_of(asked), language_of(said)
-    return all(languages) and languages[0] != languages[1]
+    if before != after:
+        return bool(before and languages[1])
+    return before != "Japanese and Chinese" and all(languages) and languages[0] != languages[1]
 
 
 def _has_placeholder(made: Made) -> bool:
