@@ -21,7 +21,7 @@ from mlxtune.evaluate.engines.request import Request
 from mlxtune.make.documents.absent import Kept, does_not_answer
 from mlxtune.make.documents.asking import Pair, parsed
 from mlxtune.make.documents.chunks import Chunk, chunks, estimated
-from mlxtune.make.documents.grounding import fault_of
+from mlxtune.make.documents.grounding import fault_of, unfounded
 from mlxtune.make.documents.maker import FromDocuments, Wanted
 from mlxtune.make.documents.reading import Block, Document, find, html, markdown, read
 from mlxtune.make.guard import Guard
@@ -33,6 +33,24 @@ PAGE = """<html><head><title>no</title></head><body>
 <p>We open<br>at 9&nbsp;o'clock.</p><script>no()</script><h2>Shop</h2>
 <table><tr><th>Day</th><td>Monday</td></tr></table>
 </body></html>"""
+
+
+SHOP = "Unworn goods go back for 30 days; a refund takes one day. Ask Mrs. Okafor at the office for a box of a dozen."
+# (What an answer was made from, a true answer in other words, an invented one)
+FIRST_WORDS = [
+    ("Покупатель возвращает товар за 30 дней.", "Клиент может вернуть товар за 30 дней.", "Это решает Анна Петрова."),
+    ("Na zwrot towaru jest 30 dni.", "Masz na to w sumie 30 dni.", "Masz na to 14 dni."),
+    ("Varor kan skickas tillbaka i 30 dagar.", "Returen måste göras i 30 dagar.", "Det sköts av Anna Holm."),
+    ("Ürünler 30 gün içinde geri verilir.", "İade süresi toplam 30 gün olur.", "Bunu yalnız Ayşe yapar."),
+    ("Der Schlüssel liegt im Keller.", "Neue Schlüssel liegen im Keller.", "Peter Müller hat den Schlüssel."),
+    (SHOP, "Contact the office for a box.", "Contact Paul Weber for a box of goods."),
+    (SHOP, "Contact Mrs. Okafor at the office.", "Mrs. Adeyemi at the office has a box."),
+    (SHOP, "Returns are accepted for 30 days.", "Paul Weber takes goods back for 30 days."),
+    (SHOP, "Up to 30 days are left for that.", "Up to 40 days are left for that."),
+    (SHOP, "You have 30 days.", "You have 40 days."),
+    (SHOP, "It takes 1 day for a refund.", "It takes 3 days for a refund."),
+    (SHOP, "There are 12 in a box of goods.", "There are two dozen in a box of goods."),
+]
 
 
 def text_of(name: str) -> str:
@@ -55,6 +73,17 @@ def test_all_planted_unfounded_answers_are_rejected_and_nearly_all_true_ones_kep
     assert [found for found, _ in planted] == [why for _, why in planted]
     assert len({why for _, why in planted}) == 6  # of each kind some
     assert sum(found == "" for found, _ in true) >= 18
+
+
+@pytest.mark.parametrize(("chunk", "true", "invented"), FIRST_WORDS)
+def test_the_first_word_of_a_sentence_is_no_name_by_its_capital_letter(chunk: str, true: str, invented: str) -> None:
+    assert unfounded("", true, chunk) is None
+    assert unfounded("", invented, chunk) is not None
+
+
+def test_who_it_is_is_a_name_as_the_first_word() -> None:
+    assert unfounded("Who has a box of goods?", "Weber has a box of goods at the office.", SHOP) is not None
+    assert unfounded("Who has a box of goods?", "Ask the office for a box of goods.", SHOP) is None
 
 
 @pytest.mark.parametrize(
