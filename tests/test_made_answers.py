@@ -71,6 +71,9 @@ GOOD: list[str | tuple[str, str]] = [
     ("日本の首都はどこですか。", "東京都千代田区"),
     ("How do I say thank you very much in Persian?", "خیلی متشکرم از لطف شما دوست من"),
     ("แปลเป็นภาษาอังกฤษ: สวัสดีชาวโลกทุกคน", "Hello to the people of the world and to you."),
+    ("Write a mail that declines the dinner on Friday.", "I'm sorry, but I can't make it on Friday."),
+    ("Sage Jonas höflich ab, als kurze Nachricht.", "Lieber Jonas, leider kann ich am Freitag nicht kommen."),
+    ("Make it shorter: I'm sorry, but I am unable to help you with that.", "Sorry, I can't help with that."),
     "Call rows[name] for the row, and see [the page](https://example.org) on rain.",
 ]
 
@@ -97,8 +100,15 @@ def test_every_filter_drops_exactly_what_is_planted_for_it() -> None:
         assert wrong_with(made(planted)) == "", planted
 
 
-def test_a_refusal_is_kept_where_one_is_wanted() -> None:
+def test_a_refusal_is_kept_where_one_is_wanted_and_a_user_has_none() -> None:
     assert wrong_with(made("I'm sorry, but I can't help with that.", may_refuse=True)) == ""
+    for said in (
+        "We can't make the reset work, is there another way?",
+        ("Bitte melden Sie sich nun damit an.", "Leider kann ich mich damit nicht anmelden."),
+        "I can't create this folder on my disk, why?",
+    ):
+        assert wrong_with(made(said, is_of_user=True)) == ""
+    assert wrong_with(made("I'm sorry, but I can't help with that.", is_of_user=True)) == "refusal"
 
 
 def suite_of(folder: Path, *rows: dict[str, Any], programs: Programs | None = None) -> Suite:

@@ -58,7 +58,25 @@ A_LANGUAGE = re.compile(
     r"|angol|çevir|ingilizce|türkçe|terjemah|bahasa|dịch|tiếng|перев[еёо]д|переклад|превед|\bпо-\w+ск[иі]\b"
     r"|(?:английск|русск|французск|немецк|испанск|китайск|японск)(?:ом|ий|ого|ая|ую)\b|англійськ|українськ"
     r"|翻[译譯訳]|[英法德日韩俄汉]语|[英法德日韓韩俄中漢]文|语言|[英国本スツア]語|번역|영어|한국어|일본어|중국어|(?:프랑스|독일|스페인)어"
-    r"|แปล|ภาษา|ترجم|إنجليزي|انجليزي|عربية|انگلیسی|فارسی|अनुवाद|अंग्रेज|हिंदी|हिन्दी|অনুবাদ|μετ[αά]φρα|αγγλικ|ελληνικ|תרגמ|תרגם|אנגלית|עברית"
+    r"|แปล|ภาษา|ترجم|إنجليزي|انجليزي|عربية|انگلیسی|فارسی|अनुवाद|अंग्रेज|हिंदी|हिन्दी|অনুবাদ|μετ[αά]φρα|αγγλικ|ελληνικ"
+    r"|תרגמ|תרגם|אנגלית|עברית"
+)
+# A prompt that asks for words which somebody says to another, or to decline something.
+A_LETTER = re.compile(
+    r"(?i)\b(?:letters?|e-?mails?|mails?|messages?|sms|replies|reply|respond to|response to|declin\w*|refus\w*"
+    r"|reject\w*|turn(?:ing)? down|cancel\w*"
+    r"|excuses?|apolog\w*|invitations?|brief|nachricht|antwortschreiben|absage\w*|absagen"
+    r"|ablehn\w*|entschuldigung\w*|einladung|lettre|courriel|réponds? à|refuser|décliner|excuses|carta|correo|mensaje"
+    r"|rechazar|rechaza|declinar|lettera|messaggio|rifiut\w*|mensagem|recus\w*|brief|bericht|afwijz\w*|wiadomość|mejla?"
+    r"|odmów\w*|brev|письмо|ответ на|отказ\w*|сообщение)\b|邮件|信件|回信|婉拒|拒绝|拒絕|メール|手紙|断[りる]|返信"
+    r"|이메일|편지|거절|답장"
+    r"|رسالة|بريد|पत्र|ईमेल"
+)
+# A refusal that no user says.
+AN_ENGINE = re.compile(
+    r"(?i)\b(?:can ?not|can['’]t|won['’]t|will not|unable to|not able to)\b[^.?!\n]{0,20}"
+    r"\b(?:help|assist|comply|fulfill?|generate|create|write|provide) (?:you )?(?:with )?(?:that|this)\b(?! \w+ \w+)"
+    r"|\b(?:damit|dabei) kann ich (?:\w+ ){0,3}nicht (?:helfen|dienen)\b"
 )
 _ONE_SCRIPT = dict.fromkeys(("Han", "Kana"), "Japanese and Chinese")  # 東京 answers a question with kana
 CODE = re.compile(r"```|^\s*(?:def|class|import|from|function|const|SELECT)\b", re.MULTILINE)
@@ -73,6 +91,7 @@ class Made:
     least_words: int = 1  # that it may have
     most_words: int = MOST_WORDS  # that it may have
     may_refuse: bool = False  # a refusal is what is wanted
+    is_of_user: bool = False  # it is said in the place of a user
 
     @cached_property
     def question(self) -> str:
@@ -103,7 +122,14 @@ def _as_in_rows(code: str) -> Callable[[Made], bool]:
 
 
 def _refuses(made: Made) -> bool:
-    return not made.may_refuse and refuses(made.answer.text)
+    """A letter that declines an invitation refuses nothing that was asked, nor does what a refusal is changed into.
+    A user who cannot do something does not refuse; an engine that will not play the user says so in its own words.
+    """
+    if made.is_of_user:
+        return AN_ENGINE.search(made.answer.text) is not None
+    if made.may_refuse or A_LETTER.search(made.question) or refuses(made.question):
+        return False
+    return refuses(made.answer.text)
 
 
 def _has_entities(made: Made) -> bool:

@@ -134,7 +134,7 @@ def _with_neighbours(making: Making, couples: Sequence[Couple], known: Pool, gua
 def _wrong_request(said: Answer, known: Pool, guard: Guard) -> tuple[str, str]:
     """(reason, detail) why a request, said as an answer, is no good; ("", "") for a good one."""
     # What is wrong with answers is wrong with requests too; this one answers no prompt that it could repeat.
-    reason = wrong_with(Made([_user("")], said, LEAST, MOST))
+    reason = wrong_with(Made([_user("")], said, LEAST, MOST, is_of_user=True))
     if reason:
         return reason, ""
     score, _ = known.nearest(said.text)

@@ -149,7 +149,7 @@ def _ask(making: Making, growing: Sequence[Growing], guard: Guard) -> None:
             _lose(making, one, said)
             continue
         text = SPEAKER.sub("", said.text).strip().strip('"“”').strip()
-        reason, detail = wrong_with(Made(one.messages, replace(said, text=text), LEAST, MOST)), ""
+        reason, detail = wrong_with(Made(one.messages, replace(said, text=text), LEAST, MOST, is_of_user=True)), ""
         if not reason and one.has(text):
             reason = "said before"
         if not reason and (why := guard.why(text)) is not None:
