@@ -63,11 +63,11 @@ A_LANGUAGE = re.compile(
 )
 # A prompt that asks for words which somebody says to another, or to decline something.
 A_LETTER = re.compile(
-    r"(?i)\b(?:letters?|e-?mails?|mails?|messages?|sms|replies|reply|respond to|response to|declin\w*|refus\w*"
-    r"|reject\w*|turn(?:ing)? down|cancel\w*"
-    r"|excuses?|apolog\w*|invitations?|brief|nachricht|antwortschreiben|absage\w*|absagen"
+    r"(?i)\b(?:letters?|e-?mails?|mails?|(?:write|draft|send|compose|polite|kind|short)\b.{0,40}\bmessages?|sms"
+    r"|repl(?:y|ies) (?:to|for)|(?:a|the) reply|respond to|response to|declin\w*|refus\w*|reject\w*|turn(?:ing)? down"
+    r"|excuses?|apolog\w*|invitations?|(?:einen?|den|dem) brief|nachricht|antwortschreiben|absage\w*|sage? .{0,40} ab"
     r"|ablehn\w*|entschuldigung\w*|einladung|lettre|courriel|réponds? à|refuser|décliner|excuses|carta|correo|mensaje"
-    r"|rechazar|rechaza|declinar|lettera|messaggio|rifiut\w*|mensagem|recus\w*|brief|bericht|afwijz\w*|wiadomość|mejla?"
+    r"|rechazar|rechaza|declinar|lettera|messaggio|rifiut\w*|mensagem|recus\w*|afwijz\w*|wiadomość|mejla?"
     r"|odmów\w*|brev|письмо|ответ на|отказ\w*|сообщение)\b|邮件|信件|回信|婉拒|拒绝|拒絕|メール|手紙|断[りる]|返信"
     r"|이메일|편지|거절|답장"
     r"|رسالة|بريد|पत्र|ईमेल"
