@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.survey.refusals import refuses
+from mlxtune.data.survey.words import word_count
 
 SHORT_WORDS = 3  # an answer of fewer words is very short
 FEW_ROWS = 500  # conversations below which a model learns a form, and soon the rows by heart
@@ -88,7 +89,7 @@ def has_short_answers(texts: RowTexts) -> bool:
     """All of its answers are; an empty one is a finding of its own."""
     if texts.calls or not texts.answers or has_empty_answer(texts):
         return False
-    return all(len(answer.split()) < SHORT_WORDS for answer in texts.answers)
+    return all(word_count(answer) < SHORT_WORDS for answer in texts.answers)
 
 
 def has_cut_answer(texts: RowTexts) -> bool:
