@@ -100,6 +100,13 @@ def test_every_filter_drops_exactly_what_is_planted_for_it() -> None:
         assert wrong_with(made(planted)) == "", planted
 
 
+def test_a_long_answer_may_have_more_letters_than_words() -> None:
+    asked = "请详细解释为什么会下雨。"
+    assert wrong_with(made((asked, "云里的水滴变重。" * 400))) == ""  # 2,800 letters
+    assert wrong_with(made((asked, "云里的水滴变重。" * 600))) == "words"
+    assert wrong_with(made("The drops are heavy. " * 400)) == "words"
+
+
 def test_a_refusal_is_kept_where_one_is_wanted_and_a_user_has_none() -> None:
     assert wrong_with(made("I'm sorry, but I can't help with that.", may_refuse=True)) == ""
     for said in (

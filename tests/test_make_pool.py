@@ -70,6 +70,13 @@ def test_a_suite_is_guarded_by_likeness_and_by_runs_of_words(tmp_path: Path) -> 
     assert guard.why_any([*said, {"role": "assistant", "content": "Where is my rake?"}]) is not None
 
 
+def test_letters_that_count_as_words_make_longer_runs() -> None:
+    guard = Guard(["请用一句话概括下面这段文字：春天来了，花都开了，孩子们在公园里唱歌。"])
+    assert guard.why("请用一句话概括下面的新闻，并且说明它为什么对城市交通很重要。") is None
+    quoted = "有人问我：请用一句话概括下面这段文字：春天来了，花都开了。" + "我不知道该怎么回答他才好。" * 9
+    assert (guard.why(quoted) or "").startswith('"请 用')
+
+
 def test_a_suite_of_mlxtunes_own_is_guarded_by_its_name_and_without_one_nothing_is() -> None:
     first = json.loads(BASICS.read_text().splitlines()[0])
     guard = Guard.of(Path("basics"))

@@ -17,6 +17,7 @@ from functools import cached_property
 from mlxtune.data.survey import lint
 from mlxtune.data.survey.lint import RowTexts
 from mlxtune.data.survey.refusals import refuses
+from mlxtune.data.survey.words import LETTERS, UNSPACED, WORDS
 from mlxtune.evaluate.checks.blocks import without_blocks
 from mlxtune.evaluate.checks.languages import SHORT, language_of, script_of
 from mlxtune.evaluate.checks.words import words_of
@@ -179,7 +180,12 @@ def _has_template_marks(made: Made) -> bool:
 
 
 def _is_of_other_length(made: Made) -> bool:
-    return not made.least_words <= len(words_of(made.answer.text)) <= made.most_words
+    """Where letters count as words, a long answer may have more of them."""
+    words = words_of(made.answer.text)
+    letters = sum(UNSPACED.match(word) is not None for word in words)
+    if len(words) < made.least_words:
+        return True
+    return len(words) - letters + letters * WORDS / LETTERS > made.most_words
 
 
 # Code of `reasons.REASONS` -> whether an answer has it. The first that an answer has is its reason.
