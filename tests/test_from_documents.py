@@ -18,7 +18,7 @@ from made import CUT, Scripted, lines, reasons
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.words import words_of
 from mlxtune.evaluate.engines.request import Request
-from mlxtune.make.documents.absent import Kept, does_not_answer
+from mlxtune.make.documents.absent import Kept, answer_for, does_not_answer, drawn
 from mlxtune.make.documents.asking import Pair, parsed
 from mlxtune.make.documents.chunks import Chunk, chunks, estimated
 from mlxtune.make.documents.grounding import fault_of, unfounded
@@ -344,6 +344,26 @@ def test_unanswerable_questions_are_those_of_other_chunks_beside_a_text_that_doe
         assert shown == beside != of and question in {one["question"] for one in true}
         german = re.search("[äöüß]|Wie|Was|Wann|Bei", question) is not None
         assert row["messages"][1]["content"] == ("Das steht nicht im Text." if german else "The text does not say.")
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        ("كم يستغرق إرجاع الطلب؟", "النص لا يذكر ذلك."),
+        ("वापसी में कितने दिन लगते हैं?", "पाठ में यह नहीं बताया गया है।"),
+        ("การคืนสินค้าใช้เวลากี่วัน", "ข้อความไม่ได้ระบุไว้"),
+        ("Do kolika dnů se vrací zboží a kde je řád?", "Text to neuvádí."),
+        ("Mất bao nhiêu ngày để trả hàng?", "Văn bản không nói điều đó."),
+        ("واپسی میں کتنے دن لگتے ہیں؟", ""),
+        ("Hány napig küldhető vissza?", "A szöveg ezt nem említi."),
+        ("Okafor?", "The text does not say."),  # its chunk tells
+    ],
+)
+def test_that_the_text_does_not_say_it_is_said_in_the_language_of_the_question(question: str, said: str) -> None:
+    own = Chunk("a", 1, SHOP if question == "Okafor?" else question)
+    one = Kept(Pair(question, "5 000 000", "q"), own)
+    assert answer_for(one) == said
+    assert len(drawn([one], [Chunk("b", 1, "It is 7.")], 1, 0)) == bool(said)
 
 
 def test_a_text_that_says_the_same_in_other_words_answers_too() -> None:

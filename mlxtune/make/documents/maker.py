@@ -150,7 +150,7 @@ class FromDocuments:
         share = self.wanted.unanswerable
         count = round(len(self.kept) * share / (1 - share)) if share else 0
         for one, chunk in drawn(self.kept, self.chunks, count, self.wanted.seed):
-            messages = self._conversation(chunk, one.pair.question, answer_for(one.pair.question))
+            messages = self._conversation(chunk, one.pair.question, answer_for(one))
             made = self.making.made([chunk.id, one.chunk.id])
             self.making.keep(Row(messages, {**made, "quote": "", "unanswerable": True}))
 
