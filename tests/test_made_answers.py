@@ -74,6 +74,9 @@ GOOD: list[str | tuple[str, str]] = [
     ("Write a mail that declines the dinner on Friday.", "I'm sorry, but I can't make it on Friday."),
     ("Sage Jonas höflich ab, als kurze Nachricht.", "Lieber Jonas, leider kann ich am Freitag nicht kommen."),
     ("Make it shorter: I'm sorry, but I am unable to help you with that.", "Sorry, I can't help with that."),
+    ("Escribe en letras grandes que hoy cierran todas las tiendas.", "HOY CIERRA TODO EN LA CIUDAD, NO HAY TIENDAS."),
+    ("Write a dialogue between a user and an assistant on rain.", "User: Why does it rain?\nAssistant: Drops fall."),
+    ("How do I connect to the database from Python?", "connect(user='ada', password='your_password') does that."),
     "Call rows[name] for the row, and see [the page](https://example.org) on rain.",
 ]
 
@@ -98,6 +101,10 @@ def test_every_filter_drops_exactly_what_is_planted_for_it() -> None:
             assert not others, (planted, others)
     for planted in GOOD:
         assert wrong_with(made(planted)) == "", planted
+
+
+def test_emoji_alone_copy_no_prompt() -> None:
+    assert wrong_with(Made([{"role": "user", "content": "🌧️?"}], answer("☔ 🙂"), least_words=0)) == ""
 
 
 def test_a_long_answer_may_have_more_letters_than_words() -> None:

@@ -31,7 +31,7 @@ PLACEHOLDER = re.compile(
     r"(?<!\w)\[(?:(?i:your|insert|enter|add|recipient|company|customer|client|sender)\b[^\]\n]{0,40}"
     r"|(?:Name|Date|Address|Email|Phone|Title|City|Link|URL|Number|Amount|Topic|Subject|Signature|NAME|DATE|CITY))\]"
     r"(?!\()"
-    r"|<(?i:your|insert|enter)\b[^>\n]{0,40}>|\bTODO\b|\bTBD\b|(?i:\blorem ipsum\b)"
+    r"|<(?i:your|insert|enter)\b[^>\n]{0,40}>|\bTODO\b(?=\s*[:(\]>])|[#/\[<(]\s*TODO\b|\bTBD\b|(?i:\blorem ipsum\b)"
 )
 SELF_TALK = re.compile(  # an answer that speaks of what wrote it
     r"(?i)\bas (?:an?|your) (?:ai|artificial intelligence|large language model|language model|virtual assistant)\b"
@@ -41,8 +41,19 @@ SELF_TALK = re.compile(  # an answer that speaks of what wrote it
 # How chat templates write the borders of messages, and an answer that goes on as the next speaker.
 TEMPLATE = re.compile(
     r"<\|[\w ]{1,40}\|>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|</?think>|\A<s>|</s>\s*\Z"
-    r"|^###\s*(?:Instruction|Response|Input|Human|Assistant)\b|^(?:Human|User|Assistant)\s*:",
+    r"|^###\s*(?:Instruction|Response|Input|Human|Assistant)\b",
     re.MULTILINE,
+)
+NEXT_SPEAKER = re.compile(r"^(?:Human|User|Assistant)\s*:", re.MULTILINE)
+A_DIALOGUE = re.compile(  # a prompt that asks for what several say
+    r"(?i)\b(?:dialog\w*|dialogue\w*|diálogo\w*|conversations?|transcripts?|chat ?logs?|chats?|interviews?|scripts?"
+    r"|role-?play\w*|exchange between|gespräch\w*|gesprek|rozmow\w*|conversación|conversazione|диалог\w*|разговор\w*)\b"
+    r"|对话|對話|会話|대화|حوار|संवाद"
+)
+# A password in an example that is plainly none.
+NO_SECRET = re.compile(
+    r"(?i)your|example|placeholder|change.?me|insert|dummy|sample|redacted|secret_here|\bmy_?|password['\"]?\Z|x{4}|\*{4}"
+    r"|\.{3}|<\w|\$\{|\{\{|123456"
 )
 HTML = re.compile(r"(?i)\b(?:html|xml|svg|entit(?:y|ies)|escap)")
 A_FORM = re.compile(r"(?i)\b(?:templates?|placeholders?|fill[- ]in|boilerplate|todo|vorlage|modèle|plantilla)\b")
@@ -141,7 +152,7 @@ def _copies(made: Made) -> bool:
     """It is the prompt, or begins with all of it. Code is completed with its beginning in front, which is no copy."""
     asked, said = words_of(made.question), words_of(made.answer.text)
     if asked == said:
-        return True
+        return bool(asked)  # no words are in signs and emoji
     is_begun = len(asked) >= COPIED_WORDS and said[: len(asked)] == asked
     return is_begun and not CODE.search(made.question)
 
@@ -176,7 +187,20 @@ def _has_placeholder(made: Made) -> bool:
 
 
 def _has_template_marks(made: Made) -> bool:
-    return any(found[0] not in made.question for found in TEMPLATE.finditer(made.answer.text))
+    if any(found[0] not in made.question for found in TEMPLATE.finditer(made.answer.text)):
+        return True
+    if A_DIALOGUE.search(made.question):
+        return False
+    return any(found[0] not in made.question for found in NEXT_SPEAKER.finditer(made.answer.text))
+
+
+def _has_secret(made: Made) -> bool:
+    """Of a password that is assigned, what stands behind the sign tells whether it is one."""
+    for found in lint.SECRETS.finditer(made.answer.text):
+        assigned = found["assigned"]
+        if not assigned or not NO_SECRET.search(found[0][len(assigned) :]):
+            return True
+    return False
 
 
 def _is_of_other_length(made: Made) -> bool:
@@ -197,7 +221,7 @@ FILTERS: dict[str, Callable[[Made], bool]] = {
     "refusal": _refuses,
     "placeholder": _has_placeholder,
     "prompt copied": _copies,
-    "secret": _as_in_rows("secret"),
+    "secret": _has_secret,
     "markup": _has_entities,
     "cut off": _as_in_rows("cut off"),
     "language": _changes_language,

@@ -18,6 +18,7 @@ from typing import Any
 from mlxtune.data.survey.refusals import refuses
 from mlxtune.evaluate.checks.overlap import rouge_l
 from mlxtune.evaluate.engines.request import Answer, Request
+from mlxtune.make import parsing
 from mlxtune.make.answer_filters import Made, wrong_with
 from mlxtune.make.folder import Making, Rejected, Row, Spent, Yield
 from mlxtune.make.guard import Guard
@@ -118,7 +119,7 @@ def _with_neighbours(making: Making, couples: Sequence[Couple], known: Pool, gua
     for couple, answer in zip(couples, making.ask(requests), strict=True):
         if not isinstance(answer, Answer):
             continue
-        couple.neighbour = answer.text.strip().strip('"“”').strip()
+        couple.neighbour = parsing.unquoted(answer.text)
         reason, detail = _wrong_request(replace(answer, text=couple.neighbour), known, guard)
         if float(rouge_l(couple.neighbour, [couple.request])[0]) > NEAR:
             reason, detail = "no neighbour", "it is the forbidden request"

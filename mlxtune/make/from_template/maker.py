@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import floor
 from typing import Any
 
 from mlxtune.errors import UserError
@@ -145,11 +145,16 @@ def drafts(template: Template, number: int, values: Mapping[str, Sequence[Value]
         yield Draft(number, f"{number + 1}:{combination}", template.filled(chosen))
 
 
+def _at_most(share: float, count: int) -> int:
+    """So many of `count` rows are no more than the share; 0.07 of 100 comes to 7.000000000000001."""
+    return floor(round(share * count, 6))
+
+
 def wanted_of_each(templates: Sequence[Template], values: Mapping[str, Sequence[Value]], count: int) -> list[int]:
     """How many rows each template is to give. Raises UserError where they cannot give `count` together."""
     limits = []
     for template in templates:
-        limits.append(min(combinations(template, values), ceil(template.share * count)))
+        limits.append(min(combinations(template, values), _at_most(template.share, count)))
     if sum(limits) < count:
         parts = []
         for template, limit in zip(templates, limits, strict=True):
