@@ -360,11 +360,17 @@ def test_unanswerable_questions_are_those_of_other_chunks_beside_a_text_that_doe
         ("Okafor?", "The text does not say."),  # its chunk tells
     ],
 )
-def test_that_the_text_does_not_say_it_is_said_in_the_language_of_the_question(question: str, said: str) -> None:
+def test_that_the_text_does_not_say_it_is_said_in_the_language_of_the_question(
+    question: str, said: str, tmp_path: Path
+) -> None:
     own = Chunk("a", 1, SHOP if question == "Okafor?" else question)
     one = Kept(Pair(question, "5 000 000", "q"), own)
     assert answer_for(one) == said
     assert len(drawn([one], [Chunk("b", 1, "It is 7.")], 1, 0)) == bool(said)
+    with made.making(tmp_path / "made", Scripted(honest)) as making:
+        work = FromDocuments(making, [own], Guard(), Wanted(per_chunk=1, unanswerable=0.5))
+        work.kept.append(one)
+        assert len(work.notes()) == (not said)
 
 
 def test_a_text_that_says_the_same_in_other_words_answers_too() -> None:
