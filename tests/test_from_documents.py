@@ -18,10 +18,11 @@ from made import CUT, Scripted, lines, reasons
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.words import words_of
 from mlxtune.evaluate.engines.request import Request
+from mlxtune.make.documents import grounding
 from mlxtune.make.documents.absent import Kept, answer_for, does_not_answer, drawn
 from mlxtune.make.documents.asking import Pair, parsed
 from mlxtune.make.documents.chunks import Chunk, chunks, estimated
-from mlxtune.make.documents.grounding import fault_of, unfounded
+from mlxtune.make.documents.grounding import fault_of
 from mlxtune.make.documents.maker import FromDocuments, Wanted
 from mlxtune.make.documents.reading import Block, Document, find, html, markdown, read
 from mlxtune.make.guard import Guard
@@ -77,13 +78,13 @@ def test_all_planted_unfounded_answers_are_rejected_and_nearly_all_true_ones_kep
 
 @pytest.mark.parametrize(("chunk", "true", "invented"), FIRST_WORDS)
 def test_the_first_word_of_a_sentence_is_no_name_by_its_capital_letter(chunk: str, true: str, invented: str) -> None:
-    assert unfounded("", true, chunk) is None
-    assert unfounded("", invented, chunk) is not None
+    assert grounding.unfounded("", true, chunk) is None
+    assert grounding.unfounded("", invented, chunk) is not None
 
 
 def test_who_it_is_is_a_name_as_the_first_word() -> None:
-    assert unfounded("Who has a box of goods?", "Weber has a box of goods at the office.", SHOP) is not None
-    assert unfounded("Who has a box of goods?", "Ask the office for a box of goods.", SHOP) is None
+    assert grounding.unfounded("Who has a box of goods?", "Weber has a box of goods at the office.", SHOP) is not None
+    assert grounding.unfounded("Who has a box of goods?", "Ask the office for a box of goods.", SHOP) is None
 
 
 @pytest.mark.parametrize(
