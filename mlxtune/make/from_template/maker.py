@@ -145,11 +145,6 @@ def drafts(template: Template, number: int, values: Mapping[str, Sequence[Value]
         yield Draft(number, f"{number + 1}:{combination}", template.filled(chosen))
 
 
-def _at_most(share: float, count: int) -> int:
-    """So many of `count` rows are no more than the share; 0.07 of 100 comes to 7.000000000000001."""
-    return floor(round(share * count, 6))
-
-
 def wanted_of_each(templates: Sequence[Template], values: Mapping[str, Sequence[Value]], count: int) -> list[int]:
     """How many rows each template is to give. Raises UserError where they cannot give `count` together."""
     limits = []
@@ -165,3 +160,8 @@ def wanted_of_each(templates: Sequence[Template], values: Mapping[str, Sequence[
             "Give the slots more values, write more templates, raise `share`, or ask for fewer.",
         )
     return shares(limits, count)
+
+
+def _at_most(share: float, count: int) -> int:
+    """So many of `count` rows are no more than the share; 0.07 of 100 comes to 7.000000000000001."""
+    return floor(round(share * count, 6))
