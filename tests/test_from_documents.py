@@ -199,6 +199,7 @@ def pair(question: str = "q", answer: str = "a", quote: str = "c") -> str:
             ["unparseable"],
         ),
         ("Question: q\nAnswer: a\nQuote: c\nQuestion: r\nAnswer: b\nQuote: c" + CUT, 1, ["cut"]),
+        ("Question: What is {name}?\nAnswer: a\nQuote: c", 1, []),
         ("I cannot do that.", 0, ["unparseable"]),
         ("", 0, ["unparseable"]),
     ],

@@ -17,7 +17,7 @@ from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.make.from_template import drawing, naming
 from mlxtune.make.from_template.description import Template, read
 from mlxtune.make.from_template.drawing import drawn, shares
-from mlxtune.make.from_template.maker import FromTemplate
+from mlxtune.make.from_template.maker import FromTemplate, wanted_of_each
 from mlxtune.make.guard import Guard
 
 CAPITALS = """
@@ -95,6 +95,8 @@ def test_no_combination_comes_twice_and_equal_shares_give_way_to_what_there_is(
     large: dict[str, Any] = {name: [str(n) for n in range(10_000)] for name in "abcdef"}
     endless = drawn(Template({"user": "{a}{b}{c}{d}{e}{f}"}, 1.0, ""), large, "0")  # 10^24: more than a list can hold
     assert len({number for number, _ in (next(endless) for _ in range(100))}) == 100
+    few, rest = Template({"user": "{a} {b}"}, 0.07, ""), Template({"user": "{a}, {b}, {c}"}, 1.0, "")
+    assert wanted_of_each([few, rest], values | {"c": [str(n) for n in range(9)]}, 100) == [7, 93]
     assert shares([10, 100, 100], 90) == [10, 40, 40]
     assert shares([3, 2, 9], 100) == [3, 2, 9] and sum(shares([50, 50, 50], 100)) == 100
 

@@ -45,7 +45,11 @@ PLANTED: dict[str, list[str | tuple[str, str]]] = {
     "secret": ["The password = 'rain-and-sun-77' opens the gate of the cloud."],
     "markup": ["Drops join &amp; grow heavy."],
     "cut off": ["```\nrain()\n", SENTENCES * 3 + "And then the wind carries all of the drops away to where the"],
-    "language": ["Die Tropfen in der Wolke werden schwer und fallen auf die Erde.", "雨滴变重,于是落到地上。"],
+    "language": [
+        "Die Tropfen in der Wolke werden schwer und fallen auf die Erde.",
+        "雨滴变重,于是落到地上。",
+        ("为什么雨会从云里落下来？请解释。", SENTENCES),
+    ],
     "words": ["Heavy."],
 }
 GOOD: list[str | tuple[str, str]] = [
@@ -58,6 +62,21 @@ GOOD: list[str | tuple[str, str]] = [
     ("What does [INST] mean in the prompt of a model?", "The mark [INST] begins what the user says to the model."),
     ("Complete this code: def add(a, b):", "```python\nComplete this code: def add(a, b):\n    return a + b\n```"),
     ("def add(a, b): # of two numbers\n", "def add(a, b): # of two numbers\n    return a + b"),
+    (
+        "请写一个把两个数相加的函数。",
+        "```python\ndef add(first, second):\n    return first + second  # the sum of the two\n```",
+    ),
+    ("Как в этой системе поставить пакет из списка?", "python -m pip install --requirement packages.txt"),
+    ("Какая формула воды, если писать её латиницей?", "Это H2O."),
+    ("日本の首都はどこですか。", "東京都千代田区"),
+    ("How do I say thank you very much in Persian?", "خیلی متشکرم از لطف شما دوست من"),
+    ("แปลเป็นภาษาอังกฤษ: สวัสดีชาวโลกทุกคน", "Hello to the people of the world and to you."),
+    ("Write a mail that declines the dinner on Friday.", "I'm sorry, but I can't make it on Friday."),
+    ("Sage Jonas höflich ab, als kurze Nachricht.", "Lieber Jonas, leider kann ich am Freitag nicht kommen."),
+    ("Make it shorter: I'm sorry, but I am unable to help you with that.", "Sorry, I can't help with that."),
+    ("Escribe en letras grandes que hoy cierran todas las tiendas.", "HOY CIERRA TODO EN LA CIUDAD, NO HAY TIENDAS."),
+    ("Write a dialogue between a user and an assistant on rain.", "User: Why does it rain?\nAssistant: Drops fall."),
+    ("How do I connect to the database from Python?", "connect(user='ada', password='your_password') does that."),
     "Call rows[name] for the row, and see [the page](https://example.org) on rain.",
 ]
 
@@ -84,8 +103,26 @@ def test_every_filter_drops_exactly_what_is_planted_for_it() -> None:
         assert wrong_with(made(planted)) == "", planted
 
 
-def test_a_refusal_is_kept_where_one_is_wanted() -> None:
+def test_emoji_alone_copy_no_prompt() -> None:
+    assert wrong_with(Made([{"role": "user", "content": "🌧️?"}], answer("☔ 🙂"), least_words=0)) == ""
+
+
+def test_a_long_answer_may_have_more_letters_than_words() -> None:
+    asked = "请详细解释为什么会下雨。"
+    assert wrong_with(made((asked, "云里的水滴变重。" * 400))) == ""  # 2,800 letters
+    assert wrong_with(made((asked, "云里的水滴变重。" * 600))) == "words"
+    assert wrong_with(made("The drops are heavy. " * 400)) == "words"
+
+
+def test_a_refusal_is_kept_where_one_is_wanted_and_a_user_has_none() -> None:
     assert wrong_with(made("I'm sorry, but I can't help with that.", may_refuse=True)) == ""
+    for said in (
+        "We can't make the reset work, is there another way?",
+        ("Bitte melden Sie sich nun damit an.", "Leider kann ich mich damit nicht anmelden."),
+        "I can't create this folder on my disk, why?",
+    ):
+        assert wrong_with(made(said, is_of_user=True)) == ""
+    assert wrong_with(made("I'm sorry, but I can't help with that.", is_of_user=True)) == "refusal"
 
 
 def suite_of(folder: Path, *rows: dict[str, Any], programs: Programs | None = None) -> Suite:

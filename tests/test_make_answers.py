@@ -374,3 +374,11 @@ def test_a_model_on_this_machine_answers_and_a_dry_run_writes_nothing(hf_model: 
     assert not (tmp_path / "made").exists()
     document = json.loads(tiny.done(*words, "--json").stdout)
     assert document["requests"] == 3 and document["kept"] + sum(document["rejected"].values()) == 3
+
+
+def test_a_pair_is_of_two_texts_and_checks_see_what_is_learned(tmp_path: Path) -> None:
+    wanted = prompts(tmp_path, {"id": "town", "prompt": "Which town?", "checks": [{"regex": "^Paris"}]})
+    wanted = replace(wanted, samples=2, pairs=True)
+    run(tmp_path / "made", wanted, by_id({"town": ["\n Paris.", "Paris."]}))
+    assert lines(tmp_path / "made" / "pairs.jsonl") == []
+    assert lines(tmp_path / "made" / "train.jsonl")[0]["made"]["scores"] == {"passed": 2, "of": 2}

@@ -12,7 +12,10 @@ import pytest
 
 from mlxtune.evaluate.checks.overlap import rouge_l
 from mlxtune.evaluate.checks.shipped import BASICS
+from mlxtune.evaluate.checks.words import words_of
+from mlxtune.make.blacklist import blacklisted
 from mlxtune.make.guard import Guard
+from mlxtune.make.parsing import unquoted
 from mlxtune.make.pool import Pool
 
 WORDS = re.findall(r"\S+", "the a cat dog sat ran on under mat tree big small 42 it x y and or not 你 好 Ça été кот")
@@ -70,6 +73,13 @@ def test_a_suite_is_guarded_by_likeness_and_by_runs_of_words(tmp_path: Path) -> 
     assert guard.why_any([*said, {"role": "assistant", "content": "Where is my rake?"}]) is not None
 
 
+def test_letters_that_count_as_words_make_longer_runs() -> None:
+    guard = Guard(["请用一句话概括下面这段文字：春天来了，花都开了，孩子们在公园里唱歌。"])
+    assert guard.why("请用一句话概括下面的新闻，并且说明它为什么对城市交通很重要。") is None
+    quoted = "有人问我：请用一句话概括下面这段文字：春天来了，花都开了。" + "我不知道该怎么回答他才好。" * 9
+    assert (guard.why(quoted) or "").startswith('"请 用')
+
+
 def test_a_suite_of_mlxtunes_own_is_guarded_by_its_name_and_without_one_nothing_is() -> None:
     first = json.loads(BASICS.read_text().splitlines()[0])
     guard = Guard.of(Path("basics"))
@@ -82,3 +92,20 @@ def test_programs_that_a_suite_would_run_need_no_leave_to_be_guarded(tmp_path: P
     (tmp_path / "suite.jsonl").write_text(json.dumps({**row, "turns": ["And three of them?"]}) + "\n")
     guard = Guard.of(tmp_path / "suite.jsonl")
     assert guard.why("add two numbers") and guard.why("and three of them")
+
+
+def test_one_pair_of_quotes_around_a_text_goes_and_others_stay() -> None:
+    assert [
+        unquoted(text) for text in ('"Where is it?"', " “Where?” ", '"Yes", he said, "no"', 'What is a "rake"?')
+    ] == [
+        "Where is it?",
+        "Where?",
+        '"Yes", he said, "no"',
+        'What is a "rake"?',
+    ]
+
+
+def test_words_of_the_blacklist_are_found_with_particles_and_not_in_other_senses() -> None:
+    assert blacklisted(words_of("서울의 지도를 보여 주세요."), ["ko"]) == "지도"
+    assert blacklisted(words_of("Écris le texte d'une carte de vœux."), ["fr"]) == ""
+    assert blacklisted(words_of("Montre-moi une carte du monde."), ["fr"]) == "carte du monde"

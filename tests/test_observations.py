@@ -158,6 +158,15 @@ def test_loops_are_observed() -> None:
 
 def test_answers_that_stop_inside_a_sentence_are_observed() -> None:
     assert seems_cut_off(LONG_CUT)
+    for whole in (
+        "ฝนตกลงมาจากเมฆ " * 20,
+        "ዝናብ ከደመና ይወርዳል። " * 20,
+        "ភ្លៀងធ្លាក់ពីពពក។" * 20,
+        "မိုးရွာသည်။" * 30,
+        "Անձրև է գալիս։ " * 20,
+    ):
+        assert not seems_cut_off(whole)
+    assert seems_cut_off("ዝናብ ከደመና ይወርዳል " * 20)
     cut = seen(lambda number: LONG_CUT)
     assert "truncated learning" in names(cut)
     (one,) = [one for one in observations(cut) if one["observation"] == "truncated learning"]

@@ -14,6 +14,7 @@ from mlxtune.data.chat.renderer import Renderer
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.survey import subjects
 from mlxtune.data.survey.consistency import Style, differences
+from mlxtune.data.survey.lint import RowTexts, has_short_answers
 from mlxtune.data.survey.survey import survey
 
 ASKED = {  # as people write it: what it asks for
@@ -145,3 +146,21 @@ def test_fewer_than_500_conversations_are_a_warning_and_made_rows_are_counted_by
     texts = told(tmp_path, tokenizer, [{"text": "Once upon a time."}])  # of texts the tokens count
     assert not [found for found in texts["findings"] if found["code"] == "few"]
     assert texts["splits"]["train"]["style"] == {}
+
+
+def test_what_goes_by_words_of_one_language_says_nothing_of_another(tokenizer: Any, tmp_path: Path) -> None:
+    def missing(question: str) -> list[str]:
+        rows = [{"messages": talk(f"{question} {n}", f"Ja {n}.").messages} for n in range(120)]
+        return told(tmp_path, tokenizer, rows)["splits"]["train"]["tasks_missing"]
+
+    assert missing("Warum fällt der Regen von Wolke?") == [] and len(missing("Why does rain fall from cloud?")) > 9
+
+
+def test_words_are_counted_in_scripts_without_spaces() -> None:
+    said = "东京是日本的首都，也是世界上人口最多的城市之一。" * 20
+    assert subjects.kinds_of(talk("日本的首都是哪里？", said)) == ["open question"]
+    assert subjects.kinds_of(talk("日本的首都是哪里？", "东京。")) == ["closed question"]
+    assert not has_short_answers(RowTexts(said, [said])) and has_short_answers(RowTexts("是", ["是。"]))
+    english = style_of(*["It is Tokyo, which is one of the largest cities of the world."] * 20)
+    chinese = style_of(*["东京，它是世界上最大的城市之一，也是首都。"] * 20)
+    assert differences({"train 1": english, "train 2": chinese}) == {}

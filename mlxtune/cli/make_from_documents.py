@@ -86,7 +86,9 @@ def from_documents(
         with_text=with_text,
     )
     with making(wanted, engine, identity) as one:
-        document = one.finish(*maker.FromDocuments(one, chunks, guard, asked).run())
+        work = maker.FromDocuments(one, chunks, guard, asked)
+        document = one.finish(*work.run())
+        document["notes"] += work.notes()
         say(document, one.found, wanted.as_json)
 
 

@@ -166,7 +166,7 @@ def _drafts(making: Making, wanted: WantedAnswers, rows: Sequence[SuiteRow]) -> 
     for one in making.ask(answer_requests(rows, wanted.samples)):
         row = by_id[one.id]
         if isinstance(one, Answer):
-            drafts.append(Draft(row, one, one))
+            drafts.append(Draft(row, one, _stripped(one)))
         elif one.why != UNASKED:
             making.reject(Rejected({"id": row.id, "sample": one.sample, "messages": row.messages}, "failed", one.why))
     return _revised(making, wanted.principles, drafts) if wanted.principles else drafts
@@ -196,7 +196,7 @@ def _revised(making: Making, principles: Sequence[str], drafts: Sequence[Draft])
     prompts = [revision_prompt(principles, one.row.messages, one.first.text, one.critique) for one in to_revise]
     for draft, answer in zip(to_revise, _follow_ups(making, "revision", to_revise, prompts), strict=True):
         if answer is not None:
-            done.append(replace(draft, answer=answer))
+            done.append(replace(draft, answer=_stripped(answer)))
     return sorted(done, key=lambda draft: draft.first.sample)
 
 
@@ -263,8 +263,8 @@ def _keep_the_best(making: Making, wanted: WantedAnswers, decided: Sequence[Deci
         for place, draft in enumerate(one.drafts):
             if place != best.place:
                 making.reject(Rejected(_as_row(draft), "check" if place in one.found.failing else "not the best"))
-        if best.worse is not None:
-            worse = one.drafts[best.worse]
+        worse = None if best.worse is None else one.drafts[best.worse]
+        if worse is not None and _said(worse) != _said(chosen):  # of two equal texts nobody learns
             shown_by = "checks" if best.worse in one.found.failing else "judge"
             made = {**making.made([one.row.id], "", **best.scores), "shown by": shown_by}
             both = {"chosen": [_said(chosen)], "rejected": [_said(worse)]}
@@ -272,8 +272,13 @@ def _keep_the_best(making: Making, wanted: WantedAnswers, decided: Sequence[Deci
     return pairs
 
 
+def _stripped(answer: Answer) -> Answer:
+    """As a row has it: checks and judges must see what is learned, not a space before it."""
+    return replace(answer, text=answer.text.strip())
+
+
 def _said(draft: Draft) -> dict[str, Any]:
-    return {"role": "assistant", "content": draft.answer.text.strip()}
+    return {"role": "assistant", "content": draft.answer.text}
 
 
 def _as_row(draft: Draft) -> dict[str, Any]:

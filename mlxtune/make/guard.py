@@ -1,21 +1,23 @@
 """Keeps what is made away from a suite that will judge what is trained on it.
 
 A row that says what a prompt of the suite says teaches the answer by heart. So a text is refused that is nearly such a
-prompt (ROUGE-L above 0.7), or has a run of 8 words in common with one, as a longer text that quotes it has.
+prompt (ROUGE-L above 0.7), or has a run of 8 words (20 letters of Chinese) in common with
+one, as a longer text that quotes it has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlxtune.data.survey.words import LETTERS, UNSPACED, WORDS
 from mlxtune.evaluate.checks.suite import read_prompts
 from mlxtune.evaluate.checks.words import words_of
 from mlxtune.make.pool import Pool
 
 NEAR = 0.7  # ROUGE-L above which two texts are nearly the same
-RUN = 8  # words in a row
+RUN = 8  # words in a row; of scripts whose letters count as words so many as say as much
 SPEAKERS = ("user", "tool")  # whose texts of a suite are guarded: many rows rightly share a system prompt
 
 
@@ -63,10 +65,23 @@ class Guard:
         return None
 
 
-def _runs(text: str) -> list[tuple[str, ...]]:
-    """Every run of RUN words in a text."""
+def _runs(text: str) -> Iterator[tuple[str, ...]]:
+    """The run of words at each place of a text that is long enough: RUN words, or 20 Chinese letters."""
     words = words_of(text)
-    return [tuple(words[place : place + RUN]) for place in range(len(words) - RUN + 1)]
+    end, length = 0, 0
+    for place, word in enumerate(words):
+        while length < RUN * LETTERS and end < len(words):
+            length += _length(words[end])
+            end += 1
+        if length < RUN * LETTERS:
+            return
+        yield tuple(words[place:end])
+        length -= _length(word)
+
+
+def _length(word: str) -> int:
+    """A word has the length LETTERS, a letter that counts as one the length WORDS."""
+    return WORDS if UNSPACED.match(word) else LETTERS
 
 
 def _short(text: str) -> str:

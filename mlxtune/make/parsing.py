@@ -21,6 +21,7 @@ _HEADING = re.compile(r"^\W*example\s*\d*\W*$", re.IGNORECASE)
 _FIELD = re.compile(r"^[\s*_#>-]*(input|output|class label|label)[\s*_]*[:\uff1a][\s*_]*(.*)$", re.IGNORECASE)
 _OUTPUTS = ("output", "class label", "label")  # names of what an example ends, or for labels begins, with
 _NOTHING = ("none", "n/a", "no input", "noinput", "not applicable", "null", "empty")  # how engines say: no input
+QUOTES = (('"', '"'), ("“", "”"), ("„", "“"), ("«", "»"), ("「", "」"))
 _KEYS = ("instruction", "task", "text")  # of an item that is an object
 
 
@@ -77,6 +78,17 @@ def _json_items(text: str) -> list[str]:
             return []
         items.append(item)
     return items
+
+
+def unquoted(text: str) -> str:
+    """Without quotation marks around the whole of it; those of a part stay: "Yes", he said, and "no"."""
+    text = text.strip()
+    for opening, closing in QUOTES:
+        inner = text[1:-1]
+        is_around = len(text) > 1 and text.startswith(opening) and text.endswith(closing)
+        if is_around and opening not in inner and closing not in inner:
+            return inner.strip()
+    return text
 
 
 def _bare(item: str) -> str:

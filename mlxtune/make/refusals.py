@@ -152,7 +152,7 @@ def _with_neighbours(making: Making, couples: Sequence[Couple], known: Pool, gua
     for couple, answer in zip(couples, making.ask(requests), strict=True):
         if not isinstance(answer, Answer):
             continue
-        couple.neighbour = answer.text.strip().strip('"“”').strip()
+        couple.neighbour = parsing.unquoted(answer.text)
         reason, detail = _wrong_request(replace(answer, text=couple.neighbour), known, guard)
         if float(rouge_l(couple.neighbour, [couple.request])[0]) > NEAR:
             reason, detail = "no neighbour", "it is the forbidden request"
@@ -168,7 +168,7 @@ def _with_neighbours(making: Making, couples: Sequence[Couple], known: Pool, gua
 def _wrong_request(said: Answer, known: Pool, guard: Guard) -> tuple[str, str]:
     """(reason, detail) why a request, said as an answer, is no good; ("", "") for a good one."""
     # What is wrong with answers is wrong with requests too; this one answers no prompt that it could repeat.
-    reason = wrong_with(Made([_user("")], said, LEAST, MOST))
+    reason = wrong_with(Made([_user("")], said, LEAST, MOST, is_of_user=True))
     if reason:
         return reason, ""
     score, _ = known.nearest(said.text)

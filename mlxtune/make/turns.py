@@ -20,6 +20,7 @@ from mlxtune.evaluate.checks.overlap import rouge_l
 from mlxtune.evaluate.checks.words import words_of
 from mlxtune.evaluate.engines.request import Request
 from mlxtune.evaluate.judging.judge import as_text
+from mlxtune.make import parsing
 from mlxtune.make.answer_filters import Made, wrong_with
 from mlxtune.make.folder import UNASKED, Failed, Making, Rejected, Row, Spent, Yield
 from mlxtune.make.given_rows import Conversation
@@ -30,8 +31,8 @@ PORTION = 64  # conversations that go on together, at most: many enough to fill 
 SAME = 0.7  # ROUGE-L to what was said before, above which it is said again
 FEW = 3  # words that may be said again
 LEAST, MOST = 2, 150  # words of what a user says
-# How an engine begins what it writes in another's name: User:, **User:**, "
-SPEAKER = re.compile(r"\A[\s*_\"“]*(?:(?:user|human|customer|next message)[\s*_]*:[\s*_]*)?", re.IGNORECASE)
+# How an engine begins what it writes in another's name: User:, **User:**
+SPEAKER = re.compile(r"\A[\s*_]*(?:user|human|customer|next message)[\s*_]*:[\s*_]*", re.IGNORECASE)
 TOLD = (
     "Below is a conversation between a user and an assistant. Write what the user says next: a question or a wish that "
     "follows from the last answer and has not been said yet, in the user's own voice and language, in one to three "
@@ -161,8 +162,8 @@ def _ask(making: Making, growing: Sequence[Growing], guard: Guard) -> None:
         if isinstance(said, Failed):
             _lose(making, one, said)
             continue
-        text = SPEAKER.sub("", said.text).strip().strip('"“”').strip()
-        reason, detail = wrong_with(Made(one.messages, replace(said, text=text), LEAST, MOST)), ""
+        text = parsing.unquoted(SPEAKER.sub("", parsing.unquoted(said.text)))
+        reason, detail = wrong_with(Made(one.messages, replace(said, text=text), LEAST, MOST, is_of_user=True)), ""
         if not reason and one.has(text):
             reason = "said before"
         if not reason and (why := guard.why(text)) is not None:

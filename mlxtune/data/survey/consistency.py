@@ -14,6 +14,7 @@ from typing import Any
 
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.survey.subjects import first_question, is_question
+from mlxtune.data.survey.words import word_count
 
 LEAST = 20  # conversations from which on a source has a manner
 FAR_SHARE = 0.5  # between two shares: a difference to speak of
@@ -48,7 +49,7 @@ class Style:
             if message["role"] == "assistant" and answer.strip():
                 self.answers += 1
                 self.marked += MARKDOWN.search(answer) is not None
-                self.words[len(answer.split())] += 1
+                self.words[word_count(answer)] += 1
 
     def shares(self) -> dict[str, float]:
         """What is there -> in which share of the conversations, or of the answers."""

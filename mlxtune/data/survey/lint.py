@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.survey.refusals import refuses
+from mlxtune.data.survey.words import word_count
 
 SHORT_WORDS = 3  # an answer of fewer words is very short
 FEW_ROWS = 500  # conversations below which a model learns a form, and soon the rows by heart
@@ -36,7 +37,9 @@ EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?!example\.)[\w-]{1,63}\.(?!exam
 # UTF-8 read as Latin-1 or Windows-1252; the replacement character; control characters that no text has.
 ENCODING = re.compile(r"\ufffd|Ã[\x80-\xbf©¨¼¶¤±³¡ª«­®¯²]|â€[™œ\x9d“”˜¦]|Â[\xa0»«°·]|[\x00-\x08\x0b\x0e-\x1f]")
 MARKUP = re.compile(r"&(?:amp|lt|gt|quot|nbsp|#\d+);")
-_ENDS = tuple(".!?…\"'”’)]}>`*_|~:;。！？」』】）；：।؟\u200d") + tuple("0123456789")
+# Thai and Lao end a sentence with a space, as they part words: nothing shows that one is cut off.
+_WITHOUT_END = re.compile("[\u0e00-\u0eff]")
+_ENDS = tuple(".!?…\"'”’)]}>`*_|~:;。！？」』】）；：।॥؟۔\u200d።፧។៕။۝༎།։՜՞᠃") + tuple("0123456789")
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def has_short_answers(texts: RowTexts) -> bool:
     """All of its answers are; an empty one is a finding of its own."""
     if texts.calls or not texts.answers or has_empty_answer(texts):
         return False
-    return all(len(answer.split()) < SHORT_WORDS for answer in texts.answers)
+    return all(word_count(answer) < SHORT_WORDS for answer in texts.answers)
 
 
 def has_cut_answer(texts: RowTexts) -> bool:
@@ -106,6 +109,8 @@ def seems_cut_off(answer: str) -> bool:
         return True
     last = text.rpartition("\n")[2]
     prose = len(last) > PROSE_CHARACTERS and not re.match(r"\s*(?:[-*#|•>]|\d+[.)])", last)
+    if _WITHOUT_END.match(text[-1:]):
+        return False
     return len(text) >= LONG_CHARACTERS and prose and not text.endswith(_ENDS) and ord(text[-1]) < 0x2000
 
 

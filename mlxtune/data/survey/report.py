@@ -53,7 +53,7 @@ def _facts(split: SplitSurvey, config: Config) -> dict[str, Any]:
             "rows_without": split.systems[None],
         },
         "tasks": _most_first(split.tasks),
-        "tasks_missing": _missing_tasks(split.tasks),
+        "tasks_missing": _missing_tasks(split.tasks, split.english),
         "kinds": _most_first(split.talks),
         "style": split.style.as_json() if split.style.conversations else {},
         "made": _most_first(split.made),
@@ -68,10 +68,13 @@ def _most_first(counts: Counter[str]) -> dict[str, int]:
     return {name: count for name, count in counts.most_common() if count}
 
 
-def _missing_tasks(tasks: Counter[str]) -> list[str]:
-    """What hardly any question asks for; few conversations say nothing."""
+def _missing_tasks(tasks: Counter[str], english: int) -> list[str]:
+    """What hardly any question asks for; few conversations say nothing, nor do those that are not English.
+
+    english: conversations that are.
+    """
     few = tasks.total() * FEW
-    if few < 1:
+    if few < 1 or english * 2 <= tasks.total():
         return []
     return [name for name in subjects.ALL_TASKS if tasks[name] < few]
 

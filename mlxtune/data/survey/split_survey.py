@@ -74,6 +74,7 @@ class SplitSurvey:
     roles: Counter[str] = field(default_factory=Counter)  # messages of each
     answers: Counter[int] = field(default_factory=Counter)  # conversations with so many
     tasks: Counter[str] = field(default_factory=Counter)  # conversations whose first question asks for each
+    english: int = 0  # conversations whose first question is likely English
     talks: Counter[str] = field(default_factory=Counter)  # conversations of each of `subjects.KINDS`
     made: Counter[str] = field(default_factory=Counter)  # rows that were made, by how
     style: Style = field(default_factory=Style)  # of its conversations

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 
 from mlxtune.data.rows.formats import Record
+from mlxtune.data.survey.words import word_count
 
 LOOKED_AT = 400  # characters of a question: what it asks for is said early
 _MADE = (  # what can be written, and is a task of its own
@@ -83,6 +84,12 @@ _QUESTION_WORD = re.compile(
     r"(?:what|who|whom|whose|when|where|which|why|how|is|are|was|were|can|could|does|do|did|should|would|will)\b",
     re.IGNORECASE,
 )
+_ENGLISH = re.compile(
+    r"\b(?:the|and|you|your|are|with|this|these|have|has|from|what|how|why|which|who|when|where|can|could|should|would"
+    r"|does|did|write|give|make|name|list|find|tell|explain|describe|create|suggest|rewrite|summari[sz]e|classify"
+    r"|translate|compare|identify|generate|calculate|solve|is it|is an?)\b",
+    re.IGNORECASE,
+)
 SCRIPTS = {  # name -> the letters of its Unicode blocks
     "Latin": "A-Za-z\u00c0-\u024f",
     "Cyrillic": "\u0400-\u04ff",
@@ -109,6 +116,13 @@ def task_in(question: str) -> str:
     return str(found.lastgroup) if found else "other"
 
 
+def is_english(question: str) -> bool:
+    """Whether a question is likely English, so that `task_in` can tell anything of it: it has a word that English has
+    alone of the languages with its letters.
+    """
+    return _ENGLISH.search(question[:LOOKED_AT]) is not None
+
+
 def first_question(record: Record) -> str:
     """The first text of a user; "" where there is none."""
     for message in record.messages or []:
@@ -133,7 +147,7 @@ def kinds_of(record: Record) -> list[str]:
     texts = [message["content"] for message in answers if message["content"].strip()]  # not of calls alone
     found = []
     if texts and is_question(question):
-        is_closed = len(texts[0].split()) <= CLOSED_WORDS
+        is_closed = word_count(texts[0]) <= CLOSED_WORDS
         found.append("closed question" if is_closed else "open question")
     thinks = any(message.get("reasoning_content") or "<think>" in str(message["content"]) for message in answers)
     if thinks or STEPS.search(question[:LOOKED_AT]) or any(_calculates(text) for text in texts):

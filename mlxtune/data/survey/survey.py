@@ -103,6 +103,7 @@ def _count(out: SplitSurvey, record: Record) -> None:
     if messages:
         out.answers[sum(message["role"] == "assistant" for message in messages)] += 1
         out.tasks[subjects.task_of(record)] += 1
+        out.english += subjects.is_english(subjects.first_question(record))
         out.talks.update(subjects.kinds_of(record))
         out.style.add(record)
         out.systems[_system_hash(record)] += 1

@@ -12,6 +12,7 @@ from mlxtune_convert.files import json_text, new_file
 
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.writers import to_messages
+from mlxtune.data.survey.subjects import is_english
 from mlxtune.errors import UserError
 from mlxtune.make.curation import candidates as reading
 from mlxtune.make.curation.candidates import Candidate
@@ -117,7 +118,8 @@ class Curation:
         if chosen.below:
             notes.append(f"{chosen.below:,} of the rows are among the worse ones of their kind: others were not enough")
         kinds = {one.kind for one in chosen.kept}
-        if len(kinds) < KINDS:
+        in_english = sum(is_english(one.question) for one in chosen.kept)  # of others the kind is not told
+        if len(kinds) < KINDS and in_english * 2 > len(chosen.kept):
             notes.append(
                 f"only {len(kinds)} kinds of instruction ({', '.join(sorted(kinds))}): from {KINDS} on a set teaches "
                 "more than one thing"

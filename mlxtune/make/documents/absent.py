@@ -8,6 +8,7 @@ answer says.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,27 @@ NOT_THERE = {
     "uk": "У тексті про це не сказано.",
     "zh": "文中没有提到。",
     "ja": "本文には書かれていません。",
+    "el": "Το κείμενο δεν το αναφέρει.",
+    "he": "הטקסט לא אומר זאת.",
+    "ar": "النص لا يذكر ذلك.",
+    "fa": "در متن به آن اشاره نشده است.",
+    "hi": "पाठ में यह नहीं बताया गया है।",
+    "th": "ข้อความไม่ได้ระบุไว้",
+    "cs": "Text to neuvádí.",
+    "hu": "A szöveg ezt nem említi.",
+    "da": "Det står ikke i teksten.",
+    "vi": "Văn bản không nói điều đó.",
     "ko": "본문에 나와 있지 않습니다.",
+}
+# Letters that tell languages which `language_of` does not know, or takes for another of their script. Urdu has no
+# sentence above; it stands before Persian, whose letters it has too.
+_SIGNS = {
+    "vi": re.compile("[ơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ]", re.IGNORECASE),
+    "cs": re.compile("[řěů]", re.IGNORECASE),
+    "hu": re.compile("[őű]", re.IGNORECASE),
+    "da": re.compile("[æø]", re.IGNORECASE),  # Norwegian says the same
+    "ur": re.compile("[ٹڈڑںےھہ]"),
+    "fa": re.compile("[پچژگیک]"),
 }
 
 
@@ -47,18 +68,29 @@ class Kept:
     chunk: Chunk
 
 
-def answer_for(question: str) -> str:
-    """That the text does not say it; in English where the question's language is not known."""
-    return NOT_THERE.get(language_of(question), NOT_THERE["en"])
+def answer_for(one: Kept) -> str:
+    """That the text does not say it, in the language of the question; of a question that does not tell its own, in that
+    of its chunk. "" where the language is not known, or has no sentence.
+    """
+    language = _language_of(one.pair.question) or _language_of(one.chunk.text)
+    return NOT_THERE.get(language, "")
+
+
+def _language_of(text: str) -> str:
+    for code, sign in _SIGNS.items():
+        if sign.search(text):
+            return code
+    return language_of(text)
 
 
 def drawn(kept: Sequence[Kept], chunks: Sequence[Chunk], count: int, seed: int) -> list[tuple[Kept, Chunk]]:
     """(A pair, a chunk that does not answer it), `count` of them or as many as there are; the same for the same seed.
-    No question comes twice.
+    No question comes twice, and none in a language in which nobody knows what to say.
     """
     chance = random.Random(f"unanswerable {seed}")
     found: list[tuple[Kept, Chunk]] = []
-    for one in chance.sample(list(kept), len(kept)):
+    answerable = [one for one in kept if answer_for(one)]
+    for one in chance.sample(answerable, len(answerable)):
         if len(found) == count:
             break
         for chunk in chance.sample(list(chunks), len(chunks)):

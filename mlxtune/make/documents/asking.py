@@ -56,7 +56,9 @@ def parsed(text: str, cut: bool) -> tuple[list[Pair], list[tuple[str, str]]]:
 
     cut: the answer ended in the middle, so that its last pair may not be whole.
     """
-    if "{" in text:
+    # Labelled answers hold braces too: "Question: What does {name} stand for?"
+    label = LABEL.search(text)
+    if "{" in text and (label is None or text.index("{") < label.start()):
         return _of_json(text, cut)
     return _of_labels(text, cut)
 

@@ -8,9 +8,9 @@
                 By courier.                       a short answer, and no word of it is there
 
 Numbers and names are what models invent, and what can be found again. A number counts in any form (`numbers_said`). A
-name is a capitalized word: anywhere but where a sentence begins; there too, unless it looks like a common word. German
-begins every noun with a capital letter: behind an article or an adjective it is none. Scripts without capital letters
-show no names; of them a share of the answer's letters must be in the chunk.
+name is a capitalized word: anywhere but where a sentence begins; there too where another one follows, or who it is was
+asked. German begins every noun with a capital letter: behind an article or an adjective it is none. Scripts without
+capital letters show no names; of them a share of the answer's letters must be in the chunk.
 
 An answer that uses the chunk's own words wrongly is not found out: nobody but a reader or a judge can tell.
 """
@@ -26,7 +26,7 @@ from itertools import pairwise
 from mlxtune.evaluate.checks.languages import COMMON, language_of, script_of
 from mlxtune.evaluate.checks.words import plain, words_of
 from mlxtune.make.documents.asking import Pair
-from mlxtune.make.documents.numbers_said import MONTH_OF, months_said, numbers_said
+from mlxtune.make.documents.numbers_said import MONTH_OF, months_said, numbers_said, ones_said
 
 LEAST_QUOTE = 3  # words: two may be anywhere
 SHORT = 4  # words of an answer, up to which more than half of them must be in the chunk or the question
@@ -63,6 +63,7 @@ _ORDINARY = re.compile(
     r"|zione)$"
 )
 _STARTER_WORDS = """
+contact call email mail visit write ask phone send see take use return bring follow tell pay thank
 because since although while during within under over every each both all only after before until unless once
 through without however therefore thus instead besides neither either several most many few another such anyone
 everyone nobody people customers children one two three
@@ -71,12 +72,19 @@ parce car chaque tous toutes pendant avant après plusieurs
 cada todos todas porque aunque durante antes después
 """
 _STARTERS = frozenset(_STARTER_WORDS.split())
+_ARTICLE_WORDS = "the a an der die das den dem ein eine einen le la les l un une el los las il lo gli"
+_ARTICLES = frozenset(_ARTICLE_WORDS.split())
+_TITLE_WORDS = "mr mrs ms dr prof st herr herrn frau hr fr nr no mme mlle monsieur madame sr sra don sig"
+_TITLES = frozenset(_TITLE_WORDS.split())
+# A question whose answer is likely to begin with a name.
+ASKS_WHO = re.compile(r"\W*(?:who|wer|qui|quién|chi|quem|kto|vem|kim|siapa|кто|хто)\b", re.IGNORECASE)
 # German words behind which a capitalized word is a noun.
 _DETERMINERS = """
 der die das den dem des ein eine einen einem einer eines kein keine keinen keinem keiner mein dein sein ihr unser
 ihre ihren ihrem ihrer seine seinen seinem seiner dieser diese dieses diesen diesem jeder jede jedes jeden jedem
 alle allen aller zum zur im am beim vom ins ans und oder pro je ohne
 """
+_GERMAN_ENDS = ("e", "en", "em", "er", "es")  # of adjectives
 _GERMAN_BEFORE = frozenset(_DETERMINERS.split())
 
 
@@ -111,24 +119,28 @@ def folded(text: str) -> str:
 def unfounded(question: str, answer: str, chunk: str) -> Fault | None:
     """What of an answer is neither in the chunk nor in the question: a number, a name, or most of a short answer."""
     known = f"{chunk}\n{question}"
-    values = {value for said in numbers_said(known) for value in said} | months_said(known)
+    values = {value for said in numbers_said(known) for value in said} | months_said(known) | ones_said(known)
     for said in numbers_said(answer):
         if not said & values:
             return Fault("unfounded number", str(float(min(said))).removesuffix(".0"))
     words = _Known(known)
-    for name in _names(answer, language_of(known)):
+    language = language_of(known)
+    for name in _names(answer, question, language, words):
         is_month = name.lower() in MONTH_OF and Fraction(MONTH_OF[name.lower()]) in values
         if not is_month and not words.has(name):
             return Fault("unfounded name", name)
-    return _without_words(answer, words)
+    return _without_words(answer, words, frozenset(COMMON.get(language, "").split()))
 
 
-def _without_words(answer: str, known: _Known) -> Fault | None:
+def _without_words(answer: str, known: _Known, common: frozenset[str]) -> Fault | None:
+    """common: words that say nothing by themselves: of "You have 30 days." the last two words tell."""
     units = _units(answer)
     if set(units) <= YES_OR_NO:
         return None
     there = sum(known.has(unit) for unit in units)
-    if len(units) <= SHORT and there * 2 <= len(units):
+    telling = [unit for unit in units if unit not in common]
+    tells = bool(telling) and sum(known.has(unit) for unit in telling) * 2 > len(telling)
+    if len(units) <= SHORT and there * 2 <= len(units) and not tells:
         return Fault("unfounded", answer)
     if script_of(answer) in CASELESS and there < OF_LETTERS * len(units):
         return Fault("unfounded", answer)
@@ -174,35 +186,68 @@ class _Known:
         return long.startswith(stem)
 
 
-def _names(text: str, language: str) -> Iterator[str]:
+def _names(answer: str, question: str, language: str, known: _Known) -> Iterator[str]:
     """The capitalized words of an answer that may be names. language: of what it was made from; a short answer alone
     seldom tells its own.
     """
     common = frozenset(COMMON.get(language, "").split())
-    found = list(_WORD.finditer(text))
+    found = list(_WORD.finditer(answer))
     for place, match in enumerate(found):
         word = match[0]
         if not word[0].isupper():
             continue
-        before = found[place - 1][0].lower() if place else ""
-        between = text[found[place - 1].end() if place else 0 : match.start()]
-        begins = place == 0 or re.search(r"[.!?:;\n•]", between) is not None
-        if begins and _is_ordinary(word, common, found, place):
-            continue
-        if language == "de" and not begins and _is_noun(before, word):
+        begins = _begins(answer, found, place)
+        if begins and not _is_name_at_the_start(answer, found, place, common, known):
+            asks_who = place == 0 and ASKS_WHO.match(question) is not None
+            if not asks_who or _is_ordinary(found, place, common):
+                continue
+        if language == "de" and not begins and _is_noun(found[place - 1][0].lower(), word):
             continue
         yield word
 
 
-def _is_ordinary(word: str, common: frozenset[str], found: Sequence[re.Match[str]], place: int) -> bool:
-    """Whether a word that begins a sentence is likely no name."""
-    if word.isupper() and len(word) > 1:
-        return False
-    low = word.lower().partition("'")[0].partition("’")[0]
-    if low in common or low in _STARTERS:
+def _begins(text: str, found: Sequence[re.Match[str]], place: int) -> bool:
+    """Whether a sentence begins with this word. None does behind "Mrs." or "J."."""
+    if place == 0:
         return True
-    followed_by_name = place + 1 < len(found) and found[place + 1][0][0].isupper()
-    return not followed_by_name and _ORDINARY.search(low) is not None
+    before = found[place - 1]
+    between = text[before.end() : found[place].start()]
+    if between.strip() == "." and (len(before[0]) == 1 or before[0].lower() in _TITLES):
+        return False
+    return re.search(r"[.!?:;\n•]", between) is not None
+
+
+def _is_name_at_the_start(
+    text: str, found: Sequence[re.Match[str]], place: int, common: frozenset[str], known: _Known
+) -> bool:
+    """Whether a word that begins a sentence is likely a name. Any word may stand there with a capital letter: it is an
+    abbreviation, or a capitalized word follows it, as in Paul Weber.
+    """
+    word = found[place][0]
+    if word.isupper() and len(word) > 1:
+        return True
+    if _low(word) in common | _STARTERS or place + 1 == len(found):
+        return False
+    follows = found[place + 1][0]
+    if not follows[0].isupper() or _begins(text, found, place + 1):
+        return False
+    if follows.lower() in common | _TITLES:  # Wenden Sie sich; Thank Mrs. Okafor
+        return False
+    is_german_adjective = "der" in common and word.endswith(_GERMAN_ENDS) and known.has(follows)  # Neue Schlüssel
+    return not is_german_adjective
+
+
+def _is_ordinary(found: Sequence[re.Match[str]], place: int, common: frozenset[str]) -> bool:
+    """Whether the first word of who is meant is likely no name: a common word, its form, or what an article follows,
+    as in "Ask the office".
+    """
+    low = _low(found[place][0])
+    is_followed_by_article = place + 1 < len(found) and found[place + 1][0].lower() in _ARTICLES
+    return low in common | _STARTERS or _ORDINARY.search(low) is not None or is_followed_by_article
+
+
+def _low(word: str) -> str:
+    return word.lower().partition("'")[0].partition("’")[0]
 
 
 def _is_noun(before: str, word: str) -> bool:
@@ -212,5 +257,5 @@ def _is_noun(before: str, word: str) -> bool:
     """
     if word.isupper() and len(word) > 1:
         return False
-    is_described = before.endswith(("e", "en", "em", "er", "es")) and len(before) > 4
+    is_described = before.endswith(_GERMAN_ENDS) and len(before) > 4
     return before in _GERMAN_BEFORE or is_described or _ORDINARY.search(word.lower()) is not None

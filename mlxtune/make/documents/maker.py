@@ -146,9 +146,16 @@ class FromDocuments:
         share = self.wanted.unanswerable
         count = round(len(self.kept) * share / (1 - share)) if share else 0
         for one, chunk in drawn(self.kept, self.chunks, count, self.wanted.seed):
-            messages = self._conversation(chunk, one.pair.question, answer_for(one.pair.question))
+            messages = self._conversation(chunk, one.pair.question, answer_for(one))
             made = self.making.made([chunk.id, one.chunk.id])
             self.making.keep(Row(messages, {**made, "quote": "", "unanswerable": True}))
+
+    def notes(self) -> list[str]:
+        """Of questions that could not be asked beside a text that does not answer them."""
+        mute = sum(not answer_for(one) for one in self.kept) if self.wanted.unanswerable else 0
+        if not mute:
+            return []
+        return [f"--unanswerable: {mute:,} questions are in a language in which there is no sentence for that"]
 
     def _conversation(self, chunk: Chunk, question: str, answer: str) -> list[dict[str, str]]:
         asked = question

@@ -46,7 +46,14 @@ ORDINALS = (
     "ninth neunte neunten neunter neuvième noveno novena nono nona",
     "tenth zehnte zehnten zehnter dixième décimo décima decimo decima",
 )
+# Words for 1: articles and pronouns as well, so that a text in which one stands may say 1, and need not.
+ONES = (
+    "one single ein eine einen einem einer eines un une uno una um uma een één jeden jedna jedno jedną ett en bir satu"
+    " один одна одно одну одного одной одним одну"
+)
+DOZEN = "dozen dutzend douzaine docena dozzina dúzia dozijn tuzin dussin düzine lusin дюжина дюжины дюжину"
 SCALES = {
+    12: DOZEN,
     10**2: "hundred hundert cent cien cento",
     10**3: "thousand tausend mille mil mila",
     10**6: "million millions millionen millón millones milione milioni mio",
@@ -81,6 +88,7 @@ def _values_of_words() -> dict[str, int]:
         found |= {word: value for value, word in zip(range(20, 100, 10), words.split(), strict=False)}
     for value, words in enumerate(ORDINALS, 2):
         found |= dict.fromkeys(words.split(), value)
+    found |= dict.fromkeys(DOZEN.split(), 12)  # "a dozen" alone
     return {word: value for word, value in found.items() if word not in AMBIGUOUS}
 
 
@@ -134,3 +142,8 @@ def _joined(word: str) -> int:
 def months_said(text: str) -> set[Fraction]:
     """The numbers of the months that a text names."""
     return {Fraction(MONTH_OF[word]) for word in words_of(text) if word in MONTH_OF}
+
+
+def ones_said(text: str) -> set[Fraction]:
+    """1, where a text has a word for it."""
+    return set() if frozenset(ONES.split()).isdisjoint(words_of(text)) else {Fraction(1)}

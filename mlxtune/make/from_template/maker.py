@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import floor
 from typing import Any
 
 from mlxtune.errors import UserError
@@ -179,7 +179,7 @@ def wanted_of_each(templates: Sequence[Template], values: Mapping[str, Sequence[
     """How many rows each template is to give. Raises UserError where they cannot give `count` together."""
     limits = []
     for template in templates:
-        limits.append(min(combinations(template, values), ceil(template.share * count)))
+        limits.append(min(combinations(template, values), _at_most(template.share, count)))
     if sum(limits) < count:
         parts = []
         for template, limit in zip(templates, limits, strict=True):
@@ -190,3 +190,8 @@ def wanted_of_each(templates: Sequence[Template], values: Mapping[str, Sequence[
             "Give the slots more values, write more templates, raise `share`, or ask for fewer.",
         )
     return shares(limits, count)
+
+
+def _at_most(share: float, count: int) -> int:
+    """So many of `count` rows are no more than the share; 0.07 of 100 comes to 7.000000000000001."""
+    return floor(round(share * count, 6))
