@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -98,3 +101,21 @@ def test_a_forked_command_has_a_terminal_where_it_is_given_one() -> None:
     assert process.wait(60) == 0
     assert b"True ['--version']" in os.read(ours, 4096)
     os.close(ours)
+
+
+def test_a_command_that_ended_before_anybody_heard_of_it_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a busy machine: its beginning and its end are then heard in one turn."""
+    sent = socket.send_fds
+
+    def late(*given: Any) -> int:
+        count = sent(*given)
+        time.sleep(1.5)
+        return count
+
+    tiny.done("--version")  # the server is there
+    monkeypatch.setattr(socket, "send_fds", late)
+    process = tiny.started("--version")
+    said, _ = process.communicate(timeout=9)
+    assert process.returncode == 0 and said.startswith("mlxtune ")

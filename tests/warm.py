@@ -242,9 +242,7 @@ class _Server:
         socket.send_fds(self._control, [json.dumps(asked).encode()], list(streams))
         while not self._begun:
             self.hear(60)
-        number = self._begun.pop()
-        self.ended.pop(number, None)  # of an older process of this number
-        return number
+        return self._begun.pop()
 
     def hear(self, seconds: float) -> None:
         """Take what the server has to say; wait so long for its first word."""
@@ -256,6 +254,9 @@ class _Server:
                 self.ended[told["number"]] = told["status"]
                 self.took[told["number"]] = told["seconds"], told["peak"]
             else:
+                # What ended before with this number was another process. What ends after may be heard in the same turn,
+                # where this process was kept waiting: it must not be forgotten.
+                self.ended.pop(told["number"], None)
                 self._begun.append(told["number"])
             seconds = 0
 

@@ -79,7 +79,7 @@ def eval_command(
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
     mlxtune eval --model model --adapter run --suite data/test.jsonl --out evals/first
-    mlxtune eval --model model --adapter run --suite data/test.jsonl --html page.html
+    mlxtune eval --model model --adapter run --suite data/test.jsonl --out evals/second --html page.html
     mlxtune eval --model model --adapter run --suite data/test.jsonl --min-better json=0.1
     mlxtune eval --model tuned --against http://127.0.0.1:1234/v1#base --suite data/test.jsonl
     mlxtune eval --model model --adapter run --suite data/test.jsonl --judge judge-model --rate likert
