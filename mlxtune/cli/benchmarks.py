@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlxtune.cli import common, pages, suites, tuned
-from mlxtune.cli.options import Need, OptionFor, with_options
+from mlxtune.cli.options import Need, OptionFor, is_given, with_options
 from mlxtune.cli.suite_options import A_FOLDER
 from mlxtune.cli.suites import Party
 from mlxtune.errors import UserError
@@ -132,8 +132,7 @@ def refuse_idle(context: click.Context, data: str | None, split: str | None, set
     given = {"--data": data, "--split": split, "--set": settings}
     idle = [option for option, value in given.items() if value]
     for option in context.command.params:
-        is_given = context.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
-        if option.name in OF_SUITES and is_given:
+        if option.name in OF_SUITES and is_given(option.name):
             idle.append(option.opts[0])
     if idle:
         raise UserError(

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import shown, shown_name
 
 from mlxtune.cli import common
-from mlxtune.cli.options import Group, with_options
+from mlxtune.cli.options import Group, is_given, with_options
 from mlxtune.durations import clock, in_words
 from mlxtune.errors import UserError
 
@@ -165,11 +164,6 @@ class Wanted:
 
         avoid = None if self.avoid is None else digest(suite_file(self.avoid))
         return {"how": how, "seed": self.seed, "avoid": avoid, **more}
-
-
-def is_given(name: str) -> bool:
-    """Whether the command line names an option. name: of its parameter."""
-    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 @contextmanager

@@ -12,8 +12,8 @@ import click
 from mlxtune_convert.files import digest
 
 from mlxtune.cli import common, judging
-from mlxtune.cli.make import Wanted, dry_run, is_given, making, making_options, say
-from mlxtune.cli.options import Command, Need, OptionFor, with_options
+from mlxtune.cli.make import Wanted, dry_run, making, making_options, say
+from mlxtune.cli.options import Command, Need, OptionFor, is_given, with_options
 from mlxtune.cli.suites import kept_on_stop
 from mlxtune.errors import UserError
 

@@ -9,8 +9,8 @@ import click
 from mlxtune_convert.shown import shown
 
 from mlxtune.cli import common
-from mlxtune.cli.make import SHOWN, Wanted, dry_run, is_given, making, making_options, say
-from mlxtune.cli.options import Command
+from mlxtune.cli.make import SHOWN, Wanted, dry_run, making, making_options, say
+from mlxtune.cli.options import Command, is_given
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:

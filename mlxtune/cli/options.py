@@ -47,6 +47,19 @@ class Need:
         return value in self.values if self.values else bool(value)
 
 
+def is_given(name: str, context: click.Context | None = None) -> bool:
+    """Whether the command line names an option. name: of its parameter; context: None for that of the command."""
+    context = context or click.get_current_context()
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def is_changed(name: str, context: click.Context | None = None) -> bool:
+    """Whether it gives the option another value than its default: that, said aloud, is no claim to anything."""
+    context = context or click.get_current_context()
+    (option,) = (one for one in context.command.params if one.name == name)
+    return is_given(name, context) and context.params[name] != option.get_default(context)
+
+
 class OptionFor(click.Option):
     """An option that means something only beside another. Its command must be a `Command`."""
 
@@ -57,8 +70,7 @@ class OptionFor(click.Option):
     def refuse_if_idle(self, context: click.Context) -> None:
         """Raise UserError when it was given and would do nothing. Its default, said aloud, is no claim to anything."""
         assert self.name is not None
-        given = context.get_parameter_source(self.name) is ParameterSource.COMMANDLINE
-        if not given or context.params[self.name] == self.get_default(context):
+        if not is_changed(self.name, context):
             return
         value = context.params[self.needs.other]
         if self.needs.met_by(value) or any(context.params[name] for name in self.needs.also):

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from mlxtune.cli.options import Need, OptionFor, with_options
+from mlxtune.cli.options import Need, OptionFor, is_changed, with_options
 from mlxtune.errors import UserError
 
 SHORT_FOR_SUITES = ("forgetting", "safety")  # options that ask a suite of their own
@@ -33,23 +32,15 @@ def refuse_idle(answering: Sequence[str], judge: str | None) -> None:
     from mlxtune.evaluate.engines.opening import kind_of
 
     kinds = {kind_of(one) for one in answering}
-    if "server" not in kinds and (judge is None or kind_of(judge) != "server") and _is_given("allow_remote"):
+    if "server" not in kinds and (judge is None or kind_of(judge) != "server") and is_changed("allow_remote"):
         raise UserError("--allow-remote has no effect here: no server is asked", "Leave it out.")
     if kinds != {"replay"}:
         return
     for name in ("max_tokens", "temperature", "top_p", "seed"):
         # --samples, which says how many are taken, needs a temperature beside it.
-        if _is_given(name) and not (name == "temperature" and _is_given("samples")):
+        if is_changed(name) and not (name == "temperature" and is_changed("samples")):
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} has no effect here: all answers are recorded, none is made", "Leave it out.")
-
-
-def _is_given(name: str) -> bool:
-    """Whether the command line gives an option another value than its default. name: of its parameter."""
-    context = click.get_current_context()
-    (option,) = (one for one in context.command.params if one.name == name)
-    given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    return given and context.params[name] != option.get_default(context)
 
 
 def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:

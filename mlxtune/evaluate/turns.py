@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.check import Check, SuiteRow
 from mlxtune.evaluate.checks.suite import Suite
-from mlxtune.evaluate.engines.request import Answer, Engine, Following, Messages, Request
+from mlxtune.evaluate.engines.replay import Replay
+from mlxtune.evaluate.engines.request import Answer, Engine, Messages, Request, Wrapper
 
 OWN_ANSWER = "(its own answer)"
 
@@ -118,30 +119,19 @@ def in_turn(engine: Engine, rows: Sequence[SuiteRow], most_tokens: int) -> Engin
 
     Recorded answers need none: the answer to each turn is among them.
     """
-    if not any(row.follows for row in rows) or not isinstance(engine, Following):
+    if not any(row.follows for row in rows) or isinstance(engine, Replay):
         return engine
     return InTurn(engine, rows, most_tokens)
 
 
-class InTurn:
+class InTurn(Wrapper):
     """An engine whose later prompts hold its own answers to the earlier ones."""
 
-    def __init__(self, engine: Following, rows: Sequence[SuiteRow], most_tokens: int) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, rows: Sequence[SuiteRow], most_tokens: int) -> None:
+        super().__init__(engine)
         self._next = {row.follows: row.id for row in rows if row.follows is not None}
         self._follows = {row.id: row.follows for row in rows if row.follows is not None}
         self._most = most_tokens
-
-    @property
-    def name(self) -> str:
-        return self.engine.name
-
-    @property
-    def notes(self) -> list[str]:
-        return self.engine.notes
-
-    def work(self) -> dict[str, int]:
-        return self.engine.work()
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """Conversations together as the engine would put their last, longest prompts together, in which every earlier
@@ -156,7 +146,7 @@ class InTurn:
                 last = self._next[last]
             request = requests[at[last, sample]]
             filler = "so " * self._most
-            longest.append(replace(self._own(request, [filler] * _own_answers(request.messages)), sample=0))
+            longest.append(_with_own(request, [filler] * _own_answers(request.messages)))
         batches: list[list[int]] = []
         for together in self.engine.plan(longest):
             turn = [firsts[place] for place in together]
@@ -173,9 +163,9 @@ class InTurn:
         waiting = list(requests)
         while waiting:
             ready = [one for one in waiting if self._is_ready(one, found)]
-            filled = [self._own(one, self._said_before(one, found)) for one in ready]
-            for one, answer in zip(ready, self.engine.follow(filled), strict=True):
-                found[one.id, one.sample] = replace(answer, id=one.id, sample=one.sample)
+            filled = [_with_own(one, self._said_before(one, found)) for one in ready]
+            for one, answer in zip(ready, self.engine.answers(filled), strict=True):
+                found[one.id, one.sample] = answer
             waiting = [one for one in waiting if (one.id, one.sample) not in found]
         return [found[one.id, one.sample] for one in requests]
 
@@ -192,17 +182,15 @@ class InTurn:
             said.insert(0, found[id, request.sample].text)
         return said
 
-    def _own(self, request: Request, said: Sequence[str]) -> Request:
-        """A request with these texts in place of OWN_ANSWER. Samples of one prompt differ in them, so each has a name
-        of its own.
-        """
-        texts = iter(said)
-        messages = []
-        for message in request.messages:
-            is_own = message["role"] == "assistant" and message["content"] == OWN_ANSWER
-            messages.append({**message, "content": next(texts)} if is_own else message)
-        name = request.id if request.sample == 0 else f"{request.id}/{request.sample}"
-        return replace(request, id=name, messages=messages)
+
+def _with_own(request: Request, said: Sequence[str]) -> Request:
+    """A request with these texts in place of OWN_ANSWER."""
+    texts = iter(said)
+    messages = []
+    for message in request.messages:
+        is_own = message["role"] == "assistant" and message["content"] == OWN_ANSWER
+        messages.append({**message, "content": next(texts)} if is_own else message)
+    return replace(request, messages=messages)
 
 
 def _own_answers(messages: Messages) -> int:

@@ -20,7 +20,7 @@ from mlxtune.data.template.tokenizer import require_folder
 from mlxtune.errors import UserError
 from mlxtune.evaluate.engines.opening import Kind, kind_of, replayed
 from mlxtune.evaluate.engines.replay import Replay
-from mlxtune.evaluate.engines.request import Answer, Engine, Request, Unaskable
+from mlxtune.evaluate.engines.request import Answer, Engine, Request, Unaskable, Wrapper
 from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.engines.server import Server
 
@@ -108,23 +108,12 @@ def _model(
     return Opened(spelled, "model", name, identity, licence_of(folder), chats, read)
 
 
-class Patient:
+class Patient(Wrapper):
     """An engine of which each request that cannot be planned fails alone, when its turn comes."""
 
     def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+        super().__init__(engine)
         self._refused: dict[tuple[str, int], Unaskable] = {}  # of the last plan, by (id, sample)
-
-    @property
-    def name(self) -> str:
-        return self.engine.name
-
-    @property
-    def notes(self) -> list[str]:
-        return self.engine.notes
-
-    def work(self) -> dict[str, int]:
-        return self.engine.work()
 
     def plan(self, requests: Sequence[Request]) -> list[list[int]]:
         """As the engine plans them; those that it refuses, each alone, behind the others."""

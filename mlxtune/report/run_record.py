@@ -18,6 +18,7 @@ from typing import Any
 from mlxtune.config.yaml_text import parse_yaml
 from mlxtune.errors import UserError
 from mlxtune.report.drawing.thinning import Point
+from mlxtune.report.secrets import without_home
 from mlxtune.train import runs
 from mlxtune.train.events import Event, Following, History
 from mlxtune.train.run_folder import CONFIG_FILE, EVENTS_FILE, RunFolder
@@ -203,12 +204,5 @@ def _missing_places(record: RunRecord) -> list[str]:
         named.append(("data", source.get("path") if isinstance(source, dict) else None))
     for what, place in named:
         if isinstance(place, str) and os.path.isabs(place) and not os.path.exists(place):
-            out.append(f"The {what} of the run ({in_home(place)}) is not there any more.")
+            out.append(f"The {what} of the run ({without_home(place)}) is not there any more.")
     return out
-
-
-def in_home(place: str) -> str:
-    """A path for people, who may pass the page on: ~ for the folder of who made it."""
-    home = os.path.expanduser("~")
-    is_inside = home not in ("", "/") and place.startswith(f"{home}/")
-    return f"~{place[len(home) :]}" if is_inside else place

@@ -86,9 +86,6 @@ class Local:
         made = self.tokens_of(requests)
         return [self._read(request, tokens) for request, (_, tokens) in zip(requests, made, strict=True)]
 
-    def follow(self, requests: Sequence[Request]) -> list[Answer]:
-        return self.answers(requests)
-
     def tokens_of(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:
         """The same as tokens: (the prompt's, the answer's)."""
         with self._side():

@@ -55,6 +55,3 @@ class Half:
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
         return self.own.answers(requests)
-
-    def follow(self, requests: Sequence[Request]) -> list[Answer]:
-        return self.own.follow(requests)

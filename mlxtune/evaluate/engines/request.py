@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args
 
 from mlxtune.errors import UserError
 
@@ -83,14 +83,26 @@ class Engine(Protocol):
         """Which requests, by their place, are answered together. Raises UserError for a request that cannot be."""
 
     def answers(self, requests: Sequence[Request]) -> list[Answer]:
-        """Those to one batch of the plan, in its order. Raises UserError where there is none."""
+        """Those to one batch of the plan, in its order. Raises UserError where there is none.
 
-
-@runtime_checkable
-class Following(Engine, Protocol):
-    """An engine that can be asked what follows from its answers."""
-
-    def follow(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answers to requests that stand in no plan, because earlier answers are in them. No more of them than one
-        batch of the plan has, and none longer than the longest request of the plan.
+        Earlier answers may have been put into the requests since (`evaluate.turns`): all that was planned by is that
+        none is longer than the longest that the plan knew.
         """
+
+
+class Wrapper:
+    """What an engine around another engine hands on."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @property
+    def name(self) -> str:
+        return self.engine.name
+
+    @property
+    def notes(self) -> list[str]:
+        return self.engine.notes
+
+    def work(self) -> dict[str, int]:
+        return self.engine.work()

@@ -78,9 +78,6 @@ class Server:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(self._answer, requests))
 
-    def follow(self, requests: Sequence[Request]) -> list[Answer]:
-        return self.answers(requests)
-
     def _answer(self, request: Request) -> Answer:
         sampling = self.sampling
         asked: dict[str, Any] = {
