@@ -11,7 +11,7 @@ import click
 from mlxtune_convert.shown import brief, shown_name
 
 from mlxtune.cli import common, thumbs, tuned
-from mlxtune.cli.options import Command, Need, OptionFor
+from mlxtune.cli.options import MAX_TOKENS, SEED, TEMPERATURE, TOP_P, Command, Need, OptionFor
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=int,
             default=0,
             show_default=True,
-            help="Starts the random choices: the same seed, the same answer.",
+            help=SEED,
         ),
         click.option(
             "--repetition-penalty",
@@ -45,18 +45,16 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             cls=OptionFor,
             needs=with_chance,
-            help="Choose among the likeliest tokens that have this probability together.",
+            help=TOP_P,
         ),
         click.option(
             "--temperature",
             type=click.FloatRange(min=0.0),
             default=0.0,
             show_default=True,
-            help="Of the random choice of tokens; 0: always the likeliest one.",
+            help=TEMPERATURE,
         ),
-        click.option(
-            "--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Where an answer is cut."
-        ),
+        click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help=MAX_TOKENS),
     ):
         command = option(command)
     return command

@@ -14,7 +14,7 @@ from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import shown, shown_name
 
 from mlxtune.cli import common
-from mlxtune.cli.options import Group, is_given, with_options
+from mlxtune.cli.options import MAX_TOKENS, SEED, TEMPERATURE, Group, is_given, with_options
 from mlxtune.durations import clock, in_words
 from mlxtune.errors import UserError
 
@@ -62,7 +62,7 @@ def making_options(
             show_default=count is not None,
             help=f"How many {what} to keep.{of_all}",
         ),
-        click.option("--seed", type=int, default=0, show_default=True, help="Of the random choices."),
+        click.option("--seed", type=int, default=0, show_default=True, help=SEED),
         click.option(
             "--avoid", type=a_folder, metavar="SUITE", help="Keep nothing that is near to a prompt of this suite."
         ),
@@ -71,14 +71,14 @@ def making_options(
             type=click.FloatRange(min=0.0),
             default=temperature,
             show_default=True,
-            help="Of the engine; 0: no chance.",
+            help=TEMPERATURE,
         ),
         click.option(
             "--max-tokens",
             type=click.IntRange(min=1),
             default=max_tokens,
             show_default=True,
-            help="Of one answer of the engine.",
+            help=MAX_TOKENS,
         ),
         click.option("--max-requests", type=click.IntRange(min=1), metavar="N", help="Stop when so many were asked."),
         click.option("--allow-remote", is_flag=True, help="Send the prompts to a server on another machine."),

@@ -32,6 +32,13 @@ class Group(click.Group):
             formatter.write_dl(commands)
 
 
+# What is said of the options by which an answer is chosen, wherever a command has them.
+TEMPERATURE = "Of the random choice of tokens; 0: always the likeliest one."
+TOP_P = "Choose among the likeliest tokens that have this probability together."
+SEED = "Starts the random choices: the same seed, the same answers."
+MAX_TOKENS = "Where an answer is cut."
+
+
 @dataclass(frozen=True)
 class Need:
     """Beside which values of another option an option means something."""

@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from mlxtune.cli.options import Need, OptionFor, is_changed, with_options
+from mlxtune.cli.options import (
+    MAX_TOKENS,
+    SEED,
+    TEMPERATURE,
+    TOP_P,
+    Need,
+    OptionFor,
+    is_changed,
+    with_options,
+)
 from mlxtune.errors import UserError
 
 SHORT_FOR_SUITES = ("forgetting", "safety")  # options that ask a suite of their own
@@ -88,7 +97,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             cls=OptionFor,
             needs=WITH_SUITE,
-            help="Where an answer is cut.",
+            help=MAX_TOKENS,
         ),
         click.option(
             "--temperature",
@@ -97,7 +106,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             cls=OptionFor,
             needs=WITH_SUITE,
-            help="Of the random choice of tokens; 0: always the likeliest one.",
+            help=TEMPERATURE,
         ),
         click.option(
             "--top-p",
@@ -106,7 +115,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             cls=OptionFor,
             needs=WITH_CHANCE,
-            help="Choose among the likeliest tokens that have this probability together.",
+            help=TOP_P,
         ),
         click.option(
             "--samples",
@@ -133,7 +142,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             cls=OptionFor,
             needs=Need("temperature", hint="Add, say, --temperature 0.7.", also=("limit",)),
-            help="Starts the random choices: the same seed, the same answers.",
+            help=SEED,
         ),
         click.option(
             "--out",
