@@ -81,6 +81,7 @@ def test_a_run_says_which_model_it_belongs_to(mlx_model: Path, run: Path, tmp_pa
 
 def test_a_model_that_a_run_cannot_name_must_be_named(run: Path, tmp_path: Path) -> None:
     tiny.one_clear_line(tiny.mlxtune("chat"), "no model given", "--model DIR", "--adapter RUN")
+    tiny.one_clear_line(tiny.mlxtune("eval", "--adapter", tmp_path / "none"), f"no folder {tmp_path / 'none'}")
     alone = tmp_path / "alone"
     alone.mkdir()
     for name in ("adapters.safetensors", "adapter_config.json"):

@@ -45,6 +45,8 @@ def _or_that_of_the_run(context: click.Context, _: click.Parameter, given: str |
     from mlxtune.train.run_folder import RunFolder
 
     run = RunFolder(adapter)
+    if not adapter.is_dir():
+        raise UserError(f"no folder {adapter}", "Name the run's folder, or an adapter's: --adapter RUN.")
     if not run.is_run():
         raise UserError(f"{adapter} does not say which model it belongs to", "Name the model: --model DIR.")
     model = run.config(None).model.path
