@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from mlxtune.data.chat import masking, repairs
-from mlxtune.data.rows import formats, writers
+from mlxtune.data.rows import formats, rewriting
 from mlxtune.data.rows.formats import Bad, Record
 from mlxtune.data.rows.tool_calls import parsed_arguments, with_short_ids
 
@@ -233,7 +233,8 @@ def test_calls_results_and_switches_survive_the_way_to_sharegpt_and_back(tmp_pat
         ]
     }
     given, out = tiny.write_jsonl(tmp_path / "d.jsonl", [row]), tmp_path / "out.jsonl"
-    assert writers.rewrite(formats.read(given), "sharegpt", out) == (1, [])
+    done = rewriting.rewrite(formats.read(given), "sharegpt", out)
+    assert (done.written, done.left_out) == (1, [])
     (back,) = formats.read(out)
     assert isinstance(back, Record) and back.messages is not None
     assert with_short_ids(back.messages) == back.messages

@@ -17,10 +17,12 @@ import numpy as np
 
 from mlxtune.config.resolve import Config
 from mlxtune.data.chat.asked import KINDS
+from mlxtune.data.chat.by_row import by_row
 from mlxtune.data.chat.renderer import Renderer, Row
 from mlxtune.data.dataset import sources
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad
+from mlxtune.data.rows.two_sides import TwoSides, records_of, side_of, together
 from mlxtune.data.survey import survey
 from mlxtune.data.survey.trained_text import pieces
 from mlxtune.data.template import tokenizer_changes
@@ -42,6 +44,7 @@ class ShownExample:
     is_shortened: bool  # data.max_tokens cut it
     pieces: list[tuple[bool, str]]  # (whether the model must produce it, its text)
     remarks: list[str]  # on its turns, and what of the row the template drops
+    side: str = ""  # chosen, rejected, good or bad; "": it is no side of anything
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,10 @@ def _of_run(folder: Path, stamps: tuple[Any, ...], begun: int) -> Surveyed:
 
 def first_row(config: Config, renderer: Renderer, local_only: str = "") -> list[ShownExample]:
     """The examples of the first training row that gives any, among the first LOOKED_AT rows."""
-    for record in islice(_trained(config, local_only), LOOKED_AT):
-        shown = [_shown(renderer.tokenizer, row) for row in renderer.rows([record]) if row.example is not None]
+    for row in islice(together(_trained(config, local_only)), LOOKED_AT):
+        records = records_of(row) if isinstance(row, Record | TwoSides) else [row]
+        made = chain.from_iterable(by_row(renderer.stream(records)))
+        shown = [_shown(renderer.tokenizer, one) for one in made if one.example is not None]
         if shown:
             return shown
     return []
@@ -130,4 +135,5 @@ def _shown(tokenizer: Any, row: Row) -> ShownExample:
         is_shortened=row.shortened,
         pieces=pieces(tokenizer, row.example),
         remarks=remarks,
+        side=side_of(row.record),
     )
