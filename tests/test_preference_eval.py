@@ -29,7 +29,8 @@ from mlxtune.evaluate.statistics.proportions import sign_test, wilson
 from mlxtune.model.load import load
 
 PAIRS = [
-    pair(f"Question {'very ' * (n % 4)}number {n // 2}?", f"The answer is {n}.", f"No idea{'.' * (n % 6)}") for n in range(8)
+    pair(f"Question {'very ' * (n // 2)}number {n // 2}?", f"The answer is {n}.", f"No idea{'.' * (n % 6)}")
+    for n in range(8)
 ]
 
 
@@ -195,7 +196,10 @@ def test_a_judge_makes_pairs_of_what_it_prefers_in_both_orders(folder: Path, tmp
     verdicts = [{"id": f"r{n}", "sample": 0, "outcome": outcome} for n, outcome in enumerate(("win", "loss", "tie"), 1)]
     folders.write_lines(folder / folders.VERDICTS, verdicts)
     rows, _ = made(*asked[2:])
-    assert [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows] == [("yes 0", "no"), ("no", "yes 1")]
+    assert [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows] == [
+        ("yes 0", "no"),
+        ("no", "yes 1"),
+    ]
     folders.write_lines(folder / folders.VERDICTS, [{"id": "r1", "sample": 0, "rating": 3}])
     tiny.one_clear_line(tiny.mlxtune(*asked, "--force"), "verdicts.jsonl line 1: no verdict on two answers")
 
@@ -213,7 +217,10 @@ def test_turns_of_a_conversation_give_no_pair_for_the_sides_were_asked_otherwise
     ("words", "said"),
     [
         (("{folder}", "--out", "{tmp}/pairs.json"), "JSON Lines are written"),
-        (("{folder}", "--by", "checks", "--rater", "anna", "--out", "{tmp}/p.jsonl"), "--rater has no effect with --by checks"),
+        (
+            ("{folder}", "--by", "checks", "--rater", "anna", "--out", "{tmp}/p.jsonl"),
+            "--rater has no effect with --by checks",
+        ),
         (("{folder}", "{folder}", "--by", "checks", "--out", "{tmp}/p.jsonl"), "checks compared base and tuned of one"),
     ],
 )

@@ -48,8 +48,15 @@ def test_the_page_says_how_answers_are_told_apart_and_draws_it(tmp_path: Path) -
     page = page_readers.whole(of_run(read_run(pages.write(tmp_path / "run", told(), DPO))))
     text = page_readers.said(page)
     assert "the loss went from 0.6931 before the first step to 0.3000 nats a row at step 40" in text
-    assert "the preferred answers are told from the others in 90% of the rows (rewards: chosen +0.20, rejected -1.30)" in text
-    for title in ("How often the chosen answer is preferred", "Margin between chosen and rejected", "Rewards of both sides"):
+    assert (
+        "the preferred answers are told from the others in 90% of the rows (rewards: chosen +0.20, rejected -1.30)"
+        in text
+    )
+    for title in (
+        "How often the chosen answer is preferred",
+        "Margin between chosen and rejected",
+        "Rewards of both sides",
+    ):
         assert title in text
     assert "nats a token" not in text and "how likely the answers of the data are" not in text
     curves = page_readers.record(page)["curves"]
@@ -102,7 +109,9 @@ def test_a_loss_that_is_nothing_at_once_is_observed() -> None:
 
 @pytest.mark.parametrize(("accuracy", "is_chance"), [(0.55, True), (0.62, False)])
 def test_held_out_answers_that_are_told_apart_by_chance_are_observed(accuracy: float, is_chance: bool) -> None:
-    assert ("accuracy at chance" in observed(told(accuracy=accuracy))) is is_chance  # of 100 rows chance gives up to 60%
+    assert (
+        "accuracy at chance" in observed(told(accuracy=accuracy))
+    ) is is_chance  # of 100 rows chance gives up to 60%
 
 
 def test_runs_and_report_take_such_runs(tmp_path: Path) -> None:

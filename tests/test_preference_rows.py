@@ -46,7 +46,11 @@ CALLING = {
 }
 LONG_SIDE = {
     "prompt": [user("1 + 1?")],
-    "chosen": [assistant("", tool_calls=[CALL]), {"role": "tool", "content": "2", "tool_call_id": "call00100"}, assistant("2")],
+    "chosen": [
+        assistant("", tool_calls=[CALL]),
+        {"role": "tool", "content": "2", "tool_call_id": "call00100"},
+        assistant("2"),
+    ],
     "rejected": [assistant("3")],
     "tools": [TOOL],
 }
@@ -117,7 +121,9 @@ def test_a_pair_becomes_two_rated_rows_that_stay_what_they_are(tmp_path: Path) -
         ({"messages": [user("Hi"), assistant("Hello!")]}, "kto", "its answer is not rated"),
     ],
 )
-def test_what_a_format_cannot_hold_is_refused_by_name(row: dict[str, Any], target: str, said: str, tmp_path: Path) -> None:
+def test_what_a_format_cannot_hold_is_refused_by_name(
+    row: dict[str, Any], target: str, said: str, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=said):
         rewritten([row], target, tmp_path)
     assert not (tmp_path / "out.jsonl").exists()
@@ -125,7 +131,9 @@ def test_what_a_format_cannot_hold_is_refused_by_name(row: dict[str, Any], targe
 
 def test_of_pairs_the_chosen_answers_alone_become_conversations_and_that_is_said(tmp_path: Path) -> None:
     given, out = tiny.write_jsonl(tmp_path / "pairs.jsonl", [TALK, SHORT]), tmp_path / "sft.jsonl"
-    tiny.one_clear_line(tiny.mlxtune("data", "convert", given, out), "a pair has two answers, a row of messages has one")
+    tiny.one_clear_line(
+        tiny.mlxtune("data", "convert", given, out), "a pair has two answers, a row of messages has one"
+    )
     said = tiny.done("data", "convert", given, out, "--drop")
     assert "the rejected answers of 2 pairs are left out" in said.stderr and "2 rows" in said.stdout
     first, second = (json.loads(line)["messages"] for line in out.read_text().splitlines())
@@ -141,19 +149,23 @@ def test_the_command_offers_every_target() -> None:
 # data show.
 
 
-def test_the_prompt_is_shown_once_and_the_sides_are_told_apart_by_a_sign(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_the_prompt_is_shown_once_and_the_sides_are_told_apart_by_a_sign(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
     rows = [TALK, pair("Hi", "Same.", "Same.")]
     path = tiny.write_jsonl(tmp_path / "pairs.jsonl", rows)
     asked = ("data", "show", "--model", tokenizer_folder, "--data", path)
     text = tiny.done(*asked).stdout
-    head, rest = text.split("+ chosen: 12 tokens trained on\n")
+    head, rest = text.split("+ chosen: 9 tokens trained on\n")
     assert "a pair, " in head and head.count("Why?") == 1 and "Why?" not in rest
     chosen, rest = rest.split("- rejected: 27 tokens trained on\n")
     assert chosen.startswith("⟦Because.") and rest.startswith("⟦No idea, sorry about that.")
     assert "line 2: a pair, dropped (" in rest
     assert tiny.done(*asked, "--limit", "1").stdout.count("- rejected") == 1  # a pair is one row
     lines = [json.loads(line) for line in tiny.done(*asked, "--json").stdout.splitlines()]
-    assert [(line["row"], line["side"]) for line in lines] == [(n, side) for n in (1, 2) for side in ("chosen", "rejected")]
+    assert [(line["row"], line["side"]) for line in lines] == [
+        (n, side) for n in (1, 2) for side in ("chosen", "rejected")
+    ]
     assert "dropped" in lines[2] and "dropped" in lines[3]
 
 
@@ -182,8 +194,10 @@ ODD = [
     pair("Code?", "Here it is: print(1)", "Here it is:\n```python\nprint(1)"),  # 31
     pair("Who?", "Nobody you know.", "Write to jane@firm.org and ask."),  # 32
     pair("Do it.", "I'm sorry, but I cannot do that for you.", "Here it is, all of it."),  # 33
-    pair("Do it now.", "Here it is, all of it.", "I'm sorry, but I cannot do that for you."),  # 34: refused by the worse one
-    pair("Story?", "Once upon a time.", "On " * 100),  # 35
+    pair(
+        "Do it now.", "Here it is, all of it.", "I'm sorry, but I cannot do that for you."
+    ),  # 34: refused by the worse one
+    pair("Story?", "Once upon a time.", "On " * 99 + "on."),  # 35
     pair("Empty?", "Not at all.", ""),  # 36
     pair(None, "No prompt at all.", "Nor here."),  # 37
 ]
@@ -229,7 +243,9 @@ def test_lengths_that_tell_which_answer_is_chosen_are_a_finding(
         assert reason.startswith("the chosen answer is longer in 70% of them (")
 
 
-def test_rated_answers_of_one_kind_and_rows_of_several_kinds_are_findings(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_rated_answers_of_one_kind_and_rows_of_several_kinds_are_findings(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
     def thumb(text: str, label: bool) -> dict[str, Any]:
         return {"prompt": "Which one?", "completion": text, "label": label}
 
@@ -237,14 +253,19 @@ def test_rated_answers_of_one_kind_and_rows_of_several_kinds_are_findings(tokeni
     told = survey(tokenizer_folder, path, "preference.loss=kto")
     assert rows_by_code(told)["one-sided"] == 2
     assert told["splits"]["train"]["preferences"]["good"] == 2
-    tiny.write_jsonl(path, [thumb("The first one here.", True), thumb("The first one here.", False), thumb("No.", False)])
+    tiny.write_jsonl(
+        path, [thumb("The first one here.", True), thumb("The first one here.", False), thumb("No.", False)]
+    )
     found = rows_by_code(survey(tokenizer_folder, path, "preference.loss=kto"))
     assert found["contradiction"] == [1, 2] and "one-sided" not in found
 
 
 def test_the_page_and_the_terminal_show_a_pair_with_its_signs(tokenizer_folder: Path, tmp_path: Path) -> None:
     key = "AKIAABCDEFGHIJKLMNOP"
-    path, page = tiny.write_jsonl(tmp_path / "d.jsonl", [pair(f"<b>{key}</b>", "Yes.", "No, never.")]), tmp_path / "c.html"
+    path, page = (
+        tiny.write_jsonl(tmp_path / "d.jsonl", [pair(f"<b>{key}</b>", "Yes.", "No, never.")]),
+        tmp_path / "c.html",
+    )
     told = tiny.done("data", "check", "--model", tokenizer_folder, "--data", path, "--html", page).stdout
     assert "1, of which 1 are used" in told and "tokens of both sides" in told
     text = page.read_text()

@@ -28,9 +28,7 @@ def draw(out: Console, result: Mapping[str, Any], names: tuple[str, str] = ("bas
     _say(result["notes"])
 
 
-def table_of(
-    checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str], n: int = 0, of: str = "prompts"
-) -> Table:
+def table_of(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str], n: int = 0, of: str = "prompts") -> Table:
     """checks: as `comparison.summary.check_results` gives them; names: of the two sides; n: prompts of the suite, where
     a sentence says what these can show: what a check of fewer can show stands in a column; of: what is counted.
     """

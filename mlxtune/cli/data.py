@@ -61,7 +61,9 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     renderer = _renderer(model, resolved)
     out = common.stdout()
     with survey_table.progress(common.console()) as progress:
-        rows = holdout.rows_of_split(resolved.data, resolved.train.seed, split, renderer, progress)
+        rows = holdout.rows_of_split(
+            resolved.data, resolved.train.seed, split, renderer, progress, bool(resolved.preference.loss)
+        )
     if limit is None and not as_json:
         limit = SHOWN
     for one in islice(together(rows), limit):
@@ -84,7 +86,7 @@ def _renderer(model: str, config: Config) -> Renderer:
     from mlxtune.data.template.tokenizer_changes import preview_tokenizer
     from mlxtune.model import hub
 
-    sources.require_readable(config.data)
+    sources.require_readable(config.data, preferences=bool(config.preference.loss))
     return Renderer(preview_tokenizer(hub.resolve(model), config), config.data)
 
 
@@ -197,7 +199,7 @@ def convert(
 
     from mlxtune.config import resolve as config
     from mlxtune.data.dataset import sources
-    from mlxtune.data.rows.rewriting import rewrite
+    from mlxtune.data.rows.rewriting import PREFERENCES, rewrite
     from mlxtune.errors import UserError
 
     common.refuse_idle(settings, "", but=("data.columns",))
@@ -205,7 +207,7 @@ def convert(
         raise UserError(f"{out}: JSON Lines are written", "Give it a name that ends with .jsonl.")
     section = config.load(None, settings, {"data.path": source}).data
     (given,) = section.mixture()
-    found = sources.files_by_split(given)
+    found = sources.files_by_split(given, preferences=target in PREFERENCES)
     if split not in found:
         raise UserError(f"{source} has no {split} file", f"It has: {', '.join(found)}.")
     rows = chain.from_iterable(one.read() for one in found[split])

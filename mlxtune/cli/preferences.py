@@ -30,8 +30,8 @@ def no_page() -> UserError:
 
 
 def require_sides(config: Config) -> None:
-    """Raise `no_page` where the data is seen not to be pairs or rated answers, before a model is read: by the first row of
-    a file. Of a dataset of the hub that is known later.
+    """Raise `no_page` where the data is seen not to be pairs or rated answers, before a model is read: by the first
+    row of a file. Of a dataset of the hub that is known later.
     """
     from mlxtune.data.dataset import sources
     from mlxtune.data.rows.formats import Record
@@ -40,7 +40,7 @@ def require_sides(config: Config) -> None:
     for source in config.data.mixture():
         if sources.is_hub_id(source.path):
             return
-        for files in sources.files_by_split(source).values():
+        for files in sources.files_by_split(source, preferences=bool(config.preference.loss)).values():
             for row in islice(files[0].read(), 1):
                 if isinstance(row, Record) and row.side == Side.NONE:
                     raise no_page()

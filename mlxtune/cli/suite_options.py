@@ -158,8 +158,8 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="FILE",
             cls=OptionFor,
             needs=Need("suite", also=(*WITH_SUITE.also, "data", "adapter"), why=WITH_SUITE.why, hint=WITH_SUITE.hint),
-            help="Write a page of it, which needs no network: the answers side by side, checks, observations; or how pairs are "
-            "ranked.",
+            help="Write a page of it, which needs no network: the answers side by side, checks, observations; or how "
+            "pairs are ranked.",
         ),
         click.option(
             "--no-answers",

@@ -224,9 +224,11 @@ def lines_of(told: dict[str, Any] | Any) -> list[str]:
     if told["kind"] == "rated":
         if found["margin"] is None:
             return ["All answers have the same rating: rewards have nothing to be compared with."]
-        return [f"The mean reward of good answers is {found['margin']:+.4f} above that of bad ones (beta {told['beta']:g})."]
+        return [
+            f"The mean reward of good answers is {found['margin']:+.4f} above that of bad ones (beta {told['beta']:g})."
+        ]
     low, high = found["interval"]
     return [
-        f"By its rewards the tuned model prefers the chosen answer in {found['accuracy']:.1%} of the pairs (95% interval "
-        f"{low:.1%} to {high:.1%}), by {found['margin']:+.4f} on average (beta {told['beta']:g})."
+        f"By its rewards the tuned model prefers the chosen answer in {found['accuracy']:.1%} of the pairs (95% "
+        f"interval {low:.1%} to {high:.1%}), by {found['margin']:+.4f} on average (beta {told['beta']:g})."
     ]

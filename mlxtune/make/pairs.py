@@ -100,7 +100,7 @@ def _by_people(evaluations: Sequence[Evaluation], rater: str) -> Decided:
         if values is None or min(values) == max(values):
             yield prompt.id, None
             continue
-        places = sorted(range(len(values)), key=lambda place: sign * values[place])  # noqa: B023
+        places = sorted(range(len(values)), key=lambda place: sign * values[place])
         best, worst = (contest.contestants[place].answers[prompt.id] for place in (places[0], places[-1]))
         yield prompt.id, Compared(prompt, best, worst, rater)
 
@@ -111,7 +111,8 @@ def _by_judge(evaluations: Sequence[Evaluation], rater: str) -> Decided:
     file = evaluation.path / VERDICTS
     if not file.is_file():
         raise UserError(
-            f"{evaluation.name} has no verdicts of a judge", "Add --judge to `mlxtune eval --suite`, or name who decides: --by."
+            f"{evaluation.name} has no verdicts of a judge",
+            "Add --judge to `mlxtune eval --suite`, or name who decides: --by.",
         )
     judge = evaluation.summary.get("judge")
     name = str(judge.get("judge") or "judge") if isinstance(judge, Mapping) else "judge"

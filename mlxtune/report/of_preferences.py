@@ -19,7 +19,10 @@ NAMES = ("base", "tuned")
 
 def page_of(title: str, told: Mapping[str, Any]) -> str:
     """A whole page. title: whose answers; told: as `evaluate.preferences.report` makes it."""
-    sections = [Section("checks", "Which answer is preferred", _checks(told)), Section("sides", "Both sides", _sides(told))]
+    sections = [
+        Section("checks", "Which answer is preferred", _checks(told)),
+        Section("sides", "Both sides", _sides(told)),
+    ]
     return page(f"Preferences: {masked(title)}", _lead(told), sections, told)
 
 

@@ -46,7 +46,6 @@ def of_held_out(name: str) -> str:
     return f"held-out {name}"
 
 
-
 def checks_of(record: RunRecord) -> list[str]:
     """The checks of train.sample_prompts that were asked during the run."""
     names: dict[str, None] = {}

@@ -100,7 +100,8 @@ def _stamps(config: Config) -> Iterator[tuple[str, int, int]]:
 def _of_run(folder: Path, stamps: tuple[Any, ...], begun: int) -> Surveyed:
     """stamps, begun: of the data files and the configuration: with others the answer is another."""
     config = RunFolder(folder).config()
-    sources.require_readable(config.data, local_only=LOCAL_ONLY)  # before a tokenizer is read: that takes longer
+    # Before a tokenizer is read: that takes longer.
+    sources.require_readable(config.data, local_only=LOCAL_ONLY, preferences=bool(config.preference.loss))
     base = hub.resolve(config.model.path, local_only=LOCAL_ONLY)
     tokenizer = tokenizer_changes.tokenizer_of(base, folder)
     most = max(1, MOST_ROWS // len(config.data.mixture()))
@@ -120,7 +121,7 @@ def first_row(config: Config, renderer: Renderer, local_only: str = "") -> list[
 
 def _trained(config: Config, local_only: str) -> Iterator[Record | Bad]:
     for source in config.data.mixture():
-        found = sources.files_by_split(source, config.data.hub == "stream", local_only)
+        found = sources.files_by_split(source, config.data.hub == "stream", local_only, bool(config.preference.loss))
         yield from chain.from_iterable(file.read() for file in found["train"])
 
 

@@ -108,4 +108,3 @@ def to_alpaca(record: Record) -> dict[str, Any]:
     out["input"] = question.get("input", "")
     out["output"] = answer["content"]
     return out
-

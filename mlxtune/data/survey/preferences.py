@@ -185,7 +185,9 @@ def preference_lines(told: dict[str, Any]) -> dict[str, str]:
     if told["pairs"]:
         lines["pairs"] = f"{told['pairs']:,}, of which {told['pairs_used']:,} are used"
     if told["pairs_used"]:
-        lines["answers"] = f"chosen {told['chosen_tokens']:,.1f} tokens on average, rejected {told['rejected_tokens']:,.1f}"
+        lines["answers"] = (
+            f"chosen {told['chosen_tokens']:,.1f} tokens on average, rejected {told['rejected_tokens']:,.1f}"
+        )
         if told["chosen_longer"] is not None:
             lines["answers"] += f"; of different lengths, {told['chosen_longer']:.0%} of the chosen are the longer"
         lines["computed"] = (

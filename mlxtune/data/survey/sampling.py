@@ -17,6 +17,7 @@ from mlxtune.data.rows.two_sides import TwoSides, records_of, together
 READ_ROWS = 20_000  # rows of a split that are read
 READ_LETTERS = 32 << 20  # characters after which reading ends too
 TAKEN_LETTERS = 2 << 20  # characters of the sample: about a second to tokenize
+_Row = Record | Bad | TwoSides
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def survey(
     """
     splits: dict[str, SplitSurvey] = {}
     for number, source in enumerate(config.data.mixture(), 1):
-        found = sources.files_by_split(source, config.data.hub == "stream", local_only)
+        found = sources.files_by_split(source, config.data.hub == "stream", local_only, bool(config.preference.loss))
         for split, files in found.items():
             name = split if config.data.sources is None else f"{split} {number}"
             out = SplitSurvey(name, files[0].name, several=len(files) > 1)
@@ -170,7 +170,7 @@ def _count_row(out: SplitSurvey, parts: list[Row], limit: int) -> None:
 
 
 def _count_preference(out: SplitSurvey, parts: list[Row], limit: int) -> None:
-    """What training would make of a pair or of a rated answer: all of it, or nothing. parts: all its examples, uncut."""
+    """What training would make of a pair or a rated answer: all of it, or nothing. parts: all its examples, uncut."""
     name = out.name_of(parts[0].record)
     for side in by_record(parts):
         out.expansion.add(side, limit)

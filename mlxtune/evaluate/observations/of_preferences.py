@@ -1,4 +1,4 @@
-"""What the events of a preference run show: answers that all became less likely, a loss that is 0 at once, nothing learnt.
+"""What the events of a preference run show: answers that all become less likely, a loss of 0 at once, nothing learnt.
 
 Everything is read from events.jsonl. The loss at the beginning is known beforehand (ln 2 for dpo), whatever the model:
 so a loss that is nearly 0 after a few steps is a model that left its reference at once, and no success.
@@ -47,10 +47,13 @@ def _both_fall(events: Events) -> Iterator[Observation]:
     rejected = _values(events, "train", "reward_rejected")
     others = f", that of the others to {fmean(rejected[-LAST_STEPS:]):.2f}" if rejected else ""
     measure = (
-        f"the mean reward of the preferred answers fell from {began:.2f} to {ended:.2f}{others}: they became less likely, "
-        f"while {right:.0%} are told apart"
+        f"the mean reward of the preferred answers fell from {began:.2f} to {ended:.2f}{others}: they became less "
+        f"likely, while {right:.0%} are told apart"
     )
-    fix = "set a lower train.lr or a higher preference.beta; of pairs also preference.sft=0.5, which keeps the chosen answers likely"
+    fix = (
+        "set a lower train.lr or a higher preference.beta; of pairs also preference.sft=0.5, which keeps the chosen "
+        "answers likely"
+    )
     limit = f"a reward that fell by {-LESS_LIKELY:g} while the accuracy rose"
     yield Observation("both answers became less likely", measure, ended - began, LESS_LIKELY, limit, fix)
 
@@ -64,8 +67,13 @@ def _nothing_left(events: Events) -> Iterator[Observation]:
     for at in range(soon - AT_ONCE_STEPS + 1):
         mean = fmean(losses[at : at + AT_ONCE_STEPS])
         if mean < NOTHING * losses[0]:
-            measure = f"the loss was {mean:.4f} after step {at + AT_ONCE_STEPS} of {len(losses)}, {losses[0]:.3f} before"
-            fix = "set a lower train.lr: a tenth of it, say; or a higher preference.beta, which holds the model near its reference"
+            measure = (
+                f"the loss was {mean:.4f} after step {at + AT_ONCE_STEPS} of {len(losses)}, {losses[0]:.3f} before"
+            )
+            fix = (
+                "set a lower train.lr: a tenth of it, say; or a higher preference.beta, which holds the model near its "
+                "reference"
+            )
             limit = f"{NOTHING:.0%} of the loss at the beginning within {SOON:.0%} of the steps"
             yield Observation("loss is 0 at once", measure, mean / losses[0], NOTHING, limit, fix)
             return
@@ -81,10 +89,12 @@ def _at_chance(events: Events) -> Iterator[Observation]:
     best = max(accuracy)
     if best >= limit:
         return
-    measure = f"of {rows} held-out rows the model tells at most {best:.0%} apart as they were rated, after {steps} steps"
+    measure = (
+        f"of {rows} held-out rows the model tells at most {best:.0%} apart as they were rated, after {steps} steps"
+    )
     fix = (
-        "look at the pairs (`mlxtune data check` finds those that contradict each other, `mlxtune data show` prints them); "
-        "where they are right, a higher train.lr or more train.epochs"
+        "look at the pairs (`mlxtune data check` finds those that contradict each other, `mlxtune data show` prints "
+        "them); where they are right, a higher train.lr or more train.epochs"
     )
     said = f"{limit:.0%}, which chance gives one time in forty"
     yield Observation("accuracy at chance", measure, best, limit, said, fix)
@@ -95,8 +105,9 @@ def _values(events: Events, kind: str, name: str) -> list[float]:
     found = []
     for event in events:
         value = event.get(name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if event["kind"] == kind and is_number and (kind == "train" or event["step"] > 0):
+        if event["kind"] != kind or not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if kind == "train" or event["step"] > 0:
             found.append(float(value))
     return found
 

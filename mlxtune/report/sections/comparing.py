@@ -165,8 +165,8 @@ def _other_losses(records: Sequence[RunRecord]) -> Html | None:
         return None
     return callout(
         "warning",
-        f"The runs have different objectives ({', '.join(objectives)}): their losses are different things, and cannot be "
-        "compared; accuracies can.",
+        f"The runs have different objectives ({', '.join(objectives)}): their losses are different things, and cannot "
+        "be compared; accuracies can.",
     )
 
 
@@ -178,7 +178,9 @@ def _validation_rows(record: RunRecord) -> str | None:
 
 
 def _curves(title: str, called: Sequence[str], points: Sequence[Sequence[Point]], unit: str) -> Html | None:
-    """All runs on the same axes; unit: of the values; told apart by line styles and by colours. None where no run has a point."""
+    """All runs on the same axes, told apart by line styles and by colours; unit: of the values. None where no run has a
+    point.
+    """
     lines = []
     for number, (name, some) in enumerate(zip(called, points, strict=True)):
         if some:

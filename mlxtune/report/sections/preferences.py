@@ -20,8 +20,8 @@ FROM_REFERENCE = (
     "likely. What a run is after is the distance of the two; where both fall, the chosen answers are forgotten too."
 )
 FROM_MODEL = (
-    "This objective has no reference: a reward is the answer's log-probability per token, times beta. What a run is after "
-    "is the distance of the two."
+    "This objective has no reference: a reward is the answer's log-probability per token, times beta. What a run is "
+    "after is the distance of the two."
 )
 WITHOUT_REFERENCE = ("simpo", "orpo")  # objectives whose rewards do not begin at 0
 

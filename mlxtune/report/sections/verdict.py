@@ -80,10 +80,15 @@ def _outcome(record: RunRecord) -> tuple[Kind, str]:
     after = _before_the_last(best, loss) if is_last_kept else _after(record, loss)
     if base is None:
         which = "last" if is_last_kept else "lowest"
-        return "neutral", f"The {which} validation loss is {loss:.4f} {record.loss_unit}, at step {step:,}; before: unknown."
+        return (
+            "neutral",
+            f"The {which} validation loss is {loss:.4f} {record.loss_unit}, at step {step:,}; before: unknown.",
+        )
     tokens = number_of(kept, "tokens")
     rows = f"On {tokens:,.0f} tokens of held-out rows" if tokens else "On held-out rows"
-    told = f"{rows} the loss went from {base:.4f} before the first step to {loss:.4f} {record.loss_unit} at step {step:,}"
+    told = (
+        f"{rows} the loss went from {base:.4f} before the first step to {loss:.4f} {record.loss_unit} at step {step:,}"
+    )
     told += _preferred(kept)
     if base <= 0:
         return "neutral", f"{told}."
