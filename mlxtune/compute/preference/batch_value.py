@@ -50,7 +50,7 @@ class Value:
         baseline: float = 0.0,
         sft_scale: float = 0.0,
     ) -> Value:
-        """Of a micro-batch. reference: as above, None: zeros. Raises ValueError where the objective is not of such
+        """Of a micro-batch. reference: [A] as above, None: zeros. Raises ValueError where the objective is not of such
         answers, or where the reference or the scale that it needs is missing.
         """
         sides = batch.answer_sides

@@ -44,7 +44,7 @@ def parts(batch: Batch, limit: int | None) -> list[Batch]:
 
 
 def alike(batch: Batch, limit: int | None) -> list[tuple[np.ndarray, Batch]]:
-    """(its rows in the batch, the part) of each part that holds rows of one kind."""
+    """([rows] its places in the batch, the part) of each part that holds rows of one kind."""
     if limit is None or batch.ids.shape[1] <= limit + 1:
         return [(np.arange(len(batch.rows)), batch)]
     within = np.flatnonzero(batch.lengths <= limit + 1)
