@@ -1,0 +1,322 @@
+"""Runs on preferences, from configuration to adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import preferences
+import pytest
+import tiny
+from preferences import numbers, of_kind, tune
+from training import same_bits
+
+from mlxtune.errors import UserError
+from mlxtune.train import events
+from mlxtune.train.preference import known
+from mlxtune.train.run_folder import REFERENCE_FILE
+
+# 1 / (4 beta ** 2), with the beta of 0.1 that nobody sets
+AT_START = {"dpo": math.log(2), "ipo": 25.0, "apo": 1.0, "kto": 0.5}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """7 training pairs and 3 held out."""
+    return preferences.write(tmp_path_factory.mktemp("pairs"), preferences.pairs(7), preferences.pairs(3, 7))
+
+
+@pytest.fixture(scope="module")
+def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """7 rated training rows and 3 held out."""
+    return preferences.write(tmp_path_factory.mktemp("rated"), preferences.rated(7), preferences.rated(3, 7))
+
+
+@pytest.fixture(scope="module")
+def finished(mlx_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs on the pairs, with evaluations and checkpoints."""
+    out = tmp_path_factory.mktemp("dpo") / "run"
+    tune(mlx_model, pairs, out, *LONG)
+    return out
+
+
+LONG = ("preference.loss=dpo", "train.epochs=2", "train.eval_every=2", "train.save_every=1", "train.keep_last=9")
+
+
+@pytest.mark.parametrize("objective", [*AT_START, "apo on rated answers"])
+def test_at_step_1_the_model_is_its_own_reference(
+    objective: str, mlx_model: Path, pairs: Path, rated: Path, tmp_path: Path
+) -> None:
+    name, _, of_rated = objective.partition(" ")
+    of_rated = of_rated or name == "kto"
+    found = tune(mlx_model, rated if of_rated else pairs, tmp_path / "run", f"preference.loss={name}", "train.steps=1")
+    (step,), evaluations = of_kind(found, "train"), of_kind(found, "eval")
+    expected = 0.5 if of_rated else AT_START[name]
+    assert step["loss"] == pytest.approx(expected, rel=1e-6)
+    assert (step["margin"], step["accuracy"], step["drift"]) == (0.0, 0.5, 0.0)
+    assert evaluations[0]["loss"] == pytest.approx(expected, rel=1e-6) and evaluations[0]["accuracy"] == 0.5
+    assert evaluations[-1]["loss"] != evaluations[0]["loss"]
+    assert ("baseline" in step) == (name == "kto")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("preference.loss=dpo", "preference.sft=0.5", "preference.label_smoothing=0.1"),
+        ("preference.loss=orpo",),
+        ("preference.loss=kto", "preference.good_weight=2"),
+    ],
+)
+def test_however_a_step_is_accumulated_its_numbers_are_the_same(
+    settings: tuple[str, ...], mlx_model: Path, tmp_path: Path
+) -> None:
+    """Four rows in 4, 2 and 1 micro-batches."""
+    rows = preferences.rated if "preference.loss=kto" in settings else preferences.pairs
+    data = preferences.write(tmp_path / "data", rows(4), rows(2, 4))
+    found = []
+    for size in (1, 2, 4):
+        sizes = (f"train.batch_rows={size}", f"train.accumulate={4 // size}")
+        found.append(numbers(tune(mlx_model, data, tmp_path / f"{size}", *settings, *sizes, "train.epochs=3")))
+    assert len(found[0]) == 3
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-5, atol=1e-6)
+    losses = np.array(found)[:, :, 0]
+    np.testing.assert_allclose(losses, losses[:1].repeat(3, 0), atol=1e-6, rtol=0)
+
+
+def test_every_pair_is_trained_on_once_an_epoch(finished: Path, mlx_model: Path, pairs: Path) -> None:
+    from mlxtune.config import resolve
+    from mlxtune.data.dataset.batches import Plan
+    from mlxtune.train.run_data import read_data
+    from mlxtune.train.run_folder import RunFolder
+
+    config = RunFolder(finished).config()
+    assert config == resolve.load(finished / "config.yaml")
+    train = read_data(config)[0].train
+    plan = Plan(train, config.train)
+    assert plan.steps == 4  # of 7 pairs in batches of 2, two of which are a step: 4 + 3, twice
+    for epoch in ((1, 2), (3, 4)):
+        assert sorted(row for step in epoch for row in plan.rows_of_step(step)) == list(range(7))
+    steps = of_kind(events.read(finished), "train")
+    assert sum(step["tokens"] for step in steps) == 2 * int(train.lengths.sum())
+    assert sum(step["supervised_tokens"] for step in steps) == 2 * int(train.targets.sum())
+
+
+def test_a_pair_is_learned(finished: Path) -> None:
+    steps, evaluations = (of_kind(events.read(finished), kind) for kind in ("train", "eval"))
+    assert steps[-1]["margin"] > 0 and steps[-1]["loss"] < steps[0]["loss"]
+    assert [evaluation["step"] for evaluation in evaluations] == [0, 2, 4]
+    for event in (*steps, *evaluations):
+        assert event["margin"] == pytest.approx(event["reward_chosen"] - event["reward_rejected"], abs=1e-9)
+
+
+def test_an_adapter_that_a_run_starts_from_is_its_reference(
+    finished: Path, run: Path, mlx_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    found = tune(mlx_model, pairs, tmp_path / "run", *LONG, f"lora.start_from={run}")
+    assert of_kind(found, "train")[0]["margin"] == 0.0
+    assert preferences.reference(tmp_path / "run")["train"] != preferences.reference(finished)["train"]
+    assert not any("less likely" in event["text"] for event in of_kind(found, "note"))
+
+
+def test_doras_layers_trained_in_full_and_embeddings_are_their_own_reference(
+    mlx_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    settings = ("lora.variant=dora", "lora.train_also=[norms, embeddings, head]", "train.steps=2")
+    found = tune(mlx_model, pairs, tmp_path / "run", "preference.loss=dpo", *settings)
+    steps = of_kind(found, "train")
+    assert steps[0]["margin"] == 0.0 and steps[1]["margin"] != 0.0
+
+
+def test_a_reference_of_another_answer_is_found_out_before_anything_is_learned(
+    mlx_model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = known.Known.of
+    monkeypatch.setattr(known.Known, "of", lambda self, batch: real(self, batch)[::-1].copy())
+    with pytest.raises(UserError, match="4 answers are not as likely as in the reference") as told:
+        tune(mlx_model, pairs, tmp_path / "run", "preference.loss=dpo", "train.steps=1", "train.accumulate=1")
+    assert "Nothing was trained" in told.value.hint and not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_that_of_the_start_is_found_out(
+    mlx_model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxtune.train.preference import start
+
+    monkeypatch.setattr(start, "loss_at_start", lambda *_: 1.0)
+    with pytest.raises(UserError, match=re.escape("the first step's loss is 0.693147")):
+        tune(mlx_model, pairs, tmp_path / "run", "preference.loss=dpo", "train.steps=1")
+
+
+# Going on.
+
+
+def cut(run: Path, to: Path, step: int) -> Path:
+    """A copy of a run as a kill after a step's checkpoint would have left it."""
+    shutil.copytree(run, to)
+    for folder in (to / "checkpoints").glob("step-*"):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder)
+    return to
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_a_run_that_was_killed_goes_on_with_the_same_bits(
+    objective: str, finished: Path, mlx_model: Path, pairs: Path, rated: Path, tmp_path: Path
+) -> None:
+    settings = (f"preference.loss={objective}", *LONG[1:])
+    whole, data = finished, pairs
+    if objective == "kto":
+        whole, data = tmp_path / "whole", rated
+        tune(mlx_model, data, whole, *settings)
+    run = cut(whole, tmp_path / "run", 2)
+    tune(mlx_model, data, run, *settings, resume=True)
+    same_bits(whole, run)
+    assert numbers(events.read(run)) == numbers(events.read(whole))
+
+
+DIES = """
+import os, signal
+from mlxtune.train.preference import reference
+from mlxtune.train import step
+real, steps = reference._Pass.compute, step.StepFunction.__call__
+def compute(self, batch):
+    real(self, batch)
+    {in_pass}
+def call(self, number):
+    if number == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return steps(self, number)
+reference._Pass.compute, step.StepFunction.__call__ = compute, call
+"""
+
+
+def test_a_kill_at_any_place_loses_nothing(mlx_model: Path, pairs: Path, tmp_path: Path) -> None:
+    """SIGKILL in the reference pass, after which there is nothing to go on from, then in the third step."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    tiny.done(*preferences.options(mlx_model, pairs, whole, *LONG))
+    for in_pass, number in (("os.kill(os.getpid(), signal.SIGKILL)", 0), ("pass", 3)):
+        code = DIES.format(in_pass=in_pass, number=number)
+        with tiny.started(*preferences.options(mlx_model, pairs, run, *LONG), code=code) as process:
+            process.wait()
+        assert process.returncode == -9
+        assert (run / "checkpoints").is_dir() == (number == 3)
+    tiny.done("train", "--resume", "--out", run)
+    same_bits(whole, run)
+    assert preferences.reference(whole) == preferences.reference(run)
+    listed = json.loads(tiny.mlxtune("runs", tmp_path, "--json").stdout)
+    assert {one["state"] for one in listed} == {"finished"}
+
+
+def gone(file: Path) -> None:
+    file.unlink()
+
+
+def flipped(file: Path) -> None:
+    tensors: Any = mx.load(str(file))
+    mx.eval(tensors)
+    mx.save_safetensors(str(file), {**tensors, "train": tensors["train"] - 1e-3})
+
+
+def torn(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(gone, f"has no {REFERENCE_FILE}"), (flipped, "is damaged"), (torn, "torn, or not a safetensors file")],
+)
+def test_a_run_does_not_go_on_without_its_reference(change: Any, said: str, finished: Path, tmp_path: Path) -> None:
+    run = cut(finished, tmp_path / "run", 2)
+    change(run / REFERENCE_FILE)
+    tiny.one_clear_line(tiny.mlxtune("train", "--resume", "--out", run), said)
+
+
+def test_a_run_does_not_go_on_with_another_runs_reference_or_objective(
+    finished: Path, mlx_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    tune(mlx_model, pairs, other, "preference.loss=dpo", "train.steps=1", "train.dtype=bfloat16")
+    run = cut(finished, tmp_path / "run", 2)
+    shutil.copy(other / REFERENCE_FILE, run)
+    with pytest.raises(UserError, match=r"is the reference of another run: train\.dtype differ"):
+        tune(mlx_model, pairs, run, *LONG, resume=True)
+    shutil.copy(finished / REFERENCE_FILE, run)
+    for setting, told in (("loss=ipo", '"dpo" -> "ipo"'), ("beta=0.2", "null -> 0.2"), ("sft=1", "0.0 -> 1.0")):
+        with pytest.raises(UserError, match=f"cannot be resumed, for this changed: preference.*{told}"):
+            tune(mlx_model, pairs, run, *LONG, f"preference.{setting}", resume=True, anyway=True)
+
+
+def test_a_longer_run_computes_what_more_of_the_reference_it_needs(
+    finished: Path, run: Path, mlx_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """One step asks for 4 of 7 pairs; from an adapter that the model no longer has when the run goes on."""
+    start, whole, longer = f"lora.start_from={run}", tmp_path / "whole", tmp_path / "longer"
+    settings = ("preference.loss=dpo", "train.save_every=1", start)
+    tune(mlx_model, pairs, longer, *settings, "train.steps=1")
+    values = mx.load(str(longer / REFERENCE_FILE))["train"]  # type: ignore[index]
+    assert int((values == known.UNKNOWN).sum().item()) == 2 * 3
+    tune(mlx_model, pairs, longer, *settings, "train.steps=3", resume=True, anyway=True)
+    tune(mlx_model, pairs, whole, *settings, "train.steps=3")
+    same_steps = [event["loss"] for event in of_kind(events.read(longer), "train")]
+    assert same_steps == [event["loss"] for event in of_kind(events.read(whole), "train")]
+    assert preferences.reference(longer)["train"] == preferences.reference(whole)["train"]
+
+
+# What a run is for.
+
+
+def test_the_adapter_that_tells_most_held_out_pairs_apart_is_kept(
+    mlx_model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is lowest at the end, the accuracy is made highest in the middle."""
+    from mlxtune.train.preference.goal import Goal
+
+    told = iter([0.5, 0.9, 0.6, 0.7])
+    real = Goal.fields
+
+    def fields(self: Goal, tally: Any) -> dict[str, float]:
+        found = real(self, tally)
+        return {**found, "accuracy": next(told)} if self.split is self.preference.valid else found
+
+    monkeypatch.setattr(Goal, "fields", fields)
+    run = tmp_path / "run"
+    tune(mlx_model, pairs, run, "preference.loss=dpo", "train.keep_by=accuracy", "train.eval_every=1", "train.steps=3")
+    end = events.read(run)[-1]
+    assert (end["best_step"], end["best_check"]) == (1, 0.9)
+    listed = json.loads(tiny.mlxtune("runs", run, "--json").stdout)
+    assert listed[0]["best_step"] == 1
+
+
+def test_an_adapter_of_pairs_is_shipped_and_proven_on_answers_that_were_chosen(
+    finished: Path, mlx_model: Path, tmp_path: Path
+) -> None:
+    from mlxtune.data.rows.sides import Side
+
+    from mlxtune.ship.good_rows import of_good_answers
+    from mlxtune.train.run_data import read_data
+    from mlxtune.train.run_folder import RunFolder
+
+    examples = read_data(RunFolder(finished).config())[0].valid
+    assert set(of_good_answers(examples).sides.tolist()) == {Side.CHOSEN} < set(examples.sides.tolist())
+    for to in ("peft", "hf", "gguf"):
+        out = tmp_path / (f"{to}.gguf" if to == "gguf" else to)
+        done = tiny.done("export", "--model", mlx_model, "--adapter", finished, "--to", to, "--out", out)
+        assert "passed" in done.stdout + done.stderr
+    fused = tiny.done("fuse", "--model", mlx_model, "--adapter", finished, "--out", tmp_path / "fused")
+    assert "no training rows" not in fused.stderr
+
+
+def test_what_a_run_on_preferences_says_is_told_to_people(mlx_model: Path, rated: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = tiny.done(*preferences.options(mlx_model, rated, run, "preference.loss=kto", "train.steps=2"))
+    assert "7 training rated rows, 3 held out, 2 steps" in done.stderr
+    assert "objective: kto, beta 0.1, compared with the model at step 0" in done.stderr
+    assert "computing the reference: " in done.stderr and "accuracy 50.0%" in done.stderr
+    assert re.search(r"step 2/2  loss [\d.]+  margin -?[\d.]+  accuracy \d+%  valid loss", done.stderr), done.stderr
