@@ -9,10 +9,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import preferences
+import on_preferences
 import pytest
 from mlxtune.data.rows.sides import Side
-from preferences import numbers, of_kind
+from on_preferences import numbers, of_kind
 from test_ranks import two
 
 from mlxtune.adapter import adapter_files
@@ -77,11 +77,11 @@ def of_kto(train: Examples, ratio: np.ndarray, mismatched: np.ndarray) -> dict[s
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_a_steps_numbers_are_those_of_the_formulas(objective: str, mlx_model: Path, tmp_path: Path) -> None:
     """The third step of a run whose steps take all rows; of its weights before it, and of the base."""
-    rows = preferences.rated if objective == "kto" else preferences.pairs
+    rows = on_preferences.rated if objective == "kto" else on_preferences.pairs
     own = "good_weight=2" if objective == "kto" else "sft=0.5"
-    data, run = preferences.write(tmp_path / "data", rows(6), rows(2, 6)), tmp_path / "run"
+    data, run = on_preferences.write(tmp_path / "data", rows(6), rows(2, 6)), tmp_path / "run"
     settings = (f"preference.loss={objective}", f"preference.{own}", "train.steps=3", "train.save_every=1")
-    found = preferences.tune(mlx_model, data, run, *settings, "train.batch_rows=3", "train.keep_last=3")
+    found = on_preferences.tune(mlx_model, data, run, *settings, "train.batch_rows=3", "train.keep_last=3")
     config = RunFolder(run).config()
     train = read_data(config)[0].train
     base, loaded = load(str(mlx_model), "float32"), load(str(mlx_model), "float32")
@@ -104,18 +104,18 @@ def test_a_steps_numbers_are_those_of_the_formulas(objective: str, mlx_model: Pa
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_two_processes_compute_the_numbers_of_one(objective: str, mlx_model: Path, tmp_path: Path) -> None:
     """Steps of two micro-batches, and of one that is divided between pairs."""
-    rows = preferences.rated if objective == "kto" else preferences.pairs
-    data = preferences.write(tmp_path / "data", rows(6), rows(3, 6))
+    rows = on_preferences.rated if objective == "kto" else on_preferences.pairs
+    data = on_preferences.write(tmp_path / "data", rows(6), rows(3, 6))
     sizes = ("train.batch_rows=3", "train.accumulate=1") if objective == "dpo" else ("train.batch_rows=3",)
     settings = (f"preference.loss={objective}", "train.epochs=2", "train.eval_every=1", *sizes)
-    one = preferences.tune(mlx_model, data, tmp_path / "one", *settings)
-    said = two(tmp_path, *preferences.options(mlx_model, data, tmp_path / "two", *settings))
+    one = on_preferences.tune(mlx_model, data, tmp_path / "one", *settings)
+    said = two(tmp_path, *on_preferences.options(mlx_model, data, tmp_path / "two", *settings))
     assert "2 processes" in said and "Traceback" not in said, said
     other = events.read(tmp_path / "two")
     np.testing.assert_allclose(numbers(other), numbers(one), rtol=1e-4, atol=1e-5)
     held_out = [[event["loss"], event["accuracy"], event["margin"]] for event in of_kind(one, "eval")]
     shared = [[event["loss"], event["accuracy"], event["margin"]] for event in of_kind(other, "eval")]
     np.testing.assert_allclose(shared, held_out, rtol=1e-4, atol=1e-5)
-    kept = [preferences.values(run) for run in (tmp_path / "one", tmp_path / "two")]
+    kept = [on_preferences.values(run) for run in (tmp_path / "one", tmp_path / "two")]
     for name, values in kept[0].items():
         np.testing.assert_allclose(kept[1][name], values, rtol=1e-5)

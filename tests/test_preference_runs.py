@@ -11,10 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import preferences
+import on_preferences
 import pytest
 import tiny
-from preferences import numbers, of_kind, tune
+from on_preferences import numbers, of_kind, tune
 from training import same_bits
 
 from mlxtune.errors import UserError
@@ -29,13 +29,13 @@ AT_START = {"dpo": math.log(2), "ipo": 25.0, "apo": 1.0, "kto": 0.5}
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """7 training pairs and 3 held out."""
-    return preferences.write(tmp_path_factory.mktemp("pairs"), preferences.pairs(7), preferences.pairs(3, 7))
+    return on_preferences.write(tmp_path_factory.mktemp("pairs"), on_preferences.pairs(7), on_preferences.pairs(3, 7))
 
 
 @pytest.fixture(scope="module")
 def rated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """7 rated training rows and 3 held out."""
-    return preferences.write(tmp_path_factory.mktemp("rated"), preferences.rated(7), preferences.rated(3, 7))
+    return on_preferences.write(tmp_path_factory.mktemp("rated"), on_preferences.rated(7), on_preferences.rated(3, 7))
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_however_a_step_is_accumulated_its_numbers_are_the_same(
     settings: tuple[str, ...], mlx_model: Path, tmp_path: Path
 ) -> None:
     """Four rows in 4, 2 and 1 micro-batches."""
-    rows = preferences.rated if "preference.loss=kto" in settings else preferences.pairs
-    data = preferences.write(tmp_path / "data", rows(4), rows(2, 4))
+    rows = on_preferences.rated if "preference.loss=kto" in settings else on_preferences.pairs
+    data = on_preferences.write(tmp_path / "data", rows(4), rows(2, 4))
     found = []
     for size in (1, 2, 4):
         sizes = (f"train.batch_rows={size}", f"train.accumulate={4 // size}")
@@ -121,7 +121,7 @@ def test_an_adapter_that_a_run_starts_from_is_its_reference(
 ) -> None:
     found = tune(mlx_model, pairs, tmp_path / "run", *LONG, f"lora.start_from={run}")
     assert of_kind(found, "train")[0]["margin"] == 0.0
-    assert preferences.reference(tmp_path / "run")["train"] != preferences.reference(finished)["train"]
+    assert on_preferences.reference(tmp_path / "run")["train"] != on_preferences.reference(finished)["train"]
     assert not any("less likely" in event["text"] for event in of_kind(found, "note"))
 
 
@@ -200,16 +200,16 @@ reference._Pass.compute, step.StepFunction.__call__ = compute, call
 def test_a_kill_at_any_place_loses_nothing(mlx_model: Path, pairs: Path, tmp_path: Path) -> None:
     """SIGKILL in the reference pass, after which there is nothing to go on from, then in the third step."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    tiny.done(*preferences.options(mlx_model, pairs, whole, *LONG))
+    tiny.done(*on_preferences.options(mlx_model, pairs, whole, *LONG))
     for in_pass, number in (("os.kill(os.getpid(), signal.SIGKILL)", 0), ("pass", 3)):
         code = DIES.format(in_pass=in_pass, number=number)
-        with tiny.started(*preferences.options(mlx_model, pairs, run, *LONG), code=code) as process:
+        with tiny.started(*on_preferences.options(mlx_model, pairs, run, *LONG), code=code) as process:
             process.wait()
         assert process.returncode == -9
         assert (run / "checkpoints").is_dir() == (number == 3)
     tiny.done("train", "--resume", "--out", run)
     same_bits(whole, run)
-    assert preferences.reference(whole) == preferences.reference(run)
+    assert on_preferences.reference(whole) == on_preferences.reference(run)
     listed = json.loads(tiny.mlxtune("runs", tmp_path, "--json").stdout)
     assert {one["state"] for one in listed} == {"finished"}
 
@@ -266,7 +266,7 @@ def test_a_longer_run_computes_what_more_of_the_reference_it_needs(
     tune(mlx_model, pairs, whole, *settings, "train.steps=3")
     same_steps = [event["loss"] for event in of_kind(events.read(longer), "train")]
     assert same_steps == [event["loss"] for event in of_kind(events.read(whole), "train")]
-    assert preferences.reference(longer)["train"] == preferences.reference(whole)["train"]
+    assert on_preferences.reference(longer)["train"] == on_preferences.reference(whole)["train"]
 
 
 # What a run is for.
@@ -315,7 +315,7 @@ def test_an_adapter_of_pairs_is_shipped_and_proven_on_answers_that_were_chosen(
 
 def test_what_a_run_on_preferences_says_is_told_to_people(mlx_model: Path, rated: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = tiny.done(*preferences.options(mlx_model, rated, run, "preference.loss=kto", "train.steps=2"))
+    done = tiny.done(*on_preferences.options(mlx_model, rated, run, "preference.loss=kto", "train.steps=2"))
     assert "7 training rated rows, 3 held out, 2 steps" in done.stderr
     assert "objective: kto, beta 0.1, compared with the model at step 0" in done.stderr
     assert "computing the reference: " in done.stderr and "accuracy 50.0%" in done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import preferences
+import on_preferences
 import pytest
 import tiny
 
@@ -92,7 +92,7 @@ def test_the_recipes_are_listed_and_explained(name: str) -> None:
     assert f"loss: {name}" in said and "(default: none)" in said
 
 
-PAIRS, RATED, PLAIN = preferences.pairs(6), preferences.rated(6), tiny.conversations(6)
+PAIRS, RATED, PLAIN = on_preferences.pairs(6), on_preferences.rated(6), tiny.conversations(6)
 KINDS = {"pairs": PAIRS, "rated": RATED, "plain": PLAIN}
 
 
@@ -112,24 +112,24 @@ KINDS = {"pairs": PAIRS, "rated": RATED, "plain": PLAIN}
 def test_rows_that_do_not_fit_the_objective_are_refused_with_the_other(
     train: str, valid: str, loss: str, said: str, hint: str, mlx_model: Path, tmp_path: Path
 ) -> None:
-    data = preferences.write(tmp_path / "data", KINDS[train], KINDS[valid][:2])
+    data = on_preferences.write(tmp_path / "data", KINDS[train], KINDS[valid][:2])
     setting = (f"preference.loss={loss}",) if loss else ()
     with pytest.raises(UserError) as told:
-        preferences.tune(mlx_model, data, tmp_path / "run", *setting)
+        on_preferences.tune(mlx_model, data, tmp_path / "run", *setting)
     assert said in told.value.message and hint in told.value.hint and not (tmp_path / "run").exists()
 
 
 def test_apos_weights_are_for_rated_answers_and_its_sft_for_pairs(mlx_model: Path, tmp_path: Path) -> None:
     for rows, setting in ((PAIRS, "good_weight=2"), (RATED, "sft=1")):
-        data = preferences.write(tmp_path / setting, rows, rows[:2])
+        data = on_preferences.write(tmp_path / setting, rows, rows[:2])
         with pytest.raises(UserError, match=re.escape(f"preference.{setting[:-2]} has no effect on ")):
-            preferences.tune(mlx_model, data, tmp_path / "run", "preference.loss=apo", f"preference.{setting}")
+            on_preferences.tune(mlx_model, data, tmp_path / "run", "preference.loss=apo", f"preference.{setting}")
 
 
 def test_a_dry_run_says_the_objective_and_what_is_computed(mlx_model: Path, tmp_path: Path) -> None:
     """The prompt of a pair once: less than the tokens of its two rows."""
-    data = preferences.write(tmp_path / "data", PAIRS, PAIRS[:2])
-    words = preferences.options(mlx_model, data, tmp_path / "run", "preference.loss=dpo", "preference.sft=0.5")
+    data = on_preferences.write(tmp_path / "data", PAIRS, PAIRS[:2])
+    words = on_preferences.options(mlx_model, data, tmp_path / "run", "preference.loss=dpo", "preference.sft=0.5")
     said = tiny.done(*words, "--dry-run").stdout
     assert "objective: dpo, beta 0.1, sft 0.5, compared with the model at step 0" in said
     assert "rows: 6 training pairs, 2 held out" in said

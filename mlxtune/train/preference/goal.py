@@ -70,7 +70,7 @@ def settings_of(section: PreferenceSection) -> Settings:
         length_normalised=section.length_normalised,
         good_weight=section.good_weight,
         bad_weight=section.bad_weight,
-        sft=1.0 if section.loss == "orpo" else section.sft,
+        sft=section.sft,
     )
 
 
@@ -100,7 +100,7 @@ class Goal:
     def of(cls, preference: Preference, split: OfSplit, batches: Sequence[Batch], ranks: Ranks = ALONE) -> Goal:
         """batches: all of the rows; or of several `ranks`, this process's part."""
         divisor, tokens = ranks.sum_numbers(counted(batches, preference.of_pairs), chosen_tokens(batches))
-        scale = divisor / tokens if preference.settings.sft and tokens else 0.0
+        scale = divisor / tokens if preference.settings.weight_of_own_loss else 0.0
         return cls(preference, split, round(divisor), scale)
 
     # The baseline, before anything else.
@@ -133,13 +133,7 @@ class Goal:
 
     def value(self, batch: Batch) -> Value:
         """What a micro-batch adds to the loss, as a function of its answers' sums [A]."""
-        return Value(
-            self.preference.settings,
-            batch,
-            mx.array(self._reference(batch)),
-            baseline=self.baseline,
-            sft_scale=self.sft_scale,
-        )
+        return Value.of(self.preference.settings, batch, -self._reference(batch), self.baseline, self.sft_scale)
 
     def gradients(self, gradients: Gradients, batch: Batch) -> tuple[mx.array, Any]:
         """(What a micro-batch adds to the loss, a scalar; the gradients of that, a tree)."""
