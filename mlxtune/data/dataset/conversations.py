@@ -26,7 +26,7 @@ def by_split(section: DataSection, seed: int, local_only: str = "") -> dict[str,
                 undivided += records
             else:
                 found.setdefault(split, []).extend(records)
-    hashes = np.array([duplicates.content_hash(record) for record in undivided], np.uint64)
+    hashes = np.array([duplicates.asked_hash(record) for record in undivided], np.uint64)
     highest = holdout.limit(hashes, section.valid_fraction, seed) if undivided else None
     for record, number in zip(undivided, holdout.seeded(hashes, seed), strict=True):
         held_out = highest is not None and int(number) <= highest

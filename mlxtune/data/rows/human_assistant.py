@@ -1,0 +1,28 @@
+"""Anthropic's form of conversations, one text each: "\\n\\nHuman: Hi\\n\\nAssistant: Hello!"."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}  # -> the role of OpenAI's messages
+_SPEAKER = re.compile(r"(?:\A|\n\n)\s*(Human|Assistant):")  # one opens each turn
+
+
+def turns(text: str) -> list[dict[str, Any]]:
+    """OpenAI messages, without the space around what was said; none where the text begins with no speaker."""
+    if not _SPEAKER.match(text):
+        return []
+    _, *pieces = _SPEAKER.split(text)  # a speaker, what was said, a speaker, what was said, ...
+    found = []
+    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
+        found.append({"role": SPEAKERS[speaker], "content": said.strip()})
+    return found
+
+
+def asked(text: str) -> list[dict[str, Any]]:
+    """The messages of a text that ends with an Assistant who has not spoken: a prompt. None of any other text."""
+    found = turns(text)
+    if len(found) < 2 or found[-1] != {"role": "assistant", "content": ""}:
+        return []
+    return found[:-1]
