@@ -321,10 +321,13 @@ def test_an_adapter_of_pairs_is_shipped_and_proven_on_answers_that_were_chosen(
     assert "no training rows" not in fused.stderr
 
 
-def test_what_a_run_on_preferences_says_is_told_to_people(mlx_model: Path, rated: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    done = tiny.done(*on_preferences.options(mlx_model, rated, run, "preference.loss=kto", "train.steps=2"))
-    assert "7 training rated rows, 3 held out, 2 steps" in done.stderr
-    assert "objective: kto, beta 0.1, compared with the model at step 0" in done.stderr
-    assert "computing the reference: " in done.stderr and "accuracy 50.0%" in done.stderr
-    assert re.search(r"step 2/2  loss [\d.]+  margin -?[\d.]+  accuracy \d+%  valid loss", done.stderr), done.stderr
+def test_the_recipe_goes_on_from_an_adapter_and_tells_people_what_it_does(
+    run: Path, mlx_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    flags = ("--model", mlx_model, "--data", pairs, "--set", f"lora.start_from={run}", "--steps", "2")
+    said = tiny.done("train", "-c", "dpo", *flags, "--out", tmp_path / "run").stderr
+    assert "7 training pairs, 3 held out, 2 steps" in said
+    assert "objective: dpo, beta 0.1, compared with the model at step 0" in said
+    assert "computing the reference: " in said and "step 0: validation loss 0.6931" in said
+    assert "accuracy 50.0%" in said
+    assert re.search(r"step 2/2  loss [\d.]+  margin -?[\d.]+  accuracy \d+%  valid loss", said), said

@@ -79,9 +79,9 @@ def train(
     dry_run: bool,
     **everyday: Any,
 ) -> None:
-    """Tune an adapter on a model (LoRA; QLoRA on a quantized one), on rows as they are, on pairs of a chosen and a
-    rejected answer, or on rated answers (preference.loss).
+    """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
 
+    It learns rows as they are or, with preference.loss, pairs of a chosen and a rejected answer, or rated answers.
     Flags beat the file, the file beats the defaults. RUN/adapters.safetensors ends up as the adapter with the lowest
     validation loss, and RUN/report.html shows what happened. Ctrl-C finishes the step, saves, and can be resumed, as
     can a run whose GPU failed. On several machines: mlx.launch. What FILE, or the run that goes on, turns on beyond

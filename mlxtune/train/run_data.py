@@ -42,15 +42,15 @@ def read_data(
     rows, before a model is downloaded.
     """
     model_is_here = Path(config.model.path).expanduser().exists()
-    sources.require_readable(config.data, not model_is_here, local.data)
+    preferences = bool(config.preference.loss)
+    sources.require_readable(config.data, not model_is_here, local.data, preferences)
     folder = hub.resolve(config.model.path, local_only=local.model)
     tokenizer, changes = vocabulary.run_tokenizer(folder, config)
     config = with_date(config, tokenizer)
-    section, preferences = config.preference, bool(config.preference.loss)
     splits = mixture.read(
         config.data, tokenizer, config.train.seed, progress, local_only=local.data, preferences=preferences
     )
-    require_fitting(section, {split: splits[split] for split in ("train", "valid")})
+    require_fitting(config.preference, {split: splits[split] for split in ("train", "valid")})
     return Data(splits["train"], splits["valid"], folder, tokenizer, changes), config
 
 
