@@ -1,4 +1,4 @@
-"""The way of docs/preference.md, walked on a tiny model: verdicts become pairs, pairs an adapter, and that is evaluated."""
+"""The way of docs/preference.md, walked on a tiny model: verdicts become pairs, these an adapter, which is evaluated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import evaluations
 import pytest
-import tiny
 from test_layers import COMMANDS
 
 from mlxtune.cli import main
@@ -24,15 +23,16 @@ from mlxtune.train import signals
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "preference.md"
 TESTS = Path(__file__).resolve().parent
+README = "test_readme.py::test_a_line_ends_well_and_has_made_what_it_names"
 # Lines by their beginning that other tests run: README's own, and those that need more than a tiny model brings along.
 ELSEWHERE = {
-    "mlxtune train --model model --data data": "test_readme.py::test_a_line_ends_well_and_has_made_what_it_names",
-    "mlxtune eval --model model --adapter run --suite": "test_readme.py::test_a_line_ends_well_and_has_made_what_it_names",
+    "mlxtune train --model model --data data": README,
+    "mlxtune eval --model model --adapter run --suite": README,
     "mlxtune eval --model model --adapter preferred --suite": "test_eval_suite.py::"
     "test_a_gate_that_is_not_met_ends_with_status_3",
     "mlxtune eval --model model --adapter preferred --forgetting": "test_forgetting.py::"
     "test_eval_says_what_was_forgotten_before_and_after",
-    "mlxtune fuse": "test_readme.py::test_a_line_ends_well_and_has_made_what_it_names",
+    "mlxtune fuse": README,
     "mlxtune make answers": "test_make_answers.py::test_the_judge_chooses_and_pairs_hold_what_it_prefers_in_both_orders",
     "mlxtune make pairs evals/first --by judge": "test_preference_eval.py::"
     "test_a_judge_makes_pairs_of_what_it_prefers_in_both_orders",
@@ -79,7 +79,9 @@ def walked(mlx_model: Path, run: Path, tmp_path_factory: pytest.TempPathFactory)
     evaluations.write(folder / "evals" / "first", prompts, base, tuned)
     log = ChatLog(folder / "chats.jsonl", Speaker("model", "run", None))
     for n in range(12):
-        log.add([{"role": "user", "content": f"Number {n}?"}], {"role": "assistant", "content": f"It is {n}."}, whole=True)
+        log.add(
+            [{"role": "user", "content": f"Number {n}?"}], {"role": "assistant", "content": f"It is {n}."}, whole=True
+        )
     log.close()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -101,8 +103,13 @@ def test_the_pairs_are_what_was_rated_and_the_adapter_is_one_of_them(walked: dic
     begun = [json.loads(line) for line in (folder / "preferred" / "events.jsonl").read_text().splitlines()]
     first = next(event for event in begun if event["kind"] == "eval")
     assert first["loss"] == pytest.approx(0.6931, abs=1e-4) and first["margin"] == pytest.approx(0, abs=1e-4)
-    told = json.loads(walked["mlxtune eval --model model --adapter preferred --data pairs.jsonl --json"][1].split("\n")[-2])
+    told = json.loads(
+        walked["mlxtune eval --model model --adapter preferred --data pairs.jsonl --json"][1].split("\n")[-2]
+    )
     assert told["kind"] == "pairs" and told["rows"] == 12
+    assert [note for note in told["notes"] if "with the adapter that the run began with" in note]
+    # One step from the reference: rewards are near 0, and not those against the bare model.
+    assert 0 < abs(told["rewards"]["margin"]) < 0.05
 
 
 @pytest.mark.parametrize("line", [line for line in lines() if line not in HERE])

@@ -64,8 +64,8 @@ def eval_command(
     Without a suite: loss, perplexity and token accuracy over the tokens that training supervises.
 
     Of pairs (a chosen and a rejected answer to one prompt) it is how often each model finds the chosen answer likelier,
-    how far the tuned one moved from the base, and what of that chance would not do; of rated answers the like. --html
-    writes it as a page.
+    how far the tuned one moved from the base (of a run that began with an adapter: from that one), and what of that
+    chance would not do; of rated answers the like. --html writes it as a page.
 
     With a suite, both answer its prompts (a base and its adapter in the same batches), and its checks say what is
     right. Each difference comes with its interval, and is called better or worse only where chance is unlikely to give
@@ -149,7 +149,7 @@ def eval_command(
     status = common.console().status("scoring")
     if examples.kind != "supervised":
         with status:
-            told = {"split": label, **preferences.scored(loaded, config, examples, adapter)}
+            told = {"split": label, **preferences.scored(loaded, config, examples, adapter, model)}
         if html is not None:
             preferences.write_page(html, f"{adapter or model}", told)
         if as_json:

@@ -11,6 +11,7 @@ from mlxtune_convert.shown import shown_name
 
 from mlxtune.cli import common, pages
 from mlxtune.cli.comparison_table import table_of
+from mlxtune.cli.tuned import load_model
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,24 +47,39 @@ def require_sides(config: Config) -> None:
                     raise no_page()
 
 
-def scored(loaded: Loaded, config: Config, examples: Examples, adapter: Path | None) -> dict[str, Any]:
-    """What `evaluate.preferences.report` says of the base and, with an adapter, of the tuned model."""
+def scored(loaded: Loaded, config: Config, examples: Examples, adapter: Path | None, model: str) -> dict[str, Any]:
+    """What `evaluate.preferences.report` says of the base and, with an adapter, of the tuned model. Of a run that began
+    with an adapter the base is the model with that one: it was the reference. model: as --model names it.
+    """
     from mlxtune.adapter.attach import switched_off
     from mlxtune.evaluate.preferences import Answers, log_probabilities, report
 
     answers = Answers.of(examples)
-    with switched_off(loaded.model):
-        base = log_probabilities(loaded, config, examples, answers)
     if adapter is None:
-        return report(answers, base)
+        return report(answers, log_probabilities(loaded, config, examples, answers))
     tuned = log_probabilities(loaded, config, examples, answers)
-    notes = []
-    if config.lora.start_from:
-        notes.append(
-            f"the run began with the adapter {config.lora.start_from}, which was its reference: rewards here are "
-            "against the base without any adapter"
-        )
-    return report(answers, base, tuned, beta_of(config), tuple(notes))
+    start, note = _start_of(config)
+    if start is None:
+        with switched_off(loaded.model):
+            base = log_probabilities(loaded, config, examples, answers)
+    else:
+        base = log_probabilities(load_model(model, start), config, examples, answers)
+    return report(answers, base, tuned, beta_of(config), (note,) if note else ())
+
+
+def _start_of(config: Config) -> tuple[Path | None, str]:
+    """(The adapter that a run began with; None: it began with none, or that one is gone, what is said of it)."""
+    from mlxtune_convert.adapters import AdapterConfig
+
+    if not config.lora.start_from:
+        return None, ""
+    start = Path(config.lora.start_from).expanduser()
+    try:
+        AdapterConfig.read(start)
+    except UserError as error:
+        said = f"the run began with the adapter {start}, which was its reference, and that cannot be read"
+        return None, f"{said} ({error.message}): the base here is the model without any adapter"
+    return start, f"the base here is the model with the adapter that the run began with, {start}: it was the reference"
 
 
 def beta_of(config: Config) -> float:
