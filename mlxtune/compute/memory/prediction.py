@@ -235,8 +235,8 @@ def _in_turns(costs: list[Cost], options: RunOptions) -> int:
 
 
 def _of_block_behind(calls: list[list[Cost]], place: int, options: RunOptions) -> int:
-    """The bytes that the block behind a checkpointed one still needs on its way back, where that one is not checkpointed
-    itself: MLX begins to compute the checkpointed one again before the other is done.
+    """The bytes that the block behind a checkpointed one still needs on its way back, where it keeps its activations:
+    MLX begins to compute the checkpointed one again before the other is done.
 
     How much of it is still there differs from model to model (measured: none to all of it), so all is counted: with
     `train.checkpoint_layers: n` a prediction may be a fifth too high, but not too low.
