@@ -255,7 +255,7 @@ class StepFunction:
                 for part in self._parts(batch):
                     self.between()
                     others = goal.mismatched(part)
-                    self._computing = len(part.rows)
+                    self._computing = units(part)
                     self._positions += forest_of_batch(others, self.job.way.prefix).computed
                     total += goal.likelier(others, forward)
             return total
