@@ -221,6 +221,14 @@ def require_good(bad: list[Bad], total: int) -> None:
     )
 
 
+def not_for_pairs(source: Path) -> UserError:
+    """For who reads rows of answers that are good, each by itself."""
+    return UserError(
+        f"{source}: pairs of answers, of which one is preferred; here each row is an answer to learn",
+        "Give rows of conversations: the prompts with their chosen answers, say.",
+    )
+
+
 def _format_of(row: Mapping[str, Any], preferences: bool = False) -> str:
     """The first known format whose columns a row has; "" for none."""
     in_order = list(FORMATS.items())
