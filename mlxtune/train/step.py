@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 from mlxtune.adapter import attach
 from mlxtune.adapter.dropout import DropoutKeys
 from mlxtune.adapter.plan import AdapterPlan
-from mlxtune.compute.division import Division, TooLarge
+from mlxtune.compute.division import Division, TooLarge, units
 from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.loss import Way
 from mlxtune.compute.prefix import forest_of_batch
@@ -86,7 +86,7 @@ class StepFunction:
         self.update = optim.Update(optimizer, job.section.clip_norm)
         self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
         self._longest_alike = extent.longest_alike(job.model)
-        self._computing = 0  # examples in the part under way
+        self._computing = 0  # of the part under way, what it could be cut between
         self._positions = 0  # that went through the model in the step under way, padding included, in this process
         self._trusted = True  # the predicted peak: no step was far beyond it
         self.divide(Division())
@@ -207,7 +207,7 @@ class StepFunction:
                 for part in self._parts(batch):
                     if gradients is not None:
                         self.between()
-                    self._computing = len(part.rows)
+                    self._computing = units(part)
                     self._positions += forest_of_batch(part, self.job.way.prefix).computed
                     self._set_noise(number, part)
                     value, new = self._gradients(part)

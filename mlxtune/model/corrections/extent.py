@@ -35,17 +35,25 @@ def longest_alike(model: nn.Module) -> int | None:
 def parts(batch: Batch, limit: int | None) -> list[Batch]:
     """A batch in parts that hold rows of one kind. limit: as `longest_alike` says it.
 
-    A row's last token is seen by nobody, so that a row may have one token more than the limit.
+    A row's last token is seen by nobody, so that a row may have one token more than the limit. Answers that are
+    compared stay together: a loss of theirs is no sum of the parts' (`loss.answer_sums` looks after the rotation).
     """
-    if limit is None or batch.ids.shape[1] <= limit + 1:
+    if batch.sides.any():
         return [batch]
+    return [part for _, part in alike(batch, limit)]
+
+
+def alike(batch: Batch, limit: int | None) -> list[tuple[np.ndarray, Batch]]:
+    """([rows] its places in the batch, the part) of each part that holds rows of one kind."""
+    if limit is None or batch.ids.shape[1] <= limit + 1:
+        return [(np.arange(len(batch.rows)), batch)]
     within = np.flatnonzero(batch.lengths <= limit + 1)
     sets = [within] if len(within) else []
     sets += [np.array([row]) for row in np.flatnonzero(batch.lengths > limit + 1)]
-    return [_narrowed(batch, rows, limit + 1 if rows is within else 0) for rows in sets]
+    return [(rows, _narrowed(batch, rows, limit + 1 if rows is within else 0)) for rows in sets]
 
 
 def _narrowed(batch: Batch, rows: np.ndarray, most: int) -> Batch:
-    """Some rows of a batch, padded to `most` tokens or, for 0, to the longest of them."""
+    """Some rows of a batch, padded to `most` tokens or, for 0, to the longest of them, each without a side."""
     width = most or int(batch.lengths[rows].max())
     return Batch(batch.rows[rows], batch.ids[rows, :width], batch.lengths[rows], batch.mask[rows, :width])
