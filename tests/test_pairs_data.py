@@ -16,7 +16,8 @@ from reading import all_of, read, rows_of
 
 from mlxtune.config.schema import DataSection, TrainSection
 from mlxtune.data.chat.masking import Example
-from mlxtune.data.dataset import mixture, sources
+from mlxtune.data.chat.renderer import Renderer
+from mlxtune.data.dataset import holdout, mixture, sources
 from mlxtune.data.dataset.batches import Batch, Plan, collate, in_order, side_by_side
 from mlxtune.data.dataset.examples import Examples
 from mlxtune.data.dataset.forest import forest_of
@@ -171,6 +172,15 @@ def test_all_pairs_of_one_prompt_are_held_out_together(tokenizer: Any, tmp_path:
     assert [len(one) for one in asked] == [7, 3]
     assert [found[split].rows for split in ("train", "valid")] == [28, 12]
     assert found["valid"].kind == "pairs"
+    section = DataSection(path=str(path), cache="off", valid_fraction=0.3)
+    for split, own in found.items():
+        shown = holdout.rows_of_split(
+            section, 0, split, Renderer(tokenizer, section), lambda *_: None, preferences=True
+        )
+        assert [row.row for row in shown] == rows_of(own)
+    same = tiny.write_jsonl(tmp_path / "same.jsonl", [{**row, "prompt": "Q"} for row in rows])
+    with pytest.raises(UserError, match="fewer than two different prompts"):
+        read(same, tokenizer, preferences=True)
 
 
 def test_pairs_are_equal_where_the_prompt_and_both_answers_are(tokenizer: Any, tmp_path: Path) -> None:
