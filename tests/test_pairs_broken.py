@@ -173,3 +173,9 @@ def test_a_file_without_one_of_the_sides_is_told_which_formats_there_are(tmp_pat
     with pytest.raises(UserError, match=r"line 1: no known row format has the keys prompt, chosen") as error:
         sources.require_readable(DataSection(path=str(path)), preferences=True)
     assert "prompt + chosen + rejected" in error.value.hint
+
+
+def test_broken_pairs_are_counted_among_the_rows(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [PAIR, PAIR, {**PAIR, "chosen": 1}, {**PAIR, "chosen": 1}])
+    with pytest.raises(UserError, match="2 of 4 rows cannot be used: line 3, 4: chosen must be a text"):
+        sources.require_readable(DataSection(path=str(path)), all_rows=True)

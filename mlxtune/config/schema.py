@@ -57,7 +57,11 @@ class DataSection(Section):
     hub: Literal["download", "stream"] = Field(
         "download", description="a hub dataset as a whole, or row by row up to cap"
     )
-    max_tokens: int = Field(2048, ge=8, description="longest example in tokens; longer ones keep their start")
+    max_tokens: int = Field(
+        2048,
+        ge=8,
+        description="longest example in tokens; longer ones keep their start, but answers of preferences are never cut",
+    )
     valid_fraction: float = Field(0.1, gt=0, lt=1, description="share of rows held out when there is no valid file")
     dedup: Literal["none", "exact", "near"] = Field(
         "none", description="training rows left out: none, equal ones, or those that share most of their words too"

@@ -7,9 +7,9 @@ Where preferences are asked for, a row that can be read as a pair is one, whatev
 conversation rates its answer. Else rows that have an ordinary format are read by it, as ever.
 
 To add a format:
-1. write its parser in `parsers.py`: a row -> the conversations or texts in it;
+1. write its parser in `parsers.py`, or in `pairs.py`: a row -> the conversations or texts in it;
 2. give it an entry in FORMATS below: its name, the columns that show it, and what else it reads;
-3. add a row of it to tests/test_records.py, and one that is wrong with the words of its error.
+3. add a row of it to tests/test_records.py, or tests/test_pairs.py, and one that is wrong with the words of its error.
 """
 
 from __future__ import annotations
@@ -218,6 +218,14 @@ def require_good(bad: list[Bad], total: int) -> None:
     raise UserError(
         f"{bad[0].file}{count} {'; '.join(reasons[:LISTED])}{more}",
         "Mend or remove them; `mlxtune data check` lists every one.",
+    )
+
+
+def not_for_pairs(source: Path) -> UserError:
+    """For who reads rows of answers that are good, each by itself."""
+    return UserError(
+        f"{source}: pairs of answers, of which one is preferred; here each row is an answer to learn",
+        "Give rows of conversations: the prompts with their chosen answers, say.",
     )
 
 
