@@ -33,7 +33,8 @@ ELSEWHERE = {
     "mlxtune eval --model model --adapter preferred --forgetting": "test_forgetting.py::"
     "test_eval_says_what_was_forgotten_before_and_after",
     "mlxtune fuse": README,
-    "mlxtune make answers": "test_make_answers.py::test_the_judge_chooses_and_pairs_hold_what_it_prefers_in_both_orders",
+    "mlxtune make answers": "test_make_answers.py::"
+    "test_the_judge_chooses_and_pairs_hold_what_it_prefers_in_both_orders",
     "mlxtune make pairs evals/first --by judge": "test_preference_eval.py::"
     "test_a_judge_makes_pairs_of_what_it_prefers_in_both_orders",
     "mlxtune make pairs evals/first --by checks": "test_preference_eval.py::"
