@@ -1,4 +1,4 @@
-"""The way of docs/preference.md, walked on a tiny model: verdicts become pairs, these an adapter, which is evaluated."""
+"""The way of docs/preference.md on a tiny model: verdicts become pairs, these an adapter, which is evaluated."""
 
 from __future__ import annotations
 
