@@ -57,6 +57,7 @@ class Preference:
     train: OfSplit  # the training rows
     valid: OfSplit  # the held-out rows
     rounding: float  # relative: what two computations of one log-probability may differ by
+    is_kept: bool = False  # the folder of the run has the reference already
 
 
 def settings_of(section: PreferenceSection) -> Settings:
@@ -88,7 +89,7 @@ def chosen_tokens(batches: Sequence[Batch]) -> int:
 class Goal:
     """Of the rows of one step, or of all held-out ones: their loss and their numbers."""
 
-    preference: Preference
+    preference: Preference  # of the run
     split: OfSplit  # that the rows are of
     divisor: int  # pairs or rated answers, of all processes
     sft_scale: float  # what makes chosen answers' summed losses a mean over tokens, once divided by `divisor`

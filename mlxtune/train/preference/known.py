@@ -30,6 +30,7 @@ class Known:
 
     @classmethod
     def nothing(cls, answer_of: np.ndarray) -> Known:
+        """Of a split whose values nobody computed yet. answer_of: [N], as above."""
         return cls(answer_of, np.full(int(answer_of[-1]) + 1, UNKNOWN, np.float32))
 
     @property
