@@ -45,6 +45,8 @@ ELSEWHERE = {
     "test_the_result_is_printed_and_likert_is_refused",
     "mlxtune eval --model model --adapter run --benchmark": "test_benchmarks.py::"
     "test_the_command_compares_base_and_tuned_without_a_network_or_torch",
+    "mlxtune train -c dpo": "test_preference_runs.py::"
+    "test_the_recipe_goes_on_from_an_adapter_and_tells_people_what_it_does",
     "mlxtune make answers": "test_make_answers.py::test_what_is_made_passes_the_check_and_trains",
     "mlxtune make turns": "test_make_turns.py::"
     "test_the_command_makes_turns_with_recorded_answers_and_refuses_a_base_model",

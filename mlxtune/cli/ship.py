@@ -132,6 +132,7 @@ def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Exa
 
     data: --data, which may name them.
     """
+    from mlxtune.ship.good_rows import of_good_answers
     from mlxtune.train import reach
     from mlxtune.train.run_data import read_data
     from mlxtune.train.run_folder import RunFolder
@@ -140,7 +141,7 @@ def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Exa
         config = RunFolder(adapter).config(flags={"model.path": str(model)})
         is_named = data is not None and data == config.data.path
         local = reach.LocalOnly(data="" if is_named else reach.compared(config.data))
-        rows = read_data(config, local=local)[0].train
+        rows = of_good_answers(read_data(config, local=local)[0].train)
     except UserError as error:
         common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
@@ -156,6 +157,7 @@ def _held_out(path: Path, adapter: Path | None, data: str | None, or_else: str =
     """
     from mlxtune.data.template.tokenizer_changes import tokenizer_of
     from mlxtune.ship import sample
+    from mlxtune.ship.good_rows import of_good_answers
     from mlxtune.ship.verify import MAX_POSITIONS, SHIPPED
 
     if adapter is None and data is None:
@@ -167,7 +169,7 @@ def _held_out(path: Path, adapter: Path | None, data: str | None, or_else: str =
         raise UserError(
             f"the proof needs held-out rows, and {adapter} is no run that names its own", "; ".join(ways) + "."
         )
-    return tuned.held_out(tokenizer_of(path, adapter), path, adapter, data)[0]
+    return of_good_answers(tuned.held_out(tokenizer_of(path, adapter), path, adapter, data)[0])
 
 
 def _artefact(target: str, dtype: str | None, kind: str | None, ollama: bool) -> Artefact:

@@ -223,13 +223,12 @@ def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> tuple[list[Re
 
 
 def _of_choosing_suite(config: Config) -> tuple[Sequence[Messages], list[str]]:
-    """(The prompts whose answers chose a run's checkpoint by train.keep_by, what must be said where they are not there
-    any more).
-    """
+    """(The prompts whose answers chose a run's checkpoint by train.keep_by, what must be said where they are gone)."""
+    from mlxtune.config.preference import is_kept_by_check
     from mlxtune.evaluate.comparison.overlap import answered
     from mlxtune.train.evaluation import suite_of
 
-    if config.train.keep_by == "loss":
+    if not is_kept_by_check(config):
         return [], []
     try:
         suite = suite_of(config)

@@ -47,7 +47,13 @@ def _everyday_flags(given: Mapping[str, Any], settings: tuple[str, ...]) -> dict
 
 
 @click.command()
-@click.option("-c", "--config", "file", metavar="FILE", help="YAML file, or a shipped recipe: quick, qlora, lora.")
+@click.option(
+    "-c",
+    "--config",
+    "file",
+    metavar="FILE",
+    help="YAML file, or a shipped recipe: quick, qlora, lora; of preferences dpo, orpo, kto.",
+)
 @common.model_option(required=False)
 @click.option("--data", metavar="PATH", help="Folder with train.jsonl, one data file, or hub dataset id.")
 @click.option(
@@ -75,6 +81,7 @@ def train(
 ) -> None:
     """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
 
+    It learns rows as they are or, with preference.loss, pairs of a chosen and a rejected answer, or rated answers.
     Flags beat the file, the file beats the defaults. RUN/adapters.safetensors ends up as the adapter with the lowest
     validation loss, and RUN/report.html shows what happened. Ctrl-C finishes the step, saves, and can be resumed, as
     can a run whose GPU failed. On several machines: mlx.launch. What FILE, or the run that goes on, turns on beyond
@@ -83,6 +90,7 @@ def train(
     \b
     mlxtune train -c quick --model model --data data
     mlxtune train -c qlora --model model --data data --lr 1e-4 --epochs 2 --out run
+    mlxtune train -c dpo --model model --data pairs --set lora.start_from=run --out tuned
     mlxtune train --resume --out run
     mlxtune train --resume-anyway --out run --set train.epochs=3
     """
@@ -176,6 +184,7 @@ def _print_plan(config: Config, folder: Path | None) -> None:
 
     from mlxtune.train import loggers, preparation
     from mlxtune.train.evaluation import suite_of
+    from mlxtune.train.preference.words import objective_in_words, rows_in_words
     from mlxtune.train.run_data import read_data
     from mlxtune.train.run_folder import RunFolder
 
@@ -190,7 +199,11 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     max_tokens = config.data.max_tokens
     for note in train.notes("train", max_tokens) + valid.notes("valid", max_tokens):
         out.print(f"note: {brief(note)}")
-    out.print(f"rows: {train.rows} to train on{train.also}, {valid.rows} held out{valid.also}")
+    if config.preference.loss:
+        out.print(f"objective: {objective_in_words(config.preference)}")
+        out.print(f"rows: {', '.join(rows_in_words(train, valid))}")
+    else:
+        out.print(f"rows: {train.rows} to train on{train.also}, {valid.rows} held out{valid.also}")
     tokens = int(train.lengths.sum())
     targets = int(train.column("targets").sum())
     out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")

@@ -1,9 +1,9 @@
 """A run's configuration, resolved: flags, --set, a file, and the defaults of `schema`.
 
-A run is described by five sections (`model`, `data`, `lora`, `train`, `fast`). Values come, strongest first, from
-command-line flags, then `--set section.key=value`, then a YAML file, then the defaults of the schema. Of two keys that
-exclude each other (steps, epochs), the one on the command line replaces the one in the file. An unknown key is an error
-that names its nearest neighbour; a key whose value could have no effect is one too.
+A run is described by six sections (`model`, `data`, `lora`, `train`, `preference`, `fast`). Values come, strongest
+first, from command-line flags, then `--set section.key=value`, then a YAML file, then the defaults of the schema. Of
+two keys that exclude each other (steps, epochs), the one on the command line replaces the one in the file. An unknown
+key is an error that names its nearest neighbour; a key whose value could have no effect is one too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mlxtune.config.preference import PreferenceSection, refuse_without_effect
 from mlxtune.config.schema import (
     DataSection,
     FastSection,
@@ -39,6 +40,7 @@ class Config(Section):
     data: DataSection = DataSection()
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
+    preference: PreferenceSection = PreferenceSection()
     fast: FastSection = FastSection()
 
     def to_yaml(self) -> str:
@@ -113,9 +115,11 @@ def load(
         if one in named and other not in named:
             _put(tree, other, None)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(*_explain(error, lines)) from None
+    refuse_without_effect(config, lines)
+    return config
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
