@@ -66,7 +66,8 @@ def test_each_kind_of_trouble_is_found_in_its_own_row(tokenizer_folder: Path, tm
     assert facts["rows"] == len(GOOD) + len(ODD)
     assert facts["formats"] == {"messages": facts["rows"] - 1}
     assert (facts["outcomes"]["unreadable"], facts["outcomes"]["shortened"]) == (1, 1)
-    assert facts["outcomes"]["used"] + 3 == facts["rows"]
+    assert facts["outcomes"]["damaged by the chat template"] == 1
+    assert facts["outcomes"]["used"] + 4 == facts["rows"]
     assert facts["tasks"]["explain"] == len(GOOD) + 2
     assert facts["lengths"]["longest"] > 250
     assert sum(count for _, _, count in facts["lengths"]["histogram"]) == facts["examples"]
