@@ -15,13 +15,13 @@ import pyarrow.parquet
 import pytest
 import terminal
 import tiny
-from mlxtune.presets.wanted import Goal
 
 from mlxtune.cli.init import GOALS
 from mlxtune.config import resolve
 from mlxtune.config.schema import SourceSection
 from mlxtune.demo.story import data_folder
 from mlxtune.errors import UserError
+from mlxtune.presets.wanted import Goal
 from mlxtune.project import rows
 from mlxtune.project.file import found
 from mlxtune.project.models import local_models

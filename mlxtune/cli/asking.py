@@ -30,12 +30,19 @@ def asked(question: str, options: Sequence[tuple[str, str]], default: str, read:
     options: (an answer, what is said of it), which a number from 1 chooses too; default: what an empty line means, "":
     nothing does.
     """
+    from rich.table import Table
+    from rich.text import Text
+
     console = common.console()
     console.print()
     console.print(question, style="bold")
-    width = max((len(str(number)) for number in range(1, len(options) + 1)), default=0)
-    for number, (answer, text) in enumerate(options, 1):
-        console.print(f"  {number:>{width}}  {brief(answer)}{f'   {text}' if text else ''}")
+    if options:
+        listed = Table.grid(padding=(0, 2))
+        listed.add_column(justify="right")
+        listed.add_column(overflow="fold")
+        for number, (answer, text) in enumerate(options, 1):
+            listed.add_row(f"  {number}", Text(brief(shown_name(answer))), Text(shown_name(text), style="dim"))
+        console.print(listed)
     while True:
         said = _line(default)
         if said.isdigit() and 1 <= int(said) <= len(options):

@@ -190,7 +190,7 @@ def _given(data: str | None, columns: dict[str, str], is_asked: bool) -> Given:
         return look(data)
     here = _data_here()
     if is_asked:
-        question = "Where are the rows? A file, a folder, or a dataset of the hub (owner/name); none: type none"
+        question = "Where are the rows? A file, a folder, owner/name on the hub; or none, where there are none yet"
         return asking.asked(question, [(path, "") for path in here], here[0] if here else "", _or_make(look))
     if len(here) == 1:
         return look(_told("--data", here[0]))
@@ -279,15 +279,14 @@ def _proposed(local: list[Local], machine: Machine) -> str:
 
 def _made(wish: Wish, work: Path, is_asked: bool) -> Made:
     """Write the project into its temporary folder; ask for another model where this one does not fit or open."""
-    from mlxtune.cli import survey_table
     from mlxtune.project import creation
     from mlxtune.project.picked import pick
 
     def write(wish: Wish) -> Made:
         for left in work.iterdir():  # of a model that did not fit
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-        with survey_table.progress(common.console()) as progress:
-            return creation.write(wish, work, progress)
+        with common.console().status("looking at the rows, and for settings that fit"):
+            return creation.write(wish, work)
 
     if not is_asked:
         return write(wish)

@@ -15,7 +15,6 @@ from mlxtune_convert.sizes import size
 from mlxtune.config import resolve
 from mlxtune.config.resolve import Config
 from mlxtune.data.chat.renderer import Renderer
-from mlxtune.data.dataset.store_writing import Progress
 from mlxtune.data.rows import formats
 from mlxtune.data.survey import sampling, survey
 from mlxtune.data.template.tokenizer_changes import preview_tokenizer
@@ -59,7 +58,7 @@ class Made:
     notes: Sequence[str] = field(default_factory=list)  # what a person must know beside them
 
 
-def write(wish: Wish, work: Path, progress: Progress = lambda source, rows: None) -> Made:
+def write(wish: Wish, work: Path) -> Made:
     """Write a project into a temporary folder. Raises UserError for rows, settings or a model that will not do."""
     own = resolve.load(None, wish.settings)
     _refuse_places(own)
@@ -71,7 +70,7 @@ def write(wish: Wish, work: Path, progress: Progress = lambda source, rows: None
     lengths = []
     if wish.model.folder is not None:
         renderer = Renderer(preview_tokenizer(wish.model.folder, config), config.data)
-        findings = survey.survey(config, renderer, progress, most=LOOKED_AT)["findings"]
+        findings = survey.survey(config, renderer, _nobody, most=LOOKED_AT)["findings"]
         lengths = _lengths(work / DATA / "train.jsonl", seed, renderer)
     else:
         notes.append(
@@ -88,6 +87,10 @@ def write(wish: Wish, work: Path, progress: Progress = lambda source, rows: None
     (work / IGNORED).write_text(texts.ignored(chosen), encoding="utf-8")
     resolve.load(work / PROJECT_FILE)  # what was set by hand may not go with what was found
     return Made(chosen, findings, notes)
+
+
+def _nobody(_source: str, _rows: int) -> None:
+    """Is told how many rows were read; there are too few for a bar."""
 
 
 def _refuse_places(own: Config) -> None:
@@ -142,7 +145,8 @@ def _chosen(wish: Wish, preset: Preset, counts: Mapping[str, int], prompts: int,
     why = {key: text for key, text in preset.why.items() if key not in set_too}
     notes = list(preset.warnings)
     if preset.peak_bytes is not None and not set_too:
-        notes.insert(0, f"Memory: {size(preset.peak_bytes)} predicted at the peak, of {size(preset.budget_bytes)}.")
+        peak, budget = size(preset.peak_bytes), size(preset.budget_bytes)
+        notes.insert(0, f"Memory: {peak} predicted at the peak, of {budget} that may be used.")
     return texts.Chosen(
         goal=wish.goal,
         meaning=GOALS[wish.goal],

@@ -3,50 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from mlxtune_convert.files import json_text
 
 from mlxtune.config.yaml_text import write_yaml
-from mlxtune.data.dataset import duplicates, holdout
 from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
 from mlxtune.evaluate.checks.suite import read_suite
+from mlxtune.evaluate.inferred.infer import Inferred, infer
+from mlxtune.evaluate.inferred.suite_rows import suite_rows, training_answers
 from mlxtune.project.folder import DATA, SUITE, SUITE_SETTINGS
 
-MOST_PROMPTS = 100  # that a suite asks: 100 show a difference of 12.5 points, and cost so many answers
-MOST_ANSWERS = 20_000  # training answers that the checks are inferred from
+NAMED = 3  # answers that are named where they do not pass the checks inferred from them
 HEADING = """# What is asked of every answer to suite.jsonl: docs/checks.md of mlxtune lists all checks.
-# These were inferred from the answers in data/train.jsonl. Change them, or add `checks` to rows of suite.jsonl.
+# Inferred from the answers in data/train.jsonl. Change them, or give rows of suite.jsonl `checks` of their own.
 """
 
 
 def write(work: Path, seed: int) -> tuple[int, list[str]]:
-    """Write suite.jsonl and suite.yaml into a new project that has its data already; return the number of prompts, and
-    what a person must know. No prompts, and no files: no test row ends with an answer in words to a question.
+    """Write the suite into a new project that has its data already; return the number of prompts, and what a person
+    must know. No prompts, and no files, where no test row is a question with an answer.
+
+    What holds for all rows stands once, in suite.yaml; but where some answers call tools, each row has its own checks.
     """
-    rows = _chosen(_questions(work / DATA / "test.jsonl"), seed)
-    if not rows:
+    asked = _questions(work / DATA / "test.jsonl")
+    if not asked:
         return 0, ["no test row is a question with an answer: there is no suite to ask"]
-    lines = []
-    for number, record in enumerate(rows, 1):
-        tools = {"tools": record.tools} if record.tools else {}
-        lines.append(json_text({"id": str(number), "messages": record.messages, **tools}, default=str) + "\n")
+    answers, prompts, places = training_answers(_questions(work / DATA / "train.jsonl"), seed)
+    found = infer(answers, prompts) if answers else Inferred("text", [])
+    rows = suite_rows(asked, found.checks, seed)
+    if found.checks and all(row["checks"] == found.checks for row in rows):
+        for row in rows:
+            del row["checks"]
+        (work / SUITE_SETTINGS).write_text(HEADING + write_yaml({"checks": found.checks}), encoding="utf-8")
+    lines = [json_text(row, default=str) + "\n" for row in rows]
     (work / SUITE).write_text("".join(lines), encoding="utf-8")
-    checks, notes = inferred(work / DATA / "train.jsonl")
-    (work / SUITE_SETTINGS).write_text(HEADING + write_yaml({"checks": checks}), encoding="utf-8")
     suite = read_suite(work / SUITE)
-    return len(rows), [*notes, *suite.notes]
+    return len(rows), [*_notes(found, places), *(note for note in suite.notes if note)]
 
 
-def inferred(train: Path) -> tuple[list[Any], list[str]]:
-    """(Checks that hold for the answers of a file of rows, as a suite's settings have them; what must be said)."""
-    return ["ended", "no_repeat"], []
+def _notes(found: Inferred, places: list[int]) -> list[str]:
+    """What the checks are, and which training answers do not pass them. places: the row of each answer."""
+    notes = [f"checks of the suite: {found.said}"] if found.said else []
+    named = [f"row {places[place]} {why}" for place, why in found.not_accepted[:NAMED]]
+    if named:
+        more = f", and {len(found.not_accepted) - NAMED} more" if len(found.not_accepted) > NAMED else ""
+        notes.append(f"answers of data/train.jsonl that do not pass them: {'; '.join(named)}{more}")
+    return notes
 
 
 def _questions(file: Path) -> list[Record]:
-    """The rows of a file that end with an answer in words to what a user, or a tool, said."""
+    """The rows of a file that end with an answer to what a user, or a tool, said."""
     if not file.stat().st_size:
         return []
     return [record for record in formats.read(file) if isinstance(record, Record) and _is_question(record)]
@@ -54,13 +61,4 @@ def _questions(file: Path) -> list[Record]:
 
 def _is_question(record: Record) -> bool:
     messages = record.messages or []
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[-2]["role"] not in ("user", "tool"):
-        return False
-    return bool(str(messages[-1]["content"] or "").strip())
-
-
-def _chosen(records: list[Record], seed: int) -> list[Record]:
-    """Up to MOST_PROMPTS of them, by their content and the seed, in their order."""
-    hashes = holdout.seeded([duplicates.content_hash(record) for record in records], seed)
-    chosen = np.sort(np.argsort(hashes, kind="stable")[:MOST_PROMPTS])
-    return [records[place] for place in chosen]
+    return len(messages) > 1 and messages[-1]["role"] == "assistant" and messages[-2]["role"] in ("user", "tool")

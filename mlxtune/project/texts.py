@@ -105,12 +105,14 @@ def commands(chosen: Chosen) -> list[tuple[str, str]]:
         ("mlxtune train --dry-run", "the plan: steps, tokens, memory"),
         ("mlxtune train", "the run, in the folder run"),
     ]
-    is_asked = f"{chosen.prompts} test prompts, before and after, with the checks of suite.yaml"
-    found.append(("mlxtune eval", is_asked if chosen.prompts else "the loss on rows that were held out"))
+    is_asked = f"{chosen.prompts} test prompts, before and after, checked"
+    found.append(
+        ("mlxtune eval --out evals/first", is_asked) if chosen.prompts else ("mlxtune eval", "the held-out loss")
+    )
     if chosen.prompts and chosen.goal in ("style", "chat"):
         found.append(("mlxtune eval --forgetting", "what the model lost by it"))
     found += [
-        ("mlxtune report", "the page of the run: run/report.html"),
+        ("mlxtune report", "run/report.html: the run, and evaluations of it"),
         ("mlxtune chat", "talk with it"),
         ("mlxtune export", f"make {', '.join(place_of(to) for to in chosen.exports)}"),
     ]
