@@ -36,7 +36,7 @@ LAYERS = (
     ("mlxtune.evaluate",),
     ("mlxtune.train",),
     ("mlxtune.ship",),
-    ("mlxtune.make", "mlxtune.report"),
+    ("mlxtune.make", "mlxtune.presets", "mlxtune.report"),
     ("mlxtune.demo", "mlxtune.project"),
     ("mlxtune.bench", "mlxtune.selftest"),
     ("mlxtune.cli",),

@@ -100,9 +100,18 @@ def console(quiet: bool = False) -> Console:
     return safe(stderr=True, quiet=quiet)
 
 
+def say(out: Console, line: str, style: str = "") -> None:
+    """Print a sentence: a terminal gets it broken between words, whoever reads it otherwise on one line.
+
+    (With rich's soft_wrap the terminal breaks it where its last column is, inside words. That is right for what is
+    copied from there: commands, paths.)
+    """
+    out.print(shown_name(line), style=style, soft_wrap=not out.is_terminal, markup=False, highlight=False)
+
+
 def note(text: str) -> None:
     """Say something that a person must know beside the result."""
-    console().print(f"note: {brief(text)}", style="yellow", soft_wrap=True)
+    say(console(), f"note: {brief(text)}", style="yellow")
 
 
 def next_commands(*commands: tuple[str | Path, ...]) -> None:

@@ -206,5 +206,5 @@ def convert(
     rows = chain.from_iterable(one.read() for one in found[split])
     written, left = rewrite(rows, target, out, force, drop, [Path(source)])
     for row in left:
-        common.console().print(f"left out: {row.place}: {row.reason}", style="yellow", soft_wrap=True)
+        common.say(common.console(), f"left out: {row.place}: {row.reason}", style="yellow")
     common.stdout().print(f"{out}: {written:,} rows" + (f", {len(left):,} left out" if left else ""))

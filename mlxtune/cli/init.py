@@ -126,7 +126,8 @@ def _refuse_idle() -> None:
     """Raise UserError for an option beside --show-presets, which needs none."""
     for option in click.get_current_context().command.params:
         if option.name not in ("show_presets", "as_json") and is_given(str(option.name)):
-            raise UserError(f"{option.opts[0]} has no effect with --show-presets", "It prints the same for everyone.")
+            name = option.opts[0] if isinstance(option, click.Option) else "DIR"
+            raise UserError(f"{name} has no effect with --show-presets", "It prints the same for everyone.")
 
 
 def _show_presets(as_json: bool) -> None:

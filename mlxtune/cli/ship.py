@@ -18,7 +18,8 @@ from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
     from mlxtune.data.chat.masking import Example
-    from mlxtune.ship.artefacts import Artefact, Progress
+    from mlxtune.ship.artefacts import Artefact
+    from mlxtune.ship.merge import Progress
     from mlxtune.ship.request import Request
     from mlxtune.ship.verify import Report
 
@@ -105,8 +106,8 @@ def fuse(bits: str, group_size: str | None, **request_options: Any) -> None:
     request = _request(**request_options)
     rows = _training_rows(request.model, request_options["adapter"], request_options["data"]) if bits == "4" else ()
     artefact = FusedMlx(int(bits), int(group_size) if group_size else None, calibration=rows)
-    with common.console().status("merging, comparing with the trained model"):
-        shipped = ship(request, artefact)
+    with _progress("merging, comparing with the trained model") as progress:
+        shipped = ship(request, artefact, progress)
     result = common.stdout()
     result.print(f"{request.out}: {shipped.what}")
     for note in shipped.notes:

@@ -265,7 +265,7 @@ def _from_folder(path: Path, name: str, work: Path, wanted: Wanted) -> Converted
     if wanted.dtype is not None:
         _change_type(model, wanted.dtype, quantized)
     if not quantized and not quantization.dense:
-        model, config = _quantized(model, config, quantization, notes)
+        model, config = quantized_model(model, config, quantization, notes)
     _save_weights(model, work)
     origin = source_of(path)
     if not (path / SOURCE_FILE).is_file():
@@ -289,7 +289,7 @@ def _change_type(model: nn.Module, dtype: str, quantized: bool) -> None:
     cast(model, wanted)
 
 
-def _quantized(
+def quantized_model(
     model: nn.Module, config: dict[str, Any], quantization: Quantization, notes: list[str]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model and its config.json, quantized as mlx-lm does it, the family's exceptions (routers and such) included.

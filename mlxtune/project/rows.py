@@ -129,7 +129,9 @@ def divided(given: Given, seed: int) -> np.ndarray:
 
 
 def write(given: Given, sides: np.ndarray, folder: Path) -> dict[str, int]:
-    """Make the three files in `folder`; return the rows of each. sides: as `divided` tells them."""
+    """Make the three files in `folder`; return the rows of each. sides: [rows of train], as
+    `divided` tells them.
+    """
     folder.mkdir(parents=True)
     counts = dict.fromkeys(SPLITS, 0)
     with ExitStack() as stack:

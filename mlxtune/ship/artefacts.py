@@ -14,7 +14,7 @@ To add a form:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +41,9 @@ from mlxtune.model.load import model_dtype, open_model, source_of
 from mlxtune.ship import card, differences, runners
 from mlxtune.ship.differences import Trained, Wanted
 from mlxtune.ship.gptq import Calibration
-from mlxtune.ship.merge import CALIBRATED_BELOW, Merged, fuse
+from mlxtune.ship.merge import CALIBRATED_BELOW, Merged, Progress, Told, fuse
 from mlxtune.ship.request import MergedModel
 from mlxtune.ship.runners import Candidate, Runner, TorchRunner
-
-Progress = Callable[[int, int], None]  # (weights done, weights in all)
 
 
 class Artefact(ABC):
@@ -110,7 +108,7 @@ class FusedMlx(Artefact):
             calibration = Calibration(str(request.model), request.adapter, self.calibration)
         config = model.facts.config
         merged = model.to_read(model.dtype(self.dtype))
-        notes = fuse(merged, model.folder, work, self.bits, self.group, calibration, model.copies_code)
+        notes = fuse(merged, model.folder, work, self.bits, self.group, calibration, model.copies_code, progress)
         Changes.read(request.adapter).write(work)
         card.write_generation_config(work, config)
         if request.examples is None:
@@ -155,7 +153,7 @@ class HuggingFace(Artefact):
         dtype = model.dtype(self.dtype)
         require_space(work, model.facts.count * dtype.size)
         rows = vocabulary(model.facts.config)
-        tensors = _arrays(model.to_read(dtype))
+        tensors = _arrays(model.to_read(dtype), progress)
         config = model_folder.write(
             work, layout, tensors, dropped, original, rows, dtype_name(dtype), model.copies_code
         )
@@ -247,10 +245,12 @@ class Peft(Artefact):
         return "peft"
 
 
-def _arrays(merged: Merged) -> Iterator[tuple[str, np.ndarray]]:
+def _arrays(merged: Merged, progress: Progress | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """(MLX's name, dense array) of every tensor, in the merged model's type."""
+    told = Told(merged.count(), progress)
     for name, array in merged.tensors():
         yield name, to_numpy(array)
+        told.add(array.size)
 
 
 def of_folder(folder: Path) -> Artefact:
