@@ -118,8 +118,8 @@ def _preset(wish: Wish, wanted: Wanted) -> Preset:
     if shape is None:
         advice = rules.advice(wanted, parameters=0)
         warning = (
-            f"{wish.model.named} is taken for a model of the hub, of which nothing is known here: no memory was predicted "
-            "(mlxtune train --dry-run does it)."
+            f"{wish.model.named} is taken for a model of the hub, of which nothing is known here: no memory was "
+            "predicted (mlxtune train --dry-run does it)."
         )
         settings = rules.differing({**advice.settings, "data.max_tokens": wanted.covering(0.99)})
         return Preset(settings, None, None, 0, 1.0, advice.why, [*advice.warnings, warning])
