@@ -196,6 +196,7 @@ def test_of_a_long_suite_a_few_rows_are_shown_and_how_many_answers_were_cut() ->
             display({"kind": "start", "steps": 2, "eval_every": 0})
             display({**event, **more})
         assert sum("'yes'" in line for line in out.getvalue().splitlines()) == rows
+        assert out.getvalue().count("answers after step 0:") == 1
         assert (
             ("and 9 more in events.jsonl" in out.getvalue()) == ("2 of 12 answers were cut" in out.getvalue()) == said
         )

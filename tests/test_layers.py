@@ -37,7 +37,7 @@ LAYERS = (
     ("mlxtune.train",),
     ("mlxtune.ship",),
     ("mlxtune.make", "mlxtune.presets", "mlxtune.report"),
-    ("mlxtune.demo",),
+    ("mlxtune.demo", "mlxtune.project"),
     ("mlxtune.bench", "mlxtune.selftest"),
     ("mlxtune.cli",),
     ("mlxtune.__main__",),

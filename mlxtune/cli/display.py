@@ -224,6 +224,8 @@ class Display:
         samples = event.get("samples", ())
         # Prompts that the configuration lists were chosen to be looked at; a suite may have hundreds.
         shown = samples[:SHOWN_ROWS] if "checks" in event else samples
+        if shown:
+            self.console.print(Text(f"  answers after step {event['step']}:", style="dim"))
         for sample in shown:
             say(self.console, f"  {sample['prompt']!r}: {sample['answer']!r}", style="dim")
         if len(samples) > len(shown):

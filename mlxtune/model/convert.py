@@ -141,7 +141,7 @@ def convert(
     path = resolve(source, code)
     if code and (path.is_file() or not companions.code_of(path)):
         raise UserError(f"--trust-remote-code has no effect: {source} names no code of its own", "Leave it out.")
-    if path.is_file() and path.suffix != ".gguf":
+    if path.is_file() and path.suffix != ".gguf" and not container.is_gguf(path):  # Ollama's have no ending
         raise UserError(f"{path}: a model file must be a .gguf", "A Hugging Face model is given as its folder.")
     wanted = Wanted(quantization, dtype, code)
     # The kinds of source. Each writes into a folder that gets its name at the end.
