@@ -13,7 +13,7 @@ import tiny
 
 from mlxtune.cli import survey_table
 from mlxtune.cli.console import console
-from mlxtune.data.rows import formats, writers
+from mlxtune.data.rows import formats, rewriting
 from mlxtune.errors import UserError
 
 
@@ -142,8 +142,8 @@ CALLING = {
 )
 def test_a_row_survives_the_way_to_another_format_and_back(row: dict[str, Any], target: str, tmp_path: Path) -> None:
     given = tiny.write_jsonl(tmp_path / "d.jsonl", [{**row, "id": 9}])
-    written, left = writers.rewrite(formats.read(given), target, tmp_path / "out.jsonl")
-    assert (written, left) == (1, [])
+    done = rewriting.rewrite(formats.read(given), target, tmp_path / "out.jsonl")
+    assert (done.written, done.left_out) == (1, [])
     (before,), (after,) = (list(formats.read(path)) for path in (given, tmp_path / "out.jsonl"))
     assert isinstance(before, formats.Record) and isinstance(after, formats.Record)
     called = [call["id"] for message in after.messages or [] for call in message.get("tool_calls", [])]
@@ -156,10 +156,10 @@ def test_rows_that_a_format_cannot_hold_are_refused_or_left_out(tmp_path: Path) 
     out = tmp_path / "out.jsonl"
     read: Callable[[], Any] = lambda: formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", [GOOD[0], CALLING]))  # noqa: E731
     with pytest.raises(UserError, match="line 2: an Alpaca row holds one question and one answer, and no tools"):
-        writers.rewrite(read(), "alpaca", out)
+        rewriting.rewrite(read(), "alpaca", out)
     assert not out.exists()
-    written, left = writers.rewrite(read(), "alpaca", out, drop=True)
-    assert (written, [row.place for row in left]) == (1, ["line 2"])
+    done = rewriting.rewrite(read(), "alpaca", out, drop=True)
+    assert (done.written, [row.place for row in done.left_out]) == (1, ["line 2"])
     assert [json.loads(line)["instruction"] for line in out.read_text().splitlines()] == ["Explain number 0."]
 
 

@@ -189,6 +189,7 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("data curate", *curate, *on, "--keep", "2", "--out", here / f"few{hostile.name(11)}.jsonl")
     step("data curate --review", *curate, "--review", "--out", here / "mine.jsonl", typed=[("> ", "q\n")])
     step("rate", "rate", evaluations[0], typed=[("> ", "q\n")])
+    step("make pairs, refused", "make", "pairs", evaluations[0], "--out", here / "never.jsonl")  # nothing was rated
     step("fuse", "fuse", *tuned, "--out", at["fused"])
     step("fuse --force", "fuse", *tuned, "--out", at["fused"], "--force", "--no-verify")
     step("fuse over theirs", "fuse", *tuned, "--out", theirs, "--force")
@@ -223,7 +224,15 @@ REFUSED = (
         "demo over theirs",
         "no such model",
     ),
-    *("bench, refused", "no such data", "no such command", "no such option", "no such choice", "no such key"),
+    *(
+        "make pairs, refused",
+        "bench, refused",
+        "no such data",
+        "no such command",
+        "no such option",
+        "no such choice",
+        "no such key",
+    ),
 )
 DONE = (
     *("convert", "data show", "data show --json", "data check", "data check of a folder", "data convert"),

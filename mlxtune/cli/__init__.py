@@ -27,6 +27,7 @@ from mlxtune.cli import (
     make_from_documents,
     make_from_template,
     make_instructions,
+    make_pairs,
     make_refusals,
     make_turns,
     rate,
@@ -58,6 +59,7 @@ SECTIONS: dict[str, list[click.Command]] = {
 }
 MAKERS: list[click.Command] = [  # the commands of `make`
     make_instructions.instructions,
+    make_pairs.pairs,
     make_answers.answers,
     make_turns.turns,
     make_refusals.refusals,

@@ -47,7 +47,8 @@ def show(
     """Print rows rendered by the model's chat template, coloured by what is trained on.
 
     Green (or between the marks where there is no colour) is what the model must produce; the rest is context.
-    DIR may hold a tokenizer alone. A row is printed as its examples: turns that do not share one have their own.
+    DIR may hold a tokenizer alone. A row is printed as its examples: turns that do not share one have their own. Of a
+    pair the prompt is printed once, then the chosen answer (+, green) and the rejected one (-, red).
     --split train and valid divide the rows of a train file as training does, before data.dedup, data.cap and
     data.on_damage leave any out. In a folder with mlxtune.yaml, model and data may be left out.
 
@@ -55,11 +56,14 @@ def show(
     mlxtune data show --model model --data train.jsonl --limit 3
     mlxtune data show --model model --data data --split valid --json
     """
-    from itertools import islice
+    from itertools import chain, islice
 
     from mlxtune.cli import shown_rows, survey_table
     from mlxtune.config import resolve as config
+    from mlxtune.data.chat.by_row import by_row
     from mlxtune.data.dataset import holdout
+    from mlxtune.data.rows.readers import Bad
+    from mlxtune.data.rows.two_sides import TwoSides, records_of, together
     from mlxtune.errors import UserError
 
     cache = () if split else ("data.cache",)  # only what training would hold out needs all rows
@@ -71,14 +75,21 @@ def show(
     renderer = _renderer(model, resolved)
     out = common.stdout()
     with survey_table.progress(common.console()) as progress:
-        rows = holdout.rows_of_split(resolved.data, resolved.train.seed, split, renderer, progress)
+        rows = holdout.rows_of_split(
+            resolved.data, resolved.train.seed, split, renderer, progress, bool(resolved.preference.loss)
+        )
     if limit is None and not as_json:
         limit = SHOWN
-    for record in islice(rows, limit):
-        for row in renderer.rows([record]):
-            if as_json:
+    for one in islice(together(rows), limit):
+        records = [one] if isinstance(one, Bad) else records_of(one)
+        parts = list(chain.from_iterable(by_row(renderer.stream(records))))
+        if as_json:
+            for row in parts:
                 click.echo(shown_json(shown_rows.as_json(renderer.tokenizer, row)))
-            else:
+        elif isinstance(one, TwoSides):
+            shown_rows.draw_pair(out, renderer.tokenizer, parts)
+        else:
+            for row in parts:
                 shown_rows.draw(out, renderer.tokenizer, row)
 
 
@@ -89,7 +100,7 @@ def _renderer(model: str, config: Config) -> Renderer:
     from mlxtune.data.template.tokenizer_changes import preview_tokenizer
     from mlxtune.model import hub
 
-    sources.require_readable(config.data)
+    sources.require_readable(config.data, preferences=bool(config.preference.loss))
     return Renderer(preview_tokenizer(hub.resolve(model), config), config.data)
 
 
@@ -172,10 +183,18 @@ def check(
 @click.argument("source", metavar="SOURCE")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT.jsonl")
 @click.option(
-    "--to", "target", type=click.Choice(["messages", "sharegpt", "alpaca"]), default="messages", show_default=True
+    "--to",
+    "target",
+    type=click.Choice(["messages", "sharegpt", "alpaca", "pairs", "pairs-implicit", "openai", "llama-factory", "kto"]),
+    default="messages",
+    show_default=True,
 )
 @common.split_option("Of a folder.", default="train", show_default=True)
-@click.option("--drop", is_flag=True, help="Leave out rows that do not fit, instead of refusing.")
+@click.option(
+    "--drop",
+    is_flag=True,
+    help="Leave out what does not fit, instead of refusing: rows; of pairs, the rejected answers.",
+)
 @common.force_option
 @common.settings_option
 def convert(
@@ -183,16 +202,21 @@ def convert(
 ) -> None:
     """Rewrite rows of any known format as JSON Lines of another.
 
+    Pairs (a better and a worse answer to one prompt) are written as pairs, pairs-implicit, openai or llama-factory have
+    them, or as kto: two rated answers each.
+
     \b
     mlxtune data convert alpaca.json train.jsonl
     mlxtune data convert train.jsonl sharegpt.jsonl --to sharegpt
     mlxtune data convert gsm8k.csv train.jsonl --set 'data.columns={question: prompt, answer: completion}'
+    mlxtune data convert pairs.jsonl openai.jsonl --to openai
+    mlxtune data convert pairs.jsonl chosen.jsonl --drop
     """
     from itertools import chain
 
     from mlxtune.config import resolve as config
     from mlxtune.data.dataset import sources
-    from mlxtune.data.rows.writers import rewrite
+    from mlxtune.data.rows.rewriting import PREFERENCES, rewrite
     from mlxtune.errors import UserError
 
     common.refuse_idle(settings, "", but=("data.columns",))
@@ -200,11 +224,14 @@ def convert(
         raise UserError(f"{out}: JSON Lines are written", "Give it a name that ends with .jsonl.")
     section = config.load(None, settings, {"data.path": source}).data
     (given,) = section.mixture()
-    found = sources.files_by_split(given)
+    found = sources.files_by_split(given, preferences=target in PREFERENCES)
     if split not in found:
         raise UserError(f"{source} has no {split} file", f"It has: {', '.join(found)}.")
     rows = chain.from_iterable(one.read() for one in found[split])
-    written, left = rewrite(rows, target, out, force, drop, [Path(source)])
-    for row in left:
+    done = rewrite(rows, target, out, force, drop, [Path(source)])
+    for row in done.left_out:
         common.say(common.console(), f"left out: {row.place}: {row.reason}", style="yellow")
-    common.stdout().print(f"{out}: {written:,} rows" + (f", {len(left):,} left out" if left else ""))
+    if done.rejected:
+        common.note(f"the rejected answers of {done.rejected:,} pairs are left out: a row of {target} has one answer")
+    left = f", {len(done.left_out):,} left out" if done.left_out else ""
+    common.stdout().print(f"{out}: {done.written:,} rows{left}")
