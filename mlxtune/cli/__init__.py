@@ -21,11 +21,13 @@ from mlxtune.cli import (
     demo,
     doctor,
     evaluate,
+    init,
     make,
     make_answers,
     make_from_documents,
     make_from_template,
     make_instructions,
+    make_pairs,
     make_refusals,
     make_turns,
     rate,
@@ -41,7 +43,7 @@ from mlxtune.machine import gpu_errors
 from mlxtune.train import signals
 
 SECTIONS: dict[str, list[click.Command]] = {
-    "Begin": [demo.demo, doctor.doctor, bench.bench],
+    "Begin": [init.init, demo.demo, doctor.doctor, bench.bench],
     "Prepare": [convert.convert, data.data, make.make],
     "Tune": [
         config.config,
@@ -57,6 +59,7 @@ SECTIONS: dict[str, list[click.Command]] = {
 }
 MAKERS: list[click.Command] = [  # the commands of `make`
     make_instructions.instructions,
+    make_pairs.pairs,
     make_answers.answers,
     make_turns.turns,
     make_refusals.refusals,

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.files import json_text
 
-from mlxtune.cli import benchmarks, common, suites, tuned
+from mlxtune.cli import benchmarks, common, pages, preferences, suites, tuned
 from mlxtune.cli.benchmarks import benchmark_options
 from mlxtune.cli.judging import judge_options
 from mlxtune.cli.options import Command
@@ -62,6 +63,10 @@ def eval_command(
 
     Without a suite: loss, perplexity and token accuracy over the tokens that training supervises.
 
+    Of pairs (a chosen and a rejected answer to one prompt) it is how often each model finds the chosen answer likelier,
+    how far the tuned one moved from the base (of a run that began with an adapter: from that one), and what of that
+    chance would not do; of rated answers the like. --html writes it as a page.
+
     With a suite, both answer its prompts (a base and its adapter in the same batches), and its checks say what is
     right. Each difference comes with its interval, and is called better or worse only where chance is unlikely to give
     as much (p < 0.05 over all checks together). Exit status 3: a --min-better or --max-worse is not met.
@@ -78,6 +83,7 @@ def eval_command(
     \b
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
+    mlxtune eval --model model --adapter run --data pairs.jsonl --html page.html
     mlxtune eval --model model --adapter run --suite data/test.jsonl --out evals/first
     mlxtune eval --model model --adapter run --suite data/test.jsonl --out evals/second --html page.html
     mlxtune eval --model model --adapter run --suite data/test.jsonl --min-better json=0.1
@@ -129,7 +135,11 @@ def eval_command(
 
     if adapter is None and data is None and not any(setting.startswith("data.") for setting in settings):
         raise UserError("no rows to score", "Name them: --data PATH; or --adapter RUN, whose held-out rows are taken.")
-    tuned.run_settings(adapter, data, settings)  # a typing error is said before the model is read
+    settled = tuned.run_settings(adapter, data, settings)  # a typing error is said before the model is read
+    html: Path | None = of_suite["html"]
+    if html is not None:
+        preferences.require_sides(settled)
+        pages.require_place(html)
     loaded = tuned.load_model(model, adapter)
     examples, config = tuned.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)
     is_whole = data is not None and holdout.is_whole_file(data, split)
@@ -137,6 +147,18 @@ def eval_command(
     for note in examples.notes(label, config.data.max_tokens):
         common.note(note)
     status = common.console().status("scoring")
+    if examples.kind != "supervised":
+        with status:
+            told = {"split": label, **preferences.scored(loaded, config, examples, adapter, model)}
+        if html is not None:
+            preferences.write_page(html, f"{adapter or model}", told)
+        if as_json:
+            click.echo(json_text(told))
+        else:
+            preferences.draw(common.stdout(), told)
+        return
+    if html is not None:
+        raise preferences.no_page()
     with status, switched_off(loaded.model):
         scores = {"base": score_examples(loaded, config, examples)}
     if adapter is not None:
