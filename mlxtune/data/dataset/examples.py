@@ -240,6 +240,7 @@ class Examples(MeasuredExamples):
             tokens=int(self.lengths[of_turns].sum()),
             once=int(self.of_rows("once").sum()),  # of text rows it is 0
             untrue=int(self.column("untrue").sum()),
+            of_pairs=bool((self.sides == Side.CHOSEN).any()),
         )
 
     def notes(self, split: str, max_tokens: int) -> list[str]:

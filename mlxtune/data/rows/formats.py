@@ -256,10 +256,19 @@ def _format_of_first_row(
     if inside:
         hint = f"The rows are inside `{inside}`: make that list the whole file (jq .{inside} OLD.json > NEW.json)."
     else:
-        example = f"{{{names[0]}: prompt, {names[1]}: completion}}" if len(names) > 1 else "{NAME: text}"
-        hint = f"Rename columns with --set 'data.columns={example}'."
+        hint = f"Rename columns with --set 'data.columns={_renaming(names)}'."
     known = "; ".join(" + ".join(known.required) for known in FORMATS.values())
     raise UserError(message, f"Known: {known}. {hint}")
+
+
+def _renaming(names: list[str]) -> str:
+    """How columns of such names might be meant, for a hint."""
+    sides = [next((name for name in names if side[:6] in name.lower()), "") for side in pairs.NAMES]
+    if all(sides):
+        return "{" + ", ".join(f"{name}: {side}" for name, side in zip(sides, pairs.NAMES, strict=True)) + "}"
+    if len(names) > 1:
+        return f"{{{names[0]}: prompt, {names[1]}: completion}}"
+    return "{NAME: text}"
 
 
 def _rows_inside(row: dict[str, Any]) -> str:

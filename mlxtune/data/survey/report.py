@@ -40,6 +40,7 @@ def _facts(split: SplitSurvey, config: Config) -> dict[str, Any]:
         "rows": split.rows,
         "formats": dict(split.formats),
         "outcomes": _most_first(split.outcomes),
+        "held_out": split.held_out,
         "examples": split.examples,
         "tokens": split.tokens,
         "supervised_tokens": split.targets,
@@ -94,9 +95,9 @@ def _steps_per_epoch(split: SplitSurvey, config: Config) -> int:
         per_step = section.batch_tokens * section.accumulate
         known = split.preferences
         tokens = split.tokens - known.whole_tokens + known.computed_tokens  # of a pair what is computed counts
-        return -(-tokens // per_step)
+        return -(-tokens * split.trained // max(1, len(split.used_hashes)) // per_step)
     per_step = (section.batch_rows or DEFAULT_ROWS) * section.accumulate
-    return -(-split.used // per_step)
+    return -(-split.trained // per_step)
 
 
 def _lengths(counts: Counter[int], limit: int) -> dict[str, Any]:

@@ -19,17 +19,18 @@ import numpy as np
 from mlxtune.config.resolve import Config
 from mlxtune.data.chat.by_row import by_row
 from mlxtune.data.chat.renderer import NO_TARGET, Renderer, Row, by_record
-from mlxtune.data.dataset import duplicates, sources
+from mlxtune.data.dataset import duplicates, holdout, sources
 from mlxtune.data.dataset.beginnings import common
 from mlxtune.data.dataset.store_writing import Progress
 from mlxtune.data.rows.formats import Record, chunks
 from mlxtune.data.rows.readers import Bad
-from mlxtune.data.rows.two_sides import TwoSides, records_of, side_of, together
+from mlxtune.data.rows.two_sides import TwoSides, records_of, together
 from mlxtune.data.survey import consistency, lint, report, sampling, subjects
 from mlxtune.data.survey.markup import Markup
 from mlxtune.data.survey.split_survey import SplitSurvey
 
 USED, SHORTENED = "used", "shortened"  # outcomes of a row that gives examples
+DAMAGED = "damaged by the chat template"  # as training names them: it stops for them, or leaves them out
 CUT = "no answer of a preference is cut, and it ends after data.max_tokens"
 
 
@@ -55,6 +56,7 @@ def survey(
             if split == "train":
                 out.find_unused(sources.unused(found))
             splits[name] = out
+    _hold_out(splits, config)
     _find_few(splits)
     _find_styles(splits)
     for name, other in splits.items():
@@ -62,6 +64,16 @@ def survey(
             if trained.startswith("train") and not name.startswith("train"):
                 _find_leaks(train, other)
     return report.report(splits, config)
+
+
+def _hold_out(splits: dict[str, SplitSurvey], config: Config) -> None:
+    """Count the rows that training would hold out of the train files of sources without a valid file."""
+    for name, split in splits.items():
+        if name.startswith("train") and name.replace("train", "valid", 1) not in splits:
+            hashes = np.array(split.used_hashes, np.uint64)
+            highest = holdout.limit(hashes, config.data.valid_fraction, config.train.seed)
+            if highest is not None:
+                split.held_out = int((holdout.seeded(hashes, config.train.seed) <= highest).sum())
 
 
 def read_split(out: SplitSurvey, records: Iterator[Record | Bad], renderer: Renderer, progress: Progress) -> None:
@@ -83,11 +95,12 @@ def read_split(out: SplitSurvey, records: Iterator[Record | Bad], renderer: Rend
             for record in records_of(row):
                 for code, reason in markup.codes(record):
                     out.find(code, out.name_of(record), reason)
-        for parts in by_row(uncut.stream(record for row in good for record in records_of(row))):
-            if side_of(parts[0].record):
-                _count_preference(out, parts, limit)
-            else:
-                _count_row(out, parts, limit)
+        made = by_row(uncut.stream(record for row in good for record in records_of(row)))
+        for row, parts in zip(good, made, strict=True):
+            record = records_of(row)[0]
+            is_used = _count_preference(out, parts, limit) if record.side else _count_row(out, parts, limit)
+            if is_used:
+                out.used_hashes.append(duplicates.asked_hash(record))
         if good:
             out.signatures.append(np.array([_signature(row) for row in good]))
         progress(out.file, out.rows)
@@ -152,25 +165,30 @@ def _system_hash(record: Record) -> int | None:
     return None
 
 
-def _count_row(out: SplitSurvey, parts: list[Row], limit: int) -> None:
-    """What training would make of a row. parts: all that was made of it, uncut; limit: data.max_tokens."""
+def _count_row(out: SplitSurvey, parts: list[Row], limit: int) -> bool:
+    """Count what training would make of a row, and say whether it would train on it. parts: all that was made of it,
+    uncut; limit: data.max_tokens.
+    """
     out.expansion.add(parts, limit)
     out.kinds.add(parts, out.name_of(parts[0].record), limit)
     gives_examples = any(part.example is not None and part.example.mask[1:limit].any() for part in parts)
     outcomes = [_count_part(out, part, limit, gives_examples) for part in parts]
-    if SHORTENED in outcomes:
+    if any(part.damage for part in parts):
+        outcome = DAMAGED
+    elif SHORTENED in outcomes:
         outcome = SHORTENED
     elif USED in outcomes:
         outcome = USED
     else:
         outcome = outcomes[0]
     out.outcomes[outcome] += 1
-    if outcome in (USED, SHORTENED):
-        out.used += 1
+    return outcome in (USED, SHORTENED)
 
 
-def _count_preference(out: SplitSurvey, parts: list[Row], limit: int) -> None:
-    """What training would make of a pair or a rated answer: all of it, or nothing. parts: all its examples, uncut."""
+def _count_preference(out: SplitSurvey, parts: list[Row], limit: int) -> bool:
+    """Count what training would make of a pair or a rated answer, all of it or nothing, and say whether it would train
+    on it. parts: all its examples, uncut; limit: data.max_tokens.
+    """
     name = out.name_of(parts[0].record)
     for side in by_record(parts):
         out.expansion.add(side, limit)
@@ -184,14 +202,17 @@ def _count_preference(out: SplitSurvey, parts: list[Row], limit: int) -> None:
     if reason:
         out.find(code, name, reason)
         out.outcomes[f"dropped: {reason}"] += 1
-        return
+        return False
+    if any(row.damage for row in parts):
+        out.outcomes[DAMAGED] += 1
+        return False
     out.outcomes[USED] += 1
-    out.used += 1
     out.preferences.add_used(parts)
     for row in parts:
         assert row.example is not None
         _add_example(out, row.example.ids[:limit])
         out.targets += int(np.asarray(row.example.mask[1:]).sum())
+    return True
 
 
 def _why_no_preference(parts: list[Row], limit: int) -> tuple[str, str]:
