@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from mlxtune_convert.shown import shown_json
 
+from mlxtune.api.rendering import renderer_of
 from mlxtune.cli import common, curate, pages
 from mlxtune.cli.options import Command, Group, Need, OptionFor
-
-if TYPE_CHECKING:
-    from mlxtune.config.resolve import Config
-    from mlxtune.data.chat.renderer import Renderer
 
 SHOWN = 5  # rows that `data show` prints for people
 
@@ -54,7 +50,7 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     cache = () if split else ("data.cache",)  # only what training would hold out needs all rows
     common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.on_damage", *cache)
     resolved = config.load(None, settings, {"data.path": path})
-    renderer = _renderer(model, resolved)
+    renderer = renderer_of(model, resolved)
     out = common.stdout()
     with survey_table.progress(common.console()) as progress:
         rows = holdout.rows_of_split(resolved.data, resolved.train.seed, split, renderer, progress)
@@ -66,17 +62,6 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
                 click.echo(shown_json(shown_rows.as_json(renderer.tokenizer, row)))
             else:
                 shown_rows.draw(out, renderer.tokenizer, row)
-
-
-def _renderer(model: str, config: Config) -> Renderer:
-    """What makes examples with the tokenizer of a model, once the data is known to be there."""
-    from mlxtune.data.chat.renderer import Renderer
-    from mlxtune.data.dataset import sources
-    from mlxtune.data.template.tokenizer_changes import preview_tokenizer
-    from mlxtune.model import hub
-
-    sources.require_readable(config.data)
-    return Renderer(preview_tokenizer(hub.resolve(model), config), config.data)
 
 
 @data.command(cls=Command)
@@ -133,7 +118,7 @@ def check(
     if file is not None:
         for line in reach.hub_notes(config, file, {"model.path"} | reach.keys_named(settings, {"data.path": path})):
             common.note(line)
-    renderer = _renderer(model, config)
+    renderer = renderer_of(model, config)
     with survey_table.progress(common.console()) as progress:
         told = checks.survey(config, renderer, progress)
     if html is not None:
@@ -160,9 +145,17 @@ def check(
 @common.split_option("Of a folder.", default="train", show_default=True)
 @click.option("--drop", is_flag=True, help="Leave out rows that do not fit, instead of refusing.")
 @common.force_option
+@common.json_option
 @common.settings_option
 def convert(
-    source: str, out: Path, target: str, split: str, drop: bool, force: bool, settings: tuple[str, ...]
+    source: str,
+    out: Path,
+    target: str,
+    split: str,
+    drop: bool,
+    force: bool,
+    as_json: bool,
+    settings: tuple[str, ...],
 ) -> None:
     """Rewrite rows of any known format as JSON Lines of another.
 
@@ -188,6 +181,10 @@ def convert(
         raise UserError(f"{source} has no {split} file", f"It has: {', '.join(found)}.")
     rows = chain.from_iterable(one.read() for one in found[split])
     written, left = rewrite(rows, target, out, force, drop, [Path(source)])
+    if as_json:
+        lost = [{"file": row.file, "row": row.row, "reason": row.reason} for row in left]
+        click.echo(shown_json({"path": str(out), "rows": written, "left_out": lost}))
+        return
     for row in left:
         common.console().print(f"left out: {row.place}: {row.reason}", style="yellow", soft_wrap=True)
     common.stdout().print(f"{out}: {written:,} rows" + (f", {len(left):,} left out" if left else ""))

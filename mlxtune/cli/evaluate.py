@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.cli import benchmarks, common, suites, tuned
+from mlxtune.api import evaluating
+from mlxtune.cli import benchmarks, common, suites
 from mlxtune.cli.benchmarks import benchmark_options
 from mlxtune.cli.judging import judge_options
 from mlxtune.cli.options import Command
@@ -123,32 +124,18 @@ def eval_command(
         raise UserError(
             f"--model {model} gives answers, no loss", "Name the prompts that it shall answer: --suite FILE."
         )
-    from mlxtune.adapter.attach import switched_off
-    from mlxtune.data.dataset import holdout
-    from mlxtune.evaluate.score import score_examples
-
-    if adapter is None and data is None and not any(setting.startswith("data.") for setting in settings):
-        raise UserError("no rows to score", "Name them: --data PATH; or --adapter RUN, whose held-out rows are taken.")
-    tuned.run_settings(adapter, data, settings)  # a typing error is said before the model is read
-    loaded = tuned.load_model(model, adapter)
-    examples, config = tuned.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)
-    is_whole = data is not None and holdout.is_whole_file(data, split)
-    label = split or ("all" if is_whole else "valid")
-    for note in examples.notes(label, config.data.max_tokens):
-        common.note(note)
     status = common.console().status("scoring")
-    with status, switched_off(loaded.model):
-        scores = {"base": score_examples(loaded, config, examples)}
-    if adapter is not None:
-        with status:
-            scores["tuned"] = score_examples(loaded, config, examples)
+    found = evaluating.scored(model, adapter, data, split, settings, common.note, status)
+    scores = {"base": found.base}
+    if found.tuned is not None:
+        scores["tuned"] = found.tuned
     if as_json:
-        document: dict[str, Any] = {"split": label, "rows": examples.rows, "examples": len(examples)}
+        document: dict[str, Any] = {"split": found.split, "rows": found.rows, "examples": found.examples}
         for name, score in scores.items():
             document[name] = {field: getattr(score, field) for field in REPORTED}
         click.echo(json.dumps(document))
     else:
-        title = f"{examples.rows} rows{examples.also}, {scores['base'].tokens:,} tokens"
+        title = f"{found.rows} rows{found.also}, {scores['base'].tokens:,} tokens"
         common.stdout().print(score_table(scores, title))
 
 

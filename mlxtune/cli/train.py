@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import brief
 
 from mlxtune.cli import common
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mlxtune.compute.counted import Epoch
     from mlxtune.config.resolve import Config
     from mlxtune.data.dataset.examples import Examples
+    from mlxtune.train.checkpoint import State
     from mlxtune.train.reach import LocalOnly
 
 
@@ -62,6 +64,7 @@ def _everyday_flags(given: Mapping[str, Any], settings: tuple[str, ...]) -> dict
     help="The same, with keys changed that only say how long, how often, or who is told.",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; train nothing.")
+@common.json_option
 def train(
     file: str | None,
     model: str | None,
@@ -71,6 +74,7 @@ def train(
     resume: bool,
     resume_anyway: bool,
     dry_run: bool,
+    as_json: bool,
     **everyday: Any,
 ) -> None:
     """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
@@ -94,6 +98,10 @@ def train(
     if resume and dry_run:
         raise UserError(
             "--dry-run plans a run from its first step; --resume goes on with one", "Leave out one of them."
+        )
+    if dry_run and as_json:
+        raise UserError(
+            "--dry-run prints a plan for people; --json tells of a run that has ended", "Leave out one of them."
         )
     flags: dict[str, Any] = {"model.path": model, "data.path": data, **_everyday_flags(everyday, settings)}
     config = _resumed(out, file, settings, flags) if resume and out else configuration.load(file, settings, flags)
@@ -119,6 +127,9 @@ def train(
         state = tune(config, folder, listener, resume, resume_anyway, local)
     if not first:
         return
+    if as_json:
+        click.echo(json_text({"run": str(folder), **_told(state)}))
+        return
     best = ""
     if state.best_loss is not None:
         best = f", best validation loss {state.best_loss:.4f} at step {state.best_step}"
@@ -131,6 +142,11 @@ def train(
     model = config.model.path
     named = () if Path(model).expanduser().is_dir() else ("--model", model)
     common.next_commands(*((command, *named, "--adapter", folder) for command in ("eval", "chat")))
+
+
+def _told(state: State) -> dict[str, Any]:
+    """For programs, where a run stands."""
+    return {name: getattr(state, name) for name in ("step", "skipped", "best_step", "best_loss", "best_check")}
 
 
 def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: Mapping[str, Any]) -> Config:

@@ -151,7 +151,7 @@ def rewrite(
             file.write(json_text(made, default=str) + "\n")
             written += 1
         if not drop:
-            formats.require_good(left_out, written + len(left_out))
+            formats.require_good(left_out, written + len(left_out), "--drop leaves them out.")
         if not written:
             raise UserError(f"none of {len(left_out)} rows can be converted to {target}")
     return written, left_out
