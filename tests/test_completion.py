@@ -25,7 +25,8 @@ BEGIN = {  # how each shell is started without anybody's settings, and made to c
     "bash": (["--norc", "--noprofile", "-i"], "bind 'set bell-style none'; "),
     "zsh": (["-f", "-i"], "unsetopt beep; autoload -U compinit; compinit -D -u; "),
 }
-LONGEST = 30.0  # seconds that a shell may take to answer
+LONGEST = 60.0  # seconds that a shell may take to answer
+SLACK = 1.5  # of limits in seconds of a core: a busy machine takes more of them for the same
 
 
 class Shell:
@@ -66,7 +67,7 @@ class Shell:
     def completed(self, line: str, wanted: str) -> str:
         """Type a line, and Tab; then leave the line."""
         said = self.typed(f"{line}\t", wanted)
-        os.write(self.ours, b"\x03")
+        os.write(self.ours, b"\x15")  # takes back what was typed
         self.typed("\necho ag''ain\n", "again")
         return said
 
@@ -103,15 +104,31 @@ def asked(words: str, place: int, shell: str = "zsh") -> list[str]:
     return lines[1::3] if shell == "zsh" else [line.partition(",")[2] for line in lines]
 
 
-def test_an_answer_takes_less_than_a_third_of_a_second_of_a_core() -> None:
+def seconds_of_a_core(words: list[str], environment: dict[str, str]) -> float:
+    """What the installed command takes, with what it reads compiled, as pip leaves it. The median of five."""
+    command = [str(Path(sys.executable).with_name("mlxtune")), *words]
     taken = []
-    for _ in range(3):
+    for turn in range(6):  # the first one compiles
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found = asked("mlxtune train --set tra", 3)
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        if turn:
+            taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return sorted(taken)[2]
+
+
+def test_help_and_completion_are_there_at_once(tmp_path: Path) -> None:
+    """0.10 and 0.25 seconds were measured on a busy machine."""
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    assert seconds_of_a_core(["--help"], environment) < 0.15 * SLACK
+    words = {"_MLXTUNE_COMPLETE": "bash_complete", "COMP_WORDS": "mlxtune train --set tra", "COMP_CWORD": "3"}
+    assert seconds_of_a_core([], {**environment, **words}) < 0.3 * SLACK
+
+
+def test_an_answer_names_every_key_of_a_section() -> None:
+    found = asked("mlxtune train --set tra", 3)
     assert found == [f"{key.full}=" for key in all_keys() if key.section == "train"]
-    assert min(taken) < 0.45, taken  # 0.3 by itself; the tests run two at a time
 
 
 def test_every_choice_of_a_key_is_offered_and_each_is_one_that_the_configuration_takes() -> None:

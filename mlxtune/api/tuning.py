@@ -9,8 +9,7 @@ from pathlib import Path
 from mlxtune.config import resolve
 from mlxtune.config.resolve import Config
 from mlxtune.errors import UserError
-from mlxtune.train import run as runs
-from mlxtune.train.checkpoint import State
+from mlxtune.train import run, runs
 from mlxtune.train.events import nobody
 from mlxtune.train.run_folder import RunFolder, default_folder
 
@@ -22,8 +21,7 @@ class Run:
     folder: Path  # RUN: the adapter, the configuration, the events and the page
     config: Config  # resolved: every key with its value
     step: int  # optimizer steps that were taken
-    best_step: int  # the step whose adapter was best by train.keep_by; 0: none was evaluated
-    best_loss: float | None  # its validation loss, nats a token; None: none was evaluated
+    best_loss: float | None  # the lowest validation loss after a step, nats a token; None: none was evaluated
 
     @property
     def model(self) -> str:
@@ -32,15 +30,12 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
-        """The run in a folder. Raises UserError where there is none that has saved something."""
-        run = RunFolder(Path(folder))
-        if not run.is_run():
+        """The run in a folder. Raises UserError where there is none."""
+        opened = RunFolder(Path(folder))
+        if not opened.is_run():
             raise UserError(f"{folder} is no run", "Name the folder that tune or `mlxtune train` wrote.")
-        return cls._of(run, run.config(), run.newest(lambda note: None).state)
-
-    @classmethod
-    def _of(cls, run: RunFolder, config: Config, state: State) -> Run:
-        return cls(run.path, config, state.step, state.best_step, state.best_loss)
+        (found,) = runs.find(opened.path)
+        return cls(opened.path, opened.config(), found.step, found.best_loss)
 
 
 def tune(
@@ -71,8 +66,10 @@ def tune(
     if resume and out is None:
         raise UserError("resume needs the run to go on with", "Name it: out=RUN.")
     folder = Path(out) if out is not None else default_folder(resolved.model.path)
-    state = runs.tune(resolved, folder, listener, resume)
-    return Run._of(RunFolder(folder), RunFolder(folder).config(), state)
+    state = run.tune(resolved, folder, listener, resume)
+    written = RunFolder(folder)
+    # Of several processes the first alone has the folder.
+    return Run(folder, written.config() if written.is_run() else resolved, state.step, state.best_loss)
 
 
 def _resolved(

@@ -63,6 +63,8 @@ class SettingText(click.types.StringParamType):
         choices = re.findall("`([^`]+)`", allowed)
         if allowed == "true or false":
             choices = ["true", "false"]
+        if allowed.startswith("list"):
+            choices = [f"[{choice}]" for choice in choices]
         return [CompletionItem(f"{name}={choice}") for choice in choices if choice.startswith(value)]
 
 
