@@ -233,8 +233,11 @@ def new_artefact(destination: Path, main: str, force: bool = False, sources: Seq
                 places[file] = destination if file.name == main else destination.with_suffix(f".{file.name}")
             for place in places.values():
                 refuse_existing(place, force)
+            for file in places:
+                flush(file)
             for file, place in places.items():
                 os.replace(file, place)
+            flush(destination.parent)
     finally:
         _remove(folder)
 

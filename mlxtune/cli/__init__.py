@@ -25,6 +25,7 @@ from mlxtune.cli import (
     demo,
     doctor,
     evaluate,
+    help_text,
     import_config,
     make,
     make_answers,
@@ -124,6 +125,7 @@ for _commands in SECTIONS.values():
         cli.add_command(_command)
 for _maker in MAKERS:
     make.make.add_command(_maker)
+help_text.lay_out(cli)
 
 
 def main(args: list[str] | None = None) -> NoReturn:

@@ -25,7 +25,7 @@ data.add_command(curate.curate)
 @data.command()
 @common.model_option()
 @click.option("--data", "path", required=True, metavar="PATH", help="Folder, file, or hub dataset id.")
-@common.split_option("Which split.  [default: all rows of the train files]")
+@common.split_option("Which split is shown.  [default: all rows of the train files]")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.  [default: 5, with --json all]")
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines with ids and mask.")
 @common.settings_option
@@ -140,9 +140,14 @@ def check(
 @click.argument("source", metavar="SOURCE")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT.jsonl")
 @click.option(
-    "--to", "target", type=click.Choice(["messages", "sharegpt", "alpaca"]), default="messages", show_default=True
+    "--to",
+    "target",
+    type=click.Choice(["messages", "sharegpt", "alpaca"]),
+    default="messages",
+    show_default=True,
+    help="The format to write.",
 )
-@common.split_option("Of a folder.", default="train", show_default=True)
+@common.split_option("Which split of a folder.", default="train", show_default=True)
 @click.option("--drop", is_flag=True, help="Leave out rows that do not fit, instead of refusing.")
 @common.force_option
 @common.json_option

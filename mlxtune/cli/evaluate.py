@@ -36,7 +36,7 @@ REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in 
     metavar="PATH",
     help="Folder, file or hub dataset id.  [default: the run's own, never fetched from the hub]",
 )
-@common.split_option("Of a folder.  [default: valid; a file: all rows]")
+@common.split_option("Which split of a folder.  [default: valid; a file: all rows]")
 @suite_options
 @judge_options
 @benchmark_options

@@ -13,7 +13,9 @@ from mlxtune.cli import common, live
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: RUN/report.html]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Where the page goes.  [default: RUN/report.html]"
+)
 @click.option(
     "--evaluation",
     "evaluations",

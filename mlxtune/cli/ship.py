@@ -61,13 +61,19 @@ def proof_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @common.model_of_run_option()
 @common.adapter_option(required=True, text="The run's folder.")
 @out_option("DIR", "The merged model.")
-@click.option("--bits", type=click.Choice(["4", "8", "16"]), default="16", show_default=True, help="16: not quantized.")
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8", "16"]),
+    default="16",
+    show_default=True,
+    help="Bits per weight; 16: not quantized.",
+)
 @click.option(
     "--group-size",
     type=click.Choice(["32", "64", "128"]),
     cls=OptionFor,
     needs=Need("bits", ("4", "8"), "nothing is quantized", "Add --bits 4 or 8, or leave it out."),
-    help="Of --bits 4 or 8.  [default: the model's]",
+    help="Weights that share a scale, for --bits 4 or 8.  [default: the model's]",
 )
 @base_option()
 @proof_options
@@ -196,7 +202,7 @@ def _for(*targets: str) -> Need:
     is_flag=True,
     cls=OptionFor,
     needs=Need("push", why="nothing is uploaded"),
-    help="With --push: into a repository that everyone sees.",
+    help="Push into a repository that everyone sees.",
 )
 @base_option(cls=OptionFor, needs=_for("hf", "gguf"))
 @proof_options

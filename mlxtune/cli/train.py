@@ -26,9 +26,9 @@ EVERYDAY = (
     ("--epochs", "train.epochs", float, "How often every row is used."),
     ("--steps", "train.steps", int, "Optimizer steps, instead of --epochs."),
     ("--lr", "train.lr", float, "Peak learning rate."),
-    ("--rank", "lora.rank", int, "Of the adapter."),
+    ("--rank", "lora.rank", int, "Rank of the adapter."),
     ("--batch-rows", "train.batch_rows", int, "Rows computed together."),
-    ("--max-tokens", "data.max_tokens", int, "Of an example; longer ones are cut."),
+    ("--max-tokens", "data.max_tokens", int, "Tokens of an example; longer ones are cut."),
 )
 
 
