@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from mlxtune_convert.shown import shown_json
 
+from mlxtune.api.rendering import renderer_of
 from mlxtune.cli import common, curate, in_project, pages
 from mlxtune.cli.options import Command, Group, Need, OptionFor
-
-if TYPE_CHECKING:
-    from mlxtune.config.resolve import Config
-    from mlxtune.data.chat.renderer import Renderer
 
 SHOWN = 5  # rows that `data show` prints for people
 
@@ -32,7 +28,7 @@ data.add_command(curate.curate)
 @data.command()
 @model_option
 @click.option("--data", "path", metavar="PATH", help="Folder, file, or hub dataset id.")
-@common.split_option("Which split.  [default: all rows of the train files]")
+@common.split_option("Which split is shown.  [default: all rows of the train files]")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.  [default: 5, with --json all]")
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines with ids and mask.")
 @common.settings_option
@@ -72,7 +68,7 @@ def show(
     resolved = config.load(file, settings, {"data.path": path})
     if resolved.data.sources and len(resolved.data.sources) > 1:
         raise UserError(f"{file} names several sources", "Name the rows to show: --data PATH.")
-    renderer = _renderer(model, resolved)
+    renderer = renderer_of(model, resolved)
     out = common.stdout()
     with survey_table.progress(common.console()) as progress:
         rows = holdout.rows_of_split(
@@ -91,17 +87,6 @@ def show(
         else:
             for row in parts:
                 shown_rows.draw(out, renderer.tokenizer, row)
-
-
-def _renderer(model: str, config: Config) -> Renderer:
-    """What makes examples with the tokenizer of a model, once the data is known to be there."""
-    from mlxtune.data.chat.renderer import Renderer
-    from mlxtune.data.dataset import sources
-    from mlxtune.data.template.tokenizer_changes import preview_tokenizer
-    from mlxtune.model import hub
-
-    sources.require_readable(config.data, preferences=bool(config.preference.loss))
-    return Renderer(preview_tokenizer(hub.resolve(model), config), config.data)
 
 
 @data.command(cls=Command)
@@ -161,7 +146,7 @@ def check(
     if file is not None:
         for line in reach.hub_notes(config, file, named):
             common.note(line)
-    renderer = _renderer(model, config)
+    renderer = renderer_of(model, config)
     with survey_table.progress(common.console()) as progress:
         told = checks.survey(config, renderer, progress)
     if html is not None:
@@ -188,17 +173,26 @@ def check(
     type=click.Choice(["messages", "sharegpt", "alpaca", "pairs", "pairs-implicit", "openai", "llama-factory", "kto"]),
     default="messages",
     show_default=True,
+    help="The format to write.",
 )
-@common.split_option("Of a folder.", default="train", show_default=True)
+@common.split_option("Which split of a folder.", default="train", show_default=True)
 @click.option(
     "--drop",
     is_flag=True,
     help="Leave out what does not fit, instead of refusing: rows; of pairs, the rejected answers.",
 )
 @common.force_option
+@common.json_option
 @common.settings_option
 def convert(
-    source: str, out: Path, target: str, split: str, drop: bool, force: bool, settings: tuple[str, ...]
+    source: str,
+    out: Path,
+    target: str,
+    split: str,
+    drop: bool,
+    force: bool,
+    as_json: bool,
+    settings: tuple[str, ...],
 ) -> None:
     """Rewrite rows of any known format as JSON Lines of another.
 
@@ -229,6 +223,11 @@ def convert(
         raise UserError(f"{source} has no {split} file", f"It has: {', '.join(found)}.")
     rows = chain.from_iterable(one.read() for one in found[split])
     done = rewrite(rows, target, out, force, drop, [Path(source)])
+    if as_json:
+        lost = [{"file": row.file, "row": row.row, "reason": row.reason} for row in done.left_out]
+        told = {"path": str(out), "rows": done.written, "left_out": lost, "rejected_answers_left_out": done.rejected}
+        click.echo(shown_json(told))
+        return
     for row in done.left_out:
         common.say(common.console(), f"left out: {row.place}: {row.reason}", style="yellow")
     if done.rejected:

@@ -11,7 +11,6 @@ from mlxtune_convert.shown import shown_name
 
 from mlxtune.cli import common, pages
 from mlxtune.cli.comparison_table import table_of
-from mlxtune.cli.tuned import load_model
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mlxtune.config.resolve import Config
-    from mlxtune.data.dataset.examples import Examples
-    from mlxtune.model.load import Loaded
 
 
 def no_page() -> UserError:
@@ -45,49 +42,6 @@ def require_sides(config: Config) -> None:
             for row in islice(files[0].read(), 1):
                 if isinstance(row, Record) and row.side == Side.NONE:
                     raise no_page()
-
-
-def scored(loaded: Loaded, config: Config, examples: Examples, adapter: Path | None, model: str) -> dict[str, Any]:
-    """What `evaluate.preferences.report` says of the base and, with an adapter, of the tuned model. Of a run that began
-    with an adapter the base is the model with that one: it was the reference. model: as --model names it.
-    """
-    from mlxtune.adapter.attach import switched_off
-    from mlxtune.evaluate.preferences import Answers, log_probabilities, report
-
-    answers = Answers.of(examples)
-    if adapter is None:
-        return report(answers, log_probabilities(loaded, config, examples, answers))
-    tuned = log_probabilities(loaded, config, examples, answers)
-    start, note = _start_of(config)
-    if start is None:
-        with switched_off(loaded.model):
-            base = log_probabilities(loaded, config, examples, answers)
-    else:
-        base = log_probabilities(load_model(model, start), config, examples, answers)
-    return report(answers, base, tuned, beta_of(config), (note,) if note else ())
-
-
-def _start_of(config: Config) -> tuple[Path | None, str]:
-    """(The adapter that a run began with; None: it began with none, or that one is gone, what is said of it)."""
-    from mlxtune_convert.adapters import AdapterConfig
-
-    if not config.lora.start_from:
-        return None, ""
-    start = Path(config.lora.start_from).expanduser()
-    try:
-        AdapterConfig.read(start)
-    except UserError as error:
-        said = f"the run began with the adapter {start}, which was its reference, and that cannot be read"
-        return None, f"{said} ({error.message}): the base here is the model without any adapter"
-    return start, f"the base here is the model with the adapter that the run began with, {start}: it was the reference"
-
-
-def beta_of(config: Config) -> float:
-    """By which rewards are multiplied: that of the run, where its objective has rewards of this kind."""
-    from mlxtune.evaluate.preferences import BETA
-
-    preference = config.preference
-    return preference.resolved_beta if preference.has_reference else BETA
 
 
 def write_page(file: Path, title: str, told: Mapping[str, Any]) -> None:

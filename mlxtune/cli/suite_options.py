@@ -80,7 +80,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="OTHER",
             cls=OptionFor,
             needs=WITH_SUITE,
-            help="In place of the base: any of what --model takes. The same model again is an A/A test.",
+            help="What takes the place of the base: any of what --model takes. The same model again is an A/A test.",
         ),
         click.option(
             "--against-adapter",

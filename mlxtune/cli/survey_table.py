@@ -60,11 +60,11 @@ def draw(out: Console, report: dict[str, Any]) -> None:
 def _draw_finding(out: Console, finding: dict[str, Any]) -> None:
     from rich.text import Text
 
-    severity, count, what = finding["severity"], finding["count"], finding["what"]
-    if count == 1:
-        what = what.replace("rows", "row", 1)
+    from mlxtune.data.survey.lint import counted
+
+    severity, count = finding["severity"], finding["count"]
     line = Text(f"{severity}: ", style=COLOURS[severity])
-    line.append(shown_name(f"{finding['split']}: {count:,} {what}"), style="default")
+    line.append(shown_name(f"{finding['split']}: {counted(count, finding['what'])}"), style="default")
     if finding["rows"]:
         named = ", ".join(map(shown_name, finding["rows"][:NAMED]))
         if count > NAMED:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import brief
 
 from mlxtune.cli import common, in_project
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mlxtune.compute.counted import Epoch
     from mlxtune.config.resolve import Config
     from mlxtune.data.dataset.examples import Examples
+    from mlxtune.train.checkpoint import State
     from mlxtune.train.reach import LocalOnly
 
 
@@ -24,9 +26,9 @@ EVERYDAY = (
     ("--epochs", "train.epochs", float, "How often every row is used."),
     ("--steps", "train.steps", int, "Optimizer steps, instead of --epochs."),
     ("--lr", "train.lr", float, "Peak learning rate."),
-    ("--rank", "lora.rank", int, "Of the adapter."),
+    ("--rank", "lora.rank", int, "Rank of the adapter."),
     ("--batch-rows", "train.batch_rows", int, "Rows computed together."),
-    ("--max-tokens", "data.max_tokens", int, "Of an example; longer ones are cut."),
+    ("--max-tokens", "data.max_tokens", int, "Tokens of an example; longer ones are cut."),
 )
 
 
@@ -72,6 +74,7 @@ def _everyday_flags(given: Mapping[str, Any], settings: tuple[str, ...]) -> dict
 )
 @click.option("--force", is_flag=True, help="Replace the run that --out holds, once the new one begins.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; train nothing.")
+@common.json_option
 def train(
     file: str | None,
     model: str | None,
@@ -82,6 +85,7 @@ def train(
     resume_anyway: bool,
     force: bool,
     dry_run: bool,
+    as_json: bool,
     **everyday: Any,
 ) -> None:
     """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
@@ -114,6 +118,10 @@ def train(
         raise UserError(
             "--dry-run plans a run from its first step; --resume goes on with one", "Leave out one of them."
         )
+    if dry_run and as_json:
+        raise UserError(
+            "--dry-run prints a plan for people; --json tells of a run that has ended", "Leave out one of them."
+        )
     flags: dict[str, Any] = {"model.path": model, "data.path": data, **_everyday_flags(everyday, settings)}
     config = _resumed(out, file, settings, flags) if resume and out else configuration.load(file, settings, flags)
     if data is not None and file is not None and configuration.load(file, settings).data.sources:
@@ -138,6 +146,9 @@ def train(
         state = tune(config, folder, listener, resume, resume_anyway, local, force)
     if not first:
         return
+    if as_json:
+        click.echo(json_text({"run": str(folder), **_told(state)}))
+        return
     best = ""
     if state.best_loss is not None:
         best = f", best validation loss {state.best_loss:.4f} at step {state.best_step}"
@@ -152,6 +163,11 @@ def train(
     if words or not in_project.is_its_run(folder):
         words = (*words, "--adapter", str(folder))
     common.next_commands(*((command, *words) for command in ("eval", "chat")))
+
+
+def _told(state: State) -> dict[str, Any]:
+    """For programs, where a run stands."""
+    return {name: getattr(state, name) for name in ("step", "skipped", "best_step", "best_loss", "best_check")}
 
 
 def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: Mapping[str, Any]) -> Config:

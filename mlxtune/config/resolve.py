@@ -27,7 +27,7 @@ from mlxtune.config.schema import (
     SourceSection,
     TrainSection,
 )
-from mlxtune.config.yaml_text import LARGEST, Document, parse_yaml, too_large, write_yaml
+from mlxtune.config.yaml_text import Document, parse_yaml, read_text, write_yaml
 from mlxtune.errors import UserError, did_you_mean, nearest
 
 EITHER = (("train.steps", "train.epochs"), ("train.batch_rows", "train.batch_tokens"), ("data.path", "data.sources"))
@@ -132,17 +132,7 @@ def load(
 
 def read_sections(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's sections, and where each of its keys stands."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(4 * LARGEST + 1)  # a letter has up to four bytes
-        if len(raw) > 4 * LARGEST:
-            raise too_large(str(path))
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    document = parse_yaml(text, str(path))
+    document = parse_yaml(read_text(path), str(path))
     tree = document.value
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as `train:`, found {type(tree).__name__}")

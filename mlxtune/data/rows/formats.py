@@ -200,8 +200,10 @@ def _twice(names: list[str]) -> list[str]:
     return sorted({name for name in names if names.count(name) > 1})
 
 
-def require_good(bad: list[Bad], total: int) -> None:
-    """Raise UserError naming the rows that cannot be read, when there are any; bad: of one file."""
+def require_good(bad: list[Bad], total: int, or_else: str = "") -> None:
+    """Raise UserError naming the rows that cannot be used, when there are any. bad: of one file; or_else: what else the
+    command can do about them, a sentence.
+    """
     if not bad:
         return
     by_reason: dict[str, list[Bad]] = {}
@@ -217,7 +219,7 @@ def require_good(bad: list[Bad], total: int) -> None:
     more = f"; and {len(reasons) - LISTED} other reasons" if len(reasons) > LISTED else ""
     raise UserError(
         f"{bad[0].file}{count} {'; '.join(reasons[:LISTED])}{more}",
-        "Mend or remove them; `mlxtune data check` lists every one.",
+        f"Mend or remove them; `mlxtune data check` lists every one. {or_else}".rstrip(),
     )
 
 

@@ -91,7 +91,7 @@ def rewrite(
                 file.write(json_text({**first.fields, **one}, default=str) + "\n")
             done.written += len(made)
         if not drop:
-            formats.require_good(done.left_out, done.written + len(done.left_out))
+            formats.require_good(done.left_out, done.written + len(done.left_out), "--drop leaves them out.")
         if not done.written:
             raise UserError(f"none of {len(done.left_out)} rows can be converted to {target}")
     return done

@@ -294,6 +294,22 @@ KINDS = {  # by code; a row's own are told in this order
 
 # Kinds that may be wrong with a rejected answer as with any text; what else is wrong with it may be why it is rejected.
 OF_ANY_TEXT = ("secret", "e-mail", "encoding", "markup")
+# What a finding says of several rows -> of one.
+OF_ONE = (
+    ("rows", "row"),
+    ("that teach ", "that teaches "),
+    ("that are ", "that is "),
+    ("that seem ", "that seems "),
+    (": their ", ": its "),
+)
+
+
+def counted(count: int, what: str) -> str:
+    """A number of rows and what a finding says of them, in words: "1 row that teaches nothing"."""
+    if count == 1:
+        for several, one in OF_ONE:
+            what = what.replace(several, one, 1)
+    return f"{count:,} {what}"
 
 
 def codes(record: Record) -> Iterator[str]:

@@ -121,11 +121,13 @@ def findings(found: Sequence[dict[str, Any]]) -> Html:
         return callout("good", "Nothing looks wrong in these rows.")
     rows = []
     for finding in found:
-        what = finding["what"].replace("rows", "row", 1) if finding["count"] == 1 else finding["what"]
         reasons = list(finding.get("reasons", {}).items())[:REASONS]
         said = [tag("li", f"{count:,} x {masked(reason)}") for reason, count in reasons]
         cells: list[Child] = [tag("strong", finding["severity"]), masked(finding["split"])]
-        cells += [joined(f"{finding['count']:,} {what}", tag("ul", said) if said else None), _named(finding["rows"])]
+        cells += [
+            joined(lint.counted(finding["count"], finding["what"]), tag("ul", said) if said else None),
+            _named(finding["rows"]),
+        ]
         rows.append([*cells, finding["fix"]])
     return table("What looks wrong", ("how grave", "split", "what", "rows", "what to do"), rows)
 
