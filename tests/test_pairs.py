@@ -70,6 +70,14 @@ EXPECTED: dict[str, tuple[dict[str, Any], tuple[Messages, Messages, Messages]]] 
         {"prompt": json.dumps(TALK), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
         (TALK, [GOOD], [BAD]),
     ),
+    "answers that are JSON, one of them torn": (
+        {"prompt": "Sky?", "chosen": '[{"value": 1}]', "rejected": '[{"value": 1'},
+        ([user("Sky?")], [answer('[{"value": 1}]')], [answer('[{"value": 1')]),
+    ),
+    "a text prompt, JSON text of conversations": (
+        {"prompt": "Sky?", "chosen": json.dumps([*TALK, GOOD]), "rejected": json.dumps([*TALK, BAD])},
+        (TALK, [GOOD], [BAD]),
+    ),
     "a text that is JSON": (
         {"prompt": "Sky?", "chosen": '[{"role": "x"}]', "rejected": "Green?"},
         ([user("Sky?")], [answer('[{"role": "x"}]')], [BAD]),
