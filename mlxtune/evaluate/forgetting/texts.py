@@ -102,6 +102,8 @@ def _tokenized(file: Path, loaded: Loaded, template: tuple[dict[str, Any], str])
         total += 1
         if isinstance(record, Bad):
             bad.append(record)
+        elif record.side:
+            raise formats.not_for_pairs(file)
         elif record.text is not None:
             yield list(loaded.tokenizer(record.text)["input_ids"]), 1
         else:

@@ -88,6 +88,8 @@ def read(files: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Candid
             total += 1
             if isinstance(row, Bad):
                 bad.append(row)
+            elif row.side:
+                raise formats.not_for_pairs(file)
             elif row.text is not None:
                 raise UserError(
                     f"{file}: plain text has no questions and answers to choose by",
