@@ -18,6 +18,7 @@ from evaluations import SHORT, YES
 from test_preference_rows import pair, read
 
 from mlxtune.adapter import adapter_files, attach
+from mlxtune.api import evaluating
 from mlxtune.cli import suites
 from mlxtune.config.resolve import load as settle
 from mlxtune.data.chat.renderer import Renderer
@@ -95,6 +96,19 @@ def test_without_an_adapter_the_base_alone_is_told_and_of_conversations_there_is
     refused = tiny.mlxtune("eval", "--model", mlx_model, "--data", data, "--html", tmp_path / "page.html")
     tiny.one_clear_line(refused, "--html has no effect without --suite: the loss needs no answers")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_where_the_adapter_that_a_run_began_with_is_gone_the_bare_base_is_compared_and_that_is_said(
+    run: Path, tmp_path: Path
+) -> None:
+    config = settle(None, (f"lora.start_from={run}", "preference.loss=dpo", "preference.beta=0.5"), {})
+    start, note = evaluating._start_of(config)
+    assert start == run and "it was the reference" in note and evaluating._beta_of(config) == 0.5
+    config = settle(None, (f"lora.start_from={tmp_path / 'gone'}", "preference.loss=simpo"), {})
+    start, note = evaluating._start_of(config)
+    assert start is None and "cannot be read" in note and "without any adapter" in note
+    assert evaluating._beta_of(config) == 0.1  # simpo's own beta is of another kind of reward
+    assert evaluating._start_of(settle(None, (), {})) == (None, "")
 
 
 # What the figures show, on made-up log-probabilities.
