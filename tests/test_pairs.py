@@ -110,6 +110,14 @@ EXPECTED: dict[str, tuple[dict[str, Any], tuple[Messages, Messages, Messages]]] 
         {"prompt": HH.rstrip(), "chosen": "Blue.", "rejected": "Green?"},
         (TALK, [GOOD], [BAD]),
     ),
+    "Anthropic, prompt without a last speaker": (
+        {"prompt": HH.removesuffix("\n\nAssistant: "), "chosen": "Blue.", "rejected": "Green?"},
+        (TALK, [GOOD], [BAD]),
+    ),
+    "a question that begins with a speaker": (
+        {"prompt": "Human: Sky?", "chosen": "Blue.", "rejected": "Green?"},
+        ([user("Human: Sky?")], [GOOD], [BAD]),
+    ),
     "Anthropic, several turns differ": (
         {
             "chosen": "\n\nHuman: Hi\n\nAssistant: Blue.\n\nHuman: Why?\n\nAssistant: So.\n\nReally.",

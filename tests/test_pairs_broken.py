@@ -87,6 +87,11 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {**PAIR, "prompt": [ASKED, BLUE]},
         "prompt ends with an assistant turn: .* put it into chosen and into rejected",
     ),
+    "Anthropic's prompt that ends with an answer": (
+        PAIR,
+        {**PAIR, "prompt": "\n\nHuman: Sky?\n\nAssistant: Well,"},
+        "prompt ends with an assistant turn",
+    ),
     "no prompt at all": (
         WHOLE,
         {"chosen": [BLUE], "rejected": [RED]},
@@ -179,3 +184,12 @@ def test_broken_pairs_are_counted_among_the_rows(tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "d.jsonl", [PAIR, PAIR, {**PAIR, "chosen": 1}, {**PAIR, "chosen": 1}])
     with pytest.raises(UserError, match="2 of 4 rows cannot be used: line 3, 4: chosen must be a text"):
         sources.require_readable(DataSection(path=str(path)), all_rows=True)
+
+
+def test_columns_that_seem_to_be_sides_are_to_be_renamed_to_them(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [{"prompt": "Q", "response_chosen": "A", "Rejected": "B"}])
+    with pytest.raises(UserError, match="no known row format") as error:
+        sources.require_readable(DataSection(path=str(path)))
+    assert error.value.hint.endswith("--set 'data.columns={response_chosen: chosen, Rejected: rejected}'.")
+    renamed = DataSection(path=str(path), columns={"response_chosen": "chosen", "Rejected": "rejected"})
+    sources.require_readable(renamed, all_rows=True)

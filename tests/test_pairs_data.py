@@ -50,7 +50,7 @@ def test_a_pair_is_one_row_of_two_examples_and_its_sides_are_known(tokenizer: An
     assert [found.place(index) for index in (0, 1, 5)] == ["line 1 chosen", "line 1 rejected", "line 3 rejected"]
     trained = [masks.runs(tokenizer, example) for example in found[:2]]
     assert trained == [["Yes, 0.<|im_end|>"], ["No <|im_end|>"]]
-    assert "3 conversations, 6 turns, 6 examples" in found.expansion.line()
+    assert "3 pairs, 6 turns, 6 examples" in found.expansion.line()
 
 
 TOOL_TALK = [user("Look?"), answer("", "", call(1, x="sky")), result(1, "blue"), answer("It is blue."), user("Sure?")]
@@ -129,6 +129,7 @@ def test_a_pair_is_used_whole_or_not_at_all_and_why_is_said(tokenizer: Any, tmp_
     assert rows_of(found) == [1, 1, 2, 2]
     assert found.stores[0].facts.rows == 6
     notes = "\n".join(found.notes("train", 80))
+    assert "cuts off" not in notes
     for reason in (
         "rejected: the answer ends after data.max_tokens 80, and no answer of a preference is cut (line 3)",
         "no supervised token in the first 80 tokens (line 4)",

@@ -11,13 +11,13 @@ import mlx.nn as nn
 import numpy as np
 import on_preferences
 import pytest
-from mlxtune.data.rows.sides import Side
 from on_preferences import numbers, of_kind
 from test_ranks import two
 
 from mlxtune.adapter import adapter_files
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.examples import Examples
+from mlxtune.data.rows.sides import Side
 from mlxtune.model.load import load
 from mlxtune.train import events
 from mlxtune.train.preference.mismatched import Mismatched

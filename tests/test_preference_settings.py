@@ -149,10 +149,9 @@ def test_no_row_lends_its_answer_to_itself(rows: int) -> None:
 
 
 def test_a_mismatched_example_is_a_prompt_with_another_rows_answer() -> None:
-    from mlxtune.data.rows.sides import Side
-
     from mlxtune.data.chat.masking import Example
     from mlxtune.data.dataset.measured import ListedExamples
+    from mlxtune.data.rows.sides import Side
 
     rows = [
         Example([1, 2, 3, 4], [0, 0, 1, 1]),

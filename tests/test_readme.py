@@ -33,6 +33,7 @@ MACHINES = "test_launch.py::test_the_lines_of_the_readme_run_two_machines_that_s
 ELSEWHERE = {
     "pip install .": "test_packaging.py::test_the_installed_command_runs",
     "pip install mlxtune-": "test_packaging.py::test_the_installed_command_runs",
+    "mlxtune init": "test_init.py::test_the_commands_of_a_new_project_run_as_they_stand",
     "mlxtune demo": "test_use.py::test_the_demo_tells_the_whole_story_on_any_model",
     "mlxtune doctor --test": "test_selftest.py::test_the_command_passes_offline_and_leaves_nothing_behind",
     "mlxtune eval --model model --adapter run --suite data/test.jsonl --judge": "test_judge_command.py::"
@@ -48,6 +49,7 @@ ELSEWHERE = {
     "mlxtune train -c dpo": "test_preference_runs.py::"
     "test_the_recipe_goes_on_from_an_adapter_and_tells_people_what_it_does",
     "mlxtune make answers": "test_make_answers.py::test_what_is_made_passes_the_check_and_trains",
+    "mlxtune make pairs": "test_preference_eval.py::test_what_people_decided_becomes_pairs_that_can_be_read",
     "mlxtune make turns": "test_make_turns.py::"
     "test_the_command_makes_turns_with_recorded_answers_and_refuses_a_base_model",
     "mlxtune make refusals": "test_make_turns.py::test_refusals_are_capped_by_the_set_beside_which_they_will_stand",
@@ -179,6 +181,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         tiny.write_jsonl(folder / "data" / f"{split}.jsonl", own)
     alpaca = [{"instruction": f"Say {index}.", "input": "", "output": f"{index} it is."} for index in range(6)]
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
+    pairs = [{"prompt": f"Say {index}.", "chosen": f"{index} it is.", "rejected": "No."} for index in range(6)]
+    tiny.write_jsonl(folder / "pairs.jsonl", pairs)
     (folder / "gsm8k.csv").write_text("question,answer\nHow much is 1 and 1?,It is 2.\nAnd 2 and 3?,It is 5.\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from mlxtune_convert.shown import brief, shown_name
 
+from mlxtune.cli.in_project import RunOption
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def _or_that_of_the_run(context: click.Context, _: click.Parameter, given: str |
 
     run = RunFolder(adapter)
     if not adapter.is_dir():
-        raise UserError(f"no folder {adapter}", "Name the run's folder, or an adapter's: --adapter RUN.")
+        raise UserError(
+            f"no folder {adapter}", "Name the run's folder, or an adapter's: --adapter RUN; mlxtune train makes one."
+        )
     if not run.is_run():
         raise UserError(f"{adapter} does not say which model it belongs to", "Name the model: --model DIR.")
     model = run.config(None).model.path
@@ -73,7 +76,13 @@ def adapter_option(
     required: bool = False, text: str = "A run's folder (or any MLX adapter folder)."
 ) -> Callable[[F], F]:
     return click.option(
-        "--adapter", required=required, type=click.Path(path_type=Path), is_eager=True, metavar="RUN", help=text
+        "--adapter",
+        required=required,
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        metavar="RUN",
+        help=text,
+        cls=RunOption,
     )
 
 
@@ -83,17 +92,42 @@ settings_option = click.option(
 force_option = click.option("--force", is_flag=True, help="Replace the destination.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 
+QUIET = "mlxtune.quiet"  # in the memory of a command: whether it says nothing but its result and errors
+
+
+def _hush(context: click.Context, _: click.Parameter, given: bool) -> None:
+    context.meta[QUIET] = given
+
+
+def may_be_quiet(command: click.Command) -> None:
+    """Give a command the option --quiet, as its last but --help."""
+    text = "No progress and no notes: the result and errors alone."
+    command.params.append(
+        click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, is_eager=True, callback=_hush, help=text)
+    )
+
 
 def console(quiet: bool = False) -> Console:
-    """Standard error: progress, notes, and what is not the command's result."""
+    """Standard error: progress, notes, and what is not the command's result. Silent with --quiet, too."""
     from mlxtune.cli.console import console as safe
 
-    return safe(stderr=True, quiet=quiet)
+    context = click.get_current_context(silent=True)
+    hushed = context is not None and context.meta.get(QUIET, False)
+    return safe(stderr=True, quiet=quiet or hushed)
+
+
+def say(out: Console, line: str, style: str = "") -> None:
+    """Print a sentence: a terminal gets it broken between words, whoever reads it otherwise on one line.
+
+    (With rich's soft_wrap the terminal breaks it where its last column is, inside words. That is right for what is
+    copied from there: commands, paths.)
+    """
+    out.print(shown_name(line), style=style, soft_wrap=not out.is_terminal, markup=False, highlight=False)
 
 
 def note(text: str) -> None:
     """Say something that a person must know beside the result."""
-    console().print(f"note: {brief(text)}", style="yellow", soft_wrap=True)
+    say(console(), f"note: {brief(text)}", style="yellow")
 
 
 def next_commands(*commands: tuple[str | Path, ...]) -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from mlxtune_convert.files import digest, json_text
 
-from mlxtune.cli import common, judging, pages, tuned
+from mlxtune.api import tuned
+from mlxtune.cli import common, judging, pages
 from mlxtune.cli.suite_options import OWN_ANSWERS, refuse_idle
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.shipped import BASICS, SAFETY
@@ -323,7 +324,6 @@ def _forgotten(
     file = None if spelled == OWN_ANSWERS else Path(spelled)
     if file is not None and not file.is_file():
         raise UserError(f"--forgetting {file}: no such file", "One text a line (.txt), or rows as for training.")
-
     kept = None if out is None else out / FORGETTING
 
     def measured() -> dict[str, Any]:

@@ -43,7 +43,11 @@ def _dropped(parts: list[Row], reason: str) -> list[Row]:
     """The same without examples; as they are where there is no reason."""
     if not reason:
         return parts
-    return [replace(part, example=None, dropped=reason) for part in parts]
+    out = []
+    for part in parts:
+        kinds = tuple((kind, message) for kind, message in part.kinds if kind != "cut")  # what is left out is not cut
+        out.append(replace(part, example=None, dropped=reason, kinds=kinds))
+    return out
 
 
 def _why_not_a_pair(chosen: list[Row], rejected: list[Row]) -> str:
