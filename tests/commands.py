@@ -17,9 +17,10 @@ BLOCK = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE |
 OF_COMMANDS = ("", "sh")  # languages of blocks with lines for a terminal
 # What a line needs beside mlxtune and the files of its page (docs/index.md): `mlxtune convert OWNER/NAME m  # [hub]`.
 NEEDS = ("hub", "server", "program", "Macs")
-# The pages for users, but for those that are written out of the code, and for those with tests of their own.
+# The pages for users, but for those that are written out of the code, and for those with tests of their own. Models
+# come behind shipping, which makes what they are converted from.
 MANUAL = (
-    *("index", "first-run", "data", "models", "memory", "masks", "runs", "evaluation", "making", "shipping"),
+    *("index", "first-run", "data", "shipping", "models", "memory", "masks", "runs", "evaluation", "making"),
     *("several-macs", "troubles", "coming-from"),
 )
 # Pages that are walked through from their first line to their last (walk.py) -> the page in whose folder they go on;

@@ -70,11 +70,6 @@ class Writer:
 def run(line: str, instead: Mapping[str, Callable[[], list[str]]] = INSTEAD) -> Ended:
     """The command of a line in this process, in the current folder."""
     words = [word for given in shlex.split(line)[1:] for word in instead.get(given, lambda given=given: [given])()]
-    for name in (word.removeprefix("./") for word in words):
-        source = Path(SAME_AS.get(name, name))
-        if source.exists() and not Path(name).exists():
-            Path(name).parent.mkdir(exist_ok=True)
-            shutil.copytree(source, name) if source.is_dir() else shutil.copy(source, name)
     words, into = _redirected(words)
     ended = _typed(convert_main if line.startswith("mlxtune-convert") else main, words)
     if into:
@@ -87,9 +82,15 @@ def run(line: str, instead: Mapping[str, Callable[[], list[str]]] = INSTEAD) -> 
 
 def run_anew(line: str, kept: Sequence[str]) -> Ended:
     """The same, where lines are alternatives to each other: what an earlier one made at the destination goes. But what
-    is `kept` comes back afterwards: later lines use the first of it.
+    is `kept` comes back afterwards: later lines use the first of it. Names that nothing has made are given what SAME_AS
+    says.
     """
     words = shlex.split(line)
+    for name in (word.removeprefix("./") for word in words):
+        source = Path(SAME_AS.get(name, name))
+        if source.exists() and not Path(name).exists():
+            Path(name).parent.mkdir(exist_ok=True)
+            shutil.copytree(source, name) if source.is_dir() else shutil.copy(source, name)
     out = destination(words)
     first = None
     if out in kept and Path(out).exists() and not any(word.startswith("--resume") for word in words):
