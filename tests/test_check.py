@@ -177,3 +177,18 @@ def test_rows_that_a_format_cannot_hold_are_refused_or_left_out(tmp_path: Path) 
     written, left = writers.rewrite(read(), "alpaca", out, drop=True)
     assert (written, [row.place for row in left]) == (1, ["line 2"])
     assert [json.loads(line)["instruction"] for line in out.read_text().splitlines()] == ["Explain number 0."]
+
+
+def test_a_survey_and_a_run_count_the_same_rows_in_the_same_words(mlx_model: Path, tmp_path: Path) -> None:
+    """Of 26 rows six are damaged, some of which would be held out; of the 20 others two are."""
+    damaged = [chat(f"Call f for {number}.", "I call it.", tool_calls=[CALL]) for number in range(6)]
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [*damaged, *GOOD])
+    facts = survey(mlx_model, path)["splits"]["train"]
+    words = "damaged by the chat template"
+    assert facts["outcomes"] == {"used": 20, words: 6} and facts["held_out"] == 2
+    flags = ("train", "--model", mlx_model, "--data", path, "--dry-run", *SETTINGS)
+    tiny.one_clear_line(tiny.mlxtune(*flags), "the chat template damages 6 of 26 rows")
+    done = tiny.done(*flags, "--set", "data.on_damage=drop")
+    assert "rows: 18 to train on, 2 held out" in done.stdout
+    assert f"6 rows left out: {words}" in done.stdout + done.stderr
+    assert f"optimizer steps: {facts['steps_per_epoch']}\n" in done.stdout

@@ -144,6 +144,8 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     made = ("make", "instructions", "--seeds", data / "train.jsonl", "--engine", f"replay:{at['answers']}")
     step("make instructions", *made, "--max-requests", "1", "--at-once", "1", "--out", at["made"])
     step("make into theirs", *made, "--out", theirs, "--force")
+    init = ("--data", at["answered"], *on, "--yes", "--set", "train.steps=2", "--set", "lora.rank=2")
+    step("init", "init", here / f"project{hostile.name(13)}", *init)
     step("train --dry-run", "train", "-c", here / "values.yaml", *on, "--data", data, "--dry-run")
     for kind in ("keys", "sections"):
         step(f"unknown {kind}", "train", "-c", here / f"{kind}.yaml", *on, "--data", data)
@@ -227,6 +229,7 @@ DONE = (
     *("convert", "data show", "data show --json", "data check", "data check of a folder", "data convert"),
     *("data curate", "data curate --review", "make from-documents", "make from-template"),
     "make instructions",
+    "init",
     *(
         "train --dry-run",
         "train",

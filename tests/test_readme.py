@@ -21,6 +21,7 @@ FIRST = ("model", "run")
 ELSEWHERE = {
     "pip install .": "test_packaging.py::test_the_installed_command_runs",
     "pip install mlxtune-": "test_packaging.py::test_the_installed_command_runs",
+    "mlxtune init": "test_init.py::test_the_commands_of_a_new_project_run_as_they_stand",
     "mlxtune demo": "test_use.py::test_the_demo_tells_the_whole_story_on_any_model",
     "mlxtune doctor --test": "test_selftest.py::test_the_command_passes_offline_and_leaves_nothing_behind",
     "mlxtune eval --model model --adapter run --suite data/test.jsonl --judge": "test_judge_command.py::"

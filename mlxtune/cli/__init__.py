@@ -21,6 +21,7 @@ from mlxtune.cli import (
     demo,
     doctor,
     evaluate,
+    init,
     make,
     make_answers,
     make_from_documents,
@@ -41,7 +42,7 @@ from mlxtune.machine import gpu_errors
 from mlxtune.train import signals
 
 SECTIONS: dict[str, list[click.Command]] = {
-    "Begin": [demo.demo, doctor.doctor, bench.bench],
+    "Begin": [init.init, demo.demo, doctor.doctor, bench.bench],
     "Prepare": [convert.convert, data.data, make.make],
     "Tune": [
         config.config,

@@ -22,9 +22,9 @@ def draw(out: Console, result: Mapping[str, Any], names: tuple[str, str] = ("bas
 
     out.print(table_of(result["checks"], names, result["n"]))
     if any("verdict" in check for check in result["checks"].values()):
-        out.print(what_can_be_shown(result), soft_wrap=True)
+        common.say(out, what_can_be_shown(result))
         if len(result["checks"]) > 1:
-            out.print(f"{UNCORRECTED}.", soft_wrap=True)
+            common.say(out, f"{UNCORRECTED}.")
     _say(result["notes"])
 
 
@@ -67,10 +67,10 @@ def draw_ranking(out: Console, result: Mapping[str, Any]) -> None:
             shown_name(entry["evaluation"]), f"{entry['share']:.1%}", f"{low:.1%} to {high:.1%}", wins, *means
         )
     out.print(table)
-    out.print(
+    common.say(
+        out,
         f"Each pair on {result['n']} prompts: who scores higher on more checks wins; a tie is half a win for both. "
         "Shares by Bradley and Terry, intervals over prompts drawn again.",
-        soft_wrap=True,
     )
     if result["by_judge"]:
         out.print("By the judge, each compared with the base:")

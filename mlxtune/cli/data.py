@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from mlxtune_convert.shown import shown_json
 
-from mlxtune.cli import common, curate, pages
+from mlxtune.cli import common, curate, in_project, pages
 from mlxtune.cli.options import Command, Group, Need, OptionFor
 
 if TYPE_CHECKING:
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from mlxtune.data.chat.renderer import Renderer
 
 SHOWN = 5  # rows that `data show` prints for people
+
+
+model_option = click.option("--model", metavar="DIR", help=f"{common.MODEL}  [default: that of the configuration]")
 
 
 @click.group(cls=Group)
@@ -27,19 +30,26 @@ data.add_command(curate.curate)
 
 
 @data.command()
-@common.model_option()
-@click.option("--data", "path", required=True, metavar="PATH", help="Folder, file, or hub dataset id.")
+@model_option
+@click.option("--data", "path", metavar="PATH", help="Folder, file, or hub dataset id.")
 @common.split_option("Which split.  [default: all rows of the train files]")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.  [default: 5, with --json all]")
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines with ids and mask.")
 @common.settings_option
-def show(model: str, path: str, split: str | None, limit: int | None, as_json: bool, settings: tuple[str, ...]) -> None:
+def show(
+    model: str | None,
+    path: str | None,
+    split: str | None,
+    limit: int | None,
+    as_json: bool,
+    settings: tuple[str, ...],
+) -> None:
     """Print rows rendered by the model's chat template, coloured by what is trained on.
 
     Green (or between the marks where there is no colour) is what the model must produce; the rest is context.
     DIR may hold a tokenizer alone. A row is printed as its examples: turns that do not share one have their own.
     --split train and valid divide the rows of a train file as training does, before data.dedup, data.cap and
-    data.on_damage leave any out.
+    data.on_damage leave any out. In a folder with mlxtune.yaml, model and data may be left out.
 
     \b
     mlxtune data show --model model --data train.jsonl --limit 3
@@ -50,10 +60,14 @@ def show(model: str, path: str, split: str | None, limit: int | None, as_json: b
     from mlxtune.cli import shown_rows, survey_table
     from mlxtune.config import resolve as config
     from mlxtune.data.dataset import holdout
+    from mlxtune.errors import UserError
 
     cache = () if split else ("data.cache",)  # only what training would hold out needs all rows
     common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.on_damage", *cache)
-    resolved = config.load(None, settings, {"data.path": path})
+    file, model = in_project.for_rows(None, model, path)
+    resolved = config.load(file, settings, {"data.path": path})
+    if resolved.data.sources and len(resolved.data.sources) > 1:
+        raise UserError(f"{file} names several sources", "Name the rows to show: --data PATH.")
     renderer = _renderer(model, resolved)
     out = common.stdout()
     with survey_table.progress(common.console()) as progress:
@@ -80,7 +94,7 @@ def _renderer(model: str, config: Config) -> Renderer:
 
 
 @data.command(cls=Command)
-@common.model_option()
+@model_option
 @click.option("--data", "path", metavar="PATH", help="Folder, file, or hub dataset id.")
 @click.option(
     "-c", "--config", "file", metavar="FILE", help="Take data.sources and the other keys from a configuration."
@@ -97,7 +111,7 @@ def _renderer(model: str, config: Config) -> Renderer:
 )
 @common.settings_option
 def check(
-    model: str,
+    model: str | None,
     path: str | None,
     file: str | None,
     as_json: bool,
@@ -111,7 +125,8 @@ def check(
     Lengths, roles, duplicates, leaks, damage, odd answers, suspected secrets; each finding names rows and what to do.
     Also what questions ask for, kinds of conversation, style, and which rows were made. All rows are looked at as they
     stand, before data.dedup, data.cap and data.order choose among them. --html writes a page to pass on, with a row
-    as it is trained on; what seems to be a secret is hidden in it.
+    as it is trained on; what seems to be a secret is hidden in it. In a folder with mlxtune.yaml, its model and data
+    are taken where none are named.
 
     \b
     mlxtune data check --model model --data data
@@ -127,11 +142,13 @@ def check(
     common.refuse_idle(
         settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache", "data.valid_fraction"
     )
+    named = reach.keys_named(settings, {"data.path": path, "model.path": model})
+    file, model = in_project.for_rows(file, model, path)
     config = configuration.load(file, settings, {"data.path": path})
     if html is not None:  # what is wrong with it is said before the rows are read
         pages.require_place(html, force)
     if file is not None:
-        for line in reach.hub_notes(config, file, {"model.path"} | reach.keys_named(settings, {"data.path": path})):
+        for line in reach.hub_notes(config, file, named):
             common.note(line)
     renderer = _renderer(model, config)
     with survey_table.progress(common.console()) as progress:
@@ -189,5 +206,5 @@ def convert(
     rows = chain.from_iterable(one.read() for one in found[split])
     written, left = rewrite(rows, target, out, force, drop, [Path(source)])
     for row in left:
-        common.console().print(f"left out: {row.place}: {row.reason}", style="yellow", soft_wrap=True)
+        common.say(common.console(), f"left out: {row.place}: {row.reason}", style="yellow")
     common.stdout().print(f"{out}: {written:,} rows" + (f", {len(left):,} left out" if left else ""))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import fmean
 from types import TracebackType
 
-from mlxtune_convert.shown import brief, shown_name
+from mlxtune_convert.shown import brief
 from mlxtune_convert.sizes import size
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,6 +16,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from mlxtune.cli.common import say
 from mlxtune.cli.sparkline import Sparkline
 from mlxtune.durations import clock
 from mlxtune.train.events import Event
@@ -161,7 +162,7 @@ class Display:
         elif kind == "start":
             self._start(event["steps"], event["eval_every"])
         elif kind == "note":
-            self.console.print(Text(f"note: {brief(shown_name(event['text']))}", style="yellow"), soft_wrap=True)
+            say(self.console, f"note: {brief(event['text'])}", style="yellow")
         elif kind == "end":
             self._stop()
         if self.meter is not None:
@@ -181,7 +182,7 @@ class Display:
         if now - self._last_line < PLAIN_SECONDS:
             return
         if self._last_line:
-            self.console.print(f"{source}: {rows:,} rows read", soft_wrap=True)
+            say(self.console, f"{source}: {rows:,} rows read")
         self._last_line = now
 
     def _show_doing(self, what: str) -> None:
@@ -190,7 +191,7 @@ class Display:
             return
         self._doing = what
         if not self.console.is_terminal:
-            self.console.print(what, soft_wrap=True)
+            say(self.console, what)
         elif self._status is None:
             self._status = self.console.status(what)
             self._status.start()
@@ -210,15 +211,17 @@ class Display:
         samples = event.get("samples", ())
         # Prompts that the configuration lists were chosen to be looked at; a suite may have hundreds.
         shown = samples[:SHOWN_ROWS] if "checks" in event else samples
+        if shown:
+            self.console.print(Text(f"  answers after step {event['step']}:", style="dim"))
         for sample in shown:
-            self.console.print(Text(f"  {sample['prompt']!r}: {sample['answer']!r}", style="dim"), soft_wrap=True)
+            say(self.console, f"  {sample['prompt']!r}: {sample['answer']!r}", style="dim")
         if len(samples) > len(shown):
             self.console.print(Text(f"  and {len(samples) - len(shown)} more in events.jsonl", style="dim"))
         if event.get("cut"):
             self.console.print(Text(f"  {event['cut']} of {len(samples)} answers were cut"))
         if checks := event.get("checks"):
             said = ", ".join(f"{name} {value:.1%}" for name, value in checks.items())
-            self.console.print(Text(f"  {said}"), soft_wrap=True)
+            say(self.console, f"  {said}")
         if self._live is not None and self._task is not None:
             self._progress.update(self._task, completed=meter.step)
             self._live.update(self._draw())
@@ -233,7 +236,7 @@ class Display:
         now = self.meter.clock_now()
         if now - self._last_line >= PLAIN_SECONDS or self.meter.step == self.meter.steps:
             self._last_line = now
-            self.console.print("  ".join(f"{name} {value}" for name, value in self.meter.fields()), soft_wrap=True)
+            say(self.console, "  ".join(f"{name} {value}" for name, value in self.meter.fields()))
 
     def _draw(self) -> RenderableType:
         assert self.meter is not None

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.files import refuse_existing
 from mlxtune_convert.sizes import size
 
-from mlxtune.cli import common, tuned
+from mlxtune.cli import common, in_project, tuned
 from mlxtune.cli.options import Command, Need, OptionFor
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
     from mlxtune.data.chat.masking import Example
-    from mlxtune.ship.artefacts import Artefact, Progress
+    from mlxtune.ship.artefacts import Artefact
+    from mlxtune.ship.merge import Progress
     from mlxtune.ship.request import Request
     from mlxtune.ship.verify import Report
 
@@ -28,8 +30,8 @@ OWN_ROWS = (
 )
 
 
-def out_option(metavar: str, text: str) -> Callable[..., Any]:
-    return click.option("--out", required=True, type=click.Path(path_type=Path), metavar=metavar, help=text)
+def out_option(metavar: str, text: str, required: bool = True) -> Callable[..., Any]:
+    return click.option("--out", required=required, type=click.Path(path_type=Path), metavar=metavar, help=text)
 
 
 def base_option(**settings: Any) -> Callable[..., Any]:
@@ -104,8 +106,8 @@ def fuse(bits: str, group_size: str | None, **request_options: Any) -> None:
     request = _request(**request_options)
     rows = _training_rows(request.model, request_options["adapter"], request_options["data"]) if bits == "4" else ()
     artefact = FusedMlx(int(bits), int(group_size) if group_size else None, calibration=rows)
-    with common.console().status("merging, comparing with the trained model"):
-        shipped = ship(request, artefact)
+    with _progress("merging, comparing with the trained model") as progress:
+        shipped = ship(request, artefact, progress)
     result = common.stdout()
     result.print(f"{request.out}: {shipped.what}")
     for note in shipped.notes:
@@ -184,7 +186,7 @@ def _artefact(target: str, dtype: str | None, kind: str | None, ollama: bool) ->
     return forms[target]
 
 
-FORMS = ("peft", "hf", "gguf", "gguf-lora")  # of --to
+FORMS = ("peft", "hf", "gguf", "gguf-lora")  # of --to; as `config.schema.ExportSection` has them
 
 
 def _for(*targets: str) -> Need:
@@ -198,11 +200,10 @@ def _for(*targets: str) -> Need:
 @click.option(
     "--to",
     "target",
-    required=True,
     type=click.Choice(FORMS),
-    help="peft, gguf-lora: an adapter; hf, gguf: a (merged) model.",
+    help="peft, gguf-lora: an adapter; hf, gguf: a (merged) model.  [default: all that mlxtune.yaml lists]",
 )
-@out_option("PATH", "The export: a folder, or for GGUF a .gguf file.")
+@out_option("PATH", "The export: a folder, or for GGUF a .gguf file.", required=False)
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
@@ -248,7 +249,7 @@ def _for(*targets: str) -> Need:
 @base_option(cls=OptionFor, needs=_for("hf", "gguf"))
 @proof_options
 def export(
-    target: str,
+    target: str | None,
     dtype: str | None,
     kind: str | None,
     ollama: bool,
@@ -260,6 +261,8 @@ def export(
 
     The export is loaded by transformers, PEFT or llama.cpp (when installed, else read back) and compared with the
     trained model on held-out rows (without --adapter: on a text that comes with mlxtune) before it is given its name.
+    In a folder with mlxtune.yaml the adapter is that of its run, and without --to what it lists is made, one after the
+    other.
 
     \b
     mlxtune export --model model --adapter run --to peft --out adapter --base-name OWNER/NAME
@@ -272,19 +275,34 @@ def export(
     if target == "gguf" and request_options["base"] is not None and request_options["adapter"] is None:
         raise UserError("--base has no effect without --adapter: nothing is merged", "Name that model as --model.")
     from mlxtune.ship import push as uploads
-    from mlxtune.ship.export import ship
 
     if push:
         uploads.check_repo(push, public)
-    artefact = _artefact(target, dtype, kind, ollama)
+    if target is None:
+        listed = in_project.exports(request_options["out"])
+        for one in listed:  # before any is made
+            refuse_existing(Path(one.out), request_options["force"])
+        for one in listed:
+            artefact = _artefact(one.to, None, one.type or None, ollama=False)
+            _export(one.to, artefact, {**request_options, "out": Path(one.out)})
+        return
+    if request_options["out"] is None:
+        raise UserError("no place for the export", "Name it: --out PATH.")
+    _export(target, _artefact(target, dtype, kind, ollama), request_options)
+    if push:
+        _push(request_options["out"], push, public)
+
+
+def _export(target: str, artefact: Artefact, request_options: dict[str, Any]) -> None:
+    """Make one export, and say what came of it. target: a word of FORMS; request_options: as `_request` takes them."""
+    from mlxtune.ship.export import ship
+
     request = _request(**request_options)
     with _progress(f"exporting to {target}, comparing with the trained model") as progress:
         shipped = ship(request, artefact, progress)
     common.stdout().print(f"{request.out}: {shipped.line()}")
     for note in shipped.notes:
         common.note(note)
-    if push:
-        _push(request.out, push, public)
 
 
 @contextmanager

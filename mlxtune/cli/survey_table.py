@@ -85,10 +85,12 @@ def _draw_counts(out: Console, facts: dict[str, Any]) -> None:
 
     share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
     systems = facts["system_prompts"]
+    held_out = f" ({facts['held_out']:,} rows are held out)" if facts["held_out"] else ""
     lines = {
         "rows": f"{facts['rows']:,} ({_counts(facts['formats'])})",
         "outcome": _counts(facts["outcomes"]),
-        "tokens": f"{facts['tokens']:,} per epoch, {share:.0%} of them trained on; {facts['steps_per_epoch']:,} steps",
+        "tokens": f"{facts['tokens']:,} per epoch, {share:.0%} of them trained on; "
+        f"{facts['steps_per_epoch']:,} steps{held_out}",
         "as asked": Expansion(**facts["conversations"]).line(),
         "roles": _counts(facts["roles"]),
         "answers per row": _counts(facts["answers_per_row"]),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from mlxtune_convert.shown import brief
 
-from mlxtune.cli import common
+from mlxtune.cli import common, in_project
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,10 @@ def _everyday_flags(given: Mapping[str, Any], settings: tuple[str, ...]) -> dict
 @common.model_option(required=False)
 @click.option("--data", metavar="PATH", help="Folder with train.jsonl, one data file, or hub dataset id.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.  [default: runs/<date>-<model>]"
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="The run's folder.  [default: that of mlxtune.yaml, or runs/<date>-<model>]",
 )
 @everyday_options
 @common.settings_option
@@ -61,6 +64,7 @@ def _everyday_flags(given: Mapping[str, Any], settings: tuple[str, ...]) -> dict
     is_flag=True,
     help="The same, with keys changed that only say how long, how often, or who is told.",
 )
+@click.option("--force", is_flag=True, help="Replace the run that --out holds, once the new one begins.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; train nothing.")
 def train(
     file: str | None,
@@ -70,15 +74,17 @@ def train(
     settings: tuple[str, ...],
     resume: bool,
     resume_anyway: bool,
+    force: bool,
     dry_run: bool,
     **everyday: Any,
 ) -> None:
     """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
 
-    Flags beat the file, the file beats the defaults. RUN/adapters.safetensors ends up as the adapter with the lowest
-    validation loss, and RUN/report.html shows what happened. Ctrl-C finishes the step, saves, and can be resumed, as
-    can a run whose GPU failed. On several machines: mlx.launch. What FILE, or the run that goes on, turns on beyond
-    this machine is told first; the hub is not asked for what that run alone names.
+    Flags beat the file, the file beats the defaults; in a folder with mlxtune.yaml that is the file, where -c names no
+    other. RUN/adapters.safetensors ends up as the adapter with the lowest validation loss, and RUN/report.html shows
+    what happened. Ctrl-C finishes the step, saves, and can be resumed, as can a run whose GPU failed. On several
+    machines: mlx.launch. What FILE, or the run that goes on, turns on beyond this machine is told first; the hub is not
+    asked for what that run alone names.
 
     \b
     mlxtune train -c quick --model model --data data
@@ -89,6 +95,11 @@ def train(
     from mlxtune.config import resolve as configuration
 
     resume = resume or resume_anyway
+    file, out = in_project.for_training(file, out, resume)
+    if resume and force:
+        raise UserError("--force begins a run anew, and --resume goes on with one", "Leave out one of them.")
+    if force and out is None:
+        raise UserError("--force has no effect without --out: a run has a new folder then", "Leave out --force.")
     if resume and out is None:
         raise UserError("--resume needs the run to go on with", "mlxtune train --resume --out RUN")
     if resume and dry_run:
@@ -103,7 +114,7 @@ def train(
         raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
     local = _note_reach(config, file, out if resume else None, settings, flags)
     if dry_run:
-        _print_plan(config, out)
+        _print_plan(config, out, force)
         return
     # Only now: these load MLX and transformers, and a typing error above is said at once.
     from mlxtune.cli.display import Display
@@ -116,7 +127,7 @@ def train(
     first = Ranks.here().first
     display = Display(common.console(quiet=not first))
     with with_page(display, folder, config.train.report if first else "off") as listener:
-        state = tune(config, folder, listener, resume, resume_anyway, local)
+        state = tune(config, folder, listener, resume, resume_anyway, local, force)
     if not first:
         return
     best = ""
@@ -129,8 +140,10 @@ def train(
     common.stdout().print(f"{folder}: {state.step} steps{best}{saved}")
     # A folder is found by the run; a model of the hub is asked for where it is named.
     model = config.model.path
-    named = () if Path(model).expanduser().is_dir() else ("--model", model)
-    common.next_commands(*((command, *named, "--adapter", folder) for command in ("eval", "chat")))
+    words = () if Path(model).expanduser().is_dir() else ("--model", model)
+    if words or not in_project.is_its_run(folder):
+        words = (*words, "--adapter", str(folder))
+    common.next_commands(*((command, *words) for command in ("eval", "chat")))
 
 
 def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: Mapping[str, Any]) -> Config:
@@ -170,17 +183,18 @@ def _note_reach(
     return local
 
 
-def _print_plan(config: Config, folder: Path | None) -> None:
-    """What would be done, without reading a weight."""
+def _print_plan(config: Config, folder: Path | None, force: bool) -> None:
+    """What would be done, without reading a weight. force: the run in `folder` would be replaced."""
     from rich.text import Text
 
+    from mlxtune.config.paths import paths_read
     from mlxtune.train import loggers, preparation
     from mlxtune.train.evaluation import suite_of
     from mlxtune.train.run_data import read_data
     from mlxtune.train.run_folder import RunFolder
 
     if folder is not None:
-        RunFolder(folder).require_free()
+        RunFolder(folder).require_free(force, paths_read(config))
     loggers.require(config.train.loggers)
     suite_of(config)
     data, config = read_data(config)

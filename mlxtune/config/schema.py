@@ -287,3 +287,26 @@ class FastSection(Section):
     thin: Literal["on", "off"] = Field(
         "off", description="on: query, key and value, gate and up have one product for the A of their adapters"
     )
+
+
+class ExportSection(Section):
+    to: Literal["peft", "hf", "gguf", "gguf-lora"] = Field(description="as export --to")
+    out: str = Field(min_length=1, description="where it is written, as export --out")
+    type: str = Field("", description="gguf: how weights are stored, as export --type (default: keep)")
+
+    @field_validator("type")
+    @classmethod
+    def _of_gguf(cls, value: str, info: ValidationInfo) -> str:
+        if value and info.data.get("to", "gguf") != "gguf":
+            raise ValueError(f"type has no effect with to: {info.data['to']}")
+        return value
+
+
+class ProjectSection(Section):
+    """What commands do in the folder of mlxtune.yaml, beside the configuration of its run. No setting of a run."""
+
+    out: str = Field("run", min_length=1, description="the run's folder: train makes it, the other commands use it")
+    suite: str = Field("", description="prompts with checks, which eval asks")
+    export: list[ExportSection] = Field(
+        default_factory=list, description="what export makes where --to is not given: a list of to, out, type"
+    )

@@ -114,6 +114,8 @@ def prepare(
 def plan(config: Config, data: Data) -> Planned:
     """What a run would do. Raises UserError for all that `prepare` refuses before it reads a weight."""
     made = attached(config, data, read=False)
+    if config.lora.start_from:
+        adapter_files.require_fit(made.loaded.model, Path(config.lora.start_from) / made.adapter.file)
     way = fast_ways.expected_way(made.loaded.model, data.train, config, made.plan.shares)
     way, more = trunk_choice.with_kept_trunk(way, made.loaded.model, config, made.plan)
     run = fit_memory.fit(made.given, way, config, made.plan)

@@ -40,6 +40,7 @@ def _facts(split: SplitSurvey, config: Config) -> dict[str, Any]:
         "rows": split.rows,
         "formats": dict(split.formats),
         "outcomes": _most_first(split.outcomes),
+        "held_out": split.held_out,
         "examples": split.examples,
         "tokens": split.tokens,
         "supervised_tokens": split.targets,
@@ -91,9 +92,9 @@ def _steps_per_epoch(split: SplitSurvey, config: Config) -> int:
     section = config.train
     if section.batch_tokens:
         per_step = section.batch_tokens * section.accumulate
-        return -(-split.tokens // per_step)
+        return -(-split.tokens * split.trained // max(1, len(split.used_hashes)) // per_step)
     per_step = (section.batch_rows or DEFAULT_ROWS) * section.accumulate
-    return -(-split.used // per_step)
+    return -(-split.trained // per_step)
 
 
 def _lengths(counts: Counter[int], limit: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from mlxtune.config.resolve import Config
 from mlxtune.data.chat.renderer import NO_TARGET, Renderer, Row, by_record
-from mlxtune.data.dataset import duplicates, sources
+from mlxtune.data.dataset import duplicates, holdout, sources
 from mlxtune.data.dataset.beginnings import common
 from mlxtune.data.dataset.store_writing import Progress
 from mlxtune.data.rows.formats import Record, chunks
@@ -30,6 +30,7 @@ from mlxtune.data.survey.split_survey import SplitSurvey
 
 USED, SHORTENED = "used", "shortened"  # outcomes of a row that gives examples
 LONGEST_PROMPT = 200  # letters of the chat template's own system prompt that are told
+DAMAGED = "damaged by the chat template"  # as training names them: it stops for them, or leaves them out
 
 
 def survey(
@@ -54,6 +55,7 @@ def survey(
             if split == "train":
                 out.find_unused(sources.unused(found))
             splits[name] = out
+    _hold_out(splits, config)
     _find_few(splits)
     _find_styles(splits)
     for name, other in splits.items():
@@ -61,6 +63,16 @@ def survey(
             if trained.startswith("train") and not name.startswith("train"):
                 _find_leaks(train, other)
     return report.report(splits, config)
+
+
+def _hold_out(splits: dict[str, SplitSurvey], config: Config) -> None:
+    """Count the rows that training would hold out of the train files of sources without a valid file."""
+    for name, split in splits.items():
+        if name.startswith("train") and name.replace("train", "valid", 1) not in splits:
+            hashes = np.array(split.used_hashes, np.uint64)
+            highest = holdout.limit(hashes, config.data.valid_fraction, config.train.seed)
+            if highest is not None:
+                split.held_out = int((holdout.seeded(hashes, config.train.seed) <= highest).sum())
 
 
 def read_split(out: SplitSurvey, records: Iterator[Record | Bad], renderer: Renderer, progress: Progress) -> None:
@@ -80,8 +92,9 @@ def read_split(out: SplitSurvey, records: Iterator[Record | Bad], renderer: Rend
         for record in good:
             for code, reason in markup.codes(record):
                 out.find(code, out.name_of(record), reason)
-        for parts in by_record(uncut.stream(good)):
-            _count_row(out, parts, limit)
+        for record, parts in zip(good, by_record(uncut.stream(good)), strict=True):
+            if _count_row(out, parts, limit):
+                out.used_hashes.append(duplicates.content_hash(record))
         if good:
             signatures = [duplicates.signature(duplicates.words_of(record)) for record in good]
             out.signatures.append(np.array(signatures))
@@ -140,21 +153,24 @@ def _system_hash(record: Record) -> int | None:
     return None
 
 
-def _count_row(out: SplitSurvey, parts: list[Row], limit: int) -> None:
-    """What training would make of a row. parts: all that was made of it, uncut; limit: data.max_tokens."""
+def _count_row(out: SplitSurvey, parts: list[Row], limit: int) -> bool:
+    """Count what training would make of a row, and say whether it would train on it. parts: all that was made of it,
+    uncut; limit: data.max_tokens.
+    """
     out.expansion.add(parts, limit)
     out.kinds.add(parts, out.name_of(parts[0].record), limit)
     gives_examples = any(part.example is not None and part.example.mask[1:limit].any() for part in parts)
     outcomes = [_count_part(out, part, limit, gives_examples) for part in parts]
-    if SHORTENED in outcomes:
+    if any(part.damage for part in parts):
+        outcome = DAMAGED
+    elif SHORTENED in outcomes:
         outcome = SHORTENED
     elif USED in outcomes:
         outcome = USED
     else:
         outcome = outcomes[0]
     out.outcomes[outcome] += 1
-    if outcome in (USED, SHORTENED):
-        out.used += 1
+    return outcome in (USED, SHORTENED)
 
 
 def _count_part(out: SplitSurvey, part: Row, limit: int, gives_examples: bool) -> str:
