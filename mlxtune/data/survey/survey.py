@@ -294,7 +294,7 @@ def _find_preferences(out: SplitSurvey) -> None:
     most = known.kinds.most_common(1)[0][1] if known.kinds else 0
     others = known.kinds.total() - most
     if others:
-        out.find_many("mixed", others, [f"{count:,} {kind}" for kind, count in known.kinds.most_common()])
+        out.find_many("mixed", others, [f"{kind}: {count:,}" for kind, count in known.kinds.most_common()])
 
 
 def _find_few(splits: dict[str, SplitSurvey]) -> None:
