@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 DEMO = Path(__file__).resolve().parent.parent / "mlxtune" / "demo" / "data"
-PROMPTS = 24  # of the suite
-SFT = ("train.steps=40", "train.batch_rows=4", "train.lr=4e-4", "train.warmup_steps=4", "train.eval_every=0")
+ROWS = 96  # to learn from
+PROMPTS = 16  # of the suite
+ANSWER_TOKENS = 80  # of an answer: those of the rows have fewer
+SFT = ("train.epochs=1", "train.batch_rows=4", "train.lr=4e-4", "train.warmup_steps=4", "train.eval_every=0")
 DPO = ("train.epochs=1", "train.batch_rows=2", "train.accumulate=4", "train.lr=1e-4", "train.warmup_steps=2")
 COMMON = ("train.report=off", "train.save_every=0", "lora.rank=8", "lora.alpha=16")
 
@@ -50,12 +52,14 @@ def main() -> None:
     tokens, computed = (sum(step[name] for step in steps) for name in ("tokens", "computed_tokens"))
     print(f"{len(steps)} steps, {computed:,} tokens computed, {computed / tokens:.2f} of those of both whole rows")
     base = ("--against", given.model, "--against-adapter", sft)
-    run("eval", "--model", given.model, "--adapter", tuned, *base, "--suite", given.work / "suite.jsonl")
+    suite = ("--suite", given.work / "suite.jsonl", "--max-tokens", str(ANSWER_TOKENS))
+    run("eval", "--model", given.model, "--adapter", tuned, *base, *suite)
 
 
 def write_rows(work: Path) -> None:
     """rows: SFT's, in JSON and in words by turns; pairs: JSON preferred to words; suite.jsonl: prompts, checked."""
     learned, held_out, unseen = (list(questions(name)) for name in ("train", "valid", "test"))
+    learned = learned[:ROWS]
     (work / "rows").mkdir(parents=True, exist_ok=True)
     (work / "pairs").mkdir(exist_ok=True)
     for name, some in (("train", learned), ("valid", held_out)):

@@ -144,7 +144,8 @@ def test_an_answer_that_ends_where_the_limit_is_stays(tokenizer: Any, tmp_path: 
     whole = of(tmp_path, pairs_of(1), tokenizer)
     limit = int(whole.lengths.max())
     assert whole[int(whole.lengths.argmax())].mask[-1] == 0
-    assert len(of(tmp_path, pairs_of(1), tokenizer, max_tokens=limit - 1)) == 2
+    found = of(tmp_path, pairs_of(1), tokenizer, max_tokens=limit - 1)
+    assert len(found) == 2 and "shortened" not in " ".join(found.notes("train", limit - 1))
     with pytest.raises(
         UserError, match=rf"none of 1 rows can be used; line 1: .* ends after data.max_tokens {limit - 2}"
     ):

@@ -12,15 +12,18 @@ import numpy as np
 import on_preferences
 import pytest
 from on_preferences import numbers, of_kind
-from test_ranks import two
+from test_ranks import Group, two
 
 from mlxtune.adapter import adapter_files
 from mlxtune.data.chat.masking import Example
+from mlxtune.data.dataset.batches import collate
 from mlxtune.data.dataset.examples import Examples
+from mlxtune.data.dataset.measured import ListedExamples
 from mlxtune.data.rows.sides import Side
 from mlxtune.model.load import load
 from mlxtune.train import events
 from mlxtune.train.preference.mismatched import Mismatched
+from mlxtune.train.ranks import Ranks
 from mlxtune.train.run_data import read_data
 from mlxtune.train.run_folder import RunFolder
 
@@ -119,3 +122,20 @@ def test_two_processes_compute_the_numbers_of_one(objective: str, mlx_model: Pat
     kept = [on_preferences.values(run) for run in (tmp_path / "one", tmp_path / "two")]
     for name, values in kept[0].items():
         np.testing.assert_allclose(kept[1][name], values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("of_run", [None, 0])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_pair_is_never_divided_between_processes(size: int, of_run: int | None) -> None:
+    """Four pairs of one micro-batch, the second with two examples of its chosen answer; some beginnings are shared."""
+    chosen, rejected = Side.CHOSEN, Side.REJECTED
+    sides = [chosen, rejected, chosen, chosen, rejected, chosen, rejected, chosen, rejected]
+    draw = np.random.default_rng(1)
+    rows = [[*range(40 * (place // 5), 40), *draw.integers(50, 99, 3 + place)] for place in range(len(sides))]
+    examples = ListedExamples([Example(ids, [0] * (len(ids) - 2) + [1, 1]) for ids in rows], sides)
+    batch = collate(examples, range(len(sides)))
+    dealt = [part for rank in range(size) for part in Ranks(Group(rank, size)).own_batches([batch], of_run)]
+    assert sorted(row for part in dealt for row in part.rows.tolist()) == list(range(len(sides)))
+    assert sum(part.pairs for part in dealt) == 4 and len(dealt) > 1
+    for part in dealt:
+        assert part.answer_sides.tolist() == [chosen, rejected] * part.pairs

@@ -165,6 +165,16 @@ def test_a_loss_that_is_not_that_of_the_start_is_found_out(
         tune(mlx_model, pairs, tmp_path / "run", "preference.loss=dpo", "train.steps=1")
 
 
+def test_kept_states_of_frozen_blocks_change_no_number(mlx_model: Path, rated: Path, tmp_path: Path) -> None:
+    settings = ("preference.loss=kto", "lora.layers=1", "train.epochs=2", "train.eval_every=2", "train.batch_rows=4")
+    found = [
+        tune(mlx_model, rated, tmp_path / kept, *settings, f"train.trunk_cache={kept}") for kept in ("off", "auto")
+    ]
+    computed = [of_kind(events_of_run, "begin")[0]["computed"] for events_of_run in found]
+    assert "frozen blocks" not in computed[0] and computed[0] != computed[1]
+    np.testing.assert_allclose(numbers(found[1]), numbers(found[0]), rtol=1e-4, atol=1e-5)
+
+
 # Going on.
 
 
@@ -278,6 +288,8 @@ def test_a_longer_run_computes_what_more_of_the_reference_it_needs(
     one, other = ([event["loss"] for event in of_kind(events.read(folder), "train")] for folder in (longer, from_sft))
     assert one == other
     assert on_preferences.reference(longer)["train"] == on_preferences.reference(from_sft)["train"]
+    shutil.rmtree(start)  # not needed by who has the whole reference
+    tune(mlx_model, pairs, longer, *settings, "train.steps=4", resume=True, anyway=True)
 
 
 # What a run is for.

@@ -57,6 +57,7 @@ class Preference:
     train: OfSplit  # the training rows
     valid: OfSplit  # the held-out rows
     rounding: float  # relative: what two computations of one log-probability may differ by
+    is_kept: bool = False  # the folder of the run has the reference already
 
 
 def settings_of(section: PreferenceSection) -> Settings:

@@ -42,44 +42,51 @@ def with_preference(
     section = config.preference
     if not section.loss:
         return job
-    of_pairs = valid.kind == "pairs"
-    with_baseline = section.loss == "kto"
-    train = _split(job.plan.examples, config.train.seed, section.has_reference, with_baseline)
-    held_out = _split(valid, config.train.seed, section.has_reference, with_baseline)
+    is_kept = False
     if section.has_reference:
-        begins: Callable[[], None] = lambda: None  # noqa: E731
-        if resume:
-            train, held_out, began_from = _kept(job, train, held_out, folder.path)
-            begins = _Beginning(job, config, began_from)
-        train = reference.of_training(
-            train,
-            job.plan,
-            job.way.prefix,
-            _after(begins, reference.forward_of(job.model, job.way, job.states)),
-            _after(begins, reference.forward_of(job.model, job.way)),
-            job.ranks,
-            listener,
-        )
-        forward = _after(begins, reference.forward_of(job.model, job.way))
-        held_out = reference.of_held_out(held_out, job.evaluation.batches, forward, job.ranks, listener)
+        train, held_out, is_kept = _with_reference(job, config, valid, folder, resume, listener)
+    else:
+        train = held_out = OfSplit(None)
     rounding = ROUNDING.get(job.identity.config["train.dtype"], ROUNDING_IN_16_BITS)
-    preference = Preference(settings_of(section), of_pairs, train, held_out, rounding)
+    preference = Preference(settings_of(section), valid.kind == "pairs", train, held_out, rounding, is_kept)
     return replace(job, preference=preference, evaluation=replace(job.evaluation, preference=preference))
 
 
 def save(job: Job, config: Config, folder: Path) -> None:
-    """Keep the reference of a run, where it has one, with the run."""
+    """Keep the reference of a run, where it has one that is not kept yet, with the run."""
     preference = job.preference
-    if preference is None or preference.train.known is None:
+    if preference is None or preference.train.known is None or preference.is_kept:
         return
     belongs = {**_belongs(job), "lora.start_from": _digest_of_start(config)}
     reference_file.save(folder, reference_file.arrays_of(preference.train, preference.valid), belongs)
 
 
-def _split(examples: MeasuredExamples, seed: int, has_reference: bool, with_baseline: bool) -> OfSplit:
+def _with_reference(
+    job: Job, config: Config, valid: Examples, folder: RunFolder, resume: bool, listener: Listener
+) -> tuple[OfSplit, OfSplit, bool]:
+    """(The training rows and the held-out ones with the values that the run asks for, whether its folder has all of
+    them already).
+    """
+    with_baseline = config.preference.loss == "kto"
+    train = _split(job.plan.examples, config.train.seed, with_baseline)
+    held_out = _split(valid, config.train.seed, with_baseline)
+    forward = reference.forward_of(job.model, job.way)
+    of_training = reference.forward_of(job.model, job.way, job.states)
+    kept: Arrays = {}
+    if resume:
+        train, held_out, began_from = _kept(job, train, held_out, folder.path)
+        kept = reference_file.arrays_of(train, held_out)
+        begins = _Beginning(job, config, began_from)
+        forward, of_training = _after(begins, forward), _after(begins, of_training)
+    train = reference.of_training(train, job.plan, job.way.prefix, of_training, forward, job.ranks, listener)
+    held_out = reference.of_held_out(held_out, job.evaluation.batches, forward, job.ranks, listener)
+    found = reference_file.arrays_of(train, held_out)
+    is_kept = resume and all(np.array_equal(kept[name], values) for name, values in found.items())
+    return train, held_out, is_kept
+
+
+def _split(examples: MeasuredExamples, seed: int, with_baseline: bool) -> OfSplit:
     """The answers of a split, of which nothing is known yet."""
-    if not has_reference:
-        return OfSplit(None)
     known = Known.nothing(answers_of(examples))
     if not with_baseline:
         return OfSplit(known)
