@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,22 @@ def test_each_kind_of_trouble_is_found_in_its_own_row(tokenizer_folder: Path, tm
     assert facts["lengths"]["longest"] > 250
     assert sum(count for _, _, count in facts["lengths"]["histogram"]) == facts["examples"]
     assert facts["system_prompts"] == {"distinct": 0, "rows_without": facts["rows"] - 1}
+
+
+def test_a_template_that_puts_a_system_prompt_of_its_own_before_rows_without_one_is_told(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "own"
+    shutil.copytree(tokenizer_folder, folder)
+    own = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are tiny.<|im_end|>\n{% endif %}"
+    (folder / "chat_template.jinja").write_text(own + tiny.CHATML)
+    with_system = {"messages": [{"role": "system", "content": "Be brief."}, *GOOD[3]["messages"]]}
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [*GOOD[:3], with_system])
+    told = {finding["code"]: finding for finding in survey(folder, path)["findings"]}
+    assert (told["own system"]["count"], told["own system"]["reasons"]) == (3, {"You are tiny.": 3})
+    assert "own system" not in {finding["code"] for finding in survey(tokenizer_folder, path)["findings"]}
+    tiny.write_jsonl(path, [with_system])
+    assert "own system" not in {finding["code"] for finding in survey(folder, path)["findings"]}
 
 
 def test_strict_fails_on_errors_alone_and_the_terminal_names_rows_and_remedies(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.sides import Side
 from mlxtune.errors import UserError
+from mlxtune.evaluate.checks.suite import read_suite
 from mlxtune.evaluate.forgetting import texts
 from mlxtune.make.curation import candidates
+from mlxtune.make.given_rows import read_conversations
+from mlxtune.make.seeds import read_seeds
 
 Messages = list[dict[str, Any]]
 GOOD, BAD = answer("Blue."), answer("Green?")
@@ -68,6 +72,14 @@ EXPECTED: dict[str, tuple[dict[str, Any], tuple[Messages, Messages, Messages]]] 
     "messages, texts": ({"prompt": TALK, "chosen": "Blue.", "rejected": "Green?"}, (TALK, [GOOD], [BAD])),
     "JSON text": (
         {"prompt": json.dumps(TALK), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
+        (TALK, [GOOD], [BAD]),
+    ),
+    "answers that are JSON, one of them torn": (
+        {"prompt": "Sky?", "chosen": '[{"value": 1}]', "rejected": '[{"value": 1'},
+        ([user("Sky?")], [answer('[{"value": 1}]')], [answer('[{"value": 1')]),
+    ),
+    "a text prompt, JSON text of conversations": (
+        {"prompt": "Sky?", "chosen": json.dumps([*TALK, GOOD]), "rejected": json.dumps([*TALK, BAD])},
         (TALK, [GOOD], [BAD]),
     ),
     "a text that is JSON": (
@@ -324,11 +336,17 @@ def test_the_sides_of_a_pair_are_worked_on_together(tmp_path: Path, monkeypatch:
     assert [formats.count_rows(chunk) for chunk in chunks] == [2, 2, 1]
 
 
-def test_pairs_are_not_taken_for_answers_to_learn(tmp_path: Path) -> None:
-    path = tiny.write_jsonl(tmp_path / "d.jsonl", [EXPECTED["texts"][0]])
-    with pytest.raises(UserError, match="pairs of answers, of which one is preferred; here each row is an answer"):
-        candidates.read([path], {})
+def test_pairs_are_refused_where_every_answer_would_be_taken_for_a_good_one(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [EXPECTED["whole conversations"][0]])
     unused: Any = None
-    with pytest.raises(UserError, match="pairs of answers"):
-        list(texts._tokenized(path, unused, unused))
+    readers: list[Callable[[Path], Any]] = [
+        lambda file: candidates.read([file], {}),
+        lambda file: list(texts._tokenized(file, unused, unused)),
+        read_seeds,
+        read_conversations,
+        read_suite,
+    ]
+    for reader in readers:
+        with pytest.raises(UserError, match="pairs of answers, of which one is preferred, are not read here"):
+            reader(path)
     assert make_refusals._rows_of(str(path)) == 1

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import evaluations
 import pytest
+import tiny
 from test_layers import COMMANDS
 
 from mlxtune.cli import main
@@ -95,6 +96,21 @@ def walked(mlx_model: Path, run: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_a_line_of_the_page_ends_well(line: str, walked: dict[str, tuple[int, str]]) -> None:
     status, said = walked[line]
     assert status == 0 and "error: " not in said, said
+
+
+def test_an_evaluation_of_the_held_out_rows_gives_what_the_run_counted_of_them(
+    walked: dict[str, tuple[int, str]],
+) -> None:
+    folder = Path(walked["folder"][1])
+    events = [json.loads(line) for line in (folder / "preferred" / "events.jsonl").read_text().splitlines()]
+    last = [event for event in events if event["kind"] == "eval"][-1]
+    model, adapter = folder / "model", folder / "preferred"
+    told = json.loads(tiny.done("eval", "--model", model, "--adapter", adapter, "--json").stdout)
+    assert told["rewards"]["margin"] == pytest.approx(last["margin"], abs=1e-5)
+    assert told["rewards"]["accuracy"] == last["accuracy"]
+    for side in ("chosen", "rejected"):
+        assert told["sides"][side]["reward"] == pytest.approx(last[f"reward_{side}"], abs=1e-5)
+    assert told["sides"]["chosen"]["drift"] == pytest.approx(last["drift"], abs=1e-5)
 
 
 def test_the_pairs_are_what_was_rated_and_the_adapter_is_one_of_them(walked: dict[str, tuple[int, str]]) -> None:

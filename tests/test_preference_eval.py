@@ -11,12 +11,14 @@ import evaluations
 import mlx.core as mx
 import numpy as np
 import page_readers
+import pages
 import pytest
 import tiny
 from evaluations import SHORT, YES
 from test_preference_rows import pair, read
 
 from mlxtune.adapter import adapter_files, attach
+from mlxtune.cli import suites
 from mlxtune.config.resolve import load as settle
 from mlxtune.data.chat.renderer import Renderer
 from mlxtune.data.rows.sides import Side
@@ -134,6 +136,20 @@ def test_rated_answers_are_told_by_how_they_moved() -> None:
     assert told["rewards"]["margin"] == pytest.approx(0.3)
     assert told["sides"]["bad"]["less_likely"] == 1.0
     assert report(some, base)["checks"] == {}
+
+
+def test_answers_that_were_rejected_are_no_training_answers_but_their_prompts_were_trained_on(tmp_path: Path) -> None:
+    rows = evaluations.rows(6)
+    known = [pair(f"Question {n}?", f"yes, {n}", f"no, not {n}") for n in range(1, 7)]
+    tiny.write_jsonl(tmp_path / "data" / "train.jsonl", known[:4])
+    tiny.write_jsonl(tmp_path / "data" / "valid.jsonl", known[4:])
+    run = pages.write(
+        tmp_path / "run", [pages.begun()], {"preference.loss": "dpo", "data.path": str(tmp_path / "data")}
+    )
+    learned, notes = suites._about_data(rows, run)
+    assert [record.side for record in learned] == [Side.CHOSEN] * 4
+    assert "of 4 training answers 4 pass contains" in notes
+    assert any("4 of 6 prompts" in note or "4 prompts" in note for note in notes), notes
 
 
 # Pairs out of evaluations.

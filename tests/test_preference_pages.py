@@ -47,9 +47,9 @@ def observed(events: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def test_the_page_says_how_answers_are_told_apart_and_draws_it(tmp_path: Path) -> None:
     page = page_readers.whole(of_run(read_run(pages.write(tmp_path / "run", told(), DPO))))
     text = page_readers.said(page)
-    assert "the loss went from 0.6931 before the first step to 0.3000 nats a row at step 40" in text
+    assert "the loss went from 0.6931 before the first step to 0.3000 nats a row at step 40: 57% lower." in text
     assert (
-        "the preferred answers are told from the others in 90% of the rows (rewards: chosen +0.20, rejected -1.30)"
+        "The preferred answers are told from the others in 90% of these rows (rewards: chosen +0.20, rejected -1.30)"
         in text
     )
     for title in (

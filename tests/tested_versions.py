@@ -7,14 +7,16 @@ pip reads the file as constraints: pip install mlxtune -c tested.txt. `mlxtune d
 
 from __future__ import annotations
 
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-FILE = Path(__file__).resolve().parent.parent / "mlxtune" / "machine" / "tested.txt"
-# Those of the developers, and what is another package on another system.
+ROOT = Path(__file__).resolve().parent.parent
+FILE = ROOT / "mlxtune" / "machine" / "tested.txt"
+# Extras that are for developers alone.
 LEFT_OUT = ("dev",)
 HEADING = """\
 # The versions with which mlxtune's tests passed last. Written by tests/tested_versions.py; constraints for pip:
@@ -40,10 +42,13 @@ def wanted(name: str, extras: frozenset[str], found: dict[str, str]) -> None:
 
 def text() -> str:
     """The file."""
-    extras = frozenset(metadata.distribution("mlxtune").metadata.get_all("Provides-Extra") or ()) - set(LEFT_OUT)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = list(project["dependencies"])
+    for extra, more in project["optional-dependencies"].items():
+        needs += [] if extra in LEFT_OUT else more
     found: dict[str, str] = {}
-    wanted("mlxtune", extras, found)
-    del found["mlxtune"]
+    for need in map(Requirement, needs):
+        wanted(need.name, frozenset(need.extras), found)
     return HEADING + "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
 
 

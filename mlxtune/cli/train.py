@@ -128,6 +128,8 @@ def train(
         common.note(f"--data {data} takes the place of data.sources in {file}")
     if not config.model.path:
         raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
+    if model is None:
+        in_project.require_model(config.model.path, file)
     local = _note_reach(config, file, out if resume else None, settings, flags)
     if dry_run:
         _print_plan(config, out, force)

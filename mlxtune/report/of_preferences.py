@@ -51,7 +51,7 @@ def _checks(told: Mapping[str, Any]) -> Html:
     bins = told.get("rewards", {}).get("histogram")
     drawn = None
     if bins:
-        drawn = histogram("Reward margins of the pairs", "reward of the chosen minus that of the rejected", bins)
+        drawn = histogram("Reward margins of the pairs", "chosen minus rejected", bins)
     return joined(
         checks_table("Base and tuned model on the same rows", checks, NAMES, of),
         forest(checks),

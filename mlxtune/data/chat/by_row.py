@@ -24,12 +24,14 @@ def by_row(rows: Iterable[Row]) -> Iterator[list[Row]]:
     chosen: list[Row] = []  # what was made of the side that the next record belongs to
     for parts in by_record(rows):
         side = side_of(parts[0])
+        assert bool(chosen) == (side is Side.REJECTED), "the records of a pair follow each other"
         if side is Side.CHOSEN:
             chosen = parts
         elif side is Side.REJECTED:
-            yield _dropped([*chosen, *parts], _why_not_a_pair(chosen, parts))
+            yield _settled([*chosen, *parts], _why_not_a_pair(chosen, parts))
+            chosen = []
         elif side is not Side.NONE:
-            yield _dropped(parts, _why_not_whole(parts))
+            yield _settled(parts, _why_not_whole(parts))
         else:
             yield parts
 
@@ -39,13 +41,16 @@ def side_of(row: Row) -> Side:
     return row.record.side if isinstance(row.record, Record) else Side.NONE
 
 
-def _dropped(parts: list[Row], reason: str) -> list[Row]:
-    """The same without examples; as they are where there is no reason."""
-    if not reason:
-        return parts
+def _settled(parts: list[Row], reason: str) -> list[Row]:
+    """What becomes of the examples of a row: dropped, where there is a reason. None of them is cut then: what may be
+    missing of those that stay is not trained, and stands behind all that is.
+    """
     out = []
     for part in parts:
-        kinds = tuple((kind, message) for kind, message in part.kinds if kind != "cut")  # what is left out is not cut
+        if not reason:
+            out.append(replace(part, shortened=False))
+            continue
+        kinds = tuple((kind, message) for kind, message in part.kinds if kind != "cut")
         out.append(replace(part, example=None, dropped=reason, kinds=kinds))
     return out
 

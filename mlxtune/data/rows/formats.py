@@ -223,12 +223,15 @@ def require_good(bad: list[Bad], total: int, or_else: str = "") -> None:
     )
 
 
-def not_for_pairs(source: Path) -> UserError:
-    """For who reads rows of answers that are good, each by itself."""
-    return UserError(
-        f"{source}: pairs of answers, of which one is preferred; here each row is an answer to learn",
-        "Give rows of conversations: the prompts with their chosen answers, say.",
-    )
+def without_pairs(records: Iterable[Record | Bad]) -> Iterator[Record | Bad]:
+    """The same, for who takes every answer for a good one. Raises UserError for a pair, of which one answer is not."""
+    for record in records:
+        if is_first_of_pair(record):
+            raise UserError(
+                f"{record.file}: pairs of answers, of which one is preferred, are not read here",
+                "Give rows with one answer each, such as the chosen ones.",
+            )
+        yield record
 
 
 def _format_of(row: Mapping[str, Any], preferences: bool = False) -> str:

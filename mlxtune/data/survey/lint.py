@@ -221,6 +221,11 @@ KINDS = {  # by code; a row's own are told in this order
         "rows without a system prompt, while others have one",
         "give all of them what the model will see in use",
     ),
+    "own system": Kind(
+        "note",
+        "rows without a system prompt, before which the chat template puts one of its own",
+        "ask the model with the same template, or give the rows the system prompt that is meant",
+    ),
     "few": Kind(
         "warning",
         f"rows to learn from, fewer than {FEW_ROWS}: enough for a form, not for knowledge, and soon known by heart",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import chain
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from mlxtune.data.survey.markup import Markup
 from mlxtune.data.survey.split_survey import SplitSurvey
 
 USED, SHORTENED = "used", "shortened"  # outcomes of a row that gives examples
+LONGEST_PROMPT = 200  # letters of the chat template's own system prompt that are told
 DAMAGED = "damaged by the chat template"  # as training names them: it stops for them, or leaves them out
 CUT = "no answer of a preference is cut, and it ends after data.max_tokens"
 
@@ -108,6 +110,9 @@ def read_split(out: SplitSurvey, records: Iterator[Record | Bad], renderer: Rend
     _find_preferences(out)
     if len(out.systems) > 1 and out.systems[None]:
         out.find_many("system", out.systems[None])
+    if out.systems[None] and renderer.template.own_system:
+        said = shorten(renderer.template.own_system, LONGEST_PROMPT, placeholder=" ...")
+        out.find_many("own system", out.systems[None], [said])
     if out.answers and not renderer.template.ends_answers(renderer.section.expand_turns == "none"):
         out.find_many("no end", out.answers.total())
 

@@ -84,12 +84,10 @@ def read(files: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Candid
     for file in files:
         bad: list[Bad] = []
         total = 0
-        for row in formats.read(file, columns):
+        for row in formats.without_pairs(formats.read(file, columns)):
             total += 1
             if isinstance(row, Bad):
                 bad.append(row)
-            elif row.side:
-                raise formats.not_for_pairs(file)
             elif row.text is not None:
                 raise UserError(
                     f"{file}: plain text has no questions and answers to choose by",

@@ -89,7 +89,7 @@ def _outcome(record: RunRecord) -> tuple[Kind, str]:
     told = (
         f"{rows} the loss went from {base:.4f} before the first step to {loss:.4f} {record.loss_unit} at step {step:,}"
     )
-    told += _preferred(kept)
+    after = f"{_preferred(kept)}{after}"
     if base <= 0:
         return "neutral", f"{told}."
     change = loss / base - 1
@@ -111,7 +111,7 @@ def _preferred(kept: Event) -> str:
     rewards = ""
     if chosen is not None and rejected is not None:
         rewards = f" (rewards: chosen {chosen:+.2f}, rejected {rejected:+.2f})"
-    return f", and the preferred answers are told from the others in {accuracy:.0%} of the rows{rewards}"
+    return f" The preferred answers are told from the others in {accuracy:.0%} of these rows{rewards}."
 
 
 def _before_the_last(best: Event, kept: float) -> str:

@@ -22,8 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.compute import loss
-from mlxtune.compute.gradients import as_said
+from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.loss import Way
 from mlxtune.compute.trunk_states import RowStates
 from mlxtune.data.dataset.batches import Batch, Plan
@@ -41,20 +40,13 @@ def forward_of(model: nn.Module, way: Way, states: RowStates | None = None) -> F
 
     states: of frozen blocks, for training rows, whose states are kept; None: all blocks are computed.
     """
-    way = replace(way, recompute=0)  # nothing goes back
+    if states is None:
+        way = replace(way, frozen=0)
+    gradients = Gradients(model, replace(way, recompute=0), states=states)  # nothing goes back
 
     def forward(batch: Batch) -> np.ndarray:
         """[K] float32, nats."""
-        kept = states.of(batch) if way.frozen and states is not None else None
-        training = model.training
-        model.train()  # as in a step: some layers compute otherwise where they generate
-        try:
-            with as_said(model, way):
-                sums = loss.answer_sums(model, way, batch, states=kept, backward=False)
-                mx.eval(sums)
-        finally:
-            model.train(training)
-        return -to_numpy(sums)
+        return -to_numpy(gradients.answer_sums(batch))
 
     return forward
 
