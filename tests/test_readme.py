@@ -178,6 +178,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     alpaca = [{"instruction": f"Say {index}.", "input": "", "output": f"{index} it is."} for index in range(6)]
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
     (folder / "gsm8k.csv").write_text("question,answer\nHow much is 1 and 1?,It is 2.\nAnd 2 and 3?,It is 5.\n")
+    (folder / "lora_config.yaml").write_text("model: model\niters: 10\n")  # mlx-lm's
+    theirs = {"base_model": "m", "adapter": "qlora", "lora_r": 8, "lora_alpha": 16, "lora_target_linear": True}
+    (folder / "qlora.yml").write_text(json.dumps({**theirs, "learning_rate": 2e-4, "micro_batch_size": 2}))  # Axolotl's
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
