@@ -18,7 +18,7 @@ from mlxtune_convert import __version__
 from mlxtune.machine.backend import before_mlx
 
 if TYPE_CHECKING:
-    from mlxtune.api.evaluating import Evaluation, evaluate
+    from mlxtune.api.evaluating import Evaluation, evaluate, evaluate_preferences
     from mlxtune.api.exporting import export
     from mlxtune.api.rendering import Rendered, render
     from mlxtune.api.tuning import Run, tune
@@ -34,6 +34,7 @@ __all__ = [
     "UserError",
     "__version__",
     "evaluate",
+    "evaluate_preferences",
     "export",
     "render",
     "tune",
@@ -41,7 +42,7 @@ __all__ = [
 # Where each name of the API is, from which it is taken when it is first asked for.
 PLACES = {
     **dict.fromkeys(("Run", "tune"), "mlxtune.api.tuning"),
-    **dict.fromkeys(("Evaluation",), "mlxtune.api.evaluating"),
+    **dict.fromkeys(("Evaluation", "evaluate_preferences"), "mlxtune.api.evaluating"),
     **dict.fromkeys(("export",), "mlxtune.api.exporting"),
     **dict.fromkeys(("Rendered", "render"), "mlxtune.api.rendering"),
     **dict.fromkeys(("Config",), "mlxtune.config.resolve"),

@@ -26,6 +26,9 @@ from typing import Any
 import click
 
 from mlxtune.demo.story import FOLDERS
+from mlxtune.errors import UserError
+from mlxtune.project.file import found as project_of
+from mlxtune.project.folder import NAMES
 from mlxtune.train.run_folder import ADAPTERS, BEFORE_SAVING, PAGE_FILE
 
 Picture = dict[Path, tuple[int, ...]]
@@ -89,6 +92,7 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
 def outputs(words: list[str], folder: Path) -> list[Output]:
     """What a command line says that it will write. folder: where it runs."""
     name, given = parsed(words)
+    given = _with_project(name, given, folder)
     out = [folder / given[key] for key in ("out", "dst", "html") if isinstance(given.get(key), str)]
     stores = [value.partition("=")[2] for value in given.get("settings") or () if value.startswith("data.cache=")]
     stores += _stores_in_files(given, folder)
@@ -97,6 +101,8 @@ def outputs(words: list[str], folder: Path) -> list[Output]:
         found += [Output(run, RUN_FILES) for run in out] or [Output(folder / "runs", ("*",))]
     elif name == "demo":
         found += [Output(folder / given.get("out", "demo"), FOLDERS)]
+    elif name == "init":
+        found += [Output(folder / str(given.get("folder") or "."), NAMES)]
     elif name == "report" and not out and isinstance(given.get("run"), str):
         found += [Output(folder / given["run"], (PAGE_FILE,))]
     elif name == "rate":
@@ -113,11 +119,28 @@ def outputs(words: list[str], folder: Path) -> list[Output]:
     elif name == "verify" and isinstance(given.get("export"), str):
         found += [Output(folder / given["export"], PROOF_FILES)]
     else:
-        for path in out:
+        for path in [*out, *(folder / one for one in given.get("exports", ()))]:
             beside = (f"{glob.escape(path.stem)}.*",) if path.suffix == ".gguf" else ()
             found.append(Output(path.parent, (glob.escape(path.name), *beside)))
     # A folder may be named through a link; what differs is named without.
     return found + [Output(one.folder.resolve(), one.names) for one in found]
+
+
+def _with_project(name: str, given: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same, with what a command takes from mlxtune.yaml of where it is written to."""
+    try:
+        project = project_of(folder)
+    except UserError:
+        return given
+    if project is None:
+        return given
+    if name == "train" and not given.get("file") and not given.get("out"):
+        return {**given, "out": str(project.out)}
+    if name == "report" and not isinstance(given.get("run"), str):
+        return {**given, "run": str(project.out)}
+    if name == "export" and not given.get("target"):
+        return {**given, "exports": [one.out for one in project.exports]}
+    return given
 
 
 def _stores_in_files(given: dict[str, Any], folder: Path) -> Iterator[str]:

@@ -196,6 +196,7 @@ def test_of_a_long_suite_a_few_rows_are_shown_and_how_many_answers_were_cut() ->
             display({"kind": "start", "steps": 2, "eval_every": 0})
             display({**event, **more})
         assert sum("'yes'" in line for line in out.getvalue().splitlines()) == rows
+        assert out.getvalue().count("answers after step 0:") == 1
         assert (
             ("and 9 more in events.jsonl" in out.getvalue()) == ("2 of 12 answers were cut" in out.getvalue()) == said
         )
@@ -228,3 +229,15 @@ def test_a_signal_in_a_displays_own_ending_is_told_in_one_line(
     with pytest.raises(SystemExit) as ended:
         cli.main([])
     assert (ended.value.code, capsys.readouterr().err) == (130, "stopped\n")
+
+
+def test_a_note_is_broken_between_words_on_a_terminal_and_one_line_elsewhere() -> None:
+    text = "training a small update on metal, in pieces of up to 512 tokens, for want of memory"
+    terminal, pipe = io.StringIO(), io.StringIO()
+    for file, is_terminal in ((terminal, True), (pipe, False)):
+        with Display(Console(file=file, width=30, force_terminal=is_terminal, color_system=None)) as display:
+            display({"kind": "note", "text": text})
+    assert pipe.getvalue() == f"note: {text}\n"
+    lines = terminal.getvalue().splitlines()
+    assert all(len(line) <= 30 for line in lines) and len(lines) >= 3
+    assert " ".join(terminal.getvalue().split()) == f"note: {text}"

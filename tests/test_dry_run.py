@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import tiny
 import training
+from safetensors.numpy import load_file, save_file
 
 from mlxtune.adapter import adapter_files, attach
 from mlxtune.adapter.plan import AdapterPlan
@@ -116,6 +118,30 @@ def test_a_dry_run_refuses_what_the_run_refuses(mlx_model: Path, data: Path, mon
     monkeypatch.setattr(preparation, "load", smaller)
     with pytest.raises(UserError, match="the tokenizer makes the token"):
         preparation.plan(config, found)
+
+
+@pytest.mark.parametrize("kind", ["of PEFT", "of another model", "torn"])
+def test_an_adapter_to_start_from_is_refused_by_both_in_the_same_words(
+    kind: str, mlx_model: Path, data: Path, tmp_path: Path
+) -> None:
+    start = adapter_of_rank(5, mlx_model, tmp_path / "start")
+    file = start / adapter_files.ADAPTER_FILE
+    if kind == "of PEFT":
+        (start / adapter_files.CONFIG_FILE).write_text('{"peft_type": "LORA"}')
+    elif kind == "of another model":
+        tensors = load_file(file)
+        name = min(tensors)
+        save_file({**tensors, name: np.zeros((9, 9), np.float32)}, file)
+    else:
+        file.write_bytes(file.read_bytes()[:-100])
+    config, found = configured(mlx_model, data, f"lora.start_from={start}")
+    said = []
+    for refuse in (preparation.plan, lambda *given: preparation.prepare(*given, RunFolder(tmp_path / "run"))):
+        with pytest.raises(UserError) as refused:
+            refuse(config, found)
+        said.append(refused.value.message)
+    assert said[0] == said[1] or kind == "torn"  # by two readers
+    assert all(str(start) in message for message in said)
 
 
 def test_a_run_and_its_dry_run_are_given_the_same(mlx_model: Path, data: Path) -> None:

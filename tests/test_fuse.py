@@ -17,7 +17,7 @@ from mlxtune.cli import cli
 from mlxtune.errors import UserError
 from mlxtune.model.load import open_model
 from mlxtune.ship import gptq
-from mlxtune.ship.artefacts import FusedMlx
+from mlxtune.ship.artefacts import FusedMlx, HuggingFace
 from mlxtune.ship.export import ship
 from mlxtune.ship.request import Request
 from mlxtune.ship.verify import Report
@@ -169,3 +169,18 @@ def test_options_that_would_do_nothing_are_refused(
     with pytest.raises(UserError, match=expected):
         CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "artefact", [FusedMlx(), FusedMlx(8), FusedMlx(4), HuggingFace("float32")], ids=["dense", "8 bits", "4 bits", "hf"]
+)
+def test_how_far_a_merge_has_come_is_told_weight_by_weight(
+    artefact: FusedMlx | HuggingFace, mlx_model: Path, run: Path, rows: Data, tmp_path: Path
+) -> None:
+    told: list[tuple[int, int]] = []
+    if artefact == FusedMlx(4):
+        artefact = FusedMlx(4, calibration=rows.train)
+    ship(Request(mlx_model, run, tmp_path / "out"), artefact, lambda done, total: told.append((done, total)))
+    done, total = zip(*told, strict=True)
+    assert len(set(total)) == 1 and len(done) > 10
+    assert list(done) == sorted(set(done)) and done[-1] == total[0]

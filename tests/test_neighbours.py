@@ -147,6 +147,8 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     made = ("make", "instructions", "--seeds", data / "train.jsonl", "--engine", f"replay:{at['answers']}")
     step("make instructions", *made, "--max-requests", "1", "--at-once", "1", "--out", at["made"])
     step("make into theirs", *made, "--out", theirs, "--force")
+    init = ("--data", at["answered"], *on, "--yes", "--set", "train.steps=2", "--set", "lora.rank=2")
+    step("init", "init", here / f"project{hostile.name(13)}", *init)
     step("train --dry-run", "train", "-c", here / "values.yaml", *on, "--data", data, "--dry-run")
     for kind in ("keys", "sections"):
         step(f"unknown {kind}", "train", "-c", here / f"{kind}.yaml", *on, "--data", data)
@@ -190,6 +192,7 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("data curate", *curate, *on, "--keep", "2", "--out", here / f"few{hostile.name(11)}.jsonl")
     step("data curate --review", *curate, "--review", "--out", here / "mine.jsonl", typed=[("> ", "q\n")])
     step("rate", "rate", evaluations[0], typed=[("> ", "q\n")])
+    step("make pairs, refused", "make", "pairs", evaluations[0], "--out", here / "never.jsonl")  # nothing was rated
     step("fuse", "fuse", *tuned, "--out", at["fused"])
     step("fuse --force", "fuse", *tuned, "--out", at["fused"], "--force", "--no-verify")
     step("fuse over theirs", "fuse", *tuned, "--out", theirs, "--force")
@@ -227,12 +230,21 @@ REFUSED = (
         "demo over theirs",
         "no such model",
     ),
-    *("bench, refused", "no such data", "no such command", "no such option", "no such choice", "no such key"),
+    *(
+        "make pairs, refused",
+        "bench, refused",
+        "no such data",
+        "no such command",
+        "no such option",
+        "no such choice",
+        "no such key",
+    ),
 )
 DONE = (
     *("convert", "data show", "data show --json", "data check", "data check of a folder", "data convert"),
     *("data curate", "data curate --review", "make from-documents", "make from-template"),
     "make instructions",
+    "init",
     *(
         "train --dry-run",
         "train",

@@ -313,5 +313,5 @@ def test_data_check_counts_rows(mlx_model: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)["splits"]["train"]
-    assert (told["rows"], told["examples"], told["steps_per_epoch"]) == (10, 18, 3)
+    assert (told["rows"], told["examples"], told["held_out"], told["steps_per_epoch"]) == (10, 18, 1, 2)
     assert told["outcomes"] == {"used": 9, "dropped: no assistant turn": 1}

@@ -21,7 +21,7 @@ from mlxtune_convert.adapters import (
     adapter_file,
     other_rows,
 )
-from mlxtune_convert.tensors import require_fractions
+from mlxtune_convert.tensors import read_header, require_fractions
 
 from mlxtune.adapter import attach
 from mlxtune.adapter.plan import AdapterPlan, heads
@@ -39,6 +39,7 @@ __all__ = [
     "adapter_file",
     "load_adapter",
     "load_tensors",
+    "require_fit",
     "save_config",
     "save_tensors",
 ]
@@ -84,11 +85,7 @@ def load_tensors(model: nn.Module, file: Path) -> None:
         if recognise(error):
             raise
         raise UserError(f"{file}: not a safetensors file, or a torn one") from error
-    expected = {name: array.shape for name, array in attach.trained_tensors(model).items()}
-    problems = _problems(expected, tensors)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{file} does not fit this model: {min(problems)}{more}", _what_to_do(expected, tensors))
+    _require_shapes(model, file, {name: array.shape for name, array in tensors.items()})
     for name, array in tensors.items():
         if not mx.issubdtype(array.dtype, mx.floating) or not mx.isfinite(array).all():
             require_fractions(file, name, to_numpy(array))
@@ -97,23 +94,36 @@ def load_tensors(model: nn.Module, file: Path) -> None:
     mx.eval(attach.trained_tensors(model))
 
 
-def _problems(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, mx.array]) -> list[str]:
-    """Why saved tensors are not those of the attached layers. expected: their names and shapes."""
+def require_fit(model: nn.Module, file: Path) -> None:
+    """The same of its names and shapes alone: no tensor is read."""
+    _require_shapes(model, file, {name: facts["shape"] for name, facts in read_header(file).items()})
+
+
+def _require_shapes(model: nn.Module, file: Path, found: Mapping[str, Sequence[int]]) -> None:
+    expected = {name: array.shape for name, array in attach.trained_tensors(model).items()}
+    problems = _problems(expected, found)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{file} does not fit this model: {min(problems)}{more}", _what_to_do(expected, found))
+
+
+def _problems(expected: Mapping[str, Sequence[int]], saved: Mapping[str, Sequence[int]]) -> list[str]:
+    """Why saved tensors are not those of the attached layers. expected, saved: their names and shapes."""
     found = []
-    for name in expected.keys() - tensors.keys():
+    for name in expected.keys() - saved.keys():
         found.append(f"{name} is missing")
-    for name in tensors.keys() - expected.keys():
+    for name in saved.keys() - expected.keys():
         found.append(f"{name} has no place in this model")
     for name, shape in expected.items():
-        if name in tensors and tensors[name].shape != shape:
-            found.append(f"{name} is {tuple(tensors[name].shape)}, the model needs {tuple(shape)}")
+        if name in saved and tuple(saved[name]) != tuple(shape):
+            found.append(f"{name} is {tuple(saved[name])}, the model needs {tuple(shape)}")
     return found
 
 
-def _what_to_do(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, mx.array]) -> str:
+def _what_to_do(expected: Mapping[str, Sequence[int]], saved: Mapping[str, Sequence[int]]) -> str:
     """The hint for tensors that do not fit: where a matrix has only other rows, its vocabulary is another one."""
     for name, shape in expected.items():
-        rows = tensors[name].shape[0] if name in tensors else 0
-        if name.endswith(".weight") and rows and tensors[name].shape == (rows, *shape[1:]) and rows != shape[0]:
+        rows = saved[name][0] if saved.get(name) else 0
+        if name.endswith(".weight") and rows and tuple(saved[name]) == (rows, *shape[1:]) and rows != shape[0]:
             return other_rows(rows, shape[0])
     return OTHER_MODEL

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxtune.api import tuned
 from mlxtune.api.tuned import Note, to_nobody
@@ -13,7 +13,10 @@ from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
     from mlxtune.api.tuning import Run
+    from mlxtune.config.resolve import Config
+    from mlxtune.data.dataset.examples import Examples
     from mlxtune.evaluate.score import Score
+    from mlxtune.model.load import Loaded
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,29 @@ def evaluate(
     True
     """
     of_model, of_adapter = model_and_adapter(model, adapter)
-    return scored(of_model, of_adapter, None if data is None else str(data), split)
+    rows = opened(of_model, of_adapter, None if data is None else str(data), split)
+    if rows.examples.kind != "supervised":
+        raise UserError("these rows say which answers are preferred", "Call mlxtune.evaluate_preferences.")
+    return scores_of(rows)
+
+
+def evaluate_preferences(
+    model: Run | str | Path,
+    adapter: Run | str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    split: str | None = None,
+) -> dict[str, Any]:
+    """Score a model, and what was tuned of it, on held-out pairs or rated answers, as `mlxtune eval --json` prints it.
+
+    The arguments are those of `evaluate`. Raises UserError for what is missing or does not fit, and for rows that are
+    answers to learn.
+    """
+    of_model, of_adapter = model_and_adapter(model, adapter)
+    rows = opened(of_model, of_adapter, None if data is None else str(data), split)
+    if rows.examples.kind == "supervised":
+        raise UserError("these rows are answers to learn, none is preferred", "Call mlxtune.evaluate.")
+    return preferences_of(rows)
 
 
 def model_and_adapter(model: Run | str | Path, adapter: Run | str | Path | None) -> tuple[str, Path | None]:
@@ -61,33 +86,98 @@ def model_and_adapter(model: Run | str | Path, adapter: Run | str | Path | None)
     return model.model, Path(folder) if folder is not None else model.folder
 
 
-def scored(
+@dataclass(frozen=True)
+class Opened:
+    """A model and the rows that it is to be scored on."""
+
+    model: str  # as it was named
+    adapter: Path | None  # what was tuned of it
+    loaded: Loaded  # both
+    config: Config  # by which the rows were read
+    examples: Examples  # the rows
+    split: str  # "valid", "test", "train"; "all": every row of one file
+
+
+def opened(
     model: str,
     adapter: Path | None,
     data: str | None,
     split: str | None = None,
     settings: tuple[str, ...] = (),
     note: Note = to_nobody,
-    around: AbstractContextManager[object] | None = None,
-) -> Evaluation:
-    """The same for the command. settings: of --set; note: hears what is said of the rows; around: entered while it
-    computes.
+    before_model: Callable[[Config], None] = lambda config: None,
+) -> Opened:
+    """Read a model, and the rows to score it on.
+
+    settings: of --set; note: hears what is said of the rows; before_model: is given the settings before the model is
+    read, and may refuse them.
     """
-    from mlxtune.adapter.attach import switched_off
     from mlxtune.data.dataset import holdout
-    from mlxtune.evaluate.score import score_examples
 
     if adapter is None and data is None and not any(setting.startswith("data.") for setting in settings):
         raise UserError("no rows to score", "Name them: --data PATH; or --adapter RUN, whose held-out rows are taken.")
-    tuned.run_settings(adapter, data, settings)  # a typing error is said before the model is read
+    before_model(tuned.run_settings(adapter, data, settings))  # a typing error is said before the model is read
     loaded = tuned.load_model(model, adapter)
     examples, config = tuned.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split, note)
     is_whole = data is not None and holdout.is_whole_file(data, split)
     label = split or ("all" if is_whole else "valid")
     for line in examples.notes(label, config.data.max_tokens):
         note(line)
-    with around or nullcontext():
+    return Opened(model, adapter, loaded, config, examples, label)
+
+
+def scores_of(rows: Opened) -> Evaluation:
+    """The loss of both sides on rows of answers to learn."""
+    from mlxtune.adapter.attach import switched_off
+    from mlxtune.evaluate.score import score_examples
+
+    examples = rows.examples
+    with switched_off(rows.loaded.model):
+        base = score_examples(rows.loaded, rows.config, examples)
+    with_adapter = None if rows.adapter is None else score_examples(rows.loaded, rows.config, examples)
+    return Evaluation(rows.split, examples.rows, len(examples), examples.also, base, with_adapter)
+
+
+def preferences_of(rows: Opened) -> dict[str, Any]:
+    """The split, and what `evaluate.preferences.report` says of the base and, with an adapter, of the tuned model. Of a
+    run that began with an adapter the base is the model with that one: it was the reference.
+    """
+    from mlxtune.adapter.attach import switched_off
+    from mlxtune.evaluate.preferences import Answers, log_probabilities, report
+
+    loaded, config, examples = rows.loaded, rows.config, rows.examples
+    answers = Answers.of(examples)
+    tuned_log_p = log_probabilities(loaded, config, examples, answers)
+    if rows.adapter is None:
+        return {"split": rows.split, **report(answers, tuned_log_p)}
+    start, note = _start_of(config)
+    if start is None:
         with switched_off(loaded.model):
-            base = score_examples(loaded, config, examples)
-        with_adapter = None if adapter is None else score_examples(loaded, config, examples)
-    return Evaluation(label, examples.rows, len(examples), examples.also, base, with_adapter)
+            base = log_probabilities(loaded, config, examples, answers)
+    else:
+        base = log_probabilities(tuned.load_model(rows.model, start), config, examples, answers)
+    notes = (note,) if note else ()
+    return {"split": rows.split, **report(answers, base, tuned_log_p, _beta_of(config), notes)}
+
+
+def _start_of(config: Config) -> tuple[Path | None, str]:
+    """(The adapter that a run began with; None: it began with none, or that one is gone, what is said of it)."""
+    from mlxtune_convert.adapters import AdapterConfig
+
+    if not config.lora.start_from:
+        return None, ""
+    start = Path(config.lora.start_from).expanduser()
+    try:
+        AdapterConfig.read(start)
+    except UserError as error:
+        said = f"the run began with the adapter {start}, which was its reference, and that cannot be read"
+        return None, f"{said} ({error.message}): the base here is the model without any adapter"
+    return start, f"the base here is the model with the adapter that the run began with, {start}: it was the reference"
+
+
+def _beta_of(config: Config) -> float:
+    """By which rewards are multiplied: that of the run, where its objective has rewards of this kind."""
+    from mlxtune.evaluate.preferences import BETA
+
+    preference = config.preference
+    return preference.resolved_beta if preference.has_reference else BETA

@@ -111,6 +111,7 @@ def for_proof(
     """
     from mlxtune.data.template.tokenizer_changes import tokenizer_of
     from mlxtune.ship import sample
+    from mlxtune.ship.good_rows import of_good_answers
     from mlxtune.ship.verify import MAX_POSITIONS, SHIPPED
 
     if adapter is None and data is None:
@@ -122,4 +123,5 @@ def for_proof(
         raise UserError(
             f"the proof needs held-out rows, and {adapter} is no run that names its own", "; ".join(ways) + "."
         )
-    return tuned.held_out(tokenizer_of(path, adapter), path, adapter, data, note=note, or_else=or_else)[0]
+    rows = tuned.held_out(tokenizer_of(path, adapter), path, adapter, data, note=note, or_else=or_else)[0]
+    return of_good_answers(rows)

@@ -49,13 +49,24 @@ def render(
     (True, True)
     """
     from mlxtune.config import resolve
+    from mlxtune.data.chat.by_row import by_row
     from mlxtune.data.dataset import holdout
+    from mlxtune.data.rows.readers import Bad
+    from mlxtune.data.rows.two_sides import records_of, together
 
     config = resolve.load(None, (), {"data.path": str(data), **(settings or {})})
     renderer = renderer_of(str(model), config)
-    for record in holdout.rows_of_split(config.data, config.train.seed, split, renderer, lambda source, rows: None):
-        for row in renderer.rows([record]):
-            yield Rendered.of(row)
+    preferences = bool(config.preference.loss)
+    rows = holdout.rows_of_split(config.data, config.train.seed, split, renderer, _to_nobody, preferences)
+    for one in together(rows):
+        records = [one] if isinstance(one, Bad) else records_of(one)
+        for parts in by_row(renderer.stream(records)):
+            for row in parts:
+                yield Rendered.of(row)
+
+
+def _to_nobody(source: str, rows: int) -> None:
+    """For whoever wants no progress."""
 
 
 def renderer_of(model: str, config: Config) -> Renderer:
@@ -65,5 +76,5 @@ def renderer_of(model: str, config: Config) -> Renderer:
     from mlxtune.data.template.tokenizer_changes import preview_tokenizer
     from mlxtune.model import hub
 
-    sources.require_readable(config.data)
+    sources.require_readable(config.data, preferences=bool(config.preference.loss))
     return Renderer(preview_tokenizer(hub.resolve(model), config), config.data)

@@ -27,11 +27,13 @@ from mlxtune.cli import (
     evaluate,
     help_text,
     import_config,
+    init,
     make,
     make_answers,
     make_from_documents,
     make_from_template,
     make_instructions,
+    make_pairs,
     make_refusals,
     make_turns,
     rate,
@@ -47,7 +49,7 @@ from mlxtune.machine import gpu_errors
 from mlxtune.train import signals
 
 SECTIONS: dict[str, list[click.Command]] = {
-    "Begin": [demo.demo, doctor.doctor, bench.bench, completion.completion],
+    "Begin": [init.init, demo.demo, doctor.doctor, bench.bench, completion.completion],
     "Prepare": [convert.convert, data.data, make.make],
     "Tune": [
         config.config,
@@ -64,6 +66,7 @@ SECTIONS: dict[str, list[click.Command]] = {
 }
 MAKERS: list[click.Command] = [  # the commands of `make`
     make_instructions.instructions,
+    make_pairs.pairs,
     make_answers.answers,
     make_turns.turns,
     make_refusals.refusals,

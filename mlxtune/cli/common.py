@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from mlxtune_convert.shown import brief, shown_name
 
+from mlxtune.cli.in_project import RunOption
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ def _or_that_of_the_run(context: click.Context, _: click.Parameter, given: str |
 
     run = RunFolder(adapter)
     if not adapter.is_dir():
-        raise UserError(f"no folder {adapter}", "Name the run's folder, or an adapter's: --adapter RUN.")
+        raise UserError(
+            f"no folder {adapter}", "Name the run's folder, or an adapter's: --adapter RUN; mlxtune train makes one."
+        )
     if not run.is_run():
         raise UserError(f"{adapter} does not say which model it belongs to", "Name the model: --model DIR.")
     model = run.config(None).model.path
@@ -73,7 +76,13 @@ def adapter_option(
     required: bool = False, text: str = "A run's folder (or any MLX adapter folder)."
 ) -> Callable[[F], F]:
     return click.option(
-        "--adapter", required=required, type=click.Path(path_type=Path), is_eager=True, metavar="RUN", help=text
+        "--adapter",
+        required=required,
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        metavar="RUN",
+        help=text,
+        cls=RunOption,
     )
 
 
@@ -107,9 +116,18 @@ def console(quiet: bool = False) -> Console:
     return safe(stderr=True, quiet=quiet or hushed)
 
 
+def say(out: Console, line: str, style: str = "") -> None:
+    """Print a sentence: a terminal gets it broken between words, whoever reads it otherwise on one line.
+
+    (With rich's soft_wrap the terminal breaks it where its last column is, inside words. That is right for what is
+    copied from there: commands, paths.)
+    """
+    out.print(shown_name(line), style=style, soft_wrap=not out.is_terminal, markup=False, highlight=False)
+
+
 def note(text: str) -> None:
     """Say something that a person must know beside the result."""
-    console().print(f"note: {brief(text)}", style="yellow", soft_wrap=True)
+    say(console(), f"note: {brief(text)}", style="yellow")
 
 
 def next_commands(*commands: tuple[str | Path, ...]) -> None:

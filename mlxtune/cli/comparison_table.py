@@ -22,20 +22,20 @@ def draw(out: Console, result: Mapping[str, Any], names: tuple[str, str] = ("bas
 
     out.print(table_of(result["checks"], names, result["n"]))
     if any("verdict" in check for check in result["checks"].values()):
-        out.print(what_can_be_shown(result), soft_wrap=True)
+        common.say(out, what_can_be_shown(result))
         if len(result["checks"]) > 1:
-            out.print(f"{UNCORRECTED}.", soft_wrap=True)
+            common.say(out, f"{UNCORRECTED}.")
     _say(result["notes"])
 
 
-def table_of(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str], n: int = 0) -> Table:
+def table_of(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str], n: int = 0, of: str = "prompts") -> Table:
     """checks: as `comparison.summary.check_results` gives them; names: of the two sides; n: prompts of the suite, where
-    a sentence says what these can show: what a check of fewer can show stands in a column.
+    a sentence says what these can show: what a check of fewer can show stands in a column; of: what is counted.
     """
     from mlxtune.evaluate.comparison.figures import interval, p_value, points, share, shows_from
 
     compared = any("verdict" in check for check in checks.values())
-    table = _empty("check", "prompts", names[0], *((names[1], "difference") if compared else ()), "95% interval")
+    table = _empty("check", of, names[0], *((names[1], "difference") if compared else ()), "95% interval")
     if compared:
         table.add_column("p", justify="right")
         table.add_column("verdict")
@@ -67,10 +67,10 @@ def draw_ranking(out: Console, result: Mapping[str, Any]) -> None:
             shown_name(entry["evaluation"]), f"{entry['share']:.1%}", f"{low:.1%} to {high:.1%}", wins, *means
         )
     out.print(table)
-    out.print(
+    common.say(
+        out,
         f"Each pair on {result['n']} prompts: who scores higher on more checks wins; a tie is half a win for both. "
         "Shares by Bradley and Terry, intervals over prompts drawn again.",
-        soft_wrap=True,
     )
     if result["by_judge"]:
         out.print("By the judge, each compared with the base:")

@@ -231,7 +231,7 @@ def _draw(out: Console, report: Mapping[str, Any]) -> None:
             table.add_row(shown_name(f"  {name}"), *shares)
     out.print(table)
     for reason, count in report["left_out"].items():
-        out.print(f"left out: {count:,} rows {REASONS[reason]}", soft_wrap=True)
+        common.say(out, f"left out: {count:,} rows {REASONS[reason]}")
     for note in report["notes"]:
         common.note(note)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import fmean
 from types import TracebackType
 
-from mlxtune_convert.shown import brief, shown_name
+from mlxtune_convert.shown import brief
 from mlxtune_convert.sizes import size
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,6 +16,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from mlxtune.cli.common import say
 from mlxtune.cli.sparkline import Sparkline
 from mlxtune.durations import clock
 from mlxtune.train.events import Event
@@ -43,6 +44,9 @@ class Meter:
         self.loss: float | None = None  # a running mean; None: no step was taken
         self.losses = Sparkline()  # of all steps
         self.valid: list[float] = []  # validation losses that are finite
+        self.told_apart: list[float] = []  # of preferences: the accuracy on held-out rows
+        self.margin: float | None = None  # of preferences: a running mean; None: no step was taken, or it is none
+        self.accuracy: float | None = None  # the same
         self.lr = 0.0
         self.tokens_per_second = 0.0  # of the rows; a running mean; 0: no step was taken
         self.tokens = self.computed_tokens = 0  # of the rows, and those that went through the model, of all steps
@@ -59,10 +63,14 @@ class Meter:
             self._add_step(event)
         elif kind == "eval" and event["loss"] is not None:
             self.valid.append(event["loss"])
+            if event.get("accuracy") is not None:
+                self.told_apart.append(event["accuracy"])
 
     def _add_step(self, event: Event) -> None:
         self.step, self.lr, self.peak_bytes = event["step"], event["lr"], event["peak_bytes"]
         self.losses.add(event["loss"])
+        self.margin = _running(self.margin, event.get("margin"))
+        self.accuracy = _running(self.accuracy, event.get("accuracy"))
         rate = event["tokens"] / max(event["seconds"], 1e-9)
         self.tokens += event["tokens"]
         self.computed_tokens += event["computed_tokens"]
@@ -108,9 +116,15 @@ class Meter:
         out = [("step", f"{self.step}/{self.steps}")]
         if self.loss is not None:
             out.append(("loss", f"{self.loss:.4f}"))
+        if self.margin is not None:
+            out.append(("margin", f"{self.margin:.3f}"))
+        if self.accuracy is not None:
+            out.append(("accuracy", f"{self.accuracy:.0%}"))
         if self.valid:
             first = f" (was {self.valid[0]:.4f})" if len(self.valid) > 1 else ""
             out.append(("valid loss", f"{self.valid[-1]:.4f}{first}"))
+        if self.told_apart:
+            out.append(("valid accuracy", f"{self.told_apart[-1]:.0%}"))
         if self.tokens_per_second:
             out += [
                 ("tokens/s", f"{self.tokens_per_second:,.0f}"),
@@ -161,7 +175,7 @@ class Display:
         elif kind == "start":
             self._start(event["steps"], event["eval_every"])
         elif kind == "note":
-            self.console.print(Text(f"note: {brief(shown_name(event['text']))}", style="yellow"), soft_wrap=True)
+            say(self.console, f"note: {brief(event['text'])}", style="yellow")
         elif kind == "end":
             self._stop()
         if self.meter is not None:
@@ -181,7 +195,7 @@ class Display:
         if now - self._last_line < PLAIN_SECONDS:
             return
         if self._last_line:
-            self.console.print(f"{source}: {rows:,} rows read", soft_wrap=True)
+            say(self.console, f"{source}: {rows:,} rows read")
         self._last_line = now
 
     def _show_doing(self, what: str) -> None:
@@ -190,7 +204,7 @@ class Display:
             return
         self._doing = what
         if not self.console.is_terminal:
-            self.console.print(what, soft_wrap=True)
+            say(self.console, what)
         elif self._status is None:
             self._status = self.console.status(what)
             self._status.start()
@@ -210,20 +224,24 @@ class Display:
         samples = event.get("samples", ())
         # Prompts that the configuration lists were chosen to be looked at; a suite may have hundreds.
         shown = samples[:SHOWN_ROWS] if "checks" in event else samples
+        if shown:
+            self.console.print(Text(f"  answers after step {event['step']}:", style="dim"))
         for sample in shown:
-            self.console.print(Text(f"  {sample['prompt']!r}: {sample['answer']!r}", style="dim"), soft_wrap=True)
+            say(self.console, f"  {sample['prompt']!r}: {sample['answer']!r}", style="dim")
         if len(samples) > len(shown):
             self.console.print(Text(f"  and {len(samples) - len(shown)} more in events.jsonl", style="dim"))
         if event.get("cut"):
             self.console.print(Text(f"  {event['cut']} of {len(samples)} answers were cut"))
         if checks := event.get("checks"):
             said = ", ".join(f"{name} {value:.1%}" for name, value in checks.items())
-            self.console.print(Text(f"  {said}"), soft_wrap=True)
+            say(self.console, f"  {said}")
         if self._live is not None and self._task is not None:
             self._progress.update(self._task, completed=meter.step)
             self._live.update(self._draw())
         elif event["kind"] == "eval" and event["loss"] is not None:
             text = f"step {event['step']}: validation loss {event['loss']:.4f} ({event['tokens']:,} tokens)"
+            if event.get("accuracy") is not None:
+                text += f", accuracy {event['accuracy']:.1%}"
             self.console.print(text)
         elif event["kind"] == "train":
             self._print_sometimes()
@@ -233,7 +251,7 @@ class Display:
         now = self.meter.clock_now()
         if now - self._last_line >= PLAIN_SECONDS or self.meter.step == self.meter.steps:
             self._last_line = now
-            self.console.print("  ".join(f"{name} {value}" for name, value in self.meter.fields()), soft_wrap=True)
+            say(self.console, "  ".join(f"{name} {value}" for name, value in self.meter.fields()))
 
     def _draw(self) -> RenderableType:
         assert self.meter is not None
@@ -251,6 +269,13 @@ class Display:
         room = min(CURVE, self.console.width - len(CURVE_NAME))
         bars = self.meter.losses.text(room) if room >= LEAST_CURVE else ""
         return Text(CURVE_NAME, style="dim") + Text(bars, style="bold") if bars else None
+
+
+def _running(mean: float | None, value: float | None) -> float | None:
+    """The running mean with one more value. None: there is no value yet, or none this time."""
+    if value is None:
+        return mean
+    return value if mean is None else OLD * mean + (1 - OLD) * value
 
 
 def _numbers(fields: list[tuple[str, str]], width: int) -> Table:

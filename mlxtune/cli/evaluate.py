@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.files import json_text
 
 from mlxtune.api import evaluating
-from mlxtune.cli import benchmarks, common, suites
+from mlxtune.cli import benchmarks, common, pages, preferences, suites
 from mlxtune.cli.benchmarks import benchmark_options
 from mlxtune.cli.judging import judge_options
 from mlxtune.cli.options import Command
@@ -20,6 +21,7 @@ from mlxtune.evaluate.engines.opening import kind_of
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mlxtune.config.resolve import Config
     from mlxtune.evaluate.score import Score
 
 REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in --json
@@ -63,6 +65,10 @@ def eval_command(
 
     Without a suite: loss, perplexity and token accuracy over the tokens that training supervises.
 
+    Of pairs (a chosen and a rejected answer to one prompt) it is how often each model finds the chosen answer likelier,
+    how far the tuned one moved from the base (of a run that began with an adapter: from that one), and what of that
+    chance would not do; of rated answers the like. --html writes it as a page.
+
     With a suite, both answer its prompts (a base and its adapter in the same batches), and its checks say what is
     right. Each difference comes with its interval, and is called better or worse only where chance is unlikely to give
     as much (p < 0.05 over all checks together). Exit status 3: a --min-better or --max-worse is not met.
@@ -79,6 +85,7 @@ def eval_command(
     \b
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
+    mlxtune eval --model model --adapter run --data pairs.jsonl --html page.html
     mlxtune eval --model model --adapter run --suite data/test.jsonl --out evals/first
     mlxtune eval --model model --adapter run --suite data/test.jsonl --out evals/second --html page.html
     mlxtune eval --model model --adapter run --suite data/test.jsonl --min-better json=0.1
@@ -124,8 +131,29 @@ def eval_command(
         raise UserError(
             f"--model {model} gives answers, no loss", "Name the prompts that it shall answer: --suite FILE."
         )
+    html: Path | None = of_suite["html"]
+
+    def before_model(config: Config) -> None:
+        if html is not None:
+            preferences.require_sides(config)
+            pages.require_place(html)
+
+    opened = evaluating.opened(model, adapter, data, split, settings, common.note, before_model)
     status = common.console().status("scoring")
-    found = evaluating.scored(model, adapter, data, split, settings, common.note, status)
+    if opened.examples.kind != "supervised":
+        with status:
+            told = evaluating.preferences_of(opened)
+        if html is not None:
+            preferences.write_page(html, f"{adapter or model}", told)
+        if as_json:
+            click.echo(json_text(told))
+        else:
+            preferences.draw(common.stdout(), told)
+        return
+    if html is not None:
+        raise preferences.no_page()
+    with status:
+        found = evaluating.scores_of(opened)
     scores = {"base": found.base}
     if found.tuned is not None:
         scores["tuned"] = found.tuned

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from mlxtune_convert.shown import shown_name
 
 from mlxtune.api import tuned
 from mlxtune.cli import common
@@ -157,7 +156,7 @@ def _read_rubric(file: Path) -> str:
 
 def draw(out: Console, judge: Mapping[str, Any]) -> None:
     """Print the part "judge" of an evaluation's document."""
-    out.print(f"Judge: {judge['judge']}", soft_wrap=True)
+    common.say(out, f"Judge: {judge['judge']}")
     if judge.get("criteria"):
         from mlxtune.cli import comparison_table
 
@@ -186,4 +185,4 @@ def _draw_pairwise(out: Console, judge: Mapping[str, Any]) -> None:
             f"  the same in both orders {judge['consistency']:.0%}; for what is shown first {first} of the decisions"
         )
     for line in lines:
-        out.print(shown_name(line), soft_wrap=True)
+        common.say(out, line)

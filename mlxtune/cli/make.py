@@ -240,9 +240,9 @@ def say(document: dict[str, Any], found: int, as_json: bool) -> None:
         click.echo(json_text(document))
         return
     out = common.stdout()
-    out.print(yield_line(document), soft_wrap=True)
+    common.say(out, yield_line(document))
     if document["stopped"]:
-        out.print(f"stopped: {document['stopped']}", soft_wrap=True)
+        common.say(out, f"stopped: {document['stopped']}")
     out.print(f"{document['out']}: {document['rows']:,} rows in train.jsonl", soft_wrap=True)
 
 

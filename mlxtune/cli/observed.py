@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxtune_convert.shown import shown_name
-
 from mlxtune.cli import common
 
 if TYPE_CHECKING:
@@ -19,10 +17,10 @@ def draw(out: Console, observations: Sequence[Mapping[str, Any]]) -> None:
 
     for one in observations:
         out.print(Text(f"Observed: {one['observation']}", style="bold yellow"))
-        out.print(Text(f"  {shown_name(one['measure'])} (said from: {one['limit']})"), soft_wrap=True)
+        common.say(out, f"  {one['measure']} (said from: {one['limit']})")
         if one["examples"]:
-            out.print(Text(f"  prompts: {shown_name(', '.join(one['examples']))}"), soft_wrap=True)
-        out.print(Text(f"  likely fix: {shown_name(one['fix'])}"), soft_wrap=True)
+            common.say(out, f"  prompts: {', '.join(one['examples'])}")
+        common.say(out, f"  likely fix: {one['fix']}")
 
 
 def draw_briefly(out: Console, observations: Sequence[Mapping[str, Any]]) -> None:
@@ -31,7 +29,7 @@ def draw_briefly(out: Console, observations: Sequence[Mapping[str, Any]]) -> Non
         out.print("Observed: nothing that looks wrong.")
     for one in observations:
         line = f"Observed: {one['observation']}: {one['measure']}. Likely fix: {one['fix']}."
-        out.print(shown_name(line), soft_wrap=True, markup=False, highlight=False)
+        common.say(out, line)
 
 
 def draw_forgetting(out: Console, found: Mapping[str, Any]) -> None:
@@ -74,7 +72,7 @@ def _counted(counts: Mapping[str, Any]) -> str:
 
 def _say(out: Console, lines: Sequence[str], notes: Sequence[str]) -> None:
     for line in lines:
-        out.print(shown_name(line), soft_wrap=True, markup=False, highlight=False)
+        common.say(out, line)
     for note in notes:
         common.note(str(note))
 

@@ -9,10 +9,11 @@ from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import shown_name
 
 from mlxtune.cli import common, live
+from mlxtune.cli.in_project import RunArgument
 
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path), cls=RunArgument)
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE", help="Where the page goes.  [default: RUN/report.html]"
 )
@@ -56,7 +57,7 @@ def report(
 
     One HTML file that needs no network and runs no script: it can be mailed, printed, and read on a phone. `mlxtune
     train` writes it at the end of every run (train.report); this makes it again, also of a run that goes on, was
-    killed, or is damaged. A page of an earlier time is replaced.
+    killed, or is damaged. A page of an earlier time is replaced. In a folder with mlxtune.yaml RUN may be left out.
 
     \b
     mlxtune report run

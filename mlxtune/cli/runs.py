@@ -11,7 +11,7 @@ import click
 from mlxtune_convert.shown import shown_name
 from mlxtune_convert.sizes import size
 
-from mlxtune.cli import common
+from mlxtune.cli import common, in_project
 
 if TYPE_CHECKING:
     from mlxtune.train.runs import RunSummary
@@ -20,10 +20,12 @@ NARROW = 70  # columns; a table of runs has no room in fewer
 
 
 @click.command()
-@click.argument("folder", type=click.Path(path_type=Path), default=Path("runs"))
+@click.argument("folder", type=click.Path(path_type=Path), required=False, metavar="[FOLDER]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def runs(folder: Path, as_json: bool) -> None:
-    """List the runs in FOLDER (default: runs): state, steps, best validation loss, size.
+def runs(folder: Path | None, as_json: bool) -> None:
+    """List the runs in a folder: state, steps, best validation loss, size.
+
+    FOLDER is runs, or where mlxtune.yaml has its run, if none is named.
 
     \b
     mlxtune runs
@@ -34,6 +36,7 @@ def runs(folder: Path, as_json: bool) -> None:
     from mlxtune.errors import UserError
     from mlxtune.train import runs as listing
 
+    folder = folder or in_project.runs_folder()
     if not folder.is_dir():
         raise UserError(f"no folder {folder}", "Name the folder that holds the runs: mlxtune runs FOLDER")
     summaries = listing.find(folder)

@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from mlxtune_convert.files import json_text
+from mlxtune_convert.files import json_text, refuse_existing
 from mlxtune_convert.sizes import size
 
 from mlxtune.api import exporting
-from mlxtune.cli import common
+from mlxtune.cli import common, in_project
 from mlxtune.cli.options import Command, Need, OptionFor
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
     from mlxtune.api.exporting import Form
     from mlxtune.data.chat.masking import Example
-    from mlxtune.ship.artefacts import Progress
+    from mlxtune.ship.artefacts import Artefact
+    from mlxtune.ship.merge import Progress
     from mlxtune.ship.request import Request
     from mlxtune.ship.verify import Report
 
@@ -31,8 +32,8 @@ OWN_ROWS = (
 )
 
 
-def out_option(metavar: str, text: str) -> Callable[..., Any]:
-    return click.option("--out", required=True, type=click.Path(path_type=Path), metavar=metavar, help=text)
+def out_option(metavar: str, text: str, required: bool = True) -> Callable[..., Any]:
+    return click.option("--out", required=required, type=click.Path(path_type=Path), metavar=metavar, help=text)
 
 
 def base_option(**settings: Any) -> Callable[..., Any]:
@@ -96,8 +97,8 @@ def fuse(bits: str, group_size: str | None, as_json: bool, **request_options: An
     request = exporting.request(**request_options, note=common.note)
     rows = _training_rows(request.model, request_options["adapter"], request_options["data"]) if bits == "4" else ()
     artefact = FusedMlx(int(bits), int(group_size) if group_size else None, calibration=rows)
-    with common.console().status("merging, comparing with the trained model"):
-        shipped = ship(request, artefact)
+    with _progress("merging, comparing with the trained model") as progress:
+        shipped = ship(request, artefact, progress)
     result = common.stdout()
     if not as_json:
         result.print(f"{request.out}: {shipped.what}")
@@ -128,6 +129,7 @@ def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Exa
 
     data: --data, which may name them.
     """
+    from mlxtune.ship.good_rows import of_good_answers
     from mlxtune.train import reach
     from mlxtune.train.run_data import read_data
     from mlxtune.train.run_folder import RunFolder
@@ -136,7 +138,7 @@ def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Exa
         config = RunFolder(adapter).config(flags={"model.path": str(model)})
         is_named = data is not None and data == config.data.path
         local = reach.LocalOnly(data="" if is_named else reach.compared(config.data))
-        rows = read_data(config, local=local)[0].train
+        rows = of_good_answers(read_data(config, local=local)[0].train)
     except UserError as error:
         common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
@@ -157,11 +159,10 @@ def _for(*targets: str) -> Need:
 @click.option(
     "--to",
     "target",
-    required=True,
     type=click.Choice(exporting.FORMS),
-    help="peft, gguf-lora: an adapter; hf, gguf: a (merged) model.",
+    help="peft, gguf-lora: an adapter; hf, gguf: a (merged) model.  [default: all that mlxtune.yaml lists]",
 )
-@out_option("PATH", "The export: a folder, or for GGUF a .gguf file.")
+@out_option("PATH", "The export: a folder, or for GGUF a .gguf file.", required=False)
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16", "float32"]),
@@ -208,7 +209,7 @@ def _for(*targets: str) -> Need:
 @proof_options
 @common.json_option
 def export(
-    target: Form,
+    target: Form | None,
     dtype: str | None,
     kind: str | None,
     ollama: bool,
@@ -221,6 +222,8 @@ def export(
 
     The export is loaded by transformers, PEFT or llama.cpp (when installed, else read back) and compared with the
     trained model on held-out rows (without --adapter: on a text that comes with mlxtune) before it is given its name.
+    In a folder with mlxtune.yaml the adapter is that of its run, and without --to what it lists is made, one after the
+    other.
 
     \b
     mlxtune export --model model --adapter run --to peft --out adapter --base-name OWNER/NAME
@@ -233,11 +236,37 @@ def export(
     if target == "gguf" and request_options["base"] is not None and request_options["adapter"] is None:
         raise UserError("--base has no effect without --adapter: nothing is merged", "Name that model as --model.")
     from mlxtune.ship import push as uploads
-    from mlxtune.ship.export import ship
 
     if push:
         uploads.check_repo(push, public)
+    if target is None:
+        listed = in_project.exports(request_options["out"])
+        for one in listed:  # before any is made
+            refuse_existing(Path(one.out), request_options["force"])
+        for one in listed:
+            artefact = exporting.artefact(one.to, None, one.type or None, ollama=False)
+            _export(one.to, artefact, {**request_options, "out": Path(one.out)}, as_json)
+        return
+    if request_options["out"] is None:
+        raise UserError("no place for the export", "Name it: --out PATH.")
     artefact = exporting.artefact(target, dtype, kind, ollama)
+    _export(target, artefact, request_options, as_json, push, public)
+
+
+def _export(
+    target: str,
+    artefact: Artefact,
+    request_options: dict[str, Any],
+    as_json: bool,
+    push: str | None = None,
+    public: bool = False,
+) -> None:
+    """Make one export, upload it where asked, and say what came of it.
+
+    target: a word of FORMS; request_options: as `exporting.request` takes them.
+    """
+    from mlxtune.ship.export import ship
+
     request = exporting.request(**request_options, note=common.note)
     with _progress(f"exporting to {target}, comparing with the trained model") as progress:
         shipped = ship(request, artefact, progress)

@@ -157,8 +157,9 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=A_FOLDER,
             metavar="FILE",
             cls=OptionFor,
-            needs=WITH_SUITE,
-            help="Write a page of it, which needs no network: the answers side by side, checks, observations.",
+            needs=Need("suite", also=(*WITH_SUITE.also, "data", "adapter"), why=WITH_SUITE.why, hint=WITH_SUITE.hint),
+            help="Write a page of it, which needs no network: the answers side by side, checks, observations; or how "
+            "pairs are ranked.",
         ),
         click.option(
             "--no-answers",

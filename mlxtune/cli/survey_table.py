@@ -82,13 +82,16 @@ def _draw_counts(out: Console, facts: dict[str, Any]) -> None:
     from rich.text import Text
 
     from mlxtune.data.chat.turn_kinds import Expansion, kind_lines
+    from mlxtune.data.survey.preferences import preference_lines
 
     share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
     systems = facts["system_prompts"]
+    held_out = f" ({facts['held_out']:,} rows are held out)" if facts["held_out"] else ""
     lines = {
         "rows": f"{facts['rows']:,} ({_counts(facts['formats'])})",
         "outcome": _counts(facts["outcomes"]),
-        "tokens": f"{facts['tokens']:,} per epoch, {share:.0%} of them trained on; {facts['steps_per_epoch']:,} steps",
+        "tokens": f"{facts['tokens']:,} per epoch, {share:.0%} of them trained on; "
+        f"{facts['steps_per_epoch']:,} steps{held_out}",
         "as asked": Expansion(**facts["conversations"]).line(),
         "roles": _counts(facts["roles"]),
         "answers per row": _counts(facts["answers_per_row"]),
@@ -98,6 +101,7 @@ def _draw_counts(out: Console, facts: dict[str, Any]) -> None:
         "kinds": _counts(facts["kinds"]),
         "style": style_line(facts["style"]),
         "made": made_line(facts["made"], facts["rows"]),
+        **preference_lines(facts["preferences"]),
         "scripts": _counts(facts["scripts"]),
         "shared prefix": f"{facts['shared_prefix_tokens']:,} tokens begin every example; running them once saves "
         f"{facts['shared_prefix_saves']:.0%} of the tokens",

@@ -10,7 +10,7 @@ import click
 from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import brief
 
-from mlxtune.cli import common
+from mlxtune.cli import common, in_project
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,11 +49,20 @@ def _everyday_flags(given: Mapping[str, Any], settings: tuple[str, ...]) -> dict
 
 
 @click.command()
-@click.option("-c", "--config", "file", metavar="FILE", help="YAML file, or a shipped recipe: quick, qlora, lora.")
+@click.option(
+    "-c",
+    "--config",
+    "file",
+    metavar="FILE",
+    help="YAML file, or a shipped recipe: quick, qlora, lora; of preferences dpo, orpo, kto.",
+)
 @common.model_option(required=False)
 @click.option("--data", metavar="PATH", help="Folder with train.jsonl, one data file, or hub dataset id.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="RUN", help="The run's folder.  [default: runs/<date>-<model>]"
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="The run's folder.  [default: that of mlxtune.yaml, or runs/<date>-<model>]",
 )
 @everyday_options
 @common.settings_option
@@ -63,6 +72,7 @@ def _everyday_flags(given: Mapping[str, Any], settings: tuple[str, ...]) -> dict
     is_flag=True,
     help="The same, with keys changed that only say how long, how often, or who is told.",
 )
+@click.option("--force", is_flag=True, help="Replace the run that --out holds, once the new one begins.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; train nothing.")
 @common.json_option
 def train(
@@ -73,26 +83,35 @@ def train(
     settings: tuple[str, ...],
     resume: bool,
     resume_anyway: bool,
+    force: bool,
     dry_run: bool,
     as_json: bool,
     **everyday: Any,
 ) -> None:
     """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
 
-    Flags beat the file, the file beats the defaults. RUN/adapters.safetensors ends up as the adapter with the lowest
-    validation loss, and RUN/report.html shows what happened. Ctrl-C finishes the step, saves, and can be resumed, as
-    can a run whose GPU failed. On several machines: mlx.launch. What FILE, or the run that goes on, turns on beyond
-    this machine is told first; the hub is not asked for what that run alone names.
+    It learns rows as they are or, with preference.loss, pairs of a chosen and a rejected answer, or rated answers.
+    Flags beat the file, the file beats the defaults; in a folder with mlxtune.yaml that is the file, where -c names no
+    other. RUN/adapters.safetensors ends up as the adapter with the lowest validation loss, and RUN/report.html shows
+    what happened. Ctrl-C finishes the step, saves, and can be resumed, as can a run whose GPU failed. On several
+    machines: mlx.launch. What FILE, or the run that goes on, turns on beyond this machine is told first; the hub is not
+    asked for what that run alone names.
 
     \b
     mlxtune train -c quick --model model --data data
     mlxtune train -c qlora --model model --data data --lr 1e-4 --epochs 2 --out run
+    mlxtune train -c dpo --model model --data pairs --set lora.start_from=run --out tuned
     mlxtune train --resume --out run
     mlxtune train --resume-anyway --out run --set train.epochs=3
     """
     from mlxtune.config import resolve as configuration
 
     resume = resume or resume_anyway
+    file, out = in_project.for_training(file, out, resume)
+    if resume and force:
+        raise UserError("--force begins a run anew, and --resume goes on with one", "Leave out one of them.")
+    if force and out is None:
+        raise UserError("--force has no effect without --out: a run has a new folder then", "Leave out --force.")
     if resume and out is None:
         raise UserError("--resume needs the run to go on with", "mlxtune train --resume --out RUN")
     if resume and dry_run:
@@ -109,9 +128,11 @@ def train(
         common.note(f"--data {data} takes the place of data.sources in {file}")
     if not config.model.path:
         raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
+    if model is None:
+        in_project.require_model(config.model.path, file)
     local = _note_reach(config, file, out if resume else None, settings, flags)
     if dry_run:
-        _print_plan(config, out)
+        _print_plan(config, out, force)
         return
     # Only now: these load MLX and transformers, and a typing error above is said at once.
     from mlxtune.cli.display import Display
@@ -124,7 +145,7 @@ def train(
     first = Ranks.here().first
     display = Display(common.console(quiet=not first))
     with with_page(display, folder, config.train.report if first else "off") as listener:
-        state = tune(config, folder, listener, resume, resume_anyway, local)
+        state = tune(config, folder, listener, resume, resume_anyway, local, force)
     if not first:
         return
     if as_json:
@@ -140,8 +161,10 @@ def train(
     common.stdout().print(f"{folder}: {state.step} steps{best}{saved}")
     # A folder is found by the run; a model of the hub is asked for where it is named.
     model = config.model.path
-    named = () if Path(model).expanduser().is_dir() else ("--model", model)
-    common.next_commands(*((command, *named, "--adapter", folder) for command in ("eval", "chat")))
+    words = () if Path(model).expanduser().is_dir() else ("--model", model)
+    if words or not in_project.is_its_run(folder):
+        words = (*words, "--adapter", str(folder))
+    common.next_commands(*((command, *words) for command in ("eval", "chat")))
 
 
 def _told(state: State) -> dict[str, Any]:
@@ -186,17 +209,19 @@ def _note_reach(
     return local
 
 
-def _print_plan(config: Config, folder: Path | None) -> None:
-    """What would be done, without reading a weight."""
+def _print_plan(config: Config, folder: Path | None, force: bool) -> None:
+    """What would be done, without reading a weight. force: the run in `folder` would be replaced."""
     from rich.text import Text
 
+    from mlxtune.config.paths import paths_read
     from mlxtune.train import loggers, preparation
     from mlxtune.train.evaluation import suite_of
+    from mlxtune.train.preference.words import objective_in_words, rows_in_words
     from mlxtune.train.run_data import read_data
     from mlxtune.train.run_folder import RunFolder
 
     if folder is not None:
-        RunFolder(folder).require_free()
+        RunFolder(folder).require_free(force, paths_read(config))
     loggers.require(config.train.loggers)
     suite_of(config)
     data, config = read_data(config)
@@ -206,7 +231,11 @@ def _print_plan(config: Config, folder: Path | None) -> None:
     max_tokens = config.data.max_tokens
     for note in train.notes("train", max_tokens) + valid.notes("valid", max_tokens):
         out.print(f"note: {brief(note)}")
-    out.print(f"rows: {train.rows} to train on{train.also}, {valid.rows} held out{valid.also}")
+    if config.preference.loss:
+        out.print(f"objective: {objective_in_words(config.preference)}")
+        out.print(f"rows: {', '.join(rows_in_words(train, valid))}")
+    else:
+        out.print(f"rows: {train.rows} to train on{train.also}, {valid.rows} held out{valid.also}")
     tokens = int(train.lengths.sum())
     targets = int(train.column("targets").sum())
     out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")

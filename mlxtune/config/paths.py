@@ -29,6 +29,16 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"model": model, "data": data, "lora": lora, "train": train})
 
 
+def paths_read(config: Config) -> list[Path]:
+    """What is here of what a run reads: its model, rows, template, adapter to start from, and suite."""
+    data, prompts = config.data, config.train.sample_prompts
+    named = [config.model.path, config.lora.start_from, *(source.path for source in data.mixture())]
+    named += [data.template] if data.template not in SHIPPED_TEMPLATES else []
+    named += [prompts] if isinstance(prompts, str) else []
+    found = [Path(path).expanduser() for path in named if path]
+    return [path for path in found if path.exists()]
+
+
 def _absolute(path: str) -> str:
     """The same path from the root, where something is there."""
     here = Path(path).expanduser()

@@ -1,9 +1,9 @@
 """A run's configuration, resolved: flags, --set, a file, and the defaults of `schema`.
 
-A run is described by five sections (`model`, `data`, `lora`, `train`, `fast`). Values come, strongest first, from
-command-line flags, then `--set section.key=value`, then a YAML file, then the defaults of the schema. Of two keys that
-exclude each other (steps, epochs), the one on the command line replaces the one in the file. An unknown key is an error
-that names its nearest neighbour; a key whose value could have no effect is one too.
+A run is described by six sections (`model`, `data`, `lora`, `train`, `preference`, `fast`). Values come, strongest
+first, from command-line flags, then `--set section.key=value`, then a YAML file, then the defaults of the schema. Of
+two keys that exclude each other (steps, epochs), the one on the command line replaces the one in the file. An unknown
+key is an error that names its nearest neighbour; a key whose value could have no effect is one too.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mlxtune.config.preference import PreferenceSection, refuse_without_effect
 from mlxtune.config.schema import (
     DataSection,
+    ExportSection,
     FastSection,
     LoraSection,
     ModelSection,
@@ -30,7 +32,13 @@ from mlxtune.errors import UserError, did_you_mean, nearest
 
 EITHER = (("train.steps", "train.epochs"), ("train.batch_rows", "train.batch_tokens"), ("data.path", "data.sources"))
 
-
+# A section of a project's file (`project.file`) that says what commands do in its folder: no setting of a run.
+PROJECT = "project"
+# Keys that hold a list of sections: what one of these is, and what it is called.
+LISTS: dict[str, tuple[type[Section], str]] = {
+    "data.sources": (SourceSection, "source"),
+    "project.export": (ExportSection, "export"),
+}
 DEEPEST = 32  # lists and tables in one another, of any value
 
 
@@ -39,6 +47,7 @@ class Config(Section):
     data: DataSection = DataSection()
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
+    preference: PreferenceSection = PreferenceSection()
     fast: FastSection = FastSection()
 
     def to_yaml(self) -> str:
@@ -85,7 +94,8 @@ def load(
     file: YAML path or recipe name; settings: `section.key=value` strings; flags: dotted keys to values, the
     strongest of all. Raises UserError naming file, line and key of whatever is wrong.
     """
-    tree, lines = _read(find_config(str(file))) if file is not None else ({}, {})
+    tree, lines = read_sections(find_config(str(file))) if file is not None else ({}, {})
+    tree.pop(PROJECT, None)  # which `project.file` reads
     given: dict[str, Any] = {}
     for setting in settings:
         key, _, value = setting.partition("=")
@@ -113,12 +123,14 @@ def load(
         if one in named and other not in named:
             _put(tree, other, None)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(*_explain(error, lines)) from None
+        raise UserError(*explained(error, lines)) from None
+    refuse_without_effect(config, lines)
+    return config
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_sections(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's sections, and where each of its keys stands."""
     document = parse_yaml(read_text(path), str(path))
     tree = document.value
@@ -173,8 +185,8 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str]:
-    """One line on the first problem, with where it stands and what is allowed."""
+def explained(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str]:
+    """(One line on the first problem, with where it stands; what is allowed). lines: where each key stands."""
     problems: dict[str, list[Any]] = {}
     for problem in error.errors():
         # pydantic adds the branch of a union to the location; our own keys are the first two parts.
@@ -184,9 +196,13 @@ def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     first, messages = same[0], dict.fromkeys(problem["msg"] for problem in same)
     inside = [str(part) for part in first["loc"][2:]]
-    if first["type"] == "extra_forbidden" and key == "data.sources" and inside:
-        place, name = int(inside[0]) + 1, inside[-1]
-        return f"{where}unknown key {name} in source {place}{more}", did_you_mean(name, SourceSection.model_fields)
+    if key in LISTS and len(inside) > 1:
+        section, called = LISTS[key]
+        place, name = f"{called} {int(inside[0]) + 1}", inside[-1]
+        if first["type"] == "extra_forbidden":
+            return f"{where}unknown key {name} in {place}{more}", did_you_mean(name, section.model_fields)
+        if first["type"] == "missing":
+            return f"{where}{key}: {place} has no {name}{more}", f"Its keys: {', '.join(section.model_fields)}."
     if first["type"] in ("extra_forbidden", "invalid_key"):
         near = nearest_key(key)
         hint = f"Did you mean {near}?" if near else f"Sections: {', '.join(Config.model_fields)}."
@@ -197,6 +213,8 @@ def _explain(error: ValidationError, lines: Mapping[str, str]) -> tuple[str, str
         message = f"expected a section with its keys indented below it, got {first['input']!r}"
     else:
         allowed = " or ".join(text.removeprefix("Input should be ") for text in messages)
+        if first["type"] == "string_too_short":
+            allowed = "a text that is not empty"
         got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
         message = f"should be {allowed}{got}"
     return f"{where}{key}: {message}{more}", KEYS.get(key, "")

@@ -136,7 +136,7 @@ def _make_room(out: Path, source: str | None, force: bool) -> None:
         raise UserError(f"{taken[0]} already exists", "Choose another --out, or add --force to begin again.")
     for folder in taken:
         if RunFolder(folder).is_marked():
-            _refuse_run(folder, source)
+            RunFolder(folder).refuse_removal([Path(source)] if source else [])
         elif folder.name == "evaluation":
             _refuse_other_evaluation(folder, source)
         else:
@@ -164,17 +164,6 @@ def _ship(request: Request, console: Console) -> None:
 def _print_proof(request: Request, artefact: Artefact, console: Console) -> None:
     proof = ship(request, artefact).proof
     console.print(f"{request.out}: {proof.line() if proof else ''}", soft_wrap=True)
-
-
-def _refuse_run(run: Path, source: str | None) -> None:
-    """Raise UserError for a run that is not merely an earlier demo's."""
-    if RunFolder(run).is_training():
-        raise UserError(f"a process is training in {run}", "Wait for it, or choose another --out.")
-    if source and Path(source).resolve().is_relative_to(run.resolve()):
-        raise UserError(f"{run} holds the source {source}", "Choose another --out.")
-    strangers = RunFolder(run).strangers()
-    if strangers:
-        raise UserError(f"{run} holds {strangers[0]}, which mlxtune did not write", "Choose another --out.")
 
 
 def _refuse_other_evaluation(folder: Path, source: str | None) -> None:

@@ -24,6 +24,7 @@ GIB = 1 << 30
 MAX_ERRORS = 16  # kept for one stream: MLX has some ten command buffers under way
 
 _blas = ""
+_planned: Machine | None = None
 _prepared = False
 _unset: dict[str, str] = {}  # variables that MLX reads and the user had not set, with what MLX takes then
 
@@ -163,7 +164,9 @@ def wire(size: int) -> None:
 
 
 def kind() -> str:
-    """ "metal", "cuda" or "cpu": where MLX's default device computes."""
+    """ "metal", "cuda" or "cpu": where MLX's default device computes. (Of `planned_for`: that machine's.)"""
+    if _planned is not None:
+        return _planned.kind
     import mlx.core as mx
 
     if mx.default_device() == mx.Device(mx.cpu):
@@ -234,16 +237,58 @@ def dtype_for(name: str, model_dtype: mx.Dtype, quantized: bool) -> mx.Dtype:
 
 
 def memory_bytes() -> int:
-    """Physical memory of this machine in bytes."""
+    """Physical memory of this machine in bytes. (Of `planned_for`: that machine's.)"""
+    if _planned is not None:
+        return _planned.memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def working_set_bytes() -> int:
-    """What the device can hold at once: macOS's recommendation, the GPU's memory, or all of the machine's."""
+    """What the device can hold at once: macOS's recommendation, the GPU's memory, or all of the machine's. (Of
+    `planned_for`: that machine's.)
+    """
+    if _planned is not None:
+        return _planned.working_set
     import mlx.core as mx
 
     info = mx.device_info()
     return int(info.get("max_recommended_working_set_size") or info.get("total_memory") or memory_bytes())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What of a machine decides how a run is computed on it."""
+
+    kind: str  # "metal", "cuda" or "cpu"
+    memory: int  # bytes, all that it has
+    working_set: int  # bytes that its device can hold at once
+
+
+def here() -> Machine:
+    """This machine."""
+    return Machine(kind(), memory_bytes(), working_set_bytes())
+
+
+def mac(memory: int) -> Machine:
+    """A Mac with so many bytes of memory, by what macOS recommends for its GPU: two thirds of up to 32 GiB, three
+    quarters of more (as llama.cpp prints it on start-up: 10.7 GiB of 16, 21.3 of 32, 27 of 36, 96 of 128). Newer
+    systems recommend more of 16 GiB, up to 11.8.
+    """
+    return Machine("metal", memory, memory * 2 // 3 if memory <= 32 * GIB else memory * 3 // 4)
+
+
+@contextmanager
+def planned_for(machine: Machine) -> Iterator[None]:
+    """Inside, this module speaks of another machine, so that whoever plans a run plans it for that one. Nothing may be
+    computed inside.
+    """
+    global _planned
+    before = _planned
+    _planned = machine
+    try:
+        yield
+    finally:
+        _planned = before
 
 
 def chip() -> str:

@@ -141,7 +141,7 @@ def convert(
     path = resolve(source, code)
     if code and (path.is_file() or not companions.code_of(path)):
         raise UserError(f"--trust-remote-code has no effect: {source} names no code of its own", "Leave it out.")
-    if path.is_file() and path.suffix != ".gguf":
+    if path.is_file() and path.suffix != ".gguf" and not container.is_gguf(path):  # Ollama's have no ending
         raise UserError(f"{path}: a model file must be a .gguf", "A Hugging Face model is given as its folder.")
     wanted = Wanted(quantization, dtype, code)
     # The kinds of source. Each writes into a folder that gets its name at the end.
@@ -265,7 +265,7 @@ def _from_folder(path: Path, name: str, work: Path, wanted: Wanted) -> Converted
     if wanted.dtype is not None:
         _change_type(model, wanted.dtype, quantized)
     if not quantized and not quantization.dense:
-        model, config = _quantized(model, config, quantization, notes)
+        model, config = quantized_model(model, config, quantization, notes)
     _save_weights(model, work)
     origin = source_of(path)
     if not (path / SOURCE_FILE).is_file():
@@ -289,7 +289,7 @@ def _change_type(model: nn.Module, dtype: str, quantized: bool) -> None:
     cast(model, wanted)
 
 
-def _quantized(
+def quantized_model(
     model: nn.Module, config: dict[str, Any], quantization: Quantization, notes: list[str]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model and its config.json, quantized as mlx-lm does it, the family's exceptions (routers and such) included.

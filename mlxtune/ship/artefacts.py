@@ -6,14 +6,15 @@ To add a form:
    that says what it cannot hold (`refuse`), writes its files (`write`), names its limits among `verify.LIMITS`
    (`storage`), and runs the result with the program of its users (`run`; where that may be missing: `not_installed`
    and `read_back`). `why_different` calls what fits of `differences`.
-2. In cli/ship.py: its word for `--to`, in FORMS and `_artefact`, and its options, each with `needs=`.
+2. In cli/ship.py: its word for `--to`, in FORMS and `_artefact`, and its options, each with `needs=`; the word also in
+   `config.schema.ExportSection`, for mlxtune.yaml.
 3. A test beside those of tests/test_ship.py: its files, read by another library, compute what was trained.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,9 @@ from mlxtune.model.load import model_dtype, open_model, source_of
 from mlxtune.ship import card, differences, runners
 from mlxtune.ship.differences import Trained, Wanted
 from mlxtune.ship.gptq import Calibration
-from mlxtune.ship.merge import CALIBRATED_BELOW, Merged, fuse
+from mlxtune.ship.merge import CALIBRATED_BELOW, Merged, Progress, Told, fuse
 from mlxtune.ship.request import MergedModel
 from mlxtune.ship.runners import Candidate, Runner, TorchRunner
-
-Progress = Callable[[int, int], None]  # (weights done, weights in all)
 
 
 class Artefact(ABC):
@@ -109,7 +108,7 @@ class FusedMlx(Artefact):
             calibration = Calibration(str(request.model), request.adapter, self.calibration)
         config = model.facts.config
         merged = model.to_read(model.dtype(self.dtype))
-        notes = fuse(merged, model.folder, work, self.bits, self.group, calibration, model.copies_code)
+        notes = fuse(merged, model.folder, work, self.bits, self.group, calibration, model.copies_code, progress)
         Changes.read(request.adapter).write(work)
         card.write_generation_config(work, config)
         if request.examples is None:
@@ -154,7 +153,7 @@ class HuggingFace(Artefact):
         dtype = model.dtype(self.dtype)
         require_space(work, model.facts.count * dtype.size)
         rows = vocabulary(model.facts.config)
-        tensors = _arrays(model.to_read(dtype))
+        tensors = _arrays(model.to_read(dtype), progress)
         config = model_folder.write(
             work, layout, tensors, dropped, original, rows, dtype_name(dtype), model.copies_code
         )
@@ -246,10 +245,12 @@ class Peft(Artefact):
         return "peft"
 
 
-def _arrays(merged: Merged) -> Iterator[tuple[str, np.ndarray]]:
+def _arrays(merged: Merged, progress: Progress | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """(MLX's name, dense array) of every tensor, in the merged model's type."""
+    told = Told(merged.count(), progress)
     for name, array in merged.tensors():
         yield name, to_numpy(array)
+        told.add(array.size)
 
 
 def of_folder(folder: Path) -> Artefact:

@@ -23,8 +23,9 @@ from mlxtune_convert.sizes import size
 from mlxtune.data.chat.masking import Example
 from mlxtune.errors import UserError
 from mlxtune.ship import artefacts, differences, verify
-from mlxtune.ship.artefacts import Artefact, Progress
+from mlxtune.ship.artefacts import Artefact
 from mlxtune.ship.differences import Trained
+from mlxtune.ship.merge import Progress
 from mlxtune.ship.request import MergedModel, Request
 from mlxtune.ship.runners import require_memory
 from mlxtune.ship.verify import ANOTHER_BASE, Proof, ReadBack, Report, digest_of

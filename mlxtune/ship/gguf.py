@@ -35,9 +35,9 @@ from mlxtune.errors import UserError, did_you_mean
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.dense import QUANTIZED
 from mlxtune.ship import differences, llama_cpp, modelfile, verify
-from mlxtune.ship.artefacts import Artefact, Progress
+from mlxtune.ship.artefacts import Artefact
 from mlxtune.ship.differences import Trained
-from mlxtune.ship.merge import Merged
+from mlxtune.ship.merge import Merged, Progress
 from mlxtune.ship.request import MergedModel
 from mlxtune.ship.runners import Candidate, Runner
 

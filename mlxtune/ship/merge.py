@@ -11,7 +11,7 @@ every fuse is measured afterwards (`ship/verify`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from mlxtune.ship.gptq import Calibration
 
 DEFAULT_GROUP = 64  # mx.quantize's own
 CALIBRATED_BELOW = 8  # bits; at 8 rounding to the nearest is as good
+Progress = Callable[[int, int], None]  # (weights done, weights in all)
 # Of a quantized layer, beside its codes; they are part of the dense matrix.
 QUANTIZATION_TENSORS = ("scales", "biases", "global_scale")
 
@@ -181,15 +182,18 @@ def fuse(
     group: int | None,
     calibration: Calibration | None,
     code: bool = False,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Write a merged MLX folder into `work`; return what a person must know.
 
     bits 16: dense; 4 or 8: layers that the adapter changed are quantized again to that many bits in groups of `group`
     (None: the base's), layers it did not change keep the base's codes. base: where tokenizer and source come from;
     calibration: the trained model and rows to choose codes by, or None to round to the nearest; code: with the .py
-    files that belong to the model.
+    files that belong to the model; progress: hears how many weights are written.
     """
-    dense_bytes = merged.count() * merged.dtype.size
+    count = merged.count()
+    dense_bytes = count * merged.dtype.size
+    told = Told(count, progress)
     # Scale and bias, 16 bits each, add 32 bits to a group of at least 32 weights: one bit a weight, and one to spare.
     require_space(work, dense_bytes if bits == UNQUANTIZED_BITS else dense_bytes * (bits + 2) // 16)
     writer = ShardWriter(work, {"format": "mlx"})
@@ -197,8 +201,9 @@ def fuse(
     if bits == UNQUANTIZED_BITS:
         for name, array in merged.tensors():
             writer.add(name, to_numpy(array))
+            told.add(array.size)
     else:
-        quantizer = _Quantizer(merged, writer, bits, group)
+        quantizer = _Quantizer(merged, writer, bits, group, told)
         if calibration is not None:
             quantizer.write_calibrated(calibration)
         config["quantization"] = config["quantization_config"] = quantizer.write_rest()
@@ -207,6 +212,21 @@ def fuse(
     resize(source["config"], vocabulary(config))
     write_config(work, config, source, code)
     return copy_tokenizer(base, work, code)
+
+
+class Told:
+    """Counts the weights that are done, and tells whoever wants to hear it."""
+
+    def __init__(self, count: int, progress: Progress | None) -> None:
+        """count: weights in all."""
+        self.count = count
+        self.done = 0
+        self._progress = progress
+
+    def add(self, weights: int) -> None:
+        self.done += weights
+        if self._progress is not None:
+            self._progress(self.done, self.count)
 
 
 @dataclass(frozen=True)
@@ -224,10 +244,11 @@ class _Form:
 class _Quantizer:
     """Writes every leaf of a merged model, quantized where it can be, and keeps the table for config.json."""
 
-    def __init__(self, merged: Merged, writer: ShardWriter, bits: int, group: int | None) -> None:
+    def __init__(self, merged: Merged, writer: ShardWriter, bits: int, group: int | None, told: Told) -> None:
         """bits, group: as `fuse` takes them."""
         self.merged = merged
         self.writer = writer
+        self.told = told
         self.bits = bits
         self.asked_group = group
         # The base's own settings: common ones, and by path the exceptions.
@@ -275,6 +296,7 @@ class _Quantizer:
                 self.writer.add(f"{path}.bias", to_numpy(bias))
             calibration.replace(path, parts, bias, form.group, form.bits)
             self.done.add(path)
+            self.told.add(weight.size + (0 if bias is None else bias.size))
 
     def write_rest(self) -> dict[str, Any]:
         """Write what is left, rounded to the nearest; return the table for config.json."""
@@ -283,6 +305,7 @@ class _Quantizer:
                 continue
             if _keeps_codes(module):
                 self._add_as_it_is(path, module)
+                self.told.add(sum(array.size for _, array in self.merged.dense(path, module)))
                 continue
             form = self.form(path, module)
             for name, array in self.merged.dense(path, module):
@@ -290,6 +313,7 @@ class _Quantizer:
                     self._add(path, mx.quantize(array, form.group, form.bits), form)
                 else:
                     self.writer.add(name, to_numpy(array))
+                self.told.add(array.size)
         common_group = self.asked_group or self.base.get("group_size", DEFAULT_GROUP)
         common = _Form(common_group, self.bits).entry()
         exceptions = {path: entry for path, entry in self.table.items() if entry != common}

@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mlxtune_convert.files import explained, new_file
 
 from mlxtune.adapter import adapter_files, attach
 from mlxtune.compute import fast_ways
-from mlxtune.config.paths import with_absolute_paths
+from mlxtune.config.paths import paths_read, with_absolute_paths
 from mlxtune.config.resolve import Config
 from mlxtune.machine import backend, surroundings
 from mlxtune.train import events, loggers, loop, provenance
@@ -23,6 +23,8 @@ from mlxtune.train.data_facts import data_facts
 from mlxtune.train.evaluation import suite_of
 from mlxtune.train.events import Events, Listener, nobody
 from mlxtune.train.lock import UNLOCKED
+from mlxtune.train.preference import setup
+from mlxtune.train.preference.setup import with_preference
 from mlxtune.train.preparation import Prepared, prepare
 from mlxtune.train.ranks import Ranks
 from mlxtune.train.reach import NOTHING, LocalOnly
@@ -40,19 +42,20 @@ def tune(
     resume: bool = False,
     anyway: bool = False,
     local: LocalOnly = NOTHING,
+    force: bool = False,
 ) -> State:
     """Train and leave the adapter in `out`.
 
     listener: called with all that happens, as `events` lists it. resume: go on from the newest checkpoint in `out`;
-    anyway: though keys that may change did. local: for what the hub is not asked. Raises UserError for anything wrong
-    with the configuration, data or model, Interrupted after a signal. A run that ends before anything was saved leaves
-    no folder.
+    anyway: though keys that may change did. local: for what the hub is not asked. force: a run that `out` holds
+    is replaced when the new one begins. Raises UserError for anything wrong with the configuration, data or model,
+    Interrupted after a signal. A run that ends before anything was saved leaves no folder.
     """
     ranks = Ranks.here()
     with ExitStack() as stack:
         stack.enter_context(ranks.explained(out))
         config = _config_of_first(with_absolute_paths(config), ranks)
-        return _Run(config, RunFolder(out), listener, ranks, resume, anyway, stack).train(local)
+        return _Run(config, RunFolder(out), listener, ranks, resume, anyway, force, stack).train(local)
 
 
 def _config_of_first(config: Config, ranks: Ranks) -> Config:
@@ -71,6 +74,7 @@ class _Run:
         ranks: Ranks,
         resume: bool,
         anyway: bool,
+        force: bool,
         stack: ExitStack,
     ) -> None:
         self.config = config  # as asked for, later with the day, then made to fit the memory
@@ -79,6 +83,7 @@ class _Run:
         self.ranks = ranks
         self.resume = resume  # go on from the newest checkpoint
         self.anyway = anyway  # though keys that may change did
+        self.force = force  # a run that is there already is replaced
         self.stack = stack  # what ends with the run
         self.notes: list[str] = []  # what a person must know; said when the run has begun
         self.data_facts: dict[str, Any] = {}  # what `begin` notes of the rows
@@ -92,7 +97,7 @@ class _Run:
             self.stack.enter_context(surroundings.kept_awake())
         saved = self._checkpoint() if self.resume and self.ranks.first else None
         if self.ranks.first and not self.resume:
-            self.folder.require_free()
+            self.folder.require_free(self.force, paths_read(self.config))
         data, self.config = read_data(self.config, self._tell_reading, local)
         self.stack.callback(backend.wire, 0)  # as MLX begins: what `prepare` wires is wired for training alone
         prepared = prepare(self.config, data, self.folder, self.ranks, self.resume, self.listener)
@@ -105,13 +110,14 @@ class _Run:
         self.notes += prepared.notes
         self._require_same(job)
         saved = self._on_every_rank(saved, job)
+        job = with_preference(job, self.config, data.valid, self.folder, self.resume, self.listener)
         if not self.ranks.first:
             return loop.run(job, Events(None), saved)
         self.data_facts = data_facts(data, self.config)
         self.stack.enter_context(explained(self.folder.path))
         if self.resume:
             return self._written(job, saved)
-        return self._begun(prepared)
+        return self._begun(replace(prepared, job=job))
 
     def _checkpoint(self) -> Saved:
         """The newest checkpoint of the run that goes on, its folder locked. Raises UserError when there is none."""
@@ -141,6 +147,8 @@ class _Run:
     def _begun(self, prepared: Prepared) -> State:
         """Train in a new folder, which goes when nothing was saved in it."""
         folder = self.folder
+        if self.force:
+            folder.remove(paths_read(self.config))
         folder.require_free()  # reading took a while
         folder.path.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -162,6 +170,7 @@ class _Run:
         step = saved.state.step if saved else 0
         with new_file(folder.config_file, force=True) as file:
             file.write(config.to_yaml())
+        setup.save(job, config, folder.path)
         log = self.stack.enter_context(closing(Events(folder.path, self.listener)))
 
         def note(text: str) -> None:

@@ -5,6 +5,7 @@
     RUN/adapters.safetensors     the adapter: the best so far or the last, as train.keep says
     RUN/adapter_config.json      what kind of adapter it is, as mlx-lm reads it
     RUN/mlxtune_tokenizer.json   what the run changed in the tokenizer, if it did
+    RUN/reference.safetensors    of a run on preferences: what the model at step 0 gives each answer (`preference`)
     RUN/checkpoints/             step-0000100/ and so on, and best/ (`checkpoint`)
     RUN/.lock                    held by the process that trains; also the mark of a run's folder (`lock`)
     RUN/tensorboard, RUN/wandb   what loggers write
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import date
@@ -38,6 +39,7 @@ CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"
 LOCK_FILE = ".lock"
 PAGE_FILE = "report.html"
+REFERENCE_FILE = "reference.safetensors"
 CHECKPOINTS = "checkpoints"
 # All that a run writes before it saved anything.
 BEFORE_SAVING = (
@@ -46,6 +48,7 @@ BEFORE_SAVING = (
     EVENTS_FILE,
     adapter_files.CONFIG_FILE,
     tokenizer_changes.FILE,
+    REFERENCE_FILE,
     CHECKPOINTS,
     "tensorboard",
     "wandb",
@@ -132,14 +135,43 @@ class RunFolder:
                 return False
         return self.is_marked() and not self.has_work() and not self.is_training()
 
-    def require_free(self) -> None:
-        """Raise UserError when no run may begin here."""
-        if not self.may_begin():
+    def require_free(self, force: bool = False, sources: Iterable[Path] = ()) -> None:
+        """Raise UserError when no run may begin here. force: an earlier run may be replaced, if it is nothing but a
+        run, and holds none of `sources`, which the new one reads.
+        """
+        if self.may_begin():
+            return
+        if not force or not self.is_marked() or self.path.is_symlink():
             raise self.taken()
+        self.refuse_removal(sources)
+
+    def refuse_removal(self, sources: Iterable[Path] = ()) -> None:
+        """Raise UserError where more than a run that ended would go with the folder. sources: what is still needed."""
+        if self.is_training():
+            raise UserError(f"a process is training in {self.path}", "Wait for it, or choose another --out.")
+        if Path.cwd().is_relative_to(self.path.resolve()):
+            raise UserError(f"{self.path} is the folder you are in, or holds it", "Choose another --out.")
+        for source in sources:
+            if source.resolve().is_relative_to(self.path.resolve()):
+                raise UserError(f"{self.path} holds the source {source}", "Choose another --out.")
+        strangers = self.strangers()
+        if strangers:
+            raise UserError(f"{self.path} holds {strangers[0]}, which mlxtune did not write", "Choose another --out.")
+        self.refuse_links()
+
+    def remove(self, sources: Iterable[Path] = ()) -> None:
+        """Take an earlier run away. Raises UserError as `require_free` does with force."""
+        if not self.may_begin():
+            self.require_free(True, sources)
+            shutil.rmtree(self.path)
 
     def taken(self) -> UserError:
         """Why no run may begin here, and what to do."""
-        also = ", or continue that run with --resume" if self.has_checkpoint() else ""
+        also = ""
+        if self.is_marked() and not self.path.is_symlink():
+            also += ", or replace it with --force"
+        if self.has_checkpoint():
+            also += ", or continue that run with --resume"
         return UserError(f"{self.path} already exists", f"Choose another --out{also}.")
 
     def strangers(self) -> list[str]:

@@ -92,6 +92,12 @@ class File:
         return raw.reshape(*tensor.shape[:-1], -1)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as a GGUF file does, whatever it is called."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def read(path: Path, header_only: bool = False) -> File:
     """Open and check a GGUF file. header_only: the file is known to hold no tensor bytes.
 

@@ -13,7 +13,7 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -22,8 +22,11 @@ from mlxtune.data.chat.turn_kinds import Expansion, kind_lines
 from mlxtune.data.dataset.measured import MeasuredExamples, first_examples
 from mlxtune.data.dataset.store import CHAT, COLUMNS, SHORTENED, Store
 from mlxtune.data.rows.readers import place
+from mlxtune.data.rows.sides import OF_PAIRS, OF_RATINGS, Side
+from mlxtune.errors import UserError
 
 NAMED = 5  # rows that a note names
+Kind = Literal["supervised", "pairs", "rated"]  # of rows
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,11 @@ class Examples(MeasuredExamples):
         """[N] supervised tokens of each example."""
         return self.column("targets")
 
+    @cached_property
+    def sides(self) -> np.ndarray:
+        """[N] uint8, of `Side`: which answer of a preference each example is of."""
+        return self.column("side")
+
     @property
     def sources(self) -> np.ndarray:
         """[N] the source of each example."""
@@ -138,17 +146,37 @@ class Examples(MeasuredExamples):
         return max((store.facts.highest for store in self.stores), default=0)
 
     @property
+    def kind(self) -> Kind:
+        """What the rows say: answers to learn, which of two answers is preferred, or whether one is good.
+
+        Raises UserError naming two files where rows of different kinds are mixed.
+        """
+        kinds: dict[Kind, str] = {}  # -> a file with such rows
+        for number, store in enumerate(self.stores):
+            for side in np.unique(self.sides[self.store_of_example == number]).tolist():
+                kinds.setdefault(_kind_of(Side(side)), store.facts.file)
+        if len(kinds) > 1:
+            one, other = list(kinds)[:2]
+            raise UserError(
+                f"{kinds[one]} has {_KINDS[one]}, but {kinds[other]} has {_KINDS[other]}",
+                "A run learns from rows of one kind: give each kind a run of its own.",
+            )
+        return next(iter(kinds), "supervised")
+
+    @property
     def chat(self) -> bool:
         """Whether any example is a conversation."""
         return bool((self.column("flags") & CHAT).any())
 
     def digest(self) -> str:
-        """Changes when any token, mask or the choice of rows does."""
+        """Changes when any token, mask or side, or the choice of rows does."""
         running = hashlib.blake2b(digest_size=8)
         for store in self.stores:
             running.update(store.facts.digest.encode())
         running.update(self.store_of_example.tobytes() + self.place_in_store.tobytes())
         running.update(repr((self.weights, self.order)).encode())
+        if self.sides.any():
+            running.update(self.sides.tobytes())
         return running.hexdigest()
 
     # The order of an epoch.
@@ -196,6 +224,8 @@ class Examples(MeasuredExamples):
         name = place(store.facts.file, store.columns["row"][at])
         if part:
             name = f"{name} turn {part}"
+        if store.columns["side"][at] in OF_PAIRS:
+            name = f"{name} {Side(store.columns['side'][at]).word}"
         return name if len(self.stores) == 1 else f"{store.facts.file} {name}"
 
     @property
@@ -210,6 +240,7 @@ class Examples(MeasuredExamples):
             tokens=int(self.lengths[of_turns].sum()),
             once=int(self.of_rows("once").sum()),  # of text rows it is 0
             untrue=int(self.column("untrue").sum()),
+            of_pairs=bool((self.sides == Side.CHOSEN).any()),
         )
 
     def _called(self, store: Store) -> str:
@@ -235,6 +266,20 @@ class Examples(MeasuredExamples):
             if store.facts.file not in self.told_elsewhere:
                 notes += [f"{split}: {note}" for note in _notes_on_file(store, self._called(store))]
         return notes + [f"{split}: {what} left out: {reason}" for reason, what in self.left_out.items()]
+
+
+_KINDS: dict[Kind, str] = {  # in words
+    "supervised": "rows of answers to learn",
+    "pairs": "pairs of answers, one of them preferred",
+    "rated": "answers rated good or bad",
+}
+
+
+def _kind_of(side: Side) -> Kind:
+    """The kind of the rows that have examples of this side."""
+    if side in OF_PAIRS:
+        return "pairs"
+    return "rated" if side in OF_RATINGS else "supervised"
 
 
 def _notes_on_file(store: Store, called: str) -> list[str]:

@@ -42,21 +42,26 @@ def read(
     progress: Progress = lambda source, rows: None,
     whole: bool = False,
     local_only: str = "",
+    preferences: bool = False,
 ) -> dict[str, Examples]:
     """The examples of "train", "valid" and, where there is one, "test".
 
     tokenizer: with the chat template that is used; whole: a single file counts whole, as "train", and nothing is held
-    out; local_only: as `sources.files_by_split`. Raises UserError for anything that is wrong with the data.
+    out; local_only and preferences: as `sources.files_by_split`. Raises UserError for whatever is wrong with the data.
     """
     mixture = section.mixture()
     if section.hub == "stream" and any(source.cap is None for source in mixture):
         raise UserError("data.hub=stream needs data.cap: how many rows to read", "Or set data.hub=download.")
-    tokenized = _tokenized(section, Renderer(tokenizer, section), progress, local_only)
+    tokenized = _tokenized(section, Renderer(tokenizer, section), progress, local_only, preferences)
     splits = {split: Examples.of(own.stores, own.sources) for split, own in tokenized.splits.items()}
     if section.on_damage == "drop":
         splits = {split: _undamaged(examples) for split, examples in splits.items()}
     train = _without_duplicates(splits["train"], section)
     train = _within_caps(train, mixture, seed)
+    if section.on_damage == "error":  # of whole files, before rows are held out: as many as `mlxtune data check` counts
+        for examples in (train, *(splits[split] for split in splits if split != "train")):
+            for number in range(len(examples.stores)):
+                _refuse_damage(examples, number)
     left_out = train.left_out
     undivided = tokenized.undivided(len(mixture))
     if undivided and not whole:
@@ -69,7 +74,7 @@ def read(
     for split, examples in splits.items():
         files = [store.facts.file for store in train.stores] if split != "train" else []
         examples = replace(examples, weights=weights, told_elsewhere=frozenset(files))
-        _check(split, examples, section)
+        _check(split, examples)
         splits[split] = examples
     return splits
 
@@ -95,10 +100,12 @@ class _Tokenized:
         return [number for number in range(sources) if number not in divided]
 
 
-def _tokenized(section: DataSection, renderer: Renderer, progress: Progress, local_only: str) -> _Tokenized:
+def _tokenized(
+    section: DataSection, renderer: Renderer, progress: Progress, local_only: str, preferences: bool
+) -> _Tokenized:
     found = _Tokenized()
     for number, source in enumerate(section.mixture()):
-        by_split = files_by_split(source, section.hub == "stream", local_only)
+        by_split = files_by_split(source, section.hub == "stream", local_only, preferences)
         note = unused_note(source, by_split)
         if note:
             found.unused.append(note)
@@ -177,13 +184,8 @@ def _without(examples: Examples, gone: np.ndarray, reason: str) -> Examples:
     return replace(examples.only_rows(~gone), left_out=left_out)
 
 
-def _check(split: str, examples: Examples, section: DataSection) -> None:
-    """Raise UserError when the template damages some and data.on_damage is error, when none is left, or none of a
-    source that has a weight.
-    """
-    if section.on_damage == "error":
-        for number in range(len(examples.stores)):
-            _refuse_damage(examples, number)
+def _check(split: str, examples: Examples) -> None:
+    """Raise UserError when no row is left, or none of a source that has a weight."""
     if not len(examples):
         reasons = {reason for store in examples.stores for reason in (*store.facts.counts, *examples.left_out)}
         raise UserError(
@@ -202,9 +204,7 @@ def _refuse_damage(examples: Examples, number: int) -> None:
     """Raise UserError when the template damages rows of one store, those of which no example is left counted once."""
     facts = examples.stores[number].facts
     damaged = examples.column("flags") & DAMAGED > 0
-    count = len(np.unique(examples.row_of[damaged & (examples.store_of_example == number)]))
-    if facts.file not in examples.told_elsewhere:
-        count += facts.lost
+    count = facts.lost + len(np.unique(examples.row_of[damaged & (examples.store_of_example == number)]))
     if not count:
         return
     listed = "; ".join(f"{where}: {text}" for where, text in facts.damaged[:LISTED])

@@ -16,6 +16,7 @@ from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad
 from mlxtune.data.survey import lint
 from mlxtune.data.survey.consistency import Style
+from mlxtune.data.survey.preferences import Preferences
 
 LISTED = 200  # rows that a finding names
 
@@ -65,7 +66,7 @@ class SplitSurvey:
     several: bool = False  # it has more than one file
     sample: str = ""  # of which of its rows this is, in words; "": of all of them
     rows: int = 0  # all of them
-    used: int = 0  # rows that give examples
+    held_out: int = 0  # rows that give examples and that training would not train on
     examples: int = 0  # that training would have
     tokens: int = 0  # of these, cut at data.max_tokens
     targets: int = 0  # supervised ones among them
@@ -83,6 +84,7 @@ class SplitSurvey:
     systems: Counter[int | None] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)  # examples of so many tokens, uncut
     prefix: np.ndarray | None = None  # [T] token ids that every example begins with; None: there is no example yet
+    used_hashes: array[int] = field(default_factory=lambda: array("Q"))  # of the content of rows that give examples
     # Of each of the N rows that could be read:
     names: list[int | str] = field(default_factory=list)  # as `name_of`
     hashes: array[int] = field(default_factory=lambda: array("Q"))  # of the content
@@ -92,6 +94,12 @@ class SplitSurvey:
     findings: dict[str, Finding] = field(default_factory=dict)  # by code
     expansion: Expansion = field(default_factory=Expansion)  # what became of conversations
     kinds: Kinds = field(default_factory=Kinds)  # what is to be told of turns
+    preferences: Preferences = field(default_factory=Preferences)  # its pairs and rated answers
+
+    @property
+    def trained(self) -> int:
+        """Rows that training would train on."""
+        return len(self.used_hashes) - self.held_out
 
     def name_of(self, row: Record | Bad) -> int | str:
         """What a finding calls a row: its number, with the file where there are several."""

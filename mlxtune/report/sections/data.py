@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.data.survey import lint, subjects
+from mlxtune.data.survey.preferences import preference_lines
 from mlxtune.errors import UserError
 from mlxtune.report import surveyed
 from mlxtune.report.drawing.figure import Mark
@@ -156,6 +157,7 @@ def contents(name: str, split: Mapping[str, Any], found: Sequence[dict[str, Any]
         "equal rows": _repeated(name, found),
         "made rows": f"{sum(split['made'].values()):,} ({_listed(split['made'])})" if split["made"] else "",
         **_style(split["style"]),
+        **preference_lines(split["preferences"]),
         "shared beginning": f"{split['shared_prefix_tokens']:,} tokens begin every example",
     }
     parts.append(facts(f"The rows of {masked(name)}", {key: value for key, value in values.items() if value}))
