@@ -21,7 +21,6 @@ from mlxtune.config.imported import axolotl_data
 from mlxtune.config.imported.axolotl_elsewhere import leave_out_the_rest
 from mlxtune.config.imported.given import Given
 from mlxtune.config.imported.translation import Translation
-from mlxtune.config.resolve import Config
 from mlxtune.errors import UserError
 
 TRAINED = {"embed_tokens": "embeddings", "lm_head": "head"}  # of lora_modules_to_save -> of lora.train_also
@@ -56,12 +55,7 @@ def _objective(given: Given, made: Translation) -> None:
     if objective not in HELD_LOSSES:
         raise UserError(
             f"{given.source}: rl {objective}: mlxtune does not train while answers are generated and rewarded",
-            f"Of rl it could have {', '.join(HELD_LOSSES)}.",
-        )
-    if "preference" not in Config.model_fields:
-        raise UserError(
-            f"{given.source}: rl {objective}: this version of mlxtune does not train on preferences",
-            "Import a file without rl, for training on answers.",
+            f"Of rl it has {', '.join(HELD_LOSSES)}.",
         )
     made.set("preference.loss", objective, "rl")
     if given.has("rl_beta"):
