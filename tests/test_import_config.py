@@ -304,6 +304,7 @@ def test_preferences_become_the_section_preference() -> None:
     [
         ("ipo", {"rl_beta": 0.3}, {"beta": 0.3}),
         ("simpo", {"rl_beta": 2.0, "simpo_gamma": 0.5}, {"beta": 2.0, "gamma": 0.5}),
+        ("simpo", {}, {"beta": 0.1}),  # ours is 2.0
         ("orpo", {"orpo_alpha": 0.2}, {"beta": 0.2}),
         ("kto", {"kto_desirable_weight": 1.2, "kto_undesirable_weight": 0.8}, {"good_weight": 1.2, "bad_weight": 0.8}),
     ],
