@@ -16,6 +16,7 @@ from mlxtune.cli.console import console
 from mlxtune.compute.fit_memory import SHARE
 from mlxtune.compute.memory.prediction import Memory
 from mlxtune.config import resolve
+from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.machine.backend import GIB, Machine, mac
 from mlxtune.presets import models, rules, search, table
@@ -151,6 +152,13 @@ def test_rows_are_cut_and_ranks_lowered_only_where_nothing_else_fits(small: Peak
     assert isinstance(cut, Preset)
     assert cut.settings["data.max_tokens"] == 256 and cut.tokens_covered < 0.9
     assert any("3% of the rows" in warning for warning in cut.warnings)
+
+
+def test_a_model_on_which_nothing_can_train_is_refused_in_true_words() -> None:
+    """BitNet's weights are ternary codes in a layer of mlx-lm's own."""
+    with pytest.raises(UserError, match="no layer that an adapter can be put on") as refused:
+        search.find({**SMALL, "model_type": "bitnet"}, machine(10**12), ROWS)
+    assert "lora.train_also" in refused.value.hint
 
 
 def test_a_model_takes_no_more_tokens_than_it_was_made_for() -> None:
