@@ -198,11 +198,11 @@ def test_rows_that_ask_the_same_are_on_one_side_and_own_splits_are_kept(tmp_path
     assert (rows.divided(look, seed=1) != sides).any() and (rows.divided(look, seed=0) == sides).all()
     own = tmp_path / "own"
     tiny.write_jsonl(own / "train.jsonl", made[:200])
-    tiny.write_jsonl(own / "dev.jsonl", made[200:])
+    tiny.write_jsonl(own / "dev.jsonl", made[100:200])
     tiny.write_jsonl(own / "notes.jsonl", made[:1])
     look = rows.look(SourceSection(path=str(own)))
     told = " ".join(look.notes)
-    assert "notes.jsonl" in told and "1 of 100 valid rows ask what train rows ask too" in told
+    assert "notes.jsonl" in told and "100 of 100 valid rows ask what train rows ask too" in told
     sides = rows.divided(look, seed=0)
     counts = rows.write(look, sides, tmp_path / "data")
     assert counts["valid"] == 100 and counts["test"] > 0 and counts["train"] + counts["test"] == 200
