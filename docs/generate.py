@@ -32,7 +32,7 @@ one key; flags such as `--model` are stronger than both. A key that is not liste
 one. The resolved configuration, with every key written out, is kept as `config.yaml` in the run folder.
 
 YAML is read as version 1.2: `on`, `off`, `yes` and `no` are words; true and false are written `true` and `false`."""
-OF_PROJECTS = """A section of `mlxtune.yaml` alone, which `mlxtune init` writes: what the commands do in its folder. Where
+OF_PROJECTS = """A section of `mlxtune.yaml` alone, which `mlxtune init` writes: what commands do in its folder. Where
 they run in that very folder they take from the file what they are not told, and say so in one line: `train` all of it,
 `eval` the run and the suite, `report`, `export`, `fuse`, `verify`, `chat` and `generate` the run, `data check` and
 `data show` the model and the data, `runs` the folder. Flags and `--set` are stronger; `-c FILE` takes the file's place;

@@ -5,6 +5,7 @@ anybody's is touched.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -270,6 +271,28 @@ def test_a_model_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_pat
     refused = tiny.mlxtune(*words, "mlx-community/Llama-3.3-70B-Instruct-4bit")
     tiny.one_clear_line(refused, "does not fit", "the largest that does")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_person_is_asked_for_another_model_where_one_does_not_fit(mlx_model: Path, tmp_path: Path) -> None:
+    words = ("init", tmp_path / "out", "--goal", "chat", "--data", given(tmp_path, "alpaca"), "--memory", "8", *FEW)
+    large = "mlx-community/Llama-3.3-70B-Instruct-4bit\n"
+    typed = [(QUESTIONS[2], large), ("Another model", f"{mlx_model}\n"), (QUESTIONS[3], "yes\n")]
+    assert "does not fit" in terminal.shows(*words, typed=typed)
+    assert resolve.load(tmp_path / "out" / "mlxtune.yaml").model.path == str(mlx_model)
+
+
+def test_a_model_that_is_to_be_converted_comes_first_among_the_commands(
+    hf_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = given(tmp_path, "alpaca")
+    tiny.done("init", tmp_path / "out", "--data", file, "--model", hf_model, "--yes", *FEW)
+    monkeypatch.chdir(tmp_path / "out")
+    tiny.one_clear_line(tiny.mlxtune("train"), "no folder model, which is the model of mlxtune.yaml")
+    (command,) = [line for line in Path("README.md").read_text().splitlines() if "mlxtune convert" in line]
+    assert f"# Made by: {command}"[:60] in Path("mlxtune.yaml").read_text()
+    assert shlex.split(command)[1:4] == ["convert", str(hf_model), "model"] and "--bits" in command
+    tiny.done(*shlex.split(command)[1:])
+    assert "optimizer steps: 2" in tiny.done("train", "--dry-run").stdout
 
 
 def test_the_goals_are_those_that_presets_know() -> None:
