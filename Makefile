@@ -1,14 +1,15 @@
 # make demo    the whole story on a small model, in a few minutes (STEPS=8: fewer training steps)
 # make test    every test, the linter and the type checker among them
 # make check   linters and types alone
-# make docs    docs/configuration.md, commands.md and files.md, out of the code
+# make docs    docs/configuration.md, commands.md, checks.md and files.md, out of the code
+# make site    the documentation as a site, in build/site
 # make setup   the virtual environment that the others make by themselves
 # make machine says which Python would be used, or why none can be
 
 VENV  := .venv
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check docs machine clean
+.PHONY: setup demo test check docs site machine clean
 
 demo: $(READY)
 	$(VENV)/bin/mlxtune demo --out demo --force $(if $(STEPS),--steps $(STEPS))
@@ -31,6 +32,9 @@ check: $(READY)
 
 docs: $(READY)
 	$(VENV)/bin/python docs/generate.py
+
+site: $(READY)
+	$(VENV)/bin/python docs/build_site.py
 
 setup: $(READY)
 

@@ -13,11 +13,13 @@ from mlxtune.data.template.choice import set_template
 ASKED = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
 
-def read(path: Path, tokenizer: Any, seed: int = 0, whole: bool = False, **options: Any) -> dict[str, Examples]:
-    """The examples of each split; nothing is cached unless asked."""
+def read(
+    path: Path, tokenizer: Any, seed: int = 0, whole: bool = False, preferences: bool = False, **options: Any
+) -> dict[str, Examples]:
+    """The examples of each split; nothing is cached unless asked. options: of data."""
     section = DataSection(**{"path": str(path), "cache": "off", **options})
     set_template(tokenizer, path.parent, section.template)
-    return mixture.read(section, tokenizer, seed, whole=whole)
+    return mixture.read(section, tokenizer, seed, whole=whole, preferences=preferences)
 
 
 def all_of(path: Path, tokenizer: Any, **options: Any) -> Examples:

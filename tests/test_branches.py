@@ -13,7 +13,7 @@ from mlx_lm.models.base import create_causal_mask
 from test_forest import random_rows
 from ways import MIXTURES, SHAPES, assert_close, make
 
-from mlxtune.compute import prefix, proof
+from mlxtune.compute import prefix, proof, proof_rows
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -145,7 +145,7 @@ def test_a_proof_has_branches_at_several_depths_where_a_row_gives_several_exampl
     """Cut to fewer tokens than the history has, too."""
     rows = Rows([*peaks.examples(3), *peaks.conversation(6), *peaks.conversation(2)])
     rows.row_of = np.array([0, 1, 2, *[3] * 6, *[4] * 2])
-    batch = proof.rows_for(rows, Way(prefix=0), True, tokens)
+    batch = proof_rows.rows_for(rows, Way(prefix=0), True, tokens)
     passes = prefix.forest_of_batch(batch, 0)
     assert len(batch.rows) == 3 and batch.ids.shape[1] <= tokens
     trunk, *branches = passes.passes
@@ -160,7 +160,7 @@ def test_a_proof_has_branches_at_several_depths_where_a_batch_of_the_run_has_the
     found = peaks.conversation(6, vocabulary=300)
 
     def depths(batches: list[list[int]]) -> int:
-        batch = proof.rows_for(found, Way(prefix=0), False, batches=batches)
+        batch = proof_rows.rows_for(found, Way(prefix=0), False, batches=batches)
         return len({each.start for each in prefix.forest_of_batch(batch, 0).passes if not each.is_trunk})
 
     assert depths([]) == depths([[0], [5, 4]]) == 1  # two rows leave one trunk where they part
@@ -172,8 +172,8 @@ def test_a_proof_has_branches_at_several_depths_where_a_batch_of_the_run_has_the
     chosen = choose(Given(make("llama"), {}, mx.float32), config, plan)
     assert chosen.way.prefix is not None
     assert len({each.start for each in prefix.forest_of_batch(seen[0], 0).passes if not each.is_trunk}) > 1
-    whole = proof.rows_for(found, Way(), False, batches=[[5, 0, 3, 1]])
-    assert len(whole.rows) == proof.ROWS  # a way that shares nothing is proven on whole rows
+    whole = proof_rows.rows_for(found, Way(), False, batches=[[5, 0, 3, 1]])
+    assert len(whole.rows) == proof_rows.ROWS  # a way that shares nothing is proven on whole rows
 
 
 # Faults that are planted.

@@ -18,7 +18,7 @@ from ways import BATCH, MIXTURES, SHAPES, assert_close, batch, make, rows, steps
 from mlxtune.adapter import attach
 from mlxtune.adapter.layers import LoRALinear
 from mlxtune.adapter.plan import AdapterPlan
-from mlxtune.compute import loss, parts, prefix, proof
+from mlxtune.compute import loss, parts, prefix, proof, proof_rows
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -150,7 +150,7 @@ def test_a_wrong_head_gradient_is_found_even_though_the_loss_is_right(monkeypatc
 
 
 def test_a_grouped_run_whose_rows_share_nothing_is_proven_on_whole_rows() -> None:
-    batch = proof.rows_for(rows(0, [40, 30, 20, 10]), Way(prefix=0), grouped=True)
+    batch = proof_rows.rows_for(rows(0, [40, 30, 20, 10]), Way(prefix=0), grouped=True)
     assert batch.lengths.tolist() == [40, 30]
 
 

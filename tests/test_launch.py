@@ -1,4 +1,4 @@
-"""README's lines for several machines, through MLX's own launcher; how long a machine waits for the others, and what
+"""The lines of docs/several-macs.md, through MLX's own launcher; how long a machine waits for the others, and what
 it takes for their numbers.
 """
 
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import commands
 import mlx.core as mx
 import pytest
 from mlx._distributed_utils import launch
@@ -28,9 +29,11 @@ from mlxtune.train.run_folder import RunFolder
 
 RUN = Path("run")
 BIN = Path(sys.executable).parent
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
-# The block of README's paragraph: the line that finds the machines, the line that launches.
-FIND, LAUNCH = re.search(r"\*\*Several Macs\.\*\*.*?```\n(.*?)\n```", README, re.DOTALL)[1].splitlines()  # type: ignore[index]
+PAGE = (commands.DOCS / "several-macs.md").read_text(encoding="utf-8")
+# The lines of the page: the one that finds the machines, the one that launches.
+FIND, LAUNCH = [
+    step.command for step in commands.steps(commands.DOCS / "several-macs.md") if isinstance(step, commands.Line)
+]
 
 # What the machines do: as a shell that ssh opens, with little in its environment; their address is this machine's.
 SSH = """#!/bin/bash
@@ -59,7 +62,7 @@ def written(file: Path, text: str) -> None:
     file.chmod(0o755)
 
 
-def test_the_lines_of_the_readme_run_two_machines_that_stay_awake_and_tell_of_their_battery(
+def test_the_lines_of_the_page_run_two_machines_that_stay_awake_and_tell_of_their_battery(
     mlx_model: Path, data: Path, tmp_path: Path
 ) -> None:
     """As they stand there, in a shell; stand-ins for ssh and what macOS brings, and another port."""
@@ -116,11 +119,11 @@ def parsed(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the launcher leaves the hostfile open
-def test_the_launcher_passes_the_command_of_the_readme_on_whole(
+def test_the_launcher_passes_the_command_of_the_page_on_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the hostfile that the README writes by hand; options of ours that begin as its own do are not eaten."""
-    by_hand = re.search(r"`(\[\{\"ssh\".*?), \.\.\.\]`", README)
+    """With the hostfile that the page writes by hand; options of ours that begin as its own do are not eaten."""
+    by_hand = re.search(r"`(\[\{\"ssh\".*?), \.\.\.\]`", PAGE)
     assert by_hand
     hosts = [*json.loads(f"{by_hand[1]}]"), {"ssh": "127.0.0.1", "ips": ["192.168.1.11"]}]
     (tmp_path / "macs.json").write_text(json.dumps(hosts))
@@ -130,7 +133,7 @@ def test_the_launcher_passes_the_command_of_the_readme_on_whole(
     assert (one[:2], two[:2]) == ((0, "mac1.local"), (1, "127.0.0.1"))
     addresses = json.loads(one[4]["MLX_HOSTFILE"])
     assert [[text.partition(":")[0] for text in own] for own in addresses] == [["192.168.1.10"], ["192.168.1.11"]]
-    named = re.search(r"`(--env \S+)`", README)
+    named = re.search(r"`(--env \S+)`", PAGE)
     assert named
     (one, _) = parsed(LAUNCH.replace(" -- ", f" {named[1]} -- "), tmp_path, monkeypatch)
     assert "HF_HOME=/Volumes/models" in one[5]

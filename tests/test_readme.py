@@ -1,34 +1,22 @@
-"""Every command line of README.md and of --help does what it says, on a tiny model in a folder with the names that the
-lines use: README's in their order, then those of --help.
+"""Every command line of README.md, of the manual (docs/) and of --help does what it says, on a tiny model in a folder
+with the names that the lines use: README's in their order, then those of the manual, then those of --help.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shlex
-import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import commands
 import pytest
 import tiny
-from mlxtune_convert.cli import main as convert_main
 from test_layers import COMMANDS
-
-from mlxtune.cli import main
-from mlxtune.train import loggers, signals
+from walking import Ended, run_anew
 
 TESTS = Path(__file__).resolve().parent
 FIRST = ("model", "run")
-MACHINES = "test_launch.py::test_the_lines_of_the_readme_run_two_machines_that_stay_awake_and_tell_of_their_battery"
 # Lines by their beginning that other tests run, since they take long or need what those bring along.
 ELSEWHERE = {
     "pip install .": "test_packaging.py::test_the_installed_command_runs",
@@ -46,7 +34,10 @@ ELSEWHERE = {
     "test_the_result_is_printed_and_likert_is_refused",
     "mlxtune eval --model model --adapter run --benchmark": "test_benchmarks.py::"
     "test_the_command_compares_base_and_tuned_without_a_network_or_torch",
+    "mlxtune train -c dpo": "test_preference_runs.py::"
+    "test_the_recipe_goes_on_from_an_adapter_and_tells_people_what_it_does",
     "mlxtune make answers": "test_make_answers.py::test_what_is_made_passes_the_check_and_trains",
+    "mlxtune make pairs": "test_preference_eval.py::test_what_people_decided_becomes_pairs_that_can_be_read",
     "mlxtune make turns": "test_make_turns.py::"
     "test_the_command_makes_turns_with_recorded_answers_and_refuses_a_base_model",
     "mlxtune make refusals": "test_make_turns.py::test_refusals_are_capped_by_the_set_beside_which_they_will_stand",
@@ -63,42 +54,24 @@ ELSEWHERE = {
     "mlxtune make instructions": "test_make_command.py::"
     "test_a_making_that_is_killed_three_times_goes_on_to_the_same_bytes",
     "mlxtune bench": "test_bench.py::test_the_command_prints_one_json_document",
-    "mlx.distributed_config": MACHINES,
-    "mlx.launch": MACHINES,
 }
 # Lines that no test runs.
 NOT_HERE = {
     "git clone": "its address is the reader's",
     "cd mlxtune": "as that of the clone",
     "make demo": "a virtual environment of its own and a model from the package index",
-    "llama-server": "llama.cpp's program; its library runs the same two files in test_gguf_ship.py",
-    "ollama": "Ollama is no Python package",
-    "mkdir -p ~/.lmstudio": "LM Studio's folder in the user's home",
-    "cp merged.gguf": "as that folder",
-    "mlx_lm.server": "ends when it is stopped; mlx_lm.generate reads the same two folders in test_lora.py",
-}
-# What a line names before anything has made it, by what is there under another name.
-SAME_AS = {
-    "OWNER/NAME": "Qwen/Qwen2.5-0.5B-Instruct",
-    "hf-folder": "Qwen/Qwen2.5-0.5B-Instruct",
-    "peft-adapter": "adapter",
-    "owner/peft-adapter": "peft-adapter",
-    "model.Q4_1.gguf": "base.gguf",
-    "adapter.gguf": "tuned.gguf",
-    "experiments": "runs",
-    "mlx-adapter": "run",
-    "other-run": "run",
-}
-# Words that stand for something, or ask for a hub: what stands in their place, nothing for an empty list.
-INSTEAD: dict[str, Callable[[], list[str]]] = {
-    "runs/...": lambda: [str(max(Path("runs").iterdir()))],
-    "--push": list,  # into a hub of the tests: test_families.py
-    "USER/REPO": list,
 }
 
 
 def lines() -> list[str]:
-    return list(dict.fromkeys([*commands.in_readme(), *commands.in_help()]))
+    return list(dict.fromkeys([*commands.in_readme(), *in_manual(), *commands.in_help()]))
+
+
+def in_manual() -> list[str]:
+    """The lines of the pages that are not walked through by themselves (walk.py); none that needs more than is here."""
+    pages = [commands.DOCS / f"{name}.md" for name in commands.MANUAL if name not in commands.WALKED]
+    found = [step for page in pages for step in commands.steps(page) if isinstance(step, commands.Line)]
+    return [step.command for step in found if not step.needs]
 
 
 def runs_here(line: str) -> bool:
@@ -106,65 +79,6 @@ def runs_here(line: str) -> bool:
 
 
 HERE = [line for line in lines() if runs_here(line)]
-
-
-@dataclass
-class Ended:
-    """How a line ended; made: what stood at its destination afterwards, None where it names none."""
-
-    status: int
-    out: str
-    err: str
-    made: bool | None
-
-
-def destination(words: list[str]) -> str | None:
-    """What a command is to write, by its words."""
-    for option in ("--out", "--html"):
-        if option in words:
-            return words[words.index(option) + 1]
-    for verb in ("convert", "to-peft", "to-mlx", "to-hf"):
-        if verb in words:
-            return words[words.index(verb) + 2]
-    return None
-
-
-def run(line: str) -> Ended:
-    """The command of a line in this process, in the current folder. What an earlier one made at its destination goes;
-    but the first model and the first run are what later lines use, those that make them again being alternatives.
-    """
-    words = [word for given in shlex.split(line)[1:] for word in INSTEAD.get(given, lambda given=given: [given])()]
-    for name in (word.removeprefix("./") for word in words):
-        source = Path(SAME_AS.get(name, name))
-        if source.exists() and not Path(name).exists():
-            Path(name).parent.mkdir(exist_ok=True)
-            shutil.copytree(source, name) if source.is_dir() else shutil.copy(source, name)
-    for sign in ("<", ">"):  # what a shell would do: standard input is the same question for all lines
-        if sign in words:
-            words = words[: words.index(sign)]
-    out = destination(words)
-    kept = None
-    if out in FIRST and Path(out).exists() and not any(word.startswith("--resume") for word in words):
-        kept = Path(out).rename(f"first-{out}")
-    elif out and out not in FIRST:
-        beside = Path().glob(f"{Path(out).stem}.*") if out.endswith(".gguf") else ()
-        for old in (Path(out), *beside):
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    said, told = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(SystemExit) as ended,
-        contextlib.redirect_stdout(said),
-        contextlib.redirect_stderr(told),
-    ):
-        patch.setattr(signals, "unwind_on_signals", lambda: None)
-        patch.setattr(sys, "stdin", io.StringIO("Where is my order?\n"))
-        (convert_main if line.startswith("mlxtune-convert") else main)(words)
-    made = Path(out).exists() if out else None
-    if kept and out:
-        shutil.rmtree(out, ignore_errors=True)
-        kept.rename(out)
-    return Ended(int(ended.value.code or 0), said.getvalue(), told.getvalue(), made)
 
 
 @pytest.fixture(scope="module")
@@ -178,26 +92,18 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         tiny.write_jsonl(folder / "data" / f"{split}.jsonl", own)
     alpaca = [{"instruction": f"Say {index}.", "input": "", "output": f"{index} it is."} for index in range(6)]
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
+    pairs = [{"prompt": f"Say {index}.", "chosen": f"{index} it is.", "rejected": "No."} for index in range(6)]
+    tiny.write_jsonl(folder / "pairs.jsonl", pairs)
     (folder / "gsm8k.csv").write_text("question,answer\nHow much is 1 and 1?,It is 2.\nAnd 2 and 3?,It is 5.\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=Writer))
-        patch.setattr(loggers, "require", lambda names: None)
-        return {line: run(line) for line in HERE}
-
-
-class Writer:
-    """Stands for tensorboardX's, which need not be installed."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    add_scalar = close = __init__
+        return {line: run_anew(line, FIRST) for line in HERE}
 
 
 @pytest.mark.parametrize("line", HERE)
 def test_a_line_ends_well_and_has_made_what_it_names(line: str, ended: dict[str, Ended]) -> None:
     found = ended[line]
-    assert (found.status, "error: " in found.err, found.made in (True, None)) == (0, False, True), found.err
+    assert found.well, (found.status, found.made, found.err)
 
 
 def test_a_base_without_an_adapter_is_proven_on_the_text_that_comes_with_mlxtune(ended: dict[str, Ended]) -> None:

@@ -67,11 +67,15 @@ def test_a_format_names_every_column_that_its_parser_reads(name: str) -> None:
     """What it does not name would be taken for a column of the user's own, and be written out beside the messages."""
     known = formats.FORMATS[name]
     values: dict[str, Any] = {"messages": ASKED, "conversations": ASKED, "instances": [{"output": "A"}]}
+    if known.of_pairs:
+        values = {"conversations": ASKED[:1], "input": {"messages": ASKED[:1]}}
+    if name == "pairs-conversations":
+        values = {"chosen": ASKED, "rejected": ASKED}
     row = Asked({column: values.get(column, "Q") for column in known.required})
     assert known.parse(row)
     own = {*known.required, *known.optional}
     assert row.columns <= {*own, *formats.COMMON}
-    assert own <= row.columns | {"response"} and own <= formats.USED  # response: read where it is there
+    assert own <= row.columns | {"response"} and own <= formats.columns_read(name)  # response: read where it is there
 
 
 def test_a_format_is_a_parser_and_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

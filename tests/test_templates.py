@@ -345,3 +345,26 @@ def test_a_token_that_ends_every_message_is_supervised_in_the_assistants_alone()
     )
     tokenizer = with_template(byte_tokenizer(["<sep>"]), template, "<sep>")
     assert supervised(tokenizer, CHAT) == ["Hello.<sep>", "Because.<sep>"]
+
+
+@pytest.mark.parametrize(
+    ("before_all", "expected"),
+    [
+        ("{% if not has %}<S>You are tiny.</S>{% endif %}", "You are tiny."),  # SmolLM, Qwen2.5
+        ("<S>Day 1.\n{% if not has %}Be kind.</S>{% endif %}", "Be kind."),  # behind what stands there in any case
+        ("<S>Day 1.\n{% if not has %}</S>{% endif %}", ""),  # Llama 3: a date, and no prompt
+        ("{% if has %}{{ raise_exception('no system') }}{% endif %}<S>Hi.</S>", ""),  # it cannot be told apart
+        ("", ""),
+    ],
+)
+def test_the_system_prompt_of_a_template_is_what_it_puts_where_a_row_has_none(before_all: str, expected: str) -> None:
+    opened = "" if before_all.startswith("<S>") else "<S>"
+    source = (
+        "{% set has = messages[0].role == 'system' %}"
+        + before_all
+        + f"{{% for m in messages %}}{{% if m.role == 'system' %}}{opened}{{{{ m.content }}}}</S>"
+        + "{% else %}<{{ m.role }}>{{ m.content }}<end>{% endif %}{% endfor %}"
+    )
+    assert (
+        masking.template_of(with_template(byte_tokenizer(["<end>"]), source, "<end>"), {}, None).own_system == expected
+    )

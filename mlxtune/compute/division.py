@@ -9,6 +9,8 @@ loss is a sum over tokens, so the parts of a step add up to the same one:
     and checkpointed  the same, every block computed again in the backward pass
     and in pieces     the same, each block given a row piece by piece (`pieces`), where rows are longer than a piece
 
+Answers that are compared stay together: of pairs a half has whole pairs, and a single pair is not halved.
+
 A division is kept for the steps that follow and in every checkpoint: whoever resumes computes what the run would have
 computed.
 """
@@ -34,7 +36,8 @@ SAME = 1e-3  # relative, of loss and gradients: recomputing a block repeats the 
 class TooLarge(Exception):
     """A part of a step did not fit the memory; nothing was updated.
 
-    failure: what was said here or, of another process, elsewhere; examples: of that part, the most of any process.
+    failure: what was said here or, of another process, elsewhere; examples: of that part, as `units` counts them, the
+    most of any process.
     """
 
     def __init__(self, failure: Failure, examples: int) -> None:
@@ -47,7 +50,7 @@ class TooLarge(Exception):
 class Division:
     """How the steps of a run are made smaller than they were planned."""
 
-    halved: int = 0  # how often each micro-batch is cut in two, as far as it has two examples
+    halved: int = 0  # how often each micro-batch is cut in two, as far as it has two examples or pairs
     checkpointed: bool = False  # every block keeps its input only, whatever the run's configuration says
     in_pieces: bool = False  # and is computed in pieces of a row
 
@@ -94,11 +97,17 @@ class Division:
         return text
 
 
+def units(batch: Batch) -> int:
+    """What a micro-batch can be cut between: its examples, or of preferences its pairs or rated answers."""
+    return len(batch.whole_parts)
+
+
 def _halves(batch: Batch) -> list[Batch]:
-    """The first and the second half of a batch; a batch of one example is its own first half."""
-    if len(batch.rows) < 2:
+    """The first and the second half of a batch; a batch of one unit is its own first half."""
+    parts = batch.whole_parts
+    if len(parts) < 2:
         return [batch]
-    middle = (len(batch.rows) + 1) // 2
+    middle = parts[(len(parts) + 1) // 2].start
     return [batch.part(slice(middle)), batch.part(slice(middle, None))]
 
 

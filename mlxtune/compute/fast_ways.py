@@ -157,6 +157,7 @@ def _for_device(way: Way, model: nn.Module, examples: Sequence[Example], config:
         backend.policy().compiled
         and way.split is not None
         and not _noise(config)
+        and not measured(examples).sides.any()  # the loss of answers is another function for every micro-batch
         and prefix.keeps_keys_alone(model)  # others may go token by token: such graphs grow with the row
     )
     of_model: tuple[str, ...] = ()

@@ -40,6 +40,7 @@ from mlxtune.config.resolve import Config
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.dataset.batches import EVALUATION_TOKENS, Plan, collate, lengths_of
 from mlxtune.data.dataset.forest import Forest, Pass
+from mlxtune.data.rows.sides import Side
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.model.arrays import named
@@ -248,9 +249,11 @@ def _with_batches(section: TrainSection, config: Config, rows: Plan) -> tuple[Tr
 
 def _does_not_fit(given: Given, way: Way, rows: Plan, needed: int, limit: int, checkpoints: bool) -> UserError:
     """way: the last that was tried; needed: bytes of its smallest batch."""
-    least = "row" if rows.rows == len(rows.examples) else "example"
+    least, count = "row" if rows.rows == len(rows.examples) else "example", 1
+    if (rows.examples.sides == Side.CHOSEN).any():
+        least, count = "pair", 2
     means = " and checkpointing" if checkpoints else ""
-    longest = _longest_row(given, way, rows.widths[-1], limit)
+    longest = _longest_row(given, way, rows.widths[-1], limit, count)
     shorter = f"Lower data.max_tokens to {longest}" if longest else "Lower data.max_tokens"
     smaller = "a smaller model" if "quantization" in given.model_config else "a smaller or a 4-bit model"
     narrower = f"set {given.narrower}, " if given.narrower else ""
@@ -272,15 +275,16 @@ def _changed(asked: TrainSection, taken: TrainSection, limit: int | None) -> lis
     return [f"to fit {size(limit)} of memory: {', '.join(changed)}"]
 
 
-def _longest_row(given: Given, way: Way, width: int, limit: int) -> int:
-    """Tokens of a row that fits alone, all of them targets, in halves of `width`; 0: not even FEWEST_TOKENS."""
+def _longest_row(given: Given, way: Way, width: int, limit: int, count: int) -> int:
+    """Tokens of a row of which `count` fit, all of them targets, in halves of `width`; 0: not even FEWEST_TOKENS."""
     sizes = memory.sizes_of(given.model_config)
     if sizes is None:
         return 0
     options = _options(way, sizes, given.dtype)
     width //= 2
     while width >= FEWEST_TOKENS:
-        predicted = memory.predict(given.model, given.model_config, _step_sizes(way, 1, width, width), options)
+        sizes_of_rows = _step_sizes(way, count, width, count * width)
+        predicted = memory.predict(given.model, given.model_config, sizes_of_rows, options)
         if isinstance(predicted, memory.Memory) and predicted.total <= limit:
             return width
         width //= 2

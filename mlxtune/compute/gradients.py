@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
@@ -83,6 +83,33 @@ class Gradients:
         stages.compute(to_compute, value, gradients)
         return value, gradients
 
+    def of_answers(self, batch: Batch, value_of: Callable[[mx.array], mx.array]) -> tuple[mx.array, mx.array, Any]:
+        """(the value that `value_of` makes of the answers' sums, these sums [A] as `loss.answer_sums` gives them, the
+        tree of gradients of the value).
+
+        value_of: any differentiable function [A] -> scalar of what the batch's answers sum to. Never compiled.
+        """
+        to_compute: Stages = []
+        states = self._states.of(batch) if self.way.frozen else None
+
+        def valued() -> tuple[mx.array, mx.array]:
+            sums = loss.answer_sums(self.model, self.way, batch, to_compute, states)
+            return value_of(sums), sums
+
+        (value, sums), gradients = self._value_and_grad(valued, to_compute)
+        to_compute.append([value, sums])
+        stages.compute(to_compute, value, gradients)
+        return value, sums, gradients
+
+    def answer_sums(self, batch: Batch) -> mx.array:
+        """The sums [A] alone, with the bits that `of_answers` gives and without what only a gradient needs."""
+        to_compute: Stages = []
+        states = self._states.of(batch) if self.way.frozen else None
+        with self._training(to_compute):
+            sums = loss.answer_sums(self.model, self.way, batch, to_compute, states, backward=False)
+        stages.compute(to_compute, sums, {})
+        return sums
+
     def count_use(self, batch: Batch) -> bool:
         """Count a use of the batch's signature; whether this one is compiled. A forest of many passes never is: its
         shapes hardly come twice.
@@ -143,16 +170,22 @@ class Gradients:
             self.model.update(before)  # while a function is compiled its parameters are stand-ins
         return value, gradients, to_compute
 
-    def _value_and_grad(self, summed: Any, to_compute: Stages) -> tuple[mx.array, Any]:
-        """(the scalar that `summed()` gives, its gradients), not yet computed."""
+    def _value_and_grad(self, summed: Any, to_compute: Stages) -> tuple[Any, Any]:
+        """(what `summed()` gives, the gradients of that scalar, or of the first of several), not yet computed."""
+        with self._training(to_compute):
+            value, gradients = nn.value_and_grad(self.model, summed)()
+        return value, gradients
+
+    @contextmanager
+    def _training(self, to_compute: Stages) -> Iterator[None]:
+        """Inside, the model computes as in a step, its blocks as the way says."""
         training = self.model.training
         self.model.train()  # mlx-lm's recurrent layers have kernels for generating that know no gradient
         try:
             with as_said(self.model, self.way, to_compute):
-                value, gradients = nn.value_and_grad(self.model, summed)()
+                yield
         finally:
             self.model.train(training)
-        return value, gradients
 
 
 @contextmanager

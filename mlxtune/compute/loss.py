@@ -18,13 +18,22 @@ So the fast way gathers the hidden states of the supervised positions and takes 
 [rows, vocabulary] matrix never exists beyond one chunk. Where the head is frozen, loss and hidden gradient come out of
 the same pass (two matrix products a chunk; computing the chunk again in the backward pass would take three).
 
-Legend: B rows, T tokens, N supervised positions, D width, V vocabulary, C rows of a chunk.
+Preferences need the loss of each answer by itself (`answer_sums`): what is made of these A numbers is a function that
+can be asked only when all of them are known. The backward pass scales each token's gradient by that of its answer, so
+it is exact whatever the function is. Two answers, with the loss f = log(1 + exp(a - b)) of their sums a and b:
+
+    forward    a = 18.0, b = 20.0, and the gradient of each token's own loss, [N, D]
+    backward   df/da = 0.12, df/db = -0.12: the rows of the first answer times 0.12, those of the second times -0.12
+
+The loss of supervised training is the case of one sum.
+
+Legend: B rows, A answers, T tokens, N supervised positions, D width, V vocabulary, C rows of a chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -39,6 +48,7 @@ from mlxtune.compute.trunk import Feed, left_out
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.data.dataset.forest import Forest
 from mlxtune.machine import backend
+from mlxtune.model.corrections import extent
 
 CHUNK_BYTES = 64 << 20  # of one chunk's float32 logits, before its rows are rounded to whole tiles
 MIN_CHUNK_ROWS = 64  # fewer make a thin matrix product, whatever the vocabulary
@@ -76,6 +86,15 @@ def plain(model: nn.Module, batch: Batch) -> mx.array:
     return (losses * mx.array(batch.mask[:, 1:]).astype(losses.dtype)).sum()
 
 
+def plain_answer_sums(model: nn.Module, batch: Batch) -> mx.array:
+    """The reference of `answer_sums`, as `plain` is that of one sum: [A], float32."""
+    ids = mx.array(batch.ids)
+    losses = nn.losses.cross_entropy(_as_float32(model(ids[:, :-1])), ids[:, 1:], reduction="none")
+    of_rows = (losses * mx.array(batch.mask[:, 1:]).astype(losses.dtype)).sum(axis=1)
+    is_of_answer = mx.array(batch.answer_of[None] == np.arange(batch.answers)[:, None])  # [A, B]
+    return mx.where(is_of_answer, of_rows[None], 0).sum(axis=1)
+
+
 @dataclass(frozen=True)
 class LossInputs:
     """A micro-batch as what a fast way takes: arrays, and what they are of."""
@@ -86,6 +105,8 @@ class LossInputs:
     weights: mx.array | None  # [N, 1] float32: 0 for targets that only fill up, else 1; None: none of them does
     passes: Forest  # which rows each of the passes is of
     states: mx.array | None = None  # [B, T, D]: what the frozen blocks give; None: no block is left out
+    answer_of: mx.array | None = None  # [N] int32: the answer of each target; None: all losses are one sum
+    answers: int = 1  # A, where losses are summed answer by answer
 
 
 def inputs_of(batch: Batch, shared: int | None, count: int = 0, states: mx.array | None = None) -> LossInputs:
@@ -107,6 +128,53 @@ def inputs_of(batch: Batch, shared: int | None, count: int = 0, states: mx.array
     return LossInputs(ids, mx.array(positions), mx.array(targets), weights, passes, states)
 
 
+def answer_sums(
+    model: nn.Module,
+    way: Way,
+    batch: Batch,
+    stages: Stages | None = None,
+    states: mx.array | None = None,
+    backward: bool = True,
+) -> mx.array:
+    """[A] the loss of each answer, summed over its supervised tokens, float32: minus its log-probability.
+
+    Rows that the model rotates otherwise (`extent`) are computed apart, in the same graph. stages, states: as in
+    `of_batch`; backward: whether a gradient will be asked for. Without it the head takes half the time, and the sums
+    have the same bits.
+    """
+    stages = [] if stages is None else stages
+    parts = extent.alike(batch, extent.longest_alike(model))
+    if len(parts) > 1:  # a block that is computed again would be told the positions of the last part
+        way = replace(way, parts=tuple(name for name in way.parts if name != "last_block"))
+    sums = []
+    for rows, part in parts:
+        own = states
+        if states is not None and len(parts) > 1:
+            own = states[mx.array(rows), : part.ids.shape[1] - 1]
+        part = replace(part, answer_of=batch.answer_of[rows])
+        sums.append(_answer_sums_of_part(model, way, part, batch.answers, stages, own, backward))
+    return sum(sums[1:], sums[0])
+
+
+def _answer_sums_of_part(
+    model: nn.Module,
+    way: Way,
+    part: Batch,
+    answers: int,
+    stages: Stages,
+    states: mx.array | None,
+    backward: bool,
+) -> mx.array:
+    """[answers] what rows that are rotated alike add to the sum of each answer; 0 of answers of other rows."""
+    if way.split is None and way.prefix is None and states is None:
+        found = plain_answer_sums(model, part)
+        return found if answers == part.answers else mx.pad(found, (0, answers - part.answers))
+    row_of, _ = np.nonzero(part.mask[:, 1:])
+    inputs = inputs_of(part, way.prefix, states=states)
+    inputs = replace(inputs, answer_of=mx.array(part.answer_of[row_of]), answers=answers)
+    return of_inputs(model, way, inputs, stages, backward)
+
+
 def of_batch(
     model: nn.Module, way: Way, batch: Batch, stages: Stages | None = None, states: mx.array | None = None
 ) -> mx.array:
@@ -120,8 +188,10 @@ def of_batch(
     return of_inputs(model, way, inputs_of(batch, way.prefix, states=states), [] if stages is None else stages)
 
 
-def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) -> mx.array:
-    """As `of_batch`, of a batch that is arrays already. Scalar, float32."""
+def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages, backward: bool = True) -> mx.array:
+    """As `of_batch`, of a batch that is arrays already: a scalar, float32; or [A], where losses are summed answer by
+    answer. backward: as in `answer_sums`.
+    """
     by_last_block = "last_block" in way.parts
     if inputs.states is None:
         outputs = supervised_outputs(model, way.split, inputs, by_last_block)
@@ -131,8 +201,10 @@ def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages) ->
             outputs = supervised_outputs(model, way.split, inputs, by_last_block, feed)
     if way.split is None:
         assert inputs.weights is None
-        return nn.losses.cross_entropy(_as_float32(outputs), inputs.targets, reduction="sum")
+        return _summed(nn.losses.cross_entropy(_as_float32(outputs), inputs.targets, reduction="none"), inputs)
     kernel = "kernels" in way.parts
+    if not backward and inputs.weights is None:
+        return _forward_alone(way.split, outputs, inputs, kernel)
     if way.head_trained:
         return _through_trained_head(model, way.split, outputs, inputs, kernel)
     return _through_frozen_head(way.split, outputs, inputs, stages, kernel)
@@ -187,23 +259,24 @@ def _through_frozen_head(split: Split, rows: mx.array, inputs: LossInputs, stage
 
     @mx.custom_function
     def head(rows: mx.array) -> tuple[mx.array, mx.array]:
-        """(summed loss, its gradient [N, D])."""
-        total = mx.array(0.0, _as_float32(rows[:0]).dtype)
+        """(summed losses, the gradient [N, D] of each position's own loss)."""
+        total = _nothing_summed(rows, inputs)
         gradients: list[mx.array] = []
         for chunk in chunks(rows, split.vocabulary):
             part = rows[chunk]
             if gradients:
                 # Each chunk waits for the one before: computed ahead, all their logits would be alive at once.
                 part = mx.depends([part], [total, gradients[-1]])[0]
-            loss, gradient = mx.value_and_grad(_chunk_loss(split, inputs, chunk, kernel))(part)
-            total = total + loss
+            losses, gradient = _with_gradient(_chunk_losses(split, inputs, chunk, kernel), part)
+            total = _added(total, losses, inputs, chunk)
             gradients.append(gradient)
             stages.append([total, gradient])
         return total, mx.concatenate(gradients)
 
     @head.vjp
     def head_vjp(_: Any, cotangents: Any, outputs: Any) -> mx.array:
-        return (cotangents[0] * outputs[1]).astype(rows.dtype)
+        scale = cotangents[0] if inputs.answer_of is None else cotangents[0][inputs.answer_of][:, None]
+        return (scale * outputs[1]).astype(rows.dtype)
 
     out: Any = head(rows)
     return out[0]
@@ -213,15 +286,61 @@ def _through_trained_head(model: nn.Module, split: Split, rows: mx.array, inputs
     """The loss of hidden rows [N, D]; the chunks' logits are computed again in the backward pass, which gives the
     head's parameters their gradients.
     """
-    total = mx.array(0.0, _as_float32(rows[:0]).dtype)
+    total = _nothing_summed(rows, inputs)
     for chunk in chunks(rows, split.vocabulary):
         part = mx.depends([rows[chunk]], [total])[0]
-        total = total + checkpointed(model, _chunk_loss(split, inputs, chunk, kernel))(part)
+        losses = checkpointed(model, _chunk_losses(split, inputs, chunk, kernel))(part)
+        total = _added(total, losses, inputs, chunk)
     return total
 
 
-def _chunk_loss(split: Split, inputs: LossInputs, chunk: slice, kernel: bool) -> Callable[[mx.array], mx.array]:
-    """[C, D] hidden rows -> the sum of their losses.
+def _forward_alone(split: Split, rows: mx.array, inputs: LossInputs, kernel: bool) -> mx.array:
+    """The loss of hidden rows [N, D], all real targets, of which no gradient is wanted."""
+    total = _nothing_summed(rows, inputs)
+    for chunk in chunks(rows, split.vocabulary):
+        part = mx.depends([rows[chunk]], [total])[0]
+        logits, targets = split.logits(part), inputs.targets[chunk]
+        if kernel:
+            losses = mx.fast.cross_entropy(logits, targets)
+        else:
+            losses, _, _ = _exponentials(_as_float32(logits), targets)
+        total = _added(total, losses, inputs, chunk)
+    return total
+
+
+def _nothing_summed(rows: mx.array, inputs: LossInputs) -> mx.array:
+    """A zero; one for each answer where losses are summed answer by answer."""
+    dtype = _as_float32(rows[:0]).dtype
+    return mx.array(0.0, dtype) if inputs.answer_of is None else mx.zeros((inputs.answers,), dtype)
+
+
+def _added(total: mx.array, losses: mx.array, inputs: LossInputs, chunk: slice) -> mx.array:
+    """losses: [C] of a chunk, added to their sum, or to those of their answers."""
+    if inputs.answer_of is None:
+        return total + losses.sum()
+    # A table [A, C], not a scatter: a GPU adds what is scattered to one place in an order of its own.
+    is_of_answer = inputs.answer_of[chunk][None] == mx.arange(inputs.answers)[:, None]
+    return total + mx.where(is_of_answer, losses[None], 0).sum(axis=1)
+
+
+def _summed(losses: mx.array, inputs: LossInputs) -> mx.array:
+    """losses: [N]."""
+    return _added(_nothing_summed(losses, inputs), losses, inputs, slice(None))
+
+
+def _with_gradient(losses_of: Callable[[mx.array], mx.array], part: mx.array) -> tuple[mx.array, mx.array]:
+    """(losses [C] of hidden rows [C, D], the gradient [C, D] of each with regard to its own row)."""
+
+    def of(part: mx.array) -> tuple[mx.array, mx.array]:
+        losses = losses_of(part)
+        return losses.sum(), losses
+
+    (_, losses), gradient = mx.value_and_grad(of)(part)
+    return losses, gradient
+
+
+def _chunk_losses(split: Split, inputs: LossInputs, chunk: slice, kernel: bool) -> Callable[[mx.array], mx.array]:
+    """[C, D] hidden rows -> [C] their losses.
 
     For one position, with the logits z and the target t:
 
@@ -231,33 +350,37 @@ def _chunk_loss(split: Split, inputs: LossInputs, chunk: slice, kernel: bool) ->
     kernel: whether MLX's own does it, which on a GPU takes 16-bit logits as they are and keeps nothing beside them.
     """
     targets = inputs.targets[chunk]
-    weights = None if inputs.weights is None else inputs.weights[chunk]
+    weights = None if inputs.weights is None else inputs.weights[chunk, 0]
 
     @mx.custom_function
     def cross_entropy(logits: mx.array) -> tuple[mx.array, mx.array]:
-        """[C, V] -> (summed loss, softmax [C, V]): one exponential of each logit serves both."""
-        max_logit = logits.max(axis=-1, keepdims=True)
-        exp_logits = mx.exp(logits - max_logit)
-        sum_exp = exp_logits.sum(axis=-1, keepdims=True)
-        target_logit = mx.take_along_axis(logits, targets[:, None], axis=-1)
-        losses = mx.log(sum_exp) + max_logit - target_logit
-        if weights is not None:
-            losses = losses * weights
-        return losses.sum(), exp_logits / sum_exp
+        """[C, V] -> (losses [C], softmax [C, V]): one exponential of each logit serves both."""
+        losses, exp_logits, sum_exp = _exponentials(logits, targets)
+        return losses, exp_logits / sum_exp
 
     @cross_entropy.vjp
     def softmax_minus_one_hot(_: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-        scale = cotangents[0] if weights is None else cotangents[0] * weights
-        return scale * outputs[1].at[mx.arange(targets.size), targets].subtract(1)
+        return cotangents[0][:, None] * outputs[1].at[mx.arange(targets.size), targets].subtract(1)
 
-    def loss(rows: mx.array) -> mx.array:
+    def losses_of(rows: mx.array) -> mx.array:
         if kernel:
             losses = mx.fast.cross_entropy(split.logits(rows), targets)
-            return (losses if weights is None else losses * weights[:, 0]).sum()
-        out: Any = cross_entropy(_as_float32(split.logits(rows)))
-        return out[0]
+        else:
+            out: Any = cross_entropy(_as_float32(split.logits(rows)))
+            losses = out[0]
+        return losses if weights is None else losses * weights
 
-    return loss
+    return losses_of
+
+
+def _exponentials(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """([C] the losses of logits [C, V], exp(z - m) [C, V], its sum [C, 1]); z, m: as in `_chunk_losses`."""
+    max_logit = logits.max(axis=-1, keepdims=True)
+    exp_logits = mx.exp(logits - max_logit)
+    sum_exp = exp_logits.sum(axis=-1, keepdims=True)
+    target_logit = mx.take_along_axis(logits, targets[:, None], axis=-1)
+    losses = mx.log(sum_exp) + max_logit - target_logit
+    return losses[:, 0], exp_logits, sum_exp
 
 
 def _as_float32(array: mx.array) -> mx.array:

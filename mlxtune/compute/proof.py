@@ -13,7 +13,7 @@ counts against what the plain way differs from itself by, rows together and one 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,16 +23,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map, tree_unflatten
 
-from mlxtune.compute import loss, prefix, stages
+from mlxtune.compute import loss, stages
 from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.loss import Way
 from mlxtune.compute.precision import blocks_of, in_float32
 from mlxtune.compute.stages import Stages
-from mlxtune.data.chat.masking import Example
-from mlxtune.data.dataset.batches import Batch, collate, lengths_of
-from mlxtune.data.dataset.beginnings import MIN_GROUP_TOKENS, common, groups
-from mlxtune.data.dataset.measured import measured
-from mlxtune.machine import backend
+from mlxtune.data.dataset.batches import Batch
 from mlxtune.model.arrays import dtype_name, named, scalar, to_numpy
 from mlxtune.model.classes import as_classes, calling
 
@@ -40,10 +36,7 @@ NUDGE = 1e-3
 MAX_TOKENS = 1024  # of each of the proof's rows; more only where a sliding window is wider
 FEWEST_TOKENS = 32  # their logits take less than a chunk of the head does
 PROBE_TOKENS = 16  # on which checkpointing proves itself
-ROWS = 2  # that a proof is made on
 PARTS = 3  # of each of the rows, where the way computes long ones in parts
-LOGITS_SHARE = 0.06  # of the memory, for the plain way's logits
-COPIES = 3  # of the float32 logits, about, that the plain way has alive at once
 # (loss, gradient) differences allowed, relative. Other orders of summation reach 3e-7 and 2e-5 in float32; a wrong mask
 # shows as 0.1 and more in a gradient.
 ALLOWED = (1e-5, 1e-3)
@@ -182,7 +175,7 @@ def _checkpointing(model: nn.Module, batch: Batch, dtype: mx.Dtype) -> str:
     """Why the plain way may not compute its blocks again, judged on a few tokens; "" when it may."""
     ids = batch.ids[:1, :PROBE_TOKENS]
     lengths = np.minimum(batch.lengths[:1], PROBE_TOKENS)
-    few = Batch(batch.rows[:1], ids, lengths, mask=np.ones_like(ids, np.uint8))
+    few = replace(batch.part(slice(1)), ids=ids, lengths=lengths, mask=np.ones_like(ids, np.uint8))
     found = difference(plain_sums(model, few, checkpointed=True), plain_sums(model, few))
     allowed = ALLOWED if dtype == mx.float32 else ALLOWED_IN_16_BITS
     if found.within(*allowed):
@@ -191,9 +184,20 @@ def _checkpointing(model: nn.Module, batch: Batch, dtype: mx.Dtype) -> str:
 
 
 def sums_of(model: nn.Module, way: Way, batch: Batch) -> Sums:
-    """The sums of one batch as a run computes them."""
-    value, tree = Gradients(model, way)(batch)
+    """The sums of one batch as a run computes them. Of answers (of preferences) each weighs otherwise, so that one that
+    was taken for another is seen.
+    """
+    gradients = Gradients(model, way)
+    if not batch.sides.any():
+        return _read(*gradients(batch))
+    weights = mx.array(_weights(batch))
+    value, _, tree = gradients.of_answers(batch, lambda sums: (weights.astype(sums.dtype) * sums).sum())
     return _read(value, tree)
+
+
+def _weights(batch: Batch) -> np.ndarray:
+    """[A] of the sums of a batch's answers."""
+    return 1.0 + np.arange(batch.answers, dtype=np.float32)
 
 
 def plain_sums(model: nn.Module, batch: Batch, checkpointed: bool = False) -> Sums:
@@ -204,11 +208,19 @@ def plain_sums(model: nn.Module, batch: Batch, checkpointed: bool = False) -> Su
     model.train()
     try:
         with as_classes(again):
-            value, tree = nn.value_and_grad(model, lambda: loss.plain(model, batch))()
+            value, tree = nn.value_and_grad(model, lambda: _plain(model, batch))()
     finally:
         model.train(training)
     stages.compute(to_compute, value, tree)
     return _read(value, tree)
+
+
+def _plain(model: nn.Module, batch: Batch) -> mx.array:
+    """What `sums_of` takes the gradient of, by the reference."""
+    if not batch.sides.any():
+        return loss.plain(model, batch)
+    sums = loss.plain_answer_sums(model, batch)
+    return (mx.array(_weights(batch)).astype(sums.dtype) * sums).sum()
 
 
 def _computed_again(kind: type, to_compute: Stages) -> type:
@@ -259,8 +271,9 @@ def plain_sums_by_row(model: nn.Module, batch: Batch, checkpointed: bool = False
     total, summed = plain_sums(model, batch.part(slice(1)), checkpointed)
     for row in range(1, len(batch.rows)):
         value, tree = plain_sums(model, batch.part(slice(row, row + 1)), checkpointed)
-        total += value
-        summed = {name: gradient + tree[name] for name, gradient in summed.items()}
+        weight = float(_weights(batch)[batch.answer_of[row]]) if batch.sides.any() else 1.0
+        total += weight * value
+        summed = {name: gradient + weight * tree[name] for name, gradient in summed.items()}
     return total, summed
 
 
@@ -295,98 +308,3 @@ def _not_finite(sums: Sums) -> str:
         if not np.isfinite(gradient).all():
             return f"gradient of {name}"
     return ""
-
-
-def rows_for(
-    examples: Sequence[Example],
-    way: Way,
-    grouped: bool,
-    tokens: int = MAX_TOKENS,
-    batches: Iterable[list[int]] = (),
-) -> Batch:
-    """Two real rows: the longest ones, so that sliding windows are passed where the data passes them, as far as the
-    plain way's logits fit the memory. Where rows are grouped, those that share the most: up to three of one
-    conversation, or else of one of the run's own batches, which branch off a trunk at different depths.
-
-    tokens: of a row, at most; batches: some micro-batches of the run, as numbers of examples.
-    """
-    if way.split is not None:
-        logits = ROWS * COPIES * 4 * max(1, way.split.vocabulary)  # bytes of one token of each row
-        fit = int(LOGITS_SHARE * backend.memory_bytes() / logits)
-        tokens = min(tokens, max(FEWEST_TOKENS, fit))
-    order = np.argsort(-lengths_of(examples), kind="stable").tolist()
-    conversation = _of_one_row(examples) if grouped else []
-    if conversation and way.prefix is not None:
-        return _branching(examples, conversation, tokens)
-    if way.prefix is not None:
-        for batch in batches:
-            leaving = _of_several_depths(examples, batch, way.prefix)
-            if not leaving:
-                continue
-            found = _branching(examples, leaving, tokens)
-            passes = prefix.forest_of_batch(found, way.prefix).passes
-            if len({each.start for each in passes if not each.is_trunk}) > 1:  # also as they were cut
-                return found
-    shared = way.prefix
-    if grouped:
-        pairs = [group[:2] for group in groups(examples, MIN_GROUP_TOKENS)]
-        common_tokens = {tuple(pair): common(examples[pair[0]].ids, examples[pair[1]].ids) for pair in pairs}
-        best = max(common_tokens, key=common_tokens.__getitem__, default=())
-        order = [*best, *order]
-        shared = common_tokens.get(best, shared)
-    if shared:
-        tokens = min(tokens, prefix.widest_that_gains(shared, ROWS))
-    chosen = (order * ROWS)[:ROWS]  # a single example twice
-    return collate([_cut(examples[index], tokens) for index in chosen], range(ROWS))
-
-
-def _of_one_row(examples: Sequence[Example]) -> list[int]:
-    """The last, the middle and the first example of the row with the longest one among those that have several; []:
-    none has.
-    """
-    known = measured(examples)
-    rows, firsts, counts = np.unique(known.row_of, return_index=True, return_counts=True)
-    if not len(rows) or counts.max() < 2:
-        return []
-    longest = np.where(counts > 1, np.maximum.reduceat(known.lengths, firsts), 0)
-    row = int(longest.argmax())
-    first, last = int(firsts[row]), int(firsts[row] + counts[row]) - 1
-    return sorted({first, (first + last) // 2, last}, reverse=True)
-
-
-def _of_several_depths(examples: Sequence[Example], batch: list[int], of_run: int) -> list[int]:
-    """Up to three examples of a micro-batch that leave one trunk at different depths, the deepest first; []: none do.
-    of_run: as in `prefix.forest_of_batch`.
-    """
-    passes = prefix.forest_of_batch(collate(examples, batch), of_run).passes
-    for number, trunk in enumerate(passes):
-        if not trunk.is_trunk:
-            continue
-        branches = [each for each in passes if each.leaves == number and not each.is_trunk]
-        at_depth = {each.start: batch[each.rows[0]] for each in branches}
-        depths = sorted(at_depth, reverse=True)
-        if len(depths) > 1:
-            chosen = {depths[0], depths[len(depths) // 2], depths[-1]}
-            return [at_depth[depth] for depth in sorted(chosen, reverse=True)]
-    return []
-
-
-def _branching(examples: Sequence[Example], conversation: list[int], tokens: int) -> Batch:
-    """Some examples of one row, cut at different places so that they still part at different depths, and so many of
-    them that no more is computed than of two rows.
-    """
-    parts = (1.0, 0.75, 0.5)  # of `tokens`
-    rows = [_cut(examples[index], int(part * tokens)) for index, part in zip(conversation, parts, strict=False)]
-    batch = collate(rows, range(len(rows)))
-    if len(rows) > ROWS and prefix.forest_of_batch(batch, 0).computed > ROWS * tokens:
-        return collate(rows[:ROWS], range(ROWS))
-    return batch
-
-
-def _cut(example: Example, tokens: int) -> Example:
-    """The first tokens of a row; its last quarter is supervised when its own targets were cut off."""
-    ids, mask = example.ids[:tokens], example.mask[:tokens]
-    if not any(mask[1:]):
-        last_quarter = len(ids) * 3 // 4
-        mask = [int(place >= last_quarter) for place in range(len(ids))]
-    return Example(ids, mask)

@@ -11,7 +11,7 @@ from itertools import islice
 
 import mlx.core as mx
 
-from mlxtune.compute import fast_ways, fit_memory, proof, trunk_choice
+from mlxtune.compute import fast_ways, fit_memory, proof, proof_rows, trunk_choice
 from mlxtune.compute.fast_ways import Blocks
 from mlxtune.compute.fit_memory import Fitted, Given
 from mlxtune.compute.loss import Way
@@ -116,7 +116,7 @@ class _Search:
         """Proven on rows of the run that take no more than `room`."""
         examples = self.rows.examples
         batches = islice(run.rows.micro_batches(), LOOKED_AT)
-        batch = proof.rows_for(examples, run.way, self.rows.shares, room.tokens, batches)
+        batch = proof_rows.rows_for(examples, run.way, self.rows.shares, room.tokens, batches)
         verdict = proof.prove(self.given.model, run.way, batch, self.given.dtype, room)
         if verdict.wrong:
             return verdict

@@ -147,6 +147,8 @@ class Renderer:
     def _sheet(self, record: Record | Bad) -> _Sheet:
         if isinstance(record, Bad):
             return _Sheet(record, dropped=record.reason)
+        if record.teaches_nothing:
+            return _Sheet(record, dropped=record.teaches_nothing)
         if record.text is not None:
             return _Sheet(record, whole=record.text)
         require_template(self.tokenizer)

@@ -9,24 +9,29 @@ of a batch of rows meet in one optimizer step, in as many micro-batches as they 
     a batch        `cutting` makes micro-batches of its examples
     micro-batch    `collate` pads them to one width
 
-Legend: B examples of a batch, T tokens, N examples, R rows.
+Rows that say which answer is preferred are pairs of two answers, or one that is rated. They are never divided: all
+examples of a row are in one micro-batch, those of its chosen answer before those of its rejected one.
+
+Legend: B examples of a batch, A answers of it, T tokens, N examples, R rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 
 from mlxtune.config.schema import TrainSection
 from mlxtune.data.chat.masking import Example
-from mlxtune.data.dataset.cutting import Cutter, fill
+from mlxtune.data.dataset.cutting import Cutter, fill, fill_with_rows
 from mlxtune.data.dataset.dealing import Dealer
-from mlxtune.data.dataset.measured import first_examples, measured
+from mlxtune.data.dataset.measured import answer_numbers, first_examples, measured
 from mlxtune.data.dataset.sharing import Sharing, nothing_shared
 from mlxtune.data.dataset.widths import widths
+from mlxtune.data.rows.sides import Side
 
 DEFAULT_ROWS = 4
 EVALUATION_TOKENS = 4096  # of a batch of an evaluation, padded, at most
@@ -46,6 +51,17 @@ class Batch:
     ids: np.ndarray  # [B, T] int32, padded on the right
     lengths: np.ndarray  # [B] tokens that are not padding
     mask: np.ndarray  # [B, T] uint8: 1 where the token is a target
+    # [B] uint8, of `Side`: which answer of a preference each example is of. Not given: of none.
+    sides: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    # [B] int32: the number of the answer that each example is of, 0 .. A - 1, going up. Without a side every example is
+    # an answer of its own.
+    answer_of: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+
+    def __post_init__(self) -> None:
+        if not len(self.sides):
+            object.__setattr__(self, "sides", np.zeros(len(self.rows), np.uint8))
+        if not len(self.answer_of):
+            object.__setattr__(self, "answer_of", np.arange(len(self.rows), dtype=np.int32))
 
     @property
     def targets(self) -> int:
@@ -57,9 +73,48 @@ class Batch:
         """Tokens that are not padding."""
         return int(self.lengths.sum())
 
-    def part(self, rows: slice) -> Batch:
-        """Some of its examples, padded as before."""
-        return Batch(self.rows[rows], self.ids[rows], self.lengths[rows], self.mask[rows])
+    @property
+    def answers(self) -> int:
+        """A, how many answers there are: of pairs 2p and 2p + 1 are the chosen and the rejected one of pair p."""
+        return int(self.answer_of[-1]) + 1 if len(self.answer_of) else 0
+
+    @property
+    def answer_sides(self) -> np.ndarray:
+        """[A] uint8, of `Side`."""
+        return self.sides[first_examples(self.answer_of)]
+
+    @property
+    def answer_tokens(self) -> np.ndarray:
+        """[A] supervised tokens of each answer."""
+        of_examples = self.mask[:, 1:].sum(axis=1, dtype=np.int64)
+        return np.bincount(self.answer_of, of_examples, self.answers).astype(np.int64)
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of answers there are."""
+        return int(np.sum(self.answer_sides == Side.CHOSEN))
+
+    @property
+    def whole_parts(self) -> list[slice]:
+        """The examples that are computed together at least: those of a pair, or of one answer."""
+        is_second = self.answer_sides == Side.REJECTED
+        starts = first_examples(self.answer_of)[~is_second].tolist()
+        return [slice(start, end) for start, end in pairwise([*starts, len(self.rows)])]
+
+    def part(self, rows: slice | np.ndarray) -> Batch:
+        """Some of its examples, padded as before, their answers numbered from 0.
+
+        rows: places in the batch, [examples of the part] where they are an array; they must hold `whole_parts` whole.
+        """
+        _, answer_of = np.unique(self.answer_of[rows], return_inverse=True)
+        return Batch(
+            self.rows[rows],
+            self.ids[rows],
+            self.lengths[rows],
+            self.mask[rows],
+            self.sides[rows],
+            answer_of.astype(np.int32),
+        )
 
     def supervised(self) -> tuple[np.ndarray, np.ndarray]:
         """(positions, target ids), [supervised tokens] each: flat positions in a [B, T-1] hidden state that predict a
@@ -78,7 +133,9 @@ def collate(examples: Sequence[Example], rows: Sequence[int], width: int = 0) ->
     for place, example in enumerate(chosen):
         ids[place, : lengths[place]] = example.ids
         mask[place, : lengths[place]] = example.mask
-    return Batch(np.asarray(rows, np.int64), ids, lengths, mask)
+    known = measured(examples)
+    index = np.asarray(rows, np.int64)
+    return Batch(index, ids, lengths, mask, known.sides[index], answer_numbers(known, index))
 
 
 def lengths_of(examples: Sequence[Example]) -> np.ndarray:
@@ -87,10 +144,18 @@ def lengths_of(examples: Sequence[Example]) -> np.ndarray:
 
 
 def in_order(examples: Sequence[Example], tokens: int = EVALUATION_TOKENS) -> list[Batch]:
-    """Every example once, shortest first, in batches of at most `tokens` padded tokens: for evaluation."""
-    lengths = lengths_of(examples)
-    order = np.argsort(lengths, kind="stable").tolist()
-    return [collate(examples, rows) for rows in fill(order, lengths, None, tokens)]
+    """Every example once, shortest first, in batches of at most `tokens` padded tokens: for evaluation. Rows that say
+    which answer is preferred are whole, and as long as their longest example.
+    """
+    known = measured(examples)
+    lengths = known.lengths
+    if not known.have_sides:
+        order = np.argsort(lengths, kind="stable").tolist()
+        return [collate(examples, batch) for batch in fill(order, lengths, None, tokens)]
+    firsts = first_examples(known.row_of)
+    by_length = np.argsort(np.maximum.reduceat(lengths, firsts), kind="stable").tolist()
+    batches = fill_with_rows(by_length, np.append(firsts, len(lengths)), lengths, tokens)
+    return [collate(examples, batch) for batch in batches]
 
 
 def side_by_side(examples: Sequence[Example], tokens: int, sharing: Sharing) -> list[Batch]:
@@ -104,7 +169,8 @@ def side_by_side(examples: Sequence[Example], tokens: int, sharing: Sharing) -> 
     firsts = first_examples(known.row_of)
     longest = np.maximum.reduceat(lengths, firsts)
     rows = np.lexsort((longest, np.array(sharing.group_of))).tolist()
-    cutter = Cutter(lengths, lengths - sharing.saved, np.append(firsts, len(lengths)), None, tokens, sharing)
+    first = np.append(firsts, len(lengths))
+    cutter = Cutter(lengths, lengths - sharing.saved, first, None, tokens, sharing, known.have_sides)
     return [collate(examples, batch) for batch in cutter.micro_batches(rows)]
 
 
@@ -143,7 +209,7 @@ class Plan:
             beside=beside.tolist(),
             sharing=shared,
         )
-        self._cutter = Cutter(padded, computed, first, size, tokens, sharing)
+        self._cutter = Cutter(padded, computed, first, size, tokens, sharing, self.examples.have_sides)
         self._epochs: list[list[list[list[int]]]] = []  # epoch -> step -> batch -> row
         self._starts = [0]  # first step (0-based) of each planned epoch
         self.steps = self._all_steps()

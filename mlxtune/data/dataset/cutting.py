@@ -16,6 +16,9 @@ So a row is divided only where it is too long for a micro-batch of its own, and 
 each part of it. Without a number of tokens, as many are allowed as `train.batch_rows` rows of the longest example have:
 memory for that is needed anyhow.
 
+A row that says which answer is preferred is never divided, for its loss is one of all its examples; without a number of
+tokens, a batch of such rows is one micro-batch.
+
 Legend: N examples, R rows.
 """
 
@@ -53,6 +56,25 @@ def fill(order: Sequence[int], lengths: Any, most: int | None, tokens: int | Non
     return batches
 
 
+def fill_with_rows(rows: Sequence[int], first: np.ndarray, lengths: np.ndarray, tokens: int) -> list[list[int]]:
+    """As `fill`, by rows with all of their examples.
+
+    rows: an order of them; first: [R + 1], as `Cutter` has it; lengths: [N].
+    """
+    batches: list[list[int]] = []
+    longest = 0  # of the last batch
+    for row in rows:
+        examples = list(range(int(first[row]), int(first[row + 1])))
+        width = int(lengths[examples].max())
+        widened = max(longest, width)
+        if not batches or (len(batches[-1]) + len(examples)) * widened > tokens:
+            batches.append([])
+            widened = width
+        longest = widened
+        batches[-1] += examples
+    return batches
+
+
 @dataclass(frozen=True)
 class Cutter:
     """Cuts batches of rows."""
@@ -63,11 +85,16 @@ class Cutter:
     size: int | None  # examples of a micro-batch; None: `tokens` counts
     tokens: int  # of a micro-batch, padded; 0: `size` counts
     sharing: Sharing | None  # what rows begin with together; None: every example is computed whole
+    whole_rows: bool = False  # whether rows say which answer is preferred, so that none is divided
 
     def micro_batches(self, rows: list[int]) -> list[list[int]]:
         """The examples of a batch of rows, as they are computed together."""
+        if self.whole_rows and not self.tokens:
+            return [[index for row in rows for index in self._examples(row)]]
         if self.sharing is not None:
             return self._beside_each_other(rows, self.sharing)
+        if self.whole_rows:
+            return fill_with_rows(rows, self.first, self.padded, self.tokens)
         examples = [index for row in rows for index in self._examples(row)]
         fits = not self.tokens or len(examples) * int(self.padded[examples].max()) <= self.tokens
         if len(examples) == len(rows) and fits:
@@ -92,7 +119,7 @@ class Cutter:
 
     def divided(self, rows: list[int]) -> int:
         """How many of these rows are too long to be computed together with all of their examples."""
-        if self.sharing is None:
+        if self.sharing is None or self.whole_rows:
             return 0
         return sum(self._whole(row) > self.most for row in rows)
 
@@ -120,6 +147,8 @@ class Cutter:
 
     def _pieces(self, row: int) -> list[list[int]]:
         """The examples of a row, as many together as are allowed."""
+        if self.whole_rows:
+            return [list(self._examples(row))]
         pieces: list[list[int]] = []
         for index in self._examples(row):
             if pieces and self._of_piece([*pieces[-1], index]) <= self.most:

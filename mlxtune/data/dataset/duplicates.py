@@ -17,6 +17,8 @@ import hashlib
 import json
 import re
 import zlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -36,8 +38,27 @@ _SHIFTS = _draw.integers(0, 2**61, HASHES, np.uint64)
 
 def content_hash(record: Record) -> int:
     """64 bits: equal for rows with equal content."""
-    content = [record.messages, record.tools, record.text]
+    content: list[Any] = [record.messages, record.tools, record.text]
+    if record.side:  # a good answer is not a bad one
+        content.append(int(record.side))
     return hash_of(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str))
+
+
+def hash_of_row(records: Sequence[Record]) -> int:
+    """64 bits, of all that one row holds: of a pair the prompt and both answers."""
+    if len(records) == 1:
+        return content_hash(records[0])
+    return hash_of(" ".join(str(content_hash(record)) for record in records))
+
+
+def asked_hash(record: Record) -> int:
+    """64 bits, by which a row is held out of training: equal for equal rows, and for answers to one prompt of which
+    some are preferred, since what is learnt of one answer tells of the others.
+    """
+    if not record.side:
+        return content_hash(record)
+    prompt = (record.messages or [])[: record.prompt]
+    return hash_of(json.dumps([prompt, record.tools], sort_keys=True, ensure_ascii=False, default=str))
 
 
 def hash_of(text: str) -> int:
@@ -55,6 +76,17 @@ def words_of(record: Record) -> list[str]:
             if key not in ("role", "instruction", "input"):
                 texts.append(str(value))
     return _WORD.findall(" ".join(texts).lower())
+
+
+def words_of_row(records: Sequence[Record]) -> list[str]:
+    """What all records of one row say; the words of each answer of a preference are words of their own, so that a pair
+    is not like the same one with its sides exchanged.
+    """
+    words = []
+    for record in records:
+        mark = record.side.word if record.side else ""
+        words += [f"{mark}{word}" for word in words_of(record)]
+    return words
 
 
 def signature(words: list[str]) -> np.ndarray:

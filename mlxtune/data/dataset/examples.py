@@ -13,7 +13,7 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 
@@ -22,8 +22,11 @@ from mlxtune.data.chat.turn_kinds import Expansion, kind_lines
 from mlxtune.data.dataset.measured import MeasuredExamples, first_examples
 from mlxtune.data.dataset.store import CHAT, COLUMNS, SHORTENED, Store
 from mlxtune.data.rows.readers import place
+from mlxtune.data.rows.sides import OF_PAIRS, OF_RATINGS, Side
+from mlxtune.errors import UserError
 
 NAMED = 5  # rows that a note names
+Kind = Literal["supervised", "pairs", "rated"]  # of rows
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,11 @@ class Examples(MeasuredExamples):
         """[N] supervised tokens of each example."""
         return self.column("targets")
 
+    @cached_property
+    def sides(self) -> np.ndarray:
+        """[N] uint8, of `Side`: which answer of a preference each example is of."""
+        return self.column("side")
+
     @property
     def sources(self) -> np.ndarray:
         """[N] the source of each example."""
@@ -138,17 +146,37 @@ class Examples(MeasuredExamples):
         return max((store.facts.highest for store in self.stores), default=0)
 
     @property
+    def kind(self) -> Kind:
+        """What the rows say: answers to learn, which of two answers is preferred, or whether one is good.
+
+        Raises UserError naming two files where rows of different kinds are mixed.
+        """
+        kinds: dict[Kind, str] = {}  # -> a file with such rows
+        for number, store in enumerate(self.stores):
+            for side in np.unique(self.sides[self.store_of_example == number]).tolist():
+                kinds.setdefault(_kind_of(Side(side)), store.facts.file)
+        if len(kinds) > 1:
+            one, other = list(kinds)[:2]
+            raise UserError(
+                f"{kinds[one]} has {_KINDS[one]}, but {kinds[other]} has {_KINDS[other]}",
+                "A run learns from rows of one kind: give each kind a run of its own.",
+            )
+        return next(iter(kinds), "supervised")
+
+    @property
     def chat(self) -> bool:
         """Whether any example is a conversation."""
         return bool((self.column("flags") & CHAT).any())
 
     def digest(self) -> str:
-        """Changes when any token, mask or the choice of rows does."""
+        """Changes when any token, mask or side, or the choice of rows does."""
         running = hashlib.blake2b(digest_size=8)
         for store in self.stores:
             running.update(store.facts.digest.encode())
         running.update(self.store_of_example.tobytes() + self.place_in_store.tobytes())
         running.update(repr((self.weights, self.order)).encode())
+        if self.sides.any():
+            running.update(self.sides.tobytes())
         return running.hexdigest()
 
     # The order of an epoch.
@@ -196,6 +224,8 @@ class Examples(MeasuredExamples):
         name = place(store.facts.file, store.columns["row"][at])
         if part:
             name = f"{name} turn {part}"
+        if store.columns["side"][at] in OF_PAIRS:
+            name = f"{name} {Side(store.columns['side'][at]).word}"
         return name if len(self.stores) == 1 else f"{store.facts.file} {name}"
 
     @property
@@ -210,7 +240,17 @@ class Examples(MeasuredExamples):
             tokens=int(self.lengths[of_turns].sum()),
             once=int(self.of_rows("once").sum()),  # of text rows it is 0
             untrue=int(self.column("untrue").sum()),
+            of_pairs=bool((self.sides == Side.CHOSEN).any()),
         )
+
+    def _called(self, store: Store) -> str:
+        """What a file is called among the others: its name, or its path where another has that name; "" if alone."""
+        files = [other.facts.file for other in self.stores]
+        if len(files) == 1:
+            return ""
+        names = [Path(file).name for file in files]
+        name = Path(store.facts.file).name
+        return name if names.count(name) == 1 else store.facts.file
 
     def notes(self, split: str, max_tokens: int) -> list[str]:
         """What a person must know about rows: how their turns are trained, and which were not used as they are."""
@@ -224,22 +264,39 @@ class Examples(MeasuredExamples):
             notes.append(f"{split}: {count} of {self.rows} rows shortened to data.max_tokens {max_tokens} (start kept)")
         for store in self.stores:
             if store.facts.file not in self.told_elsewhere:
-                notes += [f"{split}: {note}" for note in _notes_on_file(store)]
+                notes += [f"{split}: {note}" for note in _notes_on_file(store, self._called(store))]
         return notes + [f"{split}: {what} left out: {reason}" for reason, what in self.left_out.items()]
 
 
-def _notes_on_file(store: Store) -> list[str]:
-    """What a person must know of a file's rows, whichever of them are chosen."""
+_KINDS: dict[Kind, str] = {  # in words
+    "supervised": "rows of answers to learn",
+    "pairs": "pairs of answers, one of them preferred",
+    "rated": "answers rated good or bad",
+}
+
+
+def _kind_of(side: Side) -> Kind:
+    """The kind of the rows that have examples of this side."""
+    if side in OF_PAIRS:
+        return "pairs"
+    return "rated" if side in OF_RATINGS else "supervised"
+
+
+def _notes_on_file(store: Store, called: str) -> list[str]:
+    """What a person must know of a file's rows, whichever of them are chosen. called: the file among others; "": it is
+    the only one.
+    """
     facts = store.facts
     notes = []
+    where = f"in {called}, " if called else ""
     for reason, count in sorted(facts.counts.items(), key=lambda item: -item[1]):
         first, *others = facts.dropped.get(reason) or [0]
         named = ", ".join([place(facts.file, first), *map(str, others[: NAMED - 1])])
         if count > NAMED:
             named += ", ..."
-        notes.append(f"{count} of {facts.rows} rows dropped: {reason} ({named})")
-    name = Path(facts.file).name
+        notes.append(f"{where}{count} of {facts.rows} rows dropped: {reason} ({named})")
+    name = called or Path(facts.file).name
     notes += [f"in {name}, {line}" for line in kind_lines(facts.kinds, facts.kind_rows)]
     for reason, (turns, rows) in facts.turns.items():
-        notes.append(f"{turns} turns of {rows} of {facts.rows} rows dropped: {reason}")
+        notes.append(f"{where}{turns} turns of {rows} of {facts.rows} rows dropped: {reason}")
     return notes

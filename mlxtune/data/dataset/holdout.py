@@ -7,8 +7,8 @@ rows, one of them twice, and a share of a half:
     content   q1    q2    q3    q4    q1 again
     number    70    20    90    40    70            so the limit is 40: q2 and q4 are held out
 
-Equal rows so are on one side, in whatever order or file they stand and whatever tokenizer reads them. A split that the
-data names is never divided.
+Equal rows so are on one side, in whatever order or file they stand and whatever tokenizer reads them; of rows that say
+which answer is preferred, all with the same prompt. A split that the data names is never divided.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def held_out(train: Examples, sources: list[int], section: DataSection, seed: in
     rows of two sources are on one side. Raises UserError where they have fewer than two different rows.
     """
     of_sources = np.isin(train.sources[train.firsts], sources)
-    hashes = train.of_rows("hash")
+    hashes = train.of_rows("asked")
     highest = limit(hashes[of_sources], section.valid_fraction, seed)
     if highest is None:
         raise _too_few(train, sources)
@@ -64,7 +64,8 @@ def _too_few(train: Examples, sources: list[int]) -> UserError:
     stores = [store for store, source in zip(train.stores, train.source_of_store, strict=True) if source in sources]
     reasons = dict.fromkeys(f"dropped: {reason}" for store in stores for reason in store.facts.counts)
     lost = "; ".join([*reasons, *(f"left out: {why}" for why in train.left_out)])
-    what = f"{stores[0].facts.file}: fewer than two different rows, too few to hold any out"
+    rows = "prompts" if train.have_sides else "rows"  # all answers to one prompt are held out together
+    what = f"{stores[0].facts.file}: fewer than two different {rows}, too few to hold any out"
     or_else = "rows, or a valid file beside the train file."
     if lost:
         return UserError(f"{what} ({lost})", f"Mend these rows, add {or_else}")
@@ -77,15 +78,20 @@ def is_whole_file(path: str, split: str | None) -> bool:
 
 
 def rows_of_split(
-    section: DataSection, seed: int, split: str | None, renderer: Renderer, progress: Progress
+    section: DataSection,
+    seed: int,
+    split: str | None,
+    renderer: Renderer,
+    progress: Progress,
+    preferences: bool = False,
 ) -> Iterator[Record | Bad]:
     """The rows of one split of one source, as they stand in the files; of train files as a whole where none is named.
 
     Rows are held out among those that give examples, as for training; a row that gives none is on the side where its
-    content puts it. Raises UserError naming the splits there are.
+    content puts it. preferences: as `formats.read`. Raises UserError naming the splits there are.
     """
     (source,) = section.mixture()
-    found = files_by_split(source, section.hub == "stream")
+    found = files_by_split(source, section.hub == "stream", preferences=preferences)
     if split is None:
         return _all_rows(found["train"])
     if split in found and (split != "train" or "valid" in found):
@@ -107,7 +113,7 @@ def _one_side(rows: Iterator[Record | Bad], highest: int | None, seed: int, held
         if isinstance(row, Bad):
             yield row
             continue
-        number = int(seeded([duplicates.content_hash(row)], seed)[0])
+        number = int(seeded([duplicates.asked_hash(row)], seed)[0])
         if (highest is not None and number <= highest) == held_out:
             yield row
 
@@ -124,10 +130,10 @@ def _usable_hashes(source: Source, renderer: Renderer, progress: Progress) -> np
         if isinstance(row, Bad):
             refused = True
         else:
-            readable.append(duplicates.content_hash(row))
+            readable.append(duplicates.asked_hash(row))
     if not refused:
         store = row_cache.store_of(source, renderer, progress)
         if len(store):
-            hashes: np.ndarray = store.columns["hash"]
+            hashes: np.ndarray = store.columns["asked"]
             return hashes
     return np.array(readable, np.uint64)

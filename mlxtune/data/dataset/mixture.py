@@ -42,16 +42,17 @@ def read(
     progress: Progress = lambda source, rows: None,
     whole: bool = False,
     local_only: str = "",
+    preferences: bool = False,
 ) -> dict[str, Examples]:
     """The examples of "train", "valid" and, where there is one, "test".
 
     tokenizer: with the chat template that is used; whole: a single file counts whole, as "train", and nothing is held
-    out; local_only: as `sources.files_by_split`. Raises UserError for anything that is wrong with the data.
+    out; local_only and preferences: as `sources.files_by_split`. Raises UserError for whatever is wrong with the data.
     """
     mixture = section.mixture()
     if section.hub == "stream" and any(source.cap is None for source in mixture):
         raise UserError("data.hub=stream needs data.cap: how many rows to read", "Or set data.hub=download.")
-    tokenized = _tokenized(section, Renderer(tokenizer, section), progress, local_only)
+    tokenized = _tokenized(section, Renderer(tokenizer, section), progress, local_only, preferences)
     splits = {split: Examples.of(own.stores, own.sources) for split, own in tokenized.splits.items()}
     if section.on_damage == "drop":
         splits = {split: _undamaged(examples) for split, examples in splits.items()}
@@ -99,10 +100,12 @@ class _Tokenized:
         return [number for number in range(sources) if number not in divided]
 
 
-def _tokenized(section: DataSection, renderer: Renderer, progress: Progress, local_only: str) -> _Tokenized:
+def _tokenized(
+    section: DataSection, renderer: Renderer, progress: Progress, local_only: str, preferences: bool
+) -> _Tokenized:
     found = _Tokenized()
     for number, source in enumerate(section.mixture()):
-        by_split = files_by_split(source, section.hub == "stream", local_only)
+        by_split = files_by_split(source, section.hub == "stream", local_only, preferences)
         note = unused_note(source, by_split)
         if note:
             found.unused.append(note)

@@ -1,9 +1,9 @@
 """Tokenized rows are kept in a cache folder, and looked for there before anything is tokenized.
 
 The name of a store is a key: the digest of all that its content depends on. Those are the bytes of the data file and
-the names of its columns, the tokenizer with its template, the options that change examples, the release of transformers
-(which prints the templates) and, where the template prints the date, the day. Anything else may differ: the same bytes
-under another name are the same store.
+the names of its columns, whether its rows are read to learn from preferences, the tokenizer with its template, the
+options that change examples, the release of transformers (which prints the templates) and, where the template prints
+the date, the day. Anything else may differ: the same bytes under another name are the same store.
 
 A store that is found is checked before it is used: all files are there and hold what was written, by digest. Whatever
 is not so is made again. The folder counts only when nobody else can write into it: ids are read by number from anywhere
@@ -33,7 +33,7 @@ from mlxtune.data.dataset.store import NAMES, Store, is_as_written, open_store
 from mlxtune.data.dataset.store_writing import Progress, write_store
 from mlxtune.errors import UserError
 
-VERSION = 6  # of the files made from the same data: raised when parsing, rendering or their layout changes
+VERSION = 7  # of the files made from the same data: raised when parsing, rendering or their layout changes
 KEPT_SECONDS = 30 * 24 * 3600  # how long a store that is not used stays in the cache folder
 NAME = re.compile("[0-9a-f]{32}")  # of a store in the cache folder
 OPTIONS = ("max_tokens", "train_on", "expand_turns", "template", "template_kwargs", "order")  # of data, that matter

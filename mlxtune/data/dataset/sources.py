@@ -30,6 +30,7 @@ SPLITS = {  # as named by others -> by us
     **dict.fromkeys(("valid", "validation", "val", "dev", "eval"), "valid"),
     "test": "test",
 }
+OF_PREFERENCES = "_prefs"  # behind the names of splits in datasets that have others to learn answers from
 ABOUT = ("dataset_info", "dataset_infos", "dataset_dict", "state")  # .json files that `datasets` writes beside its data
 BATCH = 1024  # rows that are taken out of a hub dataset at once
 
@@ -40,18 +41,20 @@ class Source:
 
     name: str  # path of the file, or OWNER/NAME:SPLIT
     read: Callable[[], Iterator[Record | Bad]]  # its rows, from the first one each time
-    digest: Callable[[], str]  # of its bytes and the names of its columns; "" where they are not at hand
+    digest: Callable[[], str]  # of its bytes and how they are read; "" where they are not at hand
     beside: tuple[str, ...] = ()  # of the first train source: data files or splits beside it that nothing uses
 
 
-def require_readable(section: DataSection, all_rows: bool = False, local_only: str = "") -> None:
+def require_readable(
+    section: DataSection, all_rows: bool = False, local_only: str = "", preferences: bool = False
+) -> None:
     """Raise UserError when a source is missing or its first row has no known format; all_rows: when any row is bad.
-    local_only: as `files_by_split`.
+    local_only and preferences: as `files_by_split`.
     """
     if not section.path and not section.sources:
         raise UserError("no data given", "Name a folder or file: --data PATH (or data.path in the configuration).")
     for source in section.mixture():
-        for files in files_by_split(source, section.hub == "stream", local_only).values():
+        for files in files_by_split(source, section.hub == "stream", local_only, preferences).values():
             for file in files:
                 if all_rows:
                     _require_good(file)
@@ -63,7 +66,7 @@ def _require_good(file: Source) -> None:
     """Raise UserError when any of its rows is bad."""
     bad, count = [], 0
     for row in file.read():
-        count += 1
+        count += not formats.is_first_of_pair(row)
         if isinstance(row, Bad):
             bad.append(row)
     formats.require_good(bad, count)
@@ -75,20 +78,22 @@ def is_hub_id(path: str) -> bool:
     return path.count("/") == 1 and path[0] not in "./~" and not kind_of(here) and not here.exists()
 
 
-def files_by_split(source: SourceSection, stream: bool = False, local_only: str = "") -> dict[str, list[Source]]:
+def files_by_split(
+    source: SourceSection, stream: bool = False, local_only: str = "", preferences: bool = False
+) -> dict[str, list[Source]]:
     """The files of each split of a folder with train, valid and test files, one file ("train"), or a hub dataset.
 
     stream: read a hub dataset row by row, up to the source's cap; local_only: not "": the hub is not asked, and this is
-    the hint where its local cache has no copy.
+    the hint where its local cache has no copy; preferences: as `formats.read`.
     """
     here = Path(source.path).expanduser()
     if is_hub_id(source.path):
-        return _from_hub(source, stream, local_only)
+        return _from_hub(source, stream, local_only, preferences)
     if here.is_dir():
-        return _of_folder(here, source)
+        return _of_folder(here, source, preferences)
     if not here.is_file():
         raise UserError(f"no data file or folder {source.path}")
-    return {"train": [_of_file(here, source)]}
+    return {"train": [_of_file(here, source, preferences)]}
 
 
 def unused(found: dict[str, list[Source]]) -> tuple[str, ...]:
@@ -104,14 +109,19 @@ def unused_note(source: SourceSection, found: dict[str, list[Source]]) -> str:
     return f"{source.path}: not used: {', '.join(names)} (read are {', '.join(SPLITS)})"
 
 
-def _of_file(file: Path, source: SourceSection) -> Source:
+def _of_file(file: Path, source: SourceSection, preferences: bool) -> Source:
     def identity() -> str:
-        return f"{digest(file, 'blake2b')}{source.columns}"
+        return f"{digest(file, 'blake2b')}{source.columns}{_read_as(preferences)}"
 
-    return Source(str(file), lambda: formats.read(file, source.columns), identity)
+    return Source(str(file), lambda: formats.read(file, source.columns, preferences), identity)
 
 
-def _of_folder(folder: Path, source: SourceSection) -> dict[str, list[Source]]:
+def _read_as(preferences: bool) -> str:
+    """What an identity says of the way in which rows are read."""
+    return " preferences" if preferences else ""
+
+
+def _of_folder(folder: Path, source: SourceSection, preferences: bool) -> dict[str, list[Source]]:
     files = _data_files(folder)
     by_split = {}
     for split in dict.fromkeys(SPLITS.values()):
@@ -120,7 +130,7 @@ def _of_folder(folder: Path, source: SourceSection) -> dict[str, list[Source]]:
             by_split[split] = own
     if "train" not in by_split:
         raise UserError(f"{folder} has no train file", f"Expected train{'|'.join(SUFFIXES)}.{_train_inside(folder)}")
-    found = {split: [_of_file(file, source) for file in own] for split, own in by_split.items()}
+    found = {split: [_of_file(file, source, preferences) for file in own] for split, own in by_split.items()}
     used = {path for own in by_split.values() for path in own}
     return _with_unused(found, [path.name for path in files if path not in used])
 
@@ -174,12 +184,13 @@ def _split_files(folder: Path, files: list[Path], split: str) -> list[Path]:
     return by_name[first_name]
 
 
-def _from_hub(source: SourceSection, stream: bool, local_only: str) -> dict[str, list[Source]]:
+def _from_hub(source: SourceSection, stream: bool, local_only: str, preferences: bool) -> dict[str, list[Source]]:
     """A dataset of the hub, its rows parsed like any other."""
     loaded = hub_dataset.splits_of(source, stream, local_only)
     named: dict[str, list[str]] = {}  # split as we name it -> as the dataset does
     for split in loaded:
-        named.setdefault(SPLITS.get(split, ""), []).append(split)
+        meant = split.removesuffix(OF_PREFERENCES) if preferences else split
+        named.setdefault(SPLITS.get(meant, ""), []).append(split)
     unknown = named.pop("", [])
     for own in named.values():
         if len(own) > 1:
@@ -189,20 +200,22 @@ def _from_hub(source: SourceSection, stream: bool, local_only: str) -> dict[str,
             )
     if "train" not in named:
         raise UserError(f"{source.path} has no train split", f"It has: {', '.join(loaded)}.")
-    found = {ours: [_of_hub_split(source, own[0], loaded[own[0]], stream)] for ours, own in named.items()}
+    found = {}
+    for ours, (theirs,) in named.items():
+        found[ours] = [_of_hub_split(source, theirs, loaded[theirs], stream, preferences)]
     return _with_unused(found, unknown)
 
 
-def _of_hub_split(source: SourceSection, split: str, rows: Any, stream: bool) -> Source:
+def _of_hub_split(source: SourceSection, split: str, rows: Any, stream: bool, preferences: bool) -> Source:
     name = f"{source.path}:{split}"
 
     def read() -> Iterator[Record | Bad]:
         found = hub_dataset.rows_of(name, rows, min(BATCH, source.cap or BATCH))
         if stream:
-            return formats.parse(name, islice(found, source.cap), source.columns)
-        return formats.parse(name, found, source.columns)
+            return formats.parse(name, islice(found, source.cap), source.columns, preferences)
+        return formats.parse(name, found, source.columns, preferences)
 
     def identity() -> str:
-        return "" if stream else f"{name}{rows._fingerprint}{source.columns}"
+        return "" if stream else f"{name}{rows._fingerprint}{source.columns}{_read_as(preferences)}"
 
     return Source(name, read, identity)

@@ -11,6 +11,8 @@ rows, of which the first gives two examples (5 and 3 tokens), the second none an
     signature.bin  one signature for each of the 2 groups; none at all where nobody looks for near duplicates
     facts.json     what else is known of the 3 rows: `store_facts.Facts`
 
+The examples of a pair are those of one row: first those of the chosen answer, then those of the rejected one.
+
 Whatever is counted for people is counted in rows.
 """
 
@@ -45,8 +47,10 @@ COLUMNS = np.dtype(
         ("targets", np.int64),  # supervised tokens
         ("key", np.float64),  # value of the column that data.order goes by
         ("turns", np.int32),  # assistant turns that it trains
-        ("once", np.int64),  # tokens of the row rendered once, as `renderer.Row` has it
+        ("once", np.int64),  # tokens of the row rendered once; of a pair, of both answers
         ("untrue", np.int32),  # turns that data.expand_turns=none would train behind another prompt
+        ("side", np.uint8),  # of `sides.Side`: which answer of a preference it is of
+        ("asked", np.uint64),  # by which its row is held out: `duplicates.asked_hash`
     ]
 )
 FACTS_FILE = "facts.json"

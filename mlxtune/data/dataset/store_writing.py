@@ -12,11 +12,12 @@ import numpy as np
 from mlxtune_convert.files import write_json
 
 from mlxtune.config.schema import DataSection
-from mlxtune.data.chat.renderer import Renderer, Row, by_record
+from mlxtune.data.chat.by_row import by_row, side_of
+from mlxtune.data.chat.renderer import Renderer, Row
 from mlxtune.data.dataset import duplicates
 from mlxtune.data.dataset.store import CHAT, COLUMNS, DAMAGED, FACTS_FILE, FILES, SHORTENED, digest_beside
 from mlxtune.data.dataset.store_facts import Facts
-from mlxtune.data.rows.formats import Record, chunks, require_good
+from mlxtune.data.rows.formats import Record, chunks, count_rows, require_good
 from mlxtune.data.rows.readers import Bad
 from mlxtune.errors import UserError
 
@@ -46,8 +47,8 @@ def write_store(
                     bad.append(record)
                 else:
                     good.append(record)
-            facts.rows += len(chunk)
-            for parts in by_record(renderer.stream(good)):
+            facts.rows += count_rows(chunk)
+            for parts in by_row(renderer.stream(good)):
                 facts.add(parts)
                 if all(part.dropped for part in parts):
                     continue
@@ -69,15 +70,16 @@ def _values(parts: list[Row], group: int, section: DataSection) -> dict[str, np.
     [1, HASHES] or none. group: the number of the row.
     """
     ids, mask, columns, signatures = [], [], [], []
-    record = parts[0].record
-    assert isinstance(record, Record)
-    content = duplicates.content_hash(record)
+    records = _records(parts)
+    record = records[0]
+    content, asked = duplicates.hash_of_row(records), duplicates.asked_hash(record)
     key = 0.0 if section.order in ("shuffled", "length") else _number(record, section.order)
     if section.dedup == "near":
-        signatures.append(duplicates.signature(duplicates.words_of(record)))
+        signatures.append(duplicates.signature(duplicates.words_of_row(records)))
     of_row = 0 if record.text is not None else CHAT
     if any(part.damage for part in parts):  # of a dropped one too: rows stay or go as a whole
         of_row |= DAMAGED
+    once = sum(max(part.once for part in parts if part.record is one) for one in records)
     for part in parts:
         example = part.example
         if example is None:
@@ -87,13 +89,19 @@ def _values(parts: list[Row], group: int, section: DataSection) -> dict[str, np.
         flags = of_row | SHORTENED if part.shortened else of_row
         length, targets = len(example.ids), int(example.mask[1:].sum())
         known = (record.row, group, part.part, flags, content, length, targets, key)
-        columns.append((*known, part.turns, part.once, part.untrue))
+        columns.append((*known, part.turns, once, part.untrue, side_of(part), asked))
     return {
         "ids": np.concatenate(ids),
         "mask": np.concatenate(mask),
         "columns": np.array(columns, COLUMNS),
         "signature": np.array(signatures, np.uint32),
     }
+
+
+def _records(parts: list[Row]) -> list[Record]:
+    """What the parts of a row were made of: of a pair the records of both answers."""
+    found = {id(part.record): part.record for part in parts}
+    return [record for record in found.values() if isinstance(record, Record)]
 
 
 def _number(record: Record, column: str) -> float:

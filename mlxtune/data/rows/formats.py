@@ -3,10 +3,13 @@
 The format of a file is shown by the columns of its first row; every other row must then fit it. A row that does not
 becomes a `Bad` row with its line: nothing is skipped in silence.
 
+Where preferences are asked for, a row that can be read as a pair is one, whatever else it holds, and a `label` beside a
+conversation rates its answer. Else rows that have an ordinary format are read by it, as ever.
+
 To add a format:
-1. write its parser in `parsers.py`: a row -> the conversations or texts in it;
+1. write its parser in `parsers.py`, or in `pairs.py`: a row -> the conversations or texts in it;
 2. give it an entry in FORMATS below: its name, the columns that show it, and what else it reads;
-3. add a row of it to tests/test_records.py, and one that is wrong with the words of its error.
+3. add a row of it to tests/test_records.py, or tests/test_pairs.py, and one that is wrong with the words of its error.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlxtune.data.rows import parsers
+from mlxtune.data.rows import pairs, parsers
 from mlxtune.data.rows.parsers import Parsed
+from mlxtune.data.rows.rated import LABEL, rated
 from mlxtune.data.rows.readers import Bad, Placed, kind_of, place, raw_rows
+from mlxtune.data.rows.sides import Side
 from mlxtune.data.rows.values import RowError
 from mlxtune.errors import UserError
 
@@ -30,21 +35,28 @@ class Format:
     required: tuple[str, ...]  # the columns that show the format: a first row that has all of them is of it
     parse: Callable[[dict[str, Any]], list[Parsed]]  # raises RowError for a row that does not fit
     optional: tuple[str, ...] = ()  # what else it reads, beside COMMON
+    of_pairs: bool = False  # whether a row holds two answers to one prompt
 
 
 COMMON = ("system", "tools", "functions")  # columns that every format of conversations reads
-FORMATS = {  # tried in this order
+FORMATS = {  # tried in this order; where preferences are asked for, those of pairs first
     "messages": Format(("messages",), parsers.openai),
+    "pairs-sharegpt": Format(("conversations", *pairs.NAMES), pairs.sharegpt, of_pairs=True),
     "conversations": Format(("conversations",), parsers.sharegpt),
     "alpaca": Format(("instruction", "output"), parsers.alpaca, ("input", "history", "response")),
     "alpaca-response": Format(("instruction", "response"), parsers.alpaca, ("input", "history")),
     "self-instruct": Format(("instruction", "instances"), parsers.self_instruct, ("history",)),
     "prompt-completion": Format(("prompt", "completion"), parsers.prompt_completion, ("label",)),
     "text": Format(("text",), parsers.plain_text),
+    "pairs": Format(("prompt", *pairs.NAMES), pairs.with_prompt, of_pairs=True),
+    "pairs-alpaca": Format(("instruction", *pairs.NAMES), pairs.alpaca, ("input", "history"), of_pairs=True),
+    "pairs-orca": Format(("question", *pairs.NAMES), pairs.orca, of_pairs=True),
+    "pairs-openai": Format(("input", "preferred_output", "non_preferred_output"), pairs.openai, of_pairs=True),
+    "pairs-conversations": Format(pairs.NAMES, pairs.without_prompt, of_pairs=True),
 }
-# Columns that some format reads; what else a row has stays beside its conversation.
-# A label is one only where completions are rated (KTO): the class of a text is the user's own column.
-USED = set(COMMON).union(*(known.required + known.optional for known in FORMATS.values()))
+# Columns that some ordinary format reads; what else a row has stays beside its conversation.
+ORDINARY = [known for known in FORMATS.values() if not known.of_pairs]
+USED = set(COMMON).union(*(known.required + known.optional for known in ORDINARY))
 EMPTY = {  # what a file without rows lacks
     ".jsonl": "Each line of a .jsonl file is one example.",
     ".json": "A .json file holds a list of examples.",
@@ -63,21 +75,37 @@ class Record(Placed):
     tools: list[dict[str, Any]] | None = None  # in OpenAI's form; None for none
     text: str | None = None  # trained on as it stands
     fields: Mapping[str, Any] = field(default_factory=dict)  # the row's other values: column -> value
+    # What was said of its answer. The records of a pair follow each other, the chosen one first.
+    side: Side = Side.NONE
+    prompt: int = 0  # how many of the messages are those that the answer answers, where the row tells them apart
+    teaches_nothing: str = ""  # why nothing can be learnt from it, though it can be read; "" for nearly all
 
 
 def chunks(records: Iterable[Record | Bad]) -> Iterator[list[Record | Bad]]:
-    """The rows in lists: up to CHUNK_ROWS of them, fewer where their texts are long."""
+    """The rows in lists: about CHUNK_ROWS of them, fewer where their texts are long. A pair is in one list."""
     chunk: list[Record | Bad] = []
     letters = 0
     for record in records:
         chunk.append(record)
         if isinstance(record, Record):
             letters += letters_of(record)
-        if len(chunk) == CHUNK_ROWS or letters >= CHUNK_LETTERS:
+        if is_first_of_pair(record):
+            continue
+        if len(chunk) >= CHUNK_ROWS or letters >= CHUNK_LETTERS:
             yield chunk
             chunk, letters = [], 0
     if chunk:
         yield chunk
+
+
+def is_first_of_pair(record: Record | Bad) -> bool:
+    """Whether the next record is the other answer of the same row."""
+    return isinstance(record, Record) and record.side is Side.CHOSEN
+
+
+def count_rows(records: Iterable[Record | Bad]) -> int:
+    """How many rows there are among records: a pair is one."""
+    return sum(not is_first_of_pair(record) for record in records)
 
 
 def letters_of(record: Record) -> int:
@@ -86,20 +114,26 @@ def letters_of(record: Record) -> int:
     return sum(len(text) for text in (record.text, *contents) if isinstance(text, str))
 
 
-def read(path: Path, columns: Mapping[str, str] = {}) -> Iterator[Record | Bad]:
-    """All rows of one file, one after the other; columns: the file's name of a column -> the name meant; some row must
-    have each of them.
+def read(path: Path, columns: Mapping[str, str] = {}, preferences: bool = False) -> Iterator[Record | Bad]:
+    """All rows of one file, one after the other.
+
+    columns: the file's name of a column -> the name meant; some row must have each of them; preferences: whether rows
+    are read to learn from what was preferred: pairs before all, and labels are ratings.
 
     Raises UserError when the file cannot be read, is empty, or has no known format.
     """
-    yield from parse(str(path), raw_rows(path), columns)
+    yield from parse(str(path), raw_rows(path), columns, preferences)
 
 
 def parse(
-    source: str, rows: Iterable[tuple[int, dict[str, Any]] | Bad], columns: Mapping[str, str] = {}
+    source: str,
+    rows: Iterable[tuple[int, dict[str, Any]] | Bad],
+    columns: Mapping[str, str] = {},
+    preferences: bool = False,
 ) -> Iterator[Record | Bad]:
-    """Numbered raw rows -> records; `source` names them. Raises UserError as `read` does."""
+    """Numbered raw rows -> records; `source` names them. preferences: as `read`. Raises UserError as `read` does."""
     name = ""  # of the format, once a row has shown it
+    are_rated = False  # whether labels are ratings, as the same row shows
     is_empty, all_fit = True, True
     unseen = set(columns)
     for item in rows:
@@ -114,9 +148,12 @@ def parse(
             yield Bad(source, number, f"data.columns gives {' and '.join(taken)} a name that is already taken")
             continue
         row = dict(zip(names, raw.values(), strict=True))
-        name = name or _format_of_first_row(source, number, row, columns)
+        if not name:
+            name = _format_of_first_row(source, number, row, columns, preferences)
+            are_rated = preferences and LABEL in row and not FORMATS[name].of_pairs
+        known = FORMATS[name]
         try:
-            conversations = FORMATS[name].parse(row)
+            conversations = rated(known.parse, row) if are_rated else known.parse(row)
             for parsed in conversations:
                 _check_characters([*parsed])
         except RowError as error:
@@ -126,14 +163,36 @@ def parse(
         except RecursionError:
             yield Bad(source, number, "nested too deeply")
             continue
-        read_here = USED if "label" in FORMATS[name].optional else USED - {"label"}
-        others = {key: value for key, value in row.items() if key not in read_here}
+        others = {key: value for key, value in row.items() if key not in columns_read(name, are_rated)}
         for parsed in conversations:
-            yield Record(source, number, name, *parsed, others)
+            yield Record(
+                source,
+                number,
+                name,
+                messages=parsed.messages,
+                tools=parsed.tools,
+                text=parsed.text,
+                fields=others,
+                side=parsed.side,
+                prompt=parsed.prompt,
+                teaches_nothing=parsed.teaches_nothing,
+            )
     if unseen and name and all_fit:
         raise UserError(f"{source}: no row has the column {', '.join(sorted(unseen))} that data.columns names")
     if is_empty:
         raise UserError(f"{source}: no rows", EMPTY.get(kind_of(Path(source)), ""))
+
+
+def columns_read(name: str, are_rated: bool = False) -> set[str]:
+    """The columns of a format that are not the user's own. A label is one where answers are rated: the class of a text
+    is not read.
+    """
+    known = FORMATS[name]
+    if known.of_pairs:
+        return {*COMMON, *known.required, *known.optional}
+    if are_rated or LABEL in known.optional:
+        return USED
+    return USED - {LABEL}
 
 
 def _twice(names: list[str]) -> list[str]:
@@ -141,8 +200,10 @@ def _twice(names: list[str]) -> list[str]:
     return sorted({name for name in names if names.count(name) > 1})
 
 
-def require_good(bad: list[Bad], total: int) -> None:
-    """Raise UserError naming the rows that cannot be read, when there are any; bad: of one file."""
+def require_good(bad: list[Bad], total: int, or_else: str = "") -> None:
+    """Raise UserError naming the rows that cannot be used, when there are any. bad: of one file; or_else: what else the
+    command can do about them, a sentence.
+    """
     if not bad:
         return
     by_reason: dict[str, list[Bad]] = {}
@@ -158,21 +219,37 @@ def require_good(bad: list[Bad], total: int) -> None:
     more = f"; and {len(reasons) - LISTED} other reasons" if len(reasons) > LISTED else ""
     raise UserError(
         f"{bad[0].file}{count} {'; '.join(reasons[:LISTED])}{more}",
-        "Mend or remove them; `mlxtune data check` lists every one.",
+        f"Mend or remove them; `mlxtune data check` lists every one. {or_else}".rstrip(),
     )
 
 
-def _format_of(row: Mapping[str, Any]) -> str:
+def without_pairs(records: Iterable[Record | Bad]) -> Iterator[Record | Bad]:
+    """The same, for who takes every answer for a good one. Raises UserError for a pair, of which one answer is not."""
+    for record in records:
+        if is_first_of_pair(record):
+            raise UserError(
+                f"{record.file}: pairs of answers, of which one is preferred, are not read here",
+                "Give rows with one answer each, such as the chosen ones.",
+            )
+        yield record
+
+
+def _format_of(row: Mapping[str, Any], preferences: bool = False) -> str:
     """The first known format whose columns a row has; "" for none."""
-    for name, known in FORMATS.items():
+    in_order = list(FORMATS.items())
+    if preferences:
+        in_order.sort(key=lambda item: not item[1].of_pairs)  # stable
+    for name, known in in_order:
         if all(column in row for column in known.required):
             return name
     return ""
 
 
-def _format_of_first_row(source: str, number: int, row: dict[str, Any], columns: Mapping[str, str]) -> str:
+def _format_of_first_row(
+    source: str, number: int, row: dict[str, Any], columns: Mapping[str, str], preferences: bool
+) -> str:
     """The file's format, from its first row's columns; every other row must then fit it. Raises UserError for none."""
-    found = _format_of(row)
+    found = _format_of(row, preferences)
     if found:
         return found
     names = list(row)
@@ -184,10 +261,19 @@ def _format_of_first_row(source: str, number: int, row: dict[str, Any], columns:
     if inside:
         hint = f"The rows are inside `{inside}`: make that list the whole file (jq .{inside} OLD.json > NEW.json)."
     else:
-        example = f"{{{names[0]}: prompt, {names[1]}: completion}}" if len(names) > 1 else "{NAME: text}"
-        hint = f"Rename columns with --set 'data.columns={example}'."
+        hint = f"Rename columns with --set 'data.columns={_renaming(names)}'."
     known = "; ".join(" + ".join(known.required) for known in FORMATS.values())
     raise UserError(message, f"Known: {known}. {hint}")
+
+
+def _renaming(names: list[str]) -> str:
+    """How columns of such names might be meant, for a hint."""
+    sides = [next((name for name in names if side[:6] in name.lower()), "") for side in pairs.NAMES]
+    if all(sides):
+        return "{" + ", ".join(f"{name}: {side}" for name, side in zip(sides, pairs.NAMES, strict=True)) + "}"
+    if len(names) > 1:
+        return f"{{{names[0]}: prompt, {names[1]}: completion}}"
+    return "{NAME: text}"
 
 
 def _rows_inside(row: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from mlxtune.data.rows.messages import checked
+from mlxtune.data.rows.sides import Side
 from mlxtune.data.rows.tool_calls import arguments_of
 from mlxtune.data.rows.tool_schemas import tools_of
 from mlxtune.data.rows.values import RowError, from_json, listed, text_of
@@ -27,11 +28,14 @@ class Parsed(NamedTuple):
     messages: list[dict[str, Any]] | None = None  # OpenAI messages
     tools: list[dict[str, Any]] | None = None  # in OpenAI's form
     text: str | None = None  # trained on as it stands
+    side: Side = Side.NONE  # what was said of its answer
+    prompt: int = 0  # how many of the messages are those that the answer answers, where the row tells them apart
+    teaches_nothing: str = ""  # why nothing can be learnt from it, though it can be read; "" for nearly all
 
 
 def openai(row: dict[str, Any]) -> list[Parsed]:
     """OpenAI: {"messages": [{"role": "user", "content": "Hi"}, ...], "tools": [...]}"""
-    return _conversation(row, checked(row.get("messages"), "messages"))
+    return conversation(row, checked(row.get("messages"), "messages"))
 
 
 def sharegpt(row: dict[str, Any]) -> list[Parsed]:
@@ -40,15 +44,15 @@ def sharegpt(row: dict[str, Any]) -> list[Parsed]:
     """
     turns = listed(row.get("conversations"), "conversations must be a non-empty list of turns")
     if not all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        turns = _from_sharegpt(turns)
-    return _conversation(row, checked(turns, "conversations"))
+        turns = from_sharegpt(turns)
+    return conversation(row, checked(turns, "conversations"))
 
 
 def alpaca(row: dict[str, Any]) -> list[Parsed]:
     """Alpaca: {"instruction": "Translate", "input": "cat", "output": "chat"}; some write response for output."""
     answer_column = "response" if row.get("response") is not None else "output"
     answer = text_of(row, answer_column)
-    return _instructed(row, text_of(row, "input", optional=True), answer)
+    return instructed(row, text_of(row, "input", optional=True), answer)
 
 
 def self_instruct(row: dict[str, Any]) -> list[Parsed]:
@@ -62,7 +66,7 @@ def self_instruct(row: dict[str, Any]) -> list[Parsed]:
     pairs = [(text_of(instance, "input", optional=True), text_of(instance, "output")) for instance in instances]
     out: list[Parsed] = []
     for given, answer in pairs:
-        out += _instructed(row, given, answer)
+        out += instructed(row, given, answer)
     return out
 
 
@@ -79,13 +83,15 @@ def prompt_completion(row: dict[str, Any]) -> list[Parsed]:
         completion = [{"role": "assistant", "content": text_of(row, "completion")}]
     label = row.get("label", "none")
     if label is True or label is False or label is None:
-        prompt = [_without_weight(message) for message in prompt]
+        prompt = [without_weight(message) for message in prompt]
         if not label:
-            completion = [_without_weight(message) for message in completion]
-    return _conversation(row, prompt + completion)
+            completion = [without_weight(message) for message in completion]
+    (whole,) = conversation(row, [*prompt, *completion])
+    return [whole._replace(prompt=len(whole.messages or []) - len(completion))]
 
 
-def _without_weight(message: dict[str, Any]) -> dict[str, Any]:
+def without_weight(message: dict[str, Any]) -> dict[str, Any]:
+    """The message as context: an answer that is not trained."""
     return {**message, "weight": 0} if message["role"] == "assistant" else message
 
 
@@ -94,7 +100,7 @@ def plain_text(row: dict[str, Any]) -> list[Parsed]:
     return [Parsed(text=text_of(row, "text"))]
 
 
-def _conversation(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[Parsed]:
+def conversation(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[Parsed]:
     """A conversation with the row's `system` column, as the first turn where it has none, and its tools."""
     system = text_of(row, "system", optional=True)
     if system and messages[0]["role"] != "system":
@@ -102,7 +108,7 @@ def _conversation(row: dict[str, Any], messages: list[dict[str, Any]]) -> list[P
     return [Parsed(messages, tools_of(row))]
 
 
-def _instructed(row: dict[str, Any], given: str, answer: str) -> list[Parsed]:
+def instructed(row: dict[str, Any], given: str, answer: str) -> list[Parsed]:
     """As a chat: the instruction, then the input after a blank line, as Alpaca's own prompt orders them.
 
     given: the input, "" for none.
@@ -120,13 +126,13 @@ def _instructed(row: dict[str, Any], given: str, answer: str) -> list[Parsed]:
         turns.append({"role": "user", "content": earlier_question})
         turns.append({"role": "assistant", "content": earlier_answer})
     turns += [question, {"role": "assistant", "content": answer}]
-    return _conversation(row, checked(turns, "history"))
+    return conversation(row, checked(turns, "history"))
 
 
 # ShareGPT.
 
 
-def _from_sharegpt(turns: list[Any]) -> list[dict[str, Any]]:
+def from_sharegpt(turns: list[Any]) -> list[dict[str, Any]]:
     """OpenAI messages. What the assistant does without another speaking in between is one message: calls that follow
     one another, and a text before them. Observations answer the calls before them, in order. For example
 

@@ -172,6 +172,23 @@ class Template:
         return header if header.strip() else ""
 
     @cached_property
+    def own_system(self) -> str:
+        """The system prompt that the template itself puts before a conversation without one; "" where it puts none.
+
+            with one      <|im_start|>system\\n②<|im_end|>\\n<|im_start|>user\\n①
+            without       <|im_start|>system\\nYou are SmolLM.<|im_end|>\\n<|im_start|>user\\n①      -> You are SmolLM.
+
+        What it prints in both cases (Llama's date) is no prompt of its own.
+        """
+        with_one = self.attempt([{"role": "system", "content": NEXT}, user(USER)])
+        before, mark, after = with_one.partition(NEXT)
+        between = after.partition(USER)[0]
+        without = self.attempt([user(USER)]).partition(USER)[0]
+        if not mark or not without.startswith(before) or not without.endswith(between):
+            return ""
+        return without[len(before) : len(without) - len(between)].strip()
+
+    @cached_property
     def thought(self) -> Thought:
         """How the template prints a thought."""
         return Thought.of(self)

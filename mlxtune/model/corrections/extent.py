@@ -37,15 +37,20 @@ def parts(batch: Batch, limit: int | None) -> list[Batch]:
 
     A row's last token is seen by nobody, so that a row may have one token more than the limit.
     """
+    return [part for _, part in alike(batch, limit)]
+
+
+def alike(batch: Batch, limit: int | None) -> list[tuple[np.ndarray, Batch]]:
+    """([rows] its places in the batch, the part) of each part that holds rows of one kind."""
     if limit is None or batch.ids.shape[1] <= limit + 1:
-        return [batch]
+        return [(np.arange(len(batch.rows)), batch)]
     within = np.flatnonzero(batch.lengths <= limit + 1)
     sets = [within] if len(within) else []
     sets += [np.array([row]) for row in np.flatnonzero(batch.lengths > limit + 1)]
-    return [_narrowed(batch, rows, limit + 1 if rows is within else 0) for rows in sets]
+    return [(rows, _narrowed(batch, rows, limit + 1 if rows is within else 0)) for rows in sets]
 
 
 def _narrowed(batch: Batch, rows: np.ndarray, most: int) -> Batch:
-    """Some rows of a batch, padded to `most` tokens or, for 0, to the longest of them."""
+    """Some rows of a batch, padded to `most` tokens or, for 0, to the longest of them, each without a side."""
     width = most or int(batch.lengths[rows].max())
     return Batch(batch.rows[rows], batch.ids[rows, :width], batch.lengths[rows], batch.mask[rows, :width])
