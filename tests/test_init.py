@@ -23,7 +23,7 @@ from mlxtune.config.schema import SourceSection
 from mlxtune.demo.story import data_folder
 from mlxtune.errors import UserError
 from mlxtune.presets.wanted import Goal
-from mlxtune.project import rows
+from mlxtune.project import rows, suite
 from mlxtune.project.file import found
 from mlxtune.project.models import local_models
 
@@ -220,6 +220,25 @@ def test_too_few_prompts_and_rows_that_cannot_be_read_are_refused(tmp_path: Path
     bad.write_text(two.read_text() + "{oops\n")
     with pytest.raises(UserError, match="line 5: not valid JSON"):
         rows.look(SourceSection(path=str(bad)))
+    pairs = [{"prompt": f"Ask {number}", "chosen": "Yes.", "rejected": "No."} for number in range(9)]
+    with pytest.raises(UserError, match="its rows are pairs of answers"):
+        rows.look(SourceSection(path=str(tiny.write_jsonl(tmp_path / "pairs.jsonl", pairs))))
+
+
+def test_an_answer_that_was_rated_as_bad_is_no_reference(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        rated = [{"prompt": f"Ask {n}", "completion": f"Say {n}.", "label": n % 2 == 0} for n in range(10)]
+        file = tiny.write_jsonl(tmp_path / "rated.jsonl", rated)
+        look = rows.look(SourceSection(path=str(file)))
+        counts = rows.write(look, np.full(10, rows.SPLITS.index(split)), tmp_path / split)
+        assert counts[split] == 10
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / split / f"{split}.jsonl").rename(tmp_path / "data" / f"{split}.jsonl")
+    prompts, _ = suite.write(tmp_path, 0)
+    assert prompts == 5
+    assert {row["messages"][-1]["content"] for row in lines(tmp_path / "suite.jsonl")} == {
+        f"Say {number}." for number in range(0, 10, 2)
+    }
 
 
 def test_text_makes_a_project_without_a_suite(mlx_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
