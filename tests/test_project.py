@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import tiny
 
-from mlxtune.cli.ship import FORMS
+from mlxtune.api.exporting import FORMS
 from mlxtune.config import resolve
 from mlxtune.config.schema import ExportSection
 from mlxtune.errors import UserError
