@@ -92,6 +92,11 @@ class Lengths(MeasuredExamples):
         """[N]"""
         return np.arange(len(self))
 
+    @property
+    def sides(self) -> np.ndarray:
+        """[N] of no preference."""
+        return np.zeros(len(self), np.uint8)
+
     def epoch(self, draw: np.random.Generator) -> np.ndarray:
         """[N] any order."""
         return draw.permutation(len(self))
