@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,10 +20,12 @@ from mlxtune.compute.trunk_states import RowStates
 from mlxtune.config import resolve as configuration
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Plan
+from mlxtune.data.dataset.sharing import found_sharing
 from mlxtune.model.linux_cpu import multiply_densely
 from mlxtune.model.load import cast
 from mlxtune.train import optim
 from mlxtune.train.choice import choose
+from mlxtune.train.preference.goal import Preference
 from mlxtune.train.step import Job, StepFunction
 
 
@@ -62,9 +65,14 @@ GOES = 3  # of the step whose peak is measured
 
 
 def of_step(
-    sizes: dict[str, Any], settings: tuple[str, ...], rows: list[Example], bits: int = 0, dtype: mx.Dtype = mx.float32
+    sizes: dict[str, Any],
+    settings: tuple[str, ...],
+    rows: Sequence[Example],
+    bits: int = 0,
+    dtype: mx.Dtype = mx.float32,
+    preference: Preference | None = None,
 ) -> tuple[prediction.Memory, int]:
-    """(the plan of a run, bytes that its heaviest step took)."""
+    """(the plan of a run, bytes that its heaviest step took). preference: what its rows are trained for."""
     gc.collect()  # models of other tests
     mx.clear_cache()
     before = mx.get_active_memory()
@@ -76,13 +84,13 @@ def of_step(
     resolved = configuration.load(None, ("train.epochs=1", *settings))
     keys = attach.attach(model, AdapterPlan.of(model, resolved.lora), 0)
     mx.eval(model.parameters())
-    plan = Plan(rows, resolved.train)
+    plan = Plan(rows, resolved.train, found_sharing(rows) if preference and resolved.fast.prefix == "auto" else None)
     chosen = choose(Given(model, sizes, dtype), resolved, plan)
     way, predicted = chosen.way, chosen.memory
     assert isinstance(predicted, prediction.Memory), predicted
     assert (way.split is None) == (resolved.fast.head == "off")
     states = RowStates(model, way, chosen.budget)
-    job = Job(model, way, keys, plan, resolved.train, None, None, str, None, None, states=states)  # type: ignore[arg-type]
+    job = Job(model, way, keys, plan, resolved.train, None, None, str, None, None, states=states, preference=preference)  # type: ignore[arg-type]
     step = StepFunction(job, optim.build(resolved.train, model.trainable_parameters()))
     if way.frozen:  # what is kept fills up in the first epoch
         for number in range(1, round(plan.steps / plan.passes) + 1):

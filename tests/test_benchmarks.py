@@ -20,7 +20,8 @@ pytest.importorskip("lm_eval", reason="the extra harness is not installed")
 from lm_eval.api.instance import Instance
 
 from mlxtune.adapter import attach
-from mlxtune.cli import cli, tuned
+from mlxtune.api import tuned
+from mlxtune.cli import cli
 from mlxtune.data.dataset.beginnings import common
 from mlxtune.errors import UserError
 from mlxtune.evaluate.benchmarks import package, run, tasks

@@ -236,7 +236,10 @@ def test_a_wrong_configuration_is_named_by_line_and_key(kind: str, tmp_path: Pat
 
 def test_an_unknown_recipe_lists_those_there_are(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    expected = ("no configuration file 'qlroa', and no recipe of that name", "Shipped recipes: lora, qlora, quick.")
+    expected = (
+        "no configuration file 'qlroa', and no recipe of that name",
+        "Shipped recipes: dpo, kto, lora, orpo, qlora, quick.",
+    )
     refused(out, "train", "-c", "qlroa", "--model", "model", "--data", "data", "--out", out, expected=expected)
 
 

@@ -20,6 +20,7 @@ from mlxtune.cli import cli
 from mlxtune.cli.talk import Talk
 from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
+from mlxtune.data.rows.sides import Side
 from mlxtune.errors import UserError
 from mlxtune.evaluate import generate
 from mlxtune.evaluate.chats import log
@@ -163,6 +164,12 @@ def test_a_log_is_data_of_which_good_answers_alone_have_a_weight(tmp_path: Path)
     classed = {**tiny.conversations(1)[0], "label": "spam"}
     (of_messages,) = formats.read(tiny.write_jsonl(tmp_path / "classed.jsonl", [classed]))
     assert isinstance(of_messages, Record) and of_messages.fields == {"label": "spam"}
+
+
+def test_the_thumbs_of_a_log_are_ratings_where_preferences_are_asked_for(tmp_path: Path) -> None:
+    found = list(formats.read(written(tmp_path, [True, False, None]), {}, preferences=True))
+    told = [(record.side, record.prompt, record.teaches_nothing) for record in found if isinstance(record, Record)]
+    assert told == [(Side.GOOD, 3, ""), (Side.BAD, 3, ""), (Side.NONE, 3, "nobody rated it (label is null)")]
 
 
 def test_shares_are_counted_for_each_adapter_with_wilsons_interval(tmp_path: Path) -> None:

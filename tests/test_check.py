@@ -14,7 +14,7 @@ import tiny
 
 from mlxtune.cli import survey_table
 from mlxtune.cli.console import console
-from mlxtune.data.rows import formats, writers
+from mlxtune.data.rows import formats, rewriting
 from mlxtune.errors import UserError
 
 
@@ -67,7 +67,8 @@ def test_each_kind_of_trouble_is_found_in_its_own_row(tokenizer_folder: Path, tm
     assert facts["rows"] == len(GOOD) + len(ODD)
     assert facts["formats"] == {"messages": facts["rows"] - 1}
     assert (facts["outcomes"]["unreadable"], facts["outcomes"]["shortened"]) == (1, 1)
-    assert facts["outcomes"]["used"] + 3 == facts["rows"]
+    assert facts["outcomes"]["damaged by the chat template"] == 1
+    assert facts["outcomes"]["used"] + 4 == facts["rows"]
     assert facts["tasks"]["explain"] == len(GOOD) + 2
     assert facts["lengths"]["longest"] > 250
     assert sum(count for _, _, count in facts["lengths"]["histogram"]) == facts["examples"]
@@ -158,8 +159,8 @@ CALLING = {
 )
 def test_a_row_survives_the_way_to_another_format_and_back(row: dict[str, Any], target: str, tmp_path: Path) -> None:
     given = tiny.write_jsonl(tmp_path / "d.jsonl", [{**row, "id": 9}])
-    written, left = writers.rewrite(formats.read(given), target, tmp_path / "out.jsonl")
-    assert (written, left) == (1, [])
+    done = rewriting.rewrite(formats.read(given), target, tmp_path / "out.jsonl")
+    assert (done.written, done.left_out) == (1, [])
     (before,), (after,) = (list(formats.read(path)) for path in (given, tmp_path / "out.jsonl"))
     assert isinstance(before, formats.Record) and isinstance(after, formats.Record)
     called = [call["id"] for message in after.messages or [] for call in message.get("tool_calls", [])]
@@ -172,10 +173,10 @@ def test_rows_that_a_format_cannot_hold_are_refused_or_left_out(tmp_path: Path) 
     out = tmp_path / "out.jsonl"
     read: Callable[[], Any] = lambda: formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", [GOOD[0], CALLING]))  # noqa: E731
     with pytest.raises(UserError, match="line 2: an Alpaca row holds one question and one answer, and no tools"):
-        writers.rewrite(read(), "alpaca", out)
+        rewriting.rewrite(read(), "alpaca", out)
     assert not out.exists()
-    written, left = writers.rewrite(read(), "alpaca", out, drop=True)
-    assert (written, [row.place for row in left]) == (1, ["line 2"])
+    done = rewriting.rewrite(read(), "alpaca", out, drop=True)
+    assert (done.written, [row.place for row in done.left_out]) == (1, ["line 2"])
     assert [json.loads(line)["instruction"] for line in out.read_text().splitlines()] == ["Explain number 0."]
 
 

@@ -155,7 +155,7 @@ def test_a_key_without_its_section_is_shown_where_it_belongs(write: Any) -> None
 
 def test_a_key_like_no_other_gets_the_list_of_sections(write: Any) -> None:
     for text in ("zzzz: 1\n", "1: 2\n", "null: 3\n"):
-        assert refused(write(text)).hint == "Sections: model, data, lora, train, fast."
+        assert refused(write(text)).hint == "Sections: model, data, lora, train, preference, fast."
 
 
 def test_a_key_set_twice_is_refused_with_both_lines(write: Any) -> None:

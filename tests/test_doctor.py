@@ -17,7 +17,7 @@ from mlxtune_convert import files
 
 from mlxtune import cli
 from mlxtune.errors import UserError
-from mlxtune.machine import diagnosis
+from mlxtune.machine import diagnosis, tested
 from mlxtune.selftest import checks, examination
 from mlxtune.selftest.outcome import FAILED, MLX, Check, Found, NoRoom, Result, Workshop
 
@@ -139,3 +139,28 @@ def test_the_rest_is_spoken_of_only_where_there_is_one(monkeypatch: Patch) -> No
     assert [result.name for result in child(monkeypatch, program.format(1))] == ["0"]
     ends_badly = child(monkeypatch, "begin(0, 1); end(0); os._exit(3)")
     assert [result.name for result in ends_badly] == ["0", "after 0"]
+
+
+@pytest.mark.parametrize(
+    ("here", "said"), [("0.99.0", "newer"), ("0.1.0", "older"), ("0.32.4", ""), ("0.32.4.dev20261130", "")]
+)
+def test_a_version_that_was_not_tested_is_said(here: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {**tested.versions(), "mlx": "0.32.4"}
+    monkeypatch.setattr(tested, "versions", lambda: known)
+    versions = {**known, "mlx": here}
+    monkeypatch.setattr(tested.metadata, "version", versions.__getitem__)
+    lines = tested.untested()
+    assert len(lines) == (1 if said else 0)
+    if said:
+        assert (
+            f"mlx {here} is {said} than 0.32.4" in lines[0]
+            and "doctor --test" in lines[0]
+            and "pip install" in lines[0]
+        )
+
+
+def test_doctor_says_what_was_tested_and_warns_of_what_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tested, "untested", lambda: ["mlx 9 is newer than what was tested"])
+    facts, advice = diagnosis.examine()
+    assert facts["tested with"].startswith("mlx ") and "transformers" in facts["tested with"]
+    assert "mlx 9 is newer than what was tested" in advice

@@ -14,7 +14,7 @@ import tiny
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxtune.adapter.attach import switched_off
-from mlxtune.cli import tuned
+from mlxtune.api import tuned
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.shipped import GENERAL
 from mlxtune.evaluate.checks.suite import read_suite

@@ -22,6 +22,7 @@ from mlxtune.data.template import rendering
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / ".github" / "workflows" / "test.yml"
+WORKFLOWS = sorted(WORKFLOW.parent.iterdir())
 FORMS = sorted(path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config")
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -39,9 +40,10 @@ def linted(file: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["actionlint", *options.split(), str(file)], capture_output=True, text=True, check=False)
 
 
-def test_the_workflow_keeps_to_githubs_schema() -> None:
-    assert [path.name for path in WORKFLOW.parent.iterdir()] == ["test.yml"]
-    done = checked("workflows", WORKFLOW)
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_keeps_to_githubs_schema(workflow: Path) -> None:
+    assert workflow.suffix == ".yml"
+    done = checked("workflows", workflow)
     assert done.exit_code == 0, done.output
 
 
@@ -79,8 +81,9 @@ def test_the_linter_of_workflows_finds_a_fault(right: str, wrong: str, tmp_path:
 
 
 def commands() -> Iterator[list[str]]:
-    """Every line of the workflow's steps, its output's way left out."""
-    for job in yaml.safe_load(WORKFLOW.read_text())["jobs"].values():
+    """Every line of the workflows' steps, its output's way left out."""
+    jobs = [job for path in WORKFLOWS for job in yaml.safe_load(path.read_text())["jobs"].values()]
+    for job in jobs:
         for step in job["steps"]:
             for line in step.get("run", "").splitlines():
                 yield shlex.split(re.split(r" [|>]| 2>", line)[0])
@@ -90,8 +93,9 @@ def test_the_workflow_makes_targets_that_exist_and_reads_only() -> None:
     made = {words[1] for words in commands() if words[0] == "make"}
     assert {"setup", "test", "demo"} <= made
     assert made <= set(re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.MULTILINE)[1].split())  # type: ignore[index]
+    for path in WORKFLOWS:
+        assert yaml.safe_load(path.read_text())["permissions"] == {"contents": "read"}
     workflow = yaml.safe_load(WORKFLOW.read_text())
-    assert workflow["permissions"] == {"contents": "read"}
     systems = {row["os"].rpartition("-")[0] for row in workflow["jobs"]["test"]["strategy"]["matrix"]["include"]}
     assert systems == {"macos", "ubuntu"}
 
@@ -169,3 +173,14 @@ def test_the_security_policy_promises_what_there_is_and_names_a_private_way_to_r
     assert f"after {rendering.SECONDS:g} seconds" in text
     assert "Report a vulnerability" in text
     assert not re.search(r"\S@\S", text)  # an address of somebody's
+
+
+def test_the_newest_versions_are_tried_every_week() -> None:
+    workflow = yaml.safe_load((WORKFLOW.parent / "newest.yml").read_text())
+    (schedule,) = workflow[True]["schedule"]  # `on`, to a reader of YAML 1.1
+    assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", schedule["cron"])
+    (job,) = workflow["jobs"].values()
+    assert {name.rpartition("-")[0] for name in job["strategy"]["matrix"]["os"]} == {"macos", "ubuntu"}
+    steps = [step.get("run", "") for step in job["steps"]]
+    (upgrade,) = (index for index, step in enumerate(steps) if "pip install -q -U" in step and "mlx-lm" in step)
+    assert any("make test" in step for step in steps[upgrade + 1 :])

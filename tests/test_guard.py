@@ -97,6 +97,7 @@ def test_the_guard_sees_what_is_left_in_a_home_among_temporary_files_and_in_the_
         ("verify theirs --model theirs", ["theirs/verification.json"]),
         ("report theirs", ["theirs/report.html"]),
         ("report theirs --out page.html", ["page.html"]),
+        ("import-config theirs/file --out new/mine.yaml", ["new/mine.yaml"]),
         ("demo --out d", ["d/model/config.json", "d/gguf/base.gguf"]),
         ("data convert theirs/file rows.jsonl", ["rows.jsonl"]),
         ("eval --model theirs --suite s.jsonl --out evals/e", ["evals/e/answers.jsonl", "evals/e/summary.json"]),
@@ -135,6 +136,7 @@ def test_every_output_of_a_command_is_known_to_the_guard() -> None:
         "verify",
         "demo",
         "report",
+        "import-config",
     }
 
 

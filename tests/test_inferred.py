@@ -187,6 +187,11 @@ def test_free_text_gets_ended_no_repeat_and_a_length_alone() -> None:
     assert not passes(found, "so it goes on " * 6) and not passes(found, "") and not passes(found, " word1" * 40)
 
 
+def test_without_answers_nothing_is_said_of_their_length() -> None:
+    assert infer([]).checks == ["ended", "no_repeat"]
+    assert infer(["A few words.", "And some more of them."]).checks[-1] == {"length": {"min_words": 1, "max_words": 15}}
+
+
 def test_a_check_that_many_answers_fail_is_left_out() -> None:
     refrains = ["la la la la la la la la la la la la la la la la " + str(number) for number in range(30)]
     found = infer([*refrains, *(f"Text number {number} is another one." for number in range(30))])
@@ -272,6 +277,22 @@ def test_a_suite_of_held_out_rows_is_read_as_it_is_written(tmp_path: Path) -> No
     ids = [row["id"] for row in rows]
     assert ids == [row["id"] for row in suite_rows(records, [], seed=3)]
     assert ids != [row["id"] for row in suite_rows(records, [], seed=4)]
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd"), [("{}", "Nobody knows."), ("class-{}", "another one")], ids=["numbers", "labels"]
+)
+def test_a_row_with_nothing_to_compare_lacks_that_check_and_the_suite_is_read(
+    usual: str, odd: str, tmp_path: Path
+) -> None:
+    answers = [usual.format(number % 3) for number in range(60)] + [odd]
+    rows = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in answers]
+    data = tiny.write_jsonl(tmp_path / "test.jsonl", [{"messages": messages} for messages in rows])
+    found = infer(answers)
+    assert [place for place, _ in found.not_accepted] == [60]
+    made = suite_rows(records_of(data), found.checks)
+    assert len(made[-1]["checks"]) < len(made[0]["checks"])
+    assert len(read_suite(tiny.write_jsonl(tmp_path / "suite.jsonl", made)).rows) == 61
 
 
 def test_an_answer_that_calls_tools_is_asked_for_its_calls(tmp_path: Path) -> None:

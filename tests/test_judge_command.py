@@ -145,7 +145,7 @@ def test_a_small_model_as_its_own_judge_fails_the_exam_and_that_is_said(mlx_mode
 
 WATCHED = """
 import sys, weakref
-from mlxtune.cli import tuned
+from mlxtune.api import tuned
 known = []
 real = tuned.load_model
 def watched(*words):

@@ -38,6 +38,7 @@ LAYERS = (
     ("mlxtune.ship",),
     ("mlxtune.make", "mlxtune.presets", "mlxtune.report"),
     ("mlxtune.demo", "mlxtune.project"),
+    ("mlxtune.api",),
     ("mlxtune.bench", "mlxtune.selftest"),
     ("mlxtune.cli",),
     ("mlxtune.__main__",),

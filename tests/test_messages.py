@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from mlxtune.data.chat import masking, repairs
-from mlxtune.data.rows import formats, writers
+from mlxtune.data.rows import formats, rewriting
 from mlxtune.data.rows.formats import Bad, Record
 from mlxtune.data.rows.tool_calls import parsed_arguments, with_short_ids
 
@@ -233,7 +233,8 @@ def test_calls_results_and_switches_survive_the_way_to_sharegpt_and_back(tmp_pat
         ]
     }
     given, out = tiny.write_jsonl(tmp_path / "d.jsonl", [row]), tmp_path / "out.jsonl"
-    assert writers.rewrite(formats.read(given), "sharegpt", out) == (1, [])
+    done = rewriting.rewrite(formats.read(given), "sharegpt", out)
+    assert (done.written, done.left_out) == (1, [])
     (back,) = formats.read(out)
     assert isinstance(back, Record) and back.messages is not None
     assert with_short_ids(back.messages) == back.messages
@@ -247,14 +248,14 @@ def test_results_out_of_order_are_not_written_as_sharegpt(order: tuple[int, ...]
     calls = [{"id": f"c{at}", "function": {"name": "f", "arguments": {}}} for at in range(2)]
     results = [{"role": "tool", "content": "x", "tool_call_id": f"c{at}"} for at in order]
     row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": calls}, *results]}
-    written, left = writers.rewrite(
+    done = rewriting.rewrite(
         formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", [row, {"messages": [{"role": "user", "content": "Q"}]}])),
         "sharegpt",
         tmp_path / "out.jsonl",
         drop=True,
     )
-    assert (written, len(left)) == (1, 1)
-    assert "results there come in the order of the calls" in left[0].reason
+    assert (done.written, len(done.left_out)) == (1, 1)
+    assert "results there come in the order of the calls" in done.left_out[0].reason
 
 
 def linked(*ids: str | None) -> list[dict[str, Any]]:

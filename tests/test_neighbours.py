@@ -91,6 +91,9 @@ def _data(here: Path) -> dict[str, Path]:
     values = {"data": {"template_kwargs": dict(zip(texts, texts, strict=True))}, "train": {"sample_prompts": texts[:2]}}
     for name, value in (("values", values), ("keys", {"lora": dict.fromkeys(texts, 1)}), ("sections", {ALL: 1})):
         (here / f"{name}.yaml").write_text(json.dumps(value))
+    theirs = {"base_model": ALL, "adapter": ALL, "learning_rate": 1e-4, "datasets": [{"path": ALL, "type": ALL}]}
+    theirs |= {"chat_template": ALL, **dict.fromkeys(texts[:40], ALL)}
+    (here / "axolotl.yml").write_text(json.dumps(theirs))
     asked = [
         {"messages": [{"role": "user", "content": text}], "reference": text, "checks": ["exact"]} for text in texts[:8]
     ]
@@ -189,6 +192,7 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("data curate", *curate, *on, "--keep", "2", "--out", here / f"few{hostile.name(11)}.jsonl")
     step("data curate --review", *curate, "--review", "--out", here / "mine.jsonl", typed=[("> ", "q\n")])
     step("rate", "rate", evaluations[0], typed=[("> ", "q\n")])
+    step("make pairs, refused", "make", "pairs", evaluations[0], "--out", here / "never.jsonl")  # nothing was rated
     step("fuse", "fuse", *tuned, "--out", at["fused"])
     step("fuse --force", "fuse", *tuned, "--out", at["fused"], "--force", "--no-verify")
     step("fuse over theirs", "fuse", *tuned, "--out", theirs, "--force")
@@ -202,6 +206,9 @@ def ended(hf_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     step("bench, refused", "bench", *on, "--data", data, "--pairs", "5")
     step("doctor", "doctor")
     step("config", "config", "-c", here / "values.yaml")
+    step("import-config", "import-config", here / "axolotl.yml")
+    step("import-config --out", "import-config", here / "axolotl.yml", "--out", here / "mine.yaml")
+    step("completion", "completion", "bash")
     step("demo over theirs", "demo", *on, "--out", at["demo"], "--force")
     step("no such model", "generate", "--model", ALL, "--prompt", "x")
     step("no such data", "data", "check", *on, "--data", ALL)
@@ -223,7 +230,15 @@ REFUSED = (
         "demo over theirs",
         "no such model",
     ),
-    *("bench, refused", "no such data", "no such command", "no such option", "no such choice", "no such key"),
+    *(
+        "make pairs, refused",
+        "bench, refused",
+        "no such data",
+        "no such command",
+        "no such option",
+        "no such choice",
+        "no such key",
+    ),
 )
 DONE = (
     *("convert", "data show", "data show --json", "data check", "data check of a folder", "data convert"),
@@ -259,6 +274,9 @@ DONE = (
         "convert an adapter",
         "doctor",
         "config",
+        "import-config",
+        "import-config --out",
+        "completion",
     ),
 )
 STOPPED = ("train, Ctrl-C", "report --live, Ctrl-C")

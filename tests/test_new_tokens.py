@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file
 
 from mlxtune.adapter import adapter_files, vocabulary
-from mlxtune.cli import cli, tuned
+from mlxtune.api import tuned
+from mlxtune.cli import cli
 from mlxtune.cli.display import Display
 from mlxtune.config import resolve
 from mlxtune.data.template.tokenizer_changes import Changes, tokenizer_of

@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mlxtune.cli import ship
+from mlxtune.api import exporting
 from mlxtune.cli.options import Command, Need, OptionFor
 from mlxtune.errors import UserError
 from mlxtune.ship.artefacts import Artefact
@@ -58,5 +58,5 @@ def test_what_fits_and_a_default_said_aloud_are_taken(words: str) -> None:
 
 
 def test_every_word_of_to_is_a_form() -> None:
-    forms = [ship._artefact(word, None, None, ollama=False) for word in ship.FORMS]
+    forms = [exporting.artefact(word, None, None, ollama=False) for word in exporting.FORMS]
     assert all(isinstance(form, Artefact) for form in forms) and len({type(form) for form in forms}) == len(forms)

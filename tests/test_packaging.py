@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 import mlxtune
 from mlxtune.config import resolve
+from mlxtune.machine import tested
 
 COMPUTING = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm"))
 VERSION = f"mlxtune {mlxtune.__version__} ({COMPUTING})"
@@ -191,3 +194,36 @@ def test_the_metadata_say_what_is_needed_and_leave_the_backend_to_the_extras(sit
         chosen = [need for need in needs if need not in base and need.marker and need.marker.evaluate({"extra": extra})]
         assert [(need.name, need.extras) for need in chosen] == [("mlx", {backend})]
         assert chosen[0].specifier == bounds["mlx"]
+
+
+def test_the_archives_are_as_the_package_index_and_pip_want_them(wheel: Path, small: Path, tmp_path: Path) -> None:
+    """W009 (several packages at the top) is left out by name in pyproject.toml, with the reason; nothing else is."""
+    for project in (ROOT, ROOT / "convert"):
+        _run("-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path, cwd=project)
+    archives = [wheel, small, *tmp_path.iterdir()]
+    assert len(archives) == 4
+    said = _run("-m", "twine", "check", "--strict", *archives, cwd=tmp_path)
+    assert said.count("PASSED") == 4 and "WARNING" not in said, said
+    for built in (wheel, small):
+        assert _run("-m", "check_wheel_contents", built, cwd=ROOT).endswith("OK")
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["check-wheel-contents"]
+    assert options == {"ignore": ["W009"]}
+
+
+def test_the_source_archive_holds_what_the_wheel_and_the_tests_need(tmp_path: Path) -> None:
+    _run("-m", "hatchling", "build", "-t", "sdist", "-d", tmp_path, cwd=ROOT)
+    (archive,) = tmp_path.iterdir()
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    assert {"mlxtune/py.typed", "mlxtune/machine/tested.txt", "configs/qlora.yaml", "docs/python.md"} <= names
+    assert {"tests/fixtures/imported/axolotl-1-qlora.yml", "convert/mlxtune_convert/py.typed"} <= names
+
+
+def test_the_tested_versions_are_known_of_all_that_mlxtune_needs_and_within_its_bounds(site: Path) -> None:
+    known = tested.versions()
+    (found,) = importlib.metadata.distributions(path=[str(site)])
+    base = [need for need in map(Requirement, found.requires or []) if "extra" not in str(need.marker or "")]
+    assert len(base) > 10 and set(tested.DECISIVE) <= known.keys()
+    for need in base:
+        assert known[need.name.replace("_", "-").lower()] in need.specifier, need
+    assert "tests/tested_versions.py" in (ROOT / "mlxtune" / "machine" / tested.FILE).read_text()

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiny
 from conversations import TOOL, answer, call, result, system, user
 
+from mlxtune.cli import make_refusals
+from mlxtune.config.schema import SourceSection
+from mlxtune.data.dataset import sources
 from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.sides import Side
+from mlxtune.errors import UserError
+from mlxtune.evaluate.checks.suite import read_suite
+from mlxtune.evaluate.forgetting import texts
+from mlxtune.make.curation import candidates
+from mlxtune.make.given_rows import read_conversations
+from mlxtune.make.seeds import read_seeds
 
 Messages = list[dict[str, Any]]
 GOOD, BAD = answer("Blue."), answer("Green?")
@@ -60,6 +74,14 @@ EXPECTED: dict[str, tuple[dict[str, Any], tuple[Messages, Messages, Messages]]] 
         {"prompt": json.dumps(TALK), "chosen": json.dumps([GOOD]), "rejected": json.dumps([BAD])},
         (TALK, [GOOD], [BAD]),
     ),
+    "answers that are JSON, one of them torn": (
+        {"prompt": "Sky?", "chosen": '[{"value": 1}]', "rejected": '[{"value": 1'},
+        ([user("Sky?")], [answer('[{"value": 1}]')], [answer('[{"value": 1')]),
+    ),
+    "a text prompt, JSON text of conversations": (
+        {"prompt": "Sky?", "chosen": json.dumps([*TALK, GOOD]), "rejected": json.dumps([*TALK, BAD])},
+        (TALK, [GOOD], [BAD]),
+    ),
     "a text that is JSON": (
         {"prompt": "Sky?", "chosen": '[{"role": "x"}]', "rejected": "Green?"},
         ([user("Sky?")], [answer('[{"role": "x"}]')], [BAD]),
@@ -99,6 +121,14 @@ EXPECTED: dict[str, tuple[dict[str, Any], tuple[Messages, Messages, Messages]]] 
     "Anthropic, prompt apart": (
         {"prompt": HH.rstrip(), "chosen": "Blue.", "rejected": "Green?"},
         (TALK, [GOOD], [BAD]),
+    ),
+    "Anthropic, prompt without a last speaker": (
+        {"prompt": HH.removesuffix("\n\nAssistant: "), "chosen": "Blue.", "rejected": "Green?"},
+        (TALK, [GOOD], [BAD]),
+    ),
+    "a question that begins with a speaker": (
+        {"prompt": "Human: Sky?", "chosen": "Blue.", "rejected": "Green?"},
+        ([user("Human: Sky?")], [GOOD], [BAD]),
     ),
     "Anthropic, several turns differ": (
         {
@@ -266,3 +296,57 @@ def test_a_row_that_cannot_say_what_is_better_is_named_as_such(
     row: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     assert all(record.teaches_nothing.endswith(reason) for record in records(tmp_path, row))
+
+
+# Files.
+
+
+def test_rows_of_csv_and_parquet_files_are_the_same_pairs(tmp_path: Path) -> None:
+    row = {"prompt": TALK, "chosen": [*TALK, GOOD], "rejected": [*TALK, BAD]}
+    expected = pair(tmp_path, row)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "d.parquet")
+    with (tmp_path / "d.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([row.keys(), [json.dumps(value) for value in row.values()]])
+    for name in ("d.parquet", "d.csv"):
+        chosen, rejected = formats.read(tmp_path / name, {}, True)
+        assert isinstance(chosen, Record) and isinstance(rejected, Record)
+        assert (*said(chosen), said(rejected)[1]) == expected
+    (tmp_path / "e.csv").write_text("prompt,completion,label\nQ,A,TRUE\nQ,B,0\nQ,C,\n")
+    sides = [(record.side, record.teaches_nothing) for record in formats.read(tmp_path / "e.csv", {}, True)]  # type: ignore[union-attr]
+    assert sides == [(Side.GOOD, ""), (Side.BAD, ""), (Side.NONE, "nobody rated it (label is null)")]
+
+
+def test_a_hub_dataset_of_preferences_is_read_by_its_own_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_list([{"messages": [user("Sky?"), GOOD], "label": False}])
+    splits = dict.fromkeys(("train_prefs", "test_prefs", "train_sft"), rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(splits))
+    given = SourceSection(path="acme/rows")
+    found = sources.files_by_split(given, preferences=True)
+    assert set(found) == {"train", "test"} and sources.unused(found) == ("train_sft",)
+    assert [row.side for row in found["train"][0].read()] == [Side.BAD]  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="has no train split"):
+        sources.files_by_split(given)
+
+
+def test_the_sides_of_a_pair_are_worked_on_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "CHUNK_ROWS", 3)
+    rows = [{"prompt": f"Q{number}", "chosen": "A", "rejected": "B"} for number in range(5)]
+    chunks = list(formats.chunks(formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", rows))))
+    assert [len(chunk) for chunk in chunks] == [4, 4, 2]
+    assert [formats.count_rows(chunk) for chunk in chunks] == [2, 2, 1]
+
+
+def test_pairs_are_refused_where_every_answer_would_be_taken_for_a_good_one(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [EXPECTED["whole conversations"][0]])
+    unused: Any = None
+    readers: list[Callable[[Path], Any]] = [
+        lambda file: candidates.read([file], {}),
+        lambda file: list(texts._tokenized(file, unused, unused)),
+        read_seeds,
+        read_conversations,
+        read_suite,
+    ]
+    for reader in readers:
+        with pytest.raises(UserError, match="pairs of answers, of which one is preferred, are not read here"):
+            reader(path)
+    assert make_refusals._rows_of(str(path)) == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+from reading import all_of
 
 from mlxtune.config.schema import DataSection
 from mlxtune.data.dataset import sources
@@ -86,6 +87,16 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         PAIR,
         {**PAIR, "prompt": [ASKED, BLUE]},
         "prompt ends with an assistant turn: .* put it into chosen and into rejected",
+    ),
+    "Anthropic's prompt that ends with an answer": (
+        PAIR,
+        {**PAIR, "prompt": "\n\nHuman: Sky?\n\nAssistant: Well,"},
+        "prompt ends with an assistant turn",
+    ),
+    "a list that is written in Python's way": (
+        PAIR,
+        {**PAIR, "chosen": str([ASKED, BLUE])},
+        "chosen is a list of messages as Python prints it, which is not JSON: write them as JSON text",
     ),
     "no prompt at all": (
         WHOLE,
@@ -173,3 +184,38 @@ def test_a_file_without_one_of_the_sides_is_told_which_formats_there_are(tmp_pat
     with pytest.raises(UserError, match=r"line 1: no known row format has the keys prompt, chosen") as error:
         sources.require_readable(DataSection(path=str(path)), preferences=True)
     assert "prompt + chosen + rejected" in error.value.hint
+
+
+def test_broken_pairs_are_counted_among_the_rows(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [PAIR, PAIR, {**PAIR, "chosen": 1}, {**PAIR, "chosen": 1}])
+    with pytest.raises(UserError, match="2 of 4 rows cannot be used: line 3, 4: chosen must be a text"):
+        sources.require_readable(DataSection(path=str(path)), all_rows=True)
+
+
+def test_columns_that_seem_to_be_sides_are_to_be_renamed_to_them(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [{"prompt": "Q", "response_chosen": "A", "Rejected": "B"}])
+    with pytest.raises(UserError, match="no known row format") as error:
+        sources.require_readable(DataSection(path=str(path)))
+    assert error.value.hint.endswith("--set 'data.columns={response_chosen: chosen, Rejected: rejected}'.")
+    renamed = DataSection(path=str(path), columns={"response_chosen": "chosen", "Rejected": "rejected"})
+    sources.require_readable(renamed, all_rows=True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "expected"),
+    [
+        ("dpo", "a prompt that ends with an answer", "line 2: prompt ends with an assistant turn"),
+        ("kto", "a label of another kind", "line 2: label is 'spam'; allowed: true, false"),
+    ],
+)
+def test_training_refuses_a_broken_row_in_one_line(recipe: str, name: str, expected: str, tmp_path: Path) -> None:
+    path, out = tiny.write_jsonl(tmp_path / "d.jsonl", list(ROWS[name][:2])), tmp_path / "run"
+    tiny.refused(out, "train", "-c", recipe, "--model", "not-here", "--data", path, "--out", out, expected=(expected,))
+
+
+def test_pairs_of_which_none_says_what_is_better_are_refused_with_the_reasons(tokenizer: Any, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [{**PAIR, "chosen": "Red."}, {**PAIR, "rejected": ""}])
+    with pytest.raises(
+        UserError, match="none of 2 rows can be used; line 1: chosen and rejected are the same, the rej"
+    ):
+        all_of(path, tokenizer)

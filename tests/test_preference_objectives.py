@@ -15,7 +15,8 @@ from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.preference.batch_value import Value
-from mlxtune.compute.preference.objectives import OF_PAIRS, OF_RATED, Objective, Settings, _log_odds
+from mlxtune.compute.preference.objectives import Objective, Settings, _log_odds
+from mlxtune.config.preference import OF_PAIRS, OF_RATED
 from mlxtune.data.dataset.batches import Batch
 
 PAIRS = of_pairs(examples([(20, 5, 9), (31, 12, 7), (25, 3, 4), (18, 9, 9)]))

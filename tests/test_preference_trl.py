@@ -24,6 +24,7 @@ from mlxtune.compute.preference.objectives import Settings
 from mlxtune.config import resolve as configuration
 from mlxtune.config.schema import LoraSection
 from mlxtune.data.dataset.batches import Batch
+from mlxtune.model.arrays import named
 from mlxtune.model.load import load
 from mlxtune.train import optim
 
@@ -294,21 +295,23 @@ def test_rated_answers_are_trls(objective: Any, pair: Pair, kto: Any, monkeypatc
     monkeypatch.setattr(kto, "calculate_KL", objective == "kto")
     monkeypatch.setattr(kto, "desirable_weight", 1.3)
     monkeypatch.setattr(kto, "undesirable_weight", 0.8)
-    parameters = pair.set_factors(kto.model)
     good = batch["label"].tolist()
     matched = of_rated(rows_of(batch, range(len(ROWS))), good)
     others = of_rated(rows_of(batch, range(len(ROWS)), "KL_"), good)
+
+    # An adapter that makes the other answers likelier: a baseline of 0 would hide whether it is used.
+    pair.set_factors(kto.model, b=0.0)
+    _, _, tree = pair.gradients(others).of_answers(others, lambda sums: sums.sum())
+    uphill = named(tree)
+    factors = {path: (a, -0.02 * np.array(uphill[f"{path}.lora_b"])) for path, (a, _) in pair.factors.items()}
+    monkeypatch.setattr(pair, "factors", factors)
+    parameters = pair.set_factors(kto.model)
     likelier = pair.reference(others) - np.array(pair.gradients(others).answer_sums(others))
-    # What becomes likelier by chance is made sure of: a baseline of 0 would hide that it is used.
     baseline = float(likelier.mean())
-    if baseline < 0:
-        flipped = {path: (a, -b) for path, (a, b) in pair.factors.items()}
-        monkeypatch.setattr(pair, "factors", flipped)
-        parameters = pair.set_factors(kto.model)
-        likelier = pair.reference(others) - np.array(pair.gradients(others).answer_sums(others))
-        baseline = float(likelier.mean())
+    assert baseline > 0.1
+
     settings = Settings(objective, BETA, good_weight=1.3, bad_weight=0.8)
-    found = ours(pair, matched, settings, pair.reference(matched), baseline=max(baseline, 0.0))
+    found = ours(pair, matched, settings, pair.reference(matched), baseline=baseline)
     kto.model.train()
     assert_same(found, kto.compute_loss(kto.model, batch), parameters)
 

@@ -158,6 +158,9 @@ def test_a_model_takes_no_more_tokens_than_it_was_made_for() -> None:
     found = search.search(peaks, machine(10**12), (4,))
     assert isinstance(found, Preset) and found.settings["data.max_tokens"] == 128
     assert found.warnings
+    stored = {**SMALL, "quantization": {"bits": 4, "group_size": 64}}
+    as_it_is = search.find(stored, machine(10**12), ROWS)
+    assert isinstance(as_it_is, Preset) and as_it_is.bits is None
 
 
 def test_a_small_model_has_8_bits_where_they_cost_nothing_and_a_large_one_4(

@@ -68,6 +68,7 @@ def test_each_command_takes_what_it_is_not_told_and_says_so_in_one_line(project:
     assert (project / "exports" / "peft" / "adapter_config.json").is_file() and Path("exports/lora.gguf").is_file()
     refused = tiny.mlxtune("export", "--no-verify")  # before any is made again
     tiny.one_clear_line(refused, "exports/peft already exists")
+    assert taken(tiny.done("fuse", "--out", "fused", "--no-verify").stderr) == ["--adapter my run"]
     model = resolve.load("mlxtune.yaml").model.path
     assert taken(tiny.done("data", "check").stderr) == [f"the settings, --model {model}"]
     assert "number 0?" in tiny.done("data", "show", "--limit", "1").stdout
@@ -127,6 +128,19 @@ def test_a_second_run_goes_where_it_is_told_or_replaces_the_first(project: Path)
 def test_force_needs_a_run_to_replace(mlx_model: Path, data: Path) -> None:
     refused = tiny.mlxtune("train", "--model", mlx_model, "--data", data, "--force")
     tiny.one_clear_line(refused, "--force has no effect without --out")
+
+
+def test_what_is_missing_and_what_counts_for_nothing_is_said(project: Path, mlx_model: Path) -> None:
+    tiny.one_clear_line(tiny.mlxtune("eval"), "no folder my run", "mlxtune train makes one")
+    file = project / "mlxtune.yaml"
+    file.write_text(file.read_text().replace(str(mlx_model), "model"))
+    for words in (("train",), ("data", "check"), ("data", "show")):
+        refused = tiny.mlxtune(*words)
+        tiny.one_clear_line(
+            refused, "no folder model, which is the model of mlxtune.yaml", "mlxtune convert MODEL model"
+        )
+    named = tiny.done("train", "-c", "mlxtune.yaml", "--model", mlx_model, "--dry-run")
+    assert "its section `project` is for commands without -c" in named.stderr and taken(named.stderr) == []
 
 
 @pytest.mark.parametrize(

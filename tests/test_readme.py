@@ -34,7 +34,10 @@ ELSEWHERE = {
     "test_the_result_is_printed_and_likert_is_refused",
     "mlxtune eval --model model --adapter run --benchmark": "test_benchmarks.py::"
     "test_the_command_compares_base_and_tuned_without_a_network_or_torch",
+    "mlxtune train -c dpo": "test_preference_runs.py::"
+    "test_the_recipe_goes_on_from_an_adapter_and_tells_people_what_it_does",
     "mlxtune make answers": "test_make_answers.py::test_what_is_made_passes_the_check_and_trains",
+    "mlxtune make pairs": "test_preference_eval.py::test_what_people_decided_becomes_pairs_that_can_be_read",
     "mlxtune make turns": "test_make_turns.py::"
     "test_the_command_makes_turns_with_recorded_answers_and_refuses_a_base_model",
     "mlxtune make refusals": "test_make_turns.py::test_refusals_are_capped_by_the_set_beside_which_they_will_stand",
@@ -89,6 +92,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
         tiny.write_jsonl(folder / "data" / f"{split}.jsonl", own)
     alpaca = [{"instruction": f"Say {index}.", "input": "", "output": f"{index} it is."} for index in range(6)]
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
+    pairs = [{"prompt": f"Say {index}.", "chosen": f"{index} it is.", "rejected": "No."} for index in range(6)]
+    tiny.write_jsonl(folder / "pairs.jsonl", pairs)
     (folder / "gsm8k.csv").write_text("question,answer\nHow much is 1 and 1?,It is 2.\nAnd 2 and 3?,It is 5.\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -99,18 +99,23 @@ def refuse_existing(path: Path, force: bool, sources: Sequence[Path] = ()) -> No
     for source in sources:
         if source.resolve().is_relative_to(place):
             what = "is the source itself" if source.resolve() == place else f"holds the source {source}"
-            raise UserError(f"{path} {what}", "Choose another folder.")
+            raise UserError(f"{path} {what}", f"Choose another {_kind(path)}.")
     if Path.cwd().is_relative_to(place):
         raise UserError(f"{path} is the folder you are in, or holds it", "Name a new folder.")
     if holds_something(path) and not force:
         other = not_ours(path)
         hint = "" if other else ", or add --force to replace it"
-        raise UserError(f"{path} already exists", f"Choose another {'folder' if path.is_dir() else 'name'}{hint}.")
+        raise UserError(f"{path} already exists", f"Choose another {_kind(path)}{hint}.")
     if other := not_ours(path):
         raise UserError(
             f"{path} holds {other}, which mlxtune did not write: --force replaces models, adapters and exports alone",
             "Choose another folder.",
         )
+
+
+def _kind(path: Path) -> str:
+    """What to choose another of, in a hint."""
+    return "folder" if path.is_dir() else "name"
 
 
 def not_ours(path: Path) -> str:
@@ -228,8 +233,11 @@ def new_artefact(destination: Path, main: str, force: bool = False, sources: Seq
                 places[file] = destination if file.name == main else destination.with_suffix(f".{file.name}")
             for place in places.values():
                 refuse_existing(place, force)
+            for file in places:
+                flush(file)
             for file, place in places.items():
                 os.replace(file, place)
+            flush(destination.parent)
     finally:
         _remove(folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn, TextIO, cast
 
@@ -14,19 +15,25 @@ import mlxtune
 from mlxtune.cli import (
     bench,
     chat,
+    common,
     compare,
+    completion,
     config,
     convert,
+    curate,
     data,
     demo,
     doctor,
     evaluate,
+    help_text,
+    import_config,
     init,
     make,
     make_answers,
     make_from_documents,
     make_from_template,
     make_instructions,
+    make_pairs,
     make_refusals,
     make_turns,
     rate,
@@ -42,10 +49,11 @@ from mlxtune.machine import gpu_errors
 from mlxtune.train import signals
 
 SECTIONS: dict[str, list[click.Command]] = {
-    "Begin": [init.init, demo.demo, doctor.doctor, bench.bench],
+    "Begin": [init.init, demo.demo, doctor.doctor, bench.bench, completion.completion],
     "Prepare": [convert.convert, data.data, make.make],
     "Tune": [
         config.config,
+        import_config.import_config,
         train.train,
         runs.runs,
         report.report,
@@ -58,6 +66,7 @@ SECTIONS: dict[str, list[click.Command]] = {
 }
 MAKERS: list[click.Command] = [  # the commands of `make`
     make_instructions.instructions,
+    make_pairs.pairs,
     make_answers.answers,
     make_turns.turns,
     make_refusals.refusals,
@@ -105,11 +114,21 @@ def cli() -> None:
     """
 
 
+# Those that tell of their progress, or note something beside their result.
+TELLING: list[click.Command] = [
+    *(doctor.doctor, bench.bench, convert.convert, data.show, data.check, data.convert, curate.curate),
+    *(import_config.import_config, train.train, evaluate.eval_command, chat.generate),
+    *(ship.fuse, ship.export, ship.verify),
+    *MAKERS,
+]
+for _telling in TELLING:
+    common.may_be_quiet(_telling)
 for _commands in SECTIONS.values():
     for _command in _commands:
         cli.add_command(_command)
 for _maker in MAKERS:
     make.make.add_command(_maker)
+help_text.lay_out(cli)
 
 
 def main(args: list[str] | None = None) -> NoReturn:
@@ -117,6 +136,10 @@ def main(args: list[str] | None = None) -> NoReturn:
     signals.unwind_on_signals()
     stderr = cast(TextIO, Surviving(sys.stderr))
     sys.stderr = stderr
+    if completion.VARIABLE in os.environ:  # a shell asks how a line may go on
+        from mlxtune.cli import completing
+
+        completing.prepare(cli)
     try:
         code = cli.main(args, prog_name="mlxtune", standalone_mode=False)
     except SystemExit as stop:

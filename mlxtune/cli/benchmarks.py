@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.cli import common, pages, suites, tuned
+from mlxtune.api import tuned
+from mlxtune.cli import common, pages, suites
 from mlxtune.cli.options import Need, OptionFor, is_given, with_options
 from mlxtune.cli.suite_options import A_FOLDER
 from mlxtune.cli.suites import Party

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from mlxtune_convert.shown import brief, shown_name
 
-from mlxtune.cli import common, thumbs, tuned
+from mlxtune.api import tuned
+from mlxtune.cli import common, thumbs
 from mlxtune.cli.options import MAX_TOKENS, SEED, TEMPERATURE, TOP_P, Command, Need, OptionFor
 from mlxtune.errors import UserError
 

@@ -92,12 +92,28 @@ settings_option = click.option(
 force_option = click.option("--force", is_flag=True, help="Replace the destination.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 
+QUIET = "mlxtune.quiet"  # in the memory of a command: whether it says nothing but its result and errors
+
+
+def _hush(context: click.Context, _: click.Parameter, given: bool) -> None:
+    context.meta[QUIET] = given
+
+
+def may_be_quiet(command: click.Command) -> None:
+    """Give a command the option --quiet, as its last but --help."""
+    text = "No progress and no notes: the result and errors alone."
+    command.params.append(
+        click.Option(["-q", "--quiet"], is_flag=True, expose_value=False, is_eager=True, callback=_hush, help=text)
+    )
+
 
 def console(quiet: bool = False) -> Console:
-    """Standard error: progress, notes, and what is not the command's result."""
+    """Standard error: progress, notes, and what is not the command's result. Silent with --quiet, too."""
     from mlxtune.cli.console import console as safe
 
-    return safe(stderr=True, quiet=quiet)
+    context = click.get_current_context(silent=True)
+    hushed = context is not None and context.meta.get(QUIET, False)
+    return safe(stderr=True, quiet=quiet or hushed)
 
 
 def say(out: Console, line: str, style: str = "") -> None:

@@ -28,14 +28,14 @@ def draw(out: Console, result: Mapping[str, Any], names: tuple[str, str] = ("bas
     _say(result["notes"])
 
 
-def table_of(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str], n: int = 0) -> Table:
+def table_of(checks: Mapping[str, Mapping[str, Any]], names: tuple[str, str], n: int = 0, of: str = "prompts") -> Table:
     """checks: as `comparison.summary.check_results` gives them; names: of the two sides; n: prompts of the suite, where
-    a sentence says what these can show: what a check of fewer can show stands in a column.
+    a sentence says what these can show: what a check of fewer can show stands in a column; of: what is counted.
     """
     from mlxtune.evaluate.comparison.figures import interval, p_value, points, share, shows_from
 
     compared = any("verdict" in check for check in checks.values())
-    table = _empty("check", "prompts", names[0], *((names[1], "difference") if compared else ()), "95% interval")
+    table = _empty("check", of, names[0], *((names[1], "difference") if compared else ()), "95% interval")
     if compared:
         table.add_column("p", justify="right")
         table.add_column("verdict")

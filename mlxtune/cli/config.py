@@ -20,7 +20,7 @@ HEADING = "# A run's configuration. Save it, change it, and name it: mlxtune tra
 
 @click.command()
 @click.argument("key", required=False, metavar="[KEY]")
-@click.option("-c", "--config", "file", metavar="FILE", help="With the values of this file, or shipped recipe.")
+@click.option("-c", "--config", "file", metavar="FILE", help="Take the values of this file, or shipped recipe.")
 @common.settings_option
 @common.json_option
 def config(key: str | None, file: str | None, settings: tuple[str, ...], as_json: bool) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -42,4 +44,7 @@ class SafeConsole(Console):
 
 def console(**settings: Any) -> SafeConsole:
     """A console without rich's markup: a row may hold [bold]."""
+    if os.environ.get("TERM", "").lower() in ("dumb", "unknown"):  # of which rich takes 80 columns for granted
+        size = shutil.get_terminal_size()
+        settings = {"width": size.columns, "height": size.lines, **settings}
     return SafeConsole(highlight=False, emoji=False, markup=False, **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from mlxtune_convert.files import json_text
 from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common
@@ -40,6 +41,7 @@ from mlxtune.cli import common
     help="Copy the model's own .py files too (auto_map), for programs that run them; mlxtune never does.",
 )
 @common.force_option
+@common.json_option
 def convert(
     src: str,
     dst: Path,
@@ -50,6 +52,7 @@ def convert(
     base: Path | None,
     code: bool,
     force: bool,
+    as_json: bool,
 ) -> None:
     """Make an MLX model folder from a hub id, an HF or MLX folder, or a GGUF file; an adapter from a PEFT or GGUF one.
 
@@ -83,6 +86,10 @@ def convert(
         made = peft.import_adapter(folder, dst, str(base) if base else None, force)
         for note in made.notes:
             common.note(note)
+        if as_json:
+            facts = {"layers": made.layers, "variant": made.saved.variant, "base": made.saved.base or None}
+            click.echo(json_text({"path": str(dst), "kind": "adapter", **facts, "notes": made.notes}))
+            return
         trained_on = f", trained on {made.saved.base}" if made.saved.base else ""
         common.stdout().print(f"{dst}: an adapter of {made.layers} layers ({made.saved.variant}{trained_on})")
         return
@@ -94,6 +101,10 @@ def convert(
         done = conversion.convert(src, dst, quantization, dtype, force, base, code)
     for note in done.notes:
         common.note(note)
+    if as_json:
+        facts = {"bytes": done.total_bytes, "bits_per_weight": done.bits_per_weight}
+        click.echo(json_text({"path": str(dst), "kind": "model", **facts, "notes": done.notes}))
+        return
     common.stdout().print(f"{dst}: {size(done.total_bytes)}, {done.bits_per_weight:.2f} bits per weight")
     recipe = "qlora" if done.bits_per_weight < 16 else "lora"
     common.next_commands(

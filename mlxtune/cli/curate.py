@@ -44,7 +44,7 @@ HEEDED = ("data.columns", "data.max_tokens", "data.template", "data.template_kwa
     type=click.FloatRange(0, 1),
     default=0.7,
     show_default=True,
-    help="Of two questions with more in common (ROUGE-L) one stays.",
+    help="Where two questions have more in common (ROUGE-L), one of them stays.",
 )
 @click.option("--of-one-file", type=click.IntRange(min=1), metavar="N", help="Rows of one FILE at most.")
 @click.option("--review", is_flag=True, help="A person keeps, drops or edits each row in the terminal.")

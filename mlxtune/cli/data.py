@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from mlxtune_convert.shown import shown_json
 
+from mlxtune.api.rendering import renderer_of
 from mlxtune.cli import common, curate, in_project, pages
 from mlxtune.cli.options import Command, Group, Need, OptionFor
-
-if TYPE_CHECKING:
-    from mlxtune.config.resolve import Config
-    from mlxtune.data.chat.renderer import Renderer
 
 SHOWN = 5  # rows that `data show` prints for people
 
@@ -32,7 +28,7 @@ data.add_command(curate.curate)
 @data.command()
 @model_option
 @click.option("--data", "path", metavar="PATH", help="Folder, file, or hub dataset id.")
-@common.split_option("Which split.  [default: all rows of the train files]")
+@common.split_option("Which split is shown.  [default: all rows of the train files]")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.  [default: 5, with --json all]")
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines with ids and mask.")
 @common.settings_option
@@ -47,7 +43,8 @@ def show(
     """Print rows rendered by the model's chat template, coloured by what is trained on.
 
     Green (or between the marks where there is no colour) is what the model must produce; the rest is context.
-    DIR may hold a tokenizer alone. A row is printed as its examples: turns that do not share one have their own.
+    DIR may hold a tokenizer alone. A row is printed as its examples: turns that do not share one have their own. Of a
+    pair the prompt is printed once, then the chosen answer (+, green) and the rejected one (-, red).
     --split train and valid divide the rows of a train file as training does, before data.dedup, data.cap and
     data.on_damage leave any out. In a folder with mlxtune.yaml, model and data may be left out.
 
@@ -55,11 +52,14 @@ def show(
     mlxtune data show --model model --data train.jsonl --limit 3
     mlxtune data show --model model --data data --split valid --json
     """
-    from itertools import islice
+    from itertools import chain, islice
 
     from mlxtune.cli import shown_rows, survey_table
     from mlxtune.config import resolve as config
+    from mlxtune.data.chat.by_row import by_row
     from mlxtune.data.dataset import holdout
+    from mlxtune.data.rows.readers import Bad
+    from mlxtune.data.rows.two_sides import TwoSides, records_of, together
     from mlxtune.errors import UserError
 
     cache = () if split else ("data.cache",)  # only what training would hold out needs all rows
@@ -68,29 +68,25 @@ def show(
     resolved = config.load(file, settings, {"data.path": path})
     if resolved.data.sources and len(resolved.data.sources) > 1:
         raise UserError(f"{file} names several sources", "Name the rows to show: --data PATH.")
-    renderer = _renderer(model, resolved)
+    renderer = renderer_of(model, resolved)
     out = common.stdout()
     with survey_table.progress(common.console()) as progress:
-        rows = holdout.rows_of_split(resolved.data, resolved.train.seed, split, renderer, progress)
+        rows = holdout.rows_of_split(
+            resolved.data, resolved.train.seed, split, renderer, progress, bool(resolved.preference.loss)
+        )
     if limit is None and not as_json:
         limit = SHOWN
-    for record in islice(rows, limit):
-        for row in renderer.rows([record]):
-            if as_json:
+    for one in islice(together(rows), limit):
+        records = [one] if isinstance(one, Bad) else records_of(one)
+        parts = list(chain.from_iterable(by_row(renderer.stream(records))))
+        if as_json:
+            for row in parts:
                 click.echo(shown_json(shown_rows.as_json(renderer.tokenizer, row)))
-            else:
+        elif isinstance(one, TwoSides):
+            shown_rows.draw_pair(out, renderer.tokenizer, parts)
+        else:
+            for row in parts:
                 shown_rows.draw(out, renderer.tokenizer, row)
-
-
-def _renderer(model: str, config: Config) -> Renderer:
-    """What makes examples with the tokenizer of a model, once the data is known to be there."""
-    from mlxtune.data.chat.renderer import Renderer
-    from mlxtune.data.dataset import sources
-    from mlxtune.data.template.tokenizer_changes import preview_tokenizer
-    from mlxtune.model import hub
-
-    sources.require_readable(config.data)
-    return Renderer(preview_tokenizer(hub.resolve(model), config), config.data)
 
 
 @data.command(cls=Command)
@@ -150,7 +146,7 @@ def check(
     if file is not None:
         for line in reach.hub_notes(config, file, named):
             common.note(line)
-    renderer = _renderer(model, config)
+    renderer = renderer_of(model, config)
     with survey_table.progress(common.console()) as progress:
         told = checks.survey(config, renderer, progress)
     if html is not None:
@@ -172,27 +168,49 @@ def check(
 @click.argument("source", metavar="SOURCE")
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT.jsonl")
 @click.option(
-    "--to", "target", type=click.Choice(["messages", "sharegpt", "alpaca"]), default="messages", show_default=True
+    "--to",
+    "target",
+    type=click.Choice(["messages", "sharegpt", "alpaca", "pairs", "pairs-implicit", "openai", "llama-factory", "kto"]),
+    default="messages",
+    show_default=True,
+    help="The format to write.",
 )
-@common.split_option("Of a folder.", default="train", show_default=True)
-@click.option("--drop", is_flag=True, help="Leave out rows that do not fit, instead of refusing.")
+@common.split_option("Which split of a folder.", default="train", show_default=True)
+@click.option(
+    "--drop",
+    is_flag=True,
+    help="Leave out what does not fit, instead of refusing: rows; of pairs, the rejected answers.",
+)
 @common.force_option
+@common.json_option
 @common.settings_option
 def convert(
-    source: str, out: Path, target: str, split: str, drop: bool, force: bool, settings: tuple[str, ...]
+    source: str,
+    out: Path,
+    target: str,
+    split: str,
+    drop: bool,
+    force: bool,
+    as_json: bool,
+    settings: tuple[str, ...],
 ) -> None:
     """Rewrite rows of any known format as JSON Lines of another.
+
+    Pairs (a better and a worse answer to one prompt) are written as pairs, pairs-implicit, openai or llama-factory have
+    them, or as kto: two rated answers each.
 
     \b
     mlxtune data convert alpaca.json train.jsonl
     mlxtune data convert train.jsonl sharegpt.jsonl --to sharegpt
     mlxtune data convert gsm8k.csv train.jsonl --set 'data.columns={question: prompt, answer: completion}'
+    mlxtune data convert pairs.jsonl openai.jsonl --to openai
+    mlxtune data convert pairs.jsonl chosen.jsonl --drop
     """
     from itertools import chain
 
     from mlxtune.config import resolve as config
     from mlxtune.data.dataset import sources
-    from mlxtune.data.rows.writers import rewrite
+    from mlxtune.data.rows.rewriting import PREFERENCES, rewrite
     from mlxtune.errors import UserError
 
     common.refuse_idle(settings, "", but=("data.columns",))
@@ -200,11 +218,19 @@ def convert(
         raise UserError(f"{out}: JSON Lines are written", "Give it a name that ends with .jsonl.")
     section = config.load(None, settings, {"data.path": source}).data
     (given,) = section.mixture()
-    found = sources.files_by_split(given)
+    found = sources.files_by_split(given, preferences=target in PREFERENCES)
     if split not in found:
         raise UserError(f"{source} has no {split} file", f"It has: {', '.join(found)}.")
     rows = chain.from_iterable(one.read() for one in found[split])
-    written, left = rewrite(rows, target, out, force, drop, [Path(source)])
-    for row in left:
+    done = rewrite(rows, target, out, force, drop, [Path(source)])
+    if as_json:
+        lost = [{"file": row.file, "row": row.row, "reason": row.reason} for row in done.left_out]
+        told = {"path": str(out), "rows": done.written, "left_out": lost, "rejected_answers_left_out": done.rejected}
+        click.echo(shown_json(told))
+        return
+    for row in done.left_out:
         common.say(common.console(), f"left out: {row.place}: {row.reason}", style="yellow")
-    common.stdout().print(f"{out}: {written:,} rows" + (f", {len(left):,} left out" if left else ""))
+    if done.rejected:
+        common.note(f"the rejected answers of {done.rejected:,} pairs are left out: a row of {target} has one answer")
+    left = f", {len(done.left_out):,} left out" if done.left_out else ""
+    common.stdout().print(f"{out}: {done.written:,} rows{left}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="Where everything goes."
 )
-@click.option("--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps.  [default: 48]")
+@click.option("--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps to train.  [default: 48]")
 @common.force_option
 def demo(model: str | None, out: Path, steps: int | None, force: bool) -> None:
     """The whole story in a few minutes: convert, measure, tune, compare, fuse, export.

@@ -44,6 +44,9 @@ class Meter:
         self.loss: float | None = None  # a running mean; None: no step was taken
         self.losses = Sparkline()  # of all steps
         self.valid: list[float] = []  # validation losses that are finite
+        self.told_apart: list[float] = []  # of preferences: the accuracy on held-out rows
+        self.margin: float | None = None  # of preferences: a running mean; None: no step was taken, or it is none
+        self.accuracy: float | None = None  # the same
         self.lr = 0.0
         self.tokens_per_second = 0.0  # of the rows; a running mean; 0: no step was taken
         self.tokens = self.computed_tokens = 0  # of the rows, and those that went through the model, of all steps
@@ -60,10 +63,14 @@ class Meter:
             self._add_step(event)
         elif kind == "eval" and event["loss"] is not None:
             self.valid.append(event["loss"])
+            if event.get("accuracy") is not None:
+                self.told_apart.append(event["accuracy"])
 
     def _add_step(self, event: Event) -> None:
         self.step, self.lr, self.peak_bytes = event["step"], event["lr"], event["peak_bytes"]
         self.losses.add(event["loss"])
+        self.margin = _running(self.margin, event.get("margin"))
+        self.accuracy = _running(self.accuracy, event.get("accuracy"))
         rate = event["tokens"] / max(event["seconds"], 1e-9)
         self.tokens += event["tokens"]
         self.computed_tokens += event["computed_tokens"]
@@ -109,9 +116,15 @@ class Meter:
         out = [("step", f"{self.step}/{self.steps}")]
         if self.loss is not None:
             out.append(("loss", f"{self.loss:.4f}"))
+        if self.margin is not None:
+            out.append(("margin", f"{self.margin:.3f}"))
+        if self.accuracy is not None:
+            out.append(("accuracy", f"{self.accuracy:.0%}"))
         if self.valid:
             first = f" (was {self.valid[0]:.4f})" if len(self.valid) > 1 else ""
             out.append(("valid loss", f"{self.valid[-1]:.4f}{first}"))
+        if self.told_apart:
+            out.append(("valid accuracy", f"{self.told_apart[-1]:.0%}"))
         if self.tokens_per_second:
             out += [
                 ("tokens/s", f"{self.tokens_per_second:,.0f}"),
@@ -227,6 +240,8 @@ class Display:
             self._live.update(self._draw())
         elif event["kind"] == "eval" and event["loss"] is not None:
             text = f"step {event['step']}: validation loss {event['loss']:.4f} ({event['tokens']:,} tokens)"
+            if event.get("accuracy") is not None:
+                text += f", accuracy {event['accuracy']:.1%}"
             self.console.print(text)
         elif event["kind"] == "train":
             self._print_sometimes()
@@ -254,6 +269,13 @@ class Display:
         room = min(CURVE, self.console.width - len(CURVE_NAME))
         bars = self.meter.losses.text(room) if room >= LEAST_CURVE else ""
         return Text(CURVE_NAME, style="dim") + Text(bars, style="bold") if bars else None
+
+
+def _running(mean: float | None, value: float | None) -> float | None:
+    """The running mean with one more value. None: there is no value yet, or none this time."""
+    if value is None:
+        return mean
+    return value if mean is None else OLD * mean + (1 - OLD) * value
 
 
 def _numbers(fields: list[tuple[str, str]], width: int) -> Table:

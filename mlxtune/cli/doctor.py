@@ -59,6 +59,8 @@ def _print_facts(out: Console, facts: dict[str, str], advice: list[str]) -> None
             out.print(f"{name:<24}{value}")
     else:
         table = Table.grid(padding=(0, 2))
+        table.add_column()
+        table.add_column(overflow="fold")  # a path is told whole, however narrow the terminal
         for name, value in facts.items():
             table.add_row(name, shown_name(value))
         out.print(table)

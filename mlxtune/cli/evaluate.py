@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.files import json_text
 
-from mlxtune.cli import benchmarks, common, suites, tuned
+from mlxtune.api import evaluating
+from mlxtune.cli import benchmarks, common, pages, preferences, suites
 from mlxtune.cli.benchmarks import benchmark_options
 from mlxtune.cli.judging import judge_options
 from mlxtune.cli.options import Command
@@ -19,6 +21,7 @@ from mlxtune.evaluate.engines.opening import kind_of
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mlxtune.config.resolve import Config
     from mlxtune.evaluate.score import Score
 
 REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in --json
@@ -35,7 +38,7 @@ REPORTED = ("loss", "perplexity", "accuracy", "tokens")  # fields of a score in 
     metavar="PATH",
     help="Folder, file or hub dataset id.  [default: the run's own, never fetched from the hub]",
 )
-@common.split_option("Of a folder.  [default: valid; a file: all rows]")
+@common.split_option("Which split of a folder.  [default: valid; a file: all rows]")
 @suite_options
 @judge_options
 @benchmark_options
@@ -62,6 +65,10 @@ def eval_command(
 
     Without a suite: loss, perplexity and token accuracy over the tokens that training supervises.
 
+    Of pairs (a chosen and a rejected answer to one prompt) it is how often each model finds the chosen answer likelier,
+    how far the tuned one moved from the base (of a run that began with an adapter: from that one), and what of that
+    chance would not do; of rated answers the like. --html writes it as a page.
+
     With a suite, both answer its prompts (a base and its adapter in the same batches), and its checks say what is
     right. Each difference comes with its interval, and is called better or worse only where chance is unlikely to give
     as much (p < 0.05 over all checks together). Exit status 3: a --min-better or --max-worse is not met.
@@ -78,6 +85,7 @@ def eval_command(
     \b
     mlxtune eval --model model --adapter run
     mlxtune eval --model model --data data --split test --json
+    mlxtune eval --model model --adapter run --data pairs.jsonl --html page.html
     mlxtune eval --model model --adapter run --suite data/test.jsonl --out evals/first
     mlxtune eval --model model --adapter run --suite data/test.jsonl --out evals/second --html page.html
     mlxtune eval --model model --adapter run --suite data/test.jsonl --min-better json=0.1
@@ -123,32 +131,39 @@ def eval_command(
         raise UserError(
             f"--model {model} gives answers, no loss", "Name the prompts that it shall answer: --suite FILE."
         )
-    from mlxtune.adapter.attach import switched_off
-    from mlxtune.data.dataset import holdout
-    from mlxtune.evaluate.score import score_examples
+    html: Path | None = of_suite["html"]
 
-    if adapter is None and data is None and not any(setting.startswith("data.") for setting in settings):
-        raise UserError("no rows to score", "Name them: --data PATH; or --adapter RUN, whose held-out rows are taken.")
-    tuned.run_settings(adapter, data, settings)  # a typing error is said before the model is read
-    loaded = tuned.load_model(model, adapter)
-    examples, config = tuned.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split)
-    is_whole = data is not None and holdout.is_whole_file(data, split)
-    label = split or ("all" if is_whole else "valid")
-    for note in examples.notes(label, config.data.max_tokens):
-        common.note(note)
+    def before_model(config: Config) -> None:
+        if html is not None:
+            preferences.require_sides(config)
+            pages.require_place(html)
+
+    opened = evaluating.opened(model, adapter, data, split, settings, common.note, before_model)
     status = common.console().status("scoring")
-    with status, switched_off(loaded.model):
-        scores = {"base": score_examples(loaded, config, examples)}
-    if adapter is not None:
+    if opened.examples.kind != "supervised":
         with status:
-            scores["tuned"] = score_examples(loaded, config, examples)
+            told = evaluating.preferences_of(opened)
+        if html is not None:
+            preferences.write_page(html, f"{adapter or model}", told)
+        if as_json:
+            click.echo(json_text(told))
+        else:
+            preferences.draw(common.stdout(), told)
+        return
+    if html is not None:
+        raise preferences.no_page()
+    with status:
+        found = evaluating.scores_of(opened)
+    scores = {"base": found.base}
+    if found.tuned is not None:
+        scores["tuned"] = found.tuned
     if as_json:
-        document: dict[str, Any] = {"split": label, "rows": examples.rows, "examples": len(examples)}
+        document: dict[str, Any] = {"split": found.split, "rows": found.rows, "examples": found.examples}
         for name, score in scores.items():
             document[name] = {field: getattr(score, field) for field in REPORTED}
         click.echo(json.dumps(document))
     else:
-        title = f"{examples.rows} rows{examples.also}, {scores['base'].tokens:,} tokens"
+        title = f"{found.rows} rows{found.also}, {scores['base'].tokens:,} tokens"
         common.stdout().print(score_table(scores, title))
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlxtune.errors import UserError
+
 if TYPE_CHECKING:
     from mlxtune.config.schema import ExportSection
 
@@ -76,18 +78,45 @@ def for_training(file: str | None, out: Path | None, resume: bool) -> tuple[str 
     """(The configuration file of `train`, its --out): as given, else the project's. A run that goes on has its own
     configuration.
     """
-    if file is not None or (resume and out is not None):
+    if file is not None:
+        _note_idle(file)
         return file, out
     from mlxtune.project.file import found
 
-    project = found()
+    project = None if resume and out is not None else found()
     if project is None:
         return file, out
+    from mlxtune.train.ranks import Ranks
+
     taken = [] if resume else ["the settings"]
     if out is None:
         taken.append(f"--out {project.out}")
-    say(project.file, *taken)
+    if Ranks.here().first and taken:
+        say(project.file, *taken)
     return None if resume else str(project.file), out or project.out
+
+
+def _note_idle(file: str) -> None:
+    """Say that a file's section `project` says nothing to a command that the file was named to: -c FILE."""
+    from mlxtune.cli import common
+    from mlxtune.config.resolve import PROJECT, find_config, read_sections
+    from mlxtune.project.file import PROJECT_FILE
+
+    if PROJECT in read_sections(find_config(file))[0]:
+        common.note(f"{file}: its section `{PROJECT}` is for commands without -c, in the folder of {PROJECT_FILE}")
+
+
+def require_model(path: str, file: str | None) -> None:
+    """Raise UserError where a project's model is still to be converted. path: as the configuration has it; file: where
+    that is from.
+    """
+    from mlxtune.model import hub
+    from mlxtune.project.file import PROJECT_FILE
+
+    is_project = file is not None and Path(file).name == PROJECT_FILE
+    if is_project and path and not Path(path).expanduser().exists() and not hub.is_id(path):
+        hint = f"Make it first: mlxtune convert MODEL {path} (its comment there names the command)."
+        raise UserError(f"no folder {path}, which is the model of {file}", hint)
 
 
 def is_its_run(folder: Path) -> bool:
@@ -111,7 +140,6 @@ def runs_folder() -> Path:
 
 def exports(out: Path | None) -> Sequence[ExportSection]:
     """What `export` makes where --to is not given. out: its --out. Raises UserError where the project lists nothing."""
-    from mlxtune.errors import UserError
     from mlxtune.project.file import PROJECT_FILE, found
 
     project = found()
@@ -130,7 +158,6 @@ def for_rows(file: str | None, model: str | None, data: str | None) -> tuple[str
     file, model, data: -c, --model and --data, None where not given. Raises UserError where no model is known.
     """
     from mlxtune.config import resolve
-    from mlxtune.errors import UserError
     from mlxtune.project.file import found
 
     project = found() if file is None and (model is None or data is None) else None
@@ -141,6 +168,8 @@ def for_rows(file: str | None, model: str | None, data: str | None) -> tuple[str
         say(project.file, "the settings", *([f"--model {own}"] if model is None and own else []))
     if model is None and not own:
         raise UserError("no model given", "Name one, whose tokens the rows become: --model DIR.")
+    if model is None:
+        require_model(own, file)
     return file, model or own
 
 

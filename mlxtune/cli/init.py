@@ -13,9 +13,9 @@ import click
 from mlxtune_convert.shown import shown_name
 from mlxtune_convert.sizes import size
 
+from mlxtune.api.exporting import FORMS
 from mlxtune.cli import asking, common
 from mlxtune.cli.options import Command, Need, OptionFor, is_given
-from mlxtune.cli.ship import FORMS
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlxtune.cli import common, tuned
+from mlxtune.api import tuned
+from mlxtune.cli import common
 from mlxtune.cli.options import Need, OptionFor, with_options
 from mlxtune.cli.suite_options import SHORT_FOR_SUITES
 from mlxtune.errors import UserError

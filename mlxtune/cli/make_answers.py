@@ -111,7 +111,7 @@ def _own_options(command: Any) -> Any:
             default=(1, 1500),
             show_default=True,
             metavar="LEAST MOST",
-            help="That an answer may have.",
+            help="How many words an answer may have.",
         ),
         click.option(
             "--run-code", is_flag=True, help="Run the programs of answers, for the check `code`, in a sandbox."

@@ -38,7 +38,12 @@ class Words(click.ParamType):
 )
 @make.making_options(count=200, max_tokens=1024, temperature=0.7, what="instructions")
 @click.option(
-    "--words", type=Words(), default="4..150", show_default=True, metavar="A..B", help="That an instruction has."
+    "--words",
+    type=Words(),
+    default="4..150",
+    show_default=True,
+    metavar="A..B",
+    help="How many words an instruction has.",
 )
 @click.option("--no-blacklist", is_flag=True, help="Keep those that ask for pictures, files and the like.")
 @click.option(

@@ -85,10 +85,11 @@ def _rows_of(source: str) -> int:
     """How many rows training would read of a source."""
     from mlxtune.config import resolve as configuration
     from mlxtune.data.dataset import sources
+    from mlxtune.data.rows.formats import count_rows
 
     section = configuration.load(None, (), {"data.path": source}).data
     (given,) = section.mixture()
     found = sources.files_by_split(given)
     if "train" not in found:
         raise UserError(f"{source} has no train file", f"It has: {', '.join(found)}.")
-    return sum(1 for one in found["train"] for _ in one.read())
+    return sum(count_rows(one.read()) for one in found["train"])

@@ -33,7 +33,7 @@ class Group(click.Group):
 
 
 # What is said of the options by which an answer is chosen, wherever a command has them.
-TEMPERATURE = "Of the random choice of tokens; 0: always the likeliest one."
+TEMPERATURE = "How far chance chooses the tokens; 0: always the likeliest one."
 TOP_P = "Choose among the likeliest tokens that have this probability together."
 SEED = "Starts the random choices: the same seed, the same answers."
 MAX_TOKENS = "Where an answer is cut."

@@ -14,7 +14,9 @@ from mlxtune.cli.in_project import RunArgument
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path), cls=RunArgument)
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="[default: RUN/report.html]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="Where the page goes.  [default: RUN/report.html]"
+)
 @click.option(
     "--evaluation",
     "evaluations",

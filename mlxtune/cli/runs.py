@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from mlxtune_convert.shown import shown_name
 from mlxtune_convert.sizes import size
 
 from mlxtune.cli import common, in_project
+
+if TYPE_CHECKING:
+    from mlxtune.train.runs import RunSummary
+
+NARROW = 70  # columns; a table of runs has no room in fewer
 
 
 @click.command()
@@ -39,19 +45,29 @@ def runs(folder: Path | None, as_json: bool) -> None:
         return
     if not summaries:
         raise UserError(f"no runs in {folder}", "Name the folder that holds them: mlxtune runs FOLDER")
+    out = common.stdout()
+    if out.is_terminal and out.width < NARROW:
+        for run in summaries:
+            out.print(shown_name(run.path.name), style="bold")
+            steps = f"{run.step}/{run.steps or '?'} steps"
+            out.print(f"  {run.model}, {run.state}, {steps}, best loss {_best(run)}, {size(run.bytes)}")
+        return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("run", "model", "state"):
         table.add_column(name)
     for number in ("steps", "best loss", "size"):
         table.add_column(number, justify="right")
     for run in summaries:
-        best = "-" if run.best_loss is None else f"{run.best_loss:.4f}"
         table.add_row(
             shown_name(run.path.name),
             shown_name(run.model),
             shown_name(run.state),
             f"{run.step}/{run.steps or '?'}",
-            best,
+            _best(run),
             size(run.bytes),
         )
-    common.stdout().print(table)
+    out.print(table)
+
+
+def _best(run: RunSummary) -> str:
+    return "-" if run.best_loss is None else f"{run.best_loss:.4f}"

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from mlxtune_convert.files import refuse_existing
+from mlxtune_convert.files import json_text, refuse_existing
 from mlxtune_convert.sizes import size
 
-from mlxtune.cli import common, in_project, tuned
+from mlxtune.api import exporting
+from mlxtune.cli import common, in_project
 from mlxtune.cli.options import Command, Need, OptionFor
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
+    from mlxtune.api.exporting import Form
     from mlxtune.data.chat.masking import Example
     from mlxtune.ship.artefacts import Artefact
     from mlxtune.ship.merge import Progress
@@ -56,39 +58,28 @@ def proof_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _request(
-    model: str, adapter: Path | None, data: str | None, no_verify: bool, base_name: str = "", **to: Any
-) -> Request:
-    """What to ship, with the rows for its proof. to: further fields of the request."""
-    from mlxtune.machine import backend
-    from mlxtune.model import hub
-    from mlxtune.model.load import source_of
-    from mlxtune.ship.request import Request
-
-    backend.prepare()
-    path = hub.resolve(model)
-    examples = None if no_verify else _held_out(path, adapter, data, or_else="or leave it out: --no-verify")
-    is_hub_id = not Path(model).expanduser().exists()
-    if not base_name and is_hub_id and source_of(path)["kind"] == "hf":
-        base_name = model
-    return Request(path, adapter, examples=examples, base_name=base_name, **to)
-
-
 @click.command(cls=Command)
 @common.model_of_run_option()
 @common.adapter_option(required=True, text="The run's folder.")
 @out_option("DIR", "The merged model.")
-@click.option("--bits", type=click.Choice(["4", "8", "16"]), default="16", show_default=True, help="16: not quantized.")
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8", "16"]),
+    default="16",
+    show_default=True,
+    help="Bits per weight; 16: not quantized.",
+)
 @click.option(
     "--group-size",
     type=click.Choice(["32", "64", "128"]),
     cls=OptionFor,
     needs=Need("bits", ("4", "8"), "nothing is quantized", "Add --bits 4 or 8, or leave it out."),
-    help="Of --bits 4 or 8.  [default: the model's]",
+    help="Weights that share a scale, for --bits 4 or 8.  [default: the model's]",
 )
 @base_option()
 @proof_options
-def fuse(bits: str, group_size: str | None, **request_options: Any) -> None:
+@common.json_option
+def fuse(bits: str, group_size: str | None, as_json: bool, **request_options: Any) -> None:
     """Fold an adapter into its model: one MLX folder that needs no adapter.
 
     The sum is made in float32. 4-bit codes are chosen by what they do to the run's own training rows (GPTQ); rounding
@@ -103,15 +94,19 @@ def fuse(bits: str, group_size: str | None, **request_options: Any) -> None:
     from mlxtune.ship.export import ship
     from mlxtune.ship.verify import Report
 
-    request = _request(**request_options)
+    request = exporting.request(**request_options, note=common.note)
     rows = _training_rows(request.model, request_options["adapter"], request_options["data"]) if bits == "4" else ()
     artefact = FusedMlx(int(bits), int(group_size) if group_size else None, calibration=rows)
     with _progress("merging, comparing with the trained model") as progress:
         shipped = ship(request, artefact, progress)
     result = common.stdout()
-    result.print(f"{request.out}: {shipped.what}")
+    if not as_json:
+        result.print(f"{request.out}: {shipped.what}")
     for note in shipped.notes:
         common.note(note)
+    if as_json:
+        click.echo(json_text({"path": str(request.out), **shipped.to_json()}))
+        return
     if isinstance(shipped.proof, Report):
         result.print(shipped.proof.survival())
         _note_what_is_lost(request, bits, shipped.proof)
@@ -134,6 +129,7 @@ def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Exa
 
     data: --data, which may name them.
     """
+    from mlxtune.ship.good_rows import of_good_answers
     from mlxtune.train import reach
     from mlxtune.train.run_data import read_data
     from mlxtune.train.run_folder import RunFolder
@@ -142,7 +138,7 @@ def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Exa
         config = RunFolder(adapter).config(flags={"model.path": str(model)})
         is_named = data is not None and data == config.data.path
         local = reach.LocalOnly(data="" if is_named else reach.compared(config.data))
-        rows = read_data(config, local=local)[0].train
+        rows = of_good_answers(read_data(config, local=local)[0].train)
     except UserError as error:
         common.note(f"no training rows to choose codes by ({error.message}): rounding to the nearest")
         return ()
@@ -150,43 +146,6 @@ def _training_rows(model: Path, adapter: Path, data: str | None) -> Sequence[Exa
         what = "rows" if rows.rows == len(rows) else "examples"
         common.note(f"only {len(rows)} training {what} to choose codes by; {ENOUGH_ROWS} are better")
     return rows
-
-
-def _held_out(path: Path, adapter: Path | None, data: str | None, or_else: str = "") -> Sequence[Example]:
-    """Rows for a proof: --data's, else the run's own validation rows, or the text that comes with mlxtune where there
-    is no adapter. or_else: what the command has beside --data.
-    """
-    from mlxtune.data.template.tokenizer_changes import tokenizer_of
-    from mlxtune.ship import sample
-    from mlxtune.ship.verify import MAX_POSITIONS, SHIPPED
-
-    if adapter is None and data is None:
-        common.note(f"no adapter, so no rows were held out: the proof is on {SHIPPED} (--data PATH: on your own)")
-        return sample.read(tokenizer_of(path, None), MAX_POSITIONS)
-    config = tuned.run_settings(adapter, data)
-    if not config.data.path and not config.data.sources:
-        ways = ["Name some: --data PATH", or_else] if or_else else ["Name some: --data PATH"]
-        raise UserError(
-            f"the proof needs held-out rows, and {adapter} is no run that names its own", "; ".join(ways) + "."
-        )
-    return tuned.held_out(tokenizer_of(path, adapter), path, adapter, data)[0]
-
-
-def _artefact(target: str, dtype: str | None, kind: str | None, ollama: bool) -> Artefact:
-    """The form that a word of FORMS names, with its options."""
-    from mlxtune.ship.artefacts import HuggingFace, Peft
-    from mlxtune.ship.gguf import Gguf, GgufAdapter
-
-    forms: dict[str, Artefact] = {
-        "peft": Peft(),
-        "hf": HuggingFace(dtype),
-        "gguf": Gguf(kind and kind.lower(), ollama),
-        "gguf-lora": GgufAdapter(ollama),
-    }
-    return forms[target]
-
-
-FORMS = ("peft", "hf", "gguf", "gguf-lora")  # of --to; as `config.schema.ExportSection` has them
 
 
 def _for(*targets: str) -> Need:
@@ -200,7 +159,7 @@ def _for(*targets: str) -> Need:
 @click.option(
     "--to",
     "target",
-    type=click.Choice(FORMS),
+    type=click.Choice(exporting.FORMS),
     help="peft, gguf-lora: an adapter; hf, gguf: a (merged) model.  [default: all that mlxtune.yaml lists]",
 )
 @out_option("PATH", "The export: a folder, or for GGUF a .gguf file.", required=False)
@@ -244,17 +203,19 @@ def _for(*targets: str) -> Need:
     is_flag=True,
     cls=OptionFor,
     needs=Need("push", why="nothing is uploaded"),
-    help="With --push: into a repository that everyone sees.",
+    help="Push into a repository that everyone sees.",
 )
 @base_option(cls=OptionFor, needs=_for("hf", "gguf"))
 @proof_options
+@common.json_option
 def export(
-    target: str | None,
+    target: Form | None,
     dtype: str | None,
     kind: str | None,
     ollama: bool,
     push: str | None,
     public: bool,
+    as_json: bool,
     **request_options: Any,
 ) -> None:
     """Ship to CUDA users (PEFT, Hugging Face) and to llama.cpp, Ollama and LM Studio (GGUF).
@@ -283,26 +244,41 @@ def export(
         for one in listed:  # before any is made
             refuse_existing(Path(one.out), request_options["force"])
         for one in listed:
-            artefact = _artefact(one.to, None, one.type or None, ollama=False)
-            _export(one.to, artefact, {**request_options, "out": Path(one.out)})
+            artefact = exporting.artefact(one.to, None, one.type or None, ollama=False)
+            _export(one.to, artefact, {**request_options, "out": Path(one.out)}, as_json)
         return
     if request_options["out"] is None:
         raise UserError("no place for the export", "Name it: --out PATH.")
-    _export(target, _artefact(target, dtype, kind, ollama), request_options)
-    if push:
-        _push(request_options["out"], push, public)
+    artefact = exporting.artefact(target, dtype, kind, ollama)
+    _export(target, artefact, request_options, as_json, push, public)
 
 
-def _export(target: str, artefact: Artefact, request_options: dict[str, Any]) -> None:
-    """Make one export, and say what came of it. target: a word of FORMS; request_options: as `_request` takes them."""
+def _export(
+    target: str,
+    artefact: Artefact,
+    request_options: dict[str, Any],
+    as_json: bool,
+    push: str | None = None,
+    public: bool = False,
+) -> None:
+    """Make one export, upload it where asked, and say what came of it.
+
+    target: a word of FORMS; request_options: as `exporting.request` takes them.
+    """
     from mlxtune.ship.export import ship
 
-    request = _request(**request_options)
+    request = exporting.request(**request_options, note=common.note)
     with _progress(f"exporting to {target}, comparing with the trained model") as progress:
         shipped = ship(request, artefact, progress)
-    common.stdout().print(f"{request.out}: {shipped.line()}")
+    if not as_json:
+        common.stdout().print(f"{request.out}: {shipped.line()}")
     for note in shipped.notes:
         common.note(note)
+    address = _push(request.out, push, public) if push else None
+    if as_json:
+        click.echo(json_text({"path": str(request.out), **shipped.to_json(), "pushed": address}))
+    elif address is not None:
+        common.stdout().print(address)
 
 
 @contextmanager
@@ -316,16 +292,15 @@ def _progress(text: str) -> Iterator[Progress]:
         yield lambda done, total: bars.update(bar, completed=done, total=total)
 
 
-def _push(folder: Path, repository: str, public: bool) -> None:
-    """Upload an export, and say what goes up."""
+def _push(folder: Path, repository: str, public: bool) -> str:
+    """Upload an export, and say what goes up. Returns its address."""
     from mlxtune.ship import push
 
     console = common.console()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         console.print(f"uploading {file.relative_to(folder)}, {size(file.stat().st_size)}", soft_wrap=True)
     with console.status(f"uploading to {repository}"):
-        address = push.push(folder, repository, public)
-    common.stdout().print(address)
+        return push.push(folder, repository, public)
 
 
 @click.command()
@@ -350,7 +325,7 @@ def verify(export: Path, model: str, adapter: Path | None, data: str | None, as_
 
     backend.prepare()
     path = hub.resolve(model)
-    examples = _held_out(path, adapter, data)
+    examples = exporting.for_proof(path, adapter, data, common.note)
     with common.console().status("comparing with the trained model"):
         report, differs = check(export, path, adapter, examples)
     if as_json:

@@ -80,7 +80,7 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="OTHER",
             cls=OptionFor,
             needs=WITH_SUITE,
-            help="In place of the base: any of what --model takes. The same model again is an A/A test.",
+            help="What takes the place of the base: any of what --model takes. The same model again is an A/A test.",
         ),
         click.option(
             "--against-adapter",
@@ -157,8 +157,9 @@ def suite_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=A_FOLDER,
             metavar="FILE",
             cls=OptionFor,
-            needs=WITH_SUITE,
-            help="Write a page of it, which needs no network: the answers side by side, checks, observations.",
+            needs=Need("suite", also=(*WITH_SUITE.also, "data", "adapter"), why=WITH_SUITE.why, hint=WITH_SUITE.hint),
+            help="Write a page of it, which needs no network: the answers side by side, checks, observations; or how "
+            "pairs are ranked.",
         ),
         click.option(
             "--no-answers",

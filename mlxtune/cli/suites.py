@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from mlxtune_convert.files import digest, json_text
 
-from mlxtune.cli import common, judging, pages, tuned
+from mlxtune.api import tuned
+from mlxtune.cli import common, judging, pages
 from mlxtune.cli.suite_options import OWN_ANSWERS, refuse_idle
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.shipped import BASICS, SAFETY
@@ -194,10 +195,10 @@ def say(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> tuple[list[Record], list[str]]:
-    """(Conversations that were trained on, what must be said of a suite beside them): prompts that were trained on, or
-    that chose the checkpoint, and how many training answers pass the checks of all rows.
+    """(Conversations whose answers were learned, what must be said of a suite beside them): prompts that were trained
+    on, or that chose the checkpoint, and how many learned answers pass the checks of all rows.
     """
-    from mlxtune.data.dataset import conversations
+    from mlxtune.data.dataset.conversations import by_split, learned
     from mlxtune.evaluate.checks.on_data import checks_on_data
     from mlxtune.evaluate.comparison.overlap import overlap_notes
     from mlxtune.train import reach
@@ -207,7 +208,7 @@ def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> tuple[list[Re
         return [], []
     config = RunFolder(adapter).config()
     try:
-        found = conversations.by_split(config.data, config.train.seed, reach.compared(config.data))
+        found = by_split(config.data, config.train.seed, reach.compared(config.data), bool(config.preference.loss))
     except UserError as error:
         return [], [f"whether these prompts were trained on is not known: {error.message}"]
     trained = [record.messages or [] for record in found["train"]]
@@ -217,19 +218,18 @@ def _about_data(rows: Sequence[SuiteRow], adapter: Path | None) -> tuple[list[Re
         of_suite, unknown = _of_choosing_suite(config)
         chose = [*(record.messages or [] for record in found["valid"]), *of_suite]
     of_all_rows = [check for check in rows[0].checks if all(check in row.checks for row in rows)]
-    shares = checks_on_data(found["train"], of_all_rows)
+    shares = checks_on_data(learned(found["train"]), of_all_rows)
     notes = [*overlap_notes(rows, trained, chose), *unknown, *(str(share) for share in shares if share.of)]
-    return found["train"], notes
+    return learned(found["train"]), notes
 
 
 def _of_choosing_suite(config: Config) -> tuple[Sequence[Messages], list[str]]:
-    """(The prompts whose answers chose a run's checkpoint by train.keep_by, what must be said where they are not there
-    any more).
-    """
+    """(The prompts whose answers chose a run's checkpoint by train.keep_by, what must be said where they are gone)."""
+    from mlxtune.config.preference import is_kept_by_check
     from mlxtune.evaluate.comparison.overlap import answered
     from mlxtune.train.evaluation import suite_of
 
-    if config.train.keep_by == "loss":
+    if not is_kept_by_check(config):
         return [], []
     try:
         suite = suite_of(config)
@@ -324,7 +324,6 @@ def _forgotten(
     file = None if spelled == OWN_ANSWERS else Path(spelled)
     if file is not None and not file.is_file():
         raise UserError(f"--forgetting {file}: no such file", "One text a line (.txt), or rows as for training.")
-
     kept = None if out is None else out / FORGETTING
 
     def measured() -> dict[str, Any]:

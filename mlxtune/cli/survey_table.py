@@ -60,11 +60,11 @@ def draw(out: Console, report: dict[str, Any]) -> None:
 def _draw_finding(out: Console, finding: dict[str, Any]) -> None:
     from rich.text import Text
 
-    severity, count, what = finding["severity"], finding["count"], finding["what"]
-    if count == 1:
-        what = what.replace("rows", "row", 1)
+    from mlxtune.data.survey.lint import counted
+
+    severity, count = finding["severity"], finding["count"]
     line = Text(f"{severity}: ", style=COLOURS[severity])
-    line.append(shown_name(f"{finding['split']}: {count:,} {what}"), style="default")
+    line.append(shown_name(f"{finding['split']}: {counted(count, finding['what'])}"), style="default")
     if finding["rows"]:
         named = ", ".join(map(shown_name, finding["rows"][:NAMED]))
         if count > NAMED:
@@ -82,6 +82,7 @@ def _draw_counts(out: Console, facts: dict[str, Any]) -> None:
     from rich.text import Text
 
     from mlxtune.data.chat.turn_kinds import Expansion, kind_lines
+    from mlxtune.data.survey.preferences import preference_lines
 
     share = facts["supervised_tokens"] / facts["tokens"] if facts["tokens"] else 0.0
     systems = facts["system_prompts"]
@@ -100,6 +101,7 @@ def _draw_counts(out: Console, facts: dict[str, Any]) -> None:
         "kinds": _counts(facts["kinds"]),
         "style": style_line(facts["style"]),
         "made": made_line(facts["made"], facts["rows"]),
+        **preference_lines(facts["preferences"]),
         "scripts": _counts(facts["scripts"]),
         "shared prefix": f"{facts['shared_prefix_tokens']:,} tokens begin every example; running them once saves "
         f"{facts['shared_prefix_saves']:.0%} of the tokens",

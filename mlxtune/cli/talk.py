@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from mlxtune_convert.shown import shown
 
-from mlxtune.cli import common, tuned
+from mlxtune.api import tuned
+from mlxtune.cli import common
 
 if TYPE_CHECKING:
     from mlxtune.data.template.answers import Plain, Reader, Said

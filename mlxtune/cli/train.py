@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import brief
 
 from mlxtune.cli import common, in_project
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from mlxtune.compute.counted import Epoch
     from mlxtune.config.resolve import Config
     from mlxtune.data.dataset.examples import Examples
+    from mlxtune.train.checkpoint import State
     from mlxtune.train.reach import LocalOnly
 
 
@@ -24,9 +26,9 @@ EVERYDAY = (
     ("--epochs", "train.epochs", float, "How often every row is used."),
     ("--steps", "train.steps", int, "Optimizer steps, instead of --epochs."),
     ("--lr", "train.lr", float, "Peak learning rate."),
-    ("--rank", "lora.rank", int, "Of the adapter."),
+    ("--rank", "lora.rank", int, "Rank of the adapter."),
     ("--batch-rows", "train.batch_rows", int, "Rows computed together."),
-    ("--max-tokens", "data.max_tokens", int, "Of an example; longer ones are cut."),
+    ("--max-tokens", "data.max_tokens", int, "Tokens of an example; longer ones are cut."),
 )
 
 
@@ -47,7 +49,13 @@ def _everyday_flags(given: Mapping[str, Any], settings: tuple[str, ...]) -> dict
 
 
 @click.command()
-@click.option("-c", "--config", "file", metavar="FILE", help="YAML file, or a shipped recipe: quick, qlora, lora.")
+@click.option(
+    "-c",
+    "--config",
+    "file",
+    metavar="FILE",
+    help="YAML file, or a shipped recipe: quick, qlora, lora; of preferences dpo, orpo, kto.",
+)
 @common.model_option(required=False)
 @click.option("--data", metavar="PATH", help="Folder with train.jsonl, one data file, or hub dataset id.")
 @click.option(
@@ -66,6 +74,7 @@ def _everyday_flags(given: Mapping[str, Any], settings: tuple[str, ...]) -> dict
 )
 @click.option("--force", is_flag=True, help="Replace the run that --out holds, once the new one begins.")
 @click.option("--dry-run", is_flag=True, help="Check everything and print the plan; train nothing.")
+@common.json_option
 def train(
     file: str | None,
     model: str | None,
@@ -76,10 +85,12 @@ def train(
     resume_anyway: bool,
     force: bool,
     dry_run: bool,
+    as_json: bool,
     **everyday: Any,
 ) -> None:
     """Tune an adapter on a model (LoRA; QLoRA on a quantized one).
 
+    It learns rows as they are or, with preference.loss, pairs of a chosen and a rejected answer, or rated answers.
     Flags beat the file, the file beats the defaults; in a folder with mlxtune.yaml that is the file, where -c names no
     other. RUN/adapters.safetensors ends up as the adapter with the lowest validation loss, and RUN/report.html shows
     what happened. Ctrl-C finishes the step, saves, and can be resumed, as can a run whose GPU failed. On several
@@ -89,6 +100,7 @@ def train(
     \b
     mlxtune train -c quick --model model --data data
     mlxtune train -c qlora --model model --data data --lr 1e-4 --epochs 2 --out run
+    mlxtune train -c dpo --model model --data pairs --set lora.start_from=run --out tuned
     mlxtune train --resume --out run
     mlxtune train --resume-anyway --out run --set train.epochs=3
     """
@@ -106,12 +118,18 @@ def train(
         raise UserError(
             "--dry-run plans a run from its first step; --resume goes on with one", "Leave out one of them."
         )
+    if dry_run and as_json:
+        raise UserError(
+            "--dry-run prints a plan for people; --json tells of a run that has ended", "Leave out one of them."
+        )
     flags: dict[str, Any] = {"model.path": model, "data.path": data, **_everyday_flags(everyday, settings)}
     config = _resumed(out, file, settings, flags) if resume and out else configuration.load(file, settings, flags)
     if data is not None and file is not None and configuration.load(file, settings).data.sources:
         common.note(f"--data {data} takes the place of data.sources in {file}")
     if not config.model.path:
         raise UserError("no model given", "Name one: --model DIR (or model.path in the configuration).")
+    if model is None:
+        in_project.require_model(config.model.path, file)
     local = _note_reach(config, file, out if resume else None, settings, flags)
     if dry_run:
         _print_plan(config, out, force)
@@ -130,6 +148,9 @@ def train(
         state = tune(config, folder, listener, resume, resume_anyway, local, force)
     if not first:
         return
+    if as_json:
+        click.echo(json_text({"run": str(folder), **_told(state)}))
+        return
     best = ""
     if state.best_loss is not None:
         best = f", best validation loss {state.best_loss:.4f} at step {state.best_step}"
@@ -144,6 +165,11 @@ def train(
     if words or not in_project.is_its_run(folder):
         words = (*words, "--adapter", str(folder))
     common.next_commands(*((command, *words) for command in ("eval", "chat")))
+
+
+def _told(state: State) -> dict[str, Any]:
+    """For programs, where a run stands."""
+    return {name: getattr(state, name) for name in ("step", "skipped", "best_step", "best_loss", "best_check")}
 
 
 def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: Mapping[str, Any]) -> Config:
@@ -190,6 +216,7 @@ def _print_plan(config: Config, folder: Path | None, force: bool) -> None:
     from mlxtune.config.paths import paths_read
     from mlxtune.train import loggers, preparation
     from mlxtune.train.evaluation import suite_of
+    from mlxtune.train.preference.words import objective_in_words, rows_in_words
     from mlxtune.train.run_data import read_data
     from mlxtune.train.run_folder import RunFolder
 
@@ -204,7 +231,11 @@ def _print_plan(config: Config, folder: Path | None, force: bool) -> None:
     max_tokens = config.data.max_tokens
     for note in train.notes("train", max_tokens) + valid.notes("valid", max_tokens):
         out.print(f"note: {brief(note)}")
-    out.print(f"rows: {train.rows} to train on{train.also}, {valid.rows} held out{valid.also}")
+    if config.preference.loss:
+        out.print(f"objective: {objective_in_words(config.preference)}")
+        out.print(f"rows: {', '.join(rows_in_words(train, valid))}")
+    else:
+        out.print(f"rows: {train.rows} to train on{train.also}, {valid.rows} held out{valid.also}")
     tokens = int(train.lengths.sum())
     targets = int(train.column("targets").sum())
     out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")

@@ -70,7 +70,7 @@ def type_in_words(annotation: Any) -> str:
     """`Literal["all"] | int` -> "`all` or integer"."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
+        return ", ".join(f"`{value}`" for value in arguments if value != "")
     if origin is typing.Annotated:
         return type_in_words(arguments[0]) + limits_in_words(arguments[1:])
     if origin in (typing.Union, types.UnionType):  # of which None means "not given", as the empty default says

@@ -1,9 +1,9 @@
 """A run's configuration, resolved: flags, --set, a file, and the defaults of `schema`.
 
-A run is described by five sections (`model`, `data`, `lora`, `train`, `fast`). Values come, strongest first, from
-command-line flags, then `--set section.key=value`, then a YAML file, then the defaults of the schema. Of two keys that
-exclude each other (steps, epochs), the one on the command line replaces the one in the file. An unknown key is an error
-that names its nearest neighbour; a key whose value could have no effect is one too.
+A run is described by six sections (`model`, `data`, `lora`, `train`, `preference`, `fast`). Values come, strongest
+first, from command-line flags, then `--set section.key=value`, then a YAML file, then the defaults of the schema. Of
+two keys that exclude each other (steps, epochs), the one on the command line replaces the one in the file. An unknown
+key is an error that names its nearest neighbour; a key whose value could have no effect is one too.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mlxtune.config.preference import PreferenceSection, refuse_without_effect
 from mlxtune.config.schema import (
     DataSection,
     ExportSection,
@@ -26,7 +27,7 @@ from mlxtune.config.schema import (
     SourceSection,
     TrainSection,
 )
-from mlxtune.config.yaml_text import LARGEST, Document, parse_yaml, too_large, write_yaml
+from mlxtune.config.yaml_text import Document, parse_yaml, read_text, write_yaml
 from mlxtune.errors import UserError, did_you_mean, nearest
 
 EITHER = (("train.steps", "train.epochs"), ("train.batch_rows", "train.batch_tokens"), ("data.path", "data.sources"))
@@ -46,6 +47,7 @@ class Config(Section):
     data: DataSection = DataSection()
     lora: LoraSection = LoraSection()
     train: TrainSection = TrainSection()
+    preference: PreferenceSection = PreferenceSection()
     fast: FastSection = FastSection()
 
     def to_yaml(self) -> str:
@@ -121,24 +123,16 @@ def load(
         if one in named and other not in named:
             _put(tree, other, None)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(*explained(error, lines)) from None
+    refuse_without_effect(config, lines)
+    return config
 
 
 def read_sections(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The file's sections, and where each of its keys stands."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(4 * LARGEST + 1)  # a letter has up to four bytes
-        if len(raw) > 4 * LARGEST:
-            raise too_large(str(path))
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    document = parse_yaml(text, str(path))
+    document = parse_yaml(read_text(path), str(path))
     tree = document.value
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as `train:`, found {type(tree).__name__}")

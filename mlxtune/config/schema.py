@@ -36,6 +36,8 @@ class SourceSection(Section):
     columns: dict[str, str] = Field(default_factory=dict, description="column names of this source -> names meant")
 
 
+ACCURACY = "accuracy"  # train.keep_by: how many held-out pairs are told apart
+
 # A key of the data section -> the earlier key that excludes it, and what to say then.
 EXCLUDED = {
     "sources": ("path", "set path or sources, not both"),
@@ -55,7 +57,11 @@ class DataSection(Section):
     hub: Literal["download", "stream"] = Field(
         "download", description="a hub dataset as a whole, or row by row up to cap"
     )
-    max_tokens: int = Field(2048, ge=8, description="longest example in tokens; longer ones keep their start")
+    max_tokens: int = Field(
+        2048,
+        ge=8,
+        description="longest example in tokens; longer ones keep their start, but answers of preferences are never cut",
+    )
     valid_fraction: float = Field(0.1, gt=0, lt=1, description="share of rows held out when there is no valid file")
     dedup: Literal["none", "exact", "near"] = Field(
         "none", description="training rows left out: none, equal ones, or those that share most of their words too"
@@ -207,8 +213,8 @@ class TrainSection(Section):
     )
     keep_by: str = Field(
         "loss",
-        description="what the best adapter is best in: loss, or a check of the suite that sample_prompts names "
-        "(of equals the one with the lower loss)",
+        description="what the best adapter is best in: loss, a check of the suite that sample_prompts names, or with "
+        "preference.loss accuracy (of equals the one with the lower loss)",
     )
     loggers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="where the numbers go as well: tensorboard, wandb, trackio"
@@ -241,7 +247,7 @@ class TrainSection(Section):
     @field_validator("keep_by")
     @classmethod
     def _asked(cls, value: str, info: ValidationInfo) -> str:
-        if value != "loss" and not isinstance(info.data.get("sample_prompts", ""), str):
+        if value not in ("loss", ACCURACY) and not isinstance(info.data.get("sample_prompts", ""), str):
             raise ValueError("use loss, or name a suite in sample_prompts and one of its checks here")
         return value
 

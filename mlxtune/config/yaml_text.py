@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -128,6 +129,10 @@ class _Representer(SafeRepresenter):
             node.value = node.value.replace("e", ".0e")
         return node
 
+    def ignore_aliases(self, data: Any) -> bool:
+        # A value that stands in two places is written out twice: aliases are refused in what is read.
+        return True
+
     def represent_str(self, data: str) -> Any:
         style = '"' if BREAKS.search(data) else None  # in double quotes they are written as escapes
         return self.represent_scalar(f"{TAG}str", data, style=style)
@@ -161,6 +166,20 @@ def parse_yaml(text: str, source: str, key: str = "") -> Document:
         where = f"{source} line {mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}: not valid YAML ({problem})") from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a configuration file. Raises UserError for one that cannot be read, is no text, or is too large."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(4 * LARGEST + 1)  # a letter has up to four bytes
+        if len(raw) > 4 * LARGEST:
+            raise too_large(str(path))
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file (invalid UTF-8 at byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def too_large(source: str) -> UserError:

@@ -32,7 +32,10 @@ def held_out(
     if split is None:
         split = "train" if whole_file else "valid"
     set_template(tokenizer, folder, section.template)
-    examples = mixture.read(section, tokenizer, config.train.seed, whole=whole_file, local_only=local_only)
+    preferences = bool(config.preference.loss)
+    examples = mixture.read(
+        section, tokenizer, config.train.seed, whole=whole_file, local_only=local_only, preferences=preferences
+    )
     if split not in examples:
         raise UserError(f"{section.path} has no {split} split", f"It has: {', '.join(examples)}.")
     return examples[split]

@@ -6,8 +6,6 @@ binds to are read once, when mlx.core loads. `prepare()` then sets limits on the
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
 import gc
 import os
 import platform
@@ -87,6 +85,8 @@ def multiplies() -> str:
         return ""
     if not _blas:
         return "MLX's own BLAS"
+    import ctypes
+
     library = ctypes.CDLL(_blas)
     library.openblas_get_config.restype = library.openblas_get_corename.restype = ctypes.c_char_p
     version = library.openblas_get_config().decode().split()[1]  # "OpenBLAS 0.3.21 NO_LAPACKE ..."
@@ -98,7 +98,10 @@ def _load_openblas() -> str:
     """Make OpenBLAS's symbols global before MLX binds them: its own reference BLAS is some 30 times slower."""
     if "mlx.core" in sys.modules:
         return _blas
-    for name in ("libopenblas.so.0", ctypes.util.find_library("openblas")):
+    import ctypes
+
+    for looked_for in (lambda: "libopenblas.so.0", _found_openblas):
+        name = looked_for()
         if name:
             try:
                 ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
@@ -106,6 +109,13 @@ def _load_openblas() -> str:
                 continue
             return name
     return ""
+
+
+def _found_openblas() -> str:
+    """OpenBLAS under another name, "" for none. What looks for it takes longer to import than the rest of a start."""
+    import ctypes.util
+
+    return ctypes.util.find_library("openblas") or ""
 
 
 def _limit_memory(mx: Any) -> None:

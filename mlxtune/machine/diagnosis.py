@@ -13,7 +13,7 @@ from pathlib import Path
 from mlxtune_convert.sizes import size
 
 import mlxtune
-from mlxtune.machine import backend, surroundings
+from mlxtune.machine import backend, surroundings, tested
 
 LIBRARIES = ("mlx", "mlx-lm", "transformers", "datasets", "huggingface_hub", "numpy", "torch", "peft", "xllamacpp")
 
@@ -70,6 +70,8 @@ def _versions() -> dict[str, str]:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             facts[name] = "not installed"
+    known = tested.versions()
+    facts["tested with"] = ", ".join(f"{name} {known[name]}" for name in tested.DECISIVE)
     return facts
 
 
@@ -85,6 +87,7 @@ def _advice(facts: dict[str, str]) -> list[str]:
     if under_rosetta():
         advice.append("this Python runs under Rosetta; install an arm64 Python, or MLX cannot use the GPU")
     advice += surroundings.warnings(Path.cwd())
+    advice += tested.untested()
     if "not installed" in (facts["torch"], facts["peft"]):
         advice.append("with torch and peft installed, exports are proven by running them there: pip install torch peft")
     if facts["xllamacpp"] == "not installed":

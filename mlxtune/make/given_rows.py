@@ -13,7 +13,7 @@ from typing import Any
 
 from mlxtune_convert.files import digest
 
-from mlxtune.data.rows.formats import Record, read, require_good
+from mlxtune.data.rows.formats import Record, read, require_good, without_pairs
 from mlxtune.data.rows.readers import Bad
 from mlxtune.data.rows.writers import to_messages
 from mlxtune.evaluate.checks.check import SuiteRow
@@ -84,7 +84,7 @@ def read_conversations(path: Path) -> tuple[list[Conversation], str]:
     found: list[Conversation] = []
     bad: list[Bad] = []
     total = 0
-    for record in read(path):
+    for record in without_pairs(read(path)):
         total += 1
         if isinstance(record, Bad):
             bad.append(record)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxtune.data.rows.formats import Record, read, require_good
+from mlxtune.data.rows.formats import Record, read, require_good, without_pairs
 from mlxtune.data.rows.readers import Bad, place
 from mlxtune.errors import UserError
 from mlxtune.evaluate.checks.languages import language_of
@@ -73,7 +73,7 @@ def _rows(path: Path) -> list[list[Record]]:
     rows: dict[int, list[Record]] = {}
     total = 0
     try:
-        for record in read(path):
+        for record in without_pairs(read(path)):
             total += 1
             if isinstance(record, Bad):
                 bad.append(record)

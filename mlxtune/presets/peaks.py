@@ -94,7 +94,7 @@ class Lengths(MeasuredExamples):
 
     @property
     def sides(self) -> np.ndarray:
-        """[N] of no preference."""
+        """[N] none has one."""
         return np.zeros(len(self), np.uint8)
 
     def epoch(self, draw: np.random.Generator) -> np.ndarray:
@@ -119,9 +119,11 @@ class Peaks:
         self._found: dict[Settings, Memory | NotPredicted] = {}
         self._parameters = 0
 
-    def config(self) -> dict[str, Any]:
-        """The model's config.json, normalised."""
-        return dict(self.given(None, 1).model_config)
+    def context(self) -> int | None:
+        """Tokens of the longest row that the model was made for; None: its config.json does not say."""
+        config = self.given(None, 1).model_config
+        found = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+        return found if isinstance(found, int) and found > 0 else None
 
     def parameters(self) -> int:
         """Numbers in its matrices: of a mixture of experts in all of them."""
@@ -133,7 +135,7 @@ class Peaks:
 
     def quantized(self) -> bool:
         """Whether the model's weights are quantized as they are."""
-        return bool(self.config().get("quantization"))
+        return bool(self.given(None, 1).model_config.get("quantization"))
 
     def weights(self, bits: int | None) -> int:
         """Bytes of the weights in so many bits, which no settings can go below."""
@@ -182,8 +184,9 @@ class Peaks:
             model, config = open_model(self.source)
         else:
             model, config = unread.built(self.source, self.name)
-        if bits is not None:
-            model, config = quantized_model(model, config, Quantization.of(bits, None, None), [])
+        wanted = self._quantization(bits)
+        if wanted is not None:
+            model, config = quantized_model(model, config, wanted, [])
         with backend.planned_for(self._machine()):
             dtype = backend.dtype_for("auto", model_dtype(model), "quantization" in config)
         if dtype != model_dtype(model):
@@ -192,6 +195,13 @@ class Peaks:
             multiply_densely(model)
         attach.attach(model, AdapterPlan.of(model, resolve.load(None, (), {"lora.rank": rank}).lora))
         return Given(model, config, dtype)
+
+    def _quantization(self, bits: int | None) -> Quantization | None:
+        """What the dense model becomes; None: it stays dense, or its folder is quantized already."""
+        if bits is not None:
+            return Quantization.of(bits, None, None)
+        stored = None if isinstance(self.source, Path) else self.source.get("quantization")
+        return Quantization.of(stored["bits"], stored["group_size"], stored.get("mode")) if stored else None
 
     def _machine(self) -> Machine:
         """A machine of this kind whose memory does not matter: what is predicted is compared with it elsewhere."""

@@ -18,6 +18,7 @@ allows: so a run takes these settings as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,12 +130,10 @@ def search(peaks: Peaks, machine: Machine, bits: Sequence[int | None]) -> Preset
 
 def _limits_of_tokens(peaks: Peaks) -> list[int]:
     """The values of data.max_tokens to try: no more than the model was made for."""
-    context = peaks.config().get("max_position_embeddings")
     found = []
     for coverage in COVERAGES:
-        tokens = peaks.wanted.covering(coverage)
-        found.append(min(tokens, context) if isinstance(context, int) and context >= 64 else tokens)
-    return list(dict.fromkeys(found))
+        found.append(min(peaks.wanted.covering(coverage), peaks.context() or math.inf))
+    return [int(tokens) for tokens in dict.fromkeys(found)]
 
 
 def _in_order(bits: Sequence[int | None], parameters: int) -> list[int | None]:
@@ -184,6 +183,7 @@ def _preset(peaks: Peaks, advice: Advice, budget: int, chosen: Settings) -> Pres
     if chosen.rank < advice.settings["lora.rank"]:
         why["lora.rank"] = f"A rank of {advice.settings['lora.rank']} does not fit this memory."
     why["data.max_tokens"] = _about_tokens(peaks.wanted, chosen.max_tokens)
+    why.setdefault("train.accumulate", f"{chosen.step_rows} rows in an optimizer step.")
     why["train.batch_rows"] = (
         f"The fastest that fits: {size(memory.total)} predicted at the peak, {size(budget)} may be used."
     )
@@ -196,8 +196,22 @@ def _preset(peaks: Peaks, advice: Advice, budget: int, chosen: Settings) -> Pres
             f"{1 - whole:.0%} of the rows are longer than data.max_tokens {chosen.max_tokens:,} and keep their start: "
             "what they lose at their end is not learned."
         )
-    share = peaks.wanted.share_of_tokens(chosen.max_tokens)
-    return Preset(rules.differing(settings), chosen.bits, memory.total, budget, share, why, warnings)
+    return _made_of(peaks, settings, chosen.bits, memory.total, budget, why, warnings)
+
+
+def _made_of(
+    peaks: Peaks,
+    settings: dict[str, Any],
+    bits: int | None,
+    peak: int | None,
+    budget: int,
+    why: dict[str, str],
+    warnings: list[str],
+) -> Preset:
+    """A preset of all its settings, with words on those that it keeps."""
+    kept = rules.differing(settings)
+    share = peaks.wanted.share_of_tokens(settings["data.max_tokens"])
+    return Preset(kept, bits, peak, budget, share, {key: why[key] for key in why if key in kept}, warnings)
 
 
 def _about_tokens(wanted: Wanted, max_tokens: int) -> str:
@@ -225,8 +239,7 @@ def _unpredicted(
         "well, a larger train.batch_rows and train.checkpoint_layers: none are faster.",
     ]
     why = {**advice.why, "data.max_tokens": _about_tokens(peaks.wanted, max_tokens)}
-    share = peaks.wanted.share_of_tokens(max_tokens)
-    return Preset(rules.differing(settings), bits, None, budget, share, why, warnings)
+    return _made_of(peaks, settings, bits, None, budget, why, warnings)
 
 
 def largest_that_fits(machine: Machine, wanted: Wanted) -> str:

@@ -30,7 +30,8 @@ from mlxtune.project.picked import CONVERTED, Picked
 from mlxtune.project.rows import Given
 
 LOOKED_AT = 2_000  # rows whose lengths are measured, and that are looked at for what is wrong
-LETTERS = 3.5  # of a token, about, where no tokenizer is here to tell
+# Where no tokenizer is here to tell, on the high side: bytes of a token, and tokens that a template adds to a message.
+BYTES, BESIDE = 3, 16
 
 
 class Unfit(UserError):
@@ -74,7 +75,7 @@ def write(wish: Wish, work: Path) -> Made:
         lengths = _lengths(work / DATA / "train.jsonl", seed, renderer)
     else:
         notes.append(
-            "the model is not on this machine as a folder: lengths of rows are guessed from their letters, and how its "
+            "the model is not on this machine as a folder: lengths of rows are guessed, and how its "
             "chat template renders them is not known yet (mlxtune data check, once it is)"
         )
     lengths = lengths or _guessed(work / DATA / "train.jsonl", seed)
@@ -107,9 +108,15 @@ def _lengths(file: Path, seed: int, renderer: Renderer) -> list[int]:
 
 
 def _guessed(file: Path, seed: int) -> list[int]:
-    """The same, by the letters of the rows."""
+    """The same, by the bytes of the rows."""
     chosen = sampling.sample(formats.read(file), LOOKED_AT, seed)
-    return [1 + int(formats.letters_of(row) / LETTERS) for row in chosen.rows if isinstance(row, formats.Record)]
+    lengths = []
+    for row in chosen.rows:
+        if isinstance(row, formats.Record):
+            texts = [row.text, *(message["content"] for message in row.messages or [])]
+            said = sum(len(str(text or "").encode(errors="replace")) for text in texts)
+            lengths.append(said // BYTES + BESIDE * len(texts))
+    return lengths
 
 
 def _preset(wish: Wish, wanted: Wanted) -> Preset:

@@ -73,8 +73,10 @@ def project_yaml(chosen: Chosen, day: str) -> str:
     for key, value in chosen.settings.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
+    of_model = f"Made by: {_convert(chosen)}" if chosen.source else ""
+    reasons = {"model.path": of_model, **chosen.why}
     for section, values in sections.items():
-        why = {name: chosen.why.get(f"{section}.{name}") or meanings[f"{section}.{name}"] for name in values}
+        why = {name: reasons.get(f"{section}.{name}") or meanings[f"{section}.{name}"] for name in values}
         lines += ["", *_section(section, values, why)]
     return "\n".join(lines) + "\n"
 
@@ -97,9 +99,7 @@ def commands(chosen: Chosen) -> list[tuple[str, str]]:
     """(A command, what it is for), in the order in which they are run in the project's folder."""
     found = []
     if chosen.source:
-        bits = f" --bits {chosen.bits}" if chosen.bits is not None else ""
-        source, model = shlex.quote(chosen.source), shlex.quote(chosen.model)
-        found.append((f"mlxtune convert {source} {model}{bits}", "the model, as MLX trains it"))
+        found.append((_convert(chosen), "the model, as MLX trains it"))
     found += [
         ("mlxtune data check", "what will be learned, and what looks wrong"),
         ("mlxtune train --dry-run", "the plan: steps, tokens, memory"),
@@ -117,6 +117,12 @@ def commands(chosen: Chosen) -> list[tuple[str, str]]:
         ("mlxtune export", f"make {', '.join(place_of(to) for to in chosen.exports)}"),
     ]
     return found
+
+
+def _convert(chosen: Chosen) -> str:
+    """The command that makes the model."""
+    bits = f" --bits {chosen.bits}" if chosen.bits is not None else ""
+    return f"mlxtune convert {shlex.quote(chosen.source)} {shlex.quote(chosen.model)}{bits}"
 
 
 def readme(chosen: Chosen) -> str:

@@ -98,6 +98,18 @@ class RunRecord:
         # As `State.is_beaten_by` chose so far: the higher score, of equal ones the lower loss.
         return max(later, key=lambda event: (score_of(event, str(by)), -float(event["loss"])), default=None)
 
+    @cached_property
+    def is_preference(self) -> bool:
+        """Whether it learned which answer is preferred, and not the answers."""
+        if self.setting("preference.loss"):
+            return True
+        return any(number_of(event, "margin") is not None for event in (*self.train, *self.evaluations))
+
+    @property
+    def loss_unit(self) -> str:
+        """What its losses are counted in."""
+        return "nats a row" if self.is_preference else "nats a token"
+
     def of_kind(self, kind: str) -> list[Event]:
         return [event for event in self.events if event["kind"] == kind]
 
@@ -148,6 +160,8 @@ def number_of(event: Event, name: str) -> float | None:
 def score_of(evaluation: Event, check: str) -> float:
     """The mean score of a check in an evaluation during the run; 0: it applied to no answer, as the run counts it."""
     checks = evaluation.get("checks")
+    if check == "accuracy" and number_of(evaluation, check) is not None:
+        return number_of(evaluation, check) or 0.0  # of a preference run
     return (number_of(checks, check) if isinstance(checks, dict) else None) or 0.0
 
 

@@ -11,6 +11,7 @@ from mlxtune.train.events import Event
 
 LEAST_HALF = 3  # steps: a running mean of fewer would be the losses themselves
 HALVES = 50  # half-lives of a running mean in a whole run: what is left shows where the run goes
+PREFERENCES = ("margin", "accuracy", "reward_chosen", "reward_rejected")  # numbers that events of preference runs have
 
 
 def of_run(record: RunRecord) -> dict[str, list[Point]]:
@@ -23,6 +24,9 @@ def of_run(record: RunRecord) -> dict[str, list[Point]]:
     grad_norm     global norm of the gradient, before it is clipped
     tokens_per_second    of the rows' tokens
     peak_bytes    the most memory that MLX has held so far
+
+    of preference runs also margin, accuracy, reward_chosen, reward_rejected of the steps, and "held-out margin" and so
+    on of the held-out rows
     """
     found = {name: stepwise(record.train, name) for name in ("loss", "lr", "grad_norm", "peak_bytes")}
     found["smoothed_loss"] = smoothed(found["loss"], half_life(len(record.train)))
@@ -30,7 +34,16 @@ def of_run(record: RunRecord) -> dict[str, list[Point]]:
     found["validation"] = [(event["step"], number_of(event, "loss")) for event in record.evaluations]
     for check in checks_of(record):
         found[f"check {check}"] = [(event["step"], _score(event, check)) for event in record.evaluations]
+    for name in PREFERENCES:
+        if any(number_of(event, name) is not None for event in (*record.train, *record.evaluations)):
+            found[name] = stepwise(record.train, name)
+            found[of_held_out(name)] = [(event["step"], number_of(event, name)) for event in record.evaluations]
     return {name: thinned(points) for name, points in found.items()}
+
+
+def of_held_out(name: str) -> str:
+    """What the curve of a number on held-out rows is called."""
+    return f"held-out {name}"
 
 
 def checks_of(record: RunRecord) -> list[str]:

@@ -17,10 +17,12 @@ import numpy as np
 
 from mlxtune.config.resolve import Config
 from mlxtune.data.chat.asked import KINDS
+from mlxtune.data.chat.by_row import by_row
 from mlxtune.data.chat.renderer import Renderer, Row
 from mlxtune.data.dataset import sources
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad
+from mlxtune.data.rows.two_sides import TwoSides, records_of, side_of, together
 from mlxtune.data.survey import survey
 from mlxtune.data.survey.trained_text import pieces
 from mlxtune.data.template import tokenizer_changes
@@ -42,6 +44,7 @@ class ShownExample:
     is_shortened: bool  # data.max_tokens cut it
     pieces: list[tuple[bool, str]]  # (whether the model must produce it, its text)
     remarks: list[str]  # on its turns, and what of the row the template drops
+    side: str = ""  # chosen, rejected, good or bad; "": it is no side of anything
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def _stamps(config: Config) -> Iterator[tuple[str, int, int]]:
 def _of_run(folder: Path, stamps: tuple[Any, ...], begun: int) -> Surveyed:
     """stamps, begun: of the data files and the configuration: with others the answer is another."""
     config = RunFolder(folder).config()
-    sources.require_readable(config.data, local_only=LOCAL_ONLY)  # before a tokenizer is read: that takes longer
+    # Before a tokenizer is read: that takes longer.
+    sources.require_readable(config.data, local_only=LOCAL_ONLY, preferences=bool(config.preference.loss))
     base = hub.resolve(config.model.path, local_only=LOCAL_ONLY)
     tokenizer = tokenizer_changes.tokenizer_of(base, folder)
     most = max(1, MOST_ROWS // len(config.data.mixture()))
@@ -106,8 +110,10 @@ def _of_run(folder: Path, stamps: tuple[Any, ...], begun: int) -> Surveyed:
 
 def first_row(config: Config, renderer: Renderer, local_only: str = "") -> list[ShownExample]:
     """The examples of the first training row that gives any, among the first LOOKED_AT rows."""
-    for record in islice(_trained(config, local_only), LOOKED_AT):
-        shown = [_shown(renderer.tokenizer, row) for row in renderer.rows([record]) if row.example is not None]
+    for row in islice(together(_trained(config, local_only)), LOOKED_AT):
+        records = records_of(row) if isinstance(row, Record | TwoSides) else [row]
+        made = chain.from_iterable(by_row(renderer.stream(records)))
+        shown = [_shown(renderer.tokenizer, one) for one in made if one.example is not None]
         if shown:
             return shown
     return []
@@ -115,7 +121,7 @@ def first_row(config: Config, renderer: Renderer, local_only: str = "") -> list[
 
 def _trained(config: Config, local_only: str) -> Iterator[Record | Bad]:
     for source in config.data.mixture():
-        found = sources.files_by_split(source, config.data.hub == "stream", local_only)
+        found = sources.files_by_split(source, config.data.hub == "stream", local_only, bool(config.preference.loss))
         yield from chain.from_iterable(file.read() for file in found["train"])
 
 
@@ -130,4 +136,5 @@ def _shown(tokenizer: Any, row: Row) -> ShownExample:
         is_shortened=row.shortened,
         pieces=pieces(tokenizer, row.example),
         remarks=remarks,
+        side=side_of(row.record),
     )

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlxtune_convert.files import explained, new_artefact, new_folder
 from mlxtune_convert.sizes import size
@@ -38,6 +39,11 @@ class Shipped:
     proof: Proof | None  # None: none was asked for
     notes: list[str]  # what a person must know
     bytes: int | None = None  # of its file; None: it is a folder
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs. proof: as verification.json has it; null: none was asked for."""
+        proof = None if self.proof is None else self.proof.to_json()
+        return {"what": self.what, "bytes": self.bytes, "proof": proof, "notes": self.notes}
 
     def line(self) -> str:
         """Form, size and proof, for people."""
@@ -96,7 +102,10 @@ def _proven(artefact: Artefact, model: MergedModel, examples: Sequence[Example],
                 f"{why} --no-verify keeps it all the same.",
             )
         report.write(work)
-        return report, candidate.notes
+        remarks = list(candidate.notes)
+        if report.verdict == "measured" and storage != ANOTHER_BASE and (warning := report.warning()):
+            remarks.append(f"{artefact.label(model)}: {warning}")
+        return report, remarks
 
 
 def check(export: Path, model: Path, adapter: Path | None, examples: Sequence[Example]) -> tuple[Report, str]:

@@ -1,4 +1,4 @@
-"""What a run does when it stops to look: the validation loss, and answers to train.sample_prompts.
+"""What a run does when it stops to look: the loss of held-out rows, and answers to train.sample_prompts.
 
 Both take a while. `between` is called now and then, and may raise to break off.
 """
@@ -12,6 +12,7 @@ from statistics import fmean
 
 from mlxtune.compute.gradients import as_said
 from mlxtune.compute.loss import Way
+from mlxtune.config.preference import is_kept_by_check
 from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import DEFAULT_ROWS, Batch
 from mlxtune.errors import UserError, did_you_mean
@@ -23,6 +24,9 @@ from mlxtune.evaluate.engines.request import Answer, Request
 from mlxtune.evaluate.engines.sampling import Sampling
 from mlxtune.evaluate.score import Score, score
 from mlxtune.model.load import Loaded
+from mlxtune.train.preference import held_out
+from mlxtune.train.preference.goal import Preference
+from mlxtune.train.preference.reference import forward_of
 from mlxtune.train.ranks import ALONE, Ranks
 
 SAMPLE_TOKENS = 128  # the most of an answer to train.sample_prompts
@@ -42,12 +46,21 @@ def suite_of(config: Config) -> Suite | None:
         runs = "--run-code" in error.hint
         hint = "Checks that run programs are asked by `mlxtune eval --suite` alone." if runs else error.hint
         raise UserError(f"train.sample_prompts: {error.message}", hint) from error
-    if section.keep_by != "loss" and section.keep_by not in suite.names:
+    if is_kept_by_check(config) and section.keep_by not in suite.names:
         raise UserError(
             f"train.keep_by: {suite.path} has no check {section.keep_by}",
             did_you_mean(section.keep_by, ["loss", *suite.names]),
         )
     return suite
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What held-out rows say of the adapter."""
+
+    loss: float  # nats a supervised token; of preferences, a pair or a rated answer
+    tokens: int  # supervised ones
+    more: dict[str, float] = field(default_factory=dict)  # of preferences: the other fields of an `eval` event
 
 
 @dataclass(frozen=True)
@@ -70,14 +83,21 @@ class Evaluation:
     batches: Sequence[Batch]  # of the validation rows, this process's part
     ranks: Ranks = ALONE  # the processes that share the run
     suite: Suite | None = None  # that train.sample_prompts names
+    preference: Preference | None = None  # the objective of pairs or rated answers
 
-    def score(self, between: Callable[[], None]) -> Score:
+    def score(self, between: Callable[[], None]) -> Scored:
         """Of all validation rows, the same on every process."""
         model = self.loaded.model
+        if self.preference is not None:
+            forward = forward_of(model, self.way)
+            loss, more = held_out.score(self.preference, forward, self.batches, self.ranks, between)
+            (tokens,) = self.ranks.sum_numbers(sum(batch.targets for batch in self.batches))
+            return Scored(loss, round(tokens), more)
         with as_said(model, replace(self.way, recompute=0)):
             own = score(model, self.way.split, self.batches, self.way.prefix, between)
         loss_sum, tokens, correct = self.ranks.sum_numbers(own.loss_sum, own.tokens, own.correct)
-        return Score(loss_sum, round(tokens), round(correct))
+        summed = Score(loss_sum, round(tokens), round(correct))
+        return Scored(summed.loss, summed.tokens)
 
     def samples(self, between: Callable[[], None]) -> Samples:
         """No answers on other processes than the first; the checks' scores on all of them."""

@@ -6,9 +6,12 @@ An event is a dictionary with its `kind`:
                  `seconds` that the preparation took; what the run is made of, as `provenance.of_job` says it; `data`:
                  counts of its rows (`data_facts`)
     train        one optimizer step, with the numbers of `StepFunction`: among them `tokens` of its rows, and
-                 `computed_tokens`, the positions that went through the model: fewer where rows share, more by padding
-    eval         `loss` and `tokens` of the validation rows after `step`, `samples`, and a suite's `checks`, without
-                 those that applied to no answer; `cut`: how many of its answers were cut; `seconds` of it all
+                 `computed_tokens`, the positions that went through the model: fewer where rows share, more by padding;
+                 of preferences also `margin`, `accuracy`, `reward_chosen`, `reward_rejected`, `drift`, and kto's
+                 `baseline` (`preference/tally` defines them), and its `loss` is that of a pair or rated answer
+    eval         `loss` and `tokens` of the validation rows after `step`, of preferences the same numbers as of a step;
+                 `samples`, and a suite's `checks`, without those that applied to no answer; `cut`: how many of its
+                 answers were cut; `seconds` of it all
     checkpoint   `step`, the `path` of its folder in RUN, and the `seconds` that saving took
     note         `text`: something that a person must know; `nonfinite`: of a `step` that was left out
     end          `state`: finished, interrupted or failed; after `step`; `nonfinite`: a loss or gradient of the step

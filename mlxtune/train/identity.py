@@ -16,6 +16,7 @@ from mlxtune_convert.files import matching
 from mlxtune_convert.hf.chat_templates import MORE
 from mlxtune_convert.tensors import read_header, weight_files
 
+from mlxtune.config.preference import is_kept_by_check
 from mlxtune.config.resolve import Config
 from mlxtune.errors import UserError
 from mlxtune.machine import backend
@@ -64,7 +65,7 @@ class Identity:
         for source in flat["data.sources"] or ():
             del source["path"]  # as in MAY_MOVE
         mlx = f"{version('mlx')} on {backend.kind()}"
-        chooses = suite if config.train.keep_by != "loss" else ""
+        chooses = suite if is_kept_by_check(config) else ""
         return cls(flat, train, valid, of_model(model), mlx, backend.multiplies(), dealt, chooses)
 
     @classmethod

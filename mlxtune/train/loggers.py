@@ -15,6 +15,8 @@ PROJECT = "mlxtune"
 # What each logger needs to be installed.
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 Write = Callable[[dict[str, float], int], None]  # numbers by the name of their curve, and the step
+# Of steps and evaluations on preferences, beside the loss.
+PREFERRED = ("margin", "accuracy", "reward_chosen", "reward_rejected", "drift", "baseline")
 
 
 def require(names: Sequence[str]) -> None:
@@ -80,11 +82,18 @@ def numbers_of(event: Event) -> dict[str, float]:
     """What of an event is drawn as a curve."""
     if event["kind"] == "train":
         curves = {f"train/{name}": event[name] for name in ("loss", "lr", "grad_norm", "peak_bytes")}
+        curves |= _preferred("train", event)
         return {**curves, "train/tokens_per_second": event["tokens"] / max(event["seconds"], 1e-9)}
     if event["kind"] == "eval" and event["loss"] is not None:
         checks = {f"valid/{name}": value for name, value in event.get("checks", {}).items()}
-        return {"valid/loss": event["loss"], **checks}
+        return {"valid/loss": event["loss"], **_preferred("valid", event), **checks}
     return {}
+
+
+def _preferred(split: str, event: Event) -> dict[str, float]:
+    """What of it is drawn beside the loss of preferences. A number is None where no answer of its kind was there."""
+    known = [name for name in PREFERRED if event.get(name) is not None]
+    return {f"{split}/{name}": event[name] for name in known}
 
 
 def _tensorboard(run: Path, config: dict[str, Any], step: int) -> tuple[Write, Callable[[], None]]:

@@ -14,15 +14,17 @@ from mlxtune.adapter import adapter_files, attach
 from mlxtune.compute import floats, pieces
 from mlxtune.compute.division import Division, TooLarge, same
 from mlxtune.compute.fast_ways import whole_rows
+from mlxtune.config.schema import ACCURACY
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.machine import backend
 from mlxtune.machine.gpu_errors import recognise
 from mlxtune.train import checkpoint, failure, optim
 from mlxtune.train.checkpoint import Saved, State
-from mlxtune.train.evaluation import Samples
+from mlxtune.train.evaluation import Samples, Scored
 from mlxtune.train.events import Events
 from mlxtune.train.last_whole import LastWhole
 from mlxtune.train.leaving import Leaving, promise
+from mlxtune.train.preference.watch import watch_of
 from mlxtune.train.signals import StopRequest, ignored
 from mlxtune.train.spikes import Spikes
 from mlxtune.train.step import Job, NonFinite, StepFunction
@@ -98,6 +100,7 @@ class _Loop:
         self.whole = leaving.whole
         self.state = state
         self.spikes = Spikes()
+        self.watch = watch_of(job.preference)
         self.told: set[str] = set()  # notes of evaluations
         self.alone = job.ranks.size == 1
         self._reach(state)  # before anything that may fail: from here on there is something to keep
@@ -166,7 +169,7 @@ class _Loop:
         except Halted:
             self._reach(self.state)
             return
-        fields: dict[str, Any] = {"step": self.state.step, "loss": scored.loss, "tokens": scored.tokens}
+        fields: dict[str, Any] = {"step": self.state.step, "loss": scored.loss, "tokens": scored.tokens, **scored.more}
         if samples.answers:
             fields["samples"] = samples.answers
         if self.job.evaluation.suite is not None:
@@ -175,7 +178,7 @@ class _Loop:
             fields["cut"] = samples.cut
         self._tell_once(samples.notes)
         self.events.emit("eval", **fields, seconds=time.perf_counter() - began)
-        self._reach(self._evaluated(scored.loss, self._deciding(samples)))
+        self._reach(self._evaluated(scored.loss, self._deciding(scored, samples)))
 
     def _tell_once(self, notes: Sequence[str]) -> None:
         """Say what was not said yet by this process."""
@@ -184,11 +187,15 @@ class _Loop:
                 self.told.add(note)
                 self.events.emit("note", text=note)
 
-    def _deciding(self, samples: Samples) -> float | None:
-        """What the check that train.keep_by names gives, 0 where it applied to no answer; None: the loss decides."""
+    def _deciding(self, scored: Scored, samples: Samples) -> float | None:
+        """What decides by train.keep_by: the accuracy on pairs, or what a check gives, 0 where it applied to no answer;
+        None: the loss does.
+        """
         by = self.job.section.keep_by
         if by == "loss":
             return None
+        if by == ACCURACY and by in scored.more:
+            return scored.more[by]
         if by not in samples.checks:
             step = self.state.step
             self.events.emit("note", text=f"step {step}: {by} (train.keep_by) applied to no answer, and counts as 0")
@@ -256,6 +263,8 @@ class _Loop:
         self._tell_of_states()
         if spike := self.spikes.add(event["loss"]):
             self.events.emit("note", text=f"step {number}: the loss jumped to {spike}; {self.step.rows(number)}")
+        if self.watch is not None and (said := self.watch.add(event)):
+            self.events.emit("note", text=f"step {number}: {said}")
 
     def _tell_of_states(self) -> None:
         """Say what went wrong with keeping rows' states, which costs time alone."""

@@ -40,6 +40,7 @@ from mlxtune.train.choice import choose
 from mlxtune.train.evaluation import Evaluation, suite_of
 from mlxtune.train.events import Listener, nobody
 from mlxtune.train.identity import Identity
+from mlxtune.train.preference.words import objective_in_words, rows_in_words
 from mlxtune.train.ranks import ALONE, Ranks
 from mlxtune.train.run_data import Data
 from mlxtune.train.run_folder import RunFolder
@@ -260,7 +261,9 @@ def _notes(made: Attached, chosen: Fitted, data: Data, ranks: Ranks) -> list[str
     if config.lora.start_from:
         notes.append(f"going on from {config.lora.start_from}: its kind, ranks, scales and targets are kept")
     steps = chosen.rows.steps
-    notes.append(f"{train.rows} training rows{train.also}, {valid.rows} held out{valid.also}, {steps} steps")
+    notes.append(f"{', '.join(rows_in_words(train, valid))}, {steps} steps")
+    if config.preference.loss:
+        notes.append(f"objective: {objective_in_words(config.preference)}")
     what = attach.describe(made.adapter, loaded.model)
     notes.append(f"training {what} on {_where(loaded, ranks)}")
     if config.lora.b_rate != 1:

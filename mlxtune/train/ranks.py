@@ -105,14 +105,15 @@ class Ranks:
 
     def _parts_of_each(self, batches: Sequence[Batch], of_run: int | None) -> list[Batch]:
         """Every n-th example of the micro-batches, counted through all of them, that is this rank's. Of a micro-batch
-        whose examples share more than one beginning, examples that follow each other: they are those that share.
+        whose examples share more than one beginning, or are answers to compare, examples that follow each other: they
+        are those that belong together.
 
         two ranks, batches of 3 and 2 examples:  a b c | d e  ->  rank 0 takes a c | e,  rank 1 takes b | d
         """
         mine = []
         dealt = 0  # examples of the batches before
         for batch in batches:
-            if is_simple(forest_of_batch(batch, of_run)):
+            if not batch.sides.any() and is_simple(forest_of_batch(batch, of_run)):
                 first = (self.group.rank() - dealt) % self.size
                 part = batch.part(slice(first, None, self.size))
                 dealt += len(batch.rows)
@@ -257,6 +258,8 @@ def _run_of(batch: Batch, rank: int, ranks: int) -> slice:
     does not begin with.
 
     Lengths of 100, 300, 310 and 200 tokens, which share 90, 300 and 0 with the one before: 100 + 210 | 10 + 200.
+    Answers that are compared go to one rank: what is dealt are then pairs.
+
     The last rank takes all that are left: where the last example is equal to the one before it has nothing new, so its
     middle lies on the last border.
     """
@@ -264,10 +267,13 @@ def _run_of(batch: Batch, rank: int, ranks: int) -> slice:
     for row in range(1, len(new)):
         before = batch.ids[row - 1, : batch.lengths[row - 1]]
         new[row] -= common(before, batch.ids[row, : batch.lengths[row]])
+    starts = [part.start for part in batch.whole_parts]
+    new = np.add.reduceat(new, starts)
     middles = np.cumsum(new) - new / 2
     borders = np.searchsorted(middles, np.arange(ranks + 1) * new.sum() / ranks)
     borders[0], borders[-1] = 0, len(new)
-    return slice(int(borders[rank]), int(borders[rank + 1]))
+    examples = np.append(starts, len(batch.rows))[borders]
+    return slice(int(examples[rank]), int(examples[rank + 1]))
 
 
 def _ordered(tree: Any) -> dict[str, mx.array]:

@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from mlxtune.train.data_facts import data_facts
 from mlxtune.train.evaluation import suite_of
 from mlxtune.train.events import Events, Listener, nobody
 from mlxtune.train.lock import UNLOCKED
+from mlxtune.train.preference import setup
+from mlxtune.train.preference.setup import with_preference
 from mlxtune.train.preparation import Prepared, prepare
 from mlxtune.train.ranks import Ranks
 from mlxtune.train.reach import NOTHING, LocalOnly
@@ -108,13 +110,14 @@ class _Run:
         self.notes += prepared.notes
         self._require_same(job)
         saved = self._on_every_rank(saved, job)
+        job = with_preference(job, self.config, data.valid, self.folder, self.resume, self.listener)
         if not self.ranks.first:
             return loop.run(job, Events(None), saved)
         self.data_facts = data_facts(data, self.config)
         self.stack.enter_context(explained(self.folder.path))
         if self.resume:
             return self._written(job, saved)
-        return self._begun(prepared)
+        return self._begun(replace(prepared, job=job))
 
     def _checkpoint(self) -> Saved:
         """The newest checkpoint of the run that goes on, its folder locked. Raises UserError when there is none."""
@@ -167,6 +170,7 @@ class _Run:
         step = saved.state.step if saved else 0
         with new_file(folder.config_file, force=True) as file:
             file.write(config.to_yaml())
+        setup.save(job, config, folder.path)
         log = self.stack.enter_context(closing(Events(folder.path, self.listener)))
 
         def note(text: str) -> None:

@@ -15,6 +15,7 @@ from mlxtune.data.dataset.examples import Examples
 from mlxtune.data.template.template import Template
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.model import hub
+from mlxtune.train.preference.rows import require_fitting
 from mlxtune.train.reach import NOTHING, LocalOnly
 
 
@@ -37,14 +38,19 @@ def read_data(
     """Rows -> examples of the model's tokenizer, and the configuration with the day they were made for.
 
     progress: called with a file's name and how many of its rows are tokenized; local: for what the hub is not asked.
-    Raises UserError before any weight is read; for a typing error in the rows, before a model is downloaded.
+    Raises UserError before any weight is read, also for rows that do not fit the objective; for a typing error in the
+    rows, before a model is downloaded.
     """
     model_is_here = Path(config.model.path).expanduser().exists()
-    sources.require_readable(config.data, not model_is_here, local.data)
+    preferences = bool(config.preference.loss)
+    sources.require_readable(config.data, not model_is_here, local.data, preferences)
     folder = hub.resolve(config.model.path, local_only=local.model)
     tokenizer, changes = vocabulary.run_tokenizer(folder, config)
     config = with_date(config, tokenizer)
-    splits = mixture.read(config.data, tokenizer, config.train.seed, progress, local_only=local.data)
+    splits = mixture.read(
+        config.data, tokenizer, config.train.seed, progress, local_only=local.data, preferences=preferences
+    )
+    require_fitting(config.preference, {split: splits[split] for split in ("train", "valid")})
     return Data(splits["train"], splits["valid"], folder, tokenizer, changes), config
 
 

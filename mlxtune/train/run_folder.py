@@ -5,6 +5,7 @@
     RUN/adapters.safetensors     the adapter: the best so far or the last, as train.keep says
     RUN/adapter_config.json      what kind of adapter it is, as mlx-lm reads it
     RUN/mlxtune_tokenizer.json   what the run changed in the tokenizer, if it did
+    RUN/reference.safetensors    of a run on preferences: what the model at step 0 gives each answer (`preference`)
     RUN/checkpoints/             step-0000100/ and so on, and best/ (`checkpoint`)
     RUN/.lock                    held by the process that trains; also the mark of a run's folder (`lock`)
     RUN/tensorboard, RUN/wandb   what loggers write
@@ -38,6 +39,7 @@ CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"
 LOCK_FILE = ".lock"
 PAGE_FILE = "report.html"
+REFERENCE_FILE = "reference.safetensors"
 CHECKPOINTS = "checkpoints"
 # All that a run writes before it saved anything.
 BEFORE_SAVING = (
@@ -46,6 +48,7 @@ BEFORE_SAVING = (
     EVENTS_FILE,
     adapter_files.CONFIG_FILE,
     tokenizer_changes.FILE,
+    REFERENCE_FILE,
     CHECKPOINTS,
     "tensorboard",
     "wandb",

@@ -1,8 +1,8 @@
 """One optimizer step: what it makes of parameters and optimizer state follows from the run's plan, its seed and the
 number of the step alone.
 
-Its loss is the sum over its supervised tokens divided once by their number, over all of its micro-batches and all
-processes: accumulating changes memory, not the gradient.
+Its loss is the sum over its supervised tokens divided once by their number (of preferences: over its pairs, by theirs),
+over all of its micro-batches and all processes: accumulating changes memory, not the gradient.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,6 +33,9 @@ from mlxtune.model.corrections import extent
 from mlxtune.train import optim
 from mlxtune.train.evaluation import Evaluation
 from mlxtune.train.identity import Identity
+from mlxtune.train.preference import start
+from mlxtune.train.preference.goal import Goal, Preference
+from mlxtune.train.preference.reference import forward_of
 from mlxtune.train.ranks import ALONE, Ranks
 from mlxtune.train.run_folder import RunFolder
 
@@ -40,6 +43,8 @@ AHEAD = 1.05  # of the predicted peak: what queued work may take
 WRONG = 1.3  # of the predicted peak: a prediction that is further off does not hold for this model
 COMPILED_FROM = 2  # a signature used once is computed as it comes: compiling would cost more than it saves
 NAMED_ROWS = 16  # rows of a step that a message names
+
+T = TypeVar("T")
 
 
 class NonFinite(Exception):
@@ -72,6 +77,7 @@ class Job:
     predicted: int | None = None  # bytes at the run's peak; None where nobody can say
     states: RowStates | None = None  # of the frozen blocks, where the way leaves these out; None: nothing is kept
     b_rate: float = 1.0  # lora.b_rate: of learning, of B over all the rest
+    preference: Preference | None = None  # the objective of pairs or rated answers; None: rows are learned as they are
 
 
 class StepFunction:
@@ -105,25 +111,32 @@ class StepFunction:
         self._note_steps_before(number)
         batches = self.job.plan.step(number)
         targets = sum(batch.targets for batch in batches)
+        goal = self._goal(batches)
+        divisor = targets if goal is None else goal.divisor
         with backend.memory_held_to(self._queued_bytes()):
             self._positions = 0
-            losses, gradients = self._summed(number, self.job.ranks.own_batches(batches, self.job.way.prefix))
+            own = self.job.ranks.own_batches(batches, self.job.way.prefix)
+            if goal is not None and goal.has_baseline:
+                self._find_baseline(own, goal)
+            losses, gradients = self._agreed(lambda: self._accumulate(number, own, goal))
         gradients = self.job.ranks.sum_tree(gradients)
         before = self.job.model.trainable_parameters()
         rate = optim.learning_rate(self.job.section, number, self.job.plan.steps)
-        parameters, state, norm = self.update(gradients, before, targets, rate)
+        parameters, state, norm = self.update(gradients, before, divisor, rate)
         del gradients, before  # the update takes the gradients' memory
         norm_value, *loss_sums = _computed(parameters, state, [norm, *losses])
         self._judge_prediction(peak)
         loss, positions = self.job.ranks.sum_numbers(sum(loss_sums), self._positions)
-        mean = loss / targets
+        mean = loss / divisor
         if not (math.isfinite(mean) and math.isfinite(norm_value)):
             raise NonFinite(mean, self.rows(number, loss_sums), self.job.identity.config["train.dtype"])
+        more = {} if goal is None else self._preferred(number, mean, goal)
         self.job.model.update(parameters)
         self.optimizer.state = state
         return {
             "step": number,
             "loss": mean,
+            **more,
             "lr": rate,
             "grad_norm": norm_value,
             "tokens": sum(batch.tokens for batch in batches),
@@ -162,20 +175,22 @@ class StepFunction:
         if predicted is not None and mx.get_peak_memory() > max(before, WRONG * predicted):
             self._trusted = False
 
-    def _summed(self, number: int, batches: list[Batch]) -> tuple[list[mx.array], Any]:
-        """As `_accumulate`. Raises TooLarge, on every process, where the memory of one of them did not suffice."""
+    def _agreed(self, compute: Callable[[], T]) -> T:
+        """What `compute()` gives. Raises TooLarge, on every process, where the memory of one did not suffice."""
         if self.job.section.on_oom == "stop":
-            return self._accumulate(number, batches)
-        losses, gradients, failure = list[mx.array](), None, None
+            return compute()
+        found: T | None = None
+        failure = None
         try:
-            losses, gradients = self._accumulate(number, batches)
+            found = compute()
         except (RuntimeError, MemoryError) as error:
             failure = recognise(error)  # the error itself would hold on to all that was computed
             if failure is None or not failure.of_memory:
                 raise
         if examples := self.job.ranks.highest(self._computing if failure else 0):
             raise TooLarge(failure or Failure(Kind.OUT_OF_MEMORY, "in another of the processes"), examples)
-        return losses, gradients
+        assert found is not None
+        return found
 
     def _note_steps_before(self, number: int) -> None:
         """Note the signatures of the steps before, where a run goes on or steps were divided. The same graphs are then
@@ -195,8 +210,11 @@ class StepFunction:
             parts += self.division.parts(alike)
         return parts
 
-    def _accumulate(self, number: int, batches: list[Batch]) -> tuple[list[mx.array], Any]:
-        """(summed loss of each micro-batch, a scalar; summed gradients, a tree) of a step: one wait for each part."""
+    def _accumulate(self, number: int, batches: list[Batch], goal: Goal | None = None) -> tuple[list[mx.array], Any]:
+        """(summed loss of each micro-batch, a scalar; summed gradients, a tree) of a step: one wait for each part.
+
+        goal: whose losses they are, and which counts what they say; None: those of supervised tokens.
+        """
         losses: list[mx.array] = []
         gradients: Any = None
         if not batches:  # this process has no part in the step
@@ -210,7 +228,7 @@ class StepFunction:
                     self._computing = units(part)
                     self._positions += forest_of_batch(part, self.job.way.prefix).computed
                     self._set_noise(number, part)
-                    value, new = self._gradients(part)
+                    value, new = self._gradients(part) if goal is None else goal.gradients(self._gradients, part)
                     gradients = new if gradients is None else self._added(gradients, new)
                     del new
                     mx.eval(value, gradients)
@@ -219,6 +237,41 @@ class StepFunction:
         finally:
             self.job.dropout.clear()
         return losses, gradients
+
+    # What preferences add.
+
+    def _goal(self, batches: list[Batch]) -> Goal | None:
+        """Of a step on preferences, all of its micro-batches; None: its rows are learned as they are."""
+        preference = self.job.preference
+        return None if preference is None else Goal.of(preference, preference.train, batches)
+
+    def _find_baseline(self, batches: list[Batch], goal: Goal) -> None:
+        """Give the goal of a step its baseline, over the rows of all processes. batches: this one's."""
+        forward = forward_of(self.job.model, self.division.way(self.job.way))
+
+        def of_this_process() -> float:
+            total = 0.0
+            for batch in batches:
+                for part in self._parts(batch):
+                    self.between()
+                    others = goal.mismatched(part)
+                    self._computing = units(part)
+                    self._positions += forest_of_batch(others, self.job.way.prefix).computed
+                    total += goal.likelier(others, forward)
+            return total
+
+        (total,) = self.job.ranks.sum_numbers(self._agreed(of_this_process))
+        goal.set_baseline(total)
+
+    def _preferred(self, number: int, loss: float, goal: Goal) -> dict[str, float]:
+        """The fields of a step on preferences. Raises UserError where the first one shows that its reference is wrong.
+
+        loss: of the step, a pair or rated answer.
+        """
+        tally = goal.tally(self.job.ranks)
+        if number == 1:
+            start.require_own_reference(goal.preference, tally, loss)
+        return goal.fields(tally)
 
     def _set_noise(self, number: int, part: Batch) -> None:
         """A row's dropout and NEFTune noise follow from the seed, the step and the row, whatever it is batched with."""

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlxtune.compute.preference.objectives import OF_PAIRS, OF_RATED, Answers, Settings, pair_losses, rated_losses
+from mlxtune.compute.preference.objectives import Answers, Settings, pair_losses, rated_losses
+from mlxtune.config.preference import OF_PAIRS, OF_RATED
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.data.rows.sides import Side
 

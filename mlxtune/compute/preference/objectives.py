@@ -37,10 +37,9 @@ from typing import Literal
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxtune.config.preference import WITHOUT_REFERENCE
+
 Objective = Literal["dpo", "ipo", "apo", "simpo", "orpo", "kto"]
-OF_PAIRS: tuple[Objective, ...] = ("dpo", "ipo", "apo", "simpo", "orpo")
-OF_RATED: tuple[Objective, ...] = ("kto", "apo")
-WITHOUT_REFERENCE: tuple[Objective, ...] = ("simpo", "orpo")
 LOG_HALF = -0.6931471805599453
 
 

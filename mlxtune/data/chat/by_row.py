@@ -27,9 +27,9 @@ def by_row(rows: Iterable[Row]) -> Iterator[list[Row]]:
         if side is Side.CHOSEN:
             chosen = parts
         elif side is Side.REJECTED:
-            yield _dropped([*chosen, *parts], _why_not_a_pair(chosen, parts))
+            yield _settled([*chosen, *parts], _why_not_a_pair(chosen, parts))
         elif side is not Side.NONE:
-            yield _dropped(parts, _why_not_whole(parts))
+            yield _settled(parts, _why_not_whole(parts))
         else:
             yield parts
 
@@ -39,11 +39,18 @@ def side_of(row: Row) -> Side:
     return row.record.side if isinstance(row.record, Record) else Side.NONE
 
 
-def _dropped(parts: list[Row], reason: str) -> list[Row]:
-    """The same without examples; as they are where there is no reason."""
-    if not reason:
-        return parts
-    return [replace(part, example=None, dropped=reason) for part in parts]
+def _settled(parts: list[Row], reason: str) -> list[Row]:
+    """What becomes of the examples of a row: dropped, where there is a reason. None of them is cut then: what may be
+    missing of those that stay is not trained, and stands behind all that is.
+    """
+    out = []
+    for part in parts:
+        if not reason:
+            out.append(replace(part, shortened=False))
+            continue
+        kinds = tuple((kind, message) for kind, message in part.kinds if kind != "cut")
+        out.append(replace(part, example=None, dropped=reason, kinds=kinds))
+    return out
 
 
 def _why_not_a_pair(chosen: list[Row], rejected: list[Row]) -> str:

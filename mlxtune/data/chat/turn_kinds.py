@@ -16,12 +16,13 @@ NAMED = 5  # rows that are named of a kind of turn
 class Expansion:
     """What became of conversations whose turns stand behind the prompts that ask for them."""
 
-    rows: int = 0  # conversations that give examples
+    rows: int = 0  # conversations that give examples, or pairs of them
     examples: int = 0  # that these give
     turns: int = 0  # that are trained
     tokens: int = 0  # of all examples
     once: int = 0  # tokens of the same conversations, each rendered once
     untrue: int = 0  # turns that data.expand_turns=none would train otherwise than they are asked for
+    of_pairs: bool = False  # whether the rows are pairs, each of two conversations
 
     def add(self, parts: Iterable[Row], limit: int) -> None:
         """Count the examples of one conversation, as they are when cut at `limit` tokens."""
@@ -48,7 +49,7 @@ class Expansion:
             return ""
         many = ", ".join(
             [
-                _counted(self.rows, "conversation"),
+                _counted(self.rows, "pair" if self.of_pairs else "conversation"),
                 _counted(self.turns, "turn"),
                 _counted(self.examples, "example"),
             ]

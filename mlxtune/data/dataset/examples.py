@@ -240,7 +240,17 @@ class Examples(MeasuredExamples):
             tokens=int(self.lengths[of_turns].sum()),
             once=int(self.of_rows("once").sum()),  # of text rows it is 0
             untrue=int(self.column("untrue").sum()),
+            of_pairs=bool((self.sides == Side.CHOSEN).any()),
         )
+
+    def _called(self, store: Store) -> str:
+        """What a file is called among the others: its name, or its path where another has that name; "" if alone."""
+        files = [other.facts.file for other in self.stores]
+        if len(files) == 1:
+            return ""
+        names = [Path(file).name for file in files]
+        name = Path(store.facts.file).name
+        return name if names.count(name) == 1 else store.facts.file
 
     def notes(self, split: str, max_tokens: int) -> list[str]:
         """What a person must know about rows: how their turns are trained, and which were not used as they are."""
@@ -254,7 +264,7 @@ class Examples(MeasuredExamples):
             notes.append(f"{split}: {count} of {self.rows} rows shortened to data.max_tokens {max_tokens} (start kept)")
         for store in self.stores:
             if store.facts.file not in self.told_elsewhere:
-                notes += [f"{split}: {note}" for note in _notes_on_file(store)]
+                notes += [f"{split}: {note}" for note in _notes_on_file(store, self._called(store))]
         return notes + [f"{split}: {what} left out: {reason}" for reason, what in self.left_out.items()]
 
 
@@ -272,18 +282,21 @@ def _kind_of(side: Side) -> Kind:
     return "rated" if side in OF_RATINGS else "supervised"
 
 
-def _notes_on_file(store: Store) -> list[str]:
-    """What a person must know of a file's rows, whichever of them are chosen."""
+def _notes_on_file(store: Store, called: str) -> list[str]:
+    """What a person must know of a file's rows, whichever of them are chosen. called: the file among others; "": it is
+    the only one.
+    """
     facts = store.facts
     notes = []
+    where = f"in {called}, " if called else ""
     for reason, count in sorted(facts.counts.items(), key=lambda item: -item[1]):
         first, *others = facts.dropped.get(reason) or [0]
         named = ", ".join([place(facts.file, first), *map(str, others[: NAMED - 1])])
         if count > NAMED:
             named += ", ..."
-        notes.append(f"{count} of {facts.rows} rows dropped: {reason} ({named})")
-    name = Path(facts.file).name
+        notes.append(f"{where}{count} of {facts.rows} rows dropped: {reason} ({named})")
+    name = called or Path(facts.file).name
     notes += [f"in {name}, {line}" for line in kind_lines(facts.kinds, facts.kind_rows)]
     for reason, (turns, rows) in facts.turns.items():
-        notes.append(f"{turns} turns of {rows} of {facts.rows} rows dropped: {reason}")
+        notes.append(f"{where}{turns} turns of {rows} of {facts.rows} rows dropped: {reason}")
     return notes

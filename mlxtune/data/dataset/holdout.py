@@ -64,7 +64,8 @@ def _too_few(train: Examples, sources: list[int]) -> UserError:
     stores = [store for store, source in zip(train.stores, train.source_of_store, strict=True) if source in sources]
     reasons = dict.fromkeys(f"dropped: {reason}" for store in stores for reason in store.facts.counts)
     lost = "; ".join([*reasons, *(f"left out: {why}" for why in train.left_out)])
-    what = f"{stores[0].facts.file}: fewer than two different rows, too few to hold any out"
+    rows = "prompts" if train.have_sides else "rows"  # all answers to one prompt are held out together
+    what = f"{stores[0].facts.file}: fewer than two different {rows}, too few to hold any out"
     or_else = "rows, or a valid file beside the train file."
     if lost:
         return UserError(f"{what} ({lost})", f"Mend these rows, add {or_else}")

@@ -30,6 +30,7 @@ SPLITS = {  # as named by others -> by us
     **dict.fromkeys(("valid", "validation", "val", "dev", "eval"), "valid"),
     "test": "test",
 }
+OF_PREFERENCES = "_prefs"  # behind the names of splits in datasets that have others to learn answers from
 ABOUT = ("dataset_info", "dataset_infos", "dataset_dict", "state")  # .json files that `datasets` writes beside its data
 BATCH = 1024  # rows that are taken out of a hub dataset at once
 
@@ -65,7 +66,7 @@ def _require_good(file: Source) -> None:
     """Raise UserError when any of its rows is bad."""
     bad, count = [], 0
     for row in file.read():
-        count += 1
+        count += not formats.is_first_of_pair(row)
         if isinstance(row, Bad):
             bad.append(row)
     formats.require_good(bad, count)
@@ -188,7 +189,8 @@ def _from_hub(source: SourceSection, stream: bool, local_only: str, preferences:
     loaded = hub_dataset.splits_of(source, stream, local_only)
     named: dict[str, list[str]] = {}  # split as we name it -> as the dataset does
     for split in loaded:
-        named.setdefault(SPLITS.get(split, ""), []).append(split)
+        meant = split.removesuffix(OF_PREFERENCES) if preferences else split
+        named.setdefault(SPLITS.get(meant, ""), []).append(split)
     unknown = named.pop("", [])
     for own in named.values():
         if len(own) > 1:

@@ -7,9 +7,9 @@ Where preferences are asked for, a row that can be read as a pair is one, whatev
 conversation rates its answer. Else rows that have an ordinary format are read by it, as ever.
 
 To add a format:
-1. write its parser in `parsers.py`: a row -> the conversations or texts in it;
+1. write its parser in `parsers.py`, or in `pairs.py`: a row -> the conversations or texts in it;
 2. give it an entry in FORMATS below: its name, the columns that show it, and what else it reads;
-3. add a row of it to tests/test_records.py, and one that is wrong with the words of its error.
+3. add a row of it to tests/test_records.py, or tests/test_pairs.py, and one that is wrong with the words of its error.
 """
 
 from __future__ import annotations
@@ -200,8 +200,10 @@ def _twice(names: list[str]) -> list[str]:
     return sorted({name for name in names if names.count(name) > 1})
 
 
-def require_good(bad: list[Bad], total: int) -> None:
-    """Raise UserError naming the rows that cannot be read, when there are any; bad: of one file."""
+def require_good(bad: list[Bad], total: int, or_else: str = "") -> None:
+    """Raise UserError naming the rows that cannot be used, when there are any. bad: of one file; or_else: what else the
+    command can do about them, a sentence.
+    """
     if not bad:
         return
     by_reason: dict[str, list[Bad]] = {}
@@ -217,8 +219,19 @@ def require_good(bad: list[Bad], total: int) -> None:
     more = f"; and {len(reasons) - LISTED} other reasons" if len(reasons) > LISTED else ""
     raise UserError(
         f"{bad[0].file}{count} {'; '.join(reasons[:LISTED])}{more}",
-        "Mend or remove them; `mlxtune data check` lists every one.",
+        f"Mend or remove them; `mlxtune data check` lists every one. {or_else}".rstrip(),
     )
+
+
+def without_pairs(records: Iterable[Record | Bad]) -> Iterator[Record | Bad]:
+    """The same, for who takes every answer for a good one. Raises UserError for a pair, of which one answer is not."""
+    for record in records:
+        if is_first_of_pair(record):
+            raise UserError(
+                f"{record.file}: pairs of answers, of which one is preferred, are not read here",
+                "Give rows with one answer each, such as the chosen ones.",
+            )
+        yield record
 
 
 def _format_of(row: Mapping[str, Any], preferences: bool = False) -> str:
@@ -248,10 +261,19 @@ def _format_of_first_row(
     if inside:
         hint = f"The rows are inside `{inside}`: make that list the whole file (jq .{inside} OLD.json > NEW.json)."
     else:
-        example = f"{{{names[0]}: prompt, {names[1]}: completion}}" if len(names) > 1 else "{NAME: text}"
-        hint = f"Rename columns with --set 'data.columns={example}'."
+        hint = f"Rename columns with --set 'data.columns={_renaming(names)}'."
     known = "; ".join(" + ".join(known.required) for known in FORMATS.values())
     raise UserError(message, f"Known: {known}. {hint}")
+
+
+def _renaming(names: list[str]) -> str:
+    """How columns of such names might be meant, for a hint."""
+    sides = [next((name for name in names if side[:6] in name.lower()), "") for side in pairs.NAMES]
+    if all(sides):
+        return "{" + ", ".join(f"{name}: {side}" for name, side in zip(sides, pairs.NAMES, strict=True)) + "}"
+    if len(names) > 1:
+        return f"{{{names[0]}: prompt, {names[1]}: completion}}"
+    return "{NAME: text}"
 
 
 def _rows_inside(row: dict[str, Any]) -> str:

@@ -21,8 +21,13 @@ def turns(text: str) -> list[dict[str, Any]]:
 
 
 def asked(text: str) -> list[dict[str, Any]]:
-    """The messages of a text that ends with an Assistant who has not spoken: a prompt. None of any other text."""
+    """The messages of a prompt in which both have a turn; an Assistant at its end who has not spoken is none.
+
+    No messages of any other text: "Human: Hi" alone may be just what somebody asks.
+    """
     found = turns(text)
-    if len(found) < 2 or found[-1] != {"role": "assistant", "content": ""}:
+    if {turn["role"] for turn in found} != {"user", "assistant"}:
         return []
-    return found[:-1]
+    if found[-1] == {"role": "assistant", "content": ""}:
+        return found[:-1]
+    return found

@@ -14,10 +14,11 @@ with an answer: one with which both sides begin is the beginning of both answers
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from mlxtune.data.rows import human_assistant
-from mlxtune.data.rows.messages import IDLE, THINKING_KEYS, WEIGHTS, checked
+from mlxtune.data.rows.messages import IDLE, ROLES, THINKING_KEYS, WEIGHTS, checked
 from mlxtune.data.rows.parsers import Parsed, conversation, from_sharegpt, instructed, without_weight
 from mlxtune.data.rows.sides import OF_PAIRS, Side
 from mlxtune.data.rows.tool_schemas import tools_of
@@ -25,6 +26,7 @@ from mlxtune.data.rows.values import RowError, from_json, listed, text_of
 
 Messages = list[dict[str, Any]]
 NAMES = ("chosen", "rejected")  # columns of the two sides
+_NOT_JSON = re.compile(r"\s*\[\s*\{'.*'role': *'(user|assistant|system)'", re.DOTALL)  # messages as Python prints them
 QUESTIONS = ("user", "system", "developer")  # roles with which no answer begins
 
 
@@ -35,8 +37,8 @@ def with_prompt(row: dict[str, Any]) -> list[Parsed]:
     """
     if row.get("prompt") is None:
         return without_prompt(row)
-    given = _unpacked(row["prompt"])
-    sides = [_side(row, name, unpack=isinstance(given, list)) for name in NAMES]
+    given = _unpacked(row["prompt"], "prompt")
+    sides = [_side(row, name) for name in NAMES]
     whole = [_begins_with_question(side) for side in sides]
     if not any(whole):
         return _pair(row, _prompt(given), *sides)
@@ -53,7 +55,7 @@ def with_prompt(row: dict[str, Any]) -> list[Parsed]:
         if given.strip() not in asked:
             raise RowError(
                 "chosen and rejected are whole conversations that do not begin with the prompt: make them answers to "
-                "it, or leave prompt out"
+                "it, or give it another name (data.columns={prompt: unused})"
             )
         return _parted(row, chosen, rejected, common)
     prompt = _prompt(given)
@@ -61,7 +63,7 @@ def with_prompt(row: dict[str, Any]) -> list[Parsed]:
         if not _same(prompt, side[: len(prompt)]):
             raise RowError(
                 f"{name} begins with a question, but not with the messages of prompt: make it an answer to the prompt, "
-                "or leave prompt out"
+                "or give prompt another name (data.columns={prompt: unused})"
             )
     return _pair(row, prompt, chosen[len(prompt) :], rejected[len(prompt) :])
 
@@ -133,11 +135,9 @@ def _prompt(given: Any) -> Messages:
     return _messages([given] if isinstance(given, dict) else given, "prompt")
 
 
-def _side(row: dict[str, Any], name: str, unpack: bool = False) -> Messages:
-    """The messages of a side: a text is one of the assistant. unpack: JSON text of messages is read as messages."""
-    given = row.get(name)
-    if unpack:
-        given = _unpacked(given)
+def _side(row: dict[str, Any], name: str) -> Messages:
+    """The messages of a side: a text is one of the assistant."""
+    given = _unpacked(row.get(name), name)
     if isinstance(given, str):
         return [{"role": "assistant", "content": given}]
     return _messages([given] if isinstance(given, dict) else given, name)
@@ -153,7 +153,7 @@ def _answer(row: dict[str, Any], name: str) -> Messages:
 
 def _whole(row: dict[str, Any], name: str) -> Messages:
     """The messages of a side that is a whole conversation."""
-    given = _unpacked(row.get(name))
+    given = _unpacked(row.get(name), name)
     if not isinstance(given, str):
         return _messages(given, name)
     turns = human_assistant.turns(given)
@@ -165,15 +165,20 @@ def _whole(row: dict[str, Any], name: str) -> Messages:
     return turns
 
 
-def _unpacked(value: Any) -> Any:
-    """What JSON text of a list of messages holds, as csv and some parquet files have them; any other value as it is."""
+def _unpacked(value: Any, name: str) -> Any:
+    """What JSON text of messages holds, as csv and some parquet files have them; any other value as it is.
+
+    Raises RowError for messages as Python prints them: so pandas writes them into csv files.
+    """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
+    if _NOT_JSON.match(value):
+        raise RowError(f"{name} is a list of messages as Python prints it, which is not JSON: write them as JSON text")
     try:
         held = json.loads(value)
     except (ValueError, RecursionError):
         return value
-    are_messages = isinstance(held, list) and all(isinstance(item, dict) and "role" in item for item in held)
+    are_messages = isinstance(held, list) and all(isinstance(item, dict) and item.get("role") in ROLES for item in held)
     return held if held and (are_messages or _are_turns(held)) else value
 
 

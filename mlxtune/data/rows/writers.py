@@ -1,21 +1,14 @@
-"""Conversations -> rows of another format, one JSON object per line."""
+"""Conversations -> rows of another format."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from mlxtune_convert.files import json_text, new_file
-
-from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.messages import IDLE, THINKING_KEYS
-from mlxtune.data.rows.readers import Bad
 from mlxtune.data.rows.tool_calls import parsed_arguments
 from mlxtune.data.rows.values import RowError
-from mlxtune.errors import UserError
 
 # Keys of a message that ShareGPT says in another way, and those of an Alpaca row that say the content again.
 RETOLD = {"role", "content", "tool_calls", "tool_call_id", "instruction", "input"}
@@ -38,17 +31,21 @@ def to_sharegpt(record: Record) -> dict[str, Any]:
     """ShareGPT turns; a tool call is a turn from function_call, after one from gpt where the message has text too.
     Raises RowError for what they cannot hold.
     """
-    messages = record.messages or []
+    out: dict[str, Any] = {"conversations": sharegpt_turns(record.messages or [])}
+    if record.tools:
+        out["tools"] = json.dumps(record.tools, ensure_ascii=False)
+    return out
+
+
+def sharegpt_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns of some messages. Raises RowError for what ShareGPT cannot hold."""
     _require_order(messages)
     turns: list[dict[str, Any]] = []
     before: dict[str, Any] = {}
     for index, message in enumerate(messages, 1):
         turns += _sharegpt_turns(index, message, before)
         before = message
-    out: dict[str, Any] = {"conversations": turns}
-    if record.tools:
-        out["tools"] = json.dumps(record.tools, ensure_ascii=False)
-    return out
+    return turns
 
 
 def _sharegpt_turns(index: int, message: dict[str, Any], before: dict[str, Any]) -> list[dict[str, Any]]:
@@ -111,47 +108,3 @@ def to_alpaca(record: Record) -> dict[str, Any]:
     out["input"] = question.get("input", "")
     out["output"] = answer["content"]
     return out
-
-
-# What `data convert --to` takes -> what makes a row of it.
-TARGETS: dict[str, Callable[[Record], dict[str, Any]]] = {
-    "messages": to_messages,
-    "sharegpt": to_sharegpt,
-    "alpaca": to_alpaca,
-}
-
-
-def rewrite(
-    rows: Iterator[Record | Bad],
-    target: str,
-    out: Path,
-    force: bool = False,
-    drop: bool = False,
-    sources: Sequence[Path] = (),
-) -> tuple[int, list[Bad]]:
-    """Write `out`, whole or not at all; return the rows written and those left out.
-
-    target: a key of TARGETS; drop: rows that cannot be read, or that the format cannot hold, are left out; else
-    UserError lists them; sources: files that `out` may not replace.
-    """
-    left_out: list[Bad] = []
-    written = 0
-    with new_file(out, force, sources) as file:
-        for row in rows:
-            if isinstance(row, Record) and row.text is not None:
-                raise UserError(f"{row.file}: plain text has no turns to convert")
-            if isinstance(row, Bad):
-                left_out.append(Bad(row.file, row.row, row.reason))
-                continue
-            try:
-                made = {**row.fields, **TARGETS[target](row)}
-            except RowError as error:
-                left_out.append(Bad(row.file, row.row, str(error)))
-                continue
-            file.write(json_text(made, default=str) + "\n")
-            written += 1
-        if not drop:
-            formats.require_good(left_out, written + len(left_out))
-        if not written:
-            raise UserError(f"none of {len(left_out)} rows can be converted to {target}")
-    return written, left_out

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from mlxtune.data.rows.formats import Record
+from mlxtune.data.rows.two_sides import TwoSides
 from mlxtune.data.survey.refusals import refuses
 from mlxtune.data.survey.words import word_count
 
@@ -170,6 +171,36 @@ KINDS = {  # by code; a row's own are told in this order
         "text rows that are rendered already: their whole text is trained on, prompts too",
         "give them as `messages` rows: of those the answers alone are trained on",
     ),
+    "mixed": Kind(
+        "error",
+        "rows of another kind than most: conversations, pairs and rated answers are trained in different ways",
+        "give each kind a data set of its own",
+    ),
+    "contradiction": Kind(
+        "warning",
+        "rows that another row contradicts: of one prompt, the same answer is better here and worse there",
+        "decide which is right, and remove the others",
+    ),
+    "both ways": Kind(
+        "note",
+        "rows with an answer that is chosen here and rejected elsewhere",
+        "fine where answers were ranked; else look at them",
+    ),
+    "longer": Kind(
+        "warning",
+        "rows in which lengths tell which answer is chosen: a model learns to be long from them",
+        "add pairs whose better answer is the shorter one, or set preference.length_normalised=true",
+    ),
+    "shorter": Kind(
+        "note",
+        "rows in which lengths tell which answer is chosen: a model learns to be short from them",
+        "fine if that is wanted; else add pairs whose better answer is the longer one",
+    ),
+    "one-sided": Kind(
+        "warning",
+        "rated rows: without the other thumb nothing says what to prefer",
+        "add rows of the other rating, or train the good ones alone as conversations",
+    ),
     "unused": Kind(
         "warning",
         "of the data files or splits beside it are not used",
@@ -252,6 +283,11 @@ KINDS = {  # by code; a row's own are told in this order
         "look at their ends; a model learns to stop there",
         has_cut_answer,
     ),
+    "rejected cut off": Kind(
+        "note",
+        "rows whose rejected answer seems cut off",
+        "fine if that is what is wrong with it; a model that sees many of them learns to end, and little else",
+    ),
     "refusal": Kind(
         "note",
         "rows whose answer is a refusal",
@@ -261,9 +297,39 @@ KINDS = {  # by code; a row's own are told in this order
 }
 
 
+# Kinds that may be wrong with a rejected answer as with any text; what else is wrong with it may be why it is rejected.
+OF_ANY_TEXT = ("secret", "e-mail", "encoding", "markup")
+# What a finding says of several rows -> of one.
+OF_ONE = (
+    ("rows", "row"),
+    ("that teach ", "that teaches "),
+    ("that are ", "that is "),
+    ("that seem ", "that seems "),
+    (": their ", ": its "),
+)
+
+
+def counted(count: int, what: str) -> str:
+    """A number of rows and what a finding says of them, in words: "1 row that teaches nothing"."""
+    if count == 1:
+        for several, one in OF_ONE:
+            what = what.replace(several, one, 1)
+    return f"{count:,} {what}"
+
+
 def codes(record: Record) -> Iterator[str]:
     """The kinds that one row's own texts show."""
     texts = RowTexts.of(record)
     for code, kind in KINDS.items():
         if kind.shows is not None and kind.shows(texts):
             yield code
+
+
+def codes_of_pair(pair: TwoSides) -> Iterator[str]:
+    """The same of a pair: what its chosen side shows, and what must not stand in either."""
+    yield from codes(pair.chosen)
+    for code in codes(pair.rejected):
+        if code in OF_ANY_TEXT:
+            yield code
+        elif code == "cut off":
+            yield "rejected cut off"

@@ -46,6 +46,7 @@ def _facts(split: SplitSurvey, config: Config) -> dict[str, Any]:
         "supervised_tokens": split.targets,
         "conversations": asdict(split.expansion) if split.expansion.rows else {},
         "turns": turns,
+        "preferences": split.preferences.as_json(),
         "lengths": _lengths(split.lengths, config.data.max_tokens),
         "roles": _most_first(split.roles),
         "answers_per_row": {str(answers): count for answers, count in sorted(split.answers.items())[:MOST_ANSWERS]},
@@ -92,7 +93,9 @@ def _steps_per_epoch(split: SplitSurvey, config: Config) -> int:
     section = config.train
     if section.batch_tokens:
         per_step = section.batch_tokens * section.accumulate
-        return -(-split.tokens * split.trained // max(1, len(split.used_hashes)) // per_step)
+        known = split.preferences
+        tokens = split.tokens - known.whole_tokens + known.computed_tokens  # of a pair what is computed counts
+        return -(-tokens * split.trained // max(1, len(split.used_hashes)) // per_step)
     per_step = (section.batch_rows or DEFAULT_ROWS) * section.accumulate
     return -(-split.trained // per_step)
 

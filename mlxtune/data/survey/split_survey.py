@@ -16,6 +16,7 @@ from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad
 from mlxtune.data.survey import lint
 from mlxtune.data.survey.consistency import Style
+from mlxtune.data.survey.preferences import Preferences
 
 LISTED = 200  # rows that a finding names
 
@@ -93,6 +94,7 @@ class SplitSurvey:
     findings: dict[str, Finding] = field(default_factory=dict)  # by code
     expansion: Expansion = field(default_factory=Expansion)  # what became of conversations
     kinds: Kinds = field(default_factory=Kinds)  # what is to be told of turns
+    preferences: Preferences = field(default_factory=Preferences)  # its pairs and rated answers
 
     @property
     def trained(self) -> int:

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from mlxtune.config.resolve import Config
+from mlxtune.data.chat.by_row import by_row
 from mlxtune.data.chat.renderer import NO_TARGET, Renderer, Row, by_record
 from mlxtune.data.dataset import duplicates, holdout, sources
 from mlxtune.data.dataset.beginnings import common
 from mlxtune.data.dataset.store_writing import Progress
 from mlxtune.data.rows.formats import Record, chunks
 from mlxtune.data.rows.readers import Bad
+from mlxtune.data.rows.two_sides import TwoSides, records_of, together
 from mlxtune.data.survey import consistency, lint, report, sampling, subjects
 from mlxtune.data.survey.markup import Markup
 from mlxtune.data.survey.split_survey import SplitSurvey
@@ -31,6 +33,7 @@ from mlxtune.data.survey.split_survey import SplitSurvey
 USED, SHORTENED = "used", "shortened"  # outcomes of a row that gives examples
 LONGEST_PROMPT = 200  # letters of the chat template's own system prompt that are told
 DAMAGED = "damaged by the chat template"  # as training names them: it stops for them, or leaves them out
+CUT = "no answer of a preference is cut, and it ends after data.max_tokens"
 
 
 def survey(
@@ -43,7 +46,7 @@ def survey(
     """
     splits: dict[str, SplitSurvey] = {}
     for number, source in enumerate(config.data.mixture(), 1):
-        found = sources.files_by_split(source, config.data.hub == "stream", local_only)
+        found = sources.files_by_split(source, config.data.hub == "stream", local_only, bool(config.preference.loss))
         for split, files in found.items():
             name = split if config.data.sources is None else f"{split} {number}"
             out = SplitSurvey(name, files[0].name, several=len(files) > 1)
@@ -81,26 +84,30 @@ def read_split(out: SplitSurvey, records: Iterator[Record | Bad], renderer: Rend
     uncut = renderer.uncut()
     markup = Markup(renderer.tokenizer)
     for chunk in chunks(records):
-        good = []
-        for record in chunk:
-            if isinstance(record, Bad):
+        good: list[Record | TwoSides] = []
+        for row in together(chunk):
+            out.rows += 1
+            if isinstance(row, Bad):
                 out.outcomes["unreadable"] += 1
-                out.find("bad", out.name_of(record), record.reason)
+                out.find("bad", out.name_of(row), row.reason)
             else:
-                good.append(record)
-                _count(out, record)
-        for record in good:
-            for code, reason in markup.codes(record):
-                out.find(code, out.name_of(record), reason)
-        for record, parts in zip(good, by_record(uncut.stream(good)), strict=True):
-            if _count_row(out, parts, limit):
-                out.used_hashes.append(duplicates.content_hash(record))
+                good.append(row)
+                _count(out, row)
+        for row in good:
+            for record in records_of(row):
+                for code, reason in markup.codes(record):
+                    out.find(code, out.name_of(record), reason)
+        made = by_row(uncut.stream(record for row in good for record in records_of(row)))
+        for row, parts in zip(good, made, strict=True):
+            record = records_of(row)[0]
+            is_used = _count_preference(out, parts, limit) if record.side else _count_row(out, parts, limit)
+            if is_used:
+                out.used_hashes.append(duplicates.asked_hash(record))
         if good:
-            signatures = [duplicates.signature(duplicates.words_of(record)) for record in good]
-            out.signatures.append(np.array(signatures))
-        out.rows += len(chunk)
+            out.signatures.append(np.array([_signature(row) for row in good]))
         progress(out.file, out.rows)
     _find_duplicates(out)
+    _find_preferences(out)
     if len(out.systems) > 1 and out.systems[None]:
         out.find_many("system", out.systems[None])
     if out.systems[None] and renderer.template.own_system:
@@ -110,11 +117,21 @@ def read_split(out: SplitSurvey, records: Iterator[Record | Bad], renderer: Rend
         out.find_many("no end", out.answers.total())
 
 
-def _count(out: SplitSurvey, record: Record) -> None:
-    """What the row holds, whatever becomes of it."""
+def _signature(row: Record | TwoSides) -> np.ndarray:
+    """By which nearly equal rows are found; of a pair that of all it says."""
+    words: list[str] = []
+    for record in records_of(row):
+        words += duplicates.words_of(record)
+    return duplicates.signature(words)
+
+
+def _count(out: SplitSurvey, row: Record | TwoSides) -> None:
+    """What the row holds, whatever becomes of it. What is said of conversations is said of a pair's chosen side."""
+    record = records_of(row)[0]
     name, messages = out.name_of(record), record.messages or []
+    out.preferences.add(row, len(out.names))
     out.names.append(name)
-    out.hashes.append(duplicates.content_hash(record))
+    out.hashes.append(duplicates.hash_of_row(records_of(row)))
     out.questions.append(_question_hash(record))
     out.formats[record.format] += 1
     out.roles.update(message["role"] for message in messages)
@@ -130,7 +147,7 @@ def _count(out: SplitSurvey, record: Record) -> None:
     made = record.fields.get("made")
     if isinstance(made, dict):
         out.made[str(made.get("how") or "not said")] += 1
-    for code in lint.codes(record):
+    for code in lint.codes_of_pair(row) if isinstance(row, TwoSides) else lint.codes(row):
         out.find(code, name)
         out.talks["refusal"] += code == "refusal"
 
@@ -173,6 +190,47 @@ def _count_row(out: SplitSurvey, parts: list[Row], limit: int) -> bool:
     return outcome in (USED, SHORTENED)
 
 
+def _count_preference(out: SplitSurvey, parts: list[Row], limit: int) -> bool:
+    """Count what training would make of a pair or a rated answer, all of it or nothing, and say whether it would train
+    on it. parts: all its examples, uncut; limit: data.max_tokens.
+    """
+    name = out.name_of(parts[0].record)
+    for side in by_record(parts):
+        out.expansion.add(side, limit)
+        out.kinds.add(side, name, limit)
+    for row in parts:
+        for damage in row.damage:
+            out.find("damaged", name, damage.text)
+        if row.example is not None:
+            out.lengths[len(row.example.ids)] += 1
+    code, reason = _why_no_preference(parts, limit)
+    if reason:
+        out.find(code, name, reason)
+        out.outcomes[f"dropped: {reason}"] += 1
+        return False
+    if any(row.damage for row in parts):
+        out.outcomes[DAMAGED] += 1
+        return False
+    out.outcomes[USED] += 1
+    out.preferences.add_used(parts)
+    for row in parts:
+        assert row.example is not None
+        _add_example(out, row.example.ids[:limit])
+        out.targets += int(np.asarray(row.example.mask[1:]).sum())
+    return True
+
+
+def _why_no_preference(parts: list[Row], limit: int) -> tuple[str, str]:
+    """(Code of a finding, the reason) why a row of preferences is dropped; ("", "") for one that is used."""
+    for row in parts:
+        if row.example is None:
+            return "refused" if row.dropped.startswith("the chat template") else "dropped", row.dropped
+    for row in parts:
+        if any(end > limit for _, end in row.ends):
+            return "too long", f"{CUT} {limit}"
+    return "", ""
+
+
 def _count_part(out: SplitSurvey, part: Row, limit: int, gives_examples: bool) -> str:
     """What becomes of one example: USED, SHORTENED, or why it is dropped. gives_examples: the row, this or others."""
     name = out.name_of(part.record)
@@ -190,16 +248,21 @@ def _count_part(out: SplitSurvey, part: Row, limit: int, gives_examples: bool) -
         reason = NO_TARGET.format(limit)
         out.find("shortened" if gives_examples else "too long", name, reason)
         return f"dropped: {reason}"
-    out.examples += 1
-    out.tokens += min(length, limit)
     out.targets += targets
-    ids = np.asarray(part.example.ids[:limit], np.int32)
-    prefix = ids if out.prefix is None else out.prefix
-    out.prefix = prefix[: common(prefix, ids)].copy()
+    _add_example(out, part.example.ids[:limit])
     if length <= limit:
         return USED
     out.find("shortened", name)
     return SHORTENED
+
+
+def _add_example(out: SplitSurvey, tokens: Any) -> None:
+    """Count an example that is trained on. tokens: [T] its ids, as they are cut."""
+    ids = np.asarray(tokens, np.int32)
+    out.examples += 1
+    out.tokens += len(ids)
+    prefix = ids if out.prefix is None else out.prefix
+    out.prefix = prefix[: common(prefix, ids)].copy()
 
 
 def _find_duplicates(out: SplitSurvey) -> None:
@@ -212,6 +275,26 @@ def _find_duplicates(out: SplitSurvey) -> None:
     out.find_all("duplicate", is_equal)
     out.find_all("near duplicate", is_near & ~is_equal)
     out.signatures.clear()
+
+
+def _find_preferences(out: SplitSurvey) -> None:
+    """What pairs and rated answers show together."""
+    known = out.preferences
+    contradicted, both_ways = known.contradicted()
+    for code, places in (("contradiction", contradicted), ("both ways", both_ways)):
+        for place in sorted(places):
+            out.find(code, out.names[place])
+    bias = known.length_bias()
+    if bias is not None:
+        code, said = bias
+        out.find_many(code, known.used, [said])
+    one_sided = known.one_sided()
+    if one_sided:
+        out.find_many("one-sided", known.good + known.bad, [one_sided])
+    most = known.kinds.most_common(1)[0][1] if known.kinds else 0
+    others = known.kinds.total() - most
+    if others:
+        out.find_many("mixed", others, [f"{count:,} {kind}" for kind, count in known.kinds.most_common()])
 
 
 def _find_few(splits: dict[str, SplitSurvey]) -> None:

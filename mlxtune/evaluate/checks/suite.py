@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.config.yaml_text import parse_yaml
-from mlxtune.data.rows.formats import Record, parse, require_good
+from mlxtune.data.rows.formats import Record, parse, require_good, without_pairs
 from mlxtune.data.rows.readers import Bad, place, raw_rows
 from mlxtune.errors import UserError, did_you_mean, nearest
 from mlxtune.evaluate.checks.arguments import CheckError, Place
@@ -145,7 +145,7 @@ def _records(path: Path, columns: dict[str, str]) -> Iterator[Record]:
     bad: list[Bad] = []
     total = 0
     try:
-        for record in parse(str(path), _usual_rows(path, columns)):
+        for record in without_pairs(parse(str(path), _usual_rows(path, columns))):
             total += 1
             if isinstance(record, Bad):
                 bad.append(record)

@@ -98,7 +98,7 @@ def _tokenized(file: Path, loaded: Loaded, template: tuple[dict[str, Any], str])
         return
     bad: list[Bad] = []
     total = 0
-    for record in formats.read(file):
+    for record in formats.without_pairs(formats.read(file)):
         total += 1
         if isinstance(record, Bad):
             bad.append(record)

@@ -35,7 +35,7 @@ ODD = 0.05  # of the answers, that checks may refuse
 LABEL_WORDS = 6  # of a label, at most
 NUMBER_WORDS = 4  # of an answer that is a number and little more: "about 12 kg"
 MARK = re.compile(r"#{4}\s*\S|\\boxed\{")  # an answer that says where its number is
-ROOM = 1.5  # times the words of a long answer, that an answer may have
+ROOM, MORE_ROOM = 1.5, 3.0  # times the words of a long answer, that an answer may have; where few answers are known
 LONG = 0.99  # of the answers have at most as many words as a long one
 Written = str | dict[str, Any]  # a check as a suite has it
 
@@ -170,24 +170,36 @@ def _is_number(text: str) -> bool:
 
 def _free(texts: list[str], asked: list[Any]) -> Inferred:
     """What holds of any answer."""
-    checks: list[Written] = ["ended", "no_repeat", {"length": {"min_words": 1, "max_words": _most_words(texts)}}]
-    said = "the answers have no common form"
-    found = _asked_of(texts, asked, checks, {})
-    if found is not None:
-        return Inferred("text", checks, found, said)
-    kept: list[Written] = ["ended"]
-    for check in checks[1:]:
+    checks: list[Written] = ["ended", "no_repeat"]
+    if texts:
+        checks.append({"length": {"min_words": 1, "max_words": _most_words(texts)}})
+    kept: list[Written] = []
+    for check in checks:
         if _asked_of(texts, asked, [*kept, check], {}) is not None:
             kept.append(check)
-    return Inferred("text", kept, _asked_of(texts, asked, kept, {}) or [], said)
+    return Inferred("text", kept, _asked_of(texts, asked, kept, {}) or [], "the answers have no common form")
 
 
 def _most_words(texts: Sequence[str]) -> int:
-    """Words that an answer may have: half as many more as a long one has, a number that is easily read."""
-    counts = sorted(len(words_of(text)) for text in texts) or [0]
-    most = max(ROOM * counts[min(len(counts), math.ceil(LONG * len(counts))) - 1], 5)
+    """Words that an answer may have: some more than a long one has, and easily read. texts: at least one."""
+    counts = sorted(len(words_of(text)) for text in texts)
+    room = ROOM if len(texts) >= FEWEST else MORE_ROOM
+    most = max(room * counts[math.ceil(LONG * len(counts)) - 1], 5)
     grain = 10 ** max(0, len(str(int(most))) - 2) * 5
     return math.ceil(most / grain) * grain
+
+
+def that_fit(checks: Sequence[Written], reference: str, messages: Sequence[dict[str, Any]]) -> list[Written]:
+    """Those of some checks that a row can have: what compares an answer with the reference must find there what it
+    looks for, such as a number. messages: before the answer.
+    """
+    row = SuiteRow("", list(messages), reference=without_thought(reference))
+    fit = []
+    for written in checks:
+        made = _made([written])
+        if made and not (made[0].rule.of_reference and made[0].score(_answer(row.reference or ""), row) is None):
+            fit.append(written)
+    return fit
 
 
 def _asked_of(

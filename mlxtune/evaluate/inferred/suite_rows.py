@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from mlxtune.data.rows.formats import Record
-from mlxtune.evaluate.inferred.infer import Written
+from mlxtune.data.rows.messages import WEIGHTS
+from mlxtune.evaluate.inferred.infer import Written, that_fit
 
 MOST_ROWS = 100  # of a suite: enough to show 12.5 points, and answered in minutes
 MOST_ANSWERS = 2_000  # that checks are inferred from; of more, as many that are chosen by the seed
@@ -36,8 +37,9 @@ def suite_rows(
 ) -> list[dict[str, Any]]:
     """Rows of suite.jsonl out of held-out conversations, in their order, at most so many, chosen by the seed.
 
-    checks: of every row; a row whose answer calls tools has the check tool_call instead. Texts are left out: they ask
-    nothing. A row keeps its whole conversation, the system prompt too.
+    checks: of every row, but for those that have nothing to compare its answer with; a row whose answer calls tools has
+    the check tool_call instead. Texts are left out: they ask nothing. A row keeps its whole conversation, the system
+    prompt too.
     """
     asking = [record for record in records if _last_answer(record) or _last_calls(record)]
     rows = []
@@ -46,20 +48,26 @@ def suite_rows(
         row: dict[str, Any] = {"id": f"row-{record.row}", "messages": record.messages}
         if record.tools:
             row["tools"] = record.tools
-        row["checks"] = ["tool_call"] if _last_calls(record) else list(checks)
+        if _last_calls(record):
+            row["checks"] = ["tool_call"]
+        else:
+            *before, answer = record.messages or []
+            row["checks"] = that_fit(checks, str(answer["content"]), before)
         rows.append(row)
     names = [row["id"] for row in rows]
     for number, row in enumerate(rows):  # a row of the data may hold several conversations
-        before = names[:number].count(row["id"])
-        if before:
-            row["id"] = f"{row['id']}-{before + 1}"
+        earlier = names[:number].count(row["id"])
+        if earlier:
+            row["id"] = f"{row['id']}-{earlier + 1}"
     return rows
 
 
 def _last_answer(record: Record) -> bool:
-    """Whether a record ends with an answer in words, behind a question."""
+    """Whether a record ends with an answer in words, behind a question, that is learned from."""
     messages = record.messages or []
-    return len(messages) > 1 and messages[-1]["role"] == "assistant" and bool(messages[-1]["content"])
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return False
+    return bool(messages[-1]["content"]) and all(messages[-1].get(name) != 0 for name in WEIGHTS)
 
 
 def _last_calls(record: Record) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from mlxtune.evaluate.observations import of_preferences
 from mlxtune.evaluate.observations.seen import OFTEN, TWICE, Observation
 
 Events = Sequence[Mapping[str, Any]]
@@ -75,7 +76,9 @@ def observed(events: Events) -> Iterator[Observation]:
     yield from _repeated(facts)
     yield from _too_little(facts, losses)
     yield from _rate(events, losses)
-    yield from _overfits(losses)
+    yield from _overfits(losses, is_preference=of_preferences.is_preference(events))
+    if of_preferences.is_preference(events):
+        yield from of_preferences.observed(events)
 
 
 def data_of(events: Events) -> Mapping[str, Any]:
@@ -231,12 +234,16 @@ def _lost(events: Events, losses: _Losses, rate: str, fix: str) -> Observation |
     return Observation(RATE, measure, len(left_out) / steps, LOST, limit, fix)
 
 
-def _overfits(losses: _Losses) -> Iterator[Observation]:
+def _overfits(losses: _Losses, is_preference: bool) -> Iterator[Observation]:
     """The validation loss rises again: three times in a row, or far while the training loss goes on falling."""
     valid = losses.valid
     if len(valid) < 2:
         return
-    fix = "set train.patience, fewer train.epochs, more rows; train.neftune_alpha makes it harder to learn by heart"
+    fix = "set train.patience, fewer train.epochs, more rows; "
+    if is_preference:
+        fix += "a higher preference.beta holds the model near its reference"
+    else:
+        fix += "train.neftune_alpha makes it harder to learn by heart"
     ended = losses.trained_up_to(losses.train[-1][0]) if losses.train else None
     also = "" if ended is None else f"; the training loss ended at {ended:.3f}"
     rises, place = 0, len(valid) - 1

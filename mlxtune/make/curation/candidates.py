@@ -84,7 +84,7 @@ def read(files: Sequence[Path], columns: Mapping[str, str]) -> tuple[list[Candid
     for file in files:
         bad: list[Bad] = []
         total = 0
-        for row in formats.read(file, columns):
+        for row in formats.without_pairs(formats.read(file, columns)):
             total += 1
             if isinstance(row, Bad):
                 bad.append(row)

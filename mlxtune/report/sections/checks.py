@@ -48,11 +48,11 @@ def results(caption: str, summary: Mapping[str, Any]) -> Html:
     )
 
 
-def checks_table(caption: str, checks: Checks, names: tuple[str, str]) -> Html:
-    """names: of the two sides."""
+def checks_table(caption: str, checks: Checks, names: tuple[str, str], of: str = "prompts") -> Html:
+    """names: of the two sides; of: what is counted."""
     if not any("verdict" in check for check in checks.values()):
-        return _one_side(caption, checks, names[0])
-    columns = ("check", "prompts", *names, "difference", "95% interval", "p", "verdict", "shows from")
+        return _one_side(caption, checks, names[0], of)
+    columns = ("check", of, *names, "difference", "95% interval", "p", "verdict", "shows from")
     rows = []
     for name, check in checks.items():
         row: list[Child] = [name, str(check["n"]), figures.share(check, check["base"])]
@@ -66,11 +66,11 @@ def checks_table(caption: str, checks: Checks, names: tuple[str, str]) -> Html:
     return table(caption, columns, rows, numbers=(1, 2, 3, 4, 5, 6, 8))
 
 
-def _one_side(caption: str, checks: Checks, name: str) -> Html:
+def _one_side(caption: str, checks: Checks, name: str, of: str) -> Html:
     rows = []
     for check, result in checks.items():
         rows.append([check, str(result["n"]), figures.share(result, result["base"]), figures.interval(result)])
-    return table(caption, ("check", "prompts", name, "95% interval"), rows, numbers=(1, 2, 3))
+    return table(caption, ("check", of, name, "95% interval"), rows, numbers=(1, 2, 3))
 
 
 def verdict_of(verdict: str) -> Html:

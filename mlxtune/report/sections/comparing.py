@@ -53,12 +53,15 @@ def section(record: RunRecord, evaluations: Sequence[Evaluated], others: Sequenc
     half = series.half_life(max(len(one.train) for one in records))
     training = [series.smoothed(series.stepwise(one.train, "loss"), half) for one in records]
     smoothed = f"Training loss of all runs, running means (half of the weight is on the last {half} steps)"
+    units = dict.fromkeys(one.loss_unit for one in records)
+    unit = ", or ".join(units)
     body = joined(
         _warnings(called[1:], records[1:]),
         _outcomes(called, records),
+        _other_losses(records),
         _other_rows(records),
-        _curves("Validation loss of all runs", called, [points_of(one.evaluations, "loss") for one in records]),
-        _curves(smoothed, called, training),
+        _curves("Validation loss of all runs", called, [points_of(one.evaluations, "loss") for one in records], unit),
+        _curves(smoothed, called, training, unit),
         _settings(called, [one.config for one in records]),
         side_by_side(called, [evaluations, *(other.evaluations for other in others)]),
     )
@@ -99,11 +102,20 @@ def _outcomes(called: Sequence[str], records: Sequence[RunRecord]) -> Html:
         ["validation loss before the first step", *(_loss(one.base_loss) for one in records)],
         ["best validation loss", *(_best(one) for one in records)],
         ["last training loss", *(_last(one) for one in records)],
+        *_accuracies(records),
         ["tokens learnt from", *(_sum(one, "supervised_tokens", "{:,.0f}".format) for one in records)],
         ["time in steps", *(_sum(one, "seconds", clock) for one in records)],
         ["most memory", *(_memory(one) for one in records)],
     ]
     return table("What came of each run", ["", *called], rows, numbers=range(1, len(called) + 1))
+
+
+def _accuracies(records: Sequence[RunRecord]) -> list[list[Child]]:
+    """How often the kept adapter of a preference run tells the held-out answers apart; [] where no run is one."""
+    found = [None if one.best is None else number_of(one.best, "accuracy") for one in records]
+    if not any(value is not None for value in found):
+        return []
+    return [["accuracy on held-out pairs", *(UNKNOWN if value is None else f"{value:.1%}" for value in found)]]
 
 
 def _loss(value: float | None) -> str:
@@ -146,6 +158,18 @@ def _other_rows(records: Sequence[RunRecord]) -> Html | None:
     )
 
 
+def _other_losses(records: Sequence[RunRecord]) -> Html | None:
+    """A warning where losses are of different objectives: they are different numbers."""
+    objectives = dict.fromkeys(str(one.setting("preference.loss") or "supervised") for one in records)
+    if len(objectives) < 2:
+        return None
+    return callout(
+        "warning",
+        f"The runs have different objectives ({', '.join(objectives)}): their losses are different things, and cannot "
+        "be compared; accuracies can.",
+    )
+
+
 def _validation_rows(record: RunRecord) -> str | None:
     """The digest of the held-out examples; None: unknown."""
     digests = record.begun.get("digests")
@@ -153,13 +177,15 @@ def _validation_rows(record: RunRecord) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _curves(title: str, called: Sequence[str], points: Sequence[Sequence[Point]]) -> Html | None:
-    """All runs on the same axes; told apart by line styles and by colours. None where no run has a point."""
+def _curves(title: str, called: Sequence[str], points: Sequence[Sequence[Point]], unit: str) -> Html | None:
+    """All runs on the same axes, told apart by line styles and by colours; unit: of the values. None where no run has a
+    point.
+    """
     lines = []
     for number, (name, some) in enumerate(zip(called, points, strict=True)):
         if some:
             lines.append(Line(name, some, STYLES[number % len(STYLES)], number))
-    return curves(title, "step", "nats a token", lines) if lines else None
+    return curves(title, "step", unit, lines) if lines else None
 
 
 def _settings(called: Sequence[str], configs: Sequence[Mapping[str, Any]]) -> Html:

@@ -10,11 +10,11 @@ from mlxtune.report.drawing.thinning import Point
 from mlxtune.report.html import Html, joined, tag
 from mlxtune.report.page import Section
 from mlxtune.report.run_record import RunRecord, number_of
+from mlxtune.report.sections.preferences import preferred
 from mlxtune.report.series import checks_of, half_life
 from mlxtune.report.tables import folded
 
 GIGABYTE = 1e9  # as `mlxtune_convert.sizes` counts
-LOSS = "nats a token"
 MUCH = 5.0  # the highest loss over the lowest: where it is more, the low ones can be told apart on a logarithmic scale
 MOST_CHECKS = 12  # that are drawn: colours and styles are not enough for more
 STYLES = ("solid", "dashed")
@@ -24,7 +24,7 @@ def section(record: RunRecord, series: Mapping[str, Sequence[Point]]) -> Section
     """series: the curves' points, as `series.of_run` gives them."""
     if not record.train and not record.evaluations:
         return None
-    drawn = [_loss(record, series), _checks(record, series)]
+    drawn = [_loss(record, series), preferred(record, series), _checks(record, series)]
     smaller = [
         _alone("Learning rate", "rate", series["lr"]),
         _norm(record, series["grad_norm"]),
@@ -47,9 +47,9 @@ def _loss(record: RunRecord, series: Mapping[str, Sequence[Point]]) -> Html:
     values = [value for line in lines for _, value in line.points if value is not None]
     log = None
     if values and min(values) > 0 and max(values) > MUCH * min(values):
-        drawn = curves("Loss, logarithmic", "step", LOSS, lines, marks, log=True)
+        drawn = curves("Loss, logarithmic", "step", record.loss_unit, lines, marks, log=True)
         log = folded("The same on a logarithmic scale", drawn)
-    return joined(curves("Loss", "step", LOSS, lines, marks), log)
+    return joined(curves("Loss", "step", record.loss_unit, lines, marks), log)
 
 
 def _loss_marks(record: RunRecord) -> list[Mark]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxtune.data.survey import lint, subjects
+from mlxtune.data.survey.preferences import preference_lines
 from mlxtune.errors import UserError
 from mlxtune.report import surveyed
 from mlxtune.report.drawing.figure import Mark
@@ -120,11 +121,13 @@ def findings(found: Sequence[dict[str, Any]]) -> Html:
         return callout("good", "Nothing looks wrong in these rows.")
     rows = []
     for finding in found:
-        what = finding["what"].replace("rows", "row", 1) if finding["count"] == 1 else finding["what"]
         reasons = list(finding.get("reasons", {}).items())[:REASONS]
         said = [tag("li", f"{count:,} x {masked(reason)}") for reason, count in reasons]
         cells: list[Child] = [tag("strong", finding["severity"]), masked(finding["split"])]
-        cells += [joined(f"{finding['count']:,} {what}", tag("ul", said) if said else None), _named(finding["rows"])]
+        cells += [
+            joined(lint.counted(finding["count"], finding["what"]), tag("ul", said) if said else None),
+            _named(finding["rows"]),
+        ]
         rows.append([*cells, finding["fix"]])
     return table("What looks wrong", ("how grave", "split", "what", "rows", "what to do"), rows)
 
@@ -154,6 +157,7 @@ def contents(name: str, split: Mapping[str, Any], found: Sequence[dict[str, Any]
         "equal rows": _repeated(name, found),
         "made rows": f"{sum(split['made'].values()):,} ({_listed(split['made'])})" if split["made"] else "",
         **_style(split["style"]),
+        **preference_lines(split["preferences"]),
         "shared beginning": f"{split['shared_prefix_tokens']:,} tokens begin every example",
     }
     parts.append(facts(f"The rows of {masked(name)}", {key: value for key, value in values.items() if value}))

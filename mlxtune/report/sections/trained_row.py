@@ -11,6 +11,7 @@ from mlxtune.report.tables import folded
 
 LONGEST = 4_000  # characters of an example that are shown
 EXAMPLES = 3  # of the row, that are shown
+SIGNS = {"chosen": "+", "rejected": "-", "good": "+", "bad": "-"}  # before each side
 
 
 def row_of(examples: Sequence[ShownExample]) -> Html | None:
@@ -18,6 +19,9 @@ def row_of(examples: Sequence[ShownExample]) -> Html | None:
     if not examples:
         return None
     legend = tag("p", tag("mark", "Underlined"), " is what the model must produce; the rest is what it is given.")
+    if any(example.side for example in examples):
+        said = " is an answer; the model learns to prefer those with a + to those with a -."
+        legend = tag("p", tag("mark", "Underlined"), said)
     more = len(examples) - EXAMPLES
     beyond = tag("p", f"The row gives {more:,} more.", class_="dim") if more > 0 else None
     return joined(tag("h3", "One row as it is trained on"), legend, map(_drawn, examples[:EXAMPLES]), beyond)
@@ -25,7 +29,8 @@ def row_of(examples: Sequence[ShownExample]) -> Html | None:
 
 def _drawn(example: ShownExample) -> Html:
     ending = ", cut at data.max_tokens" if example.is_shortened else ""
-    head = f"{masked(example.place)}: {example.tokens:,} tokens, {example.learned:,} trained on{ending}"
+    side = f"{SIGNS[example.side]} {example.side}: " if example.side else ""
+    head = f"{side}{masked(example.place)}: {example.tokens:,} tokens, {example.learned:,} trained on{ending}"
     remarks = [tag("li", masked(remark)) for remark in example.remarks]
     texts = [(is_learned, masked(text)) for is_learned, text in example.pieces]
     shown, left = _beginning(texts)
@@ -33,7 +38,7 @@ def _drawn(example: ShownExample) -> Html:
     body = joined(tag("div", shown, class_="text"), rest)
     is_long = sum(len(text) for _, text in texts) > LONGEST
     return joined(
-        tag("p", head),
+        tag("p", tag("strong", head) if example.side else head),
         tag("ul", remarks) if remarks else None,
         folded("The text", body) if is_long else body,
     )

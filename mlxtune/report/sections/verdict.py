@@ -25,6 +25,10 @@ NOT_ASKED = (
     "No evaluation of its answers was found: a loss says how likely the answers of the data are, not how good the "
     "model's own are. `mlxtune eval --suite` asks base and tuned model the same questions."
 )
+NOT_RANKED = (
+    "No evaluation of its answers was found: the loss says whether the tuned model tells given answers apart, not how "
+    "good its own are. `mlxtune eval --suite` asks base and tuned model the same questions."
+)
 
 
 def lead(record: RunRecord, is_evaluated: bool) -> Html:
@@ -32,7 +36,7 @@ def lead(record: RunRecord, is_evaluated: bool) -> Html:
     kind, better = _outcome(record)
     what = [tag("p", tag("strong", done(record)), " ", prose(_end(record))), tag("p", better)]
     if not is_evaluated:
-        what.append(tag("p", prose(NOT_ASKED)))
+        what.append(tag("p", prose(NOT_RANKED if record.is_preference else NOT_ASKED)))
     lines = [callout(kind, what)]
     lines += [callout("warning", text) for text in record.warnings]
     lines += [callout("neutral", text) for text in _remarks(record)]
@@ -76,10 +80,16 @@ def _outcome(record: RunRecord) -> tuple[Kind, str]:
     after = _before_the_last(best, loss) if is_last_kept else _after(record, loss)
     if base is None:
         which = "last" if is_last_kept else "lowest"
-        return "neutral", f"The {which} validation loss is {loss:.4f} nats a token, at step {step:,}; before: unknown."
+        return (
+            "neutral",
+            f"The {which} validation loss is {loss:.4f} {record.loss_unit}, at step {step:,}; before: unknown.",
+        )
     tokens = number_of(kept, "tokens")
     rows = f"On {tokens:,.0f} tokens of held-out rows" if tokens else "On held-out rows"
-    told = f"{rows} the loss went from {base:.4f} before the first step to {loss:.4f} nats a token at step {step:,}"
+    told = (
+        f"{rows} the loss went from {base:.4f} before the first step to {loss:.4f} {record.loss_unit} at step {step:,}"
+    )
+    after = f"{_preferred(kept)}{after}"
     if base <= 0:
         return "neutral", f"{told}."
     change = loss / base - 1
@@ -90,6 +100,18 @@ def _outcome(record: RunRecord) -> tuple[Kind, str]:
     last = number_of(later[-1], "loss")
     is_known = record.setting("train.keep") is not None or (last is not None and last <= loss)
     return "good" if is_known else "neutral", f"{told}: {-change:.0%} lower.{after}"
+
+
+def _preferred(kept: Event) -> str:
+    """How the adapter that is kept ranks the held-out pairs; "" where it learned from no preferences."""
+    accuracy, margin = number_of(kept, "accuracy"), number_of(kept, "margin")
+    if accuracy is None or margin is None:
+        return ""
+    chosen, rejected = number_of(kept, "reward_chosen"), number_of(kept, "reward_rejected")
+    rewards = ""
+    if chosen is not None and rejected is not None:
+        rewards = f" (rewards: chosen {chosen:+.2f}, rejected {rejected:+.2f})"
+    return f" The preferred answers are told from the others in {accuracy:.0%} of these rows{rewards}."
 
 
 def _before_the_last(best: Event, kept: float) -> str:

@@ -1,16 +1,23 @@
-"""What the commands that use a run open of it: its settings, its model, and the rows to compare on."""
+"""What is opened of a run: its settings, its model, and the rows to compare on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxtune.cli.common import note
+from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
     from mlxtune.config.resolve import Config
     from mlxtune.data.dataset.examples import Examples
     from mlxtune.model.load import Loaded
+
+Note = Callable[[str], None]  # hears what a person must know beside the result
+
+
+def to_nobody(text: str) -> None:
+    """For whoever wants no notes."""
 
 
 def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ...] = ()) -> Config:
@@ -31,11 +38,14 @@ def held_out(
     data: str | None,
     settings: tuple[str, ...] = (),
     split: str | None = None,
+    note: Note = to_nobody,
+    or_else: str = "",
 ) -> tuple[Examples, Config]:
     """(The rows to compare on: --data's, else the run's own; the configuration they are read with). The hub is not
     asked for rows that the run's folder alone names.
 
-    tokenizer, folder, split: as `evaluate.held_out` takes them.
+    tokenizer, folder, split: as `evaluate.held_out` takes them. or_else: what to do where the run's own rows are gone
+    and nobody knows where to, beside naming others.
     """
     from mlxtune.data.dataset.sources import is_hub_id
     from mlxtune.evaluate import held_out
@@ -52,7 +62,13 @@ def held_out(
     # Who names the run's own dataset, to have it fetched, means the rows that the run held out of it.
     is_runs_own = is_hub_id(config.data.path) and data == run_settings(adapter, None).data.path
     own = data is None or is_runs_own
-    return held_out.held_out(tokenizer, folder, config, split, own, local_only), config
+    try:
+        return held_out.held_out(tokenizer, folder, config, split, own, local_only), config
+    except UserError as error:
+        if data is not None or error.hint:
+            raise
+        where = f"{adapter} was trained on it; if it is elsewhere now, name it: --data PATH"
+        raise UserError(error.message, f"{where}; {or_else}." if or_else else f"{where}.") from None
 
 
 def load_model(model: str, adapter: Path | None) -> Loaded:

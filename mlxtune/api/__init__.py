@@ -1,0 +1,1 @@
+"""The Python API: tune, evaluate, export and render, as the commands of those names do."""

@@ -1,0 +1,183 @@
+"""`mlxtune.evaluate`: the loss of a model and of what was tuned of it, on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxtune.api import tuned
+from mlxtune.api.tuned import Note, to_nobody
+from mlxtune.errors import UserError
+
+if TYPE_CHECKING:
+    from mlxtune.api.tuning import Run
+    from mlxtune.config.resolve import Config
+    from mlxtune.data.dataset.examples import Examples
+    from mlxtune.evaluate.score import Score
+    from mlxtune.model.load import Loaded
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What both sides lose on the same rows. A Score has loss (nats a token), perplexity, accuracy and tokens."""
+
+    split: str  # "valid", "test", "train"; "all": every row of one file
+    rows: int  # that were scored
+    examples: int  # that they gave
+    also: str  # how many examples, in words, where they are not as many as the rows: " (12 examples)"
+    base: Score  # of the model without the adapter
+    tuned: Score | None  # of the model with it; None: there is no adapter
+
+
+def evaluate(
+    model: Run | str | Path,
+    adapter: Run | str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    split: str | None = None,
+) -> Evaluation:
+    """Score a model, and what was tuned of it, on held-out rows, as `mlxtune eval` does.
+
+    model: a run, with the model that it was trained on; or an MLX folder, a 16-bit Hugging Face folder or a hub id.
+    adapter: a run, or any MLX adapter folder. data: a folder, a file, or a dataset of the hub; None: the run's own.
+    split: of a folder.
+
+    Raises UserError for what is missing or does not fit.
+
+    >>> scores = mlxtune.evaluate(run)
+    >>> scores.tuned.tokens == scores.base.tokens
+    True
+    """
+    of_model, of_adapter = model_and_adapter(model, adapter)
+    rows = opened(of_model, of_adapter, None if data is None else str(data), split)
+    if rows.examples.kind != "supervised":
+        raise UserError("these rows say which answers are preferred", "Call mlxtune.evaluate_preferences.")
+    return scores_of(rows)
+
+
+def evaluate_preferences(
+    model: Run | str | Path,
+    adapter: Run | str | Path | None = None,
+    *,
+    data: str | Path | None = None,
+    split: str | None = None,
+) -> dict[str, Any]:
+    """Score a model, and what was tuned of it, on held-out pairs or rated answers, as `mlxtune eval --json` prints it.
+
+    The arguments are those of `evaluate`. Raises UserError for what is missing or does not fit, and for rows that are
+    answers to learn.
+    """
+    of_model, of_adapter = model_and_adapter(model, adapter)
+    rows = opened(of_model, of_adapter, None if data is None else str(data), split)
+    if rows.examples.kind == "supervised":
+        raise UserError("these rows are answers to learn, none is preferred", "Call mlxtune.evaluate.")
+    return preferences_of(rows)
+
+
+def model_and_adapter(model: Run | str | Path, adapter: Run | str | Path | None) -> tuple[str, Path | None]:
+    """(The model, the adapter's folder) of what a caller names."""
+    folder = None
+    if adapter is not None:
+        folder = adapter if isinstance(adapter, str | Path) else adapter.folder
+    if isinstance(model, str | Path):
+        return str(model), None if folder is None else Path(folder)
+    return model.model, Path(folder) if folder is not None else model.folder
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and the rows that it is to be scored on."""
+
+    model: str  # as it was named
+    adapter: Path | None  # what was tuned of it
+    loaded: Loaded  # both
+    config: Config  # by which the rows were read
+    examples: Examples  # the rows
+    split: str  # "valid", "test", "train"; "all": every row of one file
+
+
+def opened(
+    model: str,
+    adapter: Path | None,
+    data: str | None,
+    split: str | None = None,
+    settings: tuple[str, ...] = (),
+    note: Note = to_nobody,
+    before_model: Callable[[Config], None] = lambda config: None,
+) -> Opened:
+    """Read a model, and the rows to score it on.
+
+    settings: of --set; note: hears what is said of the rows; before_model: is given the settings before the model is
+    read, and may refuse them.
+    """
+    from mlxtune.data.dataset import holdout
+
+    if adapter is None and data is None and not any(setting.startswith("data.") for setting in settings):
+        raise UserError("no rows to score", "Name them: --data PATH; or --adapter RUN, whose held-out rows are taken.")
+    before_model(tuned.run_settings(adapter, data, settings))  # a typing error is said before the model is read
+    loaded = tuned.load_model(model, adapter)
+    examples, config = tuned.held_out(loaded.tokenizer, loaded.path, adapter, data, settings, split, note)
+    is_whole = data is not None and holdout.is_whole_file(data, split)
+    label = split or ("all" if is_whole else "valid")
+    for line in examples.notes(label, config.data.max_tokens):
+        note(line)
+    return Opened(model, adapter, loaded, config, examples, label)
+
+
+def scores_of(rows: Opened) -> Evaluation:
+    """The loss of both sides on rows of answers to learn."""
+    from mlxtune.adapter.attach import switched_off
+    from mlxtune.evaluate.score import score_examples
+
+    examples = rows.examples
+    with switched_off(rows.loaded.model):
+        base = score_examples(rows.loaded, rows.config, examples)
+    with_adapter = None if rows.adapter is None else score_examples(rows.loaded, rows.config, examples)
+    return Evaluation(rows.split, examples.rows, len(examples), examples.also, base, with_adapter)
+
+
+def preferences_of(rows: Opened) -> dict[str, Any]:
+    """The split, and what `evaluate.preferences.report` says of the base and, with an adapter, of the tuned model. Of a
+    run that began with an adapter the base is the model with that one: it was the reference.
+    """
+    from mlxtune.adapter.attach import switched_off
+    from mlxtune.evaluate.preferences import Answers, log_probabilities, report
+
+    loaded, config, examples = rows.loaded, rows.config, rows.examples
+    answers = Answers.of(examples)
+    tuned_log_p = log_probabilities(loaded, config, examples, answers)
+    if rows.adapter is None:
+        return {"split": rows.split, **report(answers, tuned_log_p)}
+    start, note = _start_of(config)
+    if start is None:
+        with switched_off(loaded.model):
+            base = log_probabilities(loaded, config, examples, answers)
+    else:
+        base = log_probabilities(tuned.load_model(rows.model, start), config, examples, answers)
+    notes = (note,) if note else ()
+    return {"split": rows.split, **report(answers, base, tuned_log_p, _beta_of(config), notes)}
+
+
+def _start_of(config: Config) -> tuple[Path | None, str]:
+    """(The adapter that a run began with; None: it began with none, or that one is gone, what is said of it)."""
+    from mlxtune_convert.adapters import AdapterConfig
+
+    if not config.lora.start_from:
+        return None, ""
+    start = Path(config.lora.start_from).expanduser()
+    try:
+        AdapterConfig.read(start)
+    except UserError as error:
+        said = f"the run began with the adapter {start}, which was its reference, and that cannot be read"
+        return None, f"{said} ({error.message}): the base here is the model without any adapter"
+    return start, f"the base here is the model with the adapter that the run began with, {start}: it was the reference"
+
+
+def _beta_of(config: Config) -> float:
+    """By which rewards are multiplied: that of the run, where its objective has rewards of this kind."""
+    from mlxtune.evaluate.preferences import BETA
+
+    preference = config.preference
+    return preference.resolved_beta if preference.has_reference else BETA

@@ -1,0 +1,1 @@
+"""What a run on preferences has beside one on rows: the reference, kto's baseline, the step's loss and numbers."""

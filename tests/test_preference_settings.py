@@ -1,0 +1,204 @@
+"""The keys of preference tuning, what is refused of them, and rows against objectives."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import on_preferences
+import pytest
+import tiny
+
+from mlxtune.config import resolve
+from mlxtune.config.preference import OBJECTIVES
+from mlxtune.errors import UserError
+from mlxtune.train.loggers import numbers_of
+from mlxtune.train.preference.mismatched import Mismatched, one_cycle
+from mlxtune.train.preference.watch import AT_ONCE, RECENT, Watch
+
+
+def refused(*settings: str) -> UserError:
+    with pytest.raises(UserError) as told:
+        resolve.load(None, settings)
+    assert "\n" not in told.value.message and told.value.hint
+    return told.value
+
+
+@pytest.mark.parametrize("name", ["grpo", "GRPO", "ppo", "rloo", "reinforce", "online_dpo", "xpo", "nash-md"])
+def test_methods_that_answer_inside_the_loop_are_refused_with_the_reason(name: str) -> None:
+    message = refused(f"preference.loss={name}").message
+    assert f"{name} lets the model answer inside the training loop" in message and "--best-of" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("prm", "trains a model that judges answers"),
+        ("hinge", "hinge is not known; nearest is ipo; there are dpo, ipo"),
+        ("cpo", "nearest is simpo with preference.sft"),
+        ("robust", "nearest is dpo with preference.label_smoothing"),
+        ("kot", "nearest is kto"),
+        ("zzzz", "zzzz is not known; there are dpo"),
+        ("1", "preference.loss: should be"),
+    ],
+)
+def test_an_unknown_objective_names_the_nearest_one(name: str, said: str) -> None:
+    assert said in refused(f"preference.loss={name}").message
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("beta=0.2",), "preference.beta has no effect without preference.loss"),
+        (("sft=1",), "preference.sft has no effect without preference.loss"),
+        (("loss=dpo", "gamma=1"), "preference.gamma has no effect with preference.loss dpo"),
+        (("loss=ipo", "label_smoothing=0.1"), "preference.label_smoothing has no effect with preference.loss ipo"),
+        (("loss=apo", "length_normalised=true"), "preference.length_normalised has no effect"),
+        (("loss=orpo", "sft=0.5"), "preference.sft has no effect with preference.loss orpo"),
+        (("loss=kto", "sft=0.5"), "preference.sft has no effect with preference.loss kto"),
+        (("loss=dpo", "bad_weight=2"), "preference.bad_weight has no effect with preference.loss dpo"),
+    ],
+)
+def test_a_key_without_effect_is_refused(settings: tuple[str, ...], said: str) -> None:
+    error = refused(*(f"preference.{setting}" for setting in settings))
+    assert said in error.message and error.message.startswith("--set preference.")
+
+
+@pytest.mark.parametrize("setting", ["lora.dropout=0.1", "train.neftune_alpha=5"])
+def test_noise_is_refused_with_preferences(setting: str) -> None:
+    assert "noise would count as a difference from the reference" in refused("preference.loss=dpo", setting).message
+
+
+def test_what_nobody_sets_is_what_the_objectives_source_recommends() -> None:
+    betas = {name: resolve.load(None, (f"preference.loss={name}",)).preference for name in OBJECTIVES}
+    assert {name: section.resolved_beta for name, section in betas.items()} == {
+        **dict.fromkeys(("dpo", "ipo", "apo", "orpo", "kto"), 0.1),
+        "simpo": 2.0,  # arXiv 2405.14734, section 4: beta 2.0 to 2.5, gamma / beta 0.5
+    }
+    assert {name: section.resolved_gamma for name, section in betas.items() if section.resolved_gamma} == {"simpo": 1.0}
+
+
+def test_the_accuracy_chooses_an_adapter_of_preferences_alone() -> None:
+    assert "it needs preference.loss" in refused("train.keep_by=accuracy").message
+    assert resolve.load(None, ("train.keep_by=accuracy", "preference.loss=dpo")).train.keep_by == "accuracy"
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "kto"])
+def test_the_recipes_are_listed_and_explained(name: str) -> None:
+    assert resolve.load(name).preference.loss == name and name in resolve.recipe_names()
+    said = tiny.mlxtune("config", "-c", name, "preference").stdout
+    assert f"loss: {name}" in said and "(default: none)" in said
+
+
+PAIRS, RATED, PLAIN = on_preferences.pairs(6), on_preferences.rated(6), tiny.conversations(6)
+KINDS = {"pairs": PAIRS, "rated": RATED, "plain": PLAIN}
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "loss", "said", "hint"),
+    [
+        ("pairs", "pairs", "", "which need an objective", "-c dpo"),
+        ("pairs", "pairs", "kto", "preference.loss kto needs rated answers", "-c dpo"),
+        ("rated", "rated", "dpo", "preference.loss dpo needs pairs", "-c kto"),
+        ("rated", "rated", "orpo", "preference.loss orpo needs pairs", "-c kto"),
+        ("plain", "plain", "dpo", "preference.loss dpo needs pairs", "Leave out -c dpo"),
+        ("plain", "plain", "kto", "preference.loss kto needs rated answers", "Leave out -c kto"),
+        ("pairs", "plain", "dpo", "valid.jsonl (valid) holds rows to learn as they are", "Leave out -c dpo"),
+        ("pairs", "rated", "apo", "the training rows are pairs", "one kind"),
+    ],
+)
+def test_rows_that_do_not_fit_the_objective_are_refused_with_the_other(
+    train: str, valid: str, loss: str, said: str, hint: str, mlx_model: Path, tmp_path: Path
+) -> None:
+    data = on_preferences.write(tmp_path / "data", KINDS[train], KINDS[valid][:2])
+    setting = (f"preference.loss={loss}",) if loss else ()
+    with pytest.raises(UserError) as told:
+        on_preferences.tune(mlx_model, data, tmp_path / "run", *setting)
+    assert said in told.value.message and hint in told.value.hint and not (tmp_path / "run").exists()
+
+
+def test_apos_weights_are_for_rated_answers_and_its_sft_for_pairs(mlx_model: Path, tmp_path: Path) -> None:
+    for rows, setting in ((PAIRS, "good_weight=2"), (RATED, "sft=1")):
+        data = on_preferences.write(tmp_path / setting, rows, rows[:2])
+        with pytest.raises(UserError, match=re.escape(f"preference.{setting[:-2]} has no effect on ")):
+            on_preferences.tune(mlx_model, data, tmp_path / "run", "preference.loss=apo", f"preference.{setting}")
+
+
+def test_a_dry_run_says_the_objective_and_what_is_computed(mlx_model: Path, tmp_path: Path) -> None:
+    """The prompt of a pair once: less than the tokens of its two rows."""
+    data = on_preferences.write(tmp_path / "data", PAIRS, PAIRS[:2])
+    words = on_preferences.options(mlx_model, data, tmp_path / "run", "preference.loss=dpo", "preference.sft=0.5")
+    said = tiny.done(*words, "--dry-run").stdout
+    assert "objective: dpo, beta 0.1, sft 0.5, compared with the model at step 0" in said
+    assert "rows: 6 training pairs, 2 held out" in said
+    (share,) = re.findall(r"tokens computed per epoch: [\d,]+, ([\d.]+) of the rows' tokens", said)
+    assert float(share) < 0.95
+
+
+# kto's mismatched examples.
+
+
+@pytest.mark.parametrize("rows", [2, 3, 10, 101])
+def test_no_row_lends_its_answer_to_itself(rows: int) -> None:
+    lender = one_cycle(rows, seed=3)
+    assert sorted(lender.tolist()) == list(range(rows)) and (lender != np.arange(rows)).all()
+    assert lender.tolist() == one_cycle(rows, seed=3).tolist()
+    assert rows < 10 or lender.tolist() != one_cycle(rows, seed=4).tolist()
+
+
+def test_a_mismatched_example_is_a_prompt_with_another_rows_answer() -> None:
+    from mlxtune.data.chat.masking import Example
+    from mlxtune.data.dataset.measured import ListedExamples
+    from mlxtune.data.rows.sides import Side
+
+    rows = [
+        Example([1, 2, 3, 4], [0, 0, 1, 1]),
+        Example([5, 6, 7], [0, 1, 1]),
+        Example([8, 9, 10, 11, 12, 13], [0, 0, 0, 0, 0, 1]),
+    ]
+    mismatched = Mismatched(ListedExamples(rows, [Side.GOOD, Side.BAD, Side.GOOD]), seed=0)
+    prompts, answers = ([1, 2], [5], [8, 9, 10, 11, 12]), ([3, 4], [6, 7], [13])
+    for row, lender in enumerate(mismatched.lender):
+        ids = (prompts[row] + answers[lender])[:6]  # no longer than the longest of the rows
+        mask = ([0] * len(prompts[row]) + [1] * len(answers[lender]))[:6]
+        assert (list(mismatched[row].ids), list(mismatched[row].mask)) == (ids, mask)
+        assert sum(mask) > 0
+
+
+# What a run says.
+
+
+def steps(count: int, **changes: Any) -> list[dict[str, Any]]:
+    usual = {"loss": 0.6, "accuracy": 0.8, "reward_chosen": 0.1, "margin": 0.3}
+    return [{**usual, "step": step, **changes} for step in range(1, count + 1)]
+
+
+def said_of(events: list[dict[str, Any]], has_reference: bool = True, zero: bool = True) -> list[str]:
+    watch = Watch(has_reference, zero)
+    return [text for event in events if (text := watch.add(event))]
+
+
+def test_both_answers_becoming_less_likely_is_said_once_with_what_helps() -> None:
+    (said,) = said_of(steps(30, reward_chosen=-1.5))
+    assert "both answers become less likely" in said and "preference.sft" in said and "train.lr" in said
+    assert said_of(steps(RECENT - 1, reward_chosen=-1.5)) == []
+    assert said_of(steps(30, reward_chosen=-0.9)) == []
+    assert said_of(steps(30, reward_chosen=-1.5, accuracy=0.5)) == []
+    assert said_of(steps(30, reward_chosen=-1.5), has_reference=False) == []
+    assert said_of(steps(30, reward_chosen=float("nan"))) == []
+
+
+def test_a_loss_that_is_0_at_once_is_said_once() -> None:
+    begun = steps(1) + steps(AT_ONCE, loss=1e-5)[1:]
+    (said,) = said_of(begun)
+    assert "nothing is left to learn" in said and "a lower train.lr" in said
+    assert said_of(begun, zero=False) == []
+    late = steps(AT_ONCE) + [{**event, "step": event["step"] + AT_ONCE} for event in steps(20, loss=1e-5)]
+    assert said_of(late) == []
+
+
+def test_loggers_get_the_numbers_that_are_there() -> None:
+    event = {"kind": "eval", "step": 3, "loss": 0.5, "tokens": 9, "margin": 0.25, "accuracy": 1.0, "drift": None}
+    assert numbers_of(event) == {"valid/loss": 0.5, "valid/margin": 0.25, "valid/accuracy": 1.0}
