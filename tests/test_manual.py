@@ -31,8 +31,9 @@ def refusal(words: list[str], command: click.Command = cli) -> str:
         if words[0] not in command.commands:
             return f"no command {words[0]}"
         return refusal(words[1:], command.commands[words[0]])
-    if "--adapter" in words and "--model" not in words:
-        words = ["--model", "model", *words]  # else the run is asked for its own, and it is not there
+    has_model = any("--model" in parameter.opts for parameter in command.params)
+    if has_model and "--model" not in words:
+        words = ["--model", "model", *words]  # else the run, or the project, is asked for its own, and is not there
     try:
         command.make_context(str(command.name), list(words))
     except click.exceptions.Exit:  # --help, --version
@@ -53,7 +54,7 @@ def refusal(words: list[str], command: click.Command = cli) -> str:
         ("train --modle m", "No such option"),
         ("train --steps many", "is not a valid integer"),
         ("export --to onnx --out o", "is not one of"),
-        ("export --adapter r", "Missing option"),
+        ("convert m", "Missing argument"),
         ("report a b", "Got unexpected extra argument"),
     ],
 )
@@ -85,8 +86,13 @@ def calls(page: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", named([commands.README, *PAGES]))
-def test_every_command_on_a_page_is_one_that_the_command_line_takes(page: Path) -> None:
+def test_every_command_on_a_page_is_one_that_the_command_line_takes(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for line in calls(page):
+        if line.startswith("mlxtune init "):  # what follows is typed in a project's folder
+            (tmp_path / "mlxtune.yaml").write_text("project:\n  out: run\n  suite: suite.jsonl\n", encoding="utf-8")
         found = commands.of_mlxtune(line)
         assert found, line
         for words in found:
