@@ -188,3 +188,22 @@ def test_the_keys_that_mlx_lm_is_said_to_have_are_its_own() -> None:
         assert not inside or name == "mlx_lm" or inside in CONFIG_DEFAULTS[name], key
     assert CONFIG_DEFAULTS["lora_parameters"] == {"rank": 8, "dropout": 0.0, "scale": 20.0}  # as the page says
     assert (CONFIG_DEFAULTS["num_layers"], CONFIG_DEFAULTS["learning_rate"]) == (16, 1e-5)
+
+
+@pytest.mark.parametrize(("heading", "modules"), [("mlx-lm", "mlx_lm*.py"), ("Axolotl", "axolotl*.py")])
+def test_what_the_tables_say_of_others_keys_import_config_does(heading: str, modules: str) -> None:
+    """Each key of theirs that has a counterpart, and the counterpart, are in what `mlxtune import-config` reads with."""
+    text = (DOCS / "coming-from.md").read_text(encoding="utf-8")
+    part = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    code = "".join(file.read_text("utf-8") for file in (ROOT / "mlxtune" / "config" / "imported").glob(modules))
+    rows = [row.split(" | ") for row in re.findall(r"^\| (`.*)$", part, re.MULTILINE)]
+    counted = 0
+    for theirs, ours, *_ in rows:
+        keys = [key for key in re.findall(r"`([a-z]+\.\w+)", ours) if key in KEYS]
+        for key in keys:
+            assert f'"{key}"' in code, key
+            counted += 1
+        if keys:
+            for name in re.findall(r"`(\w+)[`:.]", theirs):
+                assert name in code, name
+    assert counted > 20
