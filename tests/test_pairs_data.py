@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,11 @@ import tiny
 from conversations import TOOL, answer, call, result, system, user
 from reading import all_of, read, rows_of
 
-from mlxtune.config.schema import DataSection, TrainSection
-from mlxtune.data.chat.masking import Example
+from mlxtune.config.schema import DataSection
 from mlxtune.data.chat.renderer import Renderer
 from mlxtune.data.dataset import holdout, mixture, sources
-from mlxtune.data.dataset.batches import Batch, Plan, collate, in_order, side_by_side
+from mlxtune.data.dataset.batches import collate
 from mlxtune.data.dataset.examples import Examples
-from mlxtune.data.dataset.forest import forest_of
-from mlxtune.data.dataset.measured import ListedExamples
-from mlxtune.data.dataset.sharing import found_sharing
 from mlxtune.data.rows.sides import Side
 from mlxtune.errors import UserError
 
@@ -102,6 +97,26 @@ def test_both_sides_are_trained_as_an_ordinary_row_would_be(name: str, tmp_path:
         assert found.sides.tolist() == [C, C, R, R]
         assert collate(found, range(4)).answer_of.tolist() == [0, 0, 1, 1]
     assert {"Hello", "It is blue"}.isdisjoint(" ".join(masks.runs(tokenizer, found[0])).split("."))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma", "phi3", "glm4moe"])
+def test_sides_are_the_tokens_that_transformers_prints_behind_the_prompt_that_it_asks_with(
+    name: str, tmp_path: Path
+) -> None:
+    """The first target is the first token after the prompt, as other trainers of preferences have it; what the template
+    prints behind the end of the turn is none.
+    """
+    tokenizer = published.tokenizer(name)
+    prompt, sides = [user("Hi"), answer("Hello."), user("Sky?")], ([answer("Blue.")], [answer("Red or so!")])
+    found = of(tmp_path, [{"prompt": prompt, "chosen": sides[0], "rejected": sides[1]}], tokenizer)
+    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    for example, side in zip(found, sides, strict=True):
+        whole = tokenizer.apply_chat_template([*prompt, *side], return_dict=False)
+        ids = example.ids.tolist()
+        assert ids[: len(whole)] == whole[: len(ids)]
+        assert int(example.mask.argmax()) == len(asked)
+        behind = ids[int(np.flatnonzero(example.mask)[-1]) + 1 :]
+        assert not tokenizer.decode(behind).replace(tokenizer.eos_token, "").strip()
 
 
 def test_rated_answers_are_trained_both_and_only_where_preferences_are_asked_for(
@@ -275,110 +290,3 @@ def test_what_is_cached_depends_on_how_rows_are_read_and_the_digest_on_their_sid
     sources.require_readable(section, all_rows=True)
     with pytest.raises(UserError, match="label is 'spam'"):
         sources.require_readable(section, all_rows=True, preferences=True)
-
-
-# Batches.
-
-
-def listed(*shapes: tuple[int, int, int]) -> ListedExamples:
-    """A pair for each (tokens of the prompt, of the chosen answer, of the rejected one); no two prompts begin alike."""
-    examples, sides = [], []
-    for number, (prompt, *answers) in enumerate(shapes):
-        for side, length in zip((C, R), answers, strict=True):
-            ids = [1000 + number, *range(1, prompt), *range(500 + 100 * side, 500 + 100 * side + length)]
-            examples.append(Example(ids, [0] * prompt + [1] * length))
-            sides.append(int(side))
-    return ListedExamples(examples, sides)
-
-
-SHAPES = [tuple(int(n) for n in row) for row in np.random.default_rng(0).integers((40, 5, 5), (90, 40, 60), (25, 3))]
-PAIRS = listed(*SHAPES)  # type: ignore[arg-type]
-
-
-def require_whole(batch: Batch) -> None:
-    """Chosen and rejected of each pair stand beside each other."""
-    assert batch.answer_sides.tolist() == [C, R] * batch.pairs
-    assert batch.rows.tolist() == [row for first in batch.rows[::2] for row in (first, first + 1)]
-    assert not np.any(batch.rows[::2] % 2)
-    assert batch.answer_tokens.sum() == batch.targets
-
-
-@pytest.mark.parametrize("sharing", [True, False], ids=["shared", "alone"])
-@pytest.mark.parametrize(
-    "settings", [{"batch_rows": 4}, {"batch_tokens": 500}, {"batch_tokens": 100}, {"batch_rows": 2, "accumulate": 3}]
-)
-def test_an_epoch_takes_every_pair_once_and_none_is_divided(settings: dict[str, Any], sharing: bool) -> None:
-    plan = Plan(PAIRS, TrainSection(epochs=1, **settings), found_sharing(PAIRS) if sharing else None)
-    seen: Counter[int] = Counter()
-    for plan_of_way in (plan, plan.computed_whole()):
-        seen.clear()
-        for step in range(1, plan.steps + 1):
-            batches = plan_of_way.step(step)
-            if "batch_rows" in settings:
-                assert len(batches) <= settings.get("accumulate", 1)
-                assert all(batch.pairs <= settings["batch_rows"] for batch in batches)
-            for batch in batches:
-                require_whole(batch)
-                seen.update(batch.rows.tolist())
-        assert seen == Counter(range(50))
-    assert plan.divided == 0
-
-
-def test_batch_rows_counts_pairs() -> None:
-    plan = Plan(PAIRS, TrainSection(epochs=1, batch_rows=4), found_sharing(PAIRS))
-    assert (plan.rows, plan.steps, plan.rows_per_batch) == (25, 7, 25 / 7)
-    assert sorted(plan.step(step)[0].pairs for step in range(1, 8)) == [1, 4, 4, 4, 4, 4, 4]
-
-
-def test_a_batch_of_tokens_counts_what_is_computed() -> None:
-    """Of a pair its prompt once; alone each side counts with its prompt."""
-    alike = listed(*[(100, 20, 20)] * 12)
-    shared = Plan(alike, TrainSection(epochs=1, batch_tokens=600), found_sharing(alike))
-    alone = Plan(alike, TrainSection(epochs=1, batch_tokens=600))
-    assert [batch.pairs for step in range(1, 4) for batch in shared.step(step)] == [4, 4, 4]  # 141 tokens each
-    assert {batch.pairs for step in range(1, alone.steps + 1) for batch in alone.step(step)} == {2}  # 240 each
-
-
-def test_a_pair_computes_its_prompt_once() -> None:
-    """A trunk of all but the prompt's last token, which predicts the first target; the last token predicts nothing."""
-    several = [(128, 64, 64), (100, 30, 30), (90, 80, 10), (60, 20, 20)]
-    for pairs in ([(128, 64, 64)], [(128, 64, 20)], several):
-        examples = listed(*pairs)
-        plan = Plan(examples, TrainSection(epochs=1, batch_rows=4), found_sharing(examples))
-        (batch,) = plan.step(1)
-        rows = [batch.ids[row, :length] for row, length in enumerate(batch.lengths)]
-        found = forest_of(rows, [int(mask.argmax()) - 1 for mask in batch.mask])
-        assert found.computed == sum((prompt - 1) + chosen + rejected for prompt, chosen, rejected in pairs)
-
-
-def test_held_out_pairs_are_whole() -> None:
-    for batches in (in_order(PAIRS, tokens=600), side_by_side(PAIRS, 600, found_sharing(PAIRS))):
-        assert len(batches) > 3
-        for batch in batches:
-            require_whole(batch)
-        assert sorted(row for batch in batches for row in batch.rows.tolist()) == list(range(50))
-    assert all(batch.ids.size <= 600 for batch in in_order(PAIRS, tokens=600))
-
-
-def test_part_of_a_batch_numbers_its_answers_from_nought() -> None:
-    batch = collate(PAIRS, range(8))
-    assert batch.whole_parts == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
-    for rows in (slice(2, 6), np.array([2, 3, 4, 5])):
-        part = batch.part(rows)
-        assert (part.answer_of.tolist(), part.sides.tolist()) == ([0, 1, 2, 3], [C, R, C, R])
-        assert part.answer_tokens.tolist() == batch.answer_tokens[2:6].tolist()
-        require_whole(part)
-
-
-def test_a_row_that_is_drawn_twice_is_two_pairs() -> None:
-    batch = collate(PAIRS, [0, 1, 0, 1])
-    assert (batch.answers, batch.pairs) == (4, 2)
-    rated = ListedExamples(PAIRS.examples[:2], [G, B])
-    assert collate(rated, [0, 0, 1]).answer_of.tolist() == [0, 1, 2]
-
-
-def test_ordinary_examples_are_each_an_answer_without_a_side() -> None:
-    batch = collate(PAIRS.examples, range(4))
-    assert (batch.answers, batch.pairs, batch.sides.tolist()) == (4, 0, [0] * 4)
-    assert batch.part(slice(1, 3)).answer_of.tolist() == [0, 1]
-    assert batch.whole_parts == [slice(row, row + 1) for row in range(4)]

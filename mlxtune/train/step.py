@@ -205,6 +205,9 @@ class StepFunction:
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """A micro-batch as it is computed."""
+        if self.job.preference is not None:
+            # Answers that are compared stay together; `loss.answer_sums` looks after their rotation.
+            return self.division.parts(batch)
         parts = []
         for alike in extent.parts(batch, self._longest_alike):
             parts += self.division.parts(alike)

@@ -24,10 +24,12 @@ def by_row(rows: Iterable[Row]) -> Iterator[list[Row]]:
     chosen: list[Row] = []  # what was made of the side that the next record belongs to
     for parts in by_record(rows):
         side = side_of(parts[0])
+        assert bool(chosen) == (side is Side.REJECTED), "the records of a pair follow each other"
         if side is Side.CHOSEN:
             chosen = parts
         elif side is Side.REJECTED:
             yield _settled([*chosen, *parts], _why_not_a_pair(chosen, parts))
+            chosen = []
         elif side is not Side.NONE:
             yield _settled(parts, _why_not_whole(parts))
         else:

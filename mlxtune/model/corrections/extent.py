@@ -35,11 +35,8 @@ def longest_alike(model: nn.Module) -> int | None:
 def parts(batch: Batch, limit: int | None) -> list[Batch]:
     """A batch in parts that hold rows of one kind. limit: as `longest_alike` says it.
 
-    A row's last token is seen by nobody, so that a row may have one token more than the limit. Answers that are
-    compared stay together: a loss of theirs is no sum of the parts' (`loss.answer_sums` looks after the rotation).
+    A row's last token is seen by nobody, so that a row may have one token more than the limit.
     """
-    if batch.sides.any():
-        return [batch]
     return [part for _, part in alike(batch, limit)]
 
 
