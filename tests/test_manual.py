@@ -192,11 +192,11 @@ def test_the_keys_that_mlx_lm_is_said_to_have_are_its_own() -> None:
 
 @pytest.mark.parametrize(("heading", "modules"), [("mlx-lm", "mlx_lm*.py"), ("Axolotl", "axolotl*.py")])
 def test_what_the_tables_say_of_others_keys_import_config_does(heading: str, modules: str) -> None:
-    """Each key of theirs that has a counterpart, and the counterpart, are in what `mlxtune import-config` reads with."""
+    """Each key of theirs with a counterpart, and the counterpart, are in what `mlxtune import-config` reads with."""
     text = (DOCS / "coming-from.md").read_text(encoding="utf-8")
     part = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     code = "".join(file.read_text("utf-8") for file in (ROOT / "mlxtune" / "config" / "imported").glob(modules))
-    rows = [row.split(" | ") for row in re.findall(r"^\| (`.*)$", part, re.MULTILINE)]
+    rows = [re.split(r"\s*\|\s*", row) for row in re.findall(r"^\| (`.*)$", part, re.MULTILINE)]
     counted = 0
     for theirs, ours, *_ in rows:
         keys = [key for key in re.findall(r"`([a-z]+\.\w+)", ours) if key in KEYS]
