@@ -31,8 +31,9 @@ def refusal(words: list[str], command: click.Command = cli) -> str:
         if words[0] not in command.commands:
             return f"no command {words[0]}"
         return refusal(words[1:], command.commands[words[0]])
-    if "--adapter" in words and "--model" not in words:
-        words = ["--model", "model", *words]  # else the run is asked for its own, and it is not there
+    has_model = any("--model" in parameter.opts for parameter in command.params)
+    if has_model and "--model" not in words:
+        words = ["--model", "model", *words]  # else the run, or the project, is asked for its own, and is not there
     try:
         command.make_context(str(command.name), list(words))
     except click.exceptions.Exit:  # --help, --version
@@ -53,7 +54,7 @@ def refusal(words: list[str], command: click.Command = cli) -> str:
         ("train --modle m", "No such option"),
         ("train --steps many", "is not a valid integer"),
         ("export --to onnx --out o", "is not one of"),
-        ("export --adapter r", "Missing option"),
+        ("convert m", "Missing argument"),
         ("report a b", "Got unexpected extra argument"),
     ],
 )
@@ -85,8 +86,13 @@ def calls(page: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page", named([commands.README, *PAGES]))
-def test_every_command_on_a_page_is_one_that_the_command_line_takes(page: Path) -> None:
+def test_every_command_on_a_page_is_one_that_the_command_line_takes(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for line in calls(page):
+        if line.startswith("mlxtune init "):  # what follows is typed in a project's folder
+            (tmp_path / "mlxtune.yaml").write_text("project:\n  out: run\n  suite: suite.jsonl\n", encoding="utf-8")
         found = commands.of_mlxtune(line)
         assert found, line
         for words in found:
@@ -117,7 +123,7 @@ def test_a_line_for_a_terminal_is_one_of_ours_or_says_what_it_needs(page: Path) 
     for step in commands.steps(page):
         if isinstance(step, Line):
             assert step.needs in ("", *NEEDS), step
-            assert step.needs or step.command.startswith(("mlxtune ", "mlxtune-convert ")), step
+            assert step.needs or step.command.startswith(("mlxtune ", "mlxtune-convert ", "cd ")), step
 
 
 @pytest.mark.parametrize("page", named([commands.README, *MANUAL]))
@@ -182,3 +188,22 @@ def test_the_keys_that_mlx_lm_is_said_to_have_are_its_own() -> None:
         assert not inside or name == "mlx_lm" or inside in CONFIG_DEFAULTS[name], key
     assert CONFIG_DEFAULTS["lora_parameters"] == {"rank": 8, "dropout": 0.0, "scale": 20.0}  # as the page says
     assert (CONFIG_DEFAULTS["num_layers"], CONFIG_DEFAULTS["learning_rate"]) == (16, 1e-5)
+
+
+@pytest.mark.parametrize(("heading", "modules"), [("mlx-lm", "mlx_lm*.py"), ("Axolotl", "axolotl*.py")])
+def test_what_the_tables_say_of_others_keys_import_config_does(heading: str, modules: str) -> None:
+    """Each key of theirs with a counterpart, and the counterpart, are in what `mlxtune import-config` reads with."""
+    text = (DOCS / "coming-from.md").read_text(encoding="utf-8")
+    part = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    code = "".join(file.read_text("utf-8") for file in (ROOT / "mlxtune" / "config" / "imported").glob(modules))
+    rows = [re.split(r"\s*\|\s*", row) for row in re.findall(r"^\| (`.*)$", part, re.MULTILINE)]
+    counted = 0
+    for theirs, ours, *_ in rows:
+        keys = [key for key in re.findall(r"`([a-z]+\.\w+)", ours) if key in KEYS]
+        for key in keys:
+            assert f'"{key}"' in code, key
+            counted += 1
+        if keys:
+            for name in re.findall(r"`(\w+)[`:.]", theirs):
+                assert name in code or re.sub("^(eval|save)_", "{verb}_", name) in code, name
+    assert counted > 20

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import commands
@@ -95,6 +96,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     pairs = [{"prompt": f"Say {index}.", "chosen": f"{index} it is.", "rejected": "No."} for index in range(6)]
     tiny.write_jsonl(folder / "pairs.jsonl", pairs)
     (folder / "gsm8k.csv").write_text("question,answer\nHow much is 1 and 1?,It is 2.\nAnd 2 and 3?,It is 5.\n")
+    for name, written in (("lora_config.yaml", "mlx-lm-1-minimal.yaml"), ("qlora.yml", "axolotl-1-qlora.yml")):
+        shutil.copy(TESTS / "fixtures" / "imported" / written, folder / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return {line: run_anew(line, FIRST) for line in HERE}

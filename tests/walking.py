@@ -73,7 +73,9 @@ def run(line: str, instead: Mapping[str, Callable[[], list[str]]] = INSTEAD) -> 
     words, into = _redirected(words)
     ended = _typed(convert_main if line.startswith("mlxtune-convert") else main, words)
     if into:
-        Path(into).write_text(ended.out, encoding="utf-8")
+        file = Path(into).expanduser()
+        file.parent.mkdir(parents=True, exist_ok=True)  # of other programs, as fish's own
+        file.write_text(ended.out, encoding="utf-8")
     out = destination(words)
     if out and "--dry-run" not in words:
         ended.made = Path(out).exists()
