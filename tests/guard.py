@@ -102,7 +102,8 @@ def outputs(words: list[str], folder: Path) -> list[Output]:
     elif name == "demo":
         found += [Output(folder / given.get("out", "demo"), FOLDERS)]
     elif name == "init":
-        found += [Output(folder / str(given.get("folder") or "."), NAMES)]
+        place = given.get("folder")
+        found += [Output(folder / place if isinstance(place, str) else folder, NAMES)]
     elif name == "report" and not out and isinstance(given.get("run"), str):
         found += [Output(folder / given["run"], (PAGE_FILE,))]
     elif name == "rate":

@@ -98,6 +98,7 @@ def test_the_guard_sees_what_is_left_in_a_home_among_temporary_files_and_in_the_
         ("report theirs", ["theirs/report.html"]),
         ("report theirs --out page.html", ["page.html"]),
         ("import-config theirs/file --out new/mine.yaml", ["new/mine.yaml"]),
+        ("init p --data theirs/file", ["p/mlxtune.yaml", "p/data/train.jsonl"]),
         ("demo --out d", ["d/model/config.json", "d/gguf/base.gguf"]),
         ("data convert theirs/file rows.jsonl", ["rows.jsonl"]),
         ("make pairs theirs --out new/pairs.jsonl", ["new/pairs.jsonl"]),

@@ -25,6 +25,7 @@ from mlxtune.errors import UserError
 from mlxtune.presets.wanted import Goal
 from mlxtune.project import rows, suite
 from mlxtune.project.file import found
+from mlxtune.project.folder import NAMES
 from mlxtune.project.models import local_models
 
 FEW = ("--set", "train.steps=2", "--set", "train.checkpoint_layers=none", "--set", "lora.rank=2")
@@ -146,7 +147,9 @@ def test_without_a_terminal_what_is_not_given_is_chosen_and_told(
     refused = tiny.mlxtune("init", "out", "--model", mlx_model)
     tiny.one_clear_line(refused, "no rows given, and no file of rows is here", "mlxtune make instructions")
     given(tmp_path, "alpaca")
-    said = tiny.done("init", "out", "--model", mlx_model, *FEW).stderr
+    said = tiny.done("init", "--model", mlx_model, *FEW).stderr  # into this very folder, beside what is there
+    assert {path.name for path in tmp_path.iterdir()} == {"alpaca.json", *NAMES}
+    assert (tmp_path / "alpaca.json").is_file() and found() is not None
     assert "--goal chat: not given, so chosen" in said and "--data alpaca.json: not given, so chosen" in said
     given(tmp_path, "sharegpt")
     tiny.one_clear_line(tiny.mlxtune("init", "other", "--model", mlx_model), "there are several", "alpaca.json")
