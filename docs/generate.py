@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from mlxtune.cli import SECTIONS, cli
 from mlxtune.config.described import allowed_in_words
 from mlxtune.config.resolve import Config, recipe_names
-from mlxtune.config.schema import Section, SourceSection
+from mlxtune.config.schema import ExportSection, ProjectSection, Section, SourceSection
 from mlxtune.evaluate.checks.kinds import KINDS
 
 HERE = Path(__file__).resolve().parent
@@ -32,6 +32,11 @@ one key; flags such as `--model` are stronger than both. A key that is not liste
 one. The resolved configuration, with every key written out, is kept as `config.yaml` in the run folder.
 
 YAML is read as version 1.2: `on`, `off`, `yes` and `no` are words; true and false are written `true` and `false`."""
+OF_PROJECTS = """A section of `mlxtune.yaml` alone, which `mlxtune init` writes: what commands do in its folder. Where
+they run in that very folder they take from the file what they are not told, and say so in one line: `train` all of it,
+`eval` the run and the suite, `report`, `export`, `fuse`, `verify`, `chat` and `generate` the run, `data check` and
+`data show` the model and the data, `runs` the folder. Flags and `--set` are stronger; `-c FILE` takes the file's place;
+paths are relative to it. No run has this section, and with `-c` it counts for nothing."""
 EXIT_STATUS = """# Commands
 
 <!-- Written by docs/generate.py out of the commands' own help: change that, then run `make docs`. -->
@@ -68,6 +73,8 @@ def configuration() -> str:
         lines += ["", f"## {name}", *table, *rows_of(f"{name}.", section)]
         if name == "data":
             lines += ["", "A source, in the list `data.sources`:", *table, *rows_of("", SourceSection)]
+    lines += ["", "## project", "", OF_PROJECTS, *table, *rows_of("project.", ProjectSection)]
+    lines += ["", "An export, in the list `project.export`:", *table, *rows_of("", ExportSection)]
     return "\n".join(lines) + "\n"
 
 

@@ -75,10 +75,17 @@ def fail_gradients(
 
     class Failing(Gradients):
         def __call__(self, batch: Batch) -> tuple[mx.array, Any]:
+            self.allocate(batch)
+            return super().__call__(batch)
+
+        def of_answers(self, batch: Batch, value_of: Any) -> tuple[mx.array, mx.array, Any]:
+            self.allocate(batch)
+            return super().of_answers(batch, value_of)
+
+        def allocate(self, batch: Batch) -> None:
             if len(sizes) + 1 >= number and not (fits and fits(batch, self.way)):
                 raise kind(text)
             sizes.append(len(batch.rows))
-            return super().__call__(batch)
 
     patch.setattr(step, "Gradients", Failing)
     return sizes

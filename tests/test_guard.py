@@ -100,6 +100,7 @@ def test_the_guard_sees_what_is_left_in_a_home_among_temporary_files_and_in_the_
         ("import-config theirs/file --out new/mine.yaml", ["new/mine.yaml"]),
         ("demo --out d", ["d/model/config.json", "d/gguf/base.gguf"]),
         ("data convert theirs/file rows.jsonl", ["rows.jsonl"]),
+        ("make pairs theirs --out new/pairs.jsonl", ["new/pairs.jsonl"]),
         ("eval --model theirs --suite s.jsonl --out evals/e", ["evals/e/answers.jsonl", "evals/e/summary.json"]),
         ("eval --model theirs --suite s.jsonl --html new/e.html", ["new/e.html"]),
         ("rate theirs --rater anna", ["theirs/ratings.anna.jsonl"]),
@@ -115,7 +116,7 @@ def test_the_guard_allows_what_a_command_line_declares_and_nothing_beside_it(
     assert "beside was made" in ended(place, (place / made[0].split("/")[0]).with_name("beside").touch, *line.split())
 
 
-MAKERS = ("instructions", "answers", "turns", "refusals", "from-documents", "from-template")
+MAKERS = ("instructions", "answers", "turns", "refusals", "from-documents", "from-template", "pairs")
 
 
 def test_every_output_of_a_command_is_known_to_the_guard() -> None:

@@ -243,7 +243,6 @@ def test_the_configuration_that_a_run_of_mlx_lm_leaves_is_read_too(tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rl: dpo\nbase_model: m\nlearning_rate: 1e-5\n", "rl dpo"),
         ("rl: grpo\nbase_model: m\nlearning_rate: 1e-5\n", "rewarded"),
         ("reward_model: true\nbase_model: m\n", "reward models"),
         ("base_model: m\n", "no learning_rate"),
@@ -261,9 +260,6 @@ def test_the_configuration_that_a_run_of_mlx_lm_leaves_is_read_too(tmp_path: Pat
 def test_what_cannot_be_read_or_is_not_meant_is_refused_in_one_line(text: str, words: str, tmp_path: Path) -> None:
     file = tmp_path / "theirs.yaml"
     file.write_text(text)
-    if words == "rl dpo" and "preference" in resolve.Config.model_fields:
-        assert reading.read(file).settings["preference.loss"] == "dpo"
-        return
     with pytest.raises(UserError, match=re.escape(words)) as refused:
         reading.read(file)
     assert "\n" not in refused.value.message and "\n" not in refused.value.hint
@@ -296,11 +292,32 @@ def test_the_objectives_that_are_known_are_those_that_generate_nothing() -> None
     assert set(axolotl.HELD_LOSSES) == {"dpo", "ipo", "simpo", "orpo", "kto"}
 
 
-def test_preferences_become_a_section_of_their_own_where_there_is_one() -> None:
-    if "preference" not in resolve.Config.model_fields:
-        with pytest.raises(UserError, match="rl dpo"):
-            translated("axolotl-5-dpo.yml")
-        return
+def test_preferences_become_the_section_preference() -> None:
     made = translated("axolotl-5-dpo.yml")
     wanted = {"preference.loss": "dpo", "preference.beta": 0.2, "preference.label_smoothing": 0.1}
     assert {key: made.settings.get(key) for key in wanted} == wanted
+    assert made.without == [] and "data.columns" not in made.settings  # chosen and rejected are called so here too
+
+
+@pytest.mark.parametrize(
+    ("objective", "theirs", "ours"),
+    [
+        ("ipo", {"rl_beta": 0.3}, {"beta": 0.3}),
+        ("simpo", {"rl_beta": 2.0, "simpo_gamma": 0.5}, {"beta": 2.0, "gamma": 0.5}),
+        ("simpo", {}, {"beta": 0.1}),  # ours is 2.0
+        ("orpo", {"orpo_alpha": 0.2}, {"beta": 0.2}),
+        ("kto", {"kto_desirable_weight": 1.2, "kto_undesirable_weight": 0.8}, {"good_weight": 1.2, "bad_weight": 0.8}),
+    ],
+)
+def test_every_objective_gives_settings_that_its_loss_heeds(
+    objective: str, theirs: dict[str, float], ours: dict[str, float], tmp_path: Path
+) -> None:
+    """A key of preference without effect is refused where the file is read, so a file that is read has none."""
+    file = tmp_path / "theirs.yml"
+    sets = [{"path": "p", "type": {"field_prompt": "question", "field_chosen": "good", "field_rejected": "bad"}}]
+    tree = {"base_model": "m", "learning_rate": 1e-5, "adapter": "lora", "rl": objective, "datasets": sets, **theirs}
+    file.write_text(json.dumps(tree))
+    made = reading.read(file)
+    assert made.settings["data.columns"] == {"question": "prompt", "good": "chosen", "bad": "rejected"}
+    found = made.config().preference.model_dump()
+    assert found["loss"] == objective and {key: found[key] for key in ours} == ours

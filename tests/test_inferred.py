@@ -135,6 +135,7 @@ def test_a_fenced_block_stays_the_form_where_answers_have_it() -> None:
         ["New York", "New York City"],
         [f"class-{letter}" for letter in "abcdefghijklmnopq"],
         ["Yes", "yes"],
+        ["class 1", "class 2", "class 10"],
     ],
 )
 def test_labels_become_a_choice_that_tells_each_from_all_others(labels: list[str]) -> None:
@@ -152,6 +153,10 @@ def test_a_label_that_nobody_else_has_is_named() -> None:
     found = infer([*["spam", "ham"] * 20, "perhaps spam"])
     assert found.kind == "choice" and "options" in str(found.checks)
     assert [place for place, _ in found.not_accepted] == [40]
+
+
+def test_ratings_are_numbers() -> None:
+    assert infer([str(number % 5) for number in range(50)]).kind == "number"
 
 
 def test_a_few_labels_are_not_told_from_free_text() -> None:

@@ -5,6 +5,7 @@ anybody's is touched.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ from mlxtune.config.schema import SourceSection
 from mlxtune.demo.story import data_folder
 from mlxtune.errors import UserError
 from mlxtune.presets.wanted import Goal
-from mlxtune.project import rows
+from mlxtune.project import rows, suite
 from mlxtune.project.file import found
 from mlxtune.project.models import local_models
 
@@ -198,11 +199,11 @@ def test_rows_that_ask_the_same_are_on_one_side_and_own_splits_are_kept(tmp_path
     assert (rows.divided(look, seed=1) != sides).any() and (rows.divided(look, seed=0) == sides).all()
     own = tmp_path / "own"
     tiny.write_jsonl(own / "train.jsonl", made[:200])
-    tiny.write_jsonl(own / "dev.jsonl", made[200:])
+    tiny.write_jsonl(own / "dev.jsonl", made[100:200])
     tiny.write_jsonl(own / "notes.jsonl", made[:1])
     look = rows.look(SourceSection(path=str(own)))
     told = " ".join(look.notes)
-    assert "notes.jsonl" in told and "1 of 100 valid rows ask what train rows ask too" in told
+    assert "notes.jsonl" in told and "100 of 100 valid rows ask what train rows ask too" in told
     sides = rows.divided(look, seed=0)
     counts = rows.write(look, sides, tmp_path / "data")
     assert counts["valid"] == 100 and counts["test"] > 0 and counts["train"] + counts["test"] == 200
@@ -219,6 +220,25 @@ def test_too_few_prompts_and_rows_that_cannot_be_read_are_refused(tmp_path: Path
     bad.write_text(two.read_text() + "{oops\n")
     with pytest.raises(UserError, match="line 5: not valid JSON"):
         rows.look(SourceSection(path=str(bad)))
+    pairs = [{"prompt": f"Ask {number}", "chosen": "Yes.", "rejected": "No."} for number in range(9)]
+    with pytest.raises(UserError, match="its rows are pairs of answers"):
+        rows.look(SourceSection(path=str(tiny.write_jsonl(tmp_path / "pairs.jsonl", pairs))))
+
+
+def test_an_answer_that_was_rated_as_bad_is_no_reference(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        rated = [{"prompt": f"Ask {n}", "completion": f"Say {n}.", "label": n % 2 == 0} for n in range(10)]
+        file = tiny.write_jsonl(tmp_path / "rated.jsonl", rated)
+        look = rows.look(SourceSection(path=str(file)))
+        counts = rows.write(look, np.full(10, rows.SPLITS.index(split)), tmp_path / split)
+        assert counts[split] == 10
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / split / f"{split}.jsonl").rename(tmp_path / "data" / f"{split}.jsonl")
+    prompts, _ = suite.write(tmp_path, 0)
+    assert prompts == 5
+    assert {row["messages"][-1]["content"] for row in lines(tmp_path / "suite.jsonl")} == {
+        f"Say {number}." for number in range(0, 10, 2)
+    }
 
 
 def test_text_makes_a_project_without_a_suite(mlx_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +290,28 @@ def test_a_model_that_does_not_fit_is_refused_with_the_largest_that_does(tmp_pat
     refused = tiny.mlxtune(*words, "mlx-community/Llama-3.3-70B-Instruct-4bit")
     tiny.one_clear_line(refused, "does not fit", "the largest that does")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_person_is_asked_for_another_model_where_one_does_not_fit(mlx_model: Path, tmp_path: Path) -> None:
+    words = ("init", tmp_path / "out", "--goal", "chat", "--data", given(tmp_path, "alpaca"), "--memory", "8", *FEW)
+    large = "mlx-community/Llama-3.3-70B-Instruct-4bit\n"
+    typed = [(QUESTIONS[2], large), ("Another model", f"{mlx_model}\n"), (QUESTIONS[3], "yes\n")]
+    assert "does not fit" in terminal.shows(*words, typed=typed)
+    assert resolve.load(tmp_path / "out" / "mlxtune.yaml").model.path == str(mlx_model)
+
+
+def test_a_model_that_is_to_be_converted_comes_first_among_the_commands(
+    hf_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = given(tmp_path, "alpaca")
+    tiny.done("init", tmp_path / "out", "--data", file, "--model", hf_model, "--yes", *FEW)
+    monkeypatch.chdir(tmp_path / "out")
+    tiny.one_clear_line(tiny.mlxtune("train"), "no folder model, which is the model of mlxtune.yaml")
+    (command,) = [line for line in Path("README.md").read_text().splitlines() if "mlxtune convert" in line]
+    assert f"# Made by: {command}"[:60] in Path("mlxtune.yaml").read_text()
+    assert shlex.split(command)[1:4] == ["convert", str(hf_model), "model"] and "--bits" in command
+    tiny.done(*shlex.split(command)[1:])
+    assert "optimizer steps: 2" in tiny.done("train", "--dry-run").stdout
 
 
 def test_the_goals_are_those_that_presets_know() -> None:

@@ -19,6 +19,8 @@ from judges import JudgingServer
 from made import CUT, Scripted, lines, reasons
 from test_made_answers import ASKED, GOOD, PLANTED
 
+from mlxtune.data.rows import formats
+from mlxtune.data.rows.sides import Side
 from mlxtune.evaluate.checks.sandbox.sandbox import Programs
 from mlxtune.evaluate.engines.request import Request
 from mlxtune.evaluate.judging.report import Judging
@@ -143,6 +145,8 @@ def test_the_judge_chooses_and_pairs_hold_what_it_prefers_in_both_orders(
     }
     for part in ("prompt", "chosen", "rejected"):
         assert all(is_conversational({part: pair[part]}) for pair in pairs)
+    read = list(formats.read(out / "pairs.jsonl"))  # as training does
+    assert [record.side for record in read if isinstance(record, formats.Record)] == [Side.CHOSEN, Side.REJECTED] * 6
     assert reasons(out).keys() == {"not the best"} and len(reasons(out)["not the best"]) == 16
 
 

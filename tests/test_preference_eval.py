@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from evaluations import SHORT, YES
 from test_preference_rows import pair, read
 
 from mlxtune.adapter import adapter_files, attach
+from mlxtune.api import evaluating
 from mlxtune.cli import suites
 from mlxtune.config.resolve import load as settle
 from mlxtune.data.chat.renderer import Renderer
@@ -95,6 +97,37 @@ def test_without_an_adapter_the_base_alone_is_told_and_of_conversations_there_is
     refused = tiny.mlxtune("eval", "--model", mlx_model, "--data", data, "--html", tmp_path / "page.html")
     tiny.one_clear_line(refused, "--html has no effect without --suite: the loss needs no answers")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_where_the_adapter_that_a_run_began_with_is_gone_the_bare_base_is_compared_and_that_is_said(
+    mlx_model: Path, run: Path, tmp_path: Path
+) -> None:
+    loaded = load(str(mlx_model))
+    adapter_files.load_adapter(loaded.model, run)
+    config = settle(None, (f"lora.start_from={run}", "preference.loss=dpo", "preference.beta=0.5"), {})
+    start, note = evaluating._start_of(config, loaded)
+    assert start == run and "it was the reference" in note and evaluating._beta_of(config) == 0.5
+    config = settle(None, (f"lora.start_from={tmp_path / 'gone'}", "preference.loss=simpo"), {})
+    start, note = evaluating._start_of(config, loaded)
+    assert start is None and "is gone or another now" in note and "without any adapter" in note
+    assert evaluating._beta_of(config) == 0.1  # simpo's own beta is of another kind of reward
+    assert evaluating._start_of(settle(None, (), {}), loaded) == (None, "")
+
+
+def test_another_adapter_takes_the_place_of_a_models_own_for_a_while(
+    mlx_model: Path, run: Path, tmp_path: Path
+) -> None:
+    loaded = load(str(mlx_model))
+    adapter_files.load_adapter(loaded.model, run)
+    ids = mx.array([[5, 9, 7, 11]])
+    own = np.array(loaded.model(ids))
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    tensors = {name: 2 * array for name, array in mx.load(str(run / "adapters.safetensors")).items()}
+    mx.save_safetensors(str(other / "adapters.safetensors"), tensors)
+    with evaluating._adapter_of(loaded, other, run):
+        assert np.abs(np.array(loaded.model(ids)) - own).max() > 1e-3
+    np.testing.assert_array_equal(np.array(loaded.model(ids)), own)
 
 
 # What the figures show, on made-up log-probabilities.

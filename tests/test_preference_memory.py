@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
+import on_preferences
 import peaks
 import pytest
+from broken import fail_gradients
 from preferences import examples
 from test_memory import SIZES
 from ways import make
@@ -15,7 +19,7 @@ from mlxtune.compute import fast_ways, fit_memory, loss
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.preference.objectives import Settings
 from mlxtune.config import resolve as configuration
-from mlxtune.data.dataset.batches import Plan
+from mlxtune.data.dataset.batches import Batch, Plan
 from mlxtune.data.dataset.measured import ListedExamples
 from mlxtune.data.dataset.sharing import found_sharing
 from mlxtune.data.rows.sides import Side
@@ -87,3 +91,23 @@ def test_a_pair_that_fits_in_no_way_is_named_and_half_of_it_would_not_do() -> No
     plan = Plan(rows, config.train)
     with pytest.raises(UserError, match="even with one pair at a time"):
         fit_memory.fit(Given(model, sizes, mx.float32, limit=1_000_000), loss.Way(prefix=0), config, plan)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_steps_that_do_not_fit_are_divided_between_pairs(checkpointed: bool, mlx_model: Path, tmp_path: Path) -> None:
+    """Down to one pair at a time, and where that is too much, with its blocks computed again."""
+
+    def fits(batch: Batch, way: loss.Way) -> bool:
+        return len(batch.rows) == 2 and (not checkpointed or way.recompute == 1)
+
+    data = on_preferences.write(tmp_path / "data", on_preferences.pairs(9), on_preferences.pairs(2, first=50))
+    settings = ("preference.loss=dpo", "train.steps=3", "train.batch_rows=3", "train.accumulate=1")
+    settings += ("train.on_oom=smaller", "preference.sft=0.5")
+    enough = on_preferences.tune(mlx_model, data, tmp_path / "enough", *settings)
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = fail_gradients(patch, 2, fits=fits)  # the first step fits
+        divided = on_preferences.tune(mlx_model, data, tmp_path / "divided", *settings)
+    assert sizes == [6, *[2] * 6]
+    assert len(on_preferences.numbers(enough)) == 3
+    for one, other in zip(on_preferences.numbers(divided), on_preferences.numbers(enough), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -260,6 +260,23 @@ def test_rated_answers_of_one_kind_and_rows_of_several_kinds_are_findings(
     assert found["contradiction"] == [1, 2] and "one-sided" not in found
 
 
+def test_rows_of_several_kinds_in_one_split_are_an_error(tokenizer_folder: Path, tmp_path: Path) -> None:
+    tiny.write_jsonl(tmp_path / "train-0.jsonl", EVEN[:3])
+    tiny.write_jsonl(tmp_path / "train-1.jsonl", [{"messages": [user("Which?"), assistant("The first one here.")]}])
+    (found,) = (one for one in survey(tokenizer_folder, tmp_path)["findings"] if one["code"] == "mixed")
+    assert (found["severity"], found["count"]) == ("error", 1)
+    assert list(found["reasons"]) == ["pairs: 3", "conversations: 1"]
+
+
+def test_rows_that_the_objective_is_not_for_are_an_error(tokenizer_folder: Path, tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", EVEN[:3])
+    told = survey(tokenizer_folder, path, "preference.loss=kto")
+    (found,) = (one for one in told["findings"] if one["code"] == "objective")
+    assert found["count"] == 3 and list(found["reasons"]) == ["kto is not for pairs"]
+    assert "rated answers with kto or apo" in found["fix"]
+    assert "objective" not in rows_by_code(survey(tokenizer_folder, path, "preference.loss=apo"))
+
+
 def test_the_page_and_the_terminal_show_a_pair_with_its_signs(tokenizer_folder: Path, tmp_path: Path) -> None:
     key = "AKIAABCDEFGHIJKLMNOP"
     path, page = (

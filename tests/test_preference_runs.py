@@ -14,9 +14,12 @@ import numpy as np
 import on_preferences
 import pytest
 import tiny
+from broken import OUT_OF_MEMORY
 from on_preferences import numbers, of_kind, tune
 from training import same_bits
 
+from mlxtune.compute.gradients import Gradients
+from mlxtune.data.dataset.batches import Batch
 from mlxtune.errors import UserError
 from mlxtune.train import events
 from mlxtune.train.loggers import PREFERRED
@@ -173,6 +176,26 @@ def test_kept_states_of_frozen_blocks_change_no_number(mlx_model: Path, rated: P
     computed = [of_kind(events_of_run, "begin")[0]["computed"] for events_of_run in found]
     assert "frozen blocks" not in computed[0] and computed[0] != computed[1]
     np.testing.assert_allclose(numbers(found[1]), numbers(found[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_that_do_not_fit_the_memory_together_are_computed_one_by_one(
+    finished: Path, mlx_model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second step on; a single pair is never divided."""
+    real, computed = Gradients.of_answers, list[int]()
+
+    def of_answers(self: Gradients, batch: Batch, value_of: Any) -> Any:
+        if batch.pairs:  # else it is the proof
+            computed.append(batch.pairs)
+        if len(computed) > 2 and batch.pairs > 1:
+            raise RuntimeError(OUT_OF_MEMORY)
+        return real(self, batch, value_of)
+
+    monkeypatch.setattr(Gradients, "of_answers", of_answers)
+    found = tune(mlx_model, pairs, tmp_path / "run", *LONG, "train.on_oom=smaller")
+    assert [event["halved"] for event in of_kind(found, "note") if "halved" in event] == [1]
+    assert computed[:3] == [2, 2, 2] and set(computed[3:]) == {1}
+    np.testing.assert_allclose(numbers(found), numbers(events.read(finished)), rtol=1e-4, atol=1e-5)
 
 
 # Going on.

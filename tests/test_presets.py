@@ -16,6 +16,7 @@ from mlxtune.cli.console import console
 from mlxtune.compute.fit_memory import SHARE
 from mlxtune.compute.memory.prediction import Memory
 from mlxtune.config import resolve
+from mlxtune.errors import UserError
 from mlxtune.machine import backend
 from mlxtune.machine.backend import GIB, Machine, mac
 from mlxtune.presets import models, rules, search, table
@@ -153,6 +154,13 @@ def test_rows_are_cut_and_ranks_lowered_only_where_nothing_else_fits(small: Peak
     assert any("3% of the rows" in warning for warning in cut.warnings)
 
 
+def test_a_model_on_which_nothing_can_train_is_refused_in_true_words() -> None:
+    """BitNet's weights are ternary codes in a layer of mlx-lm's own."""
+    with pytest.raises(UserError, match="no layer that an adapter can be put on") as refused:
+        search.find({**SMALL, "model_type": "bitnet"}, machine(10**12), ROWS)
+    assert "lora.train_also" in refused.value.hint
+
+
 def test_a_model_takes_no_more_tokens_than_it_was_made_for() -> None:
     peaks = Peaks({**SMALL, "max_position_embeddings": 128}, "metal", ROWS)
     found = search.search(peaks, machine(10**12), (4,))
@@ -186,6 +194,8 @@ def test_a_run_takes_a_preset_as_it_is_and_predicts_the_same_peak(mlx_model: Pat
     for budget in (10**10, int(1.05 * least.total)):
         preset = search.find(mlx_model, machine(budget, "cpu"), wanted)
         assert isinstance(preset, Preset) and preset.bits is None
+        assert preset.why.keys() <= preset.settings.keys()
+        assert any("A step has 4 rows" in text for text in preset.why.values())
         allowed = {**flags, **preset.settings, "fast.prefix": "off", "train.memory_limit": preset.budget_bytes}
         config = resolve.load(None, (), allowed)
         planned = preparation.plan(config, rows)
@@ -211,7 +221,13 @@ def test_a_model_whose_memory_cannot_be_told_gets_what_needs_least_and_a_word_on
 @pytest.mark.parametrize(
     ("rows", "goal", "parameters", "expected"),
     [
-        (100, "format", 1e9, {"train.epochs": 3, "lora.rank": 8, "lora.alpha": 16, "train.patience": 3}),
+        (100, "style", 0.5e9, {"train.lr": 5e-4}),
+        (
+            100,
+            "format",
+            1e9,
+            {"train.lr": 2e-4, "train.epochs": 3, "lora.rank": 8, "lora.alpha": 16, "train.patience": 3},
+        ),
         (499, "code", 1e9, {"train.epochs": 3, "lora.rank": 16, "train.patience": 3}),
         (500, "chat", 8e9, {"train.epochs": 2, "lora.rank": 16, "train.lr": 2e-4}),
         (5_000, "chat", 32.5e9, {"train.epochs": 2, "train.lr": 1e-4}),

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import tiny
 
-from mlxtune.cli.ship import FORMS
+from mlxtune.api.exporting import FORMS
 from mlxtune.config import resolve
 from mlxtune.config.schema import ExportSection
 from mlxtune.errors import UserError
@@ -66,8 +66,10 @@ def test_each_command_takes_what_it_is_not_told_and_says_so_in_one_line(project:
     made = "--to peft --out exports/peft, --to gguf-lora --out exports/lora.gguf"
     assert taken(tiny.done("export", "--no-verify").stderr) == ["--adapter my run", made]
     assert (project / "exports" / "peft" / "adapter_config.json").is_file() and Path("exports/lora.gguf").is_file()
+    shutil.rmtree("exports/peft")
     refused = tiny.mlxtune("export", "--no-verify")  # before any is made again
-    tiny.one_clear_line(refused, "exports/peft already exists")
+    tiny.one_clear_line(refused, "exports/lora.gguf already exists")
+    assert not Path("exports/peft").exists()
     assert taken(tiny.done("fuse", "--out", "fused", "--no-verify").stderr) == ["--adapter my run"]
     model = resolve.load("mlxtune.yaml").model.path
     assert taken(tiny.done("data", "check").stderr) == [f"the settings, --model {model}"]

@@ -75,9 +75,15 @@ class AdapterPlan:
         for path, key in places(model, last_blocks).items():
             rank = ranks.get(key, section.rank)
             modules[path] = (rank, VARIANTS[section.variant].scale(section.alpha, rank))
+        trained = trained_paths(model, section.train_also, set(modules))
+        if not (modules or trained):
+            raise UserError(
+                "this model has no layer that an adapter can be put on",
+                "Take another model, or name layers to train in full: lora.train_also.",
+            )
         return AdapterPlan(
             modules,
-            trained=trained_paths(model, section.train_also, set(modules)),
+            trained=trained,
             variant=section.variant,
             dropout=section.dropout,
             last_blocks=last_blocks if set(ranks.values()) <= {section.rank} else None,

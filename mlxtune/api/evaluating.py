@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,27 +151,48 @@ def preferences_of(rows: Opened) -> dict[str, Any]:
     tuned_log_p = log_probabilities(loaded, config, examples, answers)
     if rows.adapter is None:
         return {"split": rows.split, **report(answers, tuned_log_p)}
-    start, note = _start_of(config)
+    start, note = _start_of(config, loaded)
     if start is None:
         with switched_off(loaded.model):
             base = log_probabilities(loaded, config, examples, answers)
     else:
-        base = log_probabilities(tuned.load_model(rows.model, start), config, examples, answers)
+        with _adapter_of(loaded, start, rows.adapter):
+            base = log_probabilities(loaded, config, examples, answers)
     notes = (note,) if note else ()
     return {"split": rows.split, **report(answers, base, tuned_log_p, _beta_of(config), notes)}
 
 
-def _start_of(config: Config) -> tuple[Path | None, str]:
-    """(The adapter that a run began with; None: it began with none, or that one is gone, what is said of it)."""
+@contextmanager
+def _adapter_of(loaded: Loaded, other: Path, own: Path) -> Iterator[None]:
+    """Another adapter in the place of a model's own, of the same kind and layers, as that of a run and the one that it
+    began with are: the weights are in memory once.
+    """
     from mlxtune_convert.adapters import AdapterConfig
+
+    from mlxtune.adapter.adapter_files import load_tensors
+
+    load_tensors(loaded.model, other / AdapterConfig.read(other).file)
+    try:
+        yield
+    finally:
+        load_tensors(loaded.model, own / AdapterConfig.read(own).file)
+
+
+def _start_of(config: Config, loaded: Loaded) -> tuple[Path | None, str]:
+    """(The adapter that a run began with; None: it began with none, or that one is gone or another now, what is said of
+    it). loaded: the model with the run's own.
+    """
+    from mlxtune_convert.adapters import AdapterConfig
+
+    from mlxtune.adapter.adapter_files import require_fit
 
     if not config.lora.start_from:
         return None, ""
     start = Path(config.lora.start_from).expanduser()
     try:
-        AdapterConfig.read(start)
+        require_fit(loaded.model, start / AdapterConfig.read(start).file)
     except UserError as error:
-        said = f"the run began with the adapter {start}, which was its reference, and that cannot be read"
+        said = f"the run began with the adapter {start}, which was its reference, and that is gone or another now"
         return None, f"{said} ({error.message}): the base here is the model without any adapter"
     return start, f"the base here is the model with the adapter that the run began with, {start}: it was the reference"
 

@@ -43,7 +43,7 @@ NAMED = 3  # findings that are told here; `mlxtune data check` lists all
     "--memory",
     type=click.FloatRange(min=4),
     metavar="GB",
-    help="Of the Mac that will train.  [default: what this machine has]",
+    help="Memory of the Mac that will train.  [default: what this machine has]",
 )
 @click.option(
     "--to",
@@ -63,7 +63,7 @@ NAMED = 3  # findings that are told here; `mlxtune data check` lists all
     is_flag=True,
     cls=OptionFor,
     needs=Need("show_presets", why="files are written"),
-    help="With --show-presets: one JSON document.",
+    help="One JSON document of --show-presets.",
 )
 def init(
     folder: Path,

@@ -80,7 +80,7 @@ def type_in_words(annotation: Any) -> str:
     if origin is dict:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return "sources"
+        return f"{annotation.__name__.removesuffix('Section').lower()}s"  # sources, exports
     return TYPE_NAMES.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 

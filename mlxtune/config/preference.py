@@ -38,7 +38,7 @@ ONLINE = (
 STEPWISE = ("prm", "reward")  # these train a model that judges, not one that answers
 OTHERS = {
     "sigmoid": "dpo",
-    "robust": "dpo with preference.label_smoothing",
+    "robust": "dpo with preference.label_smoothing, which is near it but not the same formula",
     "cdpo": "dpo with preference.label_smoothing",
     "sigmoid_norm": "dpo with preference.length_normalised",
     "rpo": "dpo with preference.sft",

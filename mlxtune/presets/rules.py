@@ -26,6 +26,9 @@ SCALE = 2  # lora.alpha over lora.rank
 LEAST_RANK = 8  # a smaller update saves next to nothing
 # QLoRA's rates (Dettmers et al. 2023, arXiv:2305.14314, table 9): 2e-4 up to 13 billion parameters, 1e-4 from 33 on.
 RATE, RATE_OF_LARGE, LARGE = 2e-4, 1e-4, 30e9
+# Smaller models want more: in 16 steps one of 135 million parameters came from a validation loss of 3.46 to 2.70 at
+# 1e-4, to 1.74 at 8e-4 (benchmarks/results.md, rates of B).
+RATE_OF_SMALL, SMALL = 5e-4, 1e9
 IN_FULL = 0.1  # the rate of layers that are trained in full (lora.train_also), in that of an update
 STEP_ROWS = (16, 8, 4)  # rows of an optimizer step, the first that leaves enough steps
 ENOUGH_STEPS = 30
@@ -59,7 +62,7 @@ def advice(wanted: Wanted, parameters: int, in_full: bool = False) -> Advice:
         rank *= 2
     step_rows = _step_rows(rows * epochs)
     steps = max(1, -(-rows // step_rows)) * epochs
-    rate = RATE if parameters < LARGE else RATE_OF_LARGE
+    rate, about_rate = _rate(parameters)
     settings: dict[str, Any] = {
         "lora.rank": rank,
         "lora.alpha": SCALE * rank,
@@ -72,8 +75,8 @@ def advice(wanted: Wanted, parameters: int, in_full: bool = False) -> Advice:
         "more rows, and more to learn of each, take a higher rank.",
         "train.epochs": f"Each of the {rows:,} rows is seen {times}.",
     }
-    if parameters >= LARGE:
-        why["train.lr"] = "A model of 30 billion parameters and more wants half the usual rate (QLoRA, table 9)."
+    if about_rate:
+        why["train.lr"] = about_rate
     if in_full:
         why["train.lr"] = "Layers that are trained in full (lora.train_also) want a tenth of an adapter's rate."
     if step_rows < STEP_ROWS[0]:
@@ -83,6 +86,15 @@ def advice(wanted: Wanted, parameters: int, in_full: bool = False) -> Advice:
         why["train.patience"] = f"The run ends when {PATIENCE} evaluations in a row are not better."
     _set_pace(settings, steps)
     return Advice(settings, step_rows, why, _warnings(wanted))
+
+
+def _rate(parameters: int) -> tuple[float, str]:
+    """(the peak learning rate of an adapter, why it is not the usual one; "": it is). parameters: 0 where not known."""
+    if 0 < parameters < SMALL:
+        return RATE_OF_SMALL, "A model of less than a billion parameters wants a higher rate than larger ones."
+    if parameters >= LARGE:
+        return RATE_OF_LARGE, "A model of 30 billion parameters and more wants half the usual rate (QLoRA, table 9)."
+    return RATE, ""
 
 
 def _step_rows(rows_seen: int) -> int:

@@ -210,6 +210,9 @@ def _made_of(
 ) -> Preset:
     """A preset of all its settings, with words on those that it keeps."""
     kept = rules.differing(settings)
+    if "train.accumulate" not in kept and "train.accumulate" in why:  # one micro-batch is the whole step
+        of_batch = why.get("train.batch_rows", "")
+        why["train.batch_rows"] = f"{of_batch} {why['train.accumulate']}".strip()
     share = peaks.wanted.share_of_tokens(settings["data.max_tokens"])
     return Preset(kept, bits, peak, budget, share, {key: why[key] for key in why if key in kept}, warnings)
 

@@ -28,6 +28,7 @@ from mlxtune.data.dataset.sources import Source, files_by_split, unused_note
 from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad
+from mlxtune.data.rows.sides import Side
 from mlxtune.data.rows.writers import to_messages
 from mlxtune.errors import UserError
 
@@ -70,6 +71,11 @@ def look(source: SourceSection) -> Given:
                 if isinstance(row, Bad):
                     bad.append(row)
                     continue
+                if row.side != Side.NONE:
+                    raise UserError(
+                        f"{source.path}: its rows are pairs of answers, and init makes projects of conversations",
+                        "Learn from them with mlxtune train --set preference.objective=dpo (docs/preference.md).",
+                    )
                 kinds.setdefault(row.format)
                 is_text = is_text or row.text is not None
                 hashes.append(_asked(row))

@@ -53,7 +53,7 @@ def _notes(found: Inferred, places: list[int]) -> list[str]:
 
 
 def _questions(file: Path) -> list[Record]:
-    """The rows of a file that end with an answer to what a user, or a tool, said."""
+    """The rows of a file that end with an answer to what a user, or a tool, said, and that is not rated as bad."""
     if not file.stat().st_size:
         return []
     return [record for record in formats.read(file) if isinstance(record, Record) and _is_question(record)]
@@ -61,4 +61,6 @@ def _questions(file: Path) -> list[Record]:
 
 def _is_question(record: Record) -> bool:
     messages = record.messages or []
-    return len(messages) > 1 and messages[-1]["role"] == "assistant" and messages[-2]["role"] in ("user", "tool")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[-1].get("weight") == 0:
+        return False
+    return messages[-2]["role"] in ("user", "tool")

@@ -8,12 +8,14 @@ from itertools import product
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxtune.compute import fast_ways, parts, prefix, proof
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.proof import Sums
 from mlxtune.data.dataset.batches import Batch
+from mlxtune.data.rows.sides import Side
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
 from mlxtune.model.arrays import dtype_name
@@ -28,6 +30,7 @@ CHECKPOINTED = "blocks checkpointed"
 PIECES = "blocks in pieces of rows"
 POWERS = "powers of two"
 COMPILED = "compiled"
+ANSWERS = "answers of a pair apart, every way, float32"
 TOGETHER = "all of these combined"
 WAYS = (PLAIN, HEAD, PREFIX, CHECKPOINTED, PIECES, POWERS, COMPILED, TOGETHER)
 # Of the loss and of the gradient that differs most, relative. A wrong mask or position shows as 0.1 and more; rounding
@@ -48,6 +51,7 @@ def checks() -> list[Check]:
         ("experts", "mixtral", ()),
     ):
         found.append(Check(GROUP, f"{name}, every way, float32", partial(_check, kind, mx.float32, train_also, "")))
+    found.append(Check(GROUP, ANSWERS, _check_answers))
     return found
 
 
@@ -68,6 +72,22 @@ def _check(kind: str, dtype: mx.Dtype, train_also: tuple[str, ...], way: str, sh
         raise NotHere(_why_not(way, dtype))
     chosen = ways[way] if way else [each for group in ways.values() for each in group]
     return judged({fast_ways.describe(each): proof.sums_of(model, each, rows) for each in chosen}, wanted, dtype)
+
+
+def _check_answers(shop: Workshop) -> Found:
+    """The rows as a pair whose chosen answer has two of them: each answer is summed by itself, and weighs otherwise."""
+    rows = batch()
+    sides = np.array([Side.CHOSEN, Side.CHOSEN, Side.REJECTED], np.uint8)
+    rows = replace(rows, sides=sides, answer_of=np.array([0, 0, 1], np.int32))
+    with computing_on_cpu():
+        wanted = proof.plain_sums(with_adapter("llama", BASES[mx.float32], mx.float32, ()), rows)
+    model = with_adapter("llama", BASES[mx.float32], mx.float32, ())
+    found = {}
+    for group in by_name(model, rows, mx.float32).values():
+        for way in group:
+            if not way.compiled:  # which the loss of answers never is
+                found[fast_ways.describe(way)] = proof.sums_of(model, way, rows)
+    return judged(found, wanted, mx.float32)
 
 
 def judged(found: dict[str, Sums], wanted: Sums, dtype: mx.Dtype) -> Found:

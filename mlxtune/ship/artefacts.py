@@ -6,8 +6,8 @@ To add a form:
    that says what it cannot hold (`refuse`), writes its files (`write`), names its limits among `verify.LIMITS`
    (`storage`), and runs the result with the program of its users (`run`; where that may be missing: `not_installed`
    and `read_back`). `why_different` calls what fits of `differences`.
-2. In cli/ship.py: its word for `--to`, in FORMS and `_artefact`, and its options, each with `needs=`; the word also in
-   `config.schema.ExportSection`, for mlxtune.yaml.
+2. Its word for `--to`, in api/exporting.py (`Form`, `artefact`) and, of mlxtune.yaml, in `config.schema.ExportSection`;
+   its options in cli/ship.py, each with `needs=`.
 3. A test beside those of tests/test_ship.py: its files, read by another library, compute what was trained.
 """
 

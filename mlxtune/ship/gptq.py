@@ -17,7 +17,8 @@ Legend: out, in widths of a matrix [out, in]; G groups in a row, in / group; N i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,12 @@ class Calibration:
         for example in examples[::every][:MAX_ROWS]:
             self.rows.append(mx.array(np.asarray(example.ids[:MAX_TOKENS])[None]))
 
-    def hessians(self, wanted: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+    def hessians(
+        self, wanted: Sequence[str], told: Callable[[int], None] = lambda weights: None
+    ) -> Iterator[tuple[str, np.ndarray]]:
         """(path, H [in, in]) of the linear layers in `wanted`, in the model's order, a few layers at a time: as many
-        as HESSIAN_BYTES hold, for each pass over the rows.
+        as HESSIAN_BYTES hold, for each pass over the rows. told: hears of the layers' weights as rows go through them,
+        of each in the end once.
         """
         layers: dict[str, nn.Module] = {}
         for path, module in self.model.named_modules():
@@ -83,21 +87,24 @@ class Calibration:
         for path, layer in layers.items():
             size = 4 * _inputs(layer) ** 2
             if chunk and held + size > HESSIAN_BYTES:
-                yield from self._pass(chunk).items()
+                yield from self._pass(chunk, told).items()
                 chunk, held = {}, 0
             chunk[path] = layer
             held += size
         if chunk:
-            yield from self._pass(chunk).items()
+            yield from self._pass(chunk, told).items()
 
-    def _pass(self, layers: dict[str, nn.Module]) -> dict[str, np.ndarray]:
-        """H [in, in] of each layer by its path, from one pass over all rows."""
+    def _pass(self, layers: dict[str, nn.Module], told: Callable[[int], None]) -> dict[str, np.ndarray]:
+        """H [in, in] of each layer by its path, from one pass over all rows. told: as `hessians` takes it."""
         watched = {path: InputGram(layer) for path, layer in layers.items()}
         self._put(watched)
-        for ids in self.rows:
+        weights, heard = sum(math.prod(_shape(layer)) for layer in layers.values()), 0
+        for number, ids in enumerate(self.rows, 1):
             self.model(ids)
             # What no Hessian needs (the head, later blocks) is never computed.
             mx.eval([layer._sum for layer in watched.values()])
+            told(weights * number // len(self.rows) - heard)
+            heard = weights * number // len(self.rows)
         self._put(layers)
         return {path: to_numpy(layer._sum) for path, layer in watched.items()}
 
@@ -119,8 +126,12 @@ class Calibration:
 
 def _inputs(layer: Any) -> int:
     """The width of a layer's inputs."""
-    inner = layer.linear if isinstance(layer, LoRALinear) else layer
-    return dense_shape(inner)[-1]
+    return _shape(layer)[-1]
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    """Of a layer's matrix."""
+    return dense_shape(layer.linear if isinstance(layer, LoRALinear) else layer)
 
 
 def quantize(

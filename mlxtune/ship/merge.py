@@ -25,7 +25,7 @@ from mlxtune_convert.hf.model_folder import resize, vocabulary
 from mlxtune_convert.tensors import ShardWriter
 
 from mlxtune.adapter import adapter_files
-from mlxtune.adapter.layers import SWITCH, AdaptedLayer, own_parameters
+from mlxtune.adapter.layers import SWITCH, AdaptedLayer, dense_shape, own_parameters
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import to_numpy
 from mlxtune.model.convert import UNQUANTIZED_BITS, copy_tokenizer, write_config
@@ -218,7 +218,7 @@ class Told:
     """Counts the weights that are done, and tells whoever wants to hear it."""
 
     def __init__(self, count: int, progress: Progress | None) -> None:
-        """count: weights in all."""
+        """count: weights in all; more may be added."""
         self.count = count
         self.done = 0
         self._progress = progress
@@ -284,7 +284,9 @@ class _Quantizer:
             form = None if isinstance(_inner(module), SWITCH) else self.form(path, module)
             if form is not None and form.bits < CALIBRATED_BELOW:
                 leaves[path], forms[path] = module, form
-        for path, hessian in calibration.hessians(list(forms)):
+        # These weights count twice: once while their inputs are looked at, which takes as long.
+        self.told.count += sum(math.prod(dense_shape(_inner(module))) for module in leaves.values())
+        for path, hessian in calibration.hessians(list(forms), self.told.add):
             module, form = leaves[path], forms[path]
             inner = _inner(module)
             weight = to_numpy(self.merged.weight(module))

@@ -21,12 +21,12 @@ from mlxtune.config.imported import axolotl_data
 from mlxtune.config.imported.axolotl_elsewhere import leave_out_the_rest
 from mlxtune.config.imported.given import Given
 from mlxtune.config.imported.translation import Translation
-from mlxtune.config.resolve import Config
 from mlxtune.errors import UserError
 
 TRAINED = {"embed_tokens": "embeddings", "lm_head": "head"}  # of lora_modules_to_save -> of lora.train_also
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 HELD_LOSSES = ("dpo", "ipo", "simpo", "orpo", "kto")  # of rl: training on preferences without generating
+BETA = 0.1  # of TRL's DPO, KTO, ORPO and CPO where a file says nothing
 CLIP = 1.0  # max_grad_norm where a file says nothing, as transformers has it
 
 
@@ -56,16 +56,13 @@ def _objective(given: Given, made: Translation) -> None:
     if objective not in HELD_LOSSES:
         raise UserError(
             f"{given.source}: rl {objective}: mlxtune does not train while answers are generated and rewarded",
-            f"Of rl it could have {', '.join(HELD_LOSSES)}.",
-        )
-    if "preference" not in Config.model_fields:
-        raise UserError(
-            f"{given.source}: rl {objective}: this version of mlxtune does not train on preferences",
-            "Import a file without rl, for training on answers.",
+            f"Of rl it has {', '.join(HELD_LOSSES)}.",
         )
     made.set("preference.loss", objective, "rl")
-    if given.has("rl_beta"):
-        made.set("preference.beta", given.number("rl_beta", 0.1), "rl_beta")
+    by_alpha = given.number("orpo_alpha", BETA)
+    beta = given.number("rl_beta", by_alpha)
+    named = next((name for name in ("rl_beta", "orpo_alpha") if given.has(name)), "no rl_beta: TRL's default")
+    made.set("preference.beta", beta, named)
     if given.has("dpo_label_smoothing"):
         made.set("preference.label_smoothing", given.number("dpo_label_smoothing", 0.0), "dpo_label_smoothing")
     if given.has("simpo_gamma"):
@@ -74,8 +71,6 @@ def _objective(given: Given, made: Translation) -> None:
         made.set("preference.good_weight", given.number("kto_desirable_weight", 1.0), "kto_desirable_weight")
     if given.has("kto_undesirable_weight"):
         made.set("preference.bad_weight", given.number("kto_undesirable_weight", 1.0), "kto_undesirable_weight")
-    if given.has("orpo_alpha"):
-        made.set("preference.beta", given.number("orpo_alpha", 0.1), "orpo_alpha")
 
 
 def _model(given: Given, made: Translation) -> None:

@@ -10,12 +10,18 @@ from mlxtune.config.imported.translation import Translation
 LOCAL_KINDS = ("json", "csv", "parquet", "text", "arrow")  # paths of `datasets` that mean: the files of data_files
 # A key of a set that names a column -> what a column of that name means to us.
 COLUMNS = {"field_messages": "messages", "field_tools": "tools", "field": "text"}
+COLUMNS |= {"field_chosen": "chosen", "field_rejected": "rejected"}
 # The same, of a set whose type is a table of its own.
 OWN_COLUMNS = {
     "field_system": "system",
     "field_instruction": "instruction",
     "field_input": "input",
     "field_output": "output",
+    "field_prompt": "prompt",
+    "field_chosen": "chosen",
+    "field_rejected": "rejected",
+    "field_completion": "completion",
+    "field_label": "label",
 }
 OPENAI, SHAREGPT = {"role": "role", "content": "content"}, {"role": "from", "content": "value"}
 ASSISTANT = {"assistant", "gpt", "model"}  # names of roles that are trained on anyway

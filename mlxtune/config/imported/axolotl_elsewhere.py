@@ -55,6 +55,7 @@ REASONS = {
     lora_fan_in_fan_out lora_target_parameters peft_layers_* unfrozen_parameters""": (
         "mlxtune's adapters are LoRA, rsLoRA and DoRA with one alpha, on layers that are named, in the last n blocks"
     ),
+    "dpo_* cpo_alpha precompute_ref_log_probs trl vllm": "it is about TRL's trainers; see the section preference",
     "merge_lora merge_method": "mlxtune fuse merges",
     "loss_watchdog_*": "a run whose loss is no number stops; one far above the last ones is noted",
     "shuffle_merged_datasets shuffle_before_* curriculum_sampling": "data.order says in which order rows come",

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from mlxtune.config.preference import OF_PAIRS, OF_RATED
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.two_sides import TwoSides
 from mlxtune.data.survey.refusals import refuses
@@ -175,6 +176,11 @@ KINDS = {  # by code; a row's own are told in this order
         "error",
         "rows of another kind than most: conversations, pairs and rated answers are trained in different ways",
         "give each kind a data set of its own",
+    ),
+    "objective": Kind(
+        "error",
+        "rows that preference.loss does not train",
+        f"train pairs with {', '.join(OF_PAIRS)}, rated answers with {' or '.join(OF_RATED)}, conversations without it",
     ),
     "contradiction": Kind(
         "warning",

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxtune.config.preference import OF_PAIRS, OF_RATED
 from mlxtune.config.resolve import Config
 from mlxtune.data.chat.by_row import by_row
 from mlxtune.data.chat.renderer import NO_TARGET, Renderer, Row, by_record
@@ -28,6 +29,7 @@ from mlxtune.data.rows.readers import Bad
 from mlxtune.data.rows.two_sides import TwoSides, records_of, together
 from mlxtune.data.survey import consistency, lint, report, sampling, subjects
 from mlxtune.data.survey.markup import Markup
+from mlxtune.data.survey.preferences import PAIRS, RATED
 from mlxtune.data.survey.split_survey import SplitSurvey
 
 USED, SHORTENED = "used", "shortened"  # outcomes of a row that gives examples
@@ -55,6 +57,7 @@ def survey(
                 chosen = sampling.sample(records, most, config.train.seed)
                 records, out.sample = iter(chosen.rows), chosen.line(config.train.seed)
             read_split(out, records, renderer, progress)
+            _find_untrained(out, config.preference.loss)
             if split == "train":
                 out.find_unused(sources.unused(found))
             splits[name] = out
@@ -294,7 +297,18 @@ def _find_preferences(out: SplitSurvey) -> None:
     most = known.kinds.most_common(1)[0][1] if known.kinds else 0
     others = known.kinds.total() - most
     if others:
-        out.find_many("mixed", others, [f"{count:,} {kind}" for kind, count in known.kinds.most_common()])
+        out.find_many("mixed", others, [f"{kind}: {count:,}" for kind, count in known.kinds.most_common()])
+
+
+def _find_untrained(out: SplitSurvey, objective: str) -> None:
+    """Rows that the objective is not for. objective: preference.loss; "": none is set."""
+    if not objective:
+        return
+    trained = [kind for kind, losses in ((PAIRS, OF_PAIRS), (RATED, OF_RATED)) if objective in losses]
+    others = {kind: count for kind, count in out.preferences.kinds.items() if kind not in trained}
+    if others:
+        reasons = [f"{objective} is not for {kind}" for kind in others]
+        out.find_many("objective", sum(others.values()), reasons)
 
 
 def _find_few(splits: dict[str, SplitSurvey]) -> None:

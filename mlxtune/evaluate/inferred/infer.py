@@ -105,7 +105,7 @@ def _labels(texts: list[str], asked: list[Any]) -> Inferred | None:
     likely = [text for text, count in times.items() if count > 1 and text and len(words_of(text)) <= LABEL_WORDS]
     rare = {place: "is no label that others have" for place, text in enumerate(texts) if plain(text) not in likely}
     few_new = len(rare) <= ODD * len(texts) and len(likely) <= MOST_VALUES
-    if len(texts) < FEWEST or not few_new or len(likely) < 2 or all(_is_number(text) for text in likely):
+    if len(texts) < FEWEST or not few_new or len(likely) < 2 or all(_is_bare_number(text) for text in likely):
         return None
     said = f"the answers are one of {len(likely)} labels"
     short: Written = {"length": {"min_words": 1, "max_words": max(1, *(len(words_of(text)) for text in likely))}}
@@ -166,6 +166,11 @@ def _numbers(texts: list[str], asked: list[Any]) -> Inferred | None:
 
 def _is_number(text: str) -> bool:
     return len(words_of(text)) <= NUMBER_WORDS and len(numbers_in(text)) == 1
+
+
+def _is_bare_number(text: str) -> bool:
+    """A number without a word: "class 3" is a label."""
+    return _is_number(text) and not any(map(str.isalpha, text))
 
 
 def _free(texts: list[str], asked: list[Any]) -> Inferred:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mlxtune.config.preference import WITHOUT_REFERENCE
 from mlxtune.report.drawing.figure import Mark
 from mlxtune.report.drawing.plots import Line, curves
 from mlxtune.report.drawing.thinning import Point
@@ -23,7 +24,6 @@ FROM_MODEL = (
     "This objective has no reference: a reward is the answer's log-probability per token, times beta. What a run is "
     "after is the distance of the two."
 )
-WITHOUT_REFERENCE = ("simpo", "orpo")  # objectives whose rewards do not begin at 0
 
 
 def preferred(record: RunRecord, series: Mapping[str, Sequence[Point]]) -> Html | None:
