@@ -354,6 +354,7 @@ def test_a_token_that_ends_every_message_is_supervised_in_the_assistants_alone()
         ("<S>Day 1.\n{% if not has %}Be kind.</S>{% endif %}", "Be kind."),  # behind what stands there in any case
         ("<S>Day 1.\n{% if not has %}</S>{% endif %}", ""),  # Llama 3: a date, and no prompt
         ("{% if has %}{{ raise_exception('no system') }}{% endif %}<S>Hi.</S>", ""),  # it cannot be told apart
+        ("{% if not has %}<N>no prompt is given</N>{% endif %}", ""),  # in no turn that a system prompt would have
         ("", ""),
     ],
 )
