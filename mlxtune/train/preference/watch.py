@@ -8,10 +8,9 @@ from statistics import fmean
 from typing import Any
 
 from mlxtune.config.preference import WITHOUT_REFERENCE
+from mlxtune.evaluate.observations.of_preferences import LAST_STEPS, LESS_LIKELY
 from mlxtune.train.preference.goal import Preference
 
-RECENT = 10  # steps that are looked at together
-FALLEN = -1.0  # reward of the chosen answers: with a beta of 0.1 they are 10 nats less likely than under the reference
 ABOVE_CHANCE = 0.6  # accuracy from which the model is learning to tell answers apart
 NOTHING_LEFT = 1e-3  # of the loss at the beginning: a loss below it is 0
 AT_ONCE = 50  # steps: a loss that is 0 within so many came down too fast
@@ -26,7 +25,7 @@ class Watch:
         """
         self._watches_fall = has_reference
         self._watches_zero = loss_reaches_zero
-        self._recent: deque[Mapping[str, Any]] = deque(maxlen=RECENT)
+        self._recent: deque[Mapping[str, Any]] = deque(maxlen=LAST_STEPS)
         self._first_loss: float | None = None
 
     def add(self, event: Mapping[str, Any]) -> str:
@@ -34,13 +33,13 @@ class Watch:
         self._recent.append(event)
         if self._first_loss is None:
             self._first_loss = event["loss"]
-        if len(self._recent) < RECENT:
+        if len(self._recent) < LAST_STEPS:
             return ""
         return self._both_fall() or self._zero_at_once(event)
 
     def _both_fall(self) -> str:
         chosen = [event["reward_chosen"] for event in self._recent if event["reward_chosen"] == event["reward_chosen"]]
-        if not self._watches_fall or not chosen or fmean(chosen) >= FALLEN:
+        if not self._watches_fall or not chosen or fmean(chosen) >= LESS_LIKELY:
             return ""
         if fmean(event["accuracy"] for event in self._recent) <= ABOVE_CHANCE:
             return ""
