@@ -302,7 +302,7 @@ def _tell(console: Console, made: Made) -> None:
     """What was found out on the way."""
     worst = [finding for finding in made.findings if finding["severity"] in ("error", "warning")]
     for finding in worst[:NAMED]:
-        common.note(f"{finding['split']}: {finding['count']:,} {finding['what']}. {finding['fix']}")
+        common.note(f"{finding['split']}: {finding['count']:,} {finding['what']}; {finding['fix']}")
     if len(worst) > NAMED:
         common.note(f"{len(worst) - NAMED} more findings: mlxtune data check lists all")
     for text in (*made.notes, *made.chosen.notes):
