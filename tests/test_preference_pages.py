@@ -26,17 +26,22 @@ def ranked(step: int, accuracy: float, margin: float, chosen: float, **more: Any
     return {**known, "drift": -chosen, **more}
 
 
-def told(steps: int = 40, chosen: float = 0.2, accuracy: float = 0.9, last: float = 0.3) -> list[dict[str, Any]]:
-    """A run whose loss falls from ln 2 to `last`; chosen: its last reward of chosen answers; accuracy: its last one."""
-    out = [pages.begun(steps, data={"train": {"rows": 600}, "valid": {"rows": 100}})]
+def told(
+    steps: int = 40, chosen: float = 0.2, accuracy: float = 0.9, last: float = 0.3, loss: str = "dpo", sft: float = 0.0
+) -> list[dict[str, Any]]:
+    """A run whose loss falls from ln 2 to `last`; chosen: its last reward of chosen answers; accuracy: its last one;
+    loss, sft: of preference.
+    """
+    objective = {"loss": loss, "beta": 0.1, "sft": sft, "rows": "rated" if loss == "kto" else "pairs"}
+    out = [pages.begun(steps, data={"train": {"rows": 600}, "valid": {"rows": 100}}, preference=objective)]
     out.append(pages.evaluated(0, log(2), **ranked(0, 0.5, 0.0, 0.0)))
     for step in range(1, steps + 1):
         way = step / steps
-        loss = log(2) + way * (last - log(2))
+        value = log(2) + way * (last - log(2))
         numbers = ranked(step, 0.5 + way * (accuracy - 0.5), way * 1.5, way * chosen)
-        out.append(pages.event(step, loss, **numbers))
+        out.append(pages.event(step, value, **numbers))
         if step % 10 == 0:
-            out.append(pages.evaluated(step, loss, **numbers))
+            out.append(pages.evaluated(step, value, **numbers))
     return [*out, {"kind": "end", "step": steps, "state": "finished", "best_step": steps}]
 
 
@@ -92,6 +97,33 @@ def test_answers_that_all_become_less_likely_are_observed() -> None:
     assert "fell from -0.10 to -3.55" in found["measure"] and "preference.sft=0.5" in found["fix"]
     assert "both answers became less likely" not in observed(told(chosen=-0.9))
     assert "both answers became less likely" not in observed(told(chosen=-4.0, accuracy=0.4))  # it is worse than that
+
+
+def test_what_is_likely_to_help_are_keys_that_the_objective_has() -> None:
+    name = "both answers became less likely"
+    assert "preference.sft above 0.5" in observed(told(chosen=-4.0, sft=0.5))[name]["fix"]
+    of_rated = observed(told(chosen=-4.0, loss="kto"))[name]["fix"]
+    assert "preference.sft" not in of_rated and "preference.good_weight" in of_rated
+    for loss in ("simpo", "orpo"):  # their rewards are not measured from the beginning
+        assert name not in observed(told(chosen=-4.0, loss=loss))
+        rises = [pages.evaluated(step, 1.0 + step / 10) for step in (41, 42, 43)]
+        assert "preference.beta" not in observed([*told(loss=loss), *rises])["overfitting"]["fix"]
+
+
+def test_a_loss_near_0_is_what_ipo_is_after() -> None:
+    for loss, sft, is_said in (("dpo", 0.0, True), ("ipo", 0.0, False), ("orpo", 0.0, False), ("dpo", 0.5, False)):
+        events = told(loss=loss, sft=sft)
+        for event in events:
+            if event["kind"] == "train" and event["step"] > 3:
+                event["loss"] = 1e-4
+        assert ("loss is 0 at once" in observed(events)) is is_said, loss
+
+
+def test_what_somebody_changed_of_the_objective_is_nothing_to_go_by() -> None:
+    for noted in (7, {}, {"loss": []}, {"loss": "dpo", "sft": "much", "rows": 3}):
+        events = told(chosen=-4.0)
+        events[0]["preference"] = noted
+        assert "preference.sft" not in observed(events)["both answers became less likely"]["fix"]
 
 
 def test_a_loss_that_is_nothing_at_once_is_observed() -> None:

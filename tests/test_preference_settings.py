@@ -8,15 +8,20 @@ from typing import Any
 
 import numpy as np
 import on_preferences
+import pages
 import pytest
 import tiny
 
+from mlxtune.compute.preference.objectives import Settings
 from mlxtune.config import resolve
-from mlxtune.config.preference import OBJECTIVES
+from mlxtune.config.preference import EFFECTIVE, OBJECTIVES, OF_PAIRS, OF_RATED
 from mlxtune.errors import UserError
+from mlxtune.evaluate.observations.of_preferences import LAST_STEPS
+from mlxtune.evaluate.observations.preference_remedies import Remedies
 from mlxtune.train.loggers import numbers_of
+from mlxtune.train.preference.goal import OfSplit, Preference
 from mlxtune.train.preference.mismatched import Mismatched, one_cycle
-from mlxtune.train.preference.watch import AT_ONCE, RECENT, Watch
+from mlxtune.train.preference.watch import AT_ONCE, Watch, watch_of
 
 
 def refused(*settings: str) -> UserError:
@@ -175,18 +180,21 @@ def steps(count: int, **changes: Any) -> list[dict[str, Any]]:
     return [{**usual, "step": step, **changes} for step in range(1, count + 1)]
 
 
-def said_of(events: list[dict[str, Any]], has_reference: bool = True, zero: bool = True) -> list[str]:
-    watch = Watch(has_reference, zero)
+DPO = Remedies("dpo", of_pairs=True)
+
+
+def said_of(events: list[dict[str, Any]], run: Remedies = DPO) -> list[str]:
+    watch = Watch(run)
     return [text for event in events if (text := watch.add(event))]
 
 
 def test_both_answers_becoming_less_likely_is_said_once_with_what_helps() -> None:
     (said,) = said_of(steps(30, reward_chosen=-1.5))
     assert "both answers become less likely" in said and "preference.sft" in said and "train.lr" in said
-    assert said_of(steps(RECENT - 1, reward_chosen=-1.5)) == []
+    assert said_of(steps(LAST_STEPS - 1, reward_chosen=-1.5)) == []
     assert said_of(steps(30, reward_chosen=-0.9)) == []
     assert said_of(steps(30, reward_chosen=-1.5, accuracy=0.5)) == []
-    assert said_of(steps(30, reward_chosen=-1.5), has_reference=False) == []
+    assert said_of(steps(30, reward_chosen=-1.5), Remedies("simpo", of_pairs=True)) == []
     assert said_of(steps(30, reward_chosen=float("nan"))) == []
 
 
@@ -194,9 +202,49 @@ def test_a_loss_that_is_0_at_once_is_said_once() -> None:
     begun = steps(1) + steps(AT_ONCE, loss=1e-5)[1:]
     (said,) = said_of(begun)
     assert "nothing is left to learn" in said and "a lower train.lr" in said
-    assert said_of(begun, zero=False) == []
+    for run in (Remedies("ipo", True), Remedies("orpo", True), Remedies("dpo", True, sft=0.5)):
+        assert said_of(begun, run) == []  # ipo's is 0 at its goal, the others have the answers' own loss
     late = steps(AT_ONCE) + [{**event, "step": event["step"] + AT_ONCE} for event in steps(20, loss=1e-5)]
     assert said_of(late) == []
+
+
+def preference(objective: Any, of_pairs: bool = True) -> Preference:
+    split = OfSplit(None)
+    return Preference(Settings(objective, beta=0.1), of_pairs, split, split, rounding=1e-3)
+
+
+def test_a_run_that_goes_on_compares_with_its_own_first_step_and_repeats_nothing(tmp_path: Path) -> None:
+    """The first step after the pause has a loss of nearly 0 already."""
+    low = steps(30, loss=1e-5)
+    before, after = [*steps(1), *low[1:6]], low[6:]
+    pages.write(tmp_path / "run", [{"kind": "train", **event} for event in before])
+    watch = watch_of(preference("dpo"), tmp_path / "run", 6)
+    assert watch is not None
+    assert [text for event in after if (text := watch.add(event))] == [
+        text for text in said_of([*before, *after]) if "nothing is left" in text
+    ]
+    told = [{"kind": "train", **event} for event in steps(12, reward_chosen=-1.5)]
+    pages.write(tmp_path / "told", [*told, {"kind": "train", **steps(13, reward_chosen=None)[-1]}])
+    again = watch_of(preference("dpo"), tmp_path / "told", 13)
+    assert again is not None and again.add(steps(14, reward_chosen=-1.5)[-1]) == ""
+    unknown = watch_of(preference("dpo"), tmp_path / "gone", 6)  # nobody knows what its loss was
+    assert unknown is not None and [unknown.add(event) for event in after] == [""] * len(after)
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows"), [*((name, "pairs") for name in OF_PAIRS), *((name, "rated") for name in OF_RATED)]
+)
+def test_no_remedy_names_a_key_that_the_run_would_refuse(objective: str, rows: str) -> None:
+    for sft in (0.0, 0.5):
+        run = Remedies(objective, rows == "pairs", sft)
+        said = " ".join((run.against_falling(), run.against_certainty(), run.against_overfitting()))
+        for key in re.findall(r"preference\.(\w+)", said):
+            assert objective in EFFECTIVE.get(key, OBJECTIVES), said
+            assert key != "sft" or rows == "pairs"
+            assert key != "good_weight" or rows == "rated"
+            assert key != "beta" or objective not in ("simpo", "orpo")  # there it holds nothing near a reference
+        assert "train.lr" in said and not (sft and "preference.sft=0.5" in said)
+    assert Remedies().against_falling() == "a lower train.lr"
 
 
 def test_loggers_get_the_numbers_that_are_there() -> None:

@@ -15,7 +15,7 @@ import tiny
 
 from mlxtune.config.resolve import Config
 from mlxtune.evaluate.forgetting.report import FIX
-from mlxtune.evaluate.observations import of_answers, of_run, of_training
+from mlxtune.evaluate.observations import of_answers, of_preferences, of_run, of_training, preference_remedies
 from mlxtune.evaluate.observations.observe import observations_of_run
 from mlxtune.report.run_record import read_run
 from mlxtune.report.sections import observations
@@ -87,7 +87,7 @@ def test_every_key_that_a_fix_names_is_one() -> None:
     for section, keys in Config().model_dump().items():
         known |= {f"{section}.{key}" for key in keys}
     named = set(observations.KEY.findall(FIX))
-    for room in (of_answers, of_run, of_training):
+    for room in (of_answers, of_run, of_training, of_preferences, preference_remedies):
         for text in sentences(Path(str(room.__file__))):
             named |= set(observations.KEY.findall(text))
     assert {"train.lr", "data.max_tokens", "lora.rank", "data.valid_fraction"} <= named

@@ -29,6 +29,7 @@ from mlxtune.data.rows.sides import Side
 from mlxtune.data.survey.preferences import LONGER
 from mlxtune.evaluate.comparison.scores import PromptScores
 from mlxtune.evaluate.comparison.summary import check_results
+from mlxtune.evaluate.observations.preference_remedies import Remedies
 from mlxtune.evaluate.score import losses_of_each, split_for
 from mlxtune.evaluate.statistics.proportions import wilson
 from mlxtune.model.load import Loaded
@@ -37,6 +38,7 @@ BETA = 0.1  # where no run says it: that of the papers' main experiments
 LESS_LIKELY = -1.0  # a mean reward of the chosen answers, below which it is worth a word that they became less likely
 CHANCE = 0.5  # of an answer's reward to be on its side, where nothing was learned
 BINS = 12  # of the histogram of reward margins
+UNKNOWN = Remedies()  # where no run says what tuned it
 
 # What is compared -> what it says, for people.
 MEANINGS = {
@@ -92,12 +94,17 @@ def log_probabilities(loaded: Loaded, config: Config, examples: Examples, answer
 
 
 def report(
-    answers: Answers, base: np.ndarray, tuned: np.ndarray | None = None, beta: float = BETA, notes: tuple[str, ...] = ()
+    answers: Answers,
+    base: np.ndarray,
+    tuned: np.ndarray | None = None,
+    beta: float = BETA,
+    notes: tuple[str, ...] = (),
+    remedies: Remedies = UNKNOWN,
 ) -> dict[str, Any]:
     """What `mlxtune eval --json` prints of pairs or rated rows.
 
     base, tuned: [A] log-probabilities of the answers, in nats; tuned None: the base alone was asked; beta: of the
-    rewards; notes: what a person must know beside what is seen here.
+    rewards; notes: what a person must know beside what is seen here; remedies: of the run that tuned it.
     """
     is_pairs = bool(np.isin(answers.sides, (Side.CHOSEN, Side.REJECTED)).all())
     told: dict[str, Any] = {"kind": "pairs" if is_pairs else "rated", "rows": len(answers.groups)}
@@ -110,7 +117,7 @@ def report(
     if tuned is not None:
         told["beta"] = beta
         told["rewards"] = _rewards(answers, base, tuned, beta, is_pairs)
-    told["notes"] = [*notes, *_notes(answers, told, base, tuned)]
+    told["notes"] = [*notes, *_notes(answers, told, base, tuned, remedies)]
     return told
 
 
@@ -194,7 +201,9 @@ def _histogram(margins: np.ndarray) -> list[list[float]]:
     return [[float(low), float(high), int(n)] for low, high, n in zip(ends[:-1], ends[1:], counts, strict=True)]
 
 
-def _notes(answers: Answers, told: dict[str, Any], base: np.ndarray, tuned: np.ndarray | None) -> list[str]:
+def _notes(
+    answers: Answers, told: dict[str, Any], base: np.ndarray, tuned: np.ndarray | None, remedies: Remedies
+) -> list[str]:
     """What must be said beside the figures."""
     notes = []
     if tuned is not None and (tuned == base).all():
@@ -203,7 +212,7 @@ def _notes(answers: Answers, told: dict[str, Any], base: np.ndarray, tuned: np.n
     if tuned is not None and chosen is not None and chosen["reward"] < LESS_LIKELY:
         notes.append(
             f"the answers to be preferred became less likely themselves (mean reward {chosen['reward']:.2f}): "
-            "a lower train.lr keeps them likely, or of pairs preference.sft=0.5"
+            f"{remedies.against_falling()} keeps them likely"
         )
     if told["kind"] == "pairs":
         longer = answers.tokens[0::2] > answers.tokens[1::2]

@@ -100,7 +100,7 @@ class _Loop:
         self.whole = leaving.whole
         self.state = state
         self.spikes = Spikes()
-        self.watch = watch_of(job.preference)
+        self.watch = watch_of(job.preference, job.folder.path, state.step)
         self.told: set[str] = set()  # notes of evaluations
         self.alone = job.ranks.size == 1
         self._reach(state)  # before anything that may fail: from here on there is something to keep

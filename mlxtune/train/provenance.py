@@ -27,6 +27,8 @@ def of_job(job: Job) -> dict[str, Any]:
     digests           of the base model, the training and the held-out examples (`identity`)
     versions          of what computes, by name
     machine           its processor, memory and system, in words
+    preference        of a run on preferences: its objective (`loss`), `beta`, `sft`, and what its `rows` are: pairs or
+                      rated
     """
     identity = job.identity
     versions = {"mlxtune": mlxtune.__version__, "MLX": identity.mlx}
@@ -34,10 +36,19 @@ def of_job(job: Job) -> dict[str, Any]:
     if identity.blas:
         versions["products of matrices"] = identity.blas
     versions["Python"] = platform.python_version()
-    return {
+    made_of: dict[str, Any] = {
         "predicted_bytes": job.predicted,
         "processes": job.ranks.size,
         "digests": {"model": identity.model, "train": identity.train, "valid": identity.valid},
         "versions": versions,
         "machine": f"{backend.chip()}, {size(backend.memory_bytes())} of memory, {platform.system()}",
     }
+    if job.preference is not None:
+        settings, rows = job.preference.settings, "pairs" if job.preference.of_pairs else "rated"
+        made_of["preference"] = {
+            "loss": settings.objective,
+            "beta": settings.beta,
+            "sft": settings.sft,
+            "rows": rows,
+        }
+    return made_of

@@ -11,6 +11,7 @@ from math import sqrt
 from statistics import fmean
 from typing import Any
 
+from mlxtune.evaluate.observations.preference_remedies import Remedies
 from mlxtune.evaluate.observations.seen import Observation
 from mlxtune.evaluate.statistics.proportions import Z
 
@@ -31,12 +32,15 @@ def is_preference(events: Events) -> bool:
 
 
 def observed(events: Events) -> Iterator[Observation]:
-    yield from _both_fall(events)
-    yield from _nothing_left(events)
+    remedies = Remedies.of_events(events)
+    if remedies.rewards_begin_at_0:
+        yield from _both_fall(events, remedies)
+    if remedies.zero_is_certainty:
+        yield from _nothing_left(events, remedies)
     yield from _at_chance(events)
 
 
-def _both_fall(events: Events) -> Iterator[Observation]:
+def _both_fall(events: Events, remedies: Remedies) -> Iterator[Observation]:
     """The preferred answers became less likely, and yet the model tells them from the others."""
     chosen, accuracy = _values(events, "train", "reward_chosen"), _values(events, "train", "accuracy")
     if len(chosen) < 2 or len(accuracy) < 2:
@@ -50,15 +54,12 @@ def _both_fall(events: Events) -> Iterator[Observation]:
         f"the mean reward of the preferred answers fell from {began:.2f} to {ended:.2f}{others}: they became less "
         f"likely, while {right:.0%} are told apart"
     )
-    fix = (
-        "set a lower train.lr or a higher preference.beta; of pairs also preference.sft=0.5, which keeps the chosen "
-        "answers likely"
-    )
+    fix = f"set {remedies.against_falling()}: it keeps the preferred answers likely"
     limit = f"a reward that fell by {-LESS_LIKELY:g} while the accuracy rose"
     yield Observation("both answers became less likely", measure, ended - began, LESS_LIKELY, limit, fix)
 
 
-def _nothing_left(events: Events) -> Iterator[Observation]:
+def _nothing_left(events: Events, remedies: Remedies) -> Iterator[Observation]:
     """The loss is 0 after a few steps."""
     losses = _values(events, "train", "loss")
     if len(losses) < LEAST_STEPS or losses[0] <= 0:
@@ -70,10 +71,7 @@ def _nothing_left(events: Events) -> Iterator[Observation]:
             measure = (
                 f"the loss was {mean:.4f} after step {at + AT_ONCE_STEPS} of {len(losses)}, {losses[0]:.3f} before"
             )
-            fix = (
-                "set a lower train.lr: a tenth of it, say; or a higher preference.beta, which holds the model near its "
-                "reference"
-            )
+            fix = f"set {remedies.against_certainty()}: it keeps the model nearer to what it was"
             limit = f"{NOTHING:.0%} of the loss at the beginning within {SOON:.0%} of the steps"
             yield Observation("loss is 0 at once", measure, mean / losses[0], NOTHING, limit, fix)
             return

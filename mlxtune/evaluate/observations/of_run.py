@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from mlxtune.evaluate.observations import of_preferences
+from mlxtune.evaluate.observations.preference_remedies import Remedies
 from mlxtune.evaluate.observations.seen import OFTEN, TWICE, Observation
 
 Events = Sequence[Mapping[str, Any]]
@@ -76,8 +77,9 @@ def observed(events: Events) -> Iterator[Observation]:
     yield from _repeated(facts)
     yield from _too_little(facts, losses)
     yield from _rate(events, losses)
-    yield from _overfits(losses, is_preference=of_preferences.is_preference(events))
-    if of_preferences.is_preference(events):
+    is_preference = of_preferences.is_preference(events)
+    yield from _overfits(losses, Remedies.of_events(events) if is_preference else None)
+    if is_preference:
         yield from of_preferences.observed(events)
 
 
@@ -234,16 +236,19 @@ def _lost(events: Events, losses: _Losses, rate: str, fix: str) -> Observation |
     return Observation(RATE, measure, len(left_out) / steps, LOST, limit, fix)
 
 
-def _overfits(losses: _Losses, is_preference: bool) -> Iterator[Observation]:
-    """The validation loss rises again: three times in a row, or far while the training loss goes on falling."""
+def _overfits(losses: _Losses, remedies: Remedies | None) -> Iterator[Observation]:
+    """The validation loss rises again: three times in a row, or far while the training loss goes on falling.
+
+    remedies: of a run on preferences; None: it is none.
+    """
     valid = losses.valid
     if len(valid) < 2:
         return
     fix = "set train.patience, fewer train.epochs, more rows; "
-    if is_preference:
-        fix += "a higher preference.beta holds the model near its reference"
-    else:
+    if remedies is None:
         fix += "train.neftune_alpha makes it harder to learn by heart"
+    else:
+        fix += remedies.against_overfitting()
     ended = losses.trained_up_to(losses.train[-1][0]) if losses.train else None
     also = "" if ended is None else f"; the training loss ended at {ended:.3f}"
     rises, place = 0, len(valid) - 1
