@@ -16,6 +16,7 @@ import pages
 import pytest
 import tiny
 from evaluations import SHORT, YES
+from mlxtune_convert.files import digest
 from test_preference_rows import pair, read
 
 from mlxtune.adapter import adapter_files, attach
@@ -31,6 +32,8 @@ from mlxtune.evaluate.judging.people import Contest, Ratings
 from mlxtune.evaluate.preferences import Answers, report
 from mlxtune.evaluate.statistics.proportions import sign_test, wilson
 from mlxtune.model.load import load
+from mlxtune.train.preference import reference_file
+from mlxtune.train.run_folder import REFERENCE_FILE
 
 PAIRS = [
     pair(f"Question {'very ' * (n // 2)}number {n // 2}?", f"The answer is {n}.", f"No idea{'.' * (n % 6)}")
@@ -99,19 +102,47 @@ def test_without_an_adapter_the_base_alone_is_told_and_of_conversations_there_is
     assert not (tmp_path / "page.html").exists()
 
 
-def test_where_the_adapter_that_a_run_began_with_is_gone_the_bare_base_is_compared_and_that_is_said(
+def test_the_adapter_that_a_run_began_with_is_its_reference_only_while_it_is_still_the_same(
     mlx_model: Path, run: Path, tmp_path: Path
 ) -> None:
+    """By the digest that the run's reference keeps: another adapter of the same shapes is not taken for it."""
     loaded = load(str(mlx_model))
     adapter_files.load_adapter(loaded.model, run)
-    config = settle(None, (f"lora.start_from={run}", "preference.loss=dpo", "preference.beta=0.5"), {})
-    start, note = evaluating._start_of(config, loaded)
-    assert start == run and "it was the reference" in note and evaluating._beta_of(config) == 0.5
-    config = settle(None, (f"lora.start_from={tmp_path / 'gone'}", "preference.loss=simpo"), {})
-    start, note = evaluating._start_of(config, loaded)
-    assert start is None and "is gone or another now" in note and "without any adapter" in note
-    assert evaluating._beta_of(config) == 0.1  # simpo's own beta is of another kind of reward
-    assert evaluating._start_of(settle(None, (), {}), loaded) == (None, "")
+    start, tuned = tmp_path / "start", tmp_path / "tuned"
+    shutil.copytree(run, start)
+    tuned.mkdir()
+    file = start / "adapters.safetensors"
+    began = {reference_file.BEGAN_FROM: digest(file)}
+    reference_file.save(tuned, {"train": np.zeros(2, np.float32)}, began)
+
+    def found(*settings: str) -> tuple[Path | None, str]:
+        return evaluating._start_of(settle(None, settings, {}), loaded, tuned)
+
+    of_start = (f"lora.start_from={start}", "preference.loss=dpo")
+    assert found(*of_start)[0] == start and found(*of_start)[1].endswith("it was the reference")
+    tensors = {name: 2 * array for name, array in mx.load(str(file)).items()}
+    mx.save_safetensors(str(file), tensors)
+    other, note = found(*of_start)
+    assert other is None and "that is another now: the base here is the model without any adapter" in note
+    # simpo has no reference, and so nothing was it.
+    other, note = found(of_start[0], "preference.loss=simpo")
+    assert other == start and note.endswith("as it is now") and "reference" not in note
+    (tuned / REFERENCE_FILE).unlink()
+    other, note = found(*of_start)
+    assert other == start and f"{tuned} does not say" in note
+    other, note = found(f"lora.start_from={tmp_path / 'gone'}", "preference.loss=dpo")
+    assert other is None and "is gone or another now" in note and "without any adapter" in note
+    assert found() == (None, "")
+
+
+def test_rewards_of_an_objective_without_a_reference_are_said_to_be_others_than_its_own() -> None:
+    dpo = settle(None, ("preference.loss=dpo", "preference.beta=0.5"), {})
+    assert evaluating._beta_of(dpo) == 0.5 and evaluating._other_rewards(dpo) == ""
+    simpo = settle(None, ("preference.loss=simpo",), {})
+    assert evaluating._beta_of(simpo) == 0.1  # simpo's own beta is of another kind of reward
+    assert "rewards here are 0.1 times how much likelier" in evaluating._other_rewards(simpo)
+    assert "simpo's own: 2 times the answer's log-probability per token" in evaluating._other_rewards(simpo)
+    assert evaluating._other_rewards(settle(None, (), {})) == ""
 
 
 def test_another_adapter_takes_the_place_of_a_models_own_for_a_while(

@@ -122,6 +122,11 @@ def test_steps_and_evaluations_say_the_same_numbers(finished: Path) -> None:
         assert event["margin"] == pytest.approx(event["reward_chosen"] - event["reward_rejected"], abs=1e-9)
 
 
+def test_a_run_notes_its_objective_when_it_begins(finished: Path) -> None:
+    (begun,) = of_kind(events.read(finished), "begin")
+    assert begun["preference"] == {"loss": "dpo", "beta": 0.1, "sft": 0.0, "rows": "pairs"}
+
+
 @pytest.fixture(scope="module")
 def from_sft(run: Path, mlx_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps on the pairs, from an adapter of supervised rows."""
@@ -275,7 +280,9 @@ def torn(file: Path) -> None:
 def test_a_run_does_not_go_on_without_its_reference(change: Any, said: str, finished: Path, tmp_path: Path) -> None:
     run = cut(finished, tmp_path / "run", 2)
     change(run / REFERENCE_FILE)
-    tiny.one_clear_line(tiny.mlxtune("train", "--resume", "--out", run), said)
+    ended = tiny.mlxtune("train", "--resume", "--out", run)
+    tiny.one_clear_line(ended, said)
+    assert "Put the run's own file back" in " ".join(ended.stderr.split())  # and not: download it again
 
 
 def test_a_run_does_not_go_on_with_another_runs_reference_or_objective(

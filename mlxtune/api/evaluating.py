@@ -144,6 +144,7 @@ def preferences_of(rows: Opened) -> dict[str, Any]:
     run that began with an adapter the base is the model with that one: it was the reference.
     """
     from mlxtune.adapter.attach import switched_off
+    from mlxtune.evaluate.observations.preference_remedies import Remedies
     from mlxtune.evaluate.preferences import Answers, log_probabilities, report
 
     loaded, config, examples = rows.loaded, rows.config, rows.examples
@@ -151,15 +152,17 @@ def preferences_of(rows: Opened) -> dict[str, Any]:
     tuned_log_p = log_probabilities(loaded, config, examples, answers)
     if rows.adapter is None:
         return {"split": rows.split, **report(answers, tuned_log_p)}
-    start, note = _start_of(config, loaded)
+    start, note = _start_of(config, loaded, rows.adapter)
     if start is None:
         with switched_off(loaded.model):
             base = log_probabilities(loaded, config, examples, answers)
     else:
         with _adapter_of(loaded, start, rows.adapter):
             base = log_probabilities(loaded, config, examples, answers)
-    notes = (note,) if note else ()
-    return {"split": rows.split, **report(answers, base, tuned_log_p, _beta_of(config), notes)}
+    notes = tuple(said for said in (note, _other_rewards(config)) if said)
+    section = config.preference
+    remedies = Remedies(section.loss, examples.kind == "pairs", section.sft)
+    return {"split": rows.split, **report(answers, base, tuned_log_p, _beta_of(config), notes, remedies)}
 
 
 @contextmanager
@@ -178,23 +181,37 @@ def _adapter_of(loaded: Loaded, other: Path, own: Path) -> Iterator[None]:
         load_tensors(loaded.model, own / AdapterConfig.read(own).file)
 
 
-def _start_of(config: Config, loaded: Loaded) -> tuple[Path | None, str]:
+def _start_of(config: Config, loaded: Loaded, run: Path) -> tuple[Path | None, str]:
     """(The adapter that a run began with; None: it began with none, or that one is gone or another now, what is said of
-    it). loaded: the model with the run's own.
+    it). loaded: the model with the run's own; run: its folder, whose reference keeps the digest of that adapter.
     """
     from mlxtune_convert.adapters import AdapterConfig
+    from mlxtune_convert.files import digest
 
     from mlxtune.adapter.adapter_files import require_fit
+    from mlxtune.train.preference.reference_file import began_from
 
     if not config.lora.start_from:
         return None, ""
     start = Path(config.lora.start_from).expanduser()
+    has_reference = config.preference.has_reference
+    was = ", which was its reference," if has_reference else ""
+    bare = "the base here is the model without any adapter"
     try:
-        require_fit(loaded.model, start / AdapterConfig.read(start).file)
+        file = start / AdapterConfig.read(start).file
+        require_fit(loaded.model, file)
     except UserError as error:
-        said = f"the run began with the adapter {start}, which was its reference, and that is gone or another now"
-        return None, f"{said} ({error.message}): the base here is the model without any adapter"
-    return start, f"the base here is the model with the adapter that the run began with, {start}: it was the reference"
+        said = f"the run began with the adapter {start}{was or ','} and that is gone or another now"
+        return None, f"{said} ({error.message}): {bare}"
+    used = f"the base here is the model with the adapter that the run began with, {start}"
+    if not has_reference:
+        return start, f"{used}, as it is now"
+    kept = began_from(run)
+    if kept is None:
+        return start, f"{used}, as it is now: whether it is still what the reference was made of, {run} does not say"
+    if digest(file) != kept:
+        return None, f"the run began with the adapter {start}{was} and that is another now: {bare}"
+    return start, f"{used}: it was the reference"
 
 
 def _beta_of(config: Config) -> float:
@@ -203,3 +220,17 @@ def _beta_of(config: Config) -> float:
 
     preference = config.preference
     return preference.resolved_beta if preference.has_reference else BETA
+
+
+def _other_rewards(config: Config) -> str:
+    """That the rewards of an evaluation are not those of the run's own events; "": they are."""
+    from mlxtune.evaluate.preferences import BETA
+
+    preference = config.preference
+    if not preference.loss or preference.has_reference:
+        return ""
+    return (
+        f"rewards here are {BETA:g} times how much likelier an answer is than under the base; those in the run's "
+        f"events and on its page are {preference.loss}'s own: {preference.resolved_beta:g} times the answer's "
+        "log-probability per token"
+    )

@@ -24,6 +24,7 @@ from mlxtune.train.preference.known import UNKNOWN
 from mlxtune.train.run_folder import REFERENCE_FILE
 
 FACTS = "facts"
+BEGAN_FROM = "lora.start_from"  # among the facts: digest of the adapter that the run began from; "": of none
 REMEDY = "Put the run's own file back; or begin a new run from this one's adapter: --set lora.start_from=RUN."
 
 Arrays = dict[str, np.ndarray]
@@ -66,7 +67,10 @@ def read(folder: Path, expected: Arrays, belongs: dict[str, str]) -> tuple[Array
     file = folder / REFERENCE_FILE
     if not file.is_file():
         raise UserError(f"{folder} has no {REFERENCE_FILE}: the reference that its steps were taken against", REMEDY)
-    header = read_header(file)
+    try:
+        header = read_header(file)
+    except UserError as error:  # its hint is for files that somebody copied
+        raise UserError(error.message, REMEDY) from error
     shapes = {name: list(values.shape) for name, values in expected.items()}
     if FACTS not in header or {name: list(header[name]["shape"]) for name in header if name != FACTS} != shapes:
         raise UserError(f"{file} is not of this run's rows", REMEDY)
@@ -83,6 +87,21 @@ def read(folder: Path, expected: Arrays, belongs: dict[str, str]) -> tuple[Array
     if other:
         raise UserError(f"{file} is the reference of another run: {', '.join(other)} differ", REMEDY)
     return arrays, kept
+
+
+def began_from(folder: Path) -> str | None:
+    """The digest of the adapter that the run of a folder began from; "": it began from none; None: its reference is not
+    there to say it, or cannot be read.
+    """
+    file = folder / REFERENCE_FILE
+    try:
+        if FACTS not in read_header(file):
+            return None
+        tensors: Any = mx.load(str(file))
+        found = json.loads(to_numpy(tensors[FACTS]).tobytes())["belongs"][BEGAN_FROM]
+    except (UserError, RuntimeError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _digest(arrays: Arrays) -> str:

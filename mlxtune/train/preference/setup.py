@@ -57,7 +57,7 @@ def save(job: Job, config: Config, folder: Path) -> None:
     preference = job.preference
     if preference is None or preference.train.known is None or preference.is_kept:
         return
-    belongs = {**_belongs(job), "lora.start_from": _digest_of_start(config)}
+    belongs = {**_belongs(job), reference_file.BEGAN_FROM: _digest_of_start(config)}
     reference_file.save(folder, reference_file.arrays_of(preference.train, preference.valid), belongs)
 
 
@@ -100,7 +100,7 @@ def _kept(job: Job, train: OfSplit, valid: OfSplit, folder: Path) -> tuple[OfSpl
     began_from = ""
     if job.ranks.first:
         arrays, kept = reference_file.read(folder, arrays, _belongs(job))
-        began_from = kept.get("lora.start_from", "")
+        began_from = kept.get(reference_file.BEGAN_FROM, "")
     shared = job.ranks.broadcast_tree({name: mx.array(values) for name, values in arrays.items()})
     arrays = {name: to_numpy(array) for name, array in shared.items()}
     train = reference_file.with_arrays(train, "train", arrays)
