@@ -149,5 +149,15 @@ def test_held_out_answers_that_are_told_apart_by_chance_are_observed(accuracy: f
 def test_runs_and_report_take_such_runs(tmp_path: Path) -> None:
     run = pages.write(tmp_path / "run", told(), DPO)
     assert "run" in tiny.done("runs", tmp_path).stdout
+    pages.write(tmp_path / "sft", pages.told(20))
+    shown = [line.split() for line in tiny.done("runs", tmp_path).stdout.splitlines()]
+    assert shown[0] == ["run", "model", "state", "objective", "steps", "best", "loss", "best", "accuracy", "size"]
+    assert [line[3:7] for line in shown[1:]] == [
+        ["dpo", "40/40", "0.3000", "90.0%"],
+        ["supervised", "20/20", "0.3429", "-"],  # 3 / 21 + 0.2, of pages.told
+    ]
+    listed = json.loads(tiny.done("runs", tmp_path, "--json").stdout)
+    assert [(one["objective"], one["best_accuracy"]) for one in listed] == [("dpo", 0.9), ("supervised", None)]
+    assert "objective" not in tiny.done("runs", tmp_path / "sft").stdout
     document = json.loads(tiny.done("report", run, "--json").stdout)
     assert document["curves"]["held-out margin"][-1] == [40, 1.5]

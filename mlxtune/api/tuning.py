@@ -21,7 +21,7 @@ class Run:
     folder: Path  # RUN: the adapter, the configuration, the events and the page
     config: Config  # resolved: every key with its value
     step: int  # optimizer steps that were taken
-    best_loss: float | None  # the lowest validation loss after a step, nats a token; None: none was evaluated
+    best_loss: float | None  # the lowest validation loss after a step, nats a token (of preferences a row); None: none
 
     @property
     def model(self) -> str:

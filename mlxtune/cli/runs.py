@@ -25,7 +25,8 @@ NARROW = 70  # columns; a table of runs has no room in fewer
 def runs(folder: Path | None, as_json: bool) -> None:
     """List the runs in a folder: state, steps, best validation loss, size.
 
-    FOLDER is runs, or where mlxtune.yaml has its run, if none is named.
+    FOLDER is runs, or where mlxtune.yaml has its run, if none is named. Where some are on preferences, also each one's
+    objective, for losses of different objectives are different things, and the best accuracy on held-out rows.
 
     \b
     mlxtune runs
@@ -50,22 +51,25 @@ def runs(folder: Path | None, as_json: bool) -> None:
         for run in summaries:
             out.print(shown_name(run.path.name), style="bold")
             steps = f"{run.step}/{run.steps or '?'} steps"
-            out.print(f"  {run.model}, {run.state}, {steps}, best loss {_best(run)}, {size(run.bytes)}")
+            best = f"best loss {_best(run)}"
+            if run.best_accuracy is not None:
+                best += f" ({run.objective or 'preferences'}), best accuracy {run.best_accuracy:.1%}"
+            out.print(f"  {run.model}, {run.state}, {steps}, {best}, {size(run.bytes)}")
         return
+    with_objective = any(run.objective not in ("", listing.SUPERVISED) for run in summaries)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("run", "model", "state"):
+    for name in ("run", "model", "state", *(["objective"] if with_objective else [])):
         table.add_column(name)
-    for number in ("steps", "best loss", "size"):
+    for number in ("steps", "best loss", *(["best accuracy"] if with_objective else []), "size"):
         table.add_column(number, justify="right")
     for run in summaries:
-        table.add_row(
-            shown_name(run.path.name),
-            shown_name(run.model),
-            shown_name(run.state),
-            f"{run.step}/{run.steps or '?'}",
-            _best(run),
-            size(run.bytes),
-        )
+        cells = [shown_name(run.path.name), shown_name(run.model), shown_name(run.state)]
+        if with_objective:
+            cells.append(run.objective or "-")
+        cells += [f"{run.step}/{run.steps or '?'}", _best(run)]
+        if with_objective:
+            cells.append("-" if run.best_accuracy is None else f"{run.best_accuracy:.1%}")
+        table.add_row(*cells, size(run.bytes))
     out.print(table)
 
 

@@ -7,8 +7,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxtune.config.preference import OBJECTIVES
 from mlxtune.train import events
 from mlxtune.train.run_folder import CONFIG_FILE, RunFolder
+
+SUPERVISED = "supervised"  # in place of an objective of preferences
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,13 @@ class RunSummary:
     state: str
     step: int  # the last one that was taken
     steps: int  # of the whole plan; 0: unknown
-    best_loss: float | None  # the lowest validation loss after a step, nats a token; None: not evaluated
+    # The lowest validation loss after a step, None: not evaluated. In nats a token, of preferences a pair or rated row:
+    # losses of different objectives are different things.
+    best_loss: float | None
     bytes: int  # on the disk
     model: str  # the last part of its path; "": unknown
+    objective: str  # as preference.loss; SUPERVISED: answers are learned as they are; "": unknown
+    best_accuracy: float | None  # of preferences: the highest share of held-out rows after a step that are told apart
 
 
 def find(folder: Path) -> list[RunSummary]:
@@ -37,14 +44,14 @@ def _summary(path: Path) -> RunSummary:
     try:
         return _read(path)
     except (KeyError, ValueError, OSError):
-        return RunSummary(path, "unreadable", 0, 0, None, _bytes(path), "")
+        return RunSummary(path, "unreadable", 0, 0, None, _bytes(path), "", "", None)
 
 
 def _read(path: Path) -> RunSummary:
     run = RunFolder(path)
     happened = events.read(path) if run.events.is_file() else []
     begun: events.Event = {}  # the last `begin`: the plan may be another one where a run went on
-    step, losses = 0, []
+    step, losses, accuracies = 0, list[float](), list[float]()
     for event in happened:
         if event["kind"] == "begin":
             begun = event
@@ -52,6 +59,8 @@ def _read(path: Path) -> RunSummary:
             step = max(step, event["step"])
         elif event["kind"] == "eval" and event["step"] and event["loss"] is not None:
             losses.append(event["loss"])
+            if isinstance(event.get("accuracy"), float):
+                accuracies.append(event["accuracy"])
     return RunSummary(
         path=path,
         state=state_of(run, happened),
@@ -60,7 +69,20 @@ def _read(path: Path) -> RunSummary:
         best_loss=min(losses, default=None),
         bytes=_bytes(path),
         model=Path(str(begun.get("model", ""))).name,
+        objective=_objective(begun),
+        best_accuracy=max(accuracies, default=None),
     )
+
+
+def _objective(begun: events.Event) -> str:
+    """Of the event `begin`; "": there is none, or somebody changed it."""
+    if not begun:
+        return ""
+    noted = begun.get("preference")
+    if noted is None:
+        return SUPERVISED
+    loss = noted.get("loss") if isinstance(noted, dict) else None
+    return loss if loss in OBJECTIVES else ""
 
 
 def state_of(run: RunFolder, happened: list[events.Event]) -> str:

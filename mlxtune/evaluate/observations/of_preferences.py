@@ -91,7 +91,7 @@ def _at_chance(events: Events) -> Iterator[Observation]:
         f"of {rows} held-out rows the model tells at most {best:.0%} apart as they were rated, after {steps} steps"
     )
     fix = (
-        "look at the pairs (`mlxtune data check` finds those that contradict each other, `mlxtune data show` prints "
+        "look at the rows (`mlxtune data check` finds those that contradict each other, `mlxtune data show` prints "
         "them); where they are right, a higher train.lr or more train.epochs"
     )
     said = f"{limit:.0%}, which chance gives one time in forty"
