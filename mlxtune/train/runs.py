@@ -82,7 +82,7 @@ def _objective(begun: events.Event) -> str:
     if noted is None:
         return SUPERVISED
     loss = noted.get("loss") if isinstance(noted, dict) else None
-    return loss if loss in OBJECTIVES else ""
+    return str(loss) if loss in OBJECTIVES else ""
 
 
 def state_of(run: RunFolder, happened: list[events.Event]) -> str:
