@@ -124,7 +124,8 @@ def test_the_pairs_are_what_was_rated_and_the_adapter_is_one_of_them(walked: dic
         walked["mlxtune eval --model model --adapter preferred --data pairs.jsonl --json"][1].split("\n")[-2]
     )
     assert told["kind"] == "pairs" and told["rows"] == 12
-    assert [note for note in told["notes"] if "with the adapter that the run began with" in note]
+    (note,) = [note for note in told["notes"] if "with the adapter that the run began with" in note]
+    assert note.endswith("it was the reference")  # by its digest
     # One step from the reference: rewards are near 0, and not those against the bare model.
     assert 0 < abs(told["rewards"]["margin"]) < 0.05
 
