@@ -16,7 +16,7 @@ from mlxtune.config.preference import OBJECTIVES
 from mlxtune.errors import UserError
 from mlxtune.train.loggers import numbers_of
 from mlxtune.train.preference.mismatched import Mismatched, one_cycle
-from mlxtune.train.preference.watch import AT_ONCE, RECENT, Watch
+from mlxtune.train.preference.watch import AT_ONCE, LAST_STEPS, Watch
 
 
 def refused(*settings: str) -> UserError:
@@ -148,6 +148,17 @@ def test_no_row_lends_its_answer_to_itself(rows: int) -> None:
     assert rows < 10 or lender.tolist() != one_cycle(rows, seed=4).tolist()
 
 
+@pytest.mark.parametrize(("train", "valid", "said"), [(1, 2, "2 training rows"), (2, 1, "2 held-out rows")])
+def test_kto_is_refused_where_a_row_has_no_other_to_be_compared_with(
+    train: int, valid: int, said: str, mlx_model: Path, tmp_path: Path
+) -> None:
+    """A row that lent its answer to itself would have the loss 1/2 under every adapter."""
+    data = on_preferences.write(tmp_path / "data", RATED[:train], RATED[3 : 3 + valid])
+    with pytest.raises(UserError, match=f"kto needs {said} at least.*there is 1") as told:
+        on_preferences.tune(mlx_model, data, tmp_path / "run", "preference.loss=kto")
+    assert "Add rows" in told.value.hint and "apo" in told.value.hint and not (tmp_path / "run").exists()
+
+
 def test_a_mismatched_example_is_a_prompt_with_another_rows_answer() -> None:
     from mlxtune.data.chat.masking import Example
     from mlxtune.data.dataset.measured import ListedExamples
@@ -183,7 +194,7 @@ def said_of(events: list[dict[str, Any]], has_reference: bool = True, zero: bool
 def test_both_answers_becoming_less_likely_is_said_once_with_what_helps() -> None:
     (said,) = said_of(steps(30, reward_chosen=-1.5))
     assert "both answers become less likely" in said and "preference.sft" in said and "train.lr" in said
-    assert said_of(steps(RECENT - 1, reward_chosen=-1.5)) == []
+    assert said_of(steps(LAST_STEPS - 1, reward_chosen=-1.5)) == []
     assert said_of(steps(30, reward_chosen=-0.9)) == []
     assert said_of(steps(30, reward_chosen=-1.5, accuracy=0.5)) == []
     assert said_of(steps(30, reward_chosen=-1.5), has_reference=False) == []
