@@ -137,6 +137,23 @@ def test_a_dry_run_says_the_objective_and_what_is_computed(mlx_model: Path, tmp_
     assert float(share) < 0.95
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto", "simpo"])
+def test_a_dry_run_promises_the_work_that_the_run_does(objective: str, mlx_model: Path, tmp_path: Path) -> None:
+    """Of an epoch: positions with gradients, those of kto's baseline, and the reference's."""
+    rows = RATED if objective == "kto" else PAIRS
+    data, run = on_preferences.write(tmp_path / "data", rows, rows[:2]), tmp_path / "run"
+    words = on_preferences.options(mlx_model, data, run, f"preference.loss={objective}", "train.epochs=1")
+    said = tiny.done(*words, "--dry-run").stdout
+    found = on_preferences.tune(mlx_model, data, run, f"preference.loss={objective}", "train.epochs=1")
+    steps = on_preferences.of_kind(found, "train")
+    computed = sum(step["computed_tokens"] for step in steps)
+    of_baseline = sum(step.get("baseline_tokens", 0) for step in steps)
+    assert f"tokens computed per epoch: {computed:,}, " in said
+    assert (of_baseline > 0) == (objective == "kto") == (f"and for the baseline: {of_baseline:,}, " in said)
+    before = f"computed before the first step: {computed + of_baseline:,} tokens of the training rows"
+    assert (before in said) == (objective != "simpo")
+
+
 # kto's mismatched examples.
 
 

@@ -51,8 +51,8 @@ def _require_fitting(section: PreferenceSection, split: str, examples: Examples)
         if kind == "pairs":
             raise UserError(
                 f"{where} holds {IN_WORDS[kind]}, which need an objective",
-                "Train with one: mlxtune train -c dpo (or preference.loss: dpo, ipo, apo, simpo, orpo). To use the chosen "
-                "answers alone, convert them: mlxtune data convert.",
+                "Train with one: mlxtune train -c dpo (or preference.loss: dpo, ipo, apo, simpo, orpo). To use the "
+                "chosen answers alone, convert them: mlxtune data convert.",
             )
         return
     if kind == "supervised":

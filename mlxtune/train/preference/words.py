@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlxtune.compute.counted import Epoch
 from mlxtune.config.preference import PreferenceSection
 from mlxtune.data.dataset.examples import Examples
 
@@ -30,3 +31,23 @@ def rows_in_words(train: Examples, valid: Examples) -> tuple[str, str]:
     if train.kind == "supervised":
         return f"{train.rows} training rows{train.also}", f"{valid.rows} held out{valid.also}"
     return f"{train.rows} training {COUNTED[train.kind]}", f"{valid.rows} held out"
+
+
+def without_gradients(section: PreferenceSection, epoch: Epoch, passes: float) -> list[str]:
+    """Lines on what an objective computes beside the rows, without gradients. passes: epochs that the run takes."""
+    about = "" if epoch.exact else "about "
+    lines = []
+    if epoch.beside:
+        share = f"{epoch.beside / epoch.tokens:.2f} of the rows' tokens"
+        lines.append(
+            f"and for the baseline: {about}{epoch.beside:,}, {share}, without gradients: each prompt with another "
+            "row's answer"
+        )
+    if section.has_reference:
+        all_of_it = epoch.computed + epoch.beside
+        most = f"{all_of_it:,}" if passes >= 1 else f"at most {all_of_it:,}"
+        lines.append(
+            f"computed before the first step: {about}{most} tokens of the training rows, and the held-out rows, "
+            "without gradients: the reference"
+        )
+    return lines
