@@ -154,6 +154,20 @@ def test_a_dry_run_promises_the_work_that_the_run_does(objective: str, mlx_model
     assert (before in said) == (objective != "simpo")
 
 
+@pytest.mark.parametrize(("objective", "word"), [("kto", "good"), ("apo", "bad"), ("kto", "")])
+def test_thumbs_of_one_kind_are_a_note_in_the_words_of_data_check(
+    objective: str, word: str, mlx_model: Path, tmp_path: Path
+) -> None:
+    rows = [{**row, "label": word == "good"} for row in RATED] if word else RATED
+    data = on_preferences.write(tmp_path / "data", rows, RATED[:2])
+    asked = (f"preference.loss={objective}", "train.steps=1")
+    planned = tiny.done(*on_preferences.options(mlx_model, data, tmp_path / "run", *asked), "--dry-run").stdout
+    found = on_preferences.of_kind(on_preferences.tune(mlx_model, data, tmp_path / "run", *asked), "note")
+    said = f"6 rated rows: without the other thumb nothing says what to prefer: all are rated {word};"
+    assert (said in planned) == any(said in note["text"] for note in found) == bool(word)
+    assert ("without the other thumb" in planned) == bool(word)
+
+
 # kto's mismatched examples.
 
 

@@ -41,7 +41,7 @@ from mlxtune.train.evaluation import Evaluation, suite_of
 from mlxtune.train.events import Listener, nobody
 from mlxtune.train.identity import Identity
 from mlxtune.train.preference.mismatched import Mismatched
-from mlxtune.train.preference.words import objective_in_words, rows_in_words
+from mlxtune.train.preference.words import objective_in_words, of_thumbs, rows_in_words
 from mlxtune.train.ranks import ALONE, Ranks
 from mlxtune.train.run_data import Data
 from mlxtune.train.run_folder import RunFolder
@@ -259,6 +259,7 @@ def _notes(made: Attached, chosen: Fitted, data: Data, ranks: Ranks) -> list[str
     loaded, config = made.loaded, chosen.config
     train, valid = data.train, data.valid
     notes = train.notes("train", config.data.max_tokens) + valid.notes("valid", config.data.max_tokens)
+    notes += of_thumbs(config.preference, train)
     notes += unread(loaded.path) + _of_model(made) + chosen.notes
     if train.chat and not _learns_to_stop(loaded, config):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")

@@ -74,9 +74,9 @@ def self_instruct(row: dict[str, Any]) -> list[Parsed]:
 def prompt_completion(row: dict[str, Any]) -> list[Parsed]:
     """{"prompt": "Hi", "completion": "Hello"}; both may be lists of messages.
 
-    Texts may have Anthropic's form, as those of pairs: "\\n\\nHuman: Hi\\n\\nAssistant:" and " Hello". With "label": true
-    (KTO) the completion alone is trained on, with false (it is bad) and null (nobody rated it) nothing is: the other
-    answers have no weight.
+    Texts may have Anthropic's form, as those of pairs: "\\n\\nHuman: Hi\\n\\nAssistant:" and " Hello". With "label":
+    true (KTO) the completion alone is trained on, with false (it is bad) and null (nobody rated it) nothing is: the
+    other answers have no weight.
     """
     if isinstance(row.get("prompt"), list):
         prompt, completion = checked(row["prompt"], "prompt"), checked(row.get("completion"), "completion")

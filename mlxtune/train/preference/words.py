@@ -5,6 +5,9 @@ from __future__ import annotations
 from mlxtune.compute.counted import Epoch
 from mlxtune.config.preference import PreferenceSection
 from mlxtune.data.dataset.examples import Examples
+from mlxtune.data.rows.sides import Side
+from mlxtune.data.survey.lint import KINDS
+from mlxtune.data.survey.preferences import one_sided
 
 COUNTED = {"pairs": "pairs", "rated": "rated rows", "supervised": "rows"}
 
@@ -31,6 +34,16 @@ def rows_in_words(train: Examples, valid: Examples) -> tuple[str, str]:
     if train.kind == "supervised":
         return f"{train.rows} training rows{train.also}", f"{valid.rows} held out{valid.also}"
     return f"{train.rows} training {COUNTED[train.kind]}", f"{valid.rows} held out"
+
+
+def of_thumbs(section: PreferenceSection, train: Examples) -> list[str]:
+    """A note where all training rows have the same rating, in the words of `mlxtune data check`."""
+    if not section.loss or train.kind != "rated":
+        return []
+    good = int((train.of_rows("side") == Side.GOOD).sum())
+    said = one_sided(good, train.rows - good)
+    finding = KINDS["one-sided"]
+    return [f"{train.rows} {finding.what}: {said}; {finding.fix}"] if said else []
 
 
 def without_gradients(section: PreferenceSection, epoch: Epoch, passes: float) -> list[str]:
