@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import on_preferences
 import pytest
 import tiny
 
@@ -148,3 +149,12 @@ def test_mlx_lms_trainer_is_not_measured_with_one_rank_in_place_of_several(mlx_m
 def test_bench_says_that_one_epoch_has_no_use_for_kept_states(mlx_model: Path, data: Path) -> None:
     run = tiny.mlxtune("bench", "--model", mlx_model, "--data", data, "--set", "train.trunk_cache=1000000")
     tiny.one_clear_line(run, "train.trunk_cache 1000000 has no effect: mlxtune bench trains one epoch")
+
+
+def test_bench_says_that_it_measures_no_preferences(mlx_model: Path, tmp_path: Path) -> None:
+    """With the objective, which would have been ignored, and without it; of thumbs the good answers are rows."""
+    pairs = tiny.write_jsonl(tmp_path / "pairs.jsonl", on_preferences.pairs(20))
+    asked = ("bench", "--model", mlx_model, "--rows", "8", "--data")
+    said = "preference.loss dpo has no effect: mlxtune bench measures supervised tuning"
+    tiny.one_clear_line(tiny.mlxtune(*asked, pairs, "--set", "preference.loss=dpo"), said)
+    tiny.one_clear_line(tiny.mlxtune(*asked, pairs), "mlxtune data convert")

@@ -102,6 +102,8 @@ def test_what_was_computed_of_the_tokens_is_shown_where_it_is_less_than_all() ->
     display(step(2, computed_tokens=25))
     assert display.saved == "computed 0.61 of the tokens"
     assert dict(display.meter.fields())["computed"] == "0.61 of the tokens"
+    display(step(3, computed_tokens=27, baseline_tokens=30))
+    assert display.saved == "computed 0.50 of the tokens and 0.10 for the baseline"
 
 
 def test_a_terminal_shows_a_bar_and_the_same_numbers() -> None:

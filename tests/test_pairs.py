@@ -126,6 +126,18 @@ EXPECTED: dict[str, tuple[dict[str, Any], tuple[Messages, Messages, Messages]]] 
         {"prompt": HH.removesuffix("\n\nAssistant: "), "chosen": "Blue.", "rejected": "Green?"},
         (TALK, [GOOD], [BAD]),
     ),
+    "Anthropic, prompt apart, answers with their space": (
+        {"prompt": "\n\nHuman: Sky?\n\nAssistant:", "chosen": " Blue.", "rejected": " Green?\n"},
+        ([user("Sky?")], [GOOD], [BAD]),
+    ),
+    "Anthropic, prompt apart, several turns of an answer": (
+        {"prompt": HH, "chosen": " Blue.\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nAssistant: Green?"},
+        (TALK, [GOOD, user("Why?"), answer("So.")], [BAD]),
+    ),
+    "Anthropic, whole conversations behind their prompt": (
+        {"prompt": HH.rstrip(), "chosen": f"{HH}Blue.", "rejected": f"{HH}Green?"},
+        (TALK, [GOOD], [BAD]),
+    ),
     "a question that begins with a speaker": (
         {"prompt": "Human: Sky?", "chosen": "Blue.", "rejected": "Green?"},
         ([user("Human: Sky?")], [GOOD], [BAD]),
@@ -268,6 +280,19 @@ def test_an_answer_that_nobody_rated_teaches_nothing(tmp_path: Path) -> None:
     found = list(formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", rows), {}, True))
     reasons = [record.teaches_nothing for record in found if isinstance(record, Record)]
     assert reasons == ["", "nobody rated it (label is null)"]
+
+
+@pytest.mark.parametrize(("rating", "side"), [({}, Side.NONE), ({"label": True}, Side.GOOD)])
+def test_a_prompt_of_anthropics_form_has_an_answer_of_that_form(
+    rating: dict[str, Any], side: Side, tmp_path: Path
+) -> None:
+    """Its space is no part of what a model learns to say; of other prompts a text is what it is."""
+    (record,) = records(tmp_path, {"prompt": HH.rstrip(), "completion": " Blue.", **rating})
+    texts = [(message["role"], message["content"]) for message in record.messages or []]
+    assert texts == [(message["role"], message["content"]) for message in [*TALK, GOOD]]
+    assert (record.side, record.prompt) == (side, len(TALK))
+    (record,) = records(tmp_path, {"prompt": "Human: Sky?", "completion": " Blue.", **rating})
+    assert record.messages == [user("Human: Sky?"), answer(" Blue.")]
 
 
 def test_labels_mean_what_they_did_where_no_preferences_are_asked_for(tmp_path: Path) -> None:

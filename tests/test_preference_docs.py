@@ -80,7 +80,7 @@ def walked(mlx_model: Path, run: Path, tmp_path_factory: pytest.TempPathFactory)
     base, tuned = ([f"{text} number {n}." for n in range(12)] for text in ("It may be", "yes, it is"))
     evaluations.write(folder / "evals" / "first", prompts, base, tuned)
     log = ChatLog(folder / "chats.jsonl", Speaker("model", "run", None))
-    for n in range(12):
+    for n in range(18):
         log.add(
             [{"role": "user", "content": f"Number {n}?"}], {"role": "assistant", "content": f"It is {n}."}, whole=True
         )

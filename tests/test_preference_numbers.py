@@ -10,11 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import on_preferences
+import preferences
 import pytest
 from on_preferences import numbers, of_kind
 from test_ranks import Group, two
 
 from mlxtune.adapter import adapter_files
+from mlxtune.compute.preference.objectives import Settings
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import collate
 from mlxtune.data.dataset.examples import Examples
@@ -23,6 +25,7 @@ from mlxtune.data.rows.sides import Side
 from mlxtune.model.load import load
 from mlxtune.train import events
 from mlxtune.train.preference.mismatched import Mismatched
+from mlxtune.train.preference.tally import Tally
 from mlxtune.train.ranks import Ranks
 from mlxtune.train.run_data import read_data
 from mlxtune.train.run_folder import RunFolder
@@ -102,6 +105,27 @@ def test_a_steps_numbers_are_those_of_the_formulas(objective: str, mlx_model: Pa
         expected = of_dpo(train, ratio(train), log_probabilities(loaded.model, train))
     step = of_kind(found, "train")[2]
     assert {name: step[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "accuracy"),
+    [
+        (Settings("dpo", BETA), 0.0),
+        (Settings("dpo", BETA, length_normalised=True), 1.0),
+        (Settings("ipo", BETA), 1.0),
+        (Settings("apo", BETA), 0.0),
+    ],
+)
+def test_a_pair_is_told_apart_by_what_its_objective_compares(settings: Settings, accuracy: float) -> None:
+    """The chosen answer gained 3 nats in 10 tokens, the rejected one 4 in 40: more as a whole, and less per token. The
+    rewards are TRL's, of whole answers.
+    """
+    batch = preferences.of_pairs(preferences.examples([(5, 10, 40)]))
+    reference = np.array([-20.0, -80.0])
+    tally = Tally()
+    tally.add(settings, batch, reference + np.array([3.0, 4.0]), reference, baseline=0.0, rounding=1e-3)
+    expected = {"accuracy": accuracy, "margin": -0.1, "reward_chosen": 0.3, "reward_rejected": 0.4, "drift": -0.3}
+    assert tally.said(settings, of_pairs=True) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])

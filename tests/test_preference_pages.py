@@ -69,6 +69,12 @@ def test_the_page_says_how_answers_are_told_apart_and_draws_it(tmp_path: Path) -
     assert observed(told()) == {}
 
 
+def test_what_the_baseline_of_kto_takes_is_told_beside_what_is_computed_of_the_rows(tmp_path: Path) -> None:
+    events = [{**event, "baseline_tokens": 500} if event["kind"] == "train" else event for event in told()]
+    text = page_readers.said(page_readers.whole(of_run(read_run(pages.write(tmp_path / "run", events)))))
+    assert "of kto's baseline" in text and "20,000 beside these, without gradients" in text
+
+
 def test_the_page_of_another_run_has_none_of_it(tmp_path: Path) -> None:
     page = page_readers.whole(of_run(read_run(pages.write(tmp_path / "run", pages.told(20)))))
     assert "margin" not in page_readers.record(page)["curves"]

@@ -142,6 +142,37 @@ def test_a_dry_run_says_the_objective_and_what_is_computed(mlx_model: Path, tmp_
     assert float(share) < 0.95
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto", "simpo"])
+def test_a_dry_run_promises_the_work_that_the_run_does(objective: str, mlx_model: Path, tmp_path: Path) -> None:
+    """Of an epoch: positions with gradients, those of kto's baseline, and the reference's."""
+    rows = RATED if objective == "kto" else PAIRS
+    data, run = on_preferences.write(tmp_path / "data", rows, rows[:2]), tmp_path / "run"
+    words = on_preferences.options(mlx_model, data, run, f"preference.loss={objective}", "train.epochs=1")
+    said = tiny.done(*words, "--dry-run").stdout
+    found = on_preferences.tune(mlx_model, data, run, f"preference.loss={objective}", "train.epochs=1")
+    steps = on_preferences.of_kind(found, "train")
+    computed = sum(step["computed_tokens"] for step in steps)
+    of_baseline = sum(step.get("baseline_tokens", 0) for step in steps)
+    assert f"tokens computed per epoch: {computed:,}, " in said
+    assert (of_baseline > 0) == (objective == "kto") == (f"and for the baseline: {of_baseline:,}, " in said)
+    before = f"computed before the first step: {computed + of_baseline:,} tokens of the training rows"
+    assert (before in said) == (objective != "simpo")
+
+
+@pytest.mark.parametrize(("objective", "word"), [("kto", "good"), ("apo", "bad"), ("kto", "")])
+def test_thumbs_of_one_kind_are_a_note_in_the_words_of_data_check(
+    objective: str, word: str, mlx_model: Path, tmp_path: Path
+) -> None:
+    rows = [{**row, "label": word == "good"} for row in RATED] if word else RATED
+    data = on_preferences.write(tmp_path / "data", rows, RATED[:2])
+    asked = (f"preference.loss={objective}", "train.steps=1")
+    planned = tiny.done(*on_preferences.options(mlx_model, data, tmp_path / "run", *asked), "--dry-run").stdout
+    found = on_preferences.of_kind(on_preferences.tune(mlx_model, data, tmp_path / "run", *asked), "note")
+    said = f"6 rated rows: without the other thumb nothing says what to prefer: all are rated {word};"
+    assert (said in planned) == any(said in note["text"] for note in found) == bool(word)
+    assert ("without the other thumb" in planned) == bool(word)
+
+
 # kto's mismatched examples.
 
 
@@ -151,6 +182,17 @@ def test_no_row_lends_its_answer_to_itself(rows: int) -> None:
     assert sorted(lender.tolist()) == list(range(rows)) and (lender != np.arange(rows)).all()
     assert lender.tolist() == one_cycle(rows, seed=3).tolist()
     assert rows < 10 or lender.tolist() != one_cycle(rows, seed=4).tolist()
+
+
+@pytest.mark.parametrize(("train", "valid", "said"), [(1, 2, "2 training rows"), (2, 1, "2 held-out rows")])
+def test_kto_is_refused_where_a_row_has_no_other_to_be_compared_with(
+    train: int, valid: int, said: str, mlx_model: Path, tmp_path: Path
+) -> None:
+    """A row that lent its answer to itself would have the loss 1/2 under every adapter."""
+    data = on_preferences.write(tmp_path / "data", RATED[:train], RATED[3 : 3 + valid])
+    with pytest.raises(UserError, match=f"kto needs {said} at least.*there is 1") as told:
+        on_preferences.tune(mlx_model, data, tmp_path / "run", "preference.loss=kto")
+    assert "Add rows" in told.value.hint and "apo" in told.value.hint and not (tmp_path / "run").exists()
 
 
 def test_a_mismatched_example_is_a_prompt_with_another_rows_answer() -> None:

@@ -54,7 +54,8 @@ def bench(
 ) -> None:
     """Measure speed and memory of training on this machine.
 
-    Without --model and --data: the demo's model and rows. Memory is the peak over the model's own.
+    Without --model and --data: the demo's model and rows. Supervised tuning is measured, no preferences. Memory is the
+    peak over the model's own.
 
     mlx-lm runs as its users have it: its batches and padding, MLX's own limits of memory and cache, TF32 where MLX uses
     it (float32 on newer GPUs; mlxtune switches it off). The same for both: rows, rank, targets, activation type, and
@@ -89,6 +90,11 @@ def bench(
                 f"train.trunk_cache {resolved.train.trunk_cache} has no effect: mlxtune bench trains one epoch, in "
                 "which no row comes twice",
                 "Leave it out here; mlxtune train takes it, with train.epochs of more than 1.",
+            )
+        if resolved.preference.loss:
+            raise UserError(
+                f"preference.loss {resolved.preference.loss} has no effect: mlxtune bench measures supervised tuning",
+                "Leave it out here. How fast preferences are trained on, mlxtune train says in each step.",
             )
         ratio = None
         thrown: list[Thrown] = []

@@ -50,6 +50,7 @@ class Meter:
         self.lr = 0.0
         self.tokens_per_second = 0.0  # of the rows; a running mean; 0: no step was taken
         self.tokens = self.computed_tokens = 0  # of the rows, and those that went through the model, of all steps
+        self.baseline_tokens = 0  # that went through it beside these, for kto's baseline
         self.peak_bytes = 0
 
     def update(self, event: Event) -> None:
@@ -74,6 +75,7 @@ class Meter:
         rate = event["tokens"] / max(event["seconds"], 1e-9)
         self.tokens += event["tokens"]
         self.computed_tokens += event["computed_tokens"]
+        self.baseline_tokens += event.get("baseline_tokens", 0)
         if self.loss is None:
             self.loss, self.tokens_per_second = event["loss"], rate
             return
@@ -86,7 +88,10 @@ class Meter:
         """How much was computed of the rows' tokens, for people; "": nearly all, or more."""
         if self.computed_tokens >= MUCH_COMPUTED * self.tokens:
             return ""
-        return f"{self.computed_tokens / self.tokens:.2f} of the tokens"
+        said = f"{self.computed_tokens / self.tokens:.2f} of the tokens"
+        if self.baseline_tokens:
+            said += f" and {self.baseline_tokens / self.tokens:.2f} for the baseline"
+        return said
 
     def eta_seconds(self) -> float | None:
         """Time left: of steps, evaluations and checkpoints as many as are still to come, each as long as it took on

@@ -216,7 +216,7 @@ def _print_plan(config: Config, folder: Path | None, force: bool) -> None:
     from mlxtune.config.paths import paths_read
     from mlxtune.train import loggers, preparation
     from mlxtune.train.evaluation import suite_of
-    from mlxtune.train.preference.words import objective_in_words, rows_in_words
+    from mlxtune.train.preference.words import objective_in_words, of_thumbs, rows_in_words, without_gradients
     from mlxtune.train.run_data import read_data
     from mlxtune.train.run_folder import RunFolder
 
@@ -229,7 +229,8 @@ def _print_plan(config: Config, folder: Path | None, force: bool) -> None:
     train, valid = data.train, data.valid
     out = common.stdout()
     max_tokens = config.data.max_tokens
-    for note in train.notes("train", max_tokens) + valid.notes("valid", max_tokens):
+    notes = train.notes("train", max_tokens) + valid.notes("valid", max_tokens)
+    for note in notes + of_thumbs(config.preference, train):
         out.print(f"note: {brief(note)}")
     if config.preference.loss:
         out.print(f"objective: {objective_in_words(config.preference)}")
@@ -240,6 +241,8 @@ def _print_plan(config: Config, folder: Path | None, force: bool) -> None:
     targets = int(train.column("targets").sum())
     out.print(f"tokens per epoch: {tokens:,}, {targets:,} of them trained on ({targets / tokens:.0%})")
     out.print(f"tokens computed per epoch: {_computed(planned.computed, _once(train))}")
+    for line in without_gradients(config.preference, planned.computed, planned.plan.passes):
+        out.print(line)
     out.print(f"optimizer steps: {planned.plan.steps}")
     if planned.memory:
         for line in planned.memory.lines():

@@ -10,10 +10,11 @@ Padding is computed, and the last token of an example is not, for it predicts no
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlxtune.compute.prefix import forest_of_batch
-from mlxtune.data.dataset.batches import Plan, collate
+from mlxtune.data.dataset.batches import Batch, Plan, collate
 
 MOST_COUNTED = 2000  # micro-batches, some 1 ms each; of a longer epoch so many are counted, evenly spread
 
@@ -24,20 +25,27 @@ class Epoch:
 
     tokens: int  # of the examples that are taken
     computed: int  # positions that go through the model, padding included
+    beside: int  # positions of what is computed beside each micro-batch, without gradients; 0: nothing is
     divided: int  # rows whose examples are computed in several micro-batches, each with the row's beginning
     exact: bool  # all micro-batches were counted, not only some
 
 
-def first_epoch(plan: Plan, of_run: int | None) -> Epoch:
-    """of_run: tokens that all rows begin with, as `Way.prefix` has them; None: nothing shared is computed once."""
+def first_epoch(plan: Plan, of_run: int | None, beside: Callable[[Batch], Batch] | None = None) -> Epoch:
+    """of_run: tokens that all rows begin with, as `Way.prefix` has them; None: nothing shared is computed once.
+
+    beside: of a micro-batch, another one that is computed with it, without gradients; None: there is none.
+    """
     micro_batches = list(plan.micro_batches())
     every = -(-len(micro_batches) // MOST_COUNTED)  # rounded up
-    tokens = computed = 0
+    tokens = computed = others = 0
     for examples in micro_batches[::every]:
         batch = collate(plan.examples, examples, plan.width(examples))
         tokens += batch.tokens
         computed += forest_of_batch(batch, of_run).computed
+        if beside is not None:
+            others += forest_of_batch(beside(batch), of_run).computed
     lengths = plan.examples.lengths
     whole = sum(int(lengths[examples].sum()) for examples in micro_batches)
     divided = 0 if of_run is None else plan.divided
-    return Epoch(whole, round(computed * whole / tokens), divided, exact=every == 1)
+    scale = whole / tokens
+    return Epoch(whole, round(computed * scale), round(others * scale), divided, exact=every == 1)

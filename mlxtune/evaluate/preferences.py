@@ -45,7 +45,7 @@ MEANINGS = {
     "accuracy": "pairs whose chosen answer is the likelier one",
     "accuracy per token": "the same, by the mean log-probability of a token",
     "margin": "log-probability of the chosen answer minus that of the rejected, in nats",
-    "reward accuracy": "pairs whose chosen answer gained more than the rejected; 50% is chance",
+    "reward accuracy": "pairs whose chosen answer gained more, as a whole, than the rejected; 50% is chance",
     "moved as rated": "good answers that became likelier, and bad ones that became less likely; 50% is chance",
 }
 

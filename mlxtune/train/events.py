@@ -8,8 +8,8 @@ An event is a dictionary with its `kind`:
     train        one optimizer step, with the numbers of `StepFunction`: among them `tokens` of its rows, and
                  `computed_tokens`, the positions that went through the model: fewer where rows share, more by padding;
                  of preferences also `margin`, `accuracy`, `reward_chosen`, `reward_rejected`, `drift`, and kto's
-                 `baseline` (`preference/tally` defines them), its `loss` is that of a pair or rated answer, and
-                 `computed_tokens` has the baseline's positions too
+                 `baseline` (`preference/tally` defines them), its `loss` is that of a pair or rated answer, and of kto
+                 `baseline_tokens` are the positions that the baseline took, without gradients, beside those
     eval         `loss` and `tokens` of the validation rows after `step`, of preferences the same numbers as of a step;
                  `samples`, and a suite's `checks`, without those that applied to no answer; `cut`: how many of its
                  answers were cut; `seconds` of it all

@@ -40,7 +40,8 @@ from mlxtune.train.choice import choose
 from mlxtune.train.evaluation import Evaluation, suite_of
 from mlxtune.train.events import Listener, nobody
 from mlxtune.train.identity import Identity
-from mlxtune.train.preference.words import objective_in_words, rows_in_words
+from mlxtune.train.preference.mismatched import Mismatched
+from mlxtune.train.preference.words import objective_in_words, of_thumbs, rows_in_words
 from mlxtune.train.ranks import ALONE, Ranks
 from mlxtune.train.run_data import Data
 from mlxtune.train.run_folder import RunFolder
@@ -121,7 +122,10 @@ def plan(config: Config, data: Data) -> Planned:
     way, more = trunk_choice.with_kept_trunk(way, made.loaded.model, config, made.plan)
     run = fit_memory.fit(made.given, way, config, made.plan)
     notes = [*_of_model(made), _ways_out(made.loaded), *more]
-    computed = counted.first_epoch(run.rows, run.way.prefix)
+    beside = None
+    if config.preference.loss == "kto":
+        beside = Mismatched(data.train, config.train.seed).beside
+    computed = counted.first_epoch(run.rows, run.way.prefix, beside)
     if isinstance(run.memory, Memory):
         return Planned(run.config, run.rows, computed, run.memory, notes + run.notes)
     return Planned(run.config, run.rows, computed, None, notes + (run.notes or [run.memory.note]))
@@ -255,6 +259,7 @@ def _notes(made: Attached, chosen: Fitted, data: Data, ranks: Ranks) -> list[str
     loaded, config = made.loaded, chosen.config
     train, valid = data.train, data.valid
     notes = train.notes("train", config.data.max_tokens) + valid.notes("valid", config.data.max_tokens)
+    notes += of_thumbs(config.preference, train)
     notes += unread(loaded.path) + _of_model(made) + chosen.notes
     if train.chat and not _learns_to_stop(loaded, config):
         notes.append("the chat template ends answers with no token of its own: the model will not learn where to stop")

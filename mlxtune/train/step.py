@@ -93,7 +93,9 @@ class StepFunction:
         self._added = optim.compiled(lambda one, other: tree_map(mx.add, one, other))
         self._longest_alike = extent.longest_alike(job.model)
         self._computing = 0  # of the part under way, what it could be cut between
-        self._positions = 0  # that went through the model in the step under way, padding included, in this process
+        # Positions that went through the model in the step under way, padding included, in this process.
+        self._positions = 0  # forth and back
+        self._of_baseline = 0  # of kto's baseline, which is computed without gradients
         self._trusted = True  # the predicted peak: no step was far beyond it
         self.divide(Division())
 
@@ -114,7 +116,7 @@ class StepFunction:
         goal = self._goal(batches)
         divisor = targets if goal is None else goal.divisor
         with backend.memory_held_to(self._queued_bytes()):
-            self._positions = 0
+            self._positions = self._of_baseline = 0
             own = self.job.ranks.own_batches(batches, self.job.way.prefix)
             if goal is not None and goal.has_baseline:
                 self._find_baseline(own, goal)
@@ -126,11 +128,13 @@ class StepFunction:
         del gradients, before  # the update takes the gradients' memory
         norm_value, *loss_sums = _computed(parameters, state, [norm, *losses])
         self._judge_prediction(peak)
-        loss, positions = self.job.ranks.sum_numbers(sum(loss_sums), self._positions)
+        loss, positions, of_baseline = self.job.ranks.sum_numbers(sum(loss_sums), self._positions, self._of_baseline)
         mean = loss / divisor
         if not (math.isfinite(mean) and math.isfinite(norm_value)):
             raise NonFinite(mean, self.rows(number, loss_sums), self.job.identity.config["train.dtype"])
         more = {} if goal is None else self._preferred(number, mean, goal)
+        if goal is not None and goal.has_baseline:
+            more["baseline_tokens"] = int(of_baseline)
         self.job.model.update(parameters)
         self.optimizer.state = state
         return {
@@ -259,7 +263,7 @@ class StepFunction:
                     self.between()
                     others = goal.mismatched(part)
                     self._computing = units(part)
-                    self._positions += forest_of_batch(others, self.job.way.prefix).computed
+                    self._of_baseline += forest_of_batch(others, self.job.way.prefix).computed
                     total += goal.likelier(others, forward)
             return total
 

@@ -31,3 +31,11 @@ def asked(text: str) -> list[dict[str, Any]]:
     if found[-1] == {"role": "assistant", "content": ""}:
         return found[:-1]
     return found
+
+
+def answered(text: str) -> list[dict[str, Any]]:
+    """The messages of an answer to a prompt of this form, which mostly begins with a space: " Hello!".
+
+    Those of a whole conversation, where the text begins with a speaker.
+    """
+    return turns(text) or turns(f"Assistant:{text}")

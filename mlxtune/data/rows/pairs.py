@@ -33,12 +33,14 @@ QUESTIONS = ("user", "system", "developer")  # roles with which no answer begins
 def with_prompt(row: dict[str, Any]) -> list[Parsed]:
     """{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, each a text or a list of messages.
 
-    Some files have whole conversations as sides, and what they begin with again as their prompt.
+    Some files have whole conversations as sides, and what they begin with again as their prompt. Where the prompt is of
+    Anthropic's form, so are the sides.
     """
     if row.get("prompt") is None:
         return without_prompt(row)
     given = _unpacked(row["prompt"], "prompt")
-    sides = [_side(row, name) for name in NAMES]
+    turns = human_assistant.asked(given) if isinstance(given, str) else []
+    sides = [_side(row, name, bool(turns)) for name in NAMES]
     whole = [_begins_with_question(side) for side in sides]
     if not any(whole):
         return _pair(row, _prompt(given), *sides)
@@ -50,7 +52,7 @@ def with_prompt(row: dict[str, Any]) -> list[Parsed]:
         )
     chosen, rejected = sides
     common = _common(chosen, rejected)
-    if isinstance(given, str):
+    if isinstance(given, str) and not turns:
         asked = [message["content"].strip() for message in chosen[:common] if message["role"] == "user"]
         if given.strip() not in asked:
             raise RowError(
@@ -135,10 +137,12 @@ def _prompt(given: Any) -> Messages:
     return _messages([given] if isinstance(given, dict) else given, "prompt")
 
 
-def _side(row: dict[str, Any], name: str) -> Messages:
-    """The messages of a side: a text is one of the assistant."""
+def _side(row: dict[str, Any], name: str, is_of_speakers: bool = False) -> Messages:
+    """The messages of a side: a text is one of the assistant, or `is_of_speakers`: of Anthropic's form."""
     given = _unpacked(row.get(name), name)
     if isinstance(given, str):
+        if is_of_speakers:
+            return human_assistant.answered(given)
         return [{"role": "assistant", "content": given}]
     return _messages([given] if isinstance(given, dict) else given, name)
 

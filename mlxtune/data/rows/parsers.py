@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from mlxtune.data.rows import human_assistant
 from mlxtune.data.rows.messages import checked
 from mlxtune.data.rows.sides import Side
 from mlxtune.data.rows.tool_calls import arguments_of
@@ -73,14 +74,20 @@ def self_instruct(row: dict[str, Any]) -> list[Parsed]:
 def prompt_completion(row: dict[str, Any]) -> list[Parsed]:
     """{"prompt": "Hi", "completion": "Hello"}; both may be lists of messages.
 
-    With "label": true (KTO) the completion alone is trained on, with false (it is bad) and null (nobody rated it)
-    nothing is: the other answers have no weight.
+    Texts may have Anthropic's form, as those of pairs: "\\n\\nHuman: Hi\\n\\nAssistant:" and " Hello". With "label":
+    true (KTO) the completion alone is trained on, with false (it is bad) and null (nobody rated it) nothing is: the
+    other answers have no weight.
     """
     if isinstance(row.get("prompt"), list):
         prompt, completion = checked(row["prompt"], "prompt"), checked(row.get("completion"), "completion")
     else:
-        prompt = [{"role": "user", "content": text_of(row, "prompt")}]
-        completion = [{"role": "assistant", "content": text_of(row, "completion")}]
+        asked, answer = text_of(row, "prompt"), text_of(row, "completion")
+        prompt = human_assistant.asked(asked)
+        completion = human_assistant.answered(answer)
+        is_of_speakers = bool(prompt) and prompt[-1]["role"] == "user" and completion[0]["role"] == "assistant"
+        if not is_of_speakers:
+            prompt = [{"role": "user", "content": asked}]
+            completion = [{"role": "assistant", "content": answer}]
     label = row.get("label", "none")
     if label is True or label is False or label is None:
         prompt = [without_weight(message) for message in prompt]

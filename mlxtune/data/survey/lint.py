@@ -205,7 +205,7 @@ KINDS = {  # by code; a row's own are told in this order
     "one-sided": Kind(
         "warning",
         "rated rows: without the other thumb nothing says what to prefer",
-        "add rows of the other rating, or train the good ones alone as conversations",
+        "add rows of the other rating; good ones alone can be trained as conversations",
     ),
     "unused": Kind(
         "warning",

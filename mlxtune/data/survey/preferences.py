@@ -154,9 +154,7 @@ class Preferences:
 
     def one_sided(self) -> str:
         """What is said where all rated answers have the same thumb; "" where they do not."""
-        if not self.kinds[RATED] or (self.good and self.bad):
-            return ""
-        return "all are rated good" if self.good else "all are rated bad"
+        return one_sided(self.good, self.bad) if self.kinds[RATED] else ""
 
     def as_json(self) -> dict[str, Any]:
         """Counts; {} where there are neither pairs nor rated answers."""
@@ -175,6 +173,13 @@ class Preferences:
             "tokens": self.whole_tokens,
             "computed_tokens": self.computed_tokens,
         }
+
+
+def one_sided(good: int, bad: int) -> str:
+    """The same of so many good and bad answers."""
+    if good and bad:
+        return ""
+    return "all are rated good" if good else "all are rated bad"
 
 
 def preference_lines(told: dict[str, Any]) -> dict[str, str]:

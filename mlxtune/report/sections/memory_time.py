@@ -62,6 +62,8 @@ def _tokens(record: RunRecord) -> Html | None:
     }
     if computed:  # older versions did not count them
         values["went through the blocks"] = f"{computed:,.0f}: {_saved(computed / tokens)}"
+    if of_baseline := sum_of(record.train, "baseline_tokens"):
+        values["of kto's baseline"] = f"{of_baseline:,.0f} beside these, without gradients"
     if HEAD_ON_FEW in way and computed:
         values["went through the head"] = f"{supervised:,.0f}: {1 - supervised / computed:.0%} of these was left out"
     if seconds > 0:

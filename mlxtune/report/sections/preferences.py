@@ -1,7 +1,7 @@
 """The curves of a preference run beside its loss: accuracy, margin and rewards, in training and on held-out rows.
 
 A reward is what the objective wants to be large for a good answer; a margin, the chosen answer's minus the rejected
-one's; accuracy, the share of pairs with a margin above 0 (`train.preference.tally`).
+one's; accuracy, the share of pairs that are told apart, by what the objective compares (`train.preference.tally`).
 """
 
 from __future__ import annotations

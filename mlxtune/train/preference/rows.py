@@ -11,7 +11,7 @@ IN_WORDS = {
     "rated": "rated answers",
     "supervised": "rows to learn as they are",
 }
-LEAST_ROWS = 2  # of kto's: a row's baseline is another row's answer
+LEAST_ROWS = 2  # of kto's, in each split: a row's baseline is another row's answer
 
 
 def require_fitting(section: PreferenceSection, splits: dict[str, Examples]) -> None:
@@ -20,16 +20,28 @@ def require_fitting(section: PreferenceSection, splits: dict[str, Examples]) -> 
     """
     for split, examples in splits.items():
         _require_fitting(section, split, examples)
-    rows = splits["train"].rows
-    if section.loss == "kto" and rows < LEAST_ROWS:
-        raise UserError(
-            f"kto needs {LEAST_ROWS} training rows at least, for it compares each with another one's answer; there is "
-            f"{rows}",
-            "Add rows, or use preference.loss apo.",
-        )
+    if section.loss == "kto":
+        _require_others(splits)
     if section.loss == "apo" and splits["train"].kind != splits["valid"].kind:
         one, other = (IN_WORDS[splits[split].kind] for split in ("train", "valid"))
         raise UserError(f"the training rows are {one}, the held-out ones {other}", "Both must be of one kind.")
+
+
+def _require_others(splits: dict[str, Examples]) -> None:
+    """Raise UserError for a split in which a row has no other one. Its own answer would be its baseline: the loss would
+    be 1/2 whatever is learned.
+    """
+    for split, words, more in (
+        ("train", "training", "Add rows"),
+        ("valid", "held-out", "Add rows to the valid file, or where there is none raise data.valid_fraction"),
+    ):
+        rows = splits[split].rows
+        if rows < LEAST_ROWS:
+            raise UserError(
+                f"kto needs {LEAST_ROWS} {words} rows at least, for it compares each with another one's answer; there "
+                f"is {rows}",
+                f"{more}, or use preference.loss apo, which compares none.",
+            )
 
 
 def _require_fitting(section: PreferenceSection, split: str, examples: Examples) -> None:
@@ -39,8 +51,8 @@ def _require_fitting(section: PreferenceSection, split: str, examples: Examples)
         if kind == "pairs":
             raise UserError(
                 f"{where} holds {IN_WORDS[kind]}, which need an objective",
-                "Name one: -c dpo (or preference.loss: dpo, ipo, apo, simpo, orpo). To learn the chosen answers alone, "
-                "convert them: mlxtune data convert.",
+                "Train with one: mlxtune train -c dpo (or preference.loss: dpo, ipo, apo, simpo, orpo). To use the "
+                "chosen answers alone, convert them: mlxtune data convert.",
             )
         return
     if kind == "supervised":

@@ -1,14 +1,24 @@
 """The numbers of preference tuning, counted pair by pair: means of batches would depend on how rows were dealt.
 
-Of each answer the reward is known: what the objective wants to be large for a good one.
+Of each answer the reward is known, as TRL defines it:
 
-    dpo, ipo, apo, kto    beta (log p - log p under the reference)      0 at step 0
+    dpo, ipo, apo, kto    beta (log p - log p under the reference)      0 at step 0; of the whole answer
     simpo, orpo           beta log p per token                          no reference
+
+The objective wants it to be large for a good answer. Two compare it per token, ipo and dpo with `length_normalised`,
+and for these a longer answer's reward is no fair measure: the pair
+
+    chosen, 10 tokens, 3 nats likelier      0.3 a token      reward 0.3 (beta 0.1)
+    rejected, 40 tokens, 4 nats likelier    0.1 a token      reward 0.4
+
+is told apart as the objective wants it, though its margin is below 0. So the accuracy, by which `train.keep_by` may
+choose, follows the objective, and the rewards and their margin stay comparable between objectives.
 
     reward_chosen     mean over the chosen (or good) answers
     reward_rejected   mean over the rejected (or bad) answers
     margin            the difference of the two
-    accuracy          of pairs: the share whose chosen answer has the higher reward; ties count half
+    accuracy          of pairs: the share whose chosen answer has the higher reward (of ipo, and of dpo with
+                      `length_normalised`: the higher one per token); ties count half
                       of rated answers: the share that stands on its side of the baseline (of 0 for apo); ties count
                       half
     drift             nats a token by which the chosen (or good) answers became less likely than under the reference;
@@ -66,7 +76,8 @@ class Tally:
         self.reward_chosen += float(reward[good].sum())
         self.reward_rejected += float(reward[~good].sum())
         if batch.pairs:
-            ahead = reward[0::2] - reward[1::2]
+            compared = reward / tokens if compares_per_token(settings) else reward
+            ahead = compared[0::2] - compared[1::2]
         else:
             ahead = (reward - settings.beta * baseline) * np.where(good, 1, -1)
         self.right += float((ahead > 0).sum()) + float((ahead == 0).sum()) / 2
@@ -106,6 +117,11 @@ def rewards(settings: Settings, log_p: np.ndarray, reference: np.ndarray, tokens
     if settings.objective in WITHOUT_REFERENCE:
         return settings.beta * log_p / tokens
     return settings.beta * (log_p - reference)
+
+
+def compares_per_token(settings: Settings) -> bool:
+    """Whether the objective compares what each answer gained per token, though its reward is of the whole answer."""
+    return settings.objective == "ipo" or settings.length_normalised
 
 
 def _mean(total: float, count: float) -> float:
