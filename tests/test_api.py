@@ -92,8 +92,9 @@ def test_sides_are_told_apart_and_settings_say_how_rows_are_read(place: Path, tm
     assert [(row.side, bool(row.dropped)) for row in learned] == [("", False), ("", True), ("", True)]
     told = mlxtune.evaluate_preferences(model, data=rated, settings={"preference.loss": "kto"})
     assert (told["kind"], told["rows"]) == ("rated", 2)
-    with pytest.raises(mlxtune.UserError, match="none is preferred"):
+    with pytest.raises(mlxtune.UserError, match="none is preferred") as caught:
         mlxtune.evaluate_preferences(model, data=rated)
+    assert 'settings={"preference.loss": "kto"}' in caught.value.hint
     whole = mlxtune.evaluate(model, data=rated).base.tokens
     assert 0 < client.scored(model, rated) <= whole
     with pytest.raises(mlxtune.UserError, match="unknown key"):

@@ -79,7 +79,10 @@ def evaluate_preferences(
     path = None if data is None else str(data)
     rows = opened(of_model, of_adapter, path, split, _as_typed(settings))
     if rows.examples.kind == "supervised":
-        raise UserError("these rows are answers to learn, none is preferred", "Call mlxtune.evaluate.")
+        raise UserError(
+            "these rows are answers to learn, none is preferred",
+            'Call mlxtune.evaluate; or, where labels rate them, give settings={"preference.loss": "kto"}.',
+        )
     return preferences_of(rows)
 
 
