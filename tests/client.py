@@ -28,6 +28,14 @@ def learned(model: Path, data: Path) -> list[int]:
     return [sum(row.mask) for row in mlxtune.render(model, data) if not row.dropped]
 
 
+def sides_of(model: Path, data: Path) -> list[str]:
+    return [row.side for row in mlxtune.render(model, data, settings={"preference.loss": "kto"})]
+
+
+def scored(model: Path, data: Path) -> int:
+    return mlxtune.evaluate(model, data=data, settings={"data.max_tokens": 64}).base.tokens
+
+
 def wrong(run: mlxtune.Run) -> None:
     """Never called."""
     mlxtune.tune(1)  # type: ignore[arg-type]

@@ -78,6 +78,29 @@ def test_a_configuration_may_be_a_mapping_a_file_or_a_config_and_settings_beat_i
         assert (found.train.lr, found.train.steps, found.model.path) == (0.5, 3, "n")
 
 
+def test_sides_are_told_apart_and_settings_say_how_rows_are_read(place: Path, tmp_path: Path) -> None:
+    pairs = [{"prompt": f"Ask {n}", "chosen": "Yes.", "rejected": "No."} for n in range(2)]
+    thumbs = [
+        {"prompt": f"Ask {n}", "completion": "Yes.", "label": label} for n, label in enumerate((True, False, None))
+    ]
+    paired = tiny.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    rated = tiny.write_jsonl(tmp_path / "rated.jsonl", thumbs)
+    model = place / "model"
+    assert [row.side for row in mlxtune.render(model, paired)] == ["chosen", "rejected"] * 2
+    assert client.sides_of(model, rated) == ["good", "bad", ""]
+    learned = list(mlxtune.render(model, rated))
+    assert [(row.side, bool(row.dropped)) for row in learned] == [("", False), ("", True), ("", True)]
+    told = mlxtune.evaluate_preferences(model, data=rated, settings={"preference.loss": "kto"})
+    assert (told["kind"], told["rows"]) == ("rated", 2)
+    with pytest.raises(mlxtune.UserError, match="none is preferred") as caught:
+        mlxtune.evaluate_preferences(model, data=rated)
+    assert 'settings={"preference.loss": "kto"}' in caught.value.hint
+    whole = mlxtune.evaluate(model, data=rated).base.tokens
+    assert 0 < client.scored(model, rated) <= whole
+    with pytest.raises(mlxtune.UserError, match="unknown key"):
+        mlxtune.evaluate(model, data=rated, settings={"data.max_tokenz": 3})
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

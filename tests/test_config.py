@@ -11,6 +11,7 @@ import pytest
 from tiny import mlxtune, one_clear_line
 
 from mlxtune.config import resolve
+from mlxtune.config.preference import OBJECTIVES
 from mlxtune.config.yaml_text import parse_yaml
 from mlxtune.errors import UserError
 
@@ -271,6 +272,17 @@ def test_a_recipe_is_found_by_name_and_a_file_of_any_name_by_its_path(write: Any
         with pytest.raises(UserError) as caught:
             resolve.find_config(name)
         assert caught.value.hint == f"Shipped recipes: {', '.join(resolve.recipe_names())}."
+
+
+def test_an_objective_without_a_recipe_of_its_name_is_reached_by_the_one_that_is_named() -> None:
+    others = [name for name in OBJECTIVES if name not in resolve.recipe_names()]
+    assert others == ["ipo", "apo", "simpo"]
+    for name in others:
+        with pytest.raises(UserError) as caught:
+            resolve.find_config(name)
+        words = f"-c dpo --set preference.loss={name}"
+        assert words in caught.value.hint
+        assert resolve.load("dpo", (words.rpartition(" ")[2],)).preference.loss == name
 
 
 def test_the_command_line_refuses_in_one_line_before_it_looks_at_the_model(write: Any) -> None:

@@ -20,6 +20,9 @@ import tiny
 from mlxtune.cli.init import GOALS
 from mlxtune.config import resolve
 from mlxtune.config.schema import SourceSection
+from mlxtune.data.rows import formats
+from mlxtune.data.rows.formats import Record
+from mlxtune.data.rows.sides import Side
 from mlxtune.demo.story import data_folder
 from mlxtune.errors import UserError
 from mlxtune.presets.wanted import Goal
@@ -224,8 +227,26 @@ def test_too_few_prompts_and_rows_that_cannot_be_read_are_refused(tmp_path: Path
     with pytest.raises(UserError, match="line 5: not valid JSON"):
         rows.look(SourceSection(path=str(bad)))
     pairs = [{"prompt": f"Ask {number}", "chosen": "Yes.", "rejected": "No."} for number in range(9)]
-    with pytest.raises(UserError, match="its rows are pairs of answers"):
+    with pytest.raises(UserError, match="its rows are pairs of answers") as caught:
         rows.look(SourceSection(path=str(tiny.write_jsonl(tmp_path / "pairs.jsonl", pairs))))
+    assert f"mlxtune train -c dpo --model MODEL --data {tmp_path / 'pairs.jsonl'}" in caught.value.hint
+
+
+@pytest.mark.parametrize("setting", ["preference.loss=kto", " preference.loss=dpo"])
+def test_a_project_of_preferences_is_refused_with_what_comes_first(setting: str, tmp_path: Path) -> None:
+    rated = [{"prompt": f"Ask {n}", "completion": f"Say {n}.", "label": n % 2 == 0} for n in range(10)]
+    file = tiny.write_jsonl(tmp_path / "rated.jsonl", rated)
+    done = tiny.mlxtune("init", tmp_path / "out", "--data", file, "--set", setting, "--yes")
+    tiny.one_clear_line(done, "preference.loss", "supervised tuning", "-c kto", "lora.start_from=RUN")
+    assert not (tmp_path / "out").exists()
+
+
+def test_thumbs_that_a_project_was_given_stay_thumbs(tmp_path: Path) -> None:
+    rated = [{"prompt": f"Ask {n}", "completion": f"Say {n}.", "label": n % 2 == 0} for n in range(10)]
+    look = rows.look(SourceSection(path=str(tiny.write_jsonl(tmp_path / "rated.jsonl", rated))))
+    rows.write(look, np.zeros(10, int), tmp_path / "data")
+    sides = [row.side for row in formats.read(tmp_path / "data" / "train.jsonl", {}, True) if isinstance(row, Record)]
+    assert sides == [Side.GOOD, Side.BAD] * 5
 
 
 def test_an_answer_that_was_rated_as_bad_is_no_reference(tmp_path: Path) -> None:

@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reading
 import tiny
 
 from mlxtune.config.schema import DataSection
 from mlxtune.data.chat.renderer import Renderer
 from mlxtune.data.rows import formats
+from mlxtune.data.rows.rated import RATED_BAD, UNRATED
 from mlxtune.data.survey import lint, survey
 from mlxtune.data.survey.split_survey import Finding, SplitSurvey
 
 
-def found(rows: list[dict[str, Any]], tokenizer: Any, folder: Path, **options: Any) -> dict[str, Finding]:
+def found(
+    rows: list[dict[str, Any]], tokenizer: Any, folder: Path, preferences: bool = False, **options: Any
+) -> dict[str, Finding]:
     out = SplitSurvey("train", "d.jsonl")
-    read = formats.read(tiny.write_jsonl(folder / "d.jsonl", rows))
+    read = formats.read(tiny.write_jsonl(folder / "d.jsonl", rows), {}, preferences)
     renderer = Renderer(tokenizer, DataSection(path="d.jsonl", **options))
     survey.read_split(out, read, renderer, lambda name, rows: None)
     return out.findings
@@ -105,3 +109,31 @@ def test_a_row_that_teaches_nothing_is_named_with_what_helps_it(code: str, token
     assert not {"refused", "too long", "dropped"} - {code} & findings.keys()
     fix = lint.KINDS[code].fix
     assert helps in fix and useless not in fix
+
+
+def rated(label: Any, number: int = 0) -> dict[str, Any]:
+    return {**chat(f"Which bus goes to harbour {number}?", "It is line 4, from the square."), "label": label}
+
+
+def test_answers_that_are_not_rated_good_are_no_rows_to_mend(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [rated(label, number) for number, label in enumerate((True, False, None, False))]
+    findings = found(rows, tokenizer, tmp_path)
+    assert "dropped" not in findings and "label" not in findings
+    assert (findings["rated"].rows, findings["rated"].reasons) == ([2, 4], {RATED_BAD: 2})
+    assert (findings["unrated"].rows, findings["unrated"].reasons) == ([3], {UNRATED: 1})
+    with_ratings = found(rows, tokenizer, tmp_path, preferences=True)
+    assert with_ratings["unrated"].rows == [3] and not {"rated", "dropped"} & with_ratings.keys()
+    assert "-c kto" in lint.KINDS["rated"].fix and "-c kto" in RATED_BAD
+
+
+@pytest.mark.parametrize("expand_turns", ["auto", "none"])
+def test_a_label_that_may_be_a_rating_or_a_class_is_told(expand_turns: str, tokenizer: Any, tmp_path: Path) -> None:
+    rows = [rated(label, number) for number, label in enumerate((0, "spam", "undesirable", True, 1, 2, [0]))]
+    findings = found(rows, tokenizer, tmp_path, expand_turns=expand_turns)
+    assert findings["label"].rows == [1, 3, 5] and "rated" not in findings
+    read = reading.all_of(tmp_path / "d.jsonl", tokenizer, expand_turns=expand_turns)
+    assert len(read) == 7
+    (told,) = (note for note in read.notes("train", 99) if "label" in note)
+    assert (
+        told.startswith("train: in d.jsonl, 3 x an answer whose label may be a rating or a class") and "-c kto" in told
+    )

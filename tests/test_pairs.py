@@ -295,9 +295,37 @@ def test_a_prompt_of_anthropics_form_has_an_answer_of_that_form(
     assert record.messages == [user("Human: Sky?"), answer(" Blue.")]
 
 
+@pytest.mark.parametrize(("label", "weights"), [(True, [0, 1]), (False, [0, 0]), (None, [0, 0])])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": TALK, "completion": [GOOD]},
+        {"messages": [*TALK, GOOD]},
+        {"conversations": [*TALK, GOOD]},
+        {"instruction": "Sky?", "history": [["Hi", "Hello."]], "output": "Blue."},
+    ],
+)
+def test_of_rated_answers_the_good_ones_alone_are_learned_where_no_preferences_are_asked_for(
+    row: dict[str, Any], label: bool | None, weights: list[int], tmp_path: Path
+) -> None:
+    (record,) = records(tmp_path, {**row, "label": label}, preferences=False)
+    answers = [message for message in record.messages or [] if message["role"] == "assistant"]
+    assert [message.get("weight", 1) for message in answers] == weights
+    assert bool(record.teaches_nothing) == (label is not True)
+    assert (record.side, record.may_be_rated, record.fields) == (Side.NONE, False, {"label": label})
+    # What such a reading wrote down, as init does, is rated as before.
+    (again,) = records(tmp_path, {**record.fields, "messages": record.messages})
+    assert again.side == {True: Side.GOOD, False: Side.BAD, None: Side.NONE}[label]
+    assert said(again) == (TALK, [GOOD])
+
+
 def test_labels_mean_what_they_did_where_no_preferences_are_asked_for(tmp_path: Path) -> None:
     (bad,) = records(tmp_path, {"prompt": "Sky?", "completion": "Blue.", "label": False}, preferences=False)
     assert (bad.side, bad.messages) == (Side.NONE, [user("Sky?"), {**GOOD, "weight": 0}])
+    (text,) = records(tmp_path, {"text": "Once.", "label": False}, preferences=False)
+    assert (text.text, text.teaches_nothing, text.fields) == ("Once.", "", {"label": False})
+    (text,) = records(tmp_path, {"text": "Once.", "label": 0}, preferences=False)
+    assert not text.may_be_rated
     (classed,) = records(tmp_path, {"messages": [user("Sky?"), GOOD], "label": True}, preferences=False)
     assert (classed.side, classed.fields) == (Side.NONE, {"label": True})
 

@@ -169,6 +169,22 @@ def test_the_prompt_is_shown_once_and_the_sides_are_told_apart_by_a_sign(
     assert "dropped" in lines[2] and "dropped" in lines[3]
 
 
+def test_ratings_are_shown_as_such_with_the_recipe_that_learns_from_them(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"messages": [user(f"Ask {n}"), assistant("Yes.")], "label": n == 0} for n in range(2)]
+    path = tiny.write_jsonl(tmp_path / "rated.jsonl", rows)
+    asked = ("data", "show", "--model", tokenizer_folder, "--data", path)
+    lines = [json.loads(line) for line in tiny.done(*asked, "-c", "kto", "--json").stdout.splitlines()]
+    assert [line["side"] for line in lines] == ["good", "bad"]
+    without = [json.loads(line) for line in tiny.done(*asked, "--json").stdout.splitlines()]
+    assert "ids" in without[0] and "-c kto" in without[1]["dropped"]
+    file = tmp_path / "c.yaml"
+    file.write_text(f"preference: {{loss: kto}}\ndata: {{path: {path}}}\nmodel: {{path: {tokenizer_folder}}}\n")
+    of_file = tiny.done("data", "show", "-c", file, "--json").stdout
+    assert [json.loads(line) for line in of_file.splitlines()] == lines
+
+
 # data check.
 
 

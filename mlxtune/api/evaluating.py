@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,13 @@ def evaluate(
     *,
     data: str | Path | None = None,
     split: str | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> Evaluation:
     """Score a model, and what was tuned of it, on held-out rows, as `mlxtune eval` does.
 
     model: a run, with the model that it was trained on; or an MLX folder, a 16-bit Hugging Face folder or a hub id.
     adapter: a run, or any MLX adapter folder. data: a folder, a file, or a dataset of the hub; None: the run's own.
-    split: of a folder.
+    split: of a folder. settings: keys that are stronger than the run's own ({"data.max_tokens": 512}).
 
     Raises UserError for what is missing or does not fit.
 
@@ -52,7 +54,8 @@ def evaluate(
     True
     """
     of_model, of_adapter = model_and_adapter(model, adapter)
-    rows = opened(of_model, of_adapter, None if data is None else str(data), split)
+    path = None if data is None else str(data)
+    rows = opened(of_model, of_adapter, path, split, _as_typed(settings))
     if rows.examples.kind != "supervised":
         raise UserError("these rows say which answers are preferred", "Call mlxtune.evaluate_preferences.")
     return scores_of(rows)
@@ -64,17 +67,28 @@ def evaluate_preferences(
     *,
     data: str | Path | None = None,
     split: str | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
     """Score a model, and what was tuned of it, on held-out pairs or rated answers, as `mlxtune eval --json` prints it.
 
-    The arguments are those of `evaluate`. Raises UserError for what is missing or does not fit, and for rows that are
-    answers to learn.
+    The arguments are those of `evaluate`; with the settings {"preference.loss": "kto"} labels are ratings, as they are
+    by themselves where the run learned from them. Raises UserError for what is missing or does not fit, and for rows
+    that are answers to learn.
     """
     of_model, of_adapter = model_and_adapter(model, adapter)
-    rows = opened(of_model, of_adapter, None if data is None else str(data), split)
+    path = None if data is None else str(data)
+    rows = opened(of_model, of_adapter, path, split, _as_typed(settings))
     if rows.examples.kind == "supervised":
-        raise UserError("these rows are answers to learn, none is preferred", "Call mlxtune.evaluate.")
+        raise UserError(
+            "these rows are answers to learn, none is preferred",
+            'Call mlxtune.evaluate; or, where labels rate them, give settings={"preference.loss": "kto"}.',
+        )
     return preferences_of(rows)
+
+
+def _as_typed(settings: Mapping[str, object] | None) -> tuple[str, ...]:
+    """Settings as --set has them: JSON is YAML too."""
+    return tuple(f"{key}={json.dumps(value, default=str)}" for key, value in (settings or {}).items())
 
 
 def model_and_adapter(model: Run | str | Path, adapter: Run | str | Path | None) -> tuple[str, Path | None]:

@@ -19,18 +19,28 @@ class Rendered:
     place: str  # file and line: "rows.jsonl line 3"
     text: str  # what the template printed
     ids: list[int]  # the tokens; empty where `dropped` says why
-    mask: list[bool]  # of each token, whether the model learns to produce it
+    # Of each token, whether it is of what the row teaches: the model learns to produce it. Of an answer whose side is
+    # rejected or bad it learns to produce it less.
+    mask: list[bool]
     dropped: str  # why the row gives no example; "": it does
     damage: list[str]  # what of the row the template does not print, in words
+    # What was said of its answer: "chosen" or "rejected" of a pair, which gives examples of both; "good" or "bad" of a
+    # rated answer (with preference.loss kto in the settings); "": nothing, an answer to learn.
+    side: str = ""
 
     @classmethod
     def of(cls, row: Row) -> Rendered:
         """One of the renderer's rows."""
+        from mlxtune.data.chat.by_row import side_of
+        from mlxtune.data.rows.sides import Side
+
         damage = [one.text for one in row.damage]
+        said = side_of(row)
+        side = "" if said is Side.NONE else said.word
         if row.example is None:
-            return cls(row.place, row.text, [], [], row.dropped, damage)
+            return cls(row.place, row.text, [], [], row.dropped, damage, side)
         ids = [int(token) for token in row.example.ids]
-        return cls(row.place, row.text, ids, [bool(one) for one in row.example.mask], "", damage)
+        return cls(row.place, row.text, ids, [bool(one) for one in row.example.mask], "", damage, side)
 
 
 def render(
@@ -40,7 +50,7 @@ def render(
 
     model: a folder with a tokenizer, or a hub id. data: a folder, a file, or a dataset of the hub. split: train and
     valid divide the rows of a train file as training does; None: all rows of the train files. settings: keys of the
-    section data ({"data.max_tokens": 512}).
+    section data ({"data.max_tokens": 512}), and {"preference.loss": "kto"}, with which labels are ratings.
 
     Raises UserError for what is missing or has no known format.
 

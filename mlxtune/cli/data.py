@@ -15,6 +15,9 @@ SHOWN = 5  # rows that `data show` prints for people
 
 
 model_option = click.option("--model", metavar="DIR", help=f"{common.MODEL}  [default: that of the configuration]")
+config_option = click.option(
+    "-c", "--config", "file", metavar="FILE", help="Take the data and the other keys from a configuration, or recipe."
+)
 
 
 @click.group(cls=Group)
@@ -28,6 +31,7 @@ data.add_command(curate.curate)
 @data.command()
 @model_option
 @click.option("--data", "path", metavar="PATH", help="Folder, file, or hub dataset id.")
+@config_option
 @common.split_option("Which split is shown.  [default: all rows of the train files]")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.  [default: 5, with --json all]")
 @click.option("--json", "as_json", is_flag=True, help="JSON Lines with ids and mask.")
@@ -35,6 +39,7 @@ data.add_command(curate.curate)
 def show(
     model: str | None,
     path: str | None,
+    file: str | None,
     split: str | None,
     limit: int | None,
     as_json: bool,
@@ -44,7 +49,8 @@ def show(
 
     Green (or between the marks where there is no colour) is what the model must produce; the rest is context.
     DIR may hold a tokenizer alone. A row is printed as its examples: turns that do not share one have their own. Of a
-    pair the prompt is printed once, then the chosen answer (+, green) and the rejected one (-, red).
+    pair the prompt is printed once, then the chosen answer (+, green) and the rejected one (-, red). With -c kto labels
+    are ratings, shown by the same signs.
     --split train and valid divide the rows of a train file as training does, before data.dedup, data.cap and
     data.on_damage leave any out. In a folder with mlxtune.yaml, model and data may be left out.
 
@@ -61,13 +67,18 @@ def show(
     from mlxtune.data.rows.readers import Bad
     from mlxtune.data.rows.two_sides import TwoSides, records_of, together
     from mlxtune.errors import UserError
+    from mlxtune.train import reach
 
     cache = () if split else ("data.cache",)  # only what training would hold out needs all rows
     common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.on_damage", *cache)
-    file, model = in_project.for_rows(None, model, path)
+    named = reach.keys_named(settings, {"data.path": path, "model.path": model})
+    file, model = in_project.for_rows(file, model, path)
     resolved = config.load(file, settings, {"data.path": path})
     if resolved.data.sources and len(resolved.data.sources) > 1:
         raise UserError(f"{file} names several sources", "Name the rows to show: --data PATH.")
+    if file is not None:
+        for line in reach.hub_notes(resolved, file, named):
+            common.note(line)
     renderer = renderer_of(model, resolved)
     out = common.stdout()
     with survey_table.progress(common.console()) as progress:
@@ -92,9 +103,7 @@ def show(
 @data.command(cls=Command)
 @model_option
 @click.option("--data", "path", metavar="PATH", help="Folder, file, or hub dataset id.")
-@click.option(
-    "-c", "--config", "file", metavar="FILE", help="Take data.sources and the other keys from a configuration."
-)
+@config_option
 @common.json_option
 @click.option("--strict", is_flag=True, help="Exit with 2 when there is an error among the findings.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write all of it as one HTML page too.")

@@ -102,6 +102,7 @@ def init(
 
     require_free(folder)
     own = resolve.load(None, settings)
+    _refuse_preferences(settings, data)
     backend.prepare()
     is_asked = asking.can_ask() and not yes
     console = common.console()
@@ -128,6 +129,19 @@ def _refuse_idle() -> None:
         if option.name not in ("show_presets", "as_json") and is_given(str(option.name)):
             name = option.opts[0] if isinstance(option, click.Option) else "DIR"
             raise UserError(f"{name} has no effect with --show-presets", "It prints the same for everyone.")
+
+
+def _refuse_preferences(settings: tuple[str, ...], data: str | None) -> None:
+    """Raise UserError for a key of preference tuning: a project's rows are those of supervised tuning."""
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if key.partition(".")[0] == "preference":
+            rows = data or "ROWS"
+            raise UserError(
+                f"--set {key}: init makes projects of supervised tuning, which comes first; no preferences are learned",
+                "Leave it out. Afterwards, in the project: mlxtune train -c dpo (pairs) or -c kto (rated answers) "
+                f"--model MODEL --data {rows} --set lora.start_from=RUN --out OUT (docs/preference.md).",
+            )
 
 
 def _show_presets(as_json: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mlxtune.config.preference import PreferenceSection, refuse_without_effect
+from mlxtune.config.preference import OBJECTIVES, PreferenceSection, refuse_without_effect
 from mlxtune.config.schema import (
     DataSection,
     ExportSection,
@@ -80,10 +80,10 @@ def find_config(name: str) -> Path:
         return Path(path)
     if name in recipe_names():
         return recipe_folder() / f"{name}.yaml"
-    raise UserError(
-        f"no configuration file {name!r}, and no recipe of that name",
-        f"Shipped recipes: {', '.join(recipe_names())}.",
-    )
+    hint = f"Shipped recipes: {', '.join(recipe_names())}."
+    if name in OBJECTIVES:
+        hint = f"It is an objective: take -c dpo --set preference.loss={name}. {hint}"
+    raise UserError(f"no configuration file {name!r}, and no recipe of that name", hint)
 
 
 def load(

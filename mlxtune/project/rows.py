@@ -74,7 +74,8 @@ def look(source: SourceSection) -> Given:
                 if row.side != Side.NONE:
                     raise UserError(
                         f"{source.path}: its rows are pairs of answers, and init makes projects of conversations",
-                        "Learn from them with mlxtune train --set preference.objective=dpo (docs/preference.md).",
+                        f"Learn from them with mlxtune train -c dpo --model MODEL --data {source.path} --out RUN "
+                        "(docs/preference.md).",
                     )
                 kinds.setdefault(row.format)
                 is_text = is_text or row.text is not None

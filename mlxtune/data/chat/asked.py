@@ -35,6 +35,7 @@ KINDS = {
     "context differs": "a turn whose context the template prints differently once the turn is there, trained as asked",
     "stop added": "a turn ended with the stop token that the template prints behind no last turn",
     "apart": "a turn whose first token would straddle the end of its prompt, tokenized apart from it",
+    "label": "an answer whose label may be a rating or a class, trained whatever it is: -c kto reads labels as ratings",
     "cut": "a turn that data.max_tokens cuts off, whole or its end",
 }
 

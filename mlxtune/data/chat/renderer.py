@@ -139,7 +139,7 @@ class Renderer:
             elif sheet.conversation:
                 yield from self._rows_of_turns(sheet)
             else:
-                row = Row(sheet.record, text=sheet.whole, damage=sheet.damage)
+                row = Row(sheet.record, text=sheet.whole, damage=sheet.damage, kinds=tuple(sheet.kinds))
                 yield self._cut(row, of_one_text[number].ids, of_one_text[number].mask)
 
     # What is to be trained.
@@ -155,11 +155,12 @@ class Renderer:
         if not any(message["role"] == "assistant" for message in record.messages or []):
             return _Sheet(record, dropped="no assistant turn")
         try:
-            if self.section.expand_turns == "none":
-                return self._rendered_once(record)
-            return self._asked(record)
+            sheet = self._rendered_once(record) if self.section.expand_turns == "none" else self._asked(record)
         except TemplateError as error:
             return _Sheet(record, dropped=str(error))
+        if record.may_be_rated:
+            sheet.kinds.append(("label", len(record.messages or []) - 1))
+        return sheet
 
     def _trained(self, record: Record) -> set[int]:
         """The messages that are trained: assistant turns that no switch turns off."""

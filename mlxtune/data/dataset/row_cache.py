@@ -33,7 +33,7 @@ from mlxtune.data.dataset.store import NAMES, Store, is_as_written, open_store
 from mlxtune.data.dataset.store_writing import Progress, write_store
 from mlxtune.errors import UserError
 
-VERSION = 8  # of the files made from the same data: raised when parsing, rendering or their layout changes
+VERSION = 9  # of the files made from the same data: raised when parsing, rendering or their layout changes
 KEPT_SECONDS = 30 * 24 * 3600  # how long a store that is not used stays in the cache folder
 NAME = re.compile("[0-9a-f]{32}")  # of a store in the cache folder
 OPTIONS = ("max_tokens", "train_on", "expand_turns", "template", "template_kwargs", "order")  # of data, that matter

@@ -4,7 +4,7 @@ The format of a file is shown by the columns of its first row; every other row m
 becomes a `Bad` row with its line: nothing is skipped in silence.
 
 Where preferences are asked for, a row that can be read as a pair is one, whatever else it holds, and a `label` beside a
-conversation rates its answer. Else rows that have an ordinary format are read by it, as ever.
+conversation rates its answer. Else rows that have an ordinary format are read by it, and a label is what `rated` says.
 
 To add a format:
 1. write its parser in `parsers.py`, or in `pairs.py`: a row -> the conversations or texts in it;
@@ -21,7 +21,7 @@ from typing import Any
 
 from mlxtune.data.rows import pairs, parsers
 from mlxtune.data.rows.parsers import Parsed
-from mlxtune.data.rows.rated import LABEL, rated
+from mlxtune.data.rows.rated import LABEL, as_learned, rated
 from mlxtune.data.rows.readers import Bad, Placed, kind_of, place, raw_rows
 from mlxtune.data.rows.sides import Side
 from mlxtune.data.rows.values import RowError
@@ -46,7 +46,7 @@ FORMATS = {  # tried in this order; where preferences are asked for, those of pa
     "alpaca": Format(("instruction", "output"), parsers.alpaca, ("input", "history", "response")),
     "alpaca-response": Format(("instruction", "response"), parsers.alpaca, ("input", "history")),
     "self-instruct": Format(("instruction", "instances"), parsers.self_instruct, ("history",)),
-    "prompt-completion": Format(("prompt", "completion"), parsers.prompt_completion, ("label",)),
+    "prompt-completion": Format(("prompt", "completion"), parsers.prompt_completion),
     "text": Format(("text",), parsers.plain_text),
     "pairs": Format(("prompt", *pairs.NAMES), pairs.with_prompt, of_pairs=True),
     "pairs-alpaca": Format(("instruction", *pairs.NAMES), pairs.alpaca, ("input", "history"), of_pairs=True),
@@ -79,6 +79,7 @@ class Record(Placed):
     side: Side = Side.NONE
     prompt: int = 0  # how many of the messages are those that the answer answers, where the row tells them apart
     teaches_nothing: str = ""  # why nothing can be learnt from it, though it can be read; "" for nearly all
+    may_be_rated: bool = False  # its label may be a rating or a class: nobody said that labels are ratings
 
 
 def chunks(records: Iterable[Record | Bad]) -> Iterator[list[Record | Bad]]:
@@ -153,7 +154,10 @@ def parse(
             are_rated = preferences and LABEL in row and not FORMATS[name].of_pairs
         known = FORMATS[name]
         try:
-            conversations = rated(known.parse, row) if are_rated else known.parse(row)
+            if are_rated:
+                conversations = rated(known.parse, row)
+            else:
+                conversations = known.parse(row) if known.of_pairs else as_learned(row, known.parse(row))
             for parsed in conversations:
                 _check_characters([*parsed])
         except RowError as error:
@@ -176,6 +180,7 @@ def parse(
                 side=parsed.side,
                 prompt=parsed.prompt,
                 teaches_nothing=parsed.teaches_nothing,
+                may_be_rated=parsed.may_be_rated,
             )
     if unseen and name and all_fit:
         raise UserError(f"{source}: no row has the column {', '.join(sorted(unseen))} that data.columns names")
@@ -184,15 +189,13 @@ def parse(
 
 
 def columns_read(name: str, are_rated: bool = False) -> set[str]:
-    """The columns of a format that are not the user's own. A label is one where answers are rated: the class of a text
-    is not read.
+    """The columns of a format that are not the user's own. A label is one where answers are rated; else it stays beside
+    the conversation, for it may be the class of a text.
     """
     known = FORMATS[name]
     if known.of_pairs:
         return {*COMMON, *known.required, *known.optional}
-    if are_rated or LABEL in known.optional:
-        return USED
-    return USED - {LABEL}
+    return USED | {LABEL} if are_rated else USED
 
 
 def _twice(names: list[str]) -> list[str]:

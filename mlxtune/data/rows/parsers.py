@@ -32,6 +32,7 @@ class Parsed(NamedTuple):
     side: Side = Side.NONE  # what was said of its answer
     prompt: int = 0  # how many of the messages are those that the answer answers, where the row tells them apart
     teaches_nothing: str = ""  # why nothing can be learnt from it, though it can be read; "" for nearly all
+    may_be_rated: bool = False  # its label may be a rating or a class: nobody said that labels are ratings
 
 
 def openai(row: dict[str, Any]) -> list[Parsed]:
@@ -74,9 +75,7 @@ def self_instruct(row: dict[str, Any]) -> list[Parsed]:
 def prompt_completion(row: dict[str, Any]) -> list[Parsed]:
     """{"prompt": "Hi", "completion": "Hello"}; both may be lists of messages.
 
-    Texts may have Anthropic's form, as those of pairs: "\\n\\nHuman: Hi\\n\\nAssistant:" and " Hello". With "label":
-    true (KTO) the completion alone is trained on, with false (it is bad) and null (nobody rated it) nothing is: the
-    other answers have no weight.
+    Texts may have Anthropic's form, as those of pairs: "\\n\\nHuman: Hi\\n\\nAssistant:" and " Hello".
     """
     if isinstance(row.get("prompt"), list):
         prompt, completion = checked(row["prompt"], "prompt"), checked(row.get("completion"), "completion")
@@ -88,11 +87,6 @@ def prompt_completion(row: dict[str, Any]) -> list[Parsed]:
         if not is_of_speakers:
             prompt = [{"role": "user", "content": asked}]
             completion = [{"role": "assistant", "content": answer}]
-    label = row.get("label", "none")
-    if label is True or label is False or label is None:
-        prompt = [without_weight(message) for message in prompt]
-        if not label:
-            completion = [without_weight(message) for message in completion]
     (whole,) = conversation(row, [*prompt, *completion])
     return [whole._replace(prompt=len(whole.messages or []) - len(completion))]
 

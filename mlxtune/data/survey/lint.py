@@ -137,6 +137,21 @@ KINDS = {  # by code; a row's own are told in this order
         "rows that teach nothing",
         "give them an answer to learn, or remove them",
     ),
+    "rated": Kind(
+        "warning",
+        "rows rated bad: left out, for without -c kto good answers alone are learned",
+        "train with -c kto, which learns from both ratings, or leave it at that",
+    ),
+    "unrated": Kind(
+        "warning",
+        "rows that nobody rated, with null as their label: left out",
+        "rate them (of a chat's log: mlxtune rate), or remove the label of rows that are to be learned",
+    ),
+    "label": Kind(
+        "warning",
+        "rows with a label that may be a rating or a class (0, 1, a word): learned whatever it is",
+        "-c kto if it rates the answer: else bad answers are learned too",
+    ),
     "damaged": Kind(
         "error",
         "rows of which the chat template drops something",

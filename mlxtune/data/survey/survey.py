@@ -25,6 +25,7 @@ from mlxtune.data.dataset import duplicates, holdout, sources
 from mlxtune.data.dataset.beginnings import common
 from mlxtune.data.dataset.store_writing import Progress
 from mlxtune.data.rows.formats import Record, chunks
+from mlxtune.data.rows.rated import RATED_BAD, UNRATED
 from mlxtune.data.rows.readers import Bad
 from mlxtune.data.rows.two_sides import TwoSides, records_of, together
 from mlxtune.data.survey import consistency, lint, report, sampling, subjects
@@ -150,6 +151,8 @@ def _count(out: SplitSurvey, row: Record | TwoSides) -> None:
     made = record.fields.get("made")
     if isinstance(made, dict):
         out.made[str(made.get("how") or "not said")] += 1
+    if record.may_be_rated:
+        out.find("label", name)
     for code in lint.codes_of_pair(row) if isinstance(row, TwoSides) else lint.codes(row):
         out.find(code, name)
         out.talks["refusal"] += code == "refusal"
@@ -240,7 +243,9 @@ def _count_part(out: SplitSurvey, part: Row, limit: int, gives_examples: bool) -
     for damage in part.damage:
         out.find("damaged", name, damage.text)
     if part.example is None:
-        code = "refused" if part.dropped.startswith("the chat template") else "dropped"
+        code = {RATED_BAD: "rated", UNRATED: "unrated"}.get(part.dropped, "dropped")
+        if part.dropped.startswith("the chat template"):
+            code = "refused"
         out.find(code, name, part.dropped)
         return f"dropped: {part.dropped}"
     length = len(part.example.ids)
