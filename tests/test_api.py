@@ -17,7 +17,8 @@ import pytest
 import tiny
 
 import mlxtune
-from mlxtune.api import evaluating, exporting, rendering, tuning
+from mlxtune.api import arguments, evaluating, exporting, rendering, tuning
+from mlxtune.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -65,6 +66,15 @@ def test_a_run_from_python_is_the_commands_to_the_bit_and_so_are_its_scores(plac
     assert client.exported(run, tmp_path / "peft") == "peft"
     shown = tiny.done("data", "show", *words, "--json").stdout.splitlines()
     assert client.learned(place / "model", place / "data") == [sum(json.loads(line)["mask"]) for line in shown]
+    for named in (str(run.folder), run.folder, run):
+        assert evaluating.model_and_adapter(named, None) == (run.model, run.folder)
+        rendered = list(mlxtune.render(named, place / "data"))
+        assert [sum(row.mask) for row in rendered] == client.learned(place / "model", place / "data")
+    assert all(row.dropped for row in mlxtune.render(run, place / "data", settings={"data.max_tokens": 8}))
+    with pytest.raises(mlxtune.UserError, match="In Python: out= for --out; force=True for --force"):
+        client.tuned(place / "model", place / "data", run.folder)
+    again = {"model.path": place / "model", "data.path": place / "data", "train.steps": 2}
+    assert mlxtune.tune("quick", again, out=run.folder, force=True).step == 2
 
 
 def test_a_configuration_may_be_a_mapping_a_file_or_a_config_and_settings_beat_it(tmp_path: Path) -> None:
@@ -111,6 +121,15 @@ def test_sides_are_told_apart_and_settings_say_how_rows_are_read(place: Path, tm
         (lambda: mlxtune.evaluate("nowhere"), "no rows to score"),
         (lambda: mlxtune.export("m", to="onnx", out="x"), "no form of export"),  # type: ignore[arg-type]
         (lambda: mlxtune.export("m", to="peft", out="x", ollama=True), "ollama has no effect"),
+        (lambda: mlxtune.export("m", to="hf", out="x", dtype="float99"), "dtype='float99' is not known"),
+        (lambda: mlxtune.export(None, to="hf", out="x"), "model: expected a run"),  # type: ignore[arg-type]
+        (lambda: mlxtune.tune(None), "config: expected a file"),  # type: ignore[arg-type]
+        (lambda: mlxtune.tune({}, [1]), "settings: expected dotted keys"),  # type: ignore[arg-type]
+        (lambda: mlxtune.tune({"model": {"path": "m"}}, force=True), "force has no effect without out"),
+        (lambda: mlxtune.tune({"model": {"path": "m"}}, out="r", force=True, resume=True), "Leave out one"),
+        (lambda: mlxtune.evaluate(3), "model: expected a run"),  # type: ignore[arg-type]
+        (lambda: mlxtune.evaluate("nowhere"), "In Python: data= for --data; adapter= for --adapter"),
+        (lambda: list(mlxtune.render(None, "rows.jsonl")), "model: expected a run"),  # type: ignore[arg-type]
         (lambda: mlxtune.Run.open("nowhere"), "is no run"),
         (lambda: list(mlxtune.render("m", "nowhere.jsonl")), "nowhere.jsonl"),
     ],
@@ -118,6 +137,35 @@ def test_sides_are_told_apart_and_settings_say_how_rows_are_read(place: Path, tm
 def test_what_a_command_refuses_the_function_refuses(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(mlxtune.UserError, match=words):
         call()
+
+
+@pytest.mark.parametrize("split", ["tst", "", "training"])
+def test_a_split_that_is_none_is_refused_and_those_there_are_are_named(place: Path, split: str) -> None:
+    with pytest.raises(mlxtune.UserError, match=f"no split '{split}'") as refused:
+        next(mlxtune.render(place / "model", place / "data", split=split))
+    assert "train, valid" in refused.value.hint
+
+
+def test_every_option_that_has_a_name_in_python_is_one_of_a_command_and_of_the_function() -> None:
+    """A name like "out=" is an argument of the function, its option one of the command that does the same."""
+    tables = {
+        ("train", tuning.tune): arguments.TUNING,
+        ("eval", evaluating.evaluate): arguments.SCORING,
+        ("export", exporting.export): arguments.EXPORTING,
+    }
+    for (command, function), table in tables.items():
+        options = {word for param in cli.commands[command].params for word in param.opts}
+        assert table.keys() <= options, command
+        for here in table.values():
+            name, equals, _ = here.partition("=")
+            assert name in inspect.signature(function).parameters or not equals, here
+
+
+def test_paths_are_taken_wherever_a_setting_is_a_text() -> None:
+    tree = {"data": {"sources": [{"path": Path("a")}, {"path": "b"}]}, "model": {"path": Path("m")}}
+    found = tuning._resolved(tree, {"lora.start_from": Path("adapter")})
+    assert [source.path for source in found.data.sources or ()] == ["a", "b"]
+    assert (found.model.path, found.lora.start_from) == ("m", "adapter")
 
 
 def test_importing_the_package_loads_nothing_and_every_name_is_found_once_it_is_asked_for() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxtune.api import tuned
+from mlxtune.api.arguments import SCORING, in_python
 from mlxtune.api.tuned import Note, to_nobody
 from mlxtune.errors import UserError
 
@@ -43,9 +44,9 @@ def evaluate(
 ) -> Evaluation:
     """Score a model, and what was tuned of it, on held-out rows, as `mlxtune eval` does.
 
-    model: a run, with the model that it was trained on; or an MLX folder, a 16-bit Hugging Face folder or a hub id.
-    adapter: a run, or any MLX adapter folder. data: a folder, a file, or a dataset of the hub; None: the run's own.
-    split: of a folder. settings: keys that are stronger than the run's own ({"data.max_tokens": 512}).
+    model: a run or its folder, with the model that it was trained on; or an MLX folder, a 16-bit Hugging Face folder or
+    a hub id. adapter: a run, or any MLX adapter folder. data: a folder, a file, or a dataset of the hub; None: the
+    run's own. split: of a folder. settings: keys that are stronger than the run's own ({"data.max_tokens": 512}).
 
     Raises UserError for what is missing or does not fit.
 
@@ -53,12 +54,13 @@ def evaluate(
     >>> scores.tuned.tokens == scores.base.tokens
     True
     """
-    of_model, of_adapter = model_and_adapter(model, adapter)
-    path = None if data is None else str(data)
-    rows = opened(of_model, of_adapter, path, split, _as_typed(settings))
-    if rows.examples.kind != "supervised":
-        raise UserError("these rows say which answers are preferred", "Call mlxtune.evaluate_preferences.")
-    return scores_of(rows)
+    with in_python(SCORING):
+        of_model, of_adapter = model_and_adapter(model, adapter)
+        path = None if data is None else str(data)
+        rows = opened(of_model, of_adapter, path, split, _as_typed(settings))
+        if rows.examples.kind != "supervised":
+            raise UserError("these rows say which answers are preferred", "Call mlxtune.evaluate_preferences.")
+        return scores_of(rows)
 
 
 def evaluate_preferences(
@@ -75,9 +77,10 @@ def evaluate_preferences(
     by themselves where the run learned from them. Raises UserError for what is missing or does not fit, and for rows
     that are answers to learn.
     """
-    of_model, of_adapter = model_and_adapter(model, adapter)
-    path = None if data is None else str(data)
-    rows = opened(of_model, of_adapter, path, split, _as_typed(settings))
+    with in_python(SCORING):
+        of_model, of_adapter = model_and_adapter(model, adapter)
+        path = None if data is None else str(data)
+        rows = opened(of_model, of_adapter, path, split, _as_typed(settings))
     if rows.examples.kind == "supervised":
         raise UserError(
             "these rows are answers to learn, none is preferred",
@@ -92,13 +95,9 @@ def _as_typed(settings: Mapping[str, object] | None) -> tuple[str, ...]:
 
 
 def model_and_adapter(model: Run | str | Path, adapter: Run | str | Path | None) -> tuple[str, Path | None]:
-    """(The model, the adapter's folder) of what a caller names."""
-    folder = None
-    if adapter is not None:
-        folder = adapter if isinstance(adapter, str | Path) else adapter.folder
-    if isinstance(model, str | Path):
-        return str(model), None if folder is None else Path(folder)
-    return model.model, Path(folder) if folder is not None else model.folder
+    """(The model, the adapter's folder) of what a caller names: of a run, or of a run's folder, both are its own."""
+    named, run = tuned.model_and_run(model)
+    return named, run if adapter is None else tuned.folder_of(adapter)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mlxtune.api import tuned
+from mlxtune.api.arguments import EXPORTING, in_python
 from mlxtune.api.evaluating import model_and_adapter
 from mlxtune.api.tuned import Note, to_nobody
 from mlxtune.errors import UserError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Form = Literal["peft", "hf", "gguf", "gguf-lora"]
 FORMS: tuple[Form, ...] = get_args(Form)
+DTYPES = ("float16", "bfloat16", "float32")  # how the weights of "hf" may be stored
 
 
 def export(
@@ -51,9 +53,10 @@ def export(
     >>> shipped.what
     'peft'
     """
-    of_model, of_adapter = model_and_adapter(model, adapter)
     if to not in FORMS:
         raise UserError(f"to={to!r} is no form of export", f"There are: {', '.join(FORMS)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is not known", f"There are: {', '.join(DTYPES)}.")
     for name, given, fitting in (("dtype", dtype, ("hf",)), ("type", type, ("gguf",)), ("ollama", ollama, FORMS[2:])):
         if given and to not in fitting:
             raise UserError(f"{name} has no effect with to={to!r}", f"It is for: {', '.join(fitting)}.")
@@ -61,8 +64,10 @@ def export(
 
     folder = None if base is None else Path(base)
     rows = None if data is None else str(data)
-    asked = request(of_model, of_adapter, rows, not verify, base_name, out=Path(out), base=folder, force=force)
-    return ship(asked, artefact(to, dtype, type, ollama))
+    with in_python(EXPORTING):
+        of_model, of_adapter = model_and_adapter(model, adapter)
+        asked = request(of_model, of_adapter, rows, not verify, base_name, out=Path(out), base=folder, force=force)
+        return ship(asked, artefact(to, dtype, type, ollama))
 
 
 def artefact(target: Form, dtype: str | None, kind: str | None, ollama: bool) -> Artefact:

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxtune.api import tuned
+from mlxtune.api.arguments import RENDERING, in_python
+
 if TYPE_CHECKING:
+    from mlxtune.api.tuning import Run
     from mlxtune.config.resolve import Config
     from mlxtune.data.chat.renderer import Renderer, Row
 
@@ -44,13 +48,18 @@ class Rendered:
 
 
 def render(
-    model: str | Path, data: str | Path, *, split: str | None = None, settings: Mapping[str, object] | None = None
+    model: Run | str | Path,
+    data: str | Path,
+    *,
+    split: str | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> Iterator[Rendered]:
     """Rows rendered by the model's chat template, as `mlxtune data show` does: a row may give several examples.
 
-    model: a folder with a tokenizer, or a hub id. data: a folder, a file, or a dataset of the hub. split: train and
-    valid divide the rows of a train file as training does; None: all rows of the train files. settings: keys of the
-    section data ({"data.max_tokens": 512}), and {"preference.loss": "kto"}, with which labels are ratings.
+    model: a folder with a tokenizer, or a hub id; or a run or its folder, whose model and settings are taken. data: a
+    folder, a file, or a dataset of the hub. split: train and valid divide the rows of a train file as training does;
+    None: all rows of the train files. settings: keys of the section data ({"data.max_tokens": 512}), and
+    {"preference.loss": "kto"}, with which labels are ratings.
 
     Raises UserError for what is missing or has no known format.
 
@@ -63,11 +72,15 @@ def render(
     from mlxtune.data.dataset import holdout
     from mlxtune.data.rows.readers import Bad
     from mlxtune.data.rows.two_sides import records_of, together
+    from mlxtune.train.run_folder import RunFolder
 
-    config = resolve.load(None, (), {"data.path": str(data), **(settings or {})})
-    renderer = renderer_of(str(model), config)
-    preferences = bool(config.preference.loss)
-    rows = holdout.rows_of_split(config.data, config.train.seed, split, renderer, _to_nobody, preferences)
+    flags = {"data.path": str(data), **(settings or {})}
+    with in_python(RENDERING):
+        named, run = tuned.model_and_run(model)
+        config = resolve.load(None, (), flags) if run is None else RunFolder(run).config(None, (), flags)
+        renderer = renderer_of(named, config)
+        preferences = bool(config.preference.loss)
+        rows = holdout.rows_of_split(config.data, config.train.seed, split, renderer, _to_nobody, preferences)
     for one in together(rows):
         records = [one] if isinstance(one, Bad) else records_of(one)
         for parts in by_row(renderer.stream(records)):

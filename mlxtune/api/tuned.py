@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlxtune.errors import UserError
 
 if TYPE_CHECKING:
+    from mlxtune.api.tuning import Run
     from mlxtune.config.resolve import Config
     from mlxtune.data.dataset.examples import Examples
     from mlxtune.model.load import Loaded
@@ -18,6 +19,31 @@ Note = Callable[[str], None]  # hears what a person must know beside the result
 
 def to_nobody(text: str) -> None:
     """For whoever wants no notes."""
+
+
+def folder_of(given: Run | str | Path, what: str = "adapter") -> Path:
+    """Where a run, or an adapter, is. what: the argument, for the message. Raises UserError for what is neither."""
+    if isinstance(given, str | Path):
+        return Path(given)
+    folder = getattr(given, "folder", None)
+    if isinstance(folder, Path):
+        return folder
+    raise UserError(f"{what}: expected a run, a folder or a name, got {given!r}", "Name one, as a text or a Path.")
+
+
+def model_and_run(given: Run | str | Path) -> tuple[str, Path | None]:
+    """(The model that a caller names; the run's folder where it was named by its run, or by that folder)."""
+    from mlxtune.train.run_folder import RunFolder
+
+    if not isinstance(given, str | Path):
+        folder = folder_of(given, "model")
+        return given.model, folder
+    folder = Path(given).expanduser()
+    is_model = (folder / "config.json").is_file()
+    run = RunFolder(folder)
+    if is_model or not run.is_run():
+        return str(given), None
+    return run.config().model.path, folder
 
 
 def run_settings(adapter: Path | None, data: str | None, settings: tuple[str, ...] = ()) -> Config:

@@ -26,8 +26,9 @@ from click.shell_completion import (
 
 from mlxtune.cli.completion import VARIABLE
 
-# What options and arguments that take a file, a folder or a name of the hub call their value.
-FILES = ("DIR", "PATH", "FILE", "RUN", "SOURCE", "SRC", "OTHER", "JUDGE", "DATA", "[FILE]", "SUITE")
+# What options and arguments call their value where it is certain to be no file. Every other text may name one: a model,
+# an engine and a judge are names as well as folders, and a file that is offered in vain does no harm.
+NO_FILES = ("CHECK=X", "NAME", "NAME[,NAME]", "OWNER/NAME", "TEXT", "[TEXT]", "TYPE", "USER/REPO")
 Item = CompletionItem[str]
 
 
@@ -150,5 +151,5 @@ def prepare(command: click.Command) -> None:
             param.type = RecipeText()
         elif param.name == "key":
             param.type = KeyText()
-        elif (param.metavar or param.human_readable_name.upper()) in FILES:
+        elif (param.metavar or param.human_readable_name.upper()) not in NO_FILES:
             param.type = FileText()

@@ -165,7 +165,7 @@ def _for(*targets: str) -> Need:
 @out_option("PATH", "The export: a folder, or for GGUF a .gguf file.", required=False)
 @click.option(
     "--dtype",
-    type=click.Choice(["float16", "bfloat16", "float32"]),
+    type=click.Choice(exporting.DTYPES),
     cls=OptionFor,
     needs=_for("hf"),
     help="hf: how weights are stored.  [default: the model's]",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -109,7 +109,7 @@ def load(
         lines.setdefault(key.partition(".")[0], f"--set {setting}")
     for key, value in (flags or {}).items():
         if value is not None:
-            given[key] = value
+            given[key] = _plain(value)
             lines.pop(key, None)
     for key, value in given.items():
         _put(tree, key, value)
@@ -172,6 +172,17 @@ def _unkept(value: Any, depth: int = 0) -> str:
     if value is None or isinstance(value, str | int | float):
         return ""
     return f"a value of the type {type(value).__name__}"
+
+
+def _plain(value: Any) -> Any:
+    """A value as a file could hold it: paths, wherever they stand in it, are texts."""
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return value
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

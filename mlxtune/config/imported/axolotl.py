@@ -13,6 +13,7 @@ Axolotl leaves an adapter's scale at lora_alpha / lora_r, as PEFT does: lora.alp
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from fnmatch import fnmatchcase
@@ -27,6 +28,16 @@ TRAINED = {"embed_tokens": "embeddings", "lm_head": "head"}  # of lora_modules_t
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
 HELD_LOSSES = ("dpo", "ipo", "simpo", "orpo", "kto")  # of rl: training on preferences without generating
 BETA = 0.1  # of TRL's DPO, KTO, ORPO and CPO where a file says nothing
+# Keys of preference tuning -> (the objectives that heed it, our key, TRL's value where an objective's own differs from
+# ours and a file says nothing). TRL's trainer of SimPO adds cpo_alpha x the chosen answer's own loss.
+HEEDED: dict[str, tuple[tuple[str, ...], str, float | None]] = {
+    "dpo_label_smoothing": (("dpo",), "preference.label_smoothing", None),
+    "rpo_alpha": (("dpo", "ipo"), "preference.sft", None),
+    "simpo_gamma": (("simpo",), "preference.gamma", 0.5),
+    "cpo_alpha": (("simpo",), "preference.sft", 1.0),
+    "kto_desirable_weight": (("kto",), "preference.good_weight", None),
+    "kto_undesirable_weight": (("kto",), "preference.bad_weight", None),
+}
 CLIP = 1.0  # max_grad_norm where a file says nothing, as transformers has it
 
 
@@ -52,6 +63,7 @@ def _objective(given: Given, made: Translation) -> None:
         if given.truth(name):
             raise UserError(f"{given.source}: {name}: mlxtune trains no reward models", "It tunes models that answer.")
     if not objective:
+        _leave_out_idle(given, made, "without rl Axolotl does not heed it")
         return
     if objective not in HELD_LOSSES:
         raise UserError(
@@ -59,18 +71,48 @@ def _objective(given: Given, made: Translation) -> None:
             f"Of rl it has {', '.join(HELD_LOSSES)}.",
         )
     made.set("preference.loss", objective, "rl")
-    by_alpha = given.number("orpo_alpha", BETA)
-    beta = given.number("rl_beta", by_alpha)
-    named = next((name for name in ("rl_beta", "orpo_alpha") if given.has(name)), "no rl_beta: TRL's default")
+    _beta(given, made)
+    for name, (objectives, key, default) in HEEDED.items():
+        if objective not in objectives:
+            continue
+        value = given.number(name, 0.0 if default is None else default)
+        if given.has(name):
+            made.set(key, value, name)
+        elif default is not None:
+            made.set(key, value, f"no {name}: TRL's default")
+    _leave_out_idle(given, made, f"rl {objective} does not heed it in Axolotl")
+
+
+def _beta(given: Given, made: Translation) -> None:
+    """preference.beta, of the first of these that the file says, as Axolotl's builder of trainers takes it."""
+    trainer = given.table("trl")
+    beta, named = BETA, "no rl_beta: TRL's default"
+    if trainer is not None and trainer.has("beta"):
+        beta, named = trainer.number("beta", BETA), "trl.beta"
+    elif given.has("rl_beta") or given.has("dpo_beta"):
+        named = "rl_beta" if given.has("rl_beta") else "dpo_beta"
+        beta = given.number(named, BETA)
+    elif given.has("orpo_alpha"):
+        beta, named = given.number("orpo_alpha", BETA), "orpo_alpha"
     made.set("preference.beta", beta, named)
-    if given.has("dpo_label_smoothing"):
-        made.set("preference.label_smoothing", given.number("dpo_label_smoothing", 0.0), "dpo_label_smoothing")
-    if given.has("simpo_gamma"):
-        made.set("preference.gamma", given.number("simpo_gamma", 0.0), "simpo_gamma")
-    if given.has("kto_desirable_weight"):
-        made.set("preference.good_weight", given.number("kto_desirable_weight", 1.0), "kto_desirable_weight")
-    if given.has("kto_undesirable_weight"):
-        made.set("preference.bad_weight", given.number("kto_undesirable_weight", 1.0), "kto_undesirable_weight")
+    for name in trainer.left() if trainer is not None else ():
+        made.leave_out(f"trl.{name}", "it is about TRL's trainers; see the section preference")
+    for name in ("rl_beta", "dpo_beta", "orpo_alpha"):
+        value = given.number(name, beta)
+        if value != beta:
+            made.leave_out(
+                name,
+                f"{value:g}: Axolotl takes {named} before it (up to its release 0.8 orpo_alpha came first: look at "
+                "preference.beta)",
+            )
+
+
+def _leave_out_idle(given: Given, made: Translation, why: str) -> None:
+    """Name the keys of preference tuning that were not asked for."""
+    for name in given.left():
+        if name in HEEDED or name in ("trl", "rl_beta", "dpo_beta", "orpo_alpha"):
+            given.value(name)
+            made.leave_out(name, why)
 
 
 def _model(given: Given, made: Translation) -> None:
@@ -104,12 +146,7 @@ def _adapter(given: Given, made: Translation) -> None:
     if len(variants) > 1:
         made.change("peft_use_dora and peft_use_rslora: mlxtune has one of them at a time; DoRA is taken")
     _targets(given, made)
-    ranks = given.value("lora_rank_pattern") or {}
-    plain = {name: rank for name, rank in ranks.items() if re.fullmatch(r"[\w.]+", str(name))}
-    if plain:
-        made.set("lora.ranks", plain, "lora_rank_pattern")
-    for name in ranks.keys() - plain.keys():
-        made.leave_out("lora_rank_pattern", f"{name}: mlxtune names layers, and knows no patterns")
+    _ranks(given, made)
     saved = given.texts("lora_modules_to_save")
     if saved:
         made.set("lora.train_also", [TRAINED.get(name, name) for name in saved], "lora_modules_to_save")
@@ -118,6 +155,20 @@ def _adapter(given: Given, made: Translation) -> None:
     if start := given.text("lora_model_dir"):
         made.set("lora.start_from", start, "lora_model_dir")
         made.change("lora_model_dir: an adapter of PEFT is brought over first, by mlxtune convert")
+
+
+def _ranks(given: Given, made: Translation) -> None:
+    """Ranks of single layers."""
+    pattern = given.table("lora_rank_pattern")
+    ranks: dict[str, int] = {}
+    for name in pattern.tree if pattern is not None else ():
+        assert pattern is not None
+        if re.fullmatch(r"[\w.]+", name):
+            ranks[name] = pattern.whole(name, 0)
+        else:
+            made.leave_out("lora_rank_pattern", f"{name}: mlxtune names layers, and knows no patterns")
+    if ranks:
+        made.set("lora.ranks", ranks, "lora_rank_pattern")
 
 
 def _targets(given: Given, made: Translation) -> None:
@@ -139,8 +190,8 @@ def _targets(given: Given, made: Translation) -> None:
 
 def _length(given: Given, made: Translation) -> None:
     """How many steps, and how large."""
-    rows = given.whole("micro_batch_size", 1)
-    batches = given.whole("gradient_accumulation_steps", 1)
+    rows = given.whole("micro_batch_size", 1, least=1)
+    batches = given.whole("gradient_accumulation_steps", 1, least=1)
     total = given.whole("batch_size", 0)
     if total and not given.has("gradient_accumulation_steps"):
         batches = max(1, total // rows)
@@ -155,7 +206,7 @@ def _length(given: Given, made: Translation) -> None:
         made.set("train.batch_rows", rows, "micro_batch_size")
     made.set("train.accumulate", batches, "gradient_accumulation_steps; several GPUs made a step as many times larger")
     steps = given.whole("max_steps", 0)
-    epochs = given.number("num_epochs", 1.0)
+    epochs = given.number("num_epochs", 1.0, above=0)
     if steps > 0:
         made.set("train.steps", steps, "max_steps, which comes before num_epochs")
     else:
@@ -172,9 +223,14 @@ def _optimizer(given: Given, made: Translation) -> None:
             rate = float(rate)
         except ValueError:
             raise given.wrong("learning_rate", "a number") from None
+        if not math.isfinite(rate):
+            raise given.wrong("learning_rate", "a number")
         made.set("train.lr", rate, "learning_rate")
     elif rate is None:
-        raise UserError(f"{given.source}: no learning_rate, without which Axolotl refuses a file")
+        raise UserError(
+            f"{given.source}: no learning_rate, without which Axolotl refuses a file",
+            "Add it there, and import the file again.",
+        )
     else:
         made.set("train.lr", given.number("learning_rate", 0.0), "learning_rate")
     name = given.text("optimizer", "adamw_torch_fused")
@@ -198,6 +254,8 @@ def _optimizer(given: Given, made: Translation) -> None:
 def _warmup(given: Given, made: Translation) -> None:
     if given.has("warmup_steps"):
         made.set("train.warmup_steps", given.whole("warmup_steps", 0), "warmup_steps")
+        if given.value("warmup_ratio") is not None:
+            made.leave_out("warmup_ratio", "Axolotl takes warmup_steps before it")
         return
     share = given.number("warmup_ratio", 0.03)
     what = f"warmup_ratio {share:g}" if given.has("warmup_ratio") else "no warmup: Axolotl takes 3% of the steps"
@@ -229,14 +287,13 @@ def _between(given: Given, made: Translation) -> None:
 
 def _every(given: Given, made: Translation, verb: str, key: str) -> None:
     """{verb}_steps, {verb}s_per_epoch and {verb}_strategy. verb: eval or save."""
-    strategy = given.text(f"{verb}_strategy") or given.text(
-        "evaluation_strategy" if verb == "eval" else "save_strategy"
-    )
+    older = given.text("evaluation_strategy") if verb == "eval" else ""  # as it was called once
+    strategy = given.text(f"{verb}_strategy") or older
     steps = given.number(f"{verb}_steps", 0.0)
     per_epoch = given.number(f"{verb}s_per_epoch", 0.0)
     total = given.whole("max_steps", 0)
     if per_epoch:
-        steps = 1.0 / (per_epoch * given.number("num_epochs", 1.0))
+        steps = 1.0 / (per_epoch * given.number("num_epochs", 1.0, above=0))
     if strategy == "no":
         made.set(key, 0, f"{verb}_strategy no")
     elif steps >= 1:

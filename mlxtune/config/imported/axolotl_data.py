@@ -150,6 +150,7 @@ def _learned(one: Given, made: Translation) -> None:
 
 def _template(given: Given, sets: list[Given], made: Translation) -> None:
     """chat_template, and the type alpaca, which is a template of its own."""
+    options = given.value("chat_template_kwargs")
     kinds = [one.value("type") for one in sets]
     of_alpaca = [kind for kind in kinds if kind in ("alpaca", "alpaca:instruct")]
     chosen, text = given.text("chat_template"), given.text("chat_template_jinja")
@@ -159,6 +160,8 @@ def _template(given: Given, sets: list[Given], made: Translation) -> None:
         )
         if chosen:
             made.leave_out("chat_template", "Axolotl does not use it for rows of type alpaca")
+        if options:
+            made.leave_out("chat_template_kwargs", "Axolotl does not use it for rows of type alpaca")
         return
     if of_alpaca:
         made.change("datasets of type alpaca are printed by the run's one template, as the other sets are")
@@ -182,7 +185,6 @@ def _template(given: Given, sets: list[Given], made: Translation) -> None:
         made.leave_out("chat_template_jinja", "write it into a file, and name that: data.template")
     elif chosen and not chosen.startswith("tokenizer_default"):
         made.change(f"chat_template {chosen}: the model's own template is used; look with mlxtune data show")
-    options = given.value("chat_template_kwargs")
     if options:
         made.set("data.template_kwargs", options, "chat_template_kwargs")
 
@@ -196,6 +198,5 @@ def _held_out(given: Given, made: Translation) -> None:
     elif share >= 1:
         made.change(f"val_set_size {share:g} rows: mlxtune holds a share out, data.valid_fraction")
     else:
-        made.change(
-            "no val_set_size: mlxtune holds data.valid_fraction of the rows out; a valid.jsonl takes their place"
-        )
+        said = "val_set_size 0" if given.has("val_set_size") else "no val_set_size"
+        made.change(f"{said}: mlxtune holds data.valid_fraction of the rows out; a valid.jsonl takes their place")

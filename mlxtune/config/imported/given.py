@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mlxtune.config.yaml_text import Document
@@ -9,6 +10,7 @@ from mlxtune.errors import UserError
 
 # Words that these programs' readers, of YAML 1.1, take for a truth value.
 TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
+WIDEST = 1 << 63  # whole numbers are smaller, as those of our own files are
 
 
 class Given:
@@ -42,20 +44,28 @@ class Given:
             raise self.wrong(name, "a text")
         return value
 
-    def whole(self, name: str, default: int) -> int:
+    def whole(self, name: str, default: int, least: int | None = None) -> int:
+        """A whole number; 16.0 is one, as both programs have it. least: the smallest that makes sense."""
         value = self.value(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.wrong(name, "a whole number")
+        wanted = "a whole number" if least is None else f"a whole number of at least {least}"
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= WIDEST:
+            raise self.wrong(name, wanted)
+        if least is not None and value < least:
+            raise self.wrong(name, wanted)
         return value
 
-    def number(self, name: str, default: float) -> float:
+    def number(self, name: str, default: float, above: float | None = None) -> float:
+        """A finite number. above: what it is larger than."""
         value = self.value(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.wrong(name, "a number")
+        wanted = "a number" if above is None else f"a number above {above:g}"
+        if not _is_number(value) or (above is not None and value <= above):
+            raise self.wrong(name, wanted)
         return float(value)
 
     def truth(self, name: str, default: bool = False) -> bool:
@@ -115,11 +125,17 @@ class Given:
         """The error for a value of another kind than is wanted."""
         line = self.document.lines.get(self._where(name))
         where = f"{self.source} line {line}" if line else self.source
-        return UserError(f"{where}: {self._where(name)}: expected {wanted}, got {self.tree.get(name)!r}")
+        return UserError(
+            f"{where}: {self._where(name)}: expected {wanted}, got {self.tree.get(name)!r}",
+            "Correct it there, and import the file again.",
+        )
 
     def _where(self, name: str) -> str:
         return f"{self.place}.{name}" if self.place else name
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether something is a finite number: of others no setting can be made."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < WIDEST if isinstance(value, int) else math.isfinite(value)

@@ -285,6 +285,8 @@ def _schedule(given: Given, made: Translation) -> None:
     made.set("train.warmup_steps", schedule.whole("warmup", 0), "lr_schedule.warmup")
     if schedule.number("warmup_init", 0.0):
         made.leave_out("lr_schedule.warmup_init", "mlxtune's warmup climbs from zero")
+    for setting in schedule.left():
+        made.leave_out(f"lr_schedule.{setting}", "mlx-lm does not read it")
     kinds = {"cosine_decay": "cosine", "linear_schedule": "linear"}
     if name not in kinds:
         made.set("train.schedule", "cosine", f"lr_schedule {name}")

@@ -27,7 +27,7 @@ from mlxtune.data.dataset.sources import Source, files_by_split
 from mlxtune.data.dataset.store_writing import Progress
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.readers import Bad
-from mlxtune.errors import UserError
+from mlxtune.errors import UserError, did_you_mean
 from mlxtune.splitmix import GOLDEN, scrambled
 
 
@@ -96,8 +96,9 @@ def rows_of_split(
         return _all_rows(found["train"])
     if split in found and (split != "train" or "valid" in found):
         return _all_rows(found[split])
-    if split == "test":
-        raise UserError(f"{source.path} has no test split", f"It has: {', '.join(dict.fromkeys([*found, 'valid']))}.")
+    if split not in ("train", "valid"):
+        there_are = dict.fromkeys([*found, "valid"])
+        raise UserError(f"{source.path} has no split {split!r}", did_you_mean(split, there_are, "It has"))
     hashes = np.concatenate([_usable_hashes(file, renderer, progress) for file in found["train"]])
     highest = limit(hashes, section.valid_fraction, seed)
     return _one_side(_all_rows(found["train"]), highest, seed, held_out=split == "valid")
