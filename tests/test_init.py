@@ -244,6 +244,36 @@ def test_an_answer_that_was_rated_as_bad_is_no_reference(tmp_path: Path) -> None
     }
 
 
+@pytest.mark.parametrize(
+    ("damaged", "settings", "said"),
+    [
+        (None, (), ("none of 16 train rows can be used: dropped: no assistant turn (16)", "mlxtune data show")),
+        (20, (), ("damages 16 of 16 train rows", "data.on_damage=keep")),
+        (5, (), ("train rows, and train stops at them", "data.on_damage=drop")),
+        (20, ("--set", "data.on_damage=drop"), ("none of 16 train rows can be used: damaged by the chat template",)),
+        (20, ("--set", "data.on_damage=keep"), ()),
+        (5, ("--set", "data.on_damage=drop"), ()),
+    ],
+)
+def test_rows_that_train_stops_at_make_no_project(
+    damaged: int | None, settings: tuple[str, ...], said: tuple[str, ...], mlx_model: Path, tmp_path: Path
+) -> None:
+    rows = tiny.conversations(20)
+    for row in rows[:damaged] if damaged else rows:
+        if damaged is None:
+            row["messages"].pop()
+        else:
+            row["tools"] = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
+    words = ("init", tmp_path / "out", "--data", file, "--model", mlx_model, "--yes", *FEW, *settings)
+    if said:
+        tiny.one_clear_line(tiny.mlxtune(*words), *said)
+        assert not (tmp_path / "out").exists()
+    else:
+        tiny.done(*words)
+        tiny.done("train", "-c", tmp_path / "out" / "mlxtune.yaml", "--data", tmp_path / "out" / "data", "--dry-run")
+
+
 def test_text_makes_a_project_without_a_suite(mlx_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tiny.write_jsonl(tmp_path / "texts.jsonl", [{"text": f"Text number {number}."} for number in range(12)])
     tiny.done("init", tmp_path / "out", "--data", file, "--model", mlx_model, "--yes", *FEW)

@@ -30,6 +30,7 @@ from mlxtune.project.picked import CONVERTED, Picked
 from mlxtune.project.rows import Given
 
 LOOKED_AT = 2_000  # rows whose lengths are measured, and that are looked at for what is wrong
+REASONS = 2  # why rows cannot be used, that are told
 # Where no tokenizer is here to tell, on the high side: bytes of a token, and tokens that a template adds to a message.
 BYTES, BESIDE = 3, 16
 
@@ -71,7 +72,9 @@ def write(wish: Wish, work: Path) -> Made:
     lengths = []
     if wish.model.folder is not None:
         renderer = Renderer(preview_tokenizer(wish.model.folder, config), config.data)
-        findings = survey.survey(config, renderer, _nobody, most=LOOKED_AT)["findings"]
+        seen = survey.survey(config, renderer, _nobody, most=LOOKED_AT)
+        _require_trainable(seen, config, wish.given.source.path)
+        findings = seen["findings"]
         lengths = _lengths(work / DATA / "train.jsonl", seed, renderer)
     else:
         notes.append(
@@ -92,6 +95,33 @@ def write(wish: Wish, work: Path) -> Made:
 
 def _nobody(_source: str, _rows: int) -> None:
     """Is told how many rows were read; there are too few for a bar."""
+
+
+def _require_trainable(seen: Mapping[str, Any], config: Config, path: str) -> None:
+    """Raise UserError for what `train` would stop at: a split of which no row can be used, or rows that the chat
+    template damages. seen: a survey; path: of the rows that were given.
+    """
+    for split, facts in seen["splits"].items():
+        outcomes = facts["outcomes"]
+        total, damaged = sum(outcomes.values()), outcomes.get(survey.DAMAGED, 0)
+        if damaged and config.data.on_damage == "error":
+            found = [one for one in seen["findings"] if one["code"] == "damaged" and one["split"] == split]
+            said = "; ".join([*found[0]["reasons"]][:REASONS])
+            drop = "" if damaged == total else "data.on_damage=drop leaves them out, "
+            raise UserError(
+                f"{path}: the chat template damages {damaged:,} of {total:,} {split} rows, and train stops at them: "
+                f"{said}",
+                f"Mend the rows, or add --set: {drop}data.on_damage=keep learns what is left, data.template takes "
+                "another template.",
+            )
+        good = (survey.USED, survey.SHORTENED, *([survey.DAMAGED] if config.data.on_damage == "keep" else []))
+        if total and not any(outcomes.get(name) for name in good):
+            said = ", ".join(f"{name} ({count:,})" for name, count in outcomes.items())
+            raise UserError(
+                f"{path}: none of {total:,} {split} rows can be used: {said}",
+                "Give the rows an answer to learn, or set what is in the way; mlxtune data show --model MODEL --data "
+                "DATA prints what the model would see.",
+            )
 
 
 def _refuse_places(own: Config) -> None:
