@@ -5,6 +5,7 @@ anybody's is touched.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +23,7 @@ from mlxtune.config import resolve
 from mlxtune.config.schema import SourceSection
 from mlxtune.demo.story import data_folder
 from mlxtune.errors import UserError
+from mlxtune.presets import rules
 from mlxtune.presets.wanted import Goal
 from mlxtune.project import rows, suite
 from mlxtune.project.file import found
@@ -170,6 +172,51 @@ def test_what_is_set_by_hand_is_stronger_than_what_was_found(mlx_model: Path, tm
     refused = tiny.mlxtune(*words[:1], tmp_path / "never", *words[2:], *columns, "--set", "model.path=x")
     tiny.one_clear_line(refused, "--set names a model or data")
     assert not (tmp_path / "never").exists()
+
+
+def test_what_is_set_by_hand_goes_into_the_search_and_what_follows_from_it_follows(
+    mlx_model: Path, tmp_path: Path
+) -> None:
+    words = ("--data", given(tmp_path, "alpaca"), "--model", mlx_model, "--yes", "--memory", "8")
+    peaks = {}
+    for rank in (8, 256):
+        out = tmp_path / f"rank {rank}"
+        said = tiny.done("init", out, *words, "--set", f"lora.rank={rank}", "--set", "train.steps=7")
+        config = resolve.load(out / "mlxtune.yaml")
+        assert (config.lora.rank, config.lora.alpha) == (rank, rules.SCALE * rank)
+        text = (out / "mlxtune.yaml").read_text()
+        (peaks[rank],) = re.findall(r"Memory: ([^ ]+ .B) predicted at the peak", said.stderr)
+        assert f"The fastest that fits: {peaks[rank]} predicted" in " ".join(text.replace("#", " ").split())
+        assert config.train.warmup_steps == 1 and config.train.patience == 0 and "epochs:" not in text
+    assert peaks[8] != peaks[256]
+    tiny.done("init", tmp_path / "own", *words, "--set", "lora.rank=8", "--set", "lora.alpha=4")
+    assert resolve.load(tmp_path / "own" / "mlxtune.yaml").lora.alpha == 4
+    limit = ("--set", "train.memory_limit=10000000", "--set", "lora.rank=4096")
+    refused = tiny.mlxtune("init", tmp_path / "never", *words, *limit)
+    tiny.one_clear_line(refused, "does not fit with lora.rank, train.memory_limit as set", "Leave out --set of them")
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.batch_rows=3",
+        "train.batch_tokens=600",
+        "train.checkpoint_layers=3",
+        "train.accumulate=2",
+        "train.epochs=0.5",
+        "data.max_tokens=64",
+        "train.patience=0",
+    ],
+)
+def test_any_setting_by_hand_is_kept_with_its_memory_told(setting: str, mlx_model: Path, tmp_path: Path) -> None:
+    words = ("--data", given(tmp_path, "alpaca"), "--model", mlx_model, "--yes", "--memory", "8")
+    said = tiny.done("init", tmp_path / "out", *words, "--set", setting)
+    assert "predicted at the peak" in said.stderr
+    key, _, value = setting.partition("=")
+    section, _, name = key.partition(".")
+    kept = getattr(getattr(resolve.load(tmp_path / "out" / "mlxtune.yaml"), section), name)
+    assert kept == float(value)
 
 
 def test_names_of_strangers_are_what_they_were_and_begin_no_line(mlx_model: Path, tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ def train(
     if model is None:
         in_project.require_model(config.model.path, file)
     local = _note_reach(config, file, out if resume else None, settings, flags)
+    if not resume:
+        _note_scale(config, file, settings, flags)
     if dry_run:
         _print_plan(config, out, force)
         return
@@ -181,6 +183,29 @@ def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: Mapp
     if not Ranks.here().first:  # it gets the configuration of the first, which may be the only one that has the run
         return configuration.load(None, (), {"model.path": "told by the first"})
     return RunFolder(out).config(file, settings, flags)
+
+
+def _note_scale(config: Config, file: str | None, settings: tuple[str, ...], flags: Mapping[str, Any]) -> None:
+    """Say that the command line changes the rank and not lora.alpha, and so the scale of the update as well."""
+    from mlxtune.config import resolve as configuration
+    from mlxtune.train.ranks import Ranks
+
+    named = {setting.partition("=")[0].strip() for setting in settings}
+    is_rank_set = flags.get("lora.rank") is not None or "lora.rank" in named
+    own = config.lora
+    if not is_rank_set or "lora.alpha" in named or own.start_from or own.variant == "rslora":
+        return
+    others = tuple(setting for setting in settings if setting.partition("=")[0].strip() != "lora.rank")
+    try:
+        usual = configuration.load(file, others, {**flags, "lora.rank": None}).lora
+    except UserError:  # a file that is wrong without the flag has no scale to compare with
+        return
+    if own.rank != usual.rank and Ranks.here().first:
+        same = usual.alpha * own.rank / usual.rank
+        common.note(
+            f"lora.rank {own.rank}, and lora.alpha stays {own.alpha:g}: updates are scaled by "
+            f"{own.alpha / own.rank:.3g}, not by {usual.alpha / usual.rank:.3g} (--set lora.alpha={same:g} keeps that)"
+        )
 
 
 def _note_reach(
