@@ -160,6 +160,11 @@ def test_ratings_are_numbers() -> None:
     assert infer([str(number % 5) for number in range(50)]).kind == "number"
 
 
+def test_a_sentence_with_a_number_in_it_is_text_and_a_number_with_a_unit_is_one() -> None:
+    assert infer([f"See page {number} there" for number in range(40)]).kind == "text"
+    assert infer([f"about {number}.5 km" for number in range(40)]).kind == "number"
+
+
 def test_a_few_labels_are_not_told_from_free_text() -> None:
     assert infer(["yes", "no"] * 5).kind == "text"
 

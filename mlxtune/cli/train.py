@@ -246,7 +246,11 @@ def _print_plan(config: Config, folder: Path | None, force: bool) -> None:
     from mlxtune.train.run_folder import RunFolder
 
     if folder is not None:
-        RunFolder(folder).require_free(force, paths_read(config))
+        run = RunFolder(folder)
+        if run.is_marked() and not run.may_begin() and not force:
+            common.note(f"{folder} already exists: a run needs another --out, or --force, which replaces it")
+        else:
+            run.require_free(force, paths_read(config))
     loggers.require(config.train.loggers)
     suite_of(config)
     data, config = read_data(config)
