@@ -5,7 +5,6 @@ anybody's is touched.
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any, get_args
@@ -23,7 +22,6 @@ from mlxtune.config import resolve
 from mlxtune.config.schema import SourceSection
 from mlxtune.demo.story import data_folder
 from mlxtune.errors import UserError
-from mlxtune.presets import rules
 from mlxtune.presets.wanted import Goal
 from mlxtune.project import rows, suite
 from mlxtune.project.file import found
@@ -154,7 +152,7 @@ def test_without_a_terminal_what_is_not_given_is_chosen_and_told(
     ).stderr  # into this very folder, beside what is there
     assert {path.name for path in tmp_path.iterdir()} == {"alpaca.json", *NAMES}
     assert (tmp_path / "alpaca.json").is_file() and found() is not None
-    assert "a Mac: 16 GiB of memory, 10.67 GiB for models" in said and said.count("very few") == 1
+    assert "--memory 16, in GiB: a Mac: 17.18 GB of memory" in said and said.count("very few") == 1
     assert "fewer than 500" not in said  # the same, said by the survey
     assert "--goal chat: not given, so chosen" in said and "--data alpaca.json: not given, so chosen" in said
     given(tmp_path, "sharegpt")
@@ -177,51 +175,6 @@ def test_what_is_set_by_hand_is_stronger_than_what_was_found(mlx_model: Path, tm
     refused = tiny.mlxtune(*words[:1], tmp_path / "never", *words[2:], *columns, "--set", "model.path=x")
     tiny.one_clear_line(refused, "--set names a model or data")
     assert not (tmp_path / "never").exists()
-
-
-def test_what_is_set_by_hand_goes_into_the_search_and_what_follows_from_it_follows(
-    mlx_model: Path, tmp_path: Path
-) -> None:
-    words = ("--data", given(tmp_path, "alpaca"), "--model", mlx_model, "--yes", "--memory", "8")
-    peaks = {}
-    for rank in (8, 256):
-        out = tmp_path / f"rank {rank}"
-        said = tiny.done("init", out, *words, "--set", f"lora.rank={rank}", "--set", "train.steps=7")
-        config = resolve.load(out / "mlxtune.yaml")
-        assert (config.lora.rank, config.lora.alpha) == (rank, rules.SCALE * rank)
-        text = (out / "mlxtune.yaml").read_text()
-        (peaks[rank],) = re.findall(r"Memory: ([^ ]+ .B) predicted at the peak", said.stderr)
-        assert f"The fastest that fits: {peaks[rank]} predicted" in " ".join(text.replace("#", " ").split())
-        assert config.train.warmup_steps == 1 and config.train.patience == 0 and "epochs:" not in text
-    assert peaks[8] != peaks[256]
-    tiny.done("init", tmp_path / "own", *words, "--set", "lora.rank=8", "--set", "lora.alpha=4")
-    assert resolve.load(tmp_path / "own" / "mlxtune.yaml").lora.alpha == 4
-    limit = ("--set", "train.memory_limit=10000000", "--set", "lora.rank=4096")
-    refused = tiny.mlxtune("init", tmp_path / "never", *words, *limit)
-    tiny.one_clear_line(refused, "does not fit with lora.rank, train.memory_limit as set", "Leave out --set of them")
-    assert not (tmp_path / "never").exists()
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "train.batch_rows=3",
-        "train.batch_tokens=600",
-        "train.checkpoint_layers=3",
-        "train.accumulate=2",
-        "train.epochs=0.5",
-        "data.max_tokens=64",
-        "train.patience=0",
-    ],
-)
-def test_any_setting_by_hand_is_kept_with_its_memory_told(setting: str, mlx_model: Path, tmp_path: Path) -> None:
-    words = ("--data", given(tmp_path, "alpaca"), "--model", mlx_model, "--yes", "--memory", "8")
-    said = tiny.done("init", tmp_path / "out", *words, "--set", setting)
-    assert "predicted at the peak" in said.stderr
-    key, _, value = setting.partition("=")
-    section, _, name = key.partition(".")
-    kept = getattr(getattr(resolve.load(tmp_path / "out" / "mlxtune.yaml"), section), name)
-    assert kept == float(value)
 
 
 def test_names_of_strangers_are_what_they_were_and_begin_no_line(mlx_model: Path, tmp_path: Path) -> None:
@@ -294,36 +247,6 @@ def test_an_answer_that_was_rated_as_bad_is_no_reference(tmp_path: Path) -> None
     assert {row["messages"][-1]["content"] for row in lines(tmp_path / "suite.jsonl")} == {
         f"Say {number}." for number in range(0, 10, 2)
     }
-
-
-@pytest.mark.parametrize(
-    ("damaged", "settings", "said"),
-    [
-        (None, (), ("none of 16 train rows can be used: dropped: no assistant turn (16)", "mlxtune data show")),
-        (20, (), ("damages 16 of 16 train rows", "data.on_damage=keep")),
-        (5, (), ("train rows, and train stops at them", "data.on_damage=drop")),
-        (20, ("--set", "data.on_damage=drop"), ("none of 16 train rows can be used: damaged by the chat template",)),
-        (20, ("--set", "data.on_damage=keep"), ()),
-        (5, ("--set", "data.on_damage=drop"), ()),
-    ],
-)
-def test_rows_that_train_stops_at_make_no_project(
-    damaged: int | None, settings: tuple[str, ...], said: tuple[str, ...], mlx_model: Path, tmp_path: Path
-) -> None:
-    rows = tiny.conversations(20)
-    for row in rows[:damaged] if damaged else rows:
-        if damaged is None:
-            row["messages"].pop()
-        else:
-            row["tools"] = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
-    file = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
-    words = ("init", tmp_path / "out", "--data", file, "--model", mlx_model, "--yes", *FEW, *settings)
-    if said:
-        tiny.one_clear_line(tiny.mlxtune(*words), *said)
-        assert not (tmp_path / "out").exists()
-    else:
-        tiny.done(*words)
-        tiny.done("train", "-c", tmp_path / "out" / "mlxtune.yaml", "--data", tmp_path / "out" / "data", "--dry-run")
 
 
 def test_text_makes_a_project_without_a_suite(mlx_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

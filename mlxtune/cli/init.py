@@ -149,10 +149,9 @@ def _tell_machine(console: Console, machine: Machine, is_here: bool) -> None:
     """What will train, in one line; and what could be in its way."""
     from mlxtune.machine import backend, surroundings
 
-    # In the unit of --memory, which is the one that Macs are sold in.
-    where = backend.chip() if is_here else "a Mac"
-    memory, models = (f"{count / backend.GIB:.4g} GiB" for count in (machine.memory, machine.working_set))
-    console.print(f"{where}: {memory} of memory, {models} for models ({machine.kind})")
+    # Macs are sold by powers of 1024, and sizes are told in those of 1000.
+    where = backend.chip() if is_here else f"--memory {machine.memory / backend.GIB:g}, in GiB: a Mac"
+    console.print(f"{where}: {size(machine.memory)} of memory, {size(machine.working_set)} for models ({machine.kind})")
     if not is_here:
         return
     for line in surroundings.warnings(Path.cwd()):
