@@ -181,3 +181,14 @@ def test_without_colours_what_is_trained_on_stands_between_marks(mlx_model: Path
     words = ("data", "show", "--model", mlx_model, "--data", data)
     assert "⟦The answer is 0." in terminal.shows(*words, NO_COLOR="1")
     assert "⟦" not in terminal.shows(*words)
+
+
+def test_a_rank_without_its_alpha_is_said_to_change_the_scale(mlx_model: Path, tmp_path: Path) -> None:
+    data = tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.conversations(12))
+    (tmp_path / "own.yaml").write_text("lora:\n  rank: 8\n  alpha: 16\n")
+    words = ("train", "-c", tmp_path / "own.yaml", "--model", mlx_model, "--data", data, "--dry-run")
+    said = "lora.alpha stays 16: updates are scaled by 0.5, not by 2 (--set lora.alpha=64 keeps that)"
+    for rank in (("--rank", "32"), ("--set", "lora.rank=32")):
+        assert said in tiny.done(*words, *rank).stderr
+        assert "stays" not in tiny.done(*words, *rank, "--set", "lora.alpha=64").stderr
+    assert "stays" not in tiny.done(*words).stderr + tiny.done(*words, "--rank", "8").stderr

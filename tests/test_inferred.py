@@ -13,6 +13,7 @@ from checking import answer_of
 
 from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
+from mlxtune.data.rows.messages import WEIGHTS
 from mlxtune.demo import story
 from mlxtune.evaluate.checks.arguments import Place
 from mlxtune.evaluate.checks.check import SuiteRow
@@ -159,6 +160,11 @@ def test_ratings_are_numbers() -> None:
     assert infer([str(number % 5) for number in range(50)]).kind == "number"
 
 
+def test_a_sentence_with_a_number_in_it_is_text_and_a_number_with_a_unit_is_one() -> None:
+    assert infer([f"See page {number} there" for number in range(40)]).kind == "text"
+    assert infer([f"about {number}.5 km" for number in range(40)]).kind == "number"
+
+
 def test_a_few_labels_are_not_told_from_free_text() -> None:
     assert infer(["yes", "no"] * 5).kind == "text"
 
@@ -291,7 +297,11 @@ def test_a_row_with_nothing_to_compare_lacks_that_check_and_the_suite_is_read(
     usual: str, odd: str, tmp_path: Path
 ) -> None:
     answers = [usual.format(number % 3) for number in range(60)] + [odd]
-    rows = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": text}] for text in answers]
+    asked = [f"Number {number}?" for number in range(61)]
+    rows = [
+        [{"role": "user", "content": ask}, {"role": "assistant", "content": text}]
+        for ask, text in zip(asked, answers, strict=True)
+    ]
     data = tiny.write_jsonl(tmp_path / "test.jsonl", [{"messages": messages} for messages in rows])
     found = infer(answers)
     assert [place for place, _ in found.not_accepted] == [60]
@@ -315,3 +325,21 @@ def test_an_answer_that_calls_tools_is_asked_for_its_calls(tmp_path: Path) -> No
     assert [row["checks"] for row in rows] == [["tool_call"], ["ended"], ["ended"], ["ended"]]
     suite = read_suite(tiny.write_jsonl(tmp_path / "suite.jsonl", rows))
     assert suite.rows[0].calls and suite.rows[0].tools
+
+
+def test_a_prompt_that_many_rows_answer_is_asked_once_and_those_that_share_a_question_are_a_group(
+    tmp_path: Path,
+) -> None:
+    def asking(ask: str, answer: str, system: str, **more: Any) -> dict[str, Any]:
+        said = [("system", system), ("user", ask), ("assistant", answer)]
+        messages = [{"role": role, "content": text} for role, text in said]
+        messages[-1].update(more)
+        return {"messages": messages}
+
+    rows = [asking(f"Question  {number % 4}?", f"Answer {number}", "Be kind.") for number in range(40)]
+    rows += [asking("question 3?", "Answer 3", "Be kind."), asking("Question 3?", "Aye", "Be a pirate.")]
+    rows += [asking("Question 5?", "No.", "Be kind.", **{name: 0}) for name in WEIGHTS]
+    made = suite_rows(records_of(tiny.write_jsonl(tmp_path / "test.jsonl", rows)), ["ended"])
+    assert [row["messages"][-1]["content"] for row in made] == ["Answer 0", "Answer 1", "Answer 2", "Answer 3", "Aye"]
+    groups = [row.group for row in read_suite(tiny.write_jsonl(tmp_path / "suite.jsonl", made)).rows]
+    assert groups[:3] == [None] * 3 and groups[3] == groups[4] is not None

@@ -150,9 +150,13 @@ def test_without_a_terminal_what_is_not_given_is_chosen_and_told(
     refused = tiny.mlxtune("init", "out", "--model", mlx_model)
     tiny.one_clear_line(refused, "no rows given, and no file of rows is here", "mlxtune make instructions")
     given(tmp_path, "alpaca")
-    said = tiny.done("init", "--model", mlx_model, *FEW).stderr  # into this very folder, beside what is there
+    said = tiny.done(
+        "init", "--model", mlx_model, "--memory", "16", *FEW
+    ).stderr  # into this very folder, beside what is there
     assert {path.name for path in tmp_path.iterdir()} == {"alpaca.json", *NAMES}
     assert (tmp_path / "alpaca.json").is_file() and found() is not None
+    assert "--memory 16, in GiB: a Mac: 17.18 GB of memory" in said and said.count("very few") == 1
+    assert "fewer than 500" not in said  # the same, said by the survey
     assert "--goal chat: not given, so chosen" in said and "--data alpaca.json: not given, so chosen" in said
     given(tmp_path, "sharegpt")
     tiny.one_clear_line(tiny.mlxtune("init", "other", "--model", mlx_model), "there are several", "alpaca.json")
@@ -163,6 +167,7 @@ def test_what_is_set_by_hand_is_stronger_than_what_was_found(mlx_model: Path, tm
     file = tiny.write_jsonl(tmp_path / "qa.jsonl", [{"q": f"Ask {number}", "a": "Yes."} for number in range(9)])
     columns = ("--set", "data.columns={q: prompt, a: completion}")
     words = ("init", tmp_path / "out", "--data", file, "--model", mlx_model, "--yes", "--to", "gguf-lora", "--to", "hf")
+    words = (*words, "--to", "gguf-lora")
     tiny.done(*words, *columns, *FEW, "--set", "train.lr=1e-3", "--set", "data.template_kwargs.a=b")
     config = resolve.load(tmp_path / "out" / "mlxtune.yaml")
     assert (config.train.steps, config.train.epochs, config.train.lr, config.lora.rank) == (2, None, 1e-3, 2)

@@ -59,9 +59,10 @@ def test_each_command_takes_what_it_is_not_told_and_says_so_in_one_line(project:
     asked = tiny.done("eval", *FEW)
     assert taken(asked.stderr) == ["--adapter my run, --suite suite.jsonl"] and "ended" in asked.stdout
     assert taken(tiny.done("generate", "Hi", *FEW).stderr) == ["--adapter my run"]
-    assert "my run" in tiny.done("runs").stdout
+    listed = tiny.done("runs")
+    assert "my run" in listed.stdout and taken(listed.stderr) == ["FOLDER ."]
     (project / "my run" / "report.html").unlink()
-    assert taken(tiny.done("report").stderr) == ["my run"]
+    assert taken(tiny.done("report").stderr) == ["RUN my run"]
     assert (project / "my run" / "report.html").is_file()
     made = "--to peft --out exports/peft, --to gguf-lora --out exports/lora.gguf"
     assert taken(tiny.done("export", "--no-verify").stderr) == ["--adapter my run", made]
@@ -113,6 +114,8 @@ def test_a_second_run_goes_where_it_is_told_or_replaces_the_first(project: Path)
     refused = tiny.mlxtune("train", "--set", "lora.rank=4")
     tiny.one_clear_line(refused, "my run already exists", "Choose another --out", "replace it with --force")
     assert "rank: 2" in (project / "my run" / "config.yaml").read_text()
+    planned = tiny.done("train", "--dry-run", "--set", "lora.rank=4")
+    assert "my run already exists" in planned.stderr and "optimizer steps: 2" in planned.stdout
     (project / "my run" / "thesis").write_text("theirs")
     stranger = "my run holds thesis, which mlxtune did not write"
     for words in (("--force",), ("--force", "--dry-run")):
@@ -134,6 +137,7 @@ def test_force_needs_a_run_to_replace(mlx_model: Path, data: Path) -> None:
 
 def test_what_is_missing_and_what_counts_for_nothing_is_said(project: Path, mlx_model: Path) -> None:
     tiny.one_clear_line(tiny.mlxtune("eval"), "no folder my run", "mlxtune train makes one")
+    tiny.one_clear_line(tiny.mlxtune("report"), "no folder my run", "mlxtune train makes it")
     file = project / "mlxtune.yaml"
     file.write_text(file.read_text().replace(str(mlx_model), "model"))
     for words in (("train",), ("data", "check"), ("data", "show")):
@@ -155,6 +159,10 @@ def test_what_is_missing_and_what_counts_for_nothing_is_said(project: Path, mlx_
         ("  export: [{to: peft, out: a}, {to: hg, out: b}]", "project.export: should be 'peft', 'hf'"),
         ("  export: [{to: peft, out: a, tpye: f16}]", "unknown key tpye in export 1"),
         ("  export: [{to: hf, out: a, type: f16}]", "type has no effect with to: hf"),
+        (
+            "  export: [{to: hf, out: a}, {to: peft, out: ./b/../a/}]",
+            "line 2: project.export: export 2 has the same out",
+        ),
     ],
 )
 def test_what_is_wrong_with_it_is_told_with_its_line(section: str, said: str, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class RunArgument(click.Argument):
 
             project = found()
             if project is not None:
-                say(project.file, str(project.out))
+                say(project.file, f"{self.name.upper() if self.name else 'RUN'} {project.out}")
                 opts = {**opts, str(self.name): str(project.out)}
         return super().handle_parse_result(ctx, opts, args)
 
@@ -134,7 +134,7 @@ def runs_folder() -> Path:
     project = found()
     if project is None:
         return Path("runs")
-    say(project.file, str(project.out.parent))
+    say(project.file, f"FOLDER {project.out.parent}")
     return project.out.parent
 
 

@@ -42,8 +42,8 @@ NAMED = 3  # findings that are told here; `mlxtune data check` lists all
 @click.option(
     "--memory",
     type=click.FloatRange(min=4),
-    metavar="GB",
-    help="Memory of the Mac that will train.  [default: what this machine has]",
+    metavar="GIB",
+    help="Memory of the Mac that will train: 16 for one that is sold with 16 GB.  [default: what this machine has]",
 )
 @click.option(
     "--to",
@@ -113,7 +113,7 @@ def init(
     console.print(f"{given.source.path}: {given.told()}")
     picked = _picked(model, machine, is_asked)
     kept = tuple(one for one in settings if not one.strip().startswith("data.columns"))
-    wish = creation.Wish(goal, given, picked, machine, exports, kept)  # type: ignore[arg-type]
+    wish = creation.Wish(goal, given, picked, machine, tuple(dict.fromkeys(exports)), kept)  # type: ignore[arg-type]
     with new_project(folder) as work:
         made = _made(wish, work, is_asked)
         _tell(console, made)
@@ -163,7 +163,8 @@ def _tell_machine(console: Console, machine: Machine, is_here: bool) -> None:
     """What will train, in one line; and what could be in its way."""
     from mlxtune.machine import backend, surroundings
 
-    where = backend.chip() if is_here else "a Mac"
+    # Macs are sold by powers of 1024, and sizes are told in those of 1000.
+    where = backend.chip() if is_here else f"--memory {machine.memory / backend.GIB:g}, in GiB: a Mac"
     console.print(f"{where}: {size(machine.memory)} of memory, {size(machine.working_set)} for models ({machine.kind})")
     if not is_here:
         return
@@ -314,7 +315,8 @@ def _made(wish: Wish, work: Path, is_asked: bool) -> Made:
 
 def _tell(console: Console, made: Made) -> None:
     """What was found out on the way."""
-    worst = [finding for finding in made.findings if finding["severity"] in ("error", "warning")]
+    # That rows are few is among the notes on the settings, which are for so few.
+    worst = [one for one in made.findings if one["severity"] in ("error", "warning") and one["code"] != "few"]
     for finding in worst[:NAMED]:
         common.note(f"{finding['split']}: {finding['count']:,} {finding['what']}; {finding['fix']}")
     if len(worst) > NAMED:

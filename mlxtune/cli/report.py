@@ -8,7 +8,7 @@ import click
 from mlxtune_convert.files import json_text
 from mlxtune_convert.shown import shown_name
 
-from mlxtune.cli import common, live
+from mlxtune.cli import common, in_project, live
 from mlxtune.cli.in_project import RunArgument
 
 
@@ -77,6 +77,8 @@ def report(
     if as_json and (out is not None or is_opened or force or no_answers):
         hint = "Leave out --out, --open, --no-answers and --force, or --json."
         raise UserError("--json writes no page", hint)
+    if not run.exists() and in_project.is_its_run(run):
+        raise UserError(f"no folder {run}", "mlxtune train makes it.")
     _refuse_same(run, compared)
     if port is not None and not is_live:
         raise UserError("--port has no effect without --live", "Add --live, or leave out --port.")

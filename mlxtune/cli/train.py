@@ -131,6 +131,8 @@ def train(
     if model is None:
         in_project.require_model(config.model.path, file)
     local = _note_reach(config, file, out if resume else None, settings, flags)
+    if not resume:
+        _note_scale(config, file, settings, flags)
     if dry_run:
         _print_plan(config, out, force)
         return
@@ -183,6 +185,29 @@ def _resumed(out: Path, file: str | None, settings: tuple[str, ...], flags: Mapp
     return RunFolder(out).config(file, settings, flags)
 
 
+def _note_scale(config: Config, file: str | None, settings: tuple[str, ...], flags: Mapping[str, Any]) -> None:
+    """Say that the command line changes the rank and not lora.alpha, and so the scale of the update as well."""
+    from mlxtune.config import resolve as configuration
+    from mlxtune.train.ranks import Ranks
+
+    named = {setting.partition("=")[0].strip() for setting in settings}
+    is_rank_set = flags.get("lora.rank") is not None or "lora.rank" in named
+    own = config.lora
+    if not is_rank_set or "lora.alpha" in named or own.start_from or own.variant == "rslora":
+        return
+    others = tuple(setting for setting in settings if setting.partition("=")[0].strip() != "lora.rank")
+    try:
+        usual = configuration.load(file, others, {**flags, "lora.rank": None}).lora
+    except UserError:  # a file that is wrong without the flag has no scale to compare with
+        return
+    if own.rank != usual.rank and Ranks.here().first:
+        same = usual.alpha * own.rank / usual.rank
+        common.note(
+            f"lora.rank {own.rank}, and lora.alpha stays {own.alpha:g}: updates are scaled by "
+            f"{own.alpha / own.rank:.3g}, not by {usual.alpha / usual.rank:.3g} (--set lora.alpha={same:g} keeps that)"
+        )
+
+
 def _note_reach(
     config: Config, file: str | None, run: Path | None, settings: tuple[str, ...], flags: Mapping[str, Any]
 ) -> LocalOnly:
@@ -221,7 +246,11 @@ def _print_plan(config: Config, folder: Path | None, force: bool) -> None:
     from mlxtune.train.run_folder import RunFolder
 
     if folder is not None:
-        RunFolder(folder).require_free(force, paths_read(config))
+        run = RunFolder(folder)
+        if run.is_marked() and not run.may_begin() and not force:
+            common.note(f"{folder} already exists: a run needs another --out, or --force, which replaces it")
+        else:
+            run.require_free(force, paths_read(config))
     loggers.require(config.train.loggers)
     suite_of(config)
     data, config = read_data(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import date as day
 from typing import Any, Literal, get_args
 
@@ -316,3 +317,13 @@ class ProjectSection(Section):
     export: list[ExportSection] = Field(
         default_factory=list, description="what export makes where --to is not given: a list of to, out, type"
     )
+
+    @field_validator("export")
+    @classmethod
+    def _each_in_its_place(cls, value: list[ExportSection]) -> list[ExportSection]:
+        places = [os.path.normpath(one.out) for one in value]
+        for number, place in enumerate(places, 1):
+            first = places.index(place) + 1
+            if first != number:
+                raise ValueError(f"export {number} has the same out as export {first}: {value[number - 1].out}")
+        return value

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -54,12 +55,17 @@ class Settings:
     max_tokens: int  # data.max_tokens
     batch_rows: int  # train.batch_rows
     step_rows: int  # rows of an optimizer step: batch_rows x train.accumulate
-    checkpoint: str | int  # train.checkpoint_layers, a key of PASSES
+    checkpoint: str | int  # train.checkpoint_layers, as `passes` takes it
 
     @property
     def accumulate(self) -> int:
         """train.accumulate."""
         return self.step_rows // self.batch_rows
+
+
+def passes(checkpoint: str | int) -> float:
+    """Of every n-th block computed again too, a forward pass of so many of them: 2 and a third for 3."""
+    return PASSES["none"] + 1 / checkpoint if isinstance(checkpoint, int) else PASSES[checkpoint]
 
 
 class Lengths(MeasuredExamples):
@@ -105,10 +111,18 @@ class Lengths(MeasuredExamples):
 class Peaks:
     """The peaks and the work of settings on one model, each computed once."""
 
-    def __init__(self, source: Path | Mapping[str, Any], kind: str, wanted: Wanted, name: str = "the model") -> None:
+    def __init__(
+        self,
+        source: Path | Mapping[str, Any],
+        kind: str,
+        wanted: Wanted,
+        name: str = "the model",
+        own: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         """source: the model's folder, or its config.json; kind: of the device, as backend.kind() says it; name: of the
-        model, for messages.
+        model, for messages; own: section.key -> value of what was set by hand.
         """
+        self.own = own
         self.source = source
         self.kind = kind
         self.wanted = wanted
@@ -159,7 +173,7 @@ class Peaks:
         if batches not in self._work:
             shapes = self.plan(*batches).shapes()
             self._work[batches] = sum(count * width + OF_A_BATCH for count, width, _ in shapes)
-        return self._work[batches] * PASSES[settings.checkpoint]
+        return self._work[batches] * passes(settings.checkpoint)
 
     def plan(self, max_tokens: int, batch_rows: int) -> Plan:
         """The batches of the rows, none longer than so many tokens."""
@@ -168,7 +182,7 @@ class Peaks:
             if len(lengths) > MOST_ROWS:
                 places = np.linspace(0, len(lengths) - 1, MOST_ROWS).round().astype(int)
                 lengths = [lengths[place] for place in places]
-            section = resolve.load(None, (), {"train.epochs": 1, "train.batch_rows": batch_rows}).train
+            section = resolve.load(None, (), {**self._own("train"), **self._rows(batch_rows)}).train
             self._plans[max_tokens, batch_rows] = Plan(Lengths(lengths, self.wanted.supervised), section)
         return self._plans[max_tokens, batch_rows]
 
@@ -188,12 +202,14 @@ class Peaks:
         if wanted is not None:
             model, config = quantized_model(model, config, wanted, [])
         with backend.planned_for(self._machine()):
-            dtype = backend.dtype_for("auto", model_dtype(model), "quantization" in config)
+            dtype = backend.dtype_for(self.own.get("train.dtype", "auto"), model_dtype(model), "quantization" in config)
         if dtype != model_dtype(model):
             cast(model, dtype)
         if self.kind == "cpu":
             multiply_densely(model)
-        attach.attach(model, AdapterPlan.of(model, resolve.load(None, (), {"lora.rank": rank}).lora))
+        attach.attach(
+            model, AdapterPlan.of(model, resolve.load(None, (), {**self._own("lora"), "lora.rank": rank}).lora)
+        )
         return Given(model, config, dtype)
 
     def _quantization(self, bits: int | None) -> Quantization | None:
@@ -213,12 +229,21 @@ class Peaks:
             None,
             (),
             {
+                **self._own("lora", "train", "fast"),
                 "data.max_tokens": settings.max_tokens,
                 "lora.rank": settings.rank,
-                "train.epochs": 1,
-                "train.batch_rows": settings.batch_rows,
+                **self._rows(settings.batch_rows),
                 "train.accumulate": settings.accumulate,
                 "train.checkpoint_layers": settings.checkpoint,
                 "fast.prefix": "off",
             },
         )
+
+    def _own(self, *sections: str) -> dict[str, Any]:
+        """What was set by hand in some sections."""
+        return {key: value for key, value in self.own.items() if key.partition(".")[0] in sections}
+
+    def _rows(self, batch_rows: int) -> dict[str, Any]:
+        """The batches, and an epoch of them, but for what was set by hand instead."""
+        rows = {} if "train.batch_tokens" in self.own else {"train.batch_rows": batch_rows}
+        return rows if "train.steps" in self.own else {"train.epochs": 1, **rows}

@@ -13,7 +13,10 @@ come but once. Code and documents hold more to learn than a form or a tone does,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from mlxtune.config.schema import LoraSection, TrainSection
@@ -48,8 +51,13 @@ class Advice:
     warnings: list[str] = field(default_factory=list)  # what a person must know, a sentence each
 
 
-def advice(wanted: Wanted, parameters: int, in_full: bool = False) -> Advice:
-    """The settings to begin with. parameters: of the model; in_full: whether layers are trained in full as well."""
+def advice(
+    wanted: Wanted, parameters: int, in_full: bool = False, own: Mapping[str, Any] = MappingProxyType({})
+) -> Advice:
+    """The settings to begin with. parameters: of the model; in_full: whether layers are trained in full as well; own:
+    section.key -> value of what was set by hand, from which the rest follows (alpha from the rank, warmup from the
+    steps).
+    """
     rows = wanted.rows
     if rows < FEW:
         epochs, rank = 3, LEAST_RANK
@@ -60,8 +68,15 @@ def advice(wanted: Wanted, parameters: int, in_full: bool = False) -> Advice:
     more_to_learn = wanted.goal in MORE_TO_LEARN
     if more_to_learn:
         rank *= 2
+    rank = own.get("lora.rank", rank)
+    epochs = own.get("train.epochs", epochs)
     step_rows = _step_rows(rows * epochs)
-    steps = max(1, -(-rows // step_rows)) * epochs
+    is_own_step = "train.batch_rows" in own or "train.accumulate" in own
+    if is_own_step:
+        step_rows = own.get("train.batch_rows", 1) * own.get("train.accumulate", 1)
+        if "train.accumulate" not in own:
+            step_rows *= max(1, _step_rows(rows * epochs) // step_rows)
+    steps = own.get("train.steps", max(1, math.ceil(max(1, -(-rows // step_rows)) * epochs)))
     rate, about_rate = _rate(parameters)
     settings: dict[str, Any] = {
         "lora.rank": rank,
@@ -69,6 +84,8 @@ def advice(wanted: Wanted, parameters: int, in_full: bool = False) -> Advice:
         "train.epochs": epochs,
         "train.lr": rate * IN_FULL if in_full else rate,
     }
+    if "train.steps" in own:
+        del settings["train.epochs"]
     times = "once" if epochs == 1 else f"{epochs} times"
     why = {
         "lora.rank": f"{rows:,} rows{f' for the goal {wanted.goal}' if more_to_learn else ''}: "
@@ -79,12 +96,14 @@ def advice(wanted: Wanted, parameters: int, in_full: bool = False) -> Advice:
         why["train.lr"] = about_rate
     if in_full:
         why["train.lr"] = "Layers that are trained in full (lora.train_also) want a tenth of an adapter's rate."
-    if step_rows < STEP_ROWS[0]:
+    if step_rows < STEP_ROWS[0] and not is_own_step:
         why["train.accumulate"] = f"A step has {step_rows} rows: with more, so few rows would give too few steps."
-    if rows < FEW:
+    _set_pace(settings, steps)
+    evaluations = steps // max(1, own.get("train.eval_every", settings.get("train.eval_every", 1)))
+    is_own_length = "train.steps" in own or "train.epochs" in own
+    if rows < FEW and not (is_own_length and evaluations <= PATIENCE):  # of so few none can be one too many
         settings["train.patience"] = PATIENCE
         why["train.patience"] = f"The run ends when {PATIENCE} evaluations in a row are not better."
-    _set_pace(settings, steps)
     return Advice(settings, step_rows, why, _warnings(wanted))
 
 

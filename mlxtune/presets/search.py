@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlxtune_convert.sizes import size
@@ -31,7 +32,7 @@ from mlxtune.compute.fit_memory import SHARE
 from mlxtune.compute.memory.prediction import Memory, NotPredicted
 from mlxtune.machine.backend import Machine
 from mlxtune.presets import models, rules
-from mlxtune.presets.peaks import PASSES, Peaks, Settings
+from mlxtune.presets.peaks import PASSES, Peaks, Settings, passes
 from mlxtune.presets.rules import Advice
 from mlxtune.presets.wanted import Wanted
 
@@ -39,6 +40,10 @@ BATCH_ROWS = (8, 4, 2, 1)
 COVERAGES = (0.99, 0.95)  # of the examples, kept whole
 SMALL = 2e9  # parameters, below which 4 bits cost a model noticeably more than 8 do
 BITS = (4, 8)
+HEAVY = (  # keys that decide about memory
+    *("lora.rank", "lora.ranks", "lora.layers", "lora.targets", "lora.variant", "lora.train_also", "data.max_tokens"),
+    *("train.batch_rows", "train.batch_tokens", "train.checkpoint_layers", "train.memory_limit", "train.dtype"),
+)
 LONG = ("pieces", "nested")  # ways to checkpoint that are for rows of more than a piece
 
 
@@ -68,8 +73,14 @@ class DoesNotFit:
     budget: int  # bytes that they may take
     max_tokens: int  # with which that was
     largest: str  # the largest known model that fits the same machine and rows, and its bits; "": none does
+    held: tuple[str, ...] = ()  # keys that were set by hand, and that decide about memory
 
     def __str__(self) -> str:
+        if self.held:
+            return (
+                f"does not fit with {', '.join(self.held)} as set: it needs {size(self.needed)}, and "
+                f"{size(self.budget)} may be used"
+            )
         largest = self.largest or "no known model"
         return (
             f"does not fit: it needs {size(self.needed)} even with one row of {self.max_tokens:,} tokens at a time and "
@@ -83,18 +94,19 @@ def find(
     wanted: Wanted,
     bits: Sequence[int | None] | None = None,
     name: str = "the model",
+    own: Mapping[str, Any] = MappingProxyType({}),
 ) -> Preset | DoesNotFit:
     """The preset for a model on a machine.
 
     source: the model's folder (no weight is read), or its config.json; bits: to choose from, None in it for the
     model as it is; by default a quantized model stays as it is, and another one is quantized. name: of the model, for
-    messages.
+    messages; own: section.key -> value of what was set by hand: only the rest is searched.
     Raises UserError for a model that mlx-lm does not know.
     """
-    peaks = Peaks(source, machine.kind, wanted, name)
+    peaks = Peaks(source, machine.kind, wanted, name, own)
     found = search(peaks, machine, bits or default_bits(peaks))
     if isinstance(found, DoesNotFit):
-        return DoesNotFit(found.needed, found.budget, found.max_tokens, largest_that_fits(machine, wanted))
+        return replace(found, largest="" if found.held else largest_that_fits(machine, wanted))
     return found
 
 
@@ -107,11 +119,14 @@ def search(peaks: Peaks, machine: Machine, bits: Sequence[int | None]) -> Preset
     """As `find`, of a model whose peaks are known, and which says of no other model whether it fits."""
     parameters = peaks.parameters()
     wanted = peaks.wanted
-    advice = rules.advice(wanted, parameters)
-    budget = int(SHARE * machine.working_set)
+    own = peaks.own
+    advice = rules.advice(wanted, parameters, bool(own.get("lora.train_also")), own)
+    limit = own.get("train.memory_limit")
+    budget = limit if isinstance(limit, int) else int(SHARE * machine.working_set)
     needed = []
     for max_tokens in _limits_of_tokens(peaks):
-        for rank in dict.fromkeys((advice.settings["lora.rank"], rules.LEAST_RANK)):
+        ranks = (advice.settings["lora.rank"], own.get("lora.rank", rules.LEAST_RANK))
+        for rank in dict.fromkeys(ranks):
             chosen = None
             for one in _in_order(bits, parameters):
                 if chosen is not None and peaks.weights(one) >= peaks.weights(chosen.bits):
@@ -125,11 +140,13 @@ def search(peaks: Peaks, machine: Machine, bits: Sequence[int | None]) -> Preset
                     chosen = found
             if chosen is not None:
                 return _preset(peaks, advice, budget, chosen)
-    return DoesNotFit(min(needed), budget, max_tokens, "")
+    return DoesNotFit(min(needed), budget, max_tokens, "", tuple(key for key in HEAVY if key in own))
 
 
 def _limits_of_tokens(peaks: Peaks) -> list[int]:
     """The values of data.max_tokens to try: no more than the model was made for."""
+    if "data.max_tokens" in peaks.own:
+        return [peaks.own["data.max_tokens"]]
     found = []
     for coverage in COVERAGES:
         found.append(min(peaks.wanted.covering(coverage), peaks.context() or math.inf))
@@ -149,12 +166,19 @@ def _fastest(
 ) -> Settings | NotPredicted | int:
     """The settings with the least work that fit; where none do, the bytes of those that need least."""
     candidates = []
-    longest = int(peaks.plan(max_tokens, 1).examples.lengths.max())
-    for checkpoint in PASSES:
-        if checkpoint in LONG and longest <= pieces.TOKENS:
+    longest = min(max_tokens, max(peaks.wanted.lengths))
+    own = peaks.own
+    is_one_size = "train.batch_rows" in own or "train.batch_tokens" in own
+    for checkpoint in [own["train.checkpoint_layers"]] if "train.checkpoint_layers" in own else PASSES:
+        if checkpoint in LONG and longest <= pieces.TOKENS and "train.checkpoint_layers" not in own:
             continue
-        for rows in BATCH_ROWS:
-            if rows <= step_rows:  # the last one is a single row, with as much computed again as there may be
+        for rows in (own.get("train.batch_rows", 1),) if is_one_size else BATCH_ROWS:
+            # the last one is a single row, with as much computed again as there may be
+            if "train.accumulate" in own:
+                candidates.append(Settings(bits, rank, max_tokens, rows, rows * own["train.accumulate"], checkpoint))
+            elif "train.batch_tokens" in own:
+                candidates.append(Settings(bits, rank, max_tokens, rows, rows, checkpoint))
+            elif rows <= step_rows:
                 candidates.append(Settings(bits, rank, max_tokens, rows, step_rows, checkpoint))
     weights = peaks.weights(bits)
     if weights > budget:
@@ -188,7 +212,7 @@ def _preset(peaks: Peaks, advice: Advice, budget: int, chosen: Settings) -> Pres
         f"The fastest that fits: {size(memory.total)} predicted at the peak, {size(budget)} may be used."
     )
     if chosen.checkpoint != "none":
-        again = PASSES[chosen.checkpoint] / PASSES["none"] - 1
+        again = passes(chosen.checkpoint) / PASSES["none"] - 1
         why["train.checkpoint_layers"] = f"For want of memory: about {again:.0%} more work, the same numbers."
     whole = peaks.wanted.share_whole(chosen.max_tokens)
     if whole < COVERAGES[0]:

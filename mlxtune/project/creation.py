@@ -30,6 +30,7 @@ from mlxtune.project.picked import CONVERTED, Picked
 from mlxtune.project.rows import Given
 
 LOOKED_AT = 2_000  # rows whose lengths are measured, and that are looked at for what is wrong
+REASONS = 2  # why rows cannot be used, that are told
 # Where no tokenizer is here to tell, on the high side: bytes of a token, and tokens that a template adds to a message.
 BYTES, BESIDE = 3, 16
 
@@ -68,10 +69,9 @@ def write(wish: Wish, work: Path) -> Made:
     config = resolve.load(None, wish.settings, {"data.path": str(work / DATA)})
     findings: Sequence[Mapping[str, Any]] = []
     notes = list(wish.given.notes)
-    lengths = []
+    lengths, renderer = [], None
     if wish.model.folder is not None:
         renderer = Renderer(preview_tokenizer(wish.model.folder, config), config.data)
-        findings = survey.survey(config, renderer, _nobody, most=LOOKED_AT)["findings"]
         lengths = _lengths(work / DATA / "train.jsonl", seed, renderer)
     else:
         notes.append(
@@ -79,19 +79,52 @@ def write(wish: Wish, work: Path) -> Made:
             "chat template renders them is not known yet (mlxtune data check, once it is)"
         )
     lengths = lengths or _guessed(work / DATA / "train.jsonl", seed)
-    preset = _preset(wish, Wanted(wish.goal, counts["train"], lengths))
+    by_hand = _by_hand(wish.settings, own)
+    preset = _preset(wish, Wanted(wish.goal, counts["train"], lengths), by_hand)
     prompts, of_suite = suite.write(work, seed) if not wish.given.is_text else (0, [])
     notes += of_suite
-    chosen = _chosen(wish, preset, counts, prompts, own)
+    chosen = _chosen(wish, preset, counts, prompts, by_hand)
     (work / PROJECT_FILE).write_text(texts.project_yaml(chosen, date.today().isoformat()), encoding="utf-8")
+    # As train will have it; what was set by hand may not go with what was found.
+    config = resolve.load(work / PROJECT_FILE, (), {"data.path": str(work / DATA)})
+    if renderer is not None:
+        seen = survey.survey(config, Renderer(renderer.tokenizer, config.data), _nobody, most=LOOKED_AT)
+        _require_trainable(seen, config, wish.given.source.path)
+        findings = seen["findings"]
     (work / README).write_text(texts.readme(chosen), encoding="utf-8")
     (work / IGNORED).write_text(texts.ignored(chosen), encoding="utf-8")
-    resolve.load(work / PROJECT_FILE)  # what was set by hand may not go with what was found
     return Made(chosen, findings, notes)
 
 
 def _nobody(_source: str, _rows: int) -> None:
     """Is told how many rows were read; there are too few for a bar."""
+
+
+def _require_trainable(seen: Mapping[str, Any], config: Config, path: str) -> None:
+    """Raise UserError for what `train` would stop at: a split of which no row can be used, or rows that the chat
+    template damages. seen: a survey; path: of the rows that were given.
+    """
+    for split, facts in seen["splits"].items():
+        outcomes = facts["outcomes"]
+        total, damaged = sum(outcomes.values()), outcomes.get(survey.DAMAGED, 0)
+        if damaged and config.data.on_damage == "error":
+            found = [one for one in seen["findings"] if one["code"] == "damaged" and one["split"] == split]
+            said = "; ".join([*found[0]["reasons"]][:REASONS])
+            drop = "" if damaged == total else "data.on_damage=drop leaves them out, "
+            raise UserError(
+                f"{path}: the chat template damages {damaged:,} of {total:,} {split} rows, and train stops at them: "
+                f"{said}",
+                f"Mend the rows, or add --set: {drop}data.on_damage=keep learns what is left, data.template takes "
+                "another template.",
+            )
+        good = (survey.USED, survey.SHORTENED, *([survey.DAMAGED] if config.data.on_damage == "keep" else []))
+        if total and not any(outcomes.get(name) for name in good):
+            said = ", ".join(f"{name} ({count:,})" for name, count in outcomes.items())
+            raise UserError(
+                f"{path}: none of {total:,} {split} rows can be used: {said}",
+                "Give the rows an answer to learn, or set what is in the way; mlxtune data show --model MODEL --data "
+                "DATA prints what the model would see.",
+            )
 
 
 def _refuse_places(own: Config) -> None:
@@ -119,39 +152,50 @@ def _guessed(file: Path, seed: int) -> list[int]:
     return lengths
 
 
-def _preset(wish: Wish, wanted: Wanted) -> Preset:
-    """The settings to begin with. Raises Unfit where the model does not fit."""
+def _by_hand(settings: Sequence[str], own: Config) -> dict[str, Any]:
+    """section.key -> value of what --set sets."""
+    dumped = own.model_dump(mode="json")
+    found = {}
+    for setting in settings:
+        section, _, name = setting.partition("=")[0].strip().partition(".")
+        name = name.partition(".")[0]  # of a table, such as data.template_kwargs.a, all of it
+        found[f"{section}.{name}"] = dumped[section][name]
+    return found
+
+
+def _preset(wish: Wish, wanted: Wanted, by_hand: Mapping[str, Any]) -> Preset:
+    """The settings to begin with, of which some are set by hand. Raises Unfit where the model does not fit."""
+    by_hand = {key: value for key, value in by_hand.items() if value is not None}
     shape = wish.model.shape
     if shape is None:
-        advice = rules.advice(wanted, parameters=0)
+        advice = rules.advice(wanted, 0, bool(by_hand.get("lora.train_also")), by_hand)
         warning = (
             f"{wish.model.named} is taken for a model of the hub, of which nothing is known here: no memory was "
             "predicted (mlxtune train --dry-run does it)."
         )
         settings = rules.differing({**advice.settings, "data.max_tokens": wanted.covering(0.99)})
         return Preset(settings, None, None, 0, 1.0, advice.why, [*advice.warnings, warning])
-    found = find(shape, wish.machine, wanted, wish.model.bits, wish.model.named)
+    found = find(shape, wish.machine, wanted, wish.model.bits, wish.model.named, by_hand)
     if isinstance(found, DoesNotFit):
-        raise Unfit(f"{wish.model.named} {found}", "Name a smaller model: --model MODEL.")
+        hint = "Leave out --set of them, or name a smaller model" if found.held else "Name a smaller model"
+        raise Unfit(f"{wish.model.named} {found}", f"{hint}: --model MODEL.")
     return found
 
 
-def _chosen(wish: Wish, preset: Preset, counts: Mapping[str, int], prompts: int, own: Config) -> texts.Chosen:
+def _chosen(
+    wish: Wish, preset: Preset, counts: Mapping[str, int], prompts: int, by_hand: Mapping[str, Any]
+) -> texts.Chosen:
     is_converted = wish.model.is_gguf or (preset.bits is not None and wish.model.bits is None)
     settings = dict(preset.settings)
-    set_too = {".".join(setting.partition("=")[0].strip().split(".")[:2]) for setting in wish.settings}
-    dumped = own.model_dump(mode="json")
     for one, other in resolve.EITHER:
-        if one in set_too:
+        if by_hand.get(one) is not None:
             settings.pop(other, None)
-        if other in set_too:
+        if by_hand.get(other) is not None:
             settings.pop(one, None)
-    for key in set_too:
-        section, _, name = key.partition(".")
-        settings[key] = dumped[section][name]
-    why = {key: text for key, text in preset.why.items() if key not in set_too}
+    settings.update(by_hand)
+    why = {key: text for key, text in preset.why.items() if key not in by_hand}
     notes = list(preset.warnings)
-    if preset.peak_bytes is not None and not set_too:
+    if preset.peak_bytes is not None:
         peak, budget = size(preset.peak_bytes), size(preset.budget_bytes)
         notes.insert(0, f"Memory: {peak} predicted at the peak, of {budget} that may be used.")
     return texts.Chosen(

@@ -11,7 +11,6 @@ ask the same are on one side, whatever they answer, so that no answer to a test 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -79,25 +78,12 @@ def look(source: SourceSection) -> Given:
                     )
                 kinds.setdefault(row.format)
                 is_text = is_text or row.text is not None
-                hashes.append(_asked(row))
+                hashes.append(duplicates.question_hash(row))
             formats.require_good(bad, count)
         asked[split] = np.array(hashes, np.uint64)
     notes = [note] if (note := unused_note(source, files)) else []
     notes += _shared(asked)
     return Given(source, files, tuple(kinds), asked, is_text, tuple(notes))
-
-
-def _asked(record: Record) -> int:
-    """64 bits of what is said before the first answer, but for the system prompt, which many rows share; of a text, of
-    all of it.
-    """
-    said = []
-    for message in record.messages or [{"role": "text", "content": record.text}]:
-        if message["role"] == "assistant":
-            break
-        if message["role"] not in ("system", "developer"):
-            said.append(" ".join(str(message.get("content") or "").casefold().split()))
-    return duplicates.hash_of(json.dumps(said))
 
 
 def _shared(asked: Mapping[str, np.ndarray]) -> list[str]:

@@ -11,7 +11,7 @@ from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
 from mlxtune.evaluate.checks.suite import read_suite
 from mlxtune.evaluate.inferred.infer import Inferred, infer
-from mlxtune.evaluate.inferred.suite_rows import suite_rows, training_answers
+from mlxtune.evaluate.inferred.suite_rows import ends_with_lesson, suite_rows, training_answers
 from mlxtune.project.folder import DATA, SUITE, SUITE_SETTINGS
 
 NAMED = 3  # answers that are named where they do not pass the checks inferred from them
@@ -60,7 +60,4 @@ def _questions(file: Path) -> list[Record]:
 
 
 def _is_question(record: Record) -> bool:
-    messages = record.messages or []
-    if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[-1].get("weight") == 0:
-        return False
-    return messages[-2]["role"] in ("user", "tool")
+    return ends_with_lesson(record) and (record.messages or [])[-2]["role"] in ("user", "tool")

@@ -61,6 +61,19 @@ def asked_hash(record: Record) -> int:
     return hash_of(json.dumps([prompt, record.tools], sort_keys=True, ensure_ascii=False, default=str))
 
 
+def question_hash(record: Record) -> int:
+    """64 bits of what is said before the first answer, but for the system prompt, which many rows share; of a text, of
+    all of it. Case and spaces do not count.
+    """
+    said = []
+    for message in record.messages or [{"role": "text", "content": record.text}]:
+        if message["role"] == "assistant":
+            break
+        if message["role"] not in ("system", "developer"):
+            said.append(" ".join(str(message.get("content") or "").casefold().split()))
+    return hash_of(json.dumps(said))
+
+
 def hash_of(text: str) -> int:
     """64 bits."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())

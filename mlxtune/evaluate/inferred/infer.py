@@ -33,7 +33,8 @@ from mlxtune.evaluate.inferred.shape import FEWEST, MOST_VALUES, oddities, schem
 
 ODD = 0.05  # of the answers, that checks may refuse
 LABEL_WORDS = 6  # of a label, at most
-NUMBER_WORDS = 4  # of an answer that is a number and little more: "about 12 kg"
+NUMBER_WORDS = 4  # of an answer that is a number and little more; 1,234.50 are three
+BESIDE = 2  # of these, that are no part of the number: "about 12 kg"
 MARK = re.compile(r"#{4}\s*\S|\\boxed\{")  # an answer that says where its number is
 ROOM, MORE_ROOM = 1.5, 3.0  # times the words of a long answer, that an answer may have; where few answers are known
 LONG = 0.99  # of the answers have at most as many words as a long one
@@ -165,7 +166,10 @@ def _numbers(texts: list[str], asked: list[Any]) -> Inferred | None:
 
 
 def _is_number(text: str) -> bool:
-    return len(words_of(text)) <= NUMBER_WORDS and len(numbers_in(text)) == 1
+    """One number and little beside it: "about 12 kg", but not "See page 12 there"."""
+    words = words_of(text)
+    beside = [word for word in words if not any(map(str.isdigit, word))]
+    return len(words) <= NUMBER_WORDS and len(beside) <= BESIDE and len(numbers_in(text)) == 1
 
 
 def _is_bare_number(text: str) -> bool:

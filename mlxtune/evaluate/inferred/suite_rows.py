@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from mlxtune_convert.files import json_text
 
+from mlxtune.data.dataset import duplicates
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.messages import WEIGHTS
 from mlxtune.evaluate.inferred.infer import Written, that_fit
@@ -40,14 +43,21 @@ def suite_rows(
     checks: of every row, but for those that have nothing to compare its answer with; a row whose answer calls tools has
     the check tool_call instead. Texts are left out: they ask nothing. A row keeps its whole conversation, the system
     prompt too.
+
+    Of several answers to one prompt the first is the reference, for a prompt that is asked ten times is no ten prompts.
+    Those that differ, but ask the same (the system prompt is another, or what follows the first answer) are a `group`.
     """
-    asking = [record for record in records if _last_answer(record) or _last_calls(record)]
+    asking = _each_prompt_once(record for record in records if _last_answer(record) or _last_calls(record))
+    times = Counter(duplicates.question_hash(record) for record in asking)
     rows = []
     for place in _some(len(asking), most, seed):
         record = asking[place]
         row: dict[str, Any] = {"id": f"row-{record.row}", "messages": record.messages}
         if record.tools:
             row["tools"] = record.tools
+        asked = duplicates.question_hash(record)
+        if times[asked] > 1:
+            row["group"] = f"{asked:016x}"
         if _last_calls(record):
             row["checks"] = ["tool_call"]
         else:
@@ -62,17 +72,30 @@ def suite_rows(
     return rows
 
 
-def _last_answer(record: Record) -> bool:
-    """Whether a record ends with an answer in words, behind a question, that is learned from."""
+def _each_prompt_once(records: Iterable[Record]) -> list[Record]:
+    """The first record of each prompt, which is all before the last answer; case and spaces aside."""
+    found: dict[str, Record] = {}
+    for record in records:
+        prompt = [(record.messages or [])[:-1], record.tools]
+        said = " ".join(json_text(prompt, default=str).replace("\\n", " ").casefold().split())
+        found.setdefault(said, record)
+    return list(found.values())
+
+
+def ends_with_lesson(record: Record) -> bool:
+    """Whether a record ends with an answer, of words or calls, behind other messages, and that answer is learned."""
     messages = record.messages or []
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         return False
-    return bool(messages[-1]["content"]) and all(messages[-1].get(name) != 0 for name in WEIGHTS)
+    return all(messages[-1].get(name) != 0 for name in WEIGHTS)
+
+
+def _last_answer(record: Record) -> bool:
+    return ends_with_lesson(record) and bool((record.messages or [])[-1]["content"])
 
 
 def _last_calls(record: Record) -> bool:
-    messages = record.messages or []
-    return len(messages) > 1 and messages[-1]["role"] == "assistant" and bool(messages[-1].get("tool_calls"))
+    return ends_with_lesson(record) and bool((record.messages or [])[-1].get("tool_calls"))
 
 
 def _some(count: int, most: int, seed: int) -> list[int]:
