@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,11 @@ import pytest
 import tiny
 from conversations import TOOL, answer, call, result, system, user
 
-from mlxtune.cli import make_refusals
 from mlxtune.config.schema import SourceSection
 from mlxtune.data.dataset import sources
 from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.sides import Side
-from mlxtune.errors import UserError
-from mlxtune.evaluate.checks.suite import read_suite
-from mlxtune.evaluate.forgetting import texts
-from mlxtune.make.curation import candidates
-from mlxtune.make.given_rows import read_conversations
-from mlxtune.make.seeds import read_seeds
 
 Messages = list[dict[str, Any]]
 GOOD, BAD = answer("Blue."), answer("Green?")
@@ -387,19 +379,3 @@ def test_the_sides_of_a_pair_are_worked_on_together(tmp_path: Path, monkeypatch:
     chunks = list(formats.chunks(formats.read(tiny.write_jsonl(tmp_path / "d.jsonl", rows))))
     assert [len(chunk) for chunk in chunks] == [4, 4, 2]
     assert [formats.count_rows(chunk) for chunk in chunks] == [2, 2, 1]
-
-
-def test_pairs_are_refused_where_every_answer_would_be_taken_for_a_good_one(tmp_path: Path) -> None:
-    path = tiny.write_jsonl(tmp_path / "d.jsonl", [EXPECTED["whole conversations"][0]])
-    unused: Any = None
-    readers: list[Callable[[Path], Any]] = [
-        lambda file: candidates.read([file], {}),
-        lambda file: list(texts._tokenized(file, unused, unused)),
-        read_seeds,
-        read_conversations,
-        read_suite,
-    ]
-    for reader in readers:
-        with pytest.raises(UserError, match="pairs of answers, of which one is preferred, are not read here"):
-            reader(path)
-    assert make_refusals._rows_of(str(path)) == 1

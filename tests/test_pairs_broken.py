@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ import pytest
 import tiny
 from reading import all_of
 
+from mlxtune.cli import make_refusals
 from mlxtune.config.schema import DataSection
 from mlxtune.data.dataset import sources
 from mlxtune.errors import UserError
+from mlxtune.evaluate.checks.suite import read_suite
+from mlxtune.evaluate.forgetting import texts
+from mlxtune.make.curation import candidates
+from mlxtune.make.given_rows import read_conversations
+from mlxtune.make.seeds import read_seeds
 
 ASKED = {"role": "user", "content": "Sky?"}
 BLUE, RED = ({"role": "assistant", "content": text} for text in ("Blue.", "Red."))
@@ -219,3 +226,19 @@ def test_pairs_of_which_none_says_what_is_better_are_refused_with_the_reasons(to
         UserError, match="none of 2 rows can be used; line 1: chosen and rejected are the same, the rej"
     ):
         all_of(path, tokenizer)
+
+
+def test_pairs_are_refused_where_every_answer_would_be_taken_for_a_good_one(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [WHOLE])
+    unused: Any = None
+    readers: list[Callable[[Path], Any]] = [
+        lambda file: candidates.read([file], {}),
+        lambda file: list(texts._tokenized(file, unused, unused)),
+        read_seeds,
+        read_conversations,
+        read_suite,
+    ]
+    for reader in readers:
+        with pytest.raises(UserError, match="pairs of answers, of which one is preferred, are not read here"):
+            reader(path)
+    assert make_refusals._rows_of(str(path)) == 1
