@@ -19,6 +19,7 @@ from mlxtune.data.dataset import sources
 from mlxtune.data.rows import formats
 from mlxtune.data.rows.formats import Record
 from mlxtune.data.rows.sides import Side
+from mlxtune.errors import UserError
 
 Messages = list[dict[str, Any]]
 GOOD, BAD = answer("Blue."), answer("Green?")
