@@ -70,6 +70,7 @@ def render(
     from mlxtune.config import resolve
     from mlxtune.data.chat.by_row import by_row
     from mlxtune.data.dataset import holdout
+    from mlxtune.data.dataset.store_writing import untold
     from mlxtune.data.rows.readers import Bad
     from mlxtune.data.rows.two_sides import records_of, together
     from mlxtune.train.run_folder import RunFolder
@@ -80,16 +81,12 @@ def render(
         config = resolve.load(None, (), flags) if run is None else RunFolder(run).config(None, (), flags)
         renderer = renderer_of(named, config)
         preferences = bool(config.preference.loss)
-        rows = holdout.rows_of_split(config.data, config.train.seed, split, renderer, _to_nobody, preferences)
+        rows = holdout.rows_of_split(config.data, config.train.seed, split, renderer, untold, preferences)
     for one in together(rows):
         records = [one] if isinstance(one, Bad) else records_of(one)
         for parts in by_row(renderer.stream(records)):
             for row in parts:
                 yield Rendered.of(row)
-
-
-def _to_nobody(source: str, rows: int) -> None:
-    """For whoever wants no progress."""
 
 
 def renderer_of(model: str, config: Config) -> Renderer:

@@ -25,17 +25,18 @@ from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import in_order
 from mlxtune.data.dataset.beginnings import first_target
 from mlxtune.data.dataset.examples import Examples
+from mlxtune.data.dataset.measured import answer_numbers, first_examples
 from mlxtune.data.rows.sides import Side
 from mlxtune.data.survey.preferences import LONGER
 from mlxtune.evaluate.comparison.scores import PromptScores
 from mlxtune.evaluate.comparison.summary import check_results
+from mlxtune.evaluate.observations.of_preferences import LESS_LIKELY
 from mlxtune.evaluate.observations.preference_remedies import Remedies
 from mlxtune.evaluate.score import losses_of_each, split_for
 from mlxtune.evaluate.statistics.proportions import wilson
 from mlxtune.model.load import Loaded
 
 BETA = 0.1  # where no run says it: that of the papers' main experiments
-LESS_LIKELY = -1.0  # a mean reward of the chosen answers, below which it is worth a word that they became less likely
 CHANCE = 0.5  # of an answer's reward to be on its side, where nothing was learned
 BINS = 12  # of the histogram of reward margins
 UNKNOWN = Remedies()  # where no run says what tuned it
@@ -61,10 +62,9 @@ class Answers:
 
     @staticmethod
     def of(examples: Examples) -> Answers:
-        keys = examples.row_of * len(Side) + examples.sides  # of a pair the chosen side has the smaller one
-        answers, of_example = np.unique(keys, return_inverse=True)
+        of_example = answer_numbers(examples, np.arange(len(examples)))
         tokens = np.bincount(of_example, examples.targets).astype(np.int64)
-        return Answers(of_example, answers % len(Side), tokens, _groups(examples))
+        return Answers(of_example, examples.sides[first_examples(of_example)], tokens, _groups(examples))
 
     def sums(self, of_examples: np.ndarray) -> np.ndarray:
         """[A] what is known of the examples, added up for each answer. of_examples: [N]."""

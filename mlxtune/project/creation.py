@@ -15,6 +15,7 @@ from mlxtune_convert.sizes import size
 from mlxtune.config import resolve
 from mlxtune.config.resolve import Config
 from mlxtune.data.chat.renderer import Renderer
+from mlxtune.data.dataset.store_writing import untold
 from mlxtune.data.rows import formats
 from mlxtune.data.survey import sampling, survey
 from mlxtune.data.template.tokenizer_changes import preview_tokenizer
@@ -88,16 +89,12 @@ def write(wish: Wish, work: Path) -> Made:
     # As train will have it; what was set by hand may not go with what was found.
     config = resolve.load(work / PROJECT_FILE, (), {"data.path": str(work / DATA)})
     if renderer is not None:
-        seen = survey.survey(config, Renderer(renderer.tokenizer, config.data), _nobody, most=LOOKED_AT)
+        seen = survey.survey(config, Renderer(renderer.tokenizer, config.data), untold, most=LOOKED_AT)
         _require_trainable(seen, config, wish.given.source.path)
         findings = seen["findings"]
     (work / README).write_text(texts.readme(chosen), encoding="utf-8")
     (work / IGNORED).write_text(texts.ignored(chosen), encoding="utf-8")
     return Made(chosen, findings, notes)
-
-
-def _nobody(_source: str, _rows: int) -> None:
-    """Is told how many rows were read; there are too few for a bar."""
 
 
 def _require_trainable(seen: Mapping[str, Any], config: Config, path: str) -> None:

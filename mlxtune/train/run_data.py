@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -12,6 +11,7 @@ from mlxtune.adapter import vocabulary
 from mlxtune.config.resolve import Config
 from mlxtune.data.dataset import mixture, sources
 from mlxtune.data.dataset.examples import Examples
+from mlxtune.data.dataset.store_writing import Progress, untold
 from mlxtune.data.template.template import Template
 from mlxtune.data.template.tokenizer_changes import Changes
 from mlxtune.model import hub
@@ -32,7 +32,7 @@ class Data:
 
 def read_data(
     config: Config,
-    progress: Callable[[str, int], None] = lambda source, rows: None,
+    progress: Progress = untold,
     local: LocalOnly = NOTHING,
 ) -> tuple[Data, Config]:
     """Rows -> examples of the model's tokenizer, and the configuration with the day they were made for.

@@ -28,7 +28,7 @@ from mlxtune.data.dataset import duplicates, holdout, row_cache
 from mlxtune.data.dataset.examples import Examples
 from mlxtune.data.dataset.sources import Source, files_by_split, unused_note
 from mlxtune.data.dataset.store import DAMAGED, Store
-from mlxtune.data.dataset.store_writing import Progress
+from mlxtune.data.dataset.store_writing import Progress, untold
 from mlxtune.data.rows.readers import place
 from mlxtune.errors import UserError
 
@@ -39,7 +39,7 @@ def read(
     section: DataSection,
     tokenizer: Any,
     seed: int,
-    progress: Progress = lambda source, rows: None,
+    progress: Progress = untold,
     whole: bool = False,
     local_only: str = "",
     preferences: bool = False,

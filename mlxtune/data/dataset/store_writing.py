@@ -24,6 +24,10 @@ from mlxtune.errors import UserError
 Progress = Callable[[str, int], None]  # called with a file's name and how many of its rows were read
 
 
+def untold(name: str, rows: int) -> None:
+    """A Progress for whoever wants none."""
+
+
 def write_store(
     folder: Path, name: str, records: Iterator[Record | Bad], renderer: Renderer, progress: Progress
 ) -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlxtune.data.dataset.batches import Batch
-from mlxtune.data.dataset.measured import MeasuredExamples
 
 UNKNOWN = 1.0  # in place of a log-probability, which is at most 0
 
@@ -48,10 +47,3 @@ class Known:
         values = self.values[self.answers(batch)]
         assert (values != UNKNOWN).all(), "an answer whose reference nobody computed"
         return values
-
-
-def answers_of(examples: MeasuredExamples) -> np.ndarray:
-    """[N] the answer of each example: those that follow each other with one row and one side."""
-    other_row = np.diff(examples.row_of, prepend=-1) != 0
-    other_side = np.diff(examples.sides.astype(np.int64), prepend=-1) != 0
-    return np.cumsum(other_row | other_side) - 1

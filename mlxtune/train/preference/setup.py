@@ -14,13 +14,13 @@ from mlxtune.adapter import adapter_files
 from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.data.dataset.examples import Examples
-from mlxtune.data.dataset.measured import MeasuredExamples
+from mlxtune.data.dataset.measured import MeasuredExamples, answer_numbers
 from mlxtune.errors import UserError
 from mlxtune.model.arrays import to_numpy
 from mlxtune.train.events import Listener
 from mlxtune.train.preference import reference, reference_file
 from mlxtune.train.preference.goal import Forward, OfSplit, Preference, settings_of
-from mlxtune.train.preference.known import Known, answers_of
+from mlxtune.train.preference.known import Known
 from mlxtune.train.preference.mismatched import Mismatched
 from mlxtune.train.preference.reference_file import Arrays
 from mlxtune.train.run_folder import RunFolder
@@ -87,7 +87,7 @@ def _with_reference(
 
 def _split(examples: MeasuredExamples, seed: int, with_baseline: bool) -> OfSplit:
     """The answers of a split, of which nothing is known yet."""
-    known = Known.nothing(answers_of(examples))
+    known = Known.nothing(answer_numbers(examples, np.arange(len(examples))))
     if not with_baseline:
         return OfSplit(known)
     mismatched = Mismatched(examples, seed)
