@@ -3,7 +3,7 @@
     python benchmarks/curate.py MODEL gsm8k_train.jsonl --work FOLDER
 
 800 rows of questions and answers, every second one with the answer of another row. `data curate` keeps 150 by IFD
-alone, 150 others are drawn by chance. Two runs of the same settings train on them, and are compared on the loss of 64
+alone; 150 are drawn by chance, three times. Runs of the same settings train on them, and are compared on the loss of 64
 rows that come after the 800 in the file. FOLDER keeps what was computed, so that a second call goes on. Dated results:
 curate.md.
 """
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for what is computed")
     parser.add_argument("--count", type=int, default=800, help="rows to choose of")
     parser.add_argument("--keep", type=int, default=150)
+    parser.add_argument("--draws", type=int, default=3, help="sets drawn by chance")
     parser.add_argument("--most-letters", type=int, help="of a row: take shorter ones alone, for a slow machine")
     parser.add_argument("--valid", type=int, default=64, help="rows to be compared on")
     parser.add_argument("--set", dest="settings", nargs="*", default=[], help="settings of both runs")
@@ -39,17 +40,17 @@ def main() -> None:
     _write(given.work / "mixed.jsonl", mixed)
     began = time.perf_counter()
     report = _curated(given)
-    print(f"curation: {time.perf_counter() - began:.0f} s, {json.dumps(report['after'])}")
+    print(f"curation: {time.perf_counter() - began:.0f} s, border {report['border']}, {json.dumps(report['after'])}")
     chosen = [json.loads(line) for line in (given.work / "curated.jsonl").read_text(encoding="utf-8").splitlines()]
-    chance = random.Random(1).sample(mixed, given.keep)
+    sets = {"by data curate": chosen}
+    for draw in range(1, given.draws + 1):
+        sets[f"by chance {draw}"] = random.Random(draw).sample(mixed, given.keep)
     print(f"| {given.keep} rows | spoiled | held-out loss |\n| --- | --- | --- |")
-    losses = {}
-    for name, some in (("by data curate", chosen), ("by chance", chance)):
+    for name, some in sets.items():
         data = given.work / name.replace(" ", "-")
         _write(data / "train.jsonl", [{"messages": row["messages"]} for row in some])
         _write(data / "valid.jsonl", rows[given.count :])
-        losses[name] = _loss_after(given, data)
-        print(f"| {name} | {_share(some):.1%} | {losses[name]:.4f} |", flush=True)
+        print(f"| {name} | {_share(some):.1%} | {_loss_after(given, data):.4f} |", flush=True)
     _draw_scores(given)
 
 

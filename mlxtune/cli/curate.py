@@ -72,9 +72,9 @@ def curate(
 ) -> None:
     """Choose few good rows out of many.
 
-    Each row is scored: by a judge, or by how much --model's loss on the answer falls when it sees the question (IFD).
-    Kinds of instruction have equal shares, rows that ask the same stay once, and broken ones go. Scores are kept beside
-    OUT.jsonl, so that another --keep computes none again.
+    Each row is scored: by a judge, or by whether --model's loss on the answer falls further behind its own question
+    than behind another row's (IFD). Kinds of instruction have equal shares, rows that ask the same stay once, and
+    broken ones go. Scores are kept beside OUT.jsonl, so that another --keep computes none again.
 
     \b
     mlxtune data curate train.jsonl --keep 1000 --model model --out curated.jsonl

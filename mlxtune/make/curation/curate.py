@@ -21,11 +21,10 @@ from mlxtune.make.curation.figures import KINDS, LOOKED_AT, figures
 from mlxtune.make.curation.losses import Losses
 from mlxtune.make.curation.quality import fatal, qualities
 from mlxtune.make.curation.scores_file import ScoresFile
+from mlxtune.make.curation.strangers import NO_LIKELIER, border, strangers
 
 if TYPE_CHECKING:
     from mlxtune.make.curation.ifd import Scorer
-
-WORST_IFD = 1.0  # from here on a question makes its answer no likelier
 
 
 @dataclass
@@ -40,6 +39,8 @@ class Curation:
     others: dict[str, list[Record]]
     # Of each candidate that a model scored, by its key; None: it gives no score.
     losses: dict[str, Losses | None] = field(default_factory=dict)
+    # The IFD above which a question explains no more than another row's does; None: it is not known.
+    border: float | None = None
     # Of each candidate that a judge rated, by its key, 1 to 5; None: its reply could not be read.
     ratings: dict[str, float | None] = field(default_factory=dict)
     # What a person must know.
@@ -54,32 +55,49 @@ class Curation:
         return cls(files, candidates, others)
 
     def score(self, scorer: Scorer, kept: ScoresFile, told: Callable[[int, int], None]) -> None:
-        """Take the loss of every candidate. told: how many are done, of how many."""
-        waiting = [one for one in self.candidates if one.key not in kept.known]
+        """Take the loss of every candidate, and of rows that show where the border lies. told: how many are done, of
+        how many.
+        """
+        others = strangers(self.candidates)
+        wanted = {one.key: one for one in (*self.candidates, *others)}
+        waiting = [one for key, one in wanted.items() if key not in kept.known]
         keys = {id(one.record): one.key for one in waiting}
-        found = len(self.candidates) - len(waiting)
-        if found:
-            self.notes.append(f"{kept.path}: {found:,} rows were scored before")
+        found = len(wanted) - len(waiting)
+        if before := sum(one.key in kept.known for one in self.candidates):
+            self.notes.append(f"{kept.path}: {before:,} rows were scored before")
 
         def done(records: Sequence[Record], losses: Sequence[Losses | None]) -> None:
             nonlocal found
             kept.keep({keys[id(record)]: one for record, one in zip(records, losses, strict=True)})
             found += len(records)
-            told(found, len(self.candidates))
+            told(found, len(wanted))
 
         scorer.losses([one.record for one in waiting], done)
         self.losses = {one.key: kept.known[one.key] for one in self.candidates}
+        self.border = border(kept.known[one.key] for one in others)
+
+    def is_explained(self, losses: Losses) -> bool:
+        """Whether a row's question explains its answer, as far as the border is known."""
+        return losses.ifd <= (NO_LIKELIER if self.border is None else self.border)
 
     def score_of(self, candidate: Candidate) -> float | None:
-        """More is better: the judge's rating; without a judge less IFD; without either, the same for all. None: it has
-        none.
+        """More is better: the judge's rating; without a judge what the question explains (`_explained`); without a
+        model either, the same for all. None: it has none.
         """
         if self.ratings:
             return self.ratings[candidate.key]
         if self.losses:
             losses = self.losses[candidate.key]
-            return None if losses is None else -losses.ifd
+            return None if losses is None else self._explained(candidate, losses)
         return 0.0
+
+    def _explained(self, candidate: Candidate, losses: Losses) -> float:
+        """Rows that their question explains are as good as each other: from 0 to 1 by their hash, which is by chance,
+        but the same each time and wherever they stand in their files. The others are worse, the more IFD they have.
+        """
+        if not self.is_explained(losses):
+            return -losses.ifd
+        return int(candidate.key, 16) / 2**64
 
     def chosen(self, wanted: Wanted, accept: Accept) -> Chosen:
         """The rows to keep, and why the others do not stay. Raises whatever `accept` does."""
@@ -103,7 +121,7 @@ class Curation:
             return "unscored"
         if self.score_of(candidate) is None:
             return "unrated"
-        return "unexplained" if losses is not None and losses.ifd > WORST_IFD else ""
+        return "unexplained" if losses is not None and losses.ifd > NO_LIKELIER else ""
 
     def report(self, chosen: Chosen, wanted: Wanted) -> dict[str, Any]:
         """What there was, what is kept, why the others are not, and what a person should know of it."""
@@ -117,6 +135,11 @@ class Curation:
             )
         if chosen.below:
             notes.append(f"{chosen.below:,} of the rows are among the worse ones of their kind: others were not enough")
+        if unexplained := self._unexplained(chosen.kept):
+            notes.append(
+                f"{unexplained:,} of the rows are explained no better by their own question than by another row's (IFD "
+                f"above {self.border:.2f}): others of their kind were not enough"
+            )
         kinds = {one.kind for one in chosen.kept}
         in_english = sum(is_english(one.question) for one in chosen.kept)  # of others the kind is not told
         if len(kinds) < KINDS and in_english * 2 > len(chosen.kept):
@@ -128,8 +151,16 @@ class Curation:
             "before": figures(self.candidates, self.losses, sample),
             "after": figures(chosen.kept, self.losses, sample) if chosen.kept else {"rows": 0},
             "left_out": dict(counts.most_common()),
+            "border": self.border,
             "notes": notes,
         }
+
+    def _unexplained(self, kept: Sequence[Candidate]) -> int:
+        """How many of the rows chosen by their losses are above the border; 0 where there is none."""
+        if self.border is None or self.ratings:
+            return 0
+        found = [self.losses[one.key] for one in kept]
+        return sum(losses is not None and not self.is_explained(losses) for losses in found)
 
     def write(self, chosen: Chosen, out: Path, left_out: Path | None, force: bool) -> None:
         """The kept rows, in the order of the files, so that none of a kind stand together by their choice; and the

@@ -10,9 +10,10 @@
 Which side is good? The paper keeps the largest values below 1: of rows that are all sound, those that a model finds
 hard teach it most. Rows that are not sound have the largest values of all: where an answer belongs to another question,
 is cut, or is noise, the question explains nothing of it. Who keeps the largest values below 1 of a mixed set keeps
-these. So here small is good: the question explains the answer. What is small without being good, an answer that repeats
-its question, is a fault of its own (`candidates.is_copied`); and that not only easy rows stay is what kinds and
-diversity are for (`choosing`).
+these. And who keeps the smallest ones keeps the rows that are easiest, which teach least. So IFD only says which rows
+are sound: those below a border that is measured (`strangers`). All of these are as good as each other: which of them
+stay is up to kinds, diversity (`choosing`) and chance. What is below the border without being good, an answer that
+repeats its question, is a fault of its own (`candidates.is_copied`).
 
 "Alone" needs something before the first token, for nothing predicts the first one of a row. That is what the template
 puts between any question and its answer ("<|im_end|>\\n<|im_start|>assistant\\n"), which says nothing of the question.

@@ -2,11 +2,14 @@
 
 Scores of different kinds of instruction cannot be compared: a summary is explained by its text far better than a story
 by "write a story". So a row's quality is its rank among those of its kind, the best 1 and the worst 0, less what its
-faults cost. Four summaries and a fault:
+faults cost. Four summaries rated by a judge, one of them with a fault, and four by IFD, the border at 0.86
+(`strangers`), where rows below it are in an order by chance:
 
-    IFD 0.31   0.40   0.52 (cut off)   0.97
-    rank 1.0   0.67   0.33             0.0
-         1.0   0.67  -0.17             0.0        quality
+    rating   4.8   4.1    3.9 (cut off)   1.2         IFD      0.31   0.52   0.70   0.97
+    rank     1.0   0.67   0.33            0.0         rank     0.33   1.0    0.67   0.0
+    quality  1.0   0.67  -0.17            0.0         quality  0.33   1.0    0.67   0.0
+
+So a kind none of whose rows is below the border has its share all the same, of those that come nearest.
 """
 
 from __future__ import annotations
