@@ -18,7 +18,7 @@ from test_extent import LIMIT, LONGROPE
 from test_proof import in_16_bits
 from ways import COMMON, SHAPES, assert_close, make
 
-from mlxtune.compute import loss, prefix, proof, trunk, trunk_choice
+from mlxtune.compute import head_loss, loss, prefix, proof, trunk, trunk_choice
 from mlxtune.compute.division import Division, units
 from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.head import Split
@@ -40,8 +40,8 @@ RATED = of_rated(examples([(34, 12, 9), (20, 5, 17)]), [True, False, False, True
 @pytest.fixture(autouse=True)
 def small_chunks_and_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that answers end within a chunk of the head, and a pair is a trunk and two branches."""
-    monkeypatch.setattr(loss, "MIN_CHUNK_ROWS", 5)
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(head_loss, "MIN_CHUNK_ROWS", 5)
+    monkeypatch.setattr(head_loss, "CHUNK_BYTES", 1)
     monkeypatch.setattr(forest, "A_PASS", 4)
 
 

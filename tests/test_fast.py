@@ -18,7 +18,7 @@ from ways import BATCH, MIXTURES, SHAPES, assert_close, batch, make, rows, steps
 from mlxtune.adapter import attach
 from mlxtune.adapter.layers import LoRALinear
 from mlxtune.adapter.plan import AdapterPlan
-from mlxtune.compute import loss, parts, prefix, proof, proof_rows
+from mlxtune.compute import head_loss, parts, prefix, proof, proof_rows
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -35,8 +35,8 @@ from mlxtune.train.choice import choose
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five rows a chunk, so that every loss here goes through several, the last one shorter."""
-    monkeypatch.setattr(loss, "MIN_CHUNK_ROWS", 5)
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(head_loss, "MIN_CHUNK_ROWS", 5)
+    monkeypatch.setattr(head_loss, "CHUNK_BYTES", 1)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -140,9 +140,9 @@ def test_a_fast_way_that_computes_something_else_is_not_used(monkeypatch: pytest
 
 
 def test_a_wrong_head_gradient_is_found_even_though_the_loss_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loss._through_frozen_head
+    real = head_loss.through_frozen
     monkeypatch.setattr(
-        loss, "_through_frozen_head", lambda *a: real(*a) + 0.01 * (a[1].sum() - mx.stop_gradient(a[1].sum()))
+        head_loss, "through_frozen", lambda *a: real(*a) + 0.01 * (a[1].sum() - mx.stop_gradient(a[1].sum()))
     )
     way, notes = chosen(make("llama"), "fast.prefix=off")
     assert way == Way()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -13,12 +15,13 @@ from ways import make
 
 from mlxtune.adapter import attach
 from mlxtune.adapter.plan import AdapterPlan
-from mlxtune.compute import loss
+from mlxtune.compute import head_loss, loss, stages
 from mlxtune.compute.head import Split
-from mlxtune.compute.loss import Way
+from mlxtune.compute.loss import LossInputs, Way
 from mlxtune.config.schema import LoraSection
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import collate
+from mlxtune.data.dataset.forest import Forest
 from mlxtune.evaluate.score import score
 from mlxtune.model.load import load
 
@@ -123,3 +126,36 @@ def test_a_score_counts_every_supervised_token_once(model: nn.Module, path: str)
     assert scored.tokens == mask.sum()
     assert scored.loss_sum == pytest.approx(-picked[mask].sum(), rel=1e-5)
     assert scored.correct == (logits.argmax(-1) == wanted)[mask].sum()
+
+
+class OneMatrix:
+    """In the place of a Split: a head of one matrix."""
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        self.vocabulary = vocabulary
+        self.matrix = mx.random.normal((width, vocabulary), key=mx.random.key(0))
+
+    def logits(self, rows: mx.array) -> mx.array:
+        return rows @ self.matrix
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_a_chunks_logits_are_in_memory_three_times_at_most(saving: bool) -> None:
+    """They themselves, less the largest of each row, and the gradient."""
+    split: Any = OneMatrix(8_000, 1024)
+    rows = mx.random.normal((700, 1024), key=mx.random.key(1))
+    targets = mx.random.randint(0, split.vocabulary, (700,), key=mx.random.key(2))
+    inputs = LossInputs([], mx.arange(700), targets, None, Forest(()))
+    cut = list(head_loss.chunks(rows, split.vocabulary, saving))
+    assert cut[0].stop == (128 if saving else 256)
+    in_order: stages.Stages = []
+    mx.eval(split.matrix, rows, targets)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    value, gradient = mx.value_and_grad(
+        lambda rows: head_loss.through_frozen(split, rows, inputs, cut, in_order, kernel=False)
+    )(rows)
+    stages.compute(in_order, value, gradient)
+    of_logits, of_rows = 4 * cut[0].stop * split.vocabulary, 4 * rows.size
+    assert 2.5 * of_logits < mx.get_peak_memory() - before < 3.05 * of_logits + 2 * of_rows

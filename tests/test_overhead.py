@@ -26,7 +26,7 @@ from ways import make, rows
 from mlxtune.adapter import attach
 from mlxtune.adapter.plan import AdapterPlan
 from mlxtune.bench.waits import waits
-from mlxtune.compute import fit_memory, loss
+from mlxtune.compute import fit_memory, head_loss
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction
@@ -326,23 +326,24 @@ def test_a_signature_is_compiled_at_its_second_use_and_a_resumed_run_compiles_wh
 
 
 @pytest.mark.parametrize(
-    ("width", "vocabulary", "on_cpu", "on_gpu"),
+    ("width", "vocabulary", "on_cpu", "on_gpu", "saving"),
     [
-        (4096, 128256, 130, 128),
-        (2560, 151936, 110, 128),
-        (576, 49152, 144, 128),
-        (256, 320, 64, 64),
-        (4096, 32000, 524, 512),
+        (4096, 128256, 130, 128, 65),
+        (2560, 151936, 110, 128, 64),
+        (576, 49152, 144, 128, 72),
+        (256, 320, 64, 64, 64),
+        (4096, 32000, 524, 512, 262),
     ],
     ids=["Llama-3.1", "Qwen3", "SmolLM2", "tiny", "Mistral"],
 )
 def test_chunks_of_the_head_are_whole_tiles_on_a_gpu(
-    width: int, vocabulary: int, on_cpu: int, on_gpu: int, monkeypatch: pytest.MonkeyPatch
+    width: int, vocabulary: int, on_cpu: int, on_gpu: int, saving: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The nearest number of them: at most a third more memory than asked for."""
-    assert loss.chunk_rows(width, vocabulary) == on_cpu
+    """The nearest number of them: at most a third more memory than asked for; half where memory is to be saved."""
+    assert head_loss.chunk_rows(width, vocabulary) == on_cpu
+    assert head_loss.chunk_rows(width, vocabulary, saving=True) == saving
     monkeypatch.setattr(backend, "policy", lambda: ON_A_GPU)
-    assert loss.chunk_rows(width, vocabulary) == on_gpu
+    assert head_loss.chunk_rows(width, vocabulary) == on_gpu
     for size in range(1000, 300_000, 997):
-        assert loss.chunk_rows(8192, size) % 64 == 0
-        assert loss.chunk_rows(8192, size) * size * 4 <= max(64 * size * 4, loss.CHUNK_BYTES * 4 / 3)
+        assert head_loss.chunk_rows(8192, size) % 64 == 0
+        assert head_loss.chunk_rows(8192, size) * size * 4 <= max(64 * size * 4, head_loss.CHUNK_BYTES * 4 / 3)

@@ -15,7 +15,7 @@ import zoo
 from mlx_lm.models import switch_layers
 from ways import BATCH, COMMON, MIXTURES, SHAPES, assert_close, batch, make, rows
 
-from mlxtune.compute import loss, parts, proof
+from mlxtune.compute import head_loss, loss, parts, proof
 from mlxtune.compute.fit_memory import Given
 from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.head import Split
@@ -247,8 +247,8 @@ def test_the_last_block_ends_on_supervised_positions(kind: str, recompute: int) 
 
 @pytest.mark.parametrize("kind", ["llama", "llama tied", "gemma2", "granite", "gpt_oss"])
 def test_mlxs_cross_entropy_behind_soft_caps_and_scales(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "MIN_CHUNK_ROWS", 5)
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(head_loss, "MIN_CHUNK_ROWS", 5)
+    monkeypatch.setattr(head_loss, "CHUNK_BYTES", 1)
     assert_is_the_plain_way(kind, mx.float32, "kernels")
     model = make(kind)
     trained = way_with(model, "kernels", head_trained=True)

@@ -13,7 +13,7 @@ from mlx_lm.models.base import create_causal_mask
 from rounding import as_a_gpu
 from ways import BATCH, SHAPES, batch, make
 
-from mlxtune.compute import checkpointing, loss, prefix, proof
+from mlxtune.compute import checkpointing, head_loss, loss, prefix, proof
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
 from mlxtune.compute.proof import Room, Verdict
@@ -229,12 +229,12 @@ def test_numbers_that_are_not_finite_in_float16_are_named_as_that() -> None:
 
 
 def test_a_way_that_alone_is_not_finite_in_16_bits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loss._through_frozen_head
+    real = head_loss.through_frozen
 
     def overflows(split: Split, rows: mx.array, *rest: Any) -> mx.array:
         return real(split, rows, *rest) + rows.sum() * (0 if rows.dtype == mx.float32 else mx.inf)
 
-    monkeypatch.setattr(loss, "_through_frozen_head", overflows)
+    monkeypatch.setattr(head_loss, "through_frozen", overflows)
     model = in_16_bits("llama", mx.float16)
     verdict = proof.prove(model, ways(model)["head"], ROWS, mx.float16, Room())
     assert verdict.wrong == "its loss is not finite in float16, the plain way's is"

@@ -23,7 +23,7 @@ from mlxtune_convert.hf.rules import Layout
 
 from mlxtune import cli
 from mlxtune.adapter.layers import LoRALinear
-from mlxtune.compute import checkpointing, loss, prefix
+from mlxtune.compute import checkpointing, head_loss, loss, prefix
 from mlxtune.errors import Interrupted, UserError
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
@@ -138,8 +138,8 @@ def offset_lost_in_the_second_run(patch: Patch) -> None:
 
 
 def last_row_of_a_chunk_left_out(patch: Patch) -> None:
-    real = loss.chunks
-    patch.setattr(loss, "chunks", lambda rows, words: (slice(c.start, c.stop - 1) for c in real(rows, words)))
+    real = head_loss.chunks
+    patch.setattr(head_loss, "chunks", lambda *given: (slice(c.start, c.stop - 1) for c in real(*given)))
 
 
 def answers_change_places(patch: Patch) -> None:

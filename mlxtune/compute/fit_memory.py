@@ -25,7 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlxtune_convert.sizes import size
 
-from mlxtune.compute import loss, pieces, prefix
+from mlxtune.compute import head_loss, pieces, prefix
 from mlxtune.compute.fast_ways import Blocks, checkpointed, in_pieces, whole_rows
 from mlxtune.compute.loss import Way
 from mlxtune.compute.memory import prediction as memory
@@ -151,9 +151,13 @@ def _step_sizes(way: Way, count: int, width: int, targets: int) -> StepSizes:
 
 
 def _options(way: Way, sizes: Mapping[str, Any], dtype: mx.Dtype) -> RunOptions:
+    chunk = 0
+    if way.split is not None:
+        chunk = head_loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"], way.saves_memory)
     return RunOptions(
         item=dtype.size,
-        chunk=0 if way.split is None else loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"]),
+        chunk=chunk,
+        head_trained=way.head_trained,
         recompute=way.recompute,
         dropout=0.0,
         device=Device.here(way.powers, way.queries, way.parts),

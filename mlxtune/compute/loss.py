@@ -14,9 +14,8 @@ fast ways save: of a batch of 4 rows of 512 tokens with 300 supervised ones and 
     split           300 rows through the head: a seventh of its work, 0.18 GB
     and in chunks   128 rows at a time: 0.077 GB, and never more, whatever the number of targets
 
-So the fast way gathers the hidden states of the supervised positions and takes them through the head in chunks: the
-[rows, vocabulary] matrix never exists beyond one chunk. Where the head is frozen, loss and hidden gradient come out of
-the same pass (two matrix products a chunk; computing the chunk again in the backward pass would take three).
+So the fast way gathers the hidden states of the supervised positions and takes them through the head in chunks
+(`head_loss`): the [rows, vocabulary] matrix never exists beyond one chunk.
 
 Preferences need the loss of each answer by itself (`answer_sums`): what is made of these A numbers is a function that
 can be asked only when all of them are known. The backward pass scales each token's gradient by that of its answer, so
@@ -27,12 +26,11 @@ it is exact whatever the function is. Two answers, with the loss f = log(1 + exp
 
 The loss of supervised training is the case of one sum.
 
-Legend: B rows, A answers, T tokens, N supervised positions, D width, V vocabulary, C rows of a chunk.
+Legend: B rows, A answers, T tokens, N supervised positions, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,18 +38,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlxtune.compute import last_block, prefix
-from mlxtune.compute.checkpointing import checkpointed
+from mlxtune.compute import head_loss, last_block, prefix
 from mlxtune.compute.head import Split
+from mlxtune.compute.parts import ALL_BLOCKS
 from mlxtune.compute.stages import Stages
 from mlxtune.compute.trunk import Feed, left_out
 from mlxtune.data.dataset.batches import Batch
 from mlxtune.data.dataset.forest import Forest
-from mlxtune.machine import backend
 from mlxtune.model.corrections import extent
-
-CHUNK_BYTES = 64 << 20  # of one chunk's float32 logits, before its rows are rounded to whole tiles
-MIN_CHUNK_ROWS = 64  # fewer make a thin matrix product, whatever the vocabulary
 
 
 @dataclass(frozen=True)
@@ -73,6 +67,11 @@ class Way:
     frozen: int = 0  # the outputs of so many first blocks are computed once for each row (`trunk`); 0: of none
     beside: int = 0  # results that each of those blocks gives beside its hidden states
 
+    @property
+    def saves_memory(self) -> bool:
+        """Whether memory comes before time: every block is checkpointed, so that a chunk of logits may be the peak."""
+        return self.recompute == ALL_BLOCKS
+
 
 def plain(model: nn.Module, batch: Batch) -> mx.array:
     """The reference: logits [B, T, V] of all positions, cross-entropy times mask, summed. Scalar, float32.
@@ -81,7 +80,7 @@ def plain(model: nn.Module, batch: Batch) -> mx.array:
     compared with it must not share its faults.
     """
     ids = mx.array(batch.ids)
-    logits = _as_float32(model(ids[:, :-1]))
+    logits = head_loss.as_float32(model(ids[:, :-1]))
     losses = nn.losses.cross_entropy(logits, ids[:, 1:], reduction="none")
     return (losses * mx.array(batch.mask[:, 1:]).astype(losses.dtype)).sum()
 
@@ -89,7 +88,7 @@ def plain(model: nn.Module, batch: Batch) -> mx.array:
 def plain_answer_sums(model: nn.Module, batch: Batch) -> mx.array:
     """The reference of `answer_sums`, as `plain` is that of one sum: [A], float32."""
     ids = mx.array(batch.ids)
-    losses = nn.losses.cross_entropy(_as_float32(model(ids[:, :-1])), ids[:, 1:], reduction="none")
+    losses = nn.losses.cross_entropy(head_loss.as_float32(model(ids[:, :-1])), ids[:, 1:], reduction="none")
     of_rows = (losses * mx.array(batch.mask[:, 1:]).astype(losses.dtype)).sum(axis=1)
     is_of_answer = mx.array(batch.answer_of[None] == np.arange(batch.answers)[:, None])  # [A, B]
     return mx.where(is_of_answer, of_rows[None], 0).sum(axis=1)
@@ -201,13 +200,16 @@ def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages, ba
             outputs = supervised_outputs(model, way.split, inputs, by_last_block, feed)
     if way.split is None:
         assert inputs.weights is None
-        return _summed(nn.losses.cross_entropy(_as_float32(outputs), inputs.targets, reduction="none"), inputs)
+        return head_loss.summed(
+            nn.losses.cross_entropy(head_loss.as_float32(outputs), inputs.targets, reduction="none"), inputs
+        )
     kernel = "kernels" in way.parts
+    cut = list(head_loss.chunks(outputs, way.split.vocabulary, way.saves_memory))
     if not backward and inputs.weights is None:
-        return _forward_alone(way.split, outputs, inputs, kernel)
+        return head_loss.forward_alone(way.split, outputs, inputs, cut, kernel)
     if way.head_trained:
-        return _through_trained_head(model, way.split, outputs, inputs, kernel)
-    return _through_frozen_head(way.split, outputs, inputs, stages, kernel)
+        return head_loss.through_trained(model, way.split, outputs, inputs, cut, kernel)
+    return head_loss.through_frozen(way.split, outputs, inputs, cut, stages, kernel)
 
 
 def supervised_outputs(
@@ -229,160 +231,3 @@ def supervised_outputs(
     forward: Any = model if split is None else split.hidden
     outputs = prefix.through(forward, model, inputs.passes, inputs.ids, feed)
     return outputs if by_last_block else outputs[inputs.positions]
-
-
-def chunk_rows(width: int, vocabulary: int) -> int:
-    """C: the logits of a chunk [C, V] take about a quarter of the head's own matrix [V, D] in float32, at most.
-
-    On a GPU C is the nearest multiple of the device's tile: a chunk of 110 or 130 rows costs as much as one of 128. The
-    nearest, not the one below: 64 rows instead of 110 would read the head nearly twice as often.
-    """
-    within_bytes = CHUNK_BYTES // (4 * vocabulary)  # 4 bytes a float32
-    rows = max(MIN_CHUNK_ROWS, min(width // 4, within_bytes))
-    tile = backend.policy().tile
-    tiles = max(1, (rows + tile // 2) // tile)
-    return tiles * tile
-
-
-def chunks(rows: mx.array, vocabulary: int) -> Iterator[slice]:
-    """Cut hidden rows [N, D] so that a chunk's logits [C, V] stay small."""
-    size = chunk_rows(rows.shape[-1], vocabulary)
-    for start in range(0, rows.shape[0], size):
-        yield slice(start, start + size)
-
-
-def _through_frozen_head(split: Split, rows: mx.array, inputs: LossInputs, stages: Stages, kernel: bool) -> mx.array:
-    """Loss and gradient of hidden rows [N, D] in one forward pass; the backward pass only scales.
-
-    Nothing in the head may be trainable: gradients to what a custom function closes over are silently zero.
-    """
-
-    @mx.custom_function
-    def head(rows: mx.array) -> tuple[mx.array, mx.array]:
-        """(summed losses, the gradient [N, D] of each position's own loss)."""
-        total = _nothing_summed(rows, inputs)
-        gradients: list[mx.array] = []
-        for chunk in chunks(rows, split.vocabulary):
-            part = rows[chunk]
-            if gradients:
-                # Each chunk waits for the one before: computed ahead, all their logits would be alive at once.
-                part = mx.depends([part], [total, gradients[-1]])[0]
-            losses, gradient = _with_gradient(_chunk_losses(split, inputs, chunk, kernel), part)
-            total = _added(total, losses, inputs, chunk)
-            gradients.append(gradient)
-            stages.append([total, gradient])
-        return total, mx.concatenate(gradients)
-
-    @head.vjp
-    def head_vjp(_: Any, cotangents: Any, outputs: Any) -> mx.array:
-        scale = cotangents[0] if inputs.answer_of is None else cotangents[0][inputs.answer_of][:, None]
-        return (scale * outputs[1]).astype(rows.dtype)
-
-    out: Any = head(rows)
-    return out[0]
-
-
-def _through_trained_head(model: nn.Module, split: Split, rows: mx.array, inputs: LossInputs, kernel: bool) -> mx.array:
-    """The loss of hidden rows [N, D]; the chunks' logits are computed again in the backward pass, which gives the
-    head's parameters their gradients.
-    """
-    total = _nothing_summed(rows, inputs)
-    for chunk in chunks(rows, split.vocabulary):
-        part = mx.depends([rows[chunk]], [total])[0]
-        losses = checkpointed(model, _chunk_losses(split, inputs, chunk, kernel))(part)
-        total = _added(total, losses, inputs, chunk)
-    return total
-
-
-def _forward_alone(split: Split, rows: mx.array, inputs: LossInputs, kernel: bool) -> mx.array:
-    """The loss of hidden rows [N, D], all real targets, of which no gradient is wanted."""
-    total = _nothing_summed(rows, inputs)
-    for chunk in chunks(rows, split.vocabulary):
-        part = mx.depends([rows[chunk]], [total])[0]
-        logits, targets = split.logits(part), inputs.targets[chunk]
-        if kernel:
-            losses = mx.fast.cross_entropy(logits, targets)
-        else:
-            losses, _, _ = _exponentials(_as_float32(logits), targets)
-        total = _added(total, losses, inputs, chunk)
-    return total
-
-
-def _nothing_summed(rows: mx.array, inputs: LossInputs) -> mx.array:
-    """A zero; one for each answer where losses are summed answer by answer."""
-    dtype = _as_float32(rows[:0]).dtype
-    return mx.array(0.0, dtype) if inputs.answer_of is None else mx.zeros((inputs.answers,), dtype)
-
-
-def _added(total: mx.array, losses: mx.array, inputs: LossInputs, chunk: slice) -> mx.array:
-    """losses: [C] of a chunk, added to their sum, or to those of their answers."""
-    if inputs.answer_of is None:
-        return total + losses.sum()
-    # A table [A, C], not a scatter: a GPU adds what is scattered to one place in an order of its own.
-    is_of_answer = inputs.answer_of[chunk][None] == mx.arange(inputs.answers)[:, None]
-    return total + mx.where(is_of_answer, losses[None], 0).sum(axis=1)
-
-
-def _summed(losses: mx.array, inputs: LossInputs) -> mx.array:
-    """losses: [N]."""
-    return _added(_nothing_summed(losses, inputs), losses, inputs, slice(None))
-
-
-def _with_gradient(losses_of: Callable[[mx.array], mx.array], part: mx.array) -> tuple[mx.array, mx.array]:
-    """(losses [C] of hidden rows [C, D], the gradient [C, D] of each with regard to its own row)."""
-
-    def of(part: mx.array) -> tuple[mx.array, mx.array]:
-        losses = losses_of(part)
-        return losses.sum(), losses
-
-    (_, losses), gradient = mx.value_and_grad(of)(part)
-    return losses, gradient
-
-
-def _chunk_losses(split: Split, inputs: LossInputs, chunk: slice, kernel: bool) -> Callable[[mx.array], mx.array]:
-    """[C, D] hidden rows -> [C] their losses.
-
-    For one position, with the logits z and the target t:
-
-        loss      log(sum_i exp(z_i)) - z_t  =  log(sum_i exp(z_i - m)) + m - z_t     m: the largest logit, so that no
-        gradient  softmax(z) - one_hot(t)                                             exponential overflows
-
-    kernel: whether MLX's own does it, which on a GPU takes 16-bit logits as they are and keeps nothing beside them.
-    """
-    targets = inputs.targets[chunk]
-    weights = None if inputs.weights is None else inputs.weights[chunk, 0]
-
-    @mx.custom_function
-    def cross_entropy(logits: mx.array) -> tuple[mx.array, mx.array]:
-        """[C, V] -> (losses [C], softmax [C, V]): one exponential of each logit serves both."""
-        losses, exp_logits, sum_exp = _exponentials(logits, targets)
-        return losses, exp_logits / sum_exp
-
-    @cross_entropy.vjp
-    def softmax_minus_one_hot(_: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-        return cotangents[0][:, None] * outputs[1].at[mx.arange(targets.size), targets].subtract(1)
-
-    def losses_of(rows: mx.array) -> mx.array:
-        if kernel:
-            losses = mx.fast.cross_entropy(split.logits(rows), targets)
-        else:
-            out: Any = cross_entropy(_as_float32(split.logits(rows)))
-            losses = out[0]
-        return losses if weights is None else losses * weights
-
-    return losses_of
-
-
-def _exponentials(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """([C] the losses of logits [C, V], exp(z - m) [C, V], its sum [C, 1]); z, m: as in `_chunk_losses`."""
-    max_logit = logits.max(axis=-1, keepdims=True)
-    exp_logits = mx.exp(logits - max_logit)
-    sum_exp = exp_logits.sum(axis=-1, keepdims=True)
-    target_logit = mx.take_along_axis(logits, targets[:, None], axis=-1)
-    losses = mx.log(sum_exp) + max_logit - target_logit
-    return losses[:, 0], exp_logits, sum_exp
-
-
-def _as_float32(array: mx.array) -> mx.array:
-    """In float32, where softmax and its sums are computed; float64 (a test's oracle) stays."""
-    return array if array.dtype == mx.float64 else array.astype(mx.float32)

@@ -11,7 +11,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxtune.compute.head import Split
-from mlxtune.compute.loss import chunks, inputs_of, supervised_outputs
+from mlxtune.compute.head_loss import chunks
+from mlxtune.compute.loss import inputs_of, supervised_outputs
 from mlxtune.config.resolve import Config
 from mlxtune.data.dataset.batches import Batch, in_order
 from mlxtune.data.dataset.examples import Examples

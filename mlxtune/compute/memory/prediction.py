@@ -40,10 +40,10 @@ from mlxtune.data.dataset.forest import Forest
 from mlxtune.model import linux_cpu
 from mlxtune.model.arrays import named
 
-# Arrays of one shape alive at once, as `loss` makes them: of a chunk's logits they themselves, their exponentials, the
-# softmax and the gradient; of hidden rows those gathered, the chunks' gradients, and these joined. (Tests hold the
-# whole prediction against measured peaks.)
-LOGITS_COPIES, HIDDEN_COPIES = 4, 3
+# Arrays of one shape alive at once, as `loss` makes them: of a chunk's logits they themselves, their exponentials and
+# the gradient, and where its sum is no plain one the gradient scaled; of hidden rows those gathered, the chunks'
+# gradients, and these joined. (Tests hold the whole prediction against measured peaks.)
+LOGITS_COPIES, SCALED_COPIES, HIDDEN_COPIES = 3, 1, 3
 # With MLX's kernel for cross-entropy: logits and gradient as the head gives them, and one more where it scales them.
 KERNEL_LOGITS_COPIES = 3
 # In units of what trains: AdamW's two moments and the gradients stay; at the update the next values and moments come,
@@ -287,6 +287,8 @@ def _head_chunk(shape: StepSizes, options: RunOptions, width: int, vocabulary: i
     else:
         rows = hidden_rows = sum(each.computed for each in shape.passes.passes if not each.is_trunk)
     of_logit = LOGITS_COPIES * FULL
+    if not options.chunk or options.head_trained or options.compiled:  # compiled, targets have weights
+        of_logit += SCALED_COPIES * FULL
     if options.chunk and "kernels" in options.device.parts:
         of_logit = KERNEL_LOGITS_COPIES * options.item
     return of_logit * rows * vocabulary + HIDDEN_COPIES * hidden_rows * width * options.item

@@ -41,6 +41,7 @@ class RunOptions:
     recompute: int  # every n-th block is checkpointed; 0: none
     dropout: float  # lora.dropout
     device: Device  # what computes
+    head_trained: bool = False  # its chunks are computed again in the backward pass
     compiled: bool = False  # as one graph
     accumulated: bool = False  # gradients are summed over several micro-batches
     ram: int = 0  # bytes of the machine's memory, which bounds how many compiled graphs are kept

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxtune.compute.head import Split
-from mlxtune.compute.loss import chunks
+from mlxtune.compute.head_loss import chunks
 from mlxtune.data.dataset.beginnings import common
 from mlxtune.evaluate.benchmarks.parts import Pair, Part, Row, parts, rows_of
 from mlxtune.evaluate.engines import proof, room
