@@ -189,6 +189,13 @@ def test_a_survey_and_a_run_count_the_same_rows_in_the_same_words(mlx_model: Pat
     assert facts["outcomes"] == {"used": 20, words: 6} and facts["held_out"] == 2
     flags = ("train", "--model", mlx_model, "--data", path, "--dry-run", *SETTINGS)
     tiny.one_clear_line(tiny.mlxtune(*flags), "the chat template damages 6 of 26 rows")
+    kept = survey(mlx_model, path, "--set", "data.on_damage=keep", "--set", "data.valid_fraction=0.2")
+    facts_kept = kept["splits"]["train"]
+    assert facts_kept["outcomes"] == {"used": 26} and [one["code"] for one in kept["findings"]].count("damaged") == 1
+    done = tiny.done(*flags, "--set", "data.on_damage=keep", "--set", "data.valid_fraction=0.2")
+    held_out = facts_kept["held_out"]
+    assert f"rows: {26 - held_out} to train on, {held_out} held out" in done.stdout and held_out > 2
+    assert f"optimizer steps: {facts_kept['steps_per_epoch']}\n" in done.stdout
     done = tiny.done(*flags, "--set", "data.on_damage=drop")
     assert "rows: 18 to train on, 2 held out" in done.stdout
     assert f"6 rows left out: {words}" in done.stdout + done.stderr

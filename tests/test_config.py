@@ -186,10 +186,14 @@ def test_a_file_that_is_no_mapping_is_refused(write: Any) -> None:
 
 
 def test_yaml_that_cannot_be_read_names_the_line(write: Any) -> None:
-    assert " line 2: not valid YAML" in refused(write("train:\n\tlr: 1\n")).message
-    assert "not valid YAML" in refused(write("train: \x00\n")).message
+    tab = refused(write("train:\n\tlr: 1\n"))
+    assert " line 2: not valid YAML" in tab.message and "indented with spaces alone" in tab.hint
+    control = refused(write("train: \x00\n"))
+    assert "not valid YAML" in control.message and not control.hint
     assert "not valid YAML" in refused(write(f"train: {{steps: {'9' * 5000}}}\n")).message
-    assert refused(None, "train.lr=[").message.startswith("--set train.lr line 1: not valid YAML")
+    open_bracket = refused(None, "train.lr=[")
+    assert open_bracket.message.startswith("--set train.lr line 1: not valid YAML")
+    assert "Close each bracket" in open_bracket.hint
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:

@@ -144,9 +144,7 @@ def check(
     from mlxtune.errors import UserError
     from mlxtune.train import reach
 
-    common.refuse_idle(
-        settings, "data.cap", "data.dedup", "data.order", "data.on_damage", "data.cache", "data.valid_fraction"
-    )
+    common.refuse_idle(settings, "data.cap", "data.dedup", "data.order", "data.cache")
     named = reach.keys_named(settings, {"data.path": path, "model.path": model})
     file, model = in_project.for_rows(file, model, path)
     config = configuration.load(file, settings, {"data.path": path})

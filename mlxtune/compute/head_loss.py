@@ -197,5 +197,5 @@ def _exponentials(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.arr
 
 
 def as_float32(array: mx.array) -> mx.array:
-    """In float32, where softmax and its sums are computed; float64 (a test's oracle) stays."""
+    """An array of any shape in float32, where softmax and its sums are computed; float64 (a test's oracle) stays."""
     return array if array.dtype == mx.float64 else array.astype(mx.float32)

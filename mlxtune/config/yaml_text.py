@@ -27,8 +27,10 @@ from ruamel.yaml.composer import Composer, ComposerError, MaxDepthExceededError
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.parser import ParserError
 from ruamel.yaml.representer import SafeRepresenter
 from ruamel.yaml.resolver import VersionedResolver, implicit_resolvers
+from ruamel.yaml.scanner import ScannerError
 
 from mlxtune.errors import UserError
 
@@ -142,6 +144,13 @@ _Representer.add_representer(float, _Representer.represent_float)
 _Representer.add_representer(str, _Representer.represent_str)
 
 
+# What to do about a text that cannot be parsed: of a file, and of the value of --set.
+IN_A_FILE = "Write `key: value`, indented with spaces alone, and put text with : or # or a bracket in quotes."
+IN_A_FLAG = (
+    "Close each bracket and quotation mark; text that begins with one goes in quotes of its own: 'key=\"[text\"'."
+)
+
+
 def parse_yaml(text: str, source: str, key: str = "") -> Document:
     """Parse YAML. source: the file or flag, for messages; key: the dotted key whose value the text is, "" for a file.
 
@@ -165,7 +174,10 @@ def parse_yaml(text: str, source: str, key: str = "") -> Document:
         mark = getattr(error, "problem_mark", None)
         where = f"{source} line {mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: not valid YAML ({problem})") from error
+        hint = ""
+        if isinstance(error, (ScannerError, ParserError)):  # others say themselves what to do
+            hint = IN_A_FLAG if key else IN_A_FILE
+        raise UserError(f"{where}: not valid YAML ({problem})", hint) from error
 
 
 def read_text(path: Path) -> str:

@@ -114,8 +114,7 @@ def _require_trainable(seen: Mapping[str, Any], config: Config, path: str) -> No
                 f"Mend the rows, or add --set: {drop}data.on_damage=keep learns what is left, data.template takes "
                 "another template.",
             )
-        good = (survey.USED, survey.SHORTENED, *([survey.DAMAGED] if config.data.on_damage == "keep" else []))
-        if total and not any(outcomes.get(name) for name in good):
+        if total and not any(outcomes.get(name) for name in (survey.USED, survey.SHORTENED)):
             said = ", ".join(f"{name} ({count:,})" for name, count in outcomes.items())
             raise UserError(
                 f"{path}: none of {total:,} {split} rows can be used: {said}",

@@ -35,7 +35,7 @@ from mlxtune.data.survey.split_survey import SplitSurvey
 
 USED, SHORTENED = "used", "shortened"  # outcomes of a row that gives examples
 LONGEST_PROMPT = 200  # letters of the chat template's own system prompt that are told
-DAMAGED = "damaged by the chat template"  # as training names them: it stops for them, or leaves them out
+DAMAGED = "damaged by the chat template"  # as training names them: it stops for them, or leaves them out; kept: used
 CUT = "no answer of a preference is cut, and it ends after data.max_tokens"
 
 
@@ -104,7 +104,9 @@ def read_split(out: SplitSurvey, records: Iterator[Record | Bad], renderer: Rend
         made = by_row(uncut.stream(record for row in good for record in records_of(row)))
         for row, parts in zip(good, made, strict=True):
             record = records_of(row)[0]
-            is_used = _count_preference(out, parts, limit) if record.side else _count_row(out, parts, limit)
+            damaged = any(part.damage for part in parts) and renderer.section.on_damage != "keep"
+            count = _count_preference if record.side else _count_row
+            is_used = count(out, parts, limit, damaged)
             if is_used:
                 out.used_hashes.append(duplicates.asked_hash(record))
         if good:
@@ -176,15 +178,15 @@ def _system_hash(record: Record) -> int | None:
     return None
 
 
-def _count_row(out: SplitSurvey, parts: list[Row], limit: int) -> bool:
+def _count_row(out: SplitSurvey, parts: list[Row], limit: int, damaged: bool) -> bool:
     """Count what training would make of a row, and say whether it would train on it. parts: all that was made of it,
-    uncut; limit: data.max_tokens.
+    uncut; limit: data.max_tokens; damaged: the template loses some of it, so that training does not take it.
     """
     out.expansion.add(parts, limit)
     out.kinds.add(parts, out.name_of(parts[0].record), limit)
     gives_examples = any(part.example is not None and part.example.mask[1:limit].any() for part in parts)
     outcomes = [_count_part(out, part, limit, gives_examples) for part in parts]
-    if any(part.damage for part in parts):
+    if damaged:
         outcome = DAMAGED
     elif SHORTENED in outcomes:
         outcome = SHORTENED
@@ -196,9 +198,9 @@ def _count_row(out: SplitSurvey, parts: list[Row], limit: int) -> bool:
     return outcome in (USED, SHORTENED)
 
 
-def _count_preference(out: SplitSurvey, parts: list[Row], limit: int) -> bool:
+def _count_preference(out: SplitSurvey, parts: list[Row], limit: int, damaged: bool) -> bool:
     """Count what training would make of a pair or a rated answer, all of it or nothing, and say whether it would train
-    on it. parts: all its examples, uncut; limit: data.max_tokens.
+    on it. parts: all its examples, uncut; limit, damaged: as in `_count_row`.
     """
     name = out.name_of(parts[0].record)
     for side in by_record(parts):
@@ -214,7 +216,7 @@ def _count_preference(out: SplitSurvey, parts: list[Row], limit: int) -> bool:
         out.find(code, name, reason)
         out.outcomes[f"dropped: {reason}"] += 1
         return False
-    if any(row.damage for row in parts):
+    if damaged:
         out.outcomes[DAMAGED] += 1
         return False
     out.outcomes[USED] += 1
