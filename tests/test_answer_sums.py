@@ -18,17 +18,19 @@ from test_extent import LIMIT, LONGROPE
 from test_proof import in_16_bits
 from ways import COMMON, SHAPES, assert_close, make
 
-from mlxtune.compute import head_loss, loss, prefix, proof, trunk, trunk_choice
+from mlxtune.compute import fast_ways, head_loss, loss, prefix, proof, trunk, trunk_choice
 from mlxtune.compute.division import Division, units
 from mlxtune.compute.gradients import Gradients
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import LossInputs, Way
 from mlxtune.compute.proof import Room, Verdict
+from mlxtune.config.schema import TrainSection
 from mlxtune.data.dataset import forest
 from mlxtune.data.dataset.batches import Batch, collate
 from mlxtune.model.arrays import named
 from mlxtune.model.corrections import extent
 from mlxtune.model.load import load
+from mlxtune.train.preference.reference import forward_of
 
 PAIRS = of_pairs(examples([(34, 12, 9), (20, 5, 17)]))
 ONE_PAIR = of_pairs(examples([(34, 12, 9)]))
@@ -122,6 +124,25 @@ def test_sums_have_the_same_bits_with_and_without_a_gradient(label: str) -> None
     gradients = Gradients(model, Way() if label == "plain" else ways(split_of(model))[label])
     _, sums, _ = gradients.of_answers(SEVERAL, lambda sums: (sums * sums).sum())
     np.testing.assert_array_equal(np.array(gradients.answer_sums(SEVERAL)), np.array(sums))
+
+
+@pytest.mark.parametrize("every", ["none", "all", 2, "pieces"])
+def test_a_reference_is_cut_into_the_chunks_of_its_run(every: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that checkpoints every block has smaller ones, and another grouping of a sum has other bits."""
+    monkeypatch.setattr(head_loss, "chunk_rows", lambda _, __, small=False: 3 if small else 8)
+    model = make("llama")
+    way = fast_ways.checkpointed(Way(split_of(model)), TrainSection(checkpoint_layers=every), model, may_divide=True)
+    assert way.small_chunks == (every in ("all", "pieces"))
+    _, sums, _ = Gradients(model, way).of_answers(SEVERAL, lambda sums: sums.sum())
+    np.testing.assert_array_equal(forward_of(model, way)(SEVERAL), -np.array(sums))
+
+
+def test_chunks_of_a_trained_head_stay_as_they_are() -> None:
+    model = make("llama")
+    way = Way(split_of(model), head_trained=True)
+    checkpointed = fast_ways.checkpointed(way, TrainSection(checkpoint_layers="all"), model, may_divide=False)
+    assert checkpointed.recompute == 1 and not checkpointed.small_chunks
+    assert not fast_ways.divided(way).small_chunks
 
 
 def test_the_value_may_be_any_function_of_all_sums() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from ways import make
 
 from mlxtune.adapter import attach
 from mlxtune.adapter.plan import AdapterPlan
-from mlxtune.compute import head_loss, loss, stages
+from mlxtune.compute import fast_ways, head_loss, loss, stages
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import LossInputs, Way
 from mlxtune.config.schema import LoraSection
@@ -126,6 +127,28 @@ def test_a_score_counts_every_supervised_token_once(model: nn.Module, path: str)
     assert scored.tokens == mask.sum()
     assert scored.loss_sum == pytest.approx(-picked[mask].sum(), rel=1e-5)
     assert scored.correct == (logits.argmax(-1) == wanted)[mask].sum()
+
+
+@pytest.mark.parametrize(
+    ("tied", "settings"),
+    [
+        *[(tied, settings) for tied in (True, False) for settings in ({}, {"train_also": ["embeddings"]})],
+        *[(tied, {"train_also": ["norms"]}) for tied in (True, False)],
+        (False, {"train_also": ["head"]}),
+        (False, {"targets": ["q_proj", "lm_head"]}),
+    ],
+    ids=str,
+)
+def test_what_trains_in_a_head_is_told_without_weights_as_its_gradients_tell(
+    tied: bool, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """A plan counts on what the run finds out."""
+    model = load(str(tiny.make_model(tmp_path / "m", "llama", tie_word_embeddings=tied))).model
+    attach.attach(model, AdapterPlan.of(model, LoraSection(**{"rank": 2, **settings})), 0)
+    ids = mx.array(IDS)
+    split = Split.of(model, ids)
+    assert split is not None
+    assert fast_ways.head_trains(model) == split.head_is_trained(model, split.hidden(ids)[0, -1:])
 
 
 class OneMatrix:

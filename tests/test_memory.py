@@ -46,6 +46,14 @@ SIZES = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+HEAD_OF_ITS_OWN = {"tie_word_embeddings": False, "vocab_size": 16384}
+CAPPED = {
+    "vocab_size": 16384,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 32,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
 SETTINGS: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
     ("llama", {}, ("train.batch_rows=4",), 0),
     ("llama", {}, ("train.batch_rows=8", "train.checkpoint_layers=all"), 0),
@@ -59,6 +67,10 @@ SETTINGS: list[tuple[str, dict[str, Any], tuple[str, ...], int]] = [
     # to a quarter too high: how far MLX's threads lag behind there is not known.
     ("llama", {}, ("lora.layers=1", "train.batch_rows=4", "fast.last_block=off"), 0),
     ("llama", {}, ("lora.layers=2", "train.batch_rows=4", "train.epochs=2", "fast.prefix=off"), 0),
+    # Of a trained head the chunks' gradients wait; of a capped one the logits are there more often.
+    ("llama", HEAD_OF_ITS_OWN, ("train.batch_rows=8", "lora.train_also=[head]"), 0),
+    ("llama", HEAD_OF_ITS_OWN, ("train.batch_rows=8", "lora.train_also=[head]", "train.checkpoint_layers=all"), 0),
+    ("gemma2", CAPPED, ("train.batch_rows=4",), 0),
 ]
 
 

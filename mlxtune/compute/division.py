@@ -24,7 +24,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxtune.compute import proof
-from mlxtune.compute.fast_ways import divided
+from mlxtune.compute.fast_ways import divided, may_have_small_chunks
 from mlxtune.compute.loss import Way
 from mlxtune.data.chat.masking import Example
 from mlxtune.data.dataset.batches import Batch, collate, lengths_of
@@ -69,7 +69,7 @@ class Division:
         if self.in_pieces:
             return divided(way)
         if self.checkpointed:
-            return replace(way, recompute=1)
+            return replace(way, recompute=1, small_chunks=may_have_small_chunks(way))
         return way
 
     def smaller(self, examples: int, way: Way, may_divide: bool = False) -> Division | None:

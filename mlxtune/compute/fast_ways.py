@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlxtune.adapter.plan import block_paths, heads
 from mlxtune.compute import attention, parts, pieces, prefix
 from mlxtune.compute.head import Split
 from mlxtune.compute.loss import Way
@@ -23,6 +24,7 @@ from mlxtune.data.dataset.forest import MIN_SUFFIX
 from mlxtune.data.dataset.measured import measured
 from mlxtune.machine import backend
 from mlxtune.model import linux_cpu
+from mlxtune.model.arrays import named
 from mlxtune.model.corrections import extent
 
 SPLIT_TOKENS = 32  # on which the head apart from the trunk must give the model's own logits
@@ -142,8 +144,23 @@ def expected_way(model: nn.Module, examples: Sequence[Example], config: Config, 
     UserError where a part was asked for that cannot be used.
     """
     split = Split(model, "") if config.fast.head == "auto" else None
+    trained = split is not None and head_trains(model)
+    if trained and config.lora.dropout:
+        split, trained = None, False
     length, _ = shared_prefix(model, examples, config, shares)
-    return _for_device(Way(split, prefix=length, recompute=every_nth(config.train)), model, examples, config)
+    return _for_device(Way(split, trained, length, every_nth(config.train)), model, examples, config)
+
+
+def head_trains(model: nn.Module) -> bool:
+    """Whether something of the head trains, told by the names of what trains outside the blocks: of its own matrix, or
+    of the embedding that it is tied to. (`Split.head_is_trained` asks a gradient, which takes weights.)
+    """
+    inside = tuple(f"{path}." for path in block_paths(model))
+    outside = [path for path in named(model.trainable_parameters()) if not path.startswith(inside)]
+    own = tuple(f"{path.removesuffix('.linear').removesuffix('.frozen')}." for path in heads(model))
+    if own:
+        return any(path.startswith(own) for path in outside)
+    return any("norm" not in path.lower() for path in outside)
 
 
 def _for_device(way: Way, model: nn.Module, examples: Sequence[Example], config: Config) -> Way:
@@ -207,6 +224,7 @@ def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: 
     """
     every = every_nth(section)
     way = replace(way, recompute=every, tokens=0, nested=0, parts=tuple(parts.in_use(way.parts, every)))
+    way = replace(way, small_chunks=every == parts.ALL_BLOCKS and may_have_small_chunks(way))
     if not in_pieces(section) or not may_divide:
         return way
     nested = 0
@@ -214,6 +232,13 @@ def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: 
         # n blocks in groups of g keep n / g inputs, and g more while a group goes back: least where g * g = n.
         nested = max(2, round(math.sqrt(len(model.layers))))
     return divided(way, nested)
+
+
+def may_have_small_chunks(way: Way) -> bool:
+    """Whether small chunks of the head save memory. Where every block is checkpointed a chunk's logits may be the peak.
+    But the gradients of a trained head, one from each chunk, wait for each other: more chunks would take more.
+    """
+    return not way.head_trained
 
 
 def divided(way: Way, nested: int = 0) -> Way:
@@ -225,6 +250,7 @@ def divided(way: Way, nested: int = 0) -> Way:
     return replace(
         way,
         recompute=parts.ALL_BLOCKS,
+        small_chunks=may_have_small_chunks(way),
         tokens=pieces.TOKENS,
         nested=nested,
         compiled=False,

@@ -153,7 +153,7 @@ def _step_sizes(way: Way, count: int, width: int, targets: int) -> StepSizes:
 def _options(way: Way, sizes: Mapping[str, Any], dtype: mx.Dtype) -> RunOptions:
     chunk = 0
     if way.split is not None:
-        chunk = head_loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"], way.saves_memory)
+        chunk = head_loss.chunk_rows(sizes["hidden_size"], sizes["vocab_size"], way.small_chunks)
     return RunOptions(
         item=dtype.size,
         chunk=chunk,

@@ -40,7 +40,6 @@ import numpy as np
 
 from mlxtune.compute import head_loss, last_block, prefix
 from mlxtune.compute.head import Split
-from mlxtune.compute.parts import ALL_BLOCKS
 from mlxtune.compute.stages import Stages
 from mlxtune.compute.trunk import Feed, left_out
 from mlxtune.data.dataset.batches import Batch
@@ -64,13 +63,9 @@ class Way:
     tokens: int = 0  # of a piece in which every checkpointed block is computed (`pieces`); 0: rows as a whole
     nested: int = 0  # checkpointed blocks that keep one input together (`pieces`); 0: each keeps its own
     parts: tuple[str, ...] = ()  # what of the model is computed otherwise, by its names in `parts.PARTS`
+    small_chunks: bool = False  # the head takes half as many positions at a time, where memory comes before time
     frozen: int = 0  # the outputs of so many first blocks are computed once for each row (`trunk`); 0: of none
     beside: int = 0  # results that each of those blocks gives beside its hidden states
-
-    @property
-    def saves_memory(self) -> bool:
-        """Whether memory comes before time: every block is checkpointed, so that a chunk of logits may be the peak."""
-        return self.recompute == ALL_BLOCKS
 
 
 def plain(model: nn.Module, batch: Batch) -> mx.array:
@@ -204,7 +199,7 @@ def of_inputs(model: nn.Module, way: Way, inputs: LossInputs, stages: Stages, ba
             nn.losses.cross_entropy(head_loss.as_float32(outputs), inputs.targets, reduction="none"), inputs
         )
     kernel = "kernels" in way.parts
-    cut = list(head_loss.chunks(outputs, way.split.vocabulary, way.saves_memory))
+    cut = list(head_loss.chunks(outputs, way.split.vocabulary, way.small_chunks))
     if not backward and inputs.weights is None:
         return head_loss.forward_alone(way.split, outputs, inputs, cut, kernel)
     if way.head_trained:

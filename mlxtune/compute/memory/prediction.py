@@ -31,7 +31,7 @@ from mlxtune_convert.sizes import size
 from mlxtune.adapter import attach
 from mlxtune.adapter.layers import EMBEDDING, dense_shape
 from mlxtune.adapter.plan import block_paths, outside_blocks
-from mlxtune.compute.memory import blocks, in_pieces
+from mlxtune.compute.memory import blocks, head_chunk, in_pieces
 from mlxtune.compute.memory.block_call import Cost
 from mlxtune.compute.memory.in_pieces import WholePass
 from mlxtune.compute.memory.step import FULL, Moment, RunOptions, StepSizes
@@ -40,12 +40,6 @@ from mlxtune.data.dataset.forest import Forest
 from mlxtune.model import linux_cpu
 from mlxtune.model.arrays import named
 
-# Arrays of one shape alive at once, as `loss` makes them: of a chunk's logits they themselves, their exponentials and
-# the gradient, and where its sum is no plain one the gradient scaled; of hidden rows those gathered, the chunks'
-# gradients, and these joined. (Tests hold the whole prediction against measured peaks.)
-LOGITS_COPIES, SCALED_COPIES, HIDDEN_COPIES = 3, 1, 3
-# With MLX's kernel for cross-entropy: logits and gradient as the head gives them, and one more where it scales them.
-KERNEL_LOGITS_COPIES = 3
 # In units of what trains: AdamW's two moments and the gradients stay; at the update the next values and moments come,
 # while the ones before are kept for the case that the step fails (`train.last_whole`).
 MOMENTS, GRADIENTS, NEXT_STATE = 2, 1, 3
@@ -147,20 +141,19 @@ def predict(
     sizes = sizes_of(config)
     if sizes is None:
         return NotPredicted("its config.json does not say how wide it is")
-    width, vocabulary = sizes["hidden_size"], sizes["vocab_size"]
     try:
         if shape.forest is not None:
             shape = replace(shape, forest=as_computed(model, shape.forest))
         calls, in_parts, by_token = list[list[Cost]](), list[list[WholePass]](), False
         if options.tokens:
-            in_parts = _in_pieces(model, shape, options, width)
+            in_parts = _in_pieces(model, shape, options, sizes["hidden_size"])
         else:
             calls, by_token = _costs(model, shape, options)
     except Exception as error:  # whatever a model's own code raises
         lines = str(error).splitlines() or [""]
         return NotPredicted(f"{type(error).__name__}: {lines[0]}")
     trainable = sum(array.nbytes for array in named(model.trainable_parameters()).values())
-    moments = [Moment(), *_in_blocks_and_head(model, calls, in_parts, shape, options, width, vocabulary)]
+    moments = [Moment(), *_in_blocks_and_head(model, calls, in_parts, shape, options, sizes)]
     if options.updates:
         moments.append(Moment(update=NEXT_STATE * trainable))
     peak = max(moments, key=sum)
@@ -186,15 +179,15 @@ def _in_blocks_and_head(
     in_parts: list[list[WholePass]],
     shape: StepSizes,
     options: RunOptions,
-    width: int,
-    vocabulary: int,
+    sizes: Mapping[str, Any],
 ) -> Iterator[Moment]:
     """Every block on its way forward and back, then a chunk of the head. calls: what the calls of each block cost;
     in_parts: the same where they are computed in pieces; one of the two is empty.
     """
+    width = sizes["hidden_size"]
     in_head, in_block = 0, 0
     if options.device.kind == "cpu":
-        in_head, in_block = _dense(model, vocabulary)
+        in_head, in_block = _dense(model, sizes["vocab_size"])
     held = options.item * shape.tokens * width  # the embeddings, which the first block keeps
     if options.frozen:
         held = options.item * shape.rows * shape.width * width  # the states, of all rows' tokens
@@ -218,7 +211,7 @@ def _in_blocks_and_head(
             held += sum(cost.kept for cost in costs)
             backward = held + several + _at_once([_back(cost, cost.back, options) for cost in costs], shape.passes)
         yield Moment(activations=backward, dense_copies=in_block)
-    chunk = _head_chunk(shape, options, width, vocabulary)
+    chunk = head_chunk.needed(model, sizes, shape, options)
     yield Moment(activations=held, head_chunk=chunk, dense_copies=in_head)
 
 
@@ -275,23 +268,6 @@ def _gradients_of_passes(block: nn.Module, costs: list[Cost]) -> int:
     """
     trainable = sum(array.nbytes for array in named(block.trainable_parameters()).values())
     return min(max(0, len(costs) - 1), NOT_ADDED_YET) * trainable
-
-
-def _head_chunk(shape: StepSizes, options: RunOptions, width: int, vocabulary: int) -> int:
-    """Bytes of the logits [C, V], and of the hidden rows that go with them: [N, D], or without a chunk those of all
-    tokens but a trunk's.
-    """
-    if options.chunk:
-        rows = min(options.chunk, shape.targets) or shape.tokens
-        hidden_rows = shape.targets
-    else:
-        rows = hidden_rows = sum(each.computed for each in shape.passes.passes if not each.is_trunk)
-    of_logit = LOGITS_COPIES * FULL
-    if not options.chunk or options.head_trained or options.compiled:  # compiled, targets have weights
-        of_logit += SCALED_COPIES * FULL
-    if options.chunk and "kernels" in options.device.parts:
-        of_logit = KERNEL_LOGITS_COPIES * options.item
-    return of_logit * rows * vocabulary + HIDDEN_COPIES * hidden_rows * width * options.item
 
 
 def _back(cost: Cost, traced: int, options: RunOptions) -> int:
