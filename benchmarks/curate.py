@@ -11,6 +11,7 @@ curate.md.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import subprocess
@@ -18,6 +19,12 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from mlxtune.make.curation import candidates as reading
+from mlxtune.make.curation.strangers import strangers
+from mlxtune.train.events import EVENTS_FILE, read
 
 SPOILED = "another row's answer"
 
@@ -32,7 +39,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3, help="sets drawn by chance")
     parser.add_argument("--most-letters", type=int, help="of a row: take shorter ones alone, for a slow machine")
     parser.add_argument("--valid", type=int, default=64, help="rows to be compared on")
-    parser.add_argument("--set", dest="settings", nargs="*", default=[], help="settings of both runs")
+    parser.add_argument("--set", dest="settings", nargs="*", default=[], help="settings of all runs")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     rows = _rows(given.rows, given.count + given.valid, given.most_letters)
@@ -41,6 +48,7 @@ def main() -> None:
     began = time.perf_counter()
     report = _curated(given)
     print(f"curation: {time.perf_counter() - began:.0f} s, border {report['border']}, {json.dumps(report['after'])}")
+    _draw_strangers(given)
     chosen = [json.loads(line) for line in (given.work / "curated.jsonl").read_text(encoding="utf-8").splitlines()]
     sets = {"by data curate": chosen}
     for draw in range(1, given.draws + 1):
@@ -107,26 +115,47 @@ def _curated(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _loss_after(given: argparse.Namespace, data: Path) -> float:
-    """The held-out loss of a run on these rows, one epoch."""
-    run = data / "run"
-    settings = [word for setting in ("train.eval_every=0", *given.settings) for word in ("--set", setting)]
-    if not (run / "events.jsonl").exists():
-        _mlxtune("train", "--model", given.model, "--data", data, "--out", run, *settings)
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    return float([event["loss"] for event in events if event["kind"] == "eval"][-1])
+    """The held-out loss of a run on these rows, one epoch. A run that ended is not repeated; one of other rows, another
+    model or other settings has a folder of its own.
+    """
+    settings = ["train.eval_every=0", *given.settings]
+    of = [*(str((data / name).read_bytes()) for name in ("train.jsonl", "valid.jsonl")), given.model, *settings]
+    run = data / f"run-{hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]}"
+    if not _has_ended(run):
+        words = [word for setting in settings for word in ("--set", setting)]
+        _mlxtune("train", "--model", given.model, "--data", data, "--out", run, "--force", *words)
+    return float([event["loss"] for event in read(run) if event["kind"] == "eval"][-1])
+
+
+def _has_ended(run: Path) -> bool:
+    """Whether a run trained as long as it was to: an interrupted one ends too, in another state, a killed one never."""
+    if not (run / EVENTS_FILE).exists():
+        return False
+    events = read(run)
+    return bool(events) and events[-1]["kind"] == "end" and events[-1]["state"] == "finished"
+
+
+def _scores(given: argparse.Namespace) -> dict[str, float]:
+    """The IFD of each row and stranger, by its key."""
+    rows = _read(given.work / "curated.scores.jsonl")
+    return {row["row"]: row["behind"] / row["alone"] for row in rows if "behind" in row}
+
+
+def _draw_strangers(given: argparse.Namespace) -> None:
+    """What the border was measured on."""
+    scores = _scores(given)
+    candidates, _ = reading.read([given.work / "mixed.jsonl"], {})
+    found = [scores[one.key] for one in strangers(candidates) if one.key in scores]
+    if found:
+        lowest, low, half = np.quantile(found, (0, 0.05, 0.5))
+        print(f"{len(found)} strangers: IFD {lowest:.3f} at the least, 5% below {low:.3f}, half below {half:.3f}")
 
 
 def _draw_scores(given: argparse.Namespace) -> None:
     """How IFD tells the two kinds of rows apart, and what the other direction would have kept."""
     mixed = {json.dumps(row["messages"]): row["spoiled"] for row in _read(given.work / "mixed.jsonl")}
-    from mlxtune.make.curation.candidates import read
-
-    scores = {
-        row["row"]: row["behind"] / row["alone"]
-        for row in _read(given.work / "curated.scores.jsonl")
-        if "behind" in row
-    }
-    candidates, _ = read([given.work / "mixed.jsonl"], {})
+    scores = _scores(given)
+    candidates, _ = reading.read([given.work / "mixed.jsonl"], {})
     pairs = sorted((scores[one.key], mixed[json.dumps(one.messages)]) for one in candidates if one.key in scores)
     print("\n| rows | IFD: 10% below | half below | 90% below |\n| --- | --- | --- | --- |")
     for name, spoiled in (("sound", False), ("spoiled", True)):

@@ -72,9 +72,9 @@ def curate(
 ) -> None:
     """Choose few good rows out of many.
 
-    Each row is scored: by a judge, or by whether --model's loss on the answer falls further behind its own question
-    than behind another row's (IFD). Kinds of instruction have equal shares, rows that ask the same stay once, and
-    broken ones go. Scores are kept beside OUT.jsonl, so that another --keep computes none again.
+    Each row is scored: by a judge, or by whether --model finds the answer likelier after its own question than after
+    another row's (IFD). Kinds of instruction have equal shares, rows that ask the same stay once, and broken ones go.
+    Scores are kept beside OUT.jsonl, so that another --keep computes none again.
 
     \b
     mlxtune data curate train.jsonl --keep 1000 --model model --out curated.jsonl
@@ -223,6 +223,8 @@ def _draw(out: Console, report: Mapping[str, Any]) -> None:
             table.add_row(label, f"{before[name]:,}", f"{after.get(name, 0):,}")
     if "ifd" in before:
         table.add_row("IFD: 10%, half, 90% below", *(_quantiles(one) for one in (before, after)))
+    if report["border"] is not None:
+        table.add_row("IFD: border of sound rows", f"{report['border']:.2f}", "")
     table.add_row("nearest other question", *(_likeness(one) for one in (before, after)))
     for part in ("kinds", "files"):
         for name, count in before[part].items():

@@ -9,7 +9,8 @@ kept row, or of a file that has its share, is passed over. Two kinds, four rows 
                                                           0.7         compare has nothing more above the bar
 
 Equal shares must not buy bad rows: at first only rows above a bar of quality take part, by default the better half of
-each kind (`compare` has 0.3 below it). Only where these do not suffice do the others.
+each kind (`compare` has 0.3 below it). Only where these do not suffice do the others. Where IFD ranks them, rows that
+their question explains are as good as each other, and in that half by chance (`quality`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ REASONS = {
     "alike": "ask nearly what a kept row asks",
     "source": "are of a file that has its share",
     "dropped": "were dropped by a person",
-    "lower": "are less good than those kept",
+    "lower": "were not needed: those kept of their kind are as good or better",
 }
 
 Accept = Callable[[Candidate], Candidate | None]  # as it is to be kept; None: it is dropped
@@ -62,8 +63,8 @@ class Chosen:
     kept: list[Candidate] = field(default_factory=list)
     # Key of each other row that was looked at -> why it does not stay, a key of REASONS.
     reasons: dict[str, str] = field(default_factory=dict)
-    # How many of those kept are below the bar.
-    below: int = 0
+    # Keys of those kept that are below the bar.
+    below: set[str] = field(default_factory=set)
 
 
 def choose(
@@ -97,7 +98,8 @@ def choose(
                 chosen.reasons[candidate.key] = "dropped"
                 continue
             chosen.kept.append(accepted)
-            chosen.below += some is below
+            if some is below:
+                chosen.below.add(candidate.key)
             pool.add(candidate.question)
             files[candidate.source] += 1
             kinds[candidate.kind] += 1

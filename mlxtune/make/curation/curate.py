@@ -19,9 +19,9 @@ from mlxtune.make.curation.candidates import Candidate
 from mlxtune.make.curation.choosing import Accept, Chosen, Wanted, choose
 from mlxtune.make.curation.figures import KINDS, LOOKED_AT, figures
 from mlxtune.make.curation.losses import Losses
-from mlxtune.make.curation.quality import fatal, qualities
+from mlxtune.make.curation.quality import fatal, penalty, qualities
 from mlxtune.make.curation.scores_file import ScoresFile
-from mlxtune.make.curation.strangers import NO_LIKELIER, border, strangers
+from mlxtune.make.curation.strangers import AT_LEAST, NO_LIKELIER, border, strangers
 
 if TYPE_CHECKING:
     from mlxtune.make.curation.ifd import Scorer
@@ -58,8 +58,8 @@ class Curation:
         """Take the loss of every candidate, and of rows that show where the border lies. told: how many are done, of
         how many.
         """
-        others = strangers(self.candidates)
-        wanted = {one.key: one for one in (*self.candidates, *others)}
+        made = strangers(self.candidates)
+        wanted = {one.key: one for one in (*self.candidates, *made)}
         waiting = [one for key, one in wanted.items() if key not in kept.known]
         keys = {id(one.record): one.key for one in waiting}
         found = len(wanted) - len(waiting)
@@ -74,7 +74,7 @@ class Curation:
 
         scorer.losses([one.record for one in waiting], done)
         self.losses = {one.key: kept.known[one.key] for one in self.candidates}
-        self.border = border(kept.known[one.key] for one in others)
+        self.border = border(kept.known[one.key] for one in made)
 
     def is_explained(self, losses: Losses) -> bool:
         """Whether a row's question explains its answer, as far as the border is known."""
@@ -93,9 +93,10 @@ class Curation:
 
     def _explained(self, candidate: Candidate, losses: Losses) -> float:
         """Rows that their question explains are as good as each other: from 0 to 1 by their hash, which is by chance,
-        but the same each time and wherever they stand in their files. The others are worse, the more IFD they have.
+        but the same each time and wherever they stand in their files. The others are worse, the more IFD they have; so
+        are all rows where there is no border.
         """
-        if not self.is_explained(losses):
+        if self.border is None or not self.is_explained(losses):
             return -losses.ifd
         return int(candidate.key, 16) / 2**64
 
@@ -133,8 +134,13 @@ class Curation:
             notes.append(
                 f"{len(chosen.kept):,} rows are kept, not {wanted.keep:,}: no others are good and unlike these"
             )
-        if chosen.below:
-            notes.append(f"{chosen.below:,} of the rows are among the worse ones of their kind: others were not enough")
+        if self.losses and not self.ratings and self.border is None:
+            notes.append(
+                f"IFD orders the rows, the smallest first: fewer than {AT_LEAST} of them have a score with another "
+                "row's answer, too few to measure a border"
+            )
+        if worse := sum(one.key in chosen.below and self._may_be_worse(one) for one in chosen.kept):
+            notes.append(f"{worse:,} of the rows are among the worse ones of their kind: others were not enough")
         if unexplained := self._unexplained(chosen.kept):
             notes.append(
                 f"{unexplained:,} of the rows are explained no better by their own question than by another row's (IFD "
@@ -154,6 +160,14 @@ class Curation:
             "border": self.border,
             "notes": notes,
         }
+
+    def _may_be_worse(self, kept: Candidate) -> bool:
+        """Whether a row below the bar is there for what it is: of rows that their question explains, chance says which
+        are, but for those with faults.
+        """
+        losses = self.losses.get(kept.key)
+        by_chance = self.border is not None and not self.ratings and losses is not None and self.is_explained(losses)
+        return not by_chance or penalty(kept) > 0
 
     def _unexplained(self, kept: Sequence[Candidate]) -> int:
         """How many of the rows chosen by their losses are above the border; 0 where there is none."""

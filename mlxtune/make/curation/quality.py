@@ -49,8 +49,13 @@ def qualities(candidates: Sequence[Candidate], scores: Mapping[str, float]) -> d
         ranks = _ranks([scores[candidate.key] for candidate in some])
         found |= {candidate.key: float(rank) for candidate, rank in zip(some, ranks, strict=True)}
     for candidate in candidates:
-        found[candidate.key] -= sum(PENALTIES.get(fault, 0.0) for fault in candidate.faults)
+        found[candidate.key] -= penalty(candidate)
     return found
+
+
+def penalty(candidate: Candidate) -> float:
+    """What its faults cost a row of its rank."""
+    return sum(PENALTIES.get(fault, 0.0) for fault in candidate.faults)
 
 
 def fatal(candidate: Candidate) -> bool:

@@ -16,7 +16,7 @@ rows are sound, hardly one is; where half of them have a wrong answer, nearly th
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,24 +27,40 @@ from mlxtune.make.curation.losses import Losses
 
 AT_MOST = 200  # strangers: of 5,000 rows they cost 4% more time
 AT_LEAST = 20  # below so many, the lowest of them says little
+ROUNDS = 50  # of drawing pairs: where 98 of 100 answers are the same, 4% of the pairs are strangers
 SHARE_BELOW = 0.01  # of the strangers: how many of them may be taken for rows that their question explains
 NO_LIKELIER = 1.0  # the IFD from which on a question makes its answer no likelier at all
 
 
 def strangers(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Rows made of the answer of one candidate and the question of another, the same each time; none where there are
-    too few candidates. Their keys are none of the candidates', but for those that a candidate equals.
+    """Rows made of the answer of one candidate and the question of another, the same each time and in any order of the
+    candidates; none where fewer than AT_LEAST can be made. Their keys differ, and are none of the candidates'.
+
+    An answer that the other question has too is none of a stranger: a label, a refusal in the same words.
     """
-    drawn = random.Random(0).sample(list(candidates), min(AT_MOST, len(candidates)))
-    if len(drawn) < AT_LEAST:
-        return []
-    found = []
-    for one, other in zip(drawn, [*drawn[1:], drawn[0]], strict=True):
-        if one.question == other.question:
-            continue  # its answer may well be right
+    ordered = sorted(candidates, key=lambda one: one.key)
+    most = min(AT_MOST, len(ordered))
+    taken = {one.key for one in ordered}
+    found: list[Candidate] = []
+    for one, other in _pairs(ordered, most):
+        if len(found) == most:
+            break
+        if one.question == other.question or one.answer.strip() == other.answer.strip():
+            continue  # the answer may well be right
         record = replace(other.record, messages=[*other.messages[:-1], one.messages[-1]])
-        found.append(Candidate(record, f"{duplicates.content_hash(record):016x}", other.kind))
-    return found
+        key = f"{duplicates.content_hash(record):016x}"
+        if key not in taken:
+            taken.add(key)
+            found.append(Candidate(record, key, other.kind))
+    return found if len(found) >= AT_LEAST else []
+
+
+def _pairs(candidates: Sequence[Candidate], count: int) -> Iterator[tuple[Candidate, Candidate]]:
+    """ROUNDS times that many pairs, by chance; in each round no row is twice the first or twice the second of one."""
+    chance = random.Random(0)
+    for _ in range(ROUNDS):
+        drawn = chance.sample(candidates, count)
+        yield from zip(drawn, [*drawn[1:], *drawn[:1]], strict=True)
 
 
 def border(losses: Iterable[Losses | None]) -> float | None:
