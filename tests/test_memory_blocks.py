@@ -77,9 +77,11 @@ def sizes_of(kind: str) -> dict[str, Any]:
     ],
 )
 def test_every_kind_of_block_is_predicted_within_15_percent(kind: str, settings: tuple[str, ...]) -> None:
+    """The largest of a few peaks: how far MLX's threads lag behind, and so what is alive at once, differs each time."""
     rows = peaks.examples(8, vocabulary=250, longest=120)
-    predicted, measured = peaks.of_step(sizes_of(kind), ("train.batch_rows=2", *settings), rows)
-    assert predicted.total == pytest.approx(measured, rel=0.15)
+    several = [peaks.of_step(sizes_of(kind), ("train.batch_rows=2", *settings), rows) for _ in range(4)]
+    measured = max(peak for _, peak in several)
+    assert several[0][0].total == pytest.approx(measured, rel=0.15)
 
 
 def test_blocks_below_the_first_adapter_keep_nothing() -> None:

@@ -238,7 +238,7 @@ def may_have_small_chunks(way: Way) -> bool:
     """Whether small chunks of the head save memory. Where every block is checkpointed a chunk's logits may be the peak.
     But the gradients of a trained head, one from each chunk, wait for each other: more chunks would take more.
     """
-    return not way.head_trained
+    return way.split is not None and not way.head_trained
 
 
 def divided(way: Way, nested: int = 0) -> Way:
