@@ -248,15 +248,16 @@ def test_a_label_rates_the_answer(label: Any, side: Side, tmp_path: Path) -> Non
         assert record.fields == {}
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": TALK, "completion": [GOOD]},
-        {"messages": [*TALK, GOOD]},
-        {"conversations": [*TALK, GOOD]},
-        {"instruction": "Sky?", "history": [["Hi", "Hello."]], "output": "Blue."},
-    ],
-)
+# One conversation in every format that has conversations.
+CONVERSATIONS: list[dict[str, Any]] = [
+    {"prompt": TALK, "completion": [GOOD]},
+    {"messages": [*TALK, GOOD]},
+    {"conversations": [*TALK, GOOD]},
+    {"instruction": "Sky?", "history": [["Hi", "Hello."]], "output": "Blue."},
+]
+
+
+@pytest.mark.parametrize("row", CONVERSATIONS)
 def test_every_format_of_conversations_may_be_rated(row: dict[str, Any], tmp_path: Path) -> None:
     (record,) = records(tmp_path, {**row, "label": False})
     assert (record.side, said(record)) == (Side.BAD, (TALK, [GOOD]))
@@ -289,15 +290,7 @@ def test_a_prompt_of_anthropics_form_has_an_answer_of_that_form(
 
 
 @pytest.mark.parametrize(("label", "weights"), [(True, [0, 1]), (False, [0, 0]), (None, [0, 0])])
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": TALK, "completion": [GOOD]},
-        {"messages": [*TALK, GOOD]},
-        {"conversations": [*TALK, GOOD]},
-        {"instruction": "Sky?", "history": [["Hi", "Hello."]], "output": "Blue."},
-    ],
-)
+@pytest.mark.parametrize("row", CONVERSATIONS)
 def test_of_rated_answers_the_good_ones_alone_are_learned_where_no_preferences_are_asked_for(
     row: dict[str, Any], label: bool | None, weights: list[int], tmp_path: Path
 ) -> None:

@@ -223,8 +223,14 @@ def checkpointed(way: Way, section: TrainSection, model: nn.Module, may_divide: 
     may_divide: whether blocks can be computed in pieces; where not, they are checkpointed as a whole.
     """
     every = every_nth(section)
-    way = replace(way, recompute=every, tokens=0, nested=0, parts=tuple(parts.in_use(way.parts, every)))
-    way = replace(way, small_chunks=every == parts.ALL_BLOCKS and may_have_small_chunks(way))
+    way = replace(
+        way,
+        recompute=every,
+        tokens=0,
+        nested=0,
+        parts=tuple(parts.in_use(way.parts, every)),
+        small_chunks=every == parts.ALL_BLOCKS and may_have_small_chunks(way),
+    )
     if not in_pieces(section) or not may_divide:
         return way
     nested = 0

@@ -77,8 +77,8 @@ class Curation:
         self.border = border(kept.known[one.key] for one in made)
 
     def is_explained(self, losses: Losses) -> bool:
-        """Whether a row's question explains its answer, as far as the border is known."""
-        return losses.ifd <= (NO_LIKELIER if self.border is None else self.border)
+        """Whether a row's question is known to explain its answer: without a border none is."""
+        return self.border is not None and losses.ifd <= self.border
 
     def score_of(self, candidate: Candidate) -> float | None:
         """More is better: the judge's rating; without a judge what the question explains (`_explained`); without a
@@ -96,7 +96,7 @@ class Curation:
         but the same each time and wherever they stand in their files. The others are worse, the more IFD they have; so
         are all rows where there is no border.
         """
-        if self.border is None or not self.is_explained(losses):
+        if not self.is_explained(losses):
             return -losses.ifd
         return int(candidate.key, 16) / 2**64
 
@@ -166,7 +166,7 @@ class Curation:
         are, but for those with faults.
         """
         losses = self.losses.get(kept.key)
-        by_chance = self.border is not None and not self.ratings and losses is not None and self.is_explained(losses)
+        by_chance = not self.ratings and losses is not None and self.is_explained(losses)
         return not by_chance or penalty(kept) > 0
 
     def _unexplained(self, kept: Sequence[Candidate]) -> int:
